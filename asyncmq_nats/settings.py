@@ -1,0 +1,71 @@
+"""Settings, read from `ASYNCMQ_NATS_*` environment variables. Values only; nothing here does I/O."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+__all__ = ["Settings", "settings"]
+
+DAY = 86_400.0
+
+
+class Settings(BaseSettings):
+    """What a deployment chooses. Durations are seconds; `None` for a time to live keeps the records for ever.
+
+    Pass an instance to a backend to override the environment: `NATSBackend(settings=Settings(stalled_after=5))`.
+    """
+
+    model_config = SettingsConfigDict(env_prefix="ASYNCMQ_NATS_", frozen=True, extra="ignore")
+
+    servers: Annotated[tuple[str, ...], NoDecode] = ("nats://127.0.0.1:4222",)
+    """Addresses of the NATS servers; in the environment separated by commas."""
+    prefix: str = Field("amq", pattern=r"^[A-Za-z0-9_-]{1,32}$")
+    """First token of every subject and asset name."""
+    replicas: int = Field(1, ge=1, le=5)
+    """Replicas of the streams this process creates."""
+    storage: Literal["file", "memory"] = "file"
+    """Storage of the streams this process creates."""
+    domain: str | None = None
+    """JetStream domain, for leaf nodes."""
+    user: str | None = None
+    password: str | None = None
+    token: str | None = None
+    credentials: str | None = None
+    """Path of a `.creds` file."""
+    nkey_seed: str | None = None
+    """Path of a file with an nkey seed."""
+    tls_ca: str | None = None
+    """Path of the certificate authority that signed the servers' certificates; turns TLS on."""
+    tls_cert: str | None = None
+    tls_key: str | None = None
+    """Paths of this client's certificate and its key, for servers that ask for one."""
+
+    connect_timeout: float = Field(5.0, gt=0)
+    """How long the first connection may take."""
+    publish_timeout: float = Field(30.0, gt=0, le=100)
+    """How long an unconfirmed write is repeated before `Unconfirmed` is raised; shorter than the server's window for duplicates."""
+
+    stalled_after: float = Field(30.0, ge=0.5)
+    """A job whose worker is silent for so long is run by another one. Workers extend it every third of this."""
+    max_stalls: int = Field(3, ge=1)
+    """A job whose worker was lost so many times ends as failed."""
+    shutdown_timeout: float = Field(30.0, ge=0)
+    """How long running jobs may go on after a worker was asked to stop."""
+    completed_ttl: float | None = Field(DAY, ge=1)
+    """How long the outcome of a completed job is kept."""
+    failed_ttl: float | None = Field(30 * DAY, ge=1)
+    """How long the outcomes of failed, expired and cancelled jobs are kept."""
+    scan_interval: float = Field(1.0, gt=0)
+    """Kept from AsyncMQ. Nothing is polled here; it has no effect on when a job runs."""
+    tasks: Annotated[tuple[str, ...], NoDecode] = ()
+    """Modules a worker imports before it starts, so that their tasks are registered; in the environment separated by commas."""
+
+    @field_validator("servers", "tasks", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+
+settings = Settings()
+"""The settings of this process, as the environment gave them at import."""
