@@ -104,7 +104,9 @@ class TaskNotFound(AsyncMQError, LookupError):
 
     def __init__(self, task_id: str, known: Sequence[str]) -> None:
         names = ", ".join(sorted(known)[:10]) or "none"
-        super().__init__(f"no task {task_id!r} is registered in this worker: import its module before the worker runs (registered: {names})")
+        super().__init__(
+            f"no task {task_id!r} is registered in this worker: import its module before the worker runs (registered: {names})"
+        )
 
 
 class JobNotFound(AsyncMQError, LookupError):
@@ -174,7 +176,9 @@ class PermissionRefused(BackendError, PermissionError):
     """The user of the connection may not do this."""
 
     def __init__(self, what: str, detail: str) -> None:
-        super().__init__(f"{what} is not permitted: {detail}; grant it (docs/protocol.md lists the subjects), or use declare=False in a producer whose queue exists already")
+        super().__init__(
+            f"{what} is not permitted: {detail}; grant it (docs/protocol.md lists the subjects), or use declare=False in a producer whose queue exists already"
+        )
 
 
 class AssetMissing(BackendError, LookupError):

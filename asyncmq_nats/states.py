@@ -2,7 +2,7 @@
 
 from enum import StrEnum
 
-__all__ = ["JOB_STATES", "OUTCOMES", "Bucket", "State"]
+__all__ = ["COUNT_BUCKETS", "JOB_STATES", "OUTCOMES", "Bucket", "Place", "State"]
 
 
 class State(StrEnum):
@@ -18,6 +18,14 @@ class State(StrEnum):
     CANCELLED = "cancelled"
 
 
+class Place(StrEnum):
+    """Where a job in transit is, in the scheduler bucket."""
+
+    DELAYED = "delayed"
+    PARKED = "parked"
+    RELEASED = "released"
+
+
 class Bucket(StrEnum):
     """Count buckets of AsyncMQ and BullMQ that are no state of ours; they always count 0."""
 
@@ -30,3 +38,15 @@ OUTCOMES = (State.COMPLETED, State.FAILED, State.EXPIRED, State.CANCELLED)
 
 JOB_STATES = tuple(State)
 """All states, in the order of a job's life."""
+
+COUNT_BUCKETS: tuple[State | Bucket, ...] = (
+    State.WAITING,
+    State.ACTIVE,
+    State.COMPLETED,
+    State.FAILED,
+    State.DELAYED,
+    State.WAITING_CHILDREN,
+    Bucket.PAUSED,
+    Bucket.PRIORITIZED,
+)
+"""What AsyncMQ's `get_job_counts` counts when not told."""

@@ -4,15 +4,16 @@ import re
 from typing import Final
 
 from asyncmq_nats.exceptions import InvalidQueueName
-from asyncmq_nats.states import State
+from asyncmq_nats.states import OUTCOMES, Place, State
 
-__all__ = ["QueueSubjects", "decode_token", "encode_token"]
+__all__ = ["PROMOTER", "QueueSubjects", "counter_name", "decode_token", "encode_token", "tier_name", "tier_priority"]
 
-QUEUE_NAME: Final = re.compile(r"[A-Za-z0-9_-]{1,64}\Z")
+QUEUE_NAME: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")
 UNSAFE: Final = re.compile(r"[\s.*>%\x00-\x1f\x7f]")
-ESCAPED: Final = re.compile(r"%([0-9A-F]{2})")
+ESCAPED: Final = re.compile(r"(?:%[0-9A-Fa-f]{2})+")
 PROMOTER: Final = "promoter"
 TIER: Final = "tier_"
+COUNTER: Final = "count_"
 
 
 def encode_token(text: str) -> str:
@@ -26,8 +27,135 @@ def decode_token(token: str) -> str:
     """Return the text that `encode_token` made the token from."""
     if "%" not in token:
         return token
-    raw = ESCAPED.sub(lambda match: chr(int(match[1], 16)), token)
-    try:
-        return raw.encode("latin-1").decode() if ESCAPED.search(token) else token
-    except UnicodeError:
-        return raw
+    return ESCAPED.sub(lambda match: bytes.fromhex(match[0].replace("%", "")).decode("utf-8", "replace"), token)
+
+
+def tier_name(priority: int) -> str:
+    """Return the name of a tier's consumer."""
+    return f"{TIER}{priority}"
+
+
+def tier_priority(consumer: str) -> int | None:
+    """Return the priority of a tier's consumer, or `None` if it is another consumer."""
+    number = consumer.removeprefix(TIER)
+    return int(number) if consumer.startswith(TIER) and number.lstrip("-").isdigit() else None
+
+
+def counter_name(word: str) -> str:
+    """Return the name of the consumer that counts the records of a place or an outcome."""
+    return COUNTER + word
+
+
+class QueueSubjects:
+    """The names of one queue.
+
+    Raises:
+        InvalidQueueName: it is not 1 to 64 characters out of letters, digits, `_` and `-`.
+    """
+
+    def __init__(self, prefix: str, queue: str) -> None:
+        if not isinstance(queue, str) or QUEUE_NAME.fullmatch(queue) is None:
+            raise InvalidQueueName(queue)
+        self.queue = queue
+        self.ready_log = f"{prefix}_{queue}"
+        self.bucket = f"{prefix}_{queue}_scheduler"
+        self.bucket_log = f"KV_{self.bucket}"
+        self.all_ready = f"{prefix}.{queue}.ready.*.*"
+        self.all_bucket = f"$KV.{self.bucket}.>"
+        self._ready = f"{prefix}.{queue}.ready."
+        self._later = f"$KV.{self.bucket}.later."
+        self._done = f"$KV.{self.bucket}.done."
+        self._event = f"{prefix}.{queue}.event."
+        self._control = f"{prefix}.{queue}.control."
+
+    # -- ready
+
+    def ready(self, priority: int, token: str) -> str:
+        """Return where a job waits to be run. `token`: its encoded id."""
+        return f"{self._ready}{priority}.{token}"
+
+    def ready_any(self, token: str) -> str:
+        """Return the filter for a job that is ready, whatever its tier."""
+        return f"{self._ready}*.{token}"
+
+    def tier(self, priority: int) -> str:
+        """Return the filter for a tier."""
+        return f"{self._ready}{priority}.*"
+
+    def split_ready(self, subject: str) -> tuple[int, str]:
+        """Return priority and token of a ready subject.
+
+        Raises:
+            ValueError: the priority is no integer.
+        """
+        priority, _, token = subject[len(self._ready) :].partition(".")
+        return int(priority), token
+
+    # -- later
+
+    def later(self, token: str, place: Place) -> str:
+        """Return the key of a job in transit."""
+        return f"{self._later}{token}.{place}"
+
+    def later_all(self, token: str) -> str:
+        """Return the filter for a job in transit."""
+        return f"{self._later}{token}.>"
+
+    def place(self, place: Place) -> str:
+        """Return the filter for all jobs at a place."""
+        return f"{self._later}*.{place}"
+
+    # -- done
+
+    def outcome(self, token: str, state: State) -> str:
+        """Return the key of an outcome."""
+        return f"{self._done}{token}.{state}"
+
+    def claim(self, token: str) -> str:
+        """Return the key of the claim on a job that was delivered again."""
+        return f"{self._done}{token}.claim"
+
+    def done_all(self, token: str) -> str:
+        """Return the filter for all that is known of the job's end: outcome, claim, dependents."""
+        return f"{self._done}{token}.>"
+
+    def outcomes(self, state: State) -> str:
+        """Return the filter for all outcomes of a kind."""
+        return f"{self._done}*.{state}"
+
+    def outcome_state(self, subject: str) -> State | None:
+        """Return the outcome that the key of a `done` record stands for, or `None`."""
+        word = subject.rpartition(".")[2]
+        return next((state for state in OUTCOMES if state == word and subject.count(".") == self._done.count(".") + 1), None)
+
+    def is_claim(self, subject: str) -> bool:
+        """Return whether this is the key of a claim."""
+        return subject.startswith(self._done) and subject.endswith(".claim")
+
+    def is_later(self, subject: str, place: Place) -> bool:
+        """Return whether this is the key of a job at that place."""
+        return subject.startswith(self._later) and subject.endswith(f".{place}")
+
+    def token(self, key: str) -> str:
+        """Return the token of the job that a key of the bucket is about."""
+        return key.split(".")[3]
+
+    # -- signals
+
+    def event(self, what: str, token: str) -> str:
+        """Return the subject of an event of a job; both may be wildcards."""
+        return f"{self._event}{what}.{token}"
+
+    def control(self, what: str) -> str:
+        """Return the subject of a signal to the queue's workers."""
+        return f"{self._control}{what}"
+
+    @property
+    def republish_ready(self) -> tuple[str, str]:
+        """The rule that makes an event of each job that becomes ready."""
+        return self.all_ready, f"{self._event}{State.WAITING}.{{{{wildcard(2)}}}}"
+
+    @property
+    def republish_bucket(self) -> tuple[str, str]:
+        """The rule that makes an event of each key `<place>.<id>.<word>`."""
+        return f"$KV.{self.bucket}.*.*.*", f"{self._event}{{{{wildcard(3)}}}}.{{{{wildcard(2)}}}}"

@@ -254,15 +254,16 @@ class Backend(Protocol):
     async def page(self, log: str, filter: str, *, from_sequence: int = 1, limit: int = 100) -> list[Record]:
         """Return up to `limit` matching records whose sequence is `from_sequence` or higher, by sequence."""
 
+    async def last_sequence(self, log: str) -> int:
+        """Return the highest sequence given out so far, 0 in a log that never had a record."""
+
     async def delete(self, log: str, sequence: int) -> bool:
         """Remove one record. Return whether it was there."""
 
     async def purge(self, log: str, filter: str, *, before: int | None = None, keep: int | None = None) -> int:
         """Remove the matching records, those below sequence `before` or all but the last `keep`; return how many."""
 
-    def puller(
-        self, log: str, on_delivery: Callable[[Delivery], None], on_lapse: Callable[[str], None], *, extend: bool = True
-    ) -> Puller:
+    def puller(self, log: str, on_delivery: Callable[[Delivery], None], on_lapse: Callable[[str], None], *, extend: bool = True) -> Puller:
         """Return a puller. The callbacks must not block. `extend=False` leaves the leases to run out."""
 
     async def publish(self, subject: str, body: bytes = b"") -> None:

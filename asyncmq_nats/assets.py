@@ -1,0 +1,104 @@
+"""The two logs of a queue and their consumers: which there are, and that they exist."""
+
+from typing import Final
+
+from anyio import Lock
+
+from asyncmq_nats.backends.base import Backend, Consumer, Log
+from asyncmq_nats.exceptions import AssetMissing, TooManyPriorities
+from asyncmq_nats.states import OUTCOMES, Place
+from asyncmq_nats.subjects import PROMOTER, QueueSubjects, counter_name, tier_name, tier_priority
+
+__all__ = ["DEFAULT_PRIORITY", "MAX_TIERS", "TIER_SIGNAL", "QueueAssets"]
+
+DEFAULT_PRIORITY: Final = 5
+MAX_TIERS: Final = 256
+PROMOTER_LEASE: Final = 5.0
+TIER_SIGNAL: Final = "tier"
+"""Control signal: a tier was made; the body is its priority."""
+
+
+class QueueAssets:
+    """Declares the assets of one queue on one backend, each once per process."""
+
+    def __init__(self, backend: Backend, subjects: QueueSubjects) -> None:
+        self._backend = backend
+        self._subjects = subjects
+        self._tiers: set[int] = set()
+        self._logs_declared = False
+        self._counters_declared = False
+        self._lock = Lock()
+
+    async def declare(self) -> None:
+        """Make sure that the logs and the default tier exist: what a producer needs."""
+        if self._logs_declared:
+            return
+        async with self._lock:
+            if self._logs_declared:
+                return
+            await self._backend.declare_log(self.ready_log)
+            await self._backend.declare_log(self.bucket_log)
+            await self._declare_tier(DEFAULT_PRIORITY)
+            self._logs_declared = True
+
+    async def declare_all(self) -> None:
+        """Make sure that the counters and the promoter exist as well: what workers and readers need."""
+        await self.declare()
+        if self._counters_declared:
+            return
+        log, subjects = self._subjects.bucket_log, self._subjects
+        for place in Place:
+            await self._backend.declare_consumer(log, Consumer(counter_name(f"later_{place}"), (subjects.place(place),)))
+        for state in OUTCOMES:
+            await self._backend.declare_consumer(log, Consumer(counter_name(f"done_{state}"), (subjects.outcomes(state),)))
+        lease = min(PROMOTER_LEASE, self._backend.settings.stalled_after)
+        await self._backend.declare_consumer(log, Consumer(PROMOTER, (subjects.place(Place.RELEASED),), lease=lease))
+        self._counters_declared = True
+
+    async def declare_tier(self, priority: int) -> None:
+        """Make sure that a priority has its consumer, and tell the running workers of a new one.
+
+        Raises:
+            TooManyPriorities: the queue has 256 already.
+        """
+        if priority in self._tiers:
+            return
+        async with self._lock:
+            if priority not in self._tiers:
+                existing = await self.list_tiers()
+                if priority not in existing:
+                    if len(existing) >= MAX_TIERS:
+                        raise TooManyPriorities(self._subjects.queue, MAX_TIERS)
+                    await self._declare_tier(priority)
+                    await self._backend.publish(self._subjects.control(TIER_SIGNAL), str(priority).encode())
+                self._tiers.add(priority)
+
+    async def _declare_tier(self, priority: int) -> None:
+        lease = self._backend.settings.stalled_after
+        await self._backend.declare_consumer(
+            self._subjects.ready_log, Consumer(tier_name(priority), (self._subjects.tier(priority),), lease=lease)
+        )
+        self._tiers.add(priority)
+
+    async def list_tiers(self) -> list[int]:
+        """Return the priorities that have a consumer, the first to run first."""
+        try:
+            names = await self._backend.list_consumers(self._subjects.ready_log)
+        except AssetMissing:
+            return []
+        return sorted(priority for name in names if (priority := tier_priority(name)) is not None)
+
+    def forget(self) -> None:
+        """Declare everything anew when next asked: something was found missing."""
+        self._logs_declared = self._counters_declared = False
+        self._tiers.clear()
+
+    @property
+    def ready_log(self) -> Log:
+        """The log of the jobs that can be run."""
+        return Log(self._subjects.ready_log, (self._subjects.all_ready,), work_queue=True, republish=self._subjects.republish_ready)
+
+    @property
+    def bucket_log(self) -> Log:
+        """The log of all other jobs: the scheduler bucket."""
+        return Log(self._subjects.bucket_log, (self._subjects.all_bucket,), timers=True, republish=self._subjects.republish_bucket)

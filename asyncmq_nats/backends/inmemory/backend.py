@@ -1,0 +1,310 @@
+"""A backend without a server: a twin of what we use of JetStream, for tests and first steps.
+
+One process, one event loop, one store per instance. Where the twin and the server disagree, the twin is wrong
+(`tests/test_backend_contract.py`). What was written is still there after `close`, and goes with the object.
+"""
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import fields
+from functools import partial
+from itertools import count
+from weakref import WeakSet
+
+import anyio
+
+from asyncmq_nats.backends.base import (
+    Consumer,
+    ConsumerState,
+    Delivery,
+    Log,
+    Puller,
+    Record,
+    Settle,
+    Settled,
+    Signal,
+    Subscription,
+    Write,
+)
+from asyncmq_nats.backends.inmemory.agenda import Agenda
+from asyncmq_nats.backends.inmemory.consumers import Counter, Cursor, InMemoryPuller
+from asyncmq_nats.backends.inmemory.log import MAX_BODY, StoredLog
+from asyncmq_nats.backends.inmemory.subjects import compile_filter
+from asyncmq_nats.exceptions import AssetMissing, BackendError
+from asyncmq_nats.settings import Settings
+from asyncmq_nats.settings import settings as environment
+
+__all__ = ["InMemoryBackend"]
+
+logger = logging.getLogger(__name__)
+
+
+class InMemorySubscription:
+    """A `Subscription`."""
+
+    def __init__(self, subject: str, on_signal: Callable[[Signal], None], leave: Callable[["InMemorySubscription"], None]) -> None:
+        self.match = compile_filter(subject).match
+        self._on_signal = on_signal
+        self._leave = leave
+        self.active = True
+
+    async def unsubscribe(self) -> None:
+        """See `Subscription`."""
+        self.active = False
+        self._leave(self)
+
+    def arrive(self, signal: Signal) -> None:
+        """Take a signal."""
+        if self.active:
+            self._on_signal(signal)
+
+
+class InMemoryBackend:
+    """A `Backend` in the memory of this process.
+
+    Where a server would have to answer, a method gives way to other tasks first and then does its work at once: cancelled, it did nothing.
+    """
+
+    def __init__(self, settings: Settings | None = None) -> None:
+        self.settings = settings or environment
+        self._agenda = Agenda()
+        self._logs: dict[str, StoredLog] = {}
+        self._declared: dict[tuple[str, str], Consumer] = {}
+        self._pullers: WeakSet[InMemoryPuller] = WeakSet()
+        self._subscriptions: list[InMemorySubscription] = []
+        self._inboxes = count(1)
+        self._settlements: deque[tuple[Settle, Settled]] = deque()
+        self._settling: asyncio.Task[None] | None = None
+
+    async def connect(self) -> None:
+        """See `Backend`."""
+        self._open()
+
+    async def close(self) -> None:
+        """See `Backend`."""
+        self._let_go()
+        settling, self._settling = self._settling, None
+        if settling is not None and settling is not asyncio.current_task() and settling.get_loop() is asyncio.get_running_loop():
+            await asyncio.wait([settling])
+
+    def now(self) -> float:
+        """See `Backend`."""
+        return time.time()
+
+    @property
+    def max_body(self) -> int:
+        """See `Backend`."""
+        return MAX_BODY
+
+    async def declare_log(self, log: Log) -> None:
+        """See `Backend`."""
+        await self._give_way()
+        existing = self._logs.get(log.name)
+        if existing is None:
+            self._logs[log.name] = StoredLog(log, self._agenda, self._send_signal)
+        else:
+            warn_of_difference("log", existing.declaration, log)
+
+    async def delete_log(self, name: str) -> bool:
+        """See `Backend`."""
+        await self._give_way()
+        log = self._logs.pop(name, None)
+        if log is not None:
+            log.clear()
+        return log is not None
+
+    async def list_logs(self, prefix: str) -> list[str]:
+        """See `Backend`."""
+        await self._give_way()
+        return sorted(name for name in self._logs if name.startswith(prefix))
+
+    async def declare_consumer(self, log: str, consumer: Consumer) -> None:
+        """See `Backend`."""
+        await self._give_way()
+        stored = self._find_log(log)
+        existing = stored.consumers.get(consumer.name)
+        if existing is None:
+            stored.add_consumer(consumer)
+            self._declared[log, consumer.name] = consumer
+        else:
+            warn_of_difference("consumer", existing.declaration, consumer)
+
+    async def list_consumers(self, log: str) -> list[str]:
+        """See `Backend`."""
+        await self._give_way()
+        return sorted(self._find_log(log).consumers)
+
+    async def look_up(self, log: str, consumer: str) -> ConsumerState | None:
+        """See `Backend`."""
+        await self._give_way()
+        found = self._find_log(log).consumers.get(consumer)
+        return None if found is None else found.state()
+
+    async def pause(self, log: str, consumer: str, until: float) -> None:
+        """See `Backend`."""
+        await self._give_way()
+        self._find_consumer(log, consumer).pause(until)
+
+    async def resume(self, log: str, consumer: str) -> None:
+        """See `Backend`."""
+        await self._give_way()
+        self._find_consumer(log, consumer).pause(0.0)
+
+    async def write(self, log: str, *writes: Write) -> int:
+        """See `Backend`."""
+        await self._give_way()
+        return self._find_log(log).write(writes)
+
+    async def send(self, log: str, write: Write, settle: Settle) -> None:
+        """See `Backend`."""
+        await self._give_way()
+        settled: Settled
+        try:
+            settled = self._find_log(log).write((write,))
+        except BackendError as error:
+            settled = error
+        self._settlements.append((settle, settled))
+        if self._settling is None or self._settling.done():
+            self._settling = asyncio.get_running_loop().create_task(self._settle(), name="settlements of an in-memory backend")
+
+    async def last(self, log: str, *filters: str) -> list[Record]:
+        """See `Backend`."""
+        await self._give_way()
+        return self._find_log(log).find(*filters)
+
+    async def page(self, log: str, filter: str, *, from_sequence: int = 1, limit: int = 100) -> list[Record]:
+        """See `Backend`."""
+        await self._give_way()
+        return self._find_log(log).page(filter, from_sequence, limit)
+
+    async def delete(self, log: str, sequence: int) -> bool:
+        """See `Backend`."""
+        await self._give_way()
+        return self._find_log(log).delete(sequence)
+
+    async def purge(self, log: str, filter: str, *, before: int | None = None, keep: int | None = None) -> int:
+        """See `Backend`."""
+        await self._give_way()
+        return self._find_log(log).purge(filter, before, keep)
+
+    def puller(self, log: str, on_delivery: Callable[[Delivery], None], on_lapse: Callable[[str], None], *, extend: bool = True) -> Puller:
+        """See `Backend`."""
+        puller = InMemoryPuller(partial(self._find_cursor, log), on_delivery, on_lapse, extend=extend)
+        self._pullers.add(puller)
+        return puller
+
+    async def publish(self, subject: str, body: bytes = b"") -> None:
+        """See `Backend`."""
+        await self._give_way()
+        self._send_signal(subject, body)
+
+    async def subscribe(self, subject: str, on_signal: Callable[[Signal], None]) -> Subscription:
+        """See `Backend`."""
+        await self._give_way()
+        subscription = InMemorySubscription(subject, on_signal, self._leave)
+        self._subscriptions.append(subscription)
+        return subscription
+
+    async def request(self, subject: str, body: bytes = b"", *, timeout: float = 1.0) -> bytes | None:
+        """See `Backend`."""
+        inbox = f"_INBOX.memory.{next(self._inboxes)}"
+        answers: list[bytes] = []
+        answered = anyio.Event()
+
+        def take(signal: Signal) -> None:
+            answers.append(signal.body)
+            answered.set()
+
+        subscription = await self.subscribe(inbox, take)
+        try:
+            if self._send_signal(subject, body, inbox):
+                with anyio.move_on_after(timeout):
+                    await answered.wait()
+        finally:
+            await subscription.unsubscribe()
+        return answers[0] if answers else None
+
+    async def _give_way(self) -> None:
+        await asyncio.sleep(0)
+        self._open()
+
+    def _open(self) -> None:
+        loop = asyncio.get_running_loop()
+        if self._agenda.loop is not loop:
+            if self._agenda.loop is not None:  # left behind by an event loop that ended without `close`
+                self._let_go()
+                self._settling = None
+            self._agenda.start(loop)
+
+    def _let_go(self) -> None:
+        for puller in tuple(self._pullers):
+            puller.stop()
+        self._pullers.clear()
+        for subscription in self._subscriptions:
+            subscription.active = False
+        self._subscriptions.clear()
+        self._agenda.stop()
+        for log in self._logs.values():
+            for consumer in log.consumers.values():
+                if isinstance(consumer, Cursor):
+                    consumer.stop_extending()
+
+    def _find_log(self, name: str) -> StoredLog:
+        log = self._logs.get(name)
+        if log is None:
+            raise AssetMissing(f"log {name!r}")
+        return log
+
+    def _find_consumer(self, log: str, name: str) -> Counter | Cursor:
+        """Return the consumer, declared again if it went with a log that is back."""
+        stored = self._find_log(log)
+        if name not in stored.consumers:
+            if (log, name) not in self._declared:
+                raise AssetMissing(f"consumer {name!r} of log {log!r}")
+            stored.add_consumer(self._declared[log, name])
+        return stored.consumers[name]
+
+    def _find_cursor(self, log: str, name: str) -> Cursor:
+        self._open()
+        consumer = self._find_consumer(log, name)
+        if not isinstance(consumer, Cursor):
+            raise BackendError(f"consumer {name!r} of log {log!r} only counts: declare it with a lease to pull from it")
+        return consumer
+
+    def _send_signal(self, subject: str, body: bytes, reply: str = "") -> bool:
+        """Hand a signal to everyone who listens now, soon. Return whether anyone does."""
+        if self._agenda.loop is None:
+            return False
+        listeners = [subscription for subscription in self._subscriptions if subscription.match(subject)]
+        for listener in listeners:
+            self._agenda.loop.call_soon(listener.arrive, Signal(subject, body, reply))
+        return bool(listeners)
+
+    def _leave(self, subscription: InMemorySubscription) -> None:
+        if subscription in self._subscriptions:
+            self._subscriptions.remove(subscription)
+
+    async def _settle(self) -> None:
+        while self._settlements:
+            settle, settled = self._settlements.popleft()
+            try:
+                await settle(settled)
+            except Exception:
+                # The caller's code: one settlement that fails must not take those behind it away.
+                logger.exception("a callback of send() failed on %r", settled)
+        self._settling = None
+
+
+def warn_of_difference(kind: str, existing: Log | Consumer, wanted: Log | Consumer) -> None:
+    """Log what differs between what exists and what was declared, a pause apart, which comes and goes."""
+    names = [field.name for field in fields(wanted) if field.name != "paused_until"]
+    differences = [
+        f"{name}: {getattr(existing, name)!r} instead of {getattr(wanted, name)!r}"
+        for name in names
+        if getattr(existing, name) != getattr(wanted, name)
+    ]
+    if differences:
+        logger.warning("%s %s exists with other settings and stays as it is: %s", kind, wanted.name, "; ".join(differences))

@@ -1,0 +1,325 @@
+"""`NATSBackend`: the seam on JetStream. A log is a stream, a record a message, a consumer a durable pull consumer."""
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Final, Self
+
+from anyio import Lock, to_thread
+from nats.aio.msg import Msg
+from nats.aio.subscription import Subscription as NatsSubscription
+
+from asyncmq_nats.backends.base import Consumer, ConsumerState, Delivery, Log, Puller, Record, Settle, Signal, Subscription, Write
+from asyncmq_nats.backends.nats.assets import Assets, format_time
+from asyncmq_nats.backends.nats.connection import Connection, connect_options, parse_time
+from asyncmq_nats.backends.nats.embedded import EmbeddedServer
+from asyncmq_nats.backends.nats.errors import CONSUMER_MISSING, STREAM_MISSING, api_error, mapped_errors
+from asyncmq_nats.backends.nats.leases import LeaseKeeper
+from asyncmq_nats.backends.nats.pulling import NATSPuller
+from asyncmq_nats.backends.nats.writing import BATCH_LIMIT, Writer
+from asyncmq_nats.exceptions import AssetMissing, BackendError
+from asyncmq_nats.settings import Settings
+from asyncmq_nats.settings import settings as environment
+
+__all__ = ["NATSBackend"]
+
+READ_TIMEOUT: Final = 5.0
+MISSING: Final = (STREAM_MISSING, CONSUMER_MISSING)
+
+
+class NATSBackend:
+    """A queue's store on a NATS server with JetStream, version 2.12.1 or newer.
+
+    Args:
+        servers: one address, several with commas between, or a list; `None` takes `ASYNCMQ_NATS_SERVERS`.
+        settings: instead of those from the environment.
+        declare: `False` never creates a stream or a consumer, for producers whose permissions end at publishing.
+        options: passed to `nats.connect`: `tls`, `user`, `password`, `token`, `user_credentials`, `nkeys_seed`, `name`, … They win over settings.
+    """
+
+    def __init__(
+        self,
+        servers: str | Iterable[str] | None = None,
+        *,
+        settings: Settings | None = None,
+        declare: bool = True,
+        **options: Any,
+    ) -> None:
+        self.settings = settings if settings is not None else environment
+        self._declare = declare
+        self._options: dict[str, Any] = dict(options)
+        if servers is not None:
+            self._options["servers"] = servers if isinstance(servers, str) else list(servers)
+        self._connection: Connection | None = None
+        self._connecting: Lock | None = None
+        self._writer: Writer
+        self._assets: Assets
+        self._keeper: LeaseKeeper
+        self._embedded: EmbeddedServer | None = None
+
+    @classmethod
+    def embedded(cls, store_dir: str | os.PathLike[str] | None = None, *, settings: Settings | None = None, **options: Any) -> Self:
+        """Return a backend with a nats-server of its own on a free loopback port, which ends with `close()`.
+
+        `store_dir` keeps the jobs over restarts; without one they go with the server. Needs the extra `embedded`.
+
+        Raises:
+            ServerBinaryMissing: there is no nats-server program.
+        """
+        server = EmbeddedServer(store_dir)
+        server.start()
+        backend = cls(server.url, settings=settings, **options)
+        backend._embedded = server
+        return backend
+
+    @property
+    def url(self) -> str:
+        """The address of the embedded server, or of the servers, for other processes to connect to."""
+        if self._embedded is not None:
+            return self._embedded.url
+        return ",".join(connect_options(self.settings, self._options)["servers"])
+
+    # -- life
+
+    async def connect(self) -> None:
+        if self._connection is not None:
+            return
+        if self._connecting is None:
+            self._connecting = Lock()
+        async with self._connecting:
+            if self._connection is None:
+                await self._open()
+
+    async def _open(self) -> None:
+        connection = Connection(self.settings, self._options)
+        await connection.open()
+        self._writer = Writer(connection, self.settings.publish_timeout, self._last_in)
+        self._assets = Assets(connection, self.settings, declare=self._declare)
+        self._keeper = LeaseKeeper(connect_options(self.settings, self._options), self.settings.stalled_after)
+        self._connection = connection
+
+    async def close(self) -> None:
+        connection, self._connection = self._connection, None
+        self._connecting = None
+        if connection is not None:
+            await self._keeper.stop()
+            await connection.close()
+        if self._embedded is not None:
+            await to_thread.run_sync(self._embedded.stop)
+
+    async def __aenter__(self) -> Self:
+        await self.connect()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def _open_connection(self) -> Connection:
+        if self._connection is None:
+            await self.connect()
+        assert self._connection is not None
+        return self._connection
+
+    def now(self) -> float:
+        return self._connection.now() if self._connection is not None else time.time()
+
+    @property
+    def max_body(self) -> int:
+        return (self._connection.client.max_payload if self._connection is not None else 1024 * 1024) - 1024
+
+    # -- assets
+
+    async def declare_log(self, log: Log) -> None:
+        await self._open_connection()
+        await self._assets.declare_log(log)
+
+    async def delete_log(self, name: str) -> bool:
+        connection = await self._open_connection()
+        answer = await connection.call(f"STREAM.DELETE.{name}")
+        self._assets.forget(name)
+        return self._found(name, answer)
+
+    async def list_logs(self, prefix: str) -> list[str]:
+        connection = await self._open_connection()
+        names: list[str] = []
+        while True:
+            answer = await connection.require("STREAM.NAMES", {"offset": len(names)})
+            page = answer.get("streams") or []
+            names += page
+            if not page or len(names) >= answer["total"]:
+                return sorted(name for name in names if name.startswith(prefix))
+
+    async def declare_consumer(self, log: str, consumer: Consumer) -> None:
+        await self._open_connection()
+        await self._assets.declare_consumer(log, consumer)
+
+    async def list_consumers(self, log: str) -> list[str]:
+        connection = await self._open_connection()
+        names: list[str] = []
+        while True:
+            answer = await connection.require(f"CONSUMER.NAMES.{log}", {"offset": len(names)})
+            page = answer.get("consumers") or []
+            names += page
+            if not page or len(names) >= answer["total"]:
+                return sorted(names)
+
+    async def look_up(self, log: str, consumer: str) -> ConsumerState | None:
+        connection = await self._open_connection()
+        info = await connection.call(f"CONSUMER.INFO.{log}.{consumer}")
+        if info.get("error", {}).get("err_code") == CONSUMER_MISSING:
+            self._assets.forget_consumer(log, consumer)
+            return None
+        if "error" in info:
+            raise api_error(log, info["error"])
+        return ConsumerState(info["num_pending"], info["num_ack_pending"], info["delivered"]["stream_seq"], info.get("paused", False))
+
+    async def pause(self, log: str, consumer: str, until: float) -> None:
+        connection = await self._open_connection()
+        await connection.require(f"CONSUMER.PAUSE.{log}.{consumer}", {"pause_until": format_time(until)})
+
+    async def resume(self, log: str, consumer: str) -> None:
+        connection = await self._open_connection()
+        await connection.require(f"CONSUMER.PAUSE.{log}.{consumer}", {})
+
+    # -- records
+
+    async def write(self, log: str, *writes: Write) -> int:
+        if not 1 <= len(writes) <= BATCH_LIMIT:
+            raise BackendError(f"{len(writes)} writes in one batch: at least 1 and at most {BATCH_LIMIT} are possible")
+        await self._open_connection()
+        return await self._writer.write(log, writes)
+
+    async def send(self, log: str, write: Write, settle: Settle) -> None:
+        if self._connection is None:
+            await self.connect()
+        await self._writer.send(log, write, settle)
+
+    async def last(self, log: str, *filters: str) -> list[Record]:
+        replies = await self._direct_get(log, {"multi_last": list(filters), "batch": 1000})
+        if replies is None:  # more than the server puts into one answer
+            found = [record for filter in filters for record in await self._all(log, filter)]
+            return sorted({record.sequence: record for record in found}.values(), key=lambda record: record.sequence)
+        return sorted(replies, key=lambda record: record.sequence)
+
+    async def _last_in(self, log: str, subject: str) -> list[Record]:
+        return await self.last(log, subject)
+
+    async def _all(self, log: str, filter: str) -> list[Record]:
+        records: list[Record] = []
+        while page := await self.page(log, filter, from_sequence=records[-1].sequence + 1 if records else 1, limit=1000):
+            records += page
+        return records
+
+    async def page(self, log: str, filter: str, *, from_sequence: int = 1, limit: int = 100) -> list[Record]:
+        return await self._direct_get(log, {"seq": max(1, from_sequence), "next_by_subj": filter, "batch": limit}) or []
+
+    async def _direct_get(self, log: str, payload: Mapping[str, Any]) -> list[Record] | None:
+        """Return the records of a direct get (ADR-31); `None` if they are too many for one answer."""
+        connection = await self._open_connection()
+        subject, body = f"{connection.api_prefix}DIRECT.GET.{log}", json.dumps(payload).encode()
+        for attempt in range(1, 8):
+            try:
+                replies = await connection.collect(subject, body, timeout=READ_TIMEOUT, finished=_is_status)
+            except TimeoutError:
+                continue
+            status = (replies[-1].headers or {}).get("Status")
+            if status == "413":
+                return None
+            if status == "503":  # no such stream, or its leader is being replaced
+                if "error" in await connection.call(f"STREAM.INFO.{log}") and attempt > 1:
+                    raise AssetMissing(f"stream {log}")
+                continue
+            return [record for msg in replies if (record := _record(msg)) is not None]
+        raise BackendError(f"stream {log} does not answer direct gets at {connection.servers}: is it healthy, and is allow_direct on?")
+
+    async def last_sequence(self, log: str) -> int:
+        connection = await self._open_connection()
+        return int((await connection.require(f"STREAM.INFO.{log}"))["state"]["last_seq"])
+
+    async def delete(self, log: str, sequence: int) -> bool:
+        connection = await self._open_connection()
+        answer = await connection.call(f"STREAM.MSG.DELETE.{log}", {"seq": sequence, "no_erase": True})
+        if answer.get("error", {}).get("err_code") in MISSING:
+            raise api_error(log, answer["error"])
+        return bool(answer.get("success", False))
+
+    async def purge(self, log: str, filter: str, *, before: int | None = None, keep: int | None = None) -> int:
+        connection = await self._open_connection()
+        payload: dict[str, Any] = {"filter": filter}
+        if before is not None:
+            payload["seq"] = before
+        elif keep:
+            payload["keep"] = keep
+        answer = await connection.require(f"STREAM.PURGE.{log}", payload)
+        return int(answer.get("purged", 0))
+
+    @staticmethod
+    def _found(name: str, answer: Mapping[str, Any]) -> bool:
+        if "error" not in answer:
+            return True
+        if answer["error"].get("err_code") in MISSING:
+            return False
+        raise api_error(name, answer["error"])
+
+    # -- leases and signals
+
+    def puller(self, log: str, on_delivery: Callable[[Delivery], None], on_lapse: Callable[[str], None], *, extend: bool = True) -> Puller:
+        if self._connection is None:
+            raise BackendError("connect() before pulling")
+
+        async def declare(consumer: str) -> None:
+            await self._assets.restore_consumer(log, consumer)
+
+        return NATSPuller(self._connection, log, (on_delivery, on_lapse), declare, self._keeper if extend else None)
+
+    async def publish(self, subject: str, body: bytes = b"") -> None:
+        connection = await self._open_connection()
+        with mapped_errors(connection.servers):
+            await connection.client.publish(subject, body)
+
+    async def subscribe(self, subject: str, on_signal: Callable[[Signal], None]) -> Subscription:
+        connection = await self._open_connection()
+
+        async def on_message(msg: Msg) -> None:
+            on_signal(Signal(msg.subject, msg.data, msg.reply))
+
+        with mapped_errors(connection.servers):
+            subscription = await connection.client.subscribe(subject, cb=on_message)
+            await connection.client.flush()  # interest is known to the server when this returns
+        return _Interest(connection, subscription)
+
+    async def request(self, subject: str, body: bytes = b"", *, timeout: float = 1.0) -> bytes | None:
+        connection = await self._open_connection()
+        try:
+            reply = (await connection.collect(subject, body, timeout=timeout, finished=bool))[0]
+        except TimeoutError:
+            return None
+        return None if reply.headers is not None and reply.headers.get("Status") == "503" else reply.data
+
+
+class _Interest:
+    """A core NATS subscription."""
+
+    def __init__(self, connection: Connection, subscription: NatsSubscription) -> None:
+        self._connection = connection
+        self._subscription = subscription
+
+    async def unsubscribe(self) -> None:
+        if not self._connection.client.is_closed:
+            with mapped_errors(self._connection.servers):
+                await self._subscription.unsubscribe()
+
+
+def _is_status(replies: list[Msg]) -> bool:
+    headers = replies[-1].headers
+    return headers is not None and "Status" in headers
+
+
+def _record(msg: Msg) -> Record | None:
+    headers = msg.headers
+    if headers is None or "Nats-Sequence" not in headers:
+        return None
+    return Record(
+        headers["Nats-Subject"], msg.data, int(headers["Nats-Sequence"]), parse_time(headers["Nats-Time-Stamp"]), "KV-Operation" in headers
+    )

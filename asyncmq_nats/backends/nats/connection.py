@@ -1,0 +1,312 @@
+"""One NATS connection with a reply inbox of our own: requests, JetStream API calls, direct gets, and the server's clock.
+
+nats-py creates a future, a task and a uuid for a request; one wildcard subscription and a dict of callbacks is ten times as fast.
+Every exception of nats-py ends here or in `errors.py`; none reaches the user.
+"""
+
+import asyncio
+import itertools
+import json
+import logging
+import ssl
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from datetime import datetime
+from typing import Any, Final
+
+import nats.errors
+from nats.aio.client import Client
+from nats.aio.msg import Msg
+
+from asyncmq_nats.backends.nats.errors import api_error, mapped_errors
+from asyncmq_nats.exceptions import BackendError, ConnectionFailed, PermissionRefused, ServerUnsuitable, Unconfirmed
+from asyncmq_nats.settings import Settings
+
+__all__ = ["Connection", "connect_options"]
+
+logger = logging.getLogger(__name__)
+
+OLDEST_SERVER: Final = (2, 12, 1)
+REQUEST_TIMEOUT: Final = 5.0
+CLOCK_LIFETIME: Final = 60.0
+
+Handler = Callable[[Msg], Awaitable[None]]
+
+
+def connect_options(settings: Settings, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keyword arguments of `nats.connect`: ours, then those of the settings, then the user's, who wins."""
+    chosen: dict[str, Any] = {
+        "servers": list(settings.servers),
+        "max_reconnect_attempts": -1,
+        "reconnect_time_wait": 0.25,
+        "connect_timeout": settings.connect_timeout,
+        "ping_interval": 20,
+        "pending_size": 8 * 1024 * 1024,
+        "user": settings.user,
+        "password": settings.password,
+        "token": settings.token,
+        "user_credentials": settings.credentials,
+        "nkeys_seed": settings.nkey_seed,
+        "tls": _tls_context(settings),
+    }
+    chosen.update(options)
+    if isinstance(chosen["servers"], str):
+        chosen["servers"] = [server.strip() for server in chosen["servers"].split(",")]
+    chosen["servers"] = list(chosen["servers"])
+    return chosen
+
+
+def _tls_context(settings: Settings) -> ssl.SSLContext | None:
+    if settings.tls_ca is None and settings.tls_cert is None:
+        return None
+    context = ssl.create_default_context(cafile=settings.tls_ca)
+    if settings.tls_cert is not None:
+        context.load_cert_chain(settings.tls_cert, settings.tls_key)
+    return context
+
+
+class Connection:
+    """A connected client, its reply inbox, and what was learnt of the server."""
+
+    def __init__(self, settings: Settings, options: Mapping[str, Any]) -> None:
+        self._settings = settings
+        self._options = connect_options(settings, options)
+        self._api = f"$JS.{settings.domain}.API." if settings.domain else "$JS.API."
+        self._client = Client()
+        self._handlers: dict[str, Handler] = {}
+        self._tokens = itertools.count(1)
+        self._inbox = ""
+        self._offset = 0.0
+        self._offset_until = 0.0
+        self._offset_precision = float("inf")
+        self._refusals: list[str] = []
+        self.on_reconnect: list[Callable[[], None]] = []
+        self.background = Background()
+
+    @property
+    def client(self) -> Client:
+        """The nats-py client, for callers inside this package."""
+        return self._client
+
+    @property
+    def api_prefix(self) -> str:
+        """What the subjects of the JetStream API begin with, the last dot included."""
+        return self._api
+
+    @property
+    def servers(self) -> str:
+        """The addresses, for messages: without passwords."""
+        return ", ".join(server.rpartition("@")[2] for server in self._options["servers"])
+
+    async def open(self) -> None:
+        """Connect, and make sure the server can do what we need.
+
+        Raises:
+            ConnectionFailed: nothing answered within `connect_timeout`.
+            ServerUnsuitable: the server is too old, or JetStream is off.
+        """
+        self.background.start()
+        callbacks = {"error_cb": self._on_error, "reconnected_cb": self._on_reconnected, "disconnected_cb": self._on_disconnected}
+        try:
+            async with asyncio.timeout(self._settings.connect_timeout):
+                await self._client.connect(**{**callbacks, **self._options})
+        except (TimeoutError, OSError, nats.errors.Error) as error:
+            reason = self._client.last_error or error
+            await self._client.close()
+            raise ConnectionFailed(self.servers, str(reason) or type(reason).__name__) from error
+        self._inbox = self._client.new_inbox() + "."
+        await self._client.subscribe(self._inbox + "*", cb=self._on_reply, pending_msgs_limit=-1, pending_bytes_limit=-1)
+        self._check_version()
+
+    def _check_version(self) -> None:
+        version = self._client.connected_server_version
+        if (version.major, version.minor, version.patch) < OLDEST_SERVER:
+            raise ServerUnsuitable(
+                f"nats-server {version.major}.{version.minor}.{version.patch} at {self.servers} is too old",
+                "message schedules and atomic batches need nats-server 2.12.1 or newer: upgrade it",
+            )
+
+    async def close(self) -> None:
+        """Send what is pending and disconnect."""
+        self._handlers.clear()
+        await self.background.stop()
+        if not self._client.is_closed:
+            try:
+                if self._client.is_connected:
+                    await self._client.flush(timeout=2)
+            except (nats.errors.Error, TimeoutError, OSError) as error:
+                logger.warning("closing the connection to %s: %s", self.servers, error)
+            await self._client.close()
+
+    def now(self) -> float:
+        """Return the server's time, in Unix seconds."""
+        return time.time() + self._offset
+
+    def learn_time(self, stamp: str, sent: float, received: float) -> None:
+        """Take the offset of the clocks from a server time stamp that was made between `sent` and `received` (local Unix seconds)."""
+        round_trip = received - sent
+        if round_trip > self._offset_precision and received < self._offset_until:
+            return
+        offset = parse_time(stamp) - (sent + received) / 2
+        if abs(offset) > 1 and abs(offset - self._offset) > 1:
+            logger.warning("the clock of this machine is %.1f s off the clock of the NATS server; the server's is used", -offset)
+        self._offset, self._offset_precision, self._offset_until = offset, round_trip, received + CLOCK_LIFETIME
+
+    # -- requests
+
+    def expect_reply(self, handler: Handler) -> str:
+        """Register a handler and return its token; replies to `reply_to(token)` go there until `forget(token)`."""
+        token = str(next(self._tokens))
+        self._handlers[token] = handler
+        return token
+
+    def reply_to(self, token: str) -> str:
+        """Return the reply subject of a token."""
+        return self._inbox + token
+
+    def forget(self, token: str) -> None:
+        """Drop the handler of a token."""
+        self._handlers.pop(token, None)
+
+    async def _on_reply(self, msg: Msg) -> None:
+        handler = self._handlers.get(msg.subject[len(self._inbox) :])
+        if handler is not None:
+            await handler(msg)
+
+    async def collect(self, subject: str, body: bytes, *, timeout: float, finished: Callable[[list[Msg]], bool]) -> list[Msg]:
+        """Send a request and return its replies, as soon as `finished` says that they are complete.
+
+        Raises:
+            TimeoutError: they did not become so in time.
+        """
+        replies: list[Msg] = []
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+        async def on_reply(msg: Msg) -> None:
+            replies.append(msg)
+            if finished(replies) and not done.done():
+                done.set_result(None)
+
+        token = self.expect_reply(on_reply)
+        try:
+            async with asyncio.timeout(timeout):
+                with mapped_errors(self.servers):
+                    await self._client.publish(subject, body, reply=self.reply_to(token))
+                await done
+        finally:
+            self.forget(token)
+        return replies
+
+    async def call(self, subject: str, payload: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Call the JetStream API and return its answer, errors as the key `error`. Repeated for `publish_timeout`: calls are idempotent.
+
+        Raises:
+            PermissionRefused: the server forbids it.
+            ServerUnsuitable: JetStream is off.
+            Unconfirmed: no answer came.
+        """
+        body = b"" if payload is None else json.dumps(payload).encode()
+        deadline = time.monotonic() + self._settings.publish_timeout
+        silent = 0
+        while True:
+            left = deadline - time.monotonic()
+            seen, sent = len(self._refusals), time.time()
+            try:
+                msg = (await self.collect(self._api + subject, body, timeout=min(REQUEST_TIMEOUT, max(left, 0.1)), finished=bool))[0]
+            except TimeoutError:
+                self._raise_refusal(subject, seen)
+                if left <= REQUEST_TIMEOUT:
+                    raise Unconfirmed(f"JetStream API {subject}", self._settings.publish_timeout) from None
+                continue
+            if msg.headers is not None and msg.headers.get("Status") == "503":
+                silent += 1
+                if silent > 20 or left < 0.2:
+                    raise ServerUnsuitable(
+                        f"no JetStream answers at {self.servers}", "start nats-server with -js, or enable it for this account"
+                    )
+                await asyncio.sleep(0.1)
+                continue
+            answer: dict[str, Any] = json.loads(msg.data)
+            if "ts" in answer:
+                self.learn_time(answer["ts"], sent, time.time())
+            if answer.get("error", {}).get("code") == 503 and left > 0.3:
+                await asyncio.sleep(0.2)
+                continue
+            return answer
+
+    async def require(self, subject: str, payload: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Like `call`, but raise the error of the answer as `BackendError`."""
+        answer = await self.call(subject, payload)
+        if "error" in answer:
+            raise api_error(subject, answer["error"])
+        return answer
+
+    def _raise_refusal(self, subject: str, seen: int) -> None:
+        for refusal in self._refusals[seen:]:
+            raise PermissionRefused(f"JetStream API {subject}", refusal)
+
+    def last_refusal(self, subject: str) -> str | None:
+        """Return what the server said when it last forbade a publish to this subject."""
+        return next((text for text in reversed(self._refusals) if f'"{subject}"' in text), None)
+
+    # -- callbacks of nats-py: they run outside our tasks and only note things
+
+    async def _on_error(self, error: Exception) -> None:
+        if "permissions violation" in str(error).lower():
+            self._refusals = [*self._refusals[-50:], str(error)]
+        if self._client.is_connected:
+            logger.warning("NATS connection to %s: %s", self.servers, error)
+
+    async def _on_disconnected(self) -> None:
+        if not self._client.is_closed:
+            logger.warning("disconnected from NATS at %s; reconnecting", self.servers)
+
+    async def _on_reconnected(self) -> None:
+        logger.info("reconnected to NATS at %s", self.servers)
+        for hook in self.on_reconnect:
+            hook()
+
+
+class Background:
+    """Tasks that serve a connection: a task group that lives from `start` to `stop`, without a block of code around it.
+
+    nats-py's callbacks run outside any group, and a backend has no `async with`; so the owner is this object.
+    """
+
+    def __init__(self) -> None:
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._open = False
+
+    def start(self) -> None:
+        """Accept tasks."""
+        self._open = True
+
+    def run(self, work: Awaitable[None]) -> None:
+        """Run the work; what it raises is logged."""
+        task = asyncio.ensure_future(self._guard(work))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _guard(self, work: Awaitable[None]) -> None:
+        try:
+            await work
+        except BackendError as error:
+            logger.warning("background work of the NATS backend: %s", error)
+        except Exception:
+            logger.exception("background work of the NATS backend failed")
+
+    async def stop(self) -> None:
+        """Cancel what runs and wait for it."""
+        self._open = False
+        current = asyncio.current_task()
+        tasks = [task for task in self._tasks if task is not current]
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks, timeout=2)
+
+
+def parse_time(stamp: str) -> float:
+    """Return an RFC 3339 time stamp of the server (nanoseconds, `Z`) as Unix seconds."""
+    whole, _, fraction = stamp.rstrip("Z").partition(".")
+    return datetime.fromisoformat(whole + "+00:00").timestamp() + (float("0." + fraction) if fraction else 0.0)

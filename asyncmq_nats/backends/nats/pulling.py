@@ -1,0 +1,227 @@
+"""Pull requests of our own into one callback subscription, and the leases of what was delivered.
+
+nats-py's `fetch` makes a uuid, a task and a timer per message; this makes one object.
+"""
+
+import asyncio
+import itertools
+import json
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Final
+
+from nats.aio.msg import Msg
+from nats.aio.subscription import Subscription as NatsSubscription
+
+from asyncmq_nats.backends.base import Delivery
+from asyncmq_nats.backends.nats.connection import Connection
+from asyncmq_nats.backends.nats.errors import mapped_errors
+from asyncmq_nats.backends.nats.leases import LeaseKeeper
+from asyncmq_nats.exceptions import BackendError
+
+__all__ = ["NATSPuller"]
+
+logger = logging.getLogger(__name__)
+
+NANOSECONDS: Final = 1_000_000_000
+HEARTBEAT: Final = 5.0
+GRACE: Final = 2.0
+NAK: Final = b"-NAK"
+
+Declare = Callable[[str], Awaitable[None]]
+
+
+class NATSDelivery:
+    """A message on lease. See `base.Delivery`."""
+
+    __slots__ = ("_puller", "_reply", "body", "consumer", "deliveries", "pending", "sequence", "subject", "time")
+
+    def __init__(self, msg: Msg, puller: "NATSPuller") -> None:
+        # $JS.ACK.<stream>.<consumer>.<deliveries>.<stream seq>.<consumer seq>.<time>.<pending>, or with <domain>.<account> before the
+        # stream and a token at the end.
+        tokens = msg.reply.split(".")
+        first = 3 if len(tokens) == 9 else 5
+        self.subject = msg.subject
+        self.body = msg.data
+        self.consumer = tokens[first]
+        self.deliveries = int(tokens[first + 1])
+        self.sequence = int(tokens[first + 2])
+        self.time = int(tokens[first + 4]) / NANOSECONDS
+        self.pending = int(tokens[first + 5])
+        self._reply = msg.reply
+        self._puller = puller
+
+    async def ack(self) -> None:
+        await self._puller.settle(self._reply, b"")
+
+    async def nak(self, delay: float = 0.0) -> None:
+        await self._puller.settle(self._reply, b'-NAK {"delay": %d}' % (delay * NANOSECONDS) if delay > 0 else NAK)
+
+    def abandon(self) -> None:
+        self._puller.abandon(self._reply)
+
+
+@dataclass(slots=True)
+class Credit:
+    """What the server still owes one consumer's pulls."""
+
+    outstanding: int = 0
+    lapses_at: float = 0.0
+    heard_at: float = 0.0
+    tokens: dict[str, int] = field(default_factory=dict)
+
+
+class NATSPuller:
+    """See `base.Puller`."""
+
+    def __init__(
+        self,
+        connection: Connection,
+        log: str,
+        callbacks: tuple[Callable[[Delivery], None], Callable[[str], None]],
+        declare: Declare,
+        keeper: LeaseKeeper | None,
+    ) -> None:
+        self._connection = connection
+        self._log = log
+        self._on_delivery, self._on_lapse = callbacks
+        self._declare = declare
+        self._keeper = keeper
+        self._credits: dict[str, Credit] = {}
+        self._tokens = itertools.count(1)
+        self._inbox = ""
+        self._subscription: NatsSubscription | None = None
+        self._closed = False
+        self._publish = connection.client.publish
+        connection.on_reconnect.append(self._on_reconnect)
+
+    def outstanding(self, consumer: str) -> int:
+        credit = self._credits.get(consumer)
+        return credit.outstanding if credit is not None else 0
+
+    async def request(self, consumer: str, count: int, *, wait: float) -> None:
+        if self._closed:
+            return
+        if self._subscription is None:
+            await self._open()
+        wait = max(wait, 0.01)
+        now = time.monotonic()
+        credit = self._credits.setdefault(consumer, Credit())
+        credit.outstanding += count
+        credit.lapses_at = max(credit.lapses_at, now + wait + GRACE)
+        credit.heard_at = now
+        payload: dict[str, int] = {"batch": count, "expires": int(wait * NANOSECONDS)}
+        if wait > 2 * HEARTBEAT:
+            payload["idle_heartbeat"] = int(HEARTBEAT * NANOSECONDS)
+        token = f"{next(self._tokens)}-{consumer}"
+        try:
+            with mapped_errors(self._connection.servers):
+                subject = f"{self._connection.api_prefix}CONSUMER.MSG.NEXT.{self._log}.{consumer}"
+                await self._publish(subject, json.dumps(payload).encode(), self._inbox + token)
+        except BackendError as error:
+            logger.warning("%s: pull not sent: %s", consumer, error)
+
+    async def _open(self) -> None:
+        self._inbox = self._connection.client.new_inbox() + "."
+        if self._keeper is not None:
+            await self._keeper.start()
+        self._subscription = await self._connection.client.subscribe(
+            self._inbox + "*", cb=self._on_message, pending_msgs_limit=-1, pending_bytes_limit=-1
+        )
+        self._connection.background.run(self._watch())
+
+    async def close(self) -> None:
+        # The subscription stays until the backend closes: what is on its way to us is handed back, not lost until its lease runs out.
+        self._closed = True
+        self._credits.clear()
+
+    # -- deliveries
+
+    async def _on_message(self, msg: Msg) -> None:
+        if not msg.reply.startswith("$JS.ACK."):
+            self._on_status(msg)
+            return
+        delivery = NATSDelivery(msg, self)
+        credit = self._credits.get(delivery.consumer)
+        if credit is not None:
+            credit.outstanding = max(0, credit.outstanding - 1)
+            credit.heard_at = time.monotonic()
+        if self._closed:
+            await delivery.nak()
+            return
+        if self._keeper is not None:
+            self._keeper.hold(msg.reply)
+        self._on_delivery(delivery)
+
+    async def settle(self, reply: str, body: bytes) -> None:
+        """Answer a delivery and let go of its lease."""
+        if self._keeper is not None:
+            self._keeper.release(reply)
+        try:
+            with mapped_errors(self._connection.servers):
+                await self._publish(reply, body)
+        except BackendError as error:  # it will be delivered again, and found done
+            logger.warning("%s: not settled: %s", reply, error)
+
+    def abandon(self, reply: str) -> None:
+        """Let go of a lease without an answer."""
+        if self._keeper is not None:
+            self._keeper.release(reply)
+
+    # -- credit
+
+    def _on_status(self, msg: Msg) -> None:
+        headers = msg.headers or {}
+        status = headers.get("Status")
+        consumer = msg.subject[len(self._inbox) :].partition("-")[2]
+        credit = self._credits.get(consumer)
+        if credit is None:
+            return
+        credit.heard_at = time.monotonic()
+        if status == "100":
+            return
+        pending = headers.get("Nats-Pending-Messages")
+        if status == "408" and pending is not None:
+            credit.outstanding = max(0, credit.outstanding - int(pending))
+            self._on_lapse(consumer)
+        else:
+            self._lapse(consumer, f"{status} {headers.get('Description', '')}".strip(), gone=status in ("409", "503"))
+
+    def _lapse(self, consumer: str, reason: str, *, gone: bool) -> None:
+        """Give up all credit of a consumer; when the consumer itself may be gone, declare it again first."""
+        credit = self._credits.get(consumer)
+        if credit is None or credit.outstanding == 0:
+            return
+        if gone:
+            logger.warning("%s %s: pulls ended (%s)", self._log, consumer, reason)
+            self._connection.background.run(self._restore(consumer, credit))
+        else:
+            credit.outstanding = 0
+            self._on_lapse(consumer)
+
+    async def _restore(self, consumer: str, credit: Credit) -> None:
+        try:
+            await self._declare(consumer)
+        finally:
+            credit.outstanding = 0
+            if not self._closed:
+                self._on_lapse(consumer)
+
+    def _on_reconnect(self) -> None:
+        for consumer, credit in self._credits.items():
+            credit.outstanding = 0
+            self._on_lapse(consumer)
+
+    async def _watch(self) -> None:
+        """Notice credit that died in silence: a server that forgot the pull, or a consumer deleted while nobody was told."""
+        while not self._closed:
+            await asyncio.sleep(1.0)
+            now = time.monotonic()
+            for consumer, credit in list(self._credits.items()):
+                if not credit.outstanding or not self._connection.client.is_connected:
+                    continue
+                if now > credit.lapses_at or now > credit.heard_at + 2 * HEARTBEAT + GRACE:
+                    self._lapse(consumer, "no heartbeat", gone=True)
+                    credit.heard_at = now

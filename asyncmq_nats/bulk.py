@@ -1,0 +1,101 @@
+"""Many jobs at once: what a bulk entry means, and batches that are all or nothing."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+import anyio
+
+from asyncmq_nats.exceptions import AsyncMQError, BulkAddFailed, WriteRefused
+from asyncmq_nats.jobs import Job
+from asyncmq_nats.lifecycle import Lifecycle
+
+__all__ = ["add_many", "checked_entry"]
+
+BATCH: Final = 1000
+BATCHES_UNDER_WAY: Final = 4
+KEYS: Final = frozenset({"task_id", "args", "kwargs", "retries", "ttl", "backoff", "priority", "delay", "job_id", "jobId"})
+
+
+def checked_entry(entry: Mapping[str, Any], index: int) -> dict[str, Any]:
+    """Return the keyword arguments for `Queue.add` that one entry of `add_bulk` stands for.
+
+    Raises:
+        TypeError: it is not a mapping.
+        ValueError: its task is missing, or it has a key that means nothing.
+    """
+    if not isinstance(entry, Mapping):
+        raise TypeError(f"job {index} must be a mapping, not {type(entry).__name__}")
+    unknown = sorted(str(key) for key in entry if key not in KEYS)
+    if unknown:
+        raise ValueError(f"job {index} has unknown keys: {', '.join(unknown)} (known: {', '.join(sorted(KEYS))})")
+    if not isinstance(entry.get("task_id"), str):
+        raise ValueError(f"job {index} needs a task_id, a str")
+    fields = dict(entry)
+    alias = fields.pop("jobId", None)
+    if alias is not None:
+        fields.setdefault("job_id", alias)
+    return fields
+
+
+async def add_many(lifecycle: Lifecycle, jobs: Sequence[Job]) -> list[str]:
+    """Add the jobs and return their ids in order. Up to 1,000 are all or nothing; more go in batches of 1,000, each all or nothing.
+
+    Raises:
+        BulkAddFailed: of more than 1,000, some batches were added and some were not; it says which.
+        AsyncMQError: none was added.
+    """
+    for job in jobs:
+        lifecycle.first_write(job)  # nothing is sent before every job is known to be sound
+    batches = [(first, jobs[first : first + BATCH]) for first in range(0, len(jobs), BATCH)]
+    errors: dict[int, Exception] = {}
+    limit = anyio.CapacityLimiter(BATCHES_UNDER_WAY)
+
+    async def add_batch(first: int, batch: Sequence[Job]) -> None:
+        async with limit:
+            try:
+                await _add_batch(lifecycle, batch)
+            except AsyncMQError as error:
+                errors.update(dict.fromkeys(range(first, first + len(batch)), error))
+
+    async with anyio.create_task_group() as group:
+        for first, batch in batches:
+            group.start_soon(add_batch, first, batch)
+    if len(errors) == len(jobs) and errors:
+        raise errors[0]
+    if errors:
+        raise BulkAddFailed({index: job.job_id for index, job in enumerate(jobs) if index not in errors}, dict(sorted(errors.items())))
+    return [job.job_id for job in jobs]
+
+
+async def _add_batch(lifecycle: Lifecycle, batch: Sequence[Job]) -> None:
+    """Add one batch; jobs with a chosen id that exists are left out, also when one appears while this runs."""
+    while True:
+        new = await _without_existing(lifecycle, batch)
+        if not new:
+            return
+        try:
+            await lifecycle.add_batch(new)
+        except WriteRefused:
+            if not any(job.custom_id for job in new):
+                raise
+        else:
+            return
+
+
+async def _without_existing(lifecycle: Lifecycle, batch: Sequence[Job]) -> list[Job]:
+    existing: set[str] = set()
+
+    async def look_up(job_id: str) -> None:
+        if await lifecycle.exists(job_id):
+            existing.add(job_id)
+
+    async with anyio.create_task_group() as group:
+        for job_id in {job.job_id for job in batch if job.custom_id}:
+            group.start_soon(look_up, job_id)
+    seen: set[str] = set()
+    new = []
+    for job in batch:
+        if job.job_id not in existing and job.job_id not in seen:
+            new.append(job)
+        seen.add(job.job_id)
+    return new

@@ -1,0 +1,202 @@
+"""Every look into a queue. Counting costs the same for ten jobs and for ten million; lists are read page by page."""
+
+from collections.abc import AsyncIterator, Iterable
+from typing import Any, Final
+
+import anyio
+
+from asyncmq_nats.assets import QueueAssets
+from asyncmq_nats.backends.base import Backend, ConsumerState, Record
+from asyncmq_nats.exceptions import AssetMissing, InvalidJob
+from asyncmq_nats.jobs import Job, load_json
+from asyncmq_nats.states import OUTCOMES, Place, State
+from asyncmq_nats.subjects import QueueSubjects, counter_name, decode_token, encode_token, tier_name
+
+__all__ = ["Inspection"]
+
+PAGE: Final = 500
+NOTHING: Final = ConsumerState(0, 0, 0)
+PLACE_STATES: Final = {Place.DELAYED: State.DELAYED, Place.PARKED: State.WAITING_CHILDREN, Place.RELEASED: State.WAITING}
+
+
+class Inspection:
+    """Reads of one queue."""
+
+    def __init__(self, backend: Backend, subjects: QueueSubjects, assets: QueueAssets) -> None:
+        self._backend = backend
+        self._subjects = subjects
+        self._assets = assets
+
+    # -- counts
+
+    async def count_by_state(self) -> dict[State, int]:
+        """Return how many jobs are in each state.
+
+        A job that moves is counted at both ends for the milliseconds in which it is at both.
+        """
+        await self._assets.declare_all()
+        counts: dict[State, int] = dict.fromkeys(State, 0)
+
+        async def count_tier(priority: int) -> None:
+            state = await self._consumer(self._subjects.ready_log, tier_name(priority))
+            counts[State.WAITING] += state.pending
+            counts[State.ACTIVE] += state.leased
+
+        async def count_records(counter: str, state: State) -> None:
+            counts[state] += (await self._consumer(self._subjects.bucket_log, counter_name(counter))).pending
+
+        async with anyio.create_task_group() as group:
+            for priority in await self._assets.list_tiers():
+                group.start_soon(count_tier, priority)
+            for place, state in PLACE_STATES.items():
+                group.start_soon(count_records, f"later_{place}", state)
+            for outcome in OUTCOMES:
+                group.start_soon(count_records, f"done_{outcome}", outcome)
+        return counts
+
+    async def _consumer(self, log: str, name: str) -> ConsumerState:
+        state = await self._backend.look_up(log, name)
+        if state is None:  # counters are in memory and are made again
+            self._assets.forget()
+            await self._assets.declare_all()
+            state = await self._backend.look_up(log, name)
+        return state or NOTHING
+
+    # -- one job
+
+    async def find(self, job_id: str) -> Job | None:
+        """Return the job as it is now, or `None`.
+
+        A job is written where it goes before it is removed where it was, so whoever looks at both places in turn finds it.
+        """
+        token = encode_token(job_id)
+        for _ in range(3):
+            try:
+                job = await self._find_in_bucket(token)
+                if job is not None and job.status in OUTCOMES:
+                    return job
+                ready = await self._find_ready(token)
+            except AssetMissing:
+                return None
+            if ready is not None and (job is None or ready.retries >= job.retries):
+                return ready
+            if job is not None:
+                return job
+        return None
+
+    async def _find_in_bucket(self, token: str) -> Job | None:
+        subjects = self._subjects
+        records = await self._backend.last(subjects.bucket_log, subjects.later_all(token), subjects.done_all(token))
+        jobs = [job for record in records if (job := self._job_of(record)) is not None]
+        ended = next((job for job in jobs if job.status in OUTCOMES), None)
+        return ended or max(jobs, key=lambda job: job.retries, default=None)
+
+    async def _find_ready(self, token: str) -> Job | None:
+        records = await self._backend.last(self._subjects.ready_log, self._subjects.ready_any(token))
+        if not records:
+            return None
+        record = records[-1]
+        priority, _ = self._subjects.split_ready(record.subject)
+        tier = await self._backend.look_up(self._subjects.ready_log, tier_name(priority)) or NOTHING
+        return self._ready_job(record, tier)
+
+    def _ready_job(self, record: Record, tier: ConsumerState) -> Job:
+        # A ready job is active if the tier has delivered it: no write per start is needed to know.
+        state = State.ACTIVE if record.sequence <= tier.delivered_sequence else State.WAITING
+        priority, token = self._subjects.split_ready(record.subject)
+        return self._decode(record, token, status=state, priority=priority)
+
+    def _job_of(self, record: Record) -> Job | None:
+        """Return the job in a record of the bucket; `None` for markers, claims and dependents."""
+        if record.marker:
+            return None
+        token = self._subjects.token(record.subject)
+        outcome = self._subjects.outcome_state(record.subject)
+        if outcome is not None:
+            return self._decode(record, token, status=outcome)
+        place = next((place for place in Place if self._subjects.is_later(record.subject, place)), None)
+        return None if place is None else self._decode(record, token, status=PLACE_STATES[place])
+
+    @staticmethod
+    def _decode(record: Record, token: str, **known: Any) -> Job:
+        try:
+            data = load_json(record.body)
+            data.setdefault("created_at", record.time)
+            return Job.from_dict(data | {"id": decode_token(token)} | known)
+        except InvalidJob as problem:
+            return Job("?", job_id=decode_token(token), created_at=record.time, status=known["status"], last_error=str(problem))
+
+    # -- many jobs
+
+    async def read(self, state: State, *, descending: bool = False) -> AsyncIterator[Job]:
+        """Yield the jobs in a state, a page at a time: by sequence, so about in the order in which they came to that state."""
+        sources = [self._read_ready(state, descending)] if state in (State.WAITING, State.ACTIVE) else []
+        sources += [self._read_bucket(self._subjects.place(p), descending) for p, shown in PLACE_STATES.items() if shown is state]
+        if state in OUTCOMES:
+            sources.append(self._read_bucket(self._subjects.outcomes(state), descending))
+        for source in reversed(sources) if descending else sources:
+            async for job in source:
+                yield job
+
+    async def _read_bucket(self, filter: str, descending: bool) -> AsyncIterator[Job]:
+        async for record in self._records(self._subjects.bucket_log, filter, 1, None, descending):
+            job = self._job_of(record)
+            if job is not None:
+                yield job
+
+    async def _read_ready(self, state: State, descending: bool) -> AsyncIterator[Job]:
+        log = self._subjects.ready_log
+        tiers = await self._assets.list_tiers()
+        for priority in reversed(tiers) if descending else tiers:
+            tier = await self._backend.look_up(log, tier_name(priority)) or NOTHING
+            first, last = (1, tier.delivered_sequence) if state is State.ACTIVE else (tier.delivered_sequence + 1, None)
+            async for record in self._records(log, self._subjects.tier(priority), first, last, descending):
+                yield self._ready_job(record, tier)
+
+    async def _records(self, log: str, filter: str, first: int, last: int | None, descending: bool) -> AsyncIterator[Record]:
+        try:
+            reader = self._backwards(log, filter, first, last) if descending else self._forwards(log, filter, first, last)
+            async for page in reader:
+                for record in page:
+                    yield record
+        except AssetMissing:
+            return
+
+    async def _forwards(self, log: str, filter: str, first: int, last: int | None) -> AsyncIterator[list[Record]]:
+        while page := await self._backend.page(log, filter, from_sequence=first, limit=PAGE):
+            wanted = [record for record in page if last is None or record.sequence <= last]
+            yield wanted
+            if len(wanted) < len(page):
+                return
+            first = page[-1].sequence + 1
+
+    async def _backwards(self, log: str, filter: str, first: int, last: int | None) -> AsyncIterator[list[Record]]:
+        """Read windows of sequences from the end; a window that held little makes the next one larger."""
+        end = await self._backend.last_sequence(log) if last is None else last
+        width = PAGE
+        while end >= first:
+            start = max(first, end - width + 1)
+            window: list[Record] = []
+            at = start
+            while page := await self._backend.page(log, filter, from_sequence=at, limit=PAGE):
+                window += [record for record in page if record.sequence <= end]
+                if page[-1].sequence >= end or len(page) < PAGE:
+                    break
+                at = page[-1].sequence + 1
+            yield window[::-1]
+            end = start - 1
+            if len(window) < PAGE // 2:
+                width *= 4
+
+    async def slice(self, states: Iterable[State], start: int, end: int, *, ascending: bool) -> list[Job]:
+        """Return the jobs from index `start` to `end` (both included; -1: to the last), newest first unless `ascending`; state after state."""
+        found: list[Job] = []
+        index = 0
+        for state in states:
+            async for job in self.read(state, descending=not ascending):
+                if 0 <= end < index:
+                    return found
+                if index >= start:
+                    found.append(job)
+                index += 1
+        return found

@@ -1,0 +1,243 @@
+"""`Job` and its wire format: one JSON object, the same for a job that waits and for its outcome (`docs/protocol.md`)."""
+
+import math
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from time import time
+from typing import Any, Final, Self
+
+from pydantic import AliasChoices, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+from pydantic_core import PydanticSerializationError, from_json, to_json, to_jsonable_python
+
+from asyncmq_nats.exceptions import InvalidJob, InvalidJobId, NotSerializable
+from asyncmq_nats.states import State
+
+__all__ = ["WIRE_VERSION", "Job", "append_fields", "dump_json", "load_json", "new_job", "new_job_id", "validate_custom_job_id"]
+
+WIRE_VERSION: Final = 1
+
+
+def new_job_id() -> str:
+    """Return a random job id, a UUID."""
+    return str(uuid.uuid4())
+
+
+def validate_custom_job_id(job_id: object) -> str:
+    """Return the id that a producer chose for a job.
+
+    Raises:
+        TypeError: it is no string (`InvalidJobId` is a `ValueError`; AsyncMQ raises `TypeError` here).
+        InvalidJobId: it is empty, has digits only, or has a colon.
+    """
+    if not isinstance(job_id, str):
+        raise TypeError(f"job_id must be a str, not {type(job_id).__name__}")
+    if not job_id.strip():
+        raise InvalidJobId(job_id, "it is empty")
+    if job_id.isdigit():
+        raise InvalidJobId(job_id, "it has digits only: put a word before it")
+    if ":" in job_id:
+        raise InvalidJobId(job_id, "it has a ':'")
+    if len(job_id.encode()) > 200:
+        raise InvalidJobId(job_id[:40] + "…", "it is longer than 200 bytes")
+    return job_id
+
+
+@dataclass(frozen=True, slots=True, config=ConfigDict(extra="ignore"))
+class Job:
+    """One job, and how far it is. Times are Unix seconds, durations seconds.
+
+    `retries` counts the attempts that have failed, `max_retries` how many may follow the first. `backoff`: a number *b* waits `b ** retries`
+    before the next attempt, `None` not at all. The names are AsyncMQ's; on the wire, `task_id` is `task` and `job_id` is `id`.
+    """
+
+    task_id: str = Field(validation_alias=AliasChoices("task", "task_id"), min_length=1)
+    args: list[Any] = Field(default_factory=list)
+    kwargs: dict[str, Any] = Field(default_factory=dict)
+    retries: int = Field(0, ge=0)
+    max_retries: int = Field(3, ge=0)
+    backoff: float | None = Field(1.5, ge=0, allow_inf_nan=False)
+    ttl: float | None = Field(None, ge=0, allow_inf_nan=False)
+    job_id: str = Field(default_factory=new_job_id, validation_alias=AliasChoices("id", "job_id"), min_length=1)
+    created_at: float = Field(default_factory=time, allow_inf_nan=False)
+    priority: int = 5
+    repeat_every: float | str | None = None
+    depends_on: list[str] | None = None
+    deduplication: dict[str, Any] | None = None
+    active_since: float | None = None
+    delay_until: float | None = Field(None, allow_inf_nan=False)
+    custom_id: bool = False
+    """Whether the producer chose the id."""
+    errors: list[dict[str, Any]] = Field(default_factory=list)
+    """What went wrong in the attempts so far: `attempt`, `error`, `traceback`, `at`; the last ten."""
+    status: State = State.WAITING
+    result: Any = None
+    last_error: str | None = None
+    error_traceback: str | None = None
+    last_attempt: float | None = None
+    finished_at: float | None = None
+    worker: str | None = None
+    stalls: int = 0
+    """How often its worker was lost while it ran."""
+    v: int = WIRE_VERSION
+
+    @property
+    def id(self) -> str:
+        """The id of the job (AsyncMQ `Job.id`)."""
+        return self.job_id
+
+    def is_expired(self, now: float | None = None) -> bool:
+        """Return whether its time to live is over (AsyncMQ `Job.is_expired`)."""
+        return self.ttl is not None and (time() if now is None else now) - self.created_at > self.ttl
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return AsyncMQ's keys, and ours beside them."""
+        fields: dict[str, Any] = {"id": self.job_id, "task": self.task_id}
+        fields |= {name: getattr(self, name) for name in DICT_FIELDS}
+        if self.active_since is not None:
+            fields["active_since"] = self.active_since
+        return fields
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """Return the job of such a dict; unknown keys are passed over.
+
+        Raises:
+            InvalidJob: it lacks the task, or a value is of the wrong kind.
+        """
+        try:
+            job = ADAPTER.validate_python(dict(data))
+        except ValidationError as error:
+            raise InvalidJob(_first_problem(error)) from None
+        return job  # type: ignore[return-value]  # the adapter is of the class itself
+
+    @classmethod
+    def decode(cls, body: bytes, *, job_id: str | None = None, created_at: float | None = None) -> Self:
+        """Return the job in a message. The id and the time of the message stand in where the body has none; the id of the subject wins.
+
+        Raises:
+            InvalidJob: the body is not a job, or of a newer version of the format.
+        """
+        try:
+            job: Self = ADAPTER.validate_json(body)  # type: ignore[assignment]  # the adapter is of the class itself
+        except ValidationError as error:
+            raise InvalidJob(_first_problem(error)) from None
+        if job.v > WIRE_VERSION:
+            raise InvalidJob(f"its version is {job.v}, this library knows {WIRE_VERSION}: upgrade asyncmq-nats in the workers first")
+        if job_id is not None and job.job_id != job_id:
+            job = replace(job, job_id=job_id)
+        if created_at is not None and b'"created_at"' not in body:
+            job = replace(job, created_at=created_at)
+        return job
+
+    def encode(self) -> bytes:
+        """Return the JSON of a job that has not ended; what has its default is left out where the default never changes.
+
+        Raises:
+            NotSerializable: an argument is not JSON; the message names it.
+        """
+        fields: dict[str, Any] = {
+            "v": self.v,
+            "id": self.job_id,
+            "task": self.task_id,
+            "args": self.args,
+            "kwargs": self.kwargs,
+            "created_at": self.created_at,
+            "retries": self.retries,
+            "max_retries": self.max_retries,
+            "backoff": self.backoff,
+            "priority": self.priority,
+        }
+        for name in OPTIONAL_FIELDS:
+            if value := getattr(self, name):
+                fields[name] = value
+        try:
+            return dump_json(fields)
+        except NotSerializable:
+            self._blame_argument()
+            raise
+
+    def _blame_argument(self) -> None:
+        for where, value in [
+            *((f"argument {i}", arg) for i, arg in enumerate(self.args)),
+            *((f"argument {k!r}", v) for k, v in self.kwargs.items()),
+        ]:
+            dump_json(value, f"{where} of task {self.task_id!r}")
+
+
+def new_job(**fields: Any) -> Job:
+    """Return a job of these fields.
+
+    Raises:
+        InvalidJob: a value is of the wrong kind; the message names it.
+    """
+    try:
+        return Job(**fields)
+    except ValidationError as error:
+        raise InvalidJob(_first_problem(error)) from None
+
+
+ADAPTER: Final = TypeAdapter(Job)
+DICT_FIELDS: Final = (
+    "args", "kwargs", "retries", "max_retries", "backoff", "ttl", "created_at", "last_attempt", "status", "result", "last_error",
+    "error_traceback", "delay_until", "priority", "depends_on", "repeat_every", "deduplication", "errors", "finished_at", "worker", "stalls",
+)  # fmt: skip
+OPTIONAL_FIELDS: Final = ("ttl", "repeat_every", "depends_on", "deduplication", "delay_until", "custom_id", "errors", "stalls")
+
+
+def dump_json(value: Any, what: str = "the value") -> bytes:
+    """Return the value as JSON, dates, UUIDs, enums, dataclasses and models included.
+
+    Raises:
+        NotSerializable: JSON cannot hold it. NaN and infinities are no JSON: other languages' readers stop at them.
+    """
+    try:
+        body = to_json(value)
+        if (b"NaN" in body or b"Infinity" in body) and (bad := _find_non_finite(to_jsonable_python(value))) is not None:
+            raise NotSerializable(what, f"{bad} is not a JSON number")
+    except (PydanticSerializationError, ValueError, RecursionError) as error:
+        raise NotSerializable(what, str(error)) from None
+    return body
+
+
+def append_fields(body: bytes, fields: Mapping[str, Any], what: str) -> bytes:
+    """Return the JSON object `body` with fields it does not have yet appended; what it has stays as it is, byte for byte.
+
+    Raises:
+        NotSerializable: a value is not JSON.
+    """
+    return body.rstrip()[:-1] + b"," + dump_json(fields, what)[1:]
+
+
+def load_json(body: bytes) -> dict[str, Any]:
+    """Return a JSON object as a dict, with what this version does not know.
+
+    Raises:
+        InvalidJob: it is not one.
+    """
+    try:
+        value = from_json(body)
+    except ValueError as error:
+        raise InvalidJob(str(error)) from None
+    if not isinstance(value, dict):
+        raise InvalidJob("it is not an object")
+    return value
+
+
+def _find_non_finite(value: object) -> float | None:
+    if isinstance(value, float):
+        return None if math.isfinite(value) else value
+    if isinstance(value, Mapping):
+        values: Sequence[object] = list(value.values())
+    elif isinstance(value, list):
+        values = value
+    else:
+        return None
+    return next((bad for item in values if (bad := _find_non_finite(item)) is not None), None)
+
+
+def _first_problem(error: ValidationError) -> str:
+    problem = error.errors(include_url=False, include_input=False)[0]
+    where = ".".join(str(part) for part in problem["loc"])
+    return f"{where}: {problem['msg']}" if where else problem["msg"]

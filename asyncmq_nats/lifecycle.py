@@ -1,0 +1,384 @@
+"""Every transition of a job, and the only writer of its records. The rules are those of `docs/architecture.md`:
+
+1. destination first, then source; 2. the first delivery trusts, a redelivery verifies and claims; 3. what ends an attempt is fenced, and
+the first outcome wins.
+"""
+
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field, replace
+from enum import Enum, auto
+from typing import Any, Final
+
+from asyncmq_nats.assets import QueueAssets
+from asyncmq_nats.backends.base import Backend, Delivery, Expect, Record, Settled, Timer, Write
+from asyncmq_nats.exceptions import AssetMissing, BackendError, InvalidJob, PayloadTooLarge, WriteRefused
+from asyncmq_nats.jobs import Job, append_fields, dump_json, load_json
+from asyncmq_nats.retries import Failure, add_failure
+from asyncmq_nats.states import Place, State
+from asyncmq_nats.subjects import QueueSubjects, decode_token, encode_token
+
+__all__ = ["BODY_RESERVE", "Attempt", "Claim", "Lifecycle", "Verdict"]
+
+logger = logging.getLogger(__name__)
+
+LEAD: Final = 0.3
+"""A timer is set so much early, since the server looks at its timers every 0.25 s; the promoter waits out the rest."""
+MARKER_TTL: Final = 1.0
+BODY_RESERVE: Final = 64 * 1024
+"""Room that a job must leave below the server's limit, for its result or its errors."""
+BATCH: Final = 1000
+
+
+@dataclass(slots=True)
+class Attempt:
+    """One delivery of a job to this worker, and what its final write has to expect."""
+
+    delivery: Delivery
+    token: str
+    job: Job
+    expect: int = 0
+    """Sequence of the last record about the job's end: 0 on a first delivery, the claim's on a redelivery."""
+    claimed: bool = False
+    leftovers: tuple[str, ...] = ()
+    """Records of the job in transit, to be removed together with the end of the attempt."""
+    started_at: float = 0.0
+    body: bytes = field(default=b"", repr=False)
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Which of two attempts at a job is the later one."""
+        return self.delivery.sequence, self.delivery.deliveries
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """A worker's word that it runs a job that was delivered before."""
+
+    worker: str
+    message: int
+    """Sequence of the ready message: a claim on an earlier one is void."""
+    delivery: int
+    stalls: int
+    released: bool = False
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Which of two claims, or of a claim and a delivery, is the later one."""
+        return self.message, self.delivery
+
+    def encode(self) -> bytes:
+        """Return the record."""
+        return dump_json(
+            {"worker": self.worker, "message": self.message, "delivery": self.delivery, "stalls": self.stalls, "released": self.released}
+        )
+
+    @classmethod
+    def decode(cls, body: bytes) -> "Claim":
+        """Return the claim of a record."""
+        data = load_json(body)
+        return cls(data["worker"], data["message"], data["delivery"], data["stalls"], data["released"])
+
+
+class Verdict(Enum):
+    """What became of a delivery that was not run, or of a write that was refused."""
+
+    DONE = auto()
+    """The job has its outcome, or goes on elsewhere: the message may go."""
+    STALE = auto()
+    """Another worker is in charge: touch nothing."""
+
+
+class Lifecycle:
+    """The transitions of the jobs of one queue."""
+
+    def __init__(self, backend: Backend, subjects: QueueSubjects, assets: QueueAssets, worker: str = "") -> None:
+        self._backend = backend
+        self._subjects = subjects
+        self._assets = assets
+        self._settings = backend.settings
+        self._worker = worker
+
+    # -- add
+
+    async def add(self, job: Job) -> str:
+        """Store a new job where it belongs and return its id: the existing one if the producer chose an id that exists.
+
+        Raises:
+            NotSerializable: an argument is not JSON.
+            PayloadTooLarge: the job is too large for the server.
+            Unconfirmed: it may or may not have been added.
+        """
+        await self._assets.declare_tier(job.priority)
+        if job.custom_id and await self.exists(job.job_id):
+            return job.job_id
+        write = self.first_write(job)
+        try:
+            await self._again_when_missing(lambda: self._backend.write(self._log_of(write), write))
+        except WriteRefused:
+            if not job.custom_id:
+                raise
+        return job.job_id
+
+    async def add_batch(self, jobs: Sequence[Job]) -> None:
+        """Store up to 1,000 new jobs, all or none.
+
+        One batch is in one log: if any of them goes through the scheduler bucket, all of them do.
+
+        Raises:
+            WriteRefused: one of them exists.
+        """
+        for priority in {job.priority for job in jobs}:
+            await self._assets.declare_tier(priority)
+        in_bucket = any(job.custom_id or job.delay_until is not None for job in jobs)
+        writes = [self.first_write(job, in_bucket=in_bucket) for job in jobs]
+        await self._again_when_missing(lambda: self._backend.write(self._log_of(writes[0]), *writes))
+
+    async def _again_when_missing(self, write: Callable[[], Awaitable[int]]) -> int:
+        try:
+            return await write()
+        except AssetMissing:  # deleted since this process declared it
+            self._assets.forget()
+            await self._assets.declare()
+            return await write()
+
+    def _log_of(self, write: Write) -> str:
+        return self._subjects.bucket_log if write.subject.startswith("$KV.") else self._subjects.ready_log
+
+    def first_write(self, job: Job, *, in_bucket: bool = False) -> Write:
+        """Return the write that adds the job. `in_bucket`: also a job that could be run at once goes through the scheduler bucket.
+
+        Raises:
+            NotSerializable, PayloadTooLarge: as for `add`.
+        """
+        token, body = encode_token(job.job_id), job.encode()
+        limit = self._backend.max_body - BODY_RESERVE
+        if len(body) > limit:
+            raise PayloadTooLarge(f"job {job.job_id!r} of task {job.task_id!r}", len(body), limit)
+        nothing = Expect(self._subjects.later_all(token))
+        if job.delay_until is not None:
+            return self._delayed(token, body, job.delay_until, nothing)
+        if job.custom_id or in_bucket:
+            return Write(self._subjects.later(token, Place.RELEASED), body, nothing)
+        return Write(self._subjects.ready(job.priority, token), body, message_id=job.job_id)
+
+    def _delayed(self, token: str, body: bytes, run_at: float, expect: Expect | None) -> Write:
+        timer = Timer(run_at - LEAD, self._subjects.later(token, Place.RELEASED))
+        return Write(self._subjects.later(token, Place.DELAYED), body, expect, timer=timer)
+
+    async def exists(self, job_id: str) -> bool:
+        """Return whether the queue has a job with that id, in any state."""
+        token = encode_token(job_id)
+        bucket = await self._backend.last(self._subjects.bucket_log, self._subjects.later_all(token), self._subjects.done_all(token))
+        if any(not record.marker for record in bucket):
+            return True
+        return bool(await self._backend.last(self._subjects.ready_log, self._subjects.ready_any(token)))
+
+    # -- begin
+
+    async def begin(self, delivery: Delivery) -> Attempt | Verdict:
+        """Return the attempt that a delivery stands for, or why there is nothing to run.
+
+        Raises:
+            InvalidJob: the message is not a job; `reject` it.
+        """
+        _, token = self._subjects.split_ready(delivery.subject)
+        body = delivery.body
+        job = Job.decode(body, job_id=decode_token(token), created_at=delivery.time)
+        attempt = Attempt(delivery, token, job, body=body)
+        if delivery.deliveries == 1:
+            return attempt
+        return await self._verify(attempt)
+
+    async def _verify(self, attempt: Attempt) -> Attempt | Verdict:
+        """Rule 2: find out what an earlier delivery came to, and claim the job if it came to nothing."""
+        token, subjects = attempt.token, self._subjects
+        while True:
+            records = await self._backend.last(subjects.bucket_log, subjects.later_all(token), subjects.done_all(token))
+            done = [record for record in records if not subjects.is_later(record.subject, Place.RELEASED) and self._is_done(record)]
+            if any(not record.marker and subjects.outcome_state(record.subject) for record in done):
+                return Verdict.DONE
+            later = [record for record in records if not self._is_done(record) and not record.marker]
+            if any(Job.decode(record.body).retries > attempt.job.retries for record in later):
+                return Verdict.DONE
+            claim = next((Claim.decode(r.body) for r in done if subjects.is_claim(r.subject) and not r.marker), None)
+            if claim is not None and claim.order >= attempt.order:
+                return Verdict.STALE
+            ours = Claim(self._worker, *attempt.order, stalls=_count_stalls(claim, attempt))
+            last = max((record.sequence for record in done), default=0)
+            write = Write(subjects.claim(token), ours.encode(), Expect(subjects.done_all(token), last))
+            try:
+                sequence = await self._backend.write(subjects.bucket_log, write)
+            except WriteRefused:
+                continue
+            leftovers = tuple(record.subject for record in later)
+            job = replace(attempt.job, stalls=ours.stalls)
+            return replace(attempt, job=job, expect=sequence, claimed=True, leftovers=leftovers)
+
+    def _is_done(self, record: Record) -> bool:
+        return ".done." in record.subject
+
+    # -- end
+
+    async def complete(self, attempt: Attempt, result: Any, settle: Callable[[Write, Settled], Awaitable[None]]) -> None:
+        """Record the result. `settle` learns of the confirmation or the refusal; see `settled`.
+
+        Raises:
+            NotSerializable: the result is not JSON.
+            PayloadTooLarge: the outcome is too large for the server.
+        """
+        write = self._outcome(attempt, State.COMPLETED, {"result": result}, f"the result of task {attempt.job.task_id!r}")
+        if attempt.claimed:
+            await self._write_claimed(attempt, write, settle)
+        else:
+
+            async def on_settled(result: Settled) -> None:
+                await settle(write, result)
+
+            await self._backend.send(self._subjects.bucket_log, write, on_settled)
+
+    async def fail(self, attempt: Attempt, failure: Failure, settle: Callable[[Write, Settled], Awaitable[None]]) -> None:
+        """Record a failure for good."""
+        job = add_failure(attempt.job, failure)
+        fields = {"errors": job.errors, "retries": job.retries, "last_error": failure.error, "error_traceback": failure.traceback}
+        await self._write_claimed(attempt, self._outcome(attempt, State.FAILED, fields, "the failure"), settle)
+
+    async def expire(self, attempt: Attempt, settle: Callable[[Write, Settled], Awaitable[None]]) -> None:
+        """Record that the job's time to live was over before it started."""
+        error = f"not started within its time to live of {attempt.job.ttl:g} s"
+        await self._write_claimed(attempt, self._outcome(attempt, State.EXPIRED, {"last_error": error}, "the expiry"), settle)
+
+    async def retry(self, attempt: Attempt, failure: Failure, delay: float, settle: Callable[[Write, Settled], Awaitable[None]]) -> None:
+        """Schedule the next attempt, `delay` seconds from now."""
+        job = replace(add_failure(attempt.job, failure), stalls=0, status=State.WAITING)
+        await self._reschedule(attempt, job, self._backend.now() + delay if delay > 0 else None, settle)
+
+    async def postpone(self, attempt: Attempt, settle: Callable[[Write, Settled], Awaitable[None]]) -> None:
+        """Move a ready job whose time is still to come to where delayed jobs wait."""
+        await self._reschedule(attempt, attempt.job, attempt.job.delay_until, settle)
+
+    async def _reschedule(
+        self, attempt: Attempt, job: Job, run_at: float | None, settle: Callable[[Write, Settled], Awaitable[None]]
+    ) -> None:
+        data = load_json(attempt.body)
+        data |= {"id": job.job_id, "created_at": job.created_at, "priority": job.priority, "retries": job.retries, "errors": job.errors}
+        data["delay_until"] = run_at
+        expect = self._fence(attempt)
+        if run_at is None:
+            write = Write(self._subjects.later(attempt.token, Place.RELEASED), dump_json(data), expect)
+        else:
+            write = self._delayed(attempt.token, dump_json(data), run_at, expect)
+        await self._write_claimed(attempt, write, settle)
+
+    async def reject(self, delivery: Delivery, problem: InvalidJob) -> None:
+        """Record a message that is not a job as failed, with what it was, so that it is neither lost nor delivered for ever."""
+        token = delivery.subject.rpartition(".")[2]
+        now = self._backend.now()
+        record = {
+            "v": 1, "id": decode_token(token), "task": "?", "created_at": delivery.time, "status": State.FAILED, "last_error": str(problem),
+            "finished_at": now, "worker": self._worker, "body": delivery.body[:100_000].decode("utf-8", "replace"),
+        }  # fmt: skip
+        subject = self._subjects.outcome(token, State.FAILED)
+        write = Write(subject, dump_json(record), Expect(self._subjects.done_all(token)), ttl=self._settings.failed_ttl)
+        try:
+            await self._backend.write(self._subjects.bucket_log, write)
+        except WriteRefused:
+            logger.warning("%s: not a job, and there is an outcome already: dropped", delivery.subject)
+        await delivery.ack()
+
+    def _outcome(self, attempt: Attempt, state: State, fields: dict[str, Any], what: str) -> Write:
+        """Return the write of an outcome: the job as it came, byte for byte, and what it came to."""
+        now = self._backend.now()
+        fields = {"status": state, **fields, "active_since": attempt.started_at or None, "finished_at": now, "worker": self._worker}
+        body = attempt.body
+        if attempt.job.stalls:
+            fields["stalls"] = attempt.job.stalls
+        if b'"created_at"' not in body:
+            fields["created_at"] = attempt.job.created_at
+        if b'"id"' not in body:
+            fields["id"] = attempt.job.job_id
+        if state is State.COMPLETED and b'"status"' not in body:
+            record = append_fields(body, fields, what)
+        else:
+            record = dump_json(load_json(body) | fields, what)
+        if len(record) > self._backend.max_body:
+            if state is State.COMPLETED:
+                raise PayloadTooLarge(what, len(record), self._backend.max_body)
+            record = dump_json({"id": attempt.job.job_id, "task": attempt.job.task_id, "truncated": True, "max_retries": 0} | fields, what)
+        ttl = self._settings.completed_ttl if state is State.COMPLETED else self._settings.failed_ttl
+        return Write(self._subjects.outcome(attempt.token, state), record, self._fence(attempt), ttl=ttl)
+
+    def _fence(self, attempt: Attempt) -> Expect:
+        return Expect(self._subjects.done_all(attempt.token), attempt.expect)
+
+    async def _write_claimed(self, attempt: Attempt, write: Write, settle: Callable[[Write, Settled], Awaitable[None]]) -> None:
+        """Write the end of an attempt, together with the removal of its claim and of what is left of it in transit."""
+        try:
+            await settle(write, await self._backend.write(self._subjects.bucket_log, write, *self._removals(attempt, write)))
+        except PayloadTooLarge:
+            raise
+        except BackendError as error:
+            await settle(write, error)
+
+    def _removals(self, attempt: Attempt, write: Write) -> list[Write]:
+        if not attempt.claimed:
+            return []
+        subjects = [self._subjects.claim(attempt.token), *attempt.leftovers]
+        return [Write(subject, b"", ttl=MARKER_TTL, marker=True) for subject in subjects if subject != write.subject]
+
+    # -- after a refusal
+
+    async def settled(self, attempt: Attempt, write: Write, result: Settled) -> Verdict:
+        """Decide what a confirmed or refused end of an attempt means; a write that may be repeated is repeated here (rule 3)."""
+        for _ in range(20):
+            if not isinstance(result, WriteRefused):
+                break
+            records = await self._backend.last(self._subjects.bucket_log, self._subjects.done_all(attempt.token))
+            verdict = self._judge(attempt, write, records)
+            if verdict is not None:
+                return verdict
+            last = max((record.sequence for record in records), default=0)
+            attempt.expect = last
+            write = replace(write, expect=self._fence(attempt))
+            try:
+                result = await self._backend.write(self._subjects.bucket_log, write, *self._removals(attempt, write))
+            except BackendError as error:
+                result = error
+        if isinstance(result, BackendError):
+            logger.error("job %s: its end could not be recorded, it will be delivered again: %s", attempt.job.job_id, result)
+            return Verdict.STALE
+        return Verdict.DONE
+
+    def _judge(self, attempt: Attempt, write: Write, records: Sequence[Record]) -> Verdict | None:
+        """Return what the records that refused a write say about it; `None`: it may be written again, expecting them."""
+        for record in records:
+            if record.marker:
+                continue
+            if self._subjects.outcome_state(record.subject) is not None:
+                if record.body != write.body:
+                    logger.warning("job %s ended otherwise meanwhile: this worker's end of it is dropped", attempt.job.job_id)
+                return Verdict.DONE
+            if self._subjects.is_claim(record.subject) and Claim.decode(record.body).order > attempt.order:
+                logger.warning("job %s was taken over by another worker: this worker's end of it is dropped", attempt.job.job_id)
+                return Verdict.STALE
+        return None
+
+    # -- hand back
+
+    async def hand_back(self, attempt: Attempt) -> None:
+        """Give a job that did not end back to the queue, without counting it as stalled."""
+        claim = Claim(self._worker, *attempt.order, stalls=attempt.job.stalls, released=True)
+        try:
+            write = Write(self._subjects.claim(attempt.token), claim.encode(), self._fence(attempt))
+            await self._backend.write(self._subjects.bucket_log, write)
+        except WriteRefused:  # another worker is in charge, or the job has ended
+            attempt.delivery.abandon()
+            return
+        await attempt.delivery.nak()
+
+
+def _count_stalls(claim: Claim | None, attempt: Attempt) -> int:
+    """Return how often the job's worker was lost, now that it is delivered again. A claim that was released is no loss."""
+    if claim is None or claim.message != attempt.delivery.sequence:
+        return 1
+    return claim.stalls + (0 if claim.released else 1)

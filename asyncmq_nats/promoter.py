@@ -1,0 +1,181 @@
+"""Released jobs become ready: each worker runs one promoter, none of them leads, and any number gives the same result.
+
+A released record is delivered by the server's timer, or at once. The promoter waits the last fraction of a second, writes the job to its
+tier expecting nothing there, and removes the record. What is repeated changes nothing.
+"""
+
+import heapq
+import itertools
+import logging
+import time
+from typing import Final
+
+import anyio
+import anyio.lowlevel
+from anyio.abc import TaskStatus
+
+from asyncmq_nats.assets import QueueAssets
+from asyncmq_nats.backends.base import Backend, Delivery, Expect, Record, Write
+from asyncmq_nats.exceptions import AsyncMQError, InvalidJob, WriteRefused
+from asyncmq_nats.jobs import Job, dump_json, load_json
+from asyncmq_nats.states import Place
+from asyncmq_nats.subjects import PROMOTER, QueueSubjects, decode_token
+
+__all__ = ["Promoter"]
+
+logger = logging.getLogger(__name__)
+
+CREDIT: Final = 512
+PULL: Final = 30.0
+HANDS: Final = 64
+"""Promotions under way at a time."""
+HELD_TOO_LONG: Final = 2.0
+LEAD: Final = 0.5
+"""No fresh delivery waits longer than this: timers are set 0.3 s early."""
+
+
+class Promoter:
+    """Moves what was released to where it can be run."""
+
+    def __init__(self, backend: Backend, subjects: QueueSubjects, assets: QueueAssets) -> None:
+        self._backend = backend
+        self._subjects = subjects
+        self._assets = assets
+        self._due: list[tuple[float, int, float, Delivery]] = []
+        self._order = itertools.count()
+        self._wake = anyio.Event()
+        self._lapsed = anyio.Event()
+        self._idle_hands: list[anyio.Event] = []
+
+    async def run(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
+        """Promote until cancelled. Started when the first pull is out."""
+        puller = self._backend.puller(self._subjects.bucket_log, self._on_delivery, self._on_lapse)
+        try:
+            async with anyio.create_task_group() as group:
+                for _ in range(HANDS):
+                    group.start_soon(self._promote_due)
+                group.start_soon(self._watch_time)
+                await puller.request(PROMOTER, CREDIT, wait=PULL)
+                task_status.started()
+                while True:
+                    self._lapsed = anyio.Event()
+                    missing = CREDIT - puller.outstanding(PROMOTER) - len(self._due)
+                    if missing > CREDIT // 2 or (missing > 0 and puller.outstanding(PROMOTER) == 0):
+                        await puller.request(PROMOTER, missing, wait=PULL)
+                    await self._lapsed.wait()
+        finally:
+            with anyio.CancelScope(shield=True):
+                await puller.close()
+                for _, _, _, delivery in self._due:
+                    await delivery.nak()
+
+    # -- what arrives
+
+    def _on_lapse(self, _: str) -> None:
+        self._lapsed.set()
+
+    def _on_delivery(self, delivery: Delivery) -> None:
+        arrived = time.monotonic()
+        heapq.heappush(self._due, (arrived + self._wait(delivery), next(self._order), arrived, delivery))
+        self._lapsed.set()
+        self._wake.set()
+
+    def _wait(self, delivery: Delivery) -> float:
+        """Return how long the job must still wait. Only the server's clock matters: the record's time stamp is of the moment it was released."""
+        try:
+            run_at = load_json(delivery.body).get("delay_until") if delivery.body else None
+        except InvalidJob:
+            return 0.0
+        if not isinstance(run_at, int | float):
+            return 0.0
+        since_release = run_at - delivery.time
+        late = self._backend.now() - delivery.time > LEAD  # delivered long after its release: the record has waited, not the server
+        return 0.0 if late or delivery.deliveries > 1 else min(max(since_release, 0.0), LEAD)
+
+    async def _watch_time(self) -> None:
+        """Wake one hand for each record whose time has come."""
+        while True:
+            self._wake = anyio.Event()
+            now = time.monotonic()
+            ready = sum(1 for _ in itertools.takewhile(lambda entry: entry[0] <= now, heapq.nsmallest(HANDS, self._due)))
+            for _ in range(min(ready, len(self._idle_hands))):
+                self._idle_hands.pop().set()
+            timeout = self._due[0][0] - now if self._due and not ready else None
+            if ready:
+                await anyio.lowlevel.checkpoint()
+            with anyio.move_on_after(timeout):
+                await self._wake.wait()
+
+    async def _promote_due(self) -> None:
+        while True:
+            if not self._due or self._due[0][0] > time.monotonic():
+                idle = anyio.Event()
+                self._idle_hands.append(idle)
+                await idle.wait()
+                continue
+            _, _, arrived, delivery = heapq.heappop(self._due)
+            await self._promote_guarded(delivery, time.monotonic() - arrived)
+            self._lapsed.set()
+
+    async def _promote_guarded(self, delivery: Delivery, held: float) -> None:
+        """One promotion, shielded: stopping a worker does not tear it."""
+        with anyio.CancelScope(shield=True):
+            try:
+                await self._promote(delivery, held)
+            except InvalidJob as problem:
+                logger.error("%s: dropped: %s", delivery.subject, problem)
+                await self._remove(delivery)
+            except AsyncMQError as error:
+                logger.warning("%s: not promoted now, tried again: %s", delivery.subject, error)
+                await delivery.nak(1.0)
+
+    # -- one record
+
+    async def _promote(self, delivery: Delivery, held: float) -> None:
+        if not delivery.body:  # a delete marker
+            await delivery.ack()
+            return
+        token = self._subjects.token(delivery.subject)
+        job = Job.decode(delivery.body, job_id=decode_token(token), created_at=delivery.time)
+        doubtful = delivery.deliveries > 1 or held > HELD_TOO_LONG or job.retries > 0 or job.custom_id
+        if doubtful and await self._is_superseded(token, job):
+            await self._remove(delivery)
+            return
+        await self._assets.declare_tier(job.priority)
+        write = Write(self._subjects.ready(job.priority, token), _ready_body(delivery.body, job), Expect(self._subjects.ready_any(token)))
+        try:
+            await self._backend.write(self._subjects.ready_log, write)
+        except WriteRefused:
+            if await self._older_attempt_is_there(token, job):
+                await delivery.nak(0.02)  # its ack is on the way
+                return
+        await self._remove(delivery)
+
+    async def _is_superseded(self, token: str, job: Job) -> bool:
+        """Return whether the job has ended, or is at a later attempt already."""
+        subjects = self._subjects
+        records = await self._backend.last(subjects.bucket_log, subjects.later_all(token), subjects.done_all(token))
+        return any(
+            not record.marker and (subjects.outcome_state(record.subject) or self._is_later_attempt(record, job)) for record in records
+        )
+
+    def _is_later_attempt(self, record: Record, job: Job) -> bool:
+        in_transit = self._subjects.is_later(record.subject, Place.DELAYED) or self._subjects.is_later(record.subject, Place.RELEASED)
+        return in_transit and Job.decode(record.body).retries > job.retries
+
+    async def _older_attempt_is_there(self, token: str, job: Job) -> bool:
+        records = await self._backend.last(self._subjects.ready_log, self._subjects.ready_any(token))
+        return not records or Job.decode(records[-1].body).retries < job.retries
+
+    async def _remove(self, delivery: Delivery) -> None:
+        await self._backend.delete(self._subjects.bucket_log, delivery.sequence)
+        await delivery.ack()
+
+
+def _ready_body(body: bytes, job: Job) -> bytes:
+    """Return the body for the ready message: without the time that has come, which would only be looked at again."""
+    if job.delay_until is None:
+        return body
+    data = load_json(body)
+    data.pop("delay_until", None)
+    return dump_json(data)

@@ -1,0 +1,76 @@
+"""How many jobs a worker asks for, and of which tiers. Pure functions of values.
+
+A worker asks for what it can start, and for a round trip's worth more while its jobs are shorter than a round trip.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+__all__ = ["MAX_PREFETCH", "Pace", "TierView", "prefetch_target", "should_hand_back", "tiers_to_ask"]
+
+MAX_PREFETCH: Final = 512
+MIN_HOLD: Final = 0.05
+SMOOTHING: Final = 0.2
+
+
+@dataclass(frozen=True, slots=True)
+class TierView:
+    """What the worker knows of a tier: credit the server holds for it, and how many jobs wait behind its last delivery."""
+
+    priority: int
+    outstanding: int
+    pending: int
+
+
+@dataclass(slots=True)
+class Pace:
+    """Moving averages: how long a job takes (seconds), and how long the server takes to answer a pull that it can serve (seconds)."""
+
+    job_seconds: float = math.inf
+    refill_seconds: float = 0.001
+
+    def learn_job(self, seconds: float) -> None:
+        """Take in the duration of one more job."""
+        self.job_seconds = seconds if math.isinf(self.job_seconds) else self.job_seconds + SMOOTHING * (seconds - self.job_seconds)
+
+    def learn_refill(self, seconds: float) -> None:
+        """Take in the answer time of one more pull."""
+        self.refill_seconds += SMOOTHING * (min(seconds, 0.1) - self.refill_seconds)
+
+
+def prefetch_target(concurrency: int, pace: Pace) -> int:
+    """Return how many jobs to hold beyond the free slots: as many as start while a pull is answered (Little's law), twice over.
+
+    Jobs of a millisecond: a few per slot. Jobs much longer than a round trip: none, so that nothing is hostage here while another
+    worker idles.
+    """
+    if math.isinf(pace.job_seconds):
+        return 0
+    started_meanwhile = concurrency * pace.refill_seconds / max(pace.job_seconds, 1e-5)
+    if started_meanwhile < 0.5:
+        return 0
+    return min(MAX_PREFETCH, math.ceil(2 * started_meanwhile))
+
+
+def tiers_to_ask(tiers: Sequence[TierView], wanted: int, capacity: int) -> list[tuple[int, int]]:
+    """Return (priority, count) for each pull to send. `tiers` in the order in which they run.
+
+    `wanted`: jobs the worker could take in now. `capacity`: jobs it could take in when empty; small refills are put off until a third of
+    it is wanted, to save round trips. Every tier gets credit down to the first that is known to have jobs waiting: what is below it must not come.
+    """
+    pulls: list[tuple[int, int]] = []
+    for tier in tiers:
+        missing = wanted - tier.outstanding
+        if missing > 0 and (missing >= max(1, capacity // 3) or tier.outstanding == 0):
+            pulls.append((tier.priority, missing))
+        if tier.pending > 0:
+            break
+    return pulls
+
+
+def should_hand_back(held_seconds: float, pace: Pace, concurrency: int, position: int) -> bool:
+    """Return whether a held job has waited so much longer than its place in the heap explains that another worker should get it."""
+    per_job = 0.0 if math.isinf(pace.job_seconds) else pace.job_seconds / max(1, concurrency)
+    return held_seconds > max(MIN_HOLD, 4 * per_job * (position + 1))

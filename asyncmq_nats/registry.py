@@ -1,0 +1,114 @@
+"""Which task runs for which id, and how its arguments become what its annotations say."""
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from anyio import CapacityLimiter, to_thread
+from pydantic import ConfigDict, validate_call
+from pydantic.errors import PydanticUserError
+
+from asyncmq_nats.exceptions import TaskNotFound
+from asyncmq_nats.jobs import Job
+
+__all__ = ["TASK_REGISTRY", "RegisteredTask", "TaskRegistry"]
+
+
+@dataclass(frozen=True, slots=True)
+class RegisteredTask:
+    """A function that workers run, and what its jobs get when their producer does not say.
+
+    `call` validates the arguments against the annotations and calls the function; for an async one it returns the coroutine.
+    """
+
+    id: str
+    function: Callable[..., Any]
+    call: Callable[..., Any]
+    is_async: bool
+    queue: str
+    retries: int = 0
+    ttl: float | None = None
+    backoff: float | None = None
+    progress: bool = False
+
+    async def run(self, job: Job, threads: CapacityLimiter) -> Any:
+        """Run the task on the job's arguments: an async function here, a sync one in a thread."""
+        if self.is_async:
+            return await self.call(*job.args, **job.kwargs)
+        call = self.call
+
+        def run_in_thread() -> Any:
+            return call(*job.args, **job.kwargs)
+
+        return await to_thread.run_sync(run_in_thread, abandon_on_cancel=True, limiter=threads)
+
+
+class TaskRegistry(Mapping[str, RegisteredTask]):
+    """Tasks by id. A worker runs the tasks of one registry, by default those of `@task`."""
+
+    def __init__(self) -> None:
+        self._tasks: dict[str, RegisteredTask] = {}
+
+    def register(
+        self,
+        function: Callable[..., Any],
+        *,
+        queue: str,
+        name: str | None = None,
+        retries: int = 0,
+        ttl: float | None = None,
+        backoff: float | None = None,
+        progress: bool = False,
+    ) -> RegisteredTask:
+        """Add a function under its name, or `module.function`.
+
+        Raises:
+            ValueError: another function has that name already.
+        """
+        task_id = name or f"{function.__module__}.{function.__name__}"
+        known = self._tasks.get(task_id)
+        if known is not None and not _is_same(known.function, function):
+            raise ValueError(f"task {task_id!r} is registered already, for {known.function!r}: give one of them a name= of its own")
+        entry = RegisteredTask(
+            task_id, function, _validated(function), inspect.iscoroutinefunction(function), queue, retries, ttl, backoff, progress
+        )
+        self._tasks[task_id] = entry
+        return entry
+
+    def find(self, task_id: str) -> RegisteredTask:
+        """Return the task with that id.
+
+        Raises:
+            TaskNotFound: there is none.
+        """
+        try:
+            return self._tasks[task_id]
+        except KeyError:
+            raise TaskNotFound(task_id, list(self._tasks)) from None
+
+    def __getitem__(self, task_id: str) -> RegisteredTask:
+        return self._tasks[task_id]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tasks)
+
+    def __len__(self) -> int:
+        return len(self._tasks)
+
+
+TASK_REGISTRY = TaskRegistry()
+"""The registry of `@task` (AsyncMQ `TASK_REGISTRY`)."""
+
+
+def _validated(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the function with its arguments turned into what the annotations say, or as it is where pydantic knows no way."""
+    try:
+        return validate_call(function, config=ConfigDict(arbitrary_types_allowed=True))
+    except PydanticUserError:
+        return function
+
+
+def _is_same(one: Callable[..., Any], other: Callable[..., Any]) -> bool:
+    """Return whether these are one function, perhaps imported twice (a reload, or `__main__` of a spawned process)."""
+    return one is other or (one.__qualname__ == other.__qualname__ and one.__module__ == other.__module__)

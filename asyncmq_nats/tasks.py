@@ -1,0 +1,104 @@
+"""`@task`: functions that workers run, and that producers enqueue by calling a method of them."""
+
+from collections.abc import Callable
+from functools import update_wrapper
+from typing import Any, Generic, ParamSpec, TypeVar
+from weakref import WeakKeyDictionary
+
+from anyio import to_thread
+
+from asyncmq_nats.assets import DEFAULT_PRIORITY
+from asyncmq_nats.backends import default_backend
+from asyncmq_nats.backends.base import Backend
+from asyncmq_nats.queues import Queue
+from asyncmq_nats.registry import TASK_REGISTRY, RegisteredTask, TaskRegistry
+
+__all__ = ["TASK_REGISTRY", "TaskRegistry", "TaskWrapper", "list_tasks", "task"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_queues: "WeakKeyDictionary[Backend, dict[str, Queue]]" = WeakKeyDictionary()
+
+
+class TaskWrapper(Generic[P, R]):
+    """A function that is a task. Awaiting a call runs it here; `enqueue` has a worker run it (AsyncMQ `TaskWrapper`)."""
+
+    def __init__(self, entry: RegisteredTask) -> None:
+        self.entry = entry
+        self.task_id = entry.id
+        update_wrapper(self, entry.function)
+
+    async def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        """Run the function here; a sync one in a thread."""
+        if self.entry.is_async:
+            result: R = await self.entry.function(*args, **kwargs)
+            return result
+        return await to_thread.run_sync(lambda: self.entry.function(*args, **kwargs))
+
+    async def enqueue(
+        self,
+        *args: Any,
+        backend: Backend | None = None,
+        delay: float = 0,
+        priority: int = DEFAULT_PRIORITY,
+        job_id: str | None = None,
+        **kwargs: Any,
+    ) -> str:
+        """Add a job that runs the task with these arguments, on the task's queue, and return its id.
+
+        `backend`, `delay`, `priority` and `job_id` are as for `Queue.add`, and cannot be arguments of the task.
+        """
+        entry = self.entry
+        return await _queue(entry.queue, backend).add(
+            entry.id,
+            args,
+            kwargs,
+            retries=entry.retries,
+            ttl=entry.ttl,
+            backoff=entry.backoff,
+            priority=priority,
+            delay=delay or None,
+            job_id=job_id,
+        )
+
+    delay = enqueue
+    send = enqueue
+
+
+def task(
+    queue: str,
+    retries: int = 0,
+    ttl: float | None = None,
+    *,
+    backoff: float | None = 1.5,
+    name: str | None = None,
+    registry: TaskRegistry = TASK_REGISTRY,
+) -> Callable[[Callable[P, Any]], TaskWrapper[P, Any]]:
+    """Make a function a task (AsyncMQ `task`).
+
+    Args:
+        queue: the name of the queue that `enqueue` adds to.
+        retries, ttl, backoff: for the jobs that `enqueue` adds; see `Queue.add`.
+        name: the id of the task, instead of `module.function`.
+        registry: where workers find it.
+    """
+
+    def decorate(function: Callable[P, Any]) -> TaskWrapper[P, Any]:
+        entry = registry.register(function, queue=queue, name=name, retries=retries, ttl=ttl, backoff=backoff)
+        return TaskWrapper(entry)
+
+    return decorate
+
+
+def list_tasks() -> dict[str, RegisteredTask]:
+    """Return a copy of the default registry (AsyncMQ `list_tasks`)."""
+    return dict(TASK_REGISTRY)
+
+
+def _queue(name: str, backend: Backend | None) -> Queue:
+    backend = default_backend() if backend is None else backend
+    queues = _queues.setdefault(backend, {})
+    if name not in queues:
+        queues[name] = Queue(name, backend)
+    return queues[name]

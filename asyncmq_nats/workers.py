@@ -1,0 +1,69 @@
+"""`Worker` and `run_worker`: a queue's jobs run in this process, with AsyncMQ's names."""
+
+import anyio
+from anyio.abc import TaskStatus
+
+from asyncmq_nats.backends.base import Backend
+from asyncmq_nats.queues import Queue
+from asyncmq_nats.runner import Runner
+from asyncmq_nats.serving import import_tasks, run_program, run_until_signalled
+
+__all__ = ["Worker", "autodiscover_tasks", "run_worker"]
+
+
+def autodiscover_tasks(backend: Backend) -> None:
+    """Import the task modules of the settings (AsyncMQ `autodiscover_tasks`). Every way to run a worker does so."""
+    import_tasks(backend.settings.tasks)
+
+
+class Worker:
+    """Runs the jobs of one queue, with that queue's backend, concurrency and limits (AsyncMQ `Worker`).
+
+    Args:
+        queue: a `Queue`, or the name of one on the default backend.
+        concurrency: instead of the queue's.
+    """
+
+    def __init__(self, queue: Queue | str, *, concurrency: int | None = None) -> None:
+        self.queue = Queue(queue) if isinstance(queue, str) else queue
+        if concurrency is not None:
+            self.queue.concurrency = concurrency
+        self._runner: Runner | None = None
+
+    @property
+    def id(self) -> str | None:
+        """The id that this worker's outcomes carry; `None` before it runs."""
+        return None if self._runner is None else self._runner.worker
+
+    async def run(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
+        """Run jobs until `stop` or cancellation. `started()` is called when the first jobs are asked for."""
+        self._runner = self.queue.runner()
+        await self._runner.run(task_status=task_status)
+
+    def start(self) -> None:
+        """Run jobs in this thread until SIGINT or SIGTERM."""
+        run_program(self._run_as_program)
+
+    async def _run_as_program(self) -> None:
+        self._runner = self.queue.runner()
+        try:
+            await run_until_signalled(self._runner)
+        finally:
+            await self.queue.backend.close()
+
+    def stop(self) -> None:
+        """Begin to stop: no more jobs are started, those that run may finish for `shutdown_timeout` seconds, the rest is handed back."""
+        if self._runner is not None:
+            self._runner.stop()
+
+
+async def run_worker(
+    queue_name: str,
+    backend: Backend | None = None,
+    concurrency: int = 3,
+    rate_limit: int | None = None,
+    rate_interval: float = 1.0,
+    scan_interval: float | None = None,
+) -> None:
+    """Run a queue's jobs until cancelled (AsyncMQ `run_worker`)."""
+    await Queue(queue_name, backend, concurrency, rate_limit, rate_interval, scan_interval).run()

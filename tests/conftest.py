@@ -1,0 +1,97 @@
+"""Fixtures: a fresh server per test, and a connected backend of each kind."""
+
+import os
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import hypothesis
+import pytest
+
+from asyncmq_nats.backends.base import Backend
+from asyncmq_nats.backends.nats.embedded import EmbeddedServer
+from asyncmq_nats.exceptions import ServerBinaryMissing
+from asyncmq_nats.settings import Settings
+
+if TYPE_CHECKING:
+    from asyncmq_nats.backends.nats.backend import NATSBackend
+
+# An example may wait for a server; how long one takes says nothing.
+hypothesis.settings.register_profile("asyncmq", deadline=None)
+hypothesis.settings.load_profile("asyncmq")
+
+
+@pytest.fixture(scope="session")
+def anyio_backend() -> str:
+    """The event loop of every test: nats-py knows asyncio only."""
+    return "asyncio"
+
+
+@pytest.fixture
+def settings() -> Settings:
+    """Settings with short leases; a test module that needs others defines this fixture anew."""
+    return Settings(stalled_after=1.0, connect_timeout=5.0, publish_timeout=10.0, shutdown_timeout=5.0)
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[EmbeddedServer]:
+    """A running server with an empty store."""
+    embedded = EmbeddedServer(tmp_path / "nats")
+    try:
+        embedded.start()
+    except ServerBinaryMissing as error:
+        if os.environ.get("CI"):
+            raise
+        pytest.skip(str(error))
+    yield embedded
+    embedded.stop()
+
+
+@pytest.fixture
+def make_nats_backend(server: EmbeddedServer, settings: Settings) -> "Callable[[], NATSBackend]":
+    """Maker of handles on the server, not connected yet."""
+    from asyncmq_nats.backends.nats.backend import NATSBackend
+
+    return lambda: NATSBackend(servers=server.url, settings=settings)
+
+
+@pytest.fixture(params=["inmemory", "nats"])
+def make_backend(request: pytest.FixtureRequest, settings: Settings) -> Callable[[], Backend]:
+    """Maker of handles on one store, not connected yet; in memory each is the same object."""
+    if request.param == "nats":
+        make: Callable[[], Backend] = request.getfixturevalue("make_nats_backend")
+        return make
+    from asyncmq_nats.backends.inmemory import InMemoryBackend
+
+    shared = InMemoryBackend(settings=settings)
+    return lambda: shared
+
+
+@pytest.fixture
+async def backend(make_backend: Callable[[], Backend]) -> AsyncIterator[Backend]:
+    """A connected backend, of each kind in turn."""
+    connected = make_backend()
+    await connected.connect()
+    yield connected
+    await connected.close()
+
+
+@pytest.fixture
+async def twin(make_backend: Callable[[], Backend], backend: Backend) -> AsyncIterator[Backend]:
+    """A second connected handle on the store of `backend`, as another process would have; in memory the same object."""
+    connected = make_backend()
+    if connected is backend:
+        yield backend
+        return
+    await connected.connect()
+    yield connected
+    await connected.close()
+
+
+@pytest.fixture
+async def nats_backend(make_nats_backend: "Callable[[], NATSBackend]") -> "AsyncIterator[NATSBackend]":
+    """A connected backend on `server`, for what only a server can do."""
+    connected = make_nats_backend()
+    await connected.connect()
+    yield connected
+    await connected.close()

@@ -1,0 +1,69 @@
+"""What the tests of the seam have in common: someone who pulls, and patience with a bound."""
+
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+import anyio
+
+from asyncmq_nats.backends.base import Backend, Delivery
+
+T = TypeVar("T")
+PATIENCE = 10.0
+
+
+class Receiver:
+    """A puller, what it delivered and whose credit lapsed."""
+
+    def __init__(self, backend: Backend, log: str, *, extend: bool = True) -> None:
+        self.deliveries: list[Delivery] = []
+        self.lapses: list[str] = []
+        self._taken = 0
+        self._changed = anyio.Event()
+        self.puller = backend.puller(log, self._on_delivery, self._on_lapse, extend=extend)
+
+    def _on_delivery(self, delivery: Delivery) -> None:
+        self.deliveries.append(delivery)
+        self._change()
+
+    def _on_lapse(self, consumer: str) -> None:
+        self.lapses.append(consumer)
+        self._change()
+
+    def _change(self) -> None:
+        self._changed.set()
+        self._changed = anyio.Event()
+
+    async def wait_for(self, condition: Callable[[], bool]) -> None:
+        """Wait until the condition holds, looking again after every delivery and lapse."""
+        with anyio.fail_after(PATIENCE):
+            while not condition():
+                await self._changed.wait()
+
+    async def take(self, count: int = 1) -> list[Delivery]:
+        """Return the next `count` deliveries, which must have been requested."""
+        await self.wait_for(lambda: len(self.deliveries) >= self._taken + count)
+        taken = self.deliveries[self._taken : self._taken + count]
+        self._taken += count
+        return taken
+
+    async def pull(self, consumer: str, count: int = 1, *, wait: float = PATIENCE) -> list[Delivery]:
+        """Request `count` records and return them."""
+        await self.puller.request(consumer, count, wait=wait)
+        return await self.take(count)
+
+    async def pull_rest(self, consumer: str, *, wait: float = 0.0) -> list[Delivery]:
+        """Return what comes within `wait`: a bounded pull, to prove an absence."""
+        seen = len(self.lapses)
+        await self.puller.request(consumer, 100, wait=wait)
+        await self.wait_for(lambda: len(self.lapses) > seen)
+        rest = self.deliveries[self._taken :]
+        self._taken = len(self.deliveries)
+        return rest
+
+
+async def until(read: Callable[[], Awaitable[T]], condition: Callable[[T], bool]) -> T:
+    """Read until the condition holds, and return what was read. For what the server does a moment after it was told."""
+    with anyio.fail_after(PATIENCE):
+        while not condition(value := await read()):  # noqa: ASYNC110  no event says that the server is done
+            await anyio.sleep(0.01)
+    return value

@@ -1,0 +1,405 @@
+"""What the seam (`backends/base.py`) promises of logs, records and writes, for every backend.
+
+The other parts of the contract: `test_backend_contract_timers.py`, `…_leases.py`, `…_credit.py`, `…_signals.py`.
+"""
+
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from functools import partial
+
+import anyio
+import pytest
+
+from asyncmq_nats.backends.base import Backend, Consumer, Expect, Log, Record, Settled, Write
+from asyncmq_nats.exceptions import AssetMissing, BackendError, PayloadTooLarge, WriteRefused
+from tests.receiver import PATIENCE
+
+NOTES = Log("notes", ("notes.>",), timers=True)
+
+
+@pytest.fixture(autouse=True)
+async def notes(backend: Backend) -> None:
+    await backend.declare_log(NOTES)
+
+
+async def subjects(backend: Backend, filter: str = "notes.>") -> list[str]:
+    return [record.subject for record in await backend.last("notes", filter)]
+
+
+# -- life
+
+
+async def test_connecting_twice_is_harmless(backend: Backend) -> None:
+    await backend.connect()
+    assert await backend.list_logs("") == ["notes"]
+
+
+async def test_first_use_connects(make_backend: Callable[[], Backend]) -> None:
+    unconnected = make_backend()
+    assert await unconnected.list_logs("none") == []
+    await unconnected.close()
+
+
+async def test_closing_twice_is_harmless(make_backend: Callable[[], Backend]) -> None:
+    unconnected = make_backend()
+    await unconnected.close()
+    await unconnected.connect()
+    await unconnected.close()
+    await unconnected.close()
+
+
+async def test_now_is_unix_time(backend: Backend) -> None:
+    assert abs(backend.now() - time.time()) < 2
+
+
+async def test_handles_share_the_store(backend: Backend, twin: Backend) -> None:
+    await backend.write("notes", Write("notes.a", b"1"))
+    assert [record.body for record in await twin.last("notes", "notes.a")] == [b"1"]
+
+
+# -- logs
+
+
+async def test_declaring_a_log_again_is_harmless(backend: Backend, twin: Backend, caplog: pytest.LogCaptureFixture) -> None:
+    await backend.write("notes", Write("notes.a", b"1"))
+    for handle in (backend, twin):
+        await handle.declare_log(NOTES)
+    assert await subjects(backend) == ["notes.a"]
+    assert caplog.records == []
+
+
+async def test_a_log_with_other_settings_stays_and_a_warning_names_the_difference(
+    backend: Backend, twin: Backend, caplog: pytest.LogCaptureFixture
+) -> None:
+    await twin.declare_log(replace(NOTES, subjects=("notes.>", "more.>")))
+    (warning,) = caplog.records
+    assert warning.levelno == logging.WARNING
+    assert "notes" in warning.getMessage()
+    assert "more.>" in warning.getMessage()
+    with pytest.raises(BackendError):
+        await backend.write("notes", Write("more.a", b""))
+
+
+async def test_delete_log_says_whether_it_was_there(backend: Backend) -> None:
+    assert await backend.delete_log("notes")
+    assert not await backend.delete_log("notes")
+    assert await backend.list_logs("") == []
+
+
+async def test_a_log_takes_its_records_and_consumers_away(backend: Backend) -> None:
+    await backend.write("notes", Write("notes.a", b"1"))
+    await backend.declare_consumer("notes", Consumer("counter", ("notes.>",)))
+    await backend.delete_log("notes")
+    await backend.declare_log(NOTES)
+    assert await subjects(backend) == []
+    assert await backend.list_consumers("notes") == []
+
+
+async def test_list_logs_goes_by_prefix_and_is_sorted(backend: Backend) -> None:
+    for name in ("no_b", "other", "no_a"):
+        await backend.declare_log(Log(name, (f"{name}.>",)))
+    assert await backend.list_logs("no_") == ["no_a", "no_b"]
+
+
+NAMES_A_LOG: dict[str, Callable[[Backend], Awaitable[object]]] = {
+    "declare_consumer": lambda backend: backend.declare_consumer("none", Consumer("counter", ("none.>",))),
+    "list_consumers": lambda backend: backend.list_consumers("none"),
+    "look_up": lambda backend: backend.look_up("none", "counter"),
+    "pause": lambda backend: backend.pause("none", "counter", time.time() + 60),
+    "resume": lambda backend: backend.resume("none", "counter"),
+    "pause_consumer": lambda backend: backend.pause("notes", "none", time.time() + 60),
+    "write": lambda backend: backend.write("none", Write("none.a", b"")),
+    "write_batch": lambda backend: backend.write("none", Write("none.a", b""), Write("none.b", b"")),
+    "last": lambda backend: backend.last("none", "none.>"),
+    "page": lambda backend: backend.page("none", "none.>"),
+    "delete": lambda backend: backend.delete("none", 1),
+    "purge": lambda backend: backend.purge("none", "none.>"),
+}
+
+
+@pytest.mark.parametrize("operation", NAMES_A_LOG.values(), ids=NAMES_A_LOG)
+async def test_a_missing_asset_raises(backend: Backend, operation: Callable[[Backend], Awaitable[object]]) -> None:
+    with pytest.raises(AssetMissing), anyio.fail_after(PATIENCE):
+        await operation(backend)
+
+
+# -- records
+
+
+async def test_sequences_count_from_1_and_are_never_reused(backend: Backend) -> None:
+    assert await backend.write("notes", Write("notes.a", b"")) == 1
+    assert await backend.write("notes", Write("notes.b", b"")) == 2
+    await backend.purge("notes", "notes.>")
+    assert await backend.write("notes", Write("notes.a", b"")) == 3
+
+
+async def test_a_record_is_what_was_written(backend: Backend) -> None:
+    before = backend.now()
+    sequence = await backend.write("notes", Write("notes.a", b"\x00body", marker=True))
+    (record,) = await backend.last("notes", "notes.a")
+    assert record == Record("notes.a", b"\x00body", sequence, record.time, marker=True)
+    assert before - 1 < record.time < backend.now() + 1
+
+
+async def test_overwrite_replaces(backend: Backend) -> None:
+    await backend.write("notes", Write("notes.a", b"1"))
+    sequence = await backend.write("notes", Write("notes.a", b"2"))
+    assert [(record.body, record.sequence) for record in await backend.page("notes", "notes.>")] == [(b"2", sequence)]
+
+
+@pytest.mark.parametrize(
+    ("filter", "expected"),
+    [
+        ("notes.a.1", ["notes.a.1"]),
+        ("notes.*.1", ["notes.b.1", "notes.a.1"]),
+        ("notes.a.*", ["notes.a.1"]),
+        ("notes.a.>", ["notes.a.1.x", "notes.a.1"]),
+        ("notes.>", ["notes.b.1", "notes.a.1.x", "notes.a.1", "notes.a"]),
+        ("notes.*", ["notes.a"]),
+        ("notes.c", []),
+    ],
+)
+async def test_a_filter_has_one_token_for_a_star_and_one_or_more_for_an_arrow(backend: Backend, filter: str, expected: list[str]) -> None:
+    await backend.write("notes", *(Write(subject, b"") for subject in ("notes.b.1", "notes.a.1.x", "notes.a.1", "notes.a")))
+    await backend.declare_consumer("notes", Consumer("counter", (filter,)))
+    assert await subjects(backend, filter) == expected
+    assert [record.subject for record in await backend.page("notes", filter)] == expected
+    counter = await backend.look_up("notes", "counter")
+    assert counter is not None
+    assert counter.pending == len(expected)
+    assert await backend.purge("notes", filter) == len(expected)
+
+
+async def test_last_takes_any_filter_and_returns_each_record_once_by_sequence(backend: Backend) -> None:
+    await backend.write("notes", *(Write(f"notes.{name}", b"", marker=name == "c") for name in "abcd"))
+    await backend.write("notes", Write("notes.a", b"again"))
+    found = await backend.last("notes", "notes.a", "notes.*", "notes.c")
+    assert [(record.subject, record.sequence, record.marker) for record in found] == [
+        ("notes.b", 2, False),
+        ("notes.c", 3, True),
+        ("notes.d", 4, False),
+        ("notes.a", 5, False),
+    ]
+
+
+async def test_last_returns_all_however_many(backend: Backend) -> None:
+    for first in (0, 1000):
+        await backend.write("notes", *(Write(f"notes.{number}", b"") for number in range(first, first + 1000)))
+    found = await backend.last("notes", "notes.>")
+    assert [record.sequence for record in found] == list(range(1, 2001))
+
+
+async def test_page_after_page_shows_every_matching_record_once(backend: Backend) -> None:
+    await backend.write("notes", *(Write(f"notes.{'a' if number % 2 else 'b'}.{number}", b"") for number in range(25)))
+    pages = []
+    sequence = 0
+    while page := await backend.page("notes", "notes.a.*", from_sequence=sequence + 1, limit=5):
+        pages.append([record.sequence for record in page])
+        sequence = page[-1].sequence
+    assert pages == [[2, 4, 6, 8, 10], [12, 14, 16, 18, 20], [22, 24]]
+
+
+async def test_delete_says_whether_the_record_was_there(backend: Backend) -> None:
+    sequence = await backend.write("notes", Write("notes.a", b""))
+    assert await backend.delete("notes", sequence)
+    assert not await backend.delete("notes", sequence)
+    assert await subjects(backend) == []
+
+
+async def test_purge_removes_what_matches(backend: Backend) -> None:
+    await backend.write("notes", *(Write(f"notes.{name}", b"") for name in ("a.1", "b.1", "a.2")))
+    assert await backend.purge("notes", "notes.a.*") == 2
+    assert await subjects(backend) == ["notes.b.1"]
+
+
+@pytest.mark.parametrize(("before", "left"), [(0, 4), (1, 4), (3, 3), (5, 2), (99, 0)])
+async def test_purge_before_a_sequence_spares_that_one_and_what_follows(backend: Backend, before: int, left: int) -> None:
+    await backend.write("notes", *(Write(f"notes.{name}", b"") for name in ("a.1", "b.1", "a.2", "b.2", "a.3", "a.4")))
+    assert await backend.purge("notes", "notes.a.*", before=before) == 4 - left
+    assert len(await subjects(backend, "notes.a.*")) == left
+    assert len(await subjects(backend, "notes.b.*")) == 2
+
+
+@pytest.mark.parametrize(
+    ("keep", "left"), [(0, []), (1, ["notes.a.3"]), (2, ["notes.a.2", "notes.a.3"]), (9, ["notes.a.1", "notes.a.2", "notes.a.3"])]
+)
+async def test_purge_keep_spares_the_last_ones(backend: Backend, keep: int, left: list[str]) -> None:
+    await backend.write("notes", *(Write(f"notes.{name}", b"") for name in ("a.1", "a.2", "b.1", "a.3", "b.2")))
+    assert await backend.purge("notes", "notes.a.*", keep=keep) == 3 - len(left)
+    assert await subjects(backend, "notes.a.*") == left
+
+
+# -- writes
+
+
+async def test_a_body_of_max_body_is_taken(backend: Backend) -> None:
+    await backend.write("notes", Write("notes.a", b"x" * backend.max_body, expect=Expect("notes.a"), message_id="a" * 40))
+    assert await subjects(backend) == ["notes.a"]
+
+
+async def test_a_larger_body_is_refused(backend: Backend) -> None:
+    async def settle(settled: Settled) -> None:
+        raise AssertionError(settled)
+
+    large = Write("notes.a", b"x" * (backend.max_body + 1))
+    with pytest.raises(PayloadTooLarge):
+        await backend.write("notes", Write("notes.b", b""), large)
+    with pytest.raises(PayloadTooLarge):
+        await backend.send("notes", large, settle)
+    assert await subjects(backend) == []
+
+
+async def test_first_expectation_wins(backend: Backend, twin: Backend) -> None:
+    won: list[int] = []
+
+    async def contend(handle: Backend, number: int) -> None:
+        try:
+            await handle.write("notes", Write(f"notes.a.{number}", b"", expect=Expect("notes.a.>")))
+        except WriteRefused:
+            return
+        won.append(number)
+
+    with anyio.fail_after(PATIENCE):
+        async with anyio.create_task_group() as group:
+            for number in range(10):
+                group.start_soon(contend, (backend, twin)[number % 2], number)
+    assert await subjects(backend) == [f"notes.a.{number}" for number in won]
+    assert len(won) == 1
+
+
+async def test_an_expectation_is_of_the_last_matching_record(backend: Backend) -> None:
+    await backend.write("notes", Write("notes.a.1", b""))
+    last = await backend.write("notes", Write("notes.a.2", b""))
+    await backend.write("notes", Write("notes.b.1", b""))
+    for wrong in (0, last - 1, last + 1):
+        with pytest.raises(WriteRefused):
+            await backend.write("notes", Write("notes.a.3", b"", expect=Expect("notes.a.*", wrong)))
+    await backend.write("notes", Write("notes.a.3", b"", expect=Expect("notes.a.*", last)))
+
+
+async def test_an_expectation_ignores_what_was_removed(backend: Backend) -> None:
+    first = await backend.write("notes", Write("notes.a.1", b""))
+    second = await backend.write("notes", Write("notes.a.2", b""))
+    await backend.delete("notes", second)
+    third = await backend.write("notes", Write("notes.a.3", b"", expect=Expect("notes.a.*", first)))
+    await backend.purge("notes", "notes.a.*")
+    assert await backend.write("notes", Write("notes.a.4", b"", expect=Expect("notes.a.*", 0))) == third + 1
+
+
+async def test_a_marker_counts_as_a_record(backend: Backend) -> None:
+    marker = await backend.write("notes", Write("notes.a", b"", marker=True, ttl=60))
+    with pytest.raises(WriteRefused):
+        await backend.write("notes", Write("notes.b", b"", expect=Expect("notes.*", 0)))
+    await backend.write("notes", Write("notes.b", b"", expect=Expect("notes.*", marker)))
+
+
+async def test_batch_is_all_or_nothing(backend: Backend) -> None:
+    await backend.write("notes", Write("notes.taken", b"old"))
+    for place in range(3):
+        batch = [Write("notes.a", b""), Write("notes.b", b"")]
+        batch.insert(place, Write("notes.taken", b"new", expect=Expect("notes.taken", 0)))
+        with pytest.raises(WriteRefused):
+            await backend.write("notes", *batch)
+    (record,) = await backend.last("notes", "notes.>")
+    assert (record.body, record.sequence) == (b"old", 1)
+
+
+async def test_a_batch_is_written_in_order_and_returns_the_last_sequence(backend: Backend) -> None:
+    assert await backend.write("notes", *(Write(f"notes.{number}", b"") for number in range(1000))) == 1000
+    assert await subjects(backend) == [f"notes.{number}" for number in range(1000)]
+
+
+async def test_a_batch_has_between_1_and_1000_writes(backend: Backend) -> None:
+    with pytest.raises(BackendError):
+        await backend.write("notes")
+    with pytest.raises(BackendError):
+        await backend.write("notes", *(Write(f"notes.{number}", b"") for number in range(1001)))
+    assert await subjects(backend) == []
+
+
+async def test_every_write_of_a_batch_expects_the_log_before_it(backend: Backend) -> None:
+    claim = await backend.write("notes", Write("notes.done.a.claim", b""))
+    await backend.write(
+        "notes",
+        Write("notes.done.a.completed", b"", expect=Expect("notes.done.a.>", claim)),
+        Write("notes.done.a.claim", b"", marker=True, ttl=60),
+        Write("notes.later.b.released", b"", expect=Expect("notes.later.b.>", 0)),
+    )
+    assert await subjects(backend) == ["notes.done.a.completed", "notes.done.a.claim", "notes.later.b.released"]
+
+
+async def test_message_id_makes_repetition_harmless(backend: Backend, twin: Backend) -> None:
+    write = Write("notes.a", b"1", message_id="m1")
+    first = await backend.write("notes", write)
+    await backend.write("notes", Write("notes.a", b"2", message_id="m2"))
+    assert await twin.write("notes", write) == first
+    assert await twin.write("notes", replace(write, subject="notes.b")) == first
+    assert [(record.subject, record.body) for record in await backend.last("notes", "notes.>")] == [("notes.a", b"2")]
+
+
+async def test_message_id_outlives_its_record(backend: Backend) -> None:
+    write = Write("notes.a", b"1", message_id="m1")
+    first = await backend.write("notes", write)
+    await backend.purge("notes", "notes.>")
+    assert await backend.write("notes", write) == first
+    assert await subjects(backend) == []
+
+
+async def test_message_id_of_a_refused_write_is_free(backend: Backend) -> None:
+    write = Write("notes.b", b"", message_id="m1")
+    await backend.write("notes", Write("notes.a", b""))
+    with pytest.raises(WriteRefused):
+        await backend.write("notes", replace(write, expect=Expect("notes.a", 0)))
+    with pytest.raises(WriteRefused):
+        await backend.write("notes", write, Write("notes.a", b"", expect=Expect("notes.a", 0)))
+    assert await backend.write("notes", write) == 2
+
+
+async def test_a_known_message_id_refuses_a_batch(backend: Backend) -> None:
+    await backend.write("notes", Write("notes.a", b"1", message_id="m1"))
+    with pytest.raises(WriteRefused):
+        await backend.write("notes", Write("notes.a", b"2", message_id="m1"), Write("notes.b", b"2", message_id="m2"))
+    assert [(record.subject, record.body) for record in await backend.last("notes", "notes.>")] == [("notes.a", b"1")]
+
+
+async def test_an_expectation_comes_before_a_message_id(backend: Backend) -> None:
+    write = Write("notes.a", b"", message_id="m1", expect=Expect("notes.a", 0))
+    await backend.write("notes", write)
+    with pytest.raises(WriteRefused):
+        await backend.write("notes", write)
+
+
+async def test_sends_are_written_in_order_and_settled_with_their_sequences(backend: Backend) -> None:
+    settled: dict[int, Settled] = {}
+    done = anyio.Event()
+
+    async def settle(number: int, result: Settled) -> None:
+        settled[number] = result
+        if len(settled) == 20:
+            done.set()
+
+    for number in range(20):
+        await backend.send("notes", Write(f"notes.{number}", b""), partial(settle, number))
+    assert await backend.write("notes", Write("notes.last", b"")) == 21
+    with anyio.fail_after(PATIENCE):
+        await done.wait()
+    assert settled == {number: number + 1 for number in range(20)}
+
+
+async def test_a_send_that_fails_is_settled_with_the_reason(backend: Backend) -> None:
+    settled: list[Settled] = []
+    done = anyio.Event()
+
+    async def settle(result: Settled) -> None:
+        settled.append(result)
+        if len(settled) == 2:
+            done.set()
+
+    await backend.write("notes", Write("notes.a", b""))
+    await backend.send("notes", Write("notes.a", b"", expect=Expect("notes.a", 0)), settle)
+    await backend.send("none", Write("none.a", b""), settle)
+    with anyio.fail_after(PATIENCE):
+        await done.wait()
+    assert {type(result) for result in settled} == {WriteRefused, AssetMissing}

@@ -1,0 +1,150 @@
+"""The embedded server: found, started, restarted, refused, and gone afterwards."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from asyncmq_nats.backends.nats import embedded
+from asyncmq_nats.backends.nats.embedded import EmbeddedServer
+from asyncmq_nats.exceptions import BackendError, ServerBinaryMissing
+
+pytestmark = pytest.mark.usefixtures("server")  # skipped, or an error in CI, without a server program
+
+INFO = b"INFO {"
+
+
+def greet(port: int) -> bytes:
+    """Return the first bytes a server sends to a client."""
+    with socket.create_connection(("127.0.0.1", port), timeout=5) as connection:
+        return connection.recv(1024)
+
+
+def test_takes_connections_as_soon_as_start_returns(server: EmbeddedServer) -> None:
+    assert server.url == f"nats://127.0.0.1:{server.port}"
+    greeting = greet(server.port)
+    assert greeting.startswith(INFO)
+    assert b'"jetstream":true' in greeting
+
+
+def test_start_of_a_running_server_changes_nothing(server: EmbeddedServer) -> None:
+    pid = server.pid
+    server.start()
+    assert server.pid == pid
+
+
+def test_two_servers_get_different_ports(server: EmbeddedServer) -> None:
+    with EmbeddedServer() as other:
+        assert other.port != server.port
+
+
+def test_restart_after_a_kill_keeps_port_and_store(server: EmbeddedServer, tmp_path: Path) -> None:
+    port, pid = server.port, server.pid
+    kept = tmp_path / "nats" / "jetstream" / "kept"
+    kept.parent.mkdir(exist_ok=True)
+    kept.write_text("x")
+    server.kill()
+    assert server.pid is None
+    with pytest.raises(ConnectionRefusedError):
+        greet(port)
+    server.start()
+    assert server.port == port
+    assert server.pid != pid
+    assert kept.exists()
+    assert greet(port).startswith(INFO)
+
+
+def test_start_replaces_a_server_that_died(server: EmbeddedServer) -> None:
+    assert server.pid is not None
+    os.kill(server.pid, signal.SIGKILL)
+    os.waitid(os.P_PID, server.pid, os.WEXITED | os.WNOWAIT)
+    server.start()
+    assert greet(server.port).startswith(INFO)
+
+
+def test_stop_removes_a_temporary_store(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(temporary))
+    with EmbeddedServer() as server:
+        assert list(temporary.iterdir())
+        server.kill()
+        assert list(temporary.iterdir()), "a kill keeps the store"
+        server.start()
+    assert not list(temporary.iterdir())
+    server.stop()
+
+
+def test_stop_keeps_a_store_of_the_users(tmp_path: Path) -> None:
+    with EmbeddedServer(str(tmp_path / "mine")):
+        pass
+    assert (tmp_path / "mine" / "jetstream").is_dir()
+
+
+def test_stop_insists_when_the_server_does_not_listen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(embedded, "STOP_TIMEOUT", 0.1)
+    with EmbeddedServer() as server:
+        assert server.pid is not None
+        os.kill(server.pid, signal.SIGSTOP)
+    with pytest.raises(ConnectionRefusedError):
+        greet(server.port)
+
+
+def test_missing_program_is_an_error_that_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.which", lambda *args, **kwargs: None)
+    with pytest.raises(ServerBinaryMissing, match="asyncmq-nats\\[embedded\\]"):
+        EmbeddedServer().start()
+
+
+def test_program_on_the_path_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(Path(embedded._find_program()).parent))
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+    with EmbeddedServer() as server:
+        assert greet(server.port).startswith(INFO)
+
+
+def test_config_is_added(tmp_path: Path) -> None:
+    with EmbeddedServer(tmp_path / "store", config='server_name: "mine"\nlisten: "0.0.0.0:1"\n') as server:
+        assert b'"server_name":"mine"' in greet(server.port)
+
+
+def test_rejected_config_shows_the_servers_words(tmp_path: Path) -> None:
+    server = EmbeddedServer(tmp_path / "store", config="nonsense: 3\n")
+    with pytest.raises(BackendError, match='unknown field "nonsense"'):
+        server.start()
+    assert server.pid is None
+
+
+def test_port_in_use_shows_the_servers_words(server: EmbeddedServer, tmp_path: Path) -> None:
+    with pytest.raises(BackendError, match="address already in use"):
+        EmbeddedServer(tmp_path / "other", port=server.port).start()
+
+
+def test_server_that_is_never_ready_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(embedded, "START_TIMEOUT", 0.05)
+    monkeypatch.setattr(embedded, "READY", b"never written")
+    server = EmbeddedServer()
+    with pytest.raises(BackendError, match=r"not ready within 0\.05 s"):
+        server.start()
+    assert server.pid is None
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no lock there")
+def test_store_is_served_by_one_server_only(server: EmbeddedServer, tmp_path: Path) -> None:
+    with pytest.raises(BackendError, match="another nats-server already serves"):
+        EmbeddedServer(tmp_path / "nats").start()
+    assert greet(server.port).startswith(INFO)
+
+
+def test_server_ends_with_the_interpreter() -> None:
+    program = "from asyncmq_nats.backends.nats.embedded import EmbeddedServer as E; s = E(); s.start(); print(s.port, s._temporary.name)"
+    output = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True, timeout=30)
+    port, store = output.stdout.split()
+    with pytest.raises(ConnectionRefusedError):
+        greet(int(port))
+    assert not Path(store).exists()
+    assert output.stderr == ""
