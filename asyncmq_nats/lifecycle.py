@@ -8,6 +8,7 @@ import logging
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum, auto
+from functools import partial
 from typing import Any, Final
 
 from asyncmq_nats.assets import QueueAssets
@@ -21,6 +22,9 @@ from asyncmq_nats.subjects import QueueSubjects, decode_token, encode_token
 __all__ = ["BODY_RESERVE", "Attempt", "Claim", "Lifecycle", "Verdict"]
 
 logger = logging.getLogger(__name__)
+
+SettleEnd = Callable[[Write, Settled], None]
+"""Learns whether the write that ends an attempt was confirmed or refused."""
 
 LEAD: Final = 0.3
 """A timer is set so much early, since the server looks at its timers every 0.25 s; the promoter waits out the rest."""
@@ -220,7 +224,7 @@ class Lifecycle:
 
     # -- end
 
-    async def complete(self, attempt: Attempt, result: Any, settle: Callable[[Write, Settled], Awaitable[None]]) -> None:
+    async def complete(self, attempt: Attempt, result: Any, settle: SettleEnd) -> None:
         """Record the result. `settle` learns of the confirmation or the refusal; see `settled`.
 
         Raises:
@@ -231,35 +235,29 @@ class Lifecycle:
         if attempt.claimed:
             await self._write_claimed(attempt, write, settle)
         else:
+            self._backend.send(self._subjects.bucket_log, write, partial(settle, write))
 
-            async def on_settled(result: Settled) -> None:
-                await settle(write, result)
-
-            await self._backend.send(self._subjects.bucket_log, write, on_settled)
-
-    async def fail(self, attempt: Attempt, failure: Failure, settle: Callable[[Write, Settled], Awaitable[None]]) -> None:
+    async def fail(self, attempt: Attempt, failure: Failure, settle: SettleEnd) -> None:
         """Record a failure for good."""
         job = add_failure(attempt.job, failure)
         fields = {"errors": job.errors, "retries": job.retries, "last_error": failure.error, "error_traceback": failure.traceback}
         await self._write_claimed(attempt, self._outcome(attempt, State.FAILED, fields, "the failure"), settle)
 
-    async def expire(self, attempt: Attempt, settle: Callable[[Write, Settled], Awaitable[None]]) -> None:
+    async def expire(self, attempt: Attempt, settle: SettleEnd) -> None:
         """Record that the job's time to live was over before it started."""
         error = f"not started within its time to live of {attempt.job.ttl:g} s"
         await self._write_claimed(attempt, self._outcome(attempt, State.EXPIRED, {"last_error": error}, "the expiry"), settle)
 
-    async def retry(self, attempt: Attempt, failure: Failure, delay: float, settle: Callable[[Write, Settled], Awaitable[None]]) -> None:
+    async def retry(self, attempt: Attempt, failure: Failure, delay: float, settle: SettleEnd) -> None:
         """Schedule the next attempt, `delay` seconds from now."""
         job = replace(add_failure(attempt.job, failure), stalls=0, status=State.WAITING)
         await self._reschedule(attempt, job, self._backend.now() + delay if delay > 0 else None, settle)
 
-    async def postpone(self, attempt: Attempt, settle: Callable[[Write, Settled], Awaitable[None]]) -> None:
+    async def postpone(self, attempt: Attempt, settle: SettleEnd) -> None:
         """Move a ready job whose time is still to come to where delayed jobs wait."""
         await self._reschedule(attempt, attempt.job, attempt.job.delay_until, settle)
 
-    async def _reschedule(
-        self, attempt: Attempt, job: Job, run_at: float | None, settle: Callable[[Write, Settled], Awaitable[None]]
-    ) -> None:
+    async def _reschedule(self, attempt: Attempt, job: Job, run_at: float | None, settle: SettleEnd) -> None:
         data = load_json(attempt.body)
         data |= {"id": job.job_id, "created_at": job.created_at, "priority": job.priority, "retries": job.retries, "errors": job.errors}
         data["delay_until"] = run_at
@@ -284,7 +282,7 @@ class Lifecycle:
             await self._backend.write(self._subjects.bucket_log, write)
         except WriteRefused:
             logger.warning("%s: not a job, and there is an outcome already: dropped", delivery.subject)
-        await delivery.ack()
+        delivery.ack()
 
     def _outcome(self, attempt: Attempt, state: State, fields: dict[str, Any], what: str) -> Write:
         """Return the write of an outcome: the job as it came, byte for byte, and what it came to."""
@@ -311,14 +309,14 @@ class Lifecycle:
     def _fence(self, attempt: Attempt) -> Expect:
         return Expect(self._subjects.done_all(attempt.token), attempt.expect)
 
-    async def _write_claimed(self, attempt: Attempt, write: Write, settle: Callable[[Write, Settled], Awaitable[None]]) -> None:
+    async def _write_claimed(self, attempt: Attempt, write: Write, settle: SettleEnd) -> None:
         """Write the end of an attempt, together with the removal of its claim and of what is left of it in transit."""
         try:
-            await settle(write, await self._backend.write(self._subjects.bucket_log, write, *self._removals(attempt, write)))
+            settle(write, await self._backend.write(self._subjects.bucket_log, write, *self._removals(attempt, write)))
         except PayloadTooLarge:
             raise
         except BackendError as error:
-            await settle(write, error)
+            settle(write, error)
 
     def _removals(self, attempt: Attempt, write: Write) -> list[Write]:
         if not attempt.claimed:
@@ -374,7 +372,7 @@ class Lifecycle:
         except WriteRefused:  # another worker is in charge, or the job has ended
             attempt.delivery.abandon()
             return
-        await attempt.delivery.nak()
+        attempt.delivery.nak()
 
 
 def _count_stalls(claim: Claim | None, attempt: Attempt) -> int:

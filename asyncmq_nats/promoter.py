@@ -67,7 +67,7 @@ class Promoter:
             with anyio.CancelScope(shield=True):
                 await puller.close()
                 for _, _, _, delivery in self._due:
-                    await delivery.nak()
+                    delivery.nak()
 
     # -- what arrives
 
@@ -127,13 +127,13 @@ class Promoter:
                 await self._remove(delivery)
             except AsyncMQError as error:
                 logger.warning("%s: not promoted now, tried again: %s", delivery.subject, error)
-                await delivery.nak(1.0)
+                delivery.nak(1.0)
 
     # -- one record
 
     async def _promote(self, delivery: Delivery, held: float) -> None:
         if not delivery.body:  # a delete marker
-            await delivery.ack()
+            delivery.ack()
             return
         token = self._subjects.token(delivery.subject)
         job = Job.decode(delivery.body, job_id=decode_token(token), created_at=delivery.time)
@@ -147,7 +147,7 @@ class Promoter:
             await self._backend.write(self._subjects.ready_log, write)
         except WriteRefused:
             if await self._older_attempt_is_there(token, job):
-                await delivery.nak(0.02)  # its ack is on the way
+                delivery.nak(0.02)  # its ack is on the way
                 return
         await self._remove(delivery)
 
@@ -169,7 +169,7 @@ class Promoter:
 
     async def _remove(self, delivery: Delivery) -> None:
         await self._backend.delete(self._subjects.bucket_log, delivery.sequence)
-        await delivery.ack()
+        delivery.ack()
 
 
 def _ready_body(body: bytes, job: Job) -> bytes:

@@ -6,7 +6,6 @@ import os
 import socket
 import time
 import uuid
-from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final
@@ -18,7 +17,7 @@ from anyio.lowlevel import checkpoint
 from asyncmq_nats.assets import TIER_SIGNAL, QueueAssets
 from asyncmq_nats.backends.base import Backend, Delivery, Puller, Settled, Signal, Write
 from asyncmq_nats.exceptions import AsyncMQError, InvalidJob, NotSerializable, PayloadTooLarge
-from asyncmq_nats.lifecycle import Attempt, Lifecycle, Verdict
+from asyncmq_nats.lifecycle import Attempt, Lifecycle, SettleEnd, Verdict
 from asyncmq_nats.promoter import Promoter
 from asyncmq_nats.pull_policy import Pace, TierView, prefetch_target, should_hand_back, tiers_to_ask
 from asyncmq_nats.registry import TaskRegistry
@@ -36,8 +35,6 @@ HELD_CHECK: Final = 0.05
 UNSETTLED_PER_SLOT: Final = 4
 TURN: Final = 0.0005
 """A slot that runs jobs that never wait yields to the others after so many seconds."""
-
-Settle = Callable[[Write, Settled], Awaitable[None]]
 
 
 def new_worker_id() -> str:
@@ -251,7 +248,7 @@ class Runner:
             if isinstance(attempt, Attempt):
                 await self._lifecycle.hand_back(attempt)
             else:  # delivered before: its claim, or the lack of one, stays as it is
-                await delivery.nak()
+                delivery.nak()
         except AsyncMQError as error:
             logger.warning("%s: not handed back, it comes back when its lease is over: %s", delivery.subject, error)
             delivery.abandon()
@@ -293,7 +290,7 @@ class Runner:
             await self._lifecycle.reject(delivery, problem)
             return
         if isinstance(attempt, Verdict):
-            await self._leave(delivery, attempt)
+            self._leave(delivery, attempt)
             return
         job, now = attempt.job, self._backend.now()
         settle = partial(self._settle, attempt)
@@ -309,7 +306,7 @@ class Runner:
             attempt.started_at = now
             await self._run(attempt, settle)
 
-    async def _run(self, attempt: Attempt, settle: Settle) -> None:
+    async def _run(self, attempt: Attempt, settle: SettleEnd) -> None:
         started = time.monotonic()
         failure: Failure | None = None
         result: Any = None
@@ -336,14 +333,14 @@ class Runner:
 
     # -- report
 
-    async def _report_result(self, attempt: Attempt, result: Any, settle: Settle) -> None:
+    async def _report_result(self, attempt: Attempt, result: Any, settle: SettleEnd) -> None:
         try:
             await self._lifecycle.complete(attempt, result, settle)
         except (NotSerializable, PayloadTooLarge) as error:  # another attempt would come to the same
             logger.warning("job %s (%s) failed: %s", attempt.job.job_id, attempt.job.task_id, error)
             await self._lifecycle.fail(attempt, Failure(f"{type(error).__name__}: {error}", "", self._backend.now()), settle)
 
-    async def _report_failure(self, attempt: Attempt, failure: Failure, settle: Settle) -> None:
+    async def _report_failure(self, attempt: Attempt, failure: Failure, settle: SettleEnd) -> None:
         job = attempt.job
         delay = retry_delay(job)
         if delay is None:
@@ -353,17 +350,17 @@ class Runner:
             logger.info("job %s (%s) is retried in %g s: %s", job.job_id, job.task_id, delay, failure.error)
             await self._lifecycle.retry(attempt, failure, delay, settle)
 
-    async def _settle(self, attempt: Attempt, write: Write, result: Settled) -> None:
+    def _settle(self, attempt: Attempt, write: Write, result: Settled) -> None:
         """Learn that the end of an attempt was confirmed or refused. May be called from the backend: it must not wait for it."""
         if isinstance(result, int):
-            await attempt.delivery.ack()
+            attempt.delivery.ack()
             self._settled()
         else:
             self._group.start_soon(self._resolve, attempt, write, result)
 
     async def _resolve(self, attempt: Attempt, write: Write, result: Settled) -> None:
         try:
-            await self._leave(attempt.delivery, await self._lifecycle.settled(attempt, write, result))
+            self._leave(attempt.delivery, await self._lifecycle.settled(attempt, write, result))
         except AsyncMQError as error:
             logger.error("job %s: %s", attempt.job.job_id, error)
             attempt.delivery.abandon()
@@ -373,11 +370,12 @@ class Runner:
     def _settled(self) -> None:
         self._unsettled -= 1
         self._progress.set()
+        self._refill.set()
 
     @staticmethod
-    async def _leave(delivery: Delivery, verdict: Verdict) -> None:
+    def _leave(delivery: Delivery, verdict: Verdict) -> None:
         if verdict is Verdict.DONE:
-            await delivery.ack()
+            delivery.ack()
         else:
             delivery.abandon()
 

@@ -240,14 +240,14 @@ async def test_a_body_of_max_body_is_taken(backend: Backend) -> None:
 
 
 async def test_a_larger_body_is_refused(backend: Backend) -> None:
-    async def settle(settled: Settled) -> None:
+    def settle(settled: Settled) -> None:
         raise AssertionError(settled)
 
     large = Write("notes.a", b"x" * (backend.max_body + 1))
     with pytest.raises(PayloadTooLarge):
         await backend.write("notes", Write("notes.b", b""), large)
     with pytest.raises(PayloadTooLarge):
-        await backend.send("notes", large, settle)
+        backend.send("notes", large, settle)
     assert await subjects(backend) == []
 
 
@@ -330,6 +330,12 @@ async def test_every_write_of_a_batch_expects_the_log_before_it(backend: Backend
     assert await subjects(backend) == ["notes.done.a.completed", "notes.done.a.claim", "notes.later.b.released"]
 
 
+async def test_a_batch_cannot_expect_a_subject_that_it_has_written(backend: Backend) -> None:
+    with pytest.raises(WriteRefused):
+        await backend.write("notes", Write("notes.a", b""), Write("notes.b", b"", expect=Expect("notes.a", 0)))
+    assert await subjects(backend) == []
+
+
 async def test_message_id_makes_repetition_harmless(backend: Backend, twin: Backend) -> None:
     write = Write("notes.a", b"1", message_id="m1")
     first = await backend.write("notes", write)
@@ -364,24 +370,17 @@ async def test_a_known_message_id_refuses_a_batch(backend: Backend) -> None:
     assert [(record.subject, record.body) for record in await backend.last("notes", "notes.>")] == [("notes.a", b"1")]
 
 
-async def test_an_expectation_comes_before_a_message_id(backend: Backend) -> None:
-    write = Write("notes.a", b"", message_id="m1", expect=Expect("notes.a", 0))
-    await backend.write("notes", write)
-    with pytest.raises(WriteRefused):
-        await backend.write("notes", write)
-
-
 async def test_sends_are_written_in_order_and_settled_with_their_sequences(backend: Backend) -> None:
     settled: dict[int, Settled] = {}
     done = anyio.Event()
 
-    async def settle(number: int, result: Settled) -> None:
+    def settle(number: int, result: Settled) -> None:
         settled[number] = result
         if len(settled) == 20:
             done.set()
 
     for number in range(20):
-        await backend.send("notes", Write(f"notes.{number}", b""), partial(settle, number))
+        backend.send("notes", Write(f"notes.{number}", b""), partial(settle, number))
     assert await backend.write("notes", Write("notes.last", b"")) == 21
     with anyio.fail_after(PATIENCE):
         await done.wait()
@@ -392,14 +391,14 @@ async def test_a_send_that_fails_is_settled_with_the_reason(backend: Backend) ->
     settled: list[Settled] = []
     done = anyio.Event()
 
-    async def settle(result: Settled) -> None:
+    def settle(result: Settled) -> None:
         settled.append(result)
         if len(settled) == 2:
             done.set()
 
     await backend.write("notes", Write("notes.a", b""))
-    await backend.send("notes", Write("notes.a", b"", expect=Expect("notes.a", 0)), settle)
-    await backend.send("none", Write("none.a", b""), settle)
+    backend.send("notes", Write("notes.a", b"", expect=Expect("notes.a", 0)), settle)
+    backend.send("none", Write("none.a", b""), settle)
     with anyio.fail_after(PATIENCE):
         await done.wait()
     assert {type(result) for result in settled} == {WriteRefused, AssetMissing}

@@ -176,7 +176,7 @@ async def test_pause_stops_deliveries_and_not_leases(backend: Backend, receiver:
     assert await receiver.pull_rest("one") == []
     assert await receiver.pull_rest("one", wait=SHORT) == []
     assert [delivery.body for delivery in await receiver.pull("two")] == [b"2.a"]
-    await in_hand.ack()
+    in_hand.ack()
     await until(lambda: look_up(backend, "one"), lambda state: (state.pending, state.leased) == (1, 0))
 
 
@@ -184,7 +184,7 @@ async def test_a_pause_holds_redeliveries_back(backend: Backend, receiver: Recei
     await add(backend, "1.a")
     (delivery,) = await receiver.pull("one")
     await backend.pause("jobs", "one", backend.now() + 60)
-    await delivery.nak()
+    delivery.nak()
     assert await receiver.pull_rest("one", wait=SHORT) == []
 
 

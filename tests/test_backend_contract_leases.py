@@ -121,15 +121,15 @@ async def test_look_up_knows_what_waits_and_what_is_leased(backend: Backend, rec
     assert await look_up(backend, "one") == ConsumerState(pending=3, leased=0, delivered_sequence=0)
     first, _ = await receiver.pull("one", 2)
     assert await look_up(backend, "one") == ConsumerState(pending=1, leased=2, delivered_sequence=2)
-    await first.ack()
+    first.ack()
     assert (await until(lambda: look_up(backend, "one"), lambda state: state.leased == 1)).delivered_sequence == 2
 
 
 async def test_ack_removes_from_a_work_queue(backend: Backend, receiver: Receiver) -> None:
     await add(backend, "1.a")
     (delivery,) = await receiver.pull("one")
-    await delivery.ack()
-    await delivery.ack()
+    delivery.ack()
+    delivery.ack()
     await wait_until_empty(backend)
     assert await look_up(backend, "one") == ConsumerState(0, 0, 1)
 
@@ -140,7 +140,7 @@ async def test_ack_leaves_the_record_in_any_other_log(backend: Backend) -> None:
     await backend.write("news", Write("news.a", b""))
     receiver = Receiver(backend, "news", extend=False)
     (delivery,) = await receiver.pull("reader")
-    await delivery.ack()
+    delivery.ack()
     assert await receiver.pull_rest("reader", wait=2 * LEASE) == []
     assert await look_up(backend, "reader", "news") == ConsumerState(0, 0, 1)
     assert len(await backend.last("news", "news.>")) == 1
@@ -161,7 +161,7 @@ async def test_a_held_delivery_is_extended_while_the_event_loop_is_blocked(backe
     (delivery,) = await Receiver(backend, "jobs").pull("held")
     time.sleep(2.5 * LEASE)  # noqa: ASYNC251  the loop is to be blocked
     assert await Receiver(twin, "jobs").pull_rest("held", wait=2.5 * LEASE) == []
-    await delivery.ack()
+    delivery.ack()
     await wait_until_empty(backend)
 
 
@@ -177,7 +177,7 @@ async def test_an_abandoned_delivery_is_delivered_again(backend: Backend, receiv
 async def test_nak_redelivers_at_once(backend: Backend, receiver: Receiver) -> None:
     await add(backend, "1.a")
     (delivery,) = await receiver.pull("one")
-    await delivery.nak()
+    delivery.nak()
     (again,) = await receiver.pull("one")
     assert (again.sequence, again.deliveries) == (1, 2)
 
@@ -186,7 +186,7 @@ async def test_nak_with_delay_redelivers_after_it(backend: Backend, receiver: Re
     await add(backend, "1.a")
     (delivery,) = await receiver.pull("one")
     start = time.monotonic()
-    await delivery.nak(0.3)
+    delivery.nak(0.3)
     assert (await look_up(backend, "one")).leased == 1
     (again,) = await receiver.pull("one")
     assert time.monotonic() - start > 0.29
@@ -198,8 +198,8 @@ async def test_redelivery_precedes_new_records(backend: Backend, receiver: Recei
     first, second = await receiver.pull("one", 2)
     # A server takes a request and a nak in either order; by the end of the pause it has taken both.
     await backend.pause("jobs", "one", backend.now() + LEASE)
-    await first.nak()
-    await second.nak()
+    first.nak()
+    second.nak()
     again = await receiver.pull("one", 3)
     assert [(delivery.body, delivery.deliveries) for delivery in again] == [(b"1.a", 2), (b"1.b", 2), (b"1.c", 1)]
 
@@ -209,9 +209,9 @@ async def test_late_ack_is_accepted(backend: Backend, twin: Backend) -> None:
     (late,) = await Receiver(backend, "jobs", extend=False).pull("rushed")
     (current,) = await Receiver(twin, "jobs").pull("rushed")
     assert current.deliveries == 2
-    await late.ack()
+    late.ack()
     await wait_until_empty(backend)
-    await current.ack()
+    current.ack()
     assert await look_up(backend, "rushed") == ConsumerState(0, 0, 1)
 
 
@@ -220,10 +220,18 @@ async def test_overwriting_a_leased_record_ends_its_lease(backend: Backend, rece
     (old,) = await receiver.pull("one")
     await add(backend, "1.a")
     await until(lambda: look_up(backend, "one"), lambda state: (state.pending, state.leased) == (1, 0))
-    await old.ack()
+    old.ack()
     (new,) = await receiver.pull("one")
     assert (new.sequence, new.deliveries) == (2, 1)
     assert await look_up(backend, "one") == ConsumerState(0, 1, 2)
+
+
+async def test_the_purge_of_a_single_record_ends_its_lease(backend: Backend, receiver: Receiver) -> None:
+    await add(backend, "1.leased", "1.pending", *(f"7.{number}" for number in range(9)))
+    await receiver.pull("one")
+    for job in ("leased", "pending"):
+        assert await backend.purge("jobs", f"jobs.*.{job}") == 1
+    await until(lambda: look_up(backend, "one"), lambda state: (state.pending, state.leased) == (0, 0))
 
 
 @pytest.mark.parametrize("way", ["delete", "purge"])
@@ -236,7 +244,7 @@ async def test_what_is_removed_is_neither_pending_nor_leased(backend: Backend, r
     else:
         assert await backend.purge("jobs", "jobs.1.*") == 2
     await until(lambda: look_up(backend, "one"), lambda state: (state.pending, state.leased) == (0, 0))
-    await delivery.nak()
+    delivery.nak()
     assert await receiver.pull_rest("one", wait=SHORT) == []
 
 
@@ -255,5 +263,5 @@ async def test_a_closed_puller_still_extends_what_is_in_hand(backend: Backend, t
     (delivery,) = await receiver.pull("held")
     await receiver.puller.close()
     assert await Receiver(twin, "jobs").pull_rest("held", wait=3 * LEASE) == []
-    await delivery.ack()
+    delivery.ack()
     await wait_until_empty(backend)

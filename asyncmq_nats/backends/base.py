@@ -8,7 +8,7 @@ A *filter* is a subject in which `*` stands for one token and a final `>` for on
 All times are Unix seconds by the *server's* clock, all durations seconds.
 """
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -98,8 +98,8 @@ class Write:
     """One record to be written.
 
     `expect`: refused unless it holds. `ttl`: the record goes after so many seconds (1 at least). `timer`: see `Timer`.
-    `message_id`: a second write to the log with the same one within two minutes changes nothing and is confirmed like the first.
-    `removes`: subject of a record with a timer that is removed together with this write.
+    `message_id`: a second write to the log with the same one within two minutes changes nothing and is confirmed like the first; in a batch
+    it is refused. `removes`: subject of a record with a timer that is removed together with this write; refused if the record there has none.
     `marker`: the record says that its subject was deleted (a KV delete marker); give it a `ttl`, it counts as a record while it lives.
     """
 
@@ -137,10 +137,10 @@ class Delivery(Protocol):
     pending: int
     """Records of the consumer that were never delivered yet, when this one was."""
 
-    async def ack(self) -> None:
+    def ack(self) -> None:
         """Settle: done with it; in a work queue the record goes. Sent, not confirmed; accepted even when the lease has run out."""
 
-    async def nak(self, delay: float = 0.0) -> None:
+    def nak(self, delay: float = 0.0) -> None:
         """Settle: give it back, to be delivered again, to anyone, after `delay`. Sent, not confirmed."""
 
     def abandon(self) -> None:
@@ -184,8 +184,8 @@ class Signal:
 
 
 Settled = int | BackendError
-Settle = Callable[[Settled], Awaitable[None]]
-"""Called with the sequence of the record, or why there is none. Must not wait for the backend: hand work over."""
+Settle = Callable[[Settled], None]
+"""Called with the sequence of the record, or why there is none. Must not block: hand work over."""
 
 
 class Backend(Protocol):
@@ -245,8 +245,11 @@ class Backend(Protocol):
             Unconfirmed: the deadline passed.
         """
 
-    async def send(self, log: str, write: Write, settle: Settle) -> None:
-        """Like `write` for one write, but return as soon as it is on its way, and tell `settle` later. Repeated until confirmed, however long."""
+    def send(self, log: str, write: Write, settle: Settle) -> None:
+        """Like `write` for one write, but return at once, and tell `settle` later. Repeated until confirmed, however long.
+
+        Connect before.
+        """
 
     async def last(self, log: str, *filters: str) -> list[Record]:
         """Return the last record of every subject that matches any of the filters, markers included, by sequence."""

@@ -7,7 +7,6 @@ One process, one event loop, one store per instance. Where the twin and the serv
 import asyncio
 import logging
 import time
-from collections import deque
 from collections.abc import Callable
 from dataclasses import fields
 from functools import partial
@@ -76,8 +75,6 @@ class InMemoryBackend:
         self._pullers: WeakSet[InMemoryPuller] = WeakSet()
         self._subscriptions: list[InMemorySubscription] = []
         self._inboxes = count(1)
-        self._settlements: deque[tuple[Settle, Settled]] = deque()
-        self._settling: asyncio.Task[None] | None = None
 
     async def connect(self) -> None:
         """See `Backend`."""
@@ -86,9 +83,6 @@ class InMemoryBackend:
     async def close(self) -> None:
         """See `Backend`."""
         self._let_go()
-        settling, self._settling = self._settling, None
-        if settling is not None and settling is not asyncio.current_task() and settling.get_loop() is asyncio.get_running_loop():
-            await asyncio.wait([settling])
 
     def now(self) -> float:
         """See `Backend`."""
@@ -158,17 +152,14 @@ class InMemoryBackend:
         await self._give_way()
         return self._find_log(log).write(writes)
 
-    async def send(self, log: str, write: Write, settle: Settle) -> None:
+    def send(self, log: str, write: Write, settle: Settle) -> None:
         """See `Backend`."""
-        await self._give_way()
         settled: Settled
         try:
             settled = self._find_log(log).write((write,))
         except BackendError as error:
             settled = error
-        self._settlements.append((settle, settled))
-        if self._settling is None or self._settling.done():
-            self._settling = asyncio.get_running_loop().create_task(self._settle(), name="settlements of an in-memory backend")
+        asyncio.get_running_loop().call_soon(_settle, settle, settled)
 
     async def last(self, log: str, *filters: str) -> list[Record]:
         """See `Backend`."""
@@ -179,6 +170,11 @@ class InMemoryBackend:
         """See `Backend`."""
         await self._give_way()
         return self._find_log(log).page(filter, from_sequence, limit)
+
+    async def last_sequence(self, log: str) -> int:
+        """See `Backend`."""
+        await self._give_way()
+        return self._find_log(log).sequence
 
     async def delete(self, log: str, sequence: int) -> bool:
         """See `Backend`."""
@@ -236,7 +232,6 @@ class InMemoryBackend:
         if self._agenda.loop is not loop:
             if self._agenda.loop is not None:  # left behind by an event loop that ended without `close`
                 self._let_go()
-                self._settling = None
             self._agenda.start(loop)
 
     def _let_go(self) -> None:
@@ -287,15 +282,13 @@ class InMemoryBackend:
         if subscription in self._subscriptions:
             self._subscriptions.remove(subscription)
 
-    async def _settle(self) -> None:
-        while self._settlements:
-            settle, settled = self._settlements.popleft()
-            try:
-                await settle(settled)
-            except Exception:
-                # The caller's code: one settlement that fails must not take those behind it away.
-                logger.exception("a callback of send() failed on %r", settled)
-        self._settling = None
+
+def _settle(settle: Settle, settled: Settled) -> None:
+    try:
+        settle(settled)
+    except Exception:
+        # The caller's code: it must not end the event loop's turn for others.
+        logger.exception("a callback of send() failed on %r", settled)
 
 
 def warn_of_difference(kind: str, existing: Log | Consumer, wanted: Log | Consumer) -> None:

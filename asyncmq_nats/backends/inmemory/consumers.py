@@ -269,16 +269,12 @@ class InMemoryDelivery:
         self.consumer = cursor.declaration.name
         self.pending = pending
 
-    async def ack(self) -> None:
+    def ack(self) -> None:
         """See `Delivery`."""
         self._cursor.ack(self.sequence)
 
-    async def nak(self, delay: float = 0.0) -> None:
+    def nak(self, delay: float = 0.0) -> None:
         """See `Delivery`."""
-        self.give_back(delay)
-
-    def give_back(self, delay: float = 0.0) -> None:
-        """Do what `nak` does, where nothing can be awaited."""
         self._cursor.nak(self.sequence, delay)
 
     def abandon(self) -> None:
@@ -331,7 +327,7 @@ class InMemoryPuller:
     def arrive(self, delivery: InMemoryDelivery) -> None:
         """Take a delivery."""
         if self._closed:
-            delivery.give_back()
+            delivery.nak()
             return
         self._outstanding[delivery.consumer] -= 1
         self._on_delivery(delivery)

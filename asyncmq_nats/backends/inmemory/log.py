@@ -3,7 +3,7 @@
 import time
 from bisect import bisect_left
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from heapq import nlargest
 from operator import attrgetter
@@ -52,11 +52,19 @@ class StoredLog:
         self._sequence = 0
         self._message_ids: OrderedDict[str, tuple[float, int]] = OrderedDict()
 
+    @property
+    def sequence(self) -> int:
+        """The highest sequence given out."""
+        return self._sequence
+
     def write(self, writes: tuple[Write, ...]) -> int:
         """Write all or nothing; see `Backend.write`."""
         self._check(writes)
+        earlier: dict[str, Write] = {}
         for write in writes:
-            self._check_expectations(write)
+            self._check_expectation(write, earlier)
+            self._check_removal(write, earlier)
+            earlier[write.subject] = write
         self._forget_message_ids()
         known = [self._message_ids[name][1] for write in writes if (name := write.message_id) is not None and name in self._message_ids]
         if known and len(writes) > 1:
@@ -140,16 +148,25 @@ class StoredLog:
             if not matches(self.declaration.subjects, target) or (write.timer is not None and target == write.subject):
                 raise BackendError(f"a timer of log {self.declaration.name!r} cannot write to {target!r}")
 
-    def _check_expectations(self, write: Write) -> None:
-        if write.expect is not None:
-            found = max((stored.record.sequence for stored in self._subjects.find(write.expect.filter)), default=0)
-            if found != write.expect.sequence:
-                detail = f"the last record of {write.expect.filter!r} is {found}, not {write.expect.sequence}"
-                raise WriteRefused(self.declaration.name, detail)
-        if write.removes is not None:
-            stored = self._subjects.get(write.removes)
-            if stored is not None and stored.timer is None:
-                raise WriteRefused(self.declaration.name, f"the record of {write.removes!r} has no timer")
+    def _check_expectation(self, write: Write, earlier: Mapping[str, Write]) -> None:
+        """Compare with the log as it was before the batch. As on the server, a subject the batch wrote earlier cannot be expected."""
+        if write.expect is None:
+            return
+        if write.expect.filter in earlier:
+            raise WriteRefused(self.declaration.name, f"the batch has written {write.expect.filter!r} before it is expected")
+        found = max((stored.record.sequence for stored in self._subjects.find(write.expect.filter)), default=0)
+        if found != write.expect.sequence:
+            detail = f"the last record of {write.expect.filter!r} is {found}, not {write.expect.sequence}"
+            raise WriteRefused(self.declaration.name, detail)
+
+    def _check_removal(self, write: Write, earlier: Mapping[str, Write]) -> None:
+        if write.removes is None:
+            return
+        stored = self._subjects.get(write.removes)
+        timer = earlier[write.removes].timer if write.removes in earlier else stored and stored.timer
+        exists = stored is not None or write.removes in earlier
+        if write.removes == write.subject or (exists and timer is None):
+            raise WriteRefused(self.declaration.name, f"the record of {write.removes!r} has no timer")
 
     def _store(self, write: Write) -> None:
         self._drop(self._subjects.get(write.subject))

@@ -12,7 +12,7 @@ from nats.aio.subscription import Subscription as NatsSubscription
 
 from asyncmq_nats.backends.base import Consumer, ConsumerState, Delivery, Log, Puller, Record, Settle, Signal, Subscription, Write
 from asyncmq_nats.backends.nats.assets import Assets, format_time
-from asyncmq_nats.backends.nats.connection import Connection, connect_options, parse_time
+from asyncmq_nats.backends.nats.connection import Connection, Reply, connect_options, parse_time
 from asyncmq_nats.backends.nats.embedded import EmbeddedServer
 from asyncmq_nats.backends.nats.errors import CONSUMER_MISSING, STREAM_MISSING, api_error, mapped_errors
 from asyncmq_nats.backends.nats.leases import LeaseKeeper
@@ -95,6 +95,7 @@ class NATSBackend:
         connection = Connection(self.settings, self._options)
         await connection.open()
         self._writer = Writer(connection, self.settings.publish_timeout, self._last_in)
+        await self._writer.open()
         self._assets = Assets(connection, self.settings, declare=self._declare)
         self._keeper = LeaseKeeper(connect_options(self.settings, self._options), self.settings.stalled_after)
         self._connection = connection
@@ -119,6 +120,11 @@ class NATSBackend:
         if self._connection is None:
             await self.connect()
         assert self._connection is not None
+        return self._connection
+
+    def _require_connection(self) -> Connection:
+        if self._connection is None:
+            raise BackendError("not connected: connect() first")
         return self._connection
 
     def now(self) -> float:
@@ -190,10 +196,9 @@ class NATSBackend:
         await self._open_connection()
         return await self._writer.write(log, writes)
 
-    async def send(self, log: str, write: Write, settle: Settle) -> None:
-        if self._connection is None:
-            await self.connect()
-        await self._writer.send(log, write, settle)
+    def send(self, log: str, write: Write, settle: Settle) -> None:
+        self._require_connection()
+        self._writer.send(log, write, settle)
 
     async def last(self, log: str, *filters: str) -> list[Record]:
         replies = await self._direct_get(log, {"multi_last": list(filters), "batch": 1000})
@@ -223,14 +228,14 @@ class NATSBackend:
                 replies = await connection.collect(subject, body, timeout=READ_TIMEOUT, finished=_is_status)
             except TimeoutError:
                 continue
-            status = (replies[-1].headers or {}).get("Status")
+            status = replies[-1].status
             if status == "413":
                 return None
             if status == "503":  # no such stream, or its leader is being replaced
                 if "error" in await connection.call(f"STREAM.INFO.{log}") and attempt > 1:
                     raise AssetMissing(f"stream {log}")
                 continue
-            return [record for msg in replies if (record := _record(msg)) is not None]
+            return [_record(reply) for reply in replies[:-1]]
         raise BackendError(f"stream {log} does not answer direct gets at {connection.servers}: is it healthy, and is allow_direct on?")
 
     async def last_sequence(self, log: str) -> int:
@@ -245,6 +250,11 @@ class NATSBackend:
         return bool(answer.get("success", False))
 
     async def purge(self, log: str, filter: str, *, before: int | None = None, keep: int | None = None) -> int:
+        if before is not None and before <= 1:  # the server takes 0 for "no limit"
+            return 0
+        only = await self._only_record(log, filter, before) if keep is None and ("*" in filter or ">" in filter) else None
+        if only is not None:
+            return int(await self.delete(log, only.sequence))
         connection = await self._open_connection()
         payload: dict[str, Any] = {"filter": filter}
         if before is not None:
@@ -253,6 +263,14 @@ class NATSBackend:
             payload["keep"] = keep
         answer = await connection.require(f"STREAM.PURGE.{log}", payload)
         return int(answer.get("purged", 0))
+
+    async def _only_record(self, log: str, filter: str, before: int | None) -> Record | None:
+        """Return the record that a purge by a wildcard would remove, if it is one only.
+
+        nats-server (2.15.1, `filestore.PurgeEx`) then tells its consumers the filter instead of the subject, and their counts go wrong.
+        """
+        page = [record for record in await self.page(log, filter, limit=2) if before is None or record.sequence < before]
+        return page[0] if len(page) == 1 else None
 
     @staticmethod
     def _found(name: str, answer: Mapping[str, Any]) -> bool:
@@ -265,13 +283,12 @@ class NATSBackend:
     # -- leases and signals
 
     def puller(self, log: str, on_delivery: Callable[[Delivery], None], on_lapse: Callable[[str], None], *, extend: bool = True) -> Puller:
-        if self._connection is None:
-            raise BackendError("connect() before pulling")
+        connection = self._require_connection()
 
         async def declare(consumer: str) -> None:
             await self._assets.restore_consumer(log, consumer)
 
-        return NATSPuller(self._connection, log, (on_delivery, on_lapse), declare, self._keeper if extend else None)
+        return NATSPuller(connection, log, (on_delivery, on_lapse), declare, self._keeper if extend else None)
 
     async def publish(self, subject: str, body: bytes = b"") -> None:
         connection = await self._open_connection()
@@ -295,7 +312,7 @@ class NATSBackend:
             reply = (await connection.collect(subject, body, timeout=timeout, finished=bool))[0]
         except TimeoutError:
             return None
-        return None if reply.headers is not None and reply.headers.get("Status") == "503" else reply.data
+        return None if reply.status == "503" else reply.body
 
 
 class _Interest:
@@ -311,15 +328,16 @@ class _Interest:
                 await self._subscription.unsubscribe()
 
 
-def _is_status(replies: list[Msg]) -> bool:
-    headers = replies[-1].headers
-    return headers is not None and "Status" in headers
+def _is_status(replies: list[Reply]) -> bool:
+    return bool(replies[-1].status)
 
 
-def _record(msg: Msg) -> Record | None:
-    headers = msg.headers
-    if headers is None or "Nats-Sequence" not in headers:
-        return None
+def _record(reply: Reply) -> Record:
+    headers = reply.headers
     return Record(
-        headers["Nats-Subject"], msg.data, int(headers["Nats-Sequence"]), parse_time(headers["Nats-Time-Stamp"]), "KV-Operation" in headers
+        headers["Nats-Subject"],
+        reply.body,
+        int(headers["Nats-Sequence"]),
+        parse_time(headers["Nats-Time-Stamp"]),
+        "KV-Operation" in headers,
     )

@@ -12,12 +12,11 @@ import ssl
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from datetime import datetime
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import nats.errors
-from nats.aio.client import Client
-from nats.aio.msg import Msg
 
+from asyncmq_nats.backends.nats.client import DirectClient, parse_headers, status_of
 from asyncmq_nats.backends.nats.errors import api_error, mapped_errors
 from asyncmq_nats.exceptions import BackendError, ConnectionFailed, PermissionRefused, ServerUnsuitable, Unconfirmed
 from asyncmq_nats.settings import Settings
@@ -30,7 +29,22 @@ OLDEST_SERVER: Final = (2, 12, 1)
 REQUEST_TIMEOUT: Final = 5.0
 CLOCK_LIFETIME: Final = 60.0
 
-Handler = Callable[[Msg], Awaitable[None]]
+
+class Reply(NamedTuple):
+    """An answer to a request."""
+
+    body: bytes
+    raw_headers: bytes | None
+
+    @property
+    def status(self) -> str:
+        """The status code, such as `"503"`, or `""`."""
+        return status_of(self.raw_headers)
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """The headers, parsed."""
+        return parse_headers(self.raw_headers)
 
 
 def connect_options(settings: Settings, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -72,8 +86,8 @@ class Connection:
         self._settings = settings
         self._options = connect_options(settings, options)
         self._api = f"$JS.{settings.domain}.API." if settings.domain else "$JS.API."
-        self._client = Client()
-        self._handlers: dict[str, Handler] = {}
+        self._client = DirectClient()
+        self._collectors: dict[bytes, Callable[[Reply], None]] = {}
         self._tokens = itertools.count(1)
         self._inbox = ""
         self._offset = 0.0
@@ -84,8 +98,8 @@ class Connection:
         self.background = Background()
 
     @property
-    def client(self) -> Client:
-        """The nats-py client, for callers inside this package."""
+    def client(self) -> DirectClient:
+        """The client, for callers inside this package."""
         return self._client
 
     @property
@@ -115,7 +129,7 @@ class Connection:
             await self._client.close()
             raise ConnectionFailed(self.servers, str(reason) or type(reason).__name__) from error
         self._inbox = self._client.new_inbox() + "."
-        await self._client.subscribe(self._inbox + "*", cb=self._on_reply, pending_msgs_limit=-1, pending_bytes_limit=-1)
+        await self._client.listen(self._inbox + "*", self._on_reply)
         self._check_version()
 
     def _check_version(self) -> None:
@@ -128,7 +142,7 @@ class Connection:
 
     async def close(self) -> None:
         """Send what is pending and disconnect."""
-        self._handlers.clear()
+        self._collectors.clear()
         await self.background.stop()
         if not self._client.is_closed:
             try:
@@ -154,47 +168,34 @@ class Connection:
 
     # -- requests
 
-    def expect_reply(self, handler: Handler) -> str:
-        """Register a handler and return its token; replies to `reply_to(token)` go there until `forget(token)`."""
-        token = str(next(self._tokens))
-        self._handlers[token] = handler
-        return token
+    def _on_reply(self, subject: bytes, _: bytes, body: bytes, headers: bytes | None) -> None:
+        collector = self._collectors.get(subject[len(self._inbox) :])
+        if collector is not None:
+            collector(Reply(body, headers))
 
-    def reply_to(self, token: str) -> str:
-        """Return the reply subject of a token."""
-        return self._inbox + token
-
-    def forget(self, token: str) -> None:
-        """Drop the handler of a token."""
-        self._handlers.pop(token, None)
-
-    async def _on_reply(self, msg: Msg) -> None:
-        handler = self._handlers.get(msg.subject[len(self._inbox) :])
-        if handler is not None:
-            await handler(msg)
-
-    async def collect(self, subject: str, body: bytes, *, timeout: float, finished: Callable[[list[Msg]], bool]) -> list[Msg]:
+    async def collect(self, subject: str, body: bytes, *, timeout: float, finished: Callable[[list[Reply]], bool]) -> list[Reply]:
         """Send a request and return its replies, as soon as `finished` says that they are complete.
 
         Raises:
             TimeoutError: they did not become so in time.
         """
-        replies: list[Msg] = []
+        replies: list[Reply] = []
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
-        async def on_reply(msg: Msg) -> None:
-            replies.append(msg)
+        def on_reply(reply: Reply) -> None:
+            replies.append(reply)
             if finished(replies) and not done.done():
                 done.set_result(None)
 
-        token = self.expect_reply(on_reply)
+        token = str(next(self._tokens))
+        self._collectors[token.encode()] = on_reply
         try:
             async with asyncio.timeout(timeout):
                 with mapped_errors(self.servers):
-                    await self._client.publish(subject, body, reply=self.reply_to(token))
+                    self._client.post(subject, body, self._inbox + token)
                 await done
         finally:
-            self.forget(token)
+            del self._collectors[token.encode()]
         return replies
 
     async def call(self, subject: str, payload: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -212,13 +213,13 @@ class Connection:
             left = deadline - time.monotonic()
             seen, sent = len(self._refusals), time.time()
             try:
-                msg = (await self.collect(self._api + subject, body, timeout=min(REQUEST_TIMEOUT, max(left, 0.1)), finished=bool))[0]
+                reply = (await self.collect(self._api + subject, body, timeout=min(REQUEST_TIMEOUT, max(left, 0.1)), finished=bool))[0]
             except TimeoutError:
                 self._raise_refusal(subject, seen)
                 if left <= REQUEST_TIMEOUT:
                     raise Unconfirmed(f"JetStream API {subject}", self._settings.publish_timeout) from None
                 continue
-            if msg.headers is not None and msg.headers.get("Status") == "503":
+            if reply.status == "503":
                 silent += 1
                 if silent > 20 or left < 0.2:
                     raise ServerUnsuitable(
@@ -226,7 +227,7 @@ class Connection:
                     )
                 await asyncio.sleep(0.1)
                 continue
-            answer: dict[str, Any] = json.loads(msg.data)
+            answer: dict[str, Any] = json.loads(reply.body)
             if "ts" in answer:
                 self.learn_time(answer["ts"], sent, time.time())
             if answer.get("error", {}).get("code") == 503 and left > 0.3:

@@ -62,7 +62,7 @@ def api_error(subject: str, error: Mapping[str, Any]) -> BackendError:
 def write_error(log: str, error: Mapping[str, Any]) -> BackendError:
     """Return the error of a PubAck as ours."""
     code, text = error.get("err_code", 0), str(error.get("description", error))
-    if code in WRONG_LAST_SEQUENCE or code == REMOVES_REFUSED:
+    if code in WRONG_LAST_SEQUENCE or code in (REMOVES_REFUSED, DUPLICATE_IN_BATCH):
         return WriteRefused(log, text)
     return api_error(log, error)
 

@@ -12,14 +12,12 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Final
 
-from nats.aio.msg import Msg
-from nats.aio.subscription import Subscription as NatsSubscription
+import nats.errors
 
 from asyncmq_nats.backends.base import Delivery
+from asyncmq_nats.backends.nats.client import parse_headers, status_of
 from asyncmq_nats.backends.nats.connection import Connection
-from asyncmq_nats.backends.nats.errors import mapped_errors
 from asyncmq_nats.backends.nats.leases import LeaseKeeper
-from asyncmq_nats.exceptions import BackendError
 
 __all__ = ["NATSPuller"]
 
@@ -38,26 +36,26 @@ class NATSDelivery:
 
     __slots__ = ("_puller", "_reply", "body", "consumer", "deliveries", "pending", "sequence", "subject", "time")
 
-    def __init__(self, msg: Msg, puller: "NATSPuller") -> None:
+    def __init__(self, subject: str, reply: str, body: bytes, puller: "NATSPuller") -> None:
         # $JS.ACK.<stream>.<consumer>.<deliveries>.<stream seq>.<consumer seq>.<time>.<pending>, or with <domain>.<account> before the
         # stream and a token at the end.
-        tokens = msg.reply.split(".")
+        tokens = reply.split(".")
         first = 3 if len(tokens) == 9 else 5
-        self.subject = msg.subject
-        self.body = msg.data
+        self.subject = subject
+        self.body = body
         self.consumer = tokens[first]
         self.deliveries = int(tokens[first + 1])
         self.sequence = int(tokens[first + 2])
         self.time = int(tokens[first + 4]) / NANOSECONDS
         self.pending = int(tokens[first + 5])
-        self._reply = msg.reply
+        self._reply = reply
         self._puller = puller
 
-    async def ack(self) -> None:
-        await self._puller.settle(self._reply, b"")
+    def ack(self) -> None:
+        self._puller.settle(self._reply, b"")
 
-    async def nak(self, delay: float = 0.0) -> None:
-        await self._puller.settle(self._reply, b'-NAK {"delay": %d}' % (delay * NANOSECONDS) if delay > 0 else NAK)
+    def nak(self, delay: float = 0.0) -> None:
+        self._puller.settle(self._reply, b'-NAK {"delay": %d}' % (delay * NANOSECONDS) if delay > 0 else NAK)
 
     def abandon(self) -> None:
         self._puller.abandon(self._reply)
@@ -92,9 +90,8 @@ class NATSPuller:
         self._credits: dict[str, Credit] = {}
         self._tokens = itertools.count(1)
         self._inbox = ""
-        self._subscription: NatsSubscription | None = None
         self._closed = False
-        self._publish = connection.client.publish
+        self._client = connection.client
         connection.on_reconnect.append(self._on_reconnect)
 
     def outstanding(self, consumer: str) -> int:
@@ -104,7 +101,7 @@ class NATSPuller:
     async def request(self, consumer: str, count: int, *, wait: float) -> None:
         if self._closed:
             return
-        if self._subscription is None:
+        if not self._inbox:
             await self._open()
         wait = max(wait, 0.01)
         now = time.monotonic()
@@ -116,20 +113,17 @@ class NATSPuller:
         if wait > 2 * HEARTBEAT:
             payload["idle_heartbeat"] = int(HEARTBEAT * NANOSECONDS)
         token = f"{next(self._tokens)}-{consumer}"
+        subject = f"{self._connection.api_prefix}CONSUMER.MSG.NEXT.{self._log}.{consumer}"
         try:
-            with mapped_errors(self._connection.servers):
-                subject = f"{self._connection.api_prefix}CONSUMER.MSG.NEXT.{self._log}.{consumer}"
-                await self._publish(subject, json.dumps(payload).encode(), self._inbox + token)
-        except BackendError as error:
-            logger.warning("%s: pull not sent: %s", consumer, error)
+            self._client.post(subject, json.dumps(payload).encode(), self._inbox + token)
+        except nats.errors.Error as error:
+            logger.warning("%s: pull not sent: %r", consumer, error)
 
     async def _open(self) -> None:
-        self._inbox = self._connection.client.new_inbox() + "."
+        self._inbox = self._client.new_inbox() + "."
         if self._keeper is not None:
             await self._keeper.start()
-        self._subscription = await self._connection.client.subscribe(
-            self._inbox + "*", cb=self._on_message, pending_msgs_limit=-1, pending_bytes_limit=-1
-        )
+        await self._client.listen(self._inbox + "*", self._on_message)
         self._connection.background.run(self._watch())
 
     async def close(self) -> None:
@@ -139,31 +133,31 @@ class NATSPuller:
 
     # -- deliveries
 
-    async def _on_message(self, msg: Msg) -> None:
-        if not msg.reply.startswith("$JS.ACK."):
-            self._on_status(msg)
+    def _on_message(self, subject: bytes, reply: bytes, body: bytes, headers: bytes | None) -> None:
+        if not reply.startswith(b"$JS.ACK."):
+            self._on_status(subject.decode(), headers)
             return
-        delivery = NATSDelivery(msg, self)
+        name = reply.decode()
+        delivery = NATSDelivery(subject.decode(), name, body, self)
         credit = self._credits.get(delivery.consumer)
         if credit is not None:
             credit.outstanding = max(0, credit.outstanding - 1)
             credit.heard_at = time.monotonic()
         if self._closed:
-            await delivery.nak()
+            delivery.nak()
             return
         if self._keeper is not None:
-            self._keeper.hold(msg.reply)
+            self._keeper.hold(name)
         self._on_delivery(delivery)
 
-    async def settle(self, reply: str, body: bytes) -> None:
+    def settle(self, reply: str, body: bytes) -> None:
         """Answer a delivery and let go of its lease."""
         if self._keeper is not None:
             self._keeper.release(reply)
         try:
-            with mapped_errors(self._connection.servers):
-                await self._publish(reply, body)
-        except BackendError as error:  # it will be delivered again, and found done
-            logger.warning("%s: not settled: %s", reply, error)
+            self._client.post(reply, body)
+        except nats.errors.Error as error:  # it will be delivered again, and found done
+            logger.warning("%s: not settled: %r", reply, error)
 
     def abandon(self, reply: str) -> None:
         """Let go of a lease without an answer."""
@@ -172,10 +166,9 @@ class NATSPuller:
 
     # -- credit
 
-    def _on_status(self, msg: Msg) -> None:
-        headers = msg.headers or {}
-        status = headers.get("Status")
-        consumer = msg.subject[len(self._inbox) :].partition("-")[2]
+    def _on_status(self, subject: str, raw_headers: bytes | None) -> None:
+        status, headers = status_of(raw_headers), parse_headers(raw_headers)
+        consumer = subject[len(self._inbox) :].partition("-")[2]
         credit = self._credits.get(consumer)
         if credit is None:
             return

@@ -10,50 +10,61 @@ import logging
 import random
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Final
 
-from nats.aio.msg import Msg
+import nats.errors
 
 from asyncmq_nats.backends.base import Record, Settle, Settled, Write
 from asyncmq_nats.backends.nats.connection import Connection
-from asyncmq_nats.backends.nats.errors import DUPLICATE_IN_BATCH, STREAM_MISSING, is_transient, mapped_errors, write_error
-from asyncmq_nats.exceptions import AssetMissing, BackendError, PayloadTooLarge, PermissionRefused, Unconfirmed, WriteRefused
+from asyncmq_nats.backends.nats.errors import STREAM_MISSING, is_transient, write_error
+from asyncmq_nats.exceptions import (
+    AssetMissing,
+    BackendError,
+    ConnectionFailed,
+    PayloadTooLarge,
+    PermissionRefused,
+    Unconfirmed,
+    WriteRefused,
+)
 
-__all__ = ["BATCH_LIMIT", "Writer", "write_headers"]
+__all__ = ["BATCH_LIMIT", "Writer", "encode_headers"]
 
 logger = logging.getLogger(__name__)
 
 BATCH_LIMIT: Final = 1000
 RESEND_AFTER: Final = 2.0
 SWEEP_EVERY: Final = 0.25
+HEADER_ROOM: Final = 1024
+"""The server counts headers as payload."""
 ERROR: Final = b'"error"'
 SEQUENCE: Final = b'"seq":'
 
-Headers = dict[str, str]
 Last = Callable[[str, str], Awaitable[list[Record]]]
 
 
-def write_headers(write: Write) -> Headers | None:
-    """Return the headers that say on the wire what the write asks for."""
-    headers: Headers = {}
+def encode_headers(write: Write, more: str = "") -> bytes:
+    """Return what the write asks for as headers on the wire, `more` lines after it."""
+    lines = "NATS/1.0\r\n"
     if write.message_id is not None:
-        headers["Nats-Msg-Id"] = write.message_id
+        lines += f"Nats-Msg-Id: {write.message_id}\r\n"
     if write.expect is not None:
-        headers["Nats-Expected-Last-Subject-Sequence"] = str(write.expect.sequence)
-        headers["Nats-Expected-Last-Subject-Sequence-Subject"] = write.expect.filter
+        lines += (
+            f"Nats-Expected-Last-Subject-Sequence: {write.expect.sequence}\r\n"
+            f"Nats-Expected-Last-Subject-Sequence-Subject: {write.expect.filter}\r\n"
+        )
     if write.ttl is not None:
-        headers["Nats-TTL"] = f"{max(1, round(write.ttl))}s"
+        lines += f"Nats-TTL: {max(1, round(write.ttl))}s\r\n"
     if write.timer is not None:
-        headers["Nats-Schedule"] = "@at " + datetime.fromtimestamp(write.timer.at, UTC).isoformat().replace("+00:00", "Z")
-        headers["Nats-Schedule-Target"] = write.timer.target
+        at = datetime.fromtimestamp(write.timer.at, UTC).isoformat().replace("+00:00", "Z")
+        lines += f"Nats-Schedule: @at {at}\r\nNats-Schedule-Target: {write.timer.target}\r\n"
     if write.removes is not None:
-        headers["Nats-Schedule-Next"] = "purge"
-        headers["Nats-Scheduler"] = write.removes
+        lines += f"Nats-Schedule-Next: purge\r\nNats-Scheduler: {write.removes}\r\n"
     if write.marker:
-        headers["KV-Operation"] = "DEL"
-    return headers or None
+        lines += "KV-Operation: DEL\r\n"
+    lines += more
+    return f"{lines}\r\n".encode() if len(lines) > 10 else b""
 
 
 @dataclass(slots=True)
@@ -67,7 +78,6 @@ class Unsettled:
     token: str = ""
     sent_at: float = 0.0
     sendings: int = 0
-    on_the_way: bool = field(default=False)
 
 
 class Writer:
@@ -75,103 +85,94 @@ class Writer:
 
     def __init__(self, connection: Connection, timeout: float, last: Last) -> None:
         self._connection = connection
+        self._client = connection.client
         self._timeout = timeout
         self._last = last
-        self._table: dict[str, Unsettled] = {}
+        self._table: dict[bytes, Unsettled] = {}
+        self._tokens = itertools.count(1)
         self._batches = itertools.count(1)
-        self._batch_prefix = ""
+        self._inbox = self._client.new_inbox() + "."
+        self._batch_prefix = self._inbox.split(".")[-2]
+        self._size_limit = self._client.max_payload - HEADER_ROOM
         self._sweeping = False
-        self._publish = connection.client.publish
         connection.on_reconnect.append(self._resend_all)
+
+    async def open(self) -> None:
+        """Listen for confirmations."""
+        await self._client.listen(self._inbox + "*", self._on_reply)
 
     async def write(self, log: str, writes: Sequence[Write]) -> int:
         """See `Backend.write`."""
         future: asyncio.Future[Settled] = asyncio.get_running_loop().create_future()
 
-        async def settle(result: Settled) -> None:
+        def settle(result: Settled) -> None:
             if not future.done():
                 future.set_result(result)
 
-        await self._submit(Unsettled(log, writes, settle, time.monotonic() + self._timeout))
+        self._submit(Unsettled(log, writes, settle, time.monotonic() + self._timeout))
+        await self._client.make_room()
         result = await future
         if isinstance(result, BackendError):
             raise result
         return result
 
-    async def send(self, log: str, write: Write, settle: Settle) -> None:
+    def send(self, log: str, write: Write, settle: Settle) -> None:
         """See `Backend.send`."""
-        await self._submit(Unsettled(log, (write,), settle, float("inf")))
+        self._submit(Unsettled(log, (write,), settle, float("inf")))
 
-    async def _submit(self, entry: Unsettled) -> None:
-        self._check_size(entry.writes)
-
-        async def on_reply(msg: Msg) -> None:
-            await self._on_reply(entry, msg)
-
-        entry.token = self._connection.expect_reply(on_reply)
-        self._table[entry.token] = entry
+    def _submit(self, entry: Unsettled) -> None:
+        for write in entry.writes:
+            if len(write.body) > self._size_limit:
+                raise PayloadTooLarge(f"the body for {write.subject}", len(write.body), self._size_limit)
+        entry.token = str(next(self._tokens))
+        self._table[entry.token.encode()] = entry
         if not self._sweeping:
             self._sweeping = True
             self._connection.background.run(self._sweep())
-        await self._transmit(entry)
+        self._transmit(entry)
 
-    def _check_size(self, writes: Sequence[Write]) -> None:
-        limit = self._connection.client.max_payload - 1024  # the server counts headers as well
-        for write in writes:
-            if len(write.body) > limit:
-                raise PayloadTooLarge(f"the body for {write.subject}", len(write.body), limit)
-
-    async def _transmit(self, entry: Unsettled) -> None:
+    def _transmit(self, entry: Unsettled) -> None:
         entry.sent_at = time.monotonic()
-        if not self._connection.client.is_connected and entry.sendings:
-            return
         entry.sendings += 1
-        reply = self._connection.reply_to(entry.token)
         try:
-            with mapped_errors(self._connection.servers):
-                if len(entry.writes) == 1:
-                    write = entry.writes[0]
-                    await self._publish(write.subject, write.body, reply, write_headers(write))
-                else:
-                    await self._transmit_batch(entry.writes, reply)
-        except BackendError as error:
-            if self._connection.client.is_closed:
-                await self._finish(entry, error)
+            if len(entry.writes) == 1:
+                write = entry.writes[0]
+                self._client.post(write.subject, write.body, self._inbox + entry.token, encode_headers(write))
+            else:
+                self._transmit_batch(entry.writes, self._inbox + entry.token)
+        except nats.errors.Error as error:
+            if self._client.is_closed:
+                self._finish(entry, ConnectionFailed(self._connection.servers, "the connection is closed"))
             else:
                 logger.debug("%s: sending again later: %s", entry.log, error)
 
-    async def _transmit_batch(self, writes: Sequence[Write], reply: str) -> None:
+    def _transmit_batch(self, writes: Sequence[Write], reply: str) -> None:
         # One flush, without awaiting the first message's answer. Only the last message has a reply subject: a refused first message
         # makes the batch "incomplete" there, which is repeated; a batch id is never used twice.
-        if not self._batch_prefix:
-            self._batch_prefix = self._connection.client.new_inbox().rpartition(".")[2]
         batch_id = f"{self._batch_prefix}{next(self._batches)}"
         for number, write in enumerate(writes, 1):
-            headers = write_headers(write) or {}
-            headers["Nats-Batch-Id"] = batch_id
-            headers["Nats-Batch-Sequence"] = str(number)
-            if number == len(writes):
-                headers["Nats-Batch-Commit"] = "1"
-                await self._publish(write.subject, write.body, reply, headers)
-            else:
-                await self._publish(write.subject, write.body, "", headers)
+            last = number == len(writes)
+            more = f"Nats-Batch-Id: {batch_id}\r\nNats-Batch-Sequence: {number}\r\n" + ("Nats-Batch-Commit: 1\r\n" if last else "")
+            self._client.post(write.subject, write.body, reply if last else "", encode_headers(write, more))
 
-    async def _on_reply(self, entry: Unsettled, msg: Msg) -> None:
-        data = msg.data
-        if ERROR not in data and data:
-            end = data.find(b",", start := data.find(SEQUENCE) + len(SEQUENCE))
-            await self._finish(entry, int(data[start : end if end > 0 else -1]))
-        elif not data:  # 503: no stream listens to the subject, or its leader is being replaced
+    def _on_reply(self, subject: bytes, _: bytes, body: bytes, __: bytes | None) -> None:
+        entry = self._table.get(subject[len(self._inbox) :])
+        if entry is None:
+            return
+        if ERROR not in body and body:
+            end = body.find(b",", start := body.find(SEQUENCE) + len(SEQUENCE))
+            self._finish(entry, int(body[start : end if end > 0 else -1]))
+        elif not body:  # 503: no stream listens to the subject, or its leader is being replaced
             self._connection.background.run(self._on_no_stream(entry))
         else:
-            await self._on_refusal(entry, json.loads(data)["error"])
+            self._on_refusal(entry, json.loads(body)["error"])
 
     async def _on_no_stream(self, entry: Unsettled) -> None:
         answer = await self._connection.call(f"STREAM.INFO.{entry.log}")
         if answer.get("error", {}).get("err_code") == STREAM_MISSING:
-            await self._finish(entry, AssetMissing(f"stream {entry.log}"))
+            self._finish(entry, AssetMissing(f"stream {entry.log}"))
         elif "error" not in answer and self._foreign(entry, answer):
-            await self._finish(
+            self._finish(
                 entry, BackendError(f"stream {entry.log} does not take {entry.writes[0].subject}: it was made with other subjects")
             )
         else:
@@ -185,30 +186,30 @@ class Writer:
             for subject in answer["config"]["subjects"]
         )
 
-    async def _on_refusal(self, entry: Unsettled, error: dict[str, Any]) -> None:
+    def _on_refusal(self, entry: Unsettled, error: dict[str, Any]) -> None:
         if is_transient(error):
             entry.sent_at = time.monotonic() - RESEND_AFTER + random.uniform(0.0, 0.3)
-        elif error.get("err_code") == DUPLICATE_IN_BATCH and entry.sendings > 1:
-            self._connection.background.run(self._settle_if_written(entry, WriteRefused(entry.log, "a batch with the same messages")))
         else:
             refused = write_error(entry.log, error)
             if isinstance(refused, WriteRefused) and entry.sendings > 1:
                 self._connection.background.run(self._settle_if_written(entry, refused))
             else:
-                await self._finish(entry, refused)
+                self._finish(entry, refused)
 
     async def _settle_if_written(self, entry: Unsettled, refused: BackendError) -> None:
         """Settle a repetition that was refused: what refused it may be our own first sending."""
         write = entry.writes[-1]
         records = await self._last(entry.log, write.subject)
         ours = bool(records) and records[0].body == write.body
-        await self._finish(entry, records[0].sequence if ours else refused)
+        self._finish(entry, records[0].sequence if ours else refused)
 
-    async def _finish(self, entry: Unsettled, result: Settled) -> None:
-        if self._table.pop(entry.token, None) is None:
+    def _finish(self, entry: Unsettled, result: Settled) -> None:
+        if self._table.pop(entry.token.encode(), None) is None:
             return
-        self._connection.forget(entry.token)
-        await entry.settle(result)
+        try:
+            entry.settle(result)
+        except Exception:
+            logger.exception("%s: what follows a write failed", entry.log)
 
     # -- repetition
 
@@ -224,9 +225,9 @@ class Writer:
                 now = time.monotonic()
                 for entry in [entry for entry in self._table.values() if now - entry.sent_at >= RESEND_AFTER or now >= entry.deadline]:
                     if now >= entry.deadline:
-                        await self._finish(entry, self._overdue(entry))
+                        self._finish(entry, self._overdue(entry))
                     elif self._connection.client.is_connected:
-                        await self._transmit(entry)
+                        self._transmit(entry)
         finally:
             self._sweeping = False
 

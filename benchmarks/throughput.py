@@ -1,0 +1,235 @@
+"""Jobs per second: adding one by one, concurrently and in bulk, and running no-op jobs, each beside plain nats-py doing the same traffic.
+
+    python benchmarks/throughput.py [--jobs 10000] [--rounds 3]
+
+Every figure is compared within a round, so that a noisy machine shifts both sides; the table shows medians. The raw loop is the least that any
+queue on JetStream must do: pull requests into one callback, parse, publish one record through a reply inbox of its own, ack.
+"""
+
+import argparse
+import itertools
+import json
+import statistics
+import time
+import uuid
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+
+import anyio
+import nats
+from nats.aio.client import Client
+from nats.aio.msg import Msg
+
+from asyncmq_nats import NATSBackend, Queue
+from asyncmq_nats.registry import TaskRegistry
+from asyncmq_nats.serving import run_program
+
+registry = TaskRegistry()
+
+
+async def no_operation(number: int) -> int:
+    return number
+
+
+registry.register(no_operation, queue="bench", name="no_operation")
+
+
+@dataclass
+class Figures:
+    """Jobs per second by row, a value a round."""
+
+    rows: dict[str, list[float]] = field(default_factory=dict)
+
+    def note(self, row: str, jobs: int, seconds: float) -> None:
+        self.rows.setdefault(row, []).append(jobs / seconds)
+
+    def ratio(self, row: str, base: str) -> float:
+        return statistics.median(mine / raw for mine, raw in zip(self.rows[row], self.rows[base], strict=True))
+
+
+async def timed(work: Callable[[], Awaitable[object]]) -> float:
+    started = time.perf_counter()
+    await work()
+    return time.perf_counter() - started
+
+
+# -- plain nats-py
+
+
+class Raw:
+    """A stream like a queue's two, used by hand."""
+
+    def __init__(self, client: Client) -> None:
+        self.client = client
+        self.js = client.jetstream()
+        self.tokens = itertools.count()
+
+    async def api(self, subject: str, payload: dict[str, object]) -> None:
+        reply = json.loads((await self.client.request(f"$JS.API.{subject}", json.dumps(payload).encode(), timeout=5)).data)
+        if "error" in reply:
+            raise RuntimeError(f"{subject}: {reply['error']}")
+
+    async def prepare(self) -> None:
+        base = {"storage": "file", "max_msgs_per_subject": 1, "discard": "old", "allow_direct": True}
+        await self.api("STREAM.CREATE.raw", base | {"name": "raw", "subjects": ["raw.ready.*"], "retention": "workqueue"})
+        await self.api("STREAM.CREATE.rawdone", base | {"name": "rawdone", "subjects": ["raw.done.>"]})
+        config = {"name": "c", "durable_name": "c", "ack_policy": "explicit", "max_ack_pending": -1, "filter_subject": "raw.ready.*"}
+        await self.api("CONSUMER.CREATE.raw.c.raw.ready.*", {"stream_name": "raw", "config": config})
+
+    @staticmethod
+    def body(number: int) -> bytes:
+        return json.dumps({"id": str(uuid.uuid4()), "task": "no_operation", "args": [number], "kwargs": {}, "created_at": time.time()}).encode()
+
+    async def add(self, number: int) -> None:
+        await self.js.publish(f"raw.ready.{uuid.uuid4()}", self.body(number), timeout=10)
+
+    async def fill(self, jobs: int) -> None:
+        for start in range(0, jobs, 500):
+            async with anyio.create_task_group() as group:
+                for number in range(start, min(start + 500, jobs)):
+                    group.start_soon(self.add, number)
+
+    async def process(self, jobs: int, in_hand: int) -> None:
+        """Pull, parse, publish a record, ack when it is confirmed: until `jobs` are acknowledged."""
+        finished = anyio.Event()
+        acks: dict[str, str] = {}
+        state = {"left": jobs, "asked": 0}
+        inbox, replies = self.client.new_inbox(), self.client.new_inbox()
+
+        async def ask(count: int) -> None:
+            state["asked"] += count
+            body = json.dumps({"batch": count, "expires": 30_000_000_000}).encode()
+            await self.client.publish("$JS.API.CONSUMER.MSG.NEXT.raw.c", body, reply=inbox)
+
+        async def on_job(msg: Msg) -> None:
+            if not msg.reply:  # the end of a pull
+                return
+            job = json.loads(msg.data)
+            record = json.dumps({**job, "status": "completed", "result": job["args"][0]}).encode()
+            token = str(next(self.tokens))
+            acks[token] = msg.reply
+            await self.client.publish(f"raw.done.{job['id']}", record, reply=f"{replies}.{token}")
+
+        async def on_confirmation(msg: Msg) -> None:
+            if b'"error"' in msg.data:
+                raise RuntimeError(msg.data)
+            await self.client.publish(acks.pop(msg.subject.rpartition(".")[2]))
+            state["left"] -= 1
+            state["asked"] -= 1
+            if state["asked"] <= in_hand // 2:
+                await ask(in_hand - state["asked"])
+            if not state["left"]:
+                finished.set()
+
+        subscriptions = [await self.client.subscribe(inbox, cb=on_job), await self.client.subscribe(f"{replies}.*", cb=on_confirmation)]
+        await ask(in_hand)
+        with anyio.fail_after(60):
+            await finished.wait()
+        for subscription in subscriptions:
+            await subscription.unsubscribe()
+
+
+# -- the queue
+
+
+async def add_sequentially(queue: Queue, jobs: int) -> None:
+    for number in range(jobs):
+        await queue.add("no_operation", [number])
+
+
+async def raw_sequentially(raw: Raw, jobs: int) -> None:
+    for number in range(jobs):
+        await raw.add(number)
+
+
+async def add_concurrently(add: Callable[[int], Awaitable[object]], jobs: int, producers: int) -> None:
+    async def produce(first: int) -> None:
+        for number in range(first, jobs, producers):
+            await add(number)
+
+    async with anyio.create_task_group() as group:
+        for first in range(producers):
+            group.start_soon(produce, first)
+
+
+async def process(queue: Queue, jobs: int) -> None:
+    """Run the backlog in this process, until the last outcome is acknowledged."""
+    runner = queue.runner()
+    async with anyio.create_task_group() as group:
+        await group.start(runner.run)
+        while True:
+            stats = await queue.queue_stats()
+            if stats["completed"] >= jobs and not stats["active"] and not stats["waiting"]:
+                break
+            await anyio.sleep(0.005)
+        runner.stop()
+
+
+async def one_round(figures: Figures, jobs: int) -> None:
+    backend = NATSBackend.embedded()
+    await backend.connect()
+    client = await nats.connect(backend.url)
+    raw = Raw(client)
+    await raw.prepare()
+    try:
+        await measure_adds(figures, backend, raw, jobs)
+        for concurrency in (100, 10):
+            await measure_processing(figures, backend, raw, jobs, concurrency)
+    finally:
+        await client.close()
+        await backend.close()
+
+
+async def measure_adds(figures: Figures, backend: NATSBackend, raw: Raw, jobs: int) -> None:
+    queue = Queue("adds", backend)
+    await queue.add("no_operation", [0])
+    few = jobs // 4
+    figures.note("add one by one", few, await timed(lambda: add_sequentially(queue, few)))
+    figures.note("raw js.publish one by one", few, await timed(lambda: raw_sequentially(raw, few)))
+    figures.note("add by 100 producers", jobs, await timed(lambda: add_concurrently(lambda n: queue.add("no_operation", [n]), jobs, 100)))
+    figures.note("raw js.publish by 100 producers", jobs, await timed(lambda: add_concurrently(raw.add, jobs, 100)))
+    thousand = [{"task_id": "no_operation", "args": [number]} for number in range(1000)]
+    figures.note("add_bulk of 1,000", 1000, await timed(lambda: queue.add_bulk(thousand)))
+    all_jobs = [{"task_id": "no_operation", "args": [number]} for number in range(jobs)]
+    figures.note(f"add_bulk of {jobs:,}", jobs, await timed(lambda: queue.add_bulk(all_jobs)))
+    await raw.client.jetstream().purge_stream("raw")
+
+
+async def measure_processing(figures: Figures, backend: NATSBackend, raw: Raw, jobs: int, concurrency: int) -> None:
+    queue = Queue(f"bench{concurrency}", backend, concurrency=concurrency, registry=registry)
+    await add_concurrently(lambda number: queue.add("no_operation", [number]), jobs, 100)
+    figures.note(f"run, concurrency {concurrency}", jobs, await timed(lambda: process(queue, jobs)))
+    await raw.fill(jobs)
+    figures.note(f"raw loop, {concurrency} in hand", jobs, await timed(lambda: raw.process(jobs, concurrency)))
+
+
+PAIRS = (
+    ("add one by one", "raw js.publish one by one"),
+    ("add by 100 producers", "raw js.publish by 100 producers"),
+    ("run, concurrency 100", "raw loop, 100 in hand"),
+    ("run, concurrency 10", "raw loop, 10 in hand"),
+)
+
+
+def show(figures: Figures) -> None:
+    raw_of = dict(PAIRS)
+    print(f"{'':34}{'jobs/s':>10}{'ratio':>8}")
+    for row, values in figures.rows.items():
+        ratio = f"{figures.ratio(row, raw_of[row]):8.2f}" if row in raw_of else ""
+        print(f"{row:34}{statistics.median(values):10,.0f}{ratio}")
+
+
+async def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--jobs", type=int, default=10_000)
+    parser.add_argument("--rounds", type=int, default=3)
+    arguments = parser.parse_args()
+    figures = Figures()
+    for number in range(arguments.rounds):
+        print(f"round {number + 1} of {arguments.rounds}", flush=True)
+        await one_round(figures, arguments.jobs)
+    show(figures)
+
+
+if __name__ == "__main__":
+    run_program(main)
