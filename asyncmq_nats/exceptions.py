@@ -177,7 +177,8 @@ class PermissionRefused(BackendError, PermissionError):
 
     def __init__(self, what: str, detail: str) -> None:
         super().__init__(
-            f"{what} is not permitted: {detail}; grant it (docs/protocol.md lists the subjects), or use declare=False in a producer whose queue exists already"
+            f"{what} is not permitted: {detail}; grant it (docs/protocol.md lists the subjects), "
+            "or use declare=False in a producer whose queue exists already"
         )
 
 

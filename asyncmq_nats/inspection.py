@@ -8,7 +8,7 @@ import anyio
 from asyncmq_nats.assets import QueueAssets
 from asyncmq_nats.backends.base import Backend, ConsumerState, Record
 from asyncmq_nats.exceptions import AssetMissing, InvalidJob
-from asyncmq_nats.jobs import Job, load_json
+from asyncmq_nats.jobs import Job, load_json, new_job
 from asyncmq_nats.states import OUTCOMES, Place, State
 from asyncmq_nats.subjects import QueueSubjects, counter_name, decode_token, encode_token, tier_name
 
@@ -124,7 +124,7 @@ class Inspection:
             data.setdefault("created_at", record.time)
             return Job.from_dict(data | {"id": decode_token(token)} | known)
         except InvalidJob as problem:
-            return Job("?", job_id=decode_token(token), created_at=record.time, status=known["status"], last_error=str(problem))
+            return new_job(task_id="?", job_id=decode_token(token), created_at=record.time, status=known["status"], last_error=str(problem))
 
     # -- many jobs
 
@@ -189,7 +189,7 @@ class Inspection:
                 width *= 4
 
     async def slice(self, states: Iterable[State], start: int, end: int, *, ascending: bool) -> list[Job]:
-        """Return the jobs from index `start` to `end` (both included; -1: to the last), newest first unless `ascending`; state after state."""
+        """Return the jobs from index `start` to `end` (included; -1: to the last), newest first unless `ascending`; state after state."""
         found: list[Job] = []
         index = 0
         for state in states:

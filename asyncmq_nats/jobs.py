@@ -48,17 +48,17 @@ def validate_custom_job_id(job_id: object) -> str:
 class Job:
     """One job, and how far it is. Times are Unix seconds, durations seconds.
 
-    `retries` counts the attempts that have failed, `max_retries` how many may follow the first. `backoff`: a number *b* waits `b ** retries`
-    before the next attempt, `None` not at all. The names are AsyncMQ's; on the wire, `task_id` is `task` and `job_id` is `id`.
+    `retries` counts the attempts that have failed, `max_retries` how many may follow the first. `backoff`: a number *b* waits
+    `b ** retries` before the next attempt, `None` not at all. The names are AsyncMQ's; on the wire `task_id` is `task`, `job_id` is `id`.
     """
 
     task_id: str = Field(validation_alias=AliasChoices("task", "task_id"), min_length=1)
     args: list[Any] = Field(default_factory=list)
     kwargs: dict[str, Any] = Field(default_factory=dict)
-    retries: int = Field(0, ge=0)
-    max_retries: int = Field(3, ge=0)
-    backoff: float | None = Field(1.5, ge=0, allow_inf_nan=False)
-    ttl: float | None = Field(None, ge=0, allow_inf_nan=False)
+    retries: int = Field(default=0, ge=0)
+    max_retries: int = Field(default=3, ge=0)
+    backoff: float | None = Field(default=1.5, ge=0, allow_inf_nan=False)
+    ttl: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     job_id: str = Field(default_factory=new_job_id, validation_alias=AliasChoices("id", "job_id"), min_length=1)
     created_at: float = Field(default_factory=time, allow_inf_nan=False)
     priority: int = 5
@@ -66,7 +66,7 @@ class Job:
     depends_on: list[str] | None = None
     deduplication: dict[str, Any] | None = None
     active_since: float | None = None
-    delay_until: float | None = Field(None, allow_inf_nan=False)
+    delay_until: float | None = Field(default=None, allow_inf_nan=False)
     custom_id: bool = False
     """Whether the producer chose the id."""
     errors: list[dict[str, Any]] = Field(default_factory=list)
@@ -181,7 +181,8 @@ def new_job(**fields: Any) -> Job:
 ADAPTER: Final = TypeAdapter(Job)
 DICT_FIELDS: Final = (
     "args", "kwargs", "retries", "max_retries", "backoff", "ttl", "created_at", "last_attempt", "status", "result", "last_error",
-    "error_traceback", "delay_until", "priority", "depends_on", "repeat_every", "deduplication", "errors", "finished_at", "worker", "stalls",
+    "error_traceback", "delay_until", "priority", "depends_on", "repeat_every", "deduplication", "errors", "finished_at", "worker",
+    "stalls",
 )  # fmt: skip
 OPTIONAL_FIELDS: Final = ("ttl", "repeat_every", "depends_on", "deduplication", "delay_until", "custom_id", "errors", "stalls")
 

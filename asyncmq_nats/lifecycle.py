@@ -1,7 +1,7 @@
-"""Every transition of a job, and the only writer of its records. The rules are those of `docs/architecture.md`:
+"""Every transition of a job, and the only writer of its records.
 
-1. destination first, then source; 2. the first delivery trusts, a redelivery verifies and claims; 3. what ends an attempt is fenced, and
-the first outcome wins.
+The rules, explained in `docs/architecture.md`: 1. destination first, then source; 2. the first delivery trusts, a redelivery verifies and
+claims; 3. what ends an attempt is fenced, and the first outcome wins.
 """
 
 import logging

@@ -81,7 +81,10 @@ class Promoter:
         self._wake.set()
 
     def _wait(self, delivery: Delivery) -> float:
-        """Return how long the job must still wait. Only the server's clock matters: the record's time stamp is of the moment it was released."""
+        """Return how long the job must still wait.
+
+        Only the server's clock matters: the record's time stamp is that of the moment in which it was released.
+        """
         try:
             run_at = load_json(delivery.body).get("delay_until") if delivery.body else None
         except InvalidJob:
@@ -97,7 +100,7 @@ class Promoter:
         while True:
             self._wake = anyio.Event()
             now = time.monotonic()
-            ready = sum(1 for _ in itertools.takewhile(lambda entry: entry[0] <= now, heapq.nsmallest(HANDS, self._due)))
+            ready = sum(entry[0] <= now for entry in heapq.nsmallest(HANDS, self._due))
             for _ in range(min(ready, len(self._idle_hands))):
                 self._idle_hands.pop().set()
             timeout = self._due[0][0] - now if self._due and not ready else None

@@ -58,7 +58,8 @@ def tiers_to_ask(tiers: Sequence[TierView], wanted: int, capacity: int) -> list[
     """Return (priority, count) for each pull to send. `tiers` in the order in which they run.
 
     `wanted`: jobs the worker could take in now. `capacity`: jobs it could take in when empty; small refills are put off until a third of
-    it is wanted, to save round trips. Every tier gets credit down to the first that is known to have jobs waiting: what is below it must not come.
+    it is wanted, to save round trips. Every tier gets credit down to the first that is known to have jobs waiting: what is below it must
+    not come.
     """
     pulls: list[tuple[int, int]] = []
     for tier in tiers:

@@ -81,7 +81,8 @@ class Queue:
 
         Args:
             task_id: what to run: `module.function` of a `@task`, or its name.
-            args, kwargs: for the task; anything JSON can hold, dates, UUIDs, enums, dataclasses and pydantic models too.
+            args: for the task; anything JSON can hold, dates, UUIDs, enums, dataclasses and pydantic models too.
+            kwargs: for the task, likewise.
             retries: attempts that may follow a failed one.
             ttl: seconds after which a job that has not started expires.
             backoff: seconds to the power of the attempt's number between attempts; `None`: at once.
@@ -114,8 +115,8 @@ class Queue:
     async def add_bulk(self, jobs: Iterable[Mapping[str, Any]]) -> list[str]:
         """Add many jobs and return their ids in order (AsyncMQ `Queue.add_bulk`).
 
-        Each is a mapping with `task_id` and any of the other parameters of `add`. Up to 1,000 jobs are added all or none; more go in batches
-        of 1,000, each all or none.
+        Each is a mapping with `task_id` and any of the other parameters of `add`. Up to 1,000 jobs are added all or none; more go in
+        batches of 1,000, each all or none.
 
         Raises:
             ValueError, TypeError: an entry is malformed; nothing was added.

@@ -104,9 +104,10 @@ TASK_REGISTRY = TaskRegistry()
 def _validated(function: Callable[..., Any]) -> Callable[..., Any]:
     """Return the function with its arguments turned into what the annotations say, or as it is where pydantic knows no way."""
     try:
-        return validate_call(function, config=ConfigDict(arbitrary_types_allowed=True))
+        validated: Callable[..., Any] = validate_call(config=ConfigDict(arbitrary_types_allowed=True))(function)
     except PydanticUserError:
         return function
+    return validated
 
 
 def _is_same(one: Callable[..., Any], other: Callable[..., Any]) -> bool:

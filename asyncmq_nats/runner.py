@@ -1,4 +1,7 @@
-"""A worker's loops on one queue: credit, run, report, stop. What a job's end means is decided in `lifecycle`, what to ask for in `pull_policy`."""
+"""A worker's loops on one queue: credit, run, report, stop.
+
+What a job's end means is decided in `lifecycle`, how many jobs to ask for in `pull_policy`.
+"""
 
 import heapq
 import logging

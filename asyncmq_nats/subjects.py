@@ -54,7 +54,7 @@ class QueueSubjects:
     """
 
     def __init__(self, prefix: str, queue: str) -> None:
-        if not isinstance(queue, str) or QUEUE_NAME.fullmatch(queue) is None:
+        if QUEUE_NAME.fullmatch(str(queue)) is None:
             raise InvalidQueueName(queue)
         self.queue = queue
         self.ready_log = f"{prefix}_{queue}"

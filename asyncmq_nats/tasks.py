@@ -79,7 +79,9 @@ def task(
 
     Args:
         queue: the name of the queue that `enqueue` adds to.
-        retries, ttl, backoff: for the jobs that `enqueue` adds; see `Queue.add`.
+        retries: for the jobs that `enqueue` adds; see `Queue.add`.
+        ttl: likewise.
+        backoff: likewise.
         name: the id of the task, instead of `module.function`.
         registry: where workers find it.
     """

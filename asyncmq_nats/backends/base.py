@@ -67,7 +67,7 @@ class Consumer:
 class ConsumerState:
     """What a consumer knows, at a cost that does not depend on the number of records.
 
-    `pending`: matching records never delivered yet. `leased`: delivered and not settled. `delivered_sequence`: the highest sequence delivered.
+    `pending`: matching records never delivered yet. `leased`: delivered and not settled. `delivered_sequence`: the highest one delivered.
     `paused`: whether it delivers nothing at present.
     """
 
@@ -99,7 +99,7 @@ class Write:
 
     `expect`: refused unless it holds. `ttl`: the record goes after so many seconds (1 at least). `timer`: see `Timer`.
     `message_id`: a second write to the log with the same one within two minutes changes nothing and is confirmed like the first; in a batch
-    it is refused. `removes`: subject of a record with a timer that is removed together with this write; refused if the record there has none.
+    it is refused. `removes`: subject of a record with a timer that is removed with this write; refused if the record there has none.
     `marker`: the record says that its subject was deleted (a KV delete marker); give it a `ttl`, it counts as a record while it lives.
     """
 
@@ -125,7 +125,10 @@ class Record:
 
 
 class Delivery(Protocol):
-    """A record on lease to one puller. The lease is extended, also while the event loop is blocked, until the delivery is settled (`ack`, `nak`) or abandoned."""
+    """A record on lease to one puller.
+
+    The lease is extended, also while the event loop is blocked, until the delivery is settled (`ack`, `nak`) or abandoned.
+    """
 
     subject: str
     body: bytes
@@ -164,7 +167,10 @@ class Puller(Protocol):
         """
 
     async def close(self) -> None:
-        """Take no more deliveries: what arrives from now on goes back at once. What is in hand is extended until it is settled or abandoned."""
+        """Take no more deliveries: what arrives from now on goes back at once.
+
+        What is in hand is extended until it is settled or abandoned; `on_lapse` is not called any more.
+        """
 
 
 class Subscription(Protocol):
@@ -191,7 +197,7 @@ Settle = Callable[[Settled], None]
 class Backend(Protocol):
     """A store of logs. Made without I/O; connects on first use or by `connect`; one event loop each.
 
-    Every method may raise `ConnectionFailed`, `ServerUnsuitable` or `PermissionRefused`, and `AssetMissing` where it names a log or consumer.
+    Every method may raise `ConnectionFailed`, `ServerUnsuitable` or `PermissionRefused`, and `AssetMissing` where it names an asset.
     """
 
     settings: Settings

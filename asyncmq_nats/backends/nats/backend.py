@@ -35,7 +35,7 @@ class NATSBackend:
         servers: one address, several with commas between, or a list; `None` takes `ASYNCMQ_NATS_SERVERS`.
         settings: instead of those from the environment.
         declare: `False` never creates a stream or a consumer, for producers whose permissions end at publishing.
-        options: passed to `nats.connect`: `tls`, `user`, `password`, `token`, `user_credentials`, `nkeys_seed`, `name`, … They win over settings.
+        options: for `nats.connect`: `tls`, `user`, `password`, `token`, `user_credentials`, `nkeys_seed`, … They win over settings.
     """
 
     def __init__(
@@ -303,7 +303,7 @@ class NATSBackend:
 
         with mapped_errors(connection.servers):
             subscription = await connection.client.subscribe(subject, cb=on_message)
-            await connection.client.flush()  # interest is known to the server when this returns
+            await connection.client.barrier()  # interest is known to the server when this returns
         return _Interest(connection, subscription)
 
     async def request(self, subject: str, body: bytes = b"", *, timeout: float = 1.0) -> bytes | None:

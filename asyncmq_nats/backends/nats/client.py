@@ -1,9 +1,8 @@
 """nats-py's client with two shortcuts for the path that every job takes.
 
 Per message, nats-py makes a `Msg`, parses its headers, passes a queue and awaits a callback; per publish it validates and encodes header by
-header. `listen` hands the raw bytes to a function; `post` queues raw bytes. Measured: 23 µs a job less on the receiving side, 12 µs on the
-sending side. Connecting, reconnecting, parsing and flushing stay nats-py's. (Overrides `_process_msg` of nats-py 2.16; `test_client.py` would
-notice another nats-py.)
+header. `listen` hands the raw bytes to a function; `post` queues raw bytes. Measured: a job costs 45 µs of this process instead of 74.
+Connecting, reconnecting, parsing and flushing stay nats-py's. (Overrides `_process_msg` of nats-py 2.16; the contract tests notice.)
 """
 
 import asyncio
@@ -66,6 +65,14 @@ class DirectClient(Client):
         """Wait while more is queued than should be."""
         if self._pending_data_size > self._max_pending_size:
             await self._flush_pending(force_flush=True)
+
+    async def barrier(self) -> None:
+        """Return when the server has processed all that was sent before.
+
+        nats-py's `flush` alone does not do that: it writes its PING past the commands that are still queued (2.16).
+        """
+        await self._flush_pending(force_flush=True)
+        await self.flush()
 
 
 def status_of(headers: bytes | None) -> str:

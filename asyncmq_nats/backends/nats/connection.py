@@ -147,7 +147,8 @@ class Connection:
         if not self._client.is_closed:
             try:
                 if self._client.is_connected:
-                    await self._client.flush(timeout=2)
+                    async with asyncio.timeout(2):
+                        await self._client.barrier()
             except (nats.errors.Error, TimeoutError, OSError) as error:
                 logger.warning("closing the connection to %s: %s", self.servers, error)
             await self._client.close()
