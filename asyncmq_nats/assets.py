@@ -13,7 +13,8 @@ __all__ = ["DEFAULT_PRIORITY", "MAX_TIERS", "TIER_SIGNAL", "QueueAssets"]
 
 DEFAULT_PRIORITY: Final = 5
 MAX_TIERS: Final = 256
-PROMOTER_LEASE: Final = 5.0
+PROMOTER_LEASE: Final = 2.0
+"""A released job or a tick whose promoter died is taken up by another one after so many seconds."""
 TIER_SIGNAL: Final = "tier"
 """Control signal: a tier was made; the body is its priority."""
 
@@ -52,7 +53,7 @@ class QueueAssets:
         for state in OUTCOMES:
             await self._backend.declare_consumer(log, Consumer(counter_name(f"done_{state}"), (subjects.outcomes(state),)))
         lease = min(PROMOTER_LEASE, self._backend.settings.stalled_after)
-        await self._backend.declare_consumer(log, Consumer(PROMOTER, (subjects.place(Place.RELEASED),), lease=lease))
+        await self._backend.declare_consumer(log, Consumer(PROMOTER, (subjects.place(Place.RELEASED), subjects.fire("*")), lease=lease))
         self._counters_declared = True
 
     async def declare_tier(self, priority: int) -> None:

@@ -13,7 +13,7 @@ __all__ = ["add_many", "checked_entry"]
 
 BATCH: Final = 1000
 BATCHES_UNDER_WAY: Final = 4
-KEYS: Final = frozenset({"task_id", "args", "kwargs", "retries", "ttl", "backoff", "priority", "delay", "job_id", "jobId"})
+KEYS: Final = frozenset({"task_id", "args", "kwargs", "retries", "ttl", "backoff", "priority", "delay", "job_id", "jobId", "timeout"})
 
 
 def checked_entry(entry: Mapping[str, Any], index: int) -> dict[str, Any]:

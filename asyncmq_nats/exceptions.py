@@ -9,6 +9,9 @@
     ├── TooManyPriorities (ValueError)       more tiers than a queue may have
     ├── TaskNotFound (LookupError)           a job names a task the worker does not have
     ├── JobNotFound (LookupError)            no job with that id
+    ├── Retry                                raised by a task: this attempt failed, try again
+    ├── Fail                                 raised by a task: failed for good, no more attempts
+    ├── TaskTimeout (TimeoutError)           a task ran longer than its job's timeout
     ├── JobFailed                            `wait_for`: the job ended, but not as completed
     ├── BulkAddFailed                        `add_bulk`: some jobs were added and some were not
     ├── BackendError
@@ -31,6 +34,7 @@ __all__ = [
     "BackendError",
     "BulkAddFailed",
     "ConnectionFailed",
+    "Fail",
     "InvalidJob",
     "InvalidJobId",
     "InvalidQueueName",
@@ -39,9 +43,11 @@ __all__ = [
     "NotSerializable",
     "PayloadTooLarge",
     "PermissionRefused",
+    "Retry",
     "ServerBinaryMissing",
     "ServerUnsuitable",
     "TaskNotFound",
+    "TaskTimeout",
     "TooManyPriorities",
     "Unconfirmed",
     "WriteRefused",
@@ -123,6 +129,34 @@ class JobFailed(AsyncMQError):
     def __init__(self, job_id: str, state: str, error: str | None) -> None:
         self.job_id, self.state, self.error = job_id, state, error
         super().__init__(f"job {job_id!r} {state}" + (f": {error}" if error else ""))
+
+
+class Retry(AsyncMQError):
+    """Raise it in a task to have the job run again, `delay` seconds from now (`None`: after its backoff).
+
+    It counts as a failed attempt: when the job's retries are used up, the job fails with `reason`.
+    """
+
+    def __init__(self, reason: str = "the task asked for a retry", *, delay: float | None = None) -> None:
+        if delay is not None and delay < 0:
+            raise ValueError(f"delay must be 0 or more seconds, not {delay}")
+        self.delay = delay
+        super().__init__(reason)
+
+
+class Fail(AsyncMQError):
+    """Raise it in a task to end the job as failed, whatever retries are left."""
+
+    def __init__(self, reason: str = "the task gave up") -> None:
+        super().__init__(reason)
+
+
+class TaskTimeout(AsyncMQError, TimeoutError):
+    """A task ran longer than the job's timeout."""
+
+    def __init__(self, task_id: str, seconds: float, *, in_thread: bool) -> None:
+        message = f"task {task_id!r} did not finish within its timeout of {seconds:g} s and was cancelled"
+        super().__init__(message if not in_thread else f"{message}; its thread cannot be interrupted and goes on to its end unheeded")
 
 
 class BulkAddFailed(AsyncMQError):

@@ -1,6 +1,7 @@
 """Every look into a queue. Counting costs the same for ten jobs and for ten million; lists are read page by page."""
 
 from collections.abc import AsyncIterator, Iterable
+from dataclasses import dataclass
 from typing import Any, Final
 
 import anyio
@@ -12,11 +13,20 @@ from asyncmq_nats.jobs import Job, load_json, new_job
 from asyncmq_nats.states import OUTCOMES, Place, State
 from asyncmq_nats.subjects import QueueSubjects, counter_name, decode_token, encode_token, tier_name
 
-__all__ = ["Inspection"]
+__all__ = ["DelayedInfo", "Inspection"]
 
 PAGE: Final = 500
 NOTHING: Final = ConsumerState(0, 0, 0)
 PLACE_STATES: Final = {Place.DELAYED: State.DELAYED, Place.PARKED: State.WAITING_CHILDREN, Place.RELEASED: State.WAITING}
+
+
+@dataclass(frozen=True, slots=True)
+class DelayedInfo:
+    """A delayed job: its id, when it runs (Unix seconds), and the job as a dict (AsyncMQ `DelayedInfo`)."""
+
+    job_id: str
+    run_at: float
+    payload: dict[str, Any]
 
 
 class Inspection:
@@ -43,7 +53,8 @@ class Inspection:
             counts[State.ACTIVE] += state.leased
 
         async def count_records(counter: str, state: State) -> None:
-            counts[state] += (await self._consumer(self._subjects.bucket_log, counter_name(counter))).pending
+            pending = (await self._consumer(self._subjects.bucket_log, counter_name(counter))).pending
+            counts[state] += pending  # after the await: `+=` reads its left side first, and the others add meanwhile
 
         async with anyio.create_task_group() as group:
             for priority in await self._assets.list_tiers():
@@ -136,6 +147,12 @@ class Inspection:
             sources.append(self._read_bucket(self._subjects.outcomes(state), descending))
         for source in reversed(sources) if descending else sources:
             async for job in source:
+                yield job
+
+    async def read_released(self) -> AsyncIterator[Job]:
+        """Yield the jobs whose time has come and that no promoter has moved on yet."""
+        async for job in self._read_bucket(self._subjects.place(Place.RELEASED), descending=False):
+            if job.delay_until is not None and job.delay_until <= self._backend.now():
                 yield job
 
     async def _read_bucket(self, filter: str, descending: bool) -> AsyncIterator[Job]:

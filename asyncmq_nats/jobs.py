@@ -5,7 +5,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from time import time
-from typing import Any, Final, Self
+from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import AliasChoices, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
@@ -14,7 +14,7 @@ from pydantic_core import PydanticSerializationError, from_json, to_json, to_jso
 from asyncmq_nats.exceptions import InvalidJob, InvalidJobId, NotSerializable
 from asyncmq_nats.states import State
 
-__all__ = ["WIRE_VERSION", "Job", "append_fields", "dump_json", "load_json", "new_job", "new_job_id", "validate_custom_job_id"]
+__all__ = ["WIRE_VERSION", "Backoff", "Job", "append_fields", "dump_json", "load_json", "new_job", "new_job_id", "validate_custom_job_id"]
 
 WIRE_VERSION: Final = 1
 
@@ -44,12 +44,28 @@ def validate_custom_job_id(job_id: object) -> str:
     return job_id
 
 
+@dataclass(frozen=True, slots=True, config=ConfigDict(extra="forbid"))
+class Backoff:
+    """How long to wait before the n-th retry (n = 1, 2, …), in seconds; see `retries.backoff_delay`.
+
+    `fixed`: `delay` each time. `exponential`: `delay * factor ** (n - 1)`. Never more than `maximum`. `jitter` (0 to 1) takes away a random
+    share of up to so much, so that jobs that failed together do not come back together.
+    """
+
+    kind: Literal["fixed", "exponential"] = "exponential"
+    delay: float = Field(default=1.0, ge=0, allow_inf_nan=False)
+    factor: float = Field(default=2.0, ge=1, allow_inf_nan=False)
+    maximum: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    jitter: float = Field(default=0.0, ge=0, le=1)
+
+
 @dataclass(frozen=True, slots=True, config=ConfigDict(extra="ignore"))
 class Job:
     """One job, and how far it is. Times are Unix seconds, durations seconds.
 
     `retries` counts the attempts that have failed, `max_retries` how many may follow the first. `backoff`: a number *b* waits
-    `b ** retries` before the next attempt, `None` not at all. The names are AsyncMQ's; on the wire `task_id` is `task`, `job_id` is `id`.
+    `b ** retries` before the next attempt, `None` not at all; or a `Backoff`. The names are AsyncMQ's; on the wire `task_id` is `task`
+    and `job_id` is `id`.
     """
 
     task_id: str = Field(validation_alias=AliasChoices("task", "task_id"), min_length=1)
@@ -57,7 +73,7 @@ class Job:
     kwargs: dict[str, Any] = Field(default_factory=dict)
     retries: int = Field(default=0, ge=0)
     max_retries: int = Field(default=3, ge=0)
-    backoff: float | None = Field(default=1.5, ge=0, allow_inf_nan=False)
+    backoff: Annotated[float, Field(ge=0, allow_inf_nan=False)] | Backoff | None = 1.5
     ttl: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     job_id: str = Field(default_factory=new_job_id, validation_alias=AliasChoices("id", "job_id"), min_length=1)
     created_at: float = Field(default_factory=time, allow_inf_nan=False)
@@ -67,6 +83,8 @@ class Job:
     deduplication: dict[str, Any] | None = None
     active_since: float | None = None
     delay_until: float | None = Field(default=None, allow_inf_nan=False)
+    timeout: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """How long one attempt may run."""
     custom_id: bool = False
     """Whether the producer chose the id."""
     errors: list[dict[str, Any]] = Field(default_factory=list)
@@ -150,7 +168,8 @@ class Job:
             "priority": self.priority,
         }
         for name in OPTIONAL_FIELDS:
-            if value := getattr(self, name):
+            value = getattr(self, name)
+            if value is not None and value is not False and value != []:
                 fields[name] = value
         try:
             return dump_json(fields)
@@ -182,9 +201,9 @@ ADAPTER: Final = TypeAdapter(Job)
 DICT_FIELDS: Final = (
     "args", "kwargs", "retries", "max_retries", "backoff", "ttl", "created_at", "last_attempt", "status", "result", "last_error",
     "error_traceback", "delay_until", "priority", "depends_on", "repeat_every", "deduplication", "errors", "finished_at", "worker",
-    "stalls",
+    "stalls", "timeout",
 )  # fmt: skip
-OPTIONAL_FIELDS: Final = ("ttl", "repeat_every", "depends_on", "deduplication", "delay_until", "custom_id", "errors", "stalls")
+OPTIONAL_FIELDS: Final = ("ttl", "timeout", "repeat_every", "depends_on", "deduplication", "delay_until", "custom_id", "errors", "stalls")
 
 
 def dump_json(value: Any, what: str = "the value") -> bytes:

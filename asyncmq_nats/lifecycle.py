@@ -31,7 +31,6 @@ LEAD: Final = 0.3
 MARKER_TTL: Final = 1.0
 BODY_RESERVE: Final = 64 * 1024
 """Room that a job must leave below the server's limit, for its result or its errors."""
-BATCH: Final = 1000
 
 
 @dataclass(slots=True)

@@ -18,6 +18,7 @@ from asyncmq_nats.assets import QueueAssets
 from asyncmq_nats.backends.base import Backend, Delivery, Expect, Record, Write
 from asyncmq_nats.exceptions import AsyncMQError, InvalidJob, WriteRefused
 from asyncmq_nats.jobs import Job, dump_json, load_json
+from asyncmq_nats.repeatables import Repeatables
 from asyncmq_nats.states import Place
 from asyncmq_nats.subjects import PROMOTER, QueueSubjects, decode_token
 
@@ -30,8 +31,8 @@ PULL: Final = 30.0
 HANDS: Final = 64
 """Promotions under way at a time."""
 HELD_TOO_LONG: Final = 2.0
-LEAD: Final = 0.5
-"""No fresh delivery waits longer than this: timers are set 0.3 s early."""
+LONGEST_WAIT: Final = 0.7
+"""No fresh delivery waits longer than this: timers are set 0.3 s early, and a tick without a timer is due within 0.6 s."""
 
 
 class Promoter:
@@ -41,6 +42,7 @@ class Promoter:
         self._backend = backend
         self._subjects = subjects
         self._assets = assets
+        self._repeatables = Repeatables(backend, subjects, assets)
         self._due: list[tuple[float, int, float, Delivery]] = []
         self._order = itertools.count()
         self._wake = anyio.Event()
@@ -86,14 +88,15 @@ class Promoter:
         Only the server's clock matters: the record's time stamp is that of the moment in which it was released.
         """
         try:
-            run_at = load_json(delivery.body).get("delay_until") if delivery.body else None
+            data = load_json(delivery.body) if delivery.body else {}
         except InvalidJob:
             return 0.0
+        run_at = data.get("at" if self._subjects.is_fire(delivery.subject) else "delay_until")
         if not isinstance(run_at, int | float):
             return 0.0
         since_release = run_at - delivery.time
-        late = self._backend.now() - delivery.time > LEAD  # delivered long after its release: the record has waited, not the server
-        return 0.0 if late or delivery.deliveries > 1 else min(max(since_release, 0.0), LEAD)
+        late = self._backend.now() - delivery.time > LONGEST_WAIT  # delivered long after its release: the record has waited, not the server
+        return 0.0 if late or delivery.deliveries > 1 else min(max(since_release, 0.0), LONGEST_WAIT)
 
     async def _watch_time(self) -> None:
         """Wake one hand for each record whose time has come."""
@@ -117,6 +120,7 @@ class Promoter:
                 await idle.wait()
                 continue
             _, _, arrived, delivery = heapq.heappop(self._due)
+            self._wake.set()  # the watch is now for the one after it
             await self._promote_guarded(delivery, time.monotonic() - arrived)
             self._lapsed.set()
 
@@ -124,13 +128,21 @@ class Promoter:
         """One promotion, shielded: stopping a worker does not tear it."""
         with anyio.CancelScope(shield=True):
             try:
-                await self._promote(delivery, held)
+                if self._subjects.is_fire(delivery.subject):
+                    await self._fire(delivery)
+                else:
+                    await self._promote(delivery, held)
             except InvalidJob as problem:
                 logger.error("%s: dropped: %s", delivery.subject, problem)
                 await self._remove(delivery)
             except AsyncMQError as error:
                 logger.warning("%s: not promoted now, tried again: %s", delivery.subject, error)
                 delivery.nak(1.0)
+
+    async def _fire(self, delivery: Delivery) -> None:
+        if delivery.body:
+            await self._repeatables.fire(delivery)
+        delivery.ack()
 
     # -- one record
 

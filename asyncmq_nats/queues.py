@@ -1,32 +1,28 @@
-"""`Queue`: the public API, with the names, defaults and return types of AsyncMQ's `Queue`."""
+"""`Queue`: the public API, with the names, defaults and return types of AsyncMQ's `Queue`.
+
+A class with sixty methods, since AsyncMQ's is one. It is put together from its concerns, which share `QueueBase`; each method is a few
+lines over one call below.
+"""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Final
+from typing import Any
 
 import anyio
 from anyio.abc import TaskStatus
 
-from asyncmq_nats.assets import DEFAULT_PRIORITY, QueueAssets
-from asyncmq_nats.backends import default_backend
-from asyncmq_nats.backends.base import Backend
+from asyncmq_nats.assets import DEFAULT_PRIORITY
 from asyncmq_nats.bulk import add_many, checked_entry
-from asyncmq_nats.exceptions import JobFailed, JobNotFound
-from asyncmq_nats.inspection import Inspection
-from asyncmq_nats.jobs import Job, new_job, new_job_id, validate_custom_job_id
-from asyncmq_nats.lifecycle import Lifecycle
-from asyncmq_nats.registry import TASK_REGISTRY, TaskRegistry
-from asyncmq_nats.runner import Runner, new_worker_id
+from asyncmq_nats.jobs import Backoff, Job, new_job, new_job_id, validate_custom_job_id
+from asyncmq_nats.queue_delays import QueueDelays
+from asyncmq_nats.queue_reads import QueueReads
+from asyncmq_nats.runner import Runner
 from asyncmq_nats.serving import import_tasks, run_program, run_until_signalled
-from asyncmq_nats.states import COUNT_BUCKETS, JOB_STATES, OUTCOMES, Bucket, State
-from asyncmq_nats.subjects import QueueSubjects, encode_token
+from asyncmq_nats.states import State
 
 __all__ = ["Queue"]
 
-READ_AGAIN: Final = 5.0
-COUNTED_AS_TO_DO: Final = (State.WAITING, State.DELAYED, State.WAITING_CHILDREN)
 
-
-class Queue:
+class Queue(QueueReads, QueueDelays):
     """A named queue of jobs: add jobs, look at them, run them. Making one does no I/O.
 
     Args:
@@ -40,29 +36,6 @@ class Queue:
         InvalidQueueName: the name cannot be part of a stream's name.
     """
 
-    def __init__(
-        self,
-        name: str,
-        backend: Backend | None = None,
-        concurrency: int = 3,
-        rate_limit: int | None = None,
-        rate_interval: float = 1.0,
-        scan_interval: float | None = None,
-        *,
-        registry: TaskRegistry = TASK_REGISTRY,
-    ) -> None:
-        self.name = name
-        self.backend = backend if backend is not None else default_backend()
-        self.concurrency = concurrency
-        self.rate_limit = rate_limit
-        self.rate_interval = rate_interval
-        self.scan_interval = self.backend.settings.scan_interval if scan_interval is None else scan_interval
-        self._subjects = QueueSubjects(self.backend.settings.prefix, name)
-        self._assets = QueueAssets(self.backend, self._subjects)
-        self._lifecycle = Lifecycle(self.backend, self._subjects, self._assets)
-        self._inspection = Inspection(self.backend, self._subjects, self._assets)
-        self._registry = registry
-
     # -- add
 
     async def add(
@@ -72,10 +45,12 @@ class Queue:
         kwargs: Mapping[str, Any] | None = None,
         retries: int = 0,
         ttl: float | None = None,
-        backoff: float | None = None,
+        backoff: float | Backoff | None = None,
         priority: int = DEFAULT_PRIORITY,
         delay: float | None = None,
         job_id: str | None = None,
+        *,
+        timeout: float | None = None,
     ) -> str:
         """Add one job and return its id (AsyncMQ `Queue.add`).
 
@@ -85,11 +60,12 @@ class Queue:
             kwargs: for the task, likewise.
             retries: attempts that may follow a failed one.
             ttl: seconds after which a job that has not started expires.
-            backoff: seconds to the power of the attempt's number between attempts; `None`: at once.
+            backoff: a number *b* waits `b ** n` seconds before the n-th retry; or a `Backoff`; `None`: at once.
             priority: any integer; lower runs first.
             delay: seconds until the job may run; 0 or less is now.
             job_id: an id of your own. If a job with that id exists, in any state, its id is returned and nothing is added, so an `add` that
                 raised `Unconfirmed` can be repeated safely.
+            timeout: how long one attempt may run, in seconds; then the task is cancelled and the attempt has failed.
 
         Raises:
             NotSerializable: an argument is not JSON; the message names it.
@@ -109,6 +85,7 @@ class Queue:
             priority=priority,
             delay=delay,
             job_id=job_id,
+            timeout=timeout,
         )
         return await self._lifecycle.add(job)
 
@@ -142,6 +119,14 @@ class Queue:
         """Same as `enqueue`."""
         return await self.enqueue(payload)
 
+    async def enqueue_delayed(self, payload: Mapping[str, Any], run_at: float) -> str:
+        """Add a job given as a dict that runs at `run_at`, in Unix seconds (AsyncMQ `Queue.enqueue_delayed`)."""
+        return await self.enqueue(dict(payload) | {"delay_until": run_at})
+
+    async def delay(self, payload: Mapping[str, Any], run_at: float | None = None) -> str:
+        """`enqueue`, or with a `run_at` `enqueue_delayed`."""
+        return await self.enqueue(payload) if run_at is None else await self.enqueue_delayed(payload, run_at)
+
     def _new_job(
         self,
         *,
@@ -150,10 +135,11 @@ class Queue:
         kwargs: Mapping[str, Any] | None = None,
         retries: int = 0,
         ttl: float | None = None,
-        backoff: float | None = None,
+        backoff: float | Backoff | None = None,
         priority: int = DEFAULT_PRIORITY,
         delay: float | None = None,
         job_id: str | None = None,
+        timeout: float | None = None,
     ) -> Job:
         now = self.backend.now()
         return new_job(
@@ -163,12 +149,17 @@ class Queue:
             max_retries=retries,
             backoff=backoff,
             ttl=ttl,
+            timeout=timeout,
             job_id=new_job_id() if job_id is None else validate_custom_job_id(job_id),
             created_at=now,
             priority=priority,
             delay_until=now + delay if delay is not None and delay > 0 else None,
             custom_id=job_id is not None,
         )
+
+    async def _prepare(self) -> None:
+        for definition in self._local_repeatables:
+            await self._repeatables.upsert(definition)
 
     # -- run
 
@@ -181,7 +172,7 @@ class Queue:
             self._assets,
             registry=self._registry,
             concurrency=self.concurrency,
-            worker=new_worker_id(),
+            prepare=self._prepare,
         )
 
     async def run(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
@@ -201,87 +192,3 @@ class Queue:
             await run_until_signalled(self.runner())
         finally:
             await self.backend.close()
-
-    # -- look
-
-    async def queue_stats(self) -> dict[str, int]:
-        """Return how many jobs are in each state (AsyncMQ's three keys, and the others). Costs the same for any number of jobs."""
-        return {str(state): count for state, count in (await self._inspection.count_by_state()).items()}
-
-    async def get_job_counts(self, *types: str) -> dict[str, int]:
-        """Return the number of jobs for each of the given states, by default AsyncMQ's eight; asking for `waiting` adds `paused`."""
-        counts = await self.queue_stats()
-        wanted = [str(name) for name in types] or [str(name) for name in COUNT_BUCKETS]
-        if types and State.WAITING in wanted and Bucket.PAUSED not in wanted:
-            wanted.append(Bucket.PAUSED)
-        return {str(name): counts.get(name, 0) for name in wanted}
-
-    async def get_job_count_by_types(self, *types: str) -> int:
-        """Return the number of jobs in the given states together."""
-        return sum((await self.get_job_counts(*types)).values())
-
-    async def count(self) -> int:
-        """Return the number of jobs that are still to be started: waiting, delayed, or waiting for others."""
-        counts = await self._inspection.count_by_state()
-        return sum(counts[state] for state in COUNTED_AS_TO_DO)
-
-    async def get_job(self, job_id: str) -> dict[str, Any] | None:
-        """Return the job as a dict with AsyncMQ's keys, and ours beside them, or `None`."""
-        job = await self._inspection.find(job_id)
-        return None if job is None else job.to_dict()
-
-    async def get_job_state(self, job_id: str) -> str | None:
-        """Return the state of the job, or `None` if there is no such job."""
-        job = await self._inspection.find(job_id)
-        return None if job is None else str(job.status)
-
-    async def get_job_result(self, job_id: str) -> Any:
-        """Return the result of a completed job, or `None`; does not wait. See `wait_for`."""
-        job = await self._inspection.find(job_id)
-        return None if job is None else job.result
-
-    async def list_jobs(self, state: str, *, limit: int | None = None) -> list[dict[str, Any]]:
-        """Return the jobs in a state, oldest first: all of them, or the first `limit`. An unknown state has none (as AsyncMQ)."""
-        return await self.get_jobs([state], end=-1 if limit is None else limit - 1, asc=True) if limit != 0 else []
-
-    async def get_jobs(
-        self, types: Sequence[str] | str | None = None, *, start: int = 0, end: int = -1, asc: bool = False
-    ) -> list[dict[str, Any]]:
-        """Return the jobs from index `start` to `end` (included; -1: to the last) of the given states, newest first unless `asc`.
-
-        States are joined one after the other. Only the pages that are needed are read.
-        """
-        names = [types] if isinstance(types, str) else JOB_STATES if types is None else types
-        states = [State(name) for name in names if name in set(State)]
-        return [job.to_dict() for job in await self._inspection.slice(states, start, end, ascending=asc)]
-
-    async def wait_for(self, job_id: str, timeout: float | None = None) -> Any:
-        """Wait until the job ends and return its result.
-
-        Raises:
-            JobFailed: it ended as failed, expired or cancelled.
-            JobNotFound: there is no such job.
-            TimeoutError: it has not ended within `timeout` seconds.
-        """
-        with anyio.fail_after(timeout):
-            return await self._wait_for(job_id)
-
-    async def _wait_for(self, job_id: str) -> Any:
-        ended = anyio.Event()
-        # Listen, then look, then wait: an outcome is either seen or heard. Events may be lost, so look again now and then.
-        subscription = await self.backend.subscribe(self._subjects.event("*", encode_token(job_id)), lambda _: ended.set())
-        try:
-            while True:
-                job = await self._inspection.find(job_id)
-                if job is None:
-                    raise JobNotFound(self.name, job_id)
-                if job.status is State.COMPLETED:
-                    return job.result
-                if job.status in OUTCOMES:
-                    raise JobFailed(job_id, job.status, job.last_error)
-                with anyio.move_on_after(READ_AGAIN):
-                    await ended.wait()
-                ended = anyio.Event()
-        finally:
-            with anyio.CancelScope(shield=True):
-                await subscription.unsubscribe()

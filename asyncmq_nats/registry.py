@@ -10,7 +10,8 @@ from pydantic import ConfigDict, validate_call
 from pydantic.errors import PydanticUserError
 
 from asyncmq_nats.exceptions import TaskNotFound
-from asyncmq_nats.jobs import Job
+from asyncmq_nats.jobs import Backoff, Job
+from asyncmq_nats.retries import BackoffFunction
 
 __all__ = ["TASK_REGISTRY", "RegisteredTask", "TaskRegistry"]
 
@@ -29,8 +30,9 @@ class RegisteredTask:
     queue: str
     retries: int = 0
     ttl: float | None = None
-    backoff: float | None = None
-    progress: bool = False
+    backoff: float | Backoff | None = None
+    backoff_function: BackoffFunction | None = None
+    timeout: float | None = None
 
     async def run(self, job: Job, threads: CapacityLimiter) -> Any:
         """Run the task on the job's arguments: an async function here, a sync one in a thread."""
@@ -58,8 +60,8 @@ class TaskRegistry(Mapping[str, RegisteredTask]):
         name: str | None = None,
         retries: int = 0,
         ttl: float | None = None,
-        backoff: float | None = None,
-        progress: bool = False,
+        backoff: float | Backoff | BackoffFunction | None = None,
+        timeout: float | None = None,
     ) -> RegisteredTask:
         """Add a function under its name, or `module.function`.
 
@@ -71,7 +73,16 @@ class TaskRegistry(Mapping[str, RegisteredTask]):
         if known is not None and not _is_same(known.function, function):
             raise ValueError(f"task {task_id!r} is registered already, for {known.function!r}: give one of them a name= of its own")
         entry = RegisteredTask(
-            task_id, function, _validated(function), inspect.iscoroutinefunction(function), queue, retries, ttl, backoff, progress
+            id=task_id,
+            function=function,
+            call=_validated(function),
+            is_async=inspect.iscoroutinefunction(function),
+            queue=queue,
+            retries=retries,
+            ttl=ttl,
+            backoff=None if callable(backoff) else backoff,
+            backoff_function=backoff if callable(backoff) else None,
+            timeout=timeout,
         )
         self._tasks[task_id] = entry
         return entry

@@ -1,32 +1,54 @@
 """Whether and when a failed job runs again. Pure functions of values."""
 
+import random
 import traceback as tracebacks
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Final
 
-from asyncmq_nats.jobs import Job
+from pydantic import ValidationError
 
-__all__ = ["Failure", "add_failure", "retry_delay"]
+from asyncmq_nats.exceptions import Fail, Retry
+from asyncmq_nats.jobs import Backoff, Job
+
+__all__ = ["BackoffFunction", "Failure", "add_failure", "backoff_delay", "retry_delay"]
 
 MAX_ERROR: Final = 2_000
 MAX_TRACEBACK: Final = 4_000
 MAX_ERRORS: Final = 10
 MAX_DELAY: Final = 365 * 86_400.0
 
+BackoffFunction = Callable[[int], float]
+"""Given the number of the retry (1, 2, …), the seconds to wait before it."""
+
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """What went wrong in one attempt, and when (Unix seconds). Texts are cut so that they fit into the job's record."""
+    """What went wrong in one attempt, and when (Unix seconds). Texts are cut so that they fit into the job's record.
+
+    `final`: no more attempts. `delay`: the task's own wish for when to try again.
+    """
 
     error: str
     traceback: str
     at: float
+    final: bool = False
+    delay: float | None = None
 
     @classmethod
     def of(cls, error: BaseException, at: float) -> "Failure":
         """Return the failure that an exception stands for."""
-        text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-        return cls(_cut(text, MAX_ERROR), _cut("".join(tracebacks.format_exception(error)), MAX_TRACEBACK), at)
+        delay = error.delay if isinstance(error, Retry) else None
+        trace = "".join(tracebacks.format_exception(error))
+        return cls(_cut(_describe(error), MAX_ERROR), _cut(trace, MAX_TRACEBACK), at, isinstance(error, Fail), delay)
+
+
+def _describe(error: BaseException) -> str:
+    name = type(error).__name__
+    if isinstance(error, ValidationError):
+        problems = error.errors(include_url=False, include_context=False)
+        return f"{name}: " + "; ".join(f"{error.title}: {'.'.join(map(str, p['loc']))}: {p['msg']}" for p in problems[:5])
+    return f"{name}: {error}" if str(error) else name
 
 
 def _cut(text: str, length: int) -> str:
@@ -42,16 +64,35 @@ def add_failure(job: Job, failure: Failure) -> Job:
     return replace(job, retries=job.retries + 1, errors=[*job.errors, entry][-MAX_ERRORS:])
 
 
-def retry_delay(job: Job) -> float | None:
+def retry_delay(job: Job, failure: Failure, function: BackoffFunction | None = None) -> float | None:
     """Return how long to wait before the next attempt of a job that has just failed, 0 for at once; `None`: no more attempts.
 
-    As AsyncMQ: the n-th retry waits `backoff ** n` seconds, and none at all without a backoff.
+    The task's own wish comes first, then the job's backoff, then that of its task (`function`).
     """
-    if job.retries >= job.max_retries:
+    if failure.final or job.retries >= job.max_retries:
         return None
-    if job.backoff is None:
-        return 0.0
+    retry = job.retries + 1
+    if failure.delay is not None:
+        wished = failure.delay
+    elif job.backoff is not None:
+        wished = backoff_delay(job.backoff, retry)
+    else:
+        wished = 0.0 if function is None else float(function(retry))
+    return min(max(0.0, wished), MAX_DELAY)
+
+
+def backoff_delay(backoff: float | Backoff, retry: int, share: Callable[[], float] = random.random) -> float:
+    """Return the seconds before the `retry`-th retry. A number is raised to the power of `retry` (AsyncMQ `Job.next_retry_delay`).
+
+    `share`: where jitter takes its random number from 0 to 1.
+    """
     try:
-        return min(float(job.backoff ** (job.retries + 1)), MAX_DELAY)
+        if not isinstance(backoff, Backoff):
+            return float(backoff**retry)
+        delay = backoff.delay * (1.0 if backoff.kind == "fixed" else backoff.factor ** (retry - 1))
     except OverflowError:
-        return MAX_DELAY
+        delay = MAX_DELAY
+    if isinstance(backoff, Backoff):
+        delay = min(delay, MAX_DELAY if backoff.maximum is None else backoff.maximum)
+        delay *= 1.0 - backoff.jitter * share()
+    return delay

@@ -13,6 +13,7 @@ UNSAFE: Final = re.compile(r"[\s.*>%\x00-\x1f\x7f]")
 ESCAPED: Final = re.compile(r"(?:%[0-9A-Fa-f]{2})+")
 PROMOTER: Final = "promoter"
 TIER: Final = "tier_"
+TIER_NAME: Final = re.compile(TIER + "(-?[0-9]+)")
 COUNTER: Final = "count_"
 
 
@@ -37,8 +38,8 @@ def tier_name(priority: int) -> str:
 
 def tier_priority(consumer: str) -> int | None:
     """Return the priority of a tier's consumer, or `None` if it is another consumer."""
-    number = consumer.removeprefix(TIER)
-    return int(number) if consumer.startswith(TIER) and number.lstrip("-").isdigit() else None
+    match = TIER_NAME.fullmatch(consumer)
+    return None if match is None else int(match[1])
 
 
 def counter_name(word: str) -> str:
@@ -62,6 +63,7 @@ class QueueSubjects:
         self.bucket_log = f"KV_{self.bucket}"
         self.all_ready = f"{prefix}.{queue}.ready.*.*"
         self.all_bucket = f"$KV.{self.bucket}.>"
+        self._bucket_key = f"$KV.{self.bucket}."
         self._ready = f"{prefix}.{queue}.ready."
         self._later = f"$KV.{self.bucket}.later."
         self._done = f"$KV.{self.bucket}.done."
@@ -139,6 +141,32 @@ class QueueSubjects:
     def token(self, key: str) -> str:
         """Return the token of the job that a key of the bucket is about."""
         return key.split(".")[3]
+
+    # -- repeatables
+
+    def repeat(self, token: str) -> str:
+        """Return the key of a repeatable's definition. `token`: its encoded id."""
+        return f"{self._bucket_key}repeat.{token}"
+
+    def tick(self, token: str) -> str:
+        """Return the key of its next tick, which has a timer."""
+        return f"{self._bucket_key}tick.{token}"
+
+    def fire(self, token: str) -> str:
+        """Return the key of a tick that is due."""
+        return f"{self._bucket_key}fire.{token}"
+
+    def is_repeat(self, key: str) -> bool:
+        """Return whether this is the key of a definition."""
+        return key.startswith(f"{self._bucket_key}repeat.")
+
+    def is_fire(self, key: str) -> bool:
+        """Return whether this is the key of a tick that is due."""
+        return key.startswith(f"{self._bucket_key}fire.")
+
+    def rid(self, key: str) -> str:
+        """Return the id of the repeatable that a key is about."""
+        return decode_token(key.rpartition(".")[2])
 
     # -- signals
 

@@ -10,8 +10,10 @@ from anyio import to_thread
 from asyncmq_nats.assets import DEFAULT_PRIORITY
 from asyncmq_nats.backends import default_backend
 from asyncmq_nats.backends.base import Backend
+from asyncmq_nats.jobs import Backoff
 from asyncmq_nats.queues import Queue
 from asyncmq_nats.registry import TASK_REGISTRY, RegisteredTask, TaskRegistry
+from asyncmq_nats.retries import BackoffFunction
 
 __all__ = ["TASK_REGISTRY", "TaskRegistry", "TaskWrapper", "list_tasks", "task"]
 
@@ -57,6 +59,7 @@ class TaskWrapper(Generic[P, R]):
             retries=entry.retries,
             ttl=entry.ttl,
             backoff=entry.backoff,
+            timeout=entry.timeout,
             priority=priority,
             delay=delay or None,
             job_id=job_id,
@@ -71,7 +74,8 @@ def task(
     retries: int = 0,
     ttl: float | None = None,
     *,
-    backoff: float | None = 1.5,
+    backoff: float | Backoff | BackoffFunction | None = 1.5,
+    timeout: float | None = None,
     name: str | None = None,
     registry: TaskRegistry = TASK_REGISTRY,
 ) -> Callable[[Callable[P, Any]], TaskWrapper[P, Any]]:
@@ -81,13 +85,14 @@ def task(
         queue: the name of the queue that `enqueue` adds to.
         retries: for the jobs that `enqueue` adds; see `Queue.add`.
         ttl: likewise.
-        backoff: likewise.
+        backoff: likewise; also a function that is given the number of the retry (1, 2, …) and returns seconds.
+        timeout: likewise.
         name: the id of the task, instead of `module.function`.
         registry: where workers find it.
     """
 
     def decorate(function: Callable[P, Any]) -> TaskWrapper[P, Any]:
-        entry = registry.register(function, queue=queue, name=name, retries=retries, ttl=ttl, backoff=backoff)
+        entry = registry.register(function, queue=queue, name=name, retries=retries, ttl=ttl, backoff=backoff, timeout=timeout)
         return TaskWrapper(entry)
 
     return decorate

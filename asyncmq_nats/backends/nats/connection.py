@@ -249,7 +249,8 @@ class Connection:
 
     def last_refusal(self, subject: str) -> str | None:
         """Return what the server said when it last forbade a publish to this subject."""
-        return next((text for text in reversed(self._refusals) if f'"{subject}"' in text), None)
+        quoted = f'"{subject}"'.lower()  # nats-py writes the server's words in lower case
+        return next((text for text in reversed(self._refusals) if quoted in text.lower()), None)
 
     # -- callbacks of nats-py: they run outside our tasks and only note things
 

@@ -17,6 +17,8 @@ __all__ = ["LeaseKeeper"]
 
 logger = logging.getLogger(__name__)
 
+SHORTEST_LEASE: Final = 2.0
+"""That of the promoter."""
 EXTEND: Final = b"+WPI"
 
 
@@ -25,7 +27,7 @@ class LeaseKeeper:
 
     def __init__(self, options: Mapping[str, Any], lease: float) -> None:
         self._options = dict(options)
-        self._every = lease / 3
+        self._every = min(lease, SHORTEST_LEASE) / 3
         self._held: dict[str, None] = {}
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None

@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 NANOSECONDS: Final = 1_000_000_000
 HEARTBEAT: Final = 5.0
 GRACE: Final = 2.0
+RESTORE_AFTER: Final = 0.25
+"""A consumer that is not there, and that this process cannot declare, is answered at once: without a pause, pull and answer chase each other."""
 NAK: Final = b"-NAK"
 
 Declare = Callable[[str], Awaitable[None]]
@@ -196,6 +198,7 @@ class NATSPuller:
 
     async def _restore(self, consumer: str, credit: Credit) -> None:
         try:
+            await asyncio.sleep(RESTORE_AFTER)
             await self._declare(consumer)
         finally:
             credit.outstanding = 0

@@ -1,0 +1,72 @@
+"""Transitions that a person or a program asks for, rather than a worker: retry, remove."""
+
+from collections.abc import Sequence
+from typing import Final
+
+from asyncmq_nats.backends.base import Backend, Expect, Write
+from asyncmq_nats.exceptions import WriteRefused
+from asyncmq_nats.jobs import Job, dump_json, load_json
+from asyncmq_nats.lifecycle import MARKER_TTL
+from asyncmq_nats.states import Place, State
+from asyncmq_nats.subjects import QueueSubjects, encode_token
+
+__all__ = ["Administration"]
+
+OUTCOME_FIELDS: Final = (
+    "status", "result", "last_error", "error_traceback", "active_since", "finished_at", "worker", "stalls", "delay_until",
+)  # fmt: skip
+"""What a job has only because of what became of it."""
+
+
+class Administration:
+    """What can be done to the jobs of one queue by hand."""
+
+    def __init__(self, backend: Backend, subjects: QueueSubjects) -> None:
+        self._backend = backend
+        self._subjects = subjects
+
+    async def remove_delayed(self, job_id: str) -> bool:
+        """Remove a job that is delayed. Return whether it was."""
+        return await self._delete_record(self._subjects.later(encode_token(job_id), Place.DELAYED))
+
+    async def take_due(self, jobs: Sequence[Job]) -> list[Job]:
+        """Remove released jobs, and return those that were still there to be removed."""
+        return [job for job in jobs if await self._delete_record(self._subjects.later(encode_token(job.job_id), Place.RELEASED))]
+
+    async def _delete_record(self, subject: str) -> bool:
+        records = await self._backend.last(self._subjects.bucket_log, subject)
+        if not records or records[0].marker:
+            return False
+        return await self._backend.delete(self._subjects.bucket_log, records[0].sequence)
+
+    async def rerun(self, job_id: str) -> bool:
+        """Release a job that ended badly, or that is delayed, as if it were new. Return whether it was in such a state."""
+        token, subjects = encode_token(job_id), self._subjects
+        released = subjects.later(token, Place.RELEASED)
+        for _ in range(10):
+            records = await self._backend.last(subjects.bucket_log, subjects.later(token, Place.DELAYED), subjects.done_all(token))
+            done = [record for record in records if ".done." in record.subject]
+            outcome = next((r for r in done if not r.marker and subjects.outcome_state(r.subject) not in (None, State.COMPLETED)), None)
+            delayed = next((r for r in records if not r.marker and subjects.is_later(r.subject, Place.DELAYED)), None)
+            if outcome is not None:
+                expect = Expect(subjects.done_all(token), max(record.sequence for record in done))
+                writes = [Write(released, self._renewed(outcome.body), expect)]
+                writes.append(Write(outcome.subject, b"", ttl=MARKER_TTL, marker=True))
+            elif delayed is not None:
+                expect = Expect(delayed.subject, delayed.sequence)
+                writes = [Write(released, self._renewed(delayed.body), expect, removes=delayed.subject)]
+            else:
+                return False
+            try:
+                await self._backend.write(subjects.bucket_log, *writes)
+            except WriteRefused:  # it moved meanwhile: look again
+                continue
+            return True
+        return False
+
+    def _renewed(self, body: bytes) -> bytes:
+        """Return a job as it was when it was new: only its errors tell what was. Its time to live begins now."""
+        data = load_json(body)
+        for name in OUTCOME_FIELDS:
+            data.pop(name, None)
+        return dump_json(data | {"retries": 0, "created_at": self._backend.now()})

@@ -1,0 +1,203 @@
+"""What comes into a worker: credit, the jobs in hand that have no slot yet, and giving back those for which none comes."""
+
+import heapq
+import logging
+import time
+from dataclasses import dataclass, field
+from typing import Final
+
+import anyio
+from anyio.abc import TaskGroup
+
+from asyncmq_nats.assets import TIER_SIGNAL, QueueAssets
+from asyncmq_nats.backends.base import Backend, Delivery, Signal
+from asyncmq_nats.exceptions import AsyncMQError
+from asyncmq_nats.lifecycle import Attempt, Lifecycle
+from asyncmq_nats.pull_policy import Pace, TierView, prefetch_target, should_hand_back, tiers_to_ask
+from asyncmq_nats.subjects import QueueSubjects, tier_name, tier_priority
+
+__all__ = ["Intake"]
+
+logger = logging.getLogger(__name__)
+
+PULL: Final = 30.0
+LOOK_AGAIN: Final = 30.0
+"""Cadence of the safety net for tiers that were made unheard."""
+HELD_CHECK: Final = 0.05
+UNSETTLED_PER_SLOT: Final = 4
+UNSETTLED: Final = 256
+
+
+@dataclass(slots=True)
+class Held:
+    """Jobs in hand that have no slot yet, the next to run first: by tier, then by age."""
+
+    heap: list[tuple[int, int, int, float, Delivery]] = field(default_factory=list)
+
+    def push(self, priority: int, delivery: Delivery) -> None:
+        """Take one in."""
+        heapq.heappush(self.heap, (priority, delivery.sequence, delivery.deliveries, time.monotonic(), delivery))
+
+    def pop(self) -> Delivery:
+        """Take out the next to run."""
+        return heapq.heappop(self.heap)[4]
+
+    def pop_stuck(self, pace: Pace, concurrency: int) -> list[Delivery]:
+        """Take out those for which no slot will come soon."""
+        now = time.monotonic()
+        ordered = sorted(self.heap)
+        stuck = {id(entry) for place, entry in enumerate(ordered) if should_hand_back(now - entry[3], pace, concurrency, place)}
+        self.heap = [entry for entry in ordered if id(entry) not in stuck]
+        return [entry[4] for entry in ordered if id(entry) in stuck]
+
+    def pop_all(self) -> list[Delivery]:
+        """Take out all."""
+        entries, self.heap = self.heap, []
+        return [entry[4] for entry in entries]
+
+
+class Intake:
+    """Asks the server for as many jobs as this worker can start, and passes them to its slots in order."""
+
+    def __init__(self, backend: Backend, subjects: QueueSubjects, assets: QueueAssets, lifecycle: Lifecycle, concurrency: int) -> None:
+        self._backend = backend
+        self._subjects = subjects
+        self._assets = assets
+        self._lifecycle = lifecycle
+        self._concurrency = concurrency
+        self._held = Held()
+        self._pace = Pace()
+        self._pending: dict[int, int] = {}
+        self._priorities: dict[str, int] = {}
+        self._idle: list[anyio.Event] = []
+        self._refill = anyio.Event()
+        self._asked_at = 0.0
+        self._open = False
+        self.busy = 0
+        """Slots that run a job."""
+        self.unsettled = 0
+        """Jobs that have started and whose end is not confirmed."""
+
+    async def start(self, group: TaskGroup) -> None:
+        """Begin to ask for jobs; the loops run in the group."""
+        self._puller = self._backend.puller(self._subjects.ready_log, self._on_delivery, self._on_lapse)
+        self._tier_signals = await self._backend.subscribe(self._subjects.control(TIER_SIGNAL), self._on_tier)
+        self._open = True
+        await self._find_tiers()
+        await self._ask()
+        group.start_soon(self._ask_when_needed)
+        group.start_soon(self._hand_back_stuck)
+        group.start_soon(self._look_for_tiers)
+
+    async def stop(self) -> None:
+        """Ask for nothing more, and give back what has not started."""
+        self._open = False
+        await self._puller.close()
+        await self._tier_signals.unsubscribe()
+        async with anyio.create_task_group() as group:
+            for delivery in self._held.pop_all():
+                group.start_soon(self._hand_back, delivery)
+
+    # -- for the slots
+
+    async def next(self) -> Delivery:
+        """Return the next job to run, as soon as there is one; the slot counts as busy from now on."""
+        while not self._held.heap or not self._open:
+            event = anyio.Event()
+            self._idle.append(event)
+            await event.wait()
+        self.busy += 1
+        return self._held.pop()
+
+    def release(self) -> None:
+        """Note that a slot is free again."""
+        self.busy -= 1
+        self._refill.set()
+
+    def learn_job(self, seconds: float) -> None:
+        """Note how long a job took."""
+        self._pace.learn_job(seconds)
+
+    def settled(self) -> None:
+        """Note that one more end was confirmed."""
+        self.unsettled -= 1
+        self._refill.set()
+
+    # -- credit
+
+    async def _find_tiers(self) -> None:
+        for priority in await self._assets.list_tiers():
+            await self._assets.declare_tier(priority)
+            self._pending.setdefault(priority, 0)
+
+    def _on_tier(self, signal: Signal) -> None:
+        if signal.body.removeprefix(b"-").isdigit():
+            self._pending.setdefault(int(signal.body), 0)
+            self._refill.set()
+
+    async def _look_for_tiers(self) -> None:
+        while True:
+            await anyio.sleep(LOOK_AGAIN)
+            try:
+                await self._find_tiers()
+            except AsyncMQError as error:
+                logger.warning("queue %s: tiers not looked up: %s", self._subjects.queue, error)
+            self._refill.set()
+
+    async def _ask_when_needed(self) -> None:
+        while True:
+            await self._refill.wait()
+            self._refill = anyio.Event()
+            if self._open:
+                await self._ask()
+
+    async def _ask(self) -> None:
+        capacity = self._concurrency + prefetch_target(self._concurrency, self._pace)
+        wanted = capacity - self.busy - len(self._held.heap)
+        if wanted <= 0 or self.unsettled > UNSETTLED_PER_SLOT * self._concurrency + UNSETTLED:
+            return
+        tiers = [
+            TierView(priority, self._puller.outstanding(tier_name(priority)), self._pending[priority]) for priority in sorted(self._pending)
+        ]
+        for priority, count in tiers_to_ask(tiers, wanted, capacity):
+            if self._pending[priority] and not self._asked_at:
+                self._asked_at = time.monotonic()
+            await self._puller.request(tier_name(priority), count, wait=PULL)
+
+    def _on_lapse(self, _: str) -> None:
+        self._asked_at = 0.0
+        self._refill.set()
+
+    def _on_delivery(self, delivery: Delivery) -> None:
+        priority = self._priorities.get(delivery.consumer)
+        if priority is None:
+            priority = self._priorities[delivery.consumer] = tier_priority(delivery.consumer) or 0
+        if self._asked_at:
+            self._pace.learn_refill(time.monotonic() - self._asked_at)
+            self._asked_at = 0.0
+        self._pending[priority] = delivery.pending
+        self._held.push(priority, delivery)
+        if self._idle:
+            self._idle.pop().set()
+        if not delivery.pending:
+            self._refill.set()
+
+    # -- giving back
+
+    async def _hand_back_stuck(self) -> None:
+        while True:
+            await anyio.sleep(HELD_CHECK)
+            if self._held.heap:
+                for delivery in self._held.pop_stuck(self._pace, self._concurrency):
+                    await self._hand_back(delivery)
+
+    async def _hand_back(self, delivery: Delivery) -> None:
+        try:
+            attempt = await self._lifecycle.begin(delivery) if delivery.deliveries == 1 else None
+            if isinstance(attempt, Attempt):
+                await self._lifecycle.hand_back(attempt)
+            else:  # delivered before: its claim, or the lack of one, stays as it is
+                delivery.nak()
+        except AsyncMQError as error:
+            logger.warning("%s: not handed back, it comes back when its lease is over: %s", delivery.subject, error)
+            delivery.abandon()

@@ -1,0 +1,102 @@
+"""The methods of `Queue` that look: counts, single jobs, lists, waiting for a result."""
+
+from collections.abc import Sequence
+from typing import Any, Final
+
+import anyio
+
+from asyncmq_nats.exceptions import JobFailed, JobNotFound
+from asyncmq_nats.queue_base import QueueBase
+from asyncmq_nats.states import COUNT_BUCKETS, JOB_STATES, OUTCOMES, Bucket, State
+from asyncmq_nats.subjects import encode_token
+
+__all__ = ["QueueReads"]
+
+READ_AGAIN: Final = 5.0
+COUNTED_AS_TO_DO: Final = (State.WAITING, State.DELAYED, State.WAITING_CHILDREN)
+
+
+class QueueReads(QueueBase):
+    """Counts, single jobs, lists, waiting for a result."""
+
+    async def queue_stats(self) -> dict[str, int]:
+        """Return how many jobs are in each state (AsyncMQ's three keys, and the others). Costs the same for any number of jobs."""
+        return {str(state): count for state, count in (await self._inspection.count_by_state()).items()}
+
+    async def get_job_counts(self, *types: str) -> dict[str, int]:
+        """Return the number of jobs for each of the given states, by default AsyncMQ's eight; asking for `waiting` adds `paused`."""
+        counts = await self.queue_stats()
+        wanted = [str(name) for name in types] or [str(name) for name in COUNT_BUCKETS]
+        if types and State.WAITING in wanted and Bucket.PAUSED not in wanted:
+            wanted.append(Bucket.PAUSED)
+        return {str(name): counts.get(name, 0) for name in wanted}
+
+    async def get_job_count_by_types(self, *types: str) -> int:
+        """Return the number of jobs in the given states together."""
+        return sum((await self.get_job_counts(*types)).values())
+
+    async def count(self) -> int:
+        """Return the number of jobs that are still to be started: waiting, delayed, or waiting for others."""
+        counts = await self._inspection.count_by_state()
+        return sum(counts[state] for state in COUNTED_AS_TO_DO)
+
+    async def get_job(self, job_id: str) -> dict[str, Any] | None:
+        """Return the job as a dict with AsyncMQ's keys, and ours beside them, or `None`."""
+        job = await self._inspection.find(job_id)
+        return None if job is None else job.to_dict()
+
+    async def get_job_state(self, job_id: str) -> str | None:
+        """Return the state of the job, or `None` if there is no such job."""
+        job = await self._inspection.find(job_id)
+        return None if job is None else str(job.status)
+
+    async def get_job_result(self, job_id: str) -> Any:
+        """Return the result of a completed job, or `None`; does not wait. See `wait_for`."""
+        job = await self._inspection.find(job_id)
+        return None if job is None else job.result
+
+    async def list_jobs(self, state: str, *, limit: int | None = None) -> list[dict[str, Any]]:
+        """Return the jobs in a state, oldest first: all of them, or the first `limit`. An unknown state has none (as AsyncMQ)."""
+        return await self.get_jobs([state], end=-1 if limit is None else limit - 1, asc=True) if limit != 0 else []
+
+    async def get_jobs(
+        self, types: Sequence[str] | str | None = None, *, start: int = 0, end: int = -1, asc: bool = False
+    ) -> list[dict[str, Any]]:
+        """Return the jobs from index `start` to `end` (included; -1: to the last) of the given states, newest first unless `asc`.
+
+        States are joined one after the other. Only the pages that are needed are read.
+        """
+        names = [types] if isinstance(types, str) else JOB_STATES if types is None else types
+        states = [State(name) for name in names if name in set(State)]
+        return [job.to_dict() for job in await self._inspection.slice(states, start, end, ascending=asc)]
+
+    async def wait_for(self, job_id: str, timeout: float | None = None) -> Any:
+        """Wait until the job ends and return its result.
+
+        Raises:
+            JobFailed: it ended as failed, expired or cancelled.
+            JobNotFound: there is no such job.
+            TimeoutError: it has not ended within `timeout` seconds.
+        """
+        with anyio.fail_after(timeout):
+            return await self._wait_for(job_id)
+
+    async def _wait_for(self, job_id: str) -> Any:
+        ended = anyio.Event()
+        # Listen, then look, then wait: an outcome is either seen or heard. Events may be lost, so look again now and then.
+        subscription = await self.backend.subscribe(self._subjects.event("*", encode_token(job_id)), lambda _: ended.set())
+        try:
+            while True:
+                job = await self._inspection.find(job_id)
+                if job is None:
+                    raise JobNotFound(self.name, job_id)
+                if job.status is State.COMPLETED:
+                    return job.result
+                if job.status in OUTCOMES:
+                    raise JobFailed(job_id, job.status, job.last_error)
+                with anyio.move_on_after(READ_AGAIN):
+                    await ended.wait()
+                ended = anyio.Event()
+        finally:
+            with anyio.CancelScope(shield=True):
+                await subscription.unsubscribe()
