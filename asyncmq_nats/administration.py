@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from typing import Final
 
 from asyncmq_nats.backends.base import Backend, Expect, Write
-from asyncmq_nats.exceptions import WriteRefused
+from asyncmq_nats.exceptions import InvalidJob, WriteRefused
 from asyncmq_nats.jobs import Job, dump_json, load_json
 from asyncmq_nats.lifecycle import MARKER_TTL
 from asyncmq_nats.states import Place, State
-from asyncmq_nats.subjects import QueueSubjects, encode_token
+from asyncmq_nats.subjects import QueueSubjects, decode_token, encode_token
 
 __all__ = ["Administration"]
 
@@ -39,6 +39,40 @@ class Administration:
             return False
         return await self._backend.delete(self._subjects.bucket_log, records[0].sequence)
 
+    async def cancel(self, job_id: str) -> bool:
+        """End a job that has not ended as cancelled, wherever it is. Return whether there was one. A worker that runs it must be told."""
+        token, subjects = encode_token(job_id), self._subjects
+        while True:
+            records = await self._backend.last(subjects.bucket_log, subjects.later_all(token), subjects.done_all(token))
+            ready = await self._backend.last(subjects.ready_log, subjects.ready_any(token))
+            live = [record for record in records if not record.marker]
+            if any(subjects.outcome_state(record.subject) for record in live):
+                return False
+            later = [record for record in live if not subjects.is_claim(record.subject) and ".done." not in record.subject]
+            sources = later + ready
+            if not sources:
+                return False
+            last = max((record.sequence for record in records if ".done." in record.subject), default=0)
+            removed = [record.subject for record in live if record in later or subjects.is_claim(record.subject)]
+            outcome = self._cancelled(token, sources[0].body, Expect(subjects.done_all(token), last))
+            try:
+                await self._backend.write(subjects.bucket_log, outcome, *(_marker(subject) for subject in removed))
+            except WriteRefused:  # it moved or ended meanwhile: look again
+                continue
+            for record in await self._backend.last(subjects.ready_log, subjects.ready_any(token)):
+                await self._backend.delete(subjects.ready_log, record.sequence)
+            return True
+
+    def _cancelled(self, token: str, body: bytes, expect: Expect) -> Write:
+        try:
+            job = load_json(body)
+        except InvalidJob:
+            job = {"task": "?"}
+        now = self._backend.now()
+        job |= {"id": decode_token(token), "status": State.CANCELLED, "finished_at": now, "last_error": "cancelled"}
+        subject = self._subjects.outcome(token, State.CANCELLED)
+        return Write(subject, dump_json(job), expect, ttl=self._backend.settings.failed_ttl)
+
     async def rerun(self, job_id: str) -> bool:
         """Release a job that ended badly, or that is delayed, as if it were new. Return whether it was in such a state."""
         token, subjects = encode_token(job_id), self._subjects
@@ -51,7 +85,7 @@ class Administration:
             if outcome is not None:
                 expect = Expect(subjects.done_all(token), max(record.sequence for record in done))
                 writes = [Write(released, self._renewed(outcome.body), expect)]
-                writes.append(Write(outcome.subject, b"", ttl=MARKER_TTL, marker=True))
+                writes.append(_marker(outcome.subject))
             elif delayed is not None:
                 expect = Expect(delayed.subject, delayed.sequence)
                 writes = [Write(released, self._renewed(delayed.body), expect, removes=delayed.subject)]
@@ -70,3 +104,8 @@ class Administration:
         for name in OUTCOME_FIELDS:
             data.pop(name, None)
         return dump_json(data | {"retries": 0, "created_at": self._backend.now()})
+
+
+def _marker(subject: str) -> Write:
+    """Return the write that removes a record inside a batch; the marker itself goes a second later."""
+    return Write(subject, b"", ttl=MARKER_TTL, marker=True)

@@ -4,7 +4,7 @@ from typing import Final
 
 from anyio import Lock
 
-from asyncmq_nats.backends.base import Backend, Consumer, Log
+from asyncmq_nats.backends.base import Backend, Consumer, Log, Write
 from asyncmq_nats.exceptions import AssetMissing, TooManyPriorities
 from asyncmq_nats.states import OUTCOMES, Place
 from asyncmq_nats.subjects import PROMOTER, QueueSubjects, counter_name, tier_name, tier_priority
@@ -39,7 +39,8 @@ class QueueAssets:
                 return
             await self._backend.declare_log(self.ready_log)
             await self._backend.declare_log(self.bucket_log)
-            await self._declare_tier(DEFAULT_PRIORITY)
+            await self._backend.declare_consumer(self._subjects.ready_log, self._tier(DEFAULT_PRIORITY))
+            self._tiers.add(DEFAULT_PRIORITY)
             self._logs_declared = True
 
     async def declare_all(self) -> None:
@@ -57,12 +58,12 @@ class QueueAssets:
         self._counters_declared = True
 
     async def declare_tier(self, priority: int) -> None:
-        """Make sure that a priority has its consumer, and tell the running workers of a new one.
+        """Make sure that a priority has its consumer, and tell the running workers of a new one. It is born paused while the queue is.
 
         Raises:
             TooManyPriorities: the queue has 256 already.
         """
-        if priority in self._tiers:
+        if priority in self._tiers or not self._backend.may_declare:
             return
         async with self._lock:
             if priority not in self._tiers:
@@ -74,12 +75,36 @@ class QueueAssets:
                     await self._backend.publish(self._subjects.control(TIER_SIGNAL), str(priority).encode())
                 self._tiers.add(priority)
 
-    async def _declare_tier(self, priority: int) -> None:
+    def _tier(self, priority: int, paused_until: float | None = None) -> Consumer:
         lease = self._backend.settings.stalled_after
-        await self._backend.declare_consumer(
-            self._subjects.ready_log, Consumer(tier_name(priority), (self._subjects.tier(priority),), lease=lease)
-        )
-        self._tiers.add(priority)
+        return Consumer(tier_name(priority), (self._subjects.tier(priority),), lease=lease, paused_until=paused_until)
+
+    async def _declare_tier(self, priority: int) -> None:
+        paused = await self.read_pause()
+        await self._backend.declare_consumer(self._subjects.ready_log, self._tier(priority, paused))
+        if paused is None and (paused := await self.read_pause()) is not None:  # the pause and this tier passed each other
+            await self._backend.pause(self._subjects.ready_log, tier_name(priority), paused)
+
+    # -- the pause, of which a tier must know when it is made
+
+    async def read_pause(self) -> float | None:
+        """Return until when the queue is paused (Unix seconds), `None` if it is not."""
+        try:
+            records = await self._backend.last(self._subjects.bucket_log, self._subjects.pause)
+        except AssetMissing:
+            return None
+        if not records or records[0].marker:
+            return None
+        until = float(records[0].body)
+        return until if until > self._backend.now() else None
+
+    async def write_pause(self, until: float | None) -> None:
+        """Store until when the queue is paused; `None`: it is not."""
+        await self.declare()
+        if until is None:
+            await self._backend.purge(self._subjects.bucket_log, self._subjects.pause)
+        else:
+            await self._backend.write(self._subjects.bucket_log, Write(self._subjects.pause, str(until).encode()))
 
     async def list_tiers(self) -> list[int]:
         """Return the priorities that have a consumer, the first to run first."""

@@ -14,6 +14,7 @@ from asyncmq_nats.backends.base import Backend, Delivery, Signal
 from asyncmq_nats.exceptions import AsyncMQError
 from asyncmq_nats.lifecycle import Attempt, Lifecycle
 from asyncmq_nats.pull_policy import Pace, TierView, prefetch_target, should_hand_back, tiers_to_ask
+from asyncmq_nats.rate_limiter import LEASE, RateLimiter
 from asyncmq_nats.subjects import QueueSubjects, tier_name, tier_priority
 
 __all__ = ["Intake"]
@@ -59,12 +60,23 @@ class Held:
 class Intake:
     """Asks the server for as many jobs as this worker can start, and passes them to its slots in order."""
 
-    def __init__(self, backend: Backend, subjects: QueueSubjects, assets: QueueAssets, lifecycle: Lifecycle, concurrency: int) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        subjects: QueueSubjects,
+        assets: QueueAssets,
+        lifecycle: Lifecycle,
+        *,
+        concurrency: int,
+        limiter: RateLimiter | None = None,
+    ) -> None:
         self._backend = backend
         self._subjects = subjects
         self._assets = assets
         self._lifecycle = lifecycle
         self._concurrency = concurrency
+        self._limiter = limiter
+        self._paused_until = 0.0
         self._held = Held()
         self._pace = Pace()
         self._pending: dict[int, int] = {}
@@ -83,8 +95,10 @@ class Intake:
         self._puller = self._backend.puller(self._subjects.ready_log, self._on_delivery, self._on_lapse)
         self._tier_signals = await self._backend.subscribe(self._subjects.control(TIER_SIGNAL), self._on_tier)
         self._open = True
+        self._group = group
         await self._find_tiers()
-        await self._ask()
+        self._paused_until = await self._assets.read_pause() or 0.0
+        self._refill.set()
         group.start_soon(self._ask_when_needed)
         group.start_soon(self._hand_back_stuck)
         group.start_soon(self._look_for_tiers)
@@ -94,20 +108,54 @@ class Intake:
         self._open = False
         await self._puller.close()
         await self._tier_signals.unsubscribe()
-        async with anyio.create_task_group() as group:
-            for delivery in self._held.pop_all():
-                group.start_soon(self._hand_back, delivery)
+        await self._hand_back_all()
+        if self._limiter is not None and self._limiter.permits:
+            await self._limiter.acquire(-self._limiter.permits)
+
+    # -- pause
+
+    def pause(self, until: float) -> None:
+        """Start nothing more until then (Unix seconds by the server's clock); what is held and has not started goes back."""
+        self._paused_until = until
+        self._group.start_soon(self._hand_back_all)
+        self._group.start_soon(self._resume_at, until)
+
+    def resume(self) -> None:
+        """Start jobs again."""
+        self._paused_until = 0.0
+        self._wake_slots()
+        self._refill.set()
+
+    async def _resume_at(self, until: float) -> None:
+        await anyio.sleep(max(0.0, until - self._backend.now()))
+        if self._paused_until == until:
+            self.resume()
+
+    @property
+    def _paused(self) -> bool:
+        return self._paused_until > 0 and self._paused_until > self._backend.now()
 
     # -- for the slots
 
     async def next(self) -> Delivery:
         """Return the next job to run, as soon as there is one; the slot counts as busy from now on."""
-        while not self._held.heap or not self._open:
+        while not self._may_start:
             event = anyio.Event()
             self._idle.append(event)
             await event.wait()
         self.busy += 1
+        if self._limiter is not None:
+            self._limiter.use()
         return self._held.pop()
+
+    @property
+    def _may_start(self) -> bool:
+        permitted = self._limiter is None or self._limiter.permits > 0
+        return bool(self._held.heap) and self._open and permitted and not self._paused
+
+    def _wake_slots(self) -> None:
+        for _ in range(min(len(self._idle), len(self._held.heap))):
+            self._idle.pop().set()
 
     def release(self) -> None:
         """Note that a slot is free again."""
@@ -140,19 +188,40 @@ class Intake:
             await anyio.sleep(LOOK_AGAIN)
             try:
                 await self._find_tiers()
+                if not self._paused_until:
+                    self._paused_until = await self._assets.read_pause() or 0.0
             except AsyncMQError as error:
                 logger.warning("queue %s: tiers not looked up: %s", self._subjects.queue, error)
             self._refill.set()
 
     async def _ask_when_needed(self) -> None:
+        wait: float | None = None
         while True:
-            await self._refill.wait()
+            with anyio.move_on_after(wait):
+                await self._refill.wait()
             self._refill = anyio.Event()
-            if self._open:
-                await self._ask()
+            wait = None
+            if not self._open or self._paused:
+                continue
+            if self._limiter is None:
+                await self._ask(self._concurrency + prefetch_target(self._concurrency, self._pace))
+            elif not self._limiter.blocks:
+                wait = await self._ask_within_limit(self._limiter)
 
-    async def _ask(self) -> None:
-        capacity = self._concurrency + prefetch_target(self._concurrency, self._pace)
+    async def _ask_within_limit(self, limiter: RateLimiter) -> float | None:
+        """Ask for as many jobs as there are permits; return how long to wait for more of these."""
+        try:
+            wait = await limiter.acquire(self._concurrency - self.busy - limiter.permits)
+        except AsyncMQError as error:
+            logger.warning("queue %s: no permits now: %s", self._subjects.queue, error)
+            return 1.0
+        self._wake_slots()
+        if limiter.permits:
+            await self._ask(self.busy + limiter.permits)
+        return wait or None
+
+    async def _ask(self, capacity: int) -> None:
+        """Ask for jobs, up to `capacity` with those that run and those in hand."""
         wanted = capacity - self.busy - len(self._held.heap)
         if wanted <= 0 or self.unsettled > UNSETTLED_PER_SLOT * self._concurrency + UNSETTLED:
             return
@@ -162,7 +231,7 @@ class Intake:
         for priority, count in tiers_to_ask(tiers, wanted, capacity):
             if self._pending[priority] and not self._asked_at:
                 self._asked_at = time.monotonic()
-            await self._puller.request(tier_name(priority), count, wait=PULL)
+            await self._puller.request(tier_name(priority), count, wait=PULL if self._limiter is None else LEASE / 2)
 
     def _on_lapse(self, _: str) -> None:
         self._asked_at = 0.0
@@ -177,12 +246,19 @@ class Intake:
             self._asked_at = 0.0
         self._pending[priority] = delivery.pending
         self._held.push(priority, delivery)
-        if self._idle:
+        if self._paused:
+            self._group.start_soon(self._hand_back_all)
+        elif self._idle:
             self._idle.pop().set()
         if not delivery.pending:
             self._refill.set()
 
     # -- giving back
+
+    async def _hand_back_all(self) -> None:
+        async with anyio.create_task_group() as group:
+            for delivery in self._held.pop_all():
+                group.start_soon(self._hand_back, delivery)
 
     async def _hand_back_stuck(self) -> None:
         while True:

@@ -141,6 +141,8 @@ class Job:
             job: Self = ADAPTER.validate_json(body)  # type: ignore[assignment]  # the adapter is of the class itself
         except ValidationError as error:
             raise InvalidJob(_first_problem(error)) from None
+        if (b"NaN" in body or b"Infinity" in body) and (bad := _find_non_finite([job.args, job.kwargs])) is not None:
+            raise InvalidJob(f"{bad} is not a JSON number")
         if job.v > WIRE_VERSION:
             raise InvalidJob(f"its version is {job.v}, this library knows {WIRE_VERSION}: upgrade asyncmq-nats in the workers first")
         if job_id is not None and job.job_id != job_id:

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from asyncmq_nats.assets import QueueAssets
 from asyncmq_nats.backends.base import Backend, Delivery, Expect, Record, Settled, Timer, Write
-from asyncmq_nats.exceptions import AssetMissing, BackendError, InvalidJob, PayloadTooLarge, WriteRefused
+from asyncmq_nats.exceptions import AssetMissing, BackendError, InvalidJob, NotSerializable, PayloadTooLarge, WriteRefused
 from asyncmq_nats.jobs import Job, append_fields, dump_json, load_json
 from asyncmq_nats.retries import Failure, add_failure
 from asyncmq_nats.states import Place, State
@@ -294,13 +294,16 @@ class Lifecycle:
             fields["created_at"] = attempt.job.created_at
         if b'"id"' not in body:
             fields["id"] = attempt.job.job_id
-        if state is State.COMPLETED and b'"status"' not in body:
-            record = append_fields(body, fields, what)
-        else:
-            record = dump_json(load_json(body) | fields, what)
-        if len(record) > self._backend.max_body:
-            if state is State.COMPLETED:
+        try:
+            if state is State.COMPLETED and b'"status"' not in body:
+                record = append_fields(body, fields, what)
+            else:
+                record = dump_json(load_json(body) | fields, what)
+            if len(record) > self._backend.max_body:
                 raise PayloadTooLarge(what, len(record), self._backend.max_body)
+        except (NotSerializable, PayloadTooLarge):  # too long, or a foreign producer's 1e999, which is no JSON when read
+            if state is State.COMPLETED:
+                raise
             record = dump_json({"id": attempt.job.job_id, "task": attempt.job.task_id, "truncated": True, "max_retries": 0} | fields, what)
         ttl = self._settings.completed_ttl if state is State.COMPLETED else self._settings.failed_ttl
         return Write(self._subjects.outcome(attempt.token, state), record, self._fence(attempt), ttl=ttl)
@@ -322,6 +325,19 @@ class Lifecycle:
             return []
         subjects = [self._subjects.claim(attempt.token), *attempt.leftovers]
         return [Write(subject, b"", ttl=MARKER_TTL, marker=True) for subject in subjects if subject != write.subject]
+
+    def report_progress(self, attempt: Attempt, progress: float, data: Any) -> None:
+        """Store how far a running job is, and tell whoever listens. Sent, not confirmed: a later report tells more."""
+        body = dump_json({"id": attempt.job.job_id, "progress": progress, "data": data}, "the progress data")
+        write = Write(self._subjects.progress(attempt.token), body, ttl=self._settings.progress_ttl)
+        self._backend.send(self._subjects.bucket_log, write, lambda _: None)
+        self._backend.signal(self._subjects.event("progress", attempt.token), body)
+
+    async def cancelled_among(self, job_ids: Sequence[str]) -> list[str]:
+        """Return those of the jobs that were cancelled."""
+        keys = [self._subjects.outcome(encode_token(job_id), State.CANCELLED) for job_id in job_ids]
+        records = await self._backend.last(self._subjects.bucket_log, *keys) if keys else []
+        return [decode_token(self._subjects.token(record.subject)) for record in records if not record.marker]
 
     # -- after a refusal
 

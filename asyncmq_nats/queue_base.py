@@ -4,6 +4,8 @@ from asyncmq_nats.administration import Administration
 from asyncmq_nats.assets import QueueAssets
 from asyncmq_nats.backends import default_backend
 from asyncmq_nats.backends.base import Backend
+from asyncmq_nats.controls import Controls
+from asyncmq_nats.hooks import Hooks
 from asyncmq_nats.inspection import Inspection
 from asyncmq_nats.lifecycle import Lifecycle
 from asyncmq_nats.registry import TASK_REGISTRY, TaskRegistry
@@ -27,6 +29,8 @@ class QueueBase:
         *,
         registry: TaskRegistry = TASK_REGISTRY,
     ) -> None:
+        if rate_limit is not None and (rate_limit < 0 or rate_interval <= 0):
+            raise ValueError(f"rate_limit must be 0 or more and rate_interval above 0, not {rate_limit} and {rate_interval}")
         self.name = name
         self.backend = backend if backend is not None else default_backend()
         self.concurrency = concurrency
@@ -39,5 +43,7 @@ class QueueBase:
         self._inspection = Inspection(self.backend, self._subjects, self._assets)
         self._administration = Administration(self.backend, self._subjects)
         self._repeatables = Repeatables(self.backend, self._subjects, self._assets)
+        self._controls = Controls(self.backend, self._subjects, self._assets)
+        self._hooks = Hooks({"backend": self.backend, "queue": name})
         self._local_repeatables: list[Definition] = []
         self._registry = registry

@@ -5,6 +5,7 @@ lines over one call below.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import anyio
@@ -13,8 +14,10 @@ from anyio.abc import TaskStatus
 from asyncmq_nats.assets import DEFAULT_PRIORITY
 from asyncmq_nats.bulk import add_many, checked_entry
 from asyncmq_nats.jobs import Backoff, Job, new_job, new_job_id, validate_custom_job_id
+from asyncmq_nats.queue_controls import QueueControls
 from asyncmq_nats.queue_delays import QueueDelays
 from asyncmq_nats.queue_reads import QueueReads
+from asyncmq_nats.rate_limiter import Limit
 from asyncmq_nats.runner import Runner
 from asyncmq_nats.serving import import_tasks, run_program, run_until_signalled
 from asyncmq_nats.states import State
@@ -22,7 +25,7 @@ from asyncmq_nats.states import State
 __all__ = ["Queue"]
 
 
-class Queue(QueueReads, QueueDelays):
+class Queue(QueueReads, QueueDelays, QueueControls):
     """A named queue of jobs: add jobs, look at them, run them. Making one does no I/O.
 
     Args:
@@ -30,6 +33,8 @@ class Queue(QueueReads, QueueDelays):
         backend: where the jobs are; by default a `NATSBackend` of the settings, shared by this process.
         concurrency: how many jobs `run()` runs at a time.
         scan_interval: kept from AsyncMQ. Nothing is polled, and it changes nothing here.
+        rate_limit: how many jobs the whole queue may start per `rate_interval`, over all its workers; 0 starts none, `None` is no limit.
+        rate_interval: in seconds.
         registry: the tasks that `run()` knows; by default those of `@task`.
 
     Raises:
@@ -157,7 +162,7 @@ class Queue(QueueReads, QueueDelays):
             custom_id=job_id is not None,
         )
 
-    async def _prepare(self) -> None:
+    async def _store_repeatables(self) -> None:
         for definition in self._local_repeatables:
             await self._repeatables.upsert(definition)
 
@@ -172,7 +177,8 @@ class Queue(QueueReads, QueueDelays):
             self._assets,
             registry=self._registry,
             concurrency=self.concurrency,
-            prepare=self._prepare,
+            limit=None if self.rate_limit is None else Limit(self.rate_limit, self.rate_interval),
+            hooks=replace(self._hooks, on_startup=[self._store_repeatables, *self._hooks.on_startup]),
         )
 
     async def run(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:

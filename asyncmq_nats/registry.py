@@ -3,14 +3,17 @@
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from anyio import CapacityLimiter, to_thread
+from anyio import CapacityLimiter, from_thread, to_thread
 from pydantic import ConfigDict, validate_call
 from pydantic.errors import PydanticUserError
 
+from asyncmq_nats.context import JobContext
 from asyncmq_nats.exceptions import TaskNotFound
 from asyncmq_nats.jobs import Backoff, Job
+from asyncmq_nats.processes import run_in_process
 from asyncmq_nats.retries import BackoffFunction
 
 __all__ = ["TASK_REGISTRY", "RegisteredTask", "TaskRegistry"]
@@ -34,16 +37,20 @@ class RegisteredTask:
     backoff_function: BackoffFunction | None = None
     timeout: float | None = None
 
-    async def run(self, job: Job, threads: CapacityLimiter) -> Any:
-        """Run the task on the job's arguments: an async function here, a sync one in a thread."""
+    progress: bool = False
+    process: bool = False
+
+    async def run(self, job: Job, threads: CapacityLimiter, context: JobContext) -> Any:
+        """Run the task on the job's arguments: an async function here, a sync one in a thread, a `process` one in a process.
+
+        `threads` bounds the threads and processes.
+        """
+        kwargs = job.kwargs if not self.progress else job.kwargs | {"report_progress": _reporter(context, in_thread=not self.is_async)}
+        if self.process:
+            return await run_in_process(self.function, job.args, kwargs, threads)
         if self.is_async:
-            return await self.call(*job.args, **job.kwargs)
-        call = self.call
-
-        def run_in_thread() -> Any:
-            return call(*job.args, **job.kwargs)
-
-        return await to_thread.run_sync(run_in_thread, abandon_on_cancel=True, limiter=threads)
+            return await self.call(*job.args, **kwargs)
+        return await to_thread.run_sync(partial(self.call, *job.args, **kwargs), abandon_on_cancel=True, limiter=threads)
 
 
 class TaskRegistry(Mapping[str, RegisteredTask]):
@@ -62,13 +69,18 @@ class TaskRegistry(Mapping[str, RegisteredTask]):
         ttl: float | None = None,
         backoff: float | Backoff | BackoffFunction | None = None,
         timeout: float | None = None,
+        progress: bool = False,
+        process: bool = False,
     ) -> RegisteredTask:
         """Add a function under its name, or `module.function`.
 
         Raises:
             ValueError: another function has that name already.
         """
-        task_id = name or f"{function.__module__}.{function.__name__}"
+        if process and (progress or inspect.iscoroutinefunction(function)):
+            raise ValueError(f"{function.__qualname__}: process=True is for sync functions, and without progress")
+        # A process that was spawned knows its main module by another name.
+        task_id = name or f"{function.__module__.replace('__mp_main__', '__main__')}.{function.__name__}"
         known = self._tasks.get(task_id)
         if known is not None and not _is_same(known.function, function):
             raise ValueError(f"task {task_id!r} is registered already, for {known.function!r}: give one of them a name= of its own")
@@ -83,6 +95,8 @@ class TaskRegistry(Mapping[str, RegisteredTask]):
             backoff=None if callable(backoff) else backoff,
             backoff_function=backoff if callable(backoff) else None,
             timeout=timeout,
+            progress=progress,
+            process=process,
         )
         self._tasks[task_id] = entry
         return entry
@@ -119,6 +133,13 @@ def _validated(function: Callable[..., Any]) -> Callable[..., Any]:
     except PydanticUserError:
         return function
     return validated
+
+
+def _reporter(context: JobContext, *, in_thread: bool) -> Callable[..., Any]:
+    """Return the `report_progress` that a task with `progress=True` is given."""
+    if not in_thread:
+        return context.report_progress
+    return lambda progress, data=None: from_thread.run_sync(context.report_progress, progress, data)
 
 
 def _is_same(one: Callable[..., Any], other: Callable[..., Any]) -> bool:

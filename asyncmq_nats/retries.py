@@ -48,11 +48,16 @@ def _describe(error: BaseException) -> str:
     if isinstance(error, ValidationError):
         problems = error.errors(include_url=False, include_context=False)
         return f"{name}: " + "; ".join(f"{error.title}: {'.'.join(map(str, p['loc']))}: {p['msg']}" for p in problems[:5])
-    return f"{name}: {error}" if str(error) else name
+    try:
+        message = str(error)
+    except Exception as problem:  # the user's code, like the task itself
+        message = f"<its __str__ raised {type(problem).__name__}>"
+    return f"{name}: {message}" if message else name
 
 
 def _cut(text: str, length: int) -> str:
-    """Return the text, its middle left out if it is longer."""
+    """Return the text without what UTF-8 cannot hold (lone surrogates), its middle left out if it is longer."""
+    text = text.encode("utf-8", "replace").decode()
     if len(text) <= length:
         return text
     return text[: length // 3] + "\n…\n" + text[-(2 * length // 3) :]

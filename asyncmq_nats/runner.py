@@ -3,12 +3,13 @@
 What a job's end means is decided in `lifecycle`, what comes in is the business of `intake`.
 """
 
+import asyncio
 import logging
 import os
 import socket
 import time
 import uuid
-from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
 
@@ -18,13 +19,17 @@ from anyio.lowlevel import checkpoint
 
 from asyncmq_nats.assets import QueueAssets
 from asyncmq_nats.backends.base import Backend, Delivery, Settled, Write
+from asyncmq_nats.context import JobContext, running_job
+from asyncmq_nats.controls import CANCEL, PAUSE, RESUME, WorkerRegistry
 from asyncmq_nats.exceptions import AsyncMQError, InvalidJob, NotSerializable, PayloadTooLarge, TaskTimeout
+from asyncmq_nats.hooks import Hooks
 from asyncmq_nats.intake import Intake
 from asyncmq_nats.lifecycle import Attempt, Lifecycle, SettleEnd, Verdict
 from asyncmq_nats.promoter import Promoter
+from asyncmq_nats.rate_limiter import Limit, RateLimiter
 from asyncmq_nats.registry import TaskRegistry
 from asyncmq_nats.retries import Failure, retry_delay
-from asyncmq_nats.subjects import QueueSubjects
+from asyncmq_nats.subjects import QueueSubjects, encode_token
 
 __all__ = ["Runner", "new_worker_id"]
 
@@ -39,6 +44,20 @@ def new_worker_id() -> str:
     return f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:6]}"
 
 
+@dataclass(slots=True)
+class Running:
+    """A job that runs. `cancelled`: by a user, rather than by the end of the worker."""
+
+    scope: anyio.CancelScope
+    context: JobContext
+    cancelled: bool = False
+
+    def cancel(self) -> None:
+        """Interrupt it; a thread is only told."""
+        self.context.request_cancel()
+        self.scope.cancel()
+
+
 class Runner:
     """Runs the jobs of one queue in this process.
 
@@ -48,7 +67,8 @@ class Runner:
         assets: of the queue.
         registry: the tasks that can be run.
         concurrency: slots; never more jobs run at a time.
-        prepare: awaited before the first job is asked for.
+        limit: of starts in the whole queue.
+        hooks: what else happens when it starts and stops.
     """
 
     def __init__(
@@ -59,7 +79,8 @@ class Runner:
         *,
         registry: TaskRegistry,
         concurrency: int,
-        prepare: Callable[[], Awaitable[None]],
+        limit: Limit | None = None,
+        hooks: Hooks | None = None,
     ) -> None:
         if concurrency < 1:
             raise ValueError(f"concurrency must be at least 1, not {concurrency}")
@@ -69,11 +90,13 @@ class Runner:
         self._assets = assets
         self._registry = registry
         self._concurrency = concurrency
-        self._prepare = prepare
+        self._hooks = hooks or Hooks()
         self._lifecycle = Lifecycle(backend, subjects, assets, self.worker)
-        self._intake = Intake(backend, subjects, assets, self._lifecycle, concurrency)
+        limiter = None if limit is None else RateLimiter(backend, subjects, limit, self.worker)
+        self._intake = Intake(backend, subjects, assets, self._lifecycle, concurrency=concurrency, limiter=limiter)
+        self._entry = WorkerRegistry(backend, subjects, self.worker, concurrency, self._running_ids)
         self._threads = anyio.CapacityLimiter(concurrency)
-        self._running: dict[str, anyio.CancelScope] = {}
+        self._running: dict[str, Running] = {}
         self._progress = anyio.Event()
         self._stop = anyio.Event()
         self._group: TaskGroup
@@ -88,7 +111,7 @@ class Runner:
         """Run jobs until `stop` or cancellation; either way what runs may finish for `shutdown_timeout`, and the rest is handed back."""
         await self._backend.connect()
         await self._assets.declare_all()
-        await self._prepare()
+        await self._hooks.start(self.worker)
         async with anyio.create_task_group() as group:
             finished = anyio.Event()
             await group.start(self._serve, finished)
@@ -100,6 +123,7 @@ class Runner:
                 with anyio.CancelScope(shield=True):
                     self._stop.set()
                     await finished.wait()
+                    await self._hooks.stop(self.worker)
 
     async def _serve(self, finished: anyio.Event, *, task_status: TaskStatus[None]) -> None:
         """All loops, shielded from the outside: they end in order, by `stop`."""
@@ -108,11 +132,13 @@ class Runner:
                 async with anyio.create_task_group() as self._group:
                     await self._group.start(Promoter(self._backend, self._subjects, self._assets).run)
                     await self._intake.start(self._group)
+                    await self._enter_registry()
                     for _ in range(self._concurrency):
                         self._group.start_soon(self._slot)
                     task_status.started()
                     await self._stop.wait()
                     await self._drain()
+                    await self._leave_registry()
                     self._group.cancel_scope.cancel()
         finally:
             finished.set()
@@ -125,8 +151,8 @@ class Runner:
             await self._wait_until_quiet()
         if self._running:
             logger.warning("worker %s: %d jobs did not finish in %g s: handed back", self.worker, len(self._running), timeout)
-            for scope in list(self._running.values()):
-                scope.cancel()
+            for running in list(self._running.values()):
+                running.cancel()
         with anyio.move_on_after(max(5.0, timeout)):
             await self._wait_until_quiet()
         logger.info("worker %s has stopped", self.worker)
@@ -135,6 +161,47 @@ class Runner:
         while self._intake.busy or self._intake.unsettled:
             self._progress = anyio.Event()
             await self._progress.wait()
+
+    # -- what others see and say
+
+    async def _enter_registry(self) -> None:
+        await self._entry.enter()
+        await self._entry.listen(PAUSE, self._on_pause)
+        await self._entry.listen(RESUME, lambda _: self._intake.resume())
+        await self._entry.listen(CANCEL, self._on_cancel)
+        self._group.start_soon(self._beat)
+
+    async def _leave_registry(self) -> None:
+        try:
+            await self._entry.leave()
+        except AsyncMQError as error:
+            logger.warning("worker %s: its entry goes when it is out of date: %s", self.worker, error)
+
+    async def _beat(self) -> None:
+        """Renew the entry in the list of workers, and see whether a cancellation was missed."""
+        while True:
+            await anyio.sleep(self._backend.settings.heartbeat_interval)
+            try:
+                await self._entry.beat()
+                for job_id in await self._lifecycle.cancelled_among(self._running_ids()):
+                    self._on_cancel(job_id)
+            except AsyncMQError as error:
+                logger.warning("worker %s: no heartbeat now: %s", self.worker, error)
+
+    def _running_ids(self) -> list[str]:
+        return [running.context.id for running in self._running.values()]
+
+    def _on_pause(self, text: str) -> None:
+        until, _, inbox = text.partition(" ")
+        self._intake.pause(float(until))
+        self._group.start_soon(self._entry.answer, inbox)
+
+    def _on_cancel(self, job_id: str) -> None:
+        running = self._running.get(encode_token(job_id))
+        if running is not None:
+            logger.info("job %s was cancelled while it ran", job_id)
+            running.cancelled = True
+            running.cancel()
 
     # -- run
 
@@ -165,9 +232,15 @@ class Runner:
         if isinstance(attempt, Verdict):
             _leave(delivery, attempt)
             return
-        job, now = attempt.job, self._backend.now()
-        settle = partial(self._settle, attempt)
         self._intake.unsettled += 1
+        try:
+            await self._run_or_end(attempt, partial(self._settle, attempt))
+        except AsyncMQError:  # nobody will settle it
+            self._settled()
+            raise
+
+    async def _run_or_end(self, attempt: Attempt, settle: SettleEnd) -> None:
+        job, now = attempt.job, self._backend.now()
         if job.stalls >= self._backend.settings.max_stalls:
             error = f"stalled: its worker was lost {job.stalls} times while it ran (the limit is max_stalls)"
             await self._lifecycle.fail(attempt, Failure(error, "", now), settle)
@@ -184,29 +257,40 @@ class Runner:
         failure: Failure | None = None
         result: Any = None
         scope = anyio.CancelScope() if job.timeout is None else anyio.CancelScope(deadline=anyio.current_time() + job.timeout)
+        context = JobContext(job.job_id, job.task_id, self._subjects.queue, job.retries + 1, job, partial(self._report_progress, attempt))
+        running = Running(scope, context)
+        running_job.set(context)
         with scope:
-            self._running[attempt.token] = scope
+            self._running[attempt.token] = running
             try:
-                result = await self._registry.find(job.task_id).run(job, self._threads)
-            except (Exception, SystemExit) as error:
+                result = await self._registry.find(job.task_id).run(job, self._threads, context)
+            except (Exception, SystemExit, BaseExceptionGroup) as error:
                 failure = Failure.of(error, self._backend.now())
             except anyio.get_cancelled_exc_class() as error:
                 if scope.cancel_called:
                     raise
                 failure = Failure.of(error, self._backend.now())  # the task cancelled itself
+                _uncancel()
             finally:
                 del self._running[attempt.token]
         self._intake.learn_job(time.monotonic() - started)
         if scope.cancelled_caught:
             failure = self._timeout_of(attempt, scope)
             if failure is None:
-                await self._lifecycle.hand_back(attempt)
-                self._settled()
+                await self._give_up(attempt, cancelled=running.cancelled)
                 return
         if failure is not None:
             await self._report_failure(attempt, failure, settle)
         else:
             await self._report_result(attempt, result, settle)
+
+    async def _give_up(self, attempt: Attempt, *, cancelled: bool) -> None:
+        """Leave a job that was cancelled, or that did not finish before the worker has to."""
+        if cancelled:
+            attempt.delivery.ack()
+        else:
+            await self._lifecycle.hand_back(attempt)
+        self._settled()
 
     def _timeout_of(self, attempt: Attempt, scope: anyio.CancelScope) -> Failure | None:
         """Return the failure of a task that was cancelled because its time was over, `None` if it was for another reason."""
@@ -217,6 +301,9 @@ class Runner:
         return Failure.of(TaskTimeout(job.task_id, job.timeout, in_thread=in_thread), self._backend.now())
 
     # -- report
+
+    def _report_progress(self, attempt: Attempt, progress: float, data: Any) -> None:
+        self._lifecycle.report_progress(attempt, progress, data)
 
     async def _report_result(self, attempt: Attempt, result: Any, settle: SettleEnd) -> None:
         try:
@@ -229,12 +316,16 @@ class Runner:
         job = attempt.job
         task = self._registry.get(job.task_id)
         delay = retry_delay(job, failure, None if task is None else task.backoff_function)
-        if delay is None:
-            logger.warning("job %s (%s) failed: %s", job.job_id, job.task_id, failure.error)
-            await self._lifecycle.fail(attempt, failure, settle)
-        else:
+        if delay is not None:
             logger.info("job %s (%s) is retried in %g s: %s", job.job_id, job.task_id, delay, failure.error)
-            await self._lifecycle.retry(attempt, failure, delay, settle)
+            try:
+                await self._lifecycle.retry(attempt, failure, delay, settle)
+            except (NotSerializable, PayloadTooLarge) as error:
+                logger.warning("job %s (%s) cannot be retried: %s", job.job_id, job.task_id, error)
+            else:
+                return
+        logger.warning("job %s (%s) failed: %s", job.job_id, job.task_id, failure.error)
+        await self._lifecycle.fail(attempt, failure, settle)
 
     def _settle(self, attempt: Attempt, write: Write, result: Settled) -> None:
         """Learn that the end of an attempt was confirmed or refused. May be called from the backend: it must not block."""
@@ -256,6 +347,13 @@ class Runner:
     def _settled(self) -> None:
         self._intake.settled()
         self._progress.set()
+
+
+def _uncancel() -> None:
+    """Forget that this asyncio task was cancelled: the next job in its slot was not."""
+    task = asyncio.current_task()
+    while task is not None and task.uncancel():
+        pass
 
 
 def _leave(delivery: Delivery, verdict: Verdict) -> None:

@@ -16,7 +16,7 @@ class Settings(BaseSettings):
     Pass an instance to a backend to override the environment: `NATSBackend(settings=Settings(stalled_after=5))`.
     """
 
-    model_config = SettingsConfigDict(env_prefix="ASYNCMQ_NATS_", frozen=True, extra="ignore")
+    model_config = SettingsConfigDict(env_prefix="ASYNCMQ_NATS_", env_parse_none_str="none", frozen=True, extra="ignore")
 
     servers: Annotated[tuple[str, ...], NoDecode] = ("nats://127.0.0.1:4222",)
     """Addresses of the NATS servers; in the environment separated by commas."""
@@ -50,12 +50,16 @@ class Settings(BaseSettings):
     """A job whose worker is silent for so long is run by another one. Workers extend it every third of this."""
     max_stalls: int = Field(3, ge=1)
     """A job whose worker was lost so many times ends as failed."""
+    heartbeat_interval: float = Field(5.0, ge=0.5)
+    """How often a worker renews its entry in the list of workers."""
     shutdown_timeout: float = Field(30.0, ge=0)
     """How long running jobs may go on after a worker was asked to stop."""
     completed_ttl: float | None = Field(DAY, ge=1)
     """How long the outcome of a completed job is kept."""
     failed_ttl: float | None = Field(30 * DAY, ge=1)
     """How long the outcomes of failed, expired and cancelled jobs are kept."""
+    progress_ttl: float = Field(DAY, ge=1)
+    """How long the last progress report of a job is kept."""
     scan_interval: float = Field(1.0, gt=0)
     """Kept from AsyncMQ. Nothing is polled here; it has no effect on when a job runs."""
     tasks: Annotated[tuple[str, ...], NoDecode] = ()

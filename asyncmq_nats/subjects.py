@@ -6,7 +6,7 @@ from typing import Final
 from asyncmq_nats.exceptions import InvalidQueueName
 from asyncmq_nats.states import OUTCOMES, Place, State
 
-__all__ = ["PROMOTER", "QueueSubjects", "counter_name", "decode_token", "encode_token", "tier_name", "tier_priority"]
+__all__ = ["PROMOTER", "QueueSubjects", "counter_name", "decode_token", "encode_token", "tier_name", "tier_priority", "workers_bucket"]
 
 QUEUE_NAME: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")
 UNSAFE: Final = re.compile(r"[\s.*>%\x00-\x1f\x7f]")
@@ -45,6 +45,11 @@ def tier_priority(consumer: str) -> int | None:
 def counter_name(word: str) -> str:
     """Return the name of the consumer that counts the records of a place or an outcome."""
     return COUNTER + word
+
+
+def workers_bucket(prefix: str) -> tuple[str, str]:
+    """Return the log of the worker registry, and what its keys begin with."""
+    return f"KV_{prefix}_workers", f"$KV.{prefix}_workers."
 
 
 class QueueSubjects:
@@ -167,6 +172,22 @@ class QueueSubjects:
     def rid(self, key: str) -> str:
         """Return the id of the repeatable that a key is about."""
         return decode_token(key.rpartition(".")[2])
+
+    # -- the queue itself
+
+    @property
+    def rate_limit(self) -> str:
+        """The key of the token bucket."""
+        return f"{self._bucket_key}queue.limit"
+
+    @property
+    def pause(self) -> str:
+        """The key that says until when the queue is paused."""
+        return f"{self._bucket_key}queue.pause"
+
+    def progress(self, token: str) -> str:
+        """Return the key of how far a running job is."""
+        return f"{self._bucket_key}progress.{token}"
 
     # -- signals
 

@@ -33,6 +33,8 @@ class TaskWrapper(Generic[P, R]):
 
     async def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Run the function here; a sync one in a thread."""
+        if self.entry.progress:
+            kwargs.setdefault("report_progress", _report_nothing)
         if self.entry.is_async:
             result: R = await self.entry.function(*args, **kwargs)
             return result
@@ -73,9 +75,11 @@ def task(
     queue: str,
     retries: int = 0,
     ttl: float | None = None,
+    progress: bool = False,
     *,
     backoff: float | Backoff | BackoffFunction | None = 1.5,
     timeout: float | None = None,
+    process: bool = False,
     name: str | None = None,
     registry: TaskRegistry = TASK_REGISTRY,
 ) -> Callable[[Callable[P, Any]], TaskWrapper[P, Any]]:
@@ -87,15 +91,23 @@ def task(
         ttl: likewise.
         backoff: likewise; also a function that is given the number of the retry (1, 2, …) and returns seconds.
         timeout: likewise.
+        progress: the function is given `report_progress(share, data=None)`, a share from 0 to 1; in async functions it may be awaited.
+        process: run it in a process of its own, for work that keeps the processor busy; sync functions only.
         name: the id of the task, instead of `module.function`.
         registry: where workers find it.
     """
 
     def decorate(function: Callable[P, Any]) -> TaskWrapper[P, Any]:
-        entry = registry.register(function, queue=queue, name=name, retries=retries, ttl=ttl, backoff=backoff, timeout=timeout)
+        entry = registry.register(
+            function, queue=queue, name=name, retries=retries, ttl=ttl, backoff=backoff, timeout=timeout, progress=progress, process=process
+        )
         return TaskWrapper(entry)
 
     return decorate
+
+
+def _report_nothing(progress: float, data: Any = None) -> None:
+    """Stand in for `report_progress` where no job runs."""
 
 
 def list_tasks() -> dict[str, RegisteredTask]:

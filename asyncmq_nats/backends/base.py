@@ -201,6 +201,8 @@ class Backend(Protocol):
     """
 
     settings: Settings
+    may_declare: bool
+    """Whether it creates logs and consumers that are missing; if not, `declare_log` and `declare_consumer` do nothing."""
 
     async def connect(self) -> None:
         """Connect, unless connected."""
@@ -237,7 +239,7 @@ class Backend(Protocol):
         """Have the server deliver nothing of the consumer until then. Leases in hand go on."""
 
     async def resume(self, log: str, consumer: str) -> None:
-        """End a pause. Credit requested before may stay unserved: request anew."""
+        """End a pause, and serve the credit that was requested before or during it. The same happens when the time of a pause is over."""
 
     async def write(self, log: str, *writes: Write) -> int:
         """Write all or nothing; at most 1,000 writes, each of another subject. Return the sequence of the last one.
@@ -277,6 +279,9 @@ class Backend(Protocol):
 
     async def publish(self, subject: str, body: bytes = b"") -> None:
         """Send a signal."""
+
+    def signal(self, subject: str, body: bytes = b"") -> None:
+        """Send a signal without waiting for room. Connect before; dropped while there is no connection."""
 
     async def subscribe(self, subject: str, on_signal: Callable[[Signal], None]) -> Subscription:
         """Call `on_signal` for every signal whose subject matches, from now on."""

@@ -69,6 +69,7 @@ class InMemoryBackend:
 
     def __init__(self, settings: Settings | None = None) -> None:
         self.settings = settings or environment
+        self.may_declare = True
         self._agenda = Agenda()
         self._logs: dict[str, StoredLog] = {}
         self._declared: dict[tuple[str, str], Consumer] = {}
@@ -195,6 +196,10 @@ class InMemoryBackend:
     async def publish(self, subject: str, body: bytes = b"") -> None:
         """See `Backend`."""
         await self._give_way()
+        self._send_signal(subject, body)
+
+    def signal(self, subject: str, body: bytes = b"") -> None:
+        """See `Backend`."""
         self._send_signal(subject, body)
 
     async def subscribe(self, subject: str, on_signal: Callable[[Signal], None]) -> Subscription:

@@ -117,10 +117,11 @@ class Cursor:
         )
 
     def pause(self, until: float) -> None:
-        """Deliver nothing until then. The end of the time wakes waiting requests; a resume (an `until` of 0) does not, as on the server."""
+        """Deliver nothing until then; an `until` of 0 is a resume. Either way what waits is served when the pause is over."""
         self.paused_until = until
         self._agenda.cancel(self._resumption)
         self._resumption = self._agenda.at(until, self._wake) if until > time.time() else None
+        self._wake()
 
     def request(self, request: Request, wait: float) -> None:
         """Serve the request as records come, for so long."""

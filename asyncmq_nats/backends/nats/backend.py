@@ -18,7 +18,7 @@ from asyncmq_nats.backends.nats.errors import CONSUMER_MISSING, STREAM_MISSING, 
 from asyncmq_nats.backends.nats.leases import LeaseKeeper
 from asyncmq_nats.backends.nats.pulling import NATSPuller
 from asyncmq_nats.backends.nats.writing import BATCH_LIMIT, Writer
-from asyncmq_nats.exceptions import AssetMissing, BackendError
+from asyncmq_nats.exceptions import AssetMissing, BackendError, Unconfirmed
 from asyncmq_nats.settings import Settings
 from asyncmq_nats.settings import settings as environment
 
@@ -47,7 +47,7 @@ class NATSBackend:
         **options: Any,
     ) -> None:
         self.settings = settings if settings is not None else environment
-        self._declare = declare
+        self.may_declare = declare
         self._options: dict[str, Any] = dict(options)
         if servers is not None:
             self._options["servers"] = servers if isinstance(servers, str) else list(servers)
@@ -96,7 +96,7 @@ class NATSBackend:
         await connection.open()
         self._writer = Writer(connection, self.settings.publish_timeout, self._last_in)
         await self._writer.open()
-        self._assets = Assets(connection, self.settings, declare=self._declare)
+        self._assets = Assets(connection, self.settings, declare=self.may_declare)
         self._keeper = LeaseKeeper(connect_options(self.settings, self._options), self.settings.stalled_after)
         self._connection = connection
 
@@ -220,13 +220,21 @@ class NATSBackend:
         return await self._direct_get(log, {"seq": max(1, from_sequence), "next_by_subj": filter, "batch": limit}) or []
 
     async def _direct_get(self, log: str, payload: Mapping[str, Any]) -> list[Record] | None:
-        """Return the records of a direct get (ADR-31); `None` if they are too many for one answer."""
+        """Return the records of a direct get (ADR-31); `None` if they are too many for one answer.
+
+        Raises:
+            Unconfirmed: no answer within `publish_timeout`.
+        """
         connection = await self._open_connection()
         subject, body = f"{connection.api_prefix}DIRECT.GET.{log}", json.dumps(payload).encode()
+        deadline = time.monotonic() + self.settings.publish_timeout
         for attempt in range(1, 8):
+            left = deadline - time.monotonic()
             try:
-                replies = await connection.collect(subject, body, timeout=READ_TIMEOUT, finished=_is_status)
+                replies = await connection.collect(subject, body, timeout=min(READ_TIMEOUT, max(left, 0.1)), finished=_is_status)
             except TimeoutError:
+                if left <= READ_TIMEOUT:
+                    raise Unconfirmed(f"the reading of {log}", self.settings.publish_timeout) from None
                 continue
             status = replies[-1].status
             if status == "413":
@@ -294,6 +302,12 @@ class NATSBackend:
         connection = await self._open_connection()
         with mapped_errors(connection.servers):
             await connection.client.publish(subject, body)
+
+    def signal(self, subject: str, body: bytes = b"") -> None:
+        connection = self._require_connection()
+        if connection.client.is_connected:
+            with mapped_errors(connection.servers):
+                connection.client.post(subject, body)
 
     async def subscribe(self, subject: str, on_signal: Callable[[Signal], None]) -> Subscription:
         connection = await self._open_connection()

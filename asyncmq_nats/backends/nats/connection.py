@@ -8,6 +8,7 @@ import asyncio
 import itertools
 import json
 import logging
+import re
 import ssl
 import time
 from collections.abc import Awaitable, Callable, Mapping
@@ -17,7 +18,7 @@ from typing import Any, Final, NamedTuple
 import nats.errors
 
 from asyncmq_nats.backends.nats.client import DirectClient, parse_headers, status_of
-from asyncmq_nats.backends.nats.errors import api_error, mapped_errors
+from asyncmq_nats.backends.nats.errors import NO_JETSTREAM, api_error, mapped_errors
 from asyncmq_nats.exceptions import BackendError, ConnectionFailed, PermissionRefused, ServerUnsuitable, Unconfirmed
 from asyncmq_nats.settings import Settings
 
@@ -28,6 +29,7 @@ logger = logging.getLogger(__name__)
 OLDEST_SERVER: Final = (2, 12, 1)
 REQUEST_TIMEOUT: Final = 5.0
 CLOCK_LIFETIME: Final = 60.0
+REFUSED: Final = re.compile(r'permissions violation for (?:publish|subscription) to "(.+?)"', re.IGNORECASE)
 
 
 class Reply(NamedTuple):
@@ -88,13 +90,15 @@ class Connection:
         self._api = f"$JS.{settings.domain}.API." if settings.domain else "$JS.API."
         self._client = DirectClient()
         self._collectors: dict[bytes, Callable[[Reply], None]] = {}
+        self._requests: dict[bytes, tuple[str, asyncio.Future[None]]] = {}
         self._tokens = itertools.count(1)
         self._inbox = ""
         self._offset = 0.0
         self._offset_until = 0.0
         self._offset_precision = float("inf")
-        self._refusals: list[str] = []
         self.on_reconnect: list[Callable[[], None]] = []
+        self.on_refusal: list[Callable[[str, str], None]] = [self._refuse_requests]
+        """Called with a subject that this user may not publish or subscribe to, *in lower case* (nats-py 2.16), and the server's words."""
         self.background = Background()
 
     @property
@@ -118,6 +122,7 @@ class Connection:
         Raises:
             ConnectionFailed: nothing answered within `connect_timeout`.
             ServerUnsuitable: the server is too old, or JetStream is off.
+            PermissionRefused: this user may not receive replies.
         """
         self.background.start()
         callbacks = {"error_cb": self._on_error, "reconnected_cb": self._on_reconnected, "disconnected_cb": self._on_disconnected}
@@ -126,11 +131,22 @@ class Connection:
                 await self._client.connect(**{**callbacks, **self._options})
         except (TimeoutError, OSError, nats.errors.Error) as error:
             reason = self._client.last_error or error
-            await self._client.close()
+            await self._close_client()
             raise ConnectionFailed(self.servers, str(reason) or type(reason).__name__) from error
         self._inbox = self._client.new_inbox() + "."
-        await self._client.listen(self._inbox + "*", self._on_reply)
+        await self._listen_for_replies()
         self._check_version()
+
+    async def _listen_for_replies(self) -> None:
+        refusals: list[str] = []
+        inbox = self._inbox + "*"
+        self.on_refusal.append(lambda subject, text: refusals.append(text) if subject == inbox.lower() else None)
+        await self._client.listen(inbox, self._on_reply)
+        await self._client.barrier()
+        self.on_refusal.pop()
+        if refusals:
+            await self._close_client()
+            raise PermissionRefused(f"receiving replies at {inbox}", refusals[0])
 
     def _check_version(self) -> None:
         version = self._client.connected_server_version
@@ -142,7 +158,9 @@ class Connection:
 
     async def close(self) -> None:
         """Send what is pending and disconnect."""
-        self._collectors.clear()
+        for _, done in self._requests.values():
+            if not done.done():
+                done.set_exception(ConnectionFailed(self.servers, "the connection is closed"))
         await self.background.stop()
         if not self._client.is_closed:
             try:
@@ -151,7 +169,13 @@ class Connection:
                         await self._client.barrier()
             except (nats.errors.Error, TimeoutError, OSError) as error:
                 logger.warning("closing the connection to %s: %s", self.servers, error)
+            await self._close_client()
+
+    async def _close_client(self) -> None:
+        try:
             await self._client.close()
+        except (nats.errors.Error, OSError) as error:  # the server went away first
+            logger.debug("closing the connection to %s: %s", self.servers, error)
 
     def now(self) -> float:
         """Return the server's time, in Unix seconds."""
@@ -179,6 +203,7 @@ class Connection:
 
         Raises:
             TimeoutError: they did not become so in time.
+            PermissionRefused: this user may not send it.
         """
         replies: list[Reply] = []
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -188,16 +213,22 @@ class Connection:
             if finished(replies) and not done.done():
                 done.set_result(None)
 
-        token = str(next(self._tokens))
-        self._collectors[token.encode()] = on_reply
+        number = str(next(self._tokens))
+        token = number.encode()
+        self._collectors[token], self._requests[token] = on_reply, (subject, done)
         try:
             async with asyncio.timeout(timeout):
                 with mapped_errors(self.servers):
-                    self._client.post(subject, body, self._inbox + token)
+                    self._client.post(subject, body, self._inbox + number)
                 await done
         finally:
-            del self._collectors[token.encode()]
+            del self._collectors[token], self._requests[token]
         return replies
+
+    def _refuse_requests(self, refused: str, text: str) -> None:
+        for subject, done in self._requests.values():
+            if subject.lower() == refused and not done.done():
+                done.set_exception(PermissionRefused(f"publishing to {subject}", text))
 
     async def call(self, subject: str, payload: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Call the JetStream API and return its answer, errors as the key `error`. Repeated for `publish_timeout`: calls are idempotent.
@@ -212,11 +243,10 @@ class Connection:
         silent = 0
         while True:
             left = deadline - time.monotonic()
-            seen, sent = len(self._refusals), time.time()
+            sent = time.time()
             try:
                 reply = (await self.collect(self._api + subject, body, timeout=min(REQUEST_TIMEOUT, max(left, 0.1)), finished=bool))[0]
             except TimeoutError:
-                self._raise_refusal(subject, seen)
                 if left <= REQUEST_TIMEOUT:
                     raise Unconfirmed(f"JetStream API {subject}", self._settings.publish_timeout) from None
                 continue
@@ -231,7 +261,8 @@ class Connection:
             answer: dict[str, Any] = json.loads(reply.body)
             if "ts" in answer:
                 self.learn_time(answer["ts"], sent, time.time())
-            if answer.get("error", {}).get("code") == 503 and left > 0.3:
+            error = answer.get("error", {})
+            if error.get("code") == 503 and error.get("err_code") not in NO_JETSTREAM and left > 0.3:
                 await asyncio.sleep(0.2)
                 continue
             return answer
@@ -243,20 +274,13 @@ class Connection:
             raise api_error(subject, answer["error"])
         return answer
 
-    def _raise_refusal(self, subject: str, seen: int) -> None:
-        for refusal in self._refusals[seen:]:
-            raise PermissionRefused(f"JetStream API {subject}", refusal)
-
-    def last_refusal(self, subject: str) -> str | None:
-        """Return what the server said when it last forbade a publish to this subject."""
-        quoted = f'"{subject}"'.lower()  # nats-py writes the server's words in lower case
-        return next((text for text in reversed(self._refusals) if quoted in text.lower()), None)
-
     # -- callbacks of nats-py: they run outside our tasks and only note things
 
     async def _on_error(self, error: Exception) -> None:
-        if "permissions violation" in str(error).lower():
-            self._refusals = [*self._refusals[-50:], str(error)]
+        refused = REFUSED.search(str(error))
+        if refused is not None:
+            for hook in list(self.on_refusal):
+                hook(refused[1], str(error))
         if self._client.is_connected:
             logger.warning("NATS connection to %s: %s", self.servers, error)
 

@@ -11,6 +11,7 @@ from asyncmq_nats.exceptions import AssetMissing, BackendError, ConnectionFailed
 __all__ = [
     "CONSUMER_EXISTS",
     "CONSUMER_MISSING",
+    "NO_JETSTREAM",
     "STREAM_EXISTS",
     "STREAM_MISSING",
     "api_error",

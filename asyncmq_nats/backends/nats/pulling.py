@@ -27,7 +27,7 @@ NANOSECONDS: Final = 1_000_000_000
 HEARTBEAT: Final = 5.0
 GRACE: Final = 2.0
 RESTORE_AFTER: Final = 0.25
-"""A consumer that is not there, and that this process cannot declare, is answered at once: without a pause, pull and answer chase each other."""
+"""A consumer that is not there, and that we cannot declare, is answered at once: without a pause, pull and answer chase each other."""
 NAK: Final = b"-NAK"
 
 Declare = Callable[[str], Awaitable[None]]
@@ -126,6 +126,7 @@ class NATSPuller:
         if self._keeper is not None:
             await self._keeper.start()
         await self._client.listen(self._inbox + "*", self._on_message)
+        await self._client.listen(f"$JS.EVENT.ADVISORY.CONSUMER.PAUSE.{self._log}.*", self._on_pause)
         self._connection.background.run(self._watch())
 
     async def close(self) -> None:
@@ -183,6 +184,12 @@ class NATSPuller:
             self._on_lapse(consumer)
         else:
             self._lapse(consumer, f"{status} {headers.get('Description', '')}".strip(), gone=status in ("409", "503"))
+
+    def _on_pause(self, subject: bytes, _: bytes, body: bytes, __: bytes | None) -> None:
+        """A consumer was paused or resumed. The server wakes pulls that wait only when a new one comes, so send a small one."""
+        consumer = subject.decode().rpartition(".")[2]
+        if not self._closed and b'"paused":false' in body.replace(b" ", b"") and self.outstanding(consumer):
+            self._connection.background.run(self.request(consumer, 1, wait=0.0))
 
     def _lapse(self, consumer: str, reason: str, *, gone: bool) -> None:
         """Give up all credit of a consumer; when the consumer itself may be gone, declare it again first."""

@@ -96,6 +96,7 @@ class Writer:
         self._size_limit = self._client.max_payload - HEADER_ROOM
         self._sweeping = False
         connection.on_reconnect.append(self._resend_all)
+        connection.on_refusal.append(self._on_forbidden)
 
     async def open(self) -> None:
         """Listen for confirmations."""
@@ -203,6 +204,12 @@ class Writer:
         ours = bool(records) and records[0].body == write.body
         self._finish(entry, records[0].sequence if ours else refused)
 
+    def _on_forbidden(self, refused: str, text: str) -> None:
+        for entry in list(self._table.values()):
+            subject = next((write.subject for write in entry.writes if write.subject.lower() == refused), None)
+            if subject is not None:
+                self._finish(entry, PermissionRefused(f"publishing to {subject}", text))
+
     def _finish(self, entry: Unsettled, result: Settled) -> None:
         if self._table.pop(entry.token.encode(), None) is None:
             return
@@ -225,15 +232,8 @@ class Writer:
                 now = time.monotonic()
                 for entry in [entry for entry in self._table.values() if now - entry.sent_at >= RESEND_AFTER or now >= entry.deadline]:
                     if now >= entry.deadline:
-                        self._finish(entry, self._overdue(entry))
+                        self._finish(entry, Unconfirmed(f"the write to {entry.writes[0].subject}", self._timeout))
                     elif self._connection.client.is_connected:
                         self._transmit(entry)
         finally:
             self._sweeping = False
-
-    def _overdue(self, entry: Unsettled) -> BackendError:
-        subject = entry.writes[0].subject
-        refusal = self._connection.last_refusal(subject)
-        if refusal is not None:
-            return PermissionRefused(f"publishing to {subject}", refusal)
-        return Unconfirmed(f"the write to {subject}", self._timeout)
