@@ -25,6 +25,8 @@ PULL: Final = 30.0
 LOOK_AGAIN: Final = 30.0
 """Cadence of the safety net for tiers that were made unheard."""
 HELD_CHECK: Final = 0.05
+FRESH: Final = 0.05
+"""What is known of a tier holds for so many seconds while credit for it brings nothing."""
 UNSETTLED_PER_SLOT: Final = 4
 UNSETTLED: Final = 256
 
@@ -57,6 +59,18 @@ class Held:
         return [entry[4] for entry in entries]
 
 
+@dataclass(slots=True)
+class Tier:
+    """What is known of a tier: how many jobs waited behind its last delivery, and when that was heard (monotonic seconds)."""
+
+    pending: int = 0
+    heard: float = 0.0
+
+    def known_pending(self, now: float) -> int:
+        """Return the number if it is fresh. Credit that brought nothing for a while says that others have taken what was there."""
+        return self.pending if now - self.heard < FRESH else 0
+
+
 class Intake:
     """Asks the server for as many jobs as this worker can start, and passes them to its slots in order."""
 
@@ -79,7 +93,7 @@ class Intake:
         self._paused_until = 0.0
         self._held = Held()
         self._pace = Pace()
-        self._pending: dict[int, int] = {}
+        self._tiers: dict[int, Tier] = {}
         self._priorities: dict[str, int] = {}
         self._idle: list[anyio.Event] = []
         self._refill = anyio.Event()
@@ -151,7 +165,18 @@ class Intake:
     @property
     def _may_start(self) -> bool:
         permitted = self._limiter is None or self._limiter.permits > 0
-        return bool(self._held.heap) and self._open and permitted and not self._paused
+        return bool(self._held.heap) and self._open and permitted and not self._paused and not self._better_is_coming
+
+    @property
+    def _better_is_coming(self) -> bool:
+        """Whether jobs of a higher tier than those in hand are on their way: they wait at the server, and it holds our credit for them."""
+        if len(self._tiers) == 1:
+            return False
+        best, now = self._held.heap[0][0], time.monotonic()
+        return any(
+            priority < best and tier.known_pending(now) and self._puller.outstanding(tier_name(priority))
+            for priority, tier in self._tiers.items()
+        )
 
     def _wake_slots(self) -> None:
         for _ in range(min(len(self._idle), len(self._held.heap))):
@@ -176,11 +201,13 @@ class Intake:
     async def _find_tiers(self) -> None:
         for priority in await self._assets.list_tiers():
             await self._assets.declare_tier(priority)
-            self._pending.setdefault(priority, 0)
+            if priority not in self._tiers:
+                state = await self._backend.look_up(self._subjects.ready_log, tier_name(priority))
+                self._tiers[priority] = Tier(state.pending if state is not None else 0, time.monotonic())
 
     def _on_tier(self, signal: Signal) -> None:
         if signal.body.removeprefix(b"-").isdigit():
-            self._pending.setdefault(int(signal.body), 0)
+            self._tiers.setdefault(int(signal.body), Tier())
             self._refill.set()
 
     async def _look_for_tiers(self) -> None:
@@ -200,13 +227,15 @@ class Intake:
             with anyio.move_on_after(wait):
                 await self._refill.wait()
             self._refill = anyio.Event()
-            wait = None
+            self._wake_slots()
+            # With several tiers, what is known of one may become stale while nothing happens.
+            wait = FRESH if len(self._tiers) > 1 and any(tier.pending for tier in self._tiers.values()) else None
             if not self._open or self._paused:
                 continue
             if self._limiter is None:
                 await self._ask(self._concurrency + prefetch_target(self._concurrency, self._pace))
             elif not self._limiter.blocks:
-                wait = await self._ask_within_limit(self._limiter)
+                wait = await self._ask_within_limit(self._limiter) or wait
 
     async def _ask_within_limit(self, limiter: RateLimiter) -> float | None:
         """Ask for as many jobs as there are permits; return how long to wait for more of these."""
@@ -225,12 +254,14 @@ class Intake:
         wanted = capacity - self.busy - len(self._held.heap)
         if wanted <= 0 or self.unsettled > UNSETTLED_PER_SLOT * self._concurrency + UNSETTLED:
             return
-        tiers = [
-            TierView(priority, self._puller.outstanding(tier_name(priority)), self._pending[priority]) for priority in sorted(self._pending)
-        ]
+        now = time.monotonic()
+        tiers = [TierView(p, self._puller.outstanding(tier_name(p)), self._tiers[p].known_pending(now)) for p in sorted(self._tiers)]
         for priority, count in tiers_to_ask(tiers, wanted, capacity):
-            if self._pending[priority] and not self._asked_at:
-                self._asked_at = time.monotonic()
+            tier = self._tiers[priority]
+            if not self._puller.outstanding(tier_name(priority)):
+                tier.heard = now
+            if tier.pending and not self._asked_at:
+                self._asked_at = now
             await self._puller.request(tier_name(priority), count, wait=PULL if self._limiter is None else LEASE / 2)
 
     def _on_lapse(self, _: str) -> None:
@@ -241,10 +272,12 @@ class Intake:
         priority = self._priorities.get(delivery.consumer)
         if priority is None:
             priority = self._priorities[delivery.consumer] = tier_priority(delivery.consumer) or 0
+        now = time.monotonic()
         if self._asked_at:
-            self._pace.learn_refill(time.monotonic() - self._asked_at)
+            self._pace.learn_refill(now - self._asked_at)
             self._asked_at = 0.0
-        self._pending[priority] = delivery.pending
+        tier = self._tiers.setdefault(priority, Tier())
+        tier.pending, tier.heard = delivery.pending, now
         self._held.push(priority, delivery)
         if self._paused:
             self._group.start_soon(self._hand_back_all)
