@@ -56,7 +56,7 @@ class Administration:
             removed = [record.subject for record in live if record in later or subjects.is_claim(record.subject)]
             outcome = self._cancelled(token, sources[0].body, Expect(subjects.done_all(token), last))
             try:
-                await self._backend.write(subjects.bucket_log, outcome, *(_marker(subject) for subject in removed))
+                await self._write_and_sweep(outcome, *(_marker(subject) for subject in removed))
             except WriteRefused:  # it moved or ended meanwhile: look again
                 continue
             for record in await self._backend.last(subjects.ready_log, subjects.ready_any(token)):
@@ -92,11 +92,18 @@ class Administration:
             else:
                 return False
             try:
-                await self._backend.write(subjects.bucket_log, *writes)
+                await self._write_and_sweep(*writes)
             except WriteRefused:  # it moved meanwhile: look again
                 continue
             return True
         return False
+
+    async def _write_and_sweep(self, *writes: Write) -> None:
+        """Write a batch, and then remove its markers at once: they would be counted as records for the second that they live."""
+        last = await self._backend.write(self._subjects.bucket_log, *writes)
+        for number, write in enumerate(reversed(writes)):  # the sequences of a batch are consecutive
+            if write.marker:
+                await self._backend.delete(self._subjects.bucket_log, last - number)
 
     def _renewed(self, body: bytes) -> bytes:
         """Return a job as it was when it was new: only its errors tell what was. Its time to live begins now."""

@@ -1,6 +1,5 @@
 """What a task can know of the job it runs for: `current_job()`."""
 
-import threading
 from collections.abc import Callable, Generator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -32,16 +31,8 @@ class JobContext:
     attempt: int
     job: Job = field(repr=False)
     report: Callable[[float, Any], None] = field(repr=False)
-    _cancelled: threading.Event = field(default_factory=threading.Event, repr=False)
-
-    @property
-    def cancel_requested(self) -> bool:
-        """Whether the job was cancelled, or the worker wants it back. For sync tasks to ask now and then: no thread can be interrupted."""
-        return self._cancelled.is_set()
-
-    def request_cancel(self) -> None:
-        """Note that the job should end."""
-        self._cancelled.set()
+    cancel_requested: bool = False
+    """Whether the job was cancelled, or the worker wants it back. For sync tasks to ask now and then: no thread can be interrupted."""
 
     def report_progress(self, progress: float, data: Any = None) -> _Awaitable:
         """Store how far the job is, and tell whoever listens. `progress`: a share from 0 to 1. May be awaited, and called from a thread.

@@ -96,6 +96,7 @@ class Intake:
         self._tiers: dict[int, Tier] = {}
         self._priorities: dict[str, int] = {}
         self._idle: list[anyio.Event] = []
+        self._waking = False
         self._refill = anyio.Event()
         self._asked_at = 0.0
         self._open = False
@@ -137,7 +138,7 @@ class Intake:
     def resume(self) -> None:
         """Start jobs again."""
         self._paused_until = 0.0
-        self._wake_slots()
+        self._wake_slot()
         self._refill.set()
 
     async def _resume_at(self, until: float) -> None:
@@ -157,10 +158,13 @@ class Intake:
             event = anyio.Event()
             self._idle.append(event)
             await event.wait()
+            self._waking = False
         self.busy += 1
         if self._limiter is not None:
             self._limiter.use()
-        return self._held.pop()
+        delivery = self._held.pop()
+        self._wake_slot()
+        return delivery
 
     @property
     def _may_start(self) -> bool:
@@ -178,8 +182,10 @@ class Intake:
             for priority, tier in self._tiers.items()
         )
 
-    def _wake_slots(self) -> None:
-        for _ in range(min(len(self._idle), len(self._held.heap))):
+    def _wake_slot(self) -> None:
+        """Wake one slot if there is a job for it; it wakes the next. So a slot whose jobs never wait takes many, and wakes few in vain."""
+        if self._idle and self._held.heap and not self._waking:
+            self._waking = True
             self._idle.pop().set()
 
     def release(self) -> None:
@@ -227,7 +233,7 @@ class Intake:
             with anyio.move_on_after(wait):
                 await self._refill.wait()
             self._refill = anyio.Event()
-            self._wake_slots()
+            self._wake_slot()
             # With several tiers, what is known of one may become stale while nothing happens.
             wait = FRESH if len(self._tiers) > 1 and any(tier.pending for tier in self._tiers.values()) else None
             if not self._open or self._paused:
@@ -244,7 +250,7 @@ class Intake:
         except AsyncMQError as error:
             logger.warning("queue %s: no permits now: %s", self._subjects.queue, error)
             return 1.0
-        self._wake_slots()
+        self._wake_slot()
         if limiter.permits:
             await self._ask(self.busy + limiter.permits)
         return wait or None
@@ -281,8 +287,8 @@ class Intake:
         self._held.push(priority, delivery)
         if self._paused:
             self._group.start_soon(self._hand_back_all)
-        elif self._idle:
-            self._idle.pop().set()
+        elif not self._waking:
+            self._wake_slot()
         if not delivery.pending:
             self._refill.set()
 

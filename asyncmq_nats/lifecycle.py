@@ -5,7 +5,7 @@ claims; 3. what ends an attempt is fenced, and the first outcome wins.
 """
 
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 from functools import partial
@@ -117,7 +117,7 @@ class Lifecycle:
             return job.job_id
         write = self.first_write(job)
         try:
-            await self._again_when_missing(lambda: self._backend.write(self._log_of(write), write))
+            await self._again_when_missing(lambda: self._backend.write(self._log_of(write), write), {job.priority})
         except WriteRefused:
             if not job.custom_id:
                 raise
@@ -131,18 +131,21 @@ class Lifecycle:
         Raises:
             WriteRefused: one of them exists.
         """
-        for priority in {job.priority for job in jobs}:
+        priorities = {job.priority for job in jobs}
+        for priority in priorities:
             await self._assets.declare_tier(priority)
         in_bucket = any(job.custom_id or job.delay_until is not None for job in jobs)
         writes = [self.first_write(job, in_bucket=in_bucket) for job in jobs]
-        await self._again_when_missing(lambda: self._backend.write(self._log_of(writes[0]), *writes))
+        await self._again_when_missing(lambda: self._backend.write(self._log_of(writes[0]), *writes), priorities)
 
-    async def _again_when_missing(self, write: Callable[[], Awaitable[int]]) -> int:
+    async def _again_when_missing(self, write: Callable[[], Awaitable[int]], priorities: Iterable[int]) -> int:
         try:
             return await write()
         except AssetMissing:  # deleted since this process declared it
             self._assets.forget()
             await self._assets.declare()
+            for priority in priorities:
+                await self._assets.declare_tier(priority)
             return await write()
 
     def _log_of(self, write: Write) -> str:
@@ -285,9 +288,9 @@ class Lifecycle:
 
     def _outcome(self, attempt: Attempt, state: State, fields: dict[str, Any], what: str) -> Write:
         """Return the write of an outcome: the job as it came, byte for byte, and what it came to."""
-        now = self._backend.now()
-        fields = {"status": state, **fields, "active_since": attempt.started_at or None, "finished_at": now, "worker": self._worker}
         body = attempt.body
+        fields = {"status": state, **fields, "active_since": attempt.started_at or None}
+        fields |= {"finished_at": self._backend.now(), "worker": self._worker}
         if attempt.job.stalls:
             fields["stalls"] = attempt.job.stalls
         if b'"created_at"' not in body:

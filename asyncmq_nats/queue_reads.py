@@ -78,8 +78,9 @@ class QueueReads(QueueBase):
             JobNotFound: there is no such job.
             TimeoutError: it has not ended within `timeout` seconds.
         """
-        with anyio.fail_after(timeout):
+        with anyio.move_on_after(timeout):
             return await self._wait_for(job_id)
+        raise TimeoutError(f"job {job_id!r} has not ended within {timeout:g} s")
 
     async def _wait_for(self, job_id: str) -> Any:
         ended = anyio.Event()

@@ -1,9 +1,10 @@
 """Which task runs for which id, and how its arguments become what its annotations say."""
 
 import inspect
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 from anyio import CapacityLimiter, from_thread, to_thread
@@ -17,6 +18,8 @@ from asyncmq_nats.processes import run_in_process
 from asyncmq_nats.retries import BackoffFunction
 
 __all__ = ["TASK_REGISTRY", "RegisteredTask", "TaskRegistry"]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,21 +39,31 @@ class RegisteredTask:
     backoff: float | Backoff | None = None
     backoff_function: BackoffFunction | None = None
     timeout: float | None = None
-
     progress: bool = False
     process: bool = False
+    names: tuple[str, ...] = ()
+    """Of the positional arguments, if all of them can be given by name."""
 
     async def run(self, job: Job, threads: CapacityLimiter, context: JobContext) -> Any:
         """Run the task on the job's arguments: an async function here, a sync one in a thread, a `process` one in a process.
 
         `threads` bounds the threads and processes.
         """
-        kwargs = job.kwargs if not self.progress else job.kwargs | {"report_progress": _reporter(context, in_thread=not self.is_async)}
+        args, kwargs = self._arguments(job)
+        if self.progress:
+            kwargs = kwargs | {"report_progress": _reporter(context, in_thread=not self.is_async)}
         if self.process:
-            return await run_in_process(self.function, job.args, kwargs, threads)
+            return await run_in_process(self.function, args, kwargs, threads)
         if self.is_async:
-            return await self.call(*job.args, **kwargs)
-        return await to_thread.run_sync(partial(self.call, *job.args, **kwargs), abandon_on_cancel=True, limiter=threads)
+            return await self.call(*args, **kwargs)
+        return await to_thread.run_sync(partial(self.call, *args, **kwargs), abandon_on_cancel=True, limiter=threads)
+
+    def _arguments(self, job: Job) -> tuple[list[Any], dict[str, Any]]:
+        """Return the job's arguments, by name where that is possible: an error of pydantic then tells the name, not the position."""
+        names = self.names[: len(job.args)]
+        if len(names) < len(job.args) or not job.kwargs.keys().isdisjoint(names):
+            return job.args, job.kwargs
+        return [], dict(zip(names, job.args, strict=True)) | job.kwargs
 
 
 class TaskRegistry(Mapping[str, RegisteredTask]):
@@ -97,6 +110,7 @@ class TaskRegistry(Mapping[str, RegisteredTask]):
             timeout=timeout,
             progress=progress,
             process=process,
+            names=_positional_names(function),
         )
         self._tasks[task_id] = entry
         return entry
@@ -132,7 +146,32 @@ def _validated(function: Callable[..., Any]) -> Callable[..., Any]:
         validated: Callable[..., Any] = validate_call(config=ConfigDict(arbitrary_types_allowed=True))(function)
     except PydanticUserError:
         return function
+    except NameError:  # an annotation names what is defined later, or for type checkers only
+        return _validated_later(function)
     return validated
+
+
+def _validated_later(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the function, validated from its first call on, if its annotations have a meaning by then."""
+
+    @cache
+    def resolve() -> Callable[..., Any]:
+        try:
+            return validate_call(config=ConfigDict(arbitrary_types_allowed=True))(function)
+        except (PydanticUserError, NameError) as problem:
+            logger.warning(
+                "task %s: its arguments stay plain data, since its annotations cannot be read: %s", function.__qualname__, problem
+            )
+            return function
+
+    return lambda *args, **kwargs: resolve()(*args, **kwargs)
+
+
+def _positional_names(function: Callable[..., Any]) -> tuple[str, ...]:
+    parameters = inspect.signature(function, follow_wrapped=False).parameters.values()
+    if any(parameter.kind in (parameter.POSITIONAL_ONLY, parameter.VAR_POSITIONAL) for parameter in parameters):
+        return ()
+    return tuple(parameter.name for parameter in parameters if parameter.kind is parameter.POSITIONAL_OR_KEYWORD)
 
 
 def _reporter(context: JobContext, *, in_thread: bool) -> Callable[..., Any]:

@@ -35,7 +35,7 @@ __all__ = ["Runner", "new_worker_id"]
 
 logger = logging.getLogger(__name__)
 
-TURN: Final = 0.0005
+TURN: Final = 0.002
 """A slot that runs jobs that never wait yields to the others after so many seconds."""
 
 
@@ -54,7 +54,7 @@ class Running:
 
     def cancel(self) -> None:
         """Interrupt it; a thread is only told."""
-        self.context.request_cancel()
+        self.context.cancel_requested = True
         self.scope.cancel()
 
 
@@ -100,6 +100,7 @@ class Runner:
         self._progress = anyio.Event()
         self._stop = anyio.Event()
         self._group: TaskGroup
+        self._new_scope = anyio.CancelScope
 
     # -- life
 
@@ -114,6 +115,8 @@ class Runner:
         await self._hooks.start(self.worker)
         async with anyio.create_task_group() as group:
             finished = anyio.Event()
+            # The class of this event loop's scopes: `anyio.CancelScope` looks it up each time, which costs a tenth of a small job.
+            self._new_scope = type(anyio.CancelScope())
             await group.start(self._serve, finished)
             logger.info("worker %s runs queue %s with %d slots", self.worker, self._subjects.queue, self._concurrency)
             task_status.started()
@@ -256,7 +259,7 @@ class Runner:
         job, started = attempt.job, time.monotonic()
         failure: Failure | None = None
         result: Any = None
-        scope = anyio.CancelScope() if job.timeout is None else anyio.CancelScope(deadline=anyio.current_time() + job.timeout)
+        scope = self._new_scope() if job.timeout is None else self._new_scope(deadline=anyio.current_time() + job.timeout)
         context = JobContext(job.job_id, job.task_id, self._subjects.queue, job.retries + 1, job, partial(self._report_progress, attempt))
         running = Running(scope, context)
         running_job.set(context)

@@ -1,5 +1,7 @@
 """`Worker` and `run_worker`: a queue's jobs run in this process, with AsyncMQ's names."""
 
+import sys
+
 import anyio
 from anyio.abc import TaskStatus
 
@@ -7,6 +9,7 @@ from asyncmq_nats.backends.base import Backend
 from asyncmq_nats.queues import Queue
 from asyncmq_nats.runner import Runner
 from asyncmq_nats.serving import import_tasks, run_program, run_until_signalled
+from asyncmq_nats.supervisor import is_child, supervise
 
 __all__ = ["Worker", "autodiscover_tasks", "run_worker"]
 
@@ -22,9 +25,17 @@ class Worker:
     Args:
         queue: a `Queue`, or the name of one on the default backend.
         concurrency: instead of the queue's.
+        processes: `start()` runs so many worker processes, each with `concurrency` slots, and starts one again that dies. Each of them is
+            this program run anew. Needs servers that are there: an embedded one would be one per process.
+
+    Raises:
+        ValueError: processes is less than 1.
     """
 
-    def __init__(self, queue: Queue | str, *, concurrency: int | None = None) -> None:
+    def __init__(self, queue: Queue | str, *, concurrency: int | None = None, processes: int = 1) -> None:
+        if processes < 1:
+            raise ValueError(f"processes must be at least 1, not {processes}")
+        self._processes = processes
         self.queue = Queue(queue) if isinstance(queue, str) else queue
         if concurrency is not None:
             self.queue.concurrency = concurrency
@@ -41,8 +52,16 @@ class Worker:
         await self._runner.run(task_status=task_status)
 
     def start(self) -> None:
-        """Run jobs in this thread until SIGINT or SIGTERM."""
-        run_program(self._run_as_program)
+        """Run jobs in this thread, or in `processes`, until SIGINT or SIGTERM."""
+        if self._processes > 1 and not is_child():
+            run_program(self._supervise)
+        else:
+            run_program(self._run_as_program)
+
+    async def _supervise(self) -> None:
+        code = await supervise(self._processes)
+        if code:
+            sys.exit(code)
 
     async def _run_as_program(self) -> None:
         self._runner = self.queue.runner()

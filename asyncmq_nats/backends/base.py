@@ -167,7 +167,7 @@ class Puller(Protocol):
         """
 
     async def close(self) -> None:
-        """Take no more deliveries: what arrives from now on goes back at once.
+        """Take no more deliveries: what was on its way has been delivered when this returns, and nothing is afterwards.
 
         What is in hand is extended until it is settled or abandoned; `on_lapse` is not called any more.
         """

@@ -7,7 +7,14 @@ from typing import Any, Final
 
 from asyncmq_nats.backends.base import Consumer, Log
 from asyncmq_nats.backends.nats.connection import Connection
-from asyncmq_nats.backends.nats.errors import CONSUMER_EXISTS, CONSUMER_MISSING, STREAM_EXISTS, TOO_MANY_CONSUMERS, api_error
+from asyncmq_nats.backends.nats.errors import (
+    CONSUMER_EXISTS,
+    CONSUMER_MISSING,
+    STREAM_EXISTS,
+    STREAM_MISSING,
+    TOO_MANY_CONSUMERS,
+    api_error,
+)
 from asyncmq_nats.exceptions import AssetMissing, BackendError
 from asyncmq_nats.settings import Settings
 
@@ -63,13 +70,15 @@ class Assets:
         self._connection = connection
         self._settings = settings
         self._declare = declare
-        self._logs: set[str] = set()
+        self._logs: dict[str, Log] = {}
+        self._declared_logs: set[str] = set()
         self._consumers: dict[tuple[str, str], Consumer] = {}
         self._declared: set[tuple[str, str]] = set()
 
     async def declare_log(self, log: Log) -> None:
         """See `Backend.declare_log`."""
-        if not self._declare or log.name in self._logs:
+        self._logs[log.name] = log
+        if not self._declare or log.name in self._declared_logs:
             return
         wanted = stream_config(log, self._settings)
         answer = await self._connection.call(f"STREAM.CREATE.{log.name}", wanted)
@@ -78,7 +87,7 @@ class Assets:
                 raise api_error(log.name, answer["error"])
             answer = await self._connection.require(f"STREAM.INFO.{log.name}")
         warn_of_difference(f"stream {log.name}", wanted, answer["config"])
-        self._logs.add(log.name)
+        self._declared_logs.add(log.name)
 
     async def declare_consumer(self, log: str, consumer: Consumer) -> None:
         """See `Backend.declare_consumer`."""
@@ -108,20 +117,30 @@ class Assets:
         warn_of_difference(f"consumer {consumer.name} of {log}", wanted, info["config"])
 
     async def restore_consumer(self, log: str, name: str) -> None:
-        """Declare a consumer again that vanished: one of this process's."""
+        """Declare a consumer again that vanished, and its log if that vanished too: those of this process.
+
+        Raises:
+            AssetMissing: the log is gone, and it is not one of this process's.
+        """
         consumer = self._consumers.get((log, name))
         if consumer is None or not self._declare:
             return
         info = await self._connection.call(f"CONSUMER.INFO.{log}.{name}")
-        if info.get("error", {}).get("err_code") == CONSUMER_MISSING:
-            await self._create_consumer(log, consumer)
-            logger.warning("consumer %s of %s was gone and has been declared again", name, log)
-        elif "error" in info:
+        if "error" not in info:
+            return
+        if info["error"].get("err_code") == STREAM_MISSING and log in self._logs:
+            self.forget(log)
+            await self.declare_log(self._logs[log])
+            logger.error("stream %s was gone with all that was in it, and has been declared again", log)
+        elif info["error"].get("err_code") != CONSUMER_MISSING:
             raise AssetMissing(f"stream {log}")
+        await self._create_consumer(log, consumer)
+        self._declared.add((log, name))
+        logger.warning("consumer %s of %s was gone and has been declared again", name, log)
 
     def forget(self, log: str) -> None:
         """Declare the log and its consumers anew when next asked: it was deleted."""
-        self._logs.discard(log)
+        self._declared_logs.discard(log)
         self._declared = {key for key in self._declared if key[0] != log}
 
     def forget_consumer(self, log: str, name: str) -> None:

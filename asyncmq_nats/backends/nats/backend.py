@@ -194,7 +194,11 @@ class NATSBackend:
         if not 1 <= len(writes) <= BATCH_LIMIT:
             raise BackendError(f"{len(writes)} writes in one batch: at least 1 and at most {BATCH_LIMIT} are possible")
         await self._open_connection()
-        return await self._writer.write(log, writes)
+        try:
+            return await self._writer.write(log, writes)
+        except AssetMissing:
+            self._assets.forget(log)
+            raise
 
     def send(self, log: str, write: Write, settle: Settle) -> None:
         self._require_connection()
@@ -233,7 +237,7 @@ class NATSBackend:
             try:
                 replies = await connection.collect(subject, body, timeout=min(READ_TIMEOUT, max(left, 0.1)), finished=_is_status)
             except TimeoutError:
-                if left <= READ_TIMEOUT:
+                if time.monotonic() >= deadline:
                     raise Unconfirmed(f"the reading of {log}", self.settings.publish_timeout) from None
                 continue
             status = replies[-1].status

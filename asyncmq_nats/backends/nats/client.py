@@ -27,10 +27,18 @@ class DirectClient(Client):
         super().__init__()
         self._direct: dict[int, Handler] = {}
 
-    async def listen(self, subject: str, handler: Handler) -> None:
-        """Call the handler for every message on the subject, for as long as the client lives."""
+    async def listen(self, subject: str, handler: Handler) -> int:
+        """Call the handler for every message on the subject, until `stop_listening` with the number that is returned."""
         subscription = await self.subscribe(subject)
         self._direct[subscription._id] = handler
+        return subscription._id
+
+    async def stop_listening(self, number: int) -> None:
+        """End the interest. What the server sent before it knew still reaches the handler; nothing does after the return."""
+        await self._send_unsubscribe(number)
+        await self.barrier()
+        self._remove_sub(number)
+        self._direct.pop(number, None)
 
     async def _process_msg(self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: bytes) -> None:
         handler = self._direct.get(sid)
@@ -65,6 +73,12 @@ class DirectClient(Client):
         """Wait while more is queued than should be."""
         if self._pending_data_size > self._max_pending_size:
             await self._flush_pending(force_flush=True)
+
+    async def close(self) -> None:
+        """Disconnect. What was not sent before the connection was lost is dropped: nats-py would write it to the lost transport."""
+        if not self.is_connected:
+            self._pending, self._pending_data_size = [], 0
+        await super().close()
 
     async def barrier(self) -> None:
         """Return when the server has processed all that was sent before.

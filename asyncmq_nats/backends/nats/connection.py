@@ -93,10 +93,10 @@ class Connection:
         self._requests: dict[bytes, tuple[str, asyncio.Future[None]]] = {}
         self._tokens = itertools.count(1)
         self._inbox = ""
-        self._offset = 0.0
+        self._offset = time.time() - time.monotonic()
         self._offset_until = 0.0
         self._offset_precision = float("inf")
-        self.on_reconnect: list[Callable[[], None]] = []
+        self.on_reconnect: list[Callable[[], None]] = [self._interrupt_requests]
         self.on_refusal: list[Callable[[str, str], None]] = [self._refuse_requests]
         """Called with a subject that this user may not publish or subscribe to, *in lower case* (nats-py 2.16), and the server's words."""
         self.background = Background()
@@ -174,21 +174,22 @@ class Connection:
     async def _close_client(self) -> None:
         try:
             await self._client.close()
-        except (nats.errors.Error, OSError) as error:  # the server went away first
+        except (nats.errors.Error, OSError, RuntimeError) as error:  # the server went away first; RuntimeError: uvloop's word for it
             logger.debug("closing the connection to %s: %s", self.servers, error)
 
     def now(self) -> float:
         """Return the server's time, in Unix seconds."""
-        return time.time() + self._offset
+        return time.monotonic() + self._offset
 
     def learn_time(self, stamp: str, sent: float, received: float) -> None:
-        """Take the offset of the clocks from a server time stamp that was made between `sent` and `received` (local Unix seconds)."""
+        """Take the offset of the clocks from a server time stamp that was made between `sent` and `received` (monotonic seconds)."""
         round_trip = received - sent
         if round_trip > self._offset_precision and received < self._offset_until:
             return
         offset = parse_time(stamp) - (sent + received) / 2
-        if abs(offset) > 1 and abs(offset - self._offset) > 1:
-            logger.warning("the clock of this machine is %.1f s off the clock of the NATS server; the server's is used", -offset)
+        wrong = time.time() - time.monotonic() - offset
+        if abs(wrong) > 1 and abs(offset - self._offset) > 1:
+            logger.warning("the clock of this machine is %.1f s off the clock of the NATS server; the server's is used", wrong)
         self._offset, self._offset_precision, self._offset_until = offset, round_trip, received + CLOCK_LIFETIME
 
     # -- requests
@@ -202,7 +203,7 @@ class Connection:
         """Send a request and return its replies, as soon as `finished` says that they are complete.
 
         Raises:
-            TimeoutError: they did not become so in time.
+            TimeoutError: they did not become so in time, or the connection was lost meanwhile and is there again: repeat it.
             PermissionRefused: this user may not send it.
         """
         replies: list[Reply] = []
@@ -225,6 +226,11 @@ class Connection:
             del self._collectors[token], self._requests[token]
         return replies
 
+    def _interrupt_requests(self) -> None:
+        for _, done in self._requests.values():
+            if not done.done():
+                done.set_exception(TimeoutError())
+
     def _refuse_requests(self, refused: str, text: str) -> None:
         for subject, done in self._requests.values():
             if subject.lower() == refused and not done.done():
@@ -243,11 +249,11 @@ class Connection:
         silent = 0
         while True:
             left = deadline - time.monotonic()
-            sent = time.time()
+            sent = time.monotonic()
             try:
                 reply = (await self.collect(self._api + subject, body, timeout=min(REQUEST_TIMEOUT, max(left, 0.1)), finished=bool))[0]
             except TimeoutError:
-                if left <= REQUEST_TIMEOUT:
+                if time.monotonic() >= deadline:
                     raise Unconfirmed(f"JetStream API {subject}", self._settings.publish_timeout) from None
                 continue
             if reply.status == "503":
@@ -260,7 +266,7 @@ class Connection:
                 continue
             answer: dict[str, Any] = json.loads(reply.body)
             if "ts" in answer:
-                self.learn_time(answer["ts"], sent, time.time())
+                self.learn_time(answer["ts"], sent, time.monotonic())
             error = answer.get("error", {})
             if error.get("code") == 503 and error.get("err_code") not in NO_JETSTREAM and left > 0.3:
                 await asyncio.sleep(0.2)

@@ -77,7 +77,10 @@ class LeaseKeeper:
                 except TimeoutError:
                     await self._extend_all(client)
         finally:
-            await client.close()
+            try:
+                await client.close()
+            except (nats.errors.Error, OSError) as error:  # the server went away first
+                logger.debug("closing the connection that extends the leases: %s", error)
 
     async def _extend_all(self, client: Client) -> None:
         for reply in list(self._held):  # the main thread adds and removes meanwhile; `list` of a dict is atomic

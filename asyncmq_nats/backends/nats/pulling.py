@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 NANOSECONDS: Final = 1_000_000_000
 HEARTBEAT: Final = 5.0
 GRACE: Final = 2.0
+CLOSE_TIMEOUT: Final = 5.0
 RESTORE_AFTER: Final = 0.25
 """A consumer that is not there, and that we cannot declare, is answered at once: without a pause, pull and answer chase each other."""
 NAK: Final = b"-NAK"
@@ -92,6 +93,7 @@ class NATSPuller:
         self._credits: dict[str, Credit] = {}
         self._tokens = itertools.count(1)
         self._inbox = ""
+        self._listening: int | None = None
         self._closed = False
         self._client = connection.client
         connection.on_reconnect.append(self._on_reconnect)
@@ -125,14 +127,22 @@ class NATSPuller:
         self._inbox = self._client.new_inbox() + "."
         if self._keeper is not None:
             await self._keeper.start()
-        await self._client.listen(self._inbox + "*", self._on_message)
+        self._listening = await self._client.listen(self._inbox + "*", self._on_message)
         await self._client.listen(f"$JS.EVENT.ADVISORY.CONSUMER.PAUSE.{self._log}.*", self._on_pause)
         self._connection.background.run(self._watch())
 
     async def close(self) -> None:
-        # The subscription stays until the backend closes: what is on its way to us is handed back, not lost until its lease runs out.
         self._closed = True
         self._credits.clear()
+        if self._listening is None or not self._client.is_connected:
+            return
+        # The server drops our pulls when it learns that nobody listens. What it sent before reaches us before its answer.
+        try:
+            async with asyncio.timeout(CLOSE_TIMEOUT):
+                await self._client.stop_listening(self._listening)
+        except (nats.errors.Error, TimeoutError, OSError) as error:
+            logger.warning("%s: what was on its way comes back when its lease is over: %r", self._log, error)
+        self._listening = None
 
     # -- deliveries
 
@@ -146,7 +156,7 @@ class NATSPuller:
         if credit is not None:
             credit.outstanding = max(0, credit.outstanding - 1)
             credit.heard_at = time.monotonic()
-        if self._closed:
+        if self._listening is None:
             delivery.nak()
             return
         if self._keeper is not None:
