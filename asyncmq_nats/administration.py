@@ -3,27 +3,28 @@
 from collections.abc import Sequence
 from typing import Final
 
+from asyncmq_nats.assets import QueueAssets
 from asyncmq_nats.backends.base import Backend, Expect, Write
+from asyncmq_nats.dependencies import MARKER_TTL, Dependencies
 from asyncmq_nats.exceptions import InvalidJob, WriteRefused
 from asyncmq_nats.jobs import Job, dump_json, load_json
-from asyncmq_nats.lifecycle import MARKER_TTL
-from asyncmq_nats.states import Place, State
-from asyncmq_nats.subjects import QueueSubjects, decode_token, encode_token
+from asyncmq_nats.lifecycle import OUTCOME_FIELDS
+from asyncmq_nats.states import OUTCOMES, Place, State
+from asyncmq_nats.subjects import QueueSubjects, decode_token, encode_token, tier_name
 
 __all__ = ["Administration"]
 
-OUTCOME_FIELDS: Final = (
-    "status", "result", "last_error", "error_traceback", "active_since", "finished_at", "worker", "stalls", "delay_until",
-)  # fmt: skip
-"""What a job has only because of what became of it."""
+PLACES_OF: Final = {State.DELAYED: (Place.DELAYED,), State.WAITING_CHILDREN: (Place.PARKED,)}
 
 
 class Administration:
     """What can be done to the jobs of one queue by hand."""
 
-    def __init__(self, backend: Backend, subjects: QueueSubjects) -> None:
+    def __init__(self, backend: Backend, subjects: QueueSubjects, assets: QueueAssets) -> None:
         self._backend = backend
         self._subjects = subjects
+        self._assets = assets
+        self._dependencies = Dependencies(backend, subjects)
 
     async def remove_delayed(self, job_id: str) -> bool:
         """Remove a job that is delayed. Return whether it was."""
@@ -59,9 +60,97 @@ class Administration:
                 await self._write_and_sweep(outcome, *(_marker(subject) for subject in removed))
             except WriteRefused:  # it moved or ended meanwhile: look again
                 continue
+            await self._dependencies.release(token)
             for record in await self._backend.last(subjects.ready_log, subjects.ready_any(token)):
                 await self._backend.delete(subjects.ready_log, record.sequence)
             return True
+
+    # -- many jobs
+
+    async def clean(self, state: State, older_than: float | None) -> int:
+        """Remove the jobs that came to a state before a time (Unix seconds), or all of them; return how many.
+
+        For outcomes one look-up and one purge, whatever their number. A job that waits is removed record by record, since those that run
+        are in the same tier.
+        """
+        if state in (State.WAITING, State.ACTIVE):
+            return len(await self._drain_tiers(older_than)) if state is State.WAITING else 0
+        filters = [self._subjects.outcomes(state)] if state in OUTCOMES else [self._subjects.place(p) for p in PLACES_OF[state]]
+        return sum([await self._purge(filter, older_than) for filter in filters])
+
+    async def _purge(self, filter: str, older_than: float | None) -> int:
+        before = None
+        if older_than is not None:
+            before = await self._backend.first_since(self._subjects.bucket_log, filter, older_than)
+        return await self._backend.purge(self._subjects.bucket_log, filter, before=before)
+
+    async def _drain_tiers(self, older_than: float | None = None) -> list[str]:
+        """Remove the jobs that wait to be run and that no worker has; return their ids."""
+        log, removed = self._subjects.ready_log, []
+        for priority in await self._assets.list_tiers():
+            tier = await self._backend.look_up(log, tier_name(priority))
+            start = 1 if tier is None else tier.delivered_sequence + 1
+            while page := await self._backend.page(log, self._subjects.tier(priority), from_sequence=start, limit=500):
+                old = [record for record in page if older_than is None or record.time < older_than]
+                removed += [
+                    decode_token(self._subjects.split_ready(r.subject)[1]) for r in old if await self._backend.delete(log, r.sequence)
+                ]
+                start = page[-1].sequence + 1
+        return removed
+
+    async def drain(self, *, include_delayed: bool) -> list[str]:
+        """Remove the jobs that wait to be run, and if wished those that are delayed; return their ids. Jobs that run stay."""
+        removed = await self._drain_tiers()
+        places = [Place.RELEASED, Place.DELAYED] if include_delayed else [Place.RELEASED]
+        for place in places:
+            removed += await self._remove_matching(self._subjects.place(place))
+        return removed
+
+    async def _remove_matching(self, filter: str) -> list[str]:
+        ids: list[str] = []
+        start = 1
+        while page := await self._backend.page(self._subjects.bucket_log, filter, from_sequence=start, limit=1000):
+            ids += [decode_token(self._subjects.token(record.subject)) for record in page if not record.marker]
+            start = page[-1].sequence + 1
+        await self._backend.purge(self._subjects.bucket_log, filter, before=start)
+        return ids
+
+    async def clean_jobs(self, state: State, older_than: float, limit: int) -> list[str]:
+        """Remove up to `limit` (0: any number of) jobs that came to a state before a time, the oldest first; return their ids."""
+        filters = [self._subjects.outcomes(state)] if state in OUTCOMES else [self._subjects.place(p) for p in PLACES_OF.get(state, ())]
+        if state is State.WAITING:
+            return await self._drain_tiers(older_than)
+        ids: list[str] = []
+        for filter in filters:
+            start = 1
+            while page := await self._backend.page(self._subjects.bucket_log, filter, from_sequence=start, limit=1000):
+                old = [record for record in page if record.time < older_than and not record.marker]
+                old = old[: limit - len(ids)] if limit else old
+                if not old:
+                    break
+                ids += [decode_token(self._subjects.token(record.subject)) for record in old]
+                start = old[-1].sequence + 1
+                await self._backend.purge(self._subjects.bucket_log, filter, before=start)
+        return ids
+
+    async def remove(self, job_id: str) -> bool:
+        """Remove a job that is not running, in any state. Return whether it was removed."""
+        token, subjects = encode_token(job_id), self._subjects
+        ready = await self._backend.last(subjects.ready_log, subjects.ready_any(token))
+        for record in ready:
+            priority, _ = subjects.split_ready(record.subject)
+            tier = await self._backend.look_up(subjects.ready_log, tier_name(priority))
+            if tier is not None and record.sequence <= tier.delivered_sequence:
+                return False
+        removed = [await self._backend.delete(subjects.ready_log, record.sequence) for record in ready]
+        records = await self._backend.last(subjects.bucket_log, subjects.later_all(token), subjects.ends(token))
+        removed += [await self._backend.delete(subjects.bucket_log, record.sequence) for record in records if not record.marker]
+        return any(removed)
+
+    async def obliterate(self) -> None:
+        """Remove everything of the queue: all jobs, repeatables, windows, a pause. Its assets stay, for the workers that run."""
+        await self._backend.purge(self._subjects.ready_log, self._subjects.all_ready)
+        await self._backend.purge(self._subjects.bucket_log, self._subjects.all_bucket)
 
     def _cancelled(self, token: str, body: bytes, expect: Expect) -> Write:
         try:
@@ -108,7 +197,7 @@ class Administration:
     def _renewed(self, body: bytes) -> bytes:
         """Return a job as it was when it was new: only its errors tell what was. Its time to live begins now."""
         data = load_json(body)
-        for name in OUTCOME_FIELDS:
+        for name in (*OUTCOME_FIELDS, "delay_until"):
             data.pop(name, None)
         return dump_json(data | {"retries": 0, "created_at": self._backend.now()})
 

@@ -16,7 +16,7 @@ MAX_TIERS: Final = 256
 PROMOTER_LEASE: Final = 2.0
 """A released job or a tick whose promoter died is taken up by another one after so many seconds."""
 TIER_SIGNAL: Final = "tier"
-"""Control signal: a tier was made; the body is its priority."""
+"""Control signal: a tier was made, or is wanted; the body is its priority."""
 
 
 class QueueAssets:
@@ -63,7 +63,11 @@ class QueueAssets:
         Raises:
             TooManyPriorities: the queue has 256 already.
         """
-        if priority in self._tiers or not self._backend.may_declare:
+        if priority in self._tiers:
+            return
+        if not self._backend.may_declare:
+            self._tiers.add(priority)
+            await self._backend.publish(self._subjects.control(TIER_SIGNAL), str(priority).encode())  # a worker declares it
             return
         async with self._lock:
             if priority not in self._tiers:
@@ -105,6 +109,24 @@ class QueueAssets:
             await self._backend.purge(self._subjects.bucket_log, self._subjects.pause)
         else:
             await self._backend.write(self._subjects.bucket_log, Write(self._subjects.pause, str(until).encode()))
+
+    async def find_orphans(self) -> list[int]:
+        """Declare the tiers of ready jobs that have none, which no worker would ever see, and return their priorities.
+
+        They come from producers that may not declare consumers. Looked for only when the log holds more than its tiers know of.
+        """
+        known = 0
+        for priority in await self.list_tiers():
+            tier = await self._backend.look_up(self._subjects.ready_log, tier_name(priority))
+            known += 0 if tier is None else tier.pending + tier.leased
+        if await self._backend.count(self._subjects.ready_log) <= known:
+            return []
+        subjects = await self._backend.list_subjects(self._subjects.ready_log, self._subjects.all_ready)
+        wanted = {priority for subject in subjects if (priority := self._subjects.tier_of(subject)) is not None}
+        missing: list[int] = sorted(wanted - set(await self.list_tiers()))
+        for priority in missing:
+            await self.declare_tier(priority)
+        return missing
 
     async def list_tiers(self) -> list[int]:
         """Return the priorities that have a consumer, the first to run first."""

@@ -13,7 +13,23 @@ __all__ = ["add_many", "checked_entry"]
 
 BATCH: Final = 1000
 BATCHES_UNDER_WAY: Final = 4
-KEYS: Final = frozenset({"task_id", "args", "kwargs", "retries", "ttl", "backoff", "priority", "delay", "job_id", "jobId", "timeout"})
+KEYS: Final = frozenset(
+    {
+        "task_id",
+        "args",
+        "kwargs",
+        "retries",
+        "ttl",
+        "backoff",
+        "priority",
+        "delay",
+        "job_id",
+        "jobId",
+        "timeout",
+        "depends_on",
+        "on_parent_failure",
+    }
+)
 
 
 def checked_entry(entry: Mapping[str, Any], index: int) -> dict[str, Any]:
@@ -46,7 +62,8 @@ async def add_many(lifecycle: Lifecycle, jobs: Sequence[Job]) -> list[str]:
     """
     for job in jobs:
         lifecycle.first_write(job)  # nothing is sent before every job is known to be sound
-    batches = [(first, jobs[first : first + BATCH]) for first in range(0, len(jobs), BATCH)]
+    size = BATCH // (1 + max((len(job.depends_on or ()) for job in jobs), default=0))  # each dependency is a write
+    batches = [(first, jobs[first : first + size]) for first in range(0, len(jobs), size)]
     errors: dict[int, Exception] = {}
     limit = anyio.CapacityLimiter(BATCHES_UNDER_WAY)
 
@@ -76,7 +93,7 @@ async def _add_batch(lifecycle: Lifecycle, batch: Sequence[Job]) -> None:
         try:
             await lifecycle.add_batch(new)
         except WriteRefused:
-            if not any(job.custom_id for job in new):
+            if not any(job.custom_id or job.depends_on for job in new):
                 raise
         else:
             return

@@ -1,13 +1,16 @@
 """What a task can know of the job it runs for: `current_job()`."""
 
-from collections.abc import Callable, Generator
+from collections.abc import Awaitable, Callable, Generator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
-from asyncmq_nats.jobs import Job
+from asyncmq_nats.exceptions import InvalidFlow
+from asyncmq_nats.jobs import Backoff, Job, build_job
 
 __all__ = ["JobContext", "current_job", "running_job"]
+
+MOST_FOLLOW_UPS = 900
 
 
 class _Awaitable:
@@ -23,19 +26,35 @@ DONE = _Awaitable()
 
 @dataclass(slots=True)
 class JobContext:
-    """The job that runs. `attempt` is 1 for the first."""
+    """The job that runs, for its task."""
 
-    id: str
-    task_id: str
+    job: Job
     queue: str
-    attempt: int
-    job: Job = field(repr=False)
-    report: Callable[[float, Any], None] = field(repr=False)
+    _now: Callable[[], float] = field(repr=False)
+    _report: Callable[[float, Any], None] = field(repr=False)
+    _results: Callable[[Job], Awaitable[dict[str, Any]]] = field(repr=False)
     cancel_requested: bool = False
     """Whether the job was cancelled, or the worker wants it back. For sync tasks to ask now and then: no thread can be interrupted."""
+    follow_ups: list[Job] = field(default_factory=list, repr=False)
+    """The jobs that were added so far."""
+
+    @property
+    def id(self) -> str:
+        """The id of the job."""
+        return self.job.job_id
+
+    @property
+    def task_id(self) -> str:
+        """The id of the task."""
+        return self.job.task_id
+
+    @property
+    def attempt(self) -> int:
+        """The number of this attempt: 1 for the first."""
+        return self.job.retries + 1
 
     def report_progress(self, progress: float, data: Any = None) -> _Awaitable:
-        """Store how far the job is, and tell whoever listens. `progress`: a share from 0 to 1. May be awaited, and called from a thread.
+        """Store how far the job is, and tell whoever listens. `progress`: a share from 0 to 1. May be awaited; not for threads.
 
         Raises:
             ValueError: it is not between 0 and 1.
@@ -43,8 +62,55 @@ class JobContext:
         """
         if not 0 <= progress <= 1:
             raise ValueError(f"progress must be between 0 and 1, not {progress}")
-        self.report(float(progress), data)
+        self._report(float(progress), data)
         return DONE
+
+    def add(
+        self,
+        task_id: str,
+        args: Sequence[Any] | None = None,
+        kwargs: Mapping[str, Any] | None = None,
+        retries: int = 0,
+        ttl: float | None = None,
+        backoff: float | Backoff | None = None,
+        priority: int = 5,
+        delay: float | None = None,
+        depends_on: Sequence[str] | None = None,
+        *,
+        timeout: float | None = None,
+        on_parent_failure: str = "wait",
+    ) -> str:
+        """Add a follow-up job to the same queue and return its id; see `Queue.add`.
+
+        It is committed together with this job's outcome, or, when this attempt fails or its worker dies, not at all.
+
+        Raises:
+            InvalidFlow: it has 900 follow-ups already.
+            NotSerializable, InvalidJob: as for `Queue.add`.
+        """
+        if len(self.follow_ups) >= MOST_FOLLOW_UPS:
+            raise InvalidFlow(f"a job can have {MOST_FOLLOW_UPS} follow-ups at most: add one that adds the others")
+        job = build_job(
+            self._now(),
+            task_id=task_id,
+            args=args,
+            kwargs=kwargs,
+            retries=retries,
+            ttl=ttl,
+            backoff=backoff,
+            priority=priority,
+            delay=delay,
+            timeout=timeout,
+            depends_on=depends_on,
+            on_parent_failure=on_parent_failure,
+        )
+        job.encode()  # not JSON? Then say so here
+        self.follow_ups.append(job)
+        return job.job_id
+
+    async def parent_results(self) -> dict[str, Any]:
+        """Return the results of the jobs that this one depends on, by id; those that did not complete are left out."""
+        return await self._results(self.job)
 
 
 running_job: ContextVar[JobContext] = ContextVar("asyncmq_nats_running_job")

@@ -4,6 +4,7 @@
     ├── InvalidQueueName (ValueError)        a name no queue can have
     ├── InvalidJobId (ValueError)            a custom job id AsyncMQ would refuse
     ├── InvalidJob (ValueError)              bytes that are not a job of the wire format
+    ├── InvalidFlow (ValueError)             jobs that cannot depend on each other like this
     ├── NotSerializable (TypeError)          an argument or a result that is not JSON
     ├── PayloadTooLarge (ValueError)         a job larger than the server takes
     ├── TooManyPriorities (ValueError)       more tiers than a queue may have
@@ -18,6 +19,7 @@
     │   ├── WriteRefused                     an expectation of a write did not hold
     │   ├── Unconfirmed (TimeoutError)       no confirmation before the deadline
     │   ├── ConnectionFailed (ConnectionError)  no server could be reached
+    │   │   └── ConnectionLost               the server ended the connection for good
     │   ├── ServerUnsuitable                 too old, or without JetStream
     │   ├── PermissionRefused (PermissionError)  the server's permissions forbid it
     │   └── AssetMissing (LookupError)       a stream or consumer is not there
@@ -34,7 +36,9 @@ __all__ = [
     "BackendError",
     "BulkAddFailed",
     "ConnectionFailed",
+    "ConnectionLost",
     "Fail",
+    "InvalidFlow",
     "InvalidJob",
     "InvalidJobId",
     "InvalidQueueName",
@@ -77,6 +81,10 @@ class InvalidJob(AsyncMQError, ValueError):
 
     def __init__(self, reason: str) -> None:
         super().__init__(f"not a job of the wire format: {reason} (see docs/protocol.md)")
+
+
+class InvalidFlow(AsyncMQError, ValueError):
+    """Jobs whose dependencies make no flow."""
 
 
 class NotSerializable(AsyncMQError, TypeError):
@@ -197,6 +205,13 @@ class ConnectionFailed(BackendError, ConnectionError):
 
     def __init__(self, servers: str, reason: str) -> None:
         super().__init__(f"cannot reach NATS at {servers}: {reason}; is the server running, and is ASYNCMQ_NATS_SERVERS right?")
+
+
+class ConnectionLost(ConnectionFailed):
+    """The connection is closed and will not come back by itself: by `close`, or by the server, as when credentials expire."""
+
+    def __init__(self, servers: str) -> None:
+        super().__init__(servers, "the connection was closed")
 
 
 class ServerUnsuitable(BackendError):

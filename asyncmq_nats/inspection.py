@@ -1,7 +1,7 @@
 """Every look into a queue. Counting costs the same for ten jobs and for ten million; lists are read page by page."""
 
 from collections.abc import AsyncIterator, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import anyio
@@ -125,6 +125,10 @@ class Inspection:
         outcome = self._subjects.outcome_state(record.subject)
         if outcome is not None:
             return self._decode(record, token, status=outcome)
+        if self._subjects.is_later(record.subject, Place.RELEASED):
+            job = self._decode(record, token, status=State.WAITING)  # released a little before its time: see `LEAD`
+            early = job.delay_until is not None and job.delay_until > self._backend.now()
+            return replace(job, status=State.DELAYED) if early else job
         place = next((place for place in Place if self._subjects.is_later(record.subject, place)), None)
         return None if place is None else self._decode(record, token, status=PLACE_STATES[place])
 

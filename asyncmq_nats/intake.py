@@ -111,6 +111,7 @@ class Intake:
         self._tier_signals = await self._backend.subscribe(self._subjects.control(TIER_SIGNAL), self._on_tier)
         self._open = True
         self._group = group
+        await self._assets.find_orphans()
         await self._find_tiers()
         self._paused_until = await self._assets.read_pause() or 0.0
         self._refill.set()
@@ -213,13 +214,22 @@ class Intake:
 
     def _on_tier(self, signal: Signal) -> None:
         if signal.body.removeprefix(b"-").isdigit():
-            self._tiers.setdefault(int(signal.body), Tier())
-            self._refill.set()
+            self._group.start_soon(self._add_tier, int(signal.body))
+
+    async def _add_tier(self, priority: int) -> None:
+        try:
+            await self._assets.declare_tier(priority)
+        except AsyncMQError as error:
+            logger.warning("queue %s: no tier for priority %d: %s", self._subjects.queue, priority, error)
+            return
+        self._tiers.setdefault(priority, Tier())
+        self._refill.set()
 
     async def _look_for_tiers(self) -> None:
         while True:
             await anyio.sleep(LOOK_AGAIN)
             try:
+                await self._assets.find_orphans()
                 await self._find_tiers()
                 if not self._paused_until:
                     self._paused_until = await self._assets.read_pause() or 0.0

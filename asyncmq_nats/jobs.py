@@ -14,7 +14,18 @@ from pydantic_core import PydanticSerializationError, from_json, to_json, to_jso
 from asyncmq_nats.exceptions import InvalidJob, InvalidJobId, NotSerializable
 from asyncmq_nats.states import State
 
-__all__ = ["WIRE_VERSION", "Backoff", "Job", "append_fields", "dump_json", "load_json", "new_job", "new_job_id", "validate_custom_job_id"]
+__all__ = [
+    "WIRE_VERSION",
+    "Backoff",
+    "Job",
+    "append_fields",
+    "build_job",
+    "dump_json",
+    "load_json",
+    "new_job",
+    "new_job_id",
+    "validate_custom_job_id",
+]
 
 WIRE_VERSION: Final = 1
 
@@ -85,6 +96,13 @@ class Job:
     delay_until: float | None = Field(default=None, allow_inf_nan=False)
     timeout: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     """How long one attempt may run."""
+    parents: list[str] = Field(default_factory=list)
+    """Those of `depends_on` that have not completed yet."""
+    children: list[str] = Field(default_factory=list)
+    """Jobs that were added together with this one and depend on it."""
+    parent_results: dict[str, Any] = Field(default_factory=dict)
+    on_parent_failure: Literal["wait", "fail", "run"] = "wait"
+    """What becomes of this job when one that it depends on does not complete."""
     custom_id: bool = False
     """Whether the producer chose the id."""
     errors: list[dict[str, Any]] = Field(default_factory=list)
@@ -171,8 +189,10 @@ class Job:
         }
         for name in OPTIONAL_FIELDS:
             value = getattr(self, name)
-            if value is not None and value is not False and value != []:
+            if value is not None and value is not False and value != [] and value != {}:
                 fields[name] = value
+        if self.on_parent_failure != "wait":
+            fields["on_parent_failure"] = self.on_parent_failure
         try:
             return dump_json(fields)
         except NotSerializable:
@@ -199,13 +219,71 @@ def new_job(**fields: Any) -> Job:
         raise InvalidJob(_first_problem(error)) from None
 
 
+def build_job(
+    now: float,
+    *,
+    task_id: str,
+    args: Sequence[Any] | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+    retries: int = 0,
+    ttl: float | None = None,
+    backoff: float | Backoff | None = None,
+    priority: int = 5,
+    delay: float | None = None,
+    job_id: str | None = None,
+    timeout: float | None = None,
+    depends_on: Sequence[str] | None = None,
+    on_parent_failure: str = "wait",
+    repeat_every: float | None = None,
+) -> Job:
+    """Return a new job from the parameters of `Queue.add`. `now`: Unix seconds.
+
+    Raises:
+        InvalidJob: a value is of the wrong kind; the message names it.
+        TypeError: the job_id is no string.
+        InvalidJobId: it is outside AsyncMQ's rules.
+    """
+    if isinstance(depends_on, str):
+        depends_on = [depends_on]
+    return new_job(
+        task_id=task_id,
+        args=list(args or ()),
+        kwargs=dict(kwargs or {}),
+        max_retries=retries,
+        backoff=backoff,
+        ttl=ttl,
+        timeout=timeout,
+        job_id=new_job_id() if job_id is None else validate_custom_job_id(job_id),
+        created_at=now,
+        priority=priority,
+        delay_until=now + delay if delay is not None and delay > 0 else None,
+        custom_id=job_id is not None,
+        depends_on=list(depends_on) if depends_on else None,
+        on_parent_failure=on_parent_failure,
+        repeat_every=repeat_every,
+    )
+
+
 ADAPTER: Final = TypeAdapter(Job)
 DICT_FIELDS: Final = (
     "args", "kwargs", "retries", "max_retries", "backoff", "ttl", "created_at", "last_attempt", "status", "result", "last_error",
     "error_traceback", "delay_until", "priority", "depends_on", "repeat_every", "deduplication", "errors", "finished_at", "worker",
     "stalls", "timeout",
 )  # fmt: skip
-OPTIONAL_FIELDS: Final = ("ttl", "timeout", "repeat_every", "depends_on", "deduplication", "delay_until", "custom_id", "errors", "stalls")
+OPTIONAL_FIELDS: Final = (
+    "parents",
+    "children",
+    "parent_results",
+    "ttl",
+    "timeout",
+    "repeat_every",
+    "depends_on",
+    "deduplication",
+    "delay_until",
+    "custom_id",
+    "errors",
+    "stalls",
+)
 
 
 def dump_json(value: Any, what: str = "the value") -> bytes:

@@ -5,7 +5,7 @@ claims; 3. what ends an attempt is fenced, and the first outcome wins.
 """
 
 import logging
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 from functools import partial
@@ -13,10 +13,12 @@ from typing import Any, Final
 
 from asyncmq_nats.assets import QueueAssets
 from asyncmq_nats.backends.base import Backend, Delivery, Expect, Record, Settled, Timer, Write
-from asyncmq_nats.exceptions import AssetMissing, BackendError, InvalidJob, NotSerializable, PayloadTooLarge, WriteRefused
-from asyncmq_nats.jobs import Job, append_fields, dump_json, load_json
+from asyncmq_nats.dependencies import LEAD, MARKER_TTL, Dependencies
+from asyncmq_nats.exceptions import AssetMissing, BackendError, InvalidFlow, InvalidJob, NotSerializable, PayloadTooLarge, WriteRefused
+from asyncmq_nats.jobs import WIRE_VERSION, Job, append_fields, dump_json, load_json, new_job_id
 from asyncmq_nats.retries import Failure, add_failure
-from asyncmq_nats.states import Place, State
+from asyncmq_nats.schedules import parse_every
+from asyncmq_nats.states import OUTCOMES, Place, State
 from asyncmq_nats.subjects import QueueSubjects, decode_token, encode_token
 
 __all__ = ["BODY_RESERVE", "Attempt", "Claim", "Lifecycle", "Verdict"]
@@ -26,9 +28,13 @@ logger = logging.getLogger(__name__)
 SettleEnd = Callable[[Write, Settled], None]
 """Learns whether the write that ends an attempt was confirmed or refused."""
 
-LEAD: Final = 0.3
-"""A timer is set so much early, since the server looks at its timers every 0.25 s; the promoter waits out the rest."""
-MARKER_TTL: Final = 1.0
+BATCH: Final = 1000
+OUR_JOBS: Final = b'{"v":1,"id":"'
+"""What the jobs begin with that this library writes: nothing they need is missing."""
+OUTCOME_FIELDS: Final = (
+    "status", "result", "last_error", "error_traceback", "active_since", "finished_at", "worker", "stalls",
+)  # fmt: skip
+"""What a job has only because of what became of it."""
 BODY_RESERVE: Final = 64 * 1024
 """Room that a job must leave below the server's limit, for its result or its errors."""
 
@@ -45,6 +51,10 @@ class Attempt:
     claimed: bool = False
     leftovers: tuple[str, ...] = ()
     """Records of the job in transit, to be removed together with the end of the attempt."""
+    awaited: bool = False
+    """Whether other jobs were seen to wait for this one."""
+    companions: tuple[Write, ...] = ()
+    """What is committed together with the outcome: follow-up jobs."""
     started_at: float = 0.0
     body: bytes = field(default=b"", repr=False)
 
@@ -100,6 +110,7 @@ class Lifecycle:
         self._subjects = subjects
         self._assets = assets
         self._settings = backend.settings
+        self.dependencies = Dependencies(backend, subjects)
         self._worker = worker
 
     # -- add
@@ -113,15 +124,30 @@ class Lifecycle:
             Unconfirmed: it may or may not have been added.
         """
         await self._assets.declare_tier(job.priority)
-        if job.custom_id and await self.exists(job.job_id):
+        while True:
+            if job.custom_id and await self.exists(job.job_id):
+                return job.job_id
+            writes = await self.writes_of(job)
+            try:
+                await self._write_again_when_missing(writes, {job.priority})
+            except WriteRefused:
+                if not job.custom_id and not job.depends_on:
+                    raise
+                continue  # a job with that id has appeared, or a parent has ended
             return job.job_id
-        write = self.first_write(job)
-        try:
-            await self._again_when_missing(lambda: self._backend.write(self._log_of(write), write), {job.priority})
-        except WriteRefused:
-            if not job.custom_id:
-                raise
-        return job.job_id
+
+    async def writes_of(self, job: Job, *, in_bucket: bool = False) -> list[Write]:
+        """Return the writes that add a job: one, or if it depends on jobs that have not ended, itself and its edges.
+
+        Raises:
+            JobNotFound: a job that it depends on is not in this queue.
+            NotSerializable, PayloadTooLarge: as for `add`.
+        """
+        if not job.depends_on:
+            return [self.first_write(job, in_bucket=in_bucket)]
+        self.first_write(job)  # is it sound?
+        job, writes = await self.dependencies.park(job)
+        return writes or [self.first_write(job, in_bucket=in_bucket)]
 
     async def add_batch(self, jobs: Sequence[Job]) -> None:
         """Store up to 1,000 new jobs, all or none.
@@ -134,19 +160,56 @@ class Lifecycle:
         priorities = {job.priority for job in jobs}
         for priority in priorities:
             await self._assets.declare_tier(priority)
-        in_bucket = any(job.custom_id or job.delay_until is not None for job in jobs)
-        writes = [self.first_write(job, in_bucket=in_bucket) for job in jobs]
-        await self._again_when_missing(lambda: self._backend.write(self._log_of(writes[0]), *writes), priorities)
+        in_bucket = any(job.custom_id or job.delay_until is not None or job.depends_on for job in jobs)
+        writes = [write for job in jobs for write in await self.writes_of(job, in_bucket=in_bucket)]
+        await self._write_again_when_missing(writes, priorities)
 
-    async def _again_when_missing(self, write: Callable[[], Awaitable[int]], priorities: Iterable[int]) -> int:
+    async def add_linked(self, jobs: Sequence[Job]) -> None:
+        """Store jobs that depend on each other; each comes after its `children`. Up to 1,000 writes are all or nothing."""
+        priorities = {job.priority for job in jobs}
+        for priority in priorities:
+            await self._assets.declare_tier(priority)
+        inside = {job.job_id for job in jobs}
+        await self._refuse_existing([job for job in jobs if job.custom_id])
+        for _ in range(20):
+            writes = [write for job in jobs for write in await self._linked_writes(job, inside)]
+            try:
+                for start in range(0, len(writes), BATCH):
+                    await self._write_again_when_missing(writes[start : start + BATCH], priorities)
+            except WriteRefused:  # a parent outside has ended meanwhile, or a job with one of the ids is there
+                await self._refuse_existing(jobs)
+                continue
+            return
+
+    async def _linked_writes(self, job: Job, inside: Collection[str]) -> list[Write]:
+        outside = [parent for parent in job.depends_on or () if parent not in inside]
+        within = [parent for parent in job.depends_on or () if parent in inside]
+        parked, edges = await self.dependencies.park(replace(job, depends_on=outside))
+        job = replace(parked, depends_on=job.depends_on, parents=[*parked.parents, *within])
+        self.first_write(job)  # is it sound?
+        if any(self._subjects.outcome_state(write.subject) for write in edges):  # failed at once, with a parent
+            return edges
+        token = encode_token(job.job_id)
+        if not job.parents:
+            return [self.first_write(job, in_bucket=True)]
+        key = self._subjects.later(token, Place.PARKED)
+        return [*(edge for edge in edges if edge.subject != key), Write(key, job.encode(), Expect(self._subjects.later_all(token)))]
+
+    async def _refuse_existing(self, jobs: Sequence[Job]) -> None:
+        for job in jobs:
+            if await self.exists(job.job_id):
+                raise InvalidFlow(f"a job {job.job_id!r} exists already: each flow needs ids of its own")
+
+    async def _write_again_when_missing(self, writes: Sequence[Write], priorities: Iterable[int]) -> None:
+        log = self._log_of(writes[0])
         try:
-            return await write()
+            await self._backend.write(log, *writes)
         except AssetMissing:  # deleted since this process declared it
             self._assets.forget()
             await self._assets.declare()
             for priority in priorities:
                 await self._assets.declare_tier(priority)
-            return await write()
+            await self._backend.write(log, *writes)
 
     def _log_of(self, write: Write) -> str:
         return self._subjects.bucket_log if write.subject.startswith("$KV.") else self._subjects.ready_log
@@ -169,8 +232,10 @@ class Lifecycle:
         return Write(self._subjects.ready(job.priority, token), body, message_id=job.job_id)
 
     def _delayed(self, token: str, body: bytes, run_at: float, expect: Expect | None) -> Write:
-        timer = Timer(run_at - LEAD, self._subjects.later(token, Place.RELEASED))
-        return Write(self._subjects.later(token, Place.DELAYED), body, expect, timer=timer)
+        released = self._subjects.later(token, Place.RELEASED)
+        if run_at - LEAD <= self._backend.now():  # a timer for a time that is past is up to 0.25 s late; the promoter is not
+            return Write(released, body, expect)
+        return Write(self._subjects.later(token, Place.DELAYED), body, expect, timer=Timer(run_at - LEAD, released))
 
     async def exists(self, job_id: str) -> bool:
         """Return whether the queue has a job with that id, in any state."""
@@ -190,11 +255,25 @@ class Lifecycle:
         """
         _, token = self._subjects.split_ready(delivery.subject)
         body = delivery.body
-        job = Job.decode(body, job_id=decode_token(token), created_at=delivery.time)
-        attempt = Attempt(delivery, token, job, body=body)
+        if not body.startswith(OUR_JOBS):
+            body = self._as_ours(delivery, token)
+        attempt = Attempt(delivery, token, Job.decode(body), body=body)
         if delivery.deliveries == 1:
             return attempt
         return await self._verify(attempt)
+
+    def _as_ours(self, delivery: Delivery, token: str) -> bytes:
+        """Return a job of a foreign producer as we would have written it: id and priority of the subject, all that must be there."""
+        Job.decode(delivery.body)
+        data = load_json(delivery.body)
+        for name in OUTCOME_FIELDS:
+            data.pop(name, None)
+        priority, _ = self._subjects.split_ready(delivery.subject)
+        known = {"v": data.pop("v", WIRE_VERSION), "id": decode_token(token), "priority": priority}
+        try:
+            return dump_json(known | {"created_at": delivery.time} | {key: value for key, value in data.items() if key not in known})
+        except NotSerializable as error:  # 1e999 is a number of JSON, and infinite when read
+            raise InvalidJob(str(error)) from None
 
     async def _verify(self, attempt: Attempt) -> Attempt | Verdict:
         """Rule 2: find out what an earlier delivery came to, and claim the job if it came to nothing."""
@@ -202,7 +281,10 @@ class Lifecycle:
         while True:
             records = await self._backend.last(subjects.bucket_log, subjects.later_all(token), subjects.done_all(token))
             done = [record for record in records if not subjects.is_later(record.subject, Place.RELEASED) and self._is_done(record)]
+            edges = any(subjects.is_edge(record.subject) for record in done)
             if any(not record.marker and subjects.outcome_state(record.subject) for record in done):
+                if edges or attempt.job.children:
+                    await self.dependencies.release(token)
                 return Verdict.DONE
             later = [record for record in records if not self._is_done(record) and not record.marker]
             if any(Job.decode(record.body).retries > attempt.job.retries for record in later):
@@ -219,7 +301,7 @@ class Lifecycle:
                 continue
             leftovers = tuple(record.subject for record in later)
             job = replace(attempt.job, stalls=ours.stalls)
-            return replace(attempt, job=job, expect=sequence, claimed=True, leftovers=leftovers)
+            return replace(attempt, job=job, expect=sequence, claimed=True, leftovers=leftovers, awaited=edges)
 
     def _is_done(self, record: Record) -> bool:
         return ".done." in record.subject
@@ -234,10 +316,21 @@ class Lifecycle:
             PayloadTooLarge: the outcome is too large for the server.
         """
         write = self._outcome(attempt, State.COMPLETED, {"result": result}, f"the result of task {attempt.job.task_id!r}")
-        if attempt.claimed:
+        if attempt.claimed or attempt.companions:
             await self._write_claimed(attempt, write, settle)
         else:
             self._backend.send(self._subjects.bucket_log, write, partial(settle, write))
+
+    async def follow_up_writes(self, attempt: Attempt, follow_ups: Sequence[Job]) -> tuple[Write, ...]:
+        """Return the writes of the jobs that a task added while it ran, and of its own next run if it repeats."""
+        jobs = list(follow_ups)
+        if attempt.job.repeat_every is not None:
+            now = self._backend.now()
+            again = replace(attempt.job, job_id=new_job_id(), created_at=now, delay_until=now + parse_every(attempt.job.repeat_every))
+            jobs.append(replace(again, retries=0, errors=[], stalls=0, custom_id=False, depends_on=None, parent_results={}, children=[]))
+        for priority in {job.priority for job in jobs}:
+            await self._assets.declare_tier(priority)
+        return tuple([write for job in jobs for write in await self.writes_of(job, in_bucket=True)])
 
     async def fail(self, attempt: Attempt, failure: Failure, settle: SettleEnd) -> None:
         """Record a failure for good."""
@@ -293,18 +386,12 @@ class Lifecycle:
         fields |= {"finished_at": self._backend.now(), "worker": self._worker}
         if attempt.job.stalls:
             fields["stalls"] = attempt.job.stalls
-        if b'"created_at"' not in body:
-            fields["created_at"] = attempt.job.created_at
-        if b'"id"' not in body:
-            fields["id"] = attempt.job.job_id
         try:
-            if state is State.COMPLETED and b'"status"' not in body:
-                record = append_fields(body, fields, what)
-            else:
-                record = dump_json(load_json(body) | fields, what)
+            completed = state is State.COMPLETED
+            record = append_fields(body, fields, what) if completed else dump_json(load_json(body) | fields, what)
             if len(record) > self._backend.max_body:
                 raise PayloadTooLarge(what, len(record), self._backend.max_body)
-        except (NotSerializable, PayloadTooLarge):  # too long, or a foreign producer's 1e999, which is no JSON when read
+        except PayloadTooLarge:
             if state is State.COMPLETED:
                 raise
             record = dump_json({"id": attempt.job.job_id, "task": attempt.job.task_id, "truncated": True, "max_retries": 0} | fields, what)
@@ -324,10 +411,11 @@ class Lifecycle:
             settle(write, error)
 
     def _removals(self, attempt: Attempt, write: Write) -> list[Write]:
+        companions = list(attempt.companions) if self._subjects.outcome_state(write.subject) is State.COMPLETED else []
         if not attempt.claimed:
-            return []
+            return companions
         subjects = [self._subjects.claim(attempt.token), *attempt.leftovers]
-        return [Write(subject, b"", ttl=MARKER_TTL, marker=True) for subject in subjects if subject != write.subject]
+        return companions + [Write(subject, b"", ttl=MARKER_TTL, marker=True) for subject in subjects if subject != write.subject]
 
     def report_progress(self, attempt: Attempt, progress: float, data: Any) -> None:
         """Store how far a running job is, and tell whoever listens. Sent, not confirmed: a later report tells more."""
@@ -335,6 +423,13 @@ class Lifecycle:
         write = Write(self._subjects.progress(attempt.token), body, ttl=self._settings.progress_ttl)
         self._backend.send(self._subjects.bucket_log, write, lambda _: None)
         self._backend.signal(self._subjects.event("progress", attempt.token), body)
+
+    async def trim(self) -> None:
+        """Remove the oldest outcomes of the kinds of which only the last so many are kept."""
+        for state in OUTCOMES:
+            keep = self._settings.completed_keep if state is State.COMPLETED else self._settings.failed_keep
+            if keep is not None:
+                await self._backend.purge(self._subjects.bucket_log, self._subjects.outcomes(state), keep=keep)
 
     async def cancelled_among(self, job_ids: Sequence[str]) -> list[str]:
         """Return those of the jobs that were cancelled."""
@@ -346,12 +441,16 @@ class Lifecycle:
 
     async def settled(self, attempt: Attempt, write: Write, result: Settled) -> Verdict:
         """Decide what a confirmed or refused end of an attempt means; a write that may be repeated is repeated here (rule 3)."""
+        verdict: Verdict | None = None
         for _ in range(20):
             if not isinstance(result, WriteRefused):
                 break
             records = await self._backend.last(self._subjects.bucket_log, self._subjects.done_all(attempt.token))
+            attempt.awaited = any(self._subjects.is_edge(record.subject) for record in records)
             verdict = self._judge(attempt, write, records)
-            if verdict is not None:
+            if verdict is Verdict.DONE:
+                break
+            if verdict is Verdict.STALE:
                 return verdict
             last = max((record.sequence for record in records), default=0)
             attempt.expect = last
@@ -360,9 +459,11 @@ class Lifecycle:
                 result = await self._backend.write(self._subjects.bucket_log, write, *self._removals(attempt, write))
             except BackendError as error:
                 result = error
-        if isinstance(result, BackendError):
+        if isinstance(result, BackendError) and verdict is not Verdict.DONE:
             logger.error("job %s: its end could not be recorded, it will be delivered again: %s", attempt.job.job_id, result)
             return Verdict.STALE
+        if (attempt.awaited or attempt.job.children) and self._subjects.outcome_state(write.subject) is not None:
+            await self.dependencies.release(attempt.token)
         return Verdict.DONE
 
     def _judge(self, attempt: Attempt, write: Write, records: Sequence[Record]) -> Verdict | None:

@@ -5,6 +5,7 @@ from asyncmq_nats.assets import QueueAssets
 from asyncmq_nats.backends import default_backend
 from asyncmq_nats.backends.base import Backend
 from asyncmq_nats.controls import Controls
+from asyncmq_nats.deduplication import Deduplicator
 from asyncmq_nats.hooks import Hooks
 from asyncmq_nats.inspection import Inspection
 from asyncmq_nats.lifecycle import Lifecycle
@@ -41,7 +42,8 @@ class QueueBase:
         self._assets = QueueAssets(self.backend, self._subjects)
         self._lifecycle = Lifecycle(self.backend, self._subjects, self._assets)
         self._inspection = Inspection(self.backend, self._subjects, self._assets)
-        self._administration = Administration(self.backend, self._subjects)
+        self._administration = Administration(self.backend, self._subjects, self._assets)
+        self._deduplicator = Deduplicator(self.backend, self._subjects, self._lifecycle)
         self._repeatables = Repeatables(self.backend, self._subjects, self._assets)
         self._controls = Controls(self.backend, self._subjects, self._assets)
         self._hooks = Hooks({"backend": self.backend, "queue": name})

@@ -1,10 +1,13 @@
 """The methods of `Queue` that look: counts, single jobs, lists, waiting for a result."""
 
-from collections.abc import Sequence
+import logging
+from collections.abc import AsyncIterator, Sequence
 from typing import Any, Final
 
 import anyio
 
+from asyncmq_nats.backends.base import Signal
+from asyncmq_nats.events import Event, read_event
 from asyncmq_nats.exceptions import JobFailed, JobNotFound
 from asyncmq_nats.queue_base import QueueBase
 from asyncmq_nats.states import COUNT_BUCKETS, JOB_STATES, OUTCOMES, Bucket, State
@@ -12,6 +15,9 @@ from asyncmq_nats.subjects import encode_token
 
 __all__ = ["QueueReads"]
 
+logger = logging.getLogger(__name__)
+
+EVENT_BUFFER: Final = 10_000
 READ_AGAIN: Final = 5.0
 COUNTED_AS_TO_DO: Final = (State.WAITING, State.DELAYED, State.WAITING_CHILDREN)
 
@@ -69,6 +75,62 @@ class QueueReads(QueueBase):
         names = [types] if isinstance(types, str) else JOB_STATES if types is None else types
         states = [State(name) for name in names if name in set(State)]
         return [job.to_dict() for job in await self._inspection.slice(states, start, end, ascending=asc)]
+
+    async def get_waiting(self, *, start: int = 0, end: int = -1, asc: bool = False) -> list[dict[str, Any]]:
+        """Return the jobs that wait to be run; see `get_jobs`."""
+        return await self.get_jobs([State.WAITING], start=start, end=end, asc=asc)
+
+    async def get_active(self, *, start: int = 0, end: int = -1, asc: bool = False) -> list[dict[str, Any]]:
+        """Return the jobs that workers have; see `get_jobs`."""
+        return await self.get_jobs([State.ACTIVE], start=start, end=end, asc=asc)
+
+    async def get_completed(self, *, start: int = 0, end: int = -1, asc: bool = False) -> list[dict[str, Any]]:
+        """Return the completed jobs; see `get_jobs`."""
+        return await self.get_jobs([State.COMPLETED], start=start, end=end, asc=asc)
+
+    async def get_failed(self, *, start: int = 0, end: int = -1, asc: bool = False) -> list[dict[str, Any]]:
+        """Return the failed jobs; see `get_jobs`."""
+        return await self.get_jobs([State.FAILED], start=start, end=end, asc=asc)
+
+    async def get_delayed(self, *, start: int = 0, end: int = -1, asc: bool = False) -> list[dict[str, Any]]:
+        """Return the delayed jobs; see `get_jobs`."""
+        return await self.get_jobs([State.DELAYED], start=start, end=end, asc=asc)
+
+    async def get_waiting_children(self, *, start: int = 0, end: int = -1, asc: bool = False) -> list[dict[str, Any]]:
+        """Return the jobs that wait for others; see `get_jobs`."""
+        return await self.get_jobs([State.WAITING_CHILDREN], start=start, end=end, asc=asc)
+
+    async def get_paused(self, *, start: int = 0, end: int = -1, asc: bool = False) -> list[dict[str, Any]]:
+        """Return nothing: jobs of a paused queue are `waiting` (the name is AsyncMQ's)."""
+        return await self.get_jobs([Bucket.PAUSED], start=start, end=end, asc=asc)
+
+    async def get_prioritized(self, *, start: int = 0, end: int = -1, asc: bool = False) -> list[dict[str, Any]]:
+        """Return nothing: jobs of every priority are `waiting` (the name is AsyncMQ's)."""
+        return await self.get_jobs([Bucket.PRIORITIZED], start=start, end=end, asc=asc)
+
+    async def events(self, *names: str) -> AsyncIterator[Event]:
+        """Yield what happens to the jobs of this queue from now on, in whatever process; with names, only such events (see `Event`).
+
+        At most once: while the connection is down, or this reader is 10,000 events behind, events are lost.
+        """
+        send, receive = anyio.create_memory_object_stream[Event](EVENT_BUFFER)
+
+        def hear(signal: Signal) -> None:
+            event = read_event(self.name, signal.subject, signal.body)
+            if event is not None and (not names or event.name in names):
+                try:
+                    send.send_nowait(event)
+                except anyio.WouldBlock:
+                    logger.warning("queue %s: a reader of events is too slow, %s of job %s is lost", self.name, event.name, event.job_id)
+
+        with send, receive:
+            subscription = await self.backend.subscribe(self._subjects.event("*", "*"), hear)
+            try:
+                async for event in receive:
+                    yield event
+            finally:
+                with anyio.CancelScope(shield=True):
+                    await subscription.unsubscribe()
 
     async def wait_for(self, job_id: str, timeout: float | None = None) -> Any:
         """Wait until the job ends and return its result.

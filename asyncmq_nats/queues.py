@@ -13,7 +13,9 @@ from anyio.abc import TaskStatus
 
 from asyncmq_nats.assets import DEFAULT_PRIORITY
 from asyncmq_nats.bulk import add_many, checked_entry
-from asyncmq_nats.jobs import Backoff, Job, new_job, new_job_id, validate_custom_job_id
+from asyncmq_nats.deduplication import parse_window
+from asyncmq_nats.jobs import Backoff, Job, build_job
+from asyncmq_nats.queue_admin import QueueAdmin, list_queues
 from asyncmq_nats.queue_controls import QueueControls
 from asyncmq_nats.queue_delays import QueueDelays
 from asyncmq_nats.queue_reads import QueueReads
@@ -22,10 +24,10 @@ from asyncmq_nats.runner import Runner
 from asyncmq_nats.serving import import_tasks, run_program, run_until_signalled
 from asyncmq_nats.states import State
 
-__all__ = ["Queue"]
+__all__ = ["Queue", "list_queues"]
 
 
-class Queue(QueueReads, QueueDelays, QueueControls):
+class Queue(QueueReads, QueueDelays, QueueControls, QueueAdmin):
     """A named queue of jobs: add jobs, look at them, run them. Making one does no I/O.
 
     Args:
@@ -54,8 +56,13 @@ class Queue(QueueReads, QueueDelays, QueueControls):
         priority: int = DEFAULT_PRIORITY,
         delay: float | None = None,
         job_id: str | None = None,
+        deduplication: Mapping[str, Any] | None = None,
+        debounce: Mapping[str, Any] | None = None,
         *,
+        depends_on: Sequence[str] | None = None,
+        on_parent_failure: str = "wait",
         timeout: float | None = None,
+        repeat_every: float | None = None,
     ) -> str:
         """Add one job and return its id (AsyncMQ `Queue.add`).
 
@@ -70,9 +77,17 @@ class Queue(QueueReads, QueueDelays, QueueControls):
             delay: seconds until the job may run; 0 or less is now.
             job_id: an id of your own. If a job with that id exists, in any state, its id is returned and nothing is added, so an `add` that
                 raised `Unconfirmed` can be repeated safely.
+            deduplication: `{"id", "ttl", "extend", "replace"}`: while a job added under that id has not ended, or for `ttl` seconds,
+                no other one is added: its id is returned. With `replace`, one that is still delayed gets this one's task, arguments and delay.
+                With `extend`, each call starts the `ttl` anew.
+            debounce: AsyncMQ's older name for `deduplication`.
+            depends_on: ids of jobs of this queue that must complete first; their results are in `current_job().parent_results()`.
+            on_parent_failure: when one of them fails for good, `"wait"` (it may be retried by hand), `"fail"`, or `"run"` all the same.
             timeout: how long one attempt may run, in seconds; then the task is cancelled and the attempt has failed.
+            repeat_every: add the job again so many seconds after each success.
 
         Raises:
+            JobNotFound: a job that it depends on is not in this queue.
             NotSerializable: an argument is not JSON; the message names it.
             PayloadTooLarge: the job does not fit into a message.
             InvalidJob: a value is of the wrong kind.
@@ -80,7 +95,8 @@ class Queue(QueueReads, QueueDelays, QueueControls):
             Unconfirmed: no confirmation within `publish_timeout`; the job may or may not have been added.
         """
         await self._assets.declare()
-        job = self._new_job(
+        job = build_job(
+            self.backend.now(),
             task_id=task_id,
             args=args,
             kwargs=kwargs,
@@ -91,7 +107,13 @@ class Queue(QueueReads, QueueDelays, QueueControls):
             delay=delay,
             job_id=job_id,
             timeout=timeout,
+            depends_on=depends_on,
+            on_parent_failure=on_parent_failure,
+            repeat_every=repeat_every,
         )
+        window = deduplication if deduplication is not None else debounce
+        if window is not None:
+            return await self._deduplicator.add(job, parse_window(window))
         return await self._lifecycle.add(job)
 
     async def add_bulk(self, jobs: Iterable[Mapping[str, Any]]) -> list[str]:
@@ -105,7 +127,8 @@ class Queue(QueueReads, QueueDelays, QueueControls):
             BulkAddFailed: of more than 1,000, some were added and some were not; it says which.
         """
         await self._assets.declare()
-        return await add_many(self._lifecycle, [self._new_job(**checked_entry(entry, index)) for index, entry in enumerate(jobs)])
+        now, entries = self.backend.now(), [checked_entry(entry, index) for index, entry in enumerate(jobs)]
+        return await add_many(self._lifecycle, [build_job(now, **entry) for entry in entries])
 
     async def enqueue(self, payload: Mapping[str, Any]) -> str:
         """Add a job given as a dict, of `Job.to_dict` or with `task_id` and what `Job` takes, and return its id (AsyncMQ `Queue.enqueue`).
@@ -132,35 +155,10 @@ class Queue(QueueReads, QueueDelays, QueueControls):
         """`enqueue`, or with a `run_at` `enqueue_delayed`."""
         return await self.enqueue(payload) if run_at is None else await self.enqueue_delayed(payload, run_at)
 
-    def _new_job(
-        self,
-        *,
-        task_id: str,
-        args: Sequence[Any] | None = None,
-        kwargs: Mapping[str, Any] | None = None,
-        retries: int = 0,
-        ttl: float | None = None,
-        backoff: float | Backoff | None = None,
-        priority: int = DEFAULT_PRIORITY,
-        delay: float | None = None,
-        job_id: str | None = None,
-        timeout: float | None = None,
-    ) -> Job:
-        now = self.backend.now()
-        return new_job(
-            task_id=task_id,
-            args=list(args or ()),
-            kwargs=dict(kwargs or {}),
-            max_retries=retries,
-            backoff=backoff,
-            ttl=ttl,
-            timeout=timeout,
-            job_id=new_job_id() if job_id is None else validate_custom_job_id(job_id),
-            created_at=now,
-            priority=priority,
-            delay_until=now + delay if delay is not None and delay > 0 else None,
-            custom_id=job_id is not None,
-        )
+    async def add_linked(self, jobs: Sequence[Job]) -> None:
+        """Add jobs that depend on each other, each after its `children`; see `FlowProducer.add_flow`."""
+        await self._assets.declare()
+        await self._lifecycle.add_linked(jobs)
 
     async def _store_repeatables(self) -> None:
         for definition in self._local_repeatables:

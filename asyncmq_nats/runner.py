@@ -9,6 +9,7 @@ import os
 import socket
 import time
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
@@ -21,14 +22,17 @@ from asyncmq_nats.assets import QueueAssets
 from asyncmq_nats.backends.base import Backend, Delivery, Settled, Write
 from asyncmq_nats.context import JobContext, running_job
 from asyncmq_nats.controls import CANCEL, PAUSE, RESUME, WorkerRegistry
-from asyncmq_nats.exceptions import AsyncMQError, InvalidJob, NotSerializable, PayloadTooLarge, TaskTimeout
+from asyncmq_nats.events import STARTED, event_emitter, read_event
+from asyncmq_nats.exceptions import AsyncMQError, ConnectionLost, InvalidJob, NotSerializable, PayloadTooLarge, TaskTimeout
 from asyncmq_nats.hooks import Hooks
 from asyncmq_nats.intake import Intake
+from asyncmq_nats.jobs import Job, dump_json
 from asyncmq_nats.lifecycle import Attempt, Lifecycle, SettleEnd, Verdict
 from asyncmq_nats.promoter import Promoter
 from asyncmq_nats.rate_limiter import Limit, RateLimiter
 from asyncmq_nats.registry import TaskRegistry
 from asyncmq_nats.retries import Failure, retry_delay
+from asyncmq_nats.states import State
 from asyncmq_nats.subjects import QueueSubjects, encode_token
 
 __all__ = ["Runner", "new_worker_id"]
@@ -186,8 +190,12 @@ class Runner:
             await anyio.sleep(self._backend.settings.heartbeat_interval)
             try:
                 await self._entry.beat()
+                await self._lifecycle.trim()
                 for job_id in await self._lifecycle.cancelled_among(self._running_ids()):
                     self._on_cancel(job_id)
+            except ConnectionLost as error:
+                logger.critical("worker %s ends: %s", self.worker, error)
+                raise
             except AsyncMQError as error:
                 logger.warning("worker %s: no heartbeat now: %s", self.worker, error)
 
@@ -260,9 +268,10 @@ class Runner:
         failure: Failure | None = None
         result: Any = None
         scope = self._new_scope() if job.timeout is None else self._new_scope(deadline=anyio.current_time() + job.timeout)
-        context = JobContext(job.job_id, job.task_id, self._subjects.queue, job.retries + 1, job, partial(self._report_progress, attempt))
+        context = JobContext(job, self._subjects.queue, self._backend.now, partial(self._report_progress, attempt), self._results_of)
         running = Running(scope, context)
         running_job.set(context)
+        self._announce_start(attempt)
         with scope:
             self._running[attempt.token] = running
             try:
@@ -285,7 +294,7 @@ class Runner:
         if failure is not None:
             await self._report_failure(attempt, failure, settle)
         else:
-            await self._report_result(attempt, result, settle)
+            await self._report_result(attempt, result, context.follow_ups, settle)
 
     async def _give_up(self, attempt: Attempt, *, cancelled: bool) -> None:
         """Leave a job that was cancelled, or that did not finish before the worker has to."""
@@ -305,11 +314,15 @@ class Runner:
 
     # -- report
 
+    async def _results_of(self, job: Job) -> dict[str, Any]:
+        return await self._lifecycle.dependencies.results(job)
+
     def _report_progress(self, attempt: Attempt, progress: float, data: Any) -> None:
         self._lifecycle.report_progress(attempt, progress, data)
 
-    async def _report_result(self, attempt: Attempt, result: Any, settle: SettleEnd) -> None:
+    async def _report_result(self, attempt: Attempt, result: Any, follow_ups: Sequence[Job], settle: SettleEnd) -> None:
         try:
+            attempt.companions = await self._lifecycle.follow_up_writes(attempt, follow_ups)
             await self._lifecycle.complete(attempt, result, settle)
         except (NotSerializable, PayloadTooLarge) as error:  # another attempt would come to the same
             logger.warning("job %s (%s) failed: %s", attempt.job.job_id, attempt.job.task_id, error)
@@ -332,20 +345,36 @@ class Runner:
 
     def _settle(self, attempt: Attempt, write: Write, result: Settled) -> None:
         """Learn that the end of an attempt was confirmed or refused. May be called from the backend: it must not block."""
-        if isinstance(result, int):
+        if isinstance(result, int) and not attempt.awaited and not attempt.job.children:
             attempt.delivery.ack()
             self._settled()
+            self._announce_end(attempt, write)
         else:
             self._group.start_soon(self._resolve, attempt, write, result)
 
     async def _resolve(self, attempt: Attempt, write: Write, result: Settled) -> None:
         try:
-            _leave(attempt.delivery, await self._lifecycle.settled(attempt, write, result))
+            verdict = await self._lifecycle.settled(attempt, write, result)
+            _leave(attempt.delivery, verdict)
+            if verdict is Verdict.DONE:
+                self._announce_end(attempt, write)
         except AsyncMQError as error:
             logger.error("job %s: %s", attempt.job.job_id, error)
             attempt.delivery.abandon()
         finally:
             self._settled()
+
+    def _announce_start(self, attempt: Attempt) -> None:
+        body = dump_json({"id": attempt.job.job_id, "task": attempt.job.task_id, "worker": self.worker, "active_since": attempt.started_at})
+        self._backend.signal(self._subjects.event(STARTED, attempt.token), body)
+        if event_emitter.listens(f"job:{STARTED}"):
+            data = attempt.job.to_dict() | {"queue": self._subjects.queue, "status": State.ACTIVE}
+            self._group.start_soon(event_emitter.emit, f"job:{STARTED}", data)
+
+    def _announce_end(self, attempt: Attempt, write: Write) -> None:
+        event = read_event(self._subjects.queue, self._subjects.event(write.subject.rpartition(".")[2], attempt.token), write.body)
+        if event is not None and event_emitter.listens(event.name):
+            self._group.start_soon(event_emitter.emit, event.name, event.data)
 
     def _settled(self) -> None:
         self._intake.settled()

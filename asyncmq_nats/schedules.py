@@ -1,25 +1,31 @@
 """When a repeatable job runs next. Pure functions of values; the only importer of croniter."""
 
 import hashlib
+import json
 import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from typing import Any, Final
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from croniter import CroniterBadDateError, CroniterError, croniter
 
-from asyncmq_nats.jobs import dump_json
+from asyncmq_nats.jobs import dump_json, load_json
 
-__all__ = ["Schedule", "definition_id", "make_schedule", "missed_ticks", "next_run", "parse_every"]
+__all__ = ["Schedule", "definition_id", "make_schedule", "missed_ticks", "next_run", "next_run_after", "parse_every"]
 
 FIELDS: Final = ("minute", "hour", "day of month", "month", "day of week", "second")
 UNITS: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0, "w": 604_800.0}
 PART: Final = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(ms|s|m|h|d|w)\s*")
 SHORTEST: Final = 0.05
+LONGEST: Final = 100 * 365 * 86_400.0
+RANDOM: Final = re.compile(r"(?:^|,)[HR]", re.IGNORECASE)
+"""Croniter's own `H` and `R`: each worker would read something else in them."""
 MOST_MISSED: Final = 400
+LARGEST_CHANGE: Final = 3 * 3600.0
+"""No clock is set forward or back by more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,22 +54,23 @@ def make_schedule(every: float | str | None, cron: str | None, timezone: str | N
         raise TypeError(f"cron must be a str, not {type(cron).__name__}")
     check_cron(cron)
     _zone(timezone or "UTC")
-    return Schedule(cron=" ".join(cron.split()), timezone=timezone or "UTC")
+    plain = " ".join(cron.split())
+    return Schedule(cron=plain.lower() if plain.startswith("@") else plain, timezone=timezone or "UTC")
 
 
 def parse_every(every: float | str) -> float:
     """Return an interval in seconds: a number, or a text such as `"90"`, `"5m"`, `"1h30m"`, `"0.5s"` (units ms, s, m, h, d, w).
 
     Raises:
-        ValueError: it is not understood, or shorter than 0.05 s.
+        ValueError: it is not understood, or shorter than 0.05 s, or longer than a hundred years.
         TypeError: it is neither number nor text.
     """
     if isinstance(every, bool) or not isinstance(every, int | float | str):
         raise TypeError(f"every must be a number of seconds or a text such as '5m', not {type(every).__name__}")
-    seconds = _parse_text(every) if isinstance(every, str) else float(every)
-    if not math.isfinite(seconds) or seconds < SHORTEST:
-        raise ValueError(f"every={every!r}: the shortest interval is {SHORTEST} s")
-    return seconds
+    seconds = _parse_text(every) if isinstance(every, str) else every
+    if not SHORTEST <= seconds <= LONGEST:  # not so for NaN, either
+        raise ValueError(f"every={every!r}: the shortest interval is {SHORTEST} s, the longest {LONGEST:.0f} s")
+    return float(seconds)
 
 
 def _parse_text(text: str) -> float:
@@ -79,7 +86,7 @@ def _parse_text(text: str) -> float:
         seconds += float(part[1]) * UNITS[part[2]]
         at = part.end()
     if at < len(text) or not text.strip():
-        raise ValueError(f"every={text!r} is not an interval such as '90', '5m' or '1h30m':\n  {text}\n  {' ' * at}^")
+        raise ValueError(f"every={text!r} is not an interval such as '90', '5m' or '1h30m':{_point_at(text, at, at + 1)}")
     return seconds
 
 
@@ -96,21 +103,28 @@ def check_cron(expression: str) -> None:
         return
     if len(fields) not in (5, 6):
         raise ValueError(
-            f"cron {expression!r} has {len(fields)} fields: five (minute hour day month weekday) or six (and second) are needed\n"
-            f"  {expression}\n  {' ' * len(expression)}^"
+            f"cron {expression!r} has {len(fields)} fields: five (minute hour day month weekday) or six (and second) are needed"
+            + _point_at(expression, len(expression), len(expression) + 1)
         )
     for index, field in enumerate(fields):
         alone = ["*"] * len(fields)
         alone[index] = field[0]
         try:
+            if RANDOM.search(field[0]):
+                raise ValueError("nothing random is known here")
             croniter(" ".join(alone), datetime(2024, 1, 1))
         except (CroniterError, ValueError, KeyError) as error:
-            pointer = f"  {expression}\n  {' ' * field.start()}{'^' * len(field[0])}"
-            raise ValueError(f"cron {expression!r}: {field[0]!r} is not a valid {FIELDS[index]} ({error})\n{pointer}") from None
+            pointer = _point_at(expression, field.start(), field.end())
+            raise ValueError(f"cron {expression!r}: {field[0]!r} is not a valid {FIELDS[index]} ({error}){pointer}") from None
     try:
         croniter(expression, datetime(2024, 1, 1)).get_next(datetime)
     except CroniterBadDateError:
-        raise ValueError(f"cron {expression!r} never comes true: no such date exists") from None
+        pointer = _point_at(expression, fields[2].start(), fields[4].end())
+        raise ValueError(f"cron {expression!r} never comes true: no such date exists{pointer}") from None
+
+
+def _point_at(text: str, start: int, end: int) -> str:
+    return f"\n  {text}\n  {' ' * start}{'^' * (end - start)}"
 
 
 def next_run(schedule: Schedule, after: float) -> float:
@@ -144,44 +158,35 @@ def _series(schedule: Schedule, planned: float, now: float) -> Iterator[float]:
 def _next_cron(expression: str, zone: ZoneInfo, after: float) -> float:
     """Return the next time of a cron expression by the wall clock of a zone.
 
-    A time that the clock skips in spring comes an hour later, once. A time that it shows twice in autumn counts once, the first time,
-    unless the hour is a wildcard: what runs every few minutes goes on through both hours.
+    A time that the clock skips in spring comes later by as much as it skips, once. A time that it shows twice in autumn counts once, the
+    first time, unless the hour is a wildcard: what runs every few minutes goes on through both hours.
     """
-    local = datetime.fromtimestamp(after, zone)
-    plain = _first_after(expression, local.replace(tzinfo=None), zone, after)
-    hour = [*expression.split(), ""][1]
-    second_pass = _second_pass(local, datetime.fromtimestamp(plain, zone)) if hour.startswith("*") else None
-    if second_pass is None:
-        return plain
-    start, wall = second_pass
-    return min(plain, _first_after(expression, wall, zone, max(after, start - 1e-3), fold=1))
+    hour = "*" if expression == "@hourly" else [*expression.split(), ""][1]
+    # Near a change of the clock, the times to come are to be looked for by what it shows before and by what it shows after the change.
+    around = {datetime.fromtimestamp(at, zone).utcoffset() for at in (after - LARGEST_CHANGE, after, after + LARGEST_CHANGE)}
+    utc = datetime.fromtimestamp(after, UTC).replace(tzinfo=None)
+    walls = [utc + offset for offset in around if offset is not None]
+    return min(_first_after(expression, wall, zone, after, twice=hour.startswith("*")) for wall in walls)
 
 
-def _first_after(expression: str, wall: datetime, zone: ZoneInfo, after: float, *, fold: int = 0) -> float:
+def _first_after(expression: str, wall: datetime, zone: ZoneInfo, after: float, *, twice: bool) -> float:
     times = croniter(expression, wall)
+    first, shown = math.inf, datetime.max
     while True:
         candidate: datetime = times.get_next(datetime)
-        at = candidate.replace(tzinfo=zone, fold=fold).timestamp()
-        if at > after:
-            return at
+        if candidate >= shown:
+            return first
+        at = min((at for at in _moments(candidate, zone, twice=twice) if at > after), default=math.inf)
+        if at < first:
+            first, shown = at, datetime.fromtimestamp(at, zone).replace(tzinfo=None)
+            if candidate >= shown:  # else it was skipped: one that is not may come before it
+                return first
 
 
-def _second_pass(start: datetime, end: datetime) -> tuple[float, datetime] | None:
-    """Return when, between two local times, the clock is set back: the moment, and just before what the clock then shows; or `None`."""
-    low, high = start.timestamp(), end.timestamp()
-    zone = start.tzinfo
-    before = start.utcoffset()
-    after = end.utcoffset()
-    if before is None or after is None or after >= before:
-        if start.fold == 1 and before is not None:  # already in the second pass
-            return low, start.replace(tzinfo=None, fold=0)
-        return None
-    while high - low > 0.5:
-        middle = (low + high) / 2
-        low, high = (middle, high) if datetime.fromtimestamp(middle, zone).utcoffset() == before else (low, middle)
-    moment = float(round(high))
-    wall = datetime.fromtimestamp(moment, UTC).replace(tzinfo=None) + after
-    return moment, wall - timedelta(microseconds=1)
+def _moments(wall: datetime, zone: ZoneInfo, *, twice: bool) -> list[float]:
+    """Return when the clock shows this: the first time, or both; for what it never shows, when it would have without the change."""
+    first, second = (wall.replace(tzinfo=zone, fold=fold).timestamp() for fold in (0, 1))
+    return [first, second] if twice and second > first else [first]
 
 
 def _zone(name: str) -> ZoneInfo:
@@ -194,6 +199,6 @@ def _zone(name: str) -> ZoneInfo:
 
 def definition_id(definition: dict[str, Any]) -> str:
     """Return a stable id for a definition without a name: the same definition has the same id in every process."""
-    canonical = dict(sorted((key, value) for key, value in definition.items() if value is not None))
-    canonical["kwargs"] = dict(sorted((canonical.get("kwargs") or {}).items()))
-    return hashlib.sha256(dump_json(canonical, "the arguments of a repeatable job")).hexdigest()[:24]
+    given = {key: value for key, value in definition.items() if value is not None}
+    plain = load_json(dump_json(given, "the arguments of a repeatable job"))
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:24]

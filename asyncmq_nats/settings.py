@@ -58,6 +58,10 @@ class Settings(BaseSettings):
     """How long the outcome of a completed job is kept."""
     failed_ttl: float | None = Field(30 * DAY, ge=1)
     """How long the outcomes of failed, expired and cancelled jobs are kept."""
+    completed_keep: int | None = Field(None, ge=1)
+    """How many outcomes of completed jobs a queue keeps at most; `None` is no bound. Workers see to it at each heartbeat."""
+    failed_keep: int | None = Field(None, ge=1)
+    """Likewise for failed, expired and cancelled jobs, of each kind."""
     progress_ttl: float = Field(DAY, ge=1)
     """How long the last progress report of a job is kept."""
     scan_interval: float = Field(1.0, gt=0)

@@ -98,6 +98,11 @@ class QueueSubjects:
         priority, _, token = subject[len(self._ready) :].partition(".")
         return int(priority), token
 
+    def tier_of(self, subject: str) -> int | None:
+        """Return the priority of a ready subject, `None` if it is no integer as we write it: no tier can match that."""
+        word = subject[len(self._ready) :].partition(".")[0]
+        return tier_priority(TIER + word) if str(tier_priority(TIER + word)) == word else None
+
     # -- later
 
     def later(self, token: str, place: Place) -> str:
@@ -135,9 +140,21 @@ class QueueSubjects:
         word = subject.rpartition(".")[2]
         return next((state for state in OUTCOMES if state == word and subject.count(".") == self._done.count(".") + 1), None)
 
-    def is_claim(self, subject: str) -> bool:
+    def ends(self, token: str) -> str:
+        """Return the filter for what is known of the job's end, the edges to those who wait for it left out."""
+        return f"{self._done}{token}.*"
+
+    def edge(self, parent: str, child: str) -> str:
+        """Return the key that says that one job waits for another; the child may be `*`."""
+        return f"{self._done}{parent}.awaited.{child}"
+
+    def is_edge(self, key: str) -> bool:
+        """Return whether this is the key of an edge."""
+        return key.startswith(self._done) and key.count(".") == self._done.count(".") + 2
+
+    def is_claim(self, key: str) -> bool:
         """Return whether this is the key of a claim."""
-        return subject.startswith(self._done) and subject.endswith(".claim")
+        return key.startswith(self._done) and key.endswith(".claim") and not self.is_edge(key)
 
     def is_later(self, subject: str, place: Place) -> bool:
         """Return whether this is the key of a job at that place."""
@@ -184,6 +201,10 @@ class QueueSubjects:
     def pause(self) -> str:
         """The key that says until when the queue is paused."""
         return f"{self._bucket_key}queue.pause"
+
+    def deduplication(self, token: str) -> str:
+        """Return the key of a window in which a job is not added twice."""
+        return f"{self._bucket_key}dedup.{token}"
 
     def progress(self, token: str) -> str:
         """Return the key of how far a running job is."""

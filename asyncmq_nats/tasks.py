@@ -1,6 +1,6 @@
 """`@task`: functions that workers run, and that producers enqueue by calling a method of them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import update_wrapper
 from typing import Any, Generic, ParamSpec, TypeVar
 from weakref import WeakKeyDictionary
@@ -46,12 +46,15 @@ class TaskWrapper(Generic[P, R]):
         backend: Backend | None = None,
         delay: float = 0,
         priority: int = DEFAULT_PRIORITY,
+        depends_on: Sequence[str] | None = None,
+        repeat_every: float | None = None,
         job_id: str | None = None,
         **kwargs: Any,
     ) -> str:
         """Add a job that runs the task with these arguments, on the task's queue, and return its id.
 
-        `backend`, `delay`, `priority` and `job_id` are as for `Queue.add`, and cannot be arguments of the task.
+        `backend`, `delay`, `priority`, `depends_on`, `repeat_every` and `job_id` are as for `Queue.add`; no argument of the task can have
+        one of these names.
         """
         entry = self.entry
         return await _queue(entry.queue, backend).add(
@@ -65,6 +68,8 @@ class TaskWrapper(Generic[P, R]):
             priority=priority,
             delay=delay or None,
             job_id=job_id,
+            depends_on=depends_on,
+            repeat_every=repeat_every,
         )
 
     delay = enqueue

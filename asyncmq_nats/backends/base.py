@@ -265,6 +265,15 @@ class Backend(Protocol):
     async def page(self, log: str, filter: str, *, from_sequence: int = 1, limit: int = 100) -> list[Record]:
         """Return up to `limit` matching records whose sequence is `from_sequence` or higher, by sequence."""
 
+    async def count(self, log: str) -> int:
+        """Return the number of records."""
+
+    async def list_subjects(self, log: str, filter: str) -> list[str]:
+        """Return the subjects that have a record. Costs as much as there are."""
+
+    async def first_since(self, log: str, filter: str, time: float) -> int | None:
+        """Return the sequence of the first matching record that was stored at `time` (Unix seconds) or later, `None` if there is none."""
+
     async def last_sequence(self, log: str) -> int:
         """Return the highest sequence given out so far, 0 in a log that never had a record."""
 

@@ -172,6 +172,19 @@ class InMemoryBackend:
         await self._give_way()
         return self._find_log(log).page(filter, from_sequence, limit)
 
+    async def count(self, log: str) -> int:
+        """See `Backend`."""
+        return len(await self.last(log, ">"))
+
+    async def list_subjects(self, log: str, filter: str) -> list[str]:
+        """See `Backend`."""
+        return [record.subject for record in await self.last(log, filter)]
+
+    async def first_since(self, log: str, filter: str, time: float) -> int | None:
+        """See `Backend`."""
+        await self._give_way()
+        return next((record.sequence for record in self._find_log(log).find(filter) if record.time >= time), None)
+
     async def last_sequence(self, log: str) -> int:
         """See `Backend`."""
         await self._give_way()

@@ -24,6 +24,7 @@ from asyncmq_nats.settings import settings as environment
 
 __all__ = ["NATSBackend"]
 
+SUBJECTS_PAGE: Final = 100_000
 READ_TIMEOUT: Final = 5.0
 MISSING: Final = (STREAM_MISSING, CONSUMER_MISSING)
 
@@ -249,6 +250,24 @@ class NATSBackend:
                 continue
             return [_record(reply) for reply in replies[:-1]]
         raise BackendError(f"stream {log} does not answer direct gets at {connection.servers}: is it healthy, and is allow_direct on?")
+
+    async def count(self, log: str) -> int:
+        connection = await self._open_connection()
+        return int((await connection.require(f"STREAM.INFO.{log}"))["state"]["messages"])
+
+    async def list_subjects(self, log: str, filter: str) -> list[str]:
+        connection = await self._open_connection()
+        subjects: list[str] = []
+        while True:
+            payload = {"subjects_filter": filter, "offset": len(subjects)}
+            page = (await connection.require(f"STREAM.INFO.{log}", payload))["state"].get("subjects") or {}
+            subjects += page
+            if not page or len(page) < SUBJECTS_PAGE:
+                return subjects
+
+    async def first_since(self, log: str, filter: str, time: float) -> int | None:
+        records = await self._direct_get(log, {"start_time": format_time(time), "next_by_subj": filter, "batch": 1})
+        return records[0].sequence if records else None
 
     async def last_sequence(self, log: str) -> int:
         connection = await self._open_connection()

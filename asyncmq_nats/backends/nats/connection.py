@@ -19,7 +19,7 @@ import nats.errors
 
 from asyncmq_nats.backends.nats.client import DirectClient, parse_headers, status_of
 from asyncmq_nats.backends.nats.errors import NO_JETSTREAM, api_error, mapped_errors
-from asyncmq_nats.exceptions import BackendError, ConnectionFailed, PermissionRefused, ServerUnsuitable, Unconfirmed
+from asyncmq_nats.exceptions import BackendError, ConnectionFailed, ConnectionLost, PermissionRefused, ServerUnsuitable, Unconfirmed
 from asyncmq_nats.settings import Settings
 
 __all__ = ["Connection", "connect_options"]
@@ -160,7 +160,7 @@ class Connection:
         """Send what is pending and disconnect."""
         for _, done in self._requests.values():
             if not done.done():
-                done.set_exception(ConnectionFailed(self.servers, "the connection is closed"))
+                done.set_exception(ConnectionLost(self.servers))
         await self.background.stop()
         if not self._client.is_closed:
             try:

@@ -6,7 +6,15 @@ from typing import Any, Final
 
 import nats.errors
 
-from asyncmq_nats.exceptions import AssetMissing, BackendError, ConnectionFailed, PayloadTooLarge, ServerUnsuitable, WriteRefused
+from asyncmq_nats.exceptions import (
+    AssetMissing,
+    BackendError,
+    ConnectionFailed,
+    ConnectionLost,
+    PayloadTooLarge,
+    ServerUnsuitable,
+    WriteRefused,
+)
 
 __all__ = [
     "CONSUMER_EXISTS",
@@ -43,7 +51,7 @@ def mapped_errors(servers: str) -> Iterator[None]:
     except nats.errors.MaxPayloadError as error:
         raise PayloadTooLarge("message", 0, 0) from error
     except (nats.errors.ConnectionClosedError, nats.errors.ConnectionDrainingError) as error:
-        raise ConnectionFailed(servers, "the connection is closed") from error
+        raise ConnectionLost(servers) from error
     except nats.errors.OutboundBufferLimitError as error:
         raise ConnectionFailed(servers, "disconnected, and the buffer for unsent messages is full") from error
 

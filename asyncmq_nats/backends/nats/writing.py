@@ -22,7 +22,7 @@ from asyncmq_nats.backends.nats.errors import STREAM_MISSING, is_transient, writ
 from asyncmq_nats.exceptions import (
     AssetMissing,
     BackendError,
-    ConnectionFailed,
+    ConnectionLost,
     PayloadTooLarge,
     PermissionRefused,
     Unconfirmed,
@@ -143,7 +143,7 @@ class Writer:
                 self._transmit_batch(entry.writes, self._inbox + entry.token)
         except nats.errors.Error as error:
             if self._client.is_closed:
-                self._finish(entry, ConnectionFailed(self._connection.servers, "the connection is closed"))
+                self._finish(entry, ConnectionLost(self._connection.servers))
             else:
                 logger.debug("%s: sending again later: %s", entry.log, error)
 

@@ -1,0 +1,128 @@
+"""Windows in which a second job with the same key is not added. Constant cost: one record a key, no scan, no lock.
+
+The key's record names its owner and is written in one batch with the owner, expecting what was read. A window without a `ttl` is over when
+its owner has ended, which is looked up when someone asks.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from asyncmq_nats.backends.base import Backend, Expect, Record, Timer, Write
+from asyncmq_nats.dependencies import LEAD
+from asyncmq_nats.exceptions import WriteRefused
+from asyncmq_nats.jobs import Job, dump_json, load_json
+from asyncmq_nats.lifecycle import Lifecycle
+from asyncmq_nats.states import Place
+from asyncmq_nats.subjects import QueueSubjects, encode_token
+
+__all__ = ["Deduplicator", "Window", "parse_window"]
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """AsyncMQ's `deduplication`: `ttl` in seconds, or until the owner has ended."""
+
+    id: str
+    ttl: float | None = None
+    extend: bool = False
+    replace: bool = False
+
+
+def parse_window(window: Mapping[str, Any]) -> Window:
+    """Return the window that a user described.
+
+    Raises:
+        TypeError: it is no mapping, or `ttl` is no number.
+        ValueError: the id is empty, or `ttl` is 0 or less, or a key is unknown.
+    """
+    if not isinstance(window, Mapping):
+        raise TypeError(f"deduplication must be a mapping with an 'id', not {type(window).__name__}")
+    unknown = sorted(set(window) - {"id", "ttl", "extend", "replace"})
+    if unknown:
+        raise ValueError(f"deduplication has unknown keys: {', '.join(unknown)} (known: id, ttl, extend, replace)")
+    key, ttl = window.get("id"), window.get("ttl")
+    if not isinstance(key, str) or not key.strip():
+        raise ValueError(f"deduplication needs an 'id', a text that is not empty, not {key!r}")
+    if ttl is not None and (isinstance(ttl, bool) or not isinstance(ttl, int | float)):
+        raise TypeError(f"deduplication ttl must be a number of seconds, not {type(ttl).__name__}")
+    if ttl is not None and ttl <= 0:
+        raise ValueError(f"deduplication ttl must be above 0, not {ttl}")
+    return Window(key, None if ttl is None else float(ttl), bool(window.get("extend")), bool(window.get("replace")))
+
+
+class Deduplicator:
+    """The windows of one queue."""
+
+    def __init__(self, backend: Backend, subjects: QueueSubjects, lifecycle: Lifecycle) -> None:
+        self._backend = backend
+        self._subjects = subjects
+        self._lifecycle = lifecycle
+        self._log = subjects.bucket_log
+
+    async def add(self, job: Job, window: Window) -> str:
+        """Add the job, or return the id of the owner of the window; see `Queue.add`."""
+        job = replace(job, deduplication={"id": window.id})
+        while True:
+            if job.custom_id and await self._lifecycle.exists(job.job_id):
+                return job.job_id
+            record = await self._read(window.id)
+            owner = None if record is None else await self._live_owner(record)
+            try:
+                if record is not None and owner is not None:
+                    await self._hit(job, window, record, owner)
+                    return owner
+                claim = self._claim(window, job.job_id, 0 if record is None else record.sequence)
+                await self._backend.write(self._log, claim, *await self._lifecycle.writes_of(job, in_bucket=True))
+            except WriteRefused:  # another producer was faster, or the owner moved on: look again
+                continue
+            return job.job_id
+
+    def _claim(self, window: Window, owner: str, sequence: int) -> Write:
+        key = self._subjects.deduplication(encode_token(window.id))
+        until = None if window.ttl is None else self._backend.now() + window.ttl
+        # The server removes it some time after its end at the earliest; `until` is exact.
+        ttl = None if window.ttl is None else window.ttl + 1
+        return Write(key, dump_json({"job_id": owner, "until": until}), Expect(key, sequence), ttl=ttl)
+
+    async def _hit(self, job: Job, window: Window, record: Record, owner: str) -> None:
+        """Swap the owner's payload, if that is wished and it is still delayed, and begin the window anew, if that is."""
+        writes = [self._claim(window, owner, record.sequence)] if window.extend and window.ttl is not None else []
+        if window.replace:
+            key = self._subjects.later(encode_token(owner), Place.DELAYED)
+            delayed = [found for found in await self._backend.last(self._log, key) if not found.marker]
+            if delayed:
+                writes.append(self._swapped(job, owner, delayed[0]))
+        if writes:
+            await self._backend.write(self._log, *writes)
+
+    def _swapped(self, job: Job, owner: str, delayed: Record) -> Write:
+        run_at = job.delay_until or float(load_json(delayed.body)["delay_until"])
+        body = replace(job, job_id=owner, delay_until=run_at).encode()
+        timer = Timer(run_at - LEAD, self._subjects.later(encode_token(owner), Place.RELEASED))
+        return Write(delayed.subject, body, Expect(delayed.subject, delayed.sequence), timer=timer)
+
+    async def owner(self, key: str) -> str | None:
+        """Return the id of the job that owns a window, `None` if there is no such window."""
+        record = await self._read(key)
+        return None if record is None else await self._live_owner(record)
+
+    async def remove(self, key: str) -> bool:
+        """End a window. Return whether there was one."""
+        record = await self._read(key)
+        return record is not None and await self._backend.delete(self._log, record.sequence)
+
+    async def _read(self, key: str) -> Record | None:
+        records = await self._backend.last(self._log, self._subjects.deduplication(encode_token(key)))
+        return records[0] if records else None
+
+    async def _live_owner(self, record: Record) -> str | None:
+        data = load_json(record.body)
+        owner, until = str(data["job_id"]), data["until"]
+        if until is not None:
+            return owner if until > self._backend.now() else None
+        token = encode_token(owner)
+        ends = await self._backend.last(self._log, self._subjects.ends(token))
+        if any(not end.marker and self._subjects.outcome_state(end.subject) for end in ends):
+            return None
+        return owner if await self._lifecycle.exists(owner) else None

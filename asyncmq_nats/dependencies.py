@@ -1,0 +1,199 @@
+"""Jobs that wait for others.
+
+A parent's end and the children that wait for it are in one log, and each write expects the other's absence: no interleaving loses a
+wake-up.
+
+A child that waits is `later.<child>.parked` with the parents that are still open. The parent knows it either from its own body (`children`:
+a flow, added as a whole) or from an edge `done.<parent>.awaited.<child>` (added later). Releasing is repeatable: whoever finds an outcome
+with children that are still parked releases them, and the parent's message is acknowledged last.
+"""
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+import anyio
+
+from asyncmq_nats.backends.base import Backend, Expect, Record, Timer, Write
+from asyncmq_nats.exceptions import JobNotFound, WriteRefused
+from asyncmq_nats.jobs import Job, dump_json, load_json
+from asyncmq_nats.states import OUTCOMES, Place, State
+from asyncmq_nats.subjects import QueueSubjects, decode_token, encode_token
+
+__all__ = ["LEAD", "MARKER_TTL", "Dependencies"]
+
+LEAD: Final = 0.4
+"""A timer is set so much early, since the server looks at its timers every 0.25 s; the promoter waits out the rest."""
+MARKER_TTL: Final = 1.0
+CHUNK: Final = 200
+
+
+@dataclass(frozen=True, slots=True)
+class Parent:
+    """A job as those who depend on it see it."""
+
+    id: str
+    state: State | None
+    """Its outcome; `None` while it has none."""
+    result: Any
+    last: int
+    """Sequence of the last record about its end, edges left out."""
+
+
+class Dependencies:
+    """The edges between the jobs of one queue."""
+
+    def __init__(self, backend: Backend, subjects: QueueSubjects) -> None:
+        self._backend = backend
+        self._subjects = subjects
+        self._log = subjects.bucket_log
+        self._lock = anyio.Lock()
+
+    # -- a child is added
+
+    async def park(self, job: Job) -> tuple[Job, list[Write]]:
+        """Return the job with what is known of its parents, and the writes that park it; none if all its parents are done.
+
+        Raises:
+            JobNotFound: a parent is not in this queue.
+        """
+        parents = [await self._look_up(parent_id) for parent_id in dict.fromkeys(job.depends_on or ())]
+        ignored = job.on_parent_failure == "run"
+        waiting = [parent for parent in parents if parent.state is None or (parent.state is not State.COMPLETED and not ignored)]
+        results: dict[str, Any] = {}
+        for parent in parents:
+            if parent.state is State.COMPLETED and self._fits(results, parent.result):
+                results[parent.id] = parent.result
+        job = replace(job, parents=[parent.id for parent in waiting], parent_results=results)
+        if not waiting:
+            return job, []
+        token = encode_token(job.job_id)
+        edges = [
+            Write(self._subjects.edge(encode_token(p.id), token), b"{}", Expect(self._subjects.ends(encode_token(p.id)), p.last))
+            for p in waiting
+        ]
+        parked = Write(self._subjects.later(token, Place.PARKED), job.encode(), Expect(self._subjects.later_all(token)))
+        failed = [parent.id for parent in waiting if parent.state is not None]
+        if failed and job.on_parent_failure == "fail":
+            return job, [self._failed_child(load_json(job.encode()), token, failed[0])]
+        return job, [*edges, parked]
+
+    def _fits(self, stored: Mapping[str, Any], result: Any) -> bool:
+        """Return whether a parent's result can be stored with the child, so that it outlives the parent's record: up to half a message."""
+        return len(dump_json(stored)) + len(dump_json(result)) < self._backend.max_body // 2
+
+    async def _look_up(self, parent_id: str) -> Parent:
+        token, subjects = encode_token(parent_id), self._subjects
+        records = await self._backend.last(self._log, subjects.ends(token), subjects.later_all(token))
+        ends = [record for record in records if ".done." in record.subject]
+        last = max((record.sequence for record in ends), default=0)
+        outcome = next((record for record in ends if not record.marker and subjects.outcome_state(record.subject)), None)
+        if outcome is not None:
+            return Parent(parent_id, subjects.outcome_state(outcome.subject), load_json(outcome.body).get("result"), last)
+        if not any(not record.marker for record in records) and not await self._is_ready(token):
+            again = await self._backend.last(self._log, subjects.ends(token), subjects.later_all(token))
+            if not any(not record.marker for record in again):
+                raise JobNotFound(subjects.queue, parent_id)
+            return await self._look_up(parent_id)  # it moved while we looked
+        return Parent(parent_id, None, None, last)
+
+    async def _is_ready(self, token: str) -> bool:
+        return bool(await self._backend.last(self._subjects.ready_log, self._subjects.ready_any(token)))
+
+    # -- a parent has ended
+
+    async def release(self, token: str) -> None:
+        """Let the children of a job that has ended know: run them, fail them, or leave them waiting, as each wants it. Repeatable."""
+        ended = [token]
+        while ended:
+            ended += await self._release_one(ended.pop())
+
+    async def _release_one(self, token: str) -> list[str]:
+        """Return the children that have ended because this parent failed."""
+        subjects = self._subjects
+        records = await self._backend.last(self._log, *(subjects.outcome(token, state) for state in OUTCOMES))
+        outcome = next((record for record in records if not record.marker), None)
+        if outcome is None:
+            return []
+        data, state = load_json(outcome.body), subjects.outcome_state(outcome.subject)
+        children = [encode_token(child) for child in data.get("children", ())]
+        edges = await self._edges(token)
+        children += [record.subject.rpartition(".")[2] for record in edges]
+        parent = Parent(decode_token(token), state, data.get("result"), outcome.sequence)
+        failed: list[str] = []
+        for start in range(0, len(children), CHUNK):
+            failed += await self._release_chunk(parent, children[start : start + CHUNK])
+        if edges and state is State.COMPLETED:
+            await self._backend.purge(self._log, subjects.edge(token, "*"))
+        return failed
+
+    async def _edges(self, token: str) -> list[Record]:
+        edges: list[Record] = []
+        start = 1
+        while page := await self._backend.page(self._log, self._subjects.edge(token, "*"), from_sequence=start, limit=500):
+            edges += page
+            start = page[-1].sequence + 1
+        return edges
+
+    async def _release_chunk(self, parent: Parent, children: Sequence[str]) -> list[str]:
+        """Tell some children; return those that have ended by it. Repeated until nobody else changes them at the same time."""
+        async with self._lock:  # many parents of one child that end in this process take turns: each would refuse the others
+            while True:
+                keys = [self._subjects.later(child, Place.PARKED) for child in children]
+                parked = [record for record in await self._backend.last(self._log, *keys) if not record.marker]
+                changes = {self._subjects.token(record.subject): self._changes(record, parent) for record in parked}
+                writes = [write for child in changes.values() for write in child]
+                try:
+                    if writes:
+                        await self._backend.write(self._log, *writes)
+                except WriteRefused:  # one of them was cancelled, or another parent of it ended elsewhere: look again
+                    await anyio.sleep(random.uniform(0.0, 0.01))
+                    continue
+                return [token for token, child in changes.items() if any(self._subjects.outcome_state(write.subject) for write in child)]
+
+    def _changes(self, record: Record, parent: Parent) -> list[Write]:
+        """Return the writes that tell one parked child of the end of a parent."""
+        data, token = load_json(record.body), self._subjects.token(record.subject)
+        waits_for = list(data.get("parents", ()))
+        if parent.id not in waits_for:
+            return []
+        expect = Expect(record.subject, record.sequence)
+        if parent.state is not State.COMPLETED:
+            policy = data.get("on_parent_failure", "wait")
+            if policy == "fail":
+                return [Write(record.subject, b"", expect, ttl=MARKER_TTL, marker=True), self._failed_child(data, token, parent.id)]
+            if policy != "run":
+                return []
+        elif self._fits(data, parent.result):
+            data.setdefault("parent_results", {})[parent.id] = parent.result
+        waits_for.remove(parent.id)
+        data["parents"] = waits_for
+        if waits_for:
+            return [Write(record.subject, dump_json(data), expect)]
+        return [Write(record.subject, b"", expect, ttl=MARKER_TTL, marker=True), self._freed(data, token)]
+
+    def _freed(self, data: Mapping[str, Any], token: str) -> Write:
+        """Return the write that lets a child go whose parents are all done: to its time, if it has one that is still to come."""
+        released = self._subjects.later(token, Place.RELEASED)
+        run_at = data.get("delay_until")
+        if run_at is None or run_at - LEAD <= self._backend.now():  # the promoter waits, a timer of the past would be late
+            return Write(released, dump_json(data))
+        return Write(self._subjects.later(token, Place.DELAYED), dump_json(data), timer=Timer(run_at - LEAD, released))
+
+    def _failed_child(self, data: Mapping[str, Any], token: str, parent_id: str) -> Write:
+        error = f"job {parent_id!r}, which this one depends on, did not complete"
+        fields = {"status": State.FAILED, "last_error": error, "finished_at": self._backend.now()}
+        return Write(self._subjects.outcome(token, State.FAILED), dump_json(dict(data) | fields), ttl=self._backend.settings.failed_ttl)
+
+    # -- a child runs
+
+    async def results(self, job: Job) -> dict[str, Any]:
+        """Return the results of the jobs that a job depends on, by id; those that did not complete are left out."""
+        missing = [parent for parent in job.depends_on or () if parent not in job.parent_results]
+        keys = [self._subjects.outcome(encode_token(parent), State.COMPLETED) for parent in missing]
+        records = await self._backend.last(self._log, *keys) if keys else []
+        read = {decode_token(self._subjects.token(r.subject)): load_json(r.body).get("result") for r in records if not r.marker}
+        return {
+            parent: (job.parent_results | read)[parent] for parent in job.depends_on or () if parent in job.parent_results or parent in read
+        }

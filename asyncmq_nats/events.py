@@ -1,0 +1,105 @@
+"""What happens to jobs, as events: those of a whole queue from any process, and those of the jobs that this process runs.
+
+The server sends them by itself whenever a record is written (`docs/protocol.md`); only starts and progress are sent by workers. They are at
+most once: nothing is built on them alone.
+"""
+
+import inspect
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final, TypeVar
+
+from anyio import to_thread
+
+from asyncmq_nats.exceptions import InvalidJob
+from asyncmq_nats.jobs import load_json
+from asyncmq_nats.states import OUTCOMES, Place, State
+from asyncmq_nats.subjects import decode_token
+
+__all__ = ["PROGRESS", "STARTED", "Event", "EventEmitter", "event_emitter", "read_event"]
+
+logger = logging.getLogger(__name__)
+
+STARTED: Final = "started"
+PROGRESS: Final = "progress"
+PREFIX: Final = "job:"
+RETRYING: Final = "job:retrying"
+
+C = TypeVar("C", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One thing that happened to a job.
+
+    `name`: `job:waiting`, `job:delayed`, `job:waiting-children`, `job:started`, `job:progress`, `job:retrying`, `job:completed`,
+    `job:failed`, `job:expired` or `job:cancelled`. `data`: the job as it is on the wire, and `queue`; of progress `progress` and `data`.
+    """
+
+    name: str
+    job_id: str
+    queue: str
+    data: dict[str, Any]
+
+
+def read_event(queue: str, subject: str, body: bytes) -> Event | None:
+    """Return the event of a message on an event subject, `None` if it is of no interest to a user."""
+    what, token = subject.split(".")[-2:]
+    if not body:  # a record was removed
+        return None
+    try:
+        data = load_json(body)
+    except InvalidJob:
+        data = {}
+    name = _name(what, data)
+    return None if name is None else Event(name, decode_token(token), queue, data | {"queue": queue})
+
+
+def _name(what: str, data: Mapping[str, Any]) -> str | None:
+    retried = bool(data.get("retries"))
+    if what == Place.RELEASED:  # a retry without a delay; all others are heard of before or after
+        return RETRYING if retried and data.get("delay_until") is None else None
+    if what == Place.DELAYED:
+        return RETRYING if retried else PREFIX + State.DELAYED
+    if what == Place.PARKED:
+        return PREFIX + State.WAITING_CHILDREN
+    return PREFIX + what if what in (State.WAITING, *OUTCOMES, STARTED, PROGRESS) else None
+
+
+class EventEmitter:
+    """Calls functions of this process on events of the jobs that its workers run (AsyncMQ `event_emitter`)."""
+
+    def __init__(self) -> None:
+        self._callbacks: dict[str, list[Callable[..., Any]]] = {}
+
+    def on(self, event: str, callback: C | None = None) -> Any:
+        """Call a function, sync (in a thread) or async, with the job's dict on each such event; without a callback, a decorator."""
+        if callback is None:
+            return lambda function: self.on(event, function)
+        self._callbacks.setdefault(event, []).append(callback)
+        return callback
+
+    def off(self, event: str, callback: Callable[..., Any]) -> None:
+        """Call it no more."""
+        if callback in self._callbacks.get(event, ()):
+            self._callbacks[event].remove(callback)
+
+    def listens(self, event: str) -> bool:
+        """Return whether anyone wants to know."""
+        return bool(self._callbacks.get(event))
+
+    async def emit(self, event: str, data: Mapping[str, Any]) -> None:
+        """Call everyone who wants to know. What a callback raises is logged."""
+        for callback in tuple(self._callbacks.get(event, ())):
+            try:
+                if inspect.iscoroutinefunction(callback):
+                    await callback(dict(data))
+                else:
+                    await to_thread.run_sync(callback, dict(data))
+            except Exception:
+                logger.exception("a callback of %s failed", event)
+
+
+event_emitter = EventEmitter()
+"""The emitter of this process's workers."""

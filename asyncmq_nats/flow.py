@@ -1,0 +1,63 @@
+"""`FlowProducer`: jobs that depend on each other, added as a whole."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from graphlib import CycleError, TopologicalSorter
+from typing import Final
+from uuid import UUID
+
+from asyncmq_nats.backends import default_backend
+from asyncmq_nats.backends.base import Backend
+from asyncmq_nats.exceptions import InvalidFlow
+from asyncmq_nats.jobs import Job
+from asyncmq_nats.queues import Queue
+
+__all__ = ["FlowProducer"]
+
+BATCH: Final = 1000
+
+
+class FlowProducer:
+    """Adds flows (AsyncMQ `FlowProducer`)."""
+
+    def __init__(self, backend: Backend | None = None) -> None:
+        self.backend = backend if backend is not None else default_backend()
+
+    async def add_flow(self, queue: str, jobs: Sequence[Job]) -> list[str]:
+        """Add jobs whose `depends_on` name each other, or jobs that are in the queue, and return their ids in the order given.
+
+        Up to 1,000 writes (a job is one, and so is each dependency on a job outside the flow) are all or nothing. A larger flow is added in
+        such parts, those that wait before those they wait for: should the producer die half way, nothing of it runs.
+
+        Raises:
+            InvalidFlow: two jobs have one id, or they depend on each other in a circle.
+            JobNotFound: one depends on a job that is neither in the flow nor in the queue.
+        """
+        flow = [replace(job, retries=0, custom_id=not _is_random(job.job_id)) for job in jobs]
+        order = _children_first({job.job_id: job for job in flow}, flow)
+        await Queue(queue, self.backend).add_linked(order)
+        return [job.job_id for job in jobs]
+
+
+def _is_random(job_id: str) -> bool:
+    try:
+        UUID(job_id)
+    except ValueError:
+        return False
+    return True
+
+
+def _children_first(by_id: Mapping[str, Job], flow: Sequence[Job]) -> list[Job]:
+    """Return the jobs so that each comes after those that wait for it, and knows these."""
+    if len(by_id) < len(flow):
+        raise InvalidFlow("two jobs of the flow have the same id")
+    children: dict[str, list[str]] = {job_id: [] for job_id in by_id}
+    for job in flow:
+        for parent in dict.fromkeys(job.depends_on or ()):
+            if parent in children:
+                children[parent].append(job.job_id)
+    try:
+        order = list(TopologicalSorter(children).static_order())
+    except CycleError as error:
+        raise InvalidFlow(f"the jobs of the flow wait for each other in a circle: {' -> '.join(error.args[1])}") from None
+    return [replace(by_id[job_id], children=children[job_id]) for job_id in order]
