@@ -199,7 +199,7 @@ class Administration:
         data = load_json(body)
         for name in (*OUTCOME_FIELDS, "delay_until"):
             data.pop(name, None)
-        return dump_json(data | {"retries": 0, "created_at": self._backend.now()})
+        return dump_json(data | {"retries": 0, "reruns": data.get("reruns", 0) + 1, "created_at": self._backend.now()})
 
 
 def _marker(subject: str) -> Write:

@@ -115,15 +115,17 @@ class QueueAssets:
 
         They come from producers that may not declare consumers. Looked for only when the log holds more than its tiers know of.
         """
+        before = await self._backend.count(self._subjects.ready_log)
         known = 0
         for priority in await self.list_tiers():
-            tier = await self._backend.look_up(self._subjects.ready_log, tier_name(priority))
-            known += 0 if tier is None else tier.pending + tier.leased
-        if await self._backend.count(self._subjects.ready_log) <= known:
+            state = await self._backend.look_up(self._subjects.ready_log, tier_name(priority))
+            known += 0 if state is None else state.pending + state.leased
+        # Counted before and after: jobs come and go while the tiers are asked.
+        if min(before, await self._backend.count(self._subjects.ready_log)) <= known:
             return []
         subjects = await self._backend.list_subjects(self._subjects.ready_log, self._subjects.all_ready)
-        wanted = {priority for subject in subjects if (priority := self._subjects.tier_of(subject)) is not None}
-        missing: list[int] = sorted(wanted - set(await self.list_tiers()))
+        wanted = {tier for subject in subjects if (tier := self._subjects.tier_of(subject)) is not None}
+        missing = sorted(wanted - set(await self.list_tiers()))
         for priority in missing:
             await self.declare_tier(priority)
         return missing

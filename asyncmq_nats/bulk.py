@@ -5,9 +5,9 @@ from typing import Any, Final
 
 import anyio
 
+from asyncmq_nats.additions import Additions
 from asyncmq_nats.exceptions import AsyncMQError, BulkAddFailed, WriteRefused
 from asyncmq_nats.jobs import Job
-from asyncmq_nats.lifecycle import Lifecycle
 
 __all__ = ["add_many", "checked_entry"]
 
@@ -53,7 +53,7 @@ def checked_entry(entry: Mapping[str, Any], index: int) -> dict[str, Any]:
     return fields
 
 
-async def add_many(lifecycle: Lifecycle, jobs: Sequence[Job]) -> list[str]:
+async def add_many(additions: Additions, jobs: Sequence[Job]) -> list[str]:
     """Add the jobs and return their ids in order. Up to 1,000 are all or nothing; more go in batches of 1,000, each all or nothing.
 
     Raises:
@@ -61,7 +61,7 @@ async def add_many(lifecycle: Lifecycle, jobs: Sequence[Job]) -> list[str]:
         AsyncMQError: none was added.
     """
     for job in jobs:
-        lifecycle.first_write(job)  # nothing is sent before every job is known to be sound
+        additions.first_write(job)  # nothing is sent before every job is known to be sound
     size = BATCH // (1 + max((len(job.depends_on or ()) for job in jobs), default=0))  # each dependency is a write
     batches = [(first, jobs[first : first + size]) for first in range(0, len(jobs), size)]
     errors: dict[int, Exception] = {}
@@ -70,7 +70,7 @@ async def add_many(lifecycle: Lifecycle, jobs: Sequence[Job]) -> list[str]:
     async def add_batch(first: int, batch: Sequence[Job]) -> None:
         async with limit:
             try:
-                await _add_batch(lifecycle, batch)
+                await _add_batch(additions, batch)
             except AsyncMQError as error:
                 errors.update(dict.fromkeys(range(first, first + len(batch)), error))
 
@@ -84,14 +84,14 @@ async def add_many(lifecycle: Lifecycle, jobs: Sequence[Job]) -> list[str]:
     return [job.job_id for job in jobs]
 
 
-async def _add_batch(lifecycle: Lifecycle, batch: Sequence[Job]) -> None:
+async def _add_batch(additions: Additions, batch: Sequence[Job]) -> None:
     """Add one batch; jobs with a chosen id that exists are left out, also when one appears while this runs."""
     while True:
-        new = await _without_existing(lifecycle, batch)
+        new = await _without_existing(additions, batch)
         if not new:
             return
         try:
-            await lifecycle.add_batch(new)
+            await additions.add_batch(new)
         except WriteRefused:
             if not any(job.custom_id or job.depends_on for job in new):
                 raise
@@ -99,11 +99,11 @@ async def _add_batch(lifecycle: Lifecycle, batch: Sequence[Job]) -> None:
             return
 
 
-async def _without_existing(lifecycle: Lifecycle, batch: Sequence[Job]) -> list[Job]:
+async def _without_existing(additions: Additions, batch: Sequence[Job]) -> list[Job]:
     existing: set[str] = set()
 
     async def look_up(job_id: str) -> None:
-        if await lifecycle.exists(job_id):
+        if await additions.exists(job_id):
             existing.add(job_id)
 
     async with anyio.create_task_group() as group:

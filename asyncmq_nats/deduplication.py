@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from asyncmq_nats.backends.base import Backend, Expect, Record, Timer, Write
-from asyncmq_nats.dependencies import LEAD
+from asyncmq_nats.additions import Additions
+from asyncmq_nats.backends.base import Backend, Expect, Record, Write
+from asyncmq_nats.dependencies import delayed_write
 from asyncmq_nats.exceptions import WriteRefused
 from asyncmq_nats.jobs import Job, dump_json, load_json
-from asyncmq_nats.lifecycle import Lifecycle
 from asyncmq_nats.states import Place
 from asyncmq_nats.subjects import QueueSubjects, encode_token
 
@@ -54,17 +54,17 @@ def parse_window(window: Mapping[str, Any]) -> Window:
 class Deduplicator:
     """The windows of one queue."""
 
-    def __init__(self, backend: Backend, subjects: QueueSubjects, lifecycle: Lifecycle) -> None:
+    def __init__(self, backend: Backend, subjects: QueueSubjects, additions: Additions) -> None:
         self._backend = backend
         self._subjects = subjects
-        self._lifecycle = lifecycle
+        self._additions = additions
         self._log = subjects.bucket_log
 
     async def add(self, job: Job, window: Window) -> str:
         """Add the job, or return the id of the owner of the window; see `Queue.add`."""
         job = replace(job, deduplication={"id": window.id})
         while True:
-            if job.custom_id and await self._lifecycle.exists(job.job_id):
+            if job.custom_id and await self._additions.exists(job.job_id):
                 return job.job_id
             record = await self._read(window.id)
             owner = None if record is None else await self._live_owner(record)
@@ -73,7 +73,7 @@ class Deduplicator:
                     await self._hit(job, window, record, owner)
                     return owner
                 claim = self._claim(window, job.job_id, 0 if record is None else record.sequence)
-                await self._backend.write(self._log, claim, *await self._lifecycle.writes_of(job, in_bucket=True))
+                await self._backend.write(self._log, claim, *await self._additions.writes_of(job, in_bucket=True))
             except WriteRefused:  # another producer was faster, or the owner moved on: look again
                 continue
             return job.job_id
@@ -99,8 +99,7 @@ class Deduplicator:
     def _swapped(self, job: Job, owner: str, delayed: Record) -> Write:
         run_at = job.delay_until or float(load_json(delayed.body)["delay_until"])
         body = replace(job, job_id=owner, delay_until=run_at).encode()
-        timer = Timer(run_at - LEAD, self._subjects.later(encode_token(owner), Place.RELEASED))
-        return Write(delayed.subject, body, Expect(delayed.subject, delayed.sequence), timer=timer)
+        return delayed_write(self._subjects, encode_token(owner), body, (run_at, 0.0), Expect(delayed.subject, delayed.sequence))
 
     async def owner(self, key: str) -> str | None:
         """Return the id of the job that owns a window, `None` if there is no such window."""
@@ -125,4 +124,4 @@ class Deduplicator:
         ends = await self._backend.last(self._log, self._subjects.ends(token))
         if any(not end.marker and self._subjects.outcome_state(end.subject) for end in ends):
             return None
-        return owner if await self._lifecycle.exists(owner) else None
+        return owner if await self._additions.exists(owner) else None

@@ -21,7 +21,7 @@ from asyncmq_nats.jobs import Job, dump_json, load_json
 from asyncmq_nats.states import OUTCOMES, Place, State
 from asyncmq_nats.subjects import QueueSubjects, decode_token, encode_token
 
-__all__ = ["LEAD", "MARKER_TTL", "Dependencies"]
+__all__ = ["MARKER_TTL", "Dependencies", "delayed_write"]
 
 LEAD: Final = 0.4
 """A timer is set so much early, since the server looks at its timers every 0.25 s; the promoter waits out the rest."""
@@ -175,11 +175,8 @@ class Dependencies:
 
     def _freed(self, data: Mapping[str, Any], token: str) -> Write:
         """Return the write that lets a child go whose parents are all done: to its time, if it has one that is still to come."""
-        released = self._subjects.later(token, Place.RELEASED)
-        run_at = data.get("delay_until")
-        if run_at is None or run_at - LEAD <= self._backend.now():  # the promoter waits, a timer of the past would be late
-            return Write(released, dump_json(data))
-        return Write(self._subjects.later(token, Place.DELAYED), dump_json(data), timer=Timer(run_at - LEAD, released))
+        now = self._backend.now()
+        return delayed_write(self._subjects, token, dump_json(data), (data.get("delay_until") or now, now))
 
     def _failed_child(self, data: Mapping[str, Any], token: str, parent_id: str) -> Write:
         error = f"job {parent_id!r}, which this one depends on, did not complete"
@@ -197,3 +194,15 @@ class Dependencies:
         return {
             parent: (job.parent_results | read)[parent] for parent in job.depends_on or () if parent in job.parent_results or parent in read
         }
+
+
+def delayed_write(subjects: QueueSubjects, token: str, body: bytes, times: tuple[float, float], expect: Expect | None = None) -> Write:
+    """Return the write that has a job wait until its time, when the server releases it. `times`: then and now (Unix seconds).
+
+    One whose time is near is released at once: the promoter waits for it, whereas a timer set in the past would be late.
+    """
+    run_at, now = times
+    if run_at - LEAD <= now:
+        return Write(subjects.later(token, Place.RELEASED), body, expect)
+    timer = Timer(run_at - LEAD, subjects.later(token, Place.RELEASED))
+    return Write(subjects.later(token, Place.DELAYED), body, expect, timer=timer)

@@ -89,7 +89,7 @@ class Inspection:
                 ready = await self._find_ready(token)
             except AssetMissing:
                 return None
-            if ready is not None and (job is None or ready.retries >= job.retries):
+            if ready is not None and (job is None or ready.order >= job.order):
                 return ready
             if job is not None:
                 return job
@@ -100,7 +100,7 @@ class Inspection:
         records = await self._backend.last(subjects.bucket_log, subjects.later_all(token), subjects.done_all(token))
         jobs = [job for record in records if (job := self._job_of(record)) is not None]
         ended = next((job for job in jobs if job.status in OUTCOMES), None)
-        return ended or max(jobs, key=lambda job: job.retries, default=None)
+        return ended or max(jobs, key=lambda job: job.order, default=None)
 
     async def _find_ready(self, token: str) -> Job | None:
         records = await self._backend.last(self._subjects.ready_log, self._subjects.ready_any(token))

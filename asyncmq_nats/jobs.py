@@ -28,6 +28,8 @@ __all__ = [
 ]
 
 WIRE_VERSION: Final = 1
+LATEST: Final = 250_000_000_000.0
+"""No time is later than the year 9892."""
 
 
 def new_job_id() -> str:
@@ -93,7 +95,7 @@ class Job:
     depends_on: list[str] | None = None
     deduplication: dict[str, Any] | None = None
     active_since: float | None = None
-    delay_until: float | None = Field(default=None, allow_inf_nan=False)
+    delay_until: float | None = Field(default=None, allow_inf_nan=False, le=LATEST)
     timeout: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     """How long one attempt may run."""
     parents: list[str] = Field(default_factory=list)
@@ -116,12 +118,19 @@ class Job:
     worker: str | None = None
     stalls: int = 0
     """How often its worker was lost while it ran."""
+    reruns: int = Field(default=0, ge=0)
+    """How often it was retried by hand."""
     v: int = WIRE_VERSION
 
     @property
     def id(self) -> str:
         """The id of the job (AsyncMQ `Job.id`)."""
         return self.job_id
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Which of two records of the job is of a later attempt."""
+        return self.reruns, self.retries
 
     def is_expired(self, now: float | None = None) -> bool:
         """Return whether its time to live is over (AsyncMQ `Job.is_expired`)."""
@@ -256,7 +265,7 @@ def build_job(
         job_id=new_job_id() if job_id is None else validate_custom_job_id(job_id),
         created_at=now,
         priority=priority,
-        delay_until=now + delay if delay is not None and delay > 0 else None,
+        delay_until=None if delay is None or delay <= 0 else now + delay,
         custom_id=job_id is not None,
         depends_on=list(depends_on) if depends_on else None,
         on_parent_failure=on_parent_failure,

@@ -85,7 +85,8 @@ class Promoter:
     def _wait(self, delivery: Delivery) -> float:
         """Return how long the job must still wait.
 
-        Only the server's clock matters: the record's time stamp is that of the moment in which it was released.
+        Only the server's clock matters: the record's time stamp is that of the moment in which it was released. A record that was delivered
+        to another promoter before, or that nobody fetched for a while, has spent some of its time since.
         """
         try:
             data = load_json(delivery.body) if delivery.body else {}
@@ -94,9 +95,9 @@ class Promoter:
         run_at = data.get("at" if self._subjects.is_fire(delivery.subject) else "delay_until")
         if not isinstance(run_at, int | float):
             return 0.0
-        since_release = run_at - delivery.time
-        late = self._backend.now() - delivery.time > LONGEST_WAIT  # delivered long after its release: the record has waited, not the server
-        return 0.0 if late or delivery.deliveries > 1 else min(max(since_release, 0.0), LONGEST_WAIT)
+        now = self._backend.now()
+        fresh = delivery.deliveries == 1 and now - delivery.time <= LONGEST_WAIT
+        return min(max(run_at - (delivery.time if fresh else now), 0.0), LONGEST_WAIT)
 
     async def _watch_time(self) -> None:
         """Wake one hand for each record whose time has come."""
@@ -152,7 +153,7 @@ class Promoter:
             return
         token = self._subjects.token(delivery.subject)
         job = Job.decode(delivery.body, job_id=decode_token(token), created_at=delivery.time)
-        doubtful = delivery.deliveries > 1 or held > HELD_TOO_LONG or job.retries > 0 or job.custom_id
+        doubtful = delivery.deliveries > 1 or held > HELD_TOO_LONG or job.order > (0, 0) or job.custom_id
         if doubtful and await self._is_superseded(token, job):
             await self._remove(delivery)
             return
@@ -162,7 +163,7 @@ class Promoter:
             await self._backend.write(self._subjects.ready_log, write)
         except WriteRefused:
             if await self._older_attempt_is_there(token, job):
-                delivery.nak(0.02)  # its ack is on the way
+                delivery.nak(min(0.01 * 2 ** min(delivery.deliveries, 10), 1.0))  # its ack is on the way
                 return
         await self._remove(delivery)
 
@@ -176,11 +177,14 @@ class Promoter:
 
     def _is_later_attempt(self, record: Record, job: Job) -> bool:
         in_transit = self._subjects.is_later(record.subject, Place.DELAYED) or self._subjects.is_later(record.subject, Place.RELEASED)
-        return in_transit and Job.decode(record.body).retries > job.retries
+        return in_transit and Job.decode(record.body).order > job.order
 
     async def _older_attempt_is_there(self, token: str, job: Job) -> bool:
         records = await self._backend.last(self._subjects.ready_log, self._subjects.ready_any(token))
-        return not records or Job.decode(records[-1].body).retries < job.retries
+        if not records:
+            return True
+        there = Job.decode(records[-1].body)
+        return there.order < job.order or there.delay_until is not None  # a foreign job that was put off: we leave no time in ready jobs
 
     async def _remove(self, delivery: Delivery) -> None:
         await self._backend.delete(self._subjects.bucket_log, delivery.sequence)

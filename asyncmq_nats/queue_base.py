@@ -1,5 +1,6 @@
 """What every part of `Queue` needs: its settings and the modules that do the work."""
 
+from asyncmq_nats.additions import Additions
 from asyncmq_nats.administration import Administration
 from asyncmq_nats.assets import QueueAssets
 from asyncmq_nats.backends import default_backend
@@ -8,7 +9,6 @@ from asyncmq_nats.controls import Controls
 from asyncmq_nats.deduplication import Deduplicator
 from asyncmq_nats.hooks import Hooks
 from asyncmq_nats.inspection import Inspection
-from asyncmq_nats.lifecycle import Lifecycle
 from asyncmq_nats.registry import TASK_REGISTRY, TaskRegistry
 from asyncmq_nats.repeatables import Definition, Repeatables
 from asyncmq_nats.subjects import QueueSubjects
@@ -40,10 +40,10 @@ class QueueBase:
         self.scan_interval = self.backend.settings.scan_interval if scan_interval is None else scan_interval
         self._subjects = QueueSubjects(self.backend.settings.prefix, name)
         self._assets = QueueAssets(self.backend, self._subjects)
-        self._lifecycle = Lifecycle(self.backend, self._subjects, self._assets)
+        self._additions = Additions(self.backend, self._subjects, self._assets)
         self._inspection = Inspection(self.backend, self._subjects, self._assets)
         self._administration = Administration(self.backend, self._subjects, self._assets)
-        self._deduplicator = Deduplicator(self.backend, self._subjects, self._lifecycle)
+        self._deduplicator = Deduplicator(self.backend, self._subjects, self._additions)
         self._repeatables = Repeatables(self.backend, self._subjects, self._assets)
         self._controls = Controls(self.backend, self._subjects, self._assets)
         self._hooks = Hooks({"backend": self.backend, "queue": name})

@@ -78,7 +78,7 @@ class Queue(QueueReads, QueueDelays, QueueControls, QueueAdmin):
             job_id: an id of your own. If a job with that id exists, in any state, its id is returned and nothing is added, so an `add` that
                 raised `Unconfirmed` can be repeated safely.
             deduplication: `{"id", "ttl", "extend", "replace"}`: while a job added under that id has not ended, or for `ttl` seconds,
-                no other one is added: its id is returned. With `replace`, one that is still delayed gets this one's task, arguments and delay.
+                no other one is added: its id is returned. With `replace`, one that is still delayed gets the new task, arguments, delay.
                 With `extend`, each call starts the `ttl` anew.
             debounce: AsyncMQ's older name for `deduplication`.
             depends_on: ids of jobs of this queue that must complete first; their results are in `current_job().parent_results()`.
@@ -114,7 +114,7 @@ class Queue(QueueReads, QueueDelays, QueueControls, QueueAdmin):
         window = deduplication if deduplication is not None else debounce
         if window is not None:
             return await self._deduplicator.add(job, parse_window(window))
-        return await self._lifecycle.add(job)
+        return await self._additions.add(job)
 
     async def add_bulk(self, jobs: Iterable[Mapping[str, Any]]) -> list[str]:
         """Add many jobs and return their ids in order (AsyncMQ `Queue.add_bulk`).
@@ -128,7 +128,7 @@ class Queue(QueueReads, QueueDelays, QueueControls, QueueAdmin):
         """
         await self._assets.declare()
         now, entries = self.backend.now(), [checked_entry(entry, index) for index, entry in enumerate(jobs)]
-        return await add_many(self._lifecycle, [build_job(now, **entry) for entry in entries])
+        return await add_many(self._additions, [build_job(now, **entry) for entry in entries])
 
     async def enqueue(self, payload: Mapping[str, Any]) -> str:
         """Add a job given as a dict, of `Job.to_dict` or with `task_id` and what `Job` takes, and return its id (AsyncMQ `Queue.enqueue`).
@@ -141,7 +141,7 @@ class Queue(QueueReads, QueueDelays, QueueControls, QueueAdmin):
         await self._assets.declare()
         fields = {"max_retries": payload.get("retries", 0), "backoff": None, "created_at": self.backend.now()} | dict(payload)
         fields |= {"retries": 0, "status": State.WAITING, "custom_id": payload.get("id", payload.get("job_id")) is not None}
-        return await self._lifecycle.add(Job.from_dict(fields))
+        return await self._additions.add(Job.from_dict(fields))
 
     async def send(self, payload: Mapping[str, Any]) -> str:
         """Same as `enqueue`."""
@@ -158,7 +158,7 @@ class Queue(QueueReads, QueueDelays, QueueControls, QueueAdmin):
     async def add_linked(self, jobs: Sequence[Job]) -> None:
         """Add jobs that depend on each other, each after its `children`; see `FlowProducer.add_flow`."""
         await self._assets.declare()
-        await self._lifecycle.add_linked(jobs)
+        await self._additions.add_linked(jobs)
 
     async def _store_repeatables(self) -> None:
         for definition in self._local_repeatables:

@@ -1,0 +1,153 @@
+"""New jobs: where they go, one by one, in batches, and as flows."""
+
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import replace
+from typing import Final
+
+from asyncmq_nats.assets import QueueAssets
+from asyncmq_nats.backends.base import Backend, Expect, Write
+from asyncmq_nats.dependencies import Dependencies, delayed_write
+from asyncmq_nats.exceptions import AssetMissing, InvalidFlow, PayloadTooLarge, WriteRefused
+from asyncmq_nats.jobs import Job
+from asyncmq_nats.states import Place
+from asyncmq_nats.subjects import QueueSubjects, encode_token
+
+__all__ = ["BODY_RESERVE", "Additions"]
+
+BATCH: Final = 1000
+BODY_RESERVE: Final = 64 * 1024
+"""Room that a job must leave below the server's limit, for its result or its errors."""
+
+
+class Additions:
+    """Adds jobs to one queue."""
+
+    def __init__(self, backend: Backend, subjects: QueueSubjects, assets: QueueAssets) -> None:
+        self._backend = backend
+        self._subjects = subjects
+        self._assets = assets
+        self.dependencies = Dependencies(backend, subjects)
+
+    async def add(self, job: Job) -> str:
+        """Store a new job where it belongs and return its id: the existing one if the producer chose an id that exists.
+
+        Raises:
+            NotSerializable: an argument is not JSON.
+            PayloadTooLarge: the job is too large for the server.
+            Unconfirmed: it may or may not have been added.
+        """
+        await self._assets.declare_tier(job.priority)
+        while True:
+            if job.custom_id and await self.exists(job.job_id):
+                return job.job_id
+            writes = await self.writes_of(job)
+            try:
+                await self._write_again_when_missing(writes, {job.priority})
+            except WriteRefused:
+                if not job.custom_id and not job.depends_on:
+                    raise
+                continue  # a job with that id has appeared, or a parent has ended
+            return job.job_id
+
+    async def writes_of(self, job: Job, *, in_bucket: bool = False) -> list[Write]:
+        """Return the writes that add a job: one, or if it depends on jobs that have not ended, itself and its edges.
+
+        Raises:
+            JobNotFound: a job that it depends on is not in this queue.
+            NotSerializable, PayloadTooLarge: as for `add`.
+        """
+        if not job.depends_on:
+            return [self.first_write(job, in_bucket=in_bucket)]
+        self.first_write(job)  # is it sound?
+        job, writes = await self.dependencies.park(job)
+        return writes or [self.first_write(job, in_bucket=in_bucket)]
+
+    async def add_batch(self, jobs: Sequence[Job]) -> None:
+        """Store up to 1,000 new jobs, all or none.
+
+        One batch is in one log: if any of them goes through the scheduler bucket, all of them do.
+
+        Raises:
+            WriteRefused: one of them exists.
+        """
+        priorities = {job.priority for job in jobs}
+        for priority in priorities:
+            await self._assets.declare_tier(priority)
+        in_bucket = any(job.custom_id or job.delay_until is not None or job.depends_on for job in jobs)
+        writes = [write for job in jobs for write in await self.writes_of(job, in_bucket=in_bucket)]
+        await self._write_again_when_missing(writes, priorities)
+
+    async def add_linked(self, jobs: Sequence[Job]) -> None:
+        """Store jobs that depend on each other; each comes after its `children`. Up to 1,000 writes are all or nothing."""
+        priorities = {job.priority for job in jobs}
+        for priority in priorities:
+            await self._assets.declare_tier(priority)
+        inside = {job.job_id for job in jobs}
+        await self._refuse_existing([job for job in jobs if job.custom_id])
+        for _ in range(20):
+            writes = [write for job in jobs for write in await self._linked_writes(job, inside)]
+            try:
+                for start in range(0, len(writes), BATCH):
+                    await self._write_again_when_missing(writes[start : start + BATCH], priorities)
+            except WriteRefused:  # a parent outside has ended meanwhile, or a job with one of the ids is there
+                await self._refuse_existing(jobs)
+                continue
+            return
+
+    async def _linked_writes(self, job: Job, inside: Collection[str]) -> list[Write]:
+        outside = [parent for parent in job.depends_on or () if parent not in inside]
+        within = [parent for parent in job.depends_on or () if parent in inside]
+        parked, edges = await self.dependencies.park(replace(job, depends_on=outside))
+        job = replace(parked, depends_on=job.depends_on, parents=[*parked.parents, *within])
+        self.first_write(job)  # is it sound?
+        if any(self._subjects.outcome_state(write.subject) for write in edges):  # failed at once, with a parent
+            return edges
+        token = encode_token(job.job_id)
+        if not job.parents:
+            return [self.first_write(job, in_bucket=True)]
+        key = self._subjects.later(token, Place.PARKED)
+        return [*(edge for edge in edges if edge.subject != key), Write(key, job.encode(), Expect(self._subjects.later_all(token)))]
+
+    async def _refuse_existing(self, jobs: Sequence[Job]) -> None:
+        for job in jobs:
+            if await self.exists(job.job_id):
+                raise InvalidFlow(f"a job {job.job_id!r} exists already: each flow needs ids of its own")
+
+    async def _write_again_when_missing(self, writes: Sequence[Write], priorities: Iterable[int]) -> None:
+        log = self._log_of(writes[0])
+        try:
+            await self._backend.write(log, *writes)
+        except AssetMissing:  # deleted since this process declared it
+            self._assets.forget()
+            await self._assets.declare()
+            for priority in priorities:
+                await self._assets.declare_tier(priority)
+            await self._backend.write(log, *writes)
+
+    def _log_of(self, write: Write) -> str:
+        return self._subjects.bucket_log if write.subject.startswith("$KV.") else self._subjects.ready_log
+
+    def first_write(self, job: Job, *, in_bucket: bool = False) -> Write:
+        """Return the write that adds the job. `in_bucket`: also a job that could be run at once goes through the scheduler bucket.
+
+        Raises:
+            NotSerializable, PayloadTooLarge: as for `add`.
+        """
+        token, body = encode_token(job.job_id), job.encode()
+        limit = self._backend.max_body - BODY_RESERVE
+        if len(body) > limit:
+            raise PayloadTooLarge(f"job {job.job_id!r} of task {job.task_id!r}", len(body), limit)
+        nothing = Expect(self._subjects.later_all(token))
+        if job.delay_until is not None:
+            return delayed_write(self._subjects, token, body, (job.delay_until, self._backend.now()), nothing)
+        if job.custom_id or in_bucket:
+            return Write(self._subjects.later(token, Place.RELEASED), body, nothing)
+        return Write(self._subjects.ready(job.priority, token), body, message_id=job.job_id)
+
+    async def exists(self, job_id: str) -> bool:
+        """Return whether the queue has a job with that id, in any state."""
+        token = encode_token(job_id)
+        bucket = await self._backend.last(self._subjects.bucket_log, self._subjects.later_all(token), self._subjects.done_all(token))
+        if any(not record.marker for record in bucket):
+            return True
+        return bool(await self._backend.last(self._subjects.ready_log, self._subjects.ready_any(token)))
