@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from asyncmq_nats.assets import QueueAssets
-from asyncmq_nats.backends.base import Backend, Expect, Write
+from asyncmq_nats.backends.base import Backend, Expect, Record, Write
 from asyncmq_nats.dependencies import MARKER_TTL, Dependencies
 from asyncmq_nats.exceptions import InvalidJob, WriteRefused
 from asyncmq_nats.jobs import Job, dump_json, load_json
@@ -28,7 +28,20 @@ class Administration:
 
     async def remove_delayed(self, job_id: str) -> bool:
         """Remove a job that is delayed. Return whether it was."""
-        return await self._delete_record(self._subjects.later(encode_token(job_id), Place.DELAYED))
+        token = encode_token(job_id)
+        for place in (Place.DELAYED, Place.RELEASED):  # in this order: it moves from one to the other
+            records = await self._backend.last(self._subjects.bucket_log, self._subjects.later(token, place))
+            if any(self._is_delayed(record) for record in records):
+                return await self._backend.delete(self._subjects.bucket_log, records[0].sequence)
+        return False
+
+    def _is_delayed(self, record: Record) -> bool:
+        """Return whether a record in transit is of a job that is delayed: jobs are released a little before their time."""
+        if record.marker:
+            return False
+        if self._subjects.is_later(record.subject, Place.RELEASED):
+            return Job.decode(record.body).is_early(self._backend.now())
+        return self._subjects.is_later(record.subject, Place.DELAYED)
 
     async def take_due(self, jobs: Sequence[Job]) -> list[Job]:
         """Remove released jobs, and return those that were still there to be removed."""
@@ -167,17 +180,19 @@ class Administration:
         token, subjects = encode_token(job_id), self._subjects
         released = subjects.later(token, Place.RELEASED)
         for _ in range(10):
-            records = await self._backend.last(subjects.bucket_log, subjects.later(token, Place.DELAYED), subjects.done_all(token))
+            records = await self._backend.last(subjects.bucket_log, subjects.later_all(token), subjects.done_all(token))
             done = [record for record in records if ".done." in record.subject]
             outcome = next((r for r in done if not r.marker and subjects.outcome_state(r.subject) not in (None, State.COMPLETED)), None)
-            delayed = next((r for r in records if not r.marker and subjects.is_later(r.subject, Place.DELAYED)), None)
+            delayed = next((record for record in records if self._is_delayed(record)), None)
             if outcome is not None:
                 expect = Expect(subjects.done_all(token), max(record.sequence for record in done))
                 writes = [Write(released, self._renewed(outcome.body), expect)]
                 writes.append(_marker(outcome.subject))
             elif delayed is not None:
                 expect = Expect(delayed.subject, delayed.sequence)
-                writes = [Write(released, self._renewed(delayed.body), expect, removes=delayed.subject)]
+                writes = [
+                    Write(released, self._renewed(delayed.body), expect, removes=None if delayed.subject == released else delayed.subject)
+                ]
             else:
                 return False
             try:

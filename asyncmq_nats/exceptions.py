@@ -19,7 +19,7 @@
     │   ├── WriteRefused                     an expectation of a write did not hold
     │   ├── Unconfirmed (TimeoutError)       no confirmation before the deadline
     │   ├── ConnectionFailed (ConnectionError)  no server could be reached
-    │   │   └── ConnectionLost               the server ended the connection for good
+    │   │   └── ConnectionLost               the connection was ended for good
     │   ├── ServerUnsuitable                 too old, or without JetStream
     │   ├── PermissionRefused (PermissionError)  the server's permissions forbid it
     │   └── AssetMissing (LookupError)       a stream or consumer is not there
@@ -207,11 +207,11 @@ class ConnectionFailed(BackendError, ConnectionError):
         super().__init__(f"cannot reach NATS at {servers}: {reason}; is the server running, and is ASYNCMQ_NATS_SERVERS right?")
 
 
-class ConnectionLost(ConnectionFailed):
+class ConnectionLost(BackendError, ConnectionError):
     """The connection is closed and will not come back by itself: by `close`, or by the server, as when credentials expire."""
 
     def __init__(self, servers: str) -> None:
-        super().__init__(servers, "the connection was closed")
+        super().__init__(f"the connection to NATS at {servers} was closed, by close() or for good by the server: connect anew")
 
 
 class ServerUnsuitable(BackendError):

@@ -17,7 +17,8 @@ __all__ = ["DelayedInfo", "Inspection"]
 
 PAGE: Final = 500
 NOTHING: Final = ConsumerState(0, 0, 0)
-PLACE_STATES: Final = {Place.DELAYED: State.DELAYED, Place.PARKED: State.WAITING_CHILDREN, Place.RELEASED: State.WAITING}
+PLACE_STATES: Final = {Place.DELAYED: State.DELAYED, Place.PARKED: State.WAITING_CHILDREN}
+"""What a released job is its time decides: it is released a little early, see `LEAD`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,11 +60,21 @@ class Inspection:
         async with anyio.create_task_group() as group:
             for priority in await self._assets.list_tiers():
                 group.start_soon(count_tier, priority)
+            group.start_soon(self._count_released, counts)
             for place, state in PLACE_STATES.items():
                 group.start_soon(count_records, f"later_{place}", state)
             for outcome in OUTCOMES:
                 group.start_soon(count_records, f"done_{outcome}", outcome)
         return counts
+
+    async def _count_released(self, counts: dict[State, int]) -> None:
+        """Count the released jobs. There are few at a time; of more than a page, the rest counts as waiting."""
+        log, released = self._subjects.bucket_log, self._subjects.place(Place.RELEASED)
+        pending = (await self._consumer(log, counter_name(f"later_{Place.RELEASED}"))).pending
+        page = await self._backend.page(log, released, limit=PAGE) if pending else []
+        early = sum(job.status is State.DELAYED for record in page if (job := self._job_of(record)) is not None)
+        counts[State.DELAYED] += min(early, pending)
+        counts[State.WAITING] += max(pending - early, 0)
 
     async def _consumer(self, log: str, name: str) -> ConsumerState:
         state = await self._backend.look_up(log, name)
@@ -126,9 +137,8 @@ class Inspection:
         if outcome is not None:
             return self._decode(record, token, status=outcome)
         if self._subjects.is_later(record.subject, Place.RELEASED):
-            job = self._decode(record, token, status=State.WAITING)  # released a little before its time: see `LEAD`
-            early = job.delay_until is not None and job.delay_until > self._backend.now()
-            return replace(job, status=State.DELAYED) if early else job
+            job = self._decode(record, token, status=State.WAITING)
+            return replace(job, status=State.DELAYED) if job.is_early(self._backend.now()) else job
         place = next((place for place in Place if self._subjects.is_later(record.subject, place)), None)
         return None if place is None else self._decode(record, token, status=PLACE_STATES[place])
 
@@ -147,16 +157,23 @@ class Inspection:
         """Yield the jobs in a state, a page at a time: by sequence, so about in the order in which they came to that state."""
         sources = [self._read_ready(state, descending)] if state in (State.WAITING, State.ACTIVE) else []
         sources += [self._read_bucket(self._subjects.place(p), descending) for p, shown in PLACE_STATES.items() if shown is state]
+        if state in (State.WAITING, State.DELAYED):
+            sources.append(self._read_released(state, descending))
         if state in OUTCOMES:
             sources.append(self._read_bucket(self._subjects.outcomes(state), descending))
         for source in reversed(sources) if descending else sources:
             async for job in source:
                 yield job
 
-    async def read_released(self) -> AsyncIterator[Job]:
-        """Yield the jobs whose time has come and that no promoter has moved on yet."""
-        async for job in self._read_bucket(self._subjects.place(Place.RELEASED), descending=False):
-            if job.delay_until is not None and job.delay_until <= self._backend.now():
+    async def read_due(self) -> AsyncIterator[Job]:
+        """Yield the delayed jobs whose time has come and that no promoter has moved on yet."""
+        async for job in self._read_released(State.WAITING, descending=False):
+            if job.delay_until is not None:
+                yield job
+
+    async def _read_released(self, state: State, descending: bool) -> AsyncIterator[Job]:
+        async for job in self._read_bucket(self._subjects.place(Place.RELEASED), descending):
+            if job.status is state:
                 yield job
 
     async def _read_bucket(self, filter: str, descending: bool) -> AsyncIterator[Job]:

@@ -136,6 +136,10 @@ class Job:
         """Return whether its time to live is over (AsyncMQ `Job.is_expired`)."""
         return self.ttl is not None and (time() if now is None else now) - self.created_at > self.ttl
 
+    def is_early(self, now: float) -> bool:
+        """Return whether its time is still to come."""
+        return self.delay_until is not None and self.delay_until > now
+
     def to_dict(self) -> dict[str, Any]:
         """Return AsyncMQ's keys, and ours beside them."""
         fields: dict[str, Any] = {"id": self.job_id, "task": self.task_id}

@@ -120,19 +120,20 @@ class Promoter:
                 self._idle_hands.append(idle)
                 await idle.wait()
                 continue
-            _, _, arrived, delivery = heapq.heappop(self._due)
+            due, _, arrived, delivery = heapq.heappop(self._due)
             self._wake.set()  # the watch is now for the one after it
-            await self._promote_guarded(delivery, time.monotonic() - arrived)
+            kept = due > arrived or time.monotonic() - arrived > HELD_TOO_LONG
+            await self._promote_guarded(delivery, kept=kept)
             self._lapsed.set()
 
-    async def _promote_guarded(self, delivery: Delivery, held: float) -> None:
+    async def _promote_guarded(self, delivery: Delivery, *, kept: bool) -> None:
         """One promotion, shielded: stopping a worker does not tear it."""
         with anyio.CancelScope(shield=True):
             try:
                 if self._subjects.is_fire(delivery.subject):
                     await self._fire(delivery)
                 else:
-                    await self._promote(delivery, held)
+                    await self._promote(delivery, kept=kept)
             except InvalidJob as problem:
                 logger.error("%s: dropped: %s", delivery.subject, problem)
                 await self._remove(delivery)
@@ -147,15 +148,15 @@ class Promoter:
 
     # -- one record
 
-    async def _promote(self, delivery: Delivery, held: float) -> None:
+    async def _promote(self, delivery: Delivery, *, kept: bool) -> None:
+        """Make a job ready. `kept`: the record was in hand for a while, in which anything may have become of it."""
         if not delivery.body:  # a delete marker
             delivery.ack()
             return
         token = self._subjects.token(delivery.subject)
         job = Job.decode(delivery.body, job_id=decode_token(token), created_at=delivery.time)
-        doubtful = delivery.deliveries > 1 or held > HELD_TOO_LONG or job.order > (0, 0) or job.custom_id
-        if doubtful and await self._is_superseded(token, job):
-            await self._remove(delivery)
+        doubtful = kept or delivery.deliveries > 1 or job.order > (0, 0) or job.custom_id
+        if doubtful and not await self._is_current(delivery, token):
             return
         await self._assets.declare_tier(job.priority)
         write = Write(self._subjects.ready(job.priority, token), _ready_body(delivery.body, job), Expect(self._subjects.ready_any(token)))
@@ -167,17 +168,23 @@ class Promoter:
                 return
         await self._remove(delivery)
 
-    async def _is_superseded(self, token: str, job: Job) -> bool:
-        """Return whether the job has ended, or is at a later attempt already."""
+    async def _is_current(self, delivery: Delivery, token: str) -> bool:
+        """Return whether the record is still there, and the job has not ended or gone on; if not, let go of the record."""
         subjects = self._subjects
         records = await self._backend.last(subjects.bucket_log, subjects.later_all(token), subjects.done_all(token))
-        return any(
-            not record.marker and (subjects.outcome_state(record.subject) or self._is_later_attempt(record, job)) for record in records
-        )
+        live = [record for record in records if not record.marker]
+        if any(subjects.outcome_state(record.subject) or self._is_later_attempt(record, delivery) for record in live):
+            await self._remove(delivery)
+            return False
+        if not any(record.sequence == delivery.sequence for record in live):
+            # Promoted, removed or cancelled: it cannot be delivered again. Or a replica was asked that has yet to hear of it: then it is.
+            delivery.nak(0.05)
+            return False
+        return True
 
-    def _is_later_attempt(self, record: Record, job: Job) -> bool:
-        in_transit = self._subjects.is_later(record.subject, Place.DELAYED) or self._subjects.is_later(record.subject, Place.RELEASED)
-        return in_transit and Job.decode(record.body).order > job.order
+    def _is_later_attempt(self, record: Record, delivery: Delivery) -> bool:
+        delayed = self._subjects.is_later(record.subject, Place.DELAYED)
+        return delayed and Job.decode(record.body).order > Job.decode(delivery.body).order
 
     async def _older_attempt_is_there(self, token: str, job: Job) -> bool:
         records = await self._backend.last(self._subjects.ready_log, self._subjects.ready_any(token))

@@ -63,9 +63,9 @@ class QueueAdmin(QueueBase):
         await self._assets.declare()
         return await self._deduplicator.owner(deduplication_id)
 
-    async def get_debounce_job_id(self, debounce_id: str) -> str | None:
+    async def get_debounce_job_id(self, deduplication_id: str) -> str | None:
         """Same as `get_deduplication_job_id`, under AsyncMQ's older name."""
-        return await self.get_deduplication_job_id(debounce_id)
+        return await self.get_deduplication_job_id(deduplication_id)
 
     async def remove_deduplication_key(self, deduplication_id: str) -> bool:
         """End a deduplication window. Return whether there was one."""

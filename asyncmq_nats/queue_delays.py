@@ -32,7 +32,7 @@ class QueueDelays(QueueBase):
 
         While workers run there are none, for milliseconds at most. One that a worker is making ready at this moment may run as well.
         """
-        return [job.to_dict() for job in await self._administration.take_due([job async for job in self._inspection.read_released()])]
+        return [job.to_dict() for job in await self._administration.take_due([job async for job in self._inspection.read_due()])]
 
     async def retry_job(self, job_id: str) -> bool:
         """Run a failed, expired, cancelled or delayed job again, or now, with all its retries and its time to live anew.

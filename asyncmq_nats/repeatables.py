@@ -129,6 +129,13 @@ def _job_fields(job: Mapping[str, Any]) -> dict[str, Any]:
     return fields
 
 
+def _fenced(writes: Sequence[Write], fire: str, records: Mapping[str, Record]) -> list[Write]:
+    """Return the writes of a change, refused if a tick has become due since `records` were read: it would come to what was changed."""
+    expect = Expect(fire, records[fire].sequence if fire in records else 0)
+    bearer = next((write for write in writes if write.subject == fire), None) or next((w for w in writes if w.expect is None), None)
+    return [replace(write, expect=expect) if write is bearer else write for write in writes]
+
+
 class Repeatables:
     """The repeatables of one queue."""
 
@@ -170,7 +177,7 @@ class Repeatables:
             if subject in records and not records[subject].marker and subject not in {write.subject for write in writes}
         ]
         try:
-            await self._backend.write(self._log, *writes)
+            await self._backend.write(self._log, *_fenced(writes, fire, records))
         except WriteRefused:
             return None
         return at
@@ -220,7 +227,7 @@ class Repeatables:
                 if not record.marker
             ]
             try:
-                await self._backend.write(self._log, *writes)
+                await self._backend.write(self._log, *_fenced(writes, self._subjects.fire(encode_token(rid)), records))
             except WriteRefused:
                 continue
             return True

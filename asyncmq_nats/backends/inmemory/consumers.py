@@ -315,7 +315,11 @@ class InMemoryPuller:
             cursor.request(Request(self, count), wait)
 
     async def close(self) -> None:
-        """See `Puller`."""
+        """See `Puller`. What was on its way still arrives."""
+        for cursor in self._cursors.values():
+            cursor.withdraw(self)
+        for _ in range(2):  # turns of the event loop in which scheduled deliveries arrive
+            await asyncio.sleep(0)
         self.stop()
 
     def stop(self) -> None:
@@ -330,7 +334,7 @@ class InMemoryPuller:
         if self._closed:
             delivery.nak()
             return
-        self._outstanding[delivery.consumer] -= 1
+        self._outstanding[delivery.consumer] = max(0, self.outstanding(delivery.consumer) - 1)
         self._on_delivery(delivery)
 
     def lapse(self, consumer: str, count: int) -> None:
