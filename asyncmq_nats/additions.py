@@ -1,8 +1,8 @@
 """New jobs: where they go, one by one, in batches, and as flows."""
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Final
+from typing import Any, Final
 
 from asyncmq_nats.assets import QueueAssets
 from asyncmq_nats.backends.base import Backend, Expect, Write
@@ -85,20 +85,38 @@ class Additions:
         inside = {job.job_id for job in jobs}
         await self._refuse_existing([job for job in jobs if job.custom_id])
         for _ in range(20):
-            writes = [write for job in jobs for write in await self._linked_writes(job, inside)]
+            writes = [write for job in jobs for write in await self.linked_writes(job, inside)]
             try:
                 for start in range(0, len(writes), BATCH):
                     await self._write_again_when_missing(writes[start : start + BATCH], priorities)
             except WriteRefused:  # a parent outside has ended meanwhile, or a job with one of the ids is there
                 await self._refuse_existing(jobs)
                 continue
+            for write in writes:
+                if self._subjects.outcome_state(write.subject):  # failed at once, with a parent: those who wait for it must know
+                    await self.dependencies.release(self._subjects.token(write.subject))
             return
 
-    async def _linked_writes(self, job: Job, inside: Collection[str]) -> list[Write]:
-        outside = [parent for parent in job.depends_on or () if parent not in inside]
-        within = [parent for parent in job.depends_on or () if parent in inside]
+    async def linked_writes(self, job: Job, inside: Collection[str], completed: Mapping[str, Any] | None = None) -> list[Write]:
+        """Return the writes that add a job which may depend on jobs that are added, or that complete, in the same batch.
+
+        Args:
+            job: the new one.
+            inside: ids of the jobs that are added with it; those that it depends on name it in their `children`.
+            completed: results of the jobs that complete with it, by id.
+
+        Raises:
+            JobNotFound, NotSerializable, PayloadTooLarge: as for `writes_of`.
+        """
+        completed = {parent: result for parent, result in (completed or {}).items() if parent in (job.depends_on or ())}
+        outside = [parent for parent in job.depends_on or () if parent not in inside and parent not in completed]
+        within = [parent for parent in dict.fromkeys(job.depends_on or ()) if parent in inside]
         parked, edges = await self.dependencies.park(replace(job, depends_on=outside))
-        job = replace(parked, depends_on=job.depends_on, parents=[*parked.parents, *within])
+        results = dict(parked.parent_results)
+        for parent, result in completed.items():
+            if self.dependencies.fits(results, result):
+                results[parent] = result
+        job = replace(parked, depends_on=job.depends_on, parents=[*parked.parents, *within], parent_results=results)
         self.first_write(job)  # is it sound?
         if any(self._subjects.outcome_state(write.subject) for write in edges):  # failed at once, with a parent
             return edges
@@ -147,7 +165,8 @@ class Additions:
     async def exists(self, job_id: str) -> bool:
         """Return whether the queue has a job with that id, in any state."""
         token = encode_token(job_id)
-        bucket = await self._backend.last(self._subjects.bucket_log, self._subjects.later_all(token), self._subjects.done_all(token))
+        # Those who wait for a job that was removed are no trace of it: it may be added again.
+        bucket = await self._backend.last(self._subjects.bucket_log, self._subjects.later_all(token), self._subjects.ends(token))
         if any(not record.marker for record in bucket):
             return True
         return bool(await self._backend.last(self._subjects.ready_log, self._subjects.ready_any(token)))

@@ -63,7 +63,7 @@ class Dependencies:
         waiting = [parent for parent in parents if parent.state is None or (parent.state is not State.COMPLETED and not ignored)]
         results: dict[str, Any] = {}
         for parent in parents:
-            if parent.state is State.COMPLETED and self._fits(results, parent.result):
+            if parent.state is State.COMPLETED and self.fits(results, parent.result):
                 results[parent.id] = parent.result
         job = replace(job, parents=[parent.id for parent in waiting], parent_results=results)
         if not waiting:
@@ -79,7 +79,7 @@ class Dependencies:
             return job, [self._failed_child(load_json(job.encode()), token, failed[0])]
         return job, [*edges, parked]
 
-    def _fits(self, stored: Mapping[str, Any], result: Any) -> bool:
+    def fits(self, stored: Mapping[str, Any], result: Any) -> bool:
         """Return whether a parent's result can be stored with the child, so that it outlives the parent's record: up to half a message."""
         return len(dump_json(stored)) + len(dump_json(result)) < self._backend.max_body // 2
 
@@ -150,7 +150,16 @@ class Dependencies:
                 except WriteRefused:  # one of them was cancelled, or another parent of it ended elsewhere: look again
                     await anyio.sleep(random.uniform(0.0, 0.01))
                     continue
-                return [token for token, child in changes.items() if any(self._subjects.outcome_state(write.subject) for write in child)]
+                ended = [token for token, child in changes.items() if any(self._subjects.outcome_state(write.subject) for write in child)]
+                return ended + await self._failed_before(parent, [child for child in children if child not in changes])
+
+    async def _failed_before(self, parent: Parent, children: Sequence[str]) -> list[str]:
+        """Return the children that this parent's failure has ended already: the worker was lost before it told their children."""
+        if parent.state is State.COMPLETED or not children:
+            return []
+        keys = [self._subjects.outcome(child, State.FAILED) for child in children]
+        records = [record for record in await self._backend.last(self._log, *keys) if not record.marker]
+        return [self._subjects.token(r.subject) for r in records if load_json(r.body).get("last_error") == _blame(parent.id)]
 
     def _changes(self, record: Record, parent: Parent) -> list[Write]:
         """Return the writes that tell one parked child of the end of a parent."""
@@ -165,7 +174,7 @@ class Dependencies:
                 return [Write(record.subject, b"", expect, ttl=MARKER_TTL, marker=True), self._failed_child(data, token, parent.id)]
             if policy != "run":
                 return []
-        elif self._fits(data, parent.result):
+        elif self.fits(data, parent.result):
             data.setdefault("parent_results", {})[parent.id] = parent.result
         waits_for.remove(parent.id)
         data["parents"] = waits_for
@@ -179,8 +188,7 @@ class Dependencies:
         return delayed_write(self._subjects, token, dump_json(data), (data.get("delay_until") or now, now))
 
     def _failed_child(self, data: Mapping[str, Any], token: str, parent_id: str) -> Write:
-        error = f"job {parent_id!r}, which this one depends on, did not complete"
-        fields = {"status": State.FAILED, "last_error": error, "finished_at": self._backend.now()}
+        fields = {"status": State.FAILED, "last_error": _blame(parent_id), "finished_at": self._backend.now()}
         return Write(self._subjects.outcome(token, State.FAILED), dump_json(dict(data) | fields), ttl=self._backend.settings.failed_ttl)
 
     # -- a child runs
@@ -194,6 +202,10 @@ class Dependencies:
         return {
             parent: (job.parent_results | read)[parent] for parent in job.depends_on or () if parent in job.parent_results or parent in read
         }
+
+
+def _blame(parent_id: str) -> str:
+    return f"job {parent_id!r}, which this one depends on, did not complete"
 
 
 def delayed_write(subjects: QueueSubjects, token: str, body: bytes, times: tuple[float, float], expect: Expect | None = None) -> Write:

@@ -84,10 +84,12 @@ class EventEmitter:
         """Call it no more."""
         if callback in self._callbacks.get(event, ()):
             self._callbacks[event].remove(callback)
+        if not self._callbacks.get(event):
+            self._callbacks.pop(event, None)
 
-    def listens(self, event: str) -> bool:
-        """Return whether anyone wants to know."""
-        return bool(self._callbacks.get(event))
+    def listens(self, event: str | None = None) -> bool:
+        """Return whether anyone wants to know, of this event or of any."""
+        return bool(self._callbacks if event is None else self._callbacks.get(event))
 
     async def emit(self, event: str, data: Mapping[str, Any]) -> None:
         """Call everyone who wants to know. What a callback raises is logged."""

@@ -19,7 +19,7 @@
     │   ├── WriteRefused                     an expectation of a write did not hold
     │   ├── Unconfirmed (TimeoutError)       no confirmation before the deadline
     │   ├── ConnectionFailed (ConnectionError)  no server could be reached
-    │   │   └── ConnectionLost               the connection was ended for good
+    │   ├── ConnectionLost (ConnectionError)  the connection was ended for good
     │   ├── ServerUnsuitable                 too old, or without JetStream
     │   ├── PermissionRefused (PermissionError)  the server's permissions forbid it
     │   └── AssetMissing (LookupError)       a stream or consumer is not there

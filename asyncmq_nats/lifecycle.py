@@ -5,7 +5,7 @@ claims; 3. what ends an attempt is fenced, and the first outcome wins.
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 from functools import partial
@@ -53,6 +53,8 @@ class Attempt:
     """Whether other jobs were seen to wait for this one."""
     companions: tuple[Write, ...] = ()
     """What is committed together with the outcome: follow-up jobs."""
+    make_companions: Callable[[], Awaitable[tuple[Write, ...]]] | None = field(default=None, repr=False)
+    """Makes them anew, since what they expect of other jobs may have changed."""
     started_at: float = 0.0
     body: bytes = field(default=b"", repr=False)
 
@@ -188,16 +190,35 @@ class Lifecycle:
         else:
             self._backend.send(self._subjects.bucket_log, write, partial(settle, write))
 
-    async def follow_up_writes(self, attempt: Attempt, follow_ups: Sequence[Job]) -> tuple[Write, ...]:
-        """Return the writes of the jobs that a task added while it ran, and of its own next run if it repeats."""
-        jobs = list(follow_ups)
-        if attempt.job.repeat_every is not None:
-            now = self._backend.now()
-            again = replace(attempt.job, job_id=new_job_id(), created_at=now, delay_until=now + parse_every(attempt.job.repeat_every))
-            jobs.append(replace(again, retries=0, errors=[], stalls=0, custom_id=False, depends_on=None, parent_results={}, children=[]))
-        for priority in {job.priority for job in jobs}:
+    async def accompany(self, attempt: Attempt, follow_ups: Sequence[Job], result: Any) -> None:
+        """Have the jobs that a task added while it ran, and its own next run if it repeats, committed together with its result.
+
+        Raises:
+            JobNotFound: one of them depends on a job that is not in this queue.
+            InvalidJob: it repeats at no interval that can be kept.
+            TooManyPriorities, NotSerializable, PayloadTooLarge: as for `Queue.add`.
+        """
+        if follow_ups or attempt.job.repeat_every is not None:
+            attempt.make_companions = partial(self._follow_up_writes, attempt.job, follow_ups, result)
+            attempt.companions = await attempt.make_companions()
+
+    async def _follow_up_writes(self, job: Job, follow_ups: Sequence[Job], result: Any) -> tuple[Write, ...]:
+        children = {each.job_id: [other.job_id for other in follow_ups if each.job_id in (other.depends_on or ())] for each in follow_ups}
+        jobs = [replace(each, children=children[each.job_id]) for each in follow_ups]
+        if job.repeat_every is not None:
+            jobs.append(self._next_run(job))
+        for priority in {each.priority for each in jobs}:
             await self._assets.declare_tier(priority)
-        return tuple([write for job in jobs for write in await self._additions.writes_of(job, in_bucket=True)])
+        return tuple([write for each in jobs for write in await self._additions.linked_writes(each, children, {job.job_id: result})])
+
+    def _next_run(self, job: Job) -> Job:
+        now = self._backend.now()
+        try:
+            run_at = now + parse_every(job.repeat_every or 0.0)
+        except (TypeError, ValueError) as error:
+            raise InvalidJob(f"repeat_every: {error}") from None
+        again = replace(job, job_id=new_job_id(), created_at=now, delay_until=run_at, custom_id=False)
+        return replace(again, retries=0, errors=[], stalls=0, depends_on=None, parent_results={}, children=[])
 
     async def fail(self, attempt: Attempt, failure: Failure, settle: SettleEnd) -> None:
         """Record a failure for good."""
@@ -319,19 +340,23 @@ class Lifecycle:
                 break
             if verdict is Verdict.STALE:
                 return verdict
-            last = max((record.sequence for record in records), default=0)
-            attempt.expect = last
+            attempt.expect = max((record.sequence for record in records), default=0)
             write = replace(write, expect=self._fence(attempt))
-            try:
-                result = await self._backend.write(self._subjects.bucket_log, write, *self._removals(attempt, write))
-            except BackendError as error:
-                result = error
+            result = await self._write_again(attempt, write)
         if isinstance(result, BackendError) and verdict is not Verdict.DONE:
             logger.error("job %s: its end could not be recorded, it will be delivered again: %s", attempt.job.job_id, result)
             return Verdict.STALE
         if (attempt.awaited or attempt.job.children) and self._subjects.outcome_state(write.subject) is not None:
             await self.dependencies.release(attempt.token)
         return Verdict.DONE
+
+    async def _write_again(self, attempt: Attempt, write: Write) -> Settled:
+        if attempt.make_companions is not None:
+            attempt.companions = await attempt.make_companions()
+        try:
+            return await self._backend.write(self._subjects.bucket_log, write, *self._removals(attempt, write))
+        except BackendError as error:
+            return error
 
     def _judge(self, attempt: Attempt, write: Write, records: Sequence[Record]) -> Verdict | None:
         """Return what the records that refused a write say about it; `None`: it may be written again, expecting them."""

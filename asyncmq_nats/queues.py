@@ -21,6 +21,7 @@ from asyncmq_nats.queue_delays import QueueDelays
 from asyncmq_nats.queue_reads import QueueReads
 from asyncmq_nats.rate_limiter import Limit
 from asyncmq_nats.runner import Runner
+from asyncmq_nats.schedules import parse_every
 from asyncmq_nats.serving import import_tasks, run_program, run_until_signalled
 from asyncmq_nats.states import State
 
@@ -92,6 +93,7 @@ class Queue(QueueReads, QueueDelays, QueueControls, QueueAdmin):
             PayloadTooLarge: the job does not fit into a message.
             InvalidJob: a value is of the wrong kind.
             TypeError, InvalidJobId: the job_id is outside AsyncMQ's rules.
+            ValueError: `repeat_every` is shorter than 0.05 s.
             Unconfirmed: no confirmation within `publish_timeout`; the job may or may not have been added.
         """
         await self._assets.declare()
@@ -109,7 +111,7 @@ class Queue(QueueReads, QueueDelays, QueueControls, QueueAdmin):
             timeout=timeout,
             depends_on=depends_on,
             on_parent_failure=on_parent_failure,
-            repeat_every=repeat_every,
+            repeat_every=None if repeat_every is None else parse_every(repeat_every),
         )
         window = deduplication if deduplication is not None else debounce
         if window is not None:

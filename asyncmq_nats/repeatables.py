@@ -30,6 +30,8 @@ SOON: Final = 0.6
 """A tick that is due sooner than this needs no timer, which would be late: the next promoter that is given it waits."""
 CATCH_UP: Final = 30.0
 """Ticks that were late because a worker died are all made up for, if they are no later than this."""
+HICCUP: Final = 3.0
+"""No more is an outage: ticks that were late because a process or a server was busy are all made up for, too."""
 MARKER_TTL: Final = 1.0
 
 
@@ -286,8 +288,8 @@ class Repeatables:
 
     @staticmethod
     def _due(schedule: Schedule, planned: float, now: float, *, again: bool) -> list[float]:
-        """Return the ticks to make up for: all of them when a worker died with one in hand, otherwise one, however many were missed."""
-        if again and now - planned <= CATCH_UP:
+        """Return the ticks to make up for: all after a hiccup or a worker's death with one in hand, one after an outage."""
+        if now - planned <= (CATCH_UP if again else HICCUP):
             return missed_ticks(schedule, planned, now)
         return [planned]
 

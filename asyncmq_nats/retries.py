@@ -1,10 +1,13 @@
 """Whether and when a failed job runs again. Pure functions of values."""
 
+import logging
+import math
 import random
 import traceback as tracebacks
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Final
+from inspect import signature
+from typing import Any, Final
 
 from pydantic import ValidationError
 
@@ -13,13 +16,18 @@ from asyncmq_nats.jobs import Backoff, Job
 
 __all__ = ["BackoffFunction", "Failure", "add_failure", "backoff_delay", "retry_delay"]
 
+logger = logging.getLogger(__name__)
+
 MAX_ERROR: Final = 2_000
 MAX_TRACEBACK: Final = 4_000
 MAX_ERRORS: Final = 10
 MAX_DELAY: Final = 365 * 86_400.0
 
-BackoffFunction = Callable[[int], float]
-"""Given the number of the retry (1, 2, …), the seconds to wait before it."""
+IN_DOUBT: Final = 1.5
+"""The backoff when a task's own function fails: that of `@task`."""
+
+BackoffFunction = Callable[[int], float] | Callable[[], float]
+"""Given the number of the retry (1, 2, …), or nothing, the seconds to wait before it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,8 +90,19 @@ def retry_delay(job: Job, failure: Failure, function: BackoffFunction | None = N
     elif job.backoff is not None:
         wished = backoff_delay(job.backoff, retry)
     else:
-        wished = 0.0 if function is None else float(function(retry))
+        wished = 0.0 if function is None else _ask(function, retry)
     return min(max(0.0, wished), MAX_DELAY)
+
+
+def _ask(function: Callable[..., Any], retry: int) -> float:
+    try:
+        seconds = float(function(retry) if signature(function).parameters else function())
+        if not math.isfinite(seconds):
+            raise ValueError(f"{seconds} is no delay")
+    except Exception as error:  # the user's code, like the task itself
+        logger.error("retry %d is not delayed as its task wishes: backoff function %r: %r", retry, function, error)
+        return backoff_delay(IN_DOUBT, retry)
+    return seconds
 
 
 def backoff_delay(backoff: float | Backoff, retry: int, share: Callable[[], float] = random.random) -> float:

@@ -23,7 +23,16 @@ from asyncmq_nats.backends.base import Backend, Delivery, Settled, Write
 from asyncmq_nats.context import JobContext, running_job
 from asyncmq_nats.controls import CANCEL, PAUSE, RESUME, WorkerRegistry
 from asyncmq_nats.events import STARTED, event_emitter, read_event
-from asyncmq_nats.exceptions import AsyncMQError, ConnectionLost, InvalidJob, NotSerializable, PayloadTooLarge, TaskTimeout
+from asyncmq_nats.exceptions import (
+    AsyncMQError,
+    ConnectionLost,
+    InvalidJob,
+    JobNotFound,
+    NotSerializable,
+    PayloadTooLarge,
+    TaskTimeout,
+    TooManyPriorities,
+)
 from asyncmq_nats.hooks import Hooks
 from asyncmq_nats.intake import Intake
 from asyncmq_nats.jobs import Job, dump_json
@@ -39,6 +48,8 @@ __all__ = ["Runner", "new_worker_id"]
 
 logger = logging.getLogger(__name__)
 
+UNSOUND: Final = (NotSerializable, PayloadTooLarge, JobNotFound, InvalidJob, TooManyPriorities)
+"""What is wrong with a result or a follow-up."""
 TURN: Final = 0.002
 """A slot that runs jobs that never wait yields to the others after so many seconds."""
 
@@ -89,6 +100,7 @@ class Runner:
         if concurrency < 1:
             raise ValueError(f"concurrency must be at least 1, not {concurrency}")
         self.worker = new_worker_id()
+        self._worker_json = dump_json(self.worker)
         self._backend = backend
         self._subjects = subjects
         self._assets = assets
@@ -322,9 +334,10 @@ class Runner:
 
     async def _report_result(self, attempt: Attempt, result: Any, follow_ups: Sequence[Job], settle: SettleEnd) -> None:
         try:
-            attempt.companions = await self._lifecycle.follow_up_writes(attempt, follow_ups)
+            if follow_ups or attempt.job.repeat_every is not None:
+                await self._lifecycle.accompany(attempt, follow_ups, result)
             await self._lifecycle.complete(attempt, result, settle)
-        except (NotSerializable, PayloadTooLarge) as error:  # another attempt would come to the same
+        except UNSOUND as error:  # another attempt would come to the same
             logger.warning("job %s (%s) failed: %s", attempt.job.job_id, attempt.job.task_id, error)
             await self._lifecycle.fail(attempt, Failure(f"{type(error).__name__}: {error}", "", self._backend.now()), settle)
 
@@ -365,13 +378,16 @@ class Runner:
             self._settled()
 
     def _announce_start(self, attempt: Attempt) -> None:
-        body = dump_json({"id": attempt.job.job_id, "task": attempt.job.task_id, "worker": self.worker, "active_since": attempt.started_at})
+        # The job's own bytes, with what is new spliced in: no second encoding on the path of every job.
+        body = b'%b,"active_since":%r,"worker":%b}' % (attempt.body.rstrip()[:-1], attempt.started_at, self._worker_json)
         self._backend.signal(self._subjects.event(STARTED, attempt.token), body)
         if event_emitter.listens(f"job:{STARTED}"):
             data = attempt.job.to_dict() | {"queue": self._subjects.queue, "status": State.ACTIVE}
             self._group.start_soon(event_emitter.emit, f"job:{STARTED}", data)
 
     def _announce_end(self, attempt: Attempt, write: Write) -> None:
+        if not event_emitter.listens():
+            return
         event = read_event(self._subjects.queue, self._subjects.event(write.subject.rpartition(".")[2], attempt.token), write.body)
         if event is not None and event_emitter.listens(event.name):
             self._group.start_soon(event_emitter.emit, event.name, event.data)

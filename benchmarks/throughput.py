@@ -27,7 +27,27 @@ from asyncmq_nats.serving import run_program
 registry = TaskRegistry()
 
 
+class Countdown:
+    """How many jobs are still to run."""
+
+    def __init__(self) -> None:
+        self.left = 0
+        self.over = anyio.Event()
+
+    def start(self, jobs: int) -> None:
+        self.left, self.over = jobs, anyio.Event()
+
+    def note(self) -> None:
+        self.left -= 1
+        if self.left == 0:
+            self.over.set()
+
+
+countdown = Countdown()
+
+
 async def no_operation(number: int) -> int:
+    countdown.note()
     return number
 
 
@@ -155,8 +175,10 @@ async def add_concurrently(add: Callable[[int], Awaitable[object]], jobs: int, p
 async def process(queue: Queue, jobs: int) -> None:
     """Run the backlog in this process, until the last outcome is acknowledged."""
     runner = queue.runner()
+    countdown.start(jobs)
     async with anyio.create_task_group() as group:
         await group.start(runner.run)
+        await countdown.over.wait()
         while True:
             stats = await queue.queue_stats()
             if stats["completed"] >= jobs and not stats["active"] and not stats["waiting"]:

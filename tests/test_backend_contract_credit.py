@@ -196,6 +196,14 @@ async def test_after_a_resume_a_new_request_is_served(backend: Backend, twin: Ba
     await receiver.pull("one")
 
 
+async def test_a_resume_serves_the_credit_requested_before(backend: Backend, twin: Backend, receiver: Receiver) -> None:
+    await receiver.puller.request("one", 1, wait=PATIENCE)
+    await backend.pause("jobs", "one", backend.now() + 60)
+    await add(backend, "1.a")
+    await twin.resume("jobs", "one")
+    await receiver.take()
+
+
 async def test_a_pause_ends_by_itself(backend: Backend, receiver: Receiver) -> None:
     until_time = backend.now() + 0.4
     await backend.pause("jobs", "one", until_time)

@@ -1,0 +1,51 @@
+"""A queue's streams seen with plain nats-py: what is really stored, whatever the library says."""
+
+import json
+from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import nats
+from nats.aio.client import Client
+
+__all__ = ["Streams", "plain_client"]
+
+
+@asynccontextmanager
+async def plain_client(url: str, **options: Any) -> AsyncIterator[Client]:
+    """Yield a connected nats-py client."""
+    client = await nats.connect(url, **options)
+    try:
+        yield client
+    finally:
+        await client.close()
+
+
+class Streams:
+    """The two streams of a queue, by hand."""
+
+    def __init__(self, client: Client, queue: str = "fleet", prefix: str = "amq") -> None:
+        self._client = client
+        self.ready = f"{prefix}_{queue}"
+        self.bucket = f"KV_{prefix}_{queue}_scheduler"
+
+    async def call(self, subject: str, payload: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Call the JetStream API."""
+        reply = await self._client.request(f"$JS.API.{subject}", b"" if payload is None else json.dumps(payload).encode(), timeout=5)
+        answer: dict[str, Any] = json.loads(reply.data)
+        assert "error" not in answer, answer
+        return answer
+
+    async def count_ready(self) -> int:
+        """Return how many jobs are in the work queue, delivered or not."""
+        return int((await self.call(f"STREAM.INFO.{self.ready}"))["state"]["messages"])
+
+    async def keys(self, place: str) -> list[str]:
+        """Return the keys of the bucket below `later` or `done`, claims and markers included."""
+        info = await self.call(f"STREAM.INFO.{self.bucket}", {"subjects_filter": f"$KV.{self.bucket[3:]}.{place}.>"})
+        return [subject.split(".", 2)[2] for subject in info["state"].get("subjects") or {}]
+
+    async def count_outcomes(self) -> Counter[str]:
+        """Return how many outcomes there are of each kind."""
+        return Counter(key.rpartition(".")[2] for key in await self.keys("done"))

@@ -1,0 +1,147 @@
+"""Every way to log in, by settings and by the environment of a worker program; and a prefix keeps deployments apart."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import anyio
+import pytest
+
+from asyncmq_nats.backends.nats.backend import NATSBackend
+from asyncmq_nats.backends.nats.embedded import EmbeddedServer
+from asyncmq_nats.exceptions import ConnectionFailed
+from asyncmq_nats.queues import Queue
+from asyncmq_nats.settings import Settings
+from tests.nats.processes import Fleet, MakeServer
+
+SOON = 15.0
+
+
+async def run_a_job(server: EmbeddedServer, settings: Settings, directory: Path) -> None:
+    """Have a producer of these settings and a worker program of the same ones in its environment run a job."""
+    changed = settings.model_dump(exclude_unset=True)
+    environment = {f"ASYNCMQ_NATS_{name.upper()}": str(value) for name, value in changed.items()}
+    fleet = Fleet(server.url, directory, environment=environment)
+    try:
+        async with NATSBackend(server.url, settings=settings) as backend:
+            queue = Queue("fleet", backend)
+            with anyio.fail_after(SOON):
+                job_id = await queue.add("last", [2.0])  # longer than its lease: the connection that extends leases is logged in too
+                await fleet.start("first")
+                assert await queue.wait_for(job_id) == "first"
+        assert fleet.watched.runs("last") == ["first"]
+    finally:
+        fleet.stop()
+
+
+async def assert_refused(server: EmbeddedServer, settings: Settings) -> None:
+    backend = NATSBackend(server.url, settings=settings.model_copy(update={"connect_timeout": 0.5}))
+    with anyio.fail_after(SOON), pytest.raises(ConnectionFailed):
+        await backend.connect()
+
+
+async def test_token(make_server: MakeServer, tmp_path: Path) -> None:
+    server = make_server('authorization { token: "s3cr3t" }')
+    await assert_refused(server, Settings(token="wrong"))
+    await run_a_job(server, Settings(token="s3cr3t", stalled_after=1), tmp_path / "fleet")
+
+
+async def test_user_and_password(make_server: MakeServer, tmp_path: Path) -> None:
+    server = make_server('authorization { user: "worker", password: "s3cr3t" }')
+    await assert_refused(server, Settings(user="worker", password="wrong"))
+    await run_a_job(server, Settings(user="worker", password="s3cr3t", stalled_after=1), tmp_path / "fleet")
+
+
+async def test_user_and_password_in_the_address(make_server: MakeServer) -> None:
+    server = make_server('authorization { user: "worker", password: "s3cr3t" }')
+    async with NATSBackend(f"nats://worker:s3cr3t@127.0.0.1:{server.port}") as backend:
+        assert await Queue("fleet", backend).add("brief", [1])
+
+
+async def test_nkey(make_server: MakeServer, tmp_path: Path) -> None:
+    nkeys = pytest.importorskip("nkeys")
+    seeds = [nkeys.encode_seed(os.urandom(32), nkeys.PREFIX_BYTE_USER) for _ in range(2)]
+    files = [tmp_path / "right.nk", tmp_path / "wrong.nk"]
+    for seed, file in zip(seeds, files, strict=True):
+        file.write_bytes(bytes(seed))
+    public = nkeys.from_seed(bytearray(seeds[0])).public_key.decode()
+    server = make_server(f"authorization {{ users: [ {{ nkey: {public} }} ] }}")
+    await assert_refused(server, Settings(nkey_seed=str(files[1])))
+    await run_a_job(server, Settings(nkey_seed=str(files[0]), stalled_after=1), tmp_path / "fleet")
+
+
+# -- TLS
+
+
+@pytest.fixture
+def certificates(tmp_path: Path) -> Path:
+    """A directory with a certificate authority, and certificates for the server (127.0.0.1) and for a client signed by it."""
+    if shutil.which("openssl") is None:
+        pytest.skip("no openssl program")
+    directory = tmp_path / "certificates"
+    directory.mkdir()
+
+    def openssl(*arguments: str) -> None:
+        subprocess.run(["openssl", *arguments], cwd=directory, check=True, capture_output=True, timeout=30)
+
+    key = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes")
+    openssl("req", "-x509", *key, "-keyout", "ca.key", "-out", "ca.crt", "-days", "2", "-subj", "/CN=test authority")
+    for name, usage in (("server", "serverAuth"), ("client", "clientAuth")):
+        extensions = f"basicConstraints=CA:FALSE\nsubjectAltName=IP:127.0.0.1\nextendedKeyUsage={usage}\nauthorityKeyIdentifier=keyid\n"
+        (directory / f"{name}.ext").write_text(extensions)
+        openssl("req", "-new", *key, "-keyout", f"{name}.key", "-out", f"{name}.csr", "-subj", f"/CN={name}")
+        signing = ("-CA", "ca.crt", "-CAkey", "ca.key", "-CAcreateserial", "-days", "2", "-extfile", f"{name}.ext")
+        openssl("x509", "-req", "-in", f"{name}.csr", "-out", f"{name}.crt", *signing)
+    return directory
+
+
+def tls_config(certificates: Path, *, verify: bool) -> str:
+    names = {"cert_file": "server.crt", "key_file": "server.key", "ca_file": "ca.crt"}
+    lines = "\n".join(f'{key}: "{certificates / name}"' for key, name in names.items())
+    return f"tls {{\n{lines}\nverify: {str(verify).lower()}\n}}"
+
+
+async def test_tls(make_server: MakeServer, certificates: Path, tmp_path: Path) -> None:
+    server = make_server(tls_config(certificates, verify=False))
+    await assert_refused(server, Settings())  # an authority that this machine does not know
+    await run_a_job(server, Settings(tls_ca=str(certificates / "ca.crt"), stalled_after=1), tmp_path / "fleet")
+
+
+async def test_tls_with_a_client_certificate(make_server: MakeServer, certificates: Path, tmp_path: Path) -> None:
+    server = make_server(tls_config(certificates, verify=True))
+    authority = str(certificates / "ca.crt")
+    await assert_refused(server, Settings(tls_ca=authority))
+    settings = Settings(
+        tls_ca=authority, tls_cert=str(certificates / "client.crt"), tls_key=str(certificates / "client.key"), stalled_after=1
+    )
+    await run_a_job(server, settings, tmp_path / "fleet")
+
+
+# -- prefix
+
+
+async def test_prefix_keeps_deployments_on_one_server_apart(server: EmbeddedServer, tmp_path: Path) -> None:
+    fleets = {prefix: Fleet(server.url, tmp_path / prefix, environment={"ASYNCMQ_NATS_PREFIX": prefix}) for prefix in ("blue", "green")}
+    try:
+        async with (
+            NATSBackend(server.url, settings=Settings(prefix="blue")) as blue_backend,
+            NATSBackend(server.url, settings=Settings(prefix="green")) as green_backend,
+        ):
+            blue, green = Queue("fleet", blue_backend), Queue("fleet", green_backend)
+            with anyio.fail_after(SOON):
+                await fleets["green"].start("green")
+                in_blue = await blue.add("last", [0], job_id="same-id")
+                assert await green.get_job(in_blue) is None
+                in_green = await green.add("last", [0], job_id="same-id")
+                assert await green.wait_for(in_green) == "green"
+                assert await blue.get_job_state(in_blue) == "waiting"
+                assert (await blue.queue_stats())["completed"] == 0
+                await fleets["blue"].start("blue")
+                assert await blue.wait_for(in_blue) == "blue"
+            assert (await green.queue_stats())["completed"] == 1
+            for name in await blue_backend.list_logs(""):
+                assert name.removeprefix("KV_").startswith(("blue_", "green_")), name
+    finally:
+        for fleet in fleets.values():
+            fleet.stop()

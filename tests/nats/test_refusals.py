@@ -1,0 +1,168 @@
+"""What a server will not do: each refusal is an error that says so and what to do, and comes at once."""
+
+import time
+from pathlib import Path
+
+import anyio
+import pytest
+
+from asyncmq_nats.backends.nats import embedded
+from asyncmq_nats.backends.nats.backend import NATSBackend
+from asyncmq_nats.backends.nats.embedded import EmbeddedServer
+from asyncmq_nats.exceptions import AssetMissing, BackendError, ConnectionFailed, PermissionRefused, ServerUnsuitable
+from asyncmq_nats.queues import Queue
+from asyncmq_nats.settings import Settings
+from tests.nats.processes import MakeServer, holds
+from tests.nats.streams import Streams, plain_client
+
+SOON = 3.0
+USERS = """
+authorization {
+  users: [
+    { user: "owner", password: "secret" }
+    { user: "producer", password: "secret", permissions: { publish: "amq.fleet.ready.>", subscribe: "_INBOX.>" } }
+    { user: "reader", password: "secret", permissions: { publish: { deny: ["amq.>", "$KV.>"] } } }
+    { user: "deaf", password: "secret", permissions: { subscribe: "others.>" } }
+    { user: "guest", password: "secret", permissions: { publish: { deny: ">" }, subscribe: "_INBOX.>" } }
+  ]
+}
+"""
+NO_JETSTREAM_FOR_ACCOUNT = 'accounts { plain { users: [ { user: "owner", password: "secret" } ] } }'
+
+
+@pytest.fixture
+async def guarded(make_server: MakeServer) -> EmbeddedServer:
+    """A server with users, on which the owner has declared the queue."""
+    server = make_server(USERS)
+    async with login(server, "owner") as backend:
+        await Queue("fleet", backend).queue_stats()
+    return server
+
+
+def login(server: EmbeddedServer, user: str, *, declare: bool = True) -> NATSBackend:
+    return NATSBackend(server.url, settings=Settings(user=user, password="secret"), declare=declare)
+
+
+# -- connecting
+
+
+async def test_unreachable_server_is_an_error_with_its_address() -> None:
+    backend = NATSBackend("nats://user:hidden@127.0.0.1:1", settings=Settings(connect_timeout=0.5))
+    with anyio.fail_after(SOON), pytest.raises(ConnectionFailed, match=r"127\.0\.0\.1:1.*ASYNCMQ_NATS_SERVERS") as caught:
+        await Queue("fleet", backend).add("brief", [1])
+    assert "hidden" not in str(caught.value)
+
+
+@pytest.mark.parametrize("password", ["wrong", None])
+async def test_wrong_password_is_an_error_that_says_so(password: str | None, guarded: EmbeddedServer) -> None:
+    backend = NATSBackend(guarded.url, settings=Settings(user="owner", password=password, connect_timeout=1.0))
+    with anyio.fail_after(SOON), pytest.raises(ConnectionFailed, match=r"(?i)authorization violation"):
+        await Queue("fleet", backend).add("brief", [1])
+
+
+async def test_server_without_jetstream_is_an_error_that_says_what_to_do(server: EmbeddedServer, tmp_path: Path) -> None:
+    log = tmp_path / "plain.log"
+    command = [embedded._find_program(), "-a", "127.0.0.1", "-p", "-1", "-l", str(log)]
+    async with await anyio.open_process(command, stdout=None, stderr=None) as process:
+        try:
+            await holds(lambda: log.exists() and embedded.READY in log.read_bytes())
+            port = embedded.LISTENING.search(log.read_bytes())
+            assert port is not None
+            async with NATSBackend(f"nats://127.0.0.1:{int(port[1])}") as backend:
+                with anyio.fail_after(SOON), pytest.raises(ServerUnsuitable, match=r"JetStream.*start nats-server with -js"):
+                    await Queue("fleet", backend).add("brief", [1])
+        finally:
+            process.kill()
+
+
+async def test_account_without_jetstream_is_an_error_that_says_what_to_do(make_server: MakeServer) -> None:
+    async with login(make_server(NO_JETSTREAM_FOR_ACCOUNT), "owner") as backend:
+        with anyio.fail_after(SOON), pytest.raises(ServerUnsuitable, match="enable JetStream for this account"):
+            await Queue("fleet", backend).add("brief", [1])
+
+
+# -- permissions
+
+
+async def test_producer_that_may_only_publish_ready_jobs_adds_with_declare_false(guarded: EmbeddedServer) -> None:
+    async with login(guarded, "producer", declare=False) as producer, login(guarded, "owner") as owner:
+        with anyio.fail_after(SOON):
+            job_id = await Queue("fleet", producer).add("brief", [1])
+            assert await Queue("fleet", owner).get_job_state(job_id) == "waiting"
+
+
+async def test_producer_that_may_not_declare_is_told_of_declare_false(guarded: EmbeddedServer) -> None:
+    async with login(guarded, "producer") as backend:
+        with anyio.fail_after(SOON), pytest.raises(PermissionRefused, match=r"(?i)STREAM\.CREATE.*declare=False"):
+            await Queue("fleet", backend).add("brief", [1])
+
+
+async def test_producer_that_may_not_use_the_bucket_is_told_which_subject(guarded: EmbeddedServer) -> None:
+    async with login(guarded, "producer", declare=False) as backend:
+        with anyio.fail_after(SOON), pytest.raises(PermissionRefused, match=r"amq_fleet_scheduler\.later"):
+            await Queue("fleet", backend).add("brief", [1], delay=10)
+
+
+@pytest.mark.parametrize("user", ["guest", "reader"])
+async def test_user_that_may_not_publish_is_told_what_is_forbidden(user: str, guarded: EmbeddedServer) -> None:
+    async with login(guarded, user, declare=False) as backend:
+        queue = Queue("fleet", backend)
+        with anyio.fail_after(SOON), pytest.raises(PermissionRefused, match=r"amq\.fleet\.ready.*grant it"):
+            await queue.add("brief", [1])
+        with anyio.fail_after(SOON), pytest.raises(PermissionRefused, match=r"amq\.fleet\.ready.*grant it"):
+            await queue.add_bulk([{"task_id": "brief"}, {"task_id": "brief"}])
+
+
+async def test_user_that_may_not_receive_replies_is_told_so_when_it_connects(guarded: EmbeddedServer) -> None:
+    with anyio.fail_after(SOON), pytest.raises(PermissionRefused, match=r"receiving replies at _INBOX\..*grant it"):
+        await login(guarded, "deaf").connect()
+
+
+async def test_user_that_may_not_read_is_told_what_is_forbidden(guarded: EmbeddedServer) -> None:
+    async with login(guarded, "producer", declare=False) as backend:
+        with anyio.fail_after(SOON), pytest.raises(PermissionRefused, match=r"(?i)DIRECT\.GET"):
+            await Queue("fleet", backend).get_job("some-id")
+
+
+async def test_queue_that_was_never_declared_is_an_error_with_declare_false(server: EmbeddedServer) -> None:
+    async with NATSBackend(server.url, declare=False) as backend:
+        with anyio.fail_after(SOON), pytest.raises(AssetMissing, match=r"amq_fleet.*start a worker"):
+            await Queue("fleet", backend).add("brief", [1])
+
+
+# -- streams that are there already
+
+
+@pytest.mark.parametrize("stream", ["amq_fleet", "KV_amq_fleet_scheduler"])
+async def test_existing_stream_with_other_settings_is_used_as_it_is(
+    stream: str, queue: Queue, server: EmbeddedServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with plain_client(server.url) as client:
+        streams = Streams(client)
+        own = {"name": stream, "max_msgs_per_subject": 1, "allow_direct": True, "allow_atomic": True, "storage": "memory"}
+        if stream == "amq_fleet":
+            own |= {"subjects": ["amq.fleet.ready.*.*"], "retention": "workqueue"}
+        else:
+            own |= {
+                "subjects": ["$KV.amq_fleet_scheduler.>"],
+                "allow_rollup_hdrs": True,
+                "allow_msg_ttl": True,
+                "allow_msg_schedules": True,
+            }
+        before = (await streams.call(f"STREAM.CREATE.{stream}", own))["config"]
+        job_id = await queue.add("brief", [1])
+        after = (await streams.call(f"STREAM.INFO.{stream}"))["config"]
+    assert after == before
+    warnings = [record.getMessage() for record in caplog.records if stream in record.getMessage()]
+    assert len(warnings) == 1
+    assert "storage is 'memory', wanted 'file'" in warnings[0]
+    assert await queue.get_job_state(job_id) == "waiting"
+
+
+async def test_stream_of_that_name_with_other_subjects_is_an_error_that_says_so(queue: Queue, server: EmbeddedServer) -> None:
+    async with plain_client(server.url) as client:
+        await Streams(client).call("STREAM.CREATE.amq_fleet", {"name": "amq_fleet", "subjects": ["others.>"]})
+        started = time.monotonic()
+        with pytest.raises(BackendError, match=r"amq_fleet.*other subjects"):
+            await queue.add("brief", [1])
+    assert time.monotonic() - started < SOON

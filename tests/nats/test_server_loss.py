@@ -1,0 +1,142 @@
+"""The server dies and comes back on its store, or freezes: producers and workers go on, and what was confirmed is there."""
+
+import itertools
+import os
+import signal
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+
+import anyio
+import pytest
+from anyio import to_thread
+
+from asyncmq_nats.backends.nats.backend import NATSBackend
+from asyncmq_nats.backends.nats.embedded import EmbeddedServer
+from asyncmq_nats.exceptions import Unconfirmed
+from asyncmq_nats.queues import Queue
+from asyncmq_nats.settings import Settings
+from tests.nats.processes import Fleet, eventually, holds
+from tests.nats.streams import Streams, plain_client
+
+CRASHES = 4
+PRODUCERS = 4
+ORDERS = 500
+
+
+@pytest.fixture
+def settings() -> Settings:
+    return Settings(stalled_after=1.0, shutdown_timeout=5.0)
+
+
+async def test_killed_server_loses_nothing_and_nobody_is_restarted(fleet: Fleet, queue: Queue, server: EmbeddedServer) -> None:
+    added: list[tuple[float, str]] = []
+    done, numbers = anyio.Event(), itertools.count()
+
+    async def produce(producer: int) -> None:
+        while not done.is_set():
+            number = next(numbers)
+            job_id = f"job-{producer}-{number}" if producer == 0 else None  # one of them chooses the ids of its jobs
+            added.append((time.monotonic(), await queue.add("brief", [number, 0.01], job_id=job_id)))
+            await anyio.sleep(0.005)
+
+    async def add_many() -> None:
+        while not done.is_set():
+            ids = await queue.add_bulk([{"task_id": "unnoted"} for _ in range(20)])
+            added.extend((time.monotonic(), job_id) for job_id in ids)
+            await anyio.sleep(0.1)
+
+    workers = await fleet.start_all("first", "second", concurrency=5)
+    silences = []
+    with anyio.fail_after(55):
+        async with anyio.create_task_group() as group:
+            for producer in range(PRODUCERS):
+                group.start_soon(produce, producer)
+            group.start_soon(add_many)
+            for _ in range(CRASHES):
+                await anyio.sleep(0.5)
+                await to_thread.run_sync(server.kill)
+                started = time.monotonic()
+                await to_thread.run_sync(server.start)
+                known = len(added)
+                await holds(lambda: len(added) > known)  # noqa: B023
+                silences.append(time.monotonic() - started)
+            done.set()
+        ids = [job_id for _, job_id in added]
+        produced = time.monotonic()
+        await eventually(
+            queue.queue_stats, lambda stats: stats["completed"] + stats["failed"] >= len(ids) and not stats["active"], within=30
+        )
+        print(f"{len(ids)} jobs, done {time.monotonic() - produced:.2f} s after the last one")
+    assert len(set(ids)) == len(ids)
+    stats = await queue.queue_stats()
+    assert stats == dict.fromkeys(stats, 0) | {"completed": len(ids)}
+    assert {job["id"] for job in await queue.get_jobs("completed")} == set(ids)
+    runs = fleet.watched.count_runs()
+    print(f"silences {[round(s, 2) for s in silences]}; noted bodies {len(runs)}, ran {runs.total()} times, at most {max(runs.values())}")
+    assert not any(worker.ended for worker in workers)
+
+
+@pytest.fixture
+async def impatient_queue(server: EmbeddedServer) -> AsyncIterator[Queue]:
+    """The queue of a producer that waits 1.5 s for a confirmation, all of its assets declared, with leases that outlast that."""
+    async with NATSBackend(servers=server.url, settings=Settings(publish_timeout=1.5, stalled_after=20)) as backend:
+        queue = Queue("fleet", backend)
+        await queue.queue_stats()
+        yield queue
+
+
+@contextmanager
+def frozen(server: EmbeddedServer) -> Iterator[None]:
+    """Stop the server's process for as long as the block runs."""
+    assert server.pid is not None
+    os.kill(server.pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(server.pid, signal.SIGCONT)
+
+
+@pytest.mark.parametrize("job_id", ["order-1", None])
+async def test_add_that_cannot_be_confirmed_raises_in_time(job_id: str | None, impatient_queue: Queue, server: EmbeddedServer) -> None:
+    started = time.monotonic()
+    with frozen(server), anyio.fail_after(10), pytest.raises(Unconfirmed, match=r"not confirmed within 1\.5 s.*job_id of your own"):
+        await impatient_queue.add("brief", [1], job_id=job_id)
+    assert 1.0 < time.monotonic() - started < 5.0
+
+
+async def test_unconfirmed_adds_can_be_repeated_under_their_job_ids(fleet: Fleet, impatient_queue: Queue, server: EmbeddedServer) -> None:
+    queue, confirmed, unconfirmed = impatient_queue, set[int](), set[int]()
+    under_way, half = anyio.CapacityLimiter(50), anyio.Event()
+
+    async def add(number: int) -> None:
+        async with under_way:
+            try:
+                assert await queue.add("brief", [number], job_id=f"order-{number}") == f"order-{number}"
+                confirmed.add(number)
+            except Unconfirmed:
+                unconfirmed.add(number)
+            if len(confirmed) >= ORDERS // 2:
+                half.set()
+
+    with anyio.fail_after(30):
+        await fleet.start("first", asyncmq_nats_stalled_after=20)
+        async with anyio.create_task_group() as group:
+            for number in range(ORDERS):
+                group.start_soon(add, number)
+            await half.wait()
+            with frozen(server):  # catches some adds at each of their steps
+                await holds(lambda: len(unconfirmed) >= under_way.total_tokens // 2)
+        print(f"{len(unconfirmed)} of {ORDERS} adds were not confirmed")
+        async with anyio.create_task_group() as group:
+            for number in range(ORDERS):
+                group.start_soon(add, number)
+        assert len(confirmed) == ORDERS
+        await eventually(queue.queue_stats, lambda stats: stats["completed"] == ORDERS)
+        async with plain_client(server.url) as client:
+            streams = Streams(client)
+            await eventually(lambda: streams.keys("later"), lambda keys: keys == [])
+            assert await streams.count_ready() == 0
+    stats = await queue.queue_stats()
+    assert stats == dict.fromkeys(stats, 0) | {"completed": ORDERS}
+    assert fleet.watched.count_runs() == {str(number): 1 for number in range(ORDERS)}

@@ -1,0 +1,108 @@
+"""A worker program that is told to stop: what runs may finish, the rest goes to others at once, and nothing counts as stalled."""
+
+import signal
+from collections import Counter
+
+import anyio
+import pytest
+
+from asyncmq_nats.backends.nats.embedded import EmbeddedServer
+from asyncmq_nats.queues import Queue
+from asyncmq_nats.settings import Settings
+from tests.nats.processes import Fleet, eventually
+
+STOPPED = "has stopped"
+
+
+@pytest.fixture
+def settings() -> Settings:
+    # Longer than any test: a job that comes back earlier was handed back. One stall would end it.
+    return Settings(stalled_after=60, max_stalls=1, shutdown_timeout=10)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_signalled_worker_finishes_what_runs_and_starts_nothing(number: signal.Signals, fleet: Fleet, queue: Queue) -> None:
+    with anyio.fail_after(20):
+        worker = await fleet.start("first", concurrency=2)
+        jobs = [await queue.add("wait", [f"job-{index}", "go"]) for index in range(2)]
+        for index in range(2):
+            await fleet.watched.begun(f"job-{index}")
+        later = await queue.add("brief", [1])
+        worker.send(number)
+        await worker.logged("stopping")
+        fleet.watched.say("go")
+        assert await worker.wait() == 0
+        assert [await queue.get_job_result(job_id) for job_id in jobs] == ["first", "first"]
+        assert await queue.get_job_state(later) in ("waiting", "active")  # "active": it had been handed out, and back
+        assert fleet.watched.runs("1") == []
+        await fleet.start("second")
+        assert await queue.wait_for(later) == 1
+    assert STOPPED in worker.log
+
+
+async def test_backlog_goes_on_elsewhere_at_once(fleet: Fleet, queue: Queue) -> None:
+    count = 2000
+    ids = await queue.add_bulk([{"task_id": "brief", "args": [number, 0.002]} for number in range(count)])
+    with anyio.fail_after(30):
+        first, _ = await fleet.start_all("first", "second", concurrency=2)
+        await eventually(queue.queue_stats, lambda stats: stats["completed"] > count // 5)
+        first.send(signal.SIGTERM)
+        assert await first.wait() == 0
+        assert (await queue.queue_stats())["completed"] < count
+        await eventually(queue.queue_stats, lambda stats: stats["completed"] == count)
+    jobs = await queue.get_jobs("completed")
+    assert {job["id"] for job in jobs} == set(ids)
+    assert {job["stalls"] for job in jobs} == {0}
+    assert fleet.watched.count_runs() == {str(number): 1 for number in range(count)}
+    workers = Counter(name for number in range(count) for name in fleet.watched.runs(str(number)))
+    print(f"bodies by worker: {dict(workers)}")
+    assert set(workers) == {"first", "second"}
+
+
+@pytest.mark.parametrize("task", ["wait", "wait_in_thread"])
+async def test_interrupted_job_runs_again_at_once_and_is_not_counted_as_stalled(task: str, fleet: Fleet, queue: Queue) -> None:
+    with anyio.fail_after(20):
+        first = await fleet.start("first", asyncmq_nats_shutdown_timeout=0.2)
+        job_id = await queue.add(task, ["job", "go"])
+        await fleet.watched.begun("job")
+        second = await fleet.start("second", asyncmq_nats_shutdown_timeout=0.2)
+        first.send(signal.SIGTERM)
+        with anyio.fail_after(5):
+            await fleet.watched.begun("job", times=2)
+        second.send(signal.SIGTERM)  # and once more
+        await fleet.start("third")
+        with anyio.fail_after(5):
+            await fleet.watched.begun("job", times=3)
+        with anyio.fail_after(5):
+            assert await first.wait() == 0
+            assert await second.wait() == 0
+        fleet.watched.say("go")
+        assert await queue.wait_for(job_id) == "third"
+    job = await queue.get_job(job_id)
+    assert job is not None
+    assert (job["stalls"], job["retries"], job["errors"]) == (0, 0, [])
+    assert fleet.watched.runs("job") == ["first", "second", "third"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_second_signal_ends_the_process_at_once(number: signal.Signals, fleet: Fleet, queue: Queue) -> None:
+    with anyio.fail_after(20):
+        worker = await fleet.start("first")
+        await queue.add("wait", ["job", "never"])
+        await fleet.watched.begun("job")
+        worker.send(number)
+        await worker.logged("stopping")
+        worker.send(number)
+        with anyio.fail_after(2):
+            assert await worker.wait() == 128 + number
+    assert STOPPED not in worker.log
+
+
+async def test_worker_stops_while_the_server_is_gone(fleet: Fleet, queue: Queue, server: EmbeddedServer) -> None:
+    with anyio.fail_after(30):
+        worker = await fleet.start("first", asyncmq_nats_shutdown_timeout=0.5, asyncmq_nats_publish_timeout=1)
+        await queue.add("wait", ["job", "never"])
+        await fleet.watched.begun("job")
+        server.kill()
+        worker.send(signal.SIGTERM)
+        assert await worker.wait() == 0

@@ -1,0 +1,82 @@
+"""What the tests of queues and workers have in common: a worker that runs while a block does, and patience with a bound."""
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import anyio
+import pytest
+
+from asyncmq_nats.backends.base import Backend
+from asyncmq_nats.queues import Queue
+from asyncmq_nats.registry import TaskRegistry
+from asyncmq_nats.workers import Worker
+
+PATIENCE = 20.0
+
+
+@asynccontextmanager
+async def running(queue: Queue) -> AsyncIterator[Worker]:
+    """Run a worker of the queue while the block runs; it stops in order."""
+    worker = Worker(queue)
+    failure: BaseException | None = None
+    async with anyio.create_task_group() as group:
+        await group.start(worker.run)
+        try:
+            yield worker
+        except (Exception, pytest.fail.Exception) as error:  # told as it is, and not as a group of one
+            failure = error
+        worker.stop()
+    if failure is not None:
+        raise failure
+
+
+async def run_jobs(queue: Queue) -> None:
+    """Run the jobs of the queue until none is left to do."""
+    async with running(queue):
+        await wait_until_done(queue)
+
+
+async def wait_until_done(queue: Queue) -> None:
+    """Wait until no job is waiting, active or delayed. No event says so: it is read, twice, since a job that moves may be overlooked."""
+    empty = 0
+    with anyio.fail_after(PATIENCE):
+        while empty < 2:
+            busy = await queue.count() + await queue.get_job_count_by_types("active")
+            empty = 0 if busy else empty + 1
+            await anyio.sleep(0.005)
+
+
+async def outcome(queue: Queue, job_id: str) -> dict[str, Any]:
+    """Wait until the job has ended, however, and return it."""
+    ended = ("completed", "failed", "expired", "cancelled")
+    with anyio.fail_after(PATIENCE):
+        while True:
+            job = await queue.get_job(job_id)
+            if job is not None and job["status"] in ended:
+                return job
+            await anyio.sleep(0.01)
+
+
+def make_queue(backend: Backend, name: str = "work", *, concurrency: int = 3, **tasks: Callable[..., Any]) -> Queue:
+    """Return a queue whose workers know these tasks, each under its keyword."""
+    registry = TaskRegistry()
+    for task_id, function in tasks.items():
+        registry.register(function, queue=name, name=task_id)
+    return Queue(name, backend, concurrency=concurrency, registry=registry)
+
+
+Action = Callable[[], Awaitable[Any]]
+
+
+async def race(*actions: Action) -> list[Any]:
+    """Run the actions at the same time and return their results in order."""
+    results: dict[int, Any] = {}
+
+    async def note(index: int, action: Action) -> None:
+        results[index] = await action()
+
+    async with anyio.create_task_group() as group:
+        for index, action in enumerate(actions):
+            group.start_soon(note, index, action)
+    return [results[index] for index in range(len(actions))]

@@ -1,0 +1,342 @@
+"""Jobs for later: added, listed, removed, taken out, run by hand, and never early. On both backends."""
+
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+import anyio
+import pytest
+
+from asyncmq_nats.backends.base import Backend, Delivery, Write
+from asyncmq_nats.exceptions import InvalidJob
+from asyncmq_nats.lifecycle import Attempt, Lifecycle
+from asyncmq_nats.queues import Queue
+from asyncmq_nats.settings import Settings
+from tests.receiver import Receiver, until
+from tests.running import PATIENCE, make_queue, outcome, running, wait_until_done
+
+HOUR = 3600.0
+
+
+@pytest.fixture
+def settings() -> Settings:
+    return Settings(stalled_after=30, publish_timeout=10, shutdown_timeout=0.1)
+
+
+async def echo(value: Any = None) -> Any:
+    return value
+
+
+class Starts:
+    """A task that notes when it starts, by the server's clock."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self.times: dict[Any, float] = {}
+        self.runs = 0
+
+    async def __call__(self, name: Any = None) -> None:
+        self.times[name] = self._backend.now()
+        self.runs += 1
+
+    async def note(self, name: Any = None) -> None:
+        await self(name)
+
+
+@pytest.fixture
+def starts(backend: Backend) -> Starts:
+    return Starts(backend)
+
+
+@pytest.fixture
+def queue(backend: Backend, starts: Starts) -> Queue:
+    return make_queue(backend, echo=echo, note=starts.note)
+
+
+async def when_released(queue: Queue, job_id: str) -> None:
+    """Wait until the server has released a delayed job, which it does a little early: a worker waits for the rest of its time."""
+    key = f"$KV.amq_{queue.name}_scheduler.later.{job_id}.released"
+    await until(lambda: queue.backend.last(f"KV_amq_{queue.name}_scheduler", key), bool)
+
+
+# -- add
+
+
+async def test_a_delayed_job_is_delayed_until_its_time(queue: Queue, backend: Backend) -> None:
+    before = backend.now()
+    job_id = await queue.add("echo", [1], delay=HOUR, retries=2, priority=3, ttl=7200)
+    after = backend.now()
+    assert await queue.get_job_state(job_id) == "delayed"
+    job = await queue.get_job(job_id)
+    assert job is not None
+    assert before + HOUR <= job["delay_until"] <= after + HOUR
+    assert (job["args"], job["max_retries"], job["priority"], job["ttl"]) == ([1], 2, 3, 7200)
+    assert await queue.get_job_counts("waiting", "delayed") == {"waiting": 0, "delayed": 1, "paused": 0}
+
+
+@pytest.mark.parametrize("delay", [0, 0.0, -3, -0.5, None])
+async def test_b7_no_delay_and_a_negative_one_run_now(queue: Queue, delay: float | None) -> None:
+    job_id = await queue.add("echo", ["ran"], delay=delay)
+    assert await queue.get_job_state(job_id) == "waiting"
+    assert await queue.list_delayed() == []
+    async with running(queue):
+        assert await queue.wait_for(job_id, timeout=PATIENCE) == "ran"
+
+
+@pytest.mark.parametrize("delay", [float("nan"), float("inf"), 1e300, "soon"])
+async def test_a_delay_that_is_no_time_is_refused(queue: Queue, delay: Any) -> None:
+    with pytest.raises((InvalidJob, TypeError)):
+        await queue.add("echo", delay=delay)
+    assert await queue.count() == 0
+
+
+@pytest.mark.parametrize("delays", [[0.01, 0.05, 0.2, 0.3], [0.4, 0.5, 0.65, 0.8]])
+async def test_no_job_is_early_and_none_is_forgotten(queue: Queue, backend: Backend, starts: Starts, delays: list[float]) -> None:
+    due = {}
+    async with running(queue):
+        for delay in delays:
+            now = backend.now()
+            await queue.add("note", [delay], delay=delay)
+            due[delay] = now + delay
+        await wait_until_done(queue)
+    assert starts.times.keys() == due.keys()
+    # The clock of a server that is asked is exact to a part of a round trip.
+    assert all(starts.times[delay] >= due[delay] - 0.01 for delay in delays)
+    assert all(starts.times[delay] <= due[delay] + 2.0 for delay in delays)
+
+
+async def test_a_job_whose_time_came_without_a_worker_runs_at_once(queue: Queue) -> None:
+    job_id = await queue.add("echo", ["late"], delay=0.5)
+    await until(lambda: queue.get_job_state(job_id), lambda state: state == "waiting")
+    async with running(queue):
+        assert await queue.wait_for(job_id, timeout=PATIENCE) == "late"
+
+
+async def test_a_worker_that_stops_hands_on_what_is_not_due_yet(backend: Backend, twin: Backend) -> None:
+    starts = Starts(backend)
+    queues = [make_queue(handle, note=starts.note) for handle in (backend, twin)]
+    async with running(queues[0]):
+        due = backend.now() + 0.6
+        job_id = await queues[0].add("note", delay=0.6)
+        await when_released(queues[0], job_id)
+    async with running(queues[1]):
+        await outcome(queues[1], job_id)
+    assert starts.runs == 1
+    assert starts.times[None] >= due - 0.01
+
+
+async def test_delayed_jobs_run_by_time_and_not_by_age(queue: Queue, starts: Starts) -> None:
+    async with running(queue):
+        for name, delay in (("third", 0.9), ("first", 0.5), ("second", 0.7)):
+            await queue.add("note", [name], delay=delay)
+        await wait_until_done(queue)
+    assert sorted(starts.times, key=starts.times.__getitem__) == ["first", "second", "third"]
+
+
+async def test_a_time_to_live_counts_from_adding(queue: Queue) -> None:
+    job_id = await queue.add("echo", delay=0.5, ttl=0.1)
+    async with running(queue):
+        assert (await outcome(queue, job_id))["status"] == "expired"
+
+
+async def test_bulk_delays_many(queue: Queue, starts: Starts) -> None:
+    ids = await queue.add_bulk([{"task_id": "note", "args": [number], "delay": 0.6} for number in range(50)])
+    assert [info.job_id for info in await queue.list_delayed()] == ids
+    async with running(queue):
+        await wait_until_done(queue)
+    assert starts.runs == len(starts.times) == 50
+
+
+async def test_a_delayed_job_with_an_id_of_its_own_is_added_once(queue: Queue, starts: Starts) -> None:
+    for delay in (HOUR, 2 * HOUR, 0.5, None):
+        assert await queue.add("note", job_id="report", delay=delay) == "report"
+    [info] = await queue.list_delayed()
+    assert info.run_at < time.time() + 1.5 * HOUR
+    assert await queue.count() == 1
+
+
+# -- as dicts
+
+
+async def test_a_payload_is_enqueued_for_a_time(queue: Queue, backend: Backend) -> None:
+    payload, run_at = {"task_id": "echo", "args": ["p"], "id": "mine"}, backend.now() + HOUR
+    assert await queue.enqueue_delayed(payload, run_at) == "mine"
+    assert payload == {"task_id": "echo", "args": ["p"], "id": "mine"}
+    [info] = await queue.list_delayed()
+    assert (info.job_id, info.payload["args"], info.payload["task"]) == ("mine", ["p"], "echo")
+    assert info.run_at == pytest.approx(run_at)
+
+
+async def test_a_payload_whose_time_is_past_runs(queue: Queue, backend: Backend) -> None:
+    job_id = await queue.enqueue_delayed({"task_id": "echo", "args": ["p"]}, backend.now() - 5)
+    async with running(queue):
+        assert await queue.wait_for(job_id, timeout=PATIENCE) == "p"
+
+
+async def test_delay_is_either_of_the_two(queue: Queue, backend: Backend) -> None:
+    now = await queue.delay({"task_id": "echo"})
+    later = await queue.delay({"task_id": "echo"}, backend.now() + HOUR)
+    assert (await queue.get_job_state(now), await queue.get_job_state(later)) == ("waiting", "delayed")
+
+
+async def test_a_listed_payload_can_be_enqueued_again(queue: Queue) -> None:
+    job_id = await queue.add("echo", ["again"], delay=HOUR)
+    [info] = await queue.list_delayed()
+    assert await queue.remove_delayed(job_id)
+    assert await queue.enqueue(info.payload | {"delay_until": None}) == job_id
+    async with running(queue):
+        assert await queue.wait_for(job_id, timeout=PATIENCE) == "again"
+
+
+# -- look and remove
+
+
+async def test_delayed_jobs_are_listed(queue: Queue, backend: Backend) -> None:
+    assert await queue.list_delayed() == []
+    before = backend.now()
+    ids = [await queue.add("echo", [number], delay=HOUR * (number + 1)) for number in range(5)]
+    await queue.add("echo")
+    listed = await queue.list_delayed()
+    assert [info.job_id for info in listed] == ids
+    assert [info.run_at for info in listed] == [pytest.approx(before + HOUR * (number + 1), abs=5) for number in range(5)]
+    assert [info.payload["args"] for info in listed] == [[number] for number in range(5)]
+    assert all(info.payload["status"] == "delayed" for info in listed)
+    assert [[info.job_id for info in await queue.list_delayed(limit=limit)] for limit in (0, 2, 99)] == [[], ids[:2], ids]
+
+
+async def test_a_job_that_waits_for_its_retry_is_listed(queue: Queue) -> None:
+    job_id = await queue.add("unknown", retries=1, backoff=HOUR)
+    async with running(queue):
+        await until(lambda: queue.get_job_state(job_id), lambda state: state == "delayed")
+    [info] = await queue.list_delayed()
+    assert info.payload["errors"][0]["error"].startswith("TaskNotFound")
+
+
+async def test_a_delayed_job_is_removed_once_and_never_runs(queue: Queue, starts: Starts) -> None:
+    removed = await queue.add("note", ["removed"], delay=0.6)
+    await queue.add("note", ["kept"], delay=0.7)
+    assert await queue.remove_delayed(removed)
+    assert not await queue.remove_delayed(removed)
+    assert await queue.get_job(removed) is None
+    async with running(queue):
+        await wait_until_done(queue)
+    assert starts.times.keys() == {"kept"}
+
+
+async def test_only_a_delayed_job_is_removed(queue: Queue) -> None:
+    waiting = await queue.add("echo")
+    assert not await queue.remove_delayed(waiting)
+    assert not await queue.remove_delayed("missing")
+    assert await queue.get_job_state(waiting) == "waiting"
+
+
+# -- those that are due
+
+
+async def test_due_jobs_are_taken_out(queue: Queue, backend: Backend, starts: Starts) -> None:
+    due = await queue.add("note", ["due"], delay=0.2)
+    longer = await queue.add("note", ["due, too"], delay=0.5)
+    await queue.add("note", ["later"], delay=HOUR)
+    assert await queue.get_due_delayed() == []
+    taken: list[dict[str, Any]] = []
+
+    async def take() -> int:
+        taken.extend(await queue.get_due_delayed())
+        return len(taken)
+
+    await until(take, lambda count: count == 2)
+    assert [job["id"] for job in taken] == [due, longer]
+    assert taken[0]["args"] == ["due"]
+    assert all(job["delay_until"] <= backend.now() for job in taken)
+    assert await queue.get_due_delayed() == []
+    assert await queue.get_job(due) is None
+    async with running(queue):
+        marker = await queue.add("echo", ["on"])
+        assert await queue.wait_for(marker, timeout=PATIENCE) == "on"
+    assert starts.runs == 0
+
+
+async def test_a_job_without_a_time_is_never_due(queue: Queue) -> None:
+    await queue.add("echo", job_id="mine")  # is released, too, until a worker makes it ready
+    assert await queue.get_due_delayed() == []
+
+
+# -- in its last moments a job is in the hands of a worker already, and yet delayed
+
+
+@pytest.fixture(params=[0.3, 0.7])
+async def nearly_due(request: pytest.FixtureRequest, queue: Queue) -> AsyncIterator[str]:
+    """A job that a worker has in hand, and whose time is still to come."""
+    async with running(queue):
+        job_id = await queue.add("note", delay=request.param)
+        await when_released(queue, job_id)
+        yield job_id
+        await queue.wait_for(await queue.add("echo", delay=request.param), timeout=PATIENCE)
+
+
+async def test_a_job_that_is_nearly_due_is_delayed(queue: Queue, nearly_due: str) -> None:
+    states = [await queue.get_job_state(nearly_due), *(job["id"] for job in await queue.list_jobs("waiting"))]
+    listed, counts = await queue.list_delayed(), await queue.queue_stats()
+    if await queue.get_job_state(nearly_due) == "delayed":  # else this machine was too slow to ask in time
+        assert states == ["delayed"]
+        assert [info.job_id for info in listed] == [nearly_due]
+        assert (counts["delayed"], counts["waiting"]) == (1, 0)
+
+
+async def test_a_job_that_is_nearly_due_can_be_removed(queue: Queue, starts: Starts, nearly_due: str) -> None:
+    removed = await queue.remove_delayed(nearly_due)
+    await queue.wait_for(await queue.add("echo", delay=0.8), timeout=PATIENCE)
+    assert starts.runs == (0 if removed else 1)
+
+
+async def test_a_job_that_is_nearly_due_can_be_cancelled(queue: Queue, starts: Starts, nearly_due: str) -> None:
+    state = await queue.get_job_state(nearly_due)
+    assert await queue.cancel_job(nearly_due) or state != "delayed"
+    await queue.wait_for(await queue.add("echo", delay=0.8), timeout=PATIENCE)
+    assert starts.runs == 0 or state != "delayed"
+
+
+async def test_a_job_that_is_nearly_due_can_be_run_now(queue: Queue, starts: Starts, nearly_due: str) -> None:
+    await queue.retry_job(nearly_due)
+    assert (await outcome(queue, nearly_due))["status"] == "completed"
+    await queue.wait_for(await queue.add("echo", delay=0.8), timeout=PATIENCE)
+    assert starts.runs == 1
+
+
+# -- run now
+
+
+async def test_a_delayed_job_is_run_now_by_hand(queue: Queue, starts: Starts) -> None:
+    job_id = await queue.add("note", ["now"], delay=HOUR)
+    async with running(queue):
+        assert await queue.retry_job(job_id)
+        assert (await outcome(queue, job_id))["status"] == "completed"
+    assert starts.runs == 1
+    assert await queue.list_delayed() == []
+
+
+# -- what is still where it comes from when its time comes
+
+
+async def hold(queue: Queue) -> tuple[Lifecycle, Attempt, Delivery]:
+    """Take the next job as a worker does whose acknowledgement will be slow."""
+    receiver = Receiver(queue.backend, f"amq_{queue.name}")
+    [delivery] = await receiver.pull("tier_5")
+    lifecycle = Lifecycle(queue.backend, queue._subjects, queue._assets, "slow")
+    attempt = await lifecycle.begin(delivery)
+    assert isinstance(attempt, Attempt)
+    return lifecycle, attempt, delivery
+
+
+async def test_a_slow_acknowledgement_does_not_lose_a_job_that_was_put_off(queue: Queue, backend: Backend) -> None:
+    """A foreign producer's job whose time is near, and comes before its ready message is gone."""
+    await queue.queue_stats()
+    body = f'{{"task": "echo", "args": ["here"], "delay_until": {backend.now() + 0.2}}}'.encode()
+    await backend.write("amq_work", Write("amq.work.ready.5.foreign", body))
+    lifecycle, attempt, delivery = await hold(queue)
+    await lifecycle.postpone(attempt, lambda *_: None)
+    async with running(queue):
+        with anyio.move_on_after(0.6):
+            await until(lambda: backend.last("KV_amq_work_scheduler", "$KV.amq_work_scheduler.later.foreign.>"), lambda found: not found)
+        delivery.ack()
+        assert await queue.wait_for("foreign", timeout=PATIENCE) == "here"

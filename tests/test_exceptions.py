@@ -1,0 +1,98 @@
+"""Every error belongs to one tree, is the builtin it resembles, and says what to do."""
+
+import inspect
+import re
+
+import pytest
+
+from asyncmq_nats import exceptions
+from asyncmq_nats.exceptions import (
+    AssetMissing,
+    AsyncMQError,
+    BackendError,
+    BulkAddFailed,
+    ConnectionFailed,
+    Fail,
+    InvalidJob,
+    InvalidJobId,
+    InvalidQueueName,
+    JobFailed,
+    JobNotFound,
+    NotSerializable,
+    PayloadTooLarge,
+    PermissionRefused,
+    Retry,
+    ServerBinaryMissing,
+    ServerUnsuitable,
+    TaskNotFound,
+    TaskTimeout,
+    TooManyPriorities,
+    Unconfirmed,
+    WriteRefused,
+)
+
+EVERY = {name: value for name, value in vars(exceptions).items() if inspect.isclass(value) and issubclass(value, AsyncMQError)}
+DRAWN = re.compile(r"^ {4}([│├└─ ]+)(\w+)(?: +\((\w+)\))?", re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("error", "builtin", "told"),
+    [
+        (InvalidQueueName("a.b"), ValueError, ["'a.b'", "A-Z"]),
+        (InvalidJobId("7", "it has digits only"), ValueError, ["'7'", "digits"]),
+        (InvalidJob("no task"), ValueError, ["no task", "docs/protocol.md"]),
+        (NotSerializable("argument 0", "it is a socket"), TypeError, ["argument 0", "socket", "plain data"]),
+        (PayloadTooLarge("job 'a'", 2_000_000, 1_000_000), ValueError, ["job 'a'", "2,000,000", "1,000,000", "max_payload"]),
+        (TooManyPriorities("work", 256), ValueError, ["'work'", "256"]),
+        (TaskNotFound("mail.send", ["b", "a"]), LookupError, ["'mail.send'", "a, b", "import"]),
+        (JobNotFound("work", "a"), LookupError, ["'work'", "'a'"]),
+        (JobFailed("a", "failed", "ValueError: no"), AsyncMQError, ["'a'", "failed", "ValueError: no"]),
+        (JobFailed("a", "expired", None), AsyncMQError, ["'a'", "expired"]),
+        (BulkAddFailed({0: "a"}, {1: ValueError("full")}), AsyncMQError, ["1 jobs were added", "1 were not", "full"]),
+        (WriteRefused("log", "wrong sequence"), BackendError, ["'log'", "wrong sequence"]),
+        (Unconfirmed("the write", 2.5), TimeoutError, ["2.5 s", "job_id"]),
+        (ConnectionFailed("nats://a", "refused"), ConnectionError, ["nats://a", "refused", "ASYNCMQ_NATS_SERVERS"]),
+        (ServerUnsuitable("nats-server 2.9 is too old", "install 2.12"), BackendError, ["2.9", "install 2.12"]),
+        (PermissionRefused("publishing", "denied"), PermissionError, ["publishing", "denied", "declare=False"]),
+        (AssetMissing("stream x"), LookupError, ["stream x", "declare"]),
+        (ServerBinaryMissing(), RuntimeError, ["asyncmq-nats[embedded]"]),
+        (Retry("busy", delay=2), AsyncMQError, ["busy"]),
+        (Fail("hopeless"), AsyncMQError, ["hopeless"]),
+        (TaskTimeout("mail.send", 2.5, in_thread=False), TimeoutError, ["'mail.send'", "2.5 s"]),
+    ],
+)
+def test_a_message_has_the_values_and_says_what_to_do(error: AsyncMQError, builtin: type, told: list[str]) -> None:
+    assert isinstance(error, AsyncMQError)
+    assert isinstance(error, builtin)
+    assert [word for word in told if word not in str(error)] == []
+
+
+def test_the_drawn_tree_is_the_real_one() -> None:
+    bases: dict[str, set[str]] = {}
+    parents = ["AsyncMQError"]
+    for branch, name, builtin in DRAWN.findall(exceptions.__doc__ or ""):
+        depth = len(branch) // 4
+        parents[depth:] = [name]
+        bases[name] = {parents[depth - 1]} | ({builtin} if builtin else set())
+    assert bases == {name: {base.__name__ for base in error.__bases__} for name, error in EVERY.items() if name != "AsyncMQError"}
+
+
+def test_every_error_is_exported() -> None:
+    assert sorted(EVERY) == sorted(exceptions.__all__)
+
+
+@pytest.mark.parametrize("name", sorted(set(EVERY) - {"AsyncMQError", "BackendError"}))
+def test_every_error_says_when_it_is_raised(name: str) -> None:
+    assert EVERY[name].__doc__
+
+
+def test_what_went_wrong_can_be_read_by_a_program() -> None:
+    failed = JobFailed("a", "failed", "ValueError: no")
+    assert (failed.job_id, failed.state, failed.error) == ("a", "failed", "ValueError: no")
+    bulk = BulkAddFailed({0: "a"}, {1: failed})
+    assert (bulk.added, bulk.errors) == ({0: "a"}, {1: failed})
+    large = PayloadTooLarge("job 'a'", 2, 1)
+    assert (large.size, large.limit) == (2, 1)
+    missing = JobNotFound("work", "a")
+    assert (missing.queue, missing.job_id) == ("work", "a")
+    assert NotSerializable("argument 0", "no").what == "argument 0"

@@ -1,0 +1,85 @@
+"""Settings come from the environment and are checked when read."""
+
+import pytest
+from pydantic import ValidationError
+
+from asyncmq_nats.backends.inmemory import InMemoryBackend
+from asyncmq_nats.queues import Queue
+from asyncmq_nats.settings import Settings
+from asyncmq_nats.settings import settings as environment
+
+
+@pytest.fixture(autouse=True)
+def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in Settings.model_fields:
+        monkeypatch.delenv(f"ASYNCMQ_NATS_{name.upper()}", raising=False)
+
+
+def test_the_defaults() -> None:
+    settings = Settings()
+    assert settings.servers == ("nats://127.0.0.1:4222",)
+    assert (settings.prefix, settings.replicas, settings.storage) == ("amq", 1, "file")
+    assert (settings.stalled_after, settings.shutdown_timeout) == (30.0, 30.0)
+    assert settings.completed_ttl == 86_400
+    assert settings.failed_ttl == 30 * 86_400
+    assert settings.scan_interval == 1.0
+    assert settings.tasks == ()
+
+
+def test_the_environment_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ASYNCMQ_NATS_SERVERS", "nats://a:4222, tls://b:4222,")
+    monkeypatch.setenv("ASYNCMQ_NATS_TASKS", "shop.tasks,mail.tasks")
+    monkeypatch.setenv("ASYNCMQ_NATS_STALLED_AFTER", "5")
+    monkeypatch.setenv("ASYNCMQ_NATS_REPLICAS", "3")
+    monkeypatch.setenv("ASYNCMQ_NATS_PREFIX", "shop")
+    settings = Settings()
+    assert settings.servers == ("nats://a:4222", "tls://b:4222")
+    assert settings.tasks == ("shop.tasks", "mail.tasks")
+    assert (settings.stalled_after, settings.replicas, settings.prefix) == (5.0, 3, "shop")
+
+
+def test_an_argument_wins_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ASYNCMQ_NATS_SERVERS", "nats://a:4222")
+    assert Settings(servers=("nats://b:4222",)).servers == ("nats://b:4222",)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("prefix", "a.b"),
+        ("prefix", ""),
+        ("prefix", "a b"),
+        ("prefix", "x" * 33),
+        ("replicas", 0),
+        ("replicas", 6),
+        ("storage", "disk"),
+        ("stalled_after", 0),
+        ("publish_timeout", 0),
+        ("publish_timeout", 121),
+        ("max_stalls", 0),
+        ("shutdown_timeout", -1),
+        ("completed_ttl", 0),
+        ("failed_ttl", 0.5),
+        ("connect_timeout", "soon"),
+    ],
+)
+def test_a_value_that_cannot_work_is_refused_by_name(name: str, value: object) -> None:
+    with pytest.raises(ValidationError, match=name):
+        Settings.model_validate({name: value})
+
+
+def test_outcomes_may_be_kept_for_ever() -> None:
+    settings = Settings(completed_ttl=None, failed_ttl=None)
+    assert (settings.completed_ttl, settings.failed_ttl) == (None, None)
+
+
+def test_settings_do_not_change() -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        Settings().prefix = "other"  # type: ignore[misc]
+
+
+def test_a_backend_takes_those_of_the_environment_unless_given_others() -> None:
+    assert InMemoryBackend().settings is environment
+    mine = Settings(scan_interval=9.0)
+    assert InMemoryBackend(settings=mine).settings is mine
+    assert Queue("work", InMemoryBackend(settings=mine)).scan_interval == 9.0
