@@ -84,13 +84,15 @@ class Additions:
             await self._assets.declare_tier(priority)
         inside = {job.job_id for job in jobs}
         await self._refuse_existing([job for job in jobs if job.custom_id])
-        for _ in range(20):
+        for more in reversed(range(20)):
             writes = [write for job in jobs for write in await self.linked_writes(job, inside)]
             try:
                 for start in range(0, len(writes), BATCH):
                     await self._write_again_when_missing(writes[start : start + BATCH], priorities)
             except WriteRefused:  # a parent outside has ended meanwhile, or a job with one of the ids is there
                 await self._refuse_existing(jobs)
+                if not more:
+                    raise
                 continue
             for write in writes:
                 if self._subjects.outcome_state(write.subject):  # failed at once, with a parent: those who wait for it must know

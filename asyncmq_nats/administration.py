@@ -1,6 +1,7 @@
 """Transitions that a person or a program asks for, rather than a worker: retry, remove."""
 
 from collections.abc import Sequence
+from math import inf
 from typing import Final
 
 from asyncmq_nats.assets import QueueAssets
@@ -14,7 +15,7 @@ from asyncmq_nats.subjects import QueueSubjects, decode_token, encode_token, tie
 
 __all__ = ["Administration"]
 
-PLACES_OF: Final = {State.DELAYED: (Place.DELAYED,), State.WAITING_CHILDREN: (Place.PARKED,)}
+PLACES_OF: Final = {State.WAITING: (Place.RELEASED,), State.DELAYED: (Place.DELAYED,), State.WAITING_CHILDREN: (Place.PARKED,)}
 
 
 class Administration:
@@ -87,7 +88,7 @@ class Administration:
         are in the same tier.
         """
         if state in (State.WAITING, State.ACTIVE):
-            return len(await self._drain_tiers(older_than)) if state is State.WAITING else 0
+            return len(await self.clean_jobs(state, inf if older_than is None else older_than, 0))
         filters = [self._subjects.outcomes(state)] if state in OUTCOMES else [self._subjects.place(p) for p in PLACES_OF[state]]
         return sum([await self._purge(filter, older_than) for filter in filters])
 
@@ -97,17 +98,19 @@ class Administration:
             before = await self._backend.first_since(self._subjects.bucket_log, filter, older_than)
         return await self._backend.purge(self._subjects.bucket_log, filter, before=before)
 
-    async def _drain_tiers(self, older_than: float | None = None) -> list[str]:
-        """Remove the jobs that wait to be run and that no worker has; return their ids."""
-        log, removed = self._subjects.ready_log, []
+    async def _drain_tiers(self, older_than: float = inf, limit: int = 0) -> list[str]:
+        """Remove the jobs that wait to be run and that no worker has, at most `limit` (0: all); return their ids."""
+        log = self._subjects.ready_log
+        removed: list[str] = []
         for priority in await self._assets.list_tiers():
             tier = await self._backend.look_up(log, tier_name(priority))
             start = 1 if tier is None else tier.delivered_sequence + 1
             while page := await self._backend.page(log, self._subjects.tier(priority), from_sequence=start, limit=500):
-                old = [record for record in page if older_than is None or record.time < older_than]
-                removed += [
-                    decode_token(self._subjects.split_ready(r.subject)[1]) for r in old if await self._backend.delete(log, r.sequence)
-                ]
+                for record in page:
+                    if limit and len(removed) == limit:
+                        return removed
+                    if record.time < older_than and await self._backend.delete(log, record.sequence):
+                        removed.append(decode_token(self._subjects.split_ready(record.subject)[1]))
                 start = page[-1].sequence + 1
         return removed
 
@@ -131,9 +134,7 @@ class Administration:
     async def clean_jobs(self, state: State, older_than: float, limit: int) -> list[str]:
         """Remove up to `limit` (0: any number of) jobs that came to a state before a time, the oldest first; return their ids."""
         filters = [self._subjects.outcomes(state)] if state in OUTCOMES else [self._subjects.place(p) for p in PLACES_OF.get(state, ())]
-        if state is State.WAITING:
-            return await self._drain_tiers(older_than)
-        ids: list[str] = []
+        ids = await self._drain_tiers(older_than, limit) if state is State.WAITING else []
         for filter in filters:
             start = 1
             while page := await self._backend.page(self._subjects.bucket_log, filter, from_sequence=start, limit=1000):

@@ -6,7 +6,7 @@ its owner has ended, which is looked up when someone asks.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Final
 
 from asyncmq_nats.additions import Additions
 from asyncmq_nats.backends.base import Backend, Expect, Record, Write
@@ -17,6 +17,9 @@ from asyncmq_nats.states import Place
 from asyncmq_nats.subjects import QueueSubjects, encode_token
 
 __all__ = ["Deduplicator", "Window", "parse_window"]
+
+LONGEST: Final = 10 * 365 * 86_400
+"""The longest window, in seconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +37,7 @@ def parse_window(window: Mapping[str, Any]) -> Window:
 
     Raises:
         TypeError: it is no mapping, or `ttl` is no number.
-        ValueError: the id is empty, or `ttl` is 0 or less, or a key is unknown.
+        ValueError: the id is empty, or `ttl` is 0 or less or longer than ten years, or a key is unknown.
     """
     if not isinstance(window, Mapping):
         raise TypeError(f"deduplication must be a mapping with an 'id', not {type(window).__name__}")
@@ -46,8 +49,8 @@ def parse_window(window: Mapping[str, Any]) -> Window:
         raise ValueError(f"deduplication needs an 'id', a text that is not empty, not {key!r}")
     if ttl is not None and (isinstance(ttl, bool) or not isinstance(ttl, int | float)):
         raise TypeError(f"deduplication ttl must be a number of seconds, not {type(ttl).__name__}")
-    if ttl is not None and ttl <= 0:
-        raise ValueError(f"deduplication ttl must be above 0, not {ttl}")
+    if ttl is not None and not 0 < ttl <= LONGEST:  # not so for NaN, either
+        raise ValueError(f"deduplication ttl must be above 0 and at most {LONGEST:.0f} s, not {ttl}")
     return Window(key, None if ttl is None else float(ttl), bool(window.get("extend")), bool(window.get("replace")))
 
 

@@ -29,6 +29,7 @@ A message is built from values in `__init__` and says what to do.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 __all__ = [
     "AssetMissing",
@@ -59,7 +60,18 @@ __all__ = [
 
 
 class AsyncMQError(Exception):
-    """Base of every error of this library."""
+    """Base of every error of this library. Can be pickled, as an error of a task in a process must."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The default would call `__init__`, which takes values, with the finished message.
+        return _restore, (type(self), self.args, vars(self))
+
+
+def _restore(kind: type[AsyncMQError], args: tuple[Any, ...], state: dict[str, Any]) -> AsyncMQError:
+    error = kind.__new__(kind)
+    error.args = args
+    error.__dict__.update(state)
+    return error
 
 
 class InvalidQueueName(AsyncMQError, ValueError):

@@ -27,7 +27,8 @@ class FlowProducer:
         """Add jobs whose `depends_on` name each other, or jobs that are in the queue, and return their ids in the order given.
 
         Up to 1,000 writes (a job is one, and so is each dependency on a job outside the flow) are all or nothing. A larger flow is added in
-        such parts, those that wait before those they wait for: should the producer die half way, nothing of it runs.
+        such parts, each job after those that wait for it: should the producer die between two parts, the jobs of the later ones are
+        missing, and those that wait for them wait for ever.
 
         Raises:
             InvalidFlow: two jobs have one id, or they depend on each other in a circle.

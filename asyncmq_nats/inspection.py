@@ -16,6 +16,7 @@ from asyncmq_nats.subjects import QueueSubjects, counter_name, decode_token, enc
 __all__ = ["DelayedInfo", "Inspection"]
 
 PAGE: Final = 500
+MANY: Final = 5_000
 NOTHING: Final = ConsumerState(0, 0, 0)
 PLACE_STATES: Final = {Place.DELAYED: State.DELAYED, Place.PARKED: State.WAITING_CHILDREN}
 """What a released job is its time decides: it is released a little early, see `LEAD`."""
@@ -43,7 +44,7 @@ class Inspection:
     async def count_by_state(self) -> dict[State, int]:
         """Return how many jobs are in each state.
 
-        A job that moves is counted at both ends for the milliseconds in which it is at both.
+        The states are counted one after the other: a job that moves meanwhile may be counted twice or not at all.
         """
         await self._assets.declare_all()
         counts: dict[State, int] = dict.fromkeys(State, 0)
@@ -60,21 +61,22 @@ class Inspection:
         async with anyio.create_task_group() as group:
             for priority in await self._assets.list_tiers():
                 group.start_soon(count_tier, priority)
-            group.start_soon(self._count_released, counts)
+            group.start_soon(count_records, f"later_{Place.RELEASED}", State.WAITING)
             for place, state in PLACE_STATES.items():
                 group.start_soon(count_records, f"later_{place}", state)
             for outcome in OUTCOMES:
                 group.start_soon(count_records, f"done_{outcome}", outcome)
+        if counts[State.WAITING] and sum(counts.values()) < MANY:
+            await self._count_early(counts)
         return counts
 
-    async def _count_released(self, counts: dict[State, int]) -> None:
-        """Count the released jobs. There are few at a time; of more than a page, the rest counts as waiting."""
-        log, released = self._subjects.bucket_log, self._subjects.place(Place.RELEASED)
-        pending = (await self._consumer(log, counter_name(f"later_{Place.RELEASED}"))).pending
-        page = await self._backend.page(log, released, limit=PAGE) if pending else []
+    async def _count_early(self, counts: dict[State, int]) -> None:
+        """Count those as delayed that were released early. For the server this is a search: where there are many jobs, they are waiting."""
+        page = await self._backend.page(self._subjects.bucket_log, self._subjects.place(Place.RELEASED), limit=PAGE)
         early = sum(job.status is State.DELAYED for record in page if (job := self._job_of(record)) is not None)
-        counts[State.DELAYED] += min(early, pending)
-        counts[State.WAITING] += max(pending - early, 0)
+        early = min(early, counts[State.WAITING])
+        counts[State.WAITING] -= early
+        counts[State.DELAYED] += early
 
     async def _consumer(self, log: str, name: str) -> ConsumerState:
         state = await self._backend.look_up(log, name)

@@ -66,9 +66,9 @@ class Tier:
     pending: int = 0
     heard: float = 0.0
 
-    def known_pending(self, now: float) -> int:
-        """Return the number if it is fresh. Credit that brought nothing for a while says that others have taken what was there."""
-        return self.pending if now - self.heard < FRESH else 0
+    def known_pending(self, now: float, outstanding: int) -> int:
+        """Return the number, unless credit has brought nothing for a while: then others have taken what was there."""
+        return self.pending if not outstanding or now - self.heard < FRESH else 0
 
 
 class Intake:
@@ -174,12 +174,12 @@ class Intake:
 
     @property
     def _better_is_coming(self) -> bool:
-        """Whether jobs of a higher tier than those in hand are on their way: they wait at the server, and it holds our credit for them."""
+        """Whether jobs of a higher tier than those in hand are known to wait at the server: they are asked for, and come first."""
         if len(self._tiers) == 1:
             return False
         best, now = self._held.heap[0][0], time.monotonic()
         return any(
-            priority < best and tier.known_pending(now) and self._puller.outstanding(tier_name(priority))
+            priority < best and tier.known_pending(now, self._puller.outstanding(tier_name(priority)))
             for priority, tier in self._tiers.items()
         )
 
@@ -214,6 +214,8 @@ class Intake:
 
     def _on_tier(self, signal: Signal) -> None:
         if signal.body.removeprefix(b"-").isdigit():
+            # Known at once, with a job on its way: nothing of a lower tier must start before it.
+            self._tiers.setdefault(int(signal.body), Tier(1, time.monotonic()))
             self._group.start_soon(self._add_tier, int(signal.body))
 
     async def _add_tier(self, priority: int) -> None:
@@ -221,8 +223,7 @@ class Intake:
             await self._assets.declare_tier(priority)
         except AsyncMQError as error:
             logger.warning("queue %s: no tier for priority %d: %s", self._subjects.queue, priority, error)
-            return
-        self._tiers.setdefault(priority, Tier())
+            self._tiers.pop(priority, None)
         self._refill.set()
 
     async def _look_for_tiers(self) -> None:
@@ -267,18 +268,23 @@ class Intake:
 
     async def _ask(self, capacity: int) -> None:
         """Ask for jobs, up to `capacity` with those that run and those in hand."""
-        wanted = capacity - self.busy - len(self._held.heap)
-        if wanted <= 0 or self.unsettled > UNSETTLED_PER_SLOT * self._concurrency + UNSETTLED:
+        room = capacity - self.busy
+        if room <= 0 or self.unsettled > UNSETTLED_PER_SLOT * self._concurrency + UNSETTLED:
             return
         now = time.monotonic()
-        tiers = [TierView(p, self._puller.outstanding(tier_name(p)), self._tiers[p].known_pending(now)) for p in sorted(self._tiers)]
-        for priority, count in tiers_to_ask(tiers, wanted, capacity):
+        tiers = [self._view(priority, now) for priority in sorted(self._tiers)]
+        for priority, count in tiers_to_ask(tiers, room, capacity):
             tier = self._tiers[priority]
             if not self._puller.outstanding(tier_name(priority)):
                 tier.heard = now
             if tier.pending and not self._asked_at:
                 self._asked_at = now
             await self._puller.request(tier_name(priority), count, wait=PULL if self._limiter is None else LEASE / 2)
+
+    def _view(self, priority: int, now: float) -> TierView:
+        outstanding = self._puller.outstanding(tier_name(priority))
+        held = len(self._held.heap) if len(self._tiers) == 1 else sum(entry[0] <= priority for entry in self._held.heap)
+        return TierView(priority, outstanding, self._tiers[priority].known_pending(now, outstanding), held)
 
     def _on_lapse(self, _: str) -> None:
         self._asked_at = 0.0

@@ -32,7 +32,7 @@ HANDS: Final = 64
 """Promotions under way at a time."""
 HELD_TOO_LONG: Final = 2.0
 LONGEST_WAIT: Final = 0.7
-"""No fresh delivery waits longer than this: timers are set 0.3 s early, and a tick without a timer is due within 0.6 s."""
+"""No fresh delivery waits longer than this: timers are set up to 0.4 s early, and a tick without a timer is due within 0.6 s."""
 
 
 class Promoter:

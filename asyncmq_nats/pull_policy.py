@@ -17,11 +17,15 @@ SMOOTHING: Final = 0.2
 
 @dataclass(frozen=True, slots=True)
 class TierView:
-    """What the worker knows of a tier: credit the server holds for it, and how many jobs wait behind its last delivery."""
+    """What the worker knows of a tier: credit the server holds for it, jobs that wait behind its last delivery, and jobs in hand.
+
+    `held`: those of this tier and of higher ones; jobs of lower tiers in hand do not keep it from being asked.
+    """
 
     priority: int
     outstanding: int
     pending: int
+    held: int = 0
 
 
 @dataclass(slots=True)
@@ -57,13 +61,13 @@ def prefetch_target(concurrency: int, pace: Pace) -> int:
 def tiers_to_ask(tiers: Sequence[TierView], wanted: int, capacity: int) -> list[tuple[int, int]]:
     """Return (priority, count) for each pull to send. `tiers` in the order in which they run.
 
-    `wanted`: jobs the worker could take in now. `capacity`: jobs it could take in when empty; small refills are put off until a third of
-    it is wanted, to save round trips. Every tier gets credit down to the first that is known to have jobs waiting: what is below it must
-    not come.
+    `wanted`: jobs the worker could take in now if it held none. `capacity`: likewise if it ran none either; small refills are put off
+    until a third of it is wanted, to save round trips. Every tier gets credit down to the first that is known to have jobs waiting: what
+    is below it must not come.
     """
     pulls: list[tuple[int, int]] = []
     for tier in tiers:
-        missing = wanted - tier.outstanding
+        missing = wanted - tier.held - tier.outstanding
         if missing > 0 and (missing >= max(1, capacity // 3) or tier.outstanding == 0):
             pulls.append((tier.priority, missing))
         if tier.pending > 0:

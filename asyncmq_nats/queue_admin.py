@@ -56,6 +56,7 @@ class QueueAdmin(QueueBase):
             raise RuntimeError(f"queue {self.name!r} has {counts[State.ACTIVE]} active jobs: wait for them, or pass force=True")
         ids = [job.job_id for state in State async for job in self._inspection.read(state)]
         await self._administration.obliterate()
+        await self._controls.resume()
         return ids
 
     async def get_deduplication_job_id(self, deduplication_id: str) -> str | None:

@@ -60,7 +60,7 @@ class QueueSubjects:
     """
 
     def __init__(self, prefix: str, queue: str) -> None:
-        if QUEUE_NAME.fullmatch(str(queue)) is None:
+        if QUEUE_NAME.fullmatch(queue) is None:
             raise InvalidQueueName(queue)
         self.queue = queue
         self.ready_log = f"{prefix}_{queue}"

@@ -44,6 +44,7 @@ def server(tmp_path: Path) -> Iterator[EmbeddedServer]:
             raise
         pytest.skip(str(error))
     yield embedded
+    embedded.kill()  # thirty times as fast as `stop`, and nobody needs what it would save
     embedded.stop()
 
 

@@ -66,5 +66,5 @@ def test_plain_producer_adds_a_job_and_follows_it(server: EmbeddedServer) -> Non
     assert done.returncode == 0, done.stderr
     added, *events = done.stdout.splitlines()
     assert added.startswith("added ")
-    assert events == ["waiting", "completed: 4"]
+    assert events == ["waiting", "started", "completed: 4"]
     assert worker.returncode == 0

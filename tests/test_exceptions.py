@@ -1,6 +1,7 @@
 """Every error belongs to one tree, is the builtin it resembles, and says what to do."""
 
 import inspect
+import pickle
 import re
 
 import pytest
@@ -96,3 +97,25 @@ def test_what_went_wrong_can_be_read_by_a_program() -> None:
     missing = JobNotFound("work", "a")
     assert (missing.queue, missing.job_id) == ("work", "a")
     assert NotSerializable("argument 0", "no").what == "argument 0"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        JobFailed("a", "failed", "no"),
+        JobNotFound("work", "a"),
+        PayloadTooLarge("job", 2, 1),
+        ConnectionFailed("nats://a", "refused"),
+        Unconfirmed("the write", 2.5),
+        BulkAddFailed({0: "a"}, {1: JobNotFound("work", "b")}),
+        Retry("busy", delay=2),
+        Fail("hopeless"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_an_error_survives_a_process_boundary(error: AsyncMQError) -> None:
+    again = pickle.loads(pickle.dumps(error))
+    assert type(again) is type(error)
+    assert str(again) == str(error)
+    assert vars(again).keys() == vars(error).keys()
+    assert [str(value) for value in vars(again).values()] == [str(value) for value in vars(error).values()]

@@ -1,0 +1,401 @@
+"""Events: those of a queue from any process, those of this process's workers, and `wait_for`; on both backends."""
+
+import logging
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import anyio
+import pytest
+
+from asyncmq_nats.backends.base import Backend
+from asyncmq_nats.context import current_job
+from asyncmq_nats.events import Event, EventEmitter, event_emitter
+from asyncmq_nats.exceptions import JobFailed, JobNotFound
+from asyncmq_nats.queues import Queue
+from tests.running import PATIENCE, make_queue, outcome, race, run_jobs, running
+
+
+async def echo(value: Any = None) -> Any:
+    return value
+
+
+async def fail() -> None:
+    raise ValueError("no")
+
+
+def queue_of(backend: Backend, name: str = "work", **tasks: Callable[..., Any]) -> Queue:
+    return make_queue(backend, name, echo=echo, fail=fail, **tasks)
+
+
+class Heard:
+    """The events that a reader has heard."""
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+        self._changed = anyio.Event()
+
+    def note(self, event: Event) -> None:
+        self.events.append(event)
+        self._changed.set()
+        self._changed = anyio.Event()
+
+    async def until(self, name: str, times: int = 1) -> list[Event]:
+        """Wait until an event of that name was heard so often; return all events."""
+        with anyio.fail_after(PATIENCE):
+            while sum(event.name == name for event in self.events) < times:
+                await self._changed.wait()
+        return self.events
+
+    def of(self, job_id: str) -> list[str]:
+        """Return the names of the events of a job, in order."""
+        return [event.name for event in self.events if event.job_id == job_id]
+
+
+@asynccontextmanager
+async def listening(queue: Queue, *names: str) -> AsyncIterator[Heard]:
+    """Read the queue's events while the block runs. Jobs that are added in the block are heard."""
+    heard = Heard()
+    subscribed = anyio.Event()
+    real = queue.backend.subscribe
+
+    async def subscribe(*args: Any) -> Any:
+        subscription = await real(*args)
+        subscribed.set()
+        return subscription
+
+    async def read() -> None:
+        async for event in queue.events(*names):
+            heard.note(event)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(queue.backend, "subscribe", subscribe)
+        async with anyio.create_task_group() as group:
+            group.start_soon(read)
+            with anyio.fail_after(PATIENCE):
+                await subscribed.wait()
+            yield heard
+            group.cancel_scope.cancel()
+
+
+# -- of a queue
+
+
+async def test_the_events_of_a_job_come_in_order(backend: Backend) -> None:
+    queue = queue_of(backend)
+    async with listening(queue) as heard, running(queue):
+        job_id = await queue.add("echo", ["result"])
+        await heard.until("job:completed")
+    assert heard.of(job_id) == ["job:waiting", "job:started", "job:completed"]
+    assert {event.queue for event in heard.events} == {event.data["queue"] for event in heard.events} == {"work"}
+    assert heard.events[-1].data["result"] == "result"
+    assert heard.events[-1].data["id"] == job_id
+
+
+async def test_a_delayed_job_and_one_with_retries_say_so(backend: Backend) -> None:
+    runs: list[int] = []
+
+    async def flaky() -> None:
+        runs.append(1)
+        if len(runs) < 3:
+            raise ValueError("not yet")
+
+    queue = queue_of(backend, flaky=flaky)
+    async with listening(queue) as heard, running(queue):
+        job_id = await queue.add("flaky", delay=0.5, retries=1)
+        await heard.until("job:failed")
+        second = await queue.add("flaky", retries=1, backoff=0.5)
+        await heard.until("job:completed")
+    assert heard.of(job_id) == [
+        "job:delayed", "job:waiting", "job:started", "job:retrying", "job:waiting", "job:started", "job:failed",
+    ]  # fmt: skip
+    assert heard.of(second) == ["job:waiting", "job:started", "job:completed"]
+
+
+async def test_a_retry_that_waits_is_one_event(backend: Backend) -> None:
+    queue = queue_of(backend)
+    async with listening(queue) as heard, running(queue):
+        job_id = await queue.add("fail", retries=1, backoff=0.6)
+        events = await heard.until("job:failed")
+    assert heard.of(job_id) == ["job:waiting", "job:started", "job:retrying", "job:waiting", "job:started", "job:failed"]
+    assert "no" in events[-1].data["last_error"]
+
+
+async def test_other_ends_are_events(backend: Backend) -> None:
+    queue = queue_of(backend)
+    async with listening(queue) as heard:
+        cancelled = await queue.add("echo")
+        await queue.cancel_job(cancelled)
+        expired = await queue.add("echo", ttl=0.000001)
+        parent = await queue.add("fail")
+        child = await queue.add("echo", depends_on=[parent], on_parent_failure="fail")
+        await run_jobs(queue)
+        await heard.until("job:failed", 2)
+        await heard.until("job:expired")
+    assert heard.of(cancelled) == ["job:waiting", "job:cancelled"]
+    assert heard.of(expired) == ["job:waiting", "job:expired"]
+    assert heard.of(child) == ["job:waiting-children", "job:failed"]
+
+
+async def test_a_child_that_is_released_says_so(backend: Backend) -> None:
+    queue = queue_of(backend)
+    async with listening(queue) as heard, running(queue):
+        parent = await queue.add("echo", delay=0.3)
+        child = await queue.add("echo", depends_on=[parent])
+        await heard.until("job:completed", 2)
+    assert heard.of(child) == ["job:waiting-children", "job:waiting", "job:started", "job:completed"]
+
+
+async def test_only_the_events_that_are_wanted_are_heard(backend: Backend) -> None:
+    queue = queue_of(backend)
+    async with listening(queue, "job:completed", "job:failed") as heard:
+        await queue.add("echo")
+        await queue.add("fail")
+        await run_jobs(queue)
+        await heard.until("job:completed")
+        await heard.until("job:failed")
+    assert sorted(event.name for event in heard.events) == ["job:completed", "job:failed"]
+
+
+async def test_the_events_of_another_queue_are_not_heard(backend: Backend) -> None:
+    queue, other = queue_of(backend), queue_of(backend, "other")
+    async with listening(queue, "job:waiting") as heard:
+        await other.add("echo")
+        mine = await queue.add("echo")
+        await heard.until("job:waiting")
+    assert [event.job_id for event in heard.events] == [mine]
+
+
+@pytest.mark.parametrize("job_id", ["a.b c", "*", "50%", "é>"])
+async def test_ids_are_as_they_were_given(backend: Backend, job_id: str) -> None:
+    queue = queue_of(backend)
+    async with listening(queue, "job:completed") as heard:
+        await queue.add("echo", job_id=job_id)
+        await run_jobs(queue)
+        await heard.until("job:completed")
+    assert [event.job_id for event in heard.events] == [job_id]
+
+
+async def test_b22_progress_is_heard_with_its_job(backend: Backend) -> None:
+    async def work() -> None:
+        current_job().report_progress(0.5, {"step": 1})
+
+    queue = queue_of(backend, work=work)
+    async with listening(queue, "job:progress") as heard:
+        job_id = await queue.add("work")
+        await run_jobs(queue)
+        await heard.until("job:progress")
+    assert [(event.job_id, event.data["progress"], event.data["data"]) for event in heard.events] == [(job_id, 0.5, {"step": 1})]
+
+
+async def test_b32_events_are_heard_in_other_processes(backend: Backend, twin: Backend) -> None:
+    worker, elsewhere = queue_of(backend), queue_of(twin)
+    async with listening(elsewhere, "job:completed") as heard, running(worker):
+        job_id = await worker.add("echo", ["x"])
+        await heard.until("job:completed")
+    assert [(event.job_id, event.data["result"]) for event in heard.events] == [(job_id, "x")]
+
+
+async def test_a_reader_that_stops_hears_no_more(backend: Backend) -> None:
+    queue = queue_of(backend)
+    iterator = queue.events("job:waiting")
+
+    async def add_until_heard() -> None:
+        while True:
+            await queue.add("echo")
+
+    with anyio.fail_after(PATIENCE):
+        async with anyio.create_task_group() as group:
+            group.start_soon(add_until_heard)
+            event = await anext(aiter(iterator))
+            group.cancel_scope.cancel()
+        await iterator.aclose()  # type: ignore[attr-defined]
+    assert event.name == "job:waiting"
+    await queue.add("echo")
+    with pytest.raises(StopAsyncIteration):
+        await anext(aiter(iterator))
+
+
+async def test_a_slow_reader_loses_events_and_hinders_nobody(backend: Backend, caplog: pytest.LogCaptureFixture, monkeypatch: Any) -> None:
+    monkeypatch.setattr("asyncmq_nats.queue_reads.EVENT_BUFFER", 10)
+    queue = queue_of(backend)
+    stuck = anyio.Event()
+    heard: list[Event] = []
+
+    async def read() -> None:
+        async for event in queue.events():
+            heard.append(event)
+            await stuck.wait()
+
+    with caplog.at_level(logging.WARNING, "asyncmq_nats.queue_reads"):
+        async with anyio.create_task_group() as group:
+            group.start_soon(read)
+            with anyio.fail_after(PATIENCE):
+                while "too slow" not in caplog.text:
+                    await queue.add("echo")
+            group.cancel_scope.cancel()
+    assert len(heard) == 1
+
+
+# -- of this process's workers
+
+
+@pytest.fixture
+def emitted() -> Any:
+    """What the callbacks that the test registers with `listen` were called with; they are removed again."""
+    calls: list[tuple[str, dict[str, Any]]] = []
+    registered: list[tuple[str, Callable[..., Any]]] = []
+
+    def listen(*names: str) -> list[tuple[str, dict[str, Any]]]:
+        for name in names:
+
+            def callback(data: dict[str, Any], name: str = name) -> None:
+                calls.append((name, data))
+
+            event_emitter.on(name, callback)
+            registered.append((name, callback))
+        return calls
+
+    yield listen
+    for name, callback in registered:
+        event_emitter.off(name, callback)
+
+
+async def test_listeners_hear_of_the_jobs_of_this_process(backend: Backend, emitted: Any) -> None:
+    runs: list[int] = []
+
+    async def flaky() -> str:
+        runs.append(1)
+        if len(runs) == 1:
+            raise ValueError("not yet")
+        return "done"
+
+    calls = emitted("job:started", "job:completed", "job:retrying")
+    queue = queue_of(backend, flaky=flaky)
+    job_id = await queue.add("flaky", retries=1)
+    await run_jobs(queue)
+    with anyio.fail_after(PATIENCE):
+        while len(calls) < 4:  # noqa: ASYNC110  the callbacks run in threads
+            await anyio.sleep(0.005)
+    assert sorted(name for name, _ in calls) == ["job:completed", "job:retrying", "job:started", "job:started"]
+    for name, data in calls:
+        assert (data["id"], data["task"], data["queue"]) == (job_id, "flaky", "work")
+        if name == "job:completed":
+            assert data["result"] == "done"
+
+
+@pytest.mark.parametrize(("task_id", "name"), [("fail", "job:failed"), ("echo", "job:expired")])
+async def test_listeners_hear_of_other_ends(backend: Backend, emitted: Any, task_id: str, name: str) -> None:
+    calls = emitted(name)
+    queue = queue_of(backend)
+    job_id = await queue.add(task_id, ttl=0.000001 if name == "job:expired" else None)
+    await run_jobs(queue)
+    with anyio.fail_after(PATIENCE):
+        while not calls:  # noqa: ASYNC110  the callbacks run in threads
+            await anyio.sleep(0.005)
+    assert [(event, data["id"]) for event, data in calls] == [(name, job_id)]
+
+
+async def test_on_is_a_function_and_a_decorator_and_off_ends_it() -> None:
+    emitter = EventEmitter()
+    calls: list[tuple[str, Any]] = []
+
+    def plain(data: dict[str, Any]) -> None:
+        calls.append(("plain", data["id"]))
+
+    @emitter.on("job:completed")
+    async def decorated(data: dict[str, Any]) -> None:
+        calls.append(("decorated", data["id"]))
+
+    assert emitter.on("job:completed", plain) is plain
+    await emitter.emit("job:completed", {"id": 1})
+    await emitter.emit("job:failed", {"id": 2})
+    emitter.off("job:completed", plain)
+    emitter.off("job:completed", plain)
+    emitter.off("job:failed", plain)
+    await emitter.emit("job:completed", {"id": 3})
+    emitter.off("job:completed", decorated)
+    await emitter.emit("job:completed", {"id": 4})
+    assert calls == [("decorated", 1), ("plain", 1), ("decorated", 3)]
+    assert not emitter.listens("job:completed")
+
+
+async def test_a_callback_that_fails_harms_neither_the_others_nor_the_job(backend: Backend, caplog: pytest.LogCaptureFixture) -> None:
+    heard = anyio.Event()
+
+    async def broken(data: dict[str, Any]) -> None:
+        raise RuntimeError("broken callback")
+
+    async def sound(data: dict[str, Any]) -> None:
+        heard.set()
+
+    queue = queue_of(backend)
+    event_emitter.on("job:completed", broken)
+    event_emitter.on("job:completed", sound)
+    try:
+        async with running(queue):
+            assert await queue.wait_for(await queue.add("echo", ["x"]), timeout=PATIENCE) == "x"
+            with anyio.fail_after(PATIENCE):
+                await heard.wait()
+    finally:
+        event_emitter.off("job:completed", broken)
+        event_emitter.off("job:completed", sound)
+    assert "broken callback" in caplog.text
+
+
+# -- wait_for
+
+
+async def test_wait_for_cannot_miss_an_outcome(backend: Backend, twin: Backend) -> None:
+    queue, waiter = queue_of(backend), queue_of(twin)
+    queue.concurrency = 10
+
+    async def add_and_wait(number: int) -> Any:
+        return await waiter.wait_for(await waiter.add("echo", [number]), timeout=PATIENCE)
+
+    async with running(queue):
+        for start in range(0, 300, 30):
+            numbers = list(range(start, start + 30))
+            assert await race(*[lambda number=number: add_and_wait(number) for number in numbers]) == numbers  # type: ignore[misc]
+
+
+async def test_wait_for_sees_an_outcome_whose_event_is_lost(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("asyncmq_nats.queue_reads.READ_AGAIN", 0.1)
+    queue = queue_of(backend)
+    subscribe = backend.subscribe
+
+    async def deaf(subject: str, on_signal: Callable[..., None]) -> Any:
+        return await subscribe(subject, (lambda signal: None) if ".event." in subject else on_signal)
+
+    monkeypatch.setattr(backend, "subscribe", deaf)
+    async with running(queue):
+        assert await queue.wait_for(await queue.add("echo", ["x"], delay=0.2), timeout=PATIENCE) == "x"
+
+
+async def test_wait_for_sees_an_outcome_that_is_there(backend: Backend) -> None:
+    queue = queue_of(backend)
+    job_id = await queue.add("echo", ["x"])
+    await run_jobs(queue)
+    assert await queue.wait_for(job_id, timeout=0.5) == "x"
+
+
+@pytest.mark.parametrize("state", ["failed", "expired", "cancelled"])
+async def test_wait_for_raises_what_the_job_ended_as(backend: Backend, state: str) -> None:
+    queue = queue_of(backend)
+    job_id = await queue.add("fail", ttl=0.000001 if state == "expired" else None)
+    if state == "cancelled":
+        await queue.cancel_job(job_id)
+    async with running(queue):
+        await outcome(queue, job_id)
+    with pytest.raises(JobFailed, match=state) as caught:
+        await queue.wait_for(job_id, timeout=1)
+    assert (caught.value.job_id, caught.value.state) == (job_id, state)
+
+
+async def test_wait_for_has_a_time_limit_and_knows_no_unknown_job(backend: Backend) -> None:
+    queue = queue_of(backend)
+    with pytest.raises(JobNotFound):
+        await queue.wait_for("nobody", timeout=PATIENCE)
+    job_id = await queue.add("echo")
+    with pytest.raises(TimeoutError, match=job_id):
+        await queue.wait_for(job_id, timeout=0.05)
