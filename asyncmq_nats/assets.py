@@ -92,7 +92,10 @@ class QueueAssets:
     # -- the pause, of which a tier must know when it is made
 
     async def read_pause(self) -> float | None:
-        """Return until when the queue is paused (Unix seconds), `None` if it is not."""
+        """Return until when the queue is paused (Unix seconds), `None` if it is not.
+
+        The server's word counts, which is the default tier's state: another program may have resumed the consumers.
+        """
         try:
             records = await self._backend.last(self._subjects.bucket_log, self._subjects.pause)
         except AssetMissing:
@@ -100,7 +103,15 @@ class QueueAssets:
         if not records or records[0].marker:
             return None
         until = float(records[0].body)
-        return until if until > self._backend.now() else None
+        return until if until > self._backend.now() and await self.is_paused() else None
+
+    async def is_paused(self) -> bool:
+        """Return whether the server holds the default tier's jobs back."""
+        try:
+            state = await self._backend.look_up(self._subjects.ready_log, tier_name(DEFAULT_PRIORITY))
+        except AssetMissing:
+            return False
+        return state is not None and state.paused
 
     async def write_pause(self, until: float | None) -> None:
         """Store until when the queue is paused; `None`: it is not."""

@@ -1,9 +1,12 @@
 """What a task can know of the job it runs for: `current_job()`."""
 
+import asyncio
 from collections.abc import Awaitable, Callable, Generator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
+
+from anyio import from_thread
 
 from asyncmq_nats.exceptions import InvalidFlow
 from asyncmq_nats.jobs import Backoff, Job, build_job
@@ -54,7 +57,7 @@ class JobContext:
         return self.job.retries + 1
 
     def report_progress(self, progress: float, data: Any = None) -> _Awaitable:
-        """Store how far the job is, and tell whoever listens. `progress`: a share from 0 to 1. May be awaited; not for threads.
+        """Store how far the job is, and tell whoever listens. `progress`: a share from 0 to 1. May be awaited, or called from a thread.
 
         Raises:
             ValueError: it is not between 0 and 1.
@@ -62,7 +65,12 @@ class JobContext:
         """
         if not 0 <= progress <= 1:
             raise ValueError(f"progress must be between 0 and 1, not {progress}")
-        self._report(float(progress), data)
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:  # a sync task's thread
+            from_thread.run_sync(self._report, float(progress), data)
+        else:
+            self._report(float(progress), data)
         return DONE
 
     def add(

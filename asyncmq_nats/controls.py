@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import anyio
 
-from asyncmq_nats.assets import QueueAssets
+from asyncmq_nats.assets import DEFAULT_PRIORITY, QueueAssets
 from asyncmq_nats.backends.base import Backend, Log, Signal, Subscription, Write
 from asyncmq_nats.exceptions import AssetMissing
 from asyncmq_nats.jobs import dump_json, load_json
@@ -40,8 +40,11 @@ class Controls:
         """Stop the queue: the server delivers nothing more, and when this returns the workers start nothing more of what they hold."""
         end = FOREVER if until is None else until
         await self._assets.write_pause(end)
+        # The default tier first: a tier that is made meanwhile finds it paused, or else is among those that are listed after it.
+        await self._backend.pause(self._subjects.ready_log, tier_name(DEFAULT_PRIORITY), end)
         for priority in await self._assets.list_tiers():
-            await self._backend.pause(self._subjects.ready_log, tier_name(priority), end)
+            if priority != DEFAULT_PRIORITY:
+                await self._backend.pause(self._subjects.ready_log, tier_name(priority), end)
         await self._tell_all(PAUSE, str(end).encode())
 
     async def resume(self) -> None:
@@ -50,10 +53,6 @@ class Controls:
         for priority in await self._assets.list_tiers():
             await self._backend.resume(self._subjects.ready_log, tier_name(priority))
         await self._backend.publish(self._subjects.control(RESUME))
-
-    async def paused_until(self) -> float | None:
-        """Return until when the queue is paused (Unix seconds), `None` if it is not."""
-        return await self._assets.read_pause()
 
     async def signal_cancel(self, job_id: str) -> None:
         """Tell the workers that a job was cancelled."""

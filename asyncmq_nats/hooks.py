@@ -1,11 +1,14 @@
 """What else happens when a worker starts and stops."""
 
 import inspect
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 __all__ = ["Hook", "Hooks"]
+
+logger = logging.getLogger(__name__)
 
 Hook = Callable[..., Any]
 """A function or coroutine function. It is given those of the keywords `backend`, `worker_id` and `queue` that it takes."""
@@ -25,9 +28,12 @@ class Hooks:
             await self._call(hook, worker)
 
     async def stop(self, worker: str) -> None:
-        """Call what was registered for the stop, in reverse order."""
+        """Call what was registered for the stop, in reverse order. An error is logged, and the others are called."""
         for hook in reversed(self.on_shutdown):
-            await self._call(hook, worker)
+            try:
+                await self._call(hook, worker)
+            except Exception:
+                logger.exception("worker %s: shutdown hook %r failed", worker, hook)
 
     async def _call(self, hook: Hook, worker: str) -> None:
         given = self.given | {"worker_id": worker}

@@ -96,24 +96,25 @@ class Inspection:
         token = encode_token(job_id)
         for _ in range(3):
             try:
-                job = await self._find_in_bucket(token)
-                if job is not None and job.status in OUTCOMES:
-                    return job
-                ready = await self._find_ready(token)
+                job, progress = await self._find_in_bucket(token)
+                ready = None if job is not None and job.status in OUTCOMES else await self._find_ready(token)
             except AssetMissing:
                 return None
             if ready is not None and (job is None or ready.order >= job.order):
-                return ready
+                job = ready
             if job is not None:
-                return job
+                return replace(job, progress=progress.get("progress"), progress_data=progress.get("data"))
         return None
 
-    async def _find_in_bucket(self, token: str) -> Job | None:
+    async def _find_in_bucket(self, token: str) -> tuple[Job | None, dict[str, Any]]:
+        """Return the job, if the bucket has it, and what its task reported of its progress."""
         subjects = self._subjects
-        records = await self._backend.last(subjects.bucket_log, subjects.later_all(token), subjects.done_all(token))
+        filters = subjects.later_all(token), subjects.done_all(token), subjects.progress(token)
+        records = await self._backend.last(subjects.bucket_log, *filters)
+        reports = [record.body for record in records if record.subject == filters[-1] and not record.marker]
         jobs = [job for record in records if (job := self._job_of(record)) is not None]
         ended = next((job for job in jobs if job.status in OUTCOMES), None)
-        return ended or max(jobs, key=lambda job: job.order, default=None)
+        return ended or max(jobs, key=lambda job: job.order, default=None), load_json(reports[0]) if reports else {}
 
     async def _find_ready(self, token: str) -> Job | None:
         records = await self._backend.last(self._subjects.ready_log, self._subjects.ready_any(token))

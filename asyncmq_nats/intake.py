@@ -1,9 +1,7 @@
 """What comes into a worker: credit, the jobs in hand that have no slot yet, and giving back those for which none comes."""
 
-import heapq
 import logging
 import time
-from dataclasses import dataclass, field
 from typing import Final
 
 import anyio
@@ -12,8 +10,9 @@ from anyio.abc import TaskGroup
 from asyncmq_nats.assets import TIER_SIGNAL, QueueAssets
 from asyncmq_nats.backends.base import Backend, Delivery, Signal
 from asyncmq_nats.exceptions import AsyncMQError
+from asyncmq_nats.held import FRESH, Held, Tier
 from asyncmq_nats.lifecycle import Attempt, Lifecycle
-from asyncmq_nats.pull_policy import Pace, TierView, prefetch_target, should_hand_back, tiers_to_ask
+from asyncmq_nats.pull_policy import Pace, TierView, prefetch_target, slots_are_rare, tiers_to_ask
 from asyncmq_nats.rate_limiter import LEASE, RateLimiter
 from asyncmq_nats.subjects import QueueSubjects, tier_name, tier_priority
 
@@ -25,50 +24,8 @@ PULL: Final = 30.0
 LOOK_AGAIN: Final = 30.0
 """Cadence of the safety net for tiers that were made unheard."""
 HELD_CHECK: Final = 0.05
-FRESH: Final = 0.05
-"""What is known of a tier holds for so many seconds while credit for it brings nothing."""
 UNSETTLED_PER_SLOT: Final = 4
 UNSETTLED: Final = 256
-
-
-@dataclass(slots=True)
-class Held:
-    """Jobs in hand that have no slot yet, the next to run first: by tier, then by age."""
-
-    heap: list[tuple[int, int, int, float, Delivery]] = field(default_factory=list)
-
-    def push(self, priority: int, delivery: Delivery) -> None:
-        """Take one in."""
-        heapq.heappush(self.heap, (priority, delivery.sequence, delivery.deliveries, time.monotonic(), delivery))
-
-    def pop(self) -> Delivery:
-        """Take out the next to run."""
-        return heapq.heappop(self.heap)[4]
-
-    def pop_stuck(self, pace: Pace, concurrency: int) -> list[Delivery]:
-        """Take out those for which no slot will come soon."""
-        now = time.monotonic()
-        ordered = sorted(self.heap)
-        stuck = {id(entry) for place, entry in enumerate(ordered) if should_hand_back(now - entry[3], pace, concurrency, place)}
-        self.heap = [entry for entry in ordered if id(entry) not in stuck]
-        return [entry[4] for entry in ordered if id(entry) in stuck]
-
-    def pop_all(self) -> list[Delivery]:
-        """Take out all."""
-        entries, self.heap = self.heap, []
-        return [entry[4] for entry in entries]
-
-
-@dataclass(slots=True)
-class Tier:
-    """What is known of a tier: how many jobs waited behind its last delivery, and when that was heard (monotonic seconds)."""
-
-    pending: int = 0
-    heard: float = 0.0
-
-    def known_pending(self, now: float, outstanding: int) -> int:
-        """Return the number, unless credit has brought nothing for a while: then others have taken what was there."""
-        return self.pending if not outstanding or now - self.heard < FRESH else 0
 
 
 class Intake:
@@ -99,6 +56,8 @@ class Intake:
         self._waking = False
         self._refill = anyio.Event()
         self._asked_at = 0.0
+        self._freed_at = self._filled_at = time.monotonic()
+        self._pause_signals = 0
         self._open = False
         self.busy = 0
         """Slots that run a job."""
@@ -113,10 +72,10 @@ class Intake:
         self._group = group
         await self._assets.find_orphans()
         await self._find_tiers()
-        self._paused_until = await self._assets.read_pause() or 0.0
+        await self.look_at_pause()
         self._refill.set()
         group.start_soon(self._ask_when_needed)
-        group.start_soon(self._hand_back_stuck)
+        group.start_soon(self._watch_held)
         group.start_soon(self._look_for_tiers)
 
     async def stop(self) -> None:
@@ -132,23 +91,32 @@ class Intake:
 
     def pause(self, until: float) -> None:
         """Start nothing more until then (Unix seconds by the server's clock); what is held and has not started goes back."""
+        self._pause_signals += 1
         self._paused_until = until
         self._group.start_soon(self._hand_back_all)
-        self._group.start_soon(self._resume_at, until)
+        self._refill.set()
 
     def resume(self) -> None:
         """Start jobs again."""
+        self._pause_signals += 1
         self._paused_until = 0.0
         self._wake_slot()
         self._refill.set()
 
-    async def _resume_at(self, until: float) -> None:
-        await anyio.sleep(max(0.0, until - self._backend.now()))
-        if self._paused_until == until:
+    async def look_at_pause(self) -> None:
+        """Learn whether the queue is paused from what is stored: signals may be missed."""
+        signals = self._pause_signals
+        until = await self._assets.read_pause() or 0.0
+        if signals != self._pause_signals or until == self._paused_until:
+            return
+        if until:
+            self.pause(until)
+        else:
             self.resume()
 
     @property
-    def _paused(self) -> bool:
+    def is_paused(self) -> bool:
+        """Whether nothing may start now."""
         return self._paused_until > 0 and self._paused_until > self._backend.now()
 
     # -- for the slots
@@ -161,8 +129,11 @@ class Intake:
             await event.wait()
             self._waking = False
         self.busy += 1
+        if self.busy == self._concurrency:
+            self._filled_at = time.monotonic()
         if self._limiter is not None:
             self._limiter.use()
+            self._refill.set()
         delivery = self._held.pop()
         self._wake_slot()
         return delivery
@@ -170,16 +141,16 @@ class Intake:
     @property
     def _may_start(self) -> bool:
         permitted = self._limiter is None or self._limiter.permits > 0
-        return bool(self._held.heap) and self._open and permitted and not self._paused and not self._better_is_coming
+        return bool(self._held.heap) and self._open and permitted and not self.is_paused and not self._better_is_coming
 
     @property
     def _better_is_coming(self) -> bool:
-        """Whether jobs of a higher tier than those in hand are known to wait at the server: they are asked for, and come first."""
+        """Whether jobs of a higher tier than those in hand wait at the server, or may do so: they are asked for, and come first."""
         if len(self._tiers) == 1:
             return False
         best, now = self._held.heap[0][0], time.monotonic()
         return any(
-            priority < best and tier.known_pending(now, self._puller.outstanding(tier_name(priority)))
+            priority < best and tier.may_have_jobs(now, self._puller.outstanding(tier_name(priority)))
             for priority, tier in self._tiers.items()
         )
 
@@ -192,6 +163,7 @@ class Intake:
     def release(self) -> None:
         """Note that a slot is free again."""
         self.busy -= 1
+        self._freed_at = time.monotonic()
         self._refill.set()
 
     def learn_job(self, seconds: float) -> None:
@@ -232,8 +204,7 @@ class Intake:
             try:
                 await self._assets.find_orphans()
                 await self._find_tiers()
-                if not self._paused_until:
-                    self._paused_until = await self._assets.read_pause() or 0.0
+                await self.look_at_pause()
             except AsyncMQError as error:
                 logger.warning("queue %s: tiers not looked up: %s", self._subjects.queue, error)
             self._refill.set()
@@ -246,12 +217,14 @@ class Intake:
             self._refill = anyio.Event()
             self._wake_slot()
             # With several tiers, what is known of one may become stale while nothing happens.
-            wait = FRESH if len(self._tiers) > 1 and any(tier.pending for tier in self._tiers.values()) else None
-            if not self._open or self._paused:
+            wait = FRESH if len(self._tiers) > 1 and any(tier.pending or tier.looked for tier in self._tiers.values()) else None
+            if self.is_paused:
+                wait = min(self._paused_until - self._backend.now(), LOOK_AGAIN)
+            if not self._open:
                 continue
-            if self._limiter is None:
-                await self._ask(self._concurrency + prefetch_target(self._concurrency, self._pace))
-            elif not self._limiter.blocks:
+            if self._limiter is None:  # also during a pause: the server is the one that resumes
+                await self._ask(self._concurrency + prefetch_target(self._concurrency, self._pace, self._quiet))
+            elif not self._limiter.blocks and not self.is_paused:
                 wait = await self._ask_within_limit(self._limiter) or wait
 
     async def _ask_within_limit(self, limiter: RateLimiter) -> float | None:
@@ -272,37 +245,60 @@ class Intake:
         if room <= 0 or self.unsettled > UNSETTLED_PER_SLOT * self._concurrency + UNSETTLED:
             return
         now = time.monotonic()
-        tiers = [self._view(priority, now) for priority in sorted(self._tiers)]
-        for priority, count in tiers_to_ask(tiers, room, capacity):
-            tier = self._tiers[priority]
+        tiers = self._view_tiers(now)
+        pulls = tiers_to_ask(tiers, room, capacity)
+        lowest = max([priority for priority, _ in pulls] + [tier.priority for tier in tiers if tier.outstanding], default=0)
+        for priority, count in pulls:
+            tier, wait = self._tiers[priority], PULL if self._limiter is None else LEASE / 2
             if not self._puller.outstanding(tier_name(priority)):
                 tier.heard = now
+                # Tiers answer in any order. What comes from a lower one has to know whether a higher one has jobs, so first only look.
+                if priority < lowest and tier.empty < self._freed_at:
+                    tier.looked, wait = now, 0.0
             if tier.pending and not self._asked_at:
                 self._asked_at = now
-            await self._puller.request(tier_name(priority), count, wait=PULL if self._limiter is None else LEASE / 2)
+            await self._puller.request(tier_name(priority), count, wait=wait)
 
-    def _view(self, priority: int, now: float) -> TierView:
-        outstanding = self._puller.outstanding(tier_name(priority))
-        held = len(self._held.heap) if len(self._tiers) == 1 else sum(entry[0] <= priority for entry in self._held.heap)
-        return TierView(priority, outstanding, self._tiers[priority].known_pending(now, outstanding), held)
+    def _view_tiers(self, now: float) -> list[TierView]:
+        views: list[TierView] = []
+        held = 0
+        for priority in sorted(self._tiers):
+            outstanding = self._puller.outstanding(tier_name(priority))
+            held += self._held.counts[priority]
+            views.append(TierView(priority, outstanding, self._tiers[priority].known_pending(now, outstanding), held))
+        return views
 
-    def _on_lapse(self, _: str) -> None:
+    @property
+    def _quiet(self) -> float:
+        """For how long all slots have been taken and none became free."""
+        return time.monotonic() - max(self._freed_at, self._filled_at) if self.busy >= self._concurrency else 0.0
+
+    def _on_lapse(self, consumer: str) -> None:
         self._asked_at = 0.0
+        tier = self._tiers.get(self._priority_of(consumer))
+        if tier is not None:
+            tier.hear_lapse(time.monotonic())
         self._refill.set()
 
-    def _on_delivery(self, delivery: Delivery) -> None:
-        priority = self._priorities.get(delivery.consumer)
+    def _priority_of(self, consumer: str) -> int:
+        priority = self._priorities.get(consumer)
         if priority is None:
-            priority = self._priorities[delivery.consumer] = tier_priority(delivery.consumer) or 0
+            priority = self._priorities[consumer] = tier_priority(consumer) or 0
+        return priority
+
+    def _on_delivery(self, delivery: Delivery) -> None:
+        priority = self._priority_of(delivery.consumer)
         now = time.monotonic()
         if self._asked_at:
             self._pace.learn_refill(now - self._asked_at)
             self._asked_at = 0.0
         tier = self._tiers.setdefault(priority, Tier())
-        tier.pending, tier.heard = delivery.pending, now
+        tier.hear(now, delivery.pending)
         self._held.push(priority, delivery)
-        if self._paused:
-            self._group.start_soon(self._hand_back_all)
+        if self.is_paused:
+            self._group.start_soon(self._hand_back_paused)
+        elif self.busy >= self._concurrency and slots_are_rare(self._concurrency, self._pace, self._quiet):
+            self._group.start_soon(self._hand_back_stuck)
         elif not self._waking:
             self._wake_slot()
         if not delivery.pending:
@@ -310,17 +306,28 @@ class Intake:
 
     # -- giving back
 
+    async def _hand_back_paused(self) -> None:
+        """Give back what comes during a pause: it was on its way, or the consumer was resumed by another program."""
+        await self._hand_back_all()
+        try:
+            await self.look_at_pause()
+        except AsyncMQError as error:
+            logger.warning("queue %s: not known whether it is paused: %s", self._subjects.queue, error)
+
     async def _hand_back_all(self) -> None:
         async with anyio.create_task_group() as group:
             for delivery in self._held.pop_all():
                 group.start_soon(self._hand_back, delivery)
 
-    async def _hand_back_stuck(self) -> None:
+    async def _watch_held(self) -> None:
         while True:
             await anyio.sleep(HELD_CHECK)
             if self._held.heap:
-                for delivery in self._held.pop_stuck(self._pace, self._concurrency):
-                    await self._hand_back(delivery)
+                await self._hand_back_stuck()
+
+    async def _hand_back_stuck(self) -> None:
+        for delivery in self._held.pop_stuck(self._pace, self._concurrency, self._quiet):
+            await self._hand_back(delivery)
 
     async def _hand_back(self, delivery: Delivery) -> None:
         try:

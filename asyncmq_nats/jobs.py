@@ -114,6 +114,9 @@ class Job:
     last_error: str | None = None
     error_traceback: str | None = None
     last_attempt: float | None = None
+    progress: float | None = None
+    progress_data: Any = None
+    """What its task last reported."""
     finished_at: float | None = None
     worker: str | None = None
     stalls: int = 0
@@ -144,8 +147,9 @@ class Job:
         """Return AsyncMQ's keys, and ours beside them."""
         fields: dict[str, Any] = {"id": self.job_id, "task": self.task_id}
         fields |= {name: getattr(self, name) for name in DICT_FIELDS}
-        if self.active_since is not None:
-            fields["active_since"] = self.active_since
+        for name in ("active_since", "progress", "progress_data"):
+            if getattr(self, name) is not None:
+                fields[name] = getattr(self, name)
         return fields
 
     @classmethod

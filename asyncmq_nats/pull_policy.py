@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-__all__ = ["MAX_PREFETCH", "Pace", "TierView", "prefetch_target", "should_hand_back", "tiers_to_ask"]
+__all__ = ["MAX_PREFETCH", "Pace", "TierView", "prefetch_target", "should_hand_back", "slots_are_rare", "tiers_to_ask"]
 
 MAX_PREFETCH: Final = 512
 MIN_HOLD: Final = 0.05
@@ -44,15 +44,24 @@ class Pace:
         self.refill_seconds += SMOOTHING * (min(seconds, 0.1) - self.refill_seconds)
 
 
-def prefetch_target(concurrency: int, pace: Pace) -> int:
+def _slot_seconds(concurrency: int, pace: Pace, quiet: float = 0.0) -> float:
+    """Return how long it takes until a slot becomes free, and then the next one.
+
+    `quiet`: for so many seconds all slots have been taken and none became free. That is evidence as well: the next one takes as long again.
+    """
+    usual = 0.0 if math.isinf(pace.job_seconds) else pace.job_seconds / max(1, concurrency)
+    return max(usual, quiet)
+
+
+def prefetch_target(concurrency: int, pace: Pace, quiet: float = 0.0) -> int:
     """Return how many jobs to hold beyond the free slots: as many as start while a pull is answered (Little's law), twice over.
 
     Jobs of a millisecond: a few per slot. Jobs much longer than a round trip: none, so that nothing is hostage here while another
-    worker idles.
+    worker idles. `quiet`: see `_slot_seconds`.
     """
     if math.isinf(pace.job_seconds):
         return 0
-    started_meanwhile = concurrency * pace.refill_seconds / max(pace.job_seconds, 1e-5)
+    started_meanwhile = pace.refill_seconds / max(_slot_seconds(concurrency, pace, quiet), 1e-5 / concurrency)
     if started_meanwhile < 0.5:
         return 0
     return min(MAX_PREFETCH, math.ceil(2 * started_meanwhile))
@@ -75,7 +84,17 @@ def tiers_to_ask(tiers: Sequence[TierView], wanted: int, capacity: int) -> list[
     return pulls
 
 
-def should_hand_back(held_seconds: float, pace: Pace, concurrency: int, position: int) -> bool:
-    """Return whether a held job has waited so much longer than its place in the heap explains that another worker should get it."""
-    per_job = 0.0 if math.isinf(pace.job_seconds) else pace.job_seconds / max(1, concurrency)
-    return held_seconds > max(MIN_HOLD, 4 * per_job * (position + 1))
+def slots_are_rare(concurrency: int, pace: Pace, quiet: float) -> bool:
+    """Return whether no slot can be expected for a job that is held. `quiet`: see `_slot_seconds`."""
+    return _slot_seconds(concurrency, pace, quiet) > MIN_HOLD
+
+
+def should_hand_back(held_seconds: float, pace: Pace, concurrency: int, position: int, quiet: float = 0.0) -> bool:
+    """Return whether another worker should get a job that is held for a slot.
+
+    At once where slots become free rarely, otherwise when it has waited longer than its place in the heap explains. `quiet`: see
+    `_slot_seconds`.
+    """
+    if slots_are_rare(concurrency, pace, quiet):
+        return held_seconds > 0
+    return held_seconds > max(MIN_HOLD, 4 * _slot_seconds(concurrency, pace, quiet) * (position + 1))

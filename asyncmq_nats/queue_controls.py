@@ -30,8 +30,8 @@ class QueueControls(QueueBase):
         await self._controls.resume()
 
     async def is_paused(self) -> bool:
-        """Return whether the queue is paused."""
-        return await self._controls.paused_until() is not None
+        """Return whether the queue is paused, by `pause` or by another program that paused its consumers."""
+        return await self._assets.is_paused()
 
     async def cancel_job(self, job_id: str) -> bool:
         """Cancel a job that has not ended: it becomes `cancelled` and does not run; if it runs, its task is cancelled.

@@ -90,29 +90,42 @@ class RateLimiter:
         self._worker = worker
         self._read: tuple[int, Bucket | None] | None = None
         self._renew_at = 0.0
-        self.permits = 0
-        """Leased and not used yet."""
+        self._ends_at = 0.0
+        self._held = 0
+        self._recorded = 0
 
     @property
     def blocks(self) -> bool:
         """Whether nothing may ever start: a limit of 0."""
         return self._limit.starts == 0
 
+    @property
+    def permits(self) -> int:
+        """Leased and not used yet. A worker that was silent for longer than its lease has none: others have got them since."""
+        return self._held if self._held and self._backend.now() < self._ends_at else 0
+
     def use(self) -> None:
         """Spend a permit: a job starts."""
-        self.permits -= 1
+        self._held -= 1
 
     async def acquire(self, wanted: int) -> float:
         """Lease up to `wanted` more permits, or give some back if it is negative; return how long to wait for more, 0 if all were there."""
-        renew = self.permits > 0 and self._backend.now() > self._renew_at
-        if wanted == 0 and not renew:
+        self._held = self.permits
+        renew = self._held > 0 and self._backend.now() > self._renew_at
+        # Who wants no more has to say that permits were used: what is on record as leased is kept from the others.
+        report = renew or (wanted == 0 and self._held < self._recorded)
+        if wanted == 0 and not report:
             return 0.0
         for _ in range(50):
+            remembered = self._read is not None
             sequence, bucket = self._read or await self._look()
             now = self._backend.now()
-            changed, granted, wait = lease(bucket, self._limit, self._worker, self.permits, wanted, now)
-            if granted == 0 and not renew:
+            held = self._held
+            changed, granted, wait = lease(bucket, self._limit, self._worker, held, wanted, now)
+            if granted == 0 and not report:
                 self._read = None
+                if remembered:  # others may have given permits back since
+                    continue
                 return wait
             try:
                 sequence = await self._backend.write(self._log, Write(self._key, changed.encode(), Expect(self._key, sequence)))
@@ -120,8 +133,9 @@ class RateLimiter:
                 self._read = None
                 continue
             self._read = (sequence, changed)
-            self.permits += granted
-            self._renew_at = now + LEASE / 2
+            self._held += granted  # of which some may have been used meanwhile
+            self._recorded = held + granted
+            self._renew_at, self._ends_at = now + LEASE / 2, now + LEASE
             return wait
         logger.warning("rate limit of %s: too many workers at once for the bucket", self._log)
         return self._limit.interval

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
 
-from anyio import CapacityLimiter, from_thread, to_thread
+from anyio import CapacityLimiter, to_thread
 from pydantic import ConfigDict, validate_call
 from pydantic.errors import PydanticUserError
 
@@ -51,7 +51,7 @@ class RegisteredTask:
         """
         args, kwargs = self._arguments(job)
         if self.progress:
-            kwargs = kwargs | {"report_progress": _reporter(context, in_thread=not self.is_async)}
+            kwargs = kwargs | {"report_progress": context.report_progress}
         if self.process:
             return await run_in_process(self.function, args, kwargs, threads)
         if self.is_async:
@@ -172,13 +172,6 @@ def _positional_names(function: Callable[..., Any]) -> tuple[str, ...]:
     if any(parameter.kind in (parameter.POSITIONAL_ONLY, parameter.VAR_POSITIONAL) for parameter in parameters):
         return ()
     return tuple(parameter.name for parameter in parameters if parameter.kind is parameter.POSITIONAL_OR_KEYWORD)
-
-
-def _reporter(context: JobContext, *, in_thread: bool) -> Callable[..., Any]:
-    """Return the `report_progress` that a task with `progress=True` is given."""
-    if not in_thread:
-        return context.report_progress
-    return lambda progress, data=None: from_thread.run_sync(context.report_progress, progress, data)
 
 
 def _is_same(one: Callable[..., Any], other: Callable[..., Any]) -> bool:

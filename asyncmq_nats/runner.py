@@ -188,6 +188,7 @@ class Runner:
         await self._entry.listen(PAUSE, self._on_pause)
         await self._entry.listen(RESUME, lambda _: self._intake.resume())
         await self._entry.listen(CANCEL, self._on_cancel)
+        await self._intake.look_at_pause()  # again: a signal may have gone by between the first look and now
         self._group.start_soon(self._beat)
 
     async def _leave_registry(self) -> None:
@@ -254,6 +255,9 @@ class Runner:
             return
         if isinstance(attempt, Verdict):
             _leave(delivery, attempt)
+            return
+        if attempt.claimed and self._intake.is_paused:  # a claim takes a while
+            await self._lifecycle.hand_back(attempt)
             return
         self._intake.unsettled += 1
         try:

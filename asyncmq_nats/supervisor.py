@@ -80,11 +80,14 @@ class _Supervisor:
                 self._command, env=self._environment, stdin=subprocess.DEVNULL, stdout=None, stderr=None, start_new_session=True
             ) as child:
                 self._children[number] = child
+                if self._stopping.is_set():  # the signal came while it was being started
+                    child.send_signal(signal.SIGTERM)
                 logger.info("worker process %d runs as %d", number, child.pid)
                 code = await child.wait()
             del self._children[number]
             if self._stopping.is_set():
-                self.exit_code = self.exit_code or int(code != 0)
+                # A child that had not come to handle the signal yet ended by it, as it should.
+                self.exit_code = self.exit_code or int(code not in (0, -signal.SIGTERM))
                 break
             delay = 0.0 if time.monotonic() - started > LIVED_LONG else min(LONGEST_DELAY, max(0.1, delay * 2))
             logger.warning("worker process %d ended with %d: started again in %g s", number, code, delay)

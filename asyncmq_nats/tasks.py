@@ -1,6 +1,6 @@
 """`@task`: functions that workers run, and that producers enqueue by calling a method of them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from functools import update_wrapper
 from typing import Any, Generic, ParamSpec, TypeVar
 from weakref import WeakKeyDictionary
@@ -10,6 +10,7 @@ from anyio import to_thread
 from asyncmq_nats.assets import DEFAULT_PRIORITY
 from asyncmq_nats.backends import default_backend
 from asyncmq_nats.backends.base import Backend
+from asyncmq_nats.context import DONE
 from asyncmq_nats.jobs import Backoff
 from asyncmq_nats.queues import Queue
 from asyncmq_nats.registry import TASK_REGISTRY, RegisteredTask, TaskRegistry
@@ -111,8 +112,9 @@ def task(
     return decorate
 
 
-def _report_nothing(progress: float, data: Any = None) -> None:
+def _report_nothing(progress: float, data: Any = None) -> Awaitable[None]:
     """Stand in for `report_progress` where no job runs."""
+    return DONE
 
 
 def list_tasks() -> dict[str, RegisteredTask]:

@@ -1,17 +1,21 @@
 """`Worker` and `run_worker`: a queue's jobs run in this process, with AsyncMQ's names."""
 
 import sys
+from typing import TypeVar
 
 import anyio
 from anyio.abc import TaskStatus
 
 from asyncmq_nats.backends.base import Backend
+from asyncmq_nats.hooks import Hook
 from asyncmq_nats.queues import Queue
 from asyncmq_nats.runner import Runner
 from asyncmq_nats.serving import import_tasks, run_program, run_until_signalled
 from asyncmq_nats.supervisor import is_child, supervise
 
 __all__ = ["Worker", "autodiscover_tasks", "run_worker"]
+
+H = TypeVar("H", bound=Hook)
 
 
 def autodiscover_tasks(backend: Backend) -> None:
@@ -45,6 +49,14 @@ class Worker:
     def id(self) -> str | None:
         """The id that this worker's outcomes carry; `None` before it runs."""
         return None if self._runner is None else self._runner.worker
+
+    def on_startup(self, hook: H) -> H:
+        """As `Queue.on_startup`, of this worker's queue."""
+        return self.queue.on_startup(hook)
+
+    def on_shutdown(self, hook: H) -> H:
+        """As `Queue.on_shutdown`, of this worker's queue."""
+        return self.queue.on_shutdown(hook)
 
     async def run(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
         """Run jobs until `stop` or cancellation. `started()` is called when the first jobs are asked for."""

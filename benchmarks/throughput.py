@@ -2,8 +2,8 @@
 
     python benchmarks/throughput.py [--jobs 10000] [--rounds 3]
 
-Every figure is compared within a round, so that a noisy machine shifts both sides; the table shows medians. The raw loop is the least that any
-queue on JetStream must do: pull requests into one callback, parse, publish one record through a reply inbox of its own, ack.
+Every figure is compared within a round, so that a noisy machine shifts both sides; the table shows medians. The raw loop is the least
+that any queue on JetStream must do: pull requests into one callback, parse, publish one record through a reply inbox of its own, ack.
 """
 
 import argparse
@@ -98,7 +98,8 @@ class Raw:
 
     @staticmethod
     def body(number: int) -> bytes:
-        return json.dumps({"id": str(uuid.uuid4()), "task": "no_operation", "args": [number], "kwargs": {}, "created_at": time.time()}).encode()
+        job = {"id": str(uuid.uuid4()), "task": "no_operation", "args": [number], "kwargs": {}, "created_at": time.time()}
+        return json.dumps(job).encode()
 
     async def add(self, number: int) -> None:
         await self.js.publish(f"raw.ready.{uuid.uuid4()}", self.body(number), timeout=10)
@@ -109,7 +110,7 @@ class Raw:
                 for number in range(start, min(start + 500, jobs)):
                     group.start_soon(self.add, number)
 
-    async def process(self, jobs: int, in_hand: int) -> None:
+    async def process(self, jobs: int, in_hand: int) -> None:  # noqa: C901  one loop of callbacks over one state
         """Pull, parse, publish a record, ack when it is confirmed: until `jobs` are acknowledged."""
         finished = anyio.Event()
         acks: dict[str, str] = {}

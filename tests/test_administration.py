@@ -28,7 +28,7 @@ async def read_parents() -> dict[str, Any]:
     return await current_job().parent_results()
 
 
-def queue_of(backend: Backend, name: str = "work", **tasks: Callable[..., Any]) -> Queue:
+def queue_of(backend: Backend, name: str = "work", **tasks: Any) -> Queue:
     return make_queue(backend, name, echo=echo, fail=fail, read_parents=read_parents, **tasks)
 
 
@@ -137,8 +137,8 @@ async def test_clean_of_an_unknown_state_is_an_error(backend: Backend) -> None:
 async def test_clean_jobs_returns_the_oldest_up_to_the_limit(backend: Backend, state: str) -> None:
     queue = queue_of(backend)
     parent = await queue.add("echo", delay=3600)
-    extra = {"delayed": {"delay": 7200}, "waiting-children": {"depends_on": [parent]}}.get(state, {})
-    ids = [await queue.add("fail" if state == "failed" else "echo", **extra) for _ in range(5)]
+    extras: dict[str, dict[str, Any]] = {"delayed": {"delay": 7200}, "waiting-children": {"depends_on": [parent]}}
+    ids = [await queue.add("fail" if state == "failed" else "echo", **extras.get(state, {})) for _ in range(5)]
     if state in ("completed", "failed"):
         queue.concurrency = 1
         async with running(queue):

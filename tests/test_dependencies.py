@@ -6,7 +6,7 @@ from typing import Any
 import anyio
 import pytest
 
-from asyncmq_nats.backends.base import Backend
+from asyncmq_nats.backends.base import Backend, Settled, Write
 from asyncmq_nats.context import current_job
 from asyncmq_nats.exceptions import InvalidJob, JobFailed, JobNotFound
 from asyncmq_nats.lifecycle import Attempt
@@ -33,7 +33,7 @@ async def read_parents() -> dict[str, Any]:
     return await current_job().parent_results()
 
 
-def queue_of(backend: Backend, **tasks: Callable[..., Any]) -> Queue:
+def queue_of(backend: Backend, **tasks: Any) -> Queue:
     return make_queue(backend, echo=echo, fail=fail, read_parents=read_parents, **tasks)
 
 
@@ -391,7 +391,11 @@ class TestLosses:
         attempt = await lifecycle.begin(receiver.deliveries[0])
         ended: list[Any] = []
         assert isinstance(attempt, Attempt)
-        await lifecycle.fail(attempt, Failure("no", "", backend.now()), lambda write, result: ended.append((write, result)))
+
+        def settle(write: Write, result: Settled) -> None:
+            ended.append((write, result))
+
+        await lifecycle.fail(attempt, Failure("no", "", backend.now()), settle)
         await lifecycle.settled(attempt, *ended[0])
         assert told == [[child]]
         assert await queue.get_job_state(child) == "failed"

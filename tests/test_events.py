@@ -24,7 +24,7 @@ async def fail() -> None:
     raise ValueError("no")
 
 
-def queue_of(backend: Backend, name: str = "work", **tasks: Callable[..., Any]) -> Queue:
+def queue_of(backend: Backend, name: str = "work", **tasks: Any) -> Queue:
     return make_queue(backend, name, echo=echo, fail=fail, **tasks)
 
 
@@ -356,7 +356,7 @@ async def test_wait_for_cannot_miss_an_outcome(backend: Backend, twin: Backend) 
     async with running(queue):
         for start in range(0, 300, 30):
             numbers = list(range(start, start + 30))
-            assert await race(*[lambda number=number: add_and_wait(number) for number in numbers]) == numbers  # type: ignore[misc]
+            assert await race(*[lambda number=number: add_and_wait(number) for number in numbers]) == numbers
 
 
 async def test_wait_for_sees_an_outcome_whose_event_is_lost(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,7 +28,7 @@ async def read_parents() -> dict[str, Any]:
     return await current_job().parent_results()
 
 
-def queue_of(backend: Backend, **tasks: Callable[..., Any]) -> Queue:
+def queue_of(backend: Backend, **tasks: Any) -> Queue:
     return make_queue(backend, concurrency=20, echo=echo, fail=fail, read_parents=read_parents, **tasks)
 
 

@@ -116,7 +116,27 @@ def test_what_has_just_come_is_not_handed_back(pace: Pace, concurrency: int, pos
     assert not should_hand_back(0.0, pace, concurrency, position)
 
 
-def test_a_job_behind_slow_ones_is_handed_back() -> None:
-    assert should_hand_back(41.0, Pace(10.0), 1, 0)
-    assert not should_hand_back(39.0, Pace(10.0), 1, 0)
-    assert not should_hand_back(41.0, Pace(10.0), 1, 1)
+def test_a_job_behind_slow_ones_is_handed_back_at_once() -> None:
+    assert should_hand_back(0.001, Pace(10.0), 1, 0)
+    assert should_hand_back(0.001, Pace(0.001), 1, 0, quiet=0.1), "the slots are taken by longer jobs than usual"
+
+
+def test_a_job_is_held_for_as_long_as_its_place_explains() -> None:
+    pace = Pace(0.1)
+    assert not should_hand_back(0.39, pace, 10, 9)
+    assert should_hand_back(0.41, pace, 10, 9)
+    assert should_hand_back(0.06, pace, 10, 0)
+
+
+def test_nothing_is_prefetched_while_no_slot_becomes_free() -> None:
+    assert prefetch_target(10, Pace(0.001, 0.002), quiet=1.0) == 0
+
+
+@given(TIERS, COUNTS)
+def test_what_is_in_hand_of_a_tier_takes_nothing_from_those_above(tiers: list[TierView], wanted: int) -> None:
+    views = [TierView(tier.priority, tier.outstanding, 0, held=5 * place) for place, tier in enumerate(tiers, start=1)]
+    asked = dict(tiers_to_ask(views, wanted, wanted))
+    for place, view in enumerate(views, start=1):
+        assert asked.get(view.priority, 0) <= max(0, wanted - 5 * place - view.outstanding)
+    if views and not views[0].outstanding and wanted > 5:
+        assert asked[views[0].priority] == wanted - 5

@@ -44,6 +44,10 @@ class Program:
     def ended(self) -> bool:
         return self._process.poll() is not None
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
     def send(self, number: signal.Signals) -> None:
         self._process.send_signal(number)
 
@@ -72,6 +76,17 @@ class Watched:
         """Return the names of the workers that have begun the body that notes under this name, in order."""
         path = self.notes / f"{name}.runs"
         return path.read_text().split() if path.exists() else []
+
+    def stamps(self, name: str) -> list[tuple[float, int]]:
+        """Return when, and in which process, each body has begun that stamps under this name, in order."""
+        path = self.notes / f"{name}.stamps"
+        lines = path.read_text().splitlines() if path.exists() else []
+        return sorted((float(at), int(pid)) for at, pid in (line.split() for line in lines))
+
+    async def stamped(self, name: str, times: int = 1) -> list[tuple[float, int]]:
+        """Wait until so many bodies have begun, and return their stamps."""
+        await holds(lambda: len(self.stamps(name)) >= times)
+        return self.stamps(name)
 
     def count_runs(self) -> Counter[str]:
         """Return how often each body has begun."""

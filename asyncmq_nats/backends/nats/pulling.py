@@ -65,13 +65,38 @@ class NATSDelivery:
 
 
 @dataclass(slots=True)
+class Look:
+    """A pull that does not wait: how many it may still bring, after the pulls before it have brought `behind`."""
+
+    count: int
+    behind: int
+
+
+@dataclass(slots=True)
 class Credit:
-    """What the server still owes one consumer's pulls."""
+    """What the server still owes one consumer's pulls. `looks`: those of them that do not wait, by token."""
 
     outstanding: int = 0
     lapses_at: float = 0.0
     heard_at: float = 0.0
-    tokens: dict[str, int] = field(default_factory=dict)
+    looks: dict[str, Look] = field(default_factory=dict)
+
+    def count_delivery(self) -> None:
+        """Take note that one more has come. The server serves its pulls in order."""
+        self.outstanding = max(0, self.outstanding - 1)
+        for token, look in list(self.looks.items()):
+            if look.behind > 0:
+                look.behind -= 1
+            elif look.count > 1:
+                look.count -= 1
+            else:
+                del self.looks[token]
+
+    def give_up(self, count: int | None = None) -> None:
+        """Take note that so many, or all, will not come."""
+        self.outstanding = 0 if count is None else max(0, self.outstanding - count)
+        if not self.outstanding:
+            self.looks.clear()
 
 
 class NATSPuller:
@@ -107,16 +132,20 @@ class NATSPuller:
             return
         if not self._inbox:
             await self._open()
-        wait = max(wait, 0.01)
         now = time.monotonic()
         credit = self._credits.setdefault(consumer, Credit())
+        token = f"{next(self._tokens)}-{consumer}"
+        payload: dict[str, int | bool] = {"batch": count}
+        if wait > 0:
+            payload["expires"] = int(wait * NANOSECONDS)
+        else:  # answered at once, with what is there, and with a 404 if that is less than was asked for
+            payload["no_wait"] = True
+            credit.looks[token] = Look(count, credit.outstanding)
         credit.outstanding += count
         credit.lapses_at = max(credit.lapses_at, now + wait + GRACE)
         credit.heard_at = now
-        payload: dict[str, int] = {"batch": count, "expires": int(wait * NANOSECONDS)}
         if wait > 2 * HEARTBEAT:
             payload["idle_heartbeat"] = int(HEARTBEAT * NANOSECONDS)
-        token = f"{next(self._tokens)}-{consumer}"
         subject = f"{self._connection.api_prefix}CONSUMER.MSG.NEXT.{self._log}.{consumer}"
         try:
             self._client.post(subject, json.dumps(payload).encode(), self._inbox + token)
@@ -154,7 +183,7 @@ class NATSPuller:
         delivery = NATSDelivery(subject.decode(), name, body, self)
         credit = self._credits.get(delivery.consumer)
         if credit is not None:
-            credit.outstanding = max(0, credit.outstanding - 1)
+            credit.count_delivery()
             credit.heard_at = time.monotonic()
         if self._listening is None:
             delivery.nak()
@@ -181,7 +210,8 @@ class NATSPuller:
 
     def _on_status(self, subject: str, raw_headers: bytes | None) -> None:
         status, headers = status_of(raw_headers), parse_headers(raw_headers)
-        consumer = subject[len(self._inbox) :].partition("-")[2]
+        token = subject[len(self._inbox) :]
+        consumer = token.partition("-")[2]
         credit = self._credits.get(consumer)
         if credit is None:
             return
@@ -189,8 +219,13 @@ class NATSPuller:
         if status == "100":
             return
         pending = headers.get("Nats-Pending-Messages")
-        if status == "408" and pending is not None:
-            credit.outstanding = max(0, credit.outstanding - int(pending))
+        if status == "404":
+            look = credit.looks.pop(token, None)
+            if look is not None:
+                credit.give_up(look.count)
+                self._on_lapse(consumer)
+        elif status == "408" and pending is not None:
+            credit.give_up(int(pending))
             self._on_lapse(consumer)
         else:
             self._lapse(consumer, f"{status} {headers.get('Description', '')}".strip(), gone=status in ("409", "503"))
@@ -210,7 +245,7 @@ class NATSPuller:
             logger.warning("%s %s: pulls ended (%s)", self._log, consumer, reason)
             self._connection.background.run(self._restore(consumer, credit))
         else:
-            credit.outstanding = 0
+            credit.give_up()
             self._on_lapse(consumer)
 
     async def _restore(self, consumer: str, credit: Credit) -> None:
@@ -218,13 +253,13 @@ class NATSPuller:
             await asyncio.sleep(RESTORE_AFTER)
             await self._declare(consumer)
         finally:
-            credit.outstanding = 0
+            credit.give_up()
             if not self._closed:
                 self._on_lapse(consumer)
 
     def _on_reconnect(self) -> None:
         for consumer, credit in self._credits.items():
-            credit.outstanding = 0
+            credit.give_up()
             self._on_lapse(consumer)
 
     async def _watch(self) -> None:

@@ -1,19 +1,22 @@
 """A worker program as a user would write one: tasks, and `queue.start()`. The tests run it as a process of its own.
 
-`QUEUE` and `CONCURRENCY` say what to run, `WORKER` is its name, `NOTES` a directory in which tasks leave traces and wait for each other.
-Everything else is the library's own environment.
+`QUEUE`, `CONCURRENCY`, `PROCESSES` and `RATE_LIMIT` (`<starts>/<seconds>`) say what to run, `WORKER` is its name, `NOTES` a directory in
+which tasks leave traces and wait for each other. Everything else is the library's own environment.
 """
 
 import logging
 import os
 import signal
 import time
+from datetime import date, timedelta
 from pathlib import Path
+from typing import Any
 
 import anyio
 
 from asyncmq_nats.queues import Queue
 from asyncmq_nats.tasks import task
+from asyncmq_nats.workers import Worker
 
 QUEUE = os.environ["QUEUE"]
 WORKER = os.environ.get("WORKER", "")
@@ -99,6 +102,41 @@ async def disagree(name: str, first_word: str, second_word: str, first_fails: bo
     return WORKER
 
 
+@task(queue=QUEUE, name="stamp")
+async def stamp(name: str, seconds: float = 0.0) -> int:
+    """Leave the time and the process in the file `<name>.stamps`."""
+    with (NOTES / f"{name}.stamps").open("a") as stamps:
+        stamps.write(f"{time.time()} {os.getpid()}\n")
+    await anyio.sleep(seconds)
+    return os.getpid()
+
+
+@task(queue=QUEUE, name="add_days", process=True)
+def add_days(day: date, days: int) -> tuple[str, int]:
+    return (day + timedelta(days=days)).isoformat(), os.getpid()
+
+
+@task(queue=QUEUE, name="fail_in_process", process=True)
+def fail_in_process() -> None:
+    raise ZeroDivisionError("in the process")
+
+
+@task(queue=QUEUE, name="end_in_process", process=True)
+def end_in_process() -> None:
+    os._exit(7)
+
+
+@task(queue=QUEUE, name="spin", process=True)
+def spin(name: str) -> None:
+    with (NOTES / f"{name}.stamps").open("a") as stamps:
+        stamps.write(f"{time.time()} {os.getpid()}\n")
+    while True:
+        pass
+
+
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO)
-    Queue(QUEUE, concurrency=int(os.environ.get("CONCURRENCY", "3"))).start()
+    starts, _, interval = os.environ.get("RATE_LIMIT", "").partition("/")
+    limits: dict[str, Any] = {"rate_limit": int(starts), "rate_interval": float(interval)} if starts else {}
+    queue = Queue(QUEUE, concurrency=int(os.environ.get("CONCURRENCY", "3")), **limits)
+    Worker(queue, processes=int(os.environ.get("PROCESSES", "1"))).start()

@@ -1,0 +1,49 @@
+"""A producer that adds a flow of `JOBS` jobs and is killed when `KILL_AFTER` messages of it are on their way to the server."""
+
+import os
+import signal
+from typing import Any
+
+import anyio
+
+from asyncmq_nats.backends.nats.backend import NATSBackend
+from asyncmq_nats.backends.nats.client import DirectClient
+from asyncmq_nats.flow import FlowProducer
+from asyncmq_nats.jobs import Job
+
+QUEUE, JOBS, KILL_AFTER = os.environ["QUEUE"], int(os.environ["JOBS"]), int(os.environ["KILL_AFTER"])
+
+posted = 0
+post = DirectClient.post
+
+
+def post_and_die(self: DirectClient, subject: str, *args: Any) -> None:
+    global posted
+    if subject.startswith("$KV."):
+        if KILL_AFTER == 0:
+            die(self)
+        posted += 1
+    post(self, subject, *args)
+    if posted == KILL_AFTER and subject.startswith("$KV."):
+        die(self)
+
+
+def die(client: Any) -> None:
+    """Hand what is buffered to the operating system, which sends it whatever becomes of this process."""
+    if client._pending:
+        client._transport.writelines(client._pending[:])
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+async def main() -> None:
+    backend = NATSBackend()
+    await backend.connect()
+    root = Job(task_id="unnoted", max_retries=0)
+    children = [Job(task_id="unnoted", max_retries=0, depends_on=[root.job_id]) for _ in range(JOBS - 2)]
+    last = Job(task_id="unnoted", max_retries=0, depends_on=[child.job_id for child in children])
+    DirectClient.post = post_and_die  # type: ignore[method-assign, assignment]
+    await FlowProducer(backend).add_flow(QUEUE, [root, *children, last])
+
+
+if __name__ == "__main__":
+    anyio.run(main)

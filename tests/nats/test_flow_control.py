@@ -1,0 +1,350 @@
+"""Flow control with real servers and worker processes: what the server enforces, what signals do, who gets which job."""
+
+import os
+import signal
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import anyio
+import nats.errors
+import pytest
+
+from asyncmq_nats.backends.nats.backend import NATSBackend
+from asyncmq_nats.backends.nats.embedded import EmbeddedServer
+from asyncmq_nats.exceptions import JobFailed
+from asyncmq_nats.queues import Queue
+from asyncmq_nats.settings import Settings
+from tests.nats.processes import Fleet, Program, eventually, holds
+from tests.nats.streams import Streams, plain_client
+
+PAUSE = "CONSUMER.PAUSE.amq_fleet.tier_5"
+TIER = "CONSUMER.INFO.amq_fleet.tier_5"
+
+
+@pytest.fixture
+def settings() -> Settings:
+    # A lease longer than any test: a job that comes back earlier was handed back. One stall would end it.
+    return Settings(stalled_after=60, max_stalls=1, shutdown_timeout=10, heartbeat_interval=0.5)
+
+
+def alive(pid: int) -> bool:
+    """Return whether the process runs; one that has ended and that nobody has waited for does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def most_within(times: Sequence[float], span: float) -> int:
+    """Return the largest number of starts in a window of that length."""
+    return max(sum(begin <= at < begin + span for at in times) for begin in times)
+
+
+# -- pause
+
+
+async def test_a_foreign_client_gets_nothing_of_a_paused_queue(queue: Queue, server: EmbeddedServer) -> None:
+    job_id = await queue.add("brief", [1])
+    await queue.pause()
+    async with plain_client(server.url) as client:
+        consumer = await client.jetstream().pull_subscribe_bind("tier_5", "amq_fleet")
+        with pytest.raises(nats.errors.TimeoutError):
+            await consumer.fetch(1, timeout=0.3)
+        await queue.resume()
+        (message,) = await consumer.fetch(1, timeout=2)
+        assert message.subject.endswith(job_id)
+
+
+async def test_a_pause_survives_a_restart_of_the_server(fleet: Fleet, queue: Queue, server: EmbeddedServer) -> None:
+    with anyio.fail_after(30):
+        worker = await fleet.start("first")
+        await queue.pause()
+        server.kill()
+        server.start()
+        await eventually(queue.is_paused, bool)
+        job_id = await queue.add("brief", [1])
+        await queue.add("brief", [2], priority=0)  # a new tier
+        await fleet.start("second")  # asks for what there is before it says that it runs
+        await anyio.sleep(0.3)
+        assert not fleet.watched.count_runs()
+        await queue.resume()
+        assert await queue.wait_for(job_id, timeout=5) == 1
+        assert not worker.ended
+
+
+async def test_a_foreign_pause_and_resume_count(fleet: Fleet, queue: Queue, server: EmbeddedServer) -> None:
+    await fleet.start("first")
+    async with plain_client(server.url) as client:
+        streams = Streams(client)
+        for number in range(3):
+            await streams.call(PAUSE, {"pause_until": "2100-01-01T00:00:00Z"})
+            assert await queue.is_paused()
+            job_id = await queue.add("brief", [number])
+            await anyio.sleep(0.1)
+            assert fleet.watched.runs(str(number)) == []
+            await streams.call(PAUSE, {})
+            assert await queue.wait_for(job_id, timeout=2) == number
+            assert not await queue.is_paused()
+
+
+async def test_a_foreign_resume_ends_a_pause_of_ours(fleet: Fleet, queue: Queue, server: EmbeddedServer) -> None:
+    await fleet.start("first")
+    async with plain_client(server.url) as client:
+        for number in range(2):
+            await queue.pause()
+            job_id = await queue.add("brief", [number])
+            await Streams(client).call(PAUSE, {})
+            assert await queue.wait_for(job_id, timeout=2) == number
+
+
+# -- rate limit
+
+
+async def test_worker_processes_together_keep_to_a_limit_also_when_one_dies(fleet: Fleet, queue: Queue, server: EmbeddedServer) -> None:
+    limit, interval, jobs = 20, 0.5, 120
+    await queue.add_bulk([{"task_id": "stamp", "args": ["job"]}] * jobs)
+    with anyio.fail_after(30):
+        programs = await fleet.start_all("a", "b", "c", concurrency=20, rate_limit=f"{limit}/{interval}")
+        await fleet.watched.stamped("job", jobs // 2)
+        programs[0].kill()
+        times = [at for at, _ in await fleet.watched.stamped("job", jobs - limit)]
+    for span in (0.1, interval, 2 * interval):
+        # A start is stamped a little later than its permit is used: the machine may be busy.
+        assert most_within(times, span) <= limit + limit / interval * (span + 0.1)
+
+
+async def test_workers_without_permits_hold_no_jobs(fleet: Fleet, queue: Queue, server: EmbeddedServer) -> None:
+    await queue.add_bulk([{"task_id": "stamp", "args": ["job"]}] * 50)
+    await fleet.start_all("a", "b", concurrency=20, rate_limit="5/600")
+    await eventually(queue.queue_stats, lambda stats: stats["completed"] == 5)
+    async with plain_client(server.url) as client:
+        streams = Streams(client)
+        for _ in range(20):
+            tier = await streams.call(TIER)
+            assert (tier["num_ack_pending"], tier["num_pending"], tier["num_redelivered"]) == (0, 45, 0)
+
+
+# -- who gets a job
+
+
+async def test_a_job_goes_to_the_worker_that_is_free(fleet: Fleet, queue: Queue) -> None:
+    with anyio.fail_after(20):
+        await fleet.start_all("a", "b", concurrency=2)
+        for number in range(3):
+            await queue.add("wait", [f"long {number}", "go"])
+            await fleet.watched.begun(f"long {number}")
+        for number in range(3):
+            with anyio.fail_after(1):
+                assert await queue.wait_for(await queue.add("brief", [number])) == number
+        fleet.watched.say("go")
+
+
+async def test_a_worker_that_comes_later_gets_its_share(fleet: Fleet, queue: Queue) -> None:
+    with anyio.fail_after(20):
+        first = await fleet.start("first", concurrency=50)
+        await queue.add_bulk([{"task_id": "stamp", "args": ["job", 1.0]}] * 100)
+        await fleet.watched.stamped("job", 50)
+        await fleet.start("second", concurrency=50)
+        stamps = await fleet.watched.stamped("job", 100)
+    shares = Counter(pid for _, pid in stamps)
+    assert shares[first.pid] == 50
+    assert len(shares) == 2
+    print(f"the second worker's last start came {stamps[-1][0] - stamps[0][0]:.2f} s after the first one's first")
+    assert stamps[-1][0] - stamps[0][0] < 1.0 + 1.5  # a program takes a while to start
+
+
+async def test_jobs_that_were_handed_back_rest_on_the_server(fleet: Fleet, queue: Queue, server: EmbeddedServer) -> None:
+    await queue.add_bulk([{"task_id": "unnoted"}] * 300 + [{"task_id": "wait", "args": ["long", "go"]}] + [{"task_id": "unnoted"}] * 100)
+    await fleet.start("first", concurrency=1)
+    await fleet.watched.begun("long")
+    async with plain_client(server.url) as client:
+        streams = Streams(client)
+
+        async def deliveries() -> int:
+            return int((await streams.call(TIER))["delivered"]["consumer_seq"])
+
+        await anyio.sleep(0.5)
+        before = await deliveries()
+        await anyio.sleep(0.5)
+        assert await deliveries() == before
+    fleet.watched.say("go")
+    await eventually(queue.queue_stats, lambda stats: stats["completed"] == 401)
+    assert {job["stalls"] for job in await queue.get_jobs("completed")} == {0}
+
+
+async def test_an_urgent_job_starts_soon_in_a_backlog(fleet: Fleet, queue: Queue) -> None:
+    await queue.add_bulk([{"task_id": "stamp", "args": ["backlog", 0.01], "priority": 9}] * 2000)
+    late: list[float] = []
+    with anyio.fail_after(30):
+        await fleet.start("first", concurrency=10)
+        await fleet.watched.stamped("backlog", 100)
+        for number in range(10):
+            added = time.time()
+            await queue.wait_for(await queue.add("stamp", [f"urgent {number}"], priority=0))
+            late.append(fleet.watched.stamps(f"urgent {number}")[0][0] - added)
+        assert (await queue.queue_stats())["waiting"] > 0
+    print(f"urgent jobs started after {', '.join(f'{seconds * 1000:.1f}' for seconds in late)} ms")
+    assert sorted(late)[5] < 0.1
+
+
+# -- stopping
+
+
+async def test_twenty_jobs_finish_and_the_backlog_stays(fleet: Fleet, queue: Queue) -> None:
+    jobs = await queue.add_bulk([{"task_id": "stamp", "args": ["job", 0.7]}] * 60)
+    with anyio.fail_after(20):
+        worker = await fleet.start("first", concurrency=20)
+        await fleet.watched.stamped("job", 20)
+        worker.send(signal.SIGTERM)
+        assert await worker.wait() == 0
+    assert len(fleet.watched.stamps("job")) == 20
+    stats = await queue.queue_stats()
+    assert (stats["completed"], stats["failed"], stats["waiting"] + stats["active"]) == (20, 0, 40)
+    done = await queue.get_jobs("completed")
+    assert {job["id"] for job in done} == set(jobs[:20])
+    assert {(job["stalls"], job["retries"]) for job in done} == {(0, 0)}
+
+
+async def test_twenty_jobs_that_do_not_finish_run_elsewhere_at_once(fleet: Fleet, queue: Queue) -> None:
+    jobs = await queue.add_bulk([{"task_id": "stamp", "args": ["job", 1.5]}] * 20)
+    with anyio.fail_after(20):
+        first = await fleet.start("first", concurrency=20, asyncmq_nats_shutdown_timeout=0.3)
+        await fleet.watched.stamped("job", 20)
+        await fleet.start("second", concurrency=20)
+        signalled = time.time()
+        first.send(signal.SIGTERM)
+        stamps = await fleet.watched.stamped("job", 40)
+        assert await first.wait() == 0
+        results = {await queue.wait_for(job_id) for job_id in jobs}
+    assert first.pid not in results
+    took = stamps[-1][0] - signalled
+    print(f"all 20 ran again {took:.2f} s after SIGTERM, of which 0.3 s is the shutdown timeout")
+    assert took < 0.3 + 1.0
+    assert {job["stalls"] for job in await queue.get_jobs("completed")} == {0}
+
+
+# -- tasks in processes
+
+
+async def test_a_task_in_a_process_gets_what_its_annotations_say(fleet: Fleet, queue: Queue) -> None:
+    worker = await fleet.start("first", concurrency=2)
+    results = [await queue.wait_for(await queue.add("add_days", ["2026-02-27", str(days)]), timeout=15) for days in (1, 2)]
+    assert [day for day, _ in results] == ["2026-02-28", "2026-03-01"]
+    assert worker.pid not in {pid for _, pid in results}
+    assert results[0][1] == results[1][1], "processes are kept for the next job"
+
+
+async def test_what_a_task_in_a_process_raises_fails_its_job(fleet: Fleet, queue: Queue) -> None:
+    await fleet.start("first")
+    for task, error in (("fail_in_process", "ZeroDivisionError: in the process"), ("end_in_process", "BrokenWorkerProcess")):
+        job_id = await queue.add(task)
+        with pytest.raises(JobFailed, match=error):
+            await queue.wait_for(job_id, timeout=15)
+    bad = await queue.add("add_days", ["no day", 1])
+    with pytest.raises(JobFailed, match="day"):
+        await queue.wait_for(bad, timeout=15)
+    assert await queue.wait_for(await queue.add("brief", [1]), timeout=15) == 1
+
+
+@pytest.mark.parametrize("reason", ["cancelled", "timeout", "stopped"])
+async def test_a_task_in_a_process_is_killed(reason: str, fleet: Fleet, queue: Queue) -> None:
+    worker = await fleet.start("first", asyncmq_nats_shutdown_timeout=0.2)
+    job_id = await queue.add("spin", ["job"], timeout=1.5 if reason == "timeout" else None)
+    ((_, pid),) = await fleet.watched.stamped("job")
+    assert alive(pid)
+    if reason == "cancelled":
+        assert await queue.cancel_job(job_id)
+    elif reason == "stopped":
+        worker.send(signal.SIGTERM)
+    await holds(lambda: not alive(pid), within=5)
+    if reason == "stopped":
+        assert await worker.wait() == 0
+        assert await queue.get_job_state(job_id) in ("waiting", "active")  # handed back
+        return
+    state = await eventually(lambda: queue.get_job_state(job_id), lambda state: state != "active")
+    assert state == ("cancelled" if reason == "cancelled" else "failed")
+    assert await queue.wait_for(await queue.add("brief", [1]), timeout=15) == 1
+
+
+# -- several processes
+
+
+async def start_processes(fleet: Fleet, queue: Queue, **environment: object) -> tuple[Program, set[int]]:
+    """Start a parent with two worker processes and return it and their ids."""
+    parent = fleet.launch("parent", processes=2, **environment)
+    workers = await eventually(queue.list_workers, lambda workers: len(workers) == 2)
+    return parent, {worker.pid for worker in workers}
+
+
+async def test_worker_processes_share_the_jobs_and_stop_on_a_signal(fleet: Fleet, queue: Queue) -> None:
+    with anyio.fail_after(30):
+        parent, pids = await start_processes(fleet, queue, concurrency=2)
+        assert parent.pid not in pids
+        jobs = await queue.add_bulk([{"task_id": "stamp", "args": ["job", 0.3]}] * 4)
+        assert {await queue.wait_for(job_id) for job_id in jobs} == pids
+        running = await queue.add("stamp", ["last", 0.5])
+        await fleet.watched.stamped("last")
+        parent.send(signal.SIGTERM)
+        assert await parent.wait() == 0
+    assert await queue.get_job_state(running) == "completed"
+    assert not any(alive(pid) for pid in pids)
+    assert await queue.list_workers() == []
+
+
+async def test_a_worker_process_that_dies_is_started_again(fleet: Fleet, queue: Queue) -> None:
+    with anyio.fail_after(30):
+        parent, pids = await start_processes(fleet, queue)
+        lost = min(pids)
+        os.kill(lost, signal.SIGKILL)
+        workers = await eventually(queue.list_workers, lambda workers: len({worker.pid for worker in workers} - {lost}) == 2)
+        assert len({worker.pid for worker in workers} & pids - {lost}) == 1
+        parent.send(signal.SIGTERM)
+        assert await parent.wait() == 0
+
+
+async def test_worker_processes_stop_when_their_parent_is_gone(fleet: Fleet, queue: Queue) -> None:
+    with anyio.fail_after(30):
+        parent, pids = await start_processes(fleet, queue)
+        parent.kill()
+        await holds(lambda: not any(alive(pid) for pid in pids))
+    assert await queue.list_workers() == []
+    assert "the process that started this worker is gone" in parent.log
+
+
+async def test_a_second_signal_ends_all_processes_at_once(fleet: Fleet, queue: Queue) -> None:
+    with anyio.fail_after(30):
+        parent, pids = await start_processes(fleet, queue)
+        await queue.add("wait", ["job", "never"])
+        await fleet.watched.begun("job")
+        parent.send(signal.SIGTERM)
+        await parent.logged("stopping")
+        parent.send(signal.SIGTERM)
+        with anyio.fail_after(5):
+            assert await parent.wait() != 0
+        assert not any(alive(pid) for pid in pids)
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.2, 0.4, 0.6])
+async def test_a_parent_that_is_told_to_stop_while_it_starts_stops(delay: float, fleet: Fleet, queue: Queue) -> None:
+    with anyio.fail_after(30):
+        parent = fleet.launch("parent", processes=2)
+        await anyio.sleep(delay)
+        parent.send(signal.SIGTERM)
+        assert await parent.wait() in (0, -signal.SIGTERM)
+        await eventually(queue.list_workers, lambda workers: workers == [])
+
+
+# -- the list of workers
+
+
+async def test_a_worker_that_was_killed_is_not_listed_for_long(fleet: Fleet, queue: Queue, nats_backend: NATSBackend) -> None:
+    worker = await fleet.start("first", concurrency=4)
+    (entry,) = await queue.list_workers()
+    assert (entry.pid, entry.concurrency, entry.queue) == (worker.pid, 4, "fleet")
+    worker.kill()
+    killed = time.monotonic()
+    await eventually(queue.list_workers, lambda workers: workers == [])
+    # The server looks for what is over every so often.
+    assert time.monotonic() - killed < 3 * nats_backend.settings.heartbeat_interval + 3

@@ -1,0 +1,128 @@
+"""The list of workers, and what workers are told. On both backends."""
+
+import os
+import socket
+from typing import Any
+
+import anyio
+import pytest
+
+from asyncmq_nats.backends.base import Backend
+from asyncmq_nats.controls import WorkerRegistry, list_workers
+from asyncmq_nats.settings import Settings
+from asyncmq_nats.subjects import QueueSubjects
+from tests.receiver import until
+from tests.running import PATIENCE, make_queue, outcome, race, running
+
+
+@pytest.fixture
+def settings() -> Settings:
+    return Settings(stalled_after=5, publish_timeout=10, shutdown_timeout=5, heartbeat_interval=0.5)
+
+
+def entry(backend: Backend, worker: str, queue: str = "work") -> WorkerRegistry:
+    return WorkerRegistry(backend, QueueSubjects(backend.settings.prefix, queue), worker, 3, list)
+
+
+async def test_there_are_no_workers_before_the_first(backend: Backend) -> None:
+    assert await make_queue(backend).list_workers() == []
+
+
+async def test_a_worker_is_listed_with_all_about_it(backend: Backend, twin: Backend) -> None:
+    started, opened = anyio.Event(), anyio.Event()
+
+    async def work() -> None:
+        started.set()
+        await opened.wait()
+
+    queue, other = make_queue(backend, concurrency=7, work=work), make_queue(twin)
+    before = backend.now()
+    async with running(queue) as worker:
+        job_id = await queue.add("work")
+        with anyio.fail_after(PATIENCE):
+            await started.wait()
+        (seen,) = await until(other.list_workers, lambda workers: bool(workers and workers[0].running))
+        assert (seen.id, seen.queue, seen.concurrency, seen.running) == (worker.id, "work", 7, (job_id,))
+        assert (seen.host, seen.pid) == (socket.gethostname(), os.getpid())
+        assert before - 0.1 <= seen.since <= seen.heartbeat <= backend.now() + 0.1
+        opened.set()
+        await outcome(queue, job_id)
+        await until(other.list_workers, lambda workers: not workers[0].running)
+
+
+async def test_a_worker_that_stopped_is_not_listed(backend: Backend) -> None:
+    queue = make_queue(backend)
+    async with running(queue):
+        assert len(await queue.list_workers()) == 1
+    assert await queue.list_workers() == []
+
+
+async def test_a_heartbeat_renews_the_entry(backend: Backend) -> None:
+    queue = make_queue(backend)
+    async with running(queue):
+        (first,) = await queue.list_workers()
+        (later,) = await until(queue.list_workers, lambda workers: workers[0].heartbeat > first.heartbeat)
+        assert (later.id, later.since) == (first.id, first.since)
+        # Longer than an entry that is not renewed lasts.
+        await until(queue.list_workers, lambda workers: workers[0].heartbeat > first.heartbeat + 3.5 * backend.settings.heartbeat_interval)
+
+
+async def test_an_entry_that_is_not_renewed_goes(backend: Backend) -> None:
+    """What a killed worker leaves behind."""
+    await entry(backend, "lost").enter()
+    assert [worker.id for worker in await list_workers(backend)] == ["lost"]
+    await until(lambda: list_workers(backend), lambda workers: workers == [])
+
+
+async def test_workers_are_listed_by_queue_or_all(backend: Backend) -> None:
+    one, other = make_queue(backend, "one"), make_queue(backend, "other")
+    async with running(one) as first, running(other) as second, running(other) as third:
+        assert [worker.id for worker in await one.list_workers()] == [first.id]
+        assert {worker.id for worker in await other.list_workers()} == {second.id, third.id}
+        assert len(await list_workers(backend)) == 3
+
+
+async def test_workers_of_any_name_can_be_listed(backend: Backend) -> None:
+    worker = entry(backend, "a.b c*>")
+    await worker.enter()
+    assert [seen.id for seen in await list_workers(backend)] == ["a.b c*>"]
+    await worker.leave()
+    assert await list_workers(backend) == []
+
+
+async def test_pause_does_not_wait_for_a_worker_that_is_gone(backend: Backend, caplog: pytest.LogCaptureFixture) -> None:
+    await entry(backend, "lost").enter()
+    queue = make_queue(backend)
+    async with running(queue):
+        with anyio.fail_after(5):
+            await queue.pause()
+        assert "no answer to pause from lost" in caplog.text
+        await queue.resume()
+
+
+async def test_pauses_at_the_same_time_are_all_answered(backend: Backend, twin: Backend, caplog: pytest.LogCaptureFixture) -> None:
+    queue, other = make_queue(backend), make_queue(twin)
+    async with running(queue), running(other):
+        with anyio.fail_after(PATIENCE):
+            await race(*[queue.pause, other.pause] * 3)
+    assert "no answer" not in caplog.text
+    assert await queue.is_paused()
+
+
+async def test_a_queue_without_workers_is_paused_at_once(backend: Backend) -> None:
+    queue = make_queue(backend)
+    with anyio.fail_after(1):
+        await queue.pause()
+    assert await queue.is_paused()
+
+
+async def test_queues_are_paused_one_by_one(backend: Backend) -> None:
+    ran: list[Any] = []
+    one, other = make_queue(backend, "one", work=lambda: None), make_queue(backend, "other", work=lambda: ran.append(1))
+    async with running(one), running(other):
+        await other.pause()
+        await other.add("work")
+        await outcome(one, await one.add("work"))
+        assert await other.is_paused()
+        assert not await one.is_paused()
+        assert ran == []
