@@ -28,6 +28,9 @@ KEYS: Final = frozenset(
         "timeout",
         "depends_on",
         "on_parent_failure",
+        "repeat_every",
+        "deduplication",
+        "debounce",
     }
 )
 

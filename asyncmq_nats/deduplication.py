@@ -16,7 +16,7 @@ from asyncmq_nats.jobs import Job, dump_json, load_json
 from asyncmq_nats.states import Place
 from asyncmq_nats.subjects import QueueSubjects, encode_token
 
-__all__ = ["Deduplicator", "Window", "parse_window"]
+__all__ = ["Deduplicator", "Window", "parse_window", "take_window"]
 
 LONGEST: Final = 10 * 365 * 86_400
 """The longest window, in seconds."""
@@ -52,6 +52,17 @@ def parse_window(window: Mapping[str, Any]) -> Window:
     if ttl is not None and not 0 < ttl <= LONGEST:  # not so for NaN, either
         raise ValueError(f"deduplication ttl must be above 0 and at most {LONGEST:.0f} s, not {ttl}")
     return Window(key, None if ttl is None else float(ttl), bool(window.get("extend")), bool(window.get("replace")))
+
+
+def take_window(entry: dict[str, Any]) -> Window | None:
+    """Take the window out of the parameters of a job, if it has one.
+
+    Raises:
+        TypeError, ValueError: as for `parse_window`.
+    """
+    older, window = entry.pop("debounce", None), entry.pop("deduplication", None)
+    window = older if window is None else window
+    return None if window is None else parse_window(window)
 
 
 class Deduplicator:

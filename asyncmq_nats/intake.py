@@ -297,7 +297,7 @@ class Intake:
         self._held.push(priority, delivery)
         if self.is_paused:
             self._group.start_soon(self._hand_back_paused)
-        elif self.busy >= self._concurrency and slots_are_rare(self._concurrency, self._pace, self._quiet):
+        elif len(self._tiers) > 1 and self.busy >= self._concurrency and slots_are_rare(self._concurrency, self._pace, self._quiet):
             self._group.start_soon(self._hand_back_stuck)
         elif not self._waking:
             self._wake_slot()

@@ -13,7 +13,7 @@ from anyio.abc import TaskStatus
 
 from asyncmq_nats.assets import DEFAULT_PRIORITY
 from asyncmq_nats.bulk import add_many, checked_entry
-from asyncmq_nats.deduplication import parse_window
+from asyncmq_nats.deduplication import parse_window, take_window
 from asyncmq_nats.jobs import Backoff, Job, build_job
 from asyncmq_nats.queue_admin import QueueAdmin, list_queues
 from asyncmq_nats.queue_controls import QueueControls
@@ -121,8 +121,8 @@ class Queue(QueueReads, QueueDelays, QueueControls, QueueAdmin):
     async def add_bulk(self, jobs: Iterable[Mapping[str, Any]]) -> list[str]:
         """Add many jobs and return their ids in order (AsyncMQ `Queue.add_bulk`).
 
-        Each is a mapping with `task_id` and any of the other parameters of `add`. Up to 1,000 jobs are added all or none; more go in
-        batches of 1,000, each all or none.
+        Each is a mapping with `task_id` and any of the other parameters of `add`. Up to 1,000 writes (a job is one, and so is each
+        dependency) are all or none; more go in such batches. Entries with a deduplication window are added one by one, after the others.
 
         Raises:
             ValueError, TypeError: an entry is malformed; nothing was added.
@@ -130,7 +130,13 @@ class Queue(QueueReads, QueueDelays, QueueControls, QueueAdmin):
         """
         await self._assets.declare()
         now, entries = self.backend.now(), [checked_entry(entry, index) for index, entry in enumerate(jobs)]
-        return await add_many(self._additions, [build_job(now, **entry) for entry in entries])
+        windows = {index: window for index, entry in enumerate(entries) if (window := take_window(entry)) is not None}
+        built = [build_job(now, **entry) for entry in entries]
+        ids = [job.job_id for job in built]
+        await add_many(self._additions, [job for index, job in enumerate(built) if index not in windows])
+        for index, window in windows.items():
+            ids[index] = await self._deduplicator.add(built[index], window)
+        return ids
 
     async def enqueue(self, payload: Mapping[str, Any]) -> str:
         """Add a job given as a dict, of `Job.to_dict` or with `task_id` and what `Job` takes, and return its id (AsyncMQ `Queue.enqueue`).

@@ -3,14 +3,12 @@
 What a job's end means is decided in `lifecycle`, what comes in is the business of `intake`.
 """
 
-import asyncio
 import logging
 import os
 import socket
 import time
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
 
@@ -30,9 +28,9 @@ from asyncmq_nats.exceptions import (
     JobNotFound,
     NotSerializable,
     PayloadTooLarge,
-    TaskTimeout,
     TooManyPriorities,
 )
+from asyncmq_nats.execution import Running, execute
 from asyncmq_nats.hooks import Hooks
 from asyncmq_nats.intake import Intake
 from asyncmq_nats.jobs import Job, dump_json
@@ -51,26 +49,12 @@ logger = logging.getLogger(__name__)
 UNSOUND: Final = (NotSerializable, PayloadTooLarge, JobNotFound, InvalidJob, TooManyPriorities)
 """What is wrong with a result or a follow-up."""
 TURN: Final = 0.002
-"""A slot that runs jobs that never wait yields to the others after so many seconds."""
+"""Slots whose jobs never wait yield to the event loop after so many seconds, counted for all of them: each yield wakes another slot."""
 
 
 def new_worker_id() -> str:
     """Return a name for a worker: host, process, and something random."""
     return f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:6]}"
-
-
-@dataclass(slots=True)
-class Running:
-    """A job that runs. `cancelled`: by a user, rather than by the end of the worker."""
-
-    scope: anyio.CancelScope
-    context: JobContext
-    cancelled: bool = False
-
-    def cancel(self) -> None:
-        """Interrupt it; a thread is only told."""
-        self.context.cancel_requested = True
-        self.scope.cancel()
 
 
 class Runner:
@@ -115,8 +99,8 @@ class Runner:
         self._running: dict[str, Running] = {}
         self._progress = anyio.Event()
         self._stop = anyio.Event()
+        self._turn_ends = 0.0
         self._group: TaskGroup
-        self._new_scope = anyio.CancelScope
 
     # -- life
 
@@ -131,8 +115,6 @@ class Runner:
         await self._hooks.start(self.worker)
         async with anyio.create_task_group() as group:
             finished = anyio.Event()
-            # The class of this event loop's scopes: `anyio.CancelScope` looks it up each time, which costs a tenth of a small job.
-            self._new_scope = type(anyio.CancelScope())
             await group.start(self._serve, finished)
             logger.info("worker %s runs queue %s with %d slots", self.worker, self._subjects.queue, self._concurrency)
             task_status.started()
@@ -230,7 +212,6 @@ class Runner:
     # -- run
 
     async def _slot(self) -> None:
-        turn_ends = 0.0
         while True:
             delivery = await self._intake.next()
             try:
@@ -242,9 +223,9 @@ class Runner:
                 self._intake.release()
                 self._progress.set()
             now = time.monotonic()
-            if now > turn_ends:
+            if now > self._turn_ends:
                 await checkpoint()
-                turn_ends = now + TURN
+                self._turn_ends = now + TURN
 
     async def _execute(self, delivery: Delivery) -> None:
         try:
@@ -281,33 +262,18 @@ class Runner:
 
     async def _run(self, attempt: Attempt, settle: SettleEnd) -> None:
         job, started = attempt.job, time.monotonic()
-        failure: Failure | None = None
-        result: Any = None
-        scope = self._new_scope() if job.timeout is None else self._new_scope(deadline=anyio.current_time() + job.timeout)
         context = JobContext(job, self._subjects.queue, self._backend.now, partial(self._report_progress, attempt), self._results_of)
-        running = Running(scope, context)
+        running = self._running[attempt.token] = Running(context)
         running_job.set(context)
         self._announce_start(attempt)
-        with scope:
-            self._running[attempt.token] = running
-            try:
-                result = await self._registry.find(job.task_id).run(job, self._threads, context)
-            except (Exception, SystemExit, BaseExceptionGroup) as error:
-                failure = Failure.of(error, self._backend.now())
-            except anyio.get_cancelled_exc_class() as error:
-                if scope.cancel_called:
-                    raise
-                failure = Failure.of(error, self._backend.now())  # the task cancelled itself
-                _uncancel()
-            finally:
-                del self._running[attempt.token]
+        try:
+            result, failure = await execute(running, self._registry, self._threads, self._backend.now)
+        finally:
+            del self._running[attempt.token]
         self._intake.learn_job(time.monotonic() - started)
-        if scope.cancelled_caught:
-            failure = self._timeout_of(attempt, scope)
-            if failure is None:
-                await self._give_up(attempt, cancelled=running.cancelled)
-                return
-        if failure is not None:
+        if running.gave_in:
+            await self._give_up(attempt, cancelled=running.cancelled)
+        elif failure is not None:
             await self._report_failure(attempt, failure, settle)
         else:
             await self._report_result(attempt, result, context.follow_ups, settle)
@@ -319,14 +285,6 @@ class Runner:
         else:
             await self._lifecycle.hand_back(attempt)
         self._settled()
-
-    def _timeout_of(self, attempt: Attempt, scope: anyio.CancelScope) -> Failure | None:
-        """Return the failure of a task that was cancelled because its time was over, `None` if it was for another reason."""
-        job = attempt.job
-        if job.timeout is None or anyio.current_time() < scope.deadline:
-            return None
-        in_thread = not self._registry.find(job.task_id).is_async
-        return Failure.of(TaskTimeout(job.task_id, job.timeout, in_thread=in_thread), self._backend.now())
 
     # -- report
 
@@ -385,7 +343,7 @@ class Runner:
         # The job's own bytes, with what is new spliced in: no second encoding on the path of every job.
         body = b'%b,"active_since":%r,"worker":%b}' % (attempt.body.rstrip()[:-1], attempt.started_at, self._worker_json)
         self._backend.signal(self._subjects.event(STARTED, attempt.token), body)
-        if event_emitter.listens(f"job:{STARTED}"):
+        if event_emitter.listens() and event_emitter.listens(f"job:{STARTED}"):
             data = attempt.job.to_dict() | {"queue": self._subjects.queue, "status": State.ACTIVE}
             self._group.start_soon(event_emitter.emit, f"job:{STARTED}", data)
 
@@ -399,13 +357,6 @@ class Runner:
     def _settled(self) -> None:
         self._intake.settled()
         self._progress.set()
-
-
-def _uncancel() -> None:
-    """Forget that this asyncio task was cancelled: the next job in its slot was not."""
-    task = asyncio.current_task()
-    while task is not None and task.uncancel():
-        pass
 
 
 def _leave(delivery: Delivery, verdict: Verdict) -> None:

@@ -48,14 +48,15 @@ class TaskWrapper(Generic[P, R]):
         delay: float = 0,
         priority: int = DEFAULT_PRIORITY,
         depends_on: Sequence[str] | None = None,
+        on_parent_failure: str = "wait",
         repeat_every: float | None = None,
         job_id: str | None = None,
         **kwargs: Any,
     ) -> str:
         """Add a job that runs the task with these arguments, on the task's queue, and return its id.
 
-        `backend`, `delay`, `priority`, `depends_on`, `repeat_every` and `job_id` are as for `Queue.add`; no argument of the task can have
-        one of these names.
+        `backend`, `delay`, `priority`, `depends_on`, `on_parent_failure`, `repeat_every` and `job_id` are as for `Queue.add`; no
+        argument of the task can have one of these names.
         """
         entry = self.entry
         return await _queue(entry.queue, backend).add(
@@ -70,6 +71,7 @@ class TaskWrapper(Generic[P, R]):
             delay=delay or None,
             job_id=job_id,
             depends_on=depends_on,
+            on_parent_failure=on_parent_failure,
             repeat_every=repeat_every,
         )
 

@@ -254,7 +254,6 @@ async def test_a_window_may_be_owned_by_a_job_that_waits_for_others(backend: Bac
         assert await queue.wait_for(owner, timeout=PATIENCE) == "ran"
 
 
-@pytest.mark.xfail(reason="add_bulk takes no windows yet", raises=ValueError)
 async def test_bulk_entries_may_have_windows(backend: Backend) -> None:
     queue = queue_of(backend)
     owner = await queue.add("echo", deduplication=KEY)

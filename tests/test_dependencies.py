@@ -1,6 +1,6 @@
 """Jobs that wait for others: `depends_on`, results of parents, parents that fail, follow-ups; on both backends."""
 
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import anyio
@@ -327,8 +327,8 @@ async def test_b2_a_child_that_is_added_while_its_parent_completes_runs(backend:
     async with running(queue):
         for _ in range(40):
             parents = await producer.add_bulk([{"task_id": "echo", "args": [number]} for number in range(5)])
-            adds = [lambda parent=parent: producer.add("read_parents", depends_on=[parent]) for parent in parents]
-            children += await race(*adds, lambda parents=parents: producer.add("read_parents", depends_on=parents))
+            adds = [partial(producer.add, "read_parents", depends_on=waits_for) for waits_for in (*([each] for each in parents), parents)]
+            children += await race(*adds)
         for child in children:
             assert await queue.wait_for(child, timeout=PATIENCE)
     assert (await queue.queue_stats())["completed"] == 40 * 5 + len(children)

@@ -1,4 +1,4 @@
-"""Flows while workers and producers are killed: every job runs after its parents, ends once, and a flow is there as a whole or not at all."""
+"""Flows while workers and producers are killed: jobs run after their parents and end once, and a flow is there as a whole or not at all."""
 
 import os
 import random
@@ -92,9 +92,7 @@ async def test_random_graphs_run_in_order_while_workers_are_killed(
         (fleet.watched.notes / "trace").read_text().splitlines(), {k: v for graph in graphs for k, v in graph.parents.items()}
     )
     stalls = sum(job["stalls"] > 0 for job in await queue.get_jobs())
-    print(
-        f"seed {seed}: {len(expected)} jobs, {Counter(expected.values())}, {losses} workers killed: {runs} runs, {stalls} jobs lost a worker"
-    )
+    print(f"seed {seed}: {len(expected)} jobs, {Counter(expected.values())}, {losses} workers killed: {runs} runs, {stalls} stalled")
 
 
 def check_order(lines: list[str], parents: dict[int, list[int]]) -> int:

@@ -1,4 +1,4 @@
-"""Looking into a queue, and cleaning it, costs little however many outcomes there are; `benchmarks/large_queues.py` measures more of them."""
+"""Looking into a queue, and cleaning it, with many outcomes; `benchmarks/large_queues.py` measures more of them."""
 
 import time
 from collections.abc import Awaitable, Callable

@@ -327,10 +327,9 @@ class NATSBackend:
             await connection.client.publish(subject, body)
 
     def signal(self, subject: str, body: bytes = b"") -> None:
-        connection = self._require_connection()
-        if connection.client.is_connected:
-            with mapped_errors(connection.servers):
-                connection.client.post(subject, body)
+        client = self._require_connection().client
+        if client.is_connected:
+            client.post(subject, body)
 
     async def subscribe(self, subject: str, on_signal: Callable[[Signal], None]) -> Subscription:
         connection = await self._open_connection()
