@@ -33,9 +33,9 @@ class Receiver:
         self._changed.set()
         self._changed = anyio.Event()
 
-    async def wait_for(self, condition: Callable[[], bool]) -> None:
+    async def wait_for(self, condition: Callable[[], bool], patience: float = PATIENCE) -> None:
         """Wait until the condition holds, looking again after every delivery and lapse."""
-        with anyio.fail_after(PATIENCE):
+        with anyio.fail_after(patience):
             while not condition():
                 await self._changed.wait()
 

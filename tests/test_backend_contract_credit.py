@@ -143,7 +143,8 @@ async def test_credit_lapses_with_its_consumer_which_is_declared_again(backend: 
     await twin.delete_log("jobs")
     await twin.declare_log(JOBS)
     await add(twin, "1.a")
-    await receiver.wait_for(lambda: "one" in receiver.lapses)
+    # A server that says nothing when the stream goes is noticed by its silence: two heartbeats, some grace and a look, 13 s in all.
+    await receiver.wait_for(lambda: "one" in receiver.lapses, patience=20)
     assert receiver.puller.outstanding("one") == 0
     with anyio.fail_after(PATIENCE):
         while not receiver.deliveries:
