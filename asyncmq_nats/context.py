@@ -1,17 +1,17 @@
 """What a task can know of the job it runs for: `current_job()`."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from anyio import from_thread
 
 from asyncmq_nats.exceptions import InvalidFlow
 from asyncmq_nats.jobs import Backoff, Job, build_job
 
-__all__ = ["JobContext", "current_job", "running_job"]
+__all__ = ["JobContext", "JobServices", "current_job", "running_job"]
 
 MOST_FOLLOW_UPS = 900
 
@@ -27,15 +27,26 @@ class _Awaitable:
 DONE = _Awaitable()
 
 
+class JobServices(Protocol):
+    """What a worker does for the tasks that it runs."""
+
+    def now(self) -> float:
+        """Return the server's time."""
+
+    def report_progress(self, job: Job, progress: float, data: Any) -> None:
+        """Store how far a job is."""
+
+    async def results_of_parents(self, job: Job) -> dict[str, Any]:
+        """Return the results of the jobs that a job depends on, by id."""
+
+
 @dataclass(slots=True)
 class JobContext:
     """The job that runs, for its task."""
 
     job: Job
     queue: str
-    _now: Callable[[], float] = field(repr=False)
-    _report: Callable[[float, Any], None] = field(repr=False)
-    _results: Callable[[Job], Awaitable[dict[str, Any]]] = field(repr=False)
+    _services: JobServices = field(repr=False)
     cancel_requested: bool = False
     """Whether the job was cancelled, or the worker wants it back. For sync tasks to ask now and then: no thread can be interrupted."""
     follow_ups: list[Job] = field(default_factory=list, repr=False)
@@ -68,9 +79,9 @@ class JobContext:
         try:
             asyncio.get_running_loop()
         except RuntimeError:  # a sync task's thread
-            from_thread.run_sync(self._report, float(progress), data)
+            from_thread.run_sync(self._services.report_progress, self.job, float(progress), data)
         else:
-            self._report(float(progress), data)
+            self._services.report_progress(self.job, float(progress), data)
         return DONE
 
     def add(
@@ -99,7 +110,7 @@ class JobContext:
         if len(self.follow_ups) >= MOST_FOLLOW_UPS:
             raise InvalidFlow(f"a job can have {MOST_FOLLOW_UPS} follow-ups at most: add one that adds the others")
         job = build_job(
-            self._now(),
+            self._services.now(),
             task_id=task_id,
             args=args,
             kwargs=kwargs,
@@ -118,7 +129,7 @@ class JobContext:
 
     async def parent_results(self) -> dict[str, Any]:
         """Return the results of the jobs that this one depends on, by id; those that did not complete are left out."""
-        return await self._results(self.job)
+        return await self._services.results_of_parents(self.job)
 
 
 running_job: ContextVar[JobContext] = ContextVar("asyncmq_nats_running_job")

@@ -19,11 +19,12 @@ __all__ = ["Running", "execute"]
 class Running:
     """A job that runs.
 
-    `interrupted`: it was told to end; `cancelled`: by a user, rather than by the end of the worker; `gave_in`: it ended because of that.
+    `slot`: the task that it runs in. `interrupted`: it was told to end; `cancelled`: by a user, rather than by the end of the worker;
+    `gave_in`: it ended because of that.
     """
 
     context: JobContext
-    task: "asyncio.Task[Any] | None" = None
+    slot: "asyncio.Task[Any]"
     interrupted: bool = False
     cancelled: bool = False
     gave_in: bool = False
@@ -31,11 +32,11 @@ class Running:
     def cancel(self) -> None:
         """Interrupt it; a thread is only told."""
         self.context.cancel_requested = True
-        if not self.interrupted and self.task is not None:
+        if not self.interrupted:
             self.interrupted = True
             # Not a cancel scope around each job: entering and leaving one costs a sixth of a small job. The slot waits inside the task's
             # code whenever this is called, so that is where the cancellation arrives.
-            self.task.cancel()
+            self.slot.cancel()
 
 
 async def execute(
@@ -43,7 +44,6 @@ async def execute(
 ) -> tuple[Any, Failure | None]:
     """Run the task of a job, and return its result or what went wrong: neither if it gave in to an interruption."""
     job = running.context.job
-    running.task = asyncio.current_task()
     try:
         entry = registry.find(job.task_id)
         if job.timeout is None:
@@ -55,9 +55,8 @@ async def execute(
         running.gave_in = running.interrupted
         return None, None if running.interrupted else Failure.of(error, now())  # otherwise the task has cancelled itself
     finally:
-        if running.task is not None:
-            while running.task.cancelling():  # the next job in this slot was not cancelled
-                running.task.uncancel()
+        while running.slot.cancelling():  # the next job in this slot was not cancelled
+            running.slot.uncancel()
 
 
 async def _execute_in_time(entry: RegisteredTask, running: Running, threads: anyio.CapacityLimiter, timeout: float) -> Any:

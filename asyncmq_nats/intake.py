@@ -9,9 +9,9 @@ from anyio.abc import TaskGroup
 
 from asyncmq_nats.assets import TIER_SIGNAL, QueueAssets
 from asyncmq_nats.backends.base import Backend, Delivery, Signal
-from asyncmq_nats.exceptions import AsyncMQError
+from asyncmq_nats.exceptions import AsyncMQError, InvalidJob
 from asyncmq_nats.held import FRESH, Held, Tier
-from asyncmq_nats.lifecycle import Attempt, Lifecycle
+from asyncmq_nats.lifecycle import Lifecycle
 from asyncmq_nats.pull_policy import Pace, TierView, prefetch_target, slots_are_rare, tiers_to_ask
 from asyncmq_nats.rate_limiter import LEASE, RateLimiter
 from asyncmq_nats.subjects import QueueSubjects, tier_name, tier_priority
@@ -55,9 +55,11 @@ class Intake:
         self._idle: list[anyio.Event] = []
         self._waking = False
         self._refill = anyio.Event()
+        self._looks = False
         self._asked_at = 0.0
         self._freed_at = self._filled_at = time.monotonic()
         self._pause_signals = 0
+        self._started = 0
         self._open = False
         self.busy = 0
         """Slots that run a job."""
@@ -73,7 +75,7 @@ class Intake:
         await self._assets.find_orphans()
         await self._find_tiers()
         await self.look_at_pause()
-        self._refill.set()
+        self._look()
         group.start_soon(self._ask_when_needed)
         group.start_soon(self._watch_held)
         group.start_soon(self._look_for_tiers)
@@ -94,14 +96,14 @@ class Intake:
         self._pause_signals += 1
         self._paused_until = until
         self._group.start_soon(self._hand_back_all)
-        self._refill.set()
+        self._look()
 
     def resume(self) -> None:
         """Start jobs again."""
         self._pause_signals += 1
         self._paused_until = 0.0
         self._wake_slot()
-        self._refill.set()
+        self._look()
 
     async def look_at_pause(self) -> None:
         """Learn whether the queue is paused from what is stored: signals may be missed."""
@@ -129,11 +131,12 @@ class Intake:
             await event.wait()
             self._waking = False
         self.busy += 1
+        self._started += 1
         if self.busy == self._concurrency:
             self._filled_at = time.monotonic()
         if self._limiter is not None:
             self._limiter.use()
-            self._refill.set()
+            self._look()
         delivery = self._held.pop()
         self._wake_slot()
         return delivery
@@ -164,7 +167,7 @@ class Intake:
         """Note that a slot is free again."""
         self.busy -= 1
         self._freed_at = time.monotonic()
-        self._refill.set()
+        self._look()
 
     def learn_job(self, seconds: float) -> None:
         """Note how long a job took."""
@@ -173,9 +176,15 @@ class Intake:
     def settled(self) -> None:
         """Note that one more end was confirmed."""
         self.unsettled -= 1
-        self._refill.set()
+        self._look()
 
     # -- credit
+
+    def _look(self) -> None:
+        """Have it looked at soon whether more jobs should be asked for. Called several times a job: an event is set once a turn only."""
+        if not self._looks:
+            self._looks = True
+            self._refill.set()
 
     async def _find_tiers(self) -> None:
         for priority in await self._assets.list_tiers():
@@ -196,7 +205,7 @@ class Intake:
         except AsyncMQError as error:
             logger.warning("queue %s: no tier for priority %d: %s", self._subjects.queue, priority, error)
             self._tiers.pop(priority, None)
-        self._refill.set()
+        self._look()
 
     async def _look_for_tiers(self) -> None:
         while True:
@@ -207,14 +216,14 @@ class Intake:
                 await self.look_at_pause()
             except AsyncMQError as error:
                 logger.warning("queue %s: tiers not looked up: %s", self._subjects.queue, error)
-            self._refill.set()
+            self._look()
 
     async def _ask_when_needed(self) -> None:
         wait: float | None = None
         while True:
             with anyio.move_on_after(wait):
                 await self._refill.wait()
-            self._refill = anyio.Event()
+            self._refill, self._looks = anyio.Event(), False
             self._wake_slot()
             # With several tiers, what is known of one may become stale while nothing happens.
             wait = FRESH if len(self._tiers) > 1 and any(tier.pending or tier.looked for tier in self._tiers.values()) else None
@@ -278,7 +287,7 @@ class Intake:
         tier = self._tiers.get(self._priority_of(consumer))
         if tier is not None:
             tier.hear_lapse(time.monotonic())
-        self._refill.set()
+        self._look()
 
     def _priority_of(self, consumer: str) -> int:
         priority = self._priorities.get(consumer)
@@ -302,7 +311,7 @@ class Intake:
         elif not self._waking:
             self._wake_slot()
         if not delivery.pending:
-            self._refill.set()
+            self._look()
 
     # -- giving back
 
@@ -320,8 +329,12 @@ class Intake:
                 group.start_soon(self._hand_back, delivery)
 
     async def _watch_held(self) -> None:
+        started, then = self._started, time.monotonic()
         while True:
             await anyio.sleep(HELD_CHECK)
+            now = time.monotonic()
+            self._pace.learn_starts(self._started - started, now - then, len(self._held.heap))
+            started, then = self._started, now
             if self._held.heap:
                 await self._hand_back_stuck()
 
@@ -331,11 +344,12 @@ class Intake:
 
     async def _hand_back(self, delivery: Delivery) -> None:
         try:
-            attempt = await self._lifecycle.begin(delivery) if delivery.deliveries == 1 else None
-            if isinstance(attempt, Attempt):
-                await self._lifecycle.hand_back(attempt)
+            if delivery.deliveries == 1:
+                await self._lifecycle.hand_back(self._lifecycle.open(delivery))
             else:  # delivered before: its claim, or the lack of one, stays as it is
                 delivery.nak()
+        except InvalidJob:  # so says whoever has a slot for it
+            delivery.nak()
         except AsyncMQError as error:
             logger.warning("%s: not handed back, it comes back when its lease is over: %s", delivery.subject, error)
             delivery.abandon()

@@ -18,12 +18,12 @@ __all__ = [
     "WIRE_VERSION",
     "Backoff",
     "Job",
-    "append_fields",
     "build_job",
     "dump_json",
     "load_json",
     "new_job",
     "new_job_id",
+    "splice",
     "validate_custom_job_id",
 ]
 
@@ -72,7 +72,7 @@ class Backoff:
     jitter: float = Field(default=0.0, ge=0, le=1)
 
 
-@dataclass(frozen=True, slots=True, config=ConfigDict(extra="ignore"))
+@dataclass(frozen=True, config=ConfigDict(extra="ignore"))  # without slots: a fifth faster to make
 class Job:
     """One job, and how far it is. Times are Unix seconds, durations seconds.
 
@@ -173,7 +173,7 @@ class Job:
             InvalidJob: the body is not a job, or of a newer version of the format.
         """
         try:
-            job: Self = ADAPTER.validate_json(body)  # type: ignore[assignment]  # the adapter is of the class itself
+            job: Self = ADAPTER.validator.validate_json(body)
         except ValidationError as error:
             raise InvalidJob(_first_problem(error)) from None
         if (b"NaN" in body or b"Infinity" in body) and (bad := _find_non_finite([job.args, job.kwargs])) is not None:
@@ -318,13 +318,9 @@ def dump_json(value: Any, what: str = "the value") -> bytes:
     return body
 
 
-def append_fields(body: bytes, fields: Mapping[str, Any], what: str) -> bytes:
-    """Return the JSON object `body` with fields it does not have yet appended; what it has stays as it is, byte for byte.
-
-    Raises:
-        NotSerializable: a value is not JSON.
-    """
-    return body.rstrip()[:-1] + b"," + dump_json(fields, what)[1:]
+def splice(body: bytes, members: bytes) -> bytes:
+    """Return the JSON object `body` with members it does not have yet appended; what it has stays as it is, byte for byte."""
+    return b"%b,%b}" % (body.rstrip()[:-1], members)
 
 
 def load_json(body: bytes) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from asyncmq_nats.assets import QueueAssets
 from asyncmq_nats.backends.base import Backend, Delivery, Expect, Record, Settled, Write
 from asyncmq_nats.dependencies import MARKER_TTL, delayed_write
 from asyncmq_nats.exceptions import BackendError, InvalidJob, NotSerializable, PayloadTooLarge, WriteRefused
-from asyncmq_nats.jobs import WIRE_VERSION, Job, append_fields, dump_json, load_json, new_job_id
+from asyncmq_nats.jobs import WIRE_VERSION, Job, dump_json, load_json, new_job_id, splice
 from asyncmq_nats.retries import Failure, add_failure
 from asyncmq_nats.schedules import parse_every
 from asyncmq_nats.states import OUTCOMES, Place, State
@@ -113,23 +113,24 @@ class Lifecycle:
         self._additions = Additions(backend, subjects, assets)
         self.dependencies = self._additions.dependencies
         self._worker = worker
+        self._worker_json = dump_json(worker)
+
+    def now(self) -> float:
+        """Return the server's time."""
+        return self._backend.now()
 
     # -- begin
 
-    async def begin(self, delivery: Delivery) -> Attempt | Verdict:
-        """Return the attempt that a delivery stands for, or why there is nothing to run.
+    def open(self, delivery: Delivery) -> Attempt:
+        """Return the attempt that a delivery stands for. If it is not the first one of its job, `verify` it.
 
         Raises:
             InvalidJob: the message is not a job; `reject` it.
         """
-        _, token = self._subjects.split_ready(delivery.subject)
-        body = delivery.body
+        body, token = delivery.body, delivery.subject.rpartition(".")[2]
         if not body.startswith(OUR_JOBS):
             body = self._as_ours(delivery, token)
-        attempt = Attempt(delivery, token, Job.decode(body), body=body)
-        if delivery.deliveries == 1:
-            return attempt
-        return await self._verify(attempt)
+        return Attempt(delivery, token, Job.decode(body), body=body)
 
     def _as_ours(self, delivery: Delivery, token: str) -> bytes:
         """Return a job of a foreign producer as we would have written it: id and priority of the subject, all that must be there."""
@@ -144,8 +145,8 @@ class Lifecycle:
         except NotSerializable as error:  # 1e999 is a number of JSON, and infinite when read
             raise InvalidJob(str(error)) from None
 
-    async def _verify(self, attempt: Attempt) -> Attempt | Verdict:
-        """Rule 2: find out what an earlier delivery came to, and claim the job if it came to nothing."""
+    async def verify(self, attempt: Attempt) -> Attempt | Verdict:
+        """Rule 2: find out what an earlier delivery came to, and claim the job if it came to nothing; or return why it is not to be run."""
         token, subjects = attempt.token, self._subjects
         while True:
             records = await self._backend.last(subjects.bucket_log, subjects.later_all(token), subjects.done_all(token))
@@ -184,7 +185,7 @@ class Lifecycle:
             NotSerializable: the result is not JSON.
             PayloadTooLarge: the outcome is too large for the server.
         """
-        write = self._outcome(attempt, State.COMPLETED, {"result": result}, f"the result of task {attempt.job.task_id!r}")
+        write = self._completed(attempt, result)
         if attempt.claimed or attempt.companions:
             await self._write_claimed(attempt, write, settle)
         else:
@@ -267,24 +268,30 @@ class Lifecycle:
             logger.warning("%s: not a job, and there is an outcome already: dropped", delivery.subject)
         delivery.ack()
 
+    def _completed(self, attempt: Attempt, result: Any) -> Write:
+        """Return the write of a result: the job as it came, byte for byte, and what it came to."""
+        what = f"the result of task {attempt.job.task_id!r}"
+        members = b'"status":"completed","result":%b,"active_since":%r,"finished_at":%r,"worker":%b' % (
+            dump_json(result, what), attempt.started_at, self._backend.now(), self._worker_json,
+        )  # fmt: skip
+        if attempt.job.stalls:
+            members += b',"stalls":%d' % attempt.job.stalls
+        record = splice(attempt.body, members)
+        if len(record) > self._backend.max_body:
+            raise PayloadTooLarge(what, len(record), self._backend.max_body)
+        subject = self._subjects.outcome(attempt.token, State.COMPLETED)
+        return Write(subject, record, self._fence(attempt), ttl=self._settings.completed_ttl)
+
     def _outcome(self, attempt: Attempt, state: State, fields: dict[str, Any], what: str) -> Write:
-        """Return the write of an outcome: the job as it came, byte for byte, and what it came to."""
-        body = attempt.body
+        """Return the write of an outcome other than a result."""
         fields = {"status": state, **fields, "active_since": attempt.started_at or None}
         fields |= {"finished_at": self._backend.now(), "worker": self._worker}
         if attempt.job.stalls:
             fields["stalls"] = attempt.job.stalls
-        try:
-            completed = state is State.COMPLETED
-            record = append_fields(body, fields, what) if completed else dump_json(load_json(body) | fields, what)
-            if len(record) > self._backend.max_body:
-                raise PayloadTooLarge(what, len(record), self._backend.max_body)
-        except PayloadTooLarge:
-            if state is State.COMPLETED:
-                raise
+        record = dump_json(load_json(attempt.body) | fields, what)
+        if len(record) > self._backend.max_body:
             record = dump_json({"id": attempt.job.job_id, "task": attempt.job.task_id, "truncated": True, "max_retries": 0} | fields, what)
-        ttl = self._settings.completed_ttl if state is State.COMPLETED else self._settings.failed_ttl
-        return Write(self._subjects.outcome(attempt.token, state), record, self._fence(attempt), ttl=ttl)
+        return Write(self._subjects.outcome(attempt.token, state), record, self._fence(attempt), ttl=self._settings.failed_ttl)
 
     def _fence(self, attempt: Attempt) -> Expect:
         return Expect(self._subjects.done_all(attempt.token), attempt.expect)
@@ -305,12 +312,21 @@ class Lifecycle:
         subjects = [self._subjects.claim(attempt.token), *attempt.leftovers]
         return companions + [Write(subject, b"", ttl=MARKER_TTL, marker=True) for subject in subjects if subject != write.subject]
 
-    def report_progress(self, attempt: Attempt, progress: float, data: Any) -> None:
+    # -- for the tasks that run
+
+    def report_progress(self, job: Job, progress: float, data: Any) -> None:
         """Store how far a running job is, and tell whoever listens. Sent, not confirmed: a later report tells more."""
-        body = dump_json({"id": attempt.job.job_id, "progress": progress, "data": data}, "the progress data")
-        write = Write(self._subjects.progress(attempt.token), body, ttl=self._settings.progress_ttl)
+        token = encode_token(job.job_id)
+        body = dump_json({"id": job.job_id, "progress": progress, "data": data}, "the progress data")
+        write = Write(self._subjects.progress(token), body, ttl=self._settings.progress_ttl)
         self._backend.send(self._subjects.bucket_log, write, lambda _: None)
-        self._backend.signal(self._subjects.event("progress", attempt.token), body)
+        self._backend.signal(self._subjects.event("progress", token), body)
+
+    async def results_of_parents(self, job: Job) -> dict[str, Any]:
+        """Return the results of the jobs that a job depends on, by id; those that did not complete are left out."""
+        return await self.dependencies.results(job)
+
+    # -- for the queue
 
     async def trim(self) -> None:
         """Remove the oldest outcomes of the kinds of which only the last so many are kept."""

@@ -11,7 +11,8 @@ from typing import Final
 __all__ = ["MAX_PREFETCH", "Pace", "TierView", "prefetch_target", "should_hand_back", "slots_are_rare", "tiers_to_ask"]
 
 MAX_PREFETCH: Final = 512
-MIN_HOLD: Final = 0.05
+RARE: Final = 0.05
+MAX_HOLD: Final = 0.25
 SMOOTHING: Final = 0.2
 
 
@@ -30,10 +31,15 @@ class TierView:
 
 @dataclass(slots=True)
 class Pace:
-    """Moving averages: how long a job takes (seconds), and how long the server takes to answer a pull that it can serve (seconds)."""
+    """How fast jobs go, in seconds.
+
+    Moving averages: how long a job takes, and how long the server takes to answer a pull that it can serve. `start_seconds`: lately, how
+    long it took from the start of one held job to that of the next; 0 while none are held. It has in it what a job costs beside its task.
+    """
 
     job_seconds: float = math.inf
     refill_seconds: float = 0.001
+    start_seconds: float = 0.0
 
     def learn_job(self, seconds: float) -> None:
         """Take in the duration of one more job."""
@@ -42,6 +48,13 @@ class Pace:
     def learn_refill(self, seconds: float) -> None:
         """Take in the answer time of one more pull."""
         self.refill_seconds += SMOOTHING * (min(seconds, 0.1) - self.refill_seconds)
+
+    def learn_starts(self, started: int, seconds: float, held: int) -> None:
+        """Take in how many jobs have started in the last `seconds`, and how many are held now."""
+        if not held:
+            self.start_seconds = 0.0
+        elif started:
+            self.start_seconds = seconds / started
 
 
 def _slot_seconds(concurrency: int, pace: Pace, quiet: float = 0.0) -> float:
@@ -86,15 +99,16 @@ def tiers_to_ask(tiers: Sequence[TierView], wanted: int, capacity: int) -> list[
 
 def slots_are_rare(concurrency: int, pace: Pace, quiet: float) -> bool:
     """Return whether no slot can be expected for a job that is held. `quiet`: see `_slot_seconds`."""
-    return _slot_seconds(concurrency, pace, quiet) > MIN_HOLD
+    return _slot_seconds(concurrency, pace, quiet) > RARE
 
 
 def should_hand_back(held_seconds: float, pace: Pace, concurrency: int, position: int, quiet: float = 0.0) -> bool:
     """Return whether another worker should get a job that is held for a slot.
 
-    At once where slots become free rarely, otherwise when it has waited longer than its place in the heap explains. `quiet`: see
-    `_slot_seconds`.
+    At once where slots become free rarely; otherwise when its turn is still far off, or has not come because others passed it by. Jobs that
+    move up as expected stay, however many are held: to give them back costs far more than to run them. `quiet`: see `_slot_seconds`.
     """
-    if slots_are_rare(concurrency, pace, quiet):
-        return held_seconds > 0
-    return held_seconds > max(MIN_HOLD, 4 * _slot_seconds(concurrency, pace, quiet) * (position + 1))
+    if held_seconds <= 0:
+        return False
+    until_start = max(_slot_seconds(concurrency, pace, quiet), pace.start_seconds) * (position + 1)
+    return slots_are_rare(concurrency, pace, quiet) or until_start > MAX_HOLD or held_seconds > 2 * MAX_HOLD

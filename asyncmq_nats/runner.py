@@ -3,6 +3,7 @@
 What a job's end means is decided in `lifecycle`, what comes in is the business of `intake`.
 """
 
+import asyncio
 import logging
 import os
 import socket
@@ -33,7 +34,7 @@ from asyncmq_nats.exceptions import (
 from asyncmq_nats.execution import Running, execute
 from asyncmq_nats.hooks import Hooks
 from asyncmq_nats.intake import Intake
-from asyncmq_nats.jobs import Job, dump_json
+from asyncmq_nats.jobs import Job, dump_json, splice
 from asyncmq_nats.lifecycle import Attempt, Lifecycle, SettleEnd, Verdict
 from asyncmq_nats.promoter import Promoter
 from asyncmq_nats.rate_limiter import Limit, RateLimiter
@@ -84,7 +85,7 @@ class Runner:
         if concurrency < 1:
             raise ValueError(f"concurrency must be at least 1, not {concurrency}")
         self.worker = new_worker_id()
-        self._worker_json = dump_json(self.worker)
+        self._start_of = b'"active_since":%r,"worker":' + dump_json(self.worker).replace(b"%", b"%%")
         self._backend = backend
         self._subjects = subjects
         self._assets = assets
@@ -98,6 +99,7 @@ class Runner:
         self._threads = anyio.CapacityLimiter(concurrency)
         self._running: dict[str, Running] = {}
         self._progress = anyio.Event()
+        self._draining = False
         self._stop = anyio.Event()
         self._turn_ends = 0.0
         self._group: TaskGroup
@@ -146,6 +148,7 @@ class Runner:
 
     async def _drain(self) -> None:
         """Stop pulling, hand back what has not started, let the rest finish for a while, then cancel and hand back that too."""
+        self._draining = True
         await self._intake.stop()
         timeout = self._backend.settings.shutdown_timeout
         with anyio.move_on_after(timeout):
@@ -212,42 +215,46 @@ class Runner:
     # -- run
 
     async def _slot(self) -> None:
+        slot = asyncio.current_task()
+        assert slot is not None
         while True:
             delivery = await self._intake.next()
             try:
-                await self._execute(delivery)
+                await self._execute(delivery, slot)
             except AsyncMQError as error:
                 logger.error("%s: not run now, it will be delivered again: %s", delivery.subject, error)
                 delivery.abandon()
             finally:
                 self._intake.release()
-                self._progress.set()
-            now = time.monotonic()
-            if now > self._turn_ends:
+                self._note_progress()
+            if time.monotonic() > self._turn_ends:
                 await checkpoint()
-                self._turn_ends = now + TURN
+                self._turn_ends = time.monotonic() + TURN
 
-    async def _execute(self, delivery: Delivery) -> None:
+    async def _execute(self, delivery: Delivery, slot: "asyncio.Task[Any]") -> None:
         try:
-            attempt = await self._lifecycle.begin(delivery)
+            attempt = self._lifecycle.open(delivery)
         except InvalidJob as problem:
             logger.error("%s: %s", delivery.subject, problem)
             await self._lifecycle.reject(delivery, problem)
             return
-        if isinstance(attempt, Verdict):
-            _leave(delivery, attempt)
-            return
-        if attempt.claimed and self._intake.is_paused:  # a claim takes a while
-            await self._lifecycle.hand_back(attempt)
-            return
+        if delivery.deliveries > 1:
+            verified = await self._lifecycle.verify(attempt)
+            if isinstance(verified, Verdict):
+                _leave(delivery, verified)
+                return
+            attempt = verified
+            if self._intake.is_paused:  # meanwhile
+                await self._lifecycle.hand_back(attempt)
+                return
         self._intake.unsettled += 1
         try:
-            await self._run_or_end(attempt, partial(self._settle, attempt))
+            await self._run_or_end(attempt, partial(self._settle, attempt), slot)
         except AsyncMQError:  # nobody will settle it
             self._settled()
             raise
 
-    async def _run_or_end(self, attempt: Attempt, settle: SettleEnd) -> None:
+    async def _run_or_end(self, attempt: Attempt, settle: SettleEnd, slot: "asyncio.Task[Any]") -> None:
         job, now = attempt.job, self._backend.now()
         if job.stalls >= self._backend.settings.max_stalls:
             error = f"stalled: its worker was lost {job.stalls} times while it ran (the limit is max_stalls)"
@@ -258,12 +265,12 @@ class Runner:
             await self._lifecycle.postpone(attempt, settle)
         else:
             attempt.started_at = now
-            await self._run(attempt, settle)
+            await self._run(attempt, settle, slot)
 
-    async def _run(self, attempt: Attempt, settle: SettleEnd) -> None:
+    async def _run(self, attempt: Attempt, settle: SettleEnd, slot: "asyncio.Task[Any]") -> None:
         job, started = attempt.job, time.monotonic()
-        context = JobContext(job, self._subjects.queue, self._backend.now, partial(self._report_progress, attempt), self._results_of)
-        running = self._running[attempt.token] = Running(context)
+        context = JobContext(job, self._subjects.queue, self._lifecycle)
+        running = self._running[attempt.token] = Running(context, slot)
         running_job.set(context)
         self._announce_start(attempt)
         try:
@@ -287,12 +294,6 @@ class Runner:
         self._settled()
 
     # -- report
-
-    async def _results_of(self, job: Job) -> dict[str, Any]:
-        return await self._lifecycle.dependencies.results(job)
-
-    def _report_progress(self, attempt: Attempt, progress: float, data: Any) -> None:
-        self._lifecycle.report_progress(attempt, progress, data)
 
     async def _report_result(self, attempt: Attempt, result: Any, follow_ups: Sequence[Job], settle: SettleEnd) -> None:
         try:
@@ -341,8 +342,7 @@ class Runner:
 
     def _announce_start(self, attempt: Attempt) -> None:
         # The job's own bytes, with what is new spliced in: no second encoding on the path of every job.
-        body = b'%b,"active_since":%r,"worker":%b}' % (attempt.body.rstrip()[:-1], attempt.started_at, self._worker_json)
-        self._backend.signal(self._subjects.event(STARTED, attempt.token), body)
+        self._backend.signal(self._subjects.event(STARTED, attempt.token), splice(attempt.body, self._start_of % attempt.started_at))
         if event_emitter.listens() and event_emitter.listens(f"job:{STARTED}"):
             data = attempt.job.to_dict() | {"queue": self._subjects.queue, "status": State.ACTIVE}
             self._group.start_soon(event_emitter.emit, f"job:{STARTED}", data)
@@ -356,7 +356,11 @@ class Runner:
 
     def _settled(self) -> None:
         self._intake.settled()
-        self._progress.set()
+        self._note_progress()
+
+    def _note_progress(self) -> None:
+        if self._draining:
+            self._progress.set()
 
 
 def _leave(delivery: Delivery, verdict: Verdict) -> None:

@@ -323,8 +323,7 @@ async def hold(queue: Queue) -> tuple[Lifecycle, Attempt, Delivery]:
     receiver = Receiver(queue.backend, f"amq_{queue.name}")
     [delivery] = await receiver.pull("tier_5")
     lifecycle = Lifecycle(queue.backend, queue._subjects, queue._assets, "slow")
-    attempt = await lifecycle.begin(delivery)
-    assert isinstance(attempt, Attempt)
+    attempt = lifecycle.open(delivery)
     return lifecycle, attempt, delivery
 
 

@@ -9,7 +9,6 @@ import pytest
 from asyncmq_nats.backends.base import Backend, Settled, Write
 from asyncmq_nats.context import current_job
 from asyncmq_nats.exceptions import InvalidJob, JobFailed, JobNotFound
-from asyncmq_nats.lifecycle import Attempt
 from asyncmq_nats.queues import Queue
 from asyncmq_nats.registry import TaskRegistry
 from asyncmq_nats.retries import Failure
@@ -388,9 +387,8 @@ class TestLosses:
             return []
 
         lifecycle.dependencies._release_one = only_once  # type: ignore[method-assign]
-        attempt = await lifecycle.begin(receiver.deliveries[0])
+        attempt = lifecycle.open(receiver.deliveries[0])
         ended: list[Any] = []
-        assert isinstance(attempt, Attempt)
 
         def settle(write: Write, result: Settled) -> None:
             ended.append((write, result))

@@ -124,7 +124,8 @@ async def test_a_job_that_was_handed_back_did_not_stall(backend: Backend, twin: 
     async with taking_in(twin, 1) as intake:
         (delivery,) = await take(intake, 1)
         assert ids([delivery]) == [job_id]
-        attempt = await Lifecycle(twin, subjects, QueueAssets(twin, subjects), "worker").begin(delivery)
+        lifecycle = Lifecycle(twin, subjects, QueueAssets(twin, subjects), "worker")
+        attempt = await lifecycle.verify(lifecycle.open(delivery))
     assert isinstance(attempt, Attempt)
     assert (attempt.job.stalls, delivery.deliveries) == (0, 2)
 

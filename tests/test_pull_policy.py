@@ -108,7 +108,7 @@ def test_one_slow_answer_does_not_make_the_refill_slow_for_long(answers: list[fl
 def test_who_was_held_longer_is_handed_back_no_later(held: float, pace: Pace, concurrency: int, position: int) -> None:
     if should_hand_back(held, pace, concurrency, position):
         assert should_hand_back(held * 2 + 1, pace, concurrency, position)
-        assert position == 0 or should_hand_back(held, pace, concurrency, position - 1)
+        assert should_hand_back(held, pace, concurrency, position + 1)
 
 
 @given(PACES, st.integers(1, 1_000), st.integers(0, 1_000))
@@ -121,11 +121,24 @@ def test_a_job_behind_slow_ones_is_handed_back_at_once() -> None:
     assert should_hand_back(0.001, Pace(0.001), 1, 0, quiet=0.1), "the slots are taken by longer jobs than usual"
 
 
-def test_a_job_is_held_for_as_long_as_its_place_explains() -> None:
+def test_a_job_is_held_while_its_turn_is_near() -> None:
     pace = Pace(0.1)
-    assert not should_hand_back(0.39, pace, 10, 9)
-    assert should_hand_back(0.41, pace, 10, 9)
-    assert should_hand_back(0.06, pace, 10, 0)
+    assert not should_hand_back(0.2, pace, 10, 20), "21 jobs ahead, a slot each 10 ms"
+    assert should_hand_back(0.001, pace, 10, 29)
+    assert should_hand_back(0.6, pace, 10, 0), "others passed it by"
+
+
+def test_what_starts_take_beside_the_tasks_counts() -> None:
+    pace = Pace(0.00001)
+    assert not should_hand_back(0.1, pace, 100, 500)
+    pace.learn_starts(50, 0.05, 500)
+    assert pace.start_seconds == 0.001
+    assert should_hand_back(0.1, pace, 100, 500)
+    assert not should_hand_back(0.1, pace, 100, 200)
+    pace.learn_starts(0, 0.05, 500)
+    assert pace.start_seconds == 0.001, "no start tells nothing of how long one takes"
+    pace.learn_starts(1, 0.05, 0)
+    assert pace.start_seconds == 0.0, "with nothing in hand the server's supply sets the pace"
 
 
 def test_nothing_is_prefetched_while_no_slot_becomes_free() -> None:

@@ -191,7 +191,7 @@ async def test_a_result_is_stored_as_json(backend: Backend, result: object, stor
     assert await queue.get_job_result(job_id) == stored
 
 
-@pytest.mark.parametrize("value", [object(), float("nan"), [float("inf")], "\ud800"], ids=repr)
+@pytest.mark.parametrize("value", [object(), float("nan"), [float("inf")], "\ud800"], ids=["object", "nan", "inf", "lone surrogate"])
 async def test_an_argument_that_is_not_json_is_refused_by_name(queue: Queue, value: object) -> None:
     with pytest.raises(NotSerializable, match="argument 1 of task 'echo'"):
         await queue.add("echo", [1, value])

@@ -11,7 +11,7 @@ import pytest
 from asyncmq_nats.backends.base import Backend
 from asyncmq_nats.exceptions import Fail, Retry
 from asyncmq_nats.jobs import Backoff
-from asyncmq_nats.lifecycle import Attempt, Lifecycle
+from asyncmq_nats.lifecycle import Lifecycle
 from asyncmq_nats.queues import Queue
 from asyncmq_nats.registry import TaskRegistry
 from asyncmq_nats.retries import BackoffFunction, Failure
@@ -441,8 +441,7 @@ async def test_a_slow_acknowledgement_does_not_lose_a_job_that_is_retried(queue:
     receiver = Receiver(queue.backend, "amq_work")
     [delivery] = await receiver.pull("tier_5")
     lifecycle = Lifecycle(queue.backend, queue._subjects, queue._assets, "slow")
-    attempt = await lifecycle.begin(delivery)
-    assert isinstance(attempt, Attempt)
+    attempt = lifecycle.open(delivery)
     await lifecycle.fail(attempt, Failure("ValueError: no", "", time.time()), lambda *_: None)
     assert await queue.retry_job(job_id)
     key = f"$KV.amq_work_scheduler.later.{job_id}.released"

@@ -77,7 +77,7 @@ class ConsumerState:
     paused: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # frozen ones take four times as long to make, and each job needs one
 class Expect:
     """Condition of a write: the last record that matches `filter` has `sequence` (0: there is none)."""
 
@@ -93,7 +93,7 @@ class Timer:
     target: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # frozen ones take four times as long to make, and each job needs one
 class Write:
     """One record to be written.
 

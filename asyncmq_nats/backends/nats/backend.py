@@ -329,7 +329,7 @@ class NATSBackend:
     def signal(self, subject: str, body: bytes = b"") -> None:
         client = self._require_connection().client
         if client.is_connected:
-            client.post(subject, body)
+            client.post(subject.encode(), body)
 
     async def subscribe(self, subject: str, on_signal: Callable[[Signal], None]) -> Subscription:
         connection = await self._open_connection()

@@ -1,23 +1,18 @@
 """nats-py's client with two shortcuts for the path that every job takes.
 
 Per message, nats-py makes a `Msg`, parses its headers, passes a queue and awaits a callback; per publish it validates and encodes header by
-header. `listen` hands the raw bytes to a function; `post` queues raw bytes. Measured: a job costs 45 µs of this process instead of 74.
-Connecting, reconnecting, parsing and flushing stay nats-py's. (Overrides `_process_msg` of nats-py 2.16; the contract tests notice.)
+header. `listen` hands the raw bytes to a function (see `parser`); `post` queues raw bytes. Connecting, reconnecting and flushing stay
+nats-py's. (Built on names of nats-py 2.16 that begin with `_`; the contract tests notice when they change.)
 """
 
 import asyncio
-from collections.abc import Callable
-from typing import Final
 
 from nats.aio.client import Client
 from nats.errors import ConnectionClosedError, OutboundBufferLimitError
 
-__all__ = ["DirectClient", "Handler", "parse_headers", "status_of"]
+from asyncmq_nats.backends.nats.parser import DirectParser, Handler
 
-HEADER_LINE: Final = b"NATS/1.0"
-
-Handler = Callable[[bytes, bytes, bytes, bytes | None], None]
-"""Called with subject, reply subject, body and raw headers. Must not block or raise."""
+__all__ = ["DirectClient", "parse_headers", "status_of"]
 
 
 class DirectClient(Client):
@@ -26,6 +21,7 @@ class DirectClient(Client):
     def __init__(self) -> None:
         super().__init__()
         self._direct: dict[int, Handler] = {}
+        self._ps = DirectParser(self, self._direct)
 
     async def listen(self, subject: str, handler: Handler) -> int:
         """Call the handler for every message on the subject, until `stop_listening` with the number that is returned."""
@@ -40,29 +36,23 @@ class DirectClient(Client):
         self._remove_sub(number)
         self._direct.pop(number, None)
 
-    async def _process_msg(self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: bytes) -> None:
-        handler = self._direct.get(sid)
-        if handler is None:
-            await super()._process_msg(sid, subject, reply, data, headers)
-        else:
-            handler(subject, reply, data, headers)
-
-    def post(self, subject: str, body: bytes, reply: str = "", headers: bytes = b"") -> None:
+    def post(self, subject: bytes, body: bytes, reply: bytes = b"", headers: bytes = b"") -> None:
         """Queue a message; it is on its way with the next turn of the event loop. `headers`: as on the wire. The subject is not validated.
 
         Raises:
             ConnectionClosedError: the client was closed.
             OutboundBufferLimitError: disconnected, and as much is waiting to be sent as may.
         """
-        if self.is_closed:
-            raise ConnectionClosedError
         if headers:
-            command = f"HPUB {subject} {reply} {len(headers)} {len(headers) + len(body)}\r\n".encode() + headers + body + b"\r\n"
+            command = b"HPUB %b %b %d %d\r\n%b%b\r\n" % (subject, reply, len(headers), len(headers) + len(body), headers, body)
         else:
-            command = f"PUB {subject} {reply} {len(body)}\r\n".encode() + body + b"\r\n"
+            command = b"PUB %b %b %d\r\n%b\r\n" % (subject, reply, len(body), body)
         connected = self.is_connected
-        if not connected and self._pending_data_size + len(command) > self._max_pending_size:
-            raise OutboundBufferLimitError
+        if not connected:
+            if self.is_closed:
+                raise ConnectionClosedError
+            if self._pending_data_size + len(command) > self._max_pending_size:
+                raise OutboundBufferLimitError
         self._pending.append(command)
         self._pending_data_size += len(command)
         queue = self._flush_queue

@@ -220,7 +220,7 @@ class Connection:
         try:
             async with asyncio.timeout(timeout):
                 with mapped_errors(self.servers):
-                    self._client.post(subject, body, self._inbox + number)
+                    self._client.post(subject.encode(), body, (self._inbox + number).encode())
                 await done
         finally:
             del self._collectors[token], self._requests[token]

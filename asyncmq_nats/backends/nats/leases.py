@@ -28,17 +28,17 @@ class LeaseKeeper:
     def __init__(self, options: Mapping[str, Any], lease: float) -> None:
         self._options = dict(options)
         self._every = min(lease, SHORTEST_LEASE) / 3
-        self._held: dict[str, None] = {}
+        self._held: dict[bytes, None] = {}
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stopping: asyncio.Event | None = None
         self._ready = threading.Event()
 
-    def hold(self, reply: str) -> None:
+    def hold(self, reply: bytes) -> None:
         """Extend this lease from now on. `reply`: the reply subject of the delivery."""
         self._held[reply] = None
 
-    def release(self, reply: str) -> None:
+    def release(self, reply: bytes) -> None:
         """Extend it no more."""
         self._held.pop(reply, None)
 
@@ -85,9 +85,9 @@ class LeaseKeeper:
     async def _extend_all(self, client: Client) -> None:
         for reply in list(self._held):  # the main thread adds and removes meanwhile; `list` of a dict is atomic
             try:
-                await client.publish(reply, EXTEND)
+                await client.publish(reply.decode(), EXTEND)
             except nats.errors.Error as error:
-                logger.warning("lease of %s not extended: %s", reply, error)
+                logger.warning("lease of %s not extended: %s", reply.decode(), error)
                 return
 
 

@@ -39,14 +39,14 @@ class NATSDelivery:
 
     __slots__ = ("_puller", "_reply", "body", "consumer", "deliveries", "pending", "sequence", "subject", "time")
 
-    def __init__(self, subject: str, reply: str, body: bytes, puller: "NATSPuller") -> None:
+    def __init__(self, subject: str, reply: bytes, body: bytes, puller: "NATSPuller") -> None:
         # $JS.ACK.<stream>.<consumer>.<deliveries>.<stream seq>.<consumer seq>.<time>.<pending>, or with <domain>.<account> before the
         # stream and a token at the end.
-        tokens = reply.split(".")
+        tokens = reply.split(b".")
         first = 3 if len(tokens) == 9 else 5
         self.subject = subject
         self.body = body
-        self.consumer = tokens[first]
+        self.consumer = tokens[first].decode()
         self.deliveries = int(tokens[first + 1])
         self.sequence = int(tokens[first + 2])
         self.time = int(tokens[first + 4]) / NANOSECONDS
@@ -148,7 +148,7 @@ class NATSPuller:
             payload["idle_heartbeat"] = int(HEARTBEAT * NANOSECONDS)
         subject = f"{self._connection.api_prefix}CONSUMER.MSG.NEXT.{self._log}.{consumer}"
         try:
-            self._client.post(subject, json.dumps(payload).encode(), self._inbox + token)
+            self._client.post(subject.encode(), json.dumps(payload).encode(), (self._inbox + token).encode())
         except nats.errors.Error as error:
             logger.warning("%s: pull not sent: %r", consumer, error)
 
@@ -179,8 +179,7 @@ class NATSPuller:
         if not reply.startswith(b"$JS.ACK."):
             self._on_status(subject.decode(), headers)
             return
-        name = reply.decode()
-        delivery = NATSDelivery(subject.decode(), name, body, self)
+        delivery = NATSDelivery(subject.decode(), reply, body, self)
         credit = self._credits.get(delivery.consumer)
         if credit is not None:
             credit.count_delivery()
@@ -189,19 +188,19 @@ class NATSPuller:
             delivery.nak()
             return
         if self._keeper is not None:
-            self._keeper.hold(name)
+            self._keeper.hold(reply)
         self._on_delivery(delivery)
 
-    def settle(self, reply: str, body: bytes) -> None:
+    def settle(self, reply: bytes, body: bytes) -> None:
         """Answer a delivery and let go of its lease."""
         if self._keeper is not None:
             self._keeper.release(reply)
         try:
             self._client.post(reply, body)
         except nats.errors.Error as error:  # it will be delivered again, and found done
-            logger.warning("%s: not settled: %r", reply, error)
+            logger.warning("%s: not settled: %r", reply.decode(), error)
 
-    def abandon(self, reply: str) -> None:
+    def abandon(self, reply: bytes) -> None:
         """Let go of a lease without an answer."""
         if self._keeper is not None:
             self._keeper.release(reply)

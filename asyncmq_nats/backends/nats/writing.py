@@ -75,7 +75,7 @@ class Unsettled:
     writes: Sequence[Write]
     settle: Settle
     deadline: float
-    token: str = ""
+    token: bytes = b""
     sent_at: float = 0.0
     sendings: int = 0
 
@@ -91,8 +91,8 @@ class Writer:
         self._table: dict[bytes, Unsettled] = {}
         self._tokens = itertools.count(1)
         self._batches = itertools.count(1)
-        self._inbox = self._client.new_inbox() + "."
-        self._batch_prefix = self._inbox.split(".")[-2]
+        self._inbox = self._client.new_inbox().encode() + b"."
+        self._batch_prefix = self._inbox.split(b".")[-2].decode()
         self._size_limit = self._client.max_payload - HEADER_ROOM
         self._sweeping = False
         connection.on_reconnect.append(self._resend_all)
@@ -100,7 +100,7 @@ class Writer:
 
     async def open(self) -> None:
         """Listen for confirmations."""
-        await self._client.listen(self._inbox + "*", self._on_reply)
+        await self._client.listen(self._inbox.decode() + "*", self._on_reply)
 
     async def write(self, log: str, writes: Sequence[Write]) -> int:
         """See `Backend.write`."""
@@ -125,8 +125,8 @@ class Writer:
         for write in entry.writes:
             if len(write.body) > self._size_limit:
                 raise PayloadTooLarge(f"the body for {write.subject}", len(write.body), self._size_limit)
-        entry.token = str(next(self._tokens))
-        self._table[entry.token.encode()] = entry
+        entry.token = b"%d" % next(self._tokens)
+        self._table[entry.token] = entry
         if not self._sweeping:
             self._sweeping = True
             self._connection.background.run(self._sweep())
@@ -138,7 +138,7 @@ class Writer:
         try:
             if len(entry.writes) == 1:
                 write = entry.writes[0]
-                self._client.post(write.subject, write.body, self._inbox + entry.token, encode_headers(write))
+                self._client.post(write.subject.encode(), write.body, self._inbox + entry.token, encode_headers(write))
             else:
                 self._transmit_batch(entry.writes, self._inbox + entry.token)
         except nats.errors.Error as error:
@@ -147,14 +147,14 @@ class Writer:
             else:
                 logger.debug("%s: sending again later: %s", entry.log, error)
 
-    def _transmit_batch(self, writes: Sequence[Write], reply: str) -> None:
+    def _transmit_batch(self, writes: Sequence[Write], reply: bytes) -> None:
         # One flush, without awaiting the first message's answer. Only the last message has a reply subject: a refused first message
         # makes the batch "incomplete" there, which is repeated; a batch id is never used twice.
         batch_id = f"{self._batch_prefix}{next(self._batches)}"
         for number, write in enumerate(writes, 1):
             last = number == len(writes)
             more = f"Nats-Batch-Id: {batch_id}\r\nNats-Batch-Sequence: {number}\r\n" + ("Nats-Batch-Commit: 1\r\n" if last else "")
-            self._client.post(write.subject, write.body, reply if last else "", encode_headers(write, more))
+            self._client.post(write.subject.encode(), write.body, reply if last else b"", encode_headers(write, more))
 
     def _on_reply(self, subject: bytes, _: bytes, body: bytes, __: bytes | None) -> None:
         entry = self._table.get(subject[len(self._inbox) :])
@@ -211,7 +211,7 @@ class Writer:
                 self._finish(entry, PermissionRefused(f"publishing to {subject}", text))
 
     def _finish(self, entry: Unsettled, result: Settled) -> None:
-        if self._table.pop(entry.token.encode(), None) is None:
+        if self._table.pop(entry.token, None) is None:
             return
         try:
             entry.settle(result)

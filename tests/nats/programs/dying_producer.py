@@ -17,14 +17,14 @@ posted = 0
 post = DirectClient.post
 
 
-def post_and_die(self: DirectClient, subject: str, *args: Any) -> None:
+def post_and_die(self: DirectClient, subject: bytes, *args: Any) -> None:
     global posted
-    if subject.startswith("$KV."):
+    if subject.startswith(b"$KV."):
         if KILL_AFTER == 0:
             die(self)
         posted += 1
     post(self, subject, *args)
-    if posted == KILL_AFTER and subject.startswith("$KV."):
+    if posted == KILL_AFTER and subject.startswith(b"$KV."):
         die(self)
 
 
