@@ -9,13 +9,14 @@ import anyio
 
 from asyncmq_nats.context import JobContext
 from asyncmq_nats.exceptions import TaskTimeout
+from asyncmq_nats.lifecycle import Attempt
 from asyncmq_nats.registry import RegisteredTask, TaskRegistry
 from asyncmq_nats.retries import Failure
 
 __all__ = ["Running", "execute"]
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Running:
     """A job that runs.
 
@@ -23,6 +24,7 @@ class Running:
     `gave_in`: it ended because of that.
     """
 
+    attempt: Attempt
     context: JobContext
     slot: "asyncio.Task[Any]"
     interrupted: bool = False

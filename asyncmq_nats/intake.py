@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections.abc import Callable
 from typing import Final
 
 import anyio
@@ -11,7 +12,7 @@ from asyncmq_nats.assets import TIER_SIGNAL, QueueAssets
 from asyncmq_nats.backends.base import Backend, Delivery, Signal
 from asyncmq_nats.exceptions import AsyncMQError, InvalidJob
 from asyncmq_nats.held import FRESH, Held, Tier
-from asyncmq_nats.lifecycle import Lifecycle
+from asyncmq_nats.lifecycle import Attempt, Lifecycle, Verdict, leave
 from asyncmq_nats.pull_policy import Pace, TierView, prefetch_target, slots_are_rare, tiers_to_ask
 from asyncmq_nats.rate_limiter import LEASE, RateLimiter
 from asyncmq_nats.subjects import QueueSubjects, tier_name, tier_priority
@@ -40,13 +41,16 @@ class Intake:
         *,
         concurrency: int,
         limiter: RateLimiter | None = None,
+        adopt: Callable[[Delivery], bool] = lambda _: False,
     ) -> None:
+        """`adopt` is asked whether a job that comes again is one that runs here: then it needs no slot."""
         self._backend = backend
         self._subjects = subjects
         self._assets = assets
         self._lifecycle = lifecycle
         self._concurrency = concurrency
         self._limiter = limiter
+        self._adopt = adopt
         self._paused_until = 0.0
         self._held = Held()
         self._pace = Pace()
@@ -303,6 +307,9 @@ class Intake:
             self._asked_at = 0.0
         tier = self._tiers.setdefault(priority, Tier())
         tier.hear(now, delivery.pending)
+        if delivery.deliveries > 1 and self._adopt(delivery):
+            self._look()
+            return
         self._held.push(priority, delivery)
         if self.is_paused:
             self._group.start_soon(self._hand_back_paused)
@@ -344,10 +351,14 @@ class Intake:
 
     async def _hand_back(self, delivery: Delivery) -> None:
         try:
-            if delivery.deliveries == 1:
-                await self._lifecycle.hand_back(self._lifecycle.open(delivery))
-            else:  # delivered before: its claim, or the lack of one, stays as it is
-                delivery.nak()
+            attempt: Attempt | Verdict = self._lifecycle.open(delivery)
+            if isinstance(attempt, Attempt) and delivery.deliveries > 1:
+                # The lease may have lapsed while this process was stopped. The server takes a late NAK for one of whoever has the job now.
+                attempt = await self._lifecycle.verify(attempt)
+            if isinstance(attempt, Attempt):
+                await self._lifecycle.hand_back(attempt)
+            else:
+                leave(delivery, attempt)
         except InvalidJob:  # so says whoever has a slot for it
             delivery.nak()
         except AsyncMQError as error:

@@ -22,7 +22,7 @@ from asyncmq_nats.schedules import parse_every
 from asyncmq_nats.states import OUTCOMES, Place, State
 from asyncmq_nats.subjects import QueueSubjects, decode_token, encode_token
 
-__all__ = ["Attempt", "Claim", "Lifecycle", "Verdict"]
+__all__ = ["Attempt", "Claim", "Lifecycle", "Verdict", "leave"]
 
 logger = logging.getLogger(__name__)
 
@@ -400,6 +400,14 @@ class Lifecycle:
             attempt.delivery.abandon()
             return
         attempt.delivery.nak()
+
+
+def leave(delivery: Delivery, verdict: Verdict) -> None:
+    """Let go of a delivery that is not run, or that has been."""
+    if verdict is Verdict.DONE:
+        delivery.ack()
+    else:
+        delivery.abandon()
 
 
 def _count_stalls(claim: Claim | None, attempt: Attempt) -> int:

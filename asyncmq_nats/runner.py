@@ -35,13 +35,13 @@ from asyncmq_nats.execution import Running, execute
 from asyncmq_nats.hooks import Hooks
 from asyncmq_nats.intake import Intake
 from asyncmq_nats.jobs import Job, dump_json, splice
-from asyncmq_nats.lifecycle import Attempt, Lifecycle, SettleEnd, Verdict
+from asyncmq_nats.lifecycle import Attempt, Lifecycle, SettleEnd, Verdict, leave
 from asyncmq_nats.promoter import Promoter
 from asyncmq_nats.rate_limiter import Limit, RateLimiter
 from asyncmq_nats.registry import TaskRegistry
 from asyncmq_nats.retries import Failure, retry_delay
 from asyncmq_nats.states import State
-from asyncmq_nats.subjects import QueueSubjects, encode_token
+from asyncmq_nats.subjects import QueueSubjects
 
 __all__ = ["Runner", "new_worker_id"]
 
@@ -94,10 +94,10 @@ class Runner:
         self._hooks = hooks or Hooks()
         self._lifecycle = Lifecycle(backend, subjects, assets, self.worker)
         limiter = None if limit is None else RateLimiter(backend, subjects, limit, self.worker)
-        self._intake = Intake(backend, subjects, assets, self._lifecycle, concurrency=concurrency, limiter=limiter)
+        self._intake = Intake(backend, subjects, assets, self._lifecycle, concurrency=concurrency, limiter=limiter, adopt=self._adopt)
         self._entry = WorkerRegistry(backend, subjects, self.worker, concurrency, self._running_ids)
         self._threads = anyio.CapacityLimiter(concurrency)
-        self._running: dict[str, Running] = {}
+        self._running: dict[Running, None] = {}
         self._progress = anyio.Event()
         self._draining = False
         self._stop = anyio.Event()
@@ -155,7 +155,7 @@ class Runner:
             await self._wait_until_quiet()
         if self._running:
             logger.warning("worker %s: %d jobs did not finish in %g s: handed back", self.worker, len(self._running), timeout)
-            for running in list(self._running.values()):
+            for running in list(self._running):
                 running.cancel()
         with anyio.move_on_after(max(5.0, timeout)):
             await self._wait_until_quiet()
@@ -198,7 +198,7 @@ class Runner:
                 logger.warning("worker %s: no heartbeat now: %s", self.worker, error)
 
     def _running_ids(self) -> list[str]:
-        return [running.context.id for running in self._running.values()]
+        return [running.context.id for running in self._running]
 
     def _on_pause(self, text: str) -> None:
         until, _, inbox = text.partition(" ")
@@ -206,11 +206,21 @@ class Runner:
         self._group.start_soon(self._entry.answer, inbox)
 
     def _on_cancel(self, job_id: str) -> None:
-        running = self._running.get(encode_token(job_id))
-        if running is not None:
+        for running in [running for running in self._running if running.context.id == job_id]:
             logger.info("job %s was cancelled while it ran", job_id)
             running.cancelled = True
             running.cancel()
+
+    def _adopt(self, delivery: Delivery) -> bool:
+        """Take a delivery for the lease of a job that runs here, if it is one: its lease lapsed although this worker lives."""
+        for running in self._running:
+            attempt = running.attempt
+            if attempt.delivery.sequence == delivery.sequence:
+                logger.warning("job %s came again while it runs here: its lease had lapsed, and is renewed", running.context.id)
+                attempt.delivery.abandon()
+                attempt.delivery = delivery
+                return True
+        return False
 
     # -- run
 
@@ -241,7 +251,7 @@ class Runner:
         if delivery.deliveries > 1:
             verified = await self._lifecycle.verify(attempt)
             if isinstance(verified, Verdict):
-                _leave(delivery, verified)
+                leave(delivery, verified)
                 return
             attempt = verified
             if self._intake.is_paused:  # meanwhile
@@ -270,13 +280,14 @@ class Runner:
     async def _run(self, attempt: Attempt, settle: SettleEnd, slot: "asyncio.Task[Any]") -> None:
         job, started = attempt.job, time.monotonic()
         context = JobContext(job, self._subjects.queue, self._lifecycle)
-        running = self._running[attempt.token] = Running(context, slot)
+        running = Running(attempt, context, slot)
+        self._running[running] = None
         running_job.set(context)
         self._announce_start(attempt)
         try:
             result, failure = await execute(running, self._registry, self._threads, self._backend.now)
         finally:
-            del self._running[attempt.token]
+            del self._running[running]
         self._intake.learn_job(time.monotonic() - started)
         if running.gave_in:
             await self._give_up(attempt, cancelled=running.cancelled)
@@ -331,7 +342,7 @@ class Runner:
     async def _resolve(self, attempt: Attempt, write: Write, result: Settled) -> None:
         try:
             verdict = await self._lifecycle.settled(attempt, write, result)
-            _leave(attempt.delivery, verdict)
+            leave(attempt.delivery, verdict)
             if verdict is Verdict.DONE:
                 self._announce_end(attempt, write)
         except AsyncMQError as error:
@@ -361,10 +372,3 @@ class Runner:
     def _note_progress(self) -> None:
         if self._draining:
             self._progress.set()
-
-
-def _leave(delivery: Delivery, verdict: Verdict) -> None:
-    if verdict is Verdict.DONE:
-        delivery.ack()
-    else:
-        delivery.abandon()

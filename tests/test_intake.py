@@ -15,7 +15,7 @@ from asyncmq_nats.pull_policy import MAX_PREFETCH, Pace
 from asyncmq_nats.queues import Queue
 from asyncmq_nats.settings import Settings
 from asyncmq_nats.subjects import QueueSubjects, tier_name
-from tests.receiver import until
+from tests.receiver import Receiver, until
 from tests.running import PATIENCE, make_queue
 
 
@@ -128,6 +128,31 @@ async def test_a_job_that_was_handed_back_did_not_stall(backend: Backend, twin: 
         attempt = await lifecycle.verify(lifecycle.open(delivery))
     assert isinstance(attempt, Attempt)
     assert (attempt.job.stalls, delivery.deliveries) == (0, 2)
+
+
+class TestLateDeliveries:
+    @pytest.fixture
+    def settings(self) -> Settings:
+        return Settings(stalled_after=0.5, publish_timeout=10)
+
+    async def test_what_came_late_is_not_given_back_under_the_worker_that_has_it_now(self, backend: Backend, twin: Backend) -> None:
+        """A process that was stopped beyond its leases has deliveries that are out of date: a NAK of one ends the newest."""
+        await add(make_queue(backend), 5)
+        subjects = QueueSubjects(backend.settings.prefix, "work")
+        lost = Receiver(backend, subjects.ready_log, extend=False)
+        await lost.pull(tier_name(5))
+        late = Receiver(backend, subjects.ready_log, extend=False)
+        (stale,) = await late.pull(tier_name(5))
+        owner = Receiver(twin, subjects.ready_log)
+        (delivery,) = await owner.pull(tier_name(5))
+        assert (stale.deliveries, delivery.deliveries) == (2, 3)
+        lifecycle = Lifecycle(twin, subjects, QueueAssets(twin, subjects), "owner")
+        await lifecycle.verify(lifecycle.open(delivery))
+        async with taking_in(backend, 1) as intake:
+            await intake._hand_back(stale)
+            with anyio.move_on_after(0.3):
+                pytest.fail(f"delivered again: {await intake.next()}")
+        delivery.ack()
 
 
 async def test_nothing_is_asked_for_while_too_many_ends_are_not_confirmed(backend: Backend) -> None:

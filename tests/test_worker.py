@@ -513,6 +513,34 @@ class TestLeases:
             await wait_until_done(queue)
         assert len(runs) == 1
 
+    async def test_a_job_whose_lease_lapses_while_its_worker_lives_is_not_run_beside_itself(self, backend: Backend) -> None:
+        """A stopped process, or one that got no time: the server takes the worker for lost and gives it its own job again."""
+        runs: list[int] = []
+        go = anyio.Event()
+
+        async def wait() -> str:
+            runs.append(1)
+            await go.wait()
+            return "once"
+
+        queue = make_queue(backend, wait=wait, echo=echo)
+        job_id = await queue.add("wait")
+        async with running(queue) as worker:
+            await eventually(lambda: runs == [1])
+            runner = worker._runner
+            assert runner is not None
+            [run] = runner._running
+            first = run.attempt.delivery
+            first.abandon()  # its lease is not extended any more
+            await eventually(lambda: run.attempt.delivery is not first)
+            assert await queue.wait_for(await queue.add("echo", ["on"]), timeout=PATIENCE) == "on"
+            go.set()
+            assert await queue.wait_for(job_id, timeout=PATIENCE) == "once"
+            await wait_until_done(queue)
+        job = await queue.get_job(job_id)
+        assert job is not None
+        assert (runs, job["stalls"]) == ([1], 0)
+
     async def test_a_job_whose_worker_is_lost_runs_again(self, backend: Backend) -> None:
         queue = make_queue(backend, echo=echo)
         job_id = await queue.add("echo", ["survived"])
@@ -543,6 +571,12 @@ class TestStallLimit:
                 await queue.wait_for(job_id, timeout=PATIENCE)
             assert await queue.wait_for(await queue.add("echo", ["on"]), timeout=PATIENCE) == "on"
         assert runs == []
+
+
+async def eventually(holds: Callable[[], bool]) -> None:
+    with anyio.fail_after(PATIENCE):
+        while not holds():  # noqa: ASYNC110  nothing tells of what happens inside a worker
+            await anyio.sleep(0.01)
 
 
 async def lose_worker(queue: Queue) -> None:
