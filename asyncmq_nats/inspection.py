@@ -31,6 +31,15 @@ class DelayedInfo:
     payload: dict[str, Any]
 
 
+@dataclass(frozen=True, slots=True)
+class Order:
+    """How to read a list: from which end, how many records at first, and whether there are few in all."""
+
+    descending: bool = False
+    first_page: int = PAGE
+    few: bool = False
+
+
 class Inspection:
     """Reads of one queue."""
 
@@ -156,77 +165,86 @@ class Inspection:
 
     # -- many jobs
 
-    async def read(self, state: State, *, descending: bool = False) -> AsyncIterator[Job]:
+    async def read(self, state: State, *, descending: bool = False, first_page: int = PAGE) -> AsyncIterator[Job]:
         """Yield the jobs in a state, a page at a time: by sequence, so about in the order in which they came to that state."""
-        sources = [self._read_ready(state, descending)] if state in (State.WAITING, State.ACTIVE) else []
-        sources += [self._read_bucket(self._subjects.place(p), descending) for p, shown in PLACE_STATES.items() if shown is state]
+        order = Order(descending, max(1, min(first_page, PAGE)))
+        sources = [self._read_ready(state, order)] if state in (State.WAITING, State.ACTIVE) else []
+        sources += [self._read_place(place, order) for place, shown in PLACE_STATES.items() if shown is state]
         if state in (State.WAITING, State.DELAYED):
-            sources.append(self._read_released(state, descending))
+            sources.append(self._read_released(state, order))
         if state in OUTCOMES:
-            sources.append(self._read_bucket(self._subjects.outcomes(state), descending))
+            sources.append(self._read_bucket(self._subjects.outcomes(state), f"done_{state}", order))
         for source in reversed(sources) if descending else sources:
             async for job in source:
                 yield job
 
     async def read_due(self) -> AsyncIterator[Job]:
         """Yield the delayed jobs whose time has come and that no promoter has moved on yet."""
-        async for job in self._read_released(State.WAITING, descending=False):
+        async for job in self._read_released(State.WAITING, Order()):
             if job.delay_until is not None:
                 yield job
 
-    async def _read_released(self, state: State, descending: bool) -> AsyncIterator[Job]:
-        async for job in self._read_bucket(self._subjects.place(Place.RELEASED), descending):
+    async def _read_released(self, state: State, order: Order) -> AsyncIterator[Job]:
+        async for job in self._read_place(Place.RELEASED, order):
             if job.status is state:
                 yield job
 
-    async def _read_bucket(self, filter: str, descending: bool) -> AsyncIterator[Job]:
-        async for record in self._records(self._subjects.bucket_log, filter, 1, None, descending):
+    def _read_place(self, place: Place, order: Order) -> AsyncIterator[Job]:
+        return self._read_bucket(self._subjects.place(place), f"later_{place}", order)
+
+    async def _read_bucket(self, filter: str, counter: str, order: Order) -> AsyncIterator[Job]:
+        if order.descending:
+            few = (await self._consumer(self._subjects.bucket_log, counter_name(counter))).pending <= PAGE
+            order = replace(order, few=few)
+        async for record in self._records(self._subjects.bucket_log, filter, (1, None), order):
             job = self._job_of(record)
             if job is not None:
                 yield job
 
-    async def _read_ready(self, state: State, descending: bool) -> AsyncIterator[Job]:
+    async def _read_ready(self, state: State, order: Order) -> AsyncIterator[Job]:
         log = self._subjects.ready_log
         tiers = await self._assets.list_tiers()
-        for priority in reversed(tiers) if descending else tiers:
+        for priority in reversed(tiers) if order.descending else tiers:
             tier = await self._backend.look_up(log, tier_name(priority)) or NOTHING
-            first, last = (1, tier.delivered_sequence) if state is State.ACTIVE else (tier.delivered_sequence + 1, None)
-            async for record in self._records(log, self._subjects.tier(priority), first, last, descending):
+            span = (1, tier.delivered_sequence) if state is State.ACTIVE else (tier.delivered_sequence + 1, None)
+            async for record in self._records(log, self._subjects.tier(priority), span, order):
                 yield self._ready_job(record, tier)
 
-    async def _records(self, log: str, filter: str, first: int, last: int | None, descending: bool) -> AsyncIterator[Record]:
+    async def _records(self, log: str, filter: str, span: tuple[int, int | None], order: Order) -> AsyncIterator[Record]:
+        """Yield what matches and whose sequence is in the span, first and last included."""
+        pages = self._pages(log, filter, span, order)
         try:
-            reader = self._backwards(log, filter, first, last) if descending else self._forwards(log, filter, first, last)
-            async for page in reader:
-                for record in page:
+            async for page in pages:
+                for record in reversed(page) if order.descending else page:
                     yield record
         except AssetMissing:
             return
 
-    async def _forwards(self, log: str, filter: str, first: int, last: int | None) -> AsyncIterator[list[Record]]:
-        while page := await self._backend.page(log, filter, from_sequence=first, limit=PAGE):
+    async def _pages(self, log: str, filter: str, span: tuple[int, int | None], order: Order) -> AsyncIterator[list[Record]]:
+        if order.few:
+            yield [record async for page in self._forwards(log, filter, *span, size=PAGE) for record in page]
+            return
+        reader = self._backwards(log, filter, *span, width=order.first_page) if order.descending else None
+        async for page in reader or self._forwards(log, filter, *span, size=order.first_page):
+            yield page
+
+    async def _forwards(self, log: str, filter: str, first: int, last: int | None, *, size: int) -> AsyncIterator[list[Record]]:
+        while page := await self._backend.page(log, filter, from_sequence=first, limit=size):
             wanted = [record for record in page if last is None or record.sequence <= last]
             yield wanted
-            if len(wanted) < len(page):
+            if len(page) < size or (last is not None and page[-1].sequence >= last):
                 return
-            first = page[-1].sequence + 1
+            first, size = page[-1].sequence + 1, PAGE
 
-    async def _backwards(self, log: str, filter: str, first: int, last: int | None) -> AsyncIterator[list[Record]]:
-        """Read windows of sequences from the end; a window that held little makes the next one larger."""
+    async def _backwards(self, log: str, filter: str, first: int, last: int | None, *, width: int) -> AsyncIterator[list[Record]]:
+        """Read windows of sequences from the end; one that held little makes the next one larger."""
         end = await self._backend.last_sequence(log) if last is None else last
-        width = PAGE
         while end >= first:
             start = max(first, end - width + 1)
-            window: list[Record] = []
-            at = start
-            while page := await self._backend.page(log, filter, from_sequence=at, limit=PAGE):
-                window += [record for record in page if record.sequence <= end]
-                if page[-1].sequence >= end or len(page) < PAGE:
-                    break
-                at = page[-1].sequence + 1
-            yield window[::-1]
+            window = [record async for page in self._forwards(log, filter, start, end, size=min(width, PAGE)) for record in page]
+            yield window
             end = start - 1
-            if len(window) < PAGE // 2:
+            if len(window) < width // 2 or width < PAGE:
                 width *= 4
 
     async def slice(self, states: Iterable[State], start: int, end: int, *, ascending: bool) -> list[Job]:
@@ -234,10 +252,10 @@ class Inspection:
         found: list[Job] = []
         index = 0
         for state in states:
-            async for job in self.read(state, descending=not ascending):
-                if 0 <= end < index:
-                    return found
+            async for job in self.read(state, descending=not ascending, first_page=PAGE if end < 0 else end + 1 - index):
                 if index >= start:
                     found.append(job)
+                if index == end:
+                    return found
                 index += 1
         return found

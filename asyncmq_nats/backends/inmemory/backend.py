@@ -28,10 +28,10 @@ from asyncmq_nats.backends.base import (
     Subscription,
     Write,
 )
+from asyncmq_nats.backends.filters import compile_filter
 from asyncmq_nats.backends.inmemory.agenda import Agenda
 from asyncmq_nats.backends.inmemory.consumers import Counter, Cursor, InMemoryPuller
 from asyncmq_nats.backends.inmemory.log import MAX_BODY, StoredLog
-from asyncmq_nats.backends.inmemory.subjects import compile_filter
 from asyncmq_nats.exceptions import AssetMissing, BackendError
 from asyncmq_nats.settings import Settings
 from asyncmq_nats.settings import settings as environment

@@ -11,8 +11,8 @@ from collections.abc import Callable
 from functools import partial
 
 from asyncmq_nats.backends.base import Consumer, ConsumerState, Delivery, Record
+from asyncmq_nats.backends.filters import matches
 from asyncmq_nats.backends.inmemory.agenda import Agenda, Alarm
-from asyncmq_nats.backends.inmemory.subjects import matches
 from asyncmq_nats.exceptions import AssetMissing
 
 __all__ = ["Counter", "Cursor", "InMemoryPuller"]

@@ -10,9 +10,10 @@ from operator import attrgetter
 from typing import Final
 
 from asyncmq_nats.backends.base import Consumer, Log, Record, Timer, Write
+from asyncmq_nats.backends.filters import compile_filter, matches
 from asyncmq_nats.backends.inmemory.agenda import Agenda, Alarm
 from asyncmq_nats.backends.inmemory.consumers import Counter, Cursor
-from asyncmq_nats.backends.inmemory.subjects import SubjectTree, compile_filter, matches, transform
+from asyncmq_nats.backends.inmemory.subjects import SubjectTree, transform
 from asyncmq_nats.exceptions import BackendError, PayloadTooLarge, WriteRefused
 
 __all__ = ["MAX_BATCH", "MAX_BODY", "StoredLog"]

@@ -1,28 +1,15 @@
-"""Subjects in the in-memory backend: filters, a tree that finds records by filter, and who listens to a signal."""
+"""Subjects in the in-memory backend: a tree that finds records by filter, and what a rule makes of a subject."""
 
 import re
 from collections.abc import Iterator
-from functools import lru_cache
 from typing import Final, Generic, TypeVar
 
-__all__ = ["SubjectTree", "compile_filter", "matches", "transform"]
+from asyncmq_nats.backends.filters import compile_filter
+
+__all__ = ["SubjectTree", "transform"]
 
 Value = TypeVar("Value")
 WILDCARD: Final = re.compile(r"\{\{\s*wildcard\((\d+)\)\s*\}\}", re.IGNORECASE)
-
-
-@lru_cache(maxsize=4096)
-def compile_filter(pattern: str) -> re.Pattern[str]:
-    """Return an expression that matches the subjects the filter matches; its groups are what stands for each `*`."""
-    tokens = pattern.split(".")
-    rest = tokens[-1] == ">"
-    expressions = [r"([^.]+)" if token == "*" else re.escape(token) for token in tokens[: len(tokens) - rest]]
-    return re.compile(r"\.".join([*expressions, ".+"] if rest else expressions) + r"\Z", re.DOTALL)
-
-
-def matches(filters: tuple[str, ...], subject: str) -> bool:
-    """Return whether any of the filters matches the subject."""
-    return any(compile_filter(pattern).match(subject) is not None for pattern in filters)
 
 
 def transform(pattern: str, destination: str, subject: str) -> str | None:

@@ -1,6 +1,5 @@
 """`NATSBackend`: the seam on JetStream. A log is a stream, a record a message, a consumer a durable pull consumer."""
 
-import json
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -12,20 +11,20 @@ from nats.aio.subscription import Subscription as NatsSubscription
 
 from asyncmq_nats.backends.base import Consumer, ConsumerState, Delivery, Log, Puller, Record, Settle, Signal, Subscription, Write
 from asyncmq_nats.backends.nats.assets import Assets, format_time
-from asyncmq_nats.backends.nats.connection import Connection, Reply, connect_options, parse_time
+from asyncmq_nats.backends.nats.connection import Connection, connect_options
 from asyncmq_nats.backends.nats.embedded import EmbeddedServer
 from asyncmq_nats.backends.nats.errors import CONSUMER_MISSING, STREAM_MISSING, api_error, mapped_errors
 from asyncmq_nats.backends.nats.leases import LeaseKeeper
 from asyncmq_nats.backends.nats.pulling import NATSPuller
+from asyncmq_nats.backends.nats.reading import Reader
 from asyncmq_nats.backends.nats.writing import BATCH_LIMIT, Writer
-from asyncmq_nats.exceptions import AssetMissing, BackendError, Unconfirmed
+from asyncmq_nats.exceptions import AssetMissing, BackendError
 from asyncmq_nats.settings import Settings
 from asyncmq_nats.settings import settings as environment
 
 __all__ = ["NATSBackend"]
 
 SUBJECTS_PAGE: Final = 100_000
-READ_TIMEOUT: Final = 5.0
 MISSING: Final = (STREAM_MISSING, CONSUMER_MISSING)
 
 
@@ -54,6 +53,7 @@ class NATSBackend:
             self._options["servers"] = servers if isinstance(servers, str) else list(servers)
         self._connection: Connection | None = None
         self._connecting: Lock | None = None
+        self._reader: Reader
         self._writer: Writer
         self._assets: Assets
         self._keeper: LeaseKeeper
@@ -95,7 +95,8 @@ class NATSBackend:
     async def _open(self) -> None:
         connection = Connection(self.settings, self._options)
         await connection.open()
-        self._writer = Writer(connection, self.settings.publish_timeout, self._last_in)
+        self._reader = Reader(connection, self.settings.publish_timeout)
+        self._writer = Writer(connection, self.settings.publish_timeout, self._reader.last)
         await self._writer.open()
         self._assets = Assets(connection, self.settings, declare=self.may_declare)
         self._keeper = LeaseKeeper(connect_options(self.settings, self._options), self.settings.stalled_after)
@@ -206,50 +207,16 @@ class NATSBackend:
         self._writer.send(log, write, settle)
 
     async def last(self, log: str, *filters: str) -> list[Record]:
-        replies = await self._direct_get(log, {"multi_last": list(filters), "batch": 1000})
-        if replies is None:  # more than the server puts into one answer
-            found = [record for filter in filters for record in await self._all(log, filter)]
-            return sorted({record.sequence: record for record in found}.values(), key=lambda record: record.sequence)
-        return sorted(replies, key=lambda record: record.sequence)
-
-    async def _last_in(self, log: str, subject: str) -> list[Record]:
-        return await self.last(log, subject)
-
-    async def _all(self, log: str, filter: str) -> list[Record]:
-        records: list[Record] = []
-        while page := await self.page(log, filter, from_sequence=records[-1].sequence + 1 if records else 1, limit=1000):
-            records += page
-        return records
+        await self._open_connection()
+        return await self._reader.last(log, *filters)
 
     async def page(self, log: str, filter: str, *, from_sequence: int = 1, limit: int = 100) -> list[Record]:
-        return await self._direct_get(log, {"seq": max(1, from_sequence), "next_by_subj": filter, "batch": limit}) or []
+        await self._open_connection()
+        return await self._reader.page(log, filter, from_sequence=from_sequence, limit=limit)
 
-    async def _direct_get(self, log: str, payload: Mapping[str, Any]) -> list[Record] | None:
-        """Return the records of a direct get (ADR-31); `None` if they are too many for one answer.
-
-        Raises:
-            Unconfirmed: no answer within `publish_timeout`.
-        """
-        connection = await self._open_connection()
-        subject, body = f"{connection.api_prefix}DIRECT.GET.{log}", json.dumps(payload).encode()
-        deadline = time.monotonic() + self.settings.publish_timeout
-        for attempt in range(1, 8):
-            left = deadline - time.monotonic()
-            try:
-                replies = await connection.collect(subject, body, timeout=min(READ_TIMEOUT, max(left, 0.1)), finished=_is_status)
-            except TimeoutError:
-                if time.monotonic() >= deadline:
-                    raise Unconfirmed(f"the reading of {log}", self.settings.publish_timeout) from None
-                continue
-            status = replies[-1].status
-            if status == "413":
-                return None
-            if status == "503":  # no such stream, or its leader is being replaced
-                if "error" in await connection.call(f"STREAM.INFO.{log}") and attempt > 1:
-                    raise AssetMissing(f"stream {log}")
-                continue
-            return [_record(reply) for reply in replies[:-1]]
-        raise BackendError(f"stream {log} does not answer direct gets at {connection.servers}: is it healthy, and is allow_direct on?")
+    async def first_since(self, log: str, filter: str, time: float) -> int | None:
+        await self._open_connection()
+        return await self._reader.first_since(log, filter, time)
 
     async def count(self, log: str) -> int:
         connection = await self._open_connection()
@@ -264,10 +231,6 @@ class NATSBackend:
             subjects += page
             if not page or len(page) < SUBJECTS_PAGE:
                 return subjects
-
-    async def first_since(self, log: str, filter: str, time: float) -> int | None:
-        records = await self._direct_get(log, {"start_time": format_time(time), "next_by_subj": filter, "batch": 1})
-        return records[0].sequence if records else None
 
     async def last_sequence(self, log: str) -> int:
         connection = await self._open_connection()
@@ -362,18 +325,3 @@ class _Interest:
         if not self._connection.client.is_closed:
             with mapped_errors(self._connection.servers):
                 await self._subscription.unsubscribe()
-
-
-def _is_status(replies: list[Reply]) -> bool:
-    return bool(replies[-1].status)
-
-
-def _record(reply: Reply) -> Record:
-    headers = reply.headers
-    return Record(
-        headers["Nats-Subject"],
-        reply.body,
-        int(headers["Nats-Sequence"]),
-        parse_time(headers["Nats-Time-Stamp"]),
-        "KV-Operation" in headers,
-    )
