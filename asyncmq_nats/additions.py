@@ -4,9 +4,11 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
+from asyncmq_nats.announcing import announce
 from asyncmq_nats.assets import QueueAssets
 from asyncmq_nats.backends.base import Backend, Expect, Write
 from asyncmq_nats.dependencies import Dependencies, delayed_write
+from asyncmq_nats.events import DUPLICATED
 from asyncmq_nats.exceptions import AssetMissing, InvalidFlow, PayloadTooLarge, WriteRefused
 from asyncmq_nats.jobs import Job
 from asyncmq_nats.states import Place
@@ -38,7 +40,7 @@ class Additions:
         """
         await self._assets.declare_tier(job.priority)
         while True:
-            if job.custom_id and await self.exists(job.job_id):
+            if job.custom_id and await self.is_duplicate(job.job_id):
                 return job.job_id
             writes = await self.writes_of(job)
             try:
@@ -163,6 +165,17 @@ class Additions:
         if job.custom_id or in_bucket:
             return Write(self._subjects.later(token, Place.RELEASED), body, nothing)
         return Write(self._subjects.ready(job.priority, token), body, message_id=job.job_id)
+
+    async def is_duplicate(self, job_id: str) -> bool:
+        """Return whether the queue has a job with that id; if so, tell that it was added once more."""
+        duplicate = await self.exists(job_id)
+        if duplicate:
+            await self.announce(DUPLICATED, job_id)
+        return duplicate
+
+    async def announce(self, what: str, job_id: str, **data: Any) -> None:
+        """See `announcing.announce`."""
+        await announce(self._backend, self._subjects, what, job_id, **data)
 
     async def exists(self, job_id: str) -> bool:
         """Return whether the queue has a job with that id, in any state."""

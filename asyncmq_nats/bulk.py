@@ -6,6 +6,7 @@ from typing import Any, Final
 import anyio
 
 from asyncmq_nats.additions import Additions
+from asyncmq_nats.events import DUPLICATED
 from asyncmq_nats.exceptions import AsyncMQError, BulkAddFailed, WriteRefused
 from asyncmq_nats.jobs import Job
 
@@ -106,7 +107,7 @@ async def _without_existing(additions: Additions, batch: Sequence[Job]) -> list[
     existing: set[str] = set()
 
     async def look_up(job_id: str) -> None:
-        if await additions.exists(job_id):
+        if await additions.is_duplicate(job_id):
             existing.add(job_id)
 
     async with anyio.create_task_group() as group:
@@ -115,7 +116,9 @@ async def _without_existing(additions: Additions, batch: Sequence[Job]) -> list[
     seen: set[str] = set()
     new = []
     for job in batch:
-        if job.job_id not in existing and job.job_id not in seen:
+        if job.job_id in seen:
+            await additions.announce(DUPLICATED, job.job_id)
+        elif job.job_id not in existing:
             new.append(job)
         seen.add(job.job_id)
     return new

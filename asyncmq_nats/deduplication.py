@@ -11,6 +11,7 @@ from typing import Any, Final
 from asyncmq_nats.additions import Additions
 from asyncmq_nats.backends.base import Backend, Expect, Record, Write
 from asyncmq_nats.dependencies import delayed_write
+from asyncmq_nats.events import DEBOUNCED, DEDUPLICATED
 from asyncmq_nats.exceptions import WriteRefused
 from asyncmq_nats.jobs import Job, dump_json, load_json
 from asyncmq_nats.states import Place
@@ -78,19 +79,24 @@ class Deduplicator:
         """Add the job, or return the id of the owner of the window; see `Queue.add`."""
         job = replace(job, deduplication={"id": window.id})
         while True:
-            if job.custom_id and await self._additions.exists(job.job_id):
+            if job.custom_id and await self._additions.is_duplicate(job.job_id):
                 return job.job_id
             record = await self._read(window.id)
             owner = None if record is None else await self._live_owner(record)
             try:
                 if record is not None and owner is not None:
                     await self._hit(job, window, record, owner)
+                    await self._announce(job, window, owner)
                     return owner
                 claim = self._claim(window, job.job_id, 0 if record is None else record.sequence)
                 await self._backend.write(self._log, claim, *await self._additions.writes_of(job, in_bucket=True))
             except WriteRefused:  # another producer was faster, or the owner moved on: look again
                 continue
             return job.job_id
+
+    async def _announce(self, job: Job, window: Window, owner: str) -> None:
+        await self._additions.announce(DEBOUNCED, owner, debounce_id=window.id)
+        await self._additions.announce(DEDUPLICATED, owner, deduplication_id=window.id, deduplicated_job_id=job.job_id)
 
     def _claim(self, window: Window, owner: str, sequence: int) -> Write:
         key = self._subjects.deduplication(encode_token(window.id))

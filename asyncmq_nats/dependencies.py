@@ -15,7 +15,9 @@ from typing import Any, Final
 
 import anyio
 
+from asyncmq_nats.announcing import announce
 from asyncmq_nats.backends.base import Backend, Expect, Record, Timer, Write
+from asyncmq_nats.events import READY
 from asyncmq_nats.exceptions import JobNotFound, WriteRefused
 from asyncmq_nats.jobs import Job, dump_json, load_json
 from asyncmq_nats.states import OUTCOMES, Place, State
@@ -137,7 +139,20 @@ class Dependencies:
         return edges
 
     async def _release_chunk(self, parent: Parent, children: Sequence[str]) -> list[str]:
-        """Tell some children; return those that have ended by it. Repeated until nobody else changes them at the same time."""
+        """Tell some children; return those that have ended by it."""
+        changes = await self._change(parent, children)
+        freed, ended = [], []
+        for token, writes in changes.items():
+            if any(self._subjects.outcome_state(write.subject) for write in writes):
+                ended.append(token)
+            elif len(writes) > 1:  # its last parent: it leaves where it was parked
+                freed.append(token)
+        for token in freed:
+            await announce(self._backend, self._subjects, READY, decode_token(token))
+        return ended + await self._failed_before(parent, [child for child in children if child not in changes])
+
+    async def _change(self, parent: Parent, children: Sequence[str]) -> dict[str, list[Write]]:
+        """Write what the end of a parent means for some children; return it by child. Repeated until nobody else changes them meanwhile."""
         async with self._lock:  # many parents of one child that end in this process take turns: each would refuse the others
             while True:
                 keys = [self._subjects.later(child, Place.PARKED) for child in children]
@@ -150,8 +165,7 @@ class Dependencies:
                 except WriteRefused:  # one of them was cancelled, or another parent of it ended elsewhere: look again
                     await anyio.sleep(random.uniform(0.0, 0.01))
                     continue
-                ended = [token for token, child in changes.items() if any(self._subjects.outcome_state(write.subject) for write in child)]
-                return ended + await self._failed_before(parent, [child for child in children if child not in changes])
+                return changes
 
     async def _failed_before(self, parent: Parent, children: Sequence[str]) -> list[str]:
         """Return the children that this parent's failure has ended already: the worker was lost before it told their children."""

@@ -1,7 +1,7 @@
 """What happens to jobs, as events: those of a whole queue from any process, and those of the jobs that this process runs.
 
-The server sends them by itself whenever a record is written (`docs/protocol.md`); only starts and progress are sent by workers. They are at
-most once: nothing is built on them alone.
+The server sends them by itself whenever a record is written (`docs/protocol.md`); only starts, progress and what leaves no record are sent
+by producers and workers. They are at most once: nothing is built on them alone.
 """
 
 import inspect
@@ -17,12 +17,32 @@ from asyncmq_nats.jobs import load_json
 from asyncmq_nats.states import OUTCOMES, Place, State
 from asyncmq_nats.subjects import decode_token
 
-__all__ = ["PROGRESS", "STARTED", "Event", "EventEmitter", "event_emitter", "read_event"]
+__all__ = [
+    "ANNOUNCED",
+    "DEBOUNCED",
+    "DEDUPLICATED",
+    "DUPLICATED",
+    "PREFIX",
+    "PROGRESS",
+    "READY",
+    "STALLED",
+    "STARTED",
+    "Event",
+    "EventEmitter",
+    "event_emitter",
+    "read_event",
+]
 
 logger = logging.getLogger(__name__)
 
 STARTED: Final = "started"
 PROGRESS: Final = "progress"
+READY: Final = "ready"
+STALLED: Final = "stalled"
+DUPLICATED: Final = "duplicated"
+DEDUPLICATED: Final = "deduplicated"
+DEBOUNCED: Final = "debounced"
+ANNOUNCED: Final = (STARTED, PROGRESS, READY, STALLED, DUPLICATED, DEDUPLICATED, DEBOUNCED)
 PREFIX: Final = "job:"
 RETRYING: Final = "job:retrying"
 
@@ -35,6 +55,9 @@ class Event:
 
     `name`: `job:waiting`, `job:delayed`, `job:waiting-children`, `job:started`, `job:progress`, `job:retrying`, `job:completed`,
     `job:failed`, `job:expired` or `job:cancelled`. `data`: the job as it is on the wire, and `queue`; of progress `progress` and `data`.
+    And those that leave no record: `job:ready` (its last parent is done), `job:stalled` (its worker was lost; `stalls`), `job:duplicated`
+    (its id was there), `job:deduplicated` (`deduplication_id`, and as `deduplicated_job_id` the id of the job that was not added) and, with
+    each of these, `job:debounced` (`debounce_id`).
     """
 
     name: str
@@ -64,7 +87,7 @@ def _name(what: str, data: Mapping[str, Any]) -> str | None:
         return RETRYING if retried else PREFIX + State.DELAYED
     if what == Place.PARKED:
         return PREFIX + State.WAITING_CHILDREN
-    return PREFIX + what if what in (State.WAITING, *OUTCOMES, STARTED, PROGRESS) else None
+    return PREFIX + what if what in (State.WAITING, *OUTCOMES, *ANNOUNCED) else None
 
 
 class EventEmitter:

@@ -12,9 +12,11 @@ from functools import partial
 from typing import Any, Final
 
 from asyncmq_nats.additions import Additions
+from asyncmq_nats.announcing import announce
 from asyncmq_nats.assets import QueueAssets
 from asyncmq_nats.backends.base import Backend, Delivery, Expect, Record, Settled, Write
 from asyncmq_nats.dependencies import MARKER_TTL, delayed_write
+from asyncmq_nats.events import STALLED
 from asyncmq_nats.exceptions import BackendError, InvalidJob, NotSerializable, PayloadTooLarge, WriteRefused
 from asyncmq_nats.jobs import WIRE_VERSION, Job, dump_json, load_json, new_job_id, splice
 from asyncmq_nats.retries import Failure, add_failure
@@ -169,6 +171,8 @@ class Lifecycle:
                 sequence = await self._backend.write(subjects.bucket_log, write)
             except WriteRefused:
                 continue
+            if claim is None or claim.message != attempt.delivery.sequence or ours.stalls > claim.stalls:
+                await announce(self._backend, subjects, STALLED, attempt.job.job_id, stalls=ours.stalls)
             leftovers = tuple(record.subject for record in later)
             job = replace(attempt.job, stalls=ours.stalls)
             return replace(attempt, job=job, expect=sequence, claimed=True, leftovers=leftovers, awaited=edges)

@@ -13,6 +13,8 @@ from asyncmq_nats.context import current_job
 from asyncmq_nats.events import Event, EventEmitter, event_emitter
 from asyncmq_nats.exceptions import JobFailed, JobNotFound
 from asyncmq_nats.queues import Queue
+from asyncmq_nats.settings import Settings
+from tests.receiver import Receiver
 from tests.running import PATIENCE, make_queue, outcome, race, run_jobs, running
 
 
@@ -143,7 +145,60 @@ async def test_a_child_that_is_released_says_so(backend: Backend) -> None:
         parent = await queue.add("echo", delay=0.3)
         child = await queue.add("echo", depends_on=[parent])
         await heard.until("job:completed", 2)
-    assert heard.of(child) == ["job:waiting-children", "job:waiting", "job:started", "job:completed"]
+    names = heard.of(child)
+    assert names.count("job:ready") == 1
+    assert [name for name in names if name != "job:ready"] == ["job:waiting-children", "job:waiting", "job:started", "job:completed"]
+
+
+async def test_a_child_is_ready_when_its_last_parent_is_done(backend: Backend) -> None:
+    queue = queue_of(backend)
+    async with listening(queue, "job:ready") as heard, running(queue):
+        first, last = await queue.add("echo", delay=0.3), await queue.add("echo", delay=0.5)
+        child = await queue.add("echo", depends_on=[first, last])
+        [ready] = await heard.until("job:ready")
+        state = await queue.get_job_state(last)
+    assert (ready.job_id, ready.data["id"], ready.data["queue"]) == (child, child, "work")
+    assert state == "completed"
+
+
+async def test_what_is_added_twice_is_told(backend: Backend) -> None:
+    queue, seen = queue_of(backend), []
+    names = ("job:duplicated", "job:debounced", "job:deduplicated")
+    async with listening(queue, *names) as heard:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(event_emitter, "_callbacks", {})
+            for name in names:
+                event_emitter.on(name, lambda data, name=name: seen.append((name, data)))
+            for _ in range(2):
+                await queue.add("echo", job_id="mine")
+            await queue.add_bulk([{"task_id": "echo", "job_id": "mine"}, *[{"task_id": "echo", "job_id": "new"}] * 2])
+            owner = await queue.add("echo", deduplication={"id": "window"})
+            assert await queue.add("echo", deduplication={"id": "window"}) == owner
+        await heard.until("job:deduplicated")
+    assert [(event.name, event.job_id) for event in heard.events] == [
+        ("job:duplicated", "mine"), ("job:duplicated", "mine"), ("job:duplicated", "new"),
+        ("job:debounced", owner), ("job:deduplicated", owner),
+    ]  # fmt: skip
+    *_, debounced, deduplicated = heard.events
+    assert (debounced.data["job_id"], debounced.data["debounce_id"]) == (owner, "window")
+    assert (deduplicated.data["job_id"], deduplicated.data["deduplication_id"]) == (owner, "window")
+    assert deduplicated.data["deduplicated_job_id"] not in (owner, None)
+    assert [(name, data["job_id"], data["queue"]) for name, data in seen] == [(e.name, e.job_id, "work") for e in heard.events]
+
+
+class TestStalled:
+    @pytest.fixture
+    def settings(self) -> Settings:
+        return Settings(stalled_after=0.5)
+
+    async def test_a_job_whose_worker_was_lost_is_told_once(self, backend: Backend) -> None:
+        queue = queue_of(backend)
+        job_id = await queue.add("echo")
+        await Receiver(backend, "amq_work", extend=False).pull("tier_5")
+        async with listening(queue) as heard, running(queue):
+            await heard.until("job:completed")
+        assert heard.of(job_id) == ["job:stalled", "job:started", "job:completed"]
+        assert heard.events[0].data["stalls"] == 1
 
 
 async def test_only_the_events_that_are_wanted_are_heard(backend: Backend) -> None:
