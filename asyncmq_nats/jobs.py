@@ -1,7 +1,7 @@
 """`Job` and its wire format: one JSON object, the same for a job that waits and for its outcome (`docs/protocol.md`)."""
 
 import math
-import uuid
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from time import time
@@ -33,8 +33,9 @@ LATEST: Final = 250_000_000_000.0
 
 
 def new_job_id() -> str:
-    """Return a random job id, a UUID."""
-    return str(uuid.uuid4())
+    """Return a random job id: a UUID (version 4), made a little faster than by `uuid`."""
+    digits = os.urandom(16).hex()
+    return f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-{'89ab'[int(digits[16], 16) & 3]}{digits[17:20]}-{digits[20:]}"
 
 
 def validate_custom_job_id(job_id: object) -> str:
@@ -189,9 +190,17 @@ class Job:
     def encode(self) -> bytes:
         """Return the JSON of a job that has not ended; what has its default is left out where the default never changes.
 
+        Made once: what is changed in the arguments afterwards does not count.
+
         Raises:
             NotSerializable: an argument is not JSON; the message names it.
         """
+        encoded: bytes | None = self.__dict__.get("_encoded")
+        if encoded is None:
+            encoded = self.__dict__["_encoded"] = self._encode()
+        return encoded
+
+    def _encode(self) -> bytes:
         fields: dict[str, Any] = {
             "v": self.v,
             "id": self.job_id,
@@ -204,12 +213,10 @@ class Job:
             "backoff": self.backoff,
             "priority": self.priority,
         }
-        for name in OPTIONAL_FIELDS:
-            value = getattr(self, name)
-            if value is not None and value is not False and value != [] and value != {}:
+        for name, default in OPTIONAL_FIELDS:
+            value = self.__dict__[name]
+            if value != default:
                 fields[name] = value
-        if self.on_parent_failure != "wait":
-            fields["on_parent_failure"] = self.on_parent_failure
         try:
             return dump_json(fields)
         except NotSerializable:
@@ -231,9 +238,10 @@ def new_job(**fields: Any) -> Job:
         InvalidJob: a value is of the wrong kind; the message names it.
     """
     try:
-        return Job(**fields)
+        job: Job = ADAPTER.validator.validate_python(fields)  # a quarter of what `Job(**fields)` takes
     except ValidationError as error:
         raise InvalidJob(_first_problem(error)) from None
+    return job
 
 
 def build_job(
@@ -287,20 +295,22 @@ DICT_FIELDS: Final = (
     "error_traceback", "delay_until", "priority", "depends_on", "repeat_every", "deduplication", "errors", "finished_at", "worker",
     "stalls", "timeout",
 )  # fmt: skip
-OPTIONAL_FIELDS: Final = (
-    "parents",
-    "children",
-    "parent_results",
-    "ttl",
-    "timeout",
-    "repeat_every",
-    "depends_on",
-    "deduplication",
-    "delay_until",
-    "custom_id",
-    "errors",
-    "stalls",
+OPTIONAL_FIELDS: Final[tuple[tuple[str, Any], ...]] = (
+    ("parents", []),
+    ("children", []),
+    ("parent_results", {}),
+    ("ttl", None),
+    ("timeout", None),
+    ("repeat_every", None),
+    ("depends_on", None),
+    ("deduplication", None),
+    ("delay_until", None),
+    ("custom_id", False),
+    ("errors", []),
+    ("stalls", 0),
+    ("on_parent_failure", "wait"),
 )
+"""Those that are left out when they have their default."""
 
 
 def dump_json(value: Any, what: str = "the value") -> bytes:
