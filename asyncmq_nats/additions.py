@@ -80,26 +80,52 @@ class Additions:
         await self._write_again_when_missing(writes, priorities)
 
     async def add_linked(self, jobs: Sequence[Job]) -> None:
-        """Store jobs that depend on each other; each comes after its `children`. Up to 1,000 writes are all or nothing."""
+        """Store jobs that depend on each other; each comes after its `children`. Up to 1,000 writes are all or nothing.
+
+        Raises:
+            InvalidFlow: one of them exists.
+        """
         priorities = {job.priority for job in jobs}
         for priority in priorities:
             await self._assets.declare_tier(priority)
         inside = {job.job_id for job in jobs}
         await self._refuse_existing([job for job in jobs if job.custom_id])
-        for more in reversed(range(20)):
-            writes = [write for job in jobs for write in await self.linked_writes(job, inside)]
+        rest = list(jobs)
+        while rest:
+            rest = rest[await self._add_next_linked(rest, inside, priorities) :]
+
+    async def _add_next_linked(self, jobs: Sequence[Job], inside: Collection[str], priorities: Collection[int]) -> int:
+        """Store the first of the jobs, as many as fit into a batch; return how many."""
+        more, count = 20, 0
+        while True:
+            more, (count, writes) = more - 1, await self._linked_batch(jobs, inside)
             try:
-                for start in range(0, len(writes), BATCH):
-                    await self._write_again_when_missing(writes[start : start + BATCH], priorities)
+                await self._write_again_when_missing(writes, priorities)
             except WriteRefused:  # a parent outside has ended meanwhile, or a job with one of the ids is there
-                await self._refuse_existing(jobs)
-                if not more:
-                    raise
-                continue
+                if not await self._are_stored(jobs[:count]):
+                    await self._refuse_existing(jobs[:count])
+                    if not more:
+                        raise
+                    continue
             for write in writes:
                 if self._subjects.outcome_state(write.subject):  # failed at once, with a parent: those who wait for it must know
                     await self.dependencies.release(self._subjects.token(write.subject))
-            return
+            return count
+
+    async def _linked_batch(self, jobs: Sequence[Job], inside: Collection[str]) -> tuple[int, list[Write]]:
+        """Return how many of the jobs fit into a batch, and the writes that add them."""
+        writes: list[Write] = []
+        for count, job in enumerate(jobs):
+            further = await self.linked_writes(job, inside)
+            if writes and len(writes) + len(further) > BATCH:
+                return count, writes
+            writes += further
+        return len(jobs), writes
+
+    async def _are_stored(self, jobs: Sequence[Job]) -> bool:
+        """Return whether a batch that was refused is there: its confirmation was lost, and the jobs have moved on since."""
+        ours = next((job for job in jobs if not job.custom_id), None)  # nobody else has its id
+        return ours is not None and await self.exists(ours.job_id)
 
     async def linked_writes(self, job: Job, inside: Collection[str], completed: Mapping[str, Any] | None = None) -> list[Write]:
         """Return the writes that add a job which may depend on jobs that are added, or that complete, in the same batch.

@@ -70,14 +70,30 @@ class Administration:
             last = max((record.sequence for record in records if ".done." in record.subject), default=0)
             removed = [record.subject for record in live if record in later or subjects.is_claim(record.subject)]
             outcome = self._cancelled(token, sources[0].body, Expect(subjects.done_all(token), last))
+            reminder = self._reminder(token, outcome.body, live)
+            kept = {write.subject for write in reminder}
             try:
-                await self._write_and_sweep(outcome, *(_marker(subject) for subject in removed))
+                await self._dependencies.write_and_sweep(
+                    outcome, *reminder, *(_marker(subject) for subject in removed if subject not in kept)
+                )
             except WriteRefused:  # it moved or ended meanwhile: look again
                 continue
             await self._dependencies.release(token)
+            for subject in kept:
+                await self._delete_record(subject)
             for record in await self._backend.last(subjects.ready_log, subjects.ready_any(token)):
                 await self._backend.delete(subjects.ready_log, record.sequence)
             return True
+
+    def _reminder(self, token: str, outcome: bytes, records: Sequence[Record]) -> list[Write]:
+        """Return the write that has a promoter tell those who wait for the job, if any do, should this process not come to that.
+
+        To a promoter it is a job that is released, with a chosen id, so that it looks whether the job has ended.
+        """
+        job = load_json(outcome)
+        if not job.get("children") and not any(self._subjects.is_edge(record.subject) for record in records):
+            return []
+        return [Write(self._subjects.later(token, Place.RELEASED), dump_json(job | {"custom_id": True, "retries": 0, "reruns": 0}))]
 
     # -- many jobs
 
@@ -117,10 +133,22 @@ class Administration:
     async def drain(self, *, include_delayed: bool) -> list[str]:
         """Remove the jobs that wait to be run, and if wished those that are delayed; return their ids. Jobs that run stay."""
         removed = await self._drain_tiers()
-        places = [Place.RELEASED, Place.DELAYED] if include_delayed else [Place.RELEASED]
-        for place in places:
+        if not include_delayed:
+            return removed + await self._remove_released()
+        for place in (Place.RELEASED, Place.DELAYED):
             removed += await self._remove_matching(self._subjects.place(place))
         return removed
+
+    async def _remove_released(self) -> list[str]:
+        """Remove the jobs that are about to become ready, and leave those that were released a little before their time."""
+        log, filter, start = self._subjects.bucket_log, self._subjects.place(Place.RELEASED), 1
+        ids: list[str] = []
+        while page := await self._backend.page(log, filter, from_sequence=start, limit=500):
+            due = [record for record in page if not record.marker and not self._is_delayed(record)]
+            removed = [record for record in due if await self._backend.delete(log, record.sequence)]
+            ids += [decode_token(self._subjects.token(record.subject)) for record in removed]
+            start = page[-1].sequence + 1
+        return ids
 
     async def _remove_matching(self, filter: str) -> list[str]:
         ids: list[str] = []
@@ -197,18 +225,11 @@ class Administration:
             else:
                 return False
             try:
-                await self._write_and_sweep(*writes)
+                await self._dependencies.write_and_sweep(*writes)
             except WriteRefused:  # it moved meanwhile: look again
                 continue
             return True
         return False
-
-    async def _write_and_sweep(self, *writes: Write) -> None:
-        """Write a batch, and then remove its markers at once: they would be counted as records for the second that they live."""
-        last = await self._backend.write(self._subjects.bucket_log, *writes)
-        for number, write in enumerate(reversed(writes)):  # the sequences of a batch are consecutive
-            if write.marker:
-                await self._backend.delete(self._subjects.bucket_log, last - number)
 
     def _renewed(self, body: bytes) -> bytes:
         """Return a job as it was when it was new: only its errors tell what was. Its time to live begins now."""

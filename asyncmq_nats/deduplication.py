@@ -4,13 +4,16 @@ The key's record names its owner and is written in one batch with the owner, exp
 its owner has ended, which is looked up when someone asks.
 """
 
+import random
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
+import anyio
+
 from asyncmq_nats.additions import Additions
 from asyncmq_nats.backends.base import Backend, Expect, Record, Write
-from asyncmq_nats.dependencies import delayed_write
+from asyncmq_nats.dependencies import MARKER_TTL, delayed_write
 from asyncmq_nats.events import DEBOUNCED, DEDUPLICATED
 from asyncmq_nats.exceptions import WriteRefused
 from asyncmq_nats.jobs import Job, dump_json, load_json
@@ -91,6 +94,7 @@ class Deduplicator:
                 claim = self._claim(window, job.job_id, 0 if record is None else record.sequence)
                 await self._backend.write(self._log, claim, *await self._additions.writes_of(job, in_bucket=True))
             except WriteRefused:  # another producer was faster, or the owner moved on: look again
+                await anyio.sleep(random.uniform(0.0, 0.01))
                 continue
             return job.job_id
 
@@ -109,17 +113,24 @@ class Deduplicator:
         """Swap the owner's payload, if that is wished and it is still delayed, and begin the window anew, if that is."""
         writes = [self._claim(window, owner, record.sequence)] if window.extend and window.ttl is not None else []
         if window.replace:
-            key = self._subjects.later(encode_token(owner), Place.DELAYED)
-            delayed = [found for found in await self._backend.last(self._log, key) if not found.marker]
-            if delayed:
-                writes.append(self._swapped(job, owner, delayed[0]))
+            keys = [self._subjects.later(encode_token(owner), place) for place in (Place.DELAYED, Place.RELEASED)]
+            for record in await self._backend.last(self._log, *keys):
+                if not record.marker and Job.decode(record.body).is_early(self._backend.now()):  # it is released a little before its time
+                    writes += self._swapped(job, owner, record)
+                    break
         if writes:
             await self._backend.write(self._log, *writes)
 
-    def _swapped(self, job: Job, owner: str, delayed: Record) -> Write:
-        run_at = job.delay_until or float(load_json(delayed.body)["delay_until"])
-        body = replace(job, job_id=owner, delay_until=run_at).encode()
-        return delayed_write(self._subjects, encode_token(owner), body, (run_at, 0.0), Expect(delayed.subject, delayed.sequence))
+    def _swapped(self, job: Job, owner: str, record: Record) -> list[Write]:
+        """Return the writes that put the job in the place of one that is delayed, and give it that one's id."""
+        run_at, token = job.delay_until or float(load_json(record.body)["delay_until"]), encode_token(owner)
+        body, expect = replace(job, job_id=owner, delay_until=run_at).encode(), Expect(record.subject, record.sequence)
+        if self._subjects.is_later(record.subject, Place.DELAYED):
+            return [delayed_write(self._subjects, token, body, (run_at, 0.0), expect)]
+        write = delayed_write(self._subjects, token, body, (run_at, self._backend.now()))
+        if write.subject == record.subject:
+            return [replace(write, expect=expect)]
+        return [Write(record.subject, b"", expect, ttl=MARKER_TTL, marker=True), write]
 
     async def owner(self, key: str) -> str | None:
         """Return the id of the job that owns a window, `None` if there is no such window."""
@@ -144,4 +155,5 @@ class Deduplicator:
         ends = await self._backend.last(self._log, self._subjects.ends(token))
         if any(not end.marker and self._subjects.outcome_state(end.subject) for end in ends):
             return None
-        return owner if await self._additions.exists(owner) else None
+        # Twice: one that goes from ready to where it waits for its retry may be in neither place when that is looked at.
+        return owner if await self._additions.exists(owner) or await self._additions.exists(owner) else None

@@ -29,6 +29,7 @@ LEAD: Final = 0.4
 """A timer is set so much early, since the server looks at its timers every 0.25 s; the promoter waits out the rest."""
 MARKER_TTL: Final = 1.0
 CHUNK: Final = 200
+SWEPT: Final = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +162,7 @@ class Dependencies:
                 writes = [write for child in changes.values() for write in child]
                 try:
                     if writes:
-                        await self._backend.write(self._log, *writes)
+                        await self.write_and_sweep(*writes)
                 except WriteRefused:  # one of them was cancelled, or another parent of it ended elsewhere: look again
                     await anyio.sleep(random.uniform(0.0, 0.01))
                     continue
@@ -174,6 +175,15 @@ class Dependencies:
         keys = [self._subjects.outcome(child, State.FAILED) for child in children]
         records = [record for record in await self._backend.last(self._log, *keys) if not record.marker]
         return [self._subjects.token(r.subject) for r in records if load_json(r.body).get("last_error") == _blame(parent.id)]
+
+    async def write_and_sweep(self, *writes: Write) -> None:
+        """Write a batch, and remove its markers, unless they are many: they would be counted as records for the second that they live."""
+        last = await self._backend.write(self._log, *writes)
+        # The sequences of a batch are consecutive.
+        markers = [last - number for number, write in enumerate(reversed(writes)) if write.marker]
+        if len(markers) <= SWEPT:
+            for sequence in markers:
+                await self._backend.delete(self._log, sequence)
 
     def _changes(self, record: Record, parent: Parent) -> list[Write]:
         """Return the writes that tell one parked child of the end of a parent."""

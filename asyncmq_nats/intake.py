@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import anyio
@@ -331,8 +331,11 @@ class Intake:
             logger.warning("queue %s: not known whether it is paused: %s", self._subjects.queue, error)
 
     async def _hand_back_all(self) -> None:
+        await self._give_back(self._held.pop_all())
+
+    async def _give_back(self, deliveries: Sequence[Delivery]) -> None:
         async with anyio.create_task_group() as group:
-            for delivery in self._held.pop_all():
+            for delivery in deliveries:
                 group.start_soon(self._hand_back, delivery)
 
     async def _watch_held(self) -> None:
@@ -346,8 +349,13 @@ class Intake:
                 await self._hand_back_stuck()
 
     async def _hand_back_stuck(self) -> None:
-        for delivery in self._held.pop_stuck(self._pace, self._concurrency, self._quiet):
-            await self._hand_back(delivery)
+        stuck = self._held.pop_stuck(self._pace, self._concurrency, self._quiet)
+        if stuck and any(self._puller.outstanding(tier_name(priority)) for priority in self._tiers):
+            await self._puller.withdraw()  # or what is given back comes right back
+            stuck += self._held.pop_stuck(self._pace, self._concurrency, self._quiet)
+        await self._give_back(stuck)
+        if stuck:
+            self._look()
 
     async def _hand_back(self, delivery: Delivery) -> None:
         try:

@@ -16,6 +16,7 @@ from anyio.abc import TaskStatus
 
 from asyncmq_nats.assets import QueueAssets
 from asyncmq_nats.backends.base import Backend, Delivery, Expect, Record, Write
+from asyncmq_nats.dependencies import Dependencies
 from asyncmq_nats.exceptions import AsyncMQError, InvalidJob, WriteRefused
 from asyncmq_nats.jobs import Job, dump_json, load_json
 from asyncmq_nats.repeatables import Repeatables
@@ -43,6 +44,7 @@ class Promoter:
         self._subjects = subjects
         self._assets = assets
         self._repeatables = Repeatables(backend, subjects, assets)
+        self._dependencies = Dependencies(backend, subjects)
         self._due: list[tuple[float, int, float, Delivery]] = []
         self._order = itertools.count()
         self._wake = anyio.Event()
@@ -173,7 +175,10 @@ class Promoter:
         subjects = self._subjects
         records = await self._backend.last(subjects.bucket_log, subjects.later_all(token), subjects.done_all(token))
         live = [record for record in records if not record.marker]
-        if any(subjects.outcome_state(record.subject) or self._is_later_attempt(record, delivery) for record in live):
+        ended = any(subjects.outcome_state(record.subject) for record in live)
+        if ended or any(self._is_later_attempt(record, delivery) for record in live):
+            if ended:  # whoever ended it may not have come to this
+                await self._dependencies.release(token)
             await self._remove(delivery)
             return False
         if not any(record.sequence == delivery.sequence for record in live):

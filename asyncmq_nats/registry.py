@@ -90,7 +90,8 @@ class TaskRegistry(Mapping[str, RegisteredTask]):
         Raises:
             ValueError: another function has that name already.
         """
-        if process and (progress or inspect.iscoroutinefunction(function)):
+        is_async = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None))  # noqa: B004
+        if process and (progress or is_async):
             raise ValueError(f"{function.__qualname__}: process=True is for sync functions, and without progress")
         # A process that was spawned knows its main module by another name.
         task_id = name or f"{function.__module__.replace('__mp_main__', '__main__')}.{function.__name__}"
@@ -101,7 +102,7 @@ class TaskRegistry(Mapping[str, RegisteredTask]):
             id=task_id,
             function=function,
             call=_validated(function),
-            is_async=inspect.iscoroutinefunction(function),
+            is_async=is_async,
             queue=queue,
             retries=retries,
             ttl=ttl,

@@ -249,6 +249,15 @@ async def test_drain_removes_what_waits(backend: Backend, include_delayed: bool)
         assert await queue.wait_for(active, timeout=PATIENCE) == "done"
 
 
+async def test_drain_leaves_delayed_jobs_that_are_about_to_run(backend: Backend) -> None:
+    """A job is released a little before its time."""
+    queue = queue_of(backend)
+    delayed, waiting = await queue.add("echo", delay=0.35), await queue.add("echo", job_id="mine")
+    assert await queue.drain() == [waiting]
+    async with running(queue):
+        await queue.wait_for(delayed, timeout=PATIENCE)
+
+
 async def test_drain_removes_jobs_with_an_id_of_their_own(backend: Backend) -> None:
     queue = queue_of(backend)
     ids = await queue.add_bulk([{"task_id": "echo", "job_id": f"job-{number}"} for number in range(1500)])

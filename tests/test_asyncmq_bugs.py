@@ -302,6 +302,9 @@ class CountingPuller:
         self._requests.append(consumer)
         await self._inner.request(consumer, count, wait=wait)
 
+    async def withdraw(self) -> None:
+        await self._inner.withdraw()
+
     async def close(self) -> None:
         await self._inner.close()
 

@@ -69,6 +69,31 @@ async def test_a_waiting_request_is_served_when_records_come(backend: Backend, t
     assert receiver.puller.outstanding("one") == 0
 
 
+async def test_credit_that_is_withdrawn_brings_nothing(backend: Backend, receiver: Receiver) -> None:
+    await add(backend, "1.a")
+    await receiver.puller.request("one", 3, wait=PATIENCE)
+    await receiver.take()
+    await receiver.puller.withdraw()
+    assert receiver.puller.outstanding("one") == 0
+    await add(backend, "1.b")
+    await anyio.sleep(0.1)
+    assert (len(receiver.deliveries), receiver.lapses) == (1, [])
+    assert (await look_up(backend, "one")).pending == 1
+    await receiver.puller.request("one", 1, wait=PATIENCE)
+    (second,) = await receiver.take()
+    assert (second.body, second.deliveries) == (b"1.b", 1)
+
+
+async def test_what_is_on_its_way_comes_before_credit_is_withdrawn(backend: Backend, receiver: Receiver) -> None:
+    await add(backend, *(f"1.{number}" for number in range(50)))
+    await receiver.puller.request("one", 80, wait=PATIENCE)
+    await receiver.puller.withdraw()
+    came = len(receiver.deliveries)
+    assert (await look_up(backend, "one")).leased == came
+    await anyio.sleep(0.1)
+    assert len(receiver.deliveries) == came
+
+
 async def test_credit_lapses_after_its_time(backend: Backend, receiver: Receiver) -> None:
     await add(backend, "1.a")
     start = time.monotonic()

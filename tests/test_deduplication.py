@@ -178,6 +178,23 @@ async def test_debounce_swaps_what_is_still_delayed(backend: Backend) -> None:
     assert stats == dict.fromkeys(stats, 0) | {"completed": 1}
 
 
+@pytest.mark.parametrize("delay", [0.2, 1.0])
+async def test_what_is_about_to_run_is_replaced_too(backend: Backend, delay: float) -> None:
+    """A delayed job is released a little before its time."""
+    queue = queue_of(backend)
+    window = KEY | {"replace": True}
+    async with running(queue):
+        owner = await queue.add("echo", [0], delay=0.35, deduplication=window)
+        assert await queue.add("echo", [1], delay=delay, deduplication=window) == owner
+        last = backend.now()
+        assert await queue.wait_for(owner, timeout=PATIENCE) == 1
+    job = await queue.get_job(owner)
+    assert job is not None
+    assert job["active_since"] > last + delay - 0.1
+    stats = await queue.queue_stats()
+    assert stats == dict.fromkeys(stats, 0) | {"completed": 1}
+
+
 async def test_replace_without_a_delay_keeps_the_time(backend: Backend) -> None:
     queue = queue_of(backend)
     window = KEY | {"replace": True}

@@ -287,6 +287,30 @@ async def test_a_child_waits_while_its_parent_is_retried(backend: Backend) -> No
         assert await queue.wait_for(child, timeout=PATIENCE) == {parent: "third time"}
 
 
+@pytest.mark.parametrize("place", ["delayed", "waiting-children"])
+async def test_who_waits_for_a_job_learns_of_its_end_though_whoever_cancelled_it_died(
+    backend: Backend, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queue = queue_of(backend)
+    root = await queue.add("echo", delay=3600)
+    parent = root if place == "delayed" else await queue.add("echo", depends_on=[root])
+    child = await queue.add("echo", ["ran"], depends_on=[parent], on_parent_failure="run")
+
+    async def die(token: str) -> None:
+        raise ConnectionError(token)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(queue._administration._dependencies, "release", die)
+        with pytest.raises(ConnectionError):
+            await queue.cancel_job(parent)
+    async with running(queue):
+        assert await queue.wait_for(child, timeout=PATIENCE) == "ran"
+        await until(queue.queue_stats, lambda stats: stats["waiting"] == 0)
+    assert await queue.get_job_state(parent) == "cancelled"
+    stats = await queue.queue_stats()
+    assert stats == dict.fromkeys(stats, 0) | {"completed": 1, "cancelled": 1, "delayed": int(place != "delayed")}
+
+
 async def test_a_cancelled_child_does_not_run_and_does_not_hinder_the_others(backend: Backend) -> None:
     queue = queue_of(backend)
     parent = await queue.add("echo")

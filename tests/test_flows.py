@@ -233,6 +233,38 @@ async def test_a_flow_of_1_000_jobs_is_one_write(backend: Backend, monkeypatch: 
     assert [len(batch) for batch in batches] == [1000]
 
 
+async def test_a_batch_of_a_larger_flow_that_is_refused_is_made_anew(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A parent outside the flow has ended meanwhile: the batches before are there already."""
+    real, sizes = backend.write, list[int]()
+
+    async def write(log: str, *writes: Write) -> int:
+        sizes.append(len(writes))
+        if len(sizes) == 2:
+            raise WriteRefused(log, "something else was written")
+        return await real(log, *writes)
+
+    monkeypatch.setattr(backend, "write", write)
+    root = job()
+    await FlowProducer(backend).add_flow("work", [root, *(job("echo", root) for _ in range(1500))])
+    assert [size for size in sizes if size > 1] == [1000, 501, 501]
+    assert await queue_of(backend).get_job_count_by_types("waiting-children", "waiting") == 1501
+
+
+async def test_a_flow_whose_confirmation_was_lost_is_no_error(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = backend.write
+
+    async def write(log: str, *writes: Write) -> int:
+        await real(log, *writes)
+        raise WriteRefused(log, "the first sending was stored")
+
+    root = job()
+    with monkeypatch.context() as patch:
+        patch.setattr(backend, "write", write)
+        await FlowProducer(backend).add_flow("work", [root, job("echo", root)])
+    stats = await queue_of(backend).queue_stats()
+    assert (stats["waiting-children"], stats["waiting"]) == (1, 1)
+
+
 async def test_of_a_larger_flow_nothing_runs_before_all_of_it_is_there(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
     batches = watch_writes(backend, monkeypatch, fail_at=2)
     root = job()

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import anyio
+import anyio.lowlevel
 import pytest
 
 from asyncmq_nats.backends import set_default_backend
@@ -648,3 +649,18 @@ async def test_two_queues_run_side_by_side(backend: Backend) -> None:
 
     async with running(queues[0]), running(queues[1]):
         assert await race(lambda: add_and_wait(queues[0]), lambda: add_and_wait(queues[1])) == ["one", "two"]
+
+
+async def test_a_task_may_be_an_object_with_an_async_call(backend: Backend) -> None:
+    class Adder:
+        def __init__(self, offset: int) -> None:
+            self.offset = offset
+
+        async def __call__(self, value: int) -> int:
+            await anyio.lowlevel.checkpoint()
+            return value + self.offset
+
+    queue = make_queue(backend, add=Adder(2))
+    job_id = await queue.add("add", [40])
+    async with running(queue):
+        assert await queue.wait_for(job_id, timeout=PATIENCE) == 42

@@ -166,6 +166,12 @@ class Puller(Protocol):
         `outstanding` and `on_lapse(consumer)` is called. A consumer that vanished is declared again.
         """
 
+    async def withdraw(self) -> None:
+        """Take all credit back: what was on its way has been delivered when this returns, and nothing more comes until more is requested.
+
+        `on_lapse` is not called.
+        """
+
     async def close(self) -> None:
         """Take no more deliveries: what was on its way has been delivered when this returns, and nothing is afterwards.
 

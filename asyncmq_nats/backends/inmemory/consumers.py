@@ -316,11 +316,16 @@ class InMemoryPuller:
 
     async def close(self) -> None:
         """See `Puller`. What was on its way still arrives."""
+        await self.withdraw()
+        self.stop()
+
+    async def withdraw(self) -> None:
+        """See `Puller`."""
         for cursor in self._cursors.values():
             cursor.withdraw(self)
         for _ in range(2):  # turns of the event loop in which scheduled deliveries arrive
             await asyncio.sleep(0)
-        self.stop()
+        self._outstanding.clear()
 
     def stop(self) -> None:
         """Do what `close` does, where nothing can be awaited."""
@@ -340,5 +345,5 @@ class InMemoryPuller:
     def lapse(self, consumer: str, count: int) -> None:
         """Take note that so much credit is void."""
         if not self._closed:
-            self._outstanding[consumer] -= count
+            self._outstanding[consumer] = max(0, self.outstanding(consumer) - count)  # it may have been withdrawn
             self._on_lapse(consumer)

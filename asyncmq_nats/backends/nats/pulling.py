@@ -120,6 +120,7 @@ class NATSPuller:
         self._inbox = ""
         self._listening: int | None = None
         self._closed = False
+        self._withdrawing = False
         self._client = connection.client
         connection.on_reconnect.append(self._on_reconnect)
 
@@ -128,7 +129,7 @@ class NATSPuller:
         return credit.outstanding if credit is not None else 0
 
     async def request(self, consumer: str, count: int, *, wait: float) -> None:
-        if self._closed:
+        if self._closed or self._withdrawing:
             return
         if not self._inbox:
             await self._open()
@@ -160,18 +161,33 @@ class NATSPuller:
         await self._client.listen(f"$JS.EVENT.ADVISORY.CONSUMER.PAUSE.{self._log}.*", self._on_pause)
         self._connection.background.run(self._watch())
 
+    async def withdraw(self) -> None:
+        if self._closed or self._withdrawing or self._listening is None or not self._client.is_connected:
+            return
+        self._withdrawing = True
+        try:
+            old, self._inbox = self._listening, self._client.new_inbox() + "."
+            self._listening = await self._client.listen(self._inbox + "*", self._on_message)
+            await self._stop_listening(old)
+            for credit in self._credits.values():
+                credit.give_up()
+        finally:
+            self._withdrawing = False
+
     async def close(self) -> None:
         self._closed = True
         self._credits.clear()
-        if self._listening is None or not self._client.is_connected:
-            return
-        # The server drops our pulls when it learns that nobody listens. What it sent before reaches us before its answer.
+        if self._listening is not None and self._client.is_connected:
+            await self._stop_listening(self._listening)
+            self._listening = None
+
+    async def _stop_listening(self, number: int) -> None:
+        """The server drops the pulls of an inbox when it learns that nobody listens there. What it sent before comes before its answer."""
         try:
             async with asyncio.timeout(CLOSE_TIMEOUT):
-                await self._client.stop_listening(self._listening)
+                await self._client.stop_listening(number)
         except (nats.errors.Error, TimeoutError, OSError) as error:
             logger.warning("%s: what was on its way comes back when its lease is over: %r", self._log, error)
-        self._listening = None
 
     # -- deliveries
 
