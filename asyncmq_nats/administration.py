@@ -7,8 +7,9 @@ from typing import Final
 from asyncmq_nats.assets import QueueAssets
 from asyncmq_nats.backends.base import Backend, Expect, Record, Write
 from asyncmq_nats.dependencies import MARKER_TTL, Dependencies
+from asyncmq_nats.encoding import dump_json, load_json
 from asyncmq_nats.exceptions import InvalidJob, WriteRefused
-from asyncmq_nats.jobs import Job, dump_json, load_json
+from asyncmq_nats.jobs import Job
 from asyncmq_nats.lifecycle import OUTCOME_FIELDS
 from asyncmq_nats.states import OUTCOMES, Place, State
 from asyncmq_nats.subjects import QueueSubjects, decode_token, encode_token, tier_name

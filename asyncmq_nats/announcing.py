@@ -3,8 +3,8 @@
 from typing import Any
 
 from asyncmq_nats.backends.base import Backend
+from asyncmq_nats.encoding import dump_json
 from asyncmq_nats.events import PREFIX, event_emitter
-from asyncmq_nats.jobs import dump_json
 from asyncmq_nats.subjects import QueueSubjects, encode_token
 
 __all__ = ["announce"]

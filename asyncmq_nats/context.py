@@ -40,12 +40,22 @@ class JobServices(Protocol):
         """Return the results of the jobs that a job depends on, by id."""
 
 
+class JobSource(Protocol):
+    """What has the job."""
+
+    @property
+    def job(self) -> Job:
+        """All of the job."""
+
+
 @dataclass(slots=True)
 class JobContext:
     """The job that runs, for its task."""
 
-    job: Job
+    id: str
+    """The id of the job."""
     queue: str
+    _source: JobSource = field(repr=False)
     _services: JobServices = field(repr=False)
     cancel_requested: bool = False
     """Whether the job was cancelled, or the worker wants it back. For sync tasks to ask now and then: no thread can be interrupted."""
@@ -53,9 +63,9 @@ class JobContext:
     """The jobs that were added so far."""
 
     @property
-    def id(self) -> str:
-        """The id of the job."""
-        return self.job.job_id
+    def job(self) -> Job:
+        """The job."""
+        return self._source.job
 
     @property
     def task_id(self) -> str:

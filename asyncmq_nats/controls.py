@@ -11,8 +11,8 @@ import anyio
 
 from asyncmq_nats.assets import DEFAULT_PRIORITY, QueueAssets
 from asyncmq_nats.backends.base import Backend, Log, Signal, Subscription, Write
+from asyncmq_nats.encoding import dump_json, load_json
 from asyncmq_nats.exceptions import AssetMissing
-from asyncmq_nats.jobs import dump_json, load_json
 from asyncmq_nats.subjects import QueueSubjects, encode_token, tier_name, workers_bucket
 
 __all__ = ["CANCEL", "FOREVER", "PAUSE", "RESUME", "Controls", "WorkerInfo", "WorkerRegistry", "list_workers"]

@@ -14,9 +14,10 @@ import anyio
 from asyncmq_nats.additions import Additions
 from asyncmq_nats.backends.base import Backend, Expect, Record, Write
 from asyncmq_nats.dependencies import MARKER_TTL, delayed_write
+from asyncmq_nats.encoding import dump_json, load_json
 from asyncmq_nats.events import DEBOUNCED, DEDUPLICATED
 from asyncmq_nats.exceptions import WriteRefused
-from asyncmq_nats.jobs import Job, dump_json, load_json
+from asyncmq_nats.jobs import Job
 from asyncmq_nats.states import Place
 from asyncmq_nats.subjects import QueueSubjects, encode_token
 

@@ -17,9 +17,10 @@ import anyio
 
 from asyncmq_nats.announcing import announce
 from asyncmq_nats.backends.base import Backend, Expect, Record, Timer, Write
+from asyncmq_nats.encoding import dump_json, load_json
 from asyncmq_nats.events import READY
 from asyncmq_nats.exceptions import JobNotFound, WriteRefused
-from asyncmq_nats.jobs import Job, dump_json, load_json
+from asyncmq_nats.jobs import Job
 from asyncmq_nats.states import OUTCOMES, Place, State
 from asyncmq_nats.subjects import QueueSubjects, decode_token, encode_token
 

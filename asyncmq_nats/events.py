@@ -12,8 +12,8 @@ from typing import Any, Final, TypeVar
 
 from anyio import to_thread
 
+from asyncmq_nats.encoding import load_json
 from asyncmq_nats.exceptions import InvalidJob
-from asyncmq_nats.jobs import load_json
 from asyncmq_nats.states import OUTCOMES, Place, State
 from asyncmq_nats.subjects import decode_token
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import anyio
 
+from asyncmq_nats.attempts import Attempt
 from asyncmq_nats.context import JobContext
 from asyncmq_nats.exceptions import TaskTimeout
-from asyncmq_nats.lifecycle import Attempt
 from asyncmq_nats.registry import RegisteredTask, TaskRegistry
 from asyncmq_nats.retries import Failure
 
@@ -45,12 +45,12 @@ async def execute(
     running: Running, registry: TaskRegistry, threads: anyio.CapacityLimiter, now: Callable[[], float]
 ) -> tuple[Any, Failure | None]:
     """Run the task of a job, and return its result or what went wrong: neither if it gave in to an interruption."""
-    job = running.context.job
+    head = running.attempt.head
     try:
-        entry = registry.find(job.task_id)
-        if job.timeout is None:
-            return await entry.run(job, threads, running.context), None
-        return await _execute_in_time(entry, running, threads, job.timeout), None
+        entry = registry.find(head.task_id)
+        if head.timeout is None:
+            return await entry.run(head, threads, running.context), None
+        return await _execute_in_time(entry, running, threads, head.timeout), None
     except (Exception, SystemExit, BaseExceptionGroup) as error:
         return None, Failure.of(error, now())
     except anyio.get_cancelled_exc_class() as error:
@@ -63,6 +63,6 @@ async def execute(
 
 async def _execute_in_time(entry: RegisteredTask, running: Running, threads: anyio.CapacityLimiter, timeout: float) -> Any:
     with anyio.move_on_after(timeout):
-        return await entry.run(running.context.job, threads, running.context)
+        return await entry.run(running.attempt.head, threads, running.context)
     running.context.cancel_requested = True
     raise TaskTimeout(entry.id, timeout, in_thread=not entry.is_async)

@@ -8,8 +8,9 @@ import anyio
 
 from asyncmq_nats.assets import QueueAssets
 from asyncmq_nats.backends.base import Backend, ConsumerState, Record
+from asyncmq_nats.encoding import load_json
 from asyncmq_nats.exceptions import AssetMissing, InvalidJob
-from asyncmq_nats.jobs import Job, load_json, new_job
+from asyncmq_nats.jobs import Job, new_job
 from asyncmq_nats.states import OUTCOMES, Place, State
 from asyncmq_nats.subjects import QueueSubjects, counter_name, decode_token, encode_token, tier_name
 

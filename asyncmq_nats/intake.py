@@ -9,10 +9,11 @@ import anyio
 from anyio.abc import TaskGroup
 
 from asyncmq_nats.assets import TIER_SIGNAL, QueueAssets
+from asyncmq_nats.attempts import Attempt, Verdict, leave
 from asyncmq_nats.backends.base import Backend, Delivery, Signal
 from asyncmq_nats.exceptions import AsyncMQError, InvalidJob
 from asyncmq_nats.held import FRESH, Held, Tier
-from asyncmq_nats.lifecycle import Attempt, Lifecycle, Verdict, leave
+from asyncmq_nats.lifecycle import Lifecycle
 from asyncmq_nats.pull_policy import Pace, TierView, prefetch_target, slots_are_rare, tiers_to_ask
 from asyncmq_nats.rate_limiter import LEASE, RateLimiter
 from asyncmq_nats.subjects import QueueSubjects, tier_name, tier_priority

@@ -5,26 +5,27 @@ claims; 3. what ends an attempt is fenced, and the first outcome wins.
 """
 
 import logging
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field, replace
-from enum import Enum, auto
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, Final
 
 from asyncmq_nats.additions import Additions
 from asyncmq_nats.announcing import announce
 from asyncmq_nats.assets import QueueAssets
+from asyncmq_nats.attempts import Attempt, Claim, Verdict
 from asyncmq_nats.backends.base import Backend, Delivery, Expect, Record, Settled, Write
 from asyncmq_nats.dependencies import MARKER_TTL, delayed_write
+from asyncmq_nats.encoding import dump_json, load_json, splice
 from asyncmq_nats.events import STALLED
 from asyncmq_nats.exceptions import BackendError, InvalidJob, NotSerializable, PayloadTooLarge, WriteRefused
-from asyncmq_nats.jobs import WIRE_VERSION, Job, dump_json, load_json, new_job_id, splice
+from asyncmq_nats.jobs import WIRE_VERSION, Job, JobHead, new_job_id
 from asyncmq_nats.retries import Failure, add_failure
 from asyncmq_nats.schedules import parse_every
 from asyncmq_nats.states import OUTCOMES, Place, State
 from asyncmq_nats.subjects import QueueSubjects, decode_token, encode_token
 
-__all__ = ["Attempt", "Claim", "Lifecycle", "Verdict", "leave"]
+__all__ = ["Lifecycle"]
 
 logger = logging.getLogger(__name__)
 
@@ -32,76 +33,11 @@ SettleEnd = Callable[[Write, Settled], None]
 """Learns whether the write that ends an attempt was confirmed or refused."""
 
 OUR_JOBS: Final = b'{"v":1,"id":"'
-"""What the jobs begin with that this library writes: nothing they need is missing."""
+"""What the jobs begin with that this library writes."""
 OUTCOME_FIELDS: Final = (
     "status", "result", "last_error", "error_traceback", "active_since", "finished_at", "worker", "stalls",
 )  # fmt: skip
 """What a job has only because of what became of it."""
-
-
-@dataclass(slots=True)
-class Attempt:
-    """One delivery of a job to this worker, and what its final write has to expect."""
-
-    delivery: Delivery
-    token: str
-    job: Job
-    expect: int = 0
-    """Sequence of the last record about the job's end: 0 on a first delivery, the claim's on a redelivery."""
-    claimed: bool = False
-    leftovers: tuple[str, ...] = ()
-    """Records of the job in transit, to be removed together with the end of the attempt."""
-    awaited: bool = False
-    """Whether other jobs were seen to wait for this one."""
-    companions: tuple[Write, ...] = ()
-    """What is committed together with the outcome: follow-up jobs."""
-    make_companions: Callable[[], Awaitable[tuple[Write, ...]]] | None = field(default=None, repr=False)
-    """Makes them anew, since what they expect of other jobs may have changed."""
-    started_at: float = 0.0
-    body: bytes = field(default=b"", repr=False)
-
-    @property
-    def order(self) -> tuple[int, int]:
-        """Which of two attempts at a job is the later one."""
-        return self.delivery.sequence, self.delivery.deliveries
-
-
-@dataclass(frozen=True, slots=True)
-class Claim:
-    """A worker's word that it runs a job that was delivered before."""
-
-    worker: str
-    message: int
-    """Sequence of the ready message: a claim on an earlier one is void."""
-    delivery: int
-    stalls: int
-    released: bool = False
-
-    @property
-    def order(self) -> tuple[int, int]:
-        """Which of two claims, or of a claim and a delivery, is the later one."""
-        return self.message, self.delivery
-
-    def encode(self) -> bytes:
-        """Return the record."""
-        return dump_json(
-            {"worker": self.worker, "message": self.message, "delivery": self.delivery, "stalls": self.stalls, "released": self.released}
-        )
-
-    @classmethod
-    def decode(cls, body: bytes) -> "Claim":
-        """Return the claim of a record."""
-        data = load_json(body)
-        return cls(data["worker"], data["message"], data["delivery"], data["stalls"], data["released"])
-
-
-class Verdict(Enum):
-    """What became of a delivery that was not run, or of a write that was refused."""
-
-    DONE = auto()
-    """The job has its outcome, or goes on elsewhere: the message may go."""
-    STALE = auto()
-    """Another worker is in charge: touch nothing."""
 
 
 class Lifecycle:
@@ -130,9 +66,13 @@ class Lifecycle:
             InvalidJob: the message is not a job; `reject` it.
         """
         body, token = delivery.body, delivery.subject.rpartition(".")[2]
-        if not body.startswith(OUR_JOBS):
-            body = self._as_ours(delivery, token)
-        return Attempt(delivery, token, Job.decode(body), body=body)
+        if body.startswith(OUR_JOBS):
+            try:
+                return Attempt(delivery, token, JobHead.decode(body), body=body)
+            except InvalidJob:  # others may begin like this too, and leave out what we do not
+                pass
+        body = self._as_ours(delivery, token)
+        return Attempt(delivery, token, JobHead.decode(body), body=body)
 
     def _as_ours(self, delivery: Delivery, token: str) -> bytes:
         """Return a job of a foreign producer as we would have written it: id and priority of the subject, all that must be there."""
@@ -155,7 +95,7 @@ class Lifecycle:
             done = [record for record in records if not subjects.is_later(record.subject, Place.RELEASED) and self._is_done(record)]
             edges = any(subjects.is_edge(record.subject) for record in done)
             if any(not record.marker and subjects.outcome_state(record.subject) for record in done):
-                if edges or attempt.job.children:
+                if edges or attempt.head.children:
                     await self.dependencies.release(token)
                 return Verdict.DONE
             later = [record for record in records if not self._is_done(record) and not record.marker]
@@ -172,10 +112,10 @@ class Lifecycle:
             except WriteRefused:
                 continue
             if claim is None or claim.message != attempt.delivery.sequence or ours.stalls > claim.stalls:
-                await announce(self._backend, subjects, STALLED, attempt.job.job_id, stalls=ours.stalls)
+                await announce(self._backend, subjects, STALLED, attempt.head.job_id, stalls=ours.stalls)
             leftovers = tuple(record.subject for record in later)
-            job = replace(attempt.job, stalls=ours.stalls)
-            return replace(attempt, job=job, expect=sequence, claimed=True, leftovers=leftovers, awaited=edges)
+            head = replace(attempt.head, stalls=ours.stalls)
+            return Attempt(attempt.delivery, token, head, sequence, claimed=True, leftovers=leftovers, awaited=edges, body=attempt.body)
 
     def _is_done(self, record: Record) -> bool:
         return ".done." in record.subject
@@ -203,7 +143,7 @@ class Lifecycle:
             InvalidJob: it repeats at no interval that can be kept.
             TooManyPriorities, NotSerializable, PayloadTooLarge: as for `Queue.add`.
         """
-        if follow_ups or attempt.job.repeat_every is not None:
+        if follow_ups or attempt.head.repeat_every is not None:
             attempt.make_companions = partial(self._follow_up_writes, attempt.job, follow_ups, result)
             attempt.companions = await attempt.make_companions()
 
@@ -233,7 +173,7 @@ class Lifecycle:
 
     async def expire(self, attempt: Attempt, settle: SettleEnd) -> None:
         """Record that the job's time to live was over before it started."""
-        error = f"not started within its time to live of {attempt.job.ttl:g} s"
+        error = f"not started within its time to live of {attempt.head.ttl:g} s"
         await self._write_claimed(attempt, self._outcome(attempt, State.EXPIRED, {"last_error": error}, "the expiry"), settle)
 
     async def retry(self, attempt: Attempt, failure: Failure, delay: float, settle: SettleEnd) -> None:
@@ -243,7 +183,7 @@ class Lifecycle:
 
     async def postpone(self, attempt: Attempt, settle: SettleEnd) -> None:
         """Move a ready job whose time is still to come to where delayed jobs wait."""
-        await self._reschedule(attempt, attempt.job, attempt.job.delay_until, settle)
+        await self._reschedule(attempt, attempt.job, attempt.head.delay_until, settle)
 
     async def _reschedule(self, attempt: Attempt, job: Job, run_at: float | None, settle: SettleEnd) -> None:
         data = load_json(attempt.body)
@@ -274,12 +214,12 @@ class Lifecycle:
 
     def _completed(self, attempt: Attempt, result: Any) -> Write:
         """Return the write of a result: the job as it came, byte for byte, and what it came to."""
-        what = f"the result of task {attempt.job.task_id!r}"
+        what = f"the result of task {attempt.head.task_id!r}"
         members = b'"status":"completed","result":%b,"active_since":%r,"finished_at":%r,"worker":%b' % (
             dump_json(result, what), attempt.started_at, self._backend.now(), self._worker_json,
         )  # fmt: skip
-        if attempt.job.stalls:
-            members += b',"stalls":%d' % attempt.job.stalls
+        if attempt.head.stalls:
+            members += b',"stalls":%d' % attempt.head.stalls
         record = splice(attempt.body, members)
         if len(record) > self._backend.max_body:
             raise PayloadTooLarge(what, len(record), self._backend.max_body)
@@ -290,11 +230,13 @@ class Lifecycle:
         """Return the write of an outcome other than a result."""
         fields = {"status": state, **fields, "active_since": attempt.started_at or None}
         fields |= {"finished_at": self._backend.now(), "worker": self._worker}
-        if attempt.job.stalls:
-            fields["stalls"] = attempt.job.stalls
+        if attempt.head.stalls:
+            fields["stalls"] = attempt.head.stalls
         record = dump_json(load_json(attempt.body) | fields, what)
         if len(record) > self._backend.max_body:
-            record = dump_json({"id": attempt.job.job_id, "task": attempt.job.task_id, "truncated": True, "max_retries": 0} | fields, what)
+            record = dump_json(
+                {"id": attempt.head.job_id, "task": attempt.head.task_id, "truncated": True, "max_retries": 0} | fields, what
+            )
         return Write(self._subjects.outcome(attempt.token, state), record, self._fence(attempt), ttl=self._settings.failed_ttl)
 
     def _fence(self, attempt: Attempt) -> Expect:
@@ -364,9 +306,9 @@ class Lifecycle:
             write = replace(write, expect=self._fence(attempt))
             result = await self._write_again(attempt, write)
         if isinstance(result, BackendError) and verdict is not Verdict.DONE:
-            logger.error("job %s: its end could not be recorded, it will be delivered again: %s", attempt.job.job_id, result)
+            logger.error("job %s: its end could not be recorded, it will be delivered again: %s", attempt.head.job_id, result)
             return Verdict.STALE
-        if (attempt.awaited or attempt.job.children) and self._subjects.outcome_state(write.subject) is not None:
+        if (attempt.awaited or attempt.head.children) and self._subjects.outcome_state(write.subject) is not None:
             await self.dependencies.release(attempt.token)
         return Verdict.DONE
 
@@ -385,10 +327,10 @@ class Lifecycle:
                 continue
             if self._subjects.outcome_state(record.subject) is not None:
                 if record.body != write.body:
-                    logger.warning("job %s ended otherwise meanwhile: this worker's end of it is dropped", attempt.job.job_id)
+                    logger.warning("job %s ended otherwise meanwhile: this worker's end of it is dropped", attempt.head.job_id)
                 return Verdict.DONE
             if self._subjects.is_claim(record.subject) and Claim.decode(record.body).order > attempt.order:
-                logger.warning("job %s was taken over by another worker: this worker's end of it is dropped", attempt.job.job_id)
+                logger.warning("job %s was taken over by another worker: this worker's end of it is dropped", attempt.head.job_id)
                 return Verdict.STALE
         return None
 
@@ -396,7 +338,7 @@ class Lifecycle:
 
     async def hand_back(self, attempt: Attempt) -> None:
         """Give a job that did not end back to the queue, without counting it as stalled."""
-        claim = Claim(self._worker, *attempt.order, stalls=attempt.job.stalls, released=True)
+        claim = Claim(self._worker, *attempt.order, stalls=attempt.head.stalls, released=True)
         try:
             write = Write(self._subjects.claim(attempt.token), claim.encode(), self._fence(attempt))
             await self._backend.write(self._subjects.bucket_log, write)
@@ -404,14 +346,6 @@ class Lifecycle:
             attempt.delivery.abandon()
             return
         attempt.delivery.nak()
-
-
-def leave(delivery: Delivery, verdict: Verdict) -> None:
-    """Let go of a delivery that is not run, or that has been."""
-    if verdict is Verdict.DONE:
-        delivery.ack()
-    else:
-        delivery.abandon()
 
 
 def _count_stalls(claim: Claim | None, attempt: Attempt) -> int:

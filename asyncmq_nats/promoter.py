@@ -17,8 +17,9 @@ from anyio.abc import TaskStatus
 from asyncmq_nats.assets import QueueAssets
 from asyncmq_nats.backends.base import Backend, Delivery, Expect, Record, Write
 from asyncmq_nats.dependencies import Dependencies
+from asyncmq_nats.encoding import dump_json, load_json
 from asyncmq_nats.exceptions import AsyncMQError, InvalidJob, WriteRefused
-from asyncmq_nats.jobs import Job, dump_json, load_json
+from asyncmq_nats.jobs import Job
 from asyncmq_nats.repeatables import Repeatables
 from asyncmq_nats.states import Place
 from asyncmq_nats.subjects import PROMOTER, QueueSubjects, decode_token

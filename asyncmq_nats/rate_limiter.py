@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from asyncmq_nats.backends.base import Backend, Expect, Write
+from asyncmq_nats.encoding import dump_json, load_json
 from asyncmq_nats.exceptions import WriteRefused
-from asyncmq_nats.jobs import dump_json, load_json
 from asyncmq_nats.subjects import QueueSubjects
 
 __all__ = ["LEASE", "Bucket", "Limit", "RateLimiter", "lease"]

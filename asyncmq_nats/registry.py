@@ -13,7 +13,7 @@ from pydantic.errors import PydanticUserError
 
 from asyncmq_nats.context import JobContext
 from asyncmq_nats.exceptions import TaskNotFound
-from asyncmq_nats.jobs import Backoff, Job
+from asyncmq_nats.jobs import Backoff, JobHead
 from asyncmq_nats.processes import run_in_process
 from asyncmq_nats.retries import BackoffFunction
 
@@ -44,7 +44,7 @@ class RegisteredTask:
     names: tuple[str, ...] = ()
     """Of the positional arguments, if all of them can be given by name."""
 
-    async def run(self, job: Job, threads: CapacityLimiter, context: JobContext) -> Any:
+    async def run(self, job: JobHead, threads: CapacityLimiter, context: JobContext) -> Any:
         """Run the task on the job's arguments: an async function here, a sync one in a thread, a `process` one in a process.
 
         `threads` bounds the threads and processes.
@@ -58,7 +58,7 @@ class RegisteredTask:
             return await self.call(*args, **kwargs)
         return await to_thread.run_sync(partial(self.call, *args, **kwargs), abandon_on_cancel=True, limiter=threads)
 
-    def _arguments(self, job: Job) -> tuple[list[Any], dict[str, Any]]:
+    def _arguments(self, job: JobHead) -> tuple[list[Any], dict[str, Any]]:
         """Return the job's arguments, by name where that is possible: an error of pydantic then tells the name, not the position."""
         names = self.names[: len(job.args)]
         if len(names) < len(job.args) or not job.kwargs.keys().isdisjoint(names):

@@ -15,8 +15,9 @@ from pydantic.dataclasses import dataclass as validated
 
 from asyncmq_nats.assets import QueueAssets
 from asyncmq_nats.backends.base import Backend, Delivery, Expect, Record, Timer, Write
+from asyncmq_nats.encoding import dump_json, load_json
 from asyncmq_nats.exceptions import WriteRefused
-from asyncmq_nats.jobs import Job, dump_json, load_json, new_job
+from asyncmq_nats.jobs import Job, new_job
 from asyncmq_nats.schedules import Schedule, definition_id, make_schedule, missed_ticks, next_run, next_run_after
 from asyncmq_nats.states import Place
 from asyncmq_nats.subjects import QueueSubjects, encode_token

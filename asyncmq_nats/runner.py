@@ -18,9 +18,11 @@ from anyio.abc import TaskGroup, TaskStatus
 from anyio.lowlevel import checkpoint
 
 from asyncmq_nats.assets import QueueAssets
+from asyncmq_nats.attempts import Attempt, Verdict, leave
 from asyncmq_nats.backends.base import Backend, Delivery, Settled, Write
 from asyncmq_nats.context import JobContext, running_job
 from asyncmq_nats.controls import CANCEL, PAUSE, RESUME, WorkerRegistry
+from asyncmq_nats.encoding import dump_json, splice
 from asyncmq_nats.events import STARTED, event_emitter, read_event
 from asyncmq_nats.exceptions import (
     AsyncMQError,
@@ -34,8 +36,8 @@ from asyncmq_nats.exceptions import (
 from asyncmq_nats.execution import Running, execute
 from asyncmq_nats.hooks import Hooks
 from asyncmq_nats.intake import Intake
-from asyncmq_nats.jobs import Job, dump_json, splice
-from asyncmq_nats.lifecycle import Attempt, Lifecycle, SettleEnd, Verdict, leave
+from asyncmq_nats.jobs import Job
+from asyncmq_nats.lifecycle import Lifecycle, SettleEnd
 from asyncmq_nats.promoter import Promoter
 from asyncmq_nats.rate_limiter import Limit, RateLimiter
 from asyncmq_nats.registry import TaskRegistry
@@ -243,29 +245,36 @@ class Runner:
 
     async def _execute(self, delivery: Delivery, slot: "asyncio.Task[Any]") -> None:
         try:
-            attempt = self._lifecycle.open(delivery)
+            attempt: Attempt | Verdict = self._lifecycle.open(delivery)
+            if delivery.deliveries > 1 and isinstance(attempt, Attempt):
+                attempt = await self._lifecycle.verify(attempt)
         except InvalidJob as problem:
-            logger.error("%s: %s", delivery.subject, problem)
-            await self._lifecycle.reject(delivery, problem)
+            await self._reject(delivery, problem)
             return
-        if delivery.deliveries > 1:
-            verified = await self._lifecycle.verify(attempt)
-            if isinstance(verified, Verdict):
-                leave(delivery, verified)
-                return
-            attempt = verified
-            if self._intake.is_paused:  # meanwhile
-                await self._lifecycle.hand_back(attempt)
-                return
+        if isinstance(attempt, Verdict):
+            leave(delivery, attempt)
+        elif attempt.claimed and self._intake.is_paused:  # a claim takes a while
+            await self._lifecycle.hand_back(attempt)
+        else:
+            await self._start(attempt, slot)
+
+    async def _reject(self, delivery: Delivery, problem: InvalidJob) -> None:
+        logger.error("%s: %s", delivery.subject, problem)
+        await self._lifecycle.reject(delivery, problem)
+
+    async def _start(self, attempt: Attempt, slot: "asyncio.Task[Any]") -> None:
         self._intake.unsettled += 1
         try:
             await self._run_or_end(attempt, partial(self._settle, attempt), slot)
+        except InvalidJob as problem:  # what is malformed was not needed to run it
+            await self._reject(attempt.delivery, problem)
+            self._settled()
         except AsyncMQError:  # nobody will settle it
             self._settled()
             raise
 
     async def _run_or_end(self, attempt: Attempt, settle: SettleEnd, slot: "asyncio.Task[Any]") -> None:
-        job, now = attempt.job, self._backend.now()
+        job, now = attempt.head, self._backend.now()
         if job.stalls >= self._backend.settings.max_stalls:
             error = f"stalled: its worker was lost {job.stalls} times while it ran (the limit is max_stalls)"
             await self._lifecycle.fail(attempt, Failure(error, "", now), settle)
@@ -278,8 +287,8 @@ class Runner:
             await self._run(attempt, settle, slot)
 
     async def _run(self, attempt: Attempt, settle: SettleEnd, slot: "asyncio.Task[Any]") -> None:
-        job, started = attempt.job, time.monotonic()
-        context = JobContext(job, self._subjects.queue, self._lifecycle)
+        started = time.monotonic()
+        context = JobContext(attempt.head.job_id, self._subjects.queue, attempt, self._lifecycle)
         running = Running(attempt, context, slot)
         self._running[running] = None
         running_job.set(context)
@@ -308,11 +317,11 @@ class Runner:
 
     async def _report_result(self, attempt: Attempt, result: Any, follow_ups: Sequence[Job], settle: SettleEnd) -> None:
         try:
-            if follow_ups or attempt.job.repeat_every is not None:
+            if follow_ups or attempt.head.repeat_every is not None:
                 await self._lifecycle.accompany(attempt, follow_ups, result)
             await self._lifecycle.complete(attempt, result, settle)
         except UNSOUND as error:  # another attempt would come to the same
-            logger.warning("job %s (%s) failed: %s", attempt.job.job_id, attempt.job.task_id, error)
+            logger.warning("job %s (%s) failed: %s", attempt.head.job_id, attempt.head.task_id, error)
             await self._lifecycle.fail(attempt, Failure(f"{type(error).__name__}: {error}", "", self._backend.now()), settle)
 
     async def _report_failure(self, attempt: Attempt, failure: Failure, settle: SettleEnd) -> None:
@@ -332,7 +341,7 @@ class Runner:
 
     def _settle(self, attempt: Attempt, write: Write, result: Settled) -> None:
         """Learn that the end of an attempt was confirmed or refused. May be called from the backend: it must not block."""
-        if isinstance(result, int) and not attempt.awaited and not attempt.job.children:
+        if isinstance(result, int) and not attempt.awaited and not attempt.head.children:
             attempt.delivery.ack()
             self._settled()
             self._announce_end(attempt, write)
@@ -346,7 +355,7 @@ class Runner:
             if verdict is Verdict.DONE:
                 self._announce_end(attempt, write)
         except AsyncMQError as error:
-            logger.error("job %s: %s", attempt.job.job_id, error)
+            logger.error("job %s: %s", attempt.head.job_id, error)
             attempt.delivery.abandon()
         finally:
             self._settled()

@@ -12,7 +12,7 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from croniter import CroniterBadDateError, CroniterError, croniter
 
-from asyncmq_nats.jobs import dump_json, load_json
+from asyncmq_nats.encoding import dump_json, load_json
 
 __all__ = ["Schedule", "definition_id", "make_schedule", "missed_ticks", "next_run", "next_run_after", "parse_every"]
 

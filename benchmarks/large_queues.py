@@ -15,7 +15,7 @@ import anyio
 
 from asyncmq_nats import NATSBackend, Queue
 from asyncmq_nats.backends.base import Settled, Write
-from asyncmq_nats.jobs import dump_json
+from asyncmq_nats.encoding import dump_json
 from asyncmq_nats.serving import run_program
 
 UNDER_WAY = 5_000

@@ -7,9 +7,10 @@ from typing import Any
 import anyio
 import pytest
 
+from asyncmq_nats.attempts import Attempt
 from asyncmq_nats.backends.base import Backend, Delivery, Write
 from asyncmq_nats.exceptions import InvalidJob
-from asyncmq_nats.lifecycle import Attempt, Lifecycle
+from asyncmq_nats.lifecycle import Lifecycle
 from asyncmq_nats.queues import Queue
 from asyncmq_nats.settings import Settings
 from tests.receiver import Receiver, until

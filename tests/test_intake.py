@@ -7,10 +7,11 @@ import anyio
 import pytest
 
 from asyncmq_nats.assets import QueueAssets
+from asyncmq_nats.attempts import Attempt
 from asyncmq_nats.backends.base import Backend, ConsumerState, Delivery
 from asyncmq_nats.held import Held
 from asyncmq_nats.intake import Intake
-from asyncmq_nats.lifecycle import Attempt, Lifecycle
+from asyncmq_nats.lifecycle import Lifecycle
 from asyncmq_nats.pull_policy import MAX_PREFETCH, Pace
 from asyncmq_nats.queues import Queue
 from asyncmq_nats.settings import Settings

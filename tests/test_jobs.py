@@ -14,8 +14,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
+from asyncmq_nats.encoding import dump_json, load_json, splice
 from asyncmq_nats.exceptions import InvalidJob, InvalidJobId, NotSerializable
-from asyncmq_nats.jobs import WIRE_VERSION, Job, dump_json, load_json, new_job, new_job_id, splice, validate_custom_job_id
+from asyncmq_nats.jobs import WIRE_VERSION, Job, new_job, new_job_id, validate_custom_job_id
 from asyncmq_nats.states import State
 
 NUMBERS = st.integers(-(2**300), 2**300) | st.floats(allow_nan=False, allow_infinity=False)

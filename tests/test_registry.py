@@ -10,7 +10,7 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from asyncmq_nats.exceptions import TaskNotFound
-from asyncmq_nats.jobs import Job
+from asyncmq_nats.jobs import JobHead
 from asyncmq_nats.registry import TASK_REGISTRY, TaskRegistry
 from asyncmq_nats.tasks import TASK_REGISTRY as SAME_REGISTRY
 
@@ -28,7 +28,7 @@ def registry() -> TaskRegistry:
 
 
 async def run(registry: TaskRegistry, task_id: str, *args: object, **kwargs: object) -> object:
-    job = Job(task_id, list(args), kwargs)
+    job = JobHead(task_id, "id", 0.0, list(args), kwargs)
     context = cast("JobContext", None)  # only what reports progress looks at it
     return await registry.find(task_id).run(job, anyio.CapacityLimiter(1), context)
 

@@ -4,8 +4,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from asyncmq_nats.encoding import dump_json
 from asyncmq_nats.exceptions import Fail, Retry
-from asyncmq_nats.jobs import Backoff, Job, dump_json
+from asyncmq_nats.jobs import Backoff, Job
 from asyncmq_nats.retries import (
     MAX_DELAY,
     MAX_ERROR,

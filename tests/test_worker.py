@@ -11,7 +11,7 @@ import anyio.lowlevel
 import pytest
 
 from asyncmq_nats.backends import set_default_backend
-from asyncmq_nats.backends.base import Backend
+from asyncmq_nats.backends.base import Backend, Write
 from asyncmq_nats.exceptions import JobFailed
 from asyncmq_nats.queues import Queue
 from asyncmq_nats.registry import TASK_REGISTRY, TaskRegistry
@@ -664,3 +664,31 @@ async def test_a_task_may_be_an_object_with_an_async_call(backend: Backend) -> N
     job_id = await queue.add("add", [40])
     async with running(queue):
         assert await queue.wait_for(job_id, timeout=PATIENCE) == 42
+
+
+async def test_a_foreign_job_that_begins_like_ours_may_lack_what_has_a_default(backend: Backend) -> None:
+    queue = make_queue(backend, echo=echo)
+    await queue.queue_stats()  # the queue is there
+    await backend.write("amq_work", Write("amq.work.ready.5.x", b'{"v":1,"id":"x","task":"echo","args":["created_at"]}'))
+    async with running(queue):
+        assert await queue.wait_for("x", timeout=PATIENCE) == "created_at"
+    job = await queue.get_job("x")
+    assert job is not None
+    assert abs(job["created_at"] - backend.now()) < 60
+
+
+async def test_a_field_that_only_a_failure_needs_may_be_malformed_and_then_fails_the_job(backend: Backend) -> None:
+    async def fail() -> None:
+        raise ValueError("no")
+
+    queue = make_queue(backend, fail=fail, echo=echo)
+    await queue.queue_stats()  # the queue is there
+    for task_id in ("fail", "echo"):
+        job = b'{"v":1,"id":"%b","task":"%b","args":[],"kwargs":{},"created_at":1.0,"max_retries":"many"}' % ((task_id.encode(),) * 2)
+        await backend.write("amq_work", Write(f"amq.work.ready.5.{task_id}", job))
+    async with running(queue):
+        with pytest.raises(JobFailed, match="max_retries"):
+            await queue.wait_for("fail", timeout=PATIENCE)
+        await wait_until_done(queue)
+    job_counts = await queue.queue_stats()
+    assert (job_counts["completed"], job_counts["failed"]) == (1, 1)

@@ -1,0 +1,96 @@
+"""One delivery of a job to a worker, its claim on the job, and what became of it."""
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field, replace
+from enum import Enum, auto
+
+from asyncmq_nats.backends.base import Delivery, Write
+from asyncmq_nats.encoding import dump_json, load_json
+from asyncmq_nats.jobs import Job, JobHead
+
+__all__ = ["Attempt", "Claim", "Verdict", "leave"]
+
+
+@dataclass(slots=True)
+class Attempt:
+    """One delivery of a job to this worker, and what its final write has to expect."""
+
+    delivery: Delivery
+    token: str
+    head: JobHead
+    expect: int = 0
+    """Sequence of the last record about the job's end: 0 on a first delivery, the claim's on a redelivery."""
+    claimed: bool = False
+    leftovers: tuple[str, ...] = ()
+    """Records of the job in transit, to be removed together with the end of the attempt."""
+    awaited: bool = False
+    """Whether other jobs were seen to wait for this one."""
+    companions: tuple[Write, ...] = ()
+    """What is committed together with the outcome: follow-up jobs."""
+    make_companions: Callable[[], Awaitable[tuple[Write, ...]]] | None = field(default=None, repr=False)
+    """Makes them anew, since what they expect of other jobs may have changed."""
+    started_at: float = 0.0
+    body: bytes = field(default=b"", repr=False)
+    _job: Job | None = field(default=None, repr=False)
+
+    @property
+    def job(self) -> Job:
+        """All of the job.
+
+        Raises:
+            InvalidJob: a part that is not needed to run it is malformed.
+        """
+        if self._job is None:
+            self._job = replace(Job.decode(self.body), stalls=self.head.stalls)
+        return self._job
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Which of two attempts at a job is the later one."""
+        return self.delivery.sequence, self.delivery.deliveries
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """A worker's word that it runs a job that was delivered before."""
+
+    worker: str
+    message: int
+    """Sequence of the ready message: a claim on an earlier one is void."""
+    delivery: int
+    stalls: int
+    released: bool = False
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Which of two claims, or of a claim and a delivery, is the later one."""
+        return self.message, self.delivery
+
+    def encode(self) -> bytes:
+        """Return the record."""
+        return dump_json(
+            {"worker": self.worker, "message": self.message, "delivery": self.delivery, "stalls": self.stalls, "released": self.released}
+        )
+
+    @classmethod
+    def decode(cls, body: bytes) -> "Claim":
+        """Return the claim of a record."""
+        data = load_json(body)
+        return cls(data["worker"], data["message"], data["delivery"], data["stalls"], data["released"])
+
+
+class Verdict(Enum):
+    """What became of a delivery that was not run, or of a write that was refused."""
+
+    DONE = auto()
+    """The job has its outcome, or goes on elsewhere: the message may go."""
+    STALE = auto()
+    """Another worker is in charge: touch nothing."""
+
+
+def leave(delivery: Delivery, verdict: Verdict) -> None:
+    """Let go of a delivery that is not run, or that has been."""
+    if verdict is Verdict.DONE:
+        delivery.ack()
+    else:
+        delivery.abandon()
