@@ -51,6 +51,7 @@ class Promoter:
         self._wake = anyio.Event()
         self._lapsed = anyio.Event()
         self._idle_hands: list[anyio.Event] = []
+        self._stopping = False
 
     async def run(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
         """Promote until cancelled. Started when the first pull is out."""
@@ -62,12 +63,17 @@ class Promoter:
                 group.start_soon(self._watch_time)
                 await puller.request(PROMOTER, CREDIT, wait=PULL)
                 task_status.started()
-                while True:
-                    self._lapsed = anyio.Event()
-                    missing = CREDIT - puller.outstanding(PROMOTER) - len(self._due)
-                    if missing > CREDIT // 2 or (missing > 0 and puller.outstanding(PROMOTER) == 0):
-                        await puller.request(PROMOTER, missing, wait=PULL)
-                    await self._lapsed.wait()
+                try:
+                    while True:
+                        self._lapsed = anyio.Event()
+                        missing = CREDIT - puller.outstanding(PROMOTER) - len(self._due)
+                        if missing > CREDIT // 2 or (missing > 0 and puller.outstanding(PROMOTER) == 0):
+                            await puller.request(PROMOTER, missing, wait=PULL)
+                        await self._lapsed.wait()
+                finally:
+                    self._stopping = True
+                    for idle in self._idle_hands:
+                        idle.set()
         finally:
             with anyio.CancelScope(shield=True):
                 await puller.close()
@@ -117,32 +123,32 @@ class Promoter:
                 await self._wake.wait()
 
     async def _promote_due(self) -> None:
-        while True:
-            if not self._due or self._due[0][0] > time.monotonic():
-                idle = anyio.Event()
-                self._idle_hands.append(idle)
-                await idle.wait()
-                continue
-            due, _, arrived, delivery = heapq.heappop(self._due)
-            self._wake.set()  # the watch is now for the one after it
-            kept = due > arrived or time.monotonic() - arrived > HELD_TOO_LONG
-            await self._promote_guarded(delivery, kept=kept)
-            self._lapsed.set()
+        """One hand: one promotion after the other, until stopped. Shielded: stopping a worker does not tear a promotion."""
+        with anyio.CancelScope(shield=True):
+            while not self._stopping:
+                if not self._due or self._due[0][0] > time.monotonic():
+                    idle = anyio.Event()
+                    self._idle_hands.append(idle)
+                    await idle.wait()
+                    continue
+                due, _, arrived, delivery = heapq.heappop(self._due)
+                self._wake.set()  # the watch is now for the one after it
+                kept = due > arrived or time.monotonic() - arrived > HELD_TOO_LONG
+                await self._promote_guarded(delivery, kept=kept)
+                self._lapsed.set()
 
     async def _promote_guarded(self, delivery: Delivery, *, kept: bool) -> None:
-        """One promotion, shielded: stopping a worker does not tear it."""
-        with anyio.CancelScope(shield=True):
-            try:
-                if self._subjects.is_fire(delivery.subject):
-                    await self._fire(delivery)
-                else:
-                    await self._promote(delivery, kept=kept)
-            except InvalidJob as problem:
-                logger.error("%s: dropped: %s", delivery.subject, problem)
-                await self._remove(delivery)
-            except AsyncMQError as error:
-                logger.warning("%s: not promoted now, tried again: %s", delivery.subject, error)
-                delivery.nak(1.0)
+        try:
+            if self._subjects.is_fire(delivery.subject):
+                await self._fire(delivery)
+            else:
+                await self._promote(delivery, kept=kept)
+        except InvalidJob as problem:
+            logger.error("%s: dropped: %s", delivery.subject, problem)
+            await self._remove(delivery)
+        except AsyncMQError as error:
+            logger.warning("%s: not promoted now, tried again: %s", delivery.subject, error)
+            delivery.nak(1.0)
 
     async def _fire(self, delivery: Delivery) -> None:
         if delivery.body:

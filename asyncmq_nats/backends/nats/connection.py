@@ -216,13 +216,15 @@ class Connection:
 
         number = str(next(self._tokens))
         token = number.encode()
+        with mapped_errors(self.servers):
+            self._client.post(subject.encode(), body, (self._inbox + number).encode())
         self._collectors[token], self._requests[token] = on_reply, (subject, done)
+        # Not `asyncio.timeout`, which takes as long as all the rest of this.
+        timer = asyncio.get_running_loop().call_later(timeout, _give_up, done)
         try:
-            async with asyncio.timeout(timeout):
-                with mapped_errors(self.servers):
-                    self._client.post(subject.encode(), body, (self._inbox + number).encode())
-                await done
+            await done
         finally:
+            timer.cancel()
             del self._collectors[token], self._requests[token]
         return replies
 
@@ -298,6 +300,11 @@ class Connection:
         logger.info("reconnected to NATS at %s", self.servers)
         for hook in self.on_reconnect:
             hook()
+
+
+def _give_up(done: "asyncio.Future[None]") -> None:
+    if not done.done():
+        done.set_exception(TimeoutError())
 
 
 class Background:
