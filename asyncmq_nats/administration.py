@@ -122,7 +122,7 @@ class Administration:
         for priority in await self._assets.list_tiers():
             tier = await self._backend.look_up(log, tier_name(priority))
             start = 1 if tier is None else tier.delivered_sequence + 1
-            while page := await self._backend.page(log, self._subjects.tier(priority), from_sequence=start, limit=500):
+            while page := await self._backend.page(log, self._subjects.tier(priority), from_sequence=start, limit=500, mostly=True):
                 for record in page:
                     if limit and len(removed) == limit:
                         return removed
@@ -154,7 +154,7 @@ class Administration:
     async def _remove_matching(self, filter: str) -> list[str]:
         ids: list[str] = []
         start = 1
-        while page := await self._backend.page(self._subjects.bucket_log, filter, from_sequence=start, limit=1000):
+        while page := await self._backend.page(self._subjects.bucket_log, filter, from_sequence=start, limit=1000, mostly=True):
             ids += [decode_token(self._subjects.token(record.subject)) for record in page if not record.marker]
             start = page[-1].sequence + 1
         await self._backend.purge(self._subjects.bucket_log, filter, before=start)
@@ -166,7 +166,7 @@ class Administration:
         ids = await self._drain_tiers(older_than, limit) if state is State.WAITING else []
         for filter in filters:
             start = 1
-            while page := await self._backend.page(self._subjects.bucket_log, filter, from_sequence=start, limit=1000):
+            while page := await self._backend.page(self._subjects.bucket_log, filter, from_sequence=start, limit=1000, mostly=True):
                 old = [record for record in page if record.time < older_than and not record.marker]
                 old = old[: limit - len(ids)] if limit else old
                 if not old:

@@ -230,7 +230,7 @@ class Inspection:
             yield page
 
     async def _forwards(self, log: str, filter: str, first: int, last: int | None, *, size: int) -> AsyncIterator[list[Record]]:
-        while page := await self._backend.page(log, filter, from_sequence=first, limit=size):
+        while page := await self._backend.page(log, filter, from_sequence=first, limit=size, mostly=True):
             wanted = [record for record in page if last is None or record.sequence <= last]
             yield wanted
             if len(page) < size or (last is not None and page[-1].sequence >= last):

@@ -191,6 +191,20 @@ async def test_last_returns_all_however_many(backend: Backend) -> None:
     assert [record.sequence for record in found] == list(range(1, 2001))
 
 
+@pytest.mark.parametrize("mostly", [False, True])
+@pytest.mark.parametrize("every", [1, 2, 3, 50, 1000])
+async def test_the_hint_that_most_records_match_changes_no_page(backend: Backend, every: int, mostly: bool) -> None:
+    for start in range(0, 400, 100):
+        await backend.write("notes", *(Write(f"notes.{'a' if n % every == 0 else 'b'}.{n}", b"%d" % n) for n in range(start, start + 100)))
+    await backend.delete("notes", 5)
+    expected = [n for n in range(400) if n % every == 0 and n != 4]
+    for limit in (1, 70, 500):
+        page = await backend.page("notes", "notes.a.*", limit=limit, mostly=mostly)
+        assert [int(record.body) for record in page] == expected[:limit]
+        page = await backend.page("notes", "notes.a.*", from_sequence=202, limit=limit, mostly=mostly)
+        assert [int(record.body) for record in page] == [n for n in expected if n > 200][:limit]
+
+
 async def test_page_after_page_shows_every_matching_record_once(backend: Backend) -> None:
     await backend.write("notes", *(Write(f"notes.{'a' if number % 2 else 'b'}.{number}", b"") for number in range(25)))
     pages = []

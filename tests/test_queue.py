@@ -856,8 +856,8 @@ async def test_a_short_slice_reads_few_pages(queue: Queue, monkeypatch: pytest.M
     read: list[int] = []
     real = queue.backend.page
 
-    async def page(log: str, filter: str, *, from_sequence: int = 1, limit: int = 100) -> list[Record]:
-        records = await real(log, filter, from_sequence=from_sequence, limit=limit)
+    async def page(log: str, filter: str, *, from_sequence: int = 1, limit: int = 100, mostly: bool = False) -> list[Record]:
+        records = await real(log, filter, from_sequence=from_sequence, limit=limit, mostly=mostly)
         read.append(len(records))
         return records
 

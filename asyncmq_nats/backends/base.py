@@ -268,8 +268,11 @@ class Backend(Protocol):
     async def last(self, log: str, *filters: str) -> list[Record]:
         """Return the last record of every subject that matches any of the filters, markers included, by sequence."""
 
-    async def page(self, log: str, filter: str, *, from_sequence: int = 1, limit: int = 100) -> list[Record]:
-        """Return up to `limit` matching records whose sequence is `from_sequence` or higher, by sequence."""
+    async def page(self, log: str, filter: str, *, from_sequence: int = 1, limit: int = 100, mostly: bool = False) -> list[Record]:
+        """Return up to `limit` matching records whose sequence is `from_sequence` or higher, by sequence.
+
+        `mostly`: a hint that most of the records there may match.
+        """
 
     async def count(self, log: str) -> int:
         """Return the number of records."""

@@ -167,7 +167,7 @@ class InMemoryBackend:
         await self._give_way()
         return self._find_log(log).find(*filters)
 
-    async def page(self, log: str, filter: str, *, from_sequence: int = 1, limit: int = 100) -> list[Record]:
+    async def page(self, log: str, filter: str, *, from_sequence: int = 1, limit: int = 100, mostly: bool = False) -> list[Record]:
         """See `Backend`."""
         await self._give_way()
         return self._find_log(log).page(filter, from_sequence, limit)

@@ -210,9 +210,9 @@ class NATSBackend:
         await self._open_connection()
         return await self._reader.last(log, *filters)
 
-    async def page(self, log: str, filter: str, *, from_sequence: int = 1, limit: int = 100) -> list[Record]:
+    async def page(self, log: str, filter: str, *, from_sequence: int = 1, limit: int = 100, mostly: bool = False) -> list[Record]:
         await self._open_connection()
-        return await self._reader.page(log, filter, from_sequence=from_sequence, limit=limit)
+        return await self._reader.page(log, filter, from_sequence=from_sequence, limit=limit, mostly=mostly)
 
     async def first_since(self, log: str, filter: str, time: float) -> int | None:
         await self._open_connection()

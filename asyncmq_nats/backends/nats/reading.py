@@ -38,14 +38,15 @@ class Reader:
             records += page
         return records
 
-    async def page(self, log: str, filter: str, *, from_sequence: int, limit: int) -> list[Record]:
+    async def page(self, log: str, filter: str, *, from_sequence: int, limit: int, mostly: bool = False) -> list[Record]:
         """See `Backend.page`.
 
         For a filter with wildcards, the server counts what matches before it sends the first record: half a second at a million. It does
-        not when everything is asked for. So, where most records match, everything is read, and what does not match is passed over here.
+        not when everything is asked for. So where most records may match, everything is read as long as they do, and the others are passed
+        over here.
         """
         found: list[Record] = []
-        at, dense, width = max(1, from_sequence), "*" in filter or filter.endswith(">"), min(limit, PROBE)
+        at, dense, width = max(1, from_sequence), mostly, min(limit, PROBE)
         match = compile_filter(filter).match
         while dense:
             window = await self._get(log, {"seq": at, "batch": width}) or []
