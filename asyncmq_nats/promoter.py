@@ -58,12 +58,12 @@ class Promoter:
         puller = self._backend.puller(self._subjects.bucket_log, self._on_delivery, self._on_lapse)
         try:
             async with anyio.create_task_group() as group:
-                for _ in range(HANDS):
-                    group.start_soon(self._promote_due)
-                group.start_soon(self._watch_time)
-                await puller.request(PROMOTER, CREDIT, wait=PULL)
-                task_status.started()
                 try:
+                    for _ in range(HANDS):
+                        group.start_soon(self._promote_due)
+                    group.start_soon(self._watch_time)
+                    await puller.request(PROMOTER, CREDIT, wait=PULL)
+                    task_status.started()
                     while True:
                         self._lapsed = anyio.Event()
                         missing = CREDIT - puller.outstanding(PROMOTER) - len(self._due)

@@ -9,8 +9,9 @@ import pytest
 
 from asyncmq_nats.attempts import Attempt
 from asyncmq_nats.backends.base import Backend, Delivery, Write
-from asyncmq_nats.exceptions import InvalidJob
+from asyncmq_nats.exceptions import BackendError, InvalidJob
 from asyncmq_nats.lifecycle import Lifecycle
+from asyncmq_nats.promoter import Promoter
 from asyncmq_nats.queues import Queue
 from asyncmq_nats.settings import Settings
 from tests.receiver import Receiver, until
@@ -317,6 +318,24 @@ async def test_a_delayed_job_is_run_now_by_hand(queue: Queue, starts: Starts) ->
 
 
 # -- what is still where it comes from when its time comes
+
+
+async def test_a_promoter_that_cannot_begin_says_so_and_ends(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    queue = make_queue(backend)
+    await queue.queue_stats()
+
+    class NoPuller:
+        async def request(self, *_: Any, **__: Any) -> None:
+            await anyio.sleep(0.01)
+            raise BackendError("no pulls today")
+
+        async def close(self) -> None:
+            pass
+
+    monkeypatch.setattr(backend, "puller", lambda *_, **__: NoPuller())
+    with anyio.fail_after(PATIENCE), pytest.raises(ExceptionGroup) as raised:
+        await Promoter(backend, queue._subjects, queue._assets).run()
+    assert raised.group_contains(BackendError, match="no pulls today")
 
 
 async def hold(queue: Queue) -> tuple[Lifecycle, Attempt, Delivery]:
