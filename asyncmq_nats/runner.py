@@ -270,6 +270,7 @@ class Runner:
             await self._reject(attempt.delivery, problem)
             self._settled()
         except AsyncMQError:  # nobody will settle it
+            attempt.delivery.abandon()  # it may be another one by now
             self._settled()
             raise
 
