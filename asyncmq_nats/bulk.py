@@ -89,7 +89,7 @@ async def add_many(additions: Additions, jobs: Sequence[Job]) -> list[str]:
 
 
 async def _add_batch(additions: Additions, batch: Sequence[Job]) -> None:
-    """Add one batch; jobs with a chosen id that exists are left out, also when one appears while this runs."""
+    """Add one batch; jobs with a chosen id that exists are left out, also when one appears while this runs, and so is what is stored."""
     while True:
         new = await _without_existing(additions, batch)
         if not new:
@@ -97,7 +97,9 @@ async def _add_batch(additions: Additions, batch: Sequence[Job]) -> None:
         try:
             await additions.add_batch(new)
         except WriteRefused:
-            if not any(job.custom_id or job.depends_on for job in new):
+            # A repetition is refused by its own first sending, if the server stored that and was lost before it said so.
+            batch = [job for job in new if job.custom_id or not await additions.exists(job.job_id)]
+            if len(batch) == len(new) and not any(job.custom_id or job.depends_on for job in new):
                 raise
         else:
             return

@@ -275,6 +275,33 @@ async def test_of_a_larger_flow_nothing_runs_before_all_of_it_is_there(backend: 
     assert stats == dict.fromkeys(stats, 0) | {"waiting-children": 2000}
 
 
+@pytest.mark.parametrize("stored", [0, 3, 5])
+async def test_a_bulk_whose_confirmation_was_lost_is_no_error(backend: Backend, monkeypatch: pytest.MonkeyPatch, stored: int) -> None:
+    """The server stored it, or, killed in the middle, a part of it, and refuses the repetition."""
+    real, sizes = backend.write, list[int]()
+
+    async def write(log: str, *writes: Write) -> int:
+        sizes.append(len(writes))
+        if len(sizes) > 1:
+            return await real(log, *writes)
+        if stored:
+            await real(log, *writes[:stored])
+        raise WriteRefused(log, "duplicate message id")
+
+    queue = queue_of(backend)
+    await queue.queue_stats()
+    with monkeypatch.context() as patch:
+        patch.setattr(backend, "write", write)
+        if not stored:
+            with pytest.raises(WriteRefused):
+                await queue.add_bulk([{"task_id": "echo"}] * 5)
+            return
+        ids = await queue.add_bulk([{"task_id": "echo"}] * 5)
+    assert sizes == ([5] if stored == 5 else [5, 2])
+    await run_jobs(queue)
+    assert sorted(job["id"] for job in await queue.get_completed()) == sorted(ids)
+
+
 async def test_bulk_of_1_000_jobs_is_one_write(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
     queue = queue_of(backend)
     parent = await queue.add("echo", delay=3600)
