@@ -205,7 +205,7 @@ async def test_twenty_jobs_finish_and_the_backlog_stays(fleet: Fleet, queue: Que
 
 
 async def test_twenty_jobs_that_do_not_finish_run_elsewhere_at_once(fleet: Fleet, queue: Queue) -> None:
-    jobs = await queue.add_bulk([{"task_id": "stamp", "args": ["job", 1.5]}] * 20)
+    jobs = await queue.add_bulk([{"task_id": "stamp", "args": ["job", 3.0]}] * 20)
     with anyio.fail_after(20):
         first = await fleet.start("first", concurrency=20, asyncmq_nats_shutdown_timeout=0.3)
         await fleet.watched.stamped("job", 20)
