@@ -162,12 +162,13 @@ class Dependencies:
                 changes = {self._subjects.token(record.subject): self._changes(record, parent) for record in parked}
                 writes = [write for child in changes.values() for write in child]
                 try:
-                    if writes:
-                        await self.write_and_sweep(*writes)
+                    last = await self._backend.write(self._log, *writes) if writes else 0
                 except WriteRefused:  # one of them was cancelled, or another parent of it ended elsewhere: look again
                     await anyio.sleep(random.uniform(0.0, 0.01))
                     continue
-                return changes
+                break
+        await self._sweep(last, writes)
+        return changes
 
     async def _failed_before(self, parent: Parent, children: Sequence[str]) -> list[str]:
         """Return the children that this parent's failure has ended already: the worker was lost before it told their children."""
@@ -178,8 +179,11 @@ class Dependencies:
         return [self._subjects.token(r.subject) for r in records if load_json(r.body).get("last_error") == _blame(parent.id)]
 
     async def write_and_sweep(self, *writes: Write) -> None:
-        """Write a batch, and remove its markers, unless they are many: they would be counted as records for the second that they live."""
-        last = await self._backend.write(self._log, *writes)
+        """Write a batch, and remove its markers, unless they are many."""
+        await self._sweep(await self._backend.write(self._log, *writes), writes)
+
+    async def _sweep(self, last: int, writes: Sequence[Write]) -> None:
+        """Remove the markers of a batch, unless they are many: they would be counted as records for the second that they live."""
         # The sequences of a batch are consecutive.
         markers = [last - number for number, write in enumerate(reversed(writes)) if write.marker]
         if len(markers) <= SWEPT:
