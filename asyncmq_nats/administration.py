@@ -8,7 +8,7 @@ from asyncmq_nats.assets import QueueAssets
 from asyncmq_nats.backends.base import Backend, Expect, Record, Write
 from asyncmq_nats.dependencies import MARKER_TTL, Dependencies
 from asyncmq_nats.encoding import dump_json, load_json
-from asyncmq_nats.exceptions import InvalidJob, WriteRefused
+from asyncmq_nats.exceptions import ConnectionLost, InvalidJob, Unconfirmed, WriteRefused
 from asyncmq_nats.jobs import Job
 from asyncmq_nats.lifecycle import OUTCOME_FIELDS
 from asyncmq_nats.states import OUTCOMES, Place, State
@@ -46,8 +46,18 @@ class Administration:
         return self._subjects.is_later(record.subject, Place.DELAYED)
 
     async def take_due(self, jobs: Sequence[Job]) -> list[Job]:
-        """Remove released jobs, and return those that were still there to be removed."""
-        return [job for job in jobs if await self._delete_record(self._subjects.later(encode_token(job.job_id), Place.RELEASED))]
+        """Remove released jobs, and return those that were still there to be removed.
+
+        One whose removal is in doubt is the last that is returned: it may run as well, but what has been taken is not lost.
+        """
+        taken = []
+        for job in jobs:
+            try:
+                if await self._delete_record(self._subjects.later(encode_token(job.job_id), Place.RELEASED)):
+                    taken.append(job)
+            except (ConnectionLost, Unconfirmed):
+                return [*taken, job]
+        return taken
 
     async def _delete_record(self, subject: str) -> bool:
         records = await self._backend.last(self._subjects.bucket_log, subject)

@@ -9,7 +9,7 @@ import pytest
 
 from asyncmq_nats.attempts import Attempt
 from asyncmq_nats.backends.base import Backend, Delivery, Write
-from asyncmq_nats.exceptions import BackendError, InvalidJob
+from asyncmq_nats.exceptions import BackendError, InvalidJob, Unconfirmed
 from asyncmq_nats.lifecycle import Lifecycle
 from asyncmq_nats.promoter import Promoter
 from asyncmq_nats.queues import Queue
@@ -256,6 +256,31 @@ async def test_due_jobs_are_taken_out(queue: Queue, backend: Backend, starts: St
         marker = await queue.add("echo", ["on"])
         assert await queue.wait_for(marker, timeout=PATIENCE) == "on"
     assert starts.runs == 0
+
+
+async def test_a_due_job_whose_removal_is_in_doubt_is_returned(queue: Queue, backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("first", "second", "third"):
+        await queue.add("note", [name], delay=0.1)
+    due: list[dict[str, Any]] = []
+
+    async def look() -> int:
+        due[:] = [job.to_dict() async for job in queue._inspection.read_due()]
+        return len(due)
+
+    await until(look, lambda count: count == 3)
+    deleted: list[int] = []
+    delete = backend.delete
+
+    async def delete_unheard(log: str, sequence: int) -> bool:
+        gone = await delete(log, sequence)
+        deleted.append(sequence)
+        if len(deleted) == 2:
+            raise Unconfirmed("JetStream API", 0)
+        return gone
+
+    monkeypatch.setattr(backend, "delete", delete_unheard)
+    assert [job["args"] for job in await queue.get_due_delayed()] == [["first"], ["second"]]
+    assert [job["args"] for job in await queue.get_due_delayed()] == [["third"]]
 
 
 async def test_a_job_without_a_time_is_never_due(queue: Queue) -> None:

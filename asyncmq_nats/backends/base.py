@@ -287,7 +287,7 @@ class Backend(Protocol):
         """Return the highest sequence given out so far, 0 in a log that never had a record."""
 
     async def delete(self, log: str, sequence: int) -> bool:
-        """Remove one record. Return whether it was there."""
+        """Remove one record. Return whether it was there, or may have been: the answer to a first try was lost, and now it is not."""
 
     async def purge(self, log: str, filter: str, *, before: int | None = None, keep: int | None = None) -> int:
         """Remove the matching records, those below sequence `before` or all but the last `keep`; return how many."""

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 
 import anyio
+import anyio.lowlevel
 import pytest
 from anyio import to_thread
 
@@ -140,3 +141,20 @@ async def test_unconfirmed_adds_can_be_repeated_under_their_job_ids(fleet: Fleet
     stats = await queue.queue_stats()
     assert stats == dict.fromkeys(stats, 0) | {"completed": ORDERS}
     assert fleet.watched.count_runs() == {str(number): 1 for number in range(ORDERS)}
+
+
+async def test_a_removal_whose_answer_is_lost_counts_as_done(queue: Queue, nats_backend: NATSBackend) -> None:
+    job_id = await queue.add("unnoted", delay=3600)
+    connection = nats_backend._require_connection()
+    removed: list[bool] = []
+
+    async def remove() -> None:
+        removed.append(await queue.remove_delayed(job_id))
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(remove)
+        while not any("STREAM.MSG.DELETE" in subject for subject, _ in connection._requests.values()):
+            await anyio.lowlevel.checkpoint()
+        connection._interrupt_requests()  # as when the connection is lost: the request is out
+    assert removed == [True]
+    assert await queue.get_job(job_id) is None

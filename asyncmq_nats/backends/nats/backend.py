@@ -240,17 +240,18 @@ class NATSBackend:
         connection = await self._open_connection()
         # Every delayed job comes by here: what needs no more than a look is not parsed.
         subject, body = f"{connection.api_prefix}STREAM.MSG.DELETE.{log}", b'{"seq":%d,"no_erase":true}' % sequence
+        in_doubt = False
         try:
             reply = (await connection.collect(subject, body, timeout=2.0, finished=bool))[0]
         except TimeoutError:
-            pass
+            in_doubt = True  # it may be gone by this, and the answer lost
         else:
             if b'"success":true' in reply.body:
                 return True
         answer = await connection.call(f"STREAM.MSG.DELETE.{log}", {"seq": sequence, "no_erase": True})
         if answer.get("error", {}).get("err_code") in MISSING:
             raise api_error(log, answer["error"])
-        return bool(answer.get("success", False))
+        return in_doubt or bool(answer.get("success", False))
 
     async def purge(self, log: str, filter: str, *, before: int | None = None, keep: int | None = None) -> int:
         if before is not None and before <= 1:  # the server takes 0 for "no limit"
