@@ -12,6 +12,7 @@ import pytest
 from asyncmq_nats.backends.nats import embedded
 from asyncmq_nats.backends.nats.embedded import EmbeddedServer
 from asyncmq_nats.exceptions import BackendError, ServerBinaryMissing
+from tests.nats.processes import freeze
 
 pytestmark = pytest.mark.usefixtures("server")  # skipped, or an error in CI, without a server program
 
@@ -89,7 +90,7 @@ def test_stop_insists_when_the_server_does_not_listen(monkeypatch: pytest.Monkey
     monkeypatch.setattr(embedded, "STOP_TIMEOUT", 0.1)
     with EmbeddedServer() as server:
         assert server.pid is not None
-        os.kill(server.pid, signal.SIGSTOP)
+        freeze(server.pid)
     with pytest.raises(ConnectionRefusedError):
         greet(server.port)
 

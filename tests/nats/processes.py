@@ -14,7 +14,7 @@ import anyio
 
 from asyncmq_nats.backends.nats.embedded import EmbeddedServer
 
-__all__ = ["PROGRAM", "Fleet", "MakeServer", "Program", "Watched", "eventually", "holds"]
+__all__ = ["PROGRAM", "Fleet", "MakeServer", "Program", "Watched", "eventually", "freeze", "holds"]
 
 T = TypeVar("T")
 MakeServer = Callable[[str], EmbeddedServer]
@@ -23,6 +23,12 @@ PATIENCE: Final = 15.0
 PROGRAM: Final = Path(__file__).parent / "programs" / "worker.py"
 RUNS_QUEUE: Final = " runs queue "
 """What a worker logs once it takes jobs."""
+
+
+def freeze(pid: int) -> None:
+    """Stop this child process until it is sent SIGCONT. Its threads stand still when this returns: the signal alone only asks for it."""
+    os.kill(pid, signal.SIGSTOP)
+    os.waitid(os.P_PID, pid, os.WSTOPPED)
 
 
 class Program:
@@ -50,6 +56,10 @@ class Program:
 
     def send(self, number: signal.Signals) -> None:
         self._process.send_signal(number)
+
+    def freeze(self) -> None:
+        """Stop it until it is sent SIGCONT."""
+        freeze(self.pid)
 
     def kill(self) -> None:
         """End it as a crash would."""

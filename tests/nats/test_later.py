@@ -4,7 +4,6 @@ import itertools
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
 import time
@@ -93,7 +92,7 @@ async def test_each_tick_makes_one_job_while_a_worker_is_killed_again_and_again(
 async def test_a_job_in_the_hands_of_a_killed_worker_still_becomes_ready(fleet: Fleet, queue: Queue, server: EmbeddedServer) -> None:
     with anyio.fail_after(30):
         holder = await fleet.start("holder")
-        holder.send(signal.SIGSTOP)
+        holder.freeze()
         job_id = await queue.add("brief", [1], delay=0.3)
         async with plain_client(server.url) as client:
             streams = Streams(client)

@@ -17,7 +17,7 @@ from asyncmq_nats.backends.nats.embedded import EmbeddedServer
 from asyncmq_nats.exceptions import Unconfirmed
 from asyncmq_nats.queues import Queue
 from asyncmq_nats.settings import Settings
-from tests.nats.processes import Fleet, eventually, holds
+from tests.nats.processes import Fleet, eventually, freeze, holds
 from tests.nats.streams import Streams, plain_client
 
 CRASHES = 4
@@ -91,7 +91,7 @@ async def impatient_queue(server: EmbeddedServer) -> AsyncIterator[Queue]:
 def frozen(server: EmbeddedServer) -> Iterator[None]:
     """Stop the server's process for as long as the block runs."""
     assert server.pid is not None
-    os.kill(server.pid, signal.SIGSTOP)
+    freeze(server.pid)
     try:
         yield
     finally:

@@ -39,7 +39,7 @@ async def test_worker_paused_beyond_its_lease_has_no_say(
         first = await fleet.start("first")
         job_id = await queue.add("disagree", args, retries=3 if first_does == "retries" else 0)
         await watched.begun("job")
-        first.send(signal.SIGSTOP)
+        first.freeze()
         watched.say("first")
         second_worker = await fleet.start("second")
         await watched.begun("job", times=2)
