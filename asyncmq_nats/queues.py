@@ -35,7 +35,8 @@ class Queue(QueueReads, QueueDelays, QueueControls, QueueAdmin):
         name: 1 to 64 letters, digits, `_` or `-`.
         backend: where the jobs are; by default a `NATSBackend` of the settings, shared by this process.
         concurrency: how many jobs `run()` runs at a time.
-        scan_interval: kept from AsyncMQ. Nothing is polled, and it changes nothing here.
+        scan_interval: kept from AsyncMQ. Nothing is polled, so it changes nothing. The fallback cadence, at which a worker looks for what
+            a lost signal left unseen (a new priority, the end of a pause), is 30 s.
         rate_limit: how many jobs the whole queue may start per `rate_interval`, over all its workers; 0 starts none, `None` is no limit.
         rate_interval: in seconds.
         registry: the tasks that `run()` knows; by default those of `@task`.

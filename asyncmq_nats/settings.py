@@ -65,7 +65,7 @@ class Settings(BaseSettings):
     progress_ttl: float = Field(DAY, ge=1)
     """How long the last progress report of a job is kept."""
     scan_interval: float = Field(1.0, gt=0)
-    """Kept from AsyncMQ. Nothing is polled here; it has no effect on when a job runs."""
+    """Kept from AsyncMQ, without effect: nothing is polled. Workers look for what a lost signal left unseen every 30 s, whatever it is."""
     tasks: Annotated[tuple[str, ...], NoDecode] = ()
     """Modules a worker imports before it starts, so that their tasks are registered; in the environment separated by commas."""
 

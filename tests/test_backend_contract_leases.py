@@ -149,8 +149,8 @@ async def test_ack_leaves_the_record_in_any_other_log(backend: Backend) -> None:
 async def test_silence_redelivers(backend: Backend, twin: Backend) -> None:
     silent = Receiver(backend, "jobs", extend=False)
     await add(backend, "9.a")
-    (first,) = await silent.pull("rushed")
     start = time.monotonic()
+    (first,) = await silent.pull("rushed")
     (second,) = await Receiver(twin, "jobs").pull("rushed")
     assert time.monotonic() - start > LEASE * 0.8
     assert (first.sequence, first.deliveries, second.sequence, second.deliveries) == (1, 1, 1, 2)

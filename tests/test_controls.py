@@ -8,7 +8,7 @@ import anyio
 import pytest
 
 from asyncmq_nats.backends.base import Backend
-from asyncmq_nats.controls import WorkerRegistry, list_workers
+from asyncmq_nats.controls import PAUSE_ANSWERS, WorkerRegistry, list_workers
 from asyncmq_nats.settings import Settings
 from asyncmq_nats.subjects import QueueSubjects
 from tests.receiver import until
@@ -111,7 +111,7 @@ async def test_pauses_at_the_same_time_are_all_answered(backend: Backend, twin: 
 
 async def test_a_queue_without_workers_is_paused_at_once(backend: Backend) -> None:
     queue = make_queue(backend)
-    with anyio.fail_after(1):
+    with anyio.fail_after(PAUSE_ANSWERS):
         await queue.pause()
     assert await queue.is_paused()
 

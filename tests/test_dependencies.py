@@ -140,8 +140,8 @@ async def test_an_unknown_policy_is_an_error(backend: Backend) -> None:
 async def test_a_delayed_child_waits_for_both(backend: Backend) -> None:
     queue = queue_of(backend)
     parent = await queue.add("echo")
-    soon, later = [await queue.add("echo", depends_on=[parent], delay=delay) for delay in (0.5, 3600)]
     before = backend.now()
+    soon, later = [await queue.add("echo", depends_on=[parent], delay=delay) for delay in (0.5, 3600)]
     async with running(queue):
         await queue.wait_for(soon, timeout=PATIENCE)
         assert backend.now() - before > 0.45

@@ -431,7 +431,7 @@ async def test_wait_for_sees_an_outcome_that_is_there(backend: Backend) -> None:
     queue = queue_of(backend)
     job_id = await queue.add("echo", ["x"])
     await run_jobs(queue)
-    assert await queue.wait_for(job_id, timeout=0.5) == "x"
+    assert await queue.wait_for(job_id, timeout=PATIENCE) == "x"
 
 
 @pytest.mark.parametrize("state", ["failed", "expired", "cancelled"])
@@ -443,7 +443,7 @@ async def test_wait_for_raises_what_the_job_ended_as(backend: Backend, state: st
     async with running(queue):
         await outcome(queue, job_id)
     with pytest.raises(JobFailed, match=state) as caught:
-        await queue.wait_for(job_id, timeout=1)
+        await queue.wait_for(job_id, timeout=PATIENCE)
     assert (caught.value.job_id, caught.value.state) == (job_id, state)
 
 

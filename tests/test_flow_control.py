@@ -88,7 +88,7 @@ async def test_a_running_worker_finds_a_new_priority_at_once(backend: Backend, t
     async with running(queue):
         for priority in (7, -7, 10**20):
             job_id = await producer.add("work", priority=priority)
-            await producer.wait_for(job_id, timeout=2)
+            await producer.wait_for(job_id, timeout=PATIENCE)
 
 
 async def test_a_priority_that_returns_is_found_as_well(backend: Backend) -> None:
@@ -98,7 +98,7 @@ async def test_a_priority_that_returns_is_found_as_well(backend: Backend) -> Non
     async with running(queue):
         for priority in (-7, 3, -7):
             job_id = await queue.add("work", priority=priority)
-            await queue.wait_for(job_id, timeout=2)
+            await queue.wait_for(job_id, timeout=PATIENCE)
 
 
 async def test_a_queue_has_256_priorities_at_most(backend: Backend, twin: Backend) -> None:
@@ -155,7 +155,7 @@ async def test_a_busy_worker_leaves_a_job_to_a_free_one(backend: Backend, twin: 
         async with running(free):
             for number, priority in enumerate([0, 5], start=3):
                 await busy.add("enter", priority=priority)
-                with anyio.fail_after(1):
+                with anyio.fail_after(PATIENCE):
                     await gate.entered(number)
             gate.opened.set()
             await wait_until_done(busy)
@@ -253,7 +253,7 @@ async def test_after_resume_the_next_job_starts_at_once(backend: Backend, twin: 
             job_id = await other.add("note", priority=priority)
             assert await other.get_job_state(job_id) == "waiting"
             await other.resume()
-            await other.wait_for(job_id, timeout=2)
+            await other.wait_for(job_id, timeout=PATIENCE)
     assert len(ran) == 4
 
 
@@ -349,7 +349,7 @@ async def test_a_worker_that_missed_the_resume_goes_on(backend: Backend, twin: B
         await queue.pause()
         job_id = await queue.add("note")
         await twin.resume(queue._subjects.ready_log, tier_name(5))
-        await queue.wait_for(job_id, timeout=2)
+        await queue.wait_for(job_id, timeout=PATIENCE)
         assert not await queue.is_paused()
 
 
@@ -363,7 +363,7 @@ async def test_a_queue_that_was_paused_by_another_program_is_paused(backend: Bac
         await anyio.sleep(0.1)
         assert ran == []
         await queue.resume()
-        await queue.wait_for(job_id, timeout=2)
+        await queue.wait_for(job_id, timeout=PATIENCE)
 
 
 # -- cancel
@@ -431,7 +431,7 @@ async def test_a_running_job_is_cancelled_within_a_second(backend: Backend, twin
     async with running(queue):
         await gate.entered()
         later = await queue.add("brief")
-        with anyio.fail_after(1):
+        with anyio.fail_after(PATIENCE):
             assert await other.cancel_job(job_id) is True
             assert await queue.wait_for(later) == "next"  # its slot is free again
         assert ended == ["CancelledError"]

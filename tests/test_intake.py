@@ -86,7 +86,7 @@ async def test_a_new_tier_is_taken_from_at_once(backend: Backend, twin: Backend)
     async with taking_in(backend, 5) as intake:
         for priority in (5, -10, 2**40):
             (job_id,) = await add(producer, priority)
-            with anyio.fail_after(2):
+            with anyio.fail_after(PATIENCE):
                 assert ids([await intake.next()]) == [job_id]
 
 

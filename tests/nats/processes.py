@@ -14,7 +14,7 @@ import anyio
 
 from asyncmq_nats.backends.nats.embedded import EmbeddedServer
 
-__all__ = ["PROGRAM", "Fleet", "MakeServer", "Program", "Watched", "eventually", "freeze", "holds"]
+__all__ = ["PATIENCE", "PROGRAM", "Fleet", "MakeServer", "Program", "Watched", "eventually", "freeze", "holds"]
 
 T = TypeVar("T")
 MakeServer = Callable[[str], EmbeddedServer]

@@ -16,7 +16,7 @@ from asyncmq_nats.backends.nats.embedded import EmbeddedServer
 from asyncmq_nats.exceptions import JobFailed
 from asyncmq_nats.queues import Queue
 from asyncmq_nats.settings import Settings
-from tests.nats.processes import Fleet, Program, eventually, holds
+from tests.nats.processes import PATIENCE, Fleet, Program, eventually, holds
 from tests.nats.streams import Streams, plain_client
 
 PAUSE = "CONSUMER.PAUSE.amq_fleet.tier_5"
@@ -53,7 +53,7 @@ async def test_a_foreign_client_gets_nothing_of_a_paused_queue(queue: Queue, ser
         with pytest.raises(nats.errors.TimeoutError):
             await consumer.fetch(1, timeout=0.3)
         await queue.resume()
-        (message,) = await consumer.fetch(1, timeout=2)
+        (message,) = await consumer.fetch(1, timeout=PATIENCE)
         assert message.subject.endswith(job_id)
 
 
@@ -85,7 +85,7 @@ async def test_a_foreign_pause_and_resume_count(fleet: Fleet, queue: Queue, serv
             await anyio.sleep(0.1)
             assert fleet.watched.runs(str(number)) == []
             await streams.call(PAUSE, {})
-            assert await queue.wait_for(job_id, timeout=2) == number
+            assert await queue.wait_for(job_id, timeout=PATIENCE) == number
             assert not await queue.is_paused()
 
 
@@ -96,7 +96,7 @@ async def test_a_foreign_resume_ends_a_pause_of_ours(fleet: Fleet, queue: Queue,
             await queue.pause()
             job_id = await queue.add("brief", [number])
             await Streams(client).call(PAUSE, {})
-            assert await queue.wait_for(job_id, timeout=2) == number
+            assert await queue.wait_for(job_id, timeout=PATIENCE) == number
 
 
 # -- rate limit
@@ -136,7 +136,7 @@ async def test_a_job_goes_to_the_worker_that_is_free(fleet: Fleet, queue: Queue)
             await queue.add("wait", [f"long {number}", "go"])
             await fleet.watched.begun(f"long {number}")
         for number in range(3):
-            with anyio.fail_after(1):
+            with anyio.fail_after(PATIENCE):
                 assert await queue.wait_for(await queue.add("brief", [number])) == number
         fleet.watched.say("go")
 
