@@ -14,11 +14,13 @@ from anyio import to_thread
 
 from asyncmq_nats.backends.nats.backend import NATSBackend
 from asyncmq_nats.backends.nats.embedded import EmbeddedServer
-from asyncmq_nats.exceptions import Unconfirmed
+from asyncmq_nats.context import current_job
+from asyncmq_nats.exceptions import Fail, Retry, Unconfirmed
 from asyncmq_nats.queues import Queue
 from asyncmq_nats.settings import Settings
 from tests.nats.processes import Fleet, eventually, freeze, holds
 from tests.nats.streams import Streams, plain_client
+from tests.running import make_queue, outcome, running
 
 CRASHES = 4
 PRODUCERS = 4
@@ -141,6 +143,53 @@ async def test_unconfirmed_adds_can_be_repeated_under_their_job_ids(fleet: Fleet
     stats = await queue.queue_stats()
     assert stats == dict.fromkeys(stats, 0) | {"completed": ORDERS}
     assert fleet.watched.count_runs() == {str(number): 1 for number in range(ORDERS)}
+
+
+async def test_a_server_that_was_killed_brings_nothing_back(nats_backend: NATSBackend, server: EmbeddedServer) -> None:
+    """What was removed stays so, also where one record had replaced another: records that a limit removed come back by themselves."""
+
+    failures: list[str] = []
+
+    def fail_twice() -> None:
+        if current_job().attempt < 3:
+            raise Retry("not yet")
+
+    def fail_once() -> None:
+        if not failures:
+            failures.append("once")
+            raise Fail("not yet")
+
+    queue = make_queue(nats_backend, "fleet", brief=lambda: 1, fail_twice=fail_twice, fail_once=fail_once)
+    async with running(queue):
+        await queue.pause(time.time() + 3600)
+        await queue.pause()
+        await queue.resume()
+        for every in (3600, 7200):
+            await queue.upsert_repeatable("brief", every=every, name="series")
+        assert await queue.remove_repeatable("series")
+        assert await queue.cancel_job(cancelled := await queue.add("brief", delay=3600))
+        await queue.retry_job(brought_forward := await queue.add("brief", delay=3600))
+        parents = [await queue.add("brief", delay=0.5) for _ in range(2)]
+        child = await queue.add("brief", depends_on=parents)
+        failed = await queue.add("fail_once")
+        assert (await outcome(queue, failed))["status"] == "failed"
+        await queue.retry_job(failed)
+        retried = [await queue.add("fail_twice", retries=5) for _ in range(20)]
+        for job_id in (failed, brought_forward, *parents, child, *retried):
+            await outcome(queue, job_id)
+        async with plain_client(server.url) as client:
+            await anyio.sleep(1.5)  # markers live for a second
+            kept = await Streams(client).keys("*")
+    stats = await queue.queue_stats()
+    await to_thread.run_sync(server.kill)
+    await to_thread.run_sync(server.start)
+    async with plain_client(server.url) as client:
+        assert sorted(await Streams(client).keys("*")) == sorted(kept)
+    assert await queue.queue_stats() == stats
+    assert (stats["cancelled"], stats["completed"], sum(stats.values())) == (1, 25, 26)
+    assert await queue.get_job_state(cancelled) == "cancelled"
+    assert not await queue.is_paused()
+    assert await queue.list_repeatables() == []
 
 
 async def test_a_removal_whose_answer_is_lost_counts_as_done(queue: Queue, nats_backend: NATSBackend) -> None:

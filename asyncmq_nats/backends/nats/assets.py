@@ -15,6 +15,7 @@ from asyncmq_nats.backends.nats.errors import (
     TOO_MANY_CONSUMERS,
     api_error,
 )
+from asyncmq_nats.backends.nats.writing import is_key
 from asyncmq_nats.exceptions import AssetMissing, BackendError
 from asyncmq_nats.settings import Settings
 
@@ -35,7 +36,8 @@ def stream_config(log: Log, settings: Settings) -> dict[str, Any]:
         "retention": "workqueue" if log.work_queue else "limits",
         "storage": settings.storage,
         "num_replicas": settings.replicas,
-        "max_msgs_per_subject": 1,
+        # One, too, in a bucket: each write there replaces what it finds (see `encode_headers`), and the server must not be faster.
+        "max_msgs_per_subject": 2 if all(map(is_key, log.subjects)) else 1,
         "max_consumers": MAX_CONSUMERS,
         "discard": "old",
         "allow_direct": True,

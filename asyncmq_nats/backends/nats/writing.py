@@ -29,7 +29,7 @@ from asyncmq_nats.exceptions import (
     WriteRefused,
 )
 
-__all__ = ["BATCH_LIMIT", "Writer", "encode_headers"]
+__all__ = ["BATCH_LIMIT", "Writer", "encode_headers", "is_key"]
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +42,19 @@ ERROR: Final = b'"error"'
 SEQUENCE: Final = b'"seq":'
 
 Last = Callable[[str, str], Awaitable[list[Record]]]
+
+
+def is_key(subject: str) -> bool:
+    """Return whether the subject, or filter, is of a KV bucket."""
+    return subject.startswith("$KV.")
+
+
+def _may_replace(write: Write) -> bool:
+    """Return whether there may be a record at the write's subject: not if it expects nothing there."""
+    expect = write.expect
+    if expect is None or expect.sequence:
+        return True
+    return expect.filter != write.subject and not (expect.filter[-1] == ">" and write.subject.startswith(expect.filter[:-1]))
 
 
 def encode_headers(write: Write, more: str = "") -> bytes:
@@ -63,6 +76,9 @@ def encode_headers(write: Write, more: str = "") -> bytes:
         lines += f"Nats-Schedule-Next: purge\r\nNats-Scheduler: {write.removes}\r\n"
     if write.marker:
         lines += "KV-Operation: DEL\r\n"
+    if is_key(write.subject) and _may_replace(write):
+        # A record that is replaced by the limit of one per subject comes back after a crash of the server, once its successor is deleted.
+        lines += "Nats-Rollup: sub\r\n"
     lines += more
     return f"{lines}\r\n".encode() if len(lines) > 10 else b""
 
