@@ -4,6 +4,8 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
+import anyio
+
 from asyncmq_nats.announcing import announce
 from asyncmq_nats.assets import QueueAssets
 from asyncmq_nats.backends.base import Backend, Expect, Write
@@ -11,6 +13,7 @@ from asyncmq_nats.dependencies import Dependencies, delayed_write
 from asyncmq_nats.events import DUPLICATED
 from asyncmq_nats.exceptions import AssetMissing, InvalidFlow, PayloadTooLarge, WriteRefused
 from asyncmq_nats.jobs import Job
+from asyncmq_nats.patience import pause_after_refusal
 from asyncmq_nats.states import Place
 from asyncmq_nats.subjects import QueueSubjects, encode_token
 
@@ -29,6 +32,8 @@ class Additions:
         self._subjects = subjects
         self._assets = assets
         self.dependencies = Dependencies(backend, subjects)
+        self.refused = anyio.Lock()
+        """Held to repeat an addition that was refused: those of this process that wait for the same job take turns."""
 
     async def add(self, job: Job) -> str:
         """Store a new job where it belongs and return its id: the existing one if the producer chose an id that exists.
@@ -39,17 +44,24 @@ class Additions:
             Unconfirmed: it may or may not have been added.
         """
         await self._assets.declare_tier(job.priority)
-        while True:
-            if job.custom_id and await self.is_duplicate(job.job_id):
-                return job.job_id
-            writes = await self.writes_of(job)
-            try:
-                await self._write_again_when_missing(writes, {job.priority})
-            except WriteRefused:
-                if not job.custom_id and not job.depends_on:
-                    raise
-                continue  # a job with that id has appeared, or a parent has ended
+        try:
+            return await self._add_once(job)
+        except WriteRefused:
+            if not job.custom_id and not job.depends_on:
+                raise
+        async with self.refused:
+            while True:
+                await pause_after_refusal()
+                try:
+                    return await self._add_once(job)
+                except WriteRefused:  # a job with that id has appeared, or a parent has ended or got another child
+                    continue
+
+    async def _add_once(self, job: Job) -> str:
+        if job.custom_id and await self.is_duplicate(job.job_id):
             return job.job_id
+        await self._write_again_when_missing(await self.writes_of(job), {job.priority})
+        return job.job_id
 
     async def writes_of(self, job: Job, *, in_bucket: bool = False) -> list[Write]:
         """Return the writes that add a job: one, or if it depends on jobs that have not ended, itself and its edges.
@@ -102,10 +114,11 @@ class Additions:
             try:
                 await self._write_again_when_missing(writes, priorities)
             except WriteRefused:  # a parent outside has ended meanwhile, or a job with one of the ids is there
-                if not await self._are_stored(jobs[:count]):
+                if not await self.are_stored(jobs[:count]):
                     await self._refuse_existing(jobs[:count])
                     if not more:
                         raise
+                    await pause_after_refusal()
                     continue
             for write in writes:
                 if self._subjects.outcome_state(write.subject):  # failed at once, with a parent: those who wait for it must know
@@ -122,7 +135,7 @@ class Additions:
             writes += further
         return len(jobs), writes
 
-    async def _are_stored(self, jobs: Sequence[Job]) -> bool:
+    async def are_stored(self, jobs: Sequence[Job]) -> bool:
         """Return whether a batch that was refused is there: its confirmation was lost, and the jobs have moved on since."""
         ours = next((job for job in jobs if not job.custom_id), None)  # nobody else has its id
         return ours is not None and await self.exists(ours.job_id)

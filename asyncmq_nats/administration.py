@@ -11,6 +11,7 @@ from asyncmq_nats.encoding import dump_json, load_json
 from asyncmq_nats.exceptions import ConnectionLost, InvalidJob, Unconfirmed, WriteRefused
 from asyncmq_nats.jobs import Job
 from asyncmq_nats.lifecycle import OUTCOME_FIELDS
+from asyncmq_nats.patience import pause_after_refusal
 from asyncmq_nats.states import OUTCOMES, Place, State
 from asyncmq_nats.subjects import QueueSubjects, decode_token, encode_token, tier_name
 
@@ -79,22 +80,26 @@ class Administration:
             if not sources:
                 return False
             last = max((record.sequence for record in records if ".done." in record.subject), default=0)
-            removed = [record.subject for record in live if record in later or subjects.is_claim(record.subject)]
+            removed = [record for record in live if record in later or subjects.is_claim(record.subject)]
             outcome = self._cancelled(token, sources[0].body, Expect(subjects.done_all(token), last))
             reminder = self._reminder(token, outcome.body, live)
             kept = {write.subject for write in reminder}
+            # Each marker expects what it removes, as whoever moves that does: on a cluster, they would not see each other otherwise.
+            markers = [_marker(record.subject, Expect(record.subject, record.sequence)) for record in removed if record.subject not in kept]
             try:
-                await self._dependencies.write_and_sweep(
-                    outcome, *reminder, *(_marker(subject) for subject in removed if subject not in kept)
-                )
+                await self._dependencies.write_and_sweep(outcome, *reminder, *markers)
             except WriteRefused:  # it moved or ended meanwhile: look again
+                await pause_after_refusal()
                 continue
             await self._dependencies.release(token)
-            for subject in kept:
-                await self._delete_record(subject)
-            for record in await self._backend.last(subjects.ready_log, subjects.ready_any(token)):
-                await self._backend.delete(subjects.ready_log, record.sequence)
+            await self._delete_all(subjects.bucket_log, subjects.later_all(token))  # the reminder, and a retry that came between
+            await self._delete_all(subjects.ready_log, subjects.ready_any(token))
             return True
+
+    async def _delete_all(self, log: str, filter: str) -> None:
+        for record in await self._backend.last(log, filter):
+            if not record.marker:
+                await self._backend.delete(log, record.sequence)
 
     def _reminder(self, token: str, outcome: bytes, records: Sequence[Record]) -> list[Write]:
         """Return the write that has a promoter tell those who wait for the job, if any do, should this process not come to that.
@@ -104,7 +109,9 @@ class Administration:
         job = load_json(outcome)
         if not job.get("children") and not any(self._subjects.is_edge(record.subject) for record in records):
             return []
-        return [Write(self._subjects.later(token, Place.RELEASED), dump_json(job | {"custom_id": True, "retries": 0, "reruns": 0}))]
+        key = self._subjects.later(token, Place.RELEASED)
+        there = next((record.sequence for record in records if record.subject == key), 0)
+        return [Write(key, dump_json(job | {"custom_id": True, "retries": 0, "reruns": 0}), Expect(key, there))]
 
     # -- many jobs
 
@@ -250,6 +257,6 @@ class Administration:
         return dump_json(data | {"retries": 0, "reruns": data.get("reruns", 0) + 1, "created_at": self._backend.now()})
 
 
-def _marker(subject: str) -> Write:
+def _marker(subject: str, expect: Expect | None = None) -> Write:
     """Return the write that removes a record inside a batch; the marker itself goes a second later."""
-    return Write(subject, b"", ttl=MARKER_TTL, marker=True)
+    return Write(subject, b"", expect, ttl=MARKER_TTL, marker=True)

@@ -9,6 +9,7 @@ from asyncmq_nats.additions import Additions
 from asyncmq_nats.events import DUPLICATED
 from asyncmq_nats.exceptions import AsyncMQError, BulkAddFailed, WriteRefused
 from asyncmq_nats.jobs import Job
+from asyncmq_nats.patience import pause_after_refusal
 
 __all__ = ["add_many", "checked_entry"]
 
@@ -69,7 +70,8 @@ async def add_many(additions: Additions, jobs: Sequence[Job]) -> list[str]:
     size = BATCH // (1 + max((len(job.depends_on or ()) for job in jobs), default=0))  # each dependency is a write
     batches = [(first, jobs[first : first + size]) for first in range(0, len(jobs), size)]
     errors: dict[int, Exception] = {}
-    limit = anyio.CapacityLimiter(BATCHES_UNDER_WAY)
+    # Batches of jobs that wait for the same one would refuse each other.
+    limit = anyio.CapacityLimiter(1 if any(job.depends_on for job in jobs) else BATCHES_UNDER_WAY)
 
     async def add_batch(first: int, batch: Sequence[Job]) -> None:
         async with limit:
@@ -98,9 +100,12 @@ async def _add_batch(additions: Additions, batch: Sequence[Job]) -> None:
             await additions.add_batch(new)
         except WriteRefused:
             # A repetition is refused by its own first sending, if the server stored that and was lost before it said so.
-            batch = [job for job in new if job.custom_id or not await additions.exists(job.job_id)]
-            if len(batch) == len(new) and not any(job.custom_id or job.depends_on for job in new):
+            if await additions.are_stored(new):
+                return
+            if not any(job.custom_id or job.depends_on for job in new):
                 raise
+            batch = new
+            await pause_after_refusal()
         else:
             return
 

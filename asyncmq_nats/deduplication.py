@@ -4,12 +4,9 @@ The key's record names its owner and is written in one batch with the owner, exp
 its owner has ended, which is looked up when someone asks.
 """
 
-import random
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final
-
-import anyio
 
 from asyncmq_nats.additions import Additions
 from asyncmq_nats.backends.base import Backend, Expect, Record, Write
@@ -18,6 +15,7 @@ from asyncmq_nats.encoding import dump_json, load_json
 from asyncmq_nats.events import DEBOUNCED, DEDUPLICATED
 from asyncmq_nats.exceptions import WriteRefused
 from asyncmq_nats.jobs import Job
+from asyncmq_nats.patience import pause_after_refusal
 from asyncmq_nats.states import Place
 from asyncmq_nats.subjects import QueueSubjects, encode_token
 
@@ -95,7 +93,7 @@ class Deduplicator:
                 claim = self._claim(window, job.job_id, 0 if record is None else record.sequence)
                 await self._backend.write(self._log, claim, *await self._additions.writes_of(job, in_bucket=True))
             except WriteRefused:  # another producer was faster, or the owner moved on: look again
-                await anyio.sleep(random.uniform(0.0, 0.01))
+                await pause_after_refusal()
                 continue
             return job.job_id
 

@@ -8,9 +8,9 @@ a flow, added as a whole) or from an edge `done.<parent>.awaited.<child>` (added
 with children that are still parked releases them, and the parent's message is acknowledged last.
 """
 
-import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Final
 
 import anyio
@@ -19,9 +19,10 @@ from asyncmq_nats.announcing import announce
 from asyncmq_nats.backends.base import Backend, Expect, Record, Timer, Write
 from asyncmq_nats.encoding import dump_json, load_json
 from asyncmq_nats.events import READY
-from asyncmq_nats.exceptions import JobNotFound, WriteRefused
+from asyncmq_nats.exceptions import BackendError, JobNotFound, WriteRefused
 from asyncmq_nats.jobs import Job
-from asyncmq_nats.states import OUTCOMES, Place, State
+from asyncmq_nats.patience import LAG, look_for, pause_after_refusal
+from asyncmq_nats.states import Place, State
 from asyncmq_nats.subjects import QueueSubjects, decode_token, encode_token
 
 __all__ = ["MARKER_TTL", "Dependencies", "delayed_write"]
@@ -42,7 +43,7 @@ class Parent:
     """Its outcome; `None` while it has none."""
     result: Any
     last: int
-    """Sequence of the last record about its end, edges left out."""
+    """Sequence of the last record about its end, the edges to those who wait for it among them."""
 
 
 class Dependencies:
@@ -74,7 +75,7 @@ class Dependencies:
             return job, []
         token = encode_token(job.job_id)
         edges = [
-            Write(self._subjects.edge(encode_token(p.id), token), b"{}", Expect(self._subjects.ends(encode_token(p.id)), p.last))
+            Write(self._subjects.edge(encode_token(p.id), token), b"{}", Expect(self._subjects.done_all(encode_token(p.id)), p.last))
             for p in waiting
         ]
         parked = Write(self._subjects.later(token, Place.PARKED), job.encode(), Expect(self._subjects.later_all(token)))
@@ -88,19 +89,23 @@ class Dependencies:
         return len(dump_json(stored)) + len(dump_json(result)) < self._backend.max_body // 2
 
     async def _look_up(self, parent_id: str) -> Parent:
+        parent = await look_for(partial(self._find_parent, parent_id))
+        if parent is None:
+            raise JobNotFound(self._subjects.queue, parent_id)
+        return parent
+
+    async def _find_parent(self, parent_id: str) -> Parent | None:
         token, subjects = encode_token(parent_id), self._subjects
+        last = await self._backend.latest(self._log, subjects.done_all(token))  # first: what comes between refuses the edge
         records = await self._backend.last(self._log, subjects.ends(token), subjects.later_all(token))
-        ends = [record for record in records if ".done." in record.subject]
-        last = max((record.sequence for record in ends), default=0)
-        outcome = next((record for record in ends if not record.marker and subjects.outcome_state(record.subject)), None)
-        if outcome is not None:
-            return Parent(parent_id, subjects.outcome_state(outcome.subject), load_json(outcome.body).get("result"), last)
-        if not any(not record.marker for record in records) and not await self._is_ready(token):
-            again = await self._backend.last(self._log, subjects.ends(token), subjects.later_all(token))
-            if not any(not record.marker for record in again):
-                raise JobNotFound(subjects.queue, parent_id)
-            return await self._look_up(parent_id)  # it moved while we looked
-        return Parent(parent_id, None, None, last)
+        live = [record for record in records if not record.marker]
+        if not live and not await self._is_ready(token):
+            return None
+        sequence = 0 if last is None else last.sequence
+        outcome = self._outcome_in(live)
+        if outcome is None:
+            return Parent(parent_id, None, None, sequence)
+        return Parent(parent_id, subjects.outcome_state(outcome.subject), load_json(outcome.body).get("result"), sequence)
 
     async def _is_ready(self, token: str) -> bool:
         return bool(await self._backend.last(self._subjects.ready_log, self._subjects.ready_any(token)))
@@ -116,33 +121,38 @@ class Dependencies:
     async def _release_one(self, token: str) -> list[str]:
         """Return the children that have ended because this parent failed."""
         subjects = self._subjects
-        records = await self._backend.last(self._log, *(subjects.outcome(token, state) for state in OUTCOMES))
-        outcome = next((record for record in records if not record.marker), None)
+        records = await self._look_until([subjects.done_all(token)], lambda found: self._outcome_in(found) is not None)
+        outcome = self._outcome_in(records)
         if outcome is None:
-            return []
+            raise BackendError(f"the outcome of job {decode_token(token)!r} is not to be seen: those who wait for it are told later")
         data, state = load_json(outcome.body), subjects.outcome_state(outcome.subject)
+        edges = [record for record in records if subjects.is_edge(record.subject)]  # all of them: none is added after an outcome
         children = [encode_token(child) for child in data.get("children", ())]
-        edges = await self._edges(token)
         children += [record.subject.rpartition(".")[2] for record in edges]
         parent = Parent(decode_token(token), state, data.get("result"), outcome.sequence)
         failed: list[str] = []
         for start in range(0, len(children), CHUNK):
-            failed += await self._release_chunk(parent, children[start : start + CHUNK])
+            failed += await self._release_chunk(parent, outcome.subject, children[start : start + CHUNK])
         if edges and state is State.COMPLETED:
             await self._backend.purge(self._log, subjects.edge(token, "*"))
         return failed
 
-    async def _edges(self, token: str) -> list[Record]:
-        edges: list[Record] = []
-        start = 1
-        while page := await self._backend.page(self._log, self._subjects.edge(token, "*"), from_sequence=start, limit=500):
-            edges += page
-            start = page[-1].sequence + 1
-        return edges
+    def _outcome_in(self, records: Sequence[Record]) -> Record | None:
+        return next((record for record in records if not record.marker and self._subjects.outcome_state(record.subject)), None)
 
-    async def _release_chunk(self, parent: Parent, children: Sequence[str]) -> list[str]:
+    async def _look_until(self, filters: Sequence[str], seen: Callable[[Sequence[Record]], bool]) -> list[Record]:
+        """Return the last records of the filters, once they are such as they must be: each look may ask a replica that lags behind."""
+        records: list[Record] = []
+        for pause in LAG:
+            await anyio.sleep(pause)
+            records = await self._backend.last(self._log, *filters)
+            if seen(records):
+                break
+        return records
+
+    async def _release_chunk(self, parent: Parent, outcome: str, children: Sequence[str]) -> list[str]:
         """Tell some children; return those that have ended by it."""
-        changes = await self._change(parent, children)
+        changes = await self._change(parent, outcome, children)
         freed, ended = [], []
         for token, writes in changes.items():
             if any(self._subjects.outcome_state(write.subject) for write in writes):
@@ -153,18 +163,20 @@ class Dependencies:
             await announce(self._backend, self._subjects, READY, decode_token(token))
         return ended + await self._failed_before(parent, [child for child in children if child not in changes])
 
-    async def _change(self, parent: Parent, children: Sequence[str]) -> dict[str, list[Write]]:
+    async def _change(self, parent: Parent, outcome: str, children: Sequence[str]) -> dict[str, list[Write]]:
         """Write what the end of a parent means for some children; return it by child. Repeated until nobody else changes them meanwhile."""
         async with self._lock:  # many parents of one child that end in this process take turns: each would refuse the others
             while True:
                 keys = [self._subjects.later(child, Place.PARKED) for child in children]
-                parked = [record for record in await self._backend.last(self._log, *keys) if not record.marker]
+                # Whoever knows of the outcome knows of the children that were parked before it.
+                records = await self._look_until([outcome, *keys], lambda found: any(record.subject == outcome for record in found))
+                parked = [record for record in records if record.subject != outcome and not record.marker]
                 changes = {self._subjects.token(record.subject): self._changes(record, parent) for record in parked}
                 writes = [write for child in changes.values() for write in child]
                 try:
                     last = await self._backend.write(self._log, *writes) if writes else 0
                 except WriteRefused:  # one of them was cancelled, or another parent of it ended elsewhere: look again
-                    await anyio.sleep(random.uniform(0.0, 0.01))
+                    await pause_after_refusal()
                     continue
                 break
         await self._sweep(last, writes)
@@ -226,7 +238,7 @@ class Dependencies:
         """Return the results of the jobs that a job depends on, by id; those that did not complete are left out."""
         missing = [parent for parent in job.depends_on or () if parent not in job.parent_results]
         keys = [self._subjects.outcome(encode_token(parent), State.COMPLETED) for parent in missing]
-        records = await self._backend.last(self._log, *keys) if keys else []
+        records = await look_for(partial(self._backend.last, self._log, *keys)) if keys else []
         read = {decode_token(self._subjects.token(r.subject)): load_json(r.body).get("result") for r in records if not r.marker}
         return {
             parent: (job.parent_results | read)[parent] for parent in job.depends_on or () if parent in job.parent_results or parent in read

@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Final
 
 import anyio
@@ -11,6 +12,7 @@ from asyncmq_nats.backends.base import Backend, ConsumerState, Record
 from asyncmq_nats.encoding import load_json
 from asyncmq_nats.exceptions import AssetMissing, InvalidJob
 from asyncmq_nats.jobs import Job, new_job
+from asyncmq_nats.patience import look_for
 from asyncmq_nats.states import OUTCOMES, Place, State
 from asyncmq_nats.subjects import QueueSubjects, counter_name, decode_token, encode_token, tier_name
 
@@ -99,22 +101,19 @@ class Inspection:
     # -- one job
 
     async def find(self, job_id: str) -> Job | None:
-        """Return the job as it is now, or `None`.
+        """Return the job as it is now, or `None`."""
+        return await look_for(partial(self._find, encode_token(job_id)))
 
-        A job is written where it goes before it is removed where it was, so whoever looks at both places in turn finds it.
-        """
-        token = encode_token(job_id)
-        for _ in range(3):
-            try:
-                job, progress = await self._find_in_bucket(token)
-                ready = None if job is not None and job.status in OUTCOMES else await self._find_ready(token)
-            except AssetMissing:
-                return None
-            if ready is not None and (job is None or ready.order >= job.order):
-                job = ready
-            if job is not None:
-                return replace(job, progress=progress.get("progress"), progress_data=progress.get("data"))
-        return None
+    async def _find(self, token: str) -> Job | None:
+        """Look at both places in turn: a job is written where it goes before it is removed where it was."""
+        try:
+            job, progress = await self._find_in_bucket(token)
+            ready = None if job is not None and job.status in OUTCOMES else await self._find_ready(token)
+        except AssetMissing:
+            return None
+        if ready is not None and (job is None or ready.order >= job.order):
+            job = ready
+        return None if job is None else replace(job, progress=progress.get("progress"), progress_data=progress.get("data"))
 
     async def _find_in_bucket(self, token: str) -> tuple[Job | None, dict[str, Any]]:
         """Return the job, if the bucket has it, and what its task reported of its progress."""

@@ -20,6 +20,7 @@ from asyncmq_nats.encoding import dump_json, load_json, splice
 from asyncmq_nats.events import STALLED
 from asyncmq_nats.exceptions import BackendError, InvalidJob, NotSerializable, PayloadTooLarge, WriteRefused
 from asyncmq_nats.jobs import WIRE_VERSION, Job, JobHead, new_job_id
+from asyncmq_nats.patience import pause_after_refusal
 from asyncmq_nats.retries import Failure, add_failure
 from asyncmq_nats.schedules import parse_every
 from asyncmq_nats.states import OUTCOMES, Place, State
@@ -110,6 +111,7 @@ class Lifecycle:
             try:
                 sequence = await self._backend.write(subjects.bucket_log, write)
             except WriteRefused:
+                await pause_after_refusal()
                 continue
             if claim is None or claim.message != attempt.delivery.sequence or ours.stalls > claim.stalls:
                 await announce(self._backend, subjects, STALLED, attempt.head.job_id, stalls=ours.stalls)
@@ -292,9 +294,11 @@ class Lifecycle:
     async def settled(self, attempt: Attempt, write: Write, result: Settled) -> Verdict:
         """Decide what a confirmed or refused end of an attempt means; a write that may be repeated is repeated here (rule 3)."""
         verdict: Verdict | None = None
-        for _ in range(20):
+        for times in range(20):
             if not isinstance(result, WriteRefused):
                 break
+            if times:
+                await pause_after_refusal()
             records = await self._backend.last(self._subjects.bucket_log, self._subjects.done_all(attempt.token))
             attempt.awaited = any(self._subjects.is_edge(record.subject) for record in records)
             verdict = self._judge(attempt, write, records)

@@ -1,6 +1,9 @@
 """The methods of `Queue` that clean up, and those about deduplication."""
 
+from functools import partial
+
 from asyncmq_nats.backends.base import Backend
+from asyncmq_nats.patience import look_for
 from asyncmq_nats.queue_base import QueueBase
 from asyncmq_nats.states import State
 
@@ -37,7 +40,7 @@ class QueueAdmin(QueueBase):
     async def remove_job(self, job_id: str) -> bool:
         """Remove a job in any state, unless it runs. Return whether it was removed. Jobs that depend on it go on waiting."""
         await self._assets.declare()
-        return await self._administration.remove(job_id)
+        return await look_for(partial(self._administration.remove, job_id))
 
     async def drain(self, include_delayed: bool = False) -> list[str]:
         """Remove the jobs that wait, and if wished those that are delayed; return their ids. Jobs that run stay."""

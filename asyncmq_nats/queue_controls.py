@@ -1,9 +1,11 @@
 """The methods of `Queue` that control: pause, resume, cancel, workers, hooks."""
 
+from functools import partial
 from typing import TypeVar
 
 from asyncmq_nats.controls import WorkerInfo, list_workers
 from asyncmq_nats.hooks import Hook
+from asyncmq_nats.patience import look_for
 from asyncmq_nats.queue_base import QueueBase
 from asyncmq_nats.states import State
 
@@ -40,7 +42,7 @@ class QueueControls(QueueBase):
         Return whether there was such a job.
         """
         await self._assets.declare()
-        if not await self._administration.cancel(job_id):
+        if not await look_for(partial(self._administration.cancel, job_id)):
             return False
         await self._controls.signal_cancel(job_id)
         return True

@@ -1,11 +1,13 @@
 """The methods of `Queue` about later: delayed jobs, retries by hand, repeatables."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from asyncmq_nats.assets import DEFAULT_PRIORITY
 from asyncmq_nats.inspection import DelayedInfo
 from asyncmq_nats.jobs import Backoff
+from asyncmq_nats.patience import look_for
 from asyncmq_nats.queue_base import QueueBase
 from asyncmq_nats.repeatables import RepeatableInfo, make_definition, repeatable_id
 from asyncmq_nats.states import State
@@ -25,7 +27,7 @@ class QueueDelays(QueueBase):
 
     async def remove_delayed(self, job_id: str) -> bool:
         """Remove a delayed job. Return whether it was still delayed."""
-        return await self._administration.remove_delayed(job_id)
+        return await look_for(partial(self._administration.remove_delayed, job_id))
 
     async def get_due_delayed(self) -> list[dict[str, Any]]:
         """Take out and return the jobs whose time has come and that no worker has made ready yet: they are the caller's now.
@@ -40,7 +42,7 @@ class QueueDelays(QueueBase):
         Return whether it was in one of these states.
         """
         await self._assets.declare()
-        return await self._administration.rerun(job_id)
+        return await look_for(partial(self._administration.rerun, job_id))
 
     # -- repeatables
 

@@ -9,6 +9,8 @@ import anyio
 from asyncmq_nats.backends.base import Signal
 from asyncmq_nats.events import Event, read_event
 from asyncmq_nats.exceptions import JobFailed, JobNotFound
+from asyncmq_nats.jobs import Job
+from asyncmq_nats.patience import LAG
 from asyncmq_nats.queue_base import QueueBase
 from asyncmq_nats.states import COUNT_BUCKETS, JOB_STATES, OUTCOMES, Bucket, State
 from asyncmq_nats.subjects import encode_token
@@ -146,20 +148,37 @@ class QueueReads(QueueBase):
 
     async def _wait_for(self, job_id: str) -> Any:
         ended = anyio.Event()
+
+        def hear(signal: Signal) -> None:
+            if signal.subject.split(".")[-2] in OUTCOMES:
+                ended.set()
+
         # Listen, then look, then wait: an outcome is either seen or heard. Events may be lost, so look again now and then.
-        subscription = await self.backend.subscribe(self._subjects.event("*", encode_token(job_id)), lambda _: ended.set())
+        subscription = await self.backend.subscribe(self._subjects.event("*", encode_token(job_id)), hear)
         try:
             while True:
-                job = await self._inspection.find(job_id)
+                heard = ended.is_set()
+                job = await self._look_at_end(job_id, LAG if heard else LAG[:1])
                 if job is None:
                     raise JobNotFound(self.name, job_id)
                 if job.status is State.COMPLETED:
                     return job.result
                 if job.status in OUTCOMES:
                     raise JobFailed(job_id, job.status, job.last_error)
+                if heard:  # it has been retried by hand since
+                    ended = anyio.Event()
                 with anyio.move_on_after(READ_AGAIN):
                     await ended.wait()
-                ended = anyio.Event()
         finally:
             with anyio.CancelScope(shield=True):
                 await subscription.unsubscribe()
+
+    async def _look_at_end(self, job_id: str, pauses: Sequence[float]) -> Job | None:
+        """Return the job, once it has ended; or after the last pause as it is."""
+        job = None
+        for pause in pauses:
+            await anyio.sleep(pause)
+            job = await self._inspection.find(job_id)
+            if job is None or job.status in OUTCOMES:
+                break
+        return job

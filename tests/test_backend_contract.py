@@ -184,6 +184,19 @@ async def test_last_takes_any_filter_and_returns_each_record_once_by_sequence(ba
     ]
 
 
+async def test_latest_is_the_matching_record_with_the_highest_sequence(backend: Backend) -> None:
+    assert await backend.latest("notes", "notes.>") is None
+    await backend.write("notes", *(Write(f"notes.{name}", name.encode()) for name in ("a", "b", "c.d", "e")))
+    await backend.write("notes", Write("notes.b", b"again", marker=True))
+    for filter, expected in (("notes.>", 5), ("notes.*", 5), ("notes.c.*", 3), ("notes.a", 1), ("notes.*.*", 3)):
+        record = await backend.latest("notes", filter)
+        assert record is not None
+        assert record.sequence == expected
+        await backend.write("notes", Write("notes.none", b"", expect=Expect(filter, expected)))
+        await backend.delete("notes", await backend.last_sequence("notes"))
+    assert await backend.latest("notes", "notes.none") is None
+
+
 async def test_last_returns_all_however_many(backend: Backend) -> None:
     for first in (0, 1000):
         await backend.write("notes", *(Write(f"notes.{number}", b"") for number in range(first, first + 1000)))

@@ -3,7 +3,7 @@
 import pytest
 
 from asyncmq_nats.backends.base import Backend, Consumer, ConsumerState, Expect, Log, Record, Timer, Write
-from asyncmq_nats.exceptions import BackendError, WriteRefused
+from asyncmq_nats.exceptions import BackendError
 from tests.receiver import until
 
 NOTES = Log("notes", ("notes.>",), timers=True)
@@ -123,13 +123,6 @@ async def test_removes_takes_the_timer_away(backend: Backend) -> None:
     assert await subjects(backend) == ["notes.a.released"]
     await pass_time(backend, at + 2 * GRID)
     assert [(record.body, record.sequence) for record in await backend.last("notes", "notes.a.>")] == [(b"now", sequence)]
-
-
-async def test_removes_is_refused_for_a_record_without_a_timer(backend: Backend) -> None:
-    await backend.write("notes", Write("notes.plain", b""))
-    with pytest.raises(WriteRefused):
-        await backend.write("notes", Write("notes.released", b"", removes="notes.plain"))
-    assert await subjects(backend) == ["notes.plain"]
 
 
 async def test_removes_of_nothing_is_just_a_write(backend: Backend) -> None:

@@ -99,7 +99,8 @@ class Write:
 
     `expect`: refused unless it holds. `ttl`: the record goes after so many seconds (1 at least). `timer`: see `Timer`.
     `message_id`: a second write to the log with the same one within two minutes changes nothing and is confirmed like the first; in a batch
-    it is refused. `removes`: subject of a record with a timer that is removed with this write; refused if the record there has none.
+    it is refused. `removes`: subject of a record with a timer that is removed with this write. Only for such a record: some servers
+    refuse one without a timer.
     `marker`: the record says that its subject was deleted (a KV delete marker); give it a `ttl`, it counts as a record while it lives.
     """
 
@@ -267,6 +268,9 @@ class Backend(Protocol):
 
     async def last(self, log: str, *filters: str) -> list[Record]:
         """Return the last record of every subject that matches any of the filters, markers included, by sequence."""
+
+    async def latest(self, log: str, filter: str) -> Record | None:
+        """Return the matching record with the highest sequence, `None` if there is none: what an `Expect` of this filter has to name."""
 
     async def page(self, log: str, filter: str, *, from_sequence: int = 1, limit: int = 100, mostly: bool = False) -> list[Record]:
         """Return up to `limit` matching records whose sequence is `from_sequence` or higher, by sequence.

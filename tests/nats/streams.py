@@ -13,7 +13,7 @@ __all__ = ["Streams", "plain_client"]
 
 
 @asynccontextmanager
-async def plain_client(url: str, **options: Any) -> AsyncIterator[Client]:
+async def plain_client(url: str | list[str], **options: Any) -> AsyncIterator[Client]:
     """Yield a connected nats-py client."""
     client = await nats.connect(url, **options)
     try:

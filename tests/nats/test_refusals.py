@@ -1,10 +1,14 @@
 """What a server will not do: each refusal is an error that says so and what to do, and comes at once."""
 
+import re
 import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import anyio
 import pytest
+from anyio.abc import SocketAttribute, SocketStream
 
 from asyncmq_nats.backends.nats import embedded
 from asyncmq_nats.backends.nats.backend import NATSBackend
@@ -43,6 +47,30 @@ def login(server: EmbeddedServer, user: str, *, declare: bool = True) -> NATSBac
     return NATSBackend(server.url, settings=Settings(user=user, password="secret"), declare=declare)
 
 
+@asynccontextmanager
+async def ageing(server: EmbeddedServer, version: str) -> AsyncIterator[str]:
+    """The address of a relay to the server, which introduces it as of another version."""
+
+    async def relay(client: SocketStream) -> None:
+        async with client, await anyio.connect_tcp("127.0.0.1", server.port) as upstream, anyio.create_task_group() as group:
+            greeting = await upstream.receive()
+            await client.send(re.sub(rb'"version":"[^"]*"', b'"version":"%b"' % version.encode(), greeting))
+            group.start_soon(pump, client, upstream)
+            await pump(upstream, client)
+            group.cancel_scope.cancel()
+
+    async def pump(source: SocketStream, target: SocketStream) -> None:
+        with suppress(anyio.BrokenResourceError, anyio.ClosedResourceError):
+            async for data in source:
+                await target.send(data)
+
+    listener = await anyio.create_tcp_listener(local_host="127.0.0.1")
+    async with listener, anyio.create_task_group() as group:
+        group.start_soon(listener.serve, relay)
+        yield f"nats://127.0.0.1:{listener.extra(SocketAttribute.local_port)}"
+        group.cancel_scope.cancel()
+
+
 # -- connecting
 
 
@@ -51,6 +79,21 @@ async def test_unreachable_server_is_an_error_with_its_address() -> None:
     with anyio.fail_after(SOON), pytest.raises(ConnectionFailed, match=r"127\.0\.0\.1:1.*ASYNCMQ_NATS_SERVERS") as caught:
         await Queue("fleet", backend).add("brief", [1])
     assert "hidden" not in str(caught.value)
+
+
+@pytest.mark.parametrize("version", ["2.9.25", "2.11.11", "2.12.1"])
+async def test_a_server_that_is_too_old_is_an_error_that_names_both_versions(version: str, server: EmbeddedServer) -> None:
+    async with ageing(server, version) as url:
+        with (
+            anyio.fail_after(SOON),
+            pytest.raises(ServerUnsuitable, match=rf"{re.escape(version)} at .* too old.*upgrade it to 2\.12\.2 or newer"),
+        ):
+            await Queue("fleet", NATSBackend(url)).add("brief", [1])
+
+
+async def test_the_oldest_server_that_will_do_is_taken(server: EmbeddedServer) -> None:
+    async with ageing(server, "2.12.2") as url, NATSBackend(url) as backend:
+        assert (await Queue("fleet", backend).queue_stats())["waiting"] == 0
 
 
 @pytest.mark.parametrize("password", ["wrong", None])

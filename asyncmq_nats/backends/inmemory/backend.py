@@ -167,6 +167,10 @@ class InMemoryBackend:
         await self._give_way()
         return self._find_log(log).find(*filters)
 
+    async def latest(self, log: str, filter: str) -> Record | None:
+        """See `Backend`."""
+        return max(await self.last(log, filter), key=lambda record: record.sequence, default=None)
+
     async def page(self, log: str, filter: str, *, from_sequence: int = 1, limit: int = 100, mostly: bool = False) -> list[Record]:
         """See `Backend`."""
         await self._give_way()

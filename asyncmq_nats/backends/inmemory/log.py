@@ -64,7 +64,6 @@ class StoredLog:
         earlier: dict[str, Write] = {}
         for write in writes:
             self._check_expectation(write, earlier)
-            self._check_removal(write, earlier)
             earlier[write.subject] = write
         self._forget_message_ids()
         known = [self._message_ids[name][1] for write in writes if (name := write.message_id) is not None and name in self._message_ids]
@@ -159,15 +158,6 @@ class StoredLog:
         if found != write.expect.sequence:
             detail = f"the last record of {write.expect.filter!r} is {found}, not {write.expect.sequence}"
             raise WriteRefused(self.declaration.name, detail)
-
-    def _check_removal(self, write: Write, earlier: Mapping[str, Write]) -> None:
-        if write.removes is None:
-            return
-        stored = self._subjects.get(write.removes)
-        timer = earlier[write.removes].timer if write.removes in earlier else stored and stored.timer
-        exists = stored is not None or write.removes in earlier
-        if write.removes == write.subject or (exists and timer is None):
-            raise WriteRefused(self.declaration.name, f"the record of {write.removes!r} has no timer")
 
     def _store(self, write: Write) -> None:
         self._drop(self._subjects.get(write.subject))

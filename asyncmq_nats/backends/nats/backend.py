@@ -29,7 +29,7 @@ MISSING: Final = (STREAM_MISSING, CONSUMER_MISSING)
 
 
 class NATSBackend:
-    """A queue's store on a NATS server with JetStream, version 2.12.1 or newer.
+    """A queue's store on a NATS server with JetStream, version 2.12.2 or newer.
 
     Args:
         servers: one address, several with commas between, or a list; `None` takes `ASYNCMQ_NATS_SERVERS`.
@@ -209,6 +209,10 @@ class NATSBackend:
     async def last(self, log: str, *filters: str) -> list[Record]:
         await self._open_connection()
         return await self._reader.last(log, *filters)
+
+    async def latest(self, log: str, filter: str) -> Record | None:
+        await self._open_connection()
+        return await self._reader.latest(log, filter)
 
     async def page(self, log: str, filter: str, *, from_sequence: int = 1, limit: int = 100, mostly: bool = False) -> list[Record]:
         await self._open_connection()

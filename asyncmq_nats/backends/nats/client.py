@@ -23,6 +23,11 @@ class DirectClient(Client):
         self._direct: dict[int, Handler] = {}
         self._ps = DirectParser(self, self._direct)
 
+    @property
+    def is_clustered(self) -> bool:
+        """Whether the server that it is connected to is one of several."""
+        return bool(self._server_info.get("cluster"))
+
     async def listen(self, subject: str, handler: Handler) -> int:
         """Call the handler for every message on the subject, until `stop_listening` with the number that is returned."""
         subscription = await self.subscribe(subject)

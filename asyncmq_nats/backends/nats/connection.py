@@ -18,7 +18,7 @@ from typing import Any, Final, NamedTuple
 import nats.errors
 
 from asyncmq_nats.backends.nats.client import DirectClient, parse_headers, status_of
-from asyncmq_nats.backends.nats.errors import NO_JETSTREAM, api_error, mapped_errors
+from asyncmq_nats.backends.nats.errors import NO_JETSTREAM, NO_PEERS, api_error, mapped_errors
 from asyncmq_nats.exceptions import BackendError, ConnectionFailed, ConnectionLost, PermissionRefused, ServerUnsuitable, Unconfirmed
 from asyncmq_nats.settings import Settings
 
@@ -26,7 +26,7 @@ __all__ = ["Connection", "connect_options"]
 
 logger = logging.getLogger(__name__)
 
-OLDEST_SERVER: Final = (2, 12, 1)
+OLDEST_SERVER: Final = (2, 12, 2)
 REQUEST_TIMEOUT: Final = 5.0
 CLOCK_LIFETIME: Final = 60.0
 REFUSED: Final = re.compile(r'permissions violation for (?:publish|subscription) to "(.+?)"', re.IGNORECASE)
@@ -149,12 +149,27 @@ class Connection:
             raise PermissionRefused(f"receiving replies at {inbox}", refusals[0])
 
     def _check_version(self) -> None:
-        version = self._client.connected_server_version
-        if (version.major, version.minor, version.patch) < OLDEST_SERVER:
+        if self._version < OLDEST_SERVER:
             raise ServerUnsuitable(
-                f"nats-server {version.major}.{version.minor}.{version.patch} at {self.servers} is too old",
-                "message schedules and atomic batches need nats-server 2.12.1 or newer: upgrade it",
+                f"nats-server {'.'.join(map(str, self._version))} at {self.servers} is too old",
+                "it lacks message schedules and atomic batches, or (2.12.1) a read beside a write can lock a stream for good: "
+                f"upgrade it to {'.'.join(map(str, OLDEST_SERVER))} or newer",
             )
+
+    @property
+    def _version(self) -> tuple[int, int, int]:
+        version = self._client.connected_server_version
+        return version.major, version.minor, version.patch
+
+    @property
+    def mixes_up_expectations(self) -> bool:
+        """Whether the server takes what one write of a batch expects for what another one does (nats-server#8377).
+
+        Before 2.12.14 and 2.14.4 it remembers each filter as a place in a buffer, into which the next write of the batch is read. Where the
+        next filter is at the same place, it is taken for the one before, and its expectation is refused, or not looked at. So there each
+        filter of a batch is at a place of its own, by as many blanks before it.
+        """
+        return self._version < ((2, 12, 14) if self._version < (2, 13) else (2, 14, 4))
 
     async def close(self) -> None:
         """Send what is pending and disconnect."""
@@ -247,13 +262,17 @@ class Connection:
             Unconfirmed: no answer came.
         """
         body = b"" if payload is None else json.dumps(payload).encode()
-        deadline = time.monotonic() + self._settings.publish_timeout
-        silent = 0
+        begun = time.monotonic()
+        deadline = begun + self._settings.publish_timeout
+        tries = silent = 0
         while True:
             left = deadline - time.monotonic()
             sent = time.monotonic()
+            # A cluster without a leader is silent; but what counts what it removes is not sent twice in haste.
+            patience = REQUEST_TIMEOUT if subject.startswith(("STREAM.PURGE", "STREAM.DELETE")) else min(2.0**tries, REQUEST_TIMEOUT)
+            tries += 1
             try:
-                reply = (await self.collect(self._api + subject, body, timeout=min(REQUEST_TIMEOUT, max(left, 0.1)), finished=bool))[0]
+                reply = (await self.collect(self._api + subject, body, timeout=min(patience, max(left, 0.1)), finished=bool))[0]
             except TimeoutError:
                 if time.monotonic() >= deadline:
                     raise Unconfirmed(f"JetStream API {subject}", self._settings.publish_timeout) from None
@@ -269,11 +288,16 @@ class Connection:
             answer: dict[str, Any] = json.loads(reply.body)
             if "ts" in answer:
                 self.learn_time(answer["ts"], sent, time.monotonic())
-            error = answer.get("error", {})
-            if error.get("code") == 503 and error.get("err_code") not in NO_JETSTREAM and left > 0.3:
+            if self._may_pass(answer.get("error", {}), sent - begun) and left > 0.3:
                 await asyncio.sleep(0.2)
                 continue
             return answer
+
+    def _may_pass(self, error: Mapping[str, Any], waited: float) -> bool:
+        """Return whether an error of the API is one of a server, or of a cluster, that is about to be ready."""
+        if error.get("err_code") == NO_PEERS:
+            return waited < self._settings.connect_timeout
+        return error.get("code") == 503 and error.get("err_code") not in NO_JETSTREAM
 
     async def require(self, subject: str, payload: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Like `call`, but raise the error of the answer as `BackendError`."""

@@ -20,6 +20,7 @@ __all__ = [
     "CONSUMER_EXISTS",
     "CONSUMER_MISSING",
     "NO_JETSTREAM",
+    "NO_PEERS",
     "STREAM_EXISTS",
     "STREAM_MISSING",
     "api_error",
@@ -41,6 +42,8 @@ TOO_MANY_CONSUMERS: Final = 10026
 BATCH_INCOMPLETE: Final = 10176
 TOO_MANY_BATCHES: Final = (10210, 10211)
 REMOVES_REFUSED: Final = 10212
+NO_PEERS: Final = 10005
+NO_CLUSTER: Final = 10074
 
 
 @contextmanager
@@ -63,6 +66,10 @@ def api_error(subject: str, error: Mapping[str, Any]) -> BackendError:
         return AssetMissing(f"{text}: {subject.rpartition('.')[2]}")
     if code in NO_JETSTREAM:
         return ServerUnsuitable("JetStream is not enabled", "start nats-server with -js, or enable JetStream for this account")
+    if code in (NO_PEERS, NO_CLUSTER):
+        return ServerUnsuitable(
+            f"{subject}: {text}", "set ASYNCMQ_NATS_REPLICAS to no more than the servers of the cluster, and start them all"
+        )
     if code in WRONG_LAST_SEQUENCE:
         return WriteRefused(subject, text)
     return BackendError(f"{subject}: {text} (code {code})")

@@ -27,6 +27,8 @@ NANOSECONDS: Final = 1_000_000_000
 HEARTBEAT: Final = 5.0
 GRACE: Final = 2.0
 CLOSE_TIMEOUT: Final = 5.0
+QUIET: Final = 0.05
+"""A server of a cluster that has not used credit for so long has nothing to send."""
 RESTORE_AFTER: Final = 0.25
 """A consumer that is not there, and that we cannot declare, is answered at once: without a pause, pull and answer chase each other."""
 NAK: Final = b"-NAK"
@@ -112,7 +114,7 @@ class NATSPuller:
     ) -> None:
         self._connection = connection
         self._log = log
-        self._on_delivery, self._on_lapse = callbacks
+        self._on_delivery, self._tell_lapse = callbacks
         self._declare = declare
         self._keeper = keeper
         self._credits: dict[str, Credit] = {}
@@ -176,18 +178,33 @@ class NATSPuller:
 
     async def close(self) -> None:
         self._closed = True
-        self._credits.clear()
         if self._listening is not None and self._client.is_connected:
             await self._stop_listening(self._listening)
             self._listening = None
+        self._credits.clear()
 
     async def _stop_listening(self, number: int) -> None:
         """The server drops the pulls of an inbox when it learns that nobody listens there. What it sent before comes before its answer."""
+        if self._client.is_clustered:
+            await self._wait_for_quiet()
         try:
             async with asyncio.timeout(CLOSE_TIMEOUT):
                 await self._client.stop_listening(number)
         except (nats.errors.Error, TimeoutError, OSError) as error:
             logger.warning("%s: what was on its way comes back when its lease is over: %r", self._log, error)
+
+    async def _wait_for_quiet(self) -> None:
+        """Wait until no credit is left, or none is being used.
+
+        Another server of the cluster may lead the consumer. What it sends before it learns that nobody listens any more is dropped by the
+        one that we are connected to, and comes back when its lease is over.
+        """
+        begun = time.monotonic()
+        while any(credit.outstanding for credit in self._credits.values()):
+            now = time.monotonic()
+            if now > max(begun, *(credit.heard_at for credit in self._credits.values())) + QUIET or now > begun + CLOSE_TIMEOUT:
+                break
+            await asyncio.sleep(QUIET / 10)
 
     # -- deliveries
 
@@ -222,6 +239,10 @@ class NATSPuller:
             self._keeper.release(reply)
 
     # -- credit
+
+    def _on_lapse(self, consumer: str) -> None:
+        if not self._closed and not self._withdrawing:
+            self._tell_lapse(consumer)
 
     def _on_status(self, subject: str, raw_headers: bytes | None) -> None:
         status, headers = status_of(raw_headers), parse_headers(raw_headers)
@@ -269,8 +290,7 @@ class NATSPuller:
             await self._declare(consumer)
         finally:
             credit.give_up()
-            if not self._closed:
-                self._on_lapse(consumer)
+            self._on_lapse(consumer)
 
     def _on_reconnect(self) -> None:
         for consumer, credit in self._credits.items():

@@ -1,5 +1,7 @@
 """Reads of a stream's messages: direct gets (ADR-31), from any replica, without a consumer."""
 
+import asyncio
+import itertools
 import json
 import time
 from collections.abc import Mapping
@@ -31,6 +33,11 @@ class Reader:
             found = [record for filter in filters for record in await self._all(log, filter)]
             records = list({record.sequence: record for record in found}.values())
         return sorted(records, key=lambda record: record.sequence)
+
+    async def latest(self, log: str, filter: str) -> Record | None:
+        """See `Backend.latest`."""
+        records = await self._get(log, {"last_by_subj": filter})
+        return records[0] if records else None
 
     async def _all(self, log: str, filter: str) -> list[Record]:
         records: list[Record] = []
@@ -72,7 +79,7 @@ class Reader:
         subject, body = f"{connection.api_prefix}DIRECT.GET.{log}", json.dumps(payload).encode()
         finished = _is_status if "batch" in payload else bool
         deadline = time.monotonic() + self._timeout
-        for attempt in range(1, 8):
+        for attempt in itertools.count(1):
             left = deadline - time.monotonic()
             try:
                 replies = await connection.collect(subject, body, timeout=min(READ_TIMEOUT, max(left, 0.1)), finished=finished)
@@ -83,11 +90,14 @@ class Reader:
             status = replies[-1].status
             if status == "413":
                 return None
-            if status == "503":  # no such stream, or its leader is being replaced
-                if "error" in await connection.call(f"STREAM.INFO.{log}") and attempt > 1:
-                    raise AssetMissing(f"stream {log}")
-                continue
-            return [_record(reply) for reply in replies if not reply.status]
+            if status != "503":
+                return [_record(reply) for reply in replies if not reply.status]
+            # No such stream, or none of its servers takes reads yet: it was just made, or has no leader.
+            if "error" in await connection.call(f"STREAM.INFO.{log}") and attempt > 1:
+                raise AssetMissing(f"stream {log}")
+            if time.monotonic() >= deadline:
+                break
+            await asyncio.sleep(min(0.01 * attempt, 0.2))
         raise BackendError(f"stream {log} does not answer direct gets at {connection.servers}: is it healthy, and is allow_direct on?")
 
 

@@ -16,7 +16,7 @@ from typing import Any, Final
 
 import nats.errors
 
-from asyncmq_nats.backends.base import Record, Settle, Settled, Write
+from asyncmq_nats.backends.base import Expect, Record, Settle, Settled, Write
 from asyncmq_nats.backends.nats.connection import Connection
 from asyncmq_nats.backends.nats.errors import STREAM_MISSING, is_transient, write_error
 from asyncmq_nats.exceptions import (
@@ -50,23 +50,29 @@ def is_key(subject: str) -> bool:
 
 
 def _may_replace(write: Write) -> bool:
-    """Return whether there may be a record at the write's subject: not if it expects nothing there."""
+    """Return whether there may be a record at the write's subject: not if it expects nothing there, or brings a timer forward."""
     expect = write.expect
+    if write.removes is not None:  # and with a roll-up, servers before 2.14 do not remove the timer
+        return False
     if expect is None or expect.sequence:
         return True
     return expect.filter != write.subject and not (expect.filter[-1] == ">" and write.subject.startswith(expect.filter[:-1]))
 
 
-def encode_headers(write: Write, more: str = "") -> bytes:
-    """Return what the write asks for as headers on the wire, `more` lines after it."""
+def _encode_expectation(expect: Expect, subject: str, indent: int) -> str:
+    line = f"Nats-Expected-Last-Subject-Sequence: {expect.sequence}\r\n"
+    if expect.filter == subject:
+        return line
+    return f"{line}Nats-Expected-Last-Subject-Sequence-Subject: {' ' * indent}{expect.filter}\r\n"
+
+
+def encode_headers(write: Write, more: str = "", indent: int = 0) -> bytes:
+    """Return what the write asks for as headers on the wire, `more` lines after it. `indent`: see `Connection.mixes_up_expectations`."""
     lines = "NATS/1.0\r\n"
     if write.message_id is not None:
         lines += f"Nats-Msg-Id: {write.message_id}\r\n"
     if write.expect is not None:
-        lines += (
-            f"Nats-Expected-Last-Subject-Sequence: {write.expect.sequence}\r\n"
-            f"Nats-Expected-Last-Subject-Sequence-Subject: {write.expect.filter}\r\n"
-        )
+        lines += _encode_expectation(write.expect, write.subject, indent)
     if write.ttl is not None:
         lines += f"Nats-TTL: {max(1, round(write.ttl))}s\r\n"
     if write.timer is not None:
@@ -167,10 +173,11 @@ class Writer:
         # One flush, without awaiting the first message's answer. Only the last message has a reply subject: a refused first message
         # makes the batch "incomplete" there, which is repeated; a batch id is never used twice.
         batch_id = f"{self._batch_prefix}{next(self._batches)}"
+        mixed_up = self._connection.mixes_up_expectations
         for number, write in enumerate(writes, 1):
             last = number == len(writes)
             more = f"Nats-Batch-Id: {batch_id}\r\nNats-Batch-Sequence: {number}\r\n" + ("Nats-Batch-Commit: 1\r\n" if last else "")
-            self._client.post(write.subject.encode(), write.body, reply if last else b"", encode_headers(write, more))
+            self._client.post(write.subject.encode(), write.body, reply if last else b"", encode_headers(write, more, number * mixed_up))
 
     def _on_reply(self, subject: bytes, _: bytes, body: bytes, __: bytes | None) -> None:
         entry = self._table.get(subject[len(self._inbox) :])

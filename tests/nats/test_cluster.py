@@ -1,0 +1,162 @@
+"""Three replicas: what is expected of a record that is still on its way to them, reads that lag behind, and the loss of a server."""
+
+import random
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+import anyio
+import pytest
+from anyio import to_thread
+
+from asyncmq_nats.backends.base import Backend
+from asyncmq_nats.backends.nats.backend import NATSBackend
+from asyncmq_nats.backends.nats.embedded import EmbeddedServer
+from asyncmq_nats.queues import Queue
+from asyncmq_nats.settings import Settings
+from tests.nats.cluster import Cluster
+from tests.nats.processes import Fleet, eventually, holds
+from tests.nats.streams import Streams, plain_client
+from tests.running import make_queue, race, running
+
+BUCKET = "KV_amq_fleet_scheduler"
+SETTINGS = Settings(replicas=3, stalled_after=2.0, publish_timeout=30.0, shutdown_timeout=5.0)
+
+
+@pytest.fixture
+async def cluster(tmp_path: Path, server: EmbeddedServer) -> AsyncIterator[Cluster]:
+    """A cluster; `server` is there to skip where there is no nats-server."""
+    three = Cluster(tmp_path / "cluster")
+    try:
+        await to_thread.run_sync(three.start)
+        await three.ready()
+        yield three
+    finally:
+        await to_thread.run_sync(three.stop)
+
+
+@pytest.fixture
+async def backends(cluster: Cluster) -> AsyncIterator[list[Backend]]:
+    """A connection to each server."""
+    async with AsyncExitStack() as stack:
+        yield [await stack.enter_async_context(NATSBackend(url, settings=SETTINGS)) for url in cluster.urls]
+
+
+@pytest.fixture
+def fleet(cluster: Cluster, tmp_path: Path) -> Iterator[Fleet]:
+    changed = SETTINGS.model_dump(exclude_unset=True)
+    workers = Fleet(
+        ",".join(cluster.urls),
+        tmp_path / "fleet",
+        environment={f"ASYNCMQ_NATS_{name.upper()}": str(value) for name, value in changed.items()},
+    )
+    yield workers
+    workers.stop()
+
+
+async def settle(queue: Queue, ended: int) -> dict[str, int]:
+    """Wait until so many jobs have ended and none is left, and return the counts: those of a cluster lag behind a little."""
+    return await eventually(
+        queue.queue_stats,
+        lambda stats: stats["completed"] + stats["failed"] + stats["cancelled"] == ended == sum(stats.values()),
+        within=30,
+    )
+
+
+@pytest.mark.timeout(120)
+async def test_children_are_told_of_parents_that_end_while_they_are_added(backends: list[Backend]) -> None:
+    """The edge and the outcome are on their way at the same time: neither is applied yet when the other is checked."""
+
+    async def nap(seconds: float) -> float:
+        await anyio.sleep(seconds)
+        return seconds
+
+    workers = [make_queue(backend, "fleet", concurrency=50, nap=nap) for backend in backends[:2]]
+    producers = [Queue("fleet", backend) for backend in backends]
+
+    async def add_family(number: int) -> None:
+        producer, seconds = producers[number % 3], random.uniform(0.0, 0.01)
+        parent = await producer.add("nap", [seconds])
+        await anyio.sleep(max(0.0, seconds + random.uniform(-0.004, 0.004)))
+        for _ in range(3):
+            await producer.add("nap", [0], depends_on=[parent])
+
+    async with running(workers[0]), running(workers[1]):
+        for start in range(0, 400, 20):
+            async with anyio.create_task_group() as group:
+                for number in range(start, start + 20):
+                    group.start_soon(add_family, number)
+        assert await settle(producers[0], 1600) == dict.fromkeys(await producers[0].queue_stats(), 0) | {"completed": 1600}
+
+
+@pytest.mark.timeout(120)
+async def test_of_a_cancellation_and_the_failure_of_a_parent_one_wins(backends: list[Backend], cluster: Cluster) -> None:
+    async def fail(name: str) -> None:
+        raise ValueError(name)
+
+    queue = make_queue(backends[0], "fleet", concurrency=10, fail=fail)
+    other = Queue("fleet", backends[1])
+    async with running(queue):
+        for _ in range(40):
+            parent = await other.add("fail", ["p"], delay=0.05)
+            child = await other.add("fail", ["c"], depends_on=[parent], on_parent_failure="fail")
+            await anyio.sleep(0.05 + random.uniform(0.0, 0.01))
+            await race(lambda: other.cancel_job(child), lambda: queue.cancel_job(parent))  # noqa: B023
+        await settle(queue, 80)
+    async with plain_client(cluster.urls[0]) as client:
+        ends = [key.split(".") for key in await Streams(client).keys("done")]
+    ended = [end[1] for end in ends if len(end) == 3]  # the others are edges
+    assert len(set(ended)) == len(ended) == 80
+
+
+@pytest.mark.timeout(120)
+async def test_what_was_added_is_found_at_once_on_every_server(backends: list[Backend]) -> None:
+    queues = [Queue("fleet", backend) for backend in backends]
+    for number in range(60):
+        here, there = queues[number % 3], queues[(number + 1) % 3]
+        parent = await here.add("unnoted", delay=3600 if number % 2 else None)
+        assert await there.get_job_state(parent) == ("delayed" if number % 2 else "waiting")
+        child = await there.add("unnoted", depends_on=[parent])
+        assert await here.cancel_job(child)
+        assert await there.retry_job(child)
+        assert await here.cancel_job(parent)
+
+
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize("stream", ["amq_fleet", BUCKET])
+async def test_the_loss_of_a_leader_loses_no_job(fleet: Fleet, cluster: Cluster, stream: str) -> None:
+    ids: list[str] = []
+    done = anyio.Event()
+    async with NATSBackend(cluster.urls, settings=SETTINGS) as backend:
+        queue = Queue("fleet", backend)
+        await queue.queue_stats()
+        workers = await fleet.start_all("first", "second", concurrency=5)
+
+        async def produce(producer: int) -> None:
+            while not done.is_set():
+                delay = 0.5 if producer == 1 else None
+                ids.append(await queue.add("brief", [len(ids), 0.01], job_id=f"job-{len(ids)}" if producer == 0 else None, delay=delay))
+                await anyio.sleep(0.01)
+
+        async def produce_families() -> None:
+            while not done.is_set():
+                ids.append(parent := await queue.add("unnoted"))
+                ids.append(await queue.add("unnoted", depends_on=[parent]))
+                await anyio.sleep(0.02)
+
+        async with anyio.create_task_group() as group:
+            for producer in range(3):
+                group.start_soon(produce, producer)
+            group.start_soon(produce_families)
+            for _ in range(2):
+                await anyio.sleep(0.5)
+                leader = await cluster.leader(stream)
+                await to_thread.run_sync(leader.kill)
+                known = len(ids)
+                await holds(lambda: len(ids) > known + 20, within=30)  # noqa: B023
+                await to_thread.run_sync(leader.start)
+            done.set()
+        stats = await settle(queue, len(ids))
+        assert stats == dict.fromkeys(stats, 0) | {"completed": len(ids)}
+        assert {job["id"] for job in await queue.get_jobs("completed")} == set(ids)
+        assert not any(worker.ended for worker in workers)
