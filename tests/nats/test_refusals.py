@@ -96,6 +96,16 @@ async def test_the_oldest_server_that_will_do_is_taken(server: EmbeddedServer) -
         assert (await Queue("fleet", backend).queue_stats())["waiting"] == 0
 
 
+@pytest.mark.parametrize(
+    ("version", "replicas", "warned"), [("2.12.13", 3, True), ("2.12.13", 1, False), ("2.12.14", 3, False), ("2.14.3", 3, True)]
+)
+async def test_a_server_that_is_unsound_with_replicas_is_warned_of(
+    version: str, replicas: int, warned: bool, server: EmbeddedServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with ageing(server, version) as url, NATSBackend(url, settings=Settings(replicas=replicas)):
+        assert ("upgrade it to 2.12.14, 2.14.4 or newer" in caplog.text) == warned
+
+
 @pytest.mark.parametrize("password", ["wrong", None])
 async def test_wrong_password_is_an_error_that_says_so(password: str | None, guarded: EmbeddedServer) -> None:
     backend = NATSBackend(guarded.url, settings=Settings(user="owner", password=password, connect_timeout=1.0))

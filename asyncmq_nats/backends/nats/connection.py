@@ -155,6 +155,13 @@ class Connection:
                 "it lacks message schedules and atomic batches, or (2.12.1) a read beside a write can lock a stream for good: "
                 f"upgrade it to {'.'.join(map(str, OLDEST_SERVER))} or newer",
             )
+        if self.mixes_up_expectations and self._settings.replicas > 1:
+            logger.warning(
+                "nats-server %d.%d.%d at %s does not see what batches expect that are on their way to its replicas: jobs may wait "
+                "for others for ever; upgrade it to 2.12.14, 2.14.4 or newer",
+                *self._version,
+                self.servers,
+            )
 
     @property
     def _version(self) -> tuple[int, int, int]:
