@@ -6,6 +6,7 @@ its owner has ended, which is looked up when someone asks.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Final
 
 from asyncmq_nats.additions import Additions
@@ -15,7 +16,7 @@ from asyncmq_nats.encoding import dump_json, load_json
 from asyncmq_nats.events import DEBOUNCED, DEDUPLICATED
 from asyncmq_nats.exceptions import WriteRefused
 from asyncmq_nats.jobs import Job
-from asyncmq_nats.patience import pause_after_refusal
+from asyncmq_nats.patience import look_for, pause_after_refusal
 from asyncmq_nats.states import Place
 from asyncmq_nats.subjects import QueueSubjects, encode_token
 
@@ -154,5 +155,4 @@ class Deduplicator:
         ends = await self._backend.last(self._log, self._subjects.ends(token))
         if any(not end.marker and self._subjects.outcome_state(end.subject) for end in ends):
             return None
-        # Twice: one that goes from ready to where it waits for its retry may be in neither place when that is looked at.
-        return owner if await self._additions.exists(owner) or await self._additions.exists(owner) else None
+        return owner if await look_for(partial(self._additions.exists, owner)) else None

@@ -89,10 +89,13 @@ class Intake:
         """Ask for nothing more, and give back what has not started."""
         self._open = False
         await self._puller.close()
-        await self._tier_signals.unsubscribe()
-        await self._hand_back_all()
-        if self._limiter is not None and self._limiter.permits:
-            await self._limiter.acquire(-self._limiter.permits)
+        try:
+            await self._tier_signals.unsubscribe()
+            await self._hand_back_all()
+            if self._limiter is not None and self._limiter.permits:
+                await self._limiter.acquire(-self._limiter.permits)
+        except AsyncMQError as error:
+            logger.warning("queue %s: what was in hand comes back when its lease is over: %s", self._subjects.queue, error)
 
     # -- pause
 

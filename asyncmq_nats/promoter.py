@@ -8,13 +8,14 @@ import heapq
 import itertools
 import logging
 import time
+from contextlib import suppress
 from typing import Final
 
 import anyio
 import anyio.lowlevel
 from anyio.abc import TaskStatus
 
-from asyncmq_nats.assets import QueueAssets
+from asyncmq_nats.assets import DEFAULT_PRIORITY, QueueAssets
 from asyncmq_nats.backends.base import Backend, Delivery, Expect, Record, Write
 from asyncmq_nats.dependencies import Dependencies
 from asyncmq_nats.encoding import dump_json, load_json
@@ -139,21 +140,23 @@ class Promoter:
 
     async def _promote_guarded(self, delivery: Delivery, *, kept: bool) -> None:
         try:
-            if self._subjects.is_fire(delivery.subject):
-                await self._fire(delivery)
-            else:
-                await self._promote(delivery, kept=kept)
-        except InvalidJob as problem:
-            logger.error("%s: dropped: %s", delivery.subject, problem)
-            await self._remove(delivery)
+            try:
+                if self._subjects.is_fire(delivery.subject):
+                    await self._fire(delivery)
+                else:
+                    await self._promote(delivery, kept=kept)
+            except InvalidJob as problem:
+                logger.error("%s: %s", delivery.subject, problem)
+                await self._pass_on(delivery)
         except AsyncMQError as error:
             logger.warning("%s: not promoted now, tried again: %s", delivery.subject, error)
             delivery.nak(1.0)
 
     async def _fire(self, delivery: Delivery) -> None:
-        if delivery.body:
-            await self._repeatables.fire(delivery)
-        delivery.ack()
+        if not delivery.body or await self._repeatables.fire(delivery):
+            delivery.ack()
+        else:
+            delivery.nak(0.05)
 
     # -- one record
 
@@ -175,6 +178,16 @@ class Promoter:
             if await self._older_attempt_is_there(token, job):
                 delivery.nak(min(0.01 * 2 ** min(delivery.deliveries, 10), 1.0))  # its ack is on the way
                 return
+        await self._remove(delivery)
+
+    async def _pass_on(self, delivery: Delivery) -> None:
+        """Make ready what is not a job, for a worker to record as failed, so that it is not lost. A tick that is malformed goes."""
+        if not self._subjects.is_fire(delivery.subject):
+            token = self._subjects.token(delivery.subject)
+            subject = self._subjects.ready(DEFAULT_PRIORITY, token)
+            write = Write(subject, delivery.body, Expect(self._subjects.ready_any(token)))
+            with suppress(WriteRefused):  # it was passed on before
+                await self._backend.write(self._subjects.ready_log, write)
         await self._remove(delivery)
 
     async def _is_current(self, delivery: Delivery, token: str) -> bool:

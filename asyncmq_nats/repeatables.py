@@ -265,13 +265,19 @@ class Repeatables:
 
     # -- a tick is due
 
-    async def fire(self, delivery: Delivery) -> None:
-        """Make the job of a tick that is due, and the next tick. What was changed, paused or removed meanwhile makes none."""
+    async def fire(self, delivery: Delivery) -> bool:
+        """Make the job of a tick that is due, and the next tick. What was changed, paused or removed meanwhile makes none.
+
+        Return whether the delivery is done with. If not, the tick is not to be seen: it was taken care of, and cannot be delivered again;
+        or a replica was asked that has yet to hear of it.
+        """
         records = await self._read(self._subjects.rid(delivery.subject))
         definition = self._definition_in(records)
         current = records.get(delivery.subject)
-        if definition is None or definition.paused or current is None or current.sequence != delivery.sequence:
-            return
+        if current is None or current.sequence < delivery.sequence:
+            return False
+        if definition is None or definition.paused or current.sequence > delivery.sequence:
+            return True
         planned = float(load_json(delivery.body)["at"])
         now = self._backend.now()
         due = self._due(definition.schedule, planned, now, again=delivery.deliveries > 1)
@@ -286,6 +292,7 @@ class Repeatables:
             await self._backend.write(self._log, *writes)
         except WriteRefused:
             logger.debug("repeatable %s: this tick was taken care of by another worker", definition.rid)
+        return True
 
     @staticmethod
     def _due(schedule: Schedule, planned: float, now: float, *, again: bool) -> list[float]:

@@ -51,6 +51,8 @@ logger = logging.getLogger(__name__)
 
 UNSOUND: Final = (NotSerializable, PayloadTooLarge, JobNotFound, InvalidJob, TooManyPriorities)
 """What is wrong with a result or a follow-up."""
+FAREWELL: Final = 5.0
+"""How long each step of stopping may take that needs the server: it may be gone."""
 TURN: Final = 0.002
 """Slots whose jobs never wait yield to the event loop after so many seconds, counted for all of them: each yield wakes another slot."""
 
@@ -151,7 +153,8 @@ class Runner:
     async def _drain(self) -> None:
         """Stop pulling, hand back what has not started, let the rest finish for a while, then cancel and hand back that too."""
         self._draining = True
-        await self._intake.stop()
+        with anyio.move_on_after(FAREWELL):
+            await self._intake.stop()
         timeout = self._backend.settings.shutdown_timeout
         with anyio.move_on_after(timeout):
             await self._wait_until_quiet()
@@ -159,7 +162,7 @@ class Runner:
             logger.warning("worker %s: %d jobs did not finish in %g s: handed back", self.worker, len(self._running), timeout)
             for running in list(self._running):
                 running.cancel()
-        with anyio.move_on_after(max(5.0, timeout)):
+        with anyio.move_on_after(FAREWELL):
             await self._wait_until_quiet()
         logger.info("worker %s has stopped", self.worker)
 
@@ -179,10 +182,13 @@ class Runner:
         self._group.start_soon(self._beat)
 
     async def _leave_registry(self) -> None:
-        try:
-            await self._entry.leave()
-        except AsyncMQError as error:
-            logger.warning("worker %s: its entry goes when it is out of date: %s", self.worker, error)
+        with anyio.move_on_after(FAREWELL) as scope:
+            try:
+                await self._entry.leave()
+            except AsyncMQError as error:
+                logger.warning("worker %s: its entry goes when it is out of date: %s", self.worker, error)
+        if scope.cancelled_caught:
+            logger.warning("worker %s: its entry goes when it is out of date: no answer", self.worker)
 
     async def _beat(self) -> None:
         """Renew the entry in the list of workers, and see whether a cancellation was missed."""

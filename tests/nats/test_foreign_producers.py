@@ -128,6 +128,16 @@ async def test_what_is_not_a_job_ends_as_failed_and_does_not_loop(body: bytes, r
     assert await running.wait_for("order-2") == "nothing"
 
 
+@pytest.mark.parametrize("body", [b"garbage", b"[1, 2]", b'{"task": "echo", "v": 99}', b'{"task": "echo", "priority": "high"}'])
+async def test_what_is_released_and_not_a_job_ends_as_failed(body: bytes, running: Queue, foreign: Client) -> None:
+    await foreign.jetstream().publish("$KV.amq_fleet_scheduler.later.order-1.released", body)
+    job = await ended(running, "order-1")
+    assert job["status"] == "failed"
+    assert "not a job of the wire format" in str(job["last_error"])
+    await eventually(lambda: Streams(foreign).keys("later"), lambda keys: keys == [])
+    await nothing_is_ready(foreign)
+
+
 @pytest.mark.parametrize("body", [b'{"task": "unknown"}', b'{"task": "echo", "args": [1, 2, 3]}', b'{"task": "echo", "args": [{}]}'])
 async def test_job_that_cannot_be_run_here_ends_as_failed(body: bytes, running: Queue, foreign: Client) -> None:
     data = json.loads(body) | {"max_retries": 0}

@@ -6,10 +6,14 @@ from collections import Counter
 import anyio
 import pytest
 
+from asyncmq_nats import runner
+from asyncmq_nats.backends.nats.backend import NATSBackend
 from asyncmq_nats.backends.nats.embedded import EmbeddedServer
 from asyncmq_nats.queues import Queue
 from asyncmq_nats.settings import Settings
+from asyncmq_nats.workers import Worker
 from tests.nats.processes import Fleet, eventually
+from tests.running import make_queue
 
 STOPPED = "has stopped"
 
@@ -106,3 +110,27 @@ async def test_worker_stops_while_the_server_is_gone(fleet: Fleet, queue: Queue,
         server.kill()
         worker.send(signal.SIGTERM)
         assert await worker.wait() == 0
+
+
+async def test_what_is_not_answered_does_not_hold_up_a_stop(
+    queue: Queue, nats_backend: NATSBackend, server: EmbeddedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every write is repeated for 30 s by default. A worker that has to stop does not wait for that."""
+    monkeypatch.setattr(runner, "FAREWELL", 0.3)
+    nats_backend.settings = Settings(shutdown_timeout=0.2)
+    started = anyio.Event()
+
+    async def never() -> None:
+        started.set()
+        await anyio.sleep_forever()
+
+    busy = make_queue(nats_backend, "fleet", concurrency=1, never=never)
+    busy.rate_limit = 100
+    await queue.add_bulk([{"task_id": "never"}] * 5)
+    worker = Worker(busy)
+    with anyio.fail_after(10):
+        async with anyio.create_task_group() as group:
+            await group.start(worker.run)
+            await started.wait()
+            server.kill()
+            worker.stop()
