@@ -96,16 +96,30 @@ class Dependencies:
 
     async def _find_parent(self, parent_id: str) -> Parent | None:
         token, subjects = encode_token(parent_id), self._subjects
-        last = await self._backend.latest(self._log, subjects.done_all(token))  # first: what comes between refuses the edge
-        records = await self._backend.last(self._log, subjects.ends(token), subjects.later_all(token))
-        live = [record for record in records if not record.marker]
+        last, records = await self._read_ends(token)
+        live = [record for record in records if not record.marker and not subjects.is_edge(record.subject)]
         if not live and not await self._is_ready(token):
             return None
-        sequence = 0 if last is None else last.sequence
         outcome = self._outcome_in(live)
         if outcome is None:
-            return Parent(parent_id, None, None, sequence)
-        return Parent(parent_id, subjects.outcome_state(outcome.subject), load_json(outcome.body).get("result"), sequence)
+            return Parent(parent_id, None, None, last)
+        return Parent(parent_id, subjects.outcome_state(outcome.subject), load_json(outcome.body).get("result"), last)
+
+    async def _read_ends(self, token: str) -> tuple[int, list[Record]]:
+        """Return the sequence of the last record about a job's end, and, as they were then or later, the records but for most edges.
+
+        What comes between the two reads refuses the edge. But the second one must not be answered by a replica that knows less.
+        """
+        last, records = 0, list[Record]()
+        for pause in LAG:
+            await anyio.sleep(pause)
+            latest = await self._backend.latest(self._log, self._subjects.done_all(token))
+            also = [] if latest is None else [latest.subject]
+            records = await self._backend.last(self._log, self._subjects.ends(token), self._subjects.later_all(token), *also)
+            last = 0 if latest is None else latest.sequence
+            if latest is None or any(record.subject == latest.subject and record.sequence >= last for record in records):
+                break
+        return last, records
 
     async def _is_ready(self, token: str) -> bool:
         return bool(await self._backend.last(self._subjects.ready_log, self._subjects.ready_any(token)))
