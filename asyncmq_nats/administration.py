@@ -220,7 +220,7 @@ class Administration:
         now = self._backend.now()
         job |= {"id": decode_token(token), "status": State.CANCELLED, "finished_at": now, "last_error": "cancelled"}
         subject = self._subjects.outcome(token, State.CANCELLED)
-        return Write(subject, dump_json(job), expect, ttl=self._backend.settings.failed_ttl)
+        return Write(subject, dump_json(job), expect, ttl=self._backend.settings.failed_ttl, beside=True)
 
     async def rerun(self, job_id: str) -> bool:
         """Release a job that ended badly, or that is delayed, as if it were new. Return whether it was in such a state."""
@@ -233,7 +233,7 @@ class Administration:
             delayed = next((record for record in records if self._is_delayed(record)), None)
             if outcome is not None:
                 expect = Expect(subjects.done_all(token), max(record.sequence for record in done))
-                writes = [Write(released, self._renewed(outcome.body), expect)]
+                writes = [Write(released, self._renewed(outcome.body), expect, beside=True)]
                 writes.append(_marker(outcome.subject))
             elif delayed is not None:
                 expect = Expect(delayed.subject, delayed.sequence)

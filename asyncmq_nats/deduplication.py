@@ -129,7 +129,7 @@ class Deduplicator:
             return [delayed_write(self._subjects, token, body, (run_at, 0.0), expect)]
         write = delayed_write(self._subjects, token, body, (run_at, self._backend.now()))
         if write.subject == record.subject:
-            return [replace(write, expect=expect)]
+            return [replace(write, expect=expect, beside=False)]
         return [Write(record.subject, b"", expect, ttl=MARKER_TTL, marker=True), write]
 
     async def owner(self, key: str) -> str | None:

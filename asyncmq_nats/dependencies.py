@@ -244,7 +244,8 @@ class Dependencies:
 
     def _failed_child(self, data: Mapping[str, Any], token: str, parent_id: str) -> Write:
         fields = {"status": State.FAILED, "last_error": _blame(parent_id), "finished_at": self._backend.now()}
-        return Write(self._subjects.outcome(token, State.FAILED), dump_json(dict(data) | fields), ttl=self._backend.settings.failed_ttl)
+        body = dump_json(dict(data) | fields)
+        return Write(self._subjects.outcome(token, State.FAILED), body, ttl=self._backend.settings.failed_ttl, beside=True)
 
     # -- a child runs
 
@@ -269,7 +270,7 @@ def delayed_write(subjects: QueueSubjects, token: str, body: bytes, times: tuple
     One whose time is near is released at once: the promoter waits for it, whereas a timer set in the past would be late.
     """
     run_at, now = times
-    if run_at - LEAD <= now:
-        return Write(subjects.later(token, Place.RELEASED), body, expect)
+    if run_at - LEAD <= now:  # beside: a promoter may be removing the record of the attempt before
+        return Write(subjects.later(token, Place.RELEASED), body, expect, beside=True)
     timer = Timer(run_at - LEAD, subjects.later(token, Place.RELEASED))
     return Write(subjects.later(token, Place.DELAYED), body, expect, timer=timer)

@@ -193,7 +193,7 @@ class Lifecycle:
         data["delay_until"] = run_at
         expect = self._fence(attempt)
         if run_at is None:
-            write = Write(self._subjects.later(attempt.token, Place.RELEASED), dump_json(data), expect)
+            write = Write(self._subjects.later(attempt.token, Place.RELEASED), dump_json(data), expect, beside=True)
         else:
             write = delayed_write(self._subjects, attempt.token, dump_json(data), (run_at, self._backend.now()), expect)
         await self._write_claimed(attempt, write, settle)
@@ -207,7 +207,7 @@ class Lifecycle:
             "finished_at": now, "worker": self._worker, "body": delivery.body[:100_000].decode("utf-8", "replace"),
         }  # fmt: skip
         subject = self._subjects.outcome(token, State.FAILED)
-        write = Write(subject, dump_json(record), Expect(self._subjects.done_all(token)), ttl=self._settings.failed_ttl)
+        write = Write(subject, dump_json(record), Expect(self._subjects.done_all(token)), ttl=self._settings.failed_ttl, beside=True)
         try:
             await self._backend.write(self._subjects.bucket_log, write)
         except WriteRefused:
@@ -226,7 +226,7 @@ class Lifecycle:
         if len(record) > self._backend.max_body:
             raise PayloadTooLarge(what, len(record), self._backend.max_body)
         subject = self._subjects.outcome(attempt.token, State.COMPLETED)
-        return Write(subject, record, self._fence(attempt), ttl=self._settings.completed_ttl)
+        return Write(subject, record, self._fence(attempt), ttl=self._settings.completed_ttl, beside=True)
 
     def _outcome(self, attempt: Attempt, state: State, fields: dict[str, Any], what: str) -> Write:
         """Return the write of an outcome other than a result."""
@@ -239,7 +239,8 @@ class Lifecycle:
             record = dump_json(
                 {"id": attempt.head.job_id, "task": attempt.head.task_id, "truncated": True, "max_retries": 0} | fields, what
             )
-        return Write(self._subjects.outcome(attempt.token, state), record, self._fence(attempt), ttl=self._settings.failed_ttl)
+        subject = self._subjects.outcome(attempt.token, state)
+        return Write(subject, record, self._fence(attempt), ttl=self._settings.failed_ttl, beside=True)
 
     def _fence(self, attempt: Attempt) -> Expect:
         return Expect(self._subjects.done_all(attempt.token), attempt.expect)

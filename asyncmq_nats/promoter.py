@@ -196,7 +196,8 @@ class Promoter:
         records = await self._backend.last(subjects.bucket_log, subjects.later_all(token), subjects.done_all(token))
         live = [record for record in records if not record.marker]
         ended = any(subjects.outcome_state(record.subject) for record in live)
-        if ended or any(self._is_later_attempt(record, delivery) for record in live):
+        superseded = any(record.subject == delivery.subject and record.sequence > delivery.sequence for record in records)
+        if ended or superseded or any(self._is_later_attempt(record, delivery) for record in live):
             if ended:  # whoever ended it may not have come to this
                 await self._dependencies.release(token)
             await self._remove(delivery)

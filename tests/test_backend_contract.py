@@ -184,6 +184,18 @@ async def test_last_takes_any_filter_and_returns_each_record_once_by_sequence(ba
     ]
 
 
+async def test_what_is_written_beside_a_record_stays_when_that_is_removed(backend: Backend) -> None:
+    for number in range(50):
+        older = await backend.write("notes", Write("notes.a", b"older", beside=bool(number % 2)))
+        newer = await backend.write("notes", Write("notes.a", b"newer", expect=Expect("notes.a", older), beside=True))
+        await backend.delete("notes", older)
+        [record] = await backend.last("notes", "notes.>")
+        assert (record.sequence, record.body) == (newer, b"newer")
+        assert await backend.count("notes") == 1
+        await backend.delete("notes", newer)
+        assert await backend.last("notes", "notes.>") == []
+
+
 async def test_latest_is_the_matching_record_with_the_highest_sequence(backend: Backend) -> None:
     assert await backend.latest("notes", "notes.>") is None
     await backend.write("notes", *(Write(f"notes.{name}", name.encode()) for name in ("a", "b", "c.d", "e")))

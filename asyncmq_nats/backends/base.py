@@ -1,7 +1,8 @@
 """The seam: a log of subjects. Bytes, subjects, sequences and leases live here, and never a job.
 
 A *log* is an ordered set of records. A record has a subject, a body, a sequence (1, 2, 3, … per log, never reused) and the time the server
-stored it. **A log keeps the last record of each subject**: a new write to a subject replaces the one before it.
+stored it. **A log keeps the last record of each subject**: a new write to a subject replaces the one before it (at once, but for
+`Write.beside`).
 A *filter* is a subject in which `*` stands for one token and a final `>` for one or more.
 `tests/test_backend_contract.py` states every promise made here, for both backends. Terms of NATS: log = stream, write = publish.
 
@@ -102,6 +103,8 @@ class Write:
     it is refused. `removes`: subject of a record with a timer that is removed with this write. Only for such a record: some servers
     refuse one without a timer.
     `marker`: the record says that its subject was deleted (a KV delete marker); give it a `ttl`, it counts as a record while it lives.
+    `beside`: a record that is there may stay beside this one until it is removed by its sequence. For a subject whose older record somebody
+    else may be removing right now: some servers then take the new one for the old one.
     """
 
     subject: str
@@ -112,6 +115,7 @@ class Write:
     message_id: str | None = None
     removes: str | None = None
     marker: bool = False
+    beside: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,8 +36,9 @@ def stream_config(log: Log, settings: Settings) -> dict[str, Any]:
         "retention": "workqueue" if log.work_queue else "limits",
         "storage": settings.storage,
         "num_replicas": settings.replicas,
-        # One, too, in a bucket: each write there replaces what it finds (see `encode_headers`), and the server must not be faster.
-        "max_msgs_per_subject": 2 if all(map(is_key, log.subjects)) else 1,
+        # One, too, in a bucket, but for moments: each write there replaces what it finds (see `encode_headers`), and the server must not be
+        # faster, since what a limit removes may come back.
+        "max_msgs_per_subject": 8 if all(map(is_key, log.subjects)) else 1,
         "max_consumers": MAX_CONSUMERS,
         "discard": "old",
         "allow_direct": True,

@@ -50,9 +50,9 @@ def is_key(subject: str) -> bool:
 
 
 def _may_replace(write: Write) -> bool:
-    """Return whether there may be a record at the write's subject: not if it expects nothing there, or brings a timer forward."""
+    """Return whether a record may be there that has to go: not if the write expects nothing at its subject."""
     expect = write.expect
-    if write.removes is not None:  # and with a roll-up, servers before 2.14 do not remove the timer
+    if write.beside or write.removes is not None:  # with a roll-up, servers before 2.14 do not remove the timer
         return False
     if expect is None or expect.sequence:
         return True
