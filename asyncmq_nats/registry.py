@@ -60,10 +60,11 @@ class RegisteredTask:
 
     def _arguments(self, job: JobHead) -> tuple[list[Any], dict[str, Any]]:
         """Return the job's arguments, by name where that is possible: an error of pydantic then tells the name, not the position."""
-        names = self.names[: len(job.args)]
-        if len(names) < len(job.args) or not job.kwargs.keys().isdisjoint(names):
-            return job.args, job.kwargs
-        return [], dict(zip(names, job.args, strict=True)) | job.kwargs
+        args, kwargs = job.args, job.kwargs
+        if len(args) > len(self.names) or (kwargs and not kwargs.keys().isdisjoint(self.names[: len(args)])):
+            return args, kwargs
+        named = dict(zip(self.names, args, strict=False))
+        return [], named | kwargs if kwargs else named
 
 
 class TaskRegistry(Mapping[str, RegisteredTask]):

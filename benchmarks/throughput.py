@@ -174,17 +174,12 @@ async def add_concurrently(add: Callable[[int], Awaitable[object]], jobs: int, p
 
 
 async def process(queue: Queue, jobs: int) -> None:
-    """Run the backlog in this process, until the last outcome is acknowledged."""
+    """Start a worker in this process, run the backlog, and stop the worker: then every outcome is confirmed, and every job acknowledged."""
     runner = queue.runner()
     countdown.start(jobs)
     async with anyio.create_task_group() as group:
         await group.start(runner.run)
         await countdown.over.wait()
-        while True:
-            stats = await queue.queue_stats()
-            if stats["completed"] >= jobs and not stats["active"] and not stats["waiting"]:
-                break
-            await anyio.sleep(0.005)
         runner.stop()
 
 
@@ -222,8 +217,17 @@ async def measure_processing(figures: Figures, backend: NATSBackend, raw: Raw, j
     queue = Queue(f"bench{concurrency}", backend, concurrency=concurrency, registry=registry)
     await add_concurrently(lambda number: queue.add("no_operation", [number]), jobs, 100)
     figures.note(f"run, concurrency {concurrency}", jobs, await timed(lambda: process(queue, jobs)))
+    await check_results(queue, jobs)
     await raw.fill(jobs)
     figures.note(f"raw loop, {concurrency} in hand", jobs, await timed(lambda: raw.process(jobs, concurrency)))
+
+
+async def check_results(queue: Queue, jobs: int) -> None:
+    """Make sure that each job has ended, and that nothing of it is left: acknowledgements are not confirmed."""
+    stats: dict[str, int] = {}
+    with anyio.fail_after(5):
+        while stats != dict.fromkeys(stats, 0) | {"completed": jobs}:
+            stats = await queue.queue_stats()
 
 
 PAIRS = (

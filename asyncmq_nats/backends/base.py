@@ -138,12 +138,15 @@ class Delivery(Protocol):
     subject: str
     body: bytes
     sequence: int
-    time: float
     deliveries: int
     """How often the record has been delivered, this time included: 1 for the first."""
     consumer: str
     pending: int
     """Records of the consumer that were never delivered yet, when this one was."""
+
+    @property
+    def time(self) -> float:
+        """When the server stored the record."""
 
     def ack(self) -> None:
         """Settle: done with it; in a work queue the record goes. Sent, not confirmed; accepted even when the lease has run out."""

@@ -52,7 +52,7 @@ class DirectClient(Client):
             command = b"HPUB %b %b %d %d\r\n%b%b\r\n" % (subject, reply, len(headers), len(headers) + len(body), headers, body)
         else:
             command = b"PUB %b %b %d\r\n%b\r\n" % (subject, reply, len(body), body)
-        connected = self.is_connected
+        connected = self._status == Client.CONNECTED
         if not connected:
             if self.is_closed:
                 raise ConnectionClosedError

@@ -41,12 +41,9 @@ class DirectParser(Parser):
             data = bytes(self.buf)
         self.needed, resets, at = 0, self._resets, 0
         while (end := data.find(LINE_END, at)) >= 0:
-            words = data[at:end].split()
-            kind = words[0] if words else b""
-            if kind not in (b"MSG", b"HMSG"):
-                await self._parse_line(data[at : end + 2])
-                at = end + 2
-            else:
+            words = data[at:end].split(b" ")  # not `split()`, which takes twice as long: the server sends one blank
+            kind = words[0]
+            if kind == b"MSG" or kind == b"HMSG":
                 number, size, header_size = _sizes(words)
                 start = end + 2
                 stop = start + size
@@ -61,6 +58,9 @@ class DirectParser(Parser):
                     handler(words[1], reply, data[start + header_size : stop], headers)
                     continue
                 await self.nc._process_msg(number, words[1], reply, data[start + header_size : stop], headers)
+            else:
+                await self._parse_line(data[at : end + 2])
+                at = end + 2
             if resets != self._resets:
                 return
         self.buf = bytearray(data[at:])

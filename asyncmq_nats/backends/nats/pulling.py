@@ -39,7 +39,7 @@ Declare = Callable[[str], Awaitable[None]]
 class NATSDelivery:
     """A message on lease. See `base.Delivery`."""
 
-    __slots__ = ("_puller", "_reply", "body", "consumer", "deliveries", "pending", "sequence", "subject", "time")
+    __slots__ = ("_puller", "_reply", "_stamp", "body", "consumer", "deliveries", "pending", "sequence", "subject")
 
     def __init__(self, subject: str, reply: bytes, body: bytes, puller: "NATSPuller") -> None:
         # $JS.ACK.<stream>.<consumer>.<deliveries>.<stream seq>.<consumer seq>.<time>.<pending>, or with <domain>.<account> before the
@@ -51,10 +51,14 @@ class NATSDelivery:
         self.consumer = tokens[first].decode()
         self.deliveries = int(tokens[first + 1])
         self.sequence = int(tokens[first + 2])
-        self.time = int(tokens[first + 4]) / NANOSECONDS
+        self._stamp = tokens[first + 4]
         self.pending = int(tokens[first + 5])
         self._reply = reply
         self._puller = puller
+
+    @property
+    def time(self) -> float:
+        return int(self._stamp) / NANOSECONDS
 
     def ack(self) -> None:
         self._puller.settle(self._reply, b"")

@@ -52,7 +52,7 @@ def is_key(subject: str) -> bool:
 def _may_replace(write: Write) -> bool:
     """Return whether a record may be there that has to go: not if the write expects nothing at its subject."""
     expect = write.expect
-    if write.beside or write.removes is not None:  # with a roll-up, servers before 2.14 do not remove the timer
+    if write.removes is not None:  # with a roll-up, servers before 2.14 do not remove the timer
         return False
     if expect is None or expect.sequence:
         return True
@@ -82,7 +82,7 @@ def encode_headers(write: Write, more: str = "", indent: int = 0) -> bytes:
         lines += f"Nats-Schedule-Next: purge\r\nNats-Scheduler: {write.removes}\r\n"
     if write.marker:
         lines += "KV-Operation: DEL\r\n"
-    if is_key(write.subject) and _may_replace(write):
+    if not write.beside and is_key(write.subject) and _may_replace(write):
         # A record that is replaced by the limit of one per subject comes back after a crash of the server, once its successor is deleted.
         lines += "Nats-Rollup: sub\r\n"
     lines += more
