@@ -8,16 +8,19 @@ import subprocess
 import sys
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from asyncmq_nats.backends.nats.embedded import EmbeddedServer
 from asyncmq_nats.settings import Settings
+from tests.nats.cluster import free_ports
 
 ROOT = Path(__file__).parents[1]
 COMPOSE = (ROOT / "docker-compose.yml").read_text()
 CONF = (ROOT / "docker" / "nats.conf").read_text()
+CLUSTER_CONF = (ROOT / "docker" / "cluster.conf").read_text()
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
 HEALTH = re.compile(rb"http://127\.0\.0\.1:8222(/\w+)")
 JOBS = 12
@@ -40,14 +43,21 @@ def service(name: str) -> str:
 # -- the file
 
 
-def test_compose_accepts_the_file() -> None:
+@pytest.mark.parametrize(
+    ("files", "services"),
+    [
+        (["docker-compose.yml"], ["nats", "producer", "worker"]),
+        (["docker-compose.yml", "docker-compose.cluster.yml"], ["nats", "nats-2", "nats-3", "producer", "worker"]),
+    ],
+)
+def test_compose_accepts_the_files(files: list[str], services: list[str]) -> None:
     command = compose_command()
     if command is None:
         pytest.skip("no docker compose here")
-    done = subprocess.run([*command, "--file", str(ROOT / "docker-compose.yml"), "config"], capture_output=True, text=True)
+    options = [option for file in files for option in ("--file", str(ROOT / file))]
+    done = subprocess.run([*command, *options, "config", "--services"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for name in ("nats", "worker", "producer"):
-        assert f"\n  {name}:\n" in done.stdout
+    assert sorted(done.stdout.split()) == services
 
 
 def test_what_the_file_mentions_is_there() -> None:
@@ -114,6 +124,31 @@ def healthy_server(server: EmbeddedServer, tmp_path: Path) -> Iterator[EmbeddedS
         yield started
 
 
+@pytest.fixture
+def cluster(server: EmbeddedServer, tmp_path: Path) -> Iterator[list[EmbeddedServer]]:
+    """Three servers with the configuration of the cluster on free ports and their own stores."""
+    config = re.sub(r"^(http_)?port:.*$|^\s+store_dir:.*$", "", CLUSTER_CONF, flags=re.MULTILINE)
+    hosts = re.findall(r"nats://([\w-]+):6222", CLUSTER_CONF)
+    assert hosts == ["nats", "nats-2", "nats-3"]
+    ports = dict(zip(hosts, free_ports(3), strict=True))
+    for host, port in ports.items():
+        config = config.replace(f"nats://{host}:6222", f"nats://127.0.0.1:{port}")
+    servers = [
+        EmbeddedServer(
+            tmp_path / "cluster" / host, config=config.replace("$SERVER_NAME", host).replace("port: 6222", f'listen: "127.0.0.1:{port}"')
+        )
+        for host, port in ports.items()
+    ]
+    try:
+        with ThreadPoolExecutor() as threads:  # one alone is not ready
+            list(threads.map(EmbeddedServer.start, servers))
+        yield servers
+    finally:
+        for each in servers:
+            each.kill()
+            each.stop()
+
+
 def start(service_name: str, server: EmbeddedServer, **environment: str) -> "subprocess.Popen[str]":
     """Start the command of a service."""
     match = re.search(r'command: \["python", "(\S+)"\]', service(service_name))
@@ -145,6 +180,23 @@ def test_jobs_complete_and_sigterm_ends_both(healthy_server: EmbeddedServer) -> 
     assert int(totals[1]) == int(totals[2]) >= JOBS
     assert "has stopped" in log
     assert (producer.returncode, worker.returncode) == (0, 0)
+
+
+def test_jobs_complete_on_a_cluster_that_loses_a_server(cluster: list[EmbeddedServer]) -> None:
+    environment = {"ASYNCMQ_NATS_SERVERS": ",".join(each.url for each in cluster), "ASYNCMQ_NATS_REPLICAS": "3"}
+    worker = start("worker", cluster[0], **environment)
+    producer = start("producer", cluster[0], INTERVAL="0.05", JOBS="60", **environment)
+    try:
+        assert producer.stdout is not None
+        for _ in range(JOBS):
+            next(producer.stdout)
+        cluster[2].kill()
+        output = producer.communicate(timeout=40)[0]
+    finally:
+        producer.kill()
+        log = stop(worker)
+    assert output.endswith("60 added, 60 completed, 0 failed\n")
+    assert (producer.returncode, worker.returncode) == (0, 0), log
 
 
 def test_a_producer_of_so_many_jobs_ends_by_itself(healthy_server: EmbeddedServer) -> None:

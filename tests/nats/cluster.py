@@ -12,7 +12,7 @@ from asyncmq_nats.backends.nats.embedded import EmbeddedServer
 from tests.nats.processes import PATIENCE
 from tests.nats.streams import Streams, plain_client
 
-__all__ = ["Cluster"]
+__all__ = ["Cluster", "free_ports"]
 
 SIZE = 3
 

@@ -22,7 +22,7 @@ from asyncmq_nats.backends.nats.errors import NO_JETSTREAM, NO_PEERS, api_error,
 from asyncmq_nats.exceptions import BackendError, ConnectionFailed, ConnectionLost, PermissionRefused, ServerUnsuitable, Unconfirmed
 from asyncmq_nats.settings import Settings
 
-__all__ = ["Connection", "connect_options"]
+__all__ = ["Connection", "Reply", "connect_options", "parse_time", "patience_with"]
 
 logger = logging.getLogger(__name__)
 
@@ -275,8 +275,8 @@ class Connection:
         while True:
             left = deadline - time.monotonic()
             sent = time.monotonic()
-            # A cluster without a leader is silent; but what counts what it removes is not sent twice in haste.
-            patience = REQUEST_TIMEOUT if subject.startswith(("STREAM.PURGE", "STREAM.DELETE")) else min(2.0**tries, REQUEST_TIMEOUT)
+            # What counts what it removes is not sent twice in haste.
+            patience = REQUEST_TIMEOUT if subject.startswith(("STREAM.PURGE", "STREAM.DELETE")) else patience_with(tries)
             tries += 1
             try:
                 reply = (await self.collect(self._api + subject, body, timeout=min(patience, max(left, 0.1)), finished=bool))[0]
@@ -331,6 +331,11 @@ class Connection:
         logger.info("reconnected to NATS at %s", self.servers)
         for hook in self.on_reconnect:
             hook()
+
+
+def patience_with(tries: int) -> float:
+    """Return how long to wait for an answer after so many tries: a cluster that has just lost a server may be silent, or slow."""
+    return min(2.0**tries, REQUEST_TIMEOUT)
 
 
 def _give_up(done: "asyncio.Future[None]") -> None:

@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 NANOSECONDS: Final = 1_000_000_000
 HEARTBEAT: Final = 5.0
+CLUSTER_HEARTBEAT: Final = 1.0
+"""In a cluster, the server that leads the consumer may be lost while the connection to another one stays: then pulls die in silence."""
 GRACE: Final = 2.0
 CLOSE_TIMEOUT: Final = 5.0
 QUIET: Final = 0.05
@@ -151,13 +153,17 @@ class NATSPuller:
         credit.outstanding += count
         credit.lapses_at = max(credit.lapses_at, now + wait + GRACE)
         credit.heard_at = now
-        if wait > 2 * HEARTBEAT:
-            payload["idle_heartbeat"] = int(HEARTBEAT * NANOSECONDS)
+        if wait > 2 * self._heartbeat:
+            payload["idle_heartbeat"] = int(self._heartbeat * NANOSECONDS)
         subject = f"{self._connection.api_prefix}CONSUMER.MSG.NEXT.{self._log}.{consumer}"
         try:
             self._client.post(subject.encode(), json.dumps(payload).encode(), (self._inbox + token).encode())
         except nats.errors.Error as error:
             logger.warning("%s: pull not sent: %r", consumer, error)
+
+    @property
+    def _heartbeat(self) -> float:
+        return CLUSTER_HEARTBEAT if self._client.is_clustered else HEARTBEAT
 
     async def _open(self) -> None:
         self._inbox = self._client.new_inbox() + "."
@@ -309,6 +315,6 @@ class NATSPuller:
             for consumer, credit in list(self._credits.items()):
                 if not credit.outstanding or not self._connection.client.is_connected:
                     continue
-                if now > credit.lapses_at or now > credit.heard_at + 2 * HEARTBEAT + GRACE:
+                if now > credit.lapses_at or now > credit.heard_at + 2 * self._heartbeat + GRACE:
                     self._lapse(consumer, "no heartbeat", gone=True)
                     credit.heard_at = now

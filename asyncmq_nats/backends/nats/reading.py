@@ -10,12 +10,11 @@ from typing import Any, Final
 from asyncmq_nats.backends.base import Record
 from asyncmq_nats.backends.filters import compile_filter
 from asyncmq_nats.backends.nats.assets import format_time
-from asyncmq_nats.backends.nats.connection import Connection, Reply, parse_time
+from asyncmq_nats.backends.nats.connection import Connection, Reply, parse_time, patience_with
 from asyncmq_nats.exceptions import AssetMissing, BackendError, Unconfirmed
 
 __all__ = ["Reader"]
 
-READ_TIMEOUT: Final = 5.0
 PROBE: Final = 64
 
 
@@ -82,7 +81,9 @@ class Reader:
         for attempt in itertools.count(1):
             left = deadline - time.monotonic()
             try:
-                replies = await connection.collect(subject, body, timeout=min(READ_TIMEOUT, max(left, 0.1)), finished=finished)
+                replies = await connection.collect(
+                    subject, body, timeout=min(patience_with(attempt - 1), max(left, 0.1)), finished=finished
+                )
             except TimeoutError:
                 if time.monotonic() >= deadline:
                     raise Unconfirmed(f"the reading of {log}", self._timeout) from None
