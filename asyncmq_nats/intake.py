@@ -86,7 +86,9 @@ class Intake:
         group.start_soon(self._look_for_tiers)
 
     async def stop(self) -> None:
-        """Ask for nothing more, and give back what has not started."""
+        """Ask for nothing more, and give back what has not started. Does nothing the second time."""
+        if not self._open:
+            return
         self._open = False
         await self._puller.close()
         try:

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from asyncmq_nats.exceptions import Fail, Retry
 from asyncmq_nats.jobs import Backoff, Job
 
-__all__ = ["BackoffFunction", "Failure", "add_failure", "backoff_delay", "retry_delay"]
+__all__ = ["BackoffFunction", "FailedElsewhere", "Failure", "add_failure", "backoff_delay", "retry_delay"]
 
 logger = logging.getLogger(__name__)
 
@@ -46,9 +46,19 @@ class Failure:
     @classmethod
     def of(cls, error: BaseException, at: float) -> "Failure":
         """Return the failure that an exception stands for."""
+        if isinstance(error, FailedElsewhere):
+            return replace(error.failure, at=at)
         delay = error.delay if isinstance(error, Retry) else None
         trace = "".join(tracebacks.format_exception(error))
         return cls(_cut(_describe(error), MAX_ERROR), _cut(trace, MAX_TRACEBACK), at, isinstance(error, Fail), delay)
+
+
+class FailedElsewhere(Exception):
+    """A task failed in another process; what it raised there may mean nothing here."""
+
+    def __init__(self, failure: Failure) -> None:
+        self.failure = failure
+        super().__init__(failure.error)
 
 
 def _describe(error: BaseException) -> str:

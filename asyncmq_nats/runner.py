@@ -10,6 +10,7 @@ import socket
 import time
 import uuid
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any, Final
 
@@ -32,6 +33,7 @@ from asyncmq_nats.exceptions import (
     NotSerializable,
     PayloadTooLarge,
     TooManyPriorities,
+    sole_error,
 )
 from asyncmq_nats.execution import Running, execute
 from asyncmq_nats.hooks import Hooks
@@ -104,6 +106,7 @@ class Runner:
         self._running: dict[Running, None] = {}
         self._progress = anyio.Event()
         self._draining = False
+        self._over = False
         self._stop = anyio.Event()
         self._turn_ends = 0.0
         self._group: TaskGroup
@@ -119,34 +122,42 @@ class Runner:
         await self._backend.connect()
         await self._assets.declare_all()
         await self._hooks.start(self.worker)
-        async with anyio.create_task_group() as group:
-            finished = anyio.Event()
-            await group.start(self._serve, finished)
-            logger.info("worker %s runs queue %s with %d slots", self.worker, self._subjects.queue, self._concurrency)
-            task_status.started()
-            try:
-                await self._stop.wait()
-            finally:
-                with anyio.CancelScope(shield=True):
-                    self._stop.set()
-                    await finished.wait()
-                    await self._hooks.stop(self.worker)
+        serving, finished = anyio.Event(), anyio.Event()
+        with sole_error():
+            async with anyio.create_task_group() as group:
+                # Not `group.start`: when that is cancelled, it waits for the end of what nobody would stop any more.
+                group.start_soon(self._serve, serving, finished)
+                try:
+                    await serving.wait()
+                    logger.info("worker %s runs queue %s with %d slots", self.worker, self._subjects.queue, self._concurrency)
+                    task_status.started()
+                    await self._stop.wait()
+                finally:
+                    with anyio.CancelScope(shield=True):
+                        self._stop.set()
+                        await finished.wait()
+                        await self._hooks.stop(self.worker)
 
-    async def _serve(self, finished: anyio.Event, *, task_status: TaskStatus[None]) -> None:
+    async def _serve(self, serving: anyio.Event, finished: anyio.Event) -> None:
         """All loops, shielded from the outside: they end in order, by `stop`."""
         try:
             with anyio.CancelScope(shield=True):
-                async with anyio.create_task_group() as self._group:
-                    await self._group.start(Promoter(self._backend, self._subjects, self._assets).run)
-                    await self._intake.start(self._group)
-                    await self._enter_registry()
-                    for _ in range(self._concurrency):
-                        self._group.start_soon(self._slot)
-                    task_status.started()
-                    await self._stop.wait()
-                    await self._drain()
-                    await self._leave_registry()
-                    self._group.cancel_scope.cancel()
+                try:
+                    async with anyio.create_task_group() as self._group:
+                        await self._group.start(Promoter(self._backend, self._subjects, self._assets).run)
+                        await self._intake.start(self._group)
+                        await self._enter_registry()
+                        for _ in range(self._concurrency):
+                            self._group.start_soon(self._slot)
+                        serving.set()
+                        await self._stop.wait()
+                        await self._drain()
+                        await self._leave_registry()
+                        self._group.cancel_scope.cancel()
+                finally:
+                    self._over = True
+                    with anyio.move_on_after(FAREWELL):
+                        await self._intake.stop()  # once more: if a loop has failed, nobody has
         finally:
             finished.set()
 
@@ -242,6 +253,9 @@ class Runner:
             except AsyncMQError as error:
                 logger.error("%s: not run now, it will be delivered again: %s", delivery.subject, error)
                 delivery.abandon()
+            except anyio.get_cancelled_exc_class():  # the worker ends
+                delivery.abandon()
+                raise
             finally:
                 self._intake.release()
                 self._note_progress()
@@ -301,7 +315,11 @@ class Runner:
         running_job.set(context)
         self._announce_start(attempt)
         try:
-            result, failure = await execute(running, self._registry, self._threads, self._backend.now)
+            result, failure = await execute(running, self._registry, self._threads, self._backend.now, self._is_ending)
+        except anyio.get_cancelled_exc_class():  # not the job's end, but the worker's
+            with anyio.move_on_after(FAREWELL, shield=True), suppress(AsyncMQError):
+                await self._give_up(attempt, cancelled=False)
+            raise
         finally:
             del self._running[running]
         self._intake.learn_job(time.monotonic() - started)
@@ -311,6 +329,9 @@ class Runner:
             await self._report_failure(attempt, failure, settle)
         else:
             await self._report_result(attempt, result, context.follow_ups, settle)
+
+    def _is_ending(self) -> bool:
+        return self._group.cancel_scope.cancel_called
 
     async def _give_up(self, attempt: Attempt, *, cancelled: bool) -> None:
         """Leave a job that was cancelled, or that did not finish before the worker has to."""
@@ -352,6 +373,8 @@ class Runner:
             attempt.delivery.ack()
             self._settled()
             self._announce_end(attempt, write)
+        elif self._over:
+            attempt.delivery.abandon()
         else:
             self._group.start_soon(self._resolve, attempt, write, result)
 

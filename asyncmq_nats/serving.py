@@ -13,6 +13,7 @@ from typing import Final
 
 import anyio
 
+from asyncmq_nats.exceptions import sole_error
 from asyncmq_nats.runner import Runner
 from asyncmq_nats.supervisor import parent_is_gone
 
@@ -62,11 +63,12 @@ def _end_with_stuck_threads() -> None:
 
 async def run_until_signalled(runner: Runner) -> None:
     """Run a worker until SIGINT or SIGTERM, then let it stop in order. A second signal ends the process at once."""
-    async with anyio.create_task_group() as group:
-        group.start_soon(_stop_on_signal, runner)
-        group.start_soon(_stop_when_orphaned, runner)
-        await runner.run()
-        group.cancel_scope.cancel()
+    with sole_error():
+        async with anyio.create_task_group() as group:
+            group.start_soon(_stop_on_signal, runner)
+            group.start_soon(_stop_when_orphaned, runner)
+            await runner.run()
+            group.cancel_scope.cancel()
 
 
 async def _stop_when_orphaned(runner: Runner) -> None:

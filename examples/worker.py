@@ -14,7 +14,7 @@ import sys
 import tasks
 
 from asyncmq_nats import Queue
-from asyncmq_nats.exceptions import ConnectionFailed
+from asyncmq_nats.exceptions import BackendError
 
 
 def main() -> None:
@@ -22,8 +22,8 @@ def main() -> None:
     queue = Queue(tasks.QUEUE, concurrency=int(os.environ.get("CONCURRENCY", "10")))
     try:
         queue.start()
-    except* ConnectionFailed as errors:
-        sys.exit("\n".join(map(str, errors.exceptions)))
+    except BackendError as error:  # no server, or not one that will do
+        sys.exit(str(error))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import asyncio
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -692,3 +693,75 @@ async def test_a_field_that_only_a_failure_needs_may_be_malformed_and_then_fails
         await wait_until_done(queue)
     job_counts = await queue.queue_stats()
     assert (job_counts["completed"], job_counts["failed"]) == (1, 1)
+
+
+# -- a worker that ends otherwise than it should
+
+
+class Panic(BaseException):
+    """As a panic in an extension written in Rust arrives in Python."""
+
+
+@pytest.mark.parametrize("threaded", [False, True])
+async def test_more_than_an_exception_fails_the_job_and_not_the_worker(backend: Backend, threaded: bool) -> None:
+    async def panic() -> None:
+        raise Panic("in an extension")
+
+    def panic_in_thread() -> None:
+        raise Panic("in an extension")
+
+    queue = make_queue(backend, panic=panic_in_thread if threaded else panic, echo=echo)
+    await _fails_and_goes_on_after(queue, "panic", "Panic: in an extension")
+
+
+async def _fails_and_goes_on_after(queue: Queue, task_id: str, told: str) -> None:
+    job_id = await queue.add(task_id)
+    async with running(queue):
+        with pytest.raises(JobFailed, match=told):
+            await queue.wait_for(job_id, timeout=PATIENCE)
+        assert await queue.wait_for(await queue.add("echo", ["on"]), timeout=PATIENCE) == "on"
+
+
+@pytest.mark.parametrize("steps", [*range(1, 12), 15, 20, 30, 50])
+async def test_a_worker_that_is_cancelled_while_it_starts_ends(backend: Backend, steps: int) -> None:
+    called: list[str] = []
+    queue = make_queue(backend, echo=echo)
+    queue.on_startup(lambda: called.append("start"))
+    queue.on_shutdown(lambda: called.append("stop"))
+    with anyio.fail_after(PATIENCE):
+        async with anyio.create_task_group() as group:
+            group.start_soon(queue.run)
+            for _ in range(steps):
+                await anyio.lowlevel.checkpoint()
+            group.cancel_scope.cancel()
+    assert called in ([], ["start", "stop"])
+    await run_jobs(queue)
+
+
+async def test_when_a_loop_of_a_worker_fails_its_jobs_run_elsewhere_at_once(
+    backend: Backend, twin: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs: list[str] = []
+    go = anyio.Event()
+
+    async def wait(worker: str) -> str:
+        runs.append(worker)
+        await go.wait()
+        return worker
+
+    async def fail(_: object) -> None:
+        raise RuntimeError("a fault of ours")
+
+    backend.settings = twin.settings = Settings(stalled_after=60, heartbeat_interval=0.5, shutdown_timeout=0.2)
+    first = make_queue(backend, concurrency=2, wait=partial(wait, "first"))
+    second = make_queue(twin, concurrency=5, wait=partial(wait, "second"))
+    ids = [await first.add("wait") for _ in range(5)]
+    with monkeypatch.context() as patch:
+        patch.setattr("asyncmq_nats.lifecycle.Lifecycle.trim", fail)
+        with pytest.raises(RuntimeError, match="a fault of ours"):
+            await first.run()
+    assert runs == ["first"] * 2
+    async with running(second):
+        go.set()
+        assert [await second.wait_for(job_id, timeout=5) for job_id in ids] == ["second"] * 5
+    assert {job["stalls"] for job in await second.get_completed()} == {0}

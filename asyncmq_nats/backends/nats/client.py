@@ -75,6 +75,18 @@ class DirectClient(Client):
             self._pending, self._pending_data_size = [], 0
         await super().close()
 
+    async def _process_pong(self) -> None:
+        """Take in the answer to a PING.
+
+        If whoever waited for it has been cancelled, nats-py's (2.16) fails, and nothing is read any more.
+        """
+        if self._pongs:
+            answered = self._pongs.pop(0)
+            if not answered.done():
+                answered.set_result(True)
+            self._pongs_received += 1
+            self._pings_outstanding = 0
+
     async def barrier(self) -> None:
         """Return when the server has processed all that was sent before.
 
