@@ -140,10 +140,15 @@ class QueueReads(QueueBase):
         Raises:
             JobFailed: it ended as failed, expired or cancelled.
             JobNotFound: there is no such job.
-            TimeoutError: it has not ended within `timeout` seconds.
+            TimeoutError: it has not ended within `timeout` seconds; with 0 or less: it has not ended.
         """
-        with anyio.move_on_after(timeout):
-            return await self._wait_for(job_id)
+        if timeout is not None and timeout <= 0:
+            job = await self._look_at_end(job_id)
+            if job.status in OUTCOMES:
+                return _result_of(job)
+        else:
+            with anyio.move_on_after(timeout):
+                return await self._wait_for(job_id)
         raise TimeoutError(f"job {job_id!r} has not ended within {timeout:g} s")
 
     async def _wait_for(self, job_id: str) -> Any:
@@ -158,13 +163,9 @@ class QueueReads(QueueBase):
         try:
             while True:
                 heard = ended.is_set()
-                job = await self._look_at_end(job_id, LAG if heard else LAG[:1])
-                if job is None:
-                    raise JobNotFound(self.name, job_id)
-                if job.status is State.COMPLETED:
-                    return job.result
+                job = await self._look_at_end(job_id, LAG if heard else ())
                 if job.status in OUTCOMES:
-                    raise JobFailed(job_id, job.status, job.last_error)
+                    return _result_of(job)
                 if heard:  # it has been retried by hand since
                     ended = anyio.Event()
                 with anyio.move_on_after(READ_AGAIN):
@@ -173,12 +174,20 @@ class QueueReads(QueueBase):
             with anyio.CancelScope(shield=True):
                 await subscription.unsubscribe()
 
-    async def _look_at_end(self, job_id: str, pauses: Sequence[float]) -> Job | None:
-        """Return the job, once it has ended; or after the last pause as it is."""
-        job = None
-        for pause in pauses:
-            await anyio.sleep(pause)
+    async def _look_at_end(self, job_id: str, pauses: Sequence[float] = ()) -> Job:
+        """Return the job as it is; or, if it has not ended, as it is after each of the pauses, until it has."""
+        for pause in (*pauses, None):
             job = await self._inspection.find(job_id)
-            if job is None or job.status in OUTCOMES:
-                break
-        return job
+            if job is None:
+                raise JobNotFound(self.name, job_id)
+            if pause is None or job.status in OUTCOMES:
+                return job
+            await anyio.sleep(pause)
+        raise AssertionError("the last pause is None")
+
+
+def _result_of(job: Job) -> Any:
+    """Return what a job that has ended came to."""
+    if job.status is not State.COMPLETED:
+        raise JobFailed(job.job_id, job.status, job.last_error)
+    return job.result

@@ -649,11 +649,39 @@ async def test_wait_for_no_job_raises(queue: Queue) -> None:
         await queue.wait_for("missing", timeout=PATIENCE)
 
 
-async def test_wait_for_gives_up_in_time(queue: Queue) -> None:
+@pytest.mark.parametrize("timeout", [0.05, 0.001, 0, -1])
+async def test_wait_for_gives_up_in_time_and_harms_nobody(queue: Queue, timeout: float) -> None:
     job_id = await queue.add("echo")
-    with pytest.raises(TimeoutError):
-        await queue.wait_for(job_id, timeout=0.05)
-    assert await queue.get_job_state(job_id) == "waiting"
+    for _ in range(10):
+        with pytest.raises(TimeoutError):
+            await queue.wait_for(job_id, timeout=timeout)
+    with anyio.fail_after(PATIENCE):
+        assert await queue.get_job_state(job_id) == "waiting"
+        await run_jobs(queue)
+
+
+async def test_a_wait_that_is_cancelled_anywhere_harms_nobody(queue: Queue) -> None:
+    job_id = await queue.add("echo")
+    for steps in range(1, 25):
+        async with anyio.create_task_group() as group:
+            group.start_soon(queue.wait_for, job_id)
+            group.start_soon(queue.pause)
+            for _ in range(steps):
+                await anyio.lowlevel.checkpoint()
+            group.cancel_scope.cancel()
+    with anyio.fail_after(PATIENCE):
+        await queue.resume()
+        await run_jobs(queue)
+
+
+async def test_wait_for_0_s_looks_at_what_is_there(queue: Queue) -> None:
+    done, failed = await queue.add("echo", ["done"]), await queue.add("unknown")
+    await run_jobs(queue)
+    assert await queue.wait_for(done, timeout=0) == "done"
+    with pytest.raises(JobFailed):
+        await queue.wait_for(failed, timeout=0)
+    with pytest.raises(JobNotFound):
+        await queue.wait_for("unheard-of", timeout=0)
 
 
 async def test_wait_for_waits_through_retries(backend: Backend) -> None:
