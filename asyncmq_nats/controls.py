@@ -126,6 +126,8 @@ class WorkerRegistry:
         self._key = key + encode_token(worker)
         self._subscriptions: list[Subscription] = []
         self._since = 0.0
+        self._writing = anyio.Lock()
+        self._left = False
 
     async def enter(self) -> None:
         """Make the entry."""
@@ -135,17 +137,21 @@ class WorkerRegistry:
         await self.beat()
 
     async def beat(self) -> None:
-        """Renew the entry."""
+        """Renew the entry, unless it was removed."""
         entry = {"id": self._worker, "queue": self._subjects.queue, "concurrency": self._concurrency, "host": socket.gethostname()}
         entry |= {"pid": os.getpid(), "since": self._since, "running": self._running()[:100]}
-        await self._backend.write(self._log, Write(self._key, dump_json(entry), ttl=3 * self._backend.settings.heartbeat_interval))
+        async with self._writing:
+            if not self._left:
+                await self._backend.write(self._log, Write(self._key, dump_json(entry), ttl=3 * self._backend.settings.heartbeat_interval))
 
     async def leave(self) -> None:
-        """Remove the entry."""
+        """Remove the entry for good."""
         for subscription in self._subscriptions:
             await subscription.unsubscribe()
-        for record in await self._backend.last(self._log, self._key):
-            await self._backend.delete(self._log, record.sequence)
+        self._left = True
+        async with self._writing:  # what is on its way would be there after the removal
+            for record in await self._backend.last(self._log, self._key):
+                await self._backend.delete(self._log, record.sequence)
 
     async def listen(self, what: str, heard: Callable[[str], None]) -> None:
         """Call `heard` with the text of each signal of that kind."""

@@ -57,6 +57,17 @@ async def test_a_worker_that_stopped_is_not_listed(backend: Backend) -> None:
     assert await queue.list_workers() == []
 
 
+async def test_a_heartbeat_on_its_way_does_not_outlast_the_worker(backend: Backend) -> None:
+    for number in range(10):
+        worker = entry(backend, f"worker-{number}")
+        await worker.enter()
+        async with anyio.create_task_group() as group:
+            group.start_soon(worker.beat)
+            group.start_soon(worker.leave)
+            group.start_soon(worker.beat)
+    assert await list_workers(backend) == []
+
+
 async def test_a_heartbeat_renews_the_entry(backend: Backend) -> None:
     queue = make_queue(backend)
     async with running(queue):
