@@ -11,17 +11,15 @@ from asyncmq_nats.assets import QueueAssets
 from asyncmq_nats.backends.base import Backend, Expect, Write
 from asyncmq_nats.dependencies import Dependencies, delayed_write
 from asyncmq_nats.events import DUPLICATED
-from asyncmq_nats.exceptions import AssetMissing, InvalidFlow, PayloadTooLarge, WriteRefused
-from asyncmq_nats.jobs import Job
+from asyncmq_nats.exceptions import AssetMissing, InvalidFlow, WriteRefused
+from asyncmq_nats.jobs import Job, check_size
 from asyncmq_nats.patience import pause_after_refusal
 from asyncmq_nats.states import Place
-from asyncmq_nats.subjects import QueueSubjects, encode_token
+from asyncmq_nats.subjects import QueueSubjects, check_job_id, encode_token
 
-__all__ = ["BODY_RESERVE", "Additions"]
+__all__ = ["Additions"]
 
 BATCH: Final = 1000
-BODY_RESERVE: Final = 64 * 1024
-"""Room that a job must leave below the server's limit, for its result or its errors."""
 
 
 class Additions:
@@ -39,6 +37,7 @@ class Additions:
         """Store a new job where it belongs and return its id: the existing one if the producer chose an id that exists.
 
         Raises:
+            InvalidJobId: no record can be kept under its id.
             NotSerializable: an argument is not JSON.
             PayloadTooLarge: the job is too large for the server.
             Unconfirmed: it may or may not have been added.
@@ -192,12 +191,12 @@ class Additions:
         """Return the write that adds the job. `in_bucket`: also a job that could be run at once goes through the scheduler bucket.
 
         Raises:
-            NotSerializable, PayloadTooLarge: as for `add`.
+            InvalidJobId, NotSerializable, PayloadTooLarge: as for `add`.
         """
+        if job.custom_id:
+            check_job_id(job.job_id)
         token, body = encode_token(job.job_id), job.encode()
-        limit = self._backend.max_body - BODY_RESERVE
-        if len(body) > limit:
-            raise PayloadTooLarge(f"job {job.job_id!r} of task {job.task_id!r}", len(body), limit)
+        check_size(body, f"job {job.job_id!r} of task {job.task_id!r}", self._backend.max_body)
         nothing = Expect(self._subjects.later_all(token))
         if job.delay_until is not None:
             return delayed_write(self._subjects, token, body, (job.delay_until, self._backend.now()), nothing)

@@ -1,17 +1,19 @@
 """Many jobs at once: what a bulk entry means, and batches that are all or nothing."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
 import anyio
 
 from asyncmq_nats.additions import Additions
+from asyncmq_nats.deduplication import Window, take_window
 from asyncmq_nats.events import DUPLICATED
 from asyncmq_nats.exceptions import AsyncMQError, BulkAddFailed, WriteRefused
 from asyncmq_nats.jobs import Job
+from asyncmq_nats.parameters import build_job
 from asyncmq_nats.patience import pause_after_refusal
 
-__all__ = ["add_many", "checked_entry"]
+__all__ = ["add_many", "build_entries"]
 
 BATCH: Final = 1000
 BATCHES_UNDER_WAY: Final = 4
@@ -37,13 +39,28 @@ KEYS: Final = frozenset(
 )
 
 
-def checked_entry(entry: Mapping[str, Any], index: int) -> dict[str, Any]:
-    """Return the keyword arguments for `Queue.add` that one entry of `add_bulk` stands for.
+def build_entries(now: float, entries: Iterable[Mapping[str, Any]]) -> tuple[list[Job], dict[int, Window]]:
+    """Return the jobs that the entries of `add_bulk` stand for, and the deduplication windows by index. `now`: Unix seconds.
 
     Raises:
-        TypeError: it is not a mapping.
-        ValueError: its task is missing, or it has a key that means nothing.
+        ValueError, TypeError: an entry is malformed; what is wrong with a value says a note of the error in which entry.
     """
+    jobs: list[Job] = []
+    windows: dict[int, Window] = {}
+    for index, entry in enumerate(entries):
+        fields = _checked_entry(entry, index)
+        try:
+            window = take_window(fields)
+            jobs.append(build_job(now, **fields))
+        except (ValueError, TypeError) as error:
+            error.add_note(f"in job {index} of add_bulk")
+            raise
+        if window is not None:
+            windows[index] = window
+    return jobs, windows
+
+
+def _checked_entry(entry: Mapping[str, Any], index: int) -> dict[str, Any]:
     if not isinstance(entry, Mapping):
         raise TypeError(f"job {index} must be a mapping, not {type(entry).__name__}")
     unknown = sorted(str(key) for key in entry if key not in KEYS)
@@ -65,8 +82,12 @@ async def add_many(additions: Additions, jobs: Sequence[Job]) -> list[str]:
         BulkAddFailed: of more than 1,000, some batches were added and some were not; it says which.
         AsyncMQError: none was added.
     """
-    for job in jobs:
-        additions.first_write(job)  # nothing is sent before every job is known to be sound
+    for index, job in enumerate(jobs):
+        try:
+            additions.first_write(job)  # nothing is sent before every job is known to be sound
+        except (ValueError, TypeError) as error:
+            error.add_note(f"in job {index} of add_bulk")
+            raise
     size = BATCH // (1 + max((len(job.depends_on or ()) for job in jobs), default=0))  # each dependency is a write
     batches = [(first, jobs[first : first + size]) for first in range(0, len(jobs), size)]
     errors: dict[int, Exception] = {}

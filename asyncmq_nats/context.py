@@ -9,7 +9,8 @@ from typing import Any, Protocol
 from anyio import from_thread
 
 from asyncmq_nats.exceptions import InvalidFlow
-from asyncmq_nats.jobs import Backoff, Job, build_job
+from asyncmq_nats.jobs import Backoff, Job
+from asyncmq_nats.parameters import build_job
 
 __all__ = ["JobContext", "JobServices", "current_job", "running_job"]
 
@@ -115,7 +116,7 @@ class JobContext:
 
         Raises:
             InvalidFlow: it has 900 follow-ups already.
-            NotSerializable, InvalidJob: as for `Queue.add`.
+            NotSerializable, InvalidArgument: as for `Queue.add`.
         """
         if len(self.follow_ups) >= MOST_FOLLOW_UPS:
             raise InvalidFlow(f"a job can have {MOST_FOLLOW_UPS} follow-ups at most: add one that adds the others")

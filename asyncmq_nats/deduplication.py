@@ -45,7 +45,7 @@ def parse_window(window: Mapping[str, Any]) -> Window:
     """
     if not isinstance(window, Mapping):
         raise TypeError(f"deduplication must be a mapping with an 'id', not {type(window).__name__}")
-    unknown = sorted(set(window) - {"id", "ttl", "extend", "replace"})
+    unknown = sorted(str(key) for key in window.keys() - {"id", "ttl", "extend", "replace"})
     if unknown:
         raise ValueError(f"deduplication has unknown keys: {', '.join(unknown)} (known: id, ttl, extend, replace)")
     key, ttl = window.get("id"), window.get("ttl")

@@ -2,6 +2,7 @@
 
     AsyncMQError
     ├── InvalidQueueName (ValueError)        a name no queue can have
+    ├── InvalidArgument (ValueError, TypeError)  a value that a method does not take
     ├── InvalidJobId (ValueError)            a custom job id AsyncMQ would refuse
     ├── InvalidJob (ValueError)              bytes that are not a job of the wire format
     ├── InvalidFlow (ValueError)             jobs that cannot depend on each other like this
@@ -40,6 +41,7 @@ __all__ = [
     "ConnectionFailed",
     "ConnectionLost",
     "Fail",
+    "InvalidArgument",
     "InvalidFlow",
     "InvalidJob",
     "InvalidJobId",
@@ -73,6 +75,17 @@ def _restore(kind: type[AsyncMQError], args: tuple[Any, ...], state: dict[str, A
     error.args = args
     error.__dict__.update(state)
     return error
+
+
+class InvalidArgument(AsyncMQError, ValueError, TypeError):
+    """A value that a method does not take."""
+
+    def __init__(self, problem: str, value: object) -> None:
+        try:
+            shown = repr(value)
+        except Exception:  # that of a huge integer, or of the user's own class
+            shown = f"this {type(value).__name__}"
+        super().__init__(f"{problem}, not {shown if len(shown) <= 80 else shown[:80] + '…'}")
 
 
 class InvalidQueueName(AsyncMQError, ValueError):
@@ -204,13 +217,16 @@ class WriteRefused(BackendError):
 
 
 class Unconfirmed(BackendError, TimeoutError):
-    """No confirmation came before the deadline: the write may or may not have happened."""
+    """No answer came before the deadline: a write may or may not have happened."""
 
-    def __init__(self, what: str, seconds: float) -> None:
-        super().__init__(
-            f"{what} was not confirmed within {seconds:g} s: it may or may not have happened; "
-            "to make a repetition safe, give the job a job_id of your own"
-        )
+    def __init__(self, what: str, seconds: float, *, read: bool = False) -> None:
+        if read:
+            super().__init__(f"{what} was not answered within {seconds:g} s: is the server up, and has each stream a leader? Try again")
+        else:
+            super().__init__(
+                f"{what} was not confirmed within {seconds:g} s: it may or may not have happened; "
+                "to make a repetition safe, give the job a job_id of your own"
+            )
 
 
 class ConnectionFailed(BackendError, ConnectionError):

@@ -1,6 +1,7 @@
 """Every look into a queue. Counting costs the same for ten jobs and for ten million; lists are read page by page."""
 
 from collections.abc import AsyncIterator, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Final
@@ -91,12 +92,13 @@ class Inspection:
         counts[State.DELAYED] += early
 
     async def _consumer(self, log: str, name: str) -> ConsumerState:
-        state = await self._backend.look_up(log, name)
-        if state is None:  # counters are in memory and are made again
-            self._assets.forget()
-            await self._assets.declare_all()
-            state = await self._backend.look_up(log, name)
-        return state or NOTHING
+        with suppress(AssetMissing):
+            if (state := await self._backend.look_up(log, name)) is not None:
+                return state
+        # Counters are in memory and are made again. Nothing may have been declared at all.
+        self._assets.forget()
+        await self._assets.declare_all()
+        return await self._backend.look_up(log, name) or NOTHING
 
     # -- one job
 
@@ -159,7 +161,7 @@ class Inspection:
         try:
             data = load_json(record.body)
             data.setdefault("created_at", record.time)
-            return Job.from_dict(data | {"id": decode_token(token)} | known)
+            return _with_last_error(Job.from_dict(data | {"id": decode_token(token)} | known))
         except InvalidJob as problem:
             return new_job(task_id="?", job_id=decode_token(token), created_at=record.time, status=known["status"], last_error=str(problem))
 
@@ -259,3 +261,17 @@ class Inspection:
                     return found
                 index += 1
         return found
+
+
+def _with_last_error(job: Job) -> Job:
+    """Return a job that is to be tried again with what went wrong last, as one that has ended has it."""
+    if not job.errors or job.status in OUTCOMES:
+        return job
+    last = job.errors[-1]
+    at = last.get("at")
+    return replace(
+        job,
+        last_error=str(last.get("error", "")),
+        error_traceback=str(last.get("traceback", "")),
+        last_attempt=at if isinstance(at, int | float) else None,
+    )

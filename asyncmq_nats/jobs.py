@@ -1,30 +1,32 @@
 """`Job` and its wire format: one JSON object, the same for a job that waits and for its outcome (`docs/protocol.md`)."""
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from time import time
 from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import AliasChoices, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AliasChoices, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from asyncmq_nats.encoding import dump_json, find_non_finite
-from asyncmq_nats.exceptions import InvalidJob, InvalidJobId, NotSerializable
+from asyncmq_nats.exceptions import InvalidArgument, InvalidJob, InvalidJobId, NotSerializable, PayloadTooLarge
 from asyncmq_nats.states import State
+from asyncmq_nats.subjects import PRIORITIES, check_job_id
 
 __all__ = [
     "WIRE_VERSION",
     "Backoff",
     "Job",
     "JobHead",
-    "build_job",
+    "check_size",
     "new_job",
     "new_job_id",
     "validate_custom_job_id",
 ]
 
 WIRE_VERSION: Final = 1
+RESERVE: Final = 64 * 1024
 LATEST: Final = 250_000_000_000.0
 """No time is later than the year 9892."""
 
@@ -40,7 +42,7 @@ def validate_custom_job_id(job_id: object) -> str:
 
     Raises:
         TypeError: it is no string (`InvalidJobId` is a `ValueError`; AsyncMQ raises `TypeError` here).
-        InvalidJobId: it is empty, has digits only, or has a colon.
+        InvalidJobId: it is empty, has digits only or a colon, or is longer than 200 bytes.
     """
     if not isinstance(job_id, str):
         raise TypeError(f"job_id must be a str, not {type(job_id).__name__}")
@@ -50,9 +52,21 @@ def validate_custom_job_id(job_id: object) -> str:
         raise InvalidJobId(job_id, "it has digits only: put a word before it")
     if ":" in job_id:
         raise InvalidJobId(job_id, "it has a ':'")
+    check_job_id(job_id)
     if len(job_id.encode()) > 200:
         raise InvalidJobId(job_id[:40] + "…", "it is longer than 200 bytes")
     return job_id
+
+
+def check_size(body: bytes, what: str, max_body: int) -> None:
+    """Refuse a new job that leaves no room in a message of `max_body` bytes for its result or its errors: 64 KiB, or an eighth.
+
+    Raises:
+        PayloadTooLarge: it is too large.
+    """
+    limit = max_body - min(RESERVE, max_body // 8)
+    if len(body) > limit:
+        raise PayloadTooLarge(what, len(body), limit)
 
 
 @dataclass(frozen=True, slots=True, config=ConfigDict(extra="forbid"))
@@ -103,7 +117,7 @@ class JobHead:
         return head
 
 
-@dataclass(frozen=True, config=ConfigDict(extra="ignore"))
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))  # in the constructor; what is read may have more
 class Job:
     """One job, and how far it is. Times are Unix seconds, durations seconds.
 
@@ -119,9 +133,13 @@ class Job:
     max_retries: int = Field(default=3, ge=0)
     backoff: Annotated[float, Field(ge=0, allow_inf_nan=False)] | Backoff | None = 1.5
     ttl: float | None = Field(default=None, ge=0, allow_inf_nan=False)
-    job_id: str = Field(default_factory=new_job_id, validation_alias=AliasChoices("id", "job_id"), min_length=1)
-    created_at: float = Field(default_factory=time, allow_inf_nan=False)
-    priority: int = 5
+    job_id: Annotated[str, BeforeValidator(lambda value: new_job_id() if value is None else value)] = Field(
+        default_factory=new_job_id, validation_alias=AliasChoices("id", "job_id"), min_length=1
+    )
+    created_at: Annotated[float, BeforeValidator(lambda value: time() if value is None else value)] = Field(
+        default_factory=time, allow_inf_nan=False
+    )
+    priority: int = Field(default=5, gt=-PRIORITIES, lt=PRIORITIES)
     repeat_every: float | str | None = None
     depends_on: list[str] | None = None
     deduplication: dict[str, Any] | None = None
@@ -256,57 +274,19 @@ def new_job(**fields: Any) -> Job:
     """Return a job of these fields.
 
     Raises:
-        InvalidJob: a value is of the wrong kind; the message names it.
+        InvalidArgument: a value is of the wrong kind; the message names it, as `Queue.add` does.
     """
-    job: Job = _validate(JOBS.validate_python, fields)  # a quarter of what `Job(**fields)` takes
+    try:
+        job: Job = JOBS.validate_python(fields)  # a quarter of what `Job(**fields)` takes
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        first, *rest = problem["loc"]
+        where = ".".join(str(part) for part in (NAMES_IN_ADD.get(str(first), first), *rest))
+        raise InvalidArgument(f"{where}: {problem['msg']}", problem["input"]) from None
     return job
 
 
-def build_job(
-    now: float,
-    *,
-    task_id: str,
-    args: Sequence[Any] | None = None,
-    kwargs: Mapping[str, Any] | None = None,
-    retries: int = 0,
-    ttl: float | None = None,
-    backoff: float | Backoff | None = None,
-    priority: int = 5,
-    delay: float | None = None,
-    job_id: str | None = None,
-    timeout: float | None = None,
-    depends_on: Sequence[str] | None = None,
-    on_parent_failure: str = "wait",
-    repeat_every: float | None = None,
-) -> Job:
-    """Return a new job from the parameters of `Queue.add`. `now`: Unix seconds.
-
-    Raises:
-        InvalidJob: a value is of the wrong kind; the message names it.
-        TypeError: the job_id is no string.
-        InvalidJobId: it is outside AsyncMQ's rules.
-    """
-    if isinstance(depends_on, str):
-        depends_on = [depends_on]
-    return new_job(
-        task_id=task_id,
-        args=list(args or ()),
-        kwargs=dict(kwargs or {}),
-        max_retries=retries,
-        backoff=backoff,
-        ttl=ttl,
-        timeout=timeout,
-        job_id=new_job_id() if job_id is None else validate_custom_job_id(job_id),
-        created_at=now,
-        priority=priority,
-        delay_until=None if delay is None or delay <= 0 else now + delay,
-        custom_id=job_id is not None,
-        depends_on=list(depends_on) if depends_on else None,
-        on_parent_failure=on_parent_failure,
-        repeat_every=repeat_every,
-    )
-
-
+NAMES_IN_ADD: Final = {"max_retries": "retries", "delay_until": "delay", "task": "task_id", "id": "job_id"}
 HEADS: Final = TypeAdapter(JobHead).validator
 JOBS: Final = TypeAdapter(Job).validator
 DICT_FIELDS: Final = (
@@ -332,9 +312,9 @@ OPTIONAL_FIELDS: Final[tuple[tuple[str, Any], ...]] = (
 """Those that are left out when they have their default."""
 
 
-def _validate(validate: Callable[[Any], Any], value: Any) -> Any:
+def _validate(validate: Callable[..., Any], value: Any) -> Any:
     try:
-        return validate(value)
+        return validate(value, extra="ignore")
     except ValidationError as error:
         raise InvalidJob(_first_problem(error)) from None
 

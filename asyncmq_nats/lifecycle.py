@@ -24,7 +24,7 @@ from asyncmq_nats.patience import pause_after_refusal
 from asyncmq_nats.retries import Failure, add_failure
 from asyncmq_nats.schedules import parse_every
 from asyncmq_nats.states import OUTCOMES, Place, State
-from asyncmq_nats.subjects import QueueSubjects, decode_token, encode_token
+from asyncmq_nats.subjects import LONGEST_TOKEN, QueueSubjects, decode_token, encode_token, fit_token, is_token
 
 __all__ = ["Lifecycle"]
 
@@ -67,6 +67,8 @@ class Lifecycle:
             InvalidJob: the message is not a job; `reject` it.
         """
         body, token = delivery.body, delivery.subject.rpartition(".")[2]
+        if not is_token(token):
+            raise InvalidJob(f"its id, the last token of its subject, must be UTF-8 and at most {LONGEST_TOKEN:,} bytes")
         if body.startswith(OUR_JOBS):
             try:
                 return Attempt(delivery, token, JobHead.decode(body), body=body)
@@ -200,7 +202,7 @@ class Lifecycle:
 
     async def reject(self, delivery: Delivery, problem: InvalidJob) -> None:
         """Record a message that is not a job as failed, with what it was, so that it is neither lost nor delivered for ever."""
-        token = delivery.subject.rpartition(".")[2]
+        token = fit_token(delivery.subject.rpartition(".")[2])
         now = self._backend.now()
         record = {
             "v": 1, "id": decode_token(token), "task": "?", "created_at": delivery.time, "status": State.FAILED, "last_error": str(problem),
@@ -211,7 +213,7 @@ class Lifecycle:
         try:
             await self._backend.write(self._subjects.bucket_log, write)
         except WriteRefused:
-            logger.warning("%s: not a job, and there is an outcome already: dropped", delivery.subject)
+            logger.warning("%.200r: not a job, and there is an outcome already: dropped", delivery.subject)
         delivery.ack()
 
     def _completed(self, attempt: Attempt, result: Any) -> Write:

@@ -23,7 +23,7 @@ from asyncmq_nats.exceptions import AsyncMQError, InvalidJob, WriteRefused
 from asyncmq_nats.jobs import Job
 from asyncmq_nats.repeatables import Repeatables
 from asyncmq_nats.states import Place
-from asyncmq_nats.subjects import PROMOTER, QueueSubjects, decode_token
+from asyncmq_nats.subjects import PROMOTER, QueueSubjects, decode_token, fit_token, is_token
 
 __all__ = ["Promoter"]
 
@@ -146,10 +146,10 @@ class Promoter:
                 else:
                     await self._promote(delivery, kept=kept)
             except InvalidJob as problem:
-                logger.error("%s: %s", delivery.subject, problem)
+                logger.error("%.200r: %s", delivery.subject, problem)
                 await self._pass_on(delivery)
         except AsyncMQError as error:
-            logger.warning("%s: not promoted now, tried again: %s", delivery.subject, error)
+            logger.warning("%.200r: not promoted now, tried again: %s", delivery.subject, error)
             delivery.nak(1.0)
 
     async def _fire(self, delivery: Delivery) -> None:
@@ -166,6 +166,8 @@ class Promoter:
             delivery.ack()
             return
         token = self._subjects.token(delivery.subject)
+        if not is_token(token):
+            raise InvalidJob("its key has no token that can be an id")
         job = Job.decode(delivery.body, job_id=decode_token(token), created_at=delivery.time)
         doubtful = kept or delivery.deliveries > 1 or job.order > (0, 0) or job.custom_id
         if doubtful and not await self._is_current(delivery, token):
@@ -183,7 +185,7 @@ class Promoter:
     async def _pass_on(self, delivery: Delivery) -> None:
         """Make ready what is not a job, for a worker to record as failed, so that it is not lost. A tick that is malformed goes."""
         if not self._subjects.is_fire(delivery.subject):
-            token = self._subjects.token(delivery.subject)
+            token = fit_token(self._subjects.token(delivery.subject))
             subject = self._subjects.ready(DEFAULT_PRIORITY, token)
             write = Write(subject, delivery.body, Expect(self._subjects.ready_any(token)))
             with suppress(WriteRefused):  # it was passed on before

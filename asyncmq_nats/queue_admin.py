@@ -3,6 +3,8 @@
 from functools import partial
 
 from asyncmq_nats.backends.base import Backend
+from asyncmq_nats.exceptions import InvalidArgument
+from asyncmq_nats.parameters import checked_number, checked_seconds
 from asyncmq_nats.patience import look_for
 from asyncmq_nats.queue_base import QueueBase
 from asyncmq_nats.states import State
@@ -16,6 +18,12 @@ async def list_queues(backend: Backend) -> list[str]:
     return [name.removeprefix(prefix) for name in await backend.list_logs(prefix)]
 
 
+def _checked_state(state: str) -> State:
+    if state not in set(State):
+        raise InvalidArgument(f"state must be one of {', '.join(State)}", state)
+    return State(state)
+
+
 class QueueAdmin(QueueBase):
     """Cleaning up, and deduplication."""
 
@@ -27,15 +35,17 @@ class QueueAdmin(QueueBase):
             older_than: only those that came to that state before, in Unix seconds: for outcomes, that ended before.
 
         Raises:
-            ValueError: there is no such state.
+            InvalidArgument: there is no such state, or `older_than` is no number.
         """
+        wanted, before = _checked_state(state), None if older_than is None else checked_seconds(older_than, "older_than")
         await self._assets.declare()
-        await self._administration.clean(State(state), older_than)
+        await self._administration.clean(wanted, before)
 
     async def clean_jobs(self, grace: float, limit: int = 0, state: str = State.COMPLETED) -> list[str]:
         """Remove the jobs that came to a state more than `grace` seconds ago, at most `limit` (0: all), and return their ids."""
+        wanted, seconds, most = _checked_state(state), checked_seconds(grace, "grace"), checked_number(limit, "limit")
         await self._assets.declare()
-        return await self._administration.clean_jobs(State(state), self.backend.now() - grace, limit)
+        return await self._administration.clean_jobs(wanted, self.backend.now() - seconds, most)
 
     async def remove_job(self, job_id: str) -> bool:
         """Remove a job in any state, unless it runs. Return whether it was removed. Jobs that depend on it go on waiting."""

@@ -7,8 +7,10 @@ from asyncmq_nats.backends import default_backend
 from asyncmq_nats.backends.base import Backend
 from asyncmq_nats.controls import Controls
 from asyncmq_nats.deduplication import Deduplicator
+from asyncmq_nats.exceptions import InvalidArgument
 from asyncmq_nats.hooks import Hooks
 from asyncmq_nats.inspection import Inspection
+from asyncmq_nats.parameters import checked_number, checked_seconds
 from asyncmq_nats.registry import TASK_REGISTRY, TaskRegistry
 from asyncmq_nats.repeatables import Definition, Repeatables
 from asyncmq_nats.subjects import QueueSubjects
@@ -30,12 +32,14 @@ class QueueBase:
         *,
         registry: TaskRegistry = TASK_REGISTRY,
     ) -> None:
-        if rate_limit is not None and (rate_limit < 0 or rate_interval <= 0):
-            raise ValueError(f"rate_limit must be 0 or more and rate_interval above 0, not {rate_limit} and {rate_interval}")
+        if backend is not None and not callable(getattr(backend, "declare_log", None)):
+            raise InvalidArgument("backend must be a backend, such as NATSBackend('nats://localhost:4222')", backend)
+        if checked_seconds(rate_interval, "rate_interval") <= 0:
+            raise InvalidArgument("rate_interval must be above 0 s", rate_interval)
         self.name = name
         self.backend = backend if backend is not None else default_backend()
-        self.concurrency = concurrency
-        self.rate_limit = rate_limit
+        self.concurrency = checked_number(concurrency, "concurrency", 1)
+        self.rate_limit = rate_limit if rate_limit is None else checked_number(rate_limit, "rate_limit")
         self.rate_interval = rate_interval
         self.scan_interval = self.backend.settings.scan_interval if scan_interval is None else scan_interval
         self._subjects = QueueSubjects(self.backend.settings.prefix, name)

@@ -5,6 +5,7 @@ from typing import TypeVar
 
 from asyncmq_nats.controls import WorkerInfo, list_workers
 from asyncmq_nats.hooks import Hook
+from asyncmq_nats.parameters import checked_seconds
 from asyncmq_nats.patience import look_for
 from asyncmq_nats.queue_base import QueueBase
 from asyncmq_nats.states import State
@@ -25,7 +26,7 @@ class QueueControls(QueueBase):
         Args:
             until: Unix seconds at which the queue goes on by itself.
         """
-        await self._controls.pause(until)
+        await self._controls.pause(until if until is None else checked_seconds(until, "until"))
 
     async def resume(self) -> None:
         """Let a paused queue go on, at once (AsyncMQ `Queue.resume`)."""

@@ -7,6 +7,7 @@ from typing import Any
 from asyncmq_nats.assets import DEFAULT_PRIORITY
 from asyncmq_nats.inspection import DelayedInfo
 from asyncmq_nats.jobs import Backoff
+from asyncmq_nats.parameters import checked_number
 from asyncmq_nats.patience import look_for
 from asyncmq_nats.queue_base import QueueBase
 from asyncmq_nats.repeatables import RepeatableInfo, make_definition, repeatable_id
@@ -22,11 +23,13 @@ class QueueDelays(QueueBase):
 
     async def list_delayed(self, *, limit: int | None = None) -> list[DelayedInfo]:
         """Return the delayed jobs, in the order in which they were delayed: all of them, or the first `limit`."""
-        jobs = await self._inspection.slice([State.DELAYED], 0, -1 if limit is None else limit - 1, ascending=True) if limit != 0 else []
+        last = -1 if limit is None else checked_number(limit, "limit") - 1
+        jobs = await self._inspection.slice([State.DELAYED], 0, last, ascending=True) if limit != 0 else []
         return [DelayedInfo(job.job_id, job.delay_until or job.created_at, job.to_dict()) for job in jobs]
 
     async def remove_delayed(self, job_id: str) -> bool:
         """Remove a delayed job. Return whether it was still delayed."""
+        await self._assets.declare()
         return await look_for(partial(self._administration.remove_delayed, job_id))
 
     async def get_due_delayed(self) -> list[dict[str, Any]]:
@@ -119,11 +122,15 @@ class QueueDelays(QueueBase):
 
     async def remove_repeatable(self, job_def: Mapping[str, Any] | str) -> bool:
         """Remove a repeatable, given as its `job_def` or by name. Return whether it was there. Jobs it has added stay."""
-        return await self._repeatables.remove(repeatable_id(job_def))
+        rid = repeatable_id(job_def)
+        await self._assets.declare()
+        return await self._repeatables.remove(rid)
 
     async def pause_repeatable(self, job_def: Mapping[str, Any] | str) -> bool:
         """Have a repeatable add no more jobs. Return whether it was there."""
-        return await self._repeatables.pause(repeatable_id(job_def))
+        rid = repeatable_id(job_def)
+        await self._assets.declare()
+        return await self._repeatables.pause(rid)
 
     async def resume_repeatable(self, job_def: Mapping[str, Any] | str) -> float:
         """Let a paused repeatable go on, and return its next run in Unix seconds.
@@ -131,4 +138,6 @@ class QueueDelays(QueueBase):
         Raises:
             KeyError: there is no such repeatable (as AsyncMQ).
         """
-        return await self._repeatables.resume(repeatable_id(job_def))
+        rid = repeatable_id(job_def)
+        await self._assets.declare()
+        return await self._repeatables.resume(rid)

@@ -1,6 +1,7 @@
 """The methods of `Queue` that look: counts, single jobs, lists, waiting for a result."""
 
 import logging
+import math
 from collections.abc import AsyncIterator, Sequence
 from typing import Any, Final
 
@@ -10,6 +11,7 @@ from asyncmq_nats.backends.base import Signal
 from asyncmq_nats.events import Event, read_event
 from asyncmq_nats.exceptions import JobFailed, JobNotFound
 from asyncmq_nats.jobs import Job
+from asyncmq_nats.parameters import checked_number, checked_seconds
 from asyncmq_nats.patience import LAG
 from asyncmq_nats.queue_base import QueueBase
 from asyncmq_nats.states import COUNT_BUCKETS, JOB_STATES, OUTCOMES, Bucket, State
@@ -65,7 +67,8 @@ class QueueReads(QueueBase):
 
     async def list_jobs(self, state: str, *, limit: int | None = None) -> list[dict[str, Any]]:
         """Return the jobs in a state, oldest first: all of them, or the first `limit`. An unknown state has none (as AsyncMQ)."""
-        return await self.get_jobs([state], end=-1 if limit is None else limit - 1, asc=True) if limit != 0 else []
+        last = -1 if limit is None else checked_number(limit, "limit") - 1
+        return await self.get_jobs([state], end=last, asc=True) if limit != 0 else []
 
     async def get_jobs(
         self, types: Sequence[str] | str | None = None, *, start: int = 0, end: int = -1, asc: bool = False
@@ -142,7 +145,7 @@ class QueueReads(QueueBase):
             JobNotFound: there is no such job.
             TimeoutError: it has not ended within `timeout` seconds; with 0 or less: it has not ended.
         """
-        if timeout is not None and timeout <= 0:
+        if timeout not in (None, math.inf) and checked_seconds(timeout, "timeout") <= 0:
             job = await self._look_at_end(job_id)
             if job.status in OUTCOMES:
                 return _result_of(job)

@@ -12,18 +12,17 @@ import anyio
 from anyio.abc import TaskStatus
 
 from asyncmq_nats.assets import DEFAULT_PRIORITY
-from asyncmq_nats.bulk import add_many, checked_entry
-from asyncmq_nats.deduplication import parse_window, take_window
-from asyncmq_nats.jobs import Backoff, Job, build_job
+from asyncmq_nats.bulk import add_many, build_entries
+from asyncmq_nats.deduplication import parse_window
+from asyncmq_nats.jobs import Backoff, Job
+from asyncmq_nats.parameters import build_job, checked_mapping, checked_seconds, job_of_payload
 from asyncmq_nats.queue_admin import QueueAdmin, list_queues
 from asyncmq_nats.queue_controls import QueueControls
 from asyncmq_nats.queue_delays import QueueDelays
 from asyncmq_nats.queue_reads import QueueReads
 from asyncmq_nats.rate_limiter import Limit
 from asyncmq_nats.runner import Runner
-from asyncmq_nats.schedules import parse_every
 from asyncmq_nats.serving import import_tasks, run_program, run_until_signalled
-from asyncmq_nats.states import State
 
 __all__ = ["Queue", "list_queues"]
 
@@ -92,12 +91,11 @@ class Queue(QueueReads, QueueDelays, QueueControls, QueueAdmin):
             JobNotFound: a job that it depends on is not in this queue.
             NotSerializable: an argument is not JSON; the message names it.
             PayloadTooLarge: the job does not fit into a message.
-            InvalidJob: a value is of the wrong kind.
+            InvalidArgument: a value is of the wrong kind; the message names it.
             TypeError, InvalidJobId: the job_id is outside AsyncMQ's rules.
-            ValueError: `repeat_every` is shorter than 0.05 s.
             Unconfirmed: no confirmation within `publish_timeout`; the job may or may not have been added.
         """
-        await self._assets.declare()
+        await self.backend.connect()
         job = build_job(
             self.backend.now(),
             task_id=task_id,
@@ -112,12 +110,13 @@ class Queue(QueueReads, QueueDelays, QueueControls, QueueAdmin):
             timeout=timeout,
             depends_on=depends_on,
             on_parent_failure=on_parent_failure,
-            repeat_every=None if repeat_every is None else parse_every(repeat_every),
+            repeat_every=repeat_every,
         )
-        window = deduplication if deduplication is not None else debounce
-        if window is not None:
-            return await self._deduplicator.add(job, parse_window(window))
-        return await self._additions.add(job)
+        given = deduplication if deduplication is not None else debounce
+        window = None if given is None else parse_window(given)
+        job.encode()  # nothing is declared for what cannot be sent
+        await self._assets.declare()
+        return await (self._additions.add(job) if window is None else self._deduplicator.add(job, window))
 
     async def add_bulk(self, jobs: Iterable[Mapping[str, Any]]) -> list[str]:
         """Add many jobs and return their ids in order (AsyncMQ `Queue.add_bulk`).
@@ -129,11 +128,10 @@ class Queue(QueueReads, QueueDelays, QueueControls, QueueAdmin):
             ValueError, TypeError: an entry is malformed; nothing was added.
             BulkAddFailed: of more than 1,000, some were added and some were not; it says which.
         """
-        await self._assets.declare()
-        now, entries = self.backend.now(), [checked_entry(entry, index) for index, entry in enumerate(jobs)]
-        windows = {index: window for index, entry in enumerate(entries) if (window := take_window(entry)) is not None}
-        built = [build_job(now, **entry) for entry in entries]
+        await self.backend.connect()
+        built, windows = build_entries(self.backend.now(), jobs)
         ids = [job.job_id for job in built]
+        await self._assets.declare()
         await add_many(self._additions, [job for index, job in enumerate(built) if index not in windows])
         for index, window in windows.items():
             ids[index] = await self._deduplicator.add(built[index], window)
@@ -145,12 +143,14 @@ class Queue(QueueReads, QueueDelays, QueueControls, QueueAdmin):
         With an `id` it is idempotent, like `add` with a `job_id`.
 
         Raises:
-            InvalidJob: the dict has no task, or a value of the wrong kind.
+            InvalidArgument: it is no dict, has no task, or a value of the wrong kind.
+            InvalidJobId: no record can be kept under its id.
         """
+        await self.backend.connect()
+        job = job_of_payload(payload, self.backend.now())
+        job.encode()
         await self._assets.declare()
-        fields = {"max_retries": payload.get("retries", 0), "backoff": None, "created_at": self.backend.now()} | dict(payload)
-        fields |= {"retries": 0, "status": State.WAITING, "custom_id": payload.get("id", payload.get("job_id")) is not None}
-        return await self._additions.add(Job.from_dict(fields))
+        return await self._additions.add(job)
 
     async def send(self, payload: Mapping[str, Any]) -> str:
         """Same as `enqueue`."""
@@ -158,7 +158,7 @@ class Queue(QueueReads, QueueDelays, QueueControls, QueueAdmin):
 
     async def enqueue_delayed(self, payload: Mapping[str, Any], run_at: float) -> str:
         """Add a job given as a dict that runs at `run_at`, in Unix seconds (AsyncMQ `Queue.enqueue_delayed`)."""
-        return await self.enqueue(dict(payload) | {"delay_until": run_at})
+        return await self.enqueue(checked_mapping(payload, "a job") | {"delay_until": checked_seconds(run_at, "run_at")})
 
     async def delay(self, payload: Mapping[str, Any], run_at: float | None = None) -> str:
         """`enqueue`, or with a `run_at` `enqueue_delayed`."""

@@ -13,9 +13,10 @@ from pydantic.errors import PydanticUserError
 
 from asyncmq_nats.context import JobContext
 from asyncmq_nats.exceptions import TaskNotFound
-from asyncmq_nats.jobs import Backoff, JobHead
+from asyncmq_nats.jobs import Backoff, JobHead, new_job
 from asyncmq_nats.processes import run_in_process
 from asyncmq_nats.retries import BackoffFunction
+from asyncmq_nats.subjects import check_queue_name
 
 __all__ = ["TASK_REGISTRY", "RegisteredTask", "TaskRegistry"]
 
@@ -89,8 +90,9 @@ class TaskRegistry(Mapping[str, RegisteredTask]):
         """Add a function under its name, or `module.function`.
 
         Raises:
-            ValueError: another function has that name already.
+            ValueError: another function has that name already, or what its jobs get is not valid.
         """
+        check_queue_name(queue)
         is_async = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None))  # noqa: B004
         if process and (progress or is_async):
             raise ValueError(f"{function.__qualname__}: process=True is for sync functions, and without progress")
@@ -99,17 +101,19 @@ class TaskRegistry(Mapping[str, RegisteredTask]):
         known = self._tasks.get(task_id)
         if known is not None and not _is_same(known.function, function):
             raise ValueError(f"task {task_id!r} is registered already, for {known.function!r}: give one of them a name= of its own")
+        backoff_function = backoff if callable(backoff) else None
+        job = new_job(task_id=task_id, max_retries=retries, ttl=ttl, timeout=timeout, backoff=None if backoff_function else backoff)
         entry = RegisteredTask(
             id=task_id,
             function=function,
             call=_validated(function),
             is_async=is_async,
             queue=queue,
-            retries=retries,
-            ttl=ttl,
-            backoff=None if callable(backoff) else backoff,
-            backoff_function=backoff if callable(backoff) else None,
-            timeout=timeout,
+            retries=job.max_retries,
+            ttl=job.ttl,
+            backoff=job.backoff,
+            backoff_function=backoff_function,
+            timeout=job.timeout,
             progress=progress,
             process=process,
             names=_positional_names(function),

@@ -16,11 +16,12 @@ from pydantic.dataclasses import dataclass as validated
 from asyncmq_nats.assets import QueueAssets
 from asyncmq_nats.backends.base import Backend, Delivery, Expect, Record, Timer, Write
 from asyncmq_nats.encoding import dump_json, load_json
-from asyncmq_nats.exceptions import WriteRefused
-from asyncmq_nats.jobs import Job, new_job
+from asyncmq_nats.exceptions import InvalidArgument, WriteRefused
+from asyncmq_nats.jobs import Job, check_size, new_job
+from asyncmq_nats.parameters import checked_args, checked_mapping
 from asyncmq_nats.schedules import Schedule, definition_id, make_schedule, missed_ticks, next_run, next_run_after
 from asyncmq_nats.states import Place
-from asyncmq_nats.subjects import QueueSubjects, encode_token
+from asyncmq_nats.subjects import QueueSubjects, encode_token, is_token
 
 __all__ = ["Definition", "RepeatableInfo", "Repeatables", "make_definition", "repeatable_id"]
 
@@ -92,13 +93,14 @@ def make_definition(
     Raises:
         ValueError: the schedule is malformed.
         NotSerializable: an argument is not JSON.
-        InvalidJob: another value is of the wrong kind.
+        InvalidArgument: another value is of the wrong kind.
     """
     schedule = make_schedule(every, cron, timezone)
-    if name is not None and not 0 < len(str(name)) <= 100:
-        raise ValueError(f"name must be a text of 1 to 100 characters, not {name!r}")
+    if name is not None and not (type(name) is str and len(name) <= 100 and is_token(name)):
+        raise InvalidArgument("name must be a text of 1 to 100 characters", name)
     fields = {key: value for key, value in job.items() if value is not None}
-    sample = new_job(task_id=task_id, args=list(args or ()), kwargs=dict(kwargs or {}), **_job_fields(fields))
+    given = {"args": checked_args(args, "args"), "kwargs": {} if kwargs is None else checked_mapping(kwargs, "kwargs")}
+    sample = new_job(task_id=task_id, **given, **_job_fields(fields))
     plain = load_json(sample.encode())
     described = {"task_id": task_id, "args": plain["args"], "kwargs": plain["kwargs"], "job": load_json(dump_json(fields))}
     rid = name or definition_id(described | {"every": schedule.every, "cron": schedule.cron, "timezone": schedule.timezone})
@@ -109,10 +111,11 @@ def repeatable_id(job_def: Mapping[str, Any] | str) -> str:
     """Return the id of a repeatable that is given by its name, or by a dict: that of `RepeatableInfo`, or the parameters it was made of.
 
     Raises:
-        ValueError: the dict describes no repeatable.
+        ValueError: the dict describes no repeatable; `InvalidArgument`, it is neither.
     """
     if isinstance(job_def, str):
         return job_def
+    job_def = checked_mapping(job_def, "a repeatable, if it is not its name,")
     if job_def.get("id") or job_def.get("name"):
         return str(job_def.get("id") or job_def["name"])
     fields = dict(job_def)
@@ -149,7 +152,13 @@ class Repeatables:
         self._log = subjects.bucket_log
 
     async def upsert(self, definition: Definition) -> float:
-        """Store a definition and return its next run. The same one again changes nothing: neither its series nor a pause."""
+        """Store a definition and return its next run. The same one again changes nothing: neither its series nor a pause.
+
+        Raises:
+            PayloadTooLarge: its jobs are too large for the server.
+        """
+        sample = self.job_of(definition, self._backend.now()).encode()
+        check_size(sample, f"the repeated job of task {definition.task_id!r}", self._backend.max_body)
         while True:
             records = await self._read(definition.rid)
             stored = self._definition_in(records)

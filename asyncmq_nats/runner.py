@@ -28,6 +28,7 @@ from asyncmq_nats.events import STARTED, event_emitter, read_event
 from asyncmq_nats.exceptions import (
     AsyncMQError,
     ConnectionLost,
+    InvalidArgument,
     InvalidJob,
     JobNotFound,
     NotSerializable,
@@ -51,7 +52,7 @@ __all__ = ["Runner", "new_worker_id"]
 
 logger = logging.getLogger(__name__)
 
-UNSOUND: Final = (NotSerializable, PayloadTooLarge, JobNotFound, InvalidJob, TooManyPriorities)
+UNSOUND: Final = (NotSerializable, PayloadTooLarge, JobNotFound, InvalidArgument, InvalidJob, TooManyPriorities)
 """What is wrong with a result or a follow-up."""
 FAREWELL: Final = 5.0
 """How long each step of stopping may take that needs the server: it may be gone."""
@@ -251,7 +252,7 @@ class Runner:
             try:
                 await self._execute(delivery, slot)
             except AsyncMQError as error:
-                logger.error("%s: not run now, it will be delivered again: %s", delivery.subject, error)
+                logger.error("%.200r: not run now, it will be delivered again: %s", delivery.subject, error)
                 delivery.abandon()
             except anyio.get_cancelled_exc_class():  # the worker ends
                 delivery.abandon()
@@ -279,7 +280,7 @@ class Runner:
             await self._start(attempt, slot)
 
     async def _reject(self, delivery: Delivery, problem: InvalidJob) -> None:
-        logger.error("%s: %s", delivery.subject, problem)
+        logger.error("%.200r: %s", delivery.subject, problem)
         await self._lifecycle.reject(delivery, problem)
 
     async def _start(self, attempt: Attempt, slot: "asyncio.Task[Any]") -> None:

@@ -23,6 +23,8 @@ SHORTEST: Final = 0.05
 LONGEST: Final = 100 * 365 * 86_400.0
 RANDOM: Final = re.compile(r"(?:^|,)[HR]", re.IGNORECASE)
 """Croniter's own `H` and `R`: each worker would read something else in them."""
+ONE_VALUE: Final = re.compile(r"(?<![\w-])(\w+)-(\w+)(?:/\d+)?(?![\w-])")
+"""A range, with its step, that may be of one value."""
 MOST_MISSED: Final = 400
 LARGEST_CHANGE: Final = 3 * 3600.0
 """No clock is set forward or back by more."""
@@ -112,15 +114,24 @@ def check_cron(expression: str) -> None:
         try:
             if RANDOM.search(field[0]):
                 raise ValueError("nothing random is known here")
-            croniter(" ".join(alone), datetime(2024, 1, 1))
+            _times(" ".join(alone), datetime(2024, 1, 1))
         except (CroniterError, ValueError, KeyError) as error:
             pointer = _point_at(expression, field.start(), field.end())
             raise ValueError(f"cron {expression!r}: {field[0]!r} is not a valid {FIELDS[index]} ({error}){pointer}") from None
     try:
-        croniter(expression, datetime(2024, 1, 1)).get_next(datetime)
+        _times(expression, datetime(2024, 1, 1)).get_next(datetime)
     except CroniterBadDateError:
         pointer = _point_at(expression, fields[2].start(), fields[4].end())
         raise ValueError(f"cron {expression!r} never comes true: no such date exists{pointer}") from None
+
+
+def _times(expression: str, start: datetime) -> croniter:
+    """Return the times of an expression. Croniter takes a range of one value, such as `5-5`, for every value."""
+    return croniter(ONE_VALUE.sub(lambda match: match[1] if _is_same(match[1], match[2]) else match[0], expression), start)
+
+
+def _is_same(one: str, other: str) -> bool:
+    return int(one) == int(other) if one.isdecimal() and other.isdecimal() else one.lower() == other.lower()
 
 
 def _point_at(text: str, start: int, end: int) -> str:
@@ -170,7 +181,7 @@ def _next_cron(expression: str, zone: ZoneInfo, after: float) -> float:
 
 
 def _first_after(expression: str, wall: datetime, zone: ZoneInfo, after: float, *, twice: bool) -> float:
-    times = croniter(expression, wall)
+    times = _times(expression, wall)
     first, shown = math.inf, datetime.max
     while True:
         candidate: datetime = times.get_next(datetime)
@@ -192,7 +203,7 @@ def _moments(wall: datetime, zone: ZoneInfo, *, twice: bool) -> list[float]:
 def _zone(name: str) -> ZoneInfo:
     try:
         return ZoneInfo(name)
-    except (ZoneInfoNotFoundError, ValueError, IsADirectoryError):
+    except (ZoneInfoNotFoundError, ValueError, TypeError, OSError):
         advice = "use an IANA name such as 'Europe/Berlin' (and pip install tzdata where the system has none)"
         raise ValueError(f"time zone {name!r} is unknown: {advice}") from None
 

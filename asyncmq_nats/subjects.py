@@ -1,27 +1,83 @@
 """Every subject, key, asset name and header, spelled once. The reference for other languages is `docs/protocol.md`."""
 
 import re
+from hashlib import sha256
 from typing import Final
 
-from asyncmq_nats.exceptions import InvalidQueueName
+from asyncmq_nats.exceptions import InvalidJobId, InvalidQueueName
 from asyncmq_nats.states import OUTCOMES, Place, State
 
-__all__ = ["PROMOTER", "QueueSubjects", "counter_name", "decode_token", "encode_token", "tier_name", "tier_priority", "workers_bucket"]
+__all__ = [
+    "LONGEST_TOKEN",
+    "PRIORITIES",
+    "PROMOTER",
+    "QueueSubjects",
+    "check_job_id",
+    "check_queue_name",
+    "counter_name",
+    "decode_token",
+    "encode_token",
+    "fit_token",
+    "is_token",
+    "tier_name",
+    "tier_priority",
+    "workers_bucket",
+]
 
 QUEUE_NAME: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")
 UNSAFE: Final = re.compile(r"[\s.*>%\x00-\x1f\x7f]")
 ESCAPED: Final = re.compile(r"(?:%[0-9A-Fa-f]{2})+")
+STAND_IN: Final = re.compile("%h[0-9a-f]{64}")
 PROMOTER: Final = "promoter"
 TIER: Final = "tier_"
 TIER_NAME: Final = re.compile(TIER + "(-?[0-9]+)")
 COUNTER: Final = "count_"
+PRIORITIES: Final = 10**200
+"""Priorities are integers below this and above its negative."""
+LONGEST_TOKEN: Final = 1024
+"""In bytes. A subject has to fit into a line of NATS's protocol (4,096 bytes by default), and some have two tokens."""
 
 
 def encode_token(text: str) -> str:
-    """Return the text as one subject token: `.`, `*`, `>`, `%`, white space and control characters percent-encoded as UTF-8."""
+    """Return the text as one subject token: `.`, `*`, `>`, `%`, white space and control characters percent-encoded as UTF-8.
+
+    What no token can hold (nothing, more than `LONGEST_TOKEN` bytes, a lone surrogate) gets one that stands for it: see `fit_token`.
+
+    Raises:
+        TypeError: it is no text.
+    """
+    if not isinstance(text, str):
+        raise TypeError(f"an id is a str, not {type(text).__name__}")
     if UNSAFE.search(text) is None:
+        return text if text.isascii() and 0 < len(text) <= LONGEST_TOKEN else fit_token(text)
+    if STAND_IN.fullmatch(text) is not None:
         return text
-    return UNSAFE.sub(lambda match: "".join(f"%{byte:02X}" for byte in match[0].encode()), text)
+    return fit_token(UNSAFE.sub(lambda match: "".join(f"%{byte:02X}" for byte in match[0].encode()), text))
+
+
+def is_token(token: str) -> bool:
+    """Return whether a job can have this token."""
+    try:
+        return 0 < len(token.encode()) <= LONGEST_TOKEN and not (token.startswith("%h") and STAND_IN.fullmatch(token))
+    except UnicodeEncodeError:
+        return False
+
+
+def fit_token(token: str) -> str:
+    """Return the token, or if no job can have it, what stands for it: something can be kept under that, such as what a foreign job was."""
+    if is_token(token) or STAND_IN.fullmatch(token):
+        return token
+    return f"%h{sha256(token.encode('utf-8', 'surrogatepass')).hexdigest()}"
+
+
+def check_job_id(job_id: str) -> None:
+    """Refuse an id that no job can have.
+
+    Raises:
+        InvalidJobId: it is empty, too long, or no Unicode.
+    """
+    if not is_token(encode_token(job_id)):
+        raise InvalidJobId(job_id[:40], f"it must be text of 1 to {LONGEST_TOKEN:,} bytes, a blank or a dot counting as three")
 
 
 def decode_token(token: str) -> str:
@@ -52,17 +108,26 @@ def workers_bucket(prefix: str) -> tuple[str, str]:
     return f"KV_{prefix}_workers", f"$KV.{prefix}_workers."
 
 
-class QueueSubjects:
-    """The names of one queue.
+def check_queue_name(name: object) -> str:
+    """Return the name of a queue.
 
     Raises:
         InvalidQueueName: it is not 1 to 64 characters out of letters, digits, `_` and `-`.
     """
+    if not isinstance(name, str) or QUEUE_NAME.fullmatch(name) is None:
+        raise InvalidQueueName(name)
+    return name
+
+
+class QueueSubjects:
+    """The names of one queue.
+
+    Raises:
+        InvalidQueueName: see `check_queue_name`.
+    """
 
     def __init__(self, prefix: str, queue: str) -> None:
-        if QUEUE_NAME.fullmatch(queue) is None:
-            raise InvalidQueueName(queue)
-        self.queue = queue
+        self.queue = check_queue_name(queue)
         self.ready_log = f"{prefix}_{queue}"
         self.bucket = f"{prefix}_{queue}_scheduler"
         self.bucket_log = f"KV_{self.bucket}"
@@ -99,9 +164,10 @@ class QueueSubjects:
         return int(priority), token
 
     def tier_of(self, subject: str) -> int | None:
-        """Return the priority of a ready subject, `None` if it is no integer as we write it: no tier can match that."""
-        word = subject[len(self._ready) :].partition(".")[0]
-        return tier_priority(TIER + word) if str(tier_priority(TIER + word)) == word else None
+        """Return the priority of a ready subject, `None` if it is none as we write them: no tier can match that."""
+        word = subject[len(self._ready) :].partition(".")[0][:210]
+        priority = tier_priority(TIER + word)
+        return priority if str(priority) == word and abs(int(word)) < PRIORITIES else None
 
     # -- later
 

@@ -11,6 +11,7 @@ from asyncmq_nats.assets import DEFAULT_PRIORITY
 from asyncmq_nats.backends import default_backend
 from asyncmq_nats.backends.base import Backend
 from asyncmq_nats.context import DONE
+from asyncmq_nats.exceptions import InvalidArgument
 from asyncmq_nats.jobs import Backoff
 from asyncmq_nats.queues import Queue
 from asyncmq_nats.registry import TASK_REGISTRY, RegisteredTask, TaskRegistry
@@ -104,6 +105,8 @@ def task(
         name: the id of the task, instead of `module.function`.
         registry: where workers find it.
     """
+    if callable(queue):
+        raise InvalidArgument("@task needs the name of a queue: @task(queue='email')", queue)
 
     def decorate(function: Callable[P, Any]) -> TaskWrapper[P, Any]:
         entry = registry.register(

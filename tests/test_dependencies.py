@@ -8,7 +8,7 @@ import pytest
 
 from asyncmq_nats.backends.base import Backend, Settled, Write
 from asyncmq_nats.context import current_job
-from asyncmq_nats.exceptions import InvalidJob, JobFailed, JobNotFound
+from asyncmq_nats.exceptions import InvalidArgument, JobFailed, JobNotFound
 from asyncmq_nats.queues import Queue
 from asyncmq_nats.registry import TaskRegistry
 from asyncmq_nats.retries import Failure
@@ -133,7 +133,7 @@ async def test_a_job_cannot_wait_for_itself(backend: Backend) -> None:
 
 async def test_an_unknown_policy_is_an_error(backend: Backend) -> None:
     queue = queue_of(backend)
-    with pytest.raises(InvalidJob, match="on_parent_failure"):
+    with pytest.raises(InvalidArgument, match="on_parent_failure"):
         await queue.add("echo", depends_on=[await queue.add("echo")], on_parent_failure="ignore")
 
 

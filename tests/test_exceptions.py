@@ -14,6 +14,7 @@ from asyncmq_nats.exceptions import (
     BulkAddFailed,
     ConnectionFailed,
     Fail,
+    InvalidArgument,
     InvalidJob,
     InvalidJobId,
     InvalidQueueName,
@@ -33,13 +34,17 @@ from asyncmq_nats.exceptions import (
 )
 
 EVERY = {name: value for name, value in vars(exceptions).items() if inspect.isclass(value) and issubclass(value, AsyncMQError)}
-DRAWN = re.compile(r"^ {4}([│├└─ ]+)(\w+)(?: +\((\w+)\))?", re.MULTILINE)
+DRAWN = re.compile(r"^ {4}([│├└─ ]+)(\w+)(?: +\(([\w, ]+)\))?", re.MULTILINE)
 
 
 @pytest.mark.parametrize(
     ("error", "builtin", "told"),
     [
         (InvalidQueueName("a.b"), ValueError, ["'a.b'", "A-Z"]),
+        (InvalidArgument("delay must be a number", "5"), TypeError, ["delay must be a number, not '5'"]),
+        (InvalidArgument("delay must be a number", 10**5000), ValueError, ["not this int"]),
+        (InvalidArgument("delay must be a number", "x" * 5000), ValueError, ["x" * 70 + "xxxxxxxxx…"]),
+        (Unconfirmed("the reading of log", 2.5, read=True), TimeoutError, ["2.5 s", "leader"]),
         (InvalidJobId("7", "it has digits only"), ValueError, ["'7'", "digits"]),
         (InvalidJob("no task"), ValueError, ["no task", "docs/protocol.md"]),
         (NotSerializable("argument 0", "it is a socket"), TypeError, ["argument 0", "socket", "plain data"]),
@@ -71,10 +76,10 @@ def test_a_message_has_the_values_and_says_what_to_do(error: AsyncMQError, built
 def test_the_drawn_tree_is_the_real_one() -> None:
     bases: dict[str, set[str]] = {}
     parents = ["AsyncMQError"]
-    for branch, name, builtin in DRAWN.findall(exceptions.__doc__ or ""):
+    for branch, name, builtins in DRAWN.findall(exceptions.__doc__ or ""):
         depth = len(branch) // 4
         parents[depth:] = [name]
-        bases[name] = {parents[depth - 1]} | ({builtin} if builtin else set())
+        bases[name] = {parents[depth - 1]} | (set(builtins.split(", ")) if builtins else set())
     assert bases == {name: {base.__name__ for base in error.__bases__} for name, error in EVERY.items() if name != "AsyncMQError"}
 
 

@@ -86,7 +86,7 @@ async def test_any_integer_is_a_priority(backend: Backend, priorities: list[int]
 async def test_a_running_worker_finds_a_new_priority_at_once(backend: Backend, twin: Backend) -> None:
     queue, producer = make_queue(backend, work=lambda: None), make_queue(twin)
     async with running(queue):
-        for priority in (7, -7, 10**20):
+        for priority in (7, -7, 10**20, 1 - 10**200):
             job_id = await producer.add("work", priority=priority)
             await producer.wait_for(job_id, timeout=PATIENCE)
 

@@ -19,6 +19,7 @@ from asyncmq_nats.backends.base import Backend, Record, Signal, Write
 from asyncmq_nats.backends.inmemory import InMemoryBackend
 from asyncmq_nats.exceptions import (
     BulkAddFailed,
+    InvalidArgument,
     InvalidJob,
     InvalidJobId,
     InvalidQueueName,
@@ -227,7 +228,7 @@ async def test_an_argument_that_is_too_large_is_refused(queue: Queue) -> None:
     ],
 )
 async def test_a_value_of_the_wrong_kind_is_refused_by_name(queue: Queue, fields: dict[str, Any], name: str) -> None:
-    with pytest.raises(InvalidJob, match=name):
+    with pytest.raises(InvalidArgument, match=name):
         await queue.add(**({"task_id": "echo"} | fields))
     assert await queue.queue_stats() == EMPTY
 
@@ -409,7 +410,7 @@ async def test_bulk_may_mix_jobs_for_now_and_for_later(queue: Queue) -> None:
         ({"task_id": "echo", "job_id": 5}, TypeError, "job_id"),
         ({"task_id": "echo", "jobId": 5}, TypeError, "job_id"),
         ({"task_id": "echo", "job_id": "1"}, InvalidJobId, "digits"),
-        ({"task_id": "echo", "retries": -1}, InvalidJob, "retries"),
+        ({"task_id": "echo", "retries": -1}, InvalidArgument, "retries"),
         ({"task_id": "echo", "args": [object()]}, NotSerializable, "argument 0"),
         ("echo", TypeError, "job 1 must be a mapping"),
     ],
@@ -504,7 +505,7 @@ async def test_an_old_dict_has_expired(queue: Queue) -> None:
 
 @pytest.mark.parametrize("payload", [{}, {"args": [1]}, {"task_id": 5}, {"task_id": "echo", "args": "text"}])
 async def test_a_dict_that_is_no_job_is_refused(queue: Queue, payload: dict[str, Any]) -> None:
-    with pytest.raises(InvalidJob):
+    with pytest.raises(InvalidArgument):
         await queue.enqueue(payload)
     assert await queue.queue_stats() == EMPTY
 

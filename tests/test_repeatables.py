@@ -9,7 +9,7 @@ import anyio
 import pytest
 
 from asyncmq_nats.backends.base import Backend, Record, Write
-from asyncmq_nats.exceptions import InvalidJob, NotSerializable
+from asyncmq_nats.exceptions import InvalidArgument, NotSerializable
 from asyncmq_nats.jobs import Backoff
 from asyncmq_nats.queues import Queue
 from asyncmq_nats.repeatables import repeatable_id
@@ -132,7 +132,7 @@ async def test_a_changed_definition_replaces_the_one_of_its_name(queue: Queue, b
         ({"every": "soon"}, ValueError, r"not an interval(.|\n)*\^"),
         ({"cron": "61 * * * *"}, ValueError, r"not a valid minute(.|\n)*\^\^"),
         ({"every": 5, "args": [object()]}, NotSerializable, "argument 0"),
-        ({"every": 5, "retries": -1}, InvalidJob, "max_retries"),
+        ({"every": 5, "retries": -1}, InvalidArgument, "retries"),
         ({"every": 5, "name": ""}, ValueError, "name must be"),
         ({"every": 5, "name": "x" * 101}, ValueError, "name must be"),
     ],

@@ -8,11 +8,21 @@ from hypothesis import strategies as st
 
 from asyncmq_nats.exceptions import InvalidQueueName
 from asyncmq_nats.states import OUTCOMES, Place, State
-from asyncmq_nats.subjects import QueueSubjects, counter_name, decode_token, encode_token, tier_name, tier_priority
+from asyncmq_nats.subjects import QueueSubjects, counter_name, decode_token, encode_token, fit_token, is_token, tier_name, tier_priority
 
 TEXT = st.text(alphabet=st.characters(codec="utf-8"), min_size=1)
 ODD = st.text(alphabet=".*>% \t\n\r\x00\x7f\x85\xa0\u2028\u3000é日a0", min_size=1)
 EMAIL = QueueSubjects("amq", "email")
+
+
+@pytest.mark.parametrize("text", ["", "x" * 1025, "." * 342, "\ud800", "é" * 513], ids=["empty", "long", "dots", "surrogate", "accents"])
+def test_what_no_token_can_hold_gets_one_that_stands_for_it(text: str) -> None:
+    token = encode_token(text)
+    assert not is_token(token)
+    assert token.startswith("%h")
+    assert len(token) < 70
+    assert encode_token(token) == encode_token(decode_token(token)) == fit_token(token) == token
+    assert token != encode_token(f"{text}x")
 
 
 @given(TEXT | ODD)

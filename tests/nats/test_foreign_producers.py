@@ -155,3 +155,21 @@ async def test_strange_id_does_not_stop_the_worker(token: str, running: Queue, f
     assert await running.wait_for("order-2") == "nothing"
     await nothing_is_ready(foreign)
     assert [job["status"] for job in await running.get_jobs()] == ["completed", "completed"]
+
+
+@pytest.mark.parametrize("token", [b"x" * 1025, b"x" * 4000, b"a\xff\xfe", b"\xc3" * 600], ids=["long", "longest", "bytes", "long bytes"])
+@pytest.mark.parametrize("place", ["ready", "later"])
+async def test_an_id_that_cannot_be_one_ends_as_failed(token: bytes, place: str, running: Queue, foreign: Client) -> None:
+    before, after = (b"amq.fleet.ready.5.", b"") if place == "ready" else (b"$KV.amq_fleet_scheduler.later.", b".released")
+    subject = before + token[: 4060 - len(before + after)] + after
+    # As another client would write it: ours takes text only.
+    foreign._transport.write(b"PUB %b 16\r\n" % subject + b'{"task": "echo"}\r\n')  # type: ignore[union-attr]
+    await foreign.flush()
+    await publish(foreign, "order-2", b'{"task": "echo"}')
+    assert await running.wait_for("order-2") == "nothing"
+    await eventually(lambda: running.get_failed(), lambda jobs: len(jobs) == 1)
+    await nothing_is_ready(foreign)
+    (job,) = await running.get_failed()
+    assert "at most 1,024 bytes" in job["last_error"]
+    assert await running.get_job(job["id"]) == job
+    assert await running.get_job(subject.split(b".")[-1 if place == "ready" else -2].decode("utf-8", "surrogateescape")) == job

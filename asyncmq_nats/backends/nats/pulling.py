@@ -222,7 +222,7 @@ class NATSPuller:
         if not reply.startswith(b"$JS.ACK."):
             self._on_status(subject.decode(), headers)
             return
-        delivery = NATSDelivery(subject.decode(), reply, body, self)
+        delivery = NATSDelivery(subject.decode("utf-8", "surrogateescape"), reply, body, self)
         credit = self._credits.get(delivery.consumer)
         if credit is not None:
             credit.count_delivery()

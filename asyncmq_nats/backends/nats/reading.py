@@ -86,7 +86,7 @@ class Reader:
                 )
             except TimeoutError:
                 if time.monotonic() >= deadline:
-                    raise Unconfirmed(f"the reading of {log}", self._timeout) from None
+                    raise Unconfirmed(f"the reading of {log}", self._timeout, read=True) from None
                 continue
             status = replies[-1].status
             if status == "413":
