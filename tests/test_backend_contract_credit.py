@@ -94,6 +94,27 @@ async def test_what_is_on_its_way_comes_before_credit_is_withdrawn(backend: Back
     assert len(receiver.deliveries) == came
 
 
+async def test_a_puller_that_closes_while_credit_is_withdrawn_delivers_all_that_was_on_its_way(backend: Backend) -> None:
+    for number in range(10):
+        await add(backend, *(f"1.{number}-{place}" for place in range(50)))
+        receiver = Receiver(backend, "jobs")
+        await receiver.puller.request("one", 30, wait=PATIENCE)
+        async with anyio.create_task_group() as group:
+            group.start_soon(receiver.puller.withdraw)
+            await anyio.lowlevel.checkpoint()
+            await receiver.puller.close()
+            came = len(receiver.deliveries)
+        assert len(receiver.deliveries) == came
+        for delivery in receiver.deliveries:
+            delivery.ack()
+        await until(lambda: look_up(backend, "one"), lambda state: state.leased == 0)
+        other = Receiver(backend, "jobs")
+        rest = await other.pull("one", (await look_up(backend, "one")).pending)
+        assert {delivery.deliveries for delivery in rest} == {1}
+        for delivery in rest:
+            delivery.ack()
+
+
 async def test_credit_lapses_after_its_time(backend: Backend, receiver: Receiver) -> None:
     await add(backend, "1.a")
     start = time.monotonic()

@@ -129,6 +129,7 @@ class NATSPuller:
         self._listening: int | None = None
         self._closed = False
         self._withdrawing = False
+        self._turn = asyncio.Lock()
         self._client = connection.client
         connection.on_reconnect.append(self._on_reconnect)
 
@@ -178,9 +179,12 @@ class NATSPuller:
             return
         self._withdrawing = True
         try:
-            old, self._inbox = self._listening, self._client.new_inbox() + "."
-            self._listening = await self._client.listen(self._inbox + "*", self._on_message)
-            await self._stop_listening(old)
+            async with self._turn:
+                if self._closed:
+                    return
+                old, self._inbox = self._listening, self._client.new_inbox() + "."
+                self._listening = await self._client.listen(self._inbox + "*", self._on_message)
+                await self._stop_listening(old)
             for credit in self._credits.values():
                 credit.give_up()
         finally:
@@ -188,9 +192,10 @@ class NATSPuller:
 
     async def close(self) -> None:
         self._closed = True
-        if self._listening is not None and self._client.is_connected:
-            await self._stop_listening(self._listening)
-            self._listening = None
+        async with self._turn:  # a withdrawal under way has more to deliver
+            if self._listening is not None and self._client.is_connected:
+                await self._stop_listening(self._listening)
+                self._listening = None
         self._credits.clear()
 
     async def _stop_listening(self, number: int) -> None:
