@@ -18,13 +18,12 @@ import anyio
 from anyio.abc import TaskGroup, TaskStatus
 from anyio.lowlevel import checkpoint
 
+from asyncmq_nats.announcing import WorkerEvents
 from asyncmq_nats.assets import QueueAssets
 from asyncmq_nats.attempts import Attempt, Verdict, leave
 from asyncmq_nats.backends.base import Backend, Delivery, Settled, Write
 from asyncmq_nats.context import JobContext, running_job
 from asyncmq_nats.controls import CANCEL, PAUSE, RESUME, WorkerRegistry
-from asyncmq_nats.encoding import dump_json, splice
-from asyncmq_nats.events import STARTED, event_emitter, read_event
 from asyncmq_nats.exceptions import (
     AsyncMQError,
     ConnectionLost,
@@ -45,7 +44,6 @@ from asyncmq_nats.promoter import Promoter
 from asyncmq_nats.rate_limiter import Limit, RateLimiter
 from asyncmq_nats.registry import TaskRegistry
 from asyncmq_nats.retries import Failure, retry_delay
-from asyncmq_nats.states import State
 from asyncmq_nats.subjects import QueueSubjects
 
 __all__ = ["Runner", "new_worker_id"]
@@ -92,7 +90,7 @@ class Runner:
         if concurrency < 1:
             raise ValueError(f"concurrency must be at least 1, not {concurrency}")
         self.worker = new_worker_id()
-        self._start_of = b'"active_since":%r,"worker":' + dump_json(self.worker).replace(b"%", b"%%")
+        self._events = WorkerEvents(backend, subjects, self.worker)
         self._backend = backend
         self._subjects = subjects
         self._assets = assets
@@ -314,7 +312,7 @@ class Runner:
         running = Running(attempt, context, slot)
         self._running[running] = None
         running_job.set(context)
-        self._announce_start(attempt)
+        self._events.tell_start(self._group, attempt.token, attempt.body, attempt.started_at, lambda: attempt.job)
         try:
             result, failure = await execute(running, self._registry, self._threads, self._backend.now, self._is_ending)
         except anyio.get_cancelled_exc_class():  # not the job's end, but the worker's
@@ -373,7 +371,7 @@ class Runner:
         if isinstance(result, int) and not attempt.awaited and not attempt.head.children:
             attempt.delivery.ack()
             self._settled()
-            self._announce_end(attempt, write)
+            self._events.tell_end(self._group, attempt.token, write)
         elif self._over:
             attempt.delivery.abandon()
         else:
@@ -384,26 +382,12 @@ class Runner:
             verdict = await self._lifecycle.settled(attempt, write, result)
             leave(attempt.delivery, verdict)
             if verdict is Verdict.DONE:
-                self._announce_end(attempt, write)
+                self._events.tell_end(self._group, attempt.token, write)
         except AsyncMQError as error:
             logger.error("job %s: %s", attempt.head.job_id, error)
             attempt.delivery.abandon()
         finally:
             self._settled()
-
-    def _announce_start(self, attempt: Attempt) -> None:
-        # The job's own bytes, with what is new spliced in: no second encoding on the path of every job.
-        self._backend.signal(self._subjects.event(STARTED, attempt.token), splice(attempt.body, self._start_of % attempt.started_at))
-        if event_emitter.listens() and event_emitter.listens(f"job:{STARTED}"):
-            data = attempt.job.to_dict() | {"queue": self._subjects.queue, "status": State.ACTIVE}
-            self._group.start_soon(event_emitter.emit, f"job:{STARTED}", data)
-
-    def _announce_end(self, attempt: Attempt, write: Write) -> None:
-        if not event_emitter.listens():
-            return
-        event = read_event(self._subjects.queue, self._subjects.event(write.subject.rpartition(".")[2], attempt.token), write.body)
-        if event is not None and event_emitter.listens(event.name):
-            self._group.start_soon(event_emitter.emit, event.name, event.data)
 
     def _settled(self) -> None:
         self._intake.settled()
