@@ -275,7 +275,7 @@ async def test_a_thread_that_takes_too_long_is_left_alone(backend: Backend) -> N
         return "unheeded"
 
     queue = make_queue(backend, concurrency=1, wait=wait)
-    job_id = await queue.add("wait", timeout=0.05)
+    job_id = await queue.add("wait", timeout=0.5)  # the thread has started by then
     async with running(queue):
         job = await outcome(queue, job_id)
         opened.set()
