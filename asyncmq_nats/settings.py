@@ -1,22 +1,44 @@
 """Settings, read from `ASYNCMQ_NATS_*` environment variables. Values only; nothing here does I/O."""
 
+from collections.abc import Iterable
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-__all__ = ["Settings", "settings"]
+__all__ = ["Settings", "parse_servers", "settings"]
 
 DAY = 86_400.0
+
+
+def parse_servers(value: object) -> tuple[str, ...]:
+    """Return the addresses in one string, with commas between, or in several.
+
+    Raises:
+        ValueError: there is none, or it is something else.
+    """
+    parts = [value] if isinstance(value, str) else list(value) if isinstance(value, Iterable) else []
+    texts = [part for part in parts if isinstance(part, str)]
+    servers = _split(",".join(texts))
+    if servers and len(texts) == len(parts):
+        return servers
+    raise ValueError(f"servers is {value!r}: write an address as 'nats://127.0.0.1:4222', or several, in a list or with commas between")
+
+
+def _split(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
 class Settings(BaseSettings):
     """What a deployment chooses. Durations are seconds; `None` for a time to live keeps the records for ever.
 
     Pass an instance to a backend to override the environment: `NATSBackend(settings=Settings(stalled_after=5))`.
+    A variable that is set to nothing counts as one that is not set.
     """
 
-    model_config = SettingsConfigDict(env_prefix="ASYNCMQ_NATS_", env_parse_none_str="none", frozen=True, extra="ignore")
+    model_config = SettingsConfigDict(
+        env_prefix="ASYNCMQ_NATS_", env_ignore_empty=True, env_parse_none_str="none", frozen=True, extra="ignore"
+    )
 
     servers: Annotated[tuple[str, ...], NoDecode] = ("nats://127.0.0.1:4222",)
     """Addresses of the NATS servers; in the environment separated by commas."""
@@ -69,10 +91,15 @@ class Settings(BaseSettings):
     tasks: Annotated[tuple[str, ...], NoDecode] = ()
     """Modules a worker imports before it starts, so that their tasks are registered; in the environment separated by commas."""
 
-    @field_validator("servers", "tasks", mode="before")
+    @field_validator("servers", mode="before")
     @classmethod
-    def _split(cls, value: object) -> object:
-        return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+    def _parse_servers(cls, value: object) -> tuple[str, ...]:
+        return parse_servers(value)
+
+    @field_validator("tasks", mode="before")
+    @classmethod
+    def _split_tasks(cls, value: object) -> object:
+        return _split(value) if isinstance(value, str) else value
 
 
 settings = Settings()

@@ -1,9 +1,13 @@
 """Settings come from the environment and are checked when read."""
 
+from typing import Any
+
 import pytest
 from pydantic import ValidationError
 
 from asyncmq_nats.backends.inmemory import InMemoryBackend
+from asyncmq_nats.backends.nats.backend import NATSBackend
+from asyncmq_nats.exceptions import ConnectionFailed
 from asyncmq_nats.queues import Queue
 from asyncmq_nats.settings import Settings
 from asyncmq_nats.settings import settings as environment
@@ -36,6 +40,32 @@ def test_the_environment_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     assert settings.servers == ("nats://a:4222", "tls://b:4222")
     assert settings.tasks == ("shop.tasks", "mail.tasks")
     assert (settings.stalled_after, settings.replicas, settings.prefix) == (5.0, 3, "shop")
+
+
+def test_a_variable_that_is_set_to_nothing_is_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in Settings.model_fields:
+        monkeypatch.setenv(f"ASYNCMQ_NATS_{name.upper()}", "")
+    assert Settings() == Settings.model_construct()
+
+
+@pytest.mark.parametrize("value", ["", ",", " , ", [], [""], 5, ["nats://a:4222", 5], b"nats://a:4222"])
+def test_servers_without_an_address_are_refused_at_once(value: Any) -> None:
+    with pytest.raises(ValueError, match=r"servers is .*write an address as 'nats://"):
+        NATSBackend(value)
+    with pytest.raises(ValidationError, match=r"servers is .*write an address as 'nats://"):
+        Settings(servers=value)
+
+
+@pytest.mark.parametrize("value", [" nats://a:4222 , b", ["nats://a:4222 ", "b"], ("nats://a:4222, b,",)])
+def test_servers_are_one_text_or_several(value: Any) -> None:
+    assert NATSBackend(value).url == "nats://a:4222,b"
+    assert Settings(servers=value).servers == ("nats://a:4222", "b")
+
+
+@pytest.mark.parametrize("server", ["nats://", "nats://a:b:c", "nats://a:99999"])
+async def test_an_address_that_is_none_is_shown(server: str) -> None:
+    with pytest.raises(ConnectionFailed, match=rf"cannot reach NATS at {server}: nats: invalid"):
+        await NATSBackend(server).connect()
 
 
 def test_an_argument_wins_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from asyncmq_nats.backends.nats.pulling import NATSPuller
 from asyncmq_nats.backends.nats.reading import Reader
 from asyncmq_nats.backends.nats.writing import BATCH_LIMIT, Writer
 from asyncmq_nats.exceptions import AssetMissing, BackendError
-from asyncmq_nats.settings import Settings
+from asyncmq_nats.settings import Settings, parse_servers
 from asyncmq_nats.settings import settings as environment
 
 __all__ = ["NATSBackend"]
@@ -36,6 +36,9 @@ class NATSBackend:
         settings: instead of those from the environment.
         declare: `False` never creates a stream or a consumer, for producers whose permissions end at publishing.
         options: for `nats.connect`: `tls`, `user`, `password`, `token`, `user_credentials`, `nkeys_seed`, … They win over settings.
+
+    Raises:
+        ValueError: servers has no address.
     """
 
     def __init__(
@@ -50,7 +53,7 @@ class NATSBackend:
         self.may_declare = declare
         self._options: dict[str, Any] = dict(options)
         if servers is not None:
-            self._options["servers"] = servers if isinstance(servers, str) else list(servers)
+            self._options["servers"] = list(parse_servers(servers))
         self._connection: Connection | None = None
         self._connecting: Lock | None = None
         self._reader: Reader

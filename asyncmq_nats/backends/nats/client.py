@@ -71,6 +71,8 @@ class DirectClient(Client):
 
     async def close(self) -> None:
         """Disconnect. What was not sent before the connection was lost is dropped: nats-py would write it to the lost transport."""
+        if self._flush_queue is None:  # it never began to connect: its options were refused
+            return
         if not self.is_connected:
             self._pending, self._pending_data_size = [], 0
         await super().close()

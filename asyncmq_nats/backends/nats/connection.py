@@ -66,9 +66,6 @@ def connect_options(settings: Settings, options: Mapping[str, Any]) -> dict[str,
         "tls": _tls_context(settings),
     }
     chosen.update(options)
-    if isinstance(chosen["servers"], str):
-        chosen["servers"] = [server.strip() for server in chosen["servers"].split(",")]
-    chosen["servers"] = list(chosen["servers"])
     return chosen
 
 
