@@ -4,8 +4,6 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
-import anyio
-
 from asyncmq_nats.announcing import announce
 from asyncmq_nats.assets import QueueAssets
 from asyncmq_nats.backends.base import Backend, Expect, Write
@@ -13,6 +11,7 @@ from asyncmq_nats.dependencies import Dependencies, delayed_write
 from asyncmq_nats.events import DUPLICATED
 from asyncmq_nats.exceptions import AssetMissing, InvalidFlow, WriteRefused
 from asyncmq_nats.jobs import Job, check_size
+from asyncmq_nats.loops import Turns
 from asyncmq_nats.patience import pause_after_refusal
 from asyncmq_nats.states import Place
 from asyncmq_nats.subjects import QueueSubjects, check_job_id, encode_token
@@ -30,7 +29,7 @@ class Additions:
         self._subjects = subjects
         self._assets = assets
         self.dependencies = Dependencies(backend, subjects)
-        self.refused = anyio.Lock()
+        self.refused = Turns()
         """Held to repeat an addition that was refused: those of this process that wait for the same job take turns."""
 
     async def add(self, job: Job) -> str:

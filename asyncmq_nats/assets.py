@@ -2,10 +2,9 @@
 
 from typing import Final
 
-from anyio import Lock
-
 from asyncmq_nats.backends.base import Backend, Consumer, Log, Write
 from asyncmq_nats.exceptions import AssetMissing, TooManyPriorities
+from asyncmq_nats.loops import Turns
 from asyncmq_nats.states import OUTCOMES, Place
 from asyncmq_nats.subjects import PROMOTER, QueueSubjects, counter_name, tier_name, tier_priority
 
@@ -28,7 +27,7 @@ class QueueAssets:
         self._tiers: set[int] = set()
         self._logs_declared = False
         self._counters_declared = False
-        self._lock = Lock()
+        self._lock = Turns()
 
     async def declare(self) -> None:
         """Make sure that the logs and the default tier exist: what a producer needs."""

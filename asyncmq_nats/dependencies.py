@@ -21,6 +21,7 @@ from asyncmq_nats.encoding import dump_json, load_json
 from asyncmq_nats.events import READY
 from asyncmq_nats.exceptions import BackendError, JobNotFound, WriteRefused
 from asyncmq_nats.jobs import Job
+from asyncmq_nats.loops import Turns
 from asyncmq_nats.patience import LAG, look_for, pause_after_refusal
 from asyncmq_nats.states import Place, State
 from asyncmq_nats.subjects import QueueSubjects, decode_token, encode_token
@@ -53,7 +54,7 @@ class Dependencies:
         self._backend = backend
         self._subjects = subjects
         self._log = subjects.bucket_log
-        self._lock = anyio.Lock()
+        self._lock = Turns()
 
     # -- a child is added
 

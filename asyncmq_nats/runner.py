@@ -109,6 +109,7 @@ class Runner:
         self._stop = anyio.Event()
         self._turn_ends = 0.0
         self._group: TaskGroup
+        self._host: asyncio.Task[Any] | None = None
 
     # -- life
 
@@ -139,6 +140,7 @@ class Runner:
 
     async def _serve(self, serving: anyio.Event, finished: anyio.Event) -> None:
         """All loops, shielded from the outside: they end in order, by `stop`."""
+        self._host = asyncio.current_task()
         try:
             with anyio.CancelScope(shield=True):
                 try:
@@ -330,7 +332,8 @@ class Runner:
             await self._report_result(attempt, result, context.follow_ups, settle)
 
     def _is_ending(self) -> bool:
-        return self._group.cancel_scope.cancel_called
+        # The second: with the event loop, of which `asyncio.run` cancels every task.
+        return self._group.cancel_scope.cancel_called or (self._host is not None and bool(self._host.cancelling()))
 
     async def _give_up(self, attempt: Attempt, *, cancelled: bool) -> None:
         """Leave a job that was cancelled, or that did not finish before the worker has to."""

@@ -209,7 +209,7 @@ Settle = Callable[[Settled], None]
 
 
 class Backend(Protocol):
-    """A store of logs. Made without I/O; connects on first use or by `connect`; one event loop each.
+    """A store of logs. Made without I/O; connects on first use or by `connect`; one event loop at a time, another when that has ended.
 
     Every method may raise `ConnectionFailed`, `ServerUnsuitable` or `PermissionRefused`, and `AssetMissing` where it names an asset.
     """

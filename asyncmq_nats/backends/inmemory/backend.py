@@ -1,6 +1,6 @@
 """A backend without a server: a twin of what we use of JetStream, for tests and first steps.
 
-One process, one event loop, one store per instance. Where the twin and the server disagree, the twin is wrong
+One process, one event loop at a time, one store per instance. Where the twin and the server disagree, the twin is wrong
 (`tests/test_backend_contract.py`). What was written is still there after `close`, and goes with the object.
 """
 
@@ -33,6 +33,7 @@ from asyncmq_nats.backends.inmemory.agenda import Agenda
 from asyncmq_nats.backends.inmemory.consumers import Counter, Cursor, InMemoryPuller
 from asyncmq_nats.backends.inmemory.log import MAX_BODY, StoredLog
 from asyncmq_nats.exceptions import AssetMissing, BackendError
+from asyncmq_nats.loops import Home
 from asyncmq_nats.settings import Settings
 from asyncmq_nats.settings import settings as environment
 
@@ -70,6 +71,7 @@ class InMemoryBackend:
     def __init__(self, settings: Settings | None = None) -> None:
         self.settings = settings or environment
         self.may_declare = True
+        self._home = Home()
         self._agenda = Agenda()
         self._logs: dict[str, StoredLog] = {}
         self._declared: dict[tuple[str, str], Consumer] = {}
@@ -83,7 +85,9 @@ class InMemoryBackend:
 
     async def close(self) -> None:
         """See `Backend`."""
+        self._home.move()
         self._let_go()
+        self._home.leave()
 
     def now(self) -> float:
         """See `Backend`."""
@@ -252,7 +256,7 @@ class InMemoryBackend:
     def _open(self) -> None:
         loop = asyncio.get_running_loop()
         if self._agenda.loop is not loop:
-            if self._agenda.loop is not None:  # left behind by an event loop that ended without `close`
+            if self._home.move():  # left behind by an event loop that ended without `close`
                 self._let_go()
             self._agenda.start(loop)
 

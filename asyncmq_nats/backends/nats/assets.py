@@ -67,16 +67,22 @@ def consumer_config(consumer: Consumer) -> dict[str, Any]:
 
 
 class Assets:
-    """Declares streams and consumers over one connection, each once per process."""
+    """Declares streams and consumers, each once per connection."""
 
-    def __init__(self, connection: Connection, settings: Settings, *, declare: bool) -> None:
-        self._connection = connection
+    def __init__(self, settings: Settings, *, declare: bool) -> None:
+        self._connection: Connection
         self._settings = settings
         self._declare = declare
         self._logs: dict[str, Log] = {}
         self._declared_logs: set[str] = set()
         self._consumers: dict[tuple[str, str], Consumer] = {}
         self._declared: set[tuple[str, str]] = set()
+
+    def use(self, connection: Connection) -> None:
+        """Declare over this connection from now on, and nothing on the word of the one before: its server may have lost its store."""
+        self._connection = connection
+        self._declared_logs.clear()
+        self._declared.clear()
 
     async def declare_log(self, log: Log) -> None:
         """See `Backend.declare_log`."""

@@ -1,11 +1,12 @@
 """`NATSBackend`: the seam on JetStream. A log is a stream, a record a message, a consumer a durable pull consumer."""
 
+import asyncio
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
 from typing import Any, Final, Self
 
-from anyio import Lock, to_thread
+from anyio import CancelScope, to_thread
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription as NatsSubscription
 
@@ -19,6 +20,7 @@ from asyncmq_nats.backends.nats.pulling import NATSPuller
 from asyncmq_nats.backends.nats.reading import Reader
 from asyncmq_nats.backends.nats.writing import BATCH_LIMIT, Writer
 from asyncmq_nats.exceptions import AssetMissing, BackendError
+from asyncmq_nats.loops import Home, Turns
 from asyncmq_nats.settings import Settings, parse_servers
 from asyncmq_nats.settings import settings as environment
 
@@ -54,11 +56,13 @@ class NATSBackend:
         self._options: dict[str, Any] = dict(options)
         if servers is not None:
             self._options["servers"] = list(parse_servers(servers))
+        self._home = Home()
+        self._connecting = Turns()
         self._connection: Connection | None = None
-        self._connecting: Lock | None = None
+        self._life: AsyncGenerator[None, None]
         self._reader: Reader
         self._writer: Writer
-        self._assets: Assets
+        self._assets = Assets(self.settings, declare=declare)
         self._keeper: LeaseKeeper
         self._embedded: EmbeddedServer | None = None
 
@@ -87,32 +91,47 @@ class NATSBackend:
     # -- life
 
     async def connect(self) -> None:
-        if self._connection is not None:
-            return
-        if self._connecting is None:
-            self._connecting = Lock()
-        async with self._connecting:
-            if self._connection is None:
-                await self._open()
+        self._come_home()
+        if self._connection is None:
+            async with self._connecting:
+                if self._connection is None:
+                    await self._open()
+
+    def _come_home(self) -> None:
+        """Leave behind what belongs to an event loop that has ended."""
+        forked = self._home.is_elsewhere
+        if self._home.move() and self._connection is not None:
+            if not forked:  # otherwise the socket is the parent's too
+                self._keeper.abandon()
+                self._connection.abandon()
+            self._connection = None
 
     async def _open(self) -> None:
         connection = Connection(self.settings, self._options)
-        await connection.open()
-        self._reader = Reader(connection, self.settings.publish_timeout)
-        self._writer = Writer(connection, self.settings.publish_timeout, self._reader.last)
-        await self._writer.open()
-        self._assets = Assets(connection, self.settings, declare=self.may_declare)
-        self._keeper = LeaseKeeper(connect_options(self.settings, self._options), self.settings.stalled_after)
-        self._connection = connection
+        keeper = LeaseKeeper(connect_options(self.settings, self._options), self.settings.stalled_after)
+        life = _live(connection, keeper)
+        await anext(life)
+        try:
+            await connection.open()
+            reader = Reader(connection, self.settings.publish_timeout)
+            writer = Writer(connection, self.settings.publish_timeout, reader.last)
+            await writer.open()
+        except BaseException:
+            await life.aclose()
+            raise
+        self._assets.use(connection)
+        self._reader, self._writer, self._keeper = reader, writer, keeper
+        self._connection, self._life = connection, life
 
     async def close(self) -> None:
+        self._come_home()
         connection, self._connection = self._connection, None
-        self._connecting = None
         if connection is not None:
-            await self._keeper.stop()
-            await connection.close()
+            await self._life.aclose()
+        self._home.leave()
         if self._embedded is not None:
-            await to_thread.run_sync(self._embedded.stop)
+            with CancelScope(shield=True):
+                await to_thread.run_sync(self._embedded.stop)
 
     async def __aenter__(self) -> Self:
         await self.connect()
@@ -122,7 +141,7 @@ class NATSBackend:
         await self.close()
 
     async def _open_connection(self) -> Connection:
-        if self._connection is None:
+        if self._connection is None or self._home.loop is not asyncio.get_running_loop():
             await self.connect()
         assert self._connection is not None
         return self._connection
@@ -329,6 +348,19 @@ class NATSBackend:
         except TimeoutError:
             return None
         return None if reply.status == "503" else reply.body
+
+
+async def _live(connection: Connection, keeper: LeaseKeeper) -> AsyncGenerator[None, None]:
+    """Close the connection when this is closed: by the backend, or by `asyncio.run` and its like, when they end the event loop.
+
+    They close every asynchronous generator while the loop still runs, and nothing else that somebody left open.
+    """
+    try:
+        yield
+    finally:
+        with CancelScope(shield=True):
+            await keeper.stop()
+            await connection.close()
 
 
 class _Interest:

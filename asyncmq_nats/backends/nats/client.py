@@ -6,6 +6,8 @@ nats-py's. (Built on names of nats-py 2.16 that begin with `_`; the contract tes
 """
 
 import asyncio
+import socket
+from contextlib import suppress
 
 from nats.aio.client import Client
 from nats.errors import ConnectionClosedError, OutboundBufferLimitError
@@ -76,6 +78,23 @@ class DirectClient(Client):
         if not self.is_connected:
             self._pending, self._pending_data_size = [], 0
         await super().close()
+
+    def abandon(self) -> None:
+        """Disconnect without awaiting anything: the event loop of the connection runs no more."""
+        if not self.is_closed:
+            self._status = Client.CLOSED  # so that no task reconnects, should the loop run again
+            writer = getattr(self._transport, "_bare_io_writer", None)
+            if writer is not None:
+                # The transport closes its own socket, for which the loop has to run again; the server is told now.
+                with suppress(OSError), writer.get_extra_info("socket").dup() as twin:
+                    twin.shutdown(socket.SHUT_RDWR)
+                with suppress(RuntimeError):  # it was closed, and never will
+                    writer.transport.abort()
+
+    @property
+    def is_reading(self) -> bool:
+        """Whether what the server sends is taken in. No more, once `asyncio.run` has cancelled the tasks that are left at its end."""
+        return self._reading_task is not None and not self._reading_task.done()
 
     async def _process_pong(self) -> None:
         """Take in the answer to a PING.

@@ -183,12 +183,16 @@ class Connection:
         await self.background.stop()
         if not self._client.is_closed:
             try:
-                if self._client.is_connected:
+                if self._client.is_connected and self._client.is_reading:
                     async with asyncio.timeout(2):
                         await self._client.barrier()
             except (nats.errors.Error, TimeoutError, OSError) as error:
                 logger.warning("closing the connection to %s: %s", self.servers, error)
             await self._close_client()
+
+    def abandon(self) -> None:
+        """Disconnect without awaiting anything: the event loop of the connection runs no more."""
+        self._client.abandon()
 
     async def _close_client(self) -> None:
         try:

@@ -7,6 +7,7 @@ import asyncio
 import logging
 import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any, Final
 
 import nats
@@ -31,7 +32,8 @@ class LeaseKeeper:
         self._held: dict[bytes, None] = {}
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._stopping: asyncio.Event | None = None
+        self._serving: asyncio.Task[None] | None = None
+        self._stopping = False
         self._ready = threading.Event()
 
     def hold(self, reply: bytes) -> None:
@@ -50,32 +52,38 @@ class LeaseKeeper:
             await asyncio.get_running_loop().run_in_executor(None, self._ready.wait, 5.0)
 
     async def stop(self) -> None:
-        """End the thread."""
-        thread, self._thread = self._thread, None
-        if thread is None:
-            return
-        if self._loop is not None and self._stopping is not None:
-            self._loop.call_soon_threadsafe(self._stopping.set)
-        await asyncio.get_running_loop().run_in_executor(None, thread.join, 5.0)
+        """End the thread, and wait for that."""
+        thread = self._thread
+        self.abandon()
+        if thread is not None:
+            await asyncio.get_running_loop().run_in_executor(None, thread.join, 5.0)
+
+    def abandon(self) -> None:
+        """Have the thread end soon."""
+        self._thread, self._stopping = None, True
+        if self._loop is not None and self._serving is not None:
+            with suppress(RuntimeError):  # it has ended already
+                self._loop.call_soon_threadsafe(self._serving.cancel)
 
     def _run(self) -> None:
         try:
-            asyncio.run(self._serve())
+            with suppress(asyncio.CancelledError):  # by `abandon`
+                asyncio.run(self._serve())
         except Exception:
             logger.exception("leases are no longer extended: jobs longer than `stalled_after` may run twice")
         finally:
             self._ready.set()
 
     async def _serve(self) -> None:
-        self._loop, self._stopping = asyncio.get_running_loop(), asyncio.Event()
+        self._loop, self._serving = asyncio.get_running_loop(), asyncio.current_task()
+        if self._stopping:
+            return
         client = await nats.connect(**{**self._options, "allow_reconnect": True, "error_cb": _on_error, "name": "asyncmq-nats leases"})
         self._ready.set()
         try:
-            while not self._stopping.is_set():
-                try:
-                    await asyncio.wait_for(self._stopping.wait(), self._every)
-                except TimeoutError:
-                    await self._extend_all(client)
+            while True:
+                await asyncio.sleep(self._every)
+                await self._extend_all(client)
         finally:
             try:
                 await client.close()
