@@ -5,14 +5,17 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from asyncmq_nats.backends.nats import embedded
+from asyncmq_nats.backends.nats.backend import NATSBackend
 from asyncmq_nats.backends.nats.embedded import EmbeddedServer
 from asyncmq_nats.exceptions import BackendError, ServerBinaryMissing
-from tests.nats.processes import freeze
+from asyncmq_nats.queues import Queue
+from tests.nats.processes import freeze, holds
 
 pytestmark = pytest.mark.usefixtures("server")  # skipped, or an error in CI, without a server program
 
@@ -135,7 +138,8 @@ def test_server_that_is_never_ready_is_an_error(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no lock there")
-def test_store_is_served_by_one_server_only(server: EmbeddedServer, tmp_path: Path) -> None:
+def test_store_is_served_by_one_server_only(server: EmbeddedServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(embedded, "LOCK_TIMEOUT", 0.05)
     with pytest.raises(BackendError, match="another nats-server already serves"):
         EmbeddedServer(tmp_path / "nats").start()
     assert greet(server.port).startswith(INFO)
@@ -149,3 +153,96 @@ def test_server_ends_with_the_interpreter() -> None:
         greet(int(port))
     assert not Path(store).exists()
     assert output.stderr == ""
+
+
+# -- the program that started it is killed
+
+KILLED = """
+import os, signal, subprocess, sys
+from asyncmq_nats.backends.nats.embedded import EmbeddedServer
+
+server = EmbeddedServer(sys.argv[1])
+server.start()
+server.kill()  # what watched that one is of no more use
+server.start()
+spawned = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], close_fds=False)
+forked = os.fork()
+if forked == 0:
+    signal.pause()
+print(server.port, server.pid, server._watchdog._process.pid, spawned.pid, forked, flush=True)
+signal.pause()
+"""
+
+
+@pytest.fixture
+def killed_program(tmp_path: Path) -> Iterator[tuple[int, int, int]]:
+    """Kill a program whose other children live on, and return its server's port and id, and the id of the watchdog."""
+    with subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path / "killed")], stdout=subprocess.PIPE, text=True) as program:
+        assert program.stdout is not None
+        port, *pids = (int(word) for word in program.stdout.readline().split())
+        program.kill()
+    yield port, pids[0], pids[1]
+    for child in pids[2:]:
+        os.kill(child, signal.SIGKILL)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    state = subprocess.run(["ps", "-o", "state=", "-p", str(pid)], check=False, capture_output=True, text=True).stdout
+    return not state.startswith("Z")  # where nobody inherits it, as in some containers, nobody waits for it
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no shell there")
+async def test_server_ends_when_the_program_is_killed(killed_program: tuple[int, int, int], tmp_path: Path) -> None:
+    port, *pids = killed_program
+    with EmbeddedServer(tmp_path / "killed"):  # at once: its store is free in a moment
+        with pytest.raises(ConnectionRefusedError):
+            greet(port)
+        await holds(lambda: not any(is_running(pid) for pid in pids))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no shell there")
+@pytest.mark.parametrize("end", [EmbeddedServer.stop, EmbeddedServer.kill])
+def test_watchdog_goes_with_the_server(end: Callable[[EmbeddedServer], None]) -> None:
+    server = EmbeddedServer()
+    server.start()
+    assert server._watchdog is not None
+    assert server._watchdog._process is not None
+    pid = server._watchdog._process.pid
+    end(server)
+    server.stop()
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no shell there")
+def test_watchdog_that_was_killed_is_not_missed() -> None:
+    with EmbeddedServer() as server:
+        assert server._watchdog is not None
+        assert server._watchdog._process is not None
+        server._watchdog._process.kill()
+        server._watchdog._process.wait()
+
+
+def test_server_starts_where_there_is_no_shell(monkeypatch: pytest.MonkeyPatch) -> None:
+    program = embedded._find_program()
+    monkeypatch.setattr("shutil.which", lambda name, **_: program if name == "nats-server" else None)
+    with EmbeddedServer() as server:
+        assert greet(server.port).startswith(INFO)
+
+
+# -- a backend with one
+
+
+@pytest.mark.parametrize("keep", [False, True])
+async def test_backend_that_was_closed_starts_its_server_again(keep: bool, tmp_path: Path) -> None:
+    backend = NATSBackend.embedded(tmp_path / "kept" if keep else None)
+    queue = Queue("work", backend)
+    first = await queue.add("brief")
+    await backend.close()
+    second = await queue.add("brief")
+    assert {job["id"] for job in await queue.get_jobs("waiting")} == ({first, second} if keep else {second})
+    await backend.close()

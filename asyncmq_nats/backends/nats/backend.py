@@ -68,7 +68,7 @@ class NATSBackend:
 
     @classmethod
     def embedded(cls, store_dir: str | os.PathLike[str] | None = None, *, settings: Settings | None = None, **options: Any) -> Self:
-        """Return a backend with a nats-server of its own on a free loopback port, which ends with `close()`.
+        """Return a backend with a nats-server of its own on a free loopback port, which ends with `close()`, and starts again when used.
 
         `store_dir` keeps the jobs over restarts; without one they go with the server. Needs the extra `embedded`.
 
@@ -107,6 +107,8 @@ class NATSBackend:
             self._connection = None
 
     async def _open(self) -> None:
+        if self._embedded is not None:
+            await to_thread.run_sync(self._embedded.start)  # again, after `close`
         connection = Connection(self.settings, self._options)
         keeper = LeaseKeeper(connect_options(self.settings, self._options), self.settings.stalled_after)
         life = _live(connection, keeper)

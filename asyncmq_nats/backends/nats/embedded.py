@@ -17,6 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Self
 
+from asyncmq_nats.backends.nats.watchdog import Watchdog
 from asyncmq_nats.exceptions import BackendError, ServerBinaryMissing
 
 if sys.platform != "win32":
@@ -27,6 +28,8 @@ __all__ = ["EmbeddedServer"]
 HOST = "127.0.0.1"
 START_TIMEOUT = 10.0
 STOP_TIMEOUT = 5.0
+LOCK_TIMEOUT = 2.0
+"""How long a server may take to leave a store, whose program was killed a moment ago."""
 POLL_INTERVAL = 0.005
 LOG_LINES_SHOWN = 10
 LISTENING = re.compile(rb"Listening for client connections on 127\.0\.0\.1:(\d+)")
@@ -41,7 +44,7 @@ class EmbeddedServer:
     `config` is the *text* of a server configuration to add; address, port and store stay ours, and it must not set `log_file`.
 
     Methods may be called from any thread; they block, for some 10 ms as a rule. A server that still runs when the interpreter
-    exits is stopped; one whose parent dies of a signal goes on, and keeps its store locked.
+    exits is stopped, and so is one whose parent dies of a signal (not on Windows).
     """
 
     def __init__(self, store_dir: str | os.PathLike[str] | None = None, port: int = -1, config: str | None = None) -> None:
@@ -50,6 +53,7 @@ class EmbeddedServer:
         self._config = config
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
         self._process: subprocess.Popen[bytes] | None = None
+        self._watchdog: Watchdog | None = None
         self._lock = threading.RLock()
 
     @property
@@ -78,6 +82,7 @@ class EmbeddedServer:
         with self._lock:
             if self._process is not None and self._process.poll() is None:
                 return
+            self._dismiss_watchdog()
             program = _find_program()
             atexit.unregister(self.stop)
             atexit.register(self.stop)
@@ -90,6 +95,7 @@ class EmbeddedServer:
     def stop(self) -> None:
         """Ask the server to end, insist after 5 s, and remove the store if it is a temporary one. Does nothing if nothing was started."""
         with self._lock:
+            self._dismiss_watchdog()
             process, self._process = self._process, None
             if process is not None:
                 process.terminate()
@@ -106,10 +112,16 @@ class EmbeddedServer:
     def kill(self) -> None:
         """End the server at once, as a crash would (SIGKILL). The store stays, for `start` to go on with."""
         with self._lock:
+            self._dismiss_watchdog()
             process, self._process = self._process, None
             if process is not None:
                 process.kill()
                 process.wait()
+
+    def _dismiss_watchdog(self) -> None:
+        if self._watchdog is not None:
+            self._watchdog.dismiss()
+            self._watchdog = None
 
     def __enter__(self) -> Self:
         self.start()
@@ -133,6 +145,7 @@ class EmbeddedServer:
             self._process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
             )
+        self._watchdog = Watchdog(self._process.pid)
         self._port = _wait_until_ready(self._process, log_path)
 
     def _make_store(self) -> Path:
@@ -157,13 +170,18 @@ def _lock_store(log: IO[bytes], store: Path) -> None:
 
     The lock is on the log file, which the server inherits as its stderr; so the lock lives exactly as long as the server does.
     """
-    if sys.platform != "win32":
+    deadline = time.monotonic() + LOCK_TIMEOUT
+    while sys.platform != "win32":
         try:
             fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise BackendError(
-                f"another nats-server already serves the store {store}: connect to that one ({log.name} has its address), or stop it"
-            ) from error
+            if time.monotonic() > deadline:
+                raise BackendError(
+                    f"another nats-server already serves the store {store}: connect to that one ({log.name} has its address), or stop it"
+                ) from error
+            time.sleep(POLL_INTERVAL)
+        else:
+            break
 
 
 def _wait_until_ready(process: subprocess.Popen[bytes], log_path: Path) -> int:
