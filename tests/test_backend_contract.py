@@ -12,7 +12,7 @@ from functools import partial
 import anyio
 import pytest
 
-from asyncmq_nats.backends.base import Backend, Consumer, Expect, Log, Record, Settled, Write
+from asyncmq_nats.backends.base import Backend, Consumer, Expect, Log, Record, Settled, Signal, Write
 from asyncmq_nats.exceptions import AssetMissing, BackendError, PayloadTooLarge, WriteRefused
 from tests.receiver import PATIENCE
 
@@ -48,6 +48,16 @@ async def test_closing_twice_is_harmless(make_backend: Callable[[], Backend]) ->
     await unconnected.connect()
     await unconnected.close()
     await unconnected.close()
+
+
+async def test_a_block_of_code_connects_and_closes(make_backend: Callable[[], Backend]) -> None:
+    async with make_backend() as backend:
+        received: list[Signal] = []
+        await backend.subscribe("news", received.append)
+    await backend.publish("news")
+    await backend.list_logs("")
+    assert received == []
+    await backend.close()
 
 
 async def test_now_is_unix_time(backend: Backend) -> None:

@@ -11,7 +11,7 @@ All times are Unix seconds by the *server's* clock, all durations seconds.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, Self
 
 from asyncmq_nats.exceptions import BackendError
 from asyncmq_nats.settings import Settings
@@ -223,6 +223,12 @@ class Backend(Protocol):
 
     async def close(self) -> None:
         """Let go of everything. Unsettled deliveries fall back to the log when their leases run out."""
+
+    async def __aenter__(self) -> Self:
+        """Do what `connect` does."""
+
+    async def __aexit__(self, *_: object) -> None:
+        """Do what `close` does."""
 
     def now(self) -> float:
         """Return the server's time."""

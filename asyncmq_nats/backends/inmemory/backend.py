@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import fields
 from functools import partial
 from itertools import count
+from typing import Self
 from weakref import WeakSet
 
 import anyio
@@ -88,6 +89,15 @@ class InMemoryBackend:
         self._home.move()
         self._let_go()
         self._home.leave()
+
+    async def __aenter__(self) -> Self:
+        """See `Backend`."""
+        await self.connect()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """See `Backend`."""
+        await self.close()
 
     def now(self) -> float:
         """See `Backend`."""
