@@ -4,13 +4,14 @@ import os
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import anyio
 import pytest
 
 from asyncmq_nats.backends.nats.backend import NATSBackend
 from asyncmq_nats.backends.nats.embedded import EmbeddedServer
-from asyncmq_nats.exceptions import ConnectionFailed
+from asyncmq_nats.exceptions import BackendError, ConnectionFailed
 from asyncmq_nats.queues import Queue
 from asyncmq_nats.settings import Settings
 from tests.nats.processes import Fleet, MakeServer
@@ -116,6 +117,60 @@ async def test_tls_with_a_client_certificate(make_server: MakeServer, certificat
         tls_ca=authority, tls_cert=str(certificates / "client.crt"), tls_key=str(certificates / "client.key"), stalled_after=1
     )
     await run_a_job(server, settings, tmp_path / "fleet")
+
+
+# -- what a login needs is not there
+
+
+@pytest.mark.parametrize(
+    ("setting", "variable"),
+    [
+        ("tls_ca", "ASYNCMQ_NATS_TLS_CA"),
+        ("tls_cert", "ASYNCMQ_NATS_TLS_CERT"),
+        ("credentials", "ASYNCMQ_NATS_CREDENTIALS"),
+        ("nkey_seed", "ASYNCMQ_NATS_NKEY_SEED"),
+    ],
+)
+@pytest.mark.parametrize("exists", [False, True])
+async def test_a_file_that_is_missing_or_another_is_named(setting: str, variable: str, exists: bool, tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    if exists:
+        path.write_text("something else\n")
+    backend = NATSBackend("nats://127.0.0.1:1", settings=Settings.model_validate({setting: str(path)}))
+    with pytest.raises(BackendError, match=f"{variable}.* names '{path}', which cannot be used: ") as raised:
+        await backend.connect()
+    assert not isinstance(raised.value, ConnectionFailed)  # there is nothing to wait for
+
+
+async def test_a_missing_key_of_a_certificate_is_named(certificates: Path) -> None:
+    settings = Settings(tls_cert=str(certificates / "client.crt"), tls_key=str(certificates / "none.key"))
+    with pytest.raises(BackendError, match=r"ASYNCMQ_NATS_TLS_KEY names .*none\.key', which cannot be used: No such file"):
+        await NATSBackend("nats://127.0.0.1:1", settings=settings).connect()
+
+
+@pytest.mark.parametrize("option", ["user_credentials", "nkeys_seed", "nkeys_seed_str"])
+async def test_a_login_without_the_package_for_it_says_what_to_install(option: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    login: dict[str, Any] = {option: "some"}
+    with pytest.raises(BackendError, match=rf"{option} needs the package nkeys: pip install 'asyncmq-nats\[nkeys\]'"):
+        await NATSBackend("nats://127.0.0.1:1", **login).connect()
+
+
+def test_the_address_is_known_without_what_a_login_needs() -> None:
+    assert NATSBackend("nats://127.0.0.1:1", settings=Settings(tls_ca="/none")).url == "nats://127.0.0.1:1"
+
+
+async def test_credentials_of_an_account(tmp_path: Path) -> None:
+    """A file of the form that the account's tools write, looked at and given to nats-py, which reads the rest."""
+    nkeys = pytest.importorskip("nkeys")
+    seed = nkeys.encode_seed(os.urandom(32), nkeys.PREFIX_BYTE_USER).decode()
+    (tmp_path / "app.creds").write_text(
+        f"-----BEGIN NATS USER JWT-----\nabc.def.ghi\n------END NATS USER JWT------\n\n"
+        f"-----BEGIN USER NKEY SEED-----\n{seed}\n------END USER NKEY SEED------\n"
+    )
+    settings = Settings(credentials=str(tmp_path / "app.creds"), connect_timeout=0.2)
+    with pytest.raises(ConnectionFailed):  # for there is no server
+        await NATSBackend("nats://127.0.0.1:1", settings=settings).connect()
 
 
 # -- prefix

@@ -12,10 +12,11 @@ from nats.aio.subscription import Subscription as NatsSubscription
 
 from asyncmq_nats.backends.base import Consumer, ConsumerState, Delivery, Log, Puller, Record, Settle, Signal, Subscription, Write
 from asyncmq_nats.backends.nats.assets import Assets, format_time
-from asyncmq_nats.backends.nats.connection import Connection, connect_options
+from asyncmq_nats.backends.nats.connection import Connection
 from asyncmq_nats.backends.nats.embedded import EmbeddedServer
 from asyncmq_nats.backends.nats.errors import CONSUMER_MISSING, STREAM_MISSING, api_error, mapped_errors
 from asyncmq_nats.backends.nats.leases import LeaseKeeper
+from asyncmq_nats.backends.nats.options import connect_options, server_addresses
 from asyncmq_nats.backends.nats.pulling import NATSPuller
 from asyncmq_nats.backends.nats.reading import Reader
 from asyncmq_nats.backends.nats.writing import BATCH_LIMIT, Writer
@@ -86,7 +87,7 @@ class NATSBackend:
         """The address of the embedded server, or of the servers, for other processes to connect to."""
         if self._embedded is not None:
             return self._embedded.url
-        return ",".join(connect_options(self.settings, self._options)["servers"])
+        return ",".join(server_addresses(self.settings, self._options))
 
     # -- life
 
@@ -109,8 +110,9 @@ class NATSBackend:
     async def _open(self) -> None:
         if self._embedded is not None:
             await to_thread.run_sync(self._embedded.start)  # again, after `close`
-        connection = Connection(self.settings, self._options)
-        keeper = LeaseKeeper(connect_options(self.settings, self._options), self.settings.stalled_after)
+        options = connect_options(self.settings, self._options)
+        connection = Connection(self.settings, options)
+        keeper = LeaseKeeper(options, self.settings.stalled_after)
         life = _live(connection, keeper)
         await anext(life)
         try:

@@ -9,7 +9,6 @@ import itertools
 import json
 import logging
 import re
-import ssl
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from datetime import datetime
@@ -22,7 +21,7 @@ from asyncmq_nats.backends.nats.errors import NO_JETSTREAM, NO_PEERS, api_error,
 from asyncmq_nats.exceptions import BackendError, ConnectionFailed, ConnectionLost, PermissionRefused, ServerUnsuitable, Unconfirmed
 from asyncmq_nats.settings import Settings
 
-__all__ = ["Connection", "Reply", "connect_options", "parse_time", "patience_with"]
+__all__ = ["Connection", "Reply", "parse_time", "patience_with"]
 
 logger = logging.getLogger(__name__)
 
@@ -49,41 +48,12 @@ class Reply(NamedTuple):
         return parse_headers(self.raw_headers)
 
 
-def connect_options(settings: Settings, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the keyword arguments of `nats.connect`: ours, then those of the settings, then the user's, who wins."""
-    chosen: dict[str, Any] = {
-        "servers": list(settings.servers),
-        "max_reconnect_attempts": -1,
-        "reconnect_time_wait": 0.25,
-        "connect_timeout": settings.connect_timeout,
-        "ping_interval": 20,
-        "pending_size": 8 * 1024 * 1024,
-        "user": settings.user,
-        "password": settings.password,
-        "token": settings.token,
-        "user_credentials": settings.credentials,
-        "nkeys_seed": settings.nkey_seed,
-        "tls": _tls_context(settings),
-    }
-    chosen.update(options)
-    return chosen
-
-
-def _tls_context(settings: Settings) -> ssl.SSLContext | None:
-    if settings.tls_ca is None and settings.tls_cert is None:
-        return None
-    context = ssl.create_default_context(cafile=settings.tls_ca)
-    if settings.tls_cert is not None:
-        context.load_cert_chain(settings.tls_cert, settings.tls_key)
-    return context
-
-
 class Connection:
-    """A connected client, its reply inbox, and what was learnt of the server."""
+    """A connected client, its reply inbox, and what was learnt of the server. `options`: of `nats.connect`."""
 
     def __init__(self, settings: Settings, options: Mapping[str, Any]) -> None:
         self._settings = settings
-        self._options = connect_options(settings, options)
+        self._options = options
         self._api = f"$JS.{settings.domain}.API." if settings.domain else "$JS.API."
         self._client = DirectClient()
         self._collectors: dict[bytes, Callable[[Reply], None]] = {}
