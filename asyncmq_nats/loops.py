@@ -1,18 +1,20 @@
-"""The event loops of a process, one after another: what must not stay behind in one that has ended.
+"""The event loops of a process, one after another: what must not stay behind in one that has ended. And what runs in one, until an event.
 
 `asyncio.run(main())` twice is two event loops, and so are two tests. A backend or a queue of the module is used on each of them.
 """
 
 import asyncio
 import os
+from collections.abc import Awaitable, Callable
 from types import TracebackType
+from typing import Any
 from weakref import WeakKeyDictionary
 
-from anyio import Lock
+from anyio import CancelScope, Event, Lock, create_task_group
 
-from asyncmq_nats.exceptions import BackendError
+from asyncmq_nats.exceptions import BackendError, sole_error
 
-__all__ = ["Home", "Turns"]
+__all__ = ["Home", "Turns", "all_done_before", "running_task"]
 
 
 class Home:
@@ -57,3 +59,28 @@ class Turns:
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         self._locks[asyncio.get_running_loop()].release()
+
+
+def running_task() -> "asyncio.Task[Any]":
+    """Return the task that calls this."""
+    task = asyncio.current_task()
+    assert task is not None
+    return task
+
+
+async def all_done_before(stop: Event, *steps: Callable[[], Awaitable[object]]) -> bool:
+    """Take the steps in turn, and return whether all were done when `stop` was set; what is not done then is cancelled."""
+    done = 0
+
+    async def cancel(scope: CancelScope) -> None:
+        await stop.wait()
+        scope.cancel()
+
+    with sole_error():
+        async with create_task_group() as group:
+            group.start_soon(cancel, group.cancel_scope)
+            for step in steps:
+                await step()
+                done += 1
+            group.cancel_scope.cancel()
+    return done == len(steps)

@@ -40,6 +40,7 @@ from asyncmq_nats.hooks import Hooks
 from asyncmq_nats.intake import Intake
 from asyncmq_nats.jobs import Job
 from asyncmq_nats.lifecycle import Lifecycle, SettleEnd
+from asyncmq_nats.loops import all_done_before, running_task
 from asyncmq_nats.promoter import Promoter
 from asyncmq_nats.rate_limiter import Limit, RateLimiter
 from asyncmq_nats.registry import TaskRegistry
@@ -109,7 +110,6 @@ class Runner:
         self._stop = anyio.Event()
         self._turn_ends = 0.0
         self._group: TaskGroup
-        self._host: asyncio.Task[Any] | None = None
 
     # -- life
 
@@ -119,8 +119,9 @@ class Runner:
 
     async def run(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
         """Run jobs until `stop` or cancellation; either way what runs may finish for `shutdown_timeout`, and the rest is handed back."""
-        await self._backend.connect()
-        await self._assets.declare_all()
+        if not await all_done_before(self._stop, self._backend.connect, self._assets.declare_all):  # the server may not be there yet
+            task_status.started()  # so that nobody waits for it
+            return
         await self._hooks.start(self.worker)
         serving, finished = anyio.Event(), anyio.Event()
         with sole_error():
@@ -140,7 +141,7 @@ class Runner:
 
     async def _serve(self, serving: anyio.Event, finished: anyio.Event) -> None:
         """All loops, shielded from the outside: they end in order, by `stop`."""
-        self._host = asyncio.current_task()
+        self._host = running_task()
         try:
             with anyio.CancelScope(shield=True):
                 try:
@@ -245,8 +246,7 @@ class Runner:
     # -- run
 
     async def _slot(self) -> None:
-        slot = asyncio.current_task()
-        assert slot is not None
+        slot = running_task()
         while True:
             delivery = await self._intake.next()
             try:
@@ -332,8 +332,7 @@ class Runner:
             await self._report_result(attempt, result, context.follow_ups, settle)
 
     def _is_ending(self) -> bool:
-        # The second: with the event loop, of which `asyncio.run` cancels every task.
-        return self._group.cancel_scope.cancel_called or (self._host is not None and bool(self._host.cancelling()))
+        return self._group.cancel_scope.cancel_called or bool(self._host.cancelling())  # the second: `asyncio.run` cancels every task
 
     async def _give_up(self, attempt: Attempt, *, cancelled: bool) -> None:
         """Leave a job that was cancelled, or that did not finish before the worker has to."""

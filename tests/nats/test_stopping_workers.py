@@ -1,10 +1,13 @@
 """A worker program that is told to stop: what runs may finish, the rest goes to others at once, and nothing counts as stalled."""
 
 import signal
+import socket
 from collections import Counter
+from collections.abc import Iterator
 
 import anyio
 import pytest
+from anyio import to_thread
 
 from asyncmq_nats import runner
 from asyncmq_nats.backends.nats.backend import NATSBackend
@@ -110,6 +113,52 @@ async def test_worker_stops_while_the_server_is_gone(fleet: Fleet, queue: Queue,
         server.kill()
         worker.send(signal.SIGTERM)
         assert await worker.wait() == 0
+
+
+@pytest.fixture
+def silent_server() -> Iterator[socket.socket]:
+    """A server that takes connections and says nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(15)
+        yield listener
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("processes", [1, 2])
+async def test_worker_that_waits_for_its_server_stops_at_once(
+    number: signal.Signals, processes: int, fleet: Fleet, silent_server: socket.socket
+) -> None:
+    fleet.url = f"nats://127.0.0.1:{silent_server.getsockname()[1]}"
+    with anyio.fail_after(20):
+        worker = fleet.launch("first", processes=processes, asyncmq_nats_connect_timeout=60)
+        connections = [(await to_thread.run_sync(silent_server.accept))[0] for _ in range(processes)]
+        worker.send(number)
+        with anyio.fail_after(5):
+            assert await worker.wait() == 0
+    for connection in connections:
+        connection.close()
+    assert "Traceback" not in worker.log
+    assert "Error" not in worker.log
+
+
+async def test_worker_may_be_stopped_before_there_is_a_server() -> None:
+    backend = NATSBackend("nats://127.0.0.1:1", settings=Settings(connect_timeout=60))
+    worker = Worker(make_queue(backend))
+    worker.on_startup(lambda: pytest.fail("it does not start"))
+    with anyio.fail_after(5):
+        async with anyio.create_task_group() as group:
+            group.start_soon(worker.run)
+            await anyio.sleep(0.05)
+            worker.stop()
+        async with anyio.create_task_group() as group:
+            group.start_soon(stop_soon, worker)
+            await group.start(worker.run)  # to be told that it has started would be to wait for ever
+    await backend.close()
+
+
+async def stop_soon(worker: Worker) -> None:
+    await anyio.sleep(0.05)
+    worker.stop()
 
 
 async def test_what_is_not_answered_does_not_hold_up_a_stop(
