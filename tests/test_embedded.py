@@ -12,10 +12,11 @@ import pytest
 
 from asyncmq_nats.backends.nats import embedded
 from asyncmq_nats.backends.nats.backend import NATSBackend
+from asyncmq_nats.backends.nats.connection import Connection
 from asyncmq_nats.backends.nats.embedded import EmbeddedServer
 from asyncmq_nats.exceptions import BackendError, ServerBinaryMissing
 from asyncmq_nats.queues import Queue
-from tests.nats.processes import freeze, holds
+from tests.nats.processes import alive, freeze, holds
 
 pytestmark = pytest.mark.usefixtures("server")  # skipped, or an error in CI, without a server program
 
@@ -155,6 +156,22 @@ def test_server_ends_with_the_interpreter() -> None:
     assert output.stderr == ""
 
 
+def test_at_exit_the_server_ends_before_its_store_goes() -> None:
+    program = """
+from pathlib import Path
+from asyncmq_nats.backends.nats.embedded import EmbeddedServer
+
+class Observed(EmbeddedServer):
+    def stop(self):
+        print(Path(self._temporary.name).exists())
+        super().stop()
+
+Observed().start()
+"""
+    output = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True, timeout=30)
+    assert (output.stdout, output.stderr) == ("True\n", "")
+
+
 # -- the program that started it is killed
 
 KILLED = """
@@ -186,22 +203,13 @@ def killed_program(tmp_path: Path) -> Iterator[tuple[int, int, int]]:
         os.kill(child, signal.SIGKILL)
 
 
-def is_running(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    state = subprocess.run(["ps", "-o", "state=", "-p", str(pid)], check=False, capture_output=True, text=True).stdout
-    return not state.startswith("Z")  # where nobody inherits it, as in some containers, nobody waits for it
-
-
 @pytest.mark.skipif(sys.platform == "win32", reason="no shell there")
 async def test_server_ends_when_the_program_is_killed(killed_program: tuple[int, int, int], tmp_path: Path) -> None:
     port, *pids = killed_program
     with EmbeddedServer(tmp_path / "killed"):  # at once: its store is free in a moment
         with pytest.raises(ConnectionRefusedError):
             greet(port)
-        await holds(lambda: not any(is_running(pid) for pid in pids))
+        await holds(lambda: not any(alive(pid) for pid in pids))
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no shell there")
@@ -246,3 +254,16 @@ async def test_backend_that_was_closed_starts_its_server_again(keep: bool, tmp_p
     second = await queue.add("brief")
     assert {job["id"] for job in await queue.get_jobs("waiting")} == ({first, second} if keep else {second})
     await backend.close()
+
+
+async def test_a_backend_that_cannot_connect_ends_its_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def refuse(self: Connection) -> None:
+        raise BackendError("not today")
+
+    monkeypatch.setattr(Connection, "open", refuse)
+    backend = NATSBackend.embedded()
+    port = int(backend.url.rpartition(":")[2])
+    with pytest.raises(BackendError, match="not today"):
+        await backend.__aenter__()
+    with pytest.raises(ConnectionRefusedError):
+        greet(port)

@@ -25,6 +25,14 @@ RUNS_QUEUE: Final = " runs queue "
 """What a worker logs once it takes jobs."""
 
 
+def alive(pid: int) -> bool:
+    """Return whether the process runs; one that has ended and that nobody has waited for does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
 def freeze(pid: int) -> None:
     """Stop this child process until it is sent SIGCONT. Its threads stand still when this returns: the signal alone only asks for it."""
     os.kill(pid, signal.SIGSTOP)

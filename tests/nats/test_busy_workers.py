@@ -5,7 +5,6 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 
 import anyio
 import nats.errors
@@ -16,7 +15,7 @@ from asyncmq_nats.backends.nats.embedded import EmbeddedServer
 from asyncmq_nats.exceptions import JobFailed
 from asyncmq_nats.queues import Queue
 from asyncmq_nats.settings import Settings
-from tests.nats.processes import PATIENCE, Fleet, Program, eventually, holds
+from tests.nats.processes import PATIENCE, Fleet, Program, alive, eventually, holds
 from tests.nats.streams import Streams, plain_client
 
 PAUSE = "CONSUMER.PAUSE.amq_fleet.tier_5"
@@ -27,14 +26,6 @@ TIER = "CONSUMER.INFO.amq_fleet.tier_5"
 def settings() -> Settings:
     # A lease longer than any test: a job that comes back earlier was handed back. One stall would end it.
     return Settings(stalled_after=60, max_stalls=1, shutdown_timeout=10, heartbeat_interval=0.5)
-
-
-def alive(pid: int) -> bool:
-    """Return whether the process runs; one that has ended and that nobody has waited for does not."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 def most_within(times: Sequence[float], span: float) -> int:

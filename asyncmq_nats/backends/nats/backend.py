@@ -138,7 +138,12 @@ class NATSBackend:
                 await to_thread.run_sync(self._embedded.stop)
 
     async def __aenter__(self) -> Self:
-        await self.connect()
+        try:
+            await self.connect()
+        except BaseException:  # then nobody calls `__aexit__`
+            with CancelScope(shield=True):
+                await self.close()
+            raise
         return self
 
     async def __aexit__(self, *_: object) -> None:

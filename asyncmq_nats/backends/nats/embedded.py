@@ -84,10 +84,11 @@ class EmbeddedServer:
                 return
             self._dismiss_watchdog()
             program = _find_program()
+            store = self._make_store()  # before the next lines: what is registered last is called first, and a store is removed at exit too
             atexit.unregister(self.stop)
             atexit.register(self.stop)
             try:
-                self._launch(program)
+                self._launch(program, store)
             except BaseException:
                 self.stop()
                 raise
@@ -130,8 +131,7 @@ class EmbeddedServer:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         self.stop()
 
-    def _launch(self, program: str) -> None:
-        store = self._make_store()
+    def _launch(self, program: str, store: Path) -> None:
         command = [program, "-a", HOST, "-p", str(self._port), "-js", "-sd", str(store)]
         if self._config is not None:
             config_path = store / "nats-server.conf"
