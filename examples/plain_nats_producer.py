@@ -12,16 +12,19 @@ import sys
 import time
 import uuid
 
-import nats
+import nats.errors
+from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.js.errors import NoStreamResponseError
 
+SERVERS = os.environ.get("ASYNCMQ_NATS_SERVERS") or "nats://127.0.0.1:4222"
+PATIENCE = 3.0  # seconds
 PREFIX, QUEUE, PRIORITY = "amq", "examples", 5
 ENDS = ("completed", "failed", "expired", "cancelled")
 
 
 async def main(text: str) -> int:
-    client = await nats.connect(os.environ.get("ASYNCMQ_NATS_SERVERS", "nats://127.0.0.1:4222").split(","), connect_timeout=5)
+    client = await connect()
     job_id = str(uuid.uuid4())
     job = {
         "v": 1,
@@ -40,14 +43,33 @@ async def main(text: str) -> int:
     try:
         # The message id makes it safe to publish again if no answer comes.
         subject, headers = f"{PREFIX}.{QUEUE}.ready.{PRIORITY}.{job_id}", {"Nats-Msg-Id": job_id}
-        await client.jetstream().publish(subject, json.dumps(job).encode(), timeout=5, headers=headers)
+        await client.jetstream().publish(subject, json.dumps(job).encode(), timeout=PATIENCE, headers=headers)
         print(f"added {job_id}", flush=True)
         return await follow(events)
     except NoStreamResponseError:
         print(f"There is no queue {QUEUE!r} yet: start a worker first.", file=sys.stderr)
         return 1
+    except nats.errors.Error as error:
+        print(f"job {job_id} may not have been added: {error}", file=sys.stderr)
+        return 1
     finally:
         await client.close()
+
+
+async def connect() -> Client:
+    """Connect to one of the servers. Left alone, nats-py would try for ever, and print each failure with a traceback."""
+    client, failures = Client(), []
+
+    async def note(error: Exception) -> None:
+        failures.append(error)
+
+    try:
+        async with asyncio.timeout(PATIENCE):
+            await client.connect(SERVERS.split(","), error_cb=note, max_reconnect_attempts=-1)
+    except (TimeoutError, OSError, nats.errors.Error) as error:
+        await client.close()
+        sys.exit(f"cannot reach NATS at {SERVERS}: {failures[-1] if failures else error}")
+    return client
 
 
 async def follow(events: asyncio.Queue[Msg]) -> int:
@@ -64,4 +86,11 @@ async def follow(events: asyncio.Queue[Msg]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(asyncio.run(main(" ".join(sys.argv[1:]) or "six words, counted in a worker")))
+    try:
+        code = asyncio.run(main(" ".join(sys.argv[1:]) or "six words, counted in a worker"))
+    except KeyboardInterrupt:
+        code = 130
+    except BrokenPipeError:  # nobody reads on, as with `| head`: what is still to be written goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    sys.exit(code)

@@ -19,10 +19,23 @@ import anyio
 import tasks
 
 from asyncmq_nats import NATSBackend, Queue
-from asyncmq_nats.exceptions import AsyncMQError, ConnectionFailed, JobFailed
+from asyncmq_nats.exceptions import AsyncMQError, BackendError, JobFailed
 
-INTERVAL = float(os.environ.get("INTERVAL", "0.5"))
-JOBS = int(os.environ.get("JOBS", "0"))
+
+def read_number(name: str, default: float) -> float:
+    """Return a number from the environment; if it is none, end with a line that says so."""
+    text = os.environ.get(name) or str(default)
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1.0
+    if not 0 <= number < float("inf"):
+        sys.exit(f"{name} must be a number, 0 or more, not {text!r}")
+    return number
+
+
+INTERVAL = read_number("INTERVAL", 0.5)
+JOBS = int(read_number("JOBS", 0))
 FAREWELL = 5.0
 
 counts: Counter[str] = Counter()
@@ -72,7 +85,7 @@ async def stop_on_signal(stopping: anyio.Event) -> None:
             stopping.set()
 
 
-async def main() -> None:
+async def run() -> None:
     stopping = anyio.Event()
     async with NATSBackend() as backend, anyio.create_task_group() as group:
         group.start_soon(stop_on_signal, stopping)
@@ -81,8 +94,17 @@ async def main() -> None:
     print(f"{counts['added']} added, {counts['completed']} completed, {counts['failed']} failed", flush=True)
 
 
-if __name__ == "__main__":
+def main() -> int:
     try:
-        anyio.run(main)
-    except ConnectionFailed as error:
-        sys.exit(str(error))
+        anyio.run(run)
+    except* BackendError as errors:  # no server, or not one that will do
+        print(*errors.exceptions, sep="\n", file=sys.stderr)
+    except* BrokenPipeError:  # nobody reads on, as with `| head`: what is still to be written goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    else:
+        return 0
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
