@@ -1,26 +1,30 @@
 """Every kind of job there is, added, run and shown: python examples/quickstart.py
 
-Starts a nats-server of its own, or uses the one in ASYNCMQ_NATS_SERVERS. Ends with 0 if every job came to what it should.
+Starts a nats-server of its own, or uses the one in ASYNCMQ_NATS_SERVERS, where others may run it too. Ends with 0 if every job came to
+what it should.
 """
 
 import logging
 import os
+import signal
 import sys
 import time
-from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
 import anyio
+from anyio.abc import TaskStatus
 
 from asyncmq_nats import NATSBackend, Queue, task
-from asyncmq_nats.exceptions import AsyncMQError
+from asyncmq_nats.context import current_job
+from asyncmq_nats.exceptions import AsyncMQError, JobFailed
 
 QUEUE = "quickstart"
 CONCURRENCY = 10
 BULK = 200
-PATIENCE = 9.0
+PATIENCE = 45.0  # longer than a lease: a worker of somebody else may be killed with one of our jobs in hand
 
 
 # -- tasks: what a worker can run
@@ -30,9 +34,6 @@ PATIENCE = 9.0
 class Order:
     item: str
     count: int
-
-
-attempts: Counter[str] = Counter()
 
 
 @task(queue=QUEUE, name="greet")
@@ -55,8 +56,7 @@ async def ship(order: Order, ordered: datetime) -> str:
 
 @task(queue=QUEUE, name="call_partner", retries=3, backoff=0.2)
 async def call_partner(order: str) -> str:
-    attempts[order] += 1
-    if attempts[order] == 1:
+    if current_job().attempt == 1:
         raise ConnectionError("the partner does not answer")
     return "accepted"
 
@@ -87,34 +87,42 @@ class Added:
 class Progress:
     """One line that is written again and again on a terminal; a few lines one after the other elsewhere."""
 
-    def __init__(self, total: int, before: dict[str, int]) -> None:
+    def __init__(self, total: int) -> None:
+        self.done = 0
         self._total = total
-        self._before = before
         self._live = sys.stdout.isatty()
         self._last_tenth = -1
 
     def show(self, stats: dict[str, int]) -> None:
-        done = sum(stats[state] - self._before[state] for state in ("completed", "failed"))
-        tenth = 4 * done // self._total
+        tenth = 4 * self.done // self._total
         if self._live:
-            print(f"\r\x1b[K  {self._line(stats, done)}", end="\n" if done >= self._total else "", flush=True)
+            print(f"\r\x1b[K  {self._line(stats)}", end="\n" if self.done >= self._total else "", flush=True)
         elif tenth != self._last_tenth:
-            print(f"  {self._line(stats, done)}", flush=True)
+            print(f"  {self._line(stats)}", flush=True)
         self._last_tenth = tenth
 
-    def _line(self, stats: dict[str, int], done: int) -> str:
-        bar = "#" * (24 * done // self._total)
+    def _line(self, stats: dict[str, int]) -> str:
+        bar = "#" * (24 * self.done // self._total)
         counts = "  ".join(f"{state} {stats[state]:>3}" for state in ("waiting", "active", "delayed"))
-        return f"[{bar:-<24}] {done:>3} of {self._total} done   {counts}"
+        return f"[{bar:-<24}] {self.done:>3} of {self._total} done   {counts}"
 
 
-async def watch(queue: Queue, progress: Progress, total: int, before: dict[str, int]) -> None:
-    while True:
-        stats = await queue.queue_stats()
-        progress.show(stats)
-        if sum(stats[state] - before[state] for state in ("completed", "failed")) >= total:
-            return
-        await anyio.sleep(0.05)
+async def watch(queue: Queue, job_ids: list[str]) -> None:
+    """Show how many of these jobs have ended, until all of them have; the queue may have others."""
+    progress = Progress(len(job_ids))
+
+    async def follow(job_id: str) -> None:
+        with suppress(JobFailed):
+            await queue.wait_for(job_id)
+        progress.done += 1
+
+    async with anyio.create_task_group() as group:
+        for job_id in job_ids:
+            group.start_soon(follow, job_id)
+        while progress.done < len(job_ids):
+            progress.show(await queue.queue_stats())
+            await anyio.sleep(0.05)
+    progress.show(await queue.queue_stats())
 
 
 # -- the run
@@ -140,7 +148,7 @@ async def add_jobs(queue: Queue) -> tuple[list[Added], list[str]]:
 def describe(job: dict[str, Any], shows: str) -> str:
     done = job["status"] == "completed"
     runs = job["retries"] + (1 if done else 0)
-    waited = (job["active_since"] or job["finished_at"]) - job["created_at"]
+    waited = job.get("active_since", job["finished_at"]) - job["created_at"]
     came_to = str(job["result"]) if done else job["last_error"]
     return f"  {job['task']:<13} {shows:<29} {job['status']:<10} {runs:>4} {waited:>8.3f}  {came_to[:44]}"
 
@@ -167,35 +175,70 @@ async def summarise(queue: Queue, added: list[Added], bulk: list[str], seconds: 
     return not wrong
 
 
-async def run() -> int:
+async def show() -> int:
     servers = os.environ.get("ASYNCMQ_NATS_SERVERS")
     # The context manager connects, and at the end disconnects and stops the embedded server.
     async with NATSBackend() if servers else NATSBackend.embedded() as backend:
         queue = Queue(QUEUE, backend, concurrency=CONCURRENCY)
-        before = await queue.queue_stats()
         print(f"Queue {QUEUE!r} on {'the' if servers else 'an embedded'} nats-server at {backend.url}")
         started = time.perf_counter()
         added, bulk = await add_jobs(queue)
-        total = len(added) + len(bulk)
-        print(f"{total} jobs added in {time.perf_counter() - started:.2f} s; a worker runs them, {CONCURRENCY} at a time\n")
+        job_ids = [*(entry.job_id for entry in added), *bulk]
+        print(f"{len(job_ids)} jobs added in {time.perf_counter() - started:.2f} s; a worker runs them, {CONCURRENCY} at a time\n")
         started = time.perf_counter()
         async with anyio.create_task_group() as group:
             await group.start(queue.run)
             with anyio.fail_after(PATIENCE):
-                await watch(queue, Progress(total, before), total, before)
+                await watch(queue, job_ids)
             seconds = time.perf_counter() - started
             group.cancel_scope.cancel()  # the worker finishes what it runs
         return 0 if await summarise(queue, added, bulk, seconds) else 1
 
 
+async def run() -> int:
+    """Run `show`; end it in order, the embedded server with it, on Ctrl-C and SIGTERM."""
+    code = 1
+
+    async def stop_on_signal(scope: anyio.CancelScope, *, task_status: TaskStatus[None]) -> None:
+        nonlocal code
+        with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+            task_status.started()
+            async for number in signals:  # it may come twice: from a terminal, and from a program around this one
+                if not scope.cancel_called:
+                    print(f"\nStopped by {number.name}.", file=sys.stderr)
+                    code = 128 + number
+                    scope.cancel()
+
+    async with anyio.create_task_group() as group:
+        with anyio.CancelScope() as scope:
+            await group.start(stop_on_signal, scope)
+            code = await show()
+        group.cancel_scope.cancel()
+    return code
+
+
+def complain(errors: BaseExceptionGroup) -> None:
+    """Print what is in the group, and in the groups in it."""
+    for error in errors.exceptions:
+        if isinstance(error, BaseExceptionGroup):
+            complain(error)
+        else:
+            print(error, file=sys.stderr)
+
+
 def main() -> int:
     logging.getLogger("asyncmq_nats").setLevel(logging.ERROR)  # that a job fails is no news here
     try:
-        return anyio.run(run)
+        code = anyio.run(run)
+        sys.stdout.flush()
     except* AsyncMQError as errors:
-        print(*errors.exceptions, sep="\n", file=sys.stderr)
+        complain(errors)
+    except* BrokenPipeError:  # nobody reads on, as with `| head`: what is still to be written goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except* TimeoutError:
         print(f"\nNot all jobs ended within {PATIENCE:g} s.", file=sys.stderr)
+    else:
+        return code
     return 1
 
 

@@ -1,9 +1,14 @@
 """Each example, run as a user would: a program of its own. worker.py and producer.py together are in test_compose.py."""
 
 import os
+import re
+import signal
+import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import IO
 
 import pytest
 
@@ -18,6 +23,25 @@ def run_example(name: str, *arguments: str, **environment: str) -> subprocess.Co
     clean = {key: value for key, value in os.environ.items() if not key.startswith("ASYNCMQ_NATS_")}
     command = [sys.executable, str(EXAMPLES / name), *arguments]
     return subprocess.run(command, env=clean | environment, capture_output=True, text=True, timeout=40)
+
+
+def start_example(name: str, **environment: str) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-u", str(EXAMPLES / name)]
+    return subprocess.Popen(command, env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def read_to(expected: str, output: IO[str] | None) -> str:
+    """Read lines until one has the expected text in it; return that."""
+    assert output is not None
+    return next(line for line in output if expected in line)
+
+
+def is_served(url: str) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=5).close()
+    except ConnectionRefusedError:
+        return False
+    return True
 
 
 def test_quickstart_with_a_server_of_its_own() -> None:
@@ -39,7 +63,59 @@ def test_quickstart_on_a_given_server_can_be_run_again(server: EmbeddedServer) -
         assert "206 completed, 1 failed, as it should." in done.stdout
 
 
-@pytest.mark.parametrize("name", ["quickstart.py", "worker.py", "producer.py"])
+def test_quickstart_minds_its_own_jobs_only(server: EmbeddedServer) -> None:
+    killed = start_example("quickstart.py", ASYNCMQ_NATS_SERVERS=server.url)
+    read_to("of 207 done", killed.stdout)
+    killed.kill()
+    killed.communicate()
+    with ThreadPoolExecutor() as threads:
+        both = list(threads.map(lambda _: run_example("quickstart.py", ASYNCMQ_NATS_SERVERS=server.url), range(2)))
+    for done in both:
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "206 completed, 1 failed, as it should." in done.stdout
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_quickstart_and_its_server(number: signal.Signals) -> None:
+    run = start_example("quickstart.py")
+    url = re.sub(".* at ", "", read_to("an embedded nats-server", run.stdout).strip())
+    assert is_served(url)
+    for _ in range(2):  # as if it came from the terminal, and from a program around it that passes it on
+        run.send_signal(number)
+    _, errors = run.communicate(timeout=20)
+    assert (run.returncode, errors) == (128 + number, f"\nStopped by {number.name}.\n")
+    assert not is_served(url)
+
+
+def test_quickstart_ends_with_its_server_when_nobody_reads_on() -> None:
+    run = start_example("quickstart.py")
+    url = re.sub(".* at ", "", read_to("an embedded nats-server", run.stdout).strip())
+    assert run.stdout is not None
+    run.stdout.close()
+    assert run.wait(timeout=20) == 1
+    assert run.stderr is not None
+    with run.stderr:
+        assert run.stderr.read() == ""
+    assert not is_served(url)
+
+
+@pytest.mark.parametrize(
+    ("name", "variable", "value"),
+    [
+        ("worker.py", "CONCURRENCY", "many"),
+        ("worker.py", "CONCURRENCY", "0"),
+        ("worker.py", "LOG_LEVEL", "LOUD"),
+        ("producer.py", "INTERVAL", "-1"),
+        ("producer.py", "JOBS", "all"),
+    ],
+)
+def test_a_value_that_cannot_work_is_named_in_one_line(name: str, variable: str, value: str) -> None:
+    done = run_example(name, **{variable: value})
+    assert done.returncode == 1
+    assert re.fullmatch(rf"{variable} must be .*, not '{value}'\n", done.stderr)
+
+
+@pytest.mark.parametrize("name", ["quickstart.py", "worker.py", "producer.py", "plain_nats_producer.py"])
 def test_without_a_server_an_example_says_so(name: str) -> None:
     done = run_example(name, ASYNCMQ_NATS_SERVERS="nats://127.0.0.1:1", ASYNCMQ_NATS_CONNECT_TIMEOUT="0.5")
     assert done.returncode == 1
