@@ -8,7 +8,7 @@ import inspect
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Final, TypeVar
+from typing import Any, Final, TypeVar, overload
 
 from anyio import to_thread
 
@@ -46,7 +46,9 @@ ANNOUNCED: Final = (STARTED, PROGRESS, READY, STALLED, DUPLICATED, DEDUPLICATED,
 PREFIX: Final = "job:"
 RETRYING: Final = "job:retrying"
 
-C = TypeVar("C", bound=Callable[..., Any])
+Listener = Callable[[dict[str, Any]], Any]
+"""A function, or a coroutine function, that is given the job's dict."""
+L = TypeVar("L", bound=Listener)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,16 +96,23 @@ class EventEmitter:
     """Calls functions of this process on events of the jobs that its workers run (AsyncMQ `event_emitter`)."""
 
     def __init__(self) -> None:
-        self._callbacks: dict[str, list[Callable[..., Any]]] = {}
+        self._callbacks: dict[str, list[Listener]] = {}
 
-    def on(self, event: str, callback: C | None = None) -> Any:
+    @overload
+    def on(self, event: str, callback: None = None) -> Callable[[L], L]: ...
+    @overload
+    def on(self, event: str, callback: L) -> L: ...
+
+    def on(self, event: str, callback: L | None = None) -> L | Callable[[L], L]:
         """Call a function, sync (in a thread) or async, with the job's dict on each such event; without a callback, a decorator."""
-        if callback is None:
-            return lambda function: self.on(event, function)
-        self._callbacks.setdefault(event, []).append(callback)
-        return callback
 
-    def off(self, event: str, callback: Callable[..., Any]) -> None:
+        def register(listener: L) -> L:
+            self._callbacks.setdefault(event, []).append(listener)
+            return listener
+
+        return register if callback is None else register(callback)
+
+    def off(self, event: str, callback: Listener) -> None:
         """Call it no more."""
         if callback in self._callbacks.get(event, ()):
             self._callbacks[event].remove(callback)

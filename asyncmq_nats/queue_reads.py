@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any, Final
 
 import anyio
@@ -113,7 +113,7 @@ class QueueReads(QueueBase):
         """Return nothing: jobs of every priority are `waiting` (the name is AsyncMQ's)."""
         return await self.get_jobs([Bucket.PRIORITIZED], start=start, end=end, asc=asc)
 
-    async def events(self, *names: str) -> AsyncIterator[Event]:
+    async def events(self, *names: str) -> AsyncGenerator[Event, None]:
         """Yield what happens to the jobs of this queue from now on, in whatever process; with names, only such events (see `Event`).
 
         At most once: while the connection is down, or this reader is 10,000 events behind, events are lost.

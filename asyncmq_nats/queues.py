@@ -63,7 +63,7 @@ class Queue(QueueReads, QueueDelays, QueueControls, QueueAdmin):
         depends_on: Sequence[str] | None = None,
         on_parent_failure: str = "wait",
         timeout: float | None = None,
-        repeat_every: float | None = None,
+        repeat_every: float | str | None = None,
     ) -> str:
         """Add one job and return its id (AsyncMQ `Queue.add`).
 
@@ -85,7 +85,7 @@ class Queue(QueueReads, QueueDelays, QueueControls, QueueAdmin):
             depends_on: ids of jobs of this queue that must complete first; their results are in `current_job().parent_results()`.
             on_parent_failure: when one of them fails for good, `"wait"` (it may be retried by hand), `"fail"`, or `"run"` all the same.
             timeout: how long one attempt may run, in seconds; then the task is cancelled and the attempt has failed.
-            repeat_every: add the job again so many seconds after each success.
+            repeat_every: add the job again so many seconds, or a text such as `"5m"`, after each success.
 
         Raises:
             JobNotFound: a job that it depends on is not in this queue.
@@ -93,6 +93,7 @@ class Queue(QueueReads, QueueDelays, QueueControls, QueueAdmin):
             PayloadTooLarge: the job does not fit into a message.
             InvalidArgument: a value is of the wrong kind; the message names it.
             TypeError, InvalidJobId: the job_id is outside AsyncMQ's rules.
+            ValueError: `repeat_every` is not understood, or shorter than 0.05 s.
             Unconfirmed: no confirmation within `publish_timeout`; the job may or may not have been added.
         """
         await self.backend.connect()

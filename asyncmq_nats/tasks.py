@@ -1,8 +1,8 @@
 """`@task`: functions that workers run, and that producers enqueue by calling a method of them."""
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from functools import update_wrapper
-from typing import Any, Generic, ParamSpec, TypeVar
+from typing import Any, Generic, Literal, ParamSpec, Protocol, TypeVar, overload
 from weakref import WeakKeyDictionary
 
 from anyio import to_thread
@@ -26,7 +26,11 @@ _queues: "WeakKeyDictionary[Backend, dict[str, Queue]]" = WeakKeyDictionary()
 
 
 class TaskWrapper(Generic[P, R]):
-    """A function that is a task. Awaiting a call runs it here; `enqueue` has a worker run it (AsyncMQ `TaskWrapper`)."""
+    """A function that is a task. Awaiting a call runs it here; `enqueue` has a worker run it (AsyncMQ `TaskWrapper`).
+
+    Type checkers check the arguments of a call, and those of `enqueue` where it is given none of its own keywords: a signature cannot
+    have both. Of a task with `progress=True` they check none, since a parameter is not given by the caller.
+    """
 
     def __init__(self, entry: RegisteredTask) -> None:
         self.entry = entry
@@ -42,16 +46,46 @@ class TaskWrapper(Generic[P, R]):
             return result
         return await to_thread.run_sync(lambda: self.entry.function(*args, **kwargs))
 
+    # One overload for each keyword that may be the first of those that are given, and one for none.
+    # fmt: off
+    @overload
+    async def enqueue(self, *args: P.args, **kwargs: P.kwargs) -> str: ...
+    @overload
+    async def enqueue(
+        self, *args: Any, backend: Backend | None, delay: float = ..., priority: int = ..., depends_on: Sequence[str] | None = ...,
+        on_parent_failure: str = ..., repeat_every: float | str | None = ..., job_id: str | None = ..., **kwargs: Any,
+    ) -> str: ...
+    @overload
+    async def enqueue(
+        self, *args: Any, delay: float, priority: int = ..., depends_on: Sequence[str] | None = ..., on_parent_failure: str = ...,
+        repeat_every: float | str | None = ..., job_id: str | None = ..., **kwargs: Any,
+    ) -> str: ...
+    @overload
+    async def enqueue(
+        self, *args: Any, priority: int, depends_on: Sequence[str] | None = ..., on_parent_failure: str = ...,
+        repeat_every: float | str | None = ..., job_id: str | None = ..., **kwargs: Any,
+    ) -> str: ...
+    @overload
+    async def enqueue(
+        self, *args: Any, depends_on: Sequence[str] | None, on_parent_failure: str = ..., repeat_every: float | str | None = ...,
+        job_id: str | None = ..., **kwargs: Any,
+    ) -> str: ...
+    @overload
+    async def enqueue(self, *args: Any, repeat_every: float | str | None, job_id: str | None = ..., **kwargs: Any) -> str: ...
+    @overload
+    async def enqueue(self, *args: Any, job_id: str | None, **kwargs: Any) -> str: ...
+    # fmt: on
+
     async def enqueue(
         self,
-        *args: Any,
-        backend: Backend | None = None,
-        delay: float = 0,
-        priority: int = DEFAULT_PRIORITY,
-        depends_on: Sequence[str] | None = None,
-        on_parent_failure: str = "wait",
-        repeat_every: float | None = None,
-        job_id: str | None = None,
+        *args: Any,  # to a type checker, `P` might have one of these names, of another type
+        backend: Any = None,
+        delay: Any = 0,
+        priority: Any = DEFAULT_PRIORITY,
+        depends_on: Any = None,
+        on_parent_failure: Any = "wait",
+        repeat_every: Any = None,
+        job_id: Any = None,
         **kwargs: Any,
     ) -> str:
         """Add a job that runs the task with these arguments, on the task's queue, and return its id.
@@ -80,6 +114,40 @@ class TaskWrapper(Generic[P, R]):
     send = enqueue
 
 
+class _Decorator(Protocol):
+    """Makes a function a task whose calls take its arguments."""
+
+    @overload
+    def __call__(self, function: Callable[P, Coroutine[Any, Any, R]], /) -> TaskWrapper[P, R]: ...
+    @overload
+    def __call__(self, function: Callable[P, R], /) -> TaskWrapper[P, R]: ...
+
+
+class _ProgressDecorator(Protocol):
+    """Makes a function a task that is given one argument more than its calls."""
+
+    @overload
+    def __call__(self, function: Callable[..., Coroutine[Any, Any, R]], /) -> TaskWrapper[..., R]: ...
+    @overload
+    def __call__(self, function: Callable[..., R], /) -> TaskWrapper[..., R]: ...
+
+
+# fmt: off
+@overload
+def task(
+    queue: str, retries: int = ..., ttl: float | None = ..., progress: Literal[False] = ..., *,
+    backoff: float | Backoff | BackoffFunction | None = ..., timeout: float | None = ..., process: bool = ..., name: str | None = ...,
+    registry: TaskRegistry = ...,
+) -> _Decorator: ...
+@overload
+def task(
+    queue: str, retries: int = ..., ttl: float | None = ..., progress: bool = ..., *,
+    backoff: float | Backoff | BackoffFunction | None = ..., timeout: float | None = ..., process: bool = ..., name: str | None = ...,
+    registry: TaskRegistry = ...,
+) -> _ProgressDecorator: ...
+# fmt: on
+
+
 def task(
     queue: str,
     retries: int = 0,
@@ -91,7 +159,7 @@ def task(
     process: bool = False,
     name: str | None = None,
     registry: TaskRegistry = TASK_REGISTRY,
-) -> Callable[[Callable[P, Any]], TaskWrapper[P, Any]]:
+) -> _Decorator | _ProgressDecorator:
     """Make a function a task (AsyncMQ `task`).
 
     Args:
@@ -108,7 +176,7 @@ def task(
     if callable(queue):
         raise InvalidArgument("@task needs the name of a queue: @task(queue='email')", queue)
 
-    def decorate(function: Callable[P, Any]) -> TaskWrapper[P, Any]:
+    def decorate(function: Callable[..., Any], /) -> TaskWrapper[..., Any]:
         entry = registry.register(
             function, queue=queue, name=name, retries=retries, ttl=ttl, backoff=backoff, timeout=timeout, progress=progress, process=process
         )

@@ -255,7 +255,7 @@ def test_an_option_of_a_task_that_means_nothing_is_refused_where_it_is_written(o
 
 def test_a_decorator_without_a_queue_is_refused() -> None:
     with pytest.raises(InvalidArgument, match=r"@task\(queue='email'\)"):
-        task(echo)  # type: ignore[arg-type]
+        task(echo)  # type: ignore[call-overload]
 
 
 @pytest.mark.parametrize(

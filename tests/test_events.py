@@ -264,7 +264,7 @@ async def test_a_reader_that_stops_hears_no_more(backend: Backend) -> None:
             group.start_soon(add_until_heard)
             event = await anext(aiter(iterator))
             group.cancel_scope.cancel()
-        await iterator.aclose()  # type: ignore[attr-defined]
+        await iterator.aclose()
     assert event.name == "job:waiting"
     await queue.add("echo")
     with pytest.raises(StopAsyncIteration):

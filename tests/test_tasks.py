@@ -86,7 +86,7 @@ def test_two_tasks_of_one_name_are_refused(registry: TaskRegistry) -> None:
 
 def test_a_queue_is_required() -> None:
     with pytest.raises(TypeError):
-        task()  # type: ignore[call-arg]
+        task()  # type: ignore[call-overload]
 
 
 def test_the_default_registry_is_listed() -> None:
