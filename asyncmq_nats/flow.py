@@ -11,6 +11,7 @@ from asyncmq_nats.backends.base import Backend
 from asyncmq_nats.exceptions import InvalidFlow
 from asyncmq_nats.jobs import Job
 from asyncmq_nats.queues import Queue
+from asyncmq_nats.schedules import parse_every
 
 __all__ = ["FlowProducer"]
 
@@ -33,7 +34,11 @@ class FlowProducer:
         Raises:
             InvalidFlow: two jobs have one id, or they depend on each other in a circle.
             JobNotFound: one depends on a job that is neither in the flow nor in the queue.
+            ValueError: the `repeat_every` of one is no interval.
         """
+        for job in jobs:
+            if job.repeat_every is not None:
+                parse_every(job.repeat_every)
         flow = [replace(job, retries=0, custom_id=not _is_random(job.job_id)) for job in jobs]
         order = _children_first({job.job_id: job for job in flow}, flow)
         await Queue(queue, self.backend).add_linked(order)

@@ -93,7 +93,7 @@ class Queue(QueueReads, QueueDelays, QueueControls, QueueAdmin):
             PayloadTooLarge: the job does not fit into a message.
             InvalidArgument: a value is of the wrong kind; the message names it.
             TypeError, InvalidJobId: the job_id is outside AsyncMQ's rules.
-            ValueError: `repeat_every` is not understood, or shorter than 0.05 s.
+            ValueError: `repeat_every` is no interval, or shorter than 0.05 s.
             Unconfirmed: no confirmation within `publish_timeout`; the job may or may not have been added.
         """
         await self.backend.connect()

@@ -9,6 +9,8 @@ import pytest
 from asyncmq_nats.backends.base import Backend, Settled, Write
 from asyncmq_nats.context import current_job
 from asyncmq_nats.exceptions import InvalidArgument, JobFailed, JobNotFound
+from asyncmq_nats.flow import FlowProducer
+from asyncmq_nats.jobs import Job
 from asyncmq_nats.queues import Queue
 from asyncmq_nats.registry import TaskRegistry
 from asyncmq_nats.retries import Failure
@@ -619,6 +621,11 @@ async def test_a_job_that_fails_repeats_no_more(backend: Backend) -> None:
 async def test_an_interval_that_cannot_be_kept_is_an_error(backend: Backend, interval: Any) -> None:
     with pytest.raises(ValueError, match="every"):
         await queue_of(backend).add("echo", repeat_every=interval)
+    with pytest.raises(ValueError, match="every"):
+        await queue_of(backend).add_bulk([{"task_id": "echo"}, {"task_id": "echo", "repeat_every": interval}])
+    with pytest.raises(ValueError, match="every"):
+        await FlowProducer(backend).add_flow("work", [Job("echo", repeat_every=interval)])
+    assert await queue_of(backend).count() == 0
 
 
 @pytest.mark.parametrize("interval", [0, "soon"])
