@@ -48,7 +48,10 @@ class QueueAdmin(QueueBase):
         return await self._administration.clean_jobs(wanted, self.backend.now() - seconds, most)
 
     async def remove_job(self, job_id: str) -> bool:
-        """Remove a job in any state, unless it runs. Return whether it was removed. Jobs that depend on it go on waiting."""
+        """Remove a job in any state but `active`. Return whether it was removed. Jobs that depend on it go on waiting.
+
+        A job that a stopping worker handed back is `active` until another worker fetches it; `cancel_job` ends it.
+        """
         await self._assets.declare()
         return await look_for(partial(self._administration.remove, job_id))
 
@@ -61,7 +64,7 @@ class QueueAdmin(QueueBase):
         """Remove everything: jobs in all states, repeatables, windows, a pause; return the ids of the jobs.
 
         Raises:
-            RuntimeError: jobs run, and not `force`.
+            RuntimeError: jobs are active, and not `force`: they run, or a stopping worker handed them back and no other has fetched them.
         """
         await self._assets.declare_all()
         counts = await self._inspection.count_by_state()

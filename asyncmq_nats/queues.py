@@ -73,7 +73,8 @@ class Queue(QueueReads, QueueDelays, QueueControls, QueueAdmin):
             kwargs: for the task, likewise.
             retries: attempts that may follow a failed one.
             ttl: seconds after which a job that has not started expires.
-            backoff: a number *b* waits `b ** n` seconds before the n-th retry; or a `Backoff`; `None`: at once.
+            backoff: a number *b* waits `b ** n` seconds before the n-th retry; or a `Backoff`; `None`: as the task's backoff function says,
+                if `@task(backoff=…)` was given one, otherwise at once. A number that was given there is for `enqueue` of the task only.
             priority: any integer; lower runs first.
             delay: seconds until the job may run; 0 or less is now.
             job_id: an id of your own. If a job with that id exists, in any state, its id is returned and nothing is added, so an `add` that

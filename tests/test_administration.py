@@ -211,6 +211,24 @@ async def test_remove_job_spares_one_that_runs_and_knows_no_unknown_one(backend:
         assert await queue.wait_for(job_id, timeout=PATIENCE) == "done"
 
 
+async def test_a_job_that_was_handed_back_is_active_and_can_be_cancelled(backend: Backend) -> None:
+    backend.settings = Settings(shutdown_timeout=0.0)
+    hold = Hold()
+    queue = queue_of(backend, hold=hold.run)
+    job_id = await queue.add("hold")
+    async with running(queue):
+        with anyio.fail_after(PATIENCE):
+            await hold.started.wait()
+    assert await queue.get_job_state(job_id) == "active"
+    assert await queue.queue_stats() == EMPTY | {"active": 1}
+    assert not await queue.remove_job(job_id)
+    assert await queue.drain() == []
+    with pytest.raises(RuntimeError, match="1 active"):
+        await queue.obliterate()
+    assert await queue.cancel_job(job_id)
+    assert await queue.queue_stats() == EMPTY | {"cancelled": 1}
+
+
 async def test_a_removed_job_may_be_added_again(backend: Backend) -> None:
     queue = queue_of(backend)
     await queue.add("fail", job_id="mine")

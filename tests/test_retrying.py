@@ -188,6 +188,14 @@ class TestOfTasks:
         await queue.add("fail", retries=1, backoff=20)
         assert 19.9 <= await planned_delay(queue) <= 20.5
 
+    @pytest.mark.parametrize(("of_task", "gap"), [(lambda _: 0.3, 0.3), (30, 0.0)], ids=["function", "number"])
+    async def test_a_job_without_a_backoff_takes_its_tasks_function_and_not_its_number(
+        self, queue: Queue, backend: Backend, registry: TaskRegistry, flaky: Flaky, of_task: float | BackoffFunction, gap: float
+    ) -> None:
+        task("work", name="flaky", backoff=of_task, registry=registry)(flaky.run)
+        await ended(queue, await queue.add("flaky", retries=1))
+        assert gap - EARLY <= flaky.gaps[0] <= gap + 2
+
     async def test_a_task_says_how_long_its_jobs_may_take(self, queue: Queue, backend: Backend, registry: TaskRegistry) -> None:
         @task("work", timeout=0.05, registry=registry)
         async def sleep() -> None:
