@@ -1,7 +1,9 @@
 """The documents: their examples run, their links lead somewhere, and what they say of names is true."""
 
+import ast
 import importlib
 import importlib.util
+import inspect
 import json
 import os
 import re
@@ -11,8 +13,11 @@ from typing import Any
 
 import anyio
 import pytest
+from nats.aio.client import Client
 
-from asyncmq_nats import InMemoryBackend, Job, Queue, Settings, events, flow, tasks, workers
+import asyncmq_nats
+from asyncmq_nats import InMemoryBackend, Job, NATSBackend, Queue, Settings, context, events, exceptions, flow, jobs, queues, tasks, workers
+from asyncmq_nats.additions import BODY_RESERVE
 from asyncmq_nats.dependencies import LEAD
 from asyncmq_nats.events import Event
 from asyncmq_nats.jobs import OPTIONAL_FIELDS
@@ -22,6 +27,9 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "asyncmq_nats"
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```(\w+) run\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+PYTHON = re.compile(r"^```python.*?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+CALL = re.compile(r"(?<![\w$])([A-Za-z][\w.]*)\(([^()]*)\)")
+SPAN = re.compile(r"`([^`]+)`")
 LINK = re.compile(r"\[[^\]]+\]\(([^)\s]+)\)")
 
 
@@ -72,6 +80,60 @@ def test_links_lead_somewhere(document: Path) -> None:
             assert anchor in [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles], link
 
 
+# -- what the text names is there
+
+OWNED_BY: tuple[Any, ...] = (
+    *(asyncmq_nats, context, exceptions, flow, jobs, queues, tasks, workers, events.event_emitter),
+    *(Queue, tasks.TaskWrapper, workers.Worker, flow.FlowProducer, context.JobContext),
+)
+"""What the names in the text belong to."""
+OF_ASYNCMQ = {"backend.enqueue"}
+
+
+def calls(document: str) -> list[tuple[str, str]]:
+    """Return the calls in the text of a document, outside of its blocks: names and arguments."""
+    text = re.sub(r"^```.*?^```$", "", (ROOT / document).read_text(), flags=re.MULTILINE | re.DOTALL)
+    return [call for span in SPAN.findall(text) for call in CALL.findall(span) if call[0] not in OF_ASYNCMQ]
+
+
+def takes(function: Any, keywords: set[str]) -> bool:
+    parameters = inspect.signature(function).parameters.values()
+    return keywords <= {each.name for each in parameters} or any(each.kind is each.VAR_KEYWORD for each in parameters)
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/coming-from-asyncmq.md"])
+def test_what_is_called_in_the_text_is_there_and_takes_its_keywords(document: str) -> None:
+    assert len(calls(document)) > 10
+    for name, arguments in calls(document):
+        last = name.rpartition(".")[2]
+        found = [getattr(owner, last) for owner in OWNED_BY if callable(getattr(owner, last, None))]
+        assert any(takes(each, set(re.findall(r"(\w+)=", arguments))) for each in found), f"{name}({arguments})"
+
+
+def test_every_name_in_the_table_of_uses_is_there() -> None:
+    table = (ROOT / "README.md").read_text().partition("| to | call |\n")[2].partition("\n\n")[0]
+    names = [name for name in SPAN.findall(table) if re.fullmatch(r"\w+", name)]
+    assert len(names) > 20
+    assert [name for name in names if not any(hasattr(owner, name) for owner in OWNED_BY)] == []
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_python_in_a_document_can_be_read_and_imports_what_is_there(document: Path) -> None:
+    for source in PYTHON.findall(document.read_text()):
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.ImportFrom) and str(node.module).startswith("asyncmq_nats"):
+                module = importlib.import_module(str(node.module))
+                assert [alias.name for alias in node.names if not hasattr(module, alias.name)] == []
+
+
+def test_a_connection_takes_the_options_in_the_text() -> None:
+    (source,) = PYTHON.findall((ROOT / "README.md").read_text().partition("### Connections")[2])
+    made = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call) and ast.unparse(node.func) == "NATSBackend"]
+    given = {str(keyword.arg) for call in made for keyword in call.keywords}
+    assert len(given) > 4
+    assert given <= {*inspect.signature(NATSBackend).parameters, *inspect.signature(Client.connect).parameters}
+
+
 def test_there_are_examples_to_run() -> None:
     assert len(runnable("README.md", "python")) == 1
     assert len(runnable("docs/protocol.md", "python")) == 2
@@ -91,7 +153,6 @@ OWNERS: dict[str, Any] = {
     "Events": events,
 }
 """What the names in the tables of that page belong to."""
-SPAN = re.compile(r"`([^`]+)`")
 
 
 def rows(title: str) -> list[list[str]]:
@@ -174,6 +235,18 @@ def test_every_event_is_in_the_protocol() -> None:
     names = set(re.findall(r"`(job:[\w-]+)`", Event.__doc__ or ""))
     assert len(names) > 8
     assert [name for name in sorted(names) if f"`{name}`" not in PROTOCOL] == []
+
+
+def test_every_event_that_the_server_does_not_tell_is_named() -> None:
+    assert set(re.findall(r"^\| `amq\.email\.event\.(\w+)\.<id>`", PROTOCOL, re.MULTILINE)) == set(events.ANNOUNCED)
+    (row,) = re.findall(r"^\| events \| .*$", (ROOT / "docs" / "architecture.md").read_text(), re.MULTILINE)
+    assert [word for word in events.ANNOUNCED if f"`{word}`" not in row] == []
+
+
+def test_the_sizes_are_those_of_the_protocol() -> None:
+    room = 1024 * 1024 - NATSBackend().max_body
+    assert f"`max_payload` less {(room + BODY_RESERVE) // 1024} KiB" in PROTOCOL
+    assert f"leaves {room // 1024} KiB to the headers" in PROTOCOL
 
 
 def test_the_lead_of_timers_is_the_one_of_the_protocol() -> None:
