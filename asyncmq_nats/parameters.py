@@ -81,6 +81,8 @@ def job_of_payload(payload: Mapping[str, Any], now: float) -> Job:
         if given.get(name) is not None:
             raise InvalidArgument(f"a job given as a dict takes no {name!r}: use Queue.add, or delay_until, a time", given[name])
     values = {"max_retries": given.get("retries", 0), "backoff": None, "created_at": now} | given
+    if values.get("repeat_every") is not None:
+        values["repeat_every"] = parse_every(values["repeat_every"])
     values |= {"retries": 0, "status": State.WAITING, "custom_id": given.get("id", given.get("job_id")) is not None}
     return new_job(**{name: value for name, value in values.items() if name in FIELDS})
 

@@ -7,10 +7,11 @@ import anyio
 import pytest
 
 from asyncmq_nats.backends.base import Backend, Settled, Write
+from asyncmq_nats.bulk import add_many
 from asyncmq_nats.context import current_job
 from asyncmq_nats.exceptions import InvalidArgument, JobFailed, JobNotFound
 from asyncmq_nats.flow import FlowProducer
-from asyncmq_nats.jobs import Job
+from asyncmq_nats.jobs import Job, new_job
 from asyncmq_nats.queues import Queue
 from asyncmq_nats.registry import TaskRegistry
 from asyncmq_nats.retries import Failure
@@ -625,13 +626,17 @@ async def test_an_interval_that_cannot_be_kept_is_an_error(backend: Backend, int
         await queue_of(backend).add_bulk([{"task_id": "echo"}, {"task_id": "echo", "repeat_every": interval}])
     with pytest.raises(ValueError, match="every"):
         await FlowProducer(backend).add_flow("work", [Job("echo", repeat_every=interval)])
+    with pytest.raises(ValueError, match="every"):
+        await queue_of(backend).enqueue({"task_id": "echo", "repeat_every": interval})
     assert await queue_of(backend).count() == 0
 
 
 @pytest.mark.parametrize("interval", [0, "soon"])
 async def test_an_interval_of_a_foreign_job_that_cannot_be_kept_fails_it_and_harms_no_worker(backend: Backend, interval: Any) -> None:
     queue = queue_of(backend)
-    job_id = await queue.enqueue({"task_id": "echo", "repeat_every": interval})
+    job = new_job(task_id="echo", repeat_every=interval)
+    await queue._assets.declare()
+    (job_id,) = await add_many(queue._additions, [job])
     async with running(queue):
         with pytest.raises(JobFailed, match="repeat_every"):
             await queue.wait_for(job_id, timeout=PATIENCE)

@@ -17,10 +17,9 @@ from nats.aio.client import Client
 
 import asyncmq_nats
 from asyncmq_nats import InMemoryBackend, Job, NATSBackend, Queue, Settings, context, events, exceptions, flow, jobs, queues, tasks, workers
-from asyncmq_nats.additions import BODY_RESERVE
 from asyncmq_nats.dependencies import LEAD
 from asyncmq_nats.events import Event
-from asyncmq_nats.jobs import OPTIONAL_FIELDS
+from asyncmq_nats.jobs import OPTIONAL_FIELDS, RESERVE
 from tests.test_public_api import METHODS
 
 ROOT = Path(__file__).parents[1]
@@ -245,7 +244,7 @@ def test_every_event_that_the_server_does_not_tell_is_named() -> None:
 
 def test_the_sizes_are_those_of_the_protocol() -> None:
     room = 1024 * 1024 - NATSBackend().max_body
-    assert f"`max_payload` less {(room + BODY_RESERVE) // 1024} KiB" in PROTOCOL
+    assert f"`max_payload` less {(room + RESERVE) // 1024} KiB" in PROTOCOL
     assert f"leaves {room // 1024} KiB to the headers" in PROTOCOL
 
 
