@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Final
 
 from asyncmq_nats.announcing import announce
@@ -12,7 +13,7 @@ from asyncmq_nats.events import DUPLICATED
 from asyncmq_nats.exceptions import AssetMissing, InvalidFlow, WriteRefused
 from asyncmq_nats.jobs import Job, check_size
 from asyncmq_nats.loops import Turns
-from asyncmq_nats.patience import pause_after_refusal
+from asyncmq_nats.patience import LAG, look_for, pause_after_refusal
 from asyncmq_nats.states import Place
 from asyncmq_nats.subjects import QueueSubjects, check_job_id, encode_token
 
@@ -46,14 +47,22 @@ class Additions:
             return await self._add_once(job)
         except WriteRefused:
             if not job.custom_id and not job.depends_on:
-                raise
+                return await self._confirm(job)
         async with self.refused:
             while True:
                 await pause_after_refusal()
+                if await self.are_stored([job]):
+                    return job.job_id
                 try:
                     return await self._add_once(job)
                 except WriteRefused:  # a job with that id has appeared, or a parent has ended or got another child
                     continue
+
+    async def _confirm(self, job: Job) -> str:
+        """Return the id of a job that was refused although nobody else can have its id: the confirmation of an earlier sending was lost."""
+        if not await look_for(partial(self.are_stored, [job]), LAG):
+            raise WriteRefused(self._subjects.bucket_log, f"job {job.job_id!r}")
+        return job.job_id
 
     async def _add_once(self, job: Job) -> str:
         if job.custom_id and await self.is_duplicate(job.job_id):
@@ -134,7 +143,7 @@ class Additions:
         return len(jobs), writes
 
     async def are_stored(self, jobs: Sequence[Job]) -> bool:
-        """Return whether a batch that was refused is there: its confirmation was lost, and the jobs have moved on since."""
+        """Return whether jobs that were refused are there, all as one: a confirmation was lost, and they have moved on since."""
         ours = next((job for job in jobs if not job.custom_id), None)  # nobody else has its id
         return ours is not None and await self.exists(ours.job_id)
 

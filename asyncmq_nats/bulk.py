@@ -1,6 +1,7 @@
 """Many jobs at once: what a bulk entry means, and batches that are all or nothing."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, Final
 
 import anyio
@@ -11,7 +12,7 @@ from asyncmq_nats.events import DUPLICATED
 from asyncmq_nats.exceptions import AsyncMQError, BulkAddFailed, WriteRefused
 from asyncmq_nats.jobs import Job
 from asyncmq_nats.parameters import build_job
-from asyncmq_nats.patience import pause_after_refusal
+from asyncmq_nats.patience import LAG, look_for, pause_after_refusal
 
 __all__ = ["add_many", "build_entries"]
 
@@ -121,9 +122,10 @@ async def _add_batch(additions: Additions, batch: Sequence[Job]) -> None:
             await additions.add_batch(new)
         except WriteRefused:
             # A repetition is refused by its own first sending, if the server stored that and was lost before it said so.
-            if await additions.are_stored(new):
+            unique = not any(job.custom_id or job.depends_on for job in new)
+            if await look_for(partial(additions.are_stored, new), LAG if unique else LAG[:1]):
                 return
-            if not any(job.custom_id or job.depends_on for job in new):
+            if unique:
                 raise
             batch = new
             await pause_after_refusal()

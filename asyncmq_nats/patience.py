@@ -1,7 +1,7 @@
 """When to look or to write again: jobs move while one looks for them, replicas lag behind their leader, and others write as well."""
 
 import random
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Final, TypeVar
 
 import anyio
@@ -16,13 +16,13 @@ LAG: Final = (0.0, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
 """Pauses (seconds) before each look for what is known to be there: a read may be answered by a replica that has yet to hear of it."""
 
 
-async def look_for(look: Callable[[], Awaitable[Found]]) -> Found:
+async def look_for(look: Callable[[], Awaitable[Found]], pauses: Sequence[float] = LOOKS) -> Found:
     """Look for a job until it is found, or has been missed often enough not to exist. Return what the last look returned."""
-    for pause in LOOKS[:-1]:
+    for pause in pauses[:-1]:
         await anyio.sleep(pause)
         if found := await look():
             return found
-    await anyio.sleep(LOOKS[-1])
+    await anyio.sleep(pauses[-1])
     return await look()
 
 
