@@ -29,8 +29,14 @@ CLUSTER_HEARTBEAT: Final = 1.0
 """In a cluster, the server that leads the consumer may be lost while the connection to another one stays: then pulls die in silence."""
 GRACE: Final = 2.0
 CLOSE_TIMEOUT: Final = 5.0
+SIZE: Final = 4 * 1024 * 1024
+"""Bytes that one pull may bring, or one of the largest messages. The server disconnects a client for which it has 64 MiB waiting."""
+OVERHEAD: Final = 16 * 1024
+"""What counts besides a message's body and headers: its subjects."""
 QUIET: Final = 0.05
 """A server of a cluster that has not used credit for so long has nothing to send."""
+BRIEF: Final = 0.02
+"""Likewise one that is alone, since the pull was sent."""
 RESTORE_AFTER: Final = 0.25
 """A consumer that is not there, and that we cannot declare, is answered at once: without a pause, pull and answer chase each other."""
 NAK: Final = b"-NAK"
@@ -142,10 +148,15 @@ class NATSPuller:
             return
         if not self._inbox:
             await self._open()
+        self._send_pull(consumer, count, wait)
+
+    def _send_pull(self, consumer: str, count: int, wait: float) -> None:
         now = time.monotonic()
         credit = self._credits.setdefault(consumer, Credit())
         token = f"{next(self._tokens)}-{consumer}"
         payload: dict[str, int | bool] = {"batch": count}
+        if count * self._client.max_payload > SIZE:
+            payload["max_bytes"] = max(SIZE, self._client.max_payload + OVERHEAD)
         if wait > 0:
             payload["expires"] = int(wait * NANOSECONDS)
         else:  # answered at once, with what is there, and with a 404 if that is less than was asked for
@@ -200,26 +211,25 @@ class NATSPuller:
 
     async def _stop_listening(self, number: int) -> None:
         """The server drops the pulls of an inbox when it learns that nobody listens there. What it sent before comes before its answer."""
-        if self._client.is_clustered:
-            await self._wait_for_quiet()
+        await self._wait_for_quiet(time.monotonic())
         try:
             async with asyncio.timeout(CLOSE_TIMEOUT):
                 await self._client.stop_listening(number)
         except (nats.errors.Error, TimeoutError, OSError) as error:
             logger.warning("%s: what was on its way comes back when its lease is over: %r", self._log, error)
 
-    async def _wait_for_quiet(self) -> None:
+    async def _wait_for_quiet(self, begun: float) -> None:
         """Wait until no credit is left, or none is being used.
 
-        Another server of the cluster may lead the consumer. What it sends before it learns that nobody listens any more is dropped by the
-        one that we are connected to, and comes back when its lease is over.
+        What the server is about to send when it learns that nobody listens is delivered anew, and counted as if it had been before.
+        In a cluster, another server may lead the consumer: then the one that we are connected to drops it, until its lease is over.
         """
-        begun = time.monotonic()
+        quiet, since = (QUIET, begun) if self._client.is_clustered else (BRIEF, 0.0)
         while any(credit.outstanding for credit in self._credits.values()):
             now = time.monotonic()
-            if now > max(begun, *(credit.heard_at for credit in self._credits.values())) + QUIET or now > begun + CLOSE_TIMEOUT:
+            if now > max(since, *(credit.heard_at for credit in self._credits.values())) + quiet or now > begun + CLOSE_TIMEOUT:
                 break
-            await asyncio.sleep(QUIET / 10)
+            await asyncio.sleep(quiet / 10)
 
     # -- deliveries
 
@@ -275,11 +285,21 @@ class NATSPuller:
             if look is not None:
                 credit.give_up(look.count)
                 self._on_lapse(consumer)
+        elif status == "409" and pending is not None:
+            if int(pending):  # otherwise it has brought all, and less than `max_bytes`
+                self._pull_the_rest(credit, consumer, token, int(pending))
         elif status == "408" and pending is not None:
             credit.give_up(int(pending))
             self._on_lapse(consumer)
         else:
             self._lapse(consumer, f"{status} {headers.get('Description', '')}".strip(), gone=status in ("409", "503"))
+
+    def _pull_the_rest(self, credit: Credit, consumer: str, token: str, count: int) -> None:
+        """Go on with a pull that the server has ended for the size of what it brought; all of that has been read by now."""
+        look = credit.looks.pop(token, None)
+        credit.give_up(count)
+        if not self._closed and not self._withdrawing:
+            self._send_pull(consumer, count, 0.0 if look is not None else max(1.0, credit.lapses_at - GRACE - time.monotonic()))
 
     def _on_pause(self, subject: bytes, _: bytes, body: bytes, __: bytes | None) -> None:
         """A consumer was paused or resumed. The server wakes pulls that wait only when a new one comes, so send a small one."""

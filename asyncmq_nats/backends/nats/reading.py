@@ -4,7 +4,7 @@ import asyncio
 import itertools
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from asyncmq_nats.backends.base import Record
@@ -16,6 +16,11 @@ from asyncmq_nats.exceptions import AssetMissing, BackendError, Unconfirmed
 __all__ = ["Reader"]
 
 PROBE: Final = 64
+MOST_LAST: Final = 1024
+"""The server's own limit for the last records of several subjects."""
+READS_AT_ONCE: Final = 32
+SIZE: Final = 4 * 1024 * 1024
+"""Bytes that one answer may have, or four of the largest messages. The server disconnects a client for which it has 64 MiB waiting."""
 
 
 class Reader:
@@ -24,10 +29,11 @@ class Reader:
     def __init__(self, connection: Connection, timeout: float) -> None:
         self._connection = connection
         self._timeout = timeout
+        self._turns = asyncio.Semaphore(READS_AT_ONCE)
 
     async def last(self, log: str, *filters: str) -> list[Record]:
         """See `Backend.last`."""
-        records = await self._get(log, {"multi_last": list(filters), "batch": 1000})
+        records = await self._get(log, {"multi_last": list(filters), "batch": MOST_LAST})
         if records is None:  # more than the server puts into one answer
             found = [record for filter in filters for record in await self._all(log, filter)]
             records = list({record.sequence: record for record in found}.values())
@@ -74,25 +80,39 @@ class Reader:
         Raises:
             Unconfirmed: no answer within the timeout.
         """
+        if "batch" not in payload:
+            return [_record(reply) for reply in await self._ask(log, payload, bool) if not reply.status]
+        records: list[Record] = []
+        while True:
+            wanted = payload["batch"] - len(records)
+            most = max(SIZE, 4 * self._connection.client.max_payload)
+            replies = await self._ask(log, {**payload, "batch": wanted, "max_bytes": most}, _is_status)
+            end = replies[-1]
+            if end.status == "413":
+                return None
+            found = [_record(reply) for reply in replies if not reply.status]
+            records += found
+            if not found or len(found) == wanted or int(end.headers.get("Nats-Num-Pending", 0)) == 0:
+                return records
+            payload = {**payload, "seq": found[-1].sequence + 1}  # it was cut off for its size
+
+    async def _ask(self, log: str, payload: Mapping[str, Any], finished: Callable[[list[Reply]], bool]) -> list[Reply]:
         connection = self._connection
         subject, body = f"{connection.api_prefix}DIRECT.GET.{log}", json.dumps(payload).encode()
-        finished = _is_status if "batch" in payload else bool
         deadline = time.monotonic() + self._timeout
         for attempt in itertools.count(1):
             left = deadline - time.monotonic()
             try:
-                replies = await connection.collect(
-                    subject, body, timeout=min(patience_with(attempt - 1), max(left, 0.1)), finished=finished
-                )
+                async with self._turns:
+                    replies = await connection.collect(
+                        subject, body, timeout=min(patience_with(attempt - 1), max(left, 0.1)), finished=finished
+                    )
             except TimeoutError:
                 if time.monotonic() >= deadline:
                     raise Unconfirmed(f"the reading of {log}", self._timeout, read=True) from None
                 continue
-            status = replies[-1].status
-            if status == "413":
-                return None
-            if status != "503":
-                return [_record(reply) for reply in replies if not reply.status]
+            if replies[-1].status != "503":
+                return replies
             # No such stream, or none of its servers takes reads yet: it was just made, or has no leader.
             if "error" in await connection.call(f"STREAM.INFO.{log}") and attempt > 1:
                 raise AssetMissing(f"stream {log}")
