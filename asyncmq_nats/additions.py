@@ -226,8 +226,8 @@ class Additions:
     async def exists(self, job_id: str) -> bool:
         """Return whether the queue has a job with that id, in any state."""
         token = encode_token(job_id)
-        # Those who wait for a job that was removed are no trace of it: it may be added again.
+        # Those who wait for a job that was removed are no trace of it: it may be added again. Nor is a claim, if nothing else is there.
         bucket = await self._backend.last(self._subjects.bucket_log, self._subjects.later_all(token), self._subjects.ends(token))
-        if any(not record.marker for record in bucket):
+        if any(not record.marker and not self._subjects.is_claim(record.subject) for record in bucket):
             return True
         return bool(await self._backend.last(self._subjects.ready_log, self._subjects.ready_any(token)))

@@ -5,10 +5,11 @@ from math import inf
 from typing import Final
 
 from asyncmq_nats.assets import QueueAssets
+from asyncmq_nats.attempts import Claim
 from asyncmq_nats.backends.base import Backend, Expect, Record, Write
 from asyncmq_nats.dependencies import MARKER_TTL, Dependencies
 from asyncmq_nats.encoding import dump_json, load_json
-from asyncmq_nats.exceptions import ConnectionLost, InvalidJob, Unconfirmed, WriteRefused
+from asyncmq_nats.exceptions import BackendError, ConnectionLost, InvalidJob, Unconfirmed, WriteRefused
 from asyncmq_nats.jobs import Job
 from asyncmq_nats.lifecycle import OUTCOME_FIELDS
 from asyncmq_nats.patience import pause_after_refusal
@@ -17,6 +18,8 @@ from asyncmq_nats.subjects import QueueSubjects, decode_token, encode_token, tie
 
 __all__ = ["Administration"]
 
+LAST_DELIVERY: Final = 2**31
+"""No message is delivered so often."""
 PLACES_OF: Final = {State.WAITING: (Place.RELEASED,), State.DELAYED: (Place.DELAYED,), State.WAITING_CHILDREN: (Place.PARKED,)}
 
 
@@ -68,38 +71,61 @@ class Administration:
 
     async def cancel(self, job_id: str) -> bool:
         """End a job that has not ended as cancelled, wherever it is. Return whether there was one. A worker that runs it must be told."""
-        token, subjects = encode_token(job_id), self._subjects
+        token, written = encode_token(job_id), b""
         while True:
-            records = await self._backend.last(subjects.bucket_log, subjects.later_all(token), subjects.done_all(token))
-            ready = await self._backend.last(subjects.ready_log, subjects.ready_any(token))
-            live = [record for record in records if not record.marker]
-            if any(subjects.outcome_state(record.subject) for record in live):
+            bucket, ready = await self._read_all(token)
+            ended = next((record for record in bucket if not record.marker and self._subjects.outcome_state(record.subject)), None)
+            if ended is not None and ended.body != written:
                 return False
-            later = [record for record in live if not subjects.is_claim(record.subject) and ".done." not in record.subject]
-            sources = later + ready
-            if not sources:
-                return False
-            last = max((record.sequence for record in records if ".done." in record.subject), default=0)
-            removed = [record for record in live if record in later or subjects.is_claim(record.subject)]
-            outcome = self._cancelled(token, sources[0].body, Expect(subjects.done_all(token), last))
-            reminder = self._reminder(token, outcome.body, live)
-            kept = {write.subject for write in reminder}
-            # Each marker expects what it removes, as whoever moves that does: on a cluster, they would not see each other otherwise.
-            markers = [_marker(record.subject, Expect(record.subject, record.sequence)) for record in removed if record.subject not in kept]
-            try:
-                await self._dependencies.write_and_sweep(outcome, *reminder, *markers)
-            except WriteRefused:  # it moved or ended meanwhile: look again
-                await pause_after_refusal()
-                continue
-            await self._dependencies.release(token)
-            await self._delete_all(subjects.bucket_log, subjects.later_all(token))  # the reminder, and a retry that came between
-            await self._delete_all(subjects.ready_log, subjects.ready_any(token))
+            if ended is None:
+                writes = self._cancellation(token, bucket, ready)
+                if not writes:
+                    return False
+                written = writes[0].body
+                try:
+                    await self._dependencies.write_and_sweep(*writes)
+                except WriteRefused:  # it moved or ended meanwhile, or this was stored and its confirmation lost: look again
+                    await pause_after_refusal()
+                    continue
+            await self._finish_cancellation(token, _reruns(written))
             return True
 
-    async def _delete_all(self, log: str, filter: str) -> None:
-        for record in await self._backend.last(log, filter):
-            if not record.marker:
-                await self._backend.delete(log, record.sequence)
+    async def _read_all(self, token: str) -> tuple[list[Record], list[Record]]:
+        """Return all records of a job: those in the bucket, and the ready one."""
+        subjects = self._subjects
+        bucket = await self._backend.last(subjects.bucket_log, subjects.later_all(token), subjects.done_all(token))
+        return bucket, await self._backend.last(subjects.ready_log, subjects.ready_any(token))
+
+    def _cancellation(self, token: str, bucket: Sequence[Record], ready: Sequence[Record]) -> list[Write]:
+        """Return the writes that cancel a job, its outcome first; none if there is no job."""
+        subjects = self._subjects
+        live = [record for record in bucket if not record.marker]
+        later = [record for record in live if ".done." not in record.subject]
+        sources = later + list(ready)
+        if not sources:
+            return []
+        last = max((record.sequence for record in bucket if ".done." in record.subject), default=0)
+        removed = [record for record in live if record in later or subjects.is_claim(record.subject)]
+        outcome = self._cancelled(token, sources[0].body, Expect(subjects.done_all(token), last))
+        reminder = self._reminder(token, outcome.body, live)
+        kept = {write.subject for write in reminder}
+        # Each marker expects what it removes, as whoever moves that does: on a cluster, they would not see each other otherwise.
+        markers = [_marker(record.subject, Expect(record.subject, record.sequence)) for record in removed if record.subject not in kept]
+        return [outcome, *reminder, *markers]
+
+    async def _finish_cancellation(self, token: str, reruns: int) -> None:
+        """Tell those who wait for a job that was cancelled, and remove what is left of it; but not what was made of it by a retry since."""
+        subjects = self._subjects
+        try:
+            await self._dependencies.release(token)
+        except BackendError:
+            key = subjects.outcome(token, State.CANCELLED)
+            if any(not record.marker for record in await self._backend.last(subjects.bucket_log, key)):
+                raise
+        for log, filter in ((subjects.bucket_log, subjects.later_all(token)), (subjects.ready_log, subjects.ready_any(token))):
+            for record in await self._backend.last(log, filter):
+                if not record.marker and _reruns(record.body) <= reruns:
+                    await self._backend.delete(log, record.sequence)
 
     def _reminder(self, token: str, outcome: bytes, records: Sequence[Record]) -> list[Write]:
         """Return the write that has a promoter tell those who wait for the job, if any do, should this process not come to that.
@@ -129,7 +155,8 @@ class Administration:
     async def _purge(self, filter: str, older_than: float | None) -> int:
         before = None
         if older_than is not None:
-            before = await self._backend.first_since(self._subjects.bucket_log, filter, older_than)
+            end = await self._backend.last_sequence(self._subjects.bucket_log) + 1  # what comes after this is too young
+            before = await self._backend.first_since(self._subjects.bucket_log, filter, older_than) or end
         return await self._backend.purge(self._subjects.bucket_log, filter, before=before)
 
     async def _drain_tiers(self, older_than: float = inf, limit: int = 0) -> list[str]:
@@ -195,17 +222,22 @@ class Administration:
 
     async def remove(self, job_id: str) -> bool:
         """Remove a job that is not running, in any state. Return whether it was removed."""
-        token, subjects = encode_token(job_id), self._subjects
-        ready = await self._backend.last(subjects.ready_log, subjects.ready_any(token))
-        for record in ready:
-            priority, _ = subjects.split_ready(record.subject)
-            tier = await self._backend.look_up(subjects.ready_log, tier_name(priority))
-            if tier is not None and record.sequence <= tier.delivered_sequence:
+        token, subjects, removed = encode_token(job_id), self._subjects, False
+        for _ in range(2):  # once more: it may have moved on after its place was looked at
+            records = await self._backend.last(subjects.bucket_log, subjects.later_all(token), subjects.ends(token))
+            ready = await self._backend.last(subjects.ready_log, subjects.ready_any(token))
+            if any([await self._is_taken(record) for record in ready]):
                 return False
-        removed = [await self._backend.delete(subjects.ready_log, record.sequence) for record in ready]
-        records = await self._backend.last(subjects.bucket_log, subjects.later_all(token), subjects.ends(token))
-        removed += [await self._backend.delete(subjects.bucket_log, record.sequence) for record in records if not record.marker]
-        return any(removed)
+            for log, found in ((subjects.bucket_log, records), (subjects.ready_log, ready)):
+                for record in found:
+                    if not record.marker and await self._backend.delete(log, record.sequence):
+                        removed |= not subjects.is_claim(record.subject)
+        return removed
+
+    async def _is_taken(self, ready: Record) -> bool:
+        priority, _ = self._subjects.split_ready(ready.subject)
+        tier = await self._backend.look_up(self._subjects.ready_log, tier_name(priority))
+        return tier is not None and ready.sequence <= tier.delivered_sequence
 
     async def obliterate(self) -> None:
         """Remove everything of the queue: all jobs, repeatables, windows, a pause. Its assets stay, for the workers that run."""
@@ -233,8 +265,10 @@ class Administration:
             delayed = next((record for record in records if self._is_delayed(record)), None)
             if outcome is not None:
                 expect = Expect(subjects.done_all(token), max(record.sequence for record in done))
-                writes = [Write(released, self._renewed(outcome.body), expect, beside=True)]
-                writes.append(_marker(outcome.subject))
+                # What a worker of an earlier attempt says of its end, or says again, comes to this claim.
+                claim = Claim("", await self._backend.last_sequence(subjects.ready_log), LAST_DELIVERY, stalls=0, released=True)
+                writes = [Write(released, self._renewed(outcome.body), expect, beside=True), _marker(outcome.subject)]
+                writes.append(Write(subjects.claim(token), claim.encode()))
             elif delayed is not None:
                 expect = Expect(delayed.subject, delayed.sequence)
                 writes = [
@@ -260,3 +294,12 @@ class Administration:
 def _marker(subject: str, expect: Expect | None = None) -> Write:
     """Return the write that removes a record inside a batch; the marker itself goes a second later."""
     return Write(subject, b"", expect, ttl=MARKER_TTL, marker=True)
+
+
+def _reruns(body: bytes) -> int:
+    """Return how often a job was retried by hand; 0 for what is not a job."""
+    try:
+        reruns = load_json(body).get("reruns")
+    except InvalidJob:
+        return 0
+    return reruns if isinstance(reruns, int) else 0

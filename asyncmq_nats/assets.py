@@ -85,8 +85,13 @@ class QueueAssets:
     async def _declare_tier(self, priority: int) -> None:
         paused = await self.read_pause()
         await self._backend.declare_consumer(self._subjects.ready_log, self._tier(priority, paused))
-        if paused is None and (paused := await self.read_pause()) is not None:  # the pause and this tier passed each other
-            await self._backend.pause(self._subjects.ready_log, tier_name(priority), paused)
+        # A pause or its end and this tier may have passed each other. What comes after the last look finds the tier.
+        while (until := await self.read_pause()) != paused:
+            if until is None:
+                await self._backend.resume(self._subjects.ready_log, tier_name(priority))
+            else:
+                await self._backend.pause(self._subjects.ready_log, tier_name(priority), until)
+            paused = until
 
     # -- the pause, of which a tier must know when it is made
 

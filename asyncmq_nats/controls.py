@@ -3,6 +3,7 @@
 import logging
 import os
 import socket
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
@@ -15,7 +16,7 @@ from asyncmq_nats.encoding import dump_json, load_json
 from asyncmq_nats.exceptions import AssetMissing
 from asyncmq_nats.subjects import QueueSubjects, encode_token, tier_name, workers_bucket
 
-__all__ = ["CANCEL", "FOREVER", "PAUSE", "RESUME", "Controls", "WorkerInfo", "WorkerRegistry", "list_workers"]
+__all__ = ["CANCEL", "FOREVER", "PAUSE", "RESUME", "Controls", "WorkerInfo", "WorkerRegistry", "list_workers", "new_worker_id"]
 
 logger = logging.getLogger(__name__)
 
@@ -111,6 +112,11 @@ def _worker_of(data: dict[str, Any], heartbeat: float) -> WorkerInfo:
     return WorkerInfo(
         data["id"], data["queue"], data["concurrency"], heartbeat, data["host"], data["pid"], data["since"], tuple(data["running"])
     )
+
+
+def new_worker_id() -> str:
+    """Return a name for a worker: host, process, and something random."""
+    return f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:6]}"
 
 
 class WorkerRegistry:

@@ -82,8 +82,19 @@ class Dependencies:
         parked = Write(self._subjects.later(token, Place.PARKED), job.encode(), Expect(self._subjects.later_all(token)))
         failed = [parent.id for parent in waiting if parent.state is not None]
         if failed and job.on_parent_failure == "fail":
-            return job, [self._failed_child(load_json(job.encode()), token, failed[0])]
+            return job, [await self._failed_at_once(job, token, failed[0])]
         return job, [*edges, parked]
+
+    async def _failed_at_once(self, job: Job, token: str, parent_id: str) -> Write:
+        """Return the write of a new job's failure.
+
+        Raises:
+            WriteRefused: a job with its id has ended already.
+        """
+        last, records = await self._read_ends(token)
+        if self._outcome_in(records) is not None:
+            raise WriteRefused(self._log, f"job {job.job_id!r} has ended")
+        return replace(self._failed_child(load_json(job.encode()), token, parent_id), expect=Expect(self._subjects.done_all(token), last))
 
     def fits(self, stored: Mapping[str, Any], result: Any) -> bool:
         """Return whether a parent's result can be stored with the child, so that it outlives the parent's record: up to half a message."""
@@ -98,7 +109,9 @@ class Dependencies:
     async def _find_parent(self, parent_id: str) -> Parent | None:
         token, subjects = encode_token(parent_id), self._subjects
         last, records = await self._read_ends(token)
-        live = [record for record in records if not record.marker and not subjects.is_edge(record.subject)]
+        live = [
+            record for record in records if not (record.marker or subjects.is_edge(record.subject) or subjects.is_claim(record.subject))
+        ]
         if not live and not await self._is_ready(token):
             return None
         outcome = self._outcome_in(live)

@@ -13,7 +13,7 @@ from typing import Any, Final
 from asyncmq_nats.additions import Additions
 from asyncmq_nats.announcing import announce
 from asyncmq_nats.assets import QueueAssets
-from asyncmq_nats.attempts import Attempt, Claim, Verdict
+from asyncmq_nats.attempts import Attempt, Claim, Verdict, leave
 from asyncmq_nats.backends.base import Backend, Delivery, Expect, Record, Settled, Write
 from asyncmq_nats.dependencies import MARKER_TTL, delayed_write
 from asyncmq_nats.encoding import dump_json, load_json, splice
@@ -177,7 +177,7 @@ class Lifecycle:
 
     async def expire(self, attempt: Attempt, settle: SettleEnd) -> None:
         """Record that the job's time to live was over before it started."""
-        error = f"not started within its time to live of {attempt.head.ttl:g} s"
+        error = f"its time to live of {attempt.head.ttl:g} s was over before this attempt started"
         await self._write_claimed(attempt, self._outcome(attempt, State.EXPIRED, {"last_error": error}, "the expiry"), settle)
 
     async def retry(self, attempt: Attempt, failure: Failure, delay: float, settle: SettleEnd) -> None:
@@ -208,12 +208,25 @@ class Lifecycle:
             "v": 1, "id": decode_token(token), "task": "?", "created_at": delivery.time, "status": State.FAILED, "last_error": str(problem),
             "finished_at": now, "worker": self._worker, "body": delivery.body[:100_000].decode("utf-8", "replace"),
         }  # fmt: skip
-        subject = self._subjects.outcome(token, State.FAILED)
-        write = Write(subject, dump_json(record), Expect(self._subjects.done_all(token)), ttl=self._settings.failed_ttl, beside=True)
-        try:
-            await self._backend.write(self._subjects.bucket_log, write)
-        except WriteRefused:
-            logger.warning("%.200r: not a job, and there is an outcome already: dropped", delivery.subject)
+        write = Write(self._subjects.outcome(token, State.FAILED), dump_json(record), ttl=self._settings.failed_ttl, beside=True)
+        while True:
+            records = await self._backend.last(self._subjects.bucket_log, self._subjects.done_all(token))
+            live = [record for record in records if not record.marker]
+            if any(self._subjects.outcome_state(record.subject) for record in live):
+                logger.warning("%.200r: not a job, and there is an outcome already: dropped", delivery.subject)
+                break
+            last = max((record.sequence for record in records), default=0)
+            claims = [Write(r.subject, b"", ttl=MARKER_TTL, marker=True) for r in live if self._subjects.is_claim(r.subject)]
+            try:
+                await self._backend.write(
+                    self._subjects.bucket_log, replace(write, expect=Expect(self._subjects.done_all(token), last)), *claims
+                )
+            except WriteRefused:  # something was added, or a replica was asked that lags behind: look again
+                await pause_after_refusal()
+                continue
+            if any(self._subjects.is_edge(record.subject) for record in live):
+                await self.dependencies.release(token)
+            break
         delivery.ack()
 
     def _completed(self, attempt: Attempt, result: Any) -> Write:
@@ -257,10 +270,12 @@ class Lifecycle:
             settle(write, error)
 
     def _removals(self, attempt: Attempt, write: Write) -> list[Write]:
-        companions = list(attempt.companions) if self._subjects.outcome_state(write.subject) is State.COMPLETED else []
+        outcome = self._subjects.outcome_state(write.subject)
+        companions = list(attempt.companions) if outcome is State.COMPLETED else []
         if not attempt.claimed:
             return companions
-        subjects = [self._subjects.claim(attempt.token), *attempt.leftovers]
+        # With a retry the claim stays, void for the next message: what a worker of this one that was frozen says of its end comes to it.
+        subjects = [*([] if outcome is None else [self._subjects.claim(attempt.token)]), *attempt.leftovers]
         return companions + [Write(subject, b"", ttl=MARKER_TTL, marker=True) for subject in subjects if subject != write.subject]
 
     # -- for the tasks that run
@@ -292,6 +307,10 @@ class Lifecycle:
         records = await self._backend.last(self._subjects.bucket_log, *keys) if keys else []
         return [decode_token(self._subjects.token(record.subject)) for record in records if not record.marker]
 
+    async def is_cancelled(self, job_id: str) -> bool:
+        """Return whether the job has ended as cancelled."""
+        return bool(await self.cancelled_among([job_id]))
+
     # -- after a refusal
 
     async def settled(self, attempt: Attempt, write: Write, result: Settled) -> Verdict:
@@ -304,7 +323,8 @@ class Lifecycle:
                 await pause_after_refusal()
             records = await self._backend.last(self._subjects.bucket_log, self._subjects.done_all(attempt.token))
             attempt.awaited = any(self._subjects.is_edge(record.subject) for record in records)
-            verdict = self._judge(attempt, write, records)
+            attempt.claimed |= any(self._subjects.is_claim(record.subject) and not record.marker for record in records)
+            verdict = self._judge(attempt, write.body, records)
             if verdict is Verdict.DONE:
                 break
             if verdict is Verdict.STALE:
@@ -327,13 +347,13 @@ class Lifecycle:
         except BackendError as error:
             return error
 
-    def _judge(self, attempt: Attempt, write: Write, records: Sequence[Record]) -> Verdict | None:
+    def _judge(self, attempt: Attempt, body: bytes, records: Sequence[Record]) -> Verdict | None:
         """Return what the records that refused a write say about it; `None`: it may be written again, expecting them."""
         for record in records:
             if record.marker:
                 continue
             if self._subjects.outcome_state(record.subject) is not None:
-                if record.body != write.body:
+                if record.body != body:
                     logger.warning("job %s ended otherwise meanwhile: this worker's end of it is dropped", attempt.head.job_id)
                 return Verdict.DONE
             if self._subjects.is_claim(record.subject) and Claim.decode(record.body).order > attempt.order:
@@ -345,14 +365,20 @@ class Lifecycle:
 
     async def hand_back(self, attempt: Attempt) -> None:
         """Give a job that did not end back to the queue, without counting it as stalled."""
-        claim = Claim(self._worker, *attempt.order, stalls=attempt.head.stalls, released=True)
-        try:
-            write = Write(self._subjects.claim(attempt.token), claim.encode(), self._fence(attempt))
-            await self._backend.write(self._subjects.bucket_log, write)
-        except WriteRefused:  # another worker is in charge, or the job has ended
-            attempt.delivery.abandon()
-            return
-        attempt.delivery.nak()
+        claim = Claim(self._worker, *attempt.order, stalls=attempt.head.stalls, released=True).encode()
+        subjects, verdict = self._subjects, None
+        while verdict is None:
+            try:
+                await self._backend.write(subjects.bucket_log, Write(subjects.claim(attempt.token), claim, self._fence(attempt)))
+            except WriteRefused:  # another worker is in charge, the job has ended, or there is a claim of an earlier message
+                records = await self._backend.last(subjects.bucket_log, subjects.done_all(attempt.token))
+                verdict = self._judge(attempt, claim, records)
+                attempt.expect = max((record.sequence for record in records), default=0)
+                await pause_after_refusal()
+            else:
+                attempt.delivery.nak()
+                return
+        leave(attempt.delivery, verdict)
 
 
 def _count_stalls(claim: Claim | None, attempt: Attempt) -> int:

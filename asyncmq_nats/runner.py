@@ -5,10 +5,7 @@ What a job's end means is decided in `lifecycle`, what comes in is the business 
 
 import asyncio
 import logging
-import os
-import socket
 import time
-import uuid
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
@@ -23,7 +20,7 @@ from asyncmq_nats.assets import QueueAssets
 from asyncmq_nats.attempts import Attempt, Verdict, leave
 from asyncmq_nats.backends.base import Backend, Delivery, Settled, Write
 from asyncmq_nats.context import JobContext, running_job
-from asyncmq_nats.controls import CANCEL, PAUSE, RESUME, WorkerRegistry
+from asyncmq_nats.controls import CANCEL, PAUSE, RESUME, WorkerRegistry, new_worker_id
 from asyncmq_nats.exceptions import (
     AsyncMQError,
     ConnectionLost,
@@ -41,13 +38,14 @@ from asyncmq_nats.intake import Intake
 from asyncmq_nats.jobs import Job
 from asyncmq_nats.lifecycle import Lifecycle, SettleEnd
 from asyncmq_nats.loops import all_done_before, running_task
+from asyncmq_nats.patience import look_for
 from asyncmq_nats.promoter import Promoter
 from asyncmq_nats.rate_limiter import Limit, RateLimiter
 from asyncmq_nats.registry import TaskRegistry
 from asyncmq_nats.retries import Failure, retry_delay
 from asyncmq_nats.subjects import QueueSubjects
 
-__all__ = ["Runner", "new_worker_id"]
+__all__ = ["Runner"]
 
 logger = logging.getLogger(__name__)
 
@@ -57,11 +55,6 @@ FAREWELL: Final = 5.0
 """How long each step of stopping may take that needs the server: it may be gone."""
 TURN: Final = 0.002
 """Slots whose jobs never wait yield to the event loop after so many seconds, counted for all of them: each yield wakes another slot."""
-
-
-def new_worker_id() -> str:
-    """Return a name for a worker: host, process, and something random."""
-    return f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:6]}"
 
 
 class Runner:
@@ -335,8 +328,8 @@ class Runner:
         return self._group.cancel_scope.cancel_called or bool(self._host.cancelling())  # the second: `asyncio.run` cancels every task
 
     async def _give_up(self, attempt: Attempt, *, cancelled: bool) -> None:
-        """Leave a job that was cancelled, or that did not finish before the worker has to."""
-        if cancelled:
+        """Leave a job that was cancelled, unless this is its run after a retry by hand; or that did not finish in time."""
+        if cancelled and await look_for(partial(self._lifecycle.is_cancelled, attempt.head.job_id)):
             attempt.delivery.ack()
         else:
             await self._lifecycle.hand_back(attempt)

@@ -1,0 +1,368 @@
+"""What two hands do to one job at a time, each moment held fast. On both backends."""
+
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import anyio
+import pytest
+
+from asyncmq_nats.attempts import Attempt, Claim, Verdict
+from asyncmq_nats.backends.base import Backend, Consumer, Record, Settled, Write
+from asyncmq_nats.exceptions import WriteRefused
+from asyncmq_nats.lifecycle import Lifecycle
+from asyncmq_nats.parameters import build_job
+from asyncmq_nats.queues import Queue
+from asyncmq_nats.retries import Failure
+from asyncmq_nats.settings import Settings
+from asyncmq_nats.subjects import encode_token
+from tests.receiver import Receiver, until
+from tests.running import PATIENCE, make_queue, outcome, run_jobs, running, wait_until_done
+
+BUCKET = "KV_amq_work_scheduler"
+READY = "amq_work"
+Finish = Callable[[str, int], Awaitable[None]]
+
+
+@pytest.fixture
+def settings() -> Settings:
+    return Settings(stalled_after=1.0, publish_timeout=10, shutdown_timeout=5)
+
+
+async def echo(value: Any = None) -> Any:
+    return value
+
+
+async def fail() -> None:
+    raise ValueError("no")
+
+
+@pytest.fixture
+def queue(backend: Backend) -> Queue:
+    return make_queue(backend, echo=echo, fail=fail)
+
+
+async def live(queue: Queue, pattern: str) -> list[Record]:
+    return [record for record in await queue.backend.last(BUCKET, pattern) if not record.marker]
+
+
+# -- a tier is made while the queue is paused or resumed
+
+
+@pytest.mark.parametrize("paused_before", [True, False])
+async def test_a_tier_that_is_made_while_a_pause_begins_or_ends(
+    paused_before: bool, queue: Queue, twin: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = make_queue(twin)
+    await other.queue_stats()
+    if paused_before:
+        await other.pause()
+    real = queue.backend.declare_consumer
+
+    async def declare(log: str, consumer: Consumer) -> None:
+        if consumer.name == "tier_7":
+            await (other.resume() if paused_before else other.pause())
+        await real(log, consumer)
+
+    monkeypatch.setattr(queue.backend, "declare_consumer", declare)
+    job_id = await queue.add("echo", ["ran"], priority=7)
+    state = await twin.look_up(READY, "tier_7")
+    assert state is not None
+    assert state.paused is not paused_before
+    if not paused_before:
+        await other.resume()
+    async with running(queue):
+        assert await queue.wait_for(job_id, timeout=PATIENCE) == "ran"
+
+
+# -- a cancellation is not over yet when the job is retried by hand
+
+
+def retry_before_the_end_of_cancellation(queue: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
+    finish: Finish = queue._administration._finish_cancellation
+
+    async def retried_first(token: str, reruns: int) -> None:
+        monkeypatch.setattr(queue._administration, "_finish_cancellation", finish)
+        assert await queue.retry_job(token)
+        await finish(token, reruns)
+
+    monkeypatch.setattr(queue._administration, "_finish_cancellation", retried_first)
+
+
+@pytest.mark.parametrize("fields", [{}, {"delay": 3600}, {"job_id": "mine"}])
+@pytest.mark.parametrize("awaited", [False, True])
+async def test_a_retry_by_hand_outlives_the_end_of_the_cancellation(
+    fields: dict[str, Any], awaited: bool, queue: Queue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job_id = await queue.add("echo", ["ran"], **fields)
+    child = await queue.add("echo", ["child"], depends_on=[job_id]) if awaited else None
+    retry_before_the_end_of_cancellation(queue, monkeypatch)
+    assert await queue.cancel_job(job_id)
+    async with running(queue):
+        assert await queue.wait_for(job_id, timeout=PATIENCE) == "ran"
+        if child is not None:
+            assert await queue.wait_for(child, timeout=PATIENCE) == "child"
+
+
+async def test_a_run_after_a_retry_by_hand_is_not_ended_by_the_signal_of_the_cancellation(
+    backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[anyio.Event] = [anyio.Event(), anyio.Event()]
+    opened, runs = anyio.Event(), list[int]()
+
+    async def work() -> str:
+        runs.append(len(runs))
+        started[min(len(runs), 2) - 1].set()
+        await opened.wait()
+        return "ran"
+
+    queue = make_queue(backend, work=work)
+    job_id = await queue.add("work")
+    signal = queue._controls.signal_cancel
+
+    async def late(job_id: str) -> None:
+        """Tell the workers twice: the second time, the retry is running."""
+        await signal(job_id)
+        assert await queue.retry_job(job_id)
+        with anyio.fail_after(PATIENCE):
+            await started[1].wait()
+        await signal(job_id)
+
+    monkeypatch.setattr(queue._controls, "signal_cancel", late)
+    async with running(queue):
+        with anyio.fail_after(PATIENCE):
+            await started[0].wait()
+        assert await queue.cancel_job(job_id)
+        opened.set()
+        assert await queue.wait_for(job_id, timeout=PATIENCE) == "ran"
+
+
+@pytest.mark.parametrize("fields", [{}, {"delay": 3600}])
+async def test_a_cancellation_whose_confirmation_was_lost_is_one(
+    fields: dict[str, Any], queue: Queue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job_id = await queue.add("echo", **fields)
+    real, lost = queue.backend.write, list[str]()
+
+    async def write(log: str, *writes: Write) -> int:
+        sequence = await real(log, *writes)
+        if not lost:
+            lost.append(log)
+            raise WriteRefused(log, "the repetition of what was stored")
+        return sequence
+
+    monkeypatch.setattr(queue.backend, "write", write)
+    assert await queue.cancel_job(job_id)
+    assert lost
+    assert await queue.get_job_state(job_id) == "cancelled"
+    assert await queue.backend.last(READY, "amq.work.ready.*.*") == []
+    assert await live(queue, "$KV.amq_work_scheduler.later.>") == []
+    assert await queue.cancel_job(job_id) is False
+
+
+# -- a worker was frozen while another one took its job over
+
+
+@dataclass
+class Frozen:
+    """An attempt that another worker has taken over, and its worker."""
+
+    lifecycle: Lifecycle
+    attempt: Attempt
+
+    async def says(self, what: str) -> Verdict | None:
+        """Have it end in that way now; return what it is told, `None` if it stored its end."""
+        told: list[tuple[Write, Settled]] = []
+        failure = Failure("ValueError: frozen", "", time.time())
+        if what == "hands back":
+            await self.lifecycle.hand_back(self.attempt)
+            return None
+        if what == "succeeds":
+            await self.lifecycle.complete(self.attempt, "frozen", lambda *end: told.append(end))
+        elif what == "fails":
+            await self.lifecycle.fail(self.attempt, failure, lambda *end: told.append(end))
+        else:
+            await self.lifecycle.retry(self.attempt, failure, 3600.0, lambda *end: told.append(end))
+        with anyio.fail_after(PATIENCE):
+            while not told:  # noqa: ASYNC110  the backend calls back
+                await anyio.sleep(0.005)
+        ((write, result),) = told
+        return await self.lifecycle.settled(self.attempt, write, result) if isinstance(result, WriteRefused) else None
+
+
+async def taken_over(queue: Queue) -> tuple[Frozen, Lifecycle, Attempt]:
+    """Have a job's lease run out at one worker, and return that one and the one that has it now."""
+    first, second = Receiver(queue.backend, READY, extend=False), Receiver(queue.backend, READY)
+    [delivery] = await first.pull("tier_5")
+    [again] = await second.pull("tier_5")
+    assert again.deliveries == 2
+    frozen = Lifecycle(queue.backend, queue._subjects, queue._assets, "frozen")
+    other = Lifecycle(queue.backend, queue._subjects, queue._assets, "other")
+    attempt = await other.verify(other.open(again))
+    assert isinstance(attempt, Attempt)
+    return Frozen(frozen, frozen.open(delivery)), other, attempt
+
+
+WORDS = ["succeeds", "fails", "asks for a retry", "hands back"]
+
+
+@pytest.mark.parametrize("what", WORDS)
+async def test_a_frozen_worker_has_no_say_after_a_retry(what: str, queue: Queue) -> None:
+    job_id = await queue.add("echo", ["ran"], retries=3)
+    frozen, other, attempt = await taken_over(queue)
+    await other.retry(attempt, Failure("ValueError: no", "", time.time()), 0.6, lambda *_: None)
+    attempt.delivery.ack()
+    assert await frozen.says(what) in (Verdict.STALE, None)
+    async with running(queue):
+        assert await queue.wait_for(job_id, timeout=PATIENCE) == "ran"
+        await wait_until_done(queue)
+    job = await queue.get_job(job_id)
+    assert job is not None
+    assert (len(job["errors"]), job["errors"][0]["error"], job["stalls"]) == (1, "ValueError: no", 0)
+    assert await live(queue, queue._subjects.claim(encode_token(job_id))) == []
+
+
+@pytest.mark.parametrize("what", WORDS)
+async def test_a_frozen_worker_has_no_say_after_a_retry_by_hand(what: str, queue: Queue) -> None:
+    job_id = await queue.add("echo", ["ran"])
+    frozen, other, attempt = await taken_over(queue)
+    await other.fail(attempt, Failure("ValueError: no", "", time.time()), lambda *_: None)
+    attempt.delivery.ack()
+    assert await queue.retry_job(job_id)
+    assert await frozen.says(what) in (Verdict.STALE, None)
+    async with running(queue):
+        assert await queue.wait_for(job_id, timeout=PATIENCE) == "ran"
+        await wait_until_done(queue)
+    assert await live(queue, queue._subjects.claim(encode_token(job_id))) == []
+
+
+async def test_an_outcome_that_is_sent_again_does_not_undo_a_retry_by_hand(queue: Queue) -> None:
+    job_id = await queue.add("echo", ["ran"])
+    [delivery] = await Receiver(queue.backend, READY).pull("tier_5")
+    lifecycle = Lifecycle(queue.backend, queue._subjects, queue._assets, "worker")
+    attempt = lifecycle.open(delivery)
+    sent: list[Write] = []
+    await lifecycle.fail(attempt, Failure("ValueError: no", "", time.time()), lambda write, _: sent.append(write))
+    assert await queue.retry_job(job_id)
+    with pytest.raises(WriteRefused) as refused:  # its confirmation was lost
+        await queue.backend.write(BUCKET, sent[0])
+    assert await lifecycle.settled(attempt, sent[0], refused.value) is Verdict.STALE
+    delivery.ack()
+    async with running(queue):
+        assert await queue.wait_for(job_id, timeout=PATIENCE) == "ran"
+
+
+async def test_a_job_that_was_retried_by_hand_is_handed_back_at_once(queue: Queue) -> None:
+    """The claim that a retry leaves is void for the new message."""
+    job_id = await queue.add("fail")
+    await run_jobs(queue)
+    assert await queue.retry_job(job_id)
+    async with running(queue):
+        await wait_until_done(queue)
+    assert await queue.retry_job(job_id)
+    async with anyio.create_task_group() as group:
+        promoter = queue.runner()
+        await group.start(promoter.run)
+        await outcome(queue, job_id)
+        promoter.stop()
+    job = await queue.get_job(job_id)
+    assert job is not None
+    assert (job["status"], job["stalls"]) == ("failed", 0)
+
+
+# -- what is left behind
+
+
+@pytest.mark.parametrize("released", [True, False])
+async def test_a_claim_without_its_job_is_no_job(released: bool, queue: Queue) -> None:
+    await queue.queue_stats()
+    await queue.backend.write(BUCKET, Write(queue._subjects.claim("mine"), Claim("gone", 0, 1, 0, released).encode()))
+    assert await queue.remove_job("mine") is False
+    await queue.backend.write(BUCKET, Write(queue._subjects.claim("mine"), Claim("gone", 0, 1, 0, released).encode()))
+    assert await queue.add("echo", ["ran"], job_id="mine") == "mine"
+    async with running(queue):
+        assert await queue.wait_for("mine", timeout=PATIENCE) == "ran"
+
+
+@pytest.mark.parametrize("left", ["edge", "claim", "both"])
+async def test_what_is_not_a_job_ends_as_failed_whatever_is_there(left: str, queue: Queue) -> None:
+    await queue.queue_stats()
+    subjects = queue._subjects
+    if left != "claim":
+        child = build_job(queue.backend.now(), task_id="echo", args=["child"], depends_on=["bad"], on_parent_failure="run", job_id="child")
+        await queue.backend.write(BUCKET, Write(subjects.edge("bad", "child"), b"{}"))
+        await queue.backend.write(BUCKET, Write("$KV.amq_work_scheduler.later.child.parked", _with_parent(child.encode())))
+    if left != "edge":
+        await queue.backend.write(BUCKET, Write(subjects.claim("bad"), Claim("gone", 1, 1, 0).encode()))
+    await queue.backend.write(READY, Write("amq.work.ready.5.bad", b"no job"))
+    async with running(queue):
+        job = await outcome(queue, "bad")
+        if left != "claim":
+            assert await queue.wait_for("child", timeout=PATIENCE) == "child"
+    assert job["status"] == "failed"
+    assert "not a job of the wire format" in job["last_error"]
+    assert await queue.backend.last(READY, "amq.work.ready.*.*") == []
+    assert await live(queue, subjects.claim("bad")) == []
+
+
+def _with_parent(body: bytes) -> bytes:
+    return body[:-1] + b',"parents":["bad"]}'
+
+
+async def test_a_job_that_fails_at_once_does_not_end_one_that_has_ended(queue: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two producers with one id: what the slower one would write was made before the faster one's job ran."""
+    parent = await queue.add("fail")
+    await run_jobs(queue)
+    real = queue._additions._write_again_when_missing
+    faster = make_queue(queue.backend, echo=echo)
+
+    async def slow(writes: Sequence[Write], priorities: Any) -> None:
+        monkeypatch.setattr(queue._additions, "_write_again_when_missing", real)
+        assert await faster.add("echo", ["ran"], job_id="mine") == "mine"
+        await run_jobs(faster)
+        await real(writes, priorities)
+
+    monkeypatch.setattr(queue._additions, "_write_again_when_missing", slow)
+    assert await queue.add("echo", job_id="mine", depends_on=[parent], on_parent_failure="fail") == "mine"
+    records = await live(queue, "$KV.amq_work_scheduler.done.mine.>")
+    assert [record.subject.rpartition(".")[2] for record in records] == ["completed"]
+
+
+# -- removing and cleaning
+
+
+async def test_a_job_that_is_made_ready_while_it_is_removed_is_removed(queue: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
+    job_id = await queue.add("echo", job_id="mine")  # released, and no worker that makes it ready
+    real = queue.backend.delete
+
+    async def delete(log: str, sequence: int) -> bool:
+        if log == BUCKET:
+            monkeypatch.setattr(queue.backend, "delete", real)
+            (record,) = await queue.backend.last(BUCKET, f"$KV.amq_work_scheduler.later.{job_id}.>")
+            await queue.backend.write(READY, Write(f"amq.work.ready.5.{job_id}", record.body))
+        return await real(log, sequence)
+
+    monkeypatch.setattr(queue.backend, "delete", delete)
+    assert await queue.remove_job(job_id) is True
+    assert await queue.get_job(job_id) is None
+    assert await queue.backend.last(READY, "amq.work.ready.*.*") == []
+
+
+async def test_an_outcome_that_comes_while_old_ones_are_cleaned_stays(queue: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
+    old = await queue.add("echo")
+    await run_jobs(queue)
+    real = queue.backend.first_since
+
+    async def first_since(log: str, filter: str, time: float) -> int | None:
+        first = await real(log, filter, time)
+        await queue.add("echo", job_id="young")
+        await run_jobs(queue)
+        return first
+
+    monkeypatch.setattr(queue.backend, "first_since", first_since)
+    await anyio.sleep(0.02)
+    await queue.clean("completed", queue.backend.now())
+    assert await queue.get_job(old) is None
+    assert await queue.get_job_state("young") == "completed"
+    await until(queue.queue_stats, lambda stats: stats["completed"] == 1)
