@@ -18,8 +18,6 @@ from asyncmq_nats.subjects import QueueSubjects, decode_token, encode_token, tie
 
 __all__ = ["Administration"]
 
-LAST_DELIVERY: Final = 2**31
-"""No message is delivered so often."""
 PLACES_OF: Final = {State.WAITING: (Place.RELEASED,), State.DELAYED: (Place.DELAYED,), State.WAITING_CHILDREN: (Place.PARKED,)}
 
 
@@ -228,10 +226,10 @@ class Administration:
             ready = await self._backend.last(subjects.ready_log, subjects.ready_any(token))
             if any([await self._is_taken(record) for record in ready]):
                 return False
-            for log, found in ((subjects.bucket_log, records), (subjects.ready_log, ready)):
-                for record in found:
-                    if not record.marker and await self._backend.delete(log, record.sequence):
-                        removed |= not subjects.is_claim(record.subject)
+            found = [(subjects.bucket_log, record) for record in records if not record.marker] + [(subjects.ready_log, r) for r in ready]
+            for log, record in found:
+                if await self._backend.delete(log, record.sequence):
+                    removed |= not subjects.is_claim(record.subject)
         return removed
 
     async def _is_taken(self, ready: Record) -> bool:
@@ -266,7 +264,7 @@ class Administration:
             if outcome is not None:
                 expect = Expect(subjects.done_all(token), max(record.sequence for record in done))
                 # What a worker of an earlier attempt says of its end, or says again, comes to this claim.
-                claim = Claim("", await self._backend.last_sequence(subjects.ready_log), LAST_DELIVERY, stalls=0, released=True)
+                claim = Claim.on_all_until(await self._backend.last_sequence(subjects.ready_log))
                 writes = [Write(released, self._renewed(outcome.body), expect, beside=True), _marker(outcome.subject)]
                 writes.append(Write(subjects.claim(token), claim.encode()))
             elif delayed is not None:

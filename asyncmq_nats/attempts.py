@@ -3,6 +3,7 @@
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
 from enum import Enum, auto
+from typing import Final
 
 from asyncmq_nats.backends.base import Delivery, Write
 from asyncmq_nats.encoding import dump_json, load_json
@@ -50,6 +51,10 @@ class Attempt:
         return self.delivery.sequence, self.delivery.deliveries
 
 
+LAST_DELIVERY: Final = 2**31
+"""No message is delivered so often."""
+
+
 @dataclass(frozen=True, slots=True)
 class Claim:
     """A worker's word that it runs a job that was delivered before."""
@@ -61,10 +66,20 @@ class Claim:
     stalls: int
     released: bool = False
 
+    @classmethod
+    def on_all_until(cls, message: int) -> "Claim":
+        """Return the claim that takes the job from whoever has a delivery of this message or of an earlier one: it has begun anew."""
+        return cls("", message, LAST_DELIVERY, stalls=0, released=True)
+
     @property
     def order(self) -> tuple[int, int]:
         """Which of two claims, or of a claim and a delivery, is the later one."""
         return self.message, self.delivery
+
+    @property
+    def verdict(self) -> "Verdict":
+        """What is to be done with an earlier delivery."""
+        return Verdict.DONE if self.delivery == LAST_DELIVERY else Verdict.STALE
 
     def encode(self) -> bytes:
         """Return the record."""

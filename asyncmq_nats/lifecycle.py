@@ -106,7 +106,7 @@ class Lifecycle:
                 return Verdict.DONE
             claim = next((Claim.decode(r.body) for r in done if subjects.is_claim(r.subject) and not r.marker), None)
             if claim is not None and claim.order >= attempt.order:
-                return Verdict.STALE
+                return claim.verdict
             ours = Claim(self._worker, *attempt.order, stalls=_count_stalls(claim, attempt))
             last = max((record.sequence for record in done), default=0)
             write = Write(subjects.claim(token), ours.encode(), Expect(subjects.done_all(token), last))
@@ -325,9 +325,10 @@ class Lifecycle:
             attempt.awaited = any(self._subjects.is_edge(record.subject) for record in records)
             attempt.claimed |= any(self._subjects.is_claim(record.subject) and not record.marker for record in records)
             verdict = self._judge(attempt, write.body, records)
-            if verdict is Verdict.DONE:
+            ended = any(self._subjects.outcome_state(record.subject) and not record.marker for record in records)
+            if verdict is Verdict.DONE and ended:
                 break
-            if verdict is Verdict.STALE:
+            if verdict is not None:
                 return verdict
             attempt.expect = max((record.sequence for record in records), default=0)
             write = replace(write, expect=self._fence(attempt))
@@ -356,9 +357,9 @@ class Lifecycle:
                 if record.body != body:
                     logger.warning("job %s ended otherwise meanwhile: this worker's end of it is dropped", attempt.head.job_id)
                 return Verdict.DONE
-            if self._subjects.is_claim(record.subject) and Claim.decode(record.body).order > attempt.order:
+            if self._subjects.is_claim(record.subject) and (claim := Claim.decode(record.body)).order > attempt.order:
                 logger.warning("job %s was taken over by another worker: this worker's end of it is dropped", attempt.head.job_id)
-                return Verdict.STALE
+                return claim.verdict
         return None
 
     # -- hand back

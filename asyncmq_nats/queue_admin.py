@@ -50,7 +50,8 @@ class QueueAdmin(QueueBase):
     async def remove_job(self, job_id: str) -> bool:
         """Remove a job in any state but `active`. Return whether it was removed. Jobs that depend on it go on waiting.
 
-        A job that a stopping worker handed back is `active` until another worker fetches it; `cancel_job` ends it.
+        A job that a stopping worker handed back is `active` until another worker fetches it; `cancel_job` ends it. One that a worker is
+        making ready at this moment may run as well.
         """
         await self._assets.declare()
         return await look_for(partial(self._administration.remove, job_id))
