@@ -5,7 +5,7 @@ from math import inf
 from typing import Final
 
 from asyncmq_nats.assets import QueueAssets
-from asyncmq_nats.attempts import Claim
+from asyncmq_nats.attempts import AFTERLIFE, Claim
 from asyncmq_nats.backends.base import Backend, Expect, Record, Write
 from asyncmq_nats.dependencies import MARKER_TTL, Dependencies
 from asyncmq_nats.encoding import dump_json, load_json
@@ -266,7 +266,7 @@ class Administration:
                 # What a worker of an earlier attempt says of its end, or says again, comes to this claim.
                 claim = Claim.on_all_until(await self._backend.last_sequence(subjects.ready_log))
                 writes = [Write(released, self._renewed(outcome.body), expect, beside=True), _marker(outcome.subject)]
-                writes.append(Write(subjects.claim(token), claim.encode()))
+                writes.append(Write(subjects.claim(token), claim.encode(), ttl=AFTERLIFE))
             elif delayed is not None:
                 expect = Expect(delayed.subject, delayed.sequence)
                 writes = [

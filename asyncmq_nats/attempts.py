@@ -9,7 +9,7 @@ from asyncmq_nats.backends.base import Delivery, Write
 from asyncmq_nats.encoding import dump_json, load_json
 from asyncmq_nats.jobs import Job, JobHead
 
-__all__ = ["Attempt", "Claim", "Verdict", "leave"]
+__all__ = ["AFTERLIFE", "Attempt", "Claim", "Verdict", "leave"]
 
 
 @dataclass(slots=True)
@@ -51,6 +51,8 @@ class Attempt:
         return self.delivery.sequence, self.delivery.deliveries
 
 
+AFTERLIFE: Final = 86_400.0
+"""For so long (seconds) a claim outlasts its attempt, if the job goes on."""
 LAST_DELIVERY: Final = 2**31
 """No message is delivered so often."""
 

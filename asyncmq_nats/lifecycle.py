@@ -13,7 +13,7 @@ from typing import Any, Final
 from asyncmq_nats.additions import Additions
 from asyncmq_nats.announcing import announce
 from asyncmq_nats.assets import QueueAssets
-from asyncmq_nats.attempts import Attempt, Claim, Verdict, leave
+from asyncmq_nats.attempts import AFTERLIFE, Attempt, Claim, Verdict, leave
 from asyncmq_nats.backends.base import Backend, Delivery, Expect, Record, Settled, Write
 from asyncmq_nats.dependencies import MARKER_TTL, delayed_write
 from asyncmq_nats.encoding import dump_json, load_json, splice
@@ -274,9 +274,13 @@ class Lifecycle:
         companions = list(attempt.companions) if outcome is State.COMPLETED else []
         if not attempt.claimed:
             return companions
-        # With a retry the claim stays, void for the next message: what a worker of this one that was frozen says of its end comes to it.
-        subjects = [*([] if outcome is None else [self._subjects.claim(attempt.token)]), *attempt.leftovers]
-        return companions + [Write(subject, b"", ttl=MARKER_TTL, marker=True) for subject in subjects if subject != write.subject]
+        leftovers = [Write(subject, b"", ttl=MARKER_TTL, marker=True) for subject in attempt.leftovers if subject != write.subject]
+        claim = self._subjects.claim(attempt.token)
+        if outcome is not None:
+            return [*companions, Write(claim, b"", ttl=MARKER_TTL, marker=True), *leftovers]
+        # Beside a retry a claim stays, void for its message: what a worker of this one that was frozen says of its end comes to it.
+        stays = Claim(self._worker, *attempt.order, stalls=attempt.head.stalls, released=True)
+        return [*leftovers, Write(claim, stays.encode(), ttl=AFTERLIFE)]
 
     # -- for the tasks that run
 
