@@ -80,12 +80,14 @@ class Deduplicator:
 
     async def add(self, job: Job, window: Window) -> str:
         """Add the job, or return the id of the owner of the window; see `Queue.add`."""
-        job = replace(job, deduplication={"id": window.id})
+        job, refused = replace(job, deduplication={"id": window.id}), False
         while True:
             if job.custom_id and await self._additions.is_duplicate(job.job_id):
                 return job.job_id
             record = await self._read(window.id)
             owner = None if record is None else await self._live_owner(record)
+            if refused and owner == job.job_id:  # it was added, and the confirmation lost
+                return owner
             try:
                 if record is not None and owner is not None:
                     await self._hit(job, window, record, owner)
@@ -94,6 +96,7 @@ class Deduplicator:
                 claim = self._claim(window, job.job_id, 0 if record is None else record.sequence)
                 await self._backend.write(self._log, claim, *await self._additions.writes_of(job, in_bucket=True))
             except WriteRefused:  # another producer was faster, or the owner moved on: look again
+                refused = True
                 await pause_after_refusal()
                 continue
             return job.job_id

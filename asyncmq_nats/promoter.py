@@ -1,7 +1,7 @@
 """Released jobs become ready: each worker runs one promoter, none of them leads, and any number gives the same result.
 
 A released record is delivered by the server's timer, or at once. The promoter waits the last fraction of a second, writes the job to its
-tier expecting nothing there, and removes the record. What is repeated changes nothing.
+tier expecting nothing there, and removes the record. What is repeated changes nothing: the message id is that of the record.
 """
 
 import heapq
@@ -34,6 +34,8 @@ PULL: Final = 30.0
 HANDS: Final = 64
 """Promotions under way at a time."""
 HELD_TOO_LONG: Final = 2.0
+REMEMBERED: Final = 60.0
+"""A record that was released so long ago may have been promoted more than two minutes ago: its message id may be forgotten."""
 LONGEST_WAIT: Final = 0.7
 """No fresh delivery waits longer than this: timers are set up to 0.4 s early, and a tick without a timer is due within 0.6 s."""
 
@@ -169,11 +171,13 @@ class Promoter:
         if not is_token(token):
             raise InvalidJob("its key has no token that can be an id")
         job = Job.decode(delivery.body, job_id=decode_token(token), created_at=delivery.time)
-        doubtful = kept or delivery.deliveries > 1 or job.order > (0, 0) or job.custom_id
+        old = self._backend.now() - delivery.time > REMEMBERED
+        doubtful = kept or old or delivery.deliveries > 1 or job.order > (0, 0) or job.custom_id
         if doubtful and not await self._is_current(delivery, token):
             return
         await self._assets.declare_tier(job.priority)
-        write = Write(self._subjects.ready(job.priority, token), _ready_body(delivery.body, job), Expect(self._subjects.ready_any(token)))
+        subject, body = self._subjects.ready(job.priority, token), _ready_body(delivery.body, job)
+        write = Write(subject, body, Expect(self._subjects.ready_any(token)), message_id=_message_id(delivery))
         try:
             await self._backend.write(self._subjects.ready_log, write)
         except WriteRefused:
@@ -187,7 +191,7 @@ class Promoter:
         if not self._subjects.is_fire(delivery.subject):
             token = fit_token(self._subjects.token(delivery.subject))
             subject = self._subjects.ready(DEFAULT_PRIORITY, token)
-            write = Write(subject, delivery.body, Expect(self._subjects.ready_any(token)))
+            write = Write(subject, delivery.body, Expect(self._subjects.ready_any(token)), message_id=_message_id(delivery))
             with suppress(WriteRefused):  # it was passed on before
                 await self._backend.write(self._subjects.ready_log, write)
         await self._remove(delivery)
@@ -224,6 +228,11 @@ class Promoter:
     async def _remove(self, delivery: Delivery) -> None:
         await self._backend.delete(self._subjects.bucket_log, delivery.sequence)
         delivery.ack()
+
+
+def _message_id(delivery: Delivery) -> str:
+    """Return an id for the promotion of this record: another promoter may have made it ready, and the job may have ended since."""
+    return f"released.{delivery.sequence}.{delivery.time}"
 
 
 def _ready_body(body: bytes, job: Job) -> bytes:

@@ -6,7 +6,8 @@ from typing import Any
 import anyio
 import pytest
 
-from asyncmq_nats.backends.base import Backend
+from asyncmq_nats.backends.base import Backend, Write
+from asyncmq_nats.exceptions import WriteRefused
 from asyncmq_nats.queues import Queue
 from tests.receiver import until
 from tests.running import PATIENCE, make_queue, outcome, race, run_jobs, running, wait_until_done
@@ -305,6 +306,27 @@ async def test_b17_producers_that_race_add_one_job(backend: Backend, twin: Backe
     ]
     assert len(set(await race(*adds))) == 1
     assert await queues[0].count() == 1
+
+
+async def test_an_addition_whose_confirmation_was_lost_is_no_hit(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    queue, real = queue_of(backend), backend.write
+    await queue.queue_stats()
+
+    async def write(log: str, *writes: Write) -> int:
+        await real(log, *writes)
+        patch.undo()
+        raise WriteRefused(log, "the first sending was stored")
+
+    told: list[str] = []
+    subscription = await backend.subscribe("amq.work.event.*.*", lambda signal: told.append(signal.subject.split(".")[3]))
+    with monkeypatch.context() as patch:
+        patch.setattr(backend, "write", write)
+        owner = await queue.add("echo", deduplication=KEY)
+    await run_jobs(queue)
+    await subscription.unsubscribe()
+    assert await queue.get_job_result(owner) is None
+    assert told[0] == "released"
+    assert "debounced" not in told
 
 
 async def test_b28_a_window_costs_the_same_in_a_queue_of_any_size(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:

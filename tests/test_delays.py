@@ -7,6 +7,7 @@ from typing import Any
 import anyio
 import pytest
 
+from asyncmq_nats import promoter
 from asyncmq_nats.attempts import Attempt
 from asyncmq_nats.backends.base import Backend, Delivery, Write
 from asyncmq_nats.exceptions import BackendError, InvalidArgument, Unconfirmed
@@ -361,6 +362,26 @@ async def test_a_promoter_that_cannot_begin_says_so_and_ends(backend: Backend, m
     with anyio.fail_after(PATIENCE), pytest.raises(ExceptionGroup) as raised:
         await Promoter(backend, queue._subjects, queue._assets).run()
     assert raised.group_contains(BackendError, match="no pulls today")
+
+
+@pytest.mark.parametrize("forgotten", [False, True])
+async def test_what_reaches_a_promoter_late_is_not_made_ready_again(
+    queue: Queue, backend: Backend, starts: Starts, monkeypatch: pytest.MonkeyPatch, forgotten: bool
+) -> None:
+    """It was on its way to a process that stood still, and is a first delivery to it. `forgotten`: for so long that no message id helps."""
+    await queue.queue_stats()
+    job_id = await queue.add("note", delay=0.01)
+    (late,) = await Receiver(backend, "KV_amq_work_scheduler").pull("promoter")
+    late.nak()
+    if forgotten:
+        monkeypatch.setattr(promoter, "REMEMBERED", 0.0)
+        monkeypatch.setattr(promoter, "_message_id", lambda _: None)
+    async with running(queue):
+        await queue.wait_for(job_id, timeout=PATIENCE)
+        assert late.deliveries == 1
+        await Promoter(backend, queue._subjects, queue._assets)._promote_guarded(late, kept=False)
+        await wait_until_done(queue)
+    assert starts.runs == 1
 
 
 async def hold(queue: Queue) -> tuple[Lifecycle, Attempt, Delivery]:

@@ -100,8 +100,9 @@ class Write:
 
     `expect`: refused unless it holds. `ttl`: the record goes after so many seconds (1 at least). `timer`: see `Timer`.
     `message_id`: a second write to the log with the same one within two minutes changes nothing and is confirmed like the first; in a batch
-    it is refused. `removes`: subject of a record with a timer that is removed with this write. Only for such a record: some servers
-    refuse one without a timer.
+    it is refused. Whether that or what it expects is looked at first is open.
+    `removes`: subject of a record with a timer that is removed with this write. Only for such a record: some servers refuse one without a
+    timer.
     `marker`: the record says that its subject was deleted (a KV delete marker); give it a `ttl`, it counts as a record while it lives.
     `beside`: a record that is there may stay beside this one until it is removed by its sequence. For a subject whose older record somebody
     else may be removing right now: some servers then take the new one for the old one.
@@ -264,8 +265,8 @@ class Backend(Protocol):
     async def write(self, log: str, *writes: Write) -> int:
         """Write all or nothing; at most 1,000 writes, each of another subject. Return the sequence of the last one.
 
-        Repeated until it is confirmed or `settings.publish_timeout` is over; a repetition never writes twice
-        (given an `expect` or a `message_id`).
+        Repeated until it is confirmed or `settings.publish_timeout` is over. A repetition within two minutes never writes twice, whatever
+        became of what was written, and is confirmed.
 
         Raises:
             WriteRefused: an expectation does not hold.
@@ -276,7 +277,7 @@ class Backend(Protocol):
     def send(self, log: str, write: Write, settle: Settle) -> None:
         """Like `write` for one write, but return at once, and tell `settle` later. Repeated until confirmed, however long.
 
-        Connect before.
+        A repetition never writes twice while what the write expects does not hold again. Connect before.
         """
 
     async def last(self, log: str, *filters: str) -> list[Record]:

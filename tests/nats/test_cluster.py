@@ -9,15 +9,17 @@ import anyio
 import pytest
 from anyio import to_thread
 
-from asyncmq_nats.backends.base import Backend
+from asyncmq_nats.backends.base import Backend, Expect, Log, Write
 from asyncmq_nats.backends.nats.backend import NATSBackend
 from asyncmq_nats.backends.nats.embedded import EmbeddedServer
+from asyncmq_nats.exceptions import WriteRefused
 from asyncmq_nats.queues import Queue
 from asyncmq_nats.settings import Settings
 from tests.nats.cluster import Cluster
 from tests.nats.processes import Fleet, eventually, holds
+from tests.nats.relay import relaying
 from tests.nats.streams import Streams, plain_client
-from tests.running import make_queue, race, running
+from tests.running import PATIENCE, make_queue, race, running
 
 BUCKET = "KV_amq_fleet_scheduler"
 SETTINGS = Settings(replicas=3, stalled_after=2.0, publish_timeout=30.0, shutdown_timeout=5.0)
@@ -120,6 +122,33 @@ async def test_what_was_added_is_found_at_once_on_every_server(backends: list[Ba
         assert await here.cancel_job(child)
         assert await there.retry_job(child)
         assert await here.cancel_job(parent)
+
+
+@pytest.mark.parametrize("deaf", [False, True])
+async def test_a_repetition_is_told_from_what_another_one_wrote(cluster: Cluster, backends: list[Backend], deaf: bool) -> None:
+    here = backends[0]
+    await here.declare_log(Log("notes", ("notes.>",), timers=True))
+    batch = [Write(f"notes.{name}", b"", Expect(f"notes.{name}"), marker=True, ttl=60) for name in "ab"]
+    results: list[int | Exception] = []
+
+    async def write(there: Backend) -> None:
+        try:
+            results.append(await there.write("notes", *batch))
+        except WriteRefused as error:
+            results.append(error)
+
+    async with relaying(cluster.servers[0]) as relay, NATSBackend(relay.url, settings=SETTINGS) as there:
+        (relay.lose_request if deaf else relay.lose_answer)(rb"PUB notes\.")
+        with anyio.fail_after(PATIENCE):
+            async with anyio.create_task_group() as group:
+                group.start_soon(write, there)
+                await relay.lost.wait()
+                if deaf:
+                    await here.write("notes", *batch)
+                await eventually(lambda: here.count("notes"), lambda count: count == 2)
+                await relay.cut()
+    assert [type(result) for result in results] == [WriteRefused] if deaf else results == [2]
+    assert await here.write("notes", Write("notes.c", b"")) == 3  # the stream takes more
 
 
 @pytest.mark.timeout(180)

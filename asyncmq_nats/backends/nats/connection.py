@@ -192,8 +192,10 @@ class Connection:
         if collector is not None:
             collector(Reply(body, headers))
 
-    async def collect(self, subject: str, body: bytes, *, timeout: float, finished: Callable[[list[Reply]], bool]) -> list[Reply]:
-        """Send a request and return its replies, as soon as `finished` says that they are complete.
+    async def collect(
+        self, subject: str, body: bytes, *, timeout: float, finished: Callable[[list[Reply]], bool], headers: bytes = b""
+    ) -> list[Reply]:
+        """Send a request and return its replies, as soon as `finished` says that they are complete. `headers`: as on the wire.
 
         Raises:
             TimeoutError: they did not become so in time, or the connection was lost meanwhile and is there again: repeat it.
@@ -210,7 +212,7 @@ class Connection:
         number = str(next(self._tokens))
         token = number.encode()
         with mapped_errors(self.servers):
-            self._client.post(subject.encode(), body, (self._inbox + number).encode())
+            self._client.post(subject.encode(), body, (self._inbox + number).encode(), headers)
         self._collectors[token], self._requests[token] = on_reply, (subject, done)
         # Not `asyncio.timeout`, which takes as long as all the rest of this.
         timer = asyncio.get_running_loop().call_later(timeout, _give_up, done)

@@ -32,6 +32,7 @@ __all__ = [
 # Codes of the JetStream API, from nats-server's errors.json (2.15).
 WRONG_LAST_SEQUENCE: Final = (10071, 10164)
 DUPLICATE_IN_BATCH: Final = 10201
+DUPLICATE_UNDER_WAY: Final = 10158
 STREAM_EXISTS: Final = 10058
 STREAM_MISSING: Final = 10059
 CONSUMER_EXISTS: Final = (10013, 10105, 10148)
@@ -84,5 +85,8 @@ def write_error(log: str, error: Mapping[str, Any]) -> BackendError:
 
 
 def is_transient(error: Mapping[str, Any]) -> bool:
-    """Return whether the same write may succeed a moment later: no leader yet, too many open batches, a batch torn by a reconnect."""
-    return error.get("code") == 503 or error.get("err_code") == BATCH_INCOMPLETE or error.get("err_code") in TOO_MANY_BATCHES
+    """Return whether the same write may succeed a moment later.
+
+    No leader yet, too many open batches, a batch torn by a reconnect, or its first sending is still on its way to the replicas.
+    """
+    return error.get("code") == 503 or error.get("err_code") in (BATCH_INCOMPLETE, DUPLICATE_UNDER_WAY, *TOO_MANY_BATCHES)

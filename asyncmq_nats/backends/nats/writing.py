@@ -1,6 +1,8 @@
 """Writes to a stream: headers, atomic batches, and repetition until confirmed without ever writing twice.
 
 What was sent and not confirmed is in one table. A reconnect sends the whole table again, so does a confirmation that is overdue.
+A write that is awaited has a message id of its own, in a batch its first message: by that the server knows a repetition, also when what was
+written is gone again and all that it expects holds once more.
 """
 
 import asyncio
@@ -10,7 +12,7 @@ import logging
 import random
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, Final
 
@@ -113,8 +115,9 @@ class Writer:
         self._table: dict[bytes, Unsettled] = {}
         self._tokens = itertools.count(1)
         self._batches = itertools.count(1)
+        self._ids = itertools.count(1)
         self._inbox = self._client.new_inbox().encode() + b"."
-        self._batch_prefix = self._inbox.split(b".")[-2].decode()
+        self._prefix = self._inbox.split(b".")[-2].decode()
         self._size_limit = self._client.max_payload - HEADER_ROOM
         self._sweeping = False
         connection.on_reconnect.append(self._resend_all)
@@ -132,7 +135,10 @@ class Writer:
             if not future.done():
                 future.set_result(result)
 
-        self._submit(Unsettled(log, writes, settle, time.monotonic() + self._timeout))
+        first, *others = writes
+        if first.message_id is None:
+            first = replace(first, message_id=f"{self._prefix}.{next(self._ids)}")
+        self._submit(Unsettled(log, (first, *others), settle, time.monotonic() + self._timeout))
         await self._client.make_room()
         result = await future
         if isinstance(result, BackendError):
@@ -172,7 +178,7 @@ class Writer:
     def _transmit_batch(self, writes: Sequence[Write], reply: bytes) -> None:
         # One flush, without awaiting the first message's answer. Only the last message has a reply subject: a refused first message
         # makes the batch "incomplete" there, which is repeated; a batch id is never used twice.
-        batch_id = f"{self._batch_prefix}{next(self._batches)}"
+        batch_id = f"{self._prefix}{next(self._batches)}"
         mixed_up = self._connection.mixes_up_expectations
         for number, write in enumerate(writes, 1):
             last = number == len(writes)
@@ -216,16 +222,41 @@ class Writer:
         else:
             refused = write_error(entry.log, error)
             if isinstance(refused, WriteRefused) and entry.sendings > 1:
-                self._connection.background.run(self._settle_if_written(entry, refused))
+                self._connection.background.run(self._settle_repetition(entry, refused))
             else:
                 self._finish(entry, refused)
 
-    async def _settle_if_written(self, entry: Unsettled, refused: BackendError) -> None:
+    async def _settle_repetition(self, entry: Unsettled, refused: BackendError) -> None:
         """Settle a repetition that was refused: what refused it may be our own first sending."""
-        write = entry.writes[-1]
-        records = await self._last(entry.log, write.subject)
-        ours = bool(records) and records[0].body == write.body
-        self._finish(entry, records[0].sequence if ours else refused)
+        write = entry.writes[0]
+        if write.message_id is not None:
+            sequence = await self._find_stored(entry, write.message_id)
+        else:  # sent, and not awaited: the end of an attempt, of which no two are the same
+            records = await self._last(entry.log, write.subject)
+            ours = bool(records) and records[0].body == write.body and not records[0].marker
+            sequence = records[0].sequence if ours else None
+        self._finish(entry, refused if sequence is None else sequence + len(entry.writes) - 1)
+
+    async def _find_stored(self, entry: Unsettled, message_id: str) -> int | None:
+        """Ask under which sequence a message id is stored; `None` if it is not.
+
+        By a publish that is never stored, since it asks for a roll-up that there is not: servers look at that after they have looked for
+        duplicates, and before they propose it to replicas; a single one looks at what a message expects before.
+        """
+        headers = f"NATS/1.0\r\nNats-Msg-Id: {message_id}\r\nNats-Rollup: none\r\n\r\n".encode()
+        subject = entry.writes[0].subject
+        while entry.token in self._table:
+            try:
+                (reply,) = await self._connection.collect(subject, b"", headers=headers, timeout=RESEND_AFTER, finished=bool)
+            except TimeoutError:
+                continue
+            answer = json.loads(reply.body or b'{"error": {"code": 503}}')
+            if "error" not in answer:
+                return int(answer["seq"])
+            if not is_transient(answer["error"]):
+                return None
+            await asyncio.sleep(SWEEP_EVERY)
+        return None
 
     def _on_forbidden(self, refused: str, text: str) -> None:
         for entry in list(self._table.values()):

@@ -1,0 +1,293 @@
+"""What was stored, and its confirmation lost with the connection, is not stored again: whatever has become of it meanwhile."""
+
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import anyio
+import pytest
+
+from asyncmq_nats.backends.base import Backend, Expect, Log, Settled, Timer, Write
+from asyncmq_nats.backends.nats.backend import NATSBackend
+from asyncmq_nats.backends.nats.embedded import EmbeddedServer
+from asyncmq_nats.exceptions import WriteRefused
+from asyncmq_nats.flow import FlowProducer
+from asyncmq_nats.jobs import Job
+from asyncmq_nats.queues import Queue
+from asyncmq_nats.settings import Settings
+from tests.nats.relay import Relay, relaying
+from tests.receiver import until
+from tests.running import PATIENCE, make_queue, running, wait_until_done
+
+BUCKET = rb"PUB \$KV\.amq_work_scheduler"
+
+
+@pytest.fixture
+def settings() -> Settings:
+    return Settings(stalled_after=30, publish_timeout=10, shutdown_timeout=0.1)
+
+
+@pytest.fixture
+async def relay(server: EmbeddedServer) -> AsyncIterator[Relay]:
+    async with relaying(server) as relay:
+        yield relay
+
+
+@pytest.fixture
+async def distant(relay: Relay, settings: Settings) -> AsyncIterator[NATSBackend]:
+    """A backend that is connected by the relay."""
+    async with NATSBackend(relay.url, settings=settings) as backend:
+        yield backend
+
+
+class Later:
+    """What a call returns that goes on in the background."""
+
+    def __init__(self) -> None:
+        self.result: Any = None
+        self.error: Exception | None = None
+
+    async def run(self, call: Callable[[], Awaitable[Any]]) -> None:
+        try:
+            self.result = await call()
+        except Exception as error:
+            self.error = error
+
+
+# -- the seam
+
+
+@pytest.fixture
+async def notes(nats_backend: NATSBackend) -> NATSBackend:
+    await nats_backend.declare_log(Log("notes", ("notes.>",), timers=True))
+    return nats_backend
+
+
+async def write_losing(
+    relay: Relay, call: Callable[[], Awaitable[Any]], meanwhile: Callable[[], Awaitable[Any]], *, deaf: bool = False
+) -> Later:
+    """Make a call whose first write, or its answer, is lost, do something else, and let the call end."""
+    (relay.lose_request if deaf else relay.lose_answer)(rb"PUB notes\.")
+    later = Later()
+    with anyio.fail_after(PATIENCE):
+        async with anyio.create_task_group() as group:
+            group.start_soon(later.run, call)
+            await relay.lost.wait()
+            await meanwhile()
+            await relay.cut()
+    return later
+
+
+async def stored(backend: Backend, *filters: str) -> list[int]:
+    """Wait until all are there, and return their sequences."""
+    records = await until(lambda: backend.last("notes", *filters), lambda found: len(found) == len(filters))
+    return [record.sequence for record in records]
+
+
+@pytest.mark.parametrize("kind", ["plain", "timer"])
+async def test_a_write_is_not_repeated_when_what_it_expects_holds_again(
+    kind: str, notes: NATSBackend, distant: NATSBackend, relay: Relay
+) -> None:
+    timer = Timer(notes.now() + 3600, "notes.fired") if kind == "timer" else None
+    write = Write("notes.a.1", b"a", Expect("notes.a.>"), timer=timer)
+
+    async def remove() -> None:
+        (sequence,) = await stored(notes, "notes.a.1")
+        await notes.delete("notes", sequence)
+
+    later = await write_losing(relay, lambda: distant.write("notes", write), remove)
+    assert (later.result, later.error) == (1, None)
+    assert await notes.last_sequence("notes") == 1
+
+
+async def test_a_batch_is_not_repeated_when_what_it_expects_holds_again(notes: NATSBackend, distant: NATSBackend, relay: Relay) -> None:
+    batch = [Write(f"notes.{name}.1", b"", Expect(f"notes.{name}.>")) for name in "abc"]
+
+    async def remove() -> None:
+        for sequence in await stored(notes, *(write.subject for write in batch)):
+            await notes.delete("notes", sequence)
+
+    later = await write_losing(relay, lambda: distant.write("notes", *batch), remove)
+    assert (later.result, later.error) == (3, None)
+    assert await notes.last_sequence("notes") == 3
+
+
+@pytest.mark.parametrize("size", [1, 3])
+async def test_a_repetition_that_its_own_first_sending_refuses_is_confirmed(
+    size: int, notes: NATSBackend, distant: NATSBackend, relay: Relay
+) -> None:
+    await notes.write("notes", Write("notes.first", b""))
+    batch = [Write(f"notes.{name}.1", b"", Expect(f"notes.{name}.>"), marker=True, ttl=60) for name in "abc"][:size]
+
+    async def wait() -> None:
+        await stored(notes, *(write.subject for write in batch))
+
+    later = await write_losing(relay, lambda: distant.write("notes", *batch), wait)
+    assert (later.result, later.error) == (1 + size, None)
+    assert await notes.last_sequence("notes") == 1 + size
+
+
+@pytest.mark.parametrize("size", [1, 2])
+async def test_what_another_one_wrote_is_not_taken_for_the_own_write(
+    size: int, notes: NATSBackend, distant: NATSBackend, relay: Relay
+) -> None:
+    """Markers are all the same."""
+    await notes.write("notes", Write("notes.a", b"a"))
+    marker = Write("notes.a", b"", Expect("notes.a", 1), marker=True, ttl=60)
+    batch = [Write("notes.b", b"b", Expect("notes.b")), marker][-size:]
+
+    async def write() -> None:
+        await notes.write("notes", marker)
+
+    later = await write_losing(relay, lambda: distant.write("notes", *batch), write, deaf=True)
+    assert isinstance(later.error, WriteRefused)
+    assert await notes.last_sequence("notes") == 2
+
+
+@pytest.mark.parametrize("foreign", [False, True])
+async def test_a_write_that_is_not_awaited_is_told_from_others_by_its_body(
+    foreign: bool, notes: NATSBackend, distant: NATSBackend, relay: Relay
+) -> None:
+    settled: list[Settled] = []
+    done = anyio.Event()
+
+    def settle(result: Settled) -> None:
+        settled.append(result)
+        done.set()
+
+    async def send() -> None:
+        distant.send("notes", Write("notes.a", b"", Expect("notes.a")), settle)
+        await done.wait()
+
+    async def write() -> None:
+        await (notes.write("notes", Write("notes.a", b"", marker=True, ttl=60)) if foreign else stored(notes, "notes.a"))
+
+    await write_losing(relay, send, write, deaf=foreign)
+    assert [type(result) for result in settled] == [WriteRefused] if foreign else settled == [1]
+
+
+# -- jobs
+
+
+class Runs:
+    """A task that counts how often it ran, by its argument."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+
+    async def __call__(self, name: str) -> None:
+        self.counts[name] += 1
+
+
+async def add_delayed(queue: Queue) -> None:
+    await queue.add("note", ["a"], delay=0.1)
+
+
+async def add_deduplicated(queue: Queue) -> None:
+    await queue.add("note", ["a"], deduplication={"id": "window"})
+
+
+async def add_in_bulk(queue: Queue) -> None:
+    await queue.add_bulk([{"task_id": "note", "args": ["a"], "delay": 0.1}, {"task_id": "note", "args": ["b"]}])
+
+
+async def add_custom(queue: Queue) -> None:
+    await queue.add("note", ["a"], job_id="own")
+
+
+async def add_flow(queue: Queue) -> None:
+    first = Job(task_id="note", args=["a"])
+    await FlowProducer(queue.backend).add_flow("work", [first, Job(task_id="note", args=["b"], depends_on=[first.job_id])])
+
+
+async def add_custom_flow(queue: Queue) -> None:
+    jobs = [Job(task_id="note", args=["a"], job_id="first"), Job(task_id="note", args=["b"], job_id="second", depends_on=["first"])]
+    await FlowProducer(queue.backend).add_flow("work", jobs)
+
+
+@pytest.mark.parametrize(
+    ("add", "jobs"), [(add_delayed, 1), (add_deduplicated, 1), (add_custom, 1), (add_in_bulk, 2), (add_flow, 2), (add_custom_flow, 2)]
+)
+async def test_a_job_that_has_run_meanwhile_does_not_run_again(
+    add: Callable[[Queue], Awaitable[None]], jobs: int, nats_backend: NATSBackend, distant: NATSBackend, relay: Relay
+) -> None:
+    runs = Runs()
+    near, far = (make_queue(backend, note=runs.__call__) for backend in (nats_backend, distant))
+    await far.queue_stats()
+    later = Later()
+    async with running(near):
+        relay.lose_answer(BUCKET)
+        with anyio.fail_after(PATIENCE):
+            async with anyio.create_task_group() as group:
+                group.start_soon(later.run, lambda: add(far))
+                await until(near.get_completed, lambda completed: len(completed) == jobs)
+                await relay.cut()
+        await wait_until_done(near)
+    assert later.error is None
+    assert set(runs.counts.values()) == {1}
+
+
+async def test_a_flow_of_chosen_ids_that_has_moved_on_is_not_refused(nats_backend: NATSBackend, distant: NATSBackend, relay: Relay) -> None:
+    started, free, later = anyio.Event(), anyio.Event(), Later()
+
+    async def note(name: str) -> None:
+        started.set()
+        await free.wait()
+
+    near, far = (make_queue(backend, note=note) for backend in (nats_backend, distant))
+    await far.queue_stats()
+    with anyio.fail_after(PATIENCE):
+        async with running(near):
+            relay.lose_answer(BUCKET)
+            async with anyio.create_task_group() as group:
+                group.start_soon(later.run, lambda: add_custom_flow(far))
+                await started.wait()  # the second one is still parked, and refuses the repetition
+                await relay.cut()
+            free.set()
+            await near.wait_for("second")
+    assert later.error is None
+
+
+async def test_a_job_that_another_promoter_made_ready_and_that_has_run_does_not_become_ready_again(
+    nats_backend: NATSBackend, distant: NATSBackend, relay: Relay
+) -> None:
+    runs, busy, free = Runs(), anyio.Event(), anyio.Event()
+
+    async def block() -> None:
+        busy.set()
+        await free.wait()
+
+    near, far = (make_queue(backend, concurrency=1, note=runs.__call__, block=block) for backend in (nats_backend, distant))
+    with anyio.fail_after(PATIENCE):
+        async with running(far):
+            await near.add("block")
+            await busy.wait()  # it promotes, and does not run
+            relay.lose_answer(rb"PUB amq\.work\.ready")
+            job_id = await near.add("note", ["a"], job_id="own")
+            await relay.lost.wait()
+            async with running(near):
+                await near.wait_for(job_id)
+                await relay.cut()
+                free.set()
+                await wait_until_done(near)
+    assert runs.counts == {"a": 1}
+
+
+async def test_a_job_that_was_not_cancelled_is_not_reported_as_cancelled(
+    nats_backend: NATSBackend, distant: NATSBackend, relay: Relay
+) -> None:
+    """The first sending was lost, and the repetition refused by a marker: of whoever moved the job."""
+    near, far = (make_queue(backend) for backend in (nats_backend, distant))
+    job_id = await near.add("note", delay=3600)
+    await far.queue_stats()
+    later = Later()
+    relay.lose_request(rb"PUB \$KV\.amq_work_scheduler\.done")
+    with anyio.fail_after(PATIENCE):
+        async with anyio.create_task_group() as group:
+            group.start_soon(later.run, lambda: far.cancel_job(job_id))
+            await relay.lost.wait()
+            key = f"$KV.amq_work_scheduler.later.{job_id}.delayed"
+            await nats_backend.write("KV_amq_work_scheduler", Write(key, b"", marker=True, ttl=60))
+            await relay.cut()
+    assert (later.result, later.error) == (False, None)
+    assert await near.get_job_state(job_id) != "cancelled"
