@@ -10,7 +10,7 @@ import pytest
 from asyncmq_nats.backends.base import Backend, Expect, Log, Settled, Timer, Write
 from asyncmq_nats.backends.nats.backend import NATSBackend
 from asyncmq_nats.backends.nats.embedded import EmbeddedServer
-from asyncmq_nats.exceptions import WriteRefused
+from asyncmq_nats.exceptions import ConnectionLost, Unconfirmed, WriteRefused
 from asyncmq_nats.flow import FlowProducer
 from asyncmq_nats.jobs import Job
 from asyncmq_nats.queues import Queue
@@ -291,3 +291,49 @@ async def test_a_job_that_was_not_cancelled_is_not_reported_as_cancelled(
             await relay.cut()
     assert (later.result, later.error) == (False, None)
     assert await near.get_job_state(job_id) != "cancelled"
+
+
+# -- signals
+
+
+@pytest.mark.parametrize("connected", [True, False])
+async def test_a_subscription_outlives_the_connection_on_which_it_was_begun(
+    connected: bool, nats_backend: NATSBackend, distant: NATSBackend, relay: Relay
+) -> None:
+    heard, later = anyio.Event(), Later()
+
+    async def is_reconnecting() -> bool:
+        return distant._require_connection().client.is_reconnecting
+
+    with anyio.fail_after(PATIENCE):
+        async with anyio.create_task_group() as group:
+            if connected:
+                relay.lose_answer(b"SUB news")
+            else:
+                await relay.cut()
+                await until(is_reconnecting, bool)
+            group.start_soon(later.run, lambda: distant.subscribe("news", lambda _: heard.set()))
+            if connected:
+                await relay.lost.wait()
+                await relay.cut()
+        assert later.error is None
+        await nats_backend.publish("news")
+        await heard.wait()
+
+
+async def test_a_subscription_that_nobody_answers_is_an_error(relay: Relay) -> None:
+    async with NATSBackend(relay.url, settings=Settings(publish_timeout=0.1)) as backend:
+        relay.lose_answer(b"SUB news")
+        with anyio.fail_after(PATIENCE), pytest.raises(Unconfirmed, match="the subscription to news was not answered within"):
+            await backend.subscribe("news", lambda _: None)
+
+
+async def test_a_subscription_ends_with_its_backend(distant: NATSBackend, relay: Relay) -> None:
+    later = Later()
+    relay.lose_answer(b"SUB news")
+    with anyio.fail_after(PATIENCE):
+        async with anyio.create_task_group() as group:
+            group.start_soon(later.run, lambda: distant.subscribe("news", lambda _: None))
+            await relay.lost.wait()
+            await distant.close()
+    assert isinstance(later.error, ConnectionLost)

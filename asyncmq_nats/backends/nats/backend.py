@@ -20,7 +20,7 @@ from asyncmq_nats.backends.nats.options import connect_options, server_addresses
 from asyncmq_nats.backends.nats.pulling import NATSPuller
 from asyncmq_nats.backends.nats.reading import Reader
 from asyncmq_nats.backends.nats.writing import BATCH_LIMIT, Writer
-from asyncmq_nats.exceptions import AssetMissing, BackendError
+from asyncmq_nats.exceptions import AssetMissing, BackendError, Unconfirmed
 from asyncmq_nats.loops import Home, Turns
 from asyncmq_nats.settings import Settings, parse_servers
 from asyncmq_nats.settings import settings as environment
@@ -346,9 +346,14 @@ class NATSBackend:
             on_signal(Signal(msg.subject, msg.data, msg.reply))
 
         with mapped_errors(connection.servers):
-            subscription = await connection.client.subscribe(subject, cb=on_message)
-            await connection.client.barrier()  # interest is known to the server when this returns
-        return _Interest(connection, subscription)
+            interest = _Interest(connection, await connection.client.subscribe(subject, cb=on_message))
+            try:
+                async with asyncio.timeout(self.settings.publish_timeout):
+                    await connection.client.barrier()  # interest is known to the server when this returns
+            except TimeoutError:
+                await interest.unsubscribe()
+                raise Unconfirmed(f"the subscription to {subject}", self.settings.publish_timeout, read=True) from None
+        return interest
 
     async def request(self, subject: str, body: bytes = b"", *, timeout: float = 1.0) -> bytes | None:
         connection = await self._open_connection()

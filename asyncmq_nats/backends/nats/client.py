@@ -8,6 +8,7 @@ nats-py's. (Built on names of nats-py 2.16 that begin with `_`; the contract tes
 import asyncio
 import socket
 from contextlib import suppress
+from typing import Final
 
 from nats.aio.client import Client
 from nats.errors import ConnectionClosedError, OutboundBufferLimitError
@@ -15,6 +16,8 @@ from nats.errors import ConnectionClosedError, OutboundBufferLimitError
 from asyncmq_nats.backends.nats.parser import DirectParser, Handler
 
 __all__ = ["DirectClient", "parse_headers", "status_of"]
+
+PING: Final = b"PING\r\n"
 
 
 class DirectClient(Client):
@@ -108,13 +111,39 @@ class DirectClient(Client):
             self._pongs_received += 1
             self._pings_outstanding = 0
 
-    async def barrier(self) -> None:
-        """Return when the server has processed all that was sent before.
+    async def _process_connect_init(self) -> None:
+        """Begin a connection. What the one before owed is not awaited any more: whoever did asks again."""
+        lost = self._pongs
+        await super()._process_connect_init()
+        for pong in lost:
+            pong.cancel()
 
-        nats-py's `flush` alone does not do that: it writes its PING past the commands that are still queued (2.16).
+    async def _close(self, status: int, do_cbs: bool = True) -> None:
+        await super()._close(status, do_cbs)
+        for pong in self._pongs:
+            pong.cancel()
+
+    async def barrier(self) -> None:
+        """Return when the server has processed all that was sent before; if the connection is lost, that of the next one.
+
+        nats-py's `flush` alone does not do that: it writes its PING past the commands that are still queued (2.16), waits ten seconds for a
+        PONG that went with the connection, and for nothing while there is none.
+
+        Raises:
+            ConnectionClosedError: the client was closed.
         """
-        await self._flush_pending(force_flush=True)
-        await self.flush()
+        while not self.is_closed:
+            pong = asyncio.get_running_loop().create_future()
+            self._pongs.append(pong)
+            if self.is_connected and self._transport is not None:
+                self._transport.writelines([*self._pending, PING])
+                self._pending, self._pending_data_size = [], 0
+                if not self.is_reading:
+                    return
+            await asyncio.wait([pong])
+            if not pong.cancelled():
+                return
+        raise ConnectionClosedError
 
 
 def status_of(headers: bytes | None) -> str:

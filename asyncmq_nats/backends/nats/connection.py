@@ -109,7 +109,12 @@ class Connection:
         inbox = self._inbox + "*"
         self.on_refusal.append(lambda subject, text: refusals.append(text) if subject == inbox.lower() else None)
         await self._client.listen(inbox, self._on_reply)
-        await self._client.barrier()
+        try:
+            async with asyncio.timeout(self._settings.connect_timeout):
+                await self._client.barrier()
+        except (TimeoutError, nats.errors.Error) as error:
+            await self._close_client()
+            raise ConnectionFailed(self.servers, str(error) or "it does not answer") from error
         self.on_refusal.pop()
         if refusals:
             await self._close_client()
