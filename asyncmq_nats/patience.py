@@ -6,7 +6,7 @@ from typing import Final, TypeVar
 
 import anyio
 
-__all__ = ["LAG", "LOOKS", "look_for", "pause_after_refusal"]
+__all__ = ["FAREWELL", "LAG", "LOOKS", "look_for", "pause_after_refusal"]
 
 Found = TypeVar("Found")
 
@@ -14,6 +14,9 @@ LOOKS: Final = (0.0, 0.0, 0.1)
 """Pauses (seconds) before each look for a job that may not exist."""
 LAG: Final = (0.0, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
 """Pauses (seconds) before each look for what is known to be there: a read may be answered by a replica that has yet to hear of it."""
+
+FAREWELL: Final = 5.0
+"""How long each step of a worker's stopping may take that needs the server: it may be gone."""
 
 
 async def look_for(look: Callable[[], Awaitable[Found]], pauses: Sequence[float] = LOOKS) -> Found:

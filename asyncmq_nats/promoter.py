@@ -21,6 +21,7 @@ from asyncmq_nats.dependencies import Dependencies
 from asyncmq_nats.encoding import dump_json, load_json
 from asyncmq_nats.exceptions import AsyncMQError, InvalidJob, WriteRefused
 from asyncmq_nats.jobs import Job
+from asyncmq_nats.patience import FAREWELL
 from asyncmq_nats.repeatables import Repeatables
 from asyncmq_nats.states import Place
 from asyncmq_nats.subjects import PROMOTER, QueueSubjects, decode_token, fit_token, is_token
@@ -53,6 +54,7 @@ class Promoter:
         self._order = itertools.count()
         self._wake = anyio.Event()
         self._lapsed = anyio.Event()
+        self._hands: list[anyio.CancelScope] = []
         self._idle_hands: list[anyio.Event] = []
         self._stopping = False
 
@@ -75,6 +77,8 @@ class Promoter:
                         await self._lapsed.wait()
                 finally:
                     self._stopping = True
+                    for hand in self._hands:
+                        hand.deadline = anyio.current_time() + FAREWELL
                     for idle in self._idle_hands:
                         idle.set()
         finally:
@@ -126,8 +130,12 @@ class Promoter:
                 await self._wake.wait()
 
     async def _promote_due(self) -> None:
-        """One hand: one promotion after the other, until stopped. Shielded: stopping a worker does not tear a promotion."""
-        with anyio.CancelScope(shield=True):
+        """One hand: one promotion after the other, until stopped.
+
+        Shielded for a while: stopping a worker does not tear a promotion, unless the server is gone. Then another promoter repeats it.
+        """
+        with anyio.CancelScope(shield=True) as hand:
+            self._hands.append(hand)
             while not self._stopping:
                 if not self._due or self._due[0][0] > time.monotonic():
                     idle = anyio.Event()
@@ -137,7 +145,11 @@ class Promoter:
                 due, _, arrived, delivery = heapq.heappop(self._due)
                 self._wake.set()  # the watch is now for the one after it
                 kept = due > arrived or time.monotonic() - arrived > HELD_TOO_LONG
-                await self._promote_guarded(delivery, kept=kept)
+                try:
+                    await self._promote_guarded(delivery, kept=kept)
+                except anyio.get_cancelled_exc_class():
+                    delivery.abandon()  # otherwise its lease would be extended
+                    raise
                 self._lapsed.set()
 
     async def _promote_guarded(self, delivery: Delivery, *, kept: bool) -> None:

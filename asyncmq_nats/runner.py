@@ -38,7 +38,7 @@ from asyncmq_nats.intake import Intake
 from asyncmq_nats.jobs import Job
 from asyncmq_nats.lifecycle import Lifecycle, SettleEnd
 from asyncmq_nats.loops import all_done_before, running_task
-from asyncmq_nats.patience import look_for
+from asyncmq_nats.patience import FAREWELL, look_for
 from asyncmq_nats.promoter import Promoter
 from asyncmq_nats.rate_limiter import Limit, RateLimiter
 from asyncmq_nats.registry import TaskRegistry
@@ -51,8 +51,6 @@ logger = logging.getLogger(__name__)
 
 UNSOUND: Final = (NotSerializable, PayloadTooLarge, JobNotFound, InvalidArgument, InvalidJob, TooManyPriorities)
 """What is wrong with a result or a follow-up."""
-FAREWELL: Final = 5.0
-"""How long each step of stopping may take that needs the server: it may be gone."""
 TURN: Final = 0.002
 """Slots whose jobs never wait yield to the event loop after so many seconds, counted for all of them: each yield wakes another slot."""
 

@@ -384,6 +384,34 @@ async def test_what_reaches_a_promoter_late_is_not_made_ready_again(
     assert starts.runs == 1
 
 
+async def test_a_promotion_that_is_not_answered_does_not_hold_up_a_stop(
+    queue: Queue, backend: Backend, starts: Starts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is cut, and another promoter repeats it when the lease is over."""
+    monkeypatch.setattr(promoter, "FAREWELL", 0.05)
+    real, promoting = backend.write, anyio.Event()
+
+    async def write(log: str, *writes: Write) -> int:
+        if log == "amq_work":
+            await real(log, *writes)
+            promoting.set()
+            await anyio.sleep_forever()
+        return await real(log, *writes)
+
+    await queue.queue_stats()
+    with anyio.fail_after(PATIENCE), monkeypatch.context() as patch:
+        patch.setattr(backend, "write", write)
+        async with anyio.create_task_group() as group:
+            await group.start(Promoter(backend, queue._subjects, queue._assets).run)
+            await queue.add("note", delay=0.01)
+            await promoting.wait()
+            group.cancel_scope.cancel()
+    async with running(queue):
+        await until(lambda: backend.last("KV_amq_work_scheduler", "$KV.amq_work_scheduler.later.>"), lambda found: not found)
+        await wait_until_done(queue)
+    assert starts.runs == 1
+
+
 async def hold(queue: Queue) -> tuple[Lifecycle, Attempt, Delivery]:
     """Take the next job as a worker does whose acknowledgement will be slow."""
     receiver = Receiver(queue.backend, f"amq_{queue.name}")
