@@ -1,5 +1,6 @@
 """One delivery of a job to a worker, its claim on the job, and what became of it."""
 
+import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
 from enum import Enum, auto
@@ -7,9 +8,12 @@ from typing import Final
 
 from asyncmq_nats.backends.base import Delivery, Write
 from asyncmq_nats.encoding import dump_json, load_json
+from asyncmq_nats.exceptions import InvalidJob
 from asyncmq_nats.jobs import Job, JobHead
 
 __all__ = ["AFTERLIFE", "Attempt", "Claim", "Verdict", "leave"]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -91,9 +95,16 @@ class Claim:
 
     @classmethod
     def decode(cls, body: bytes) -> "Claim":
-        """Return the claim of a record."""
-        data = load_json(body)
-        return cls(data["worker"], data["message"], data["delivery"], data["stalls"], data["released"])
+        """Return the claim of a record; one that is malformed claims nothing."""
+        try:
+            data = load_json(body)
+        except InvalidJob:
+            data = {}
+        message, delivery, stalls = (data.get(name) for name in ("message", "delivery", "stalls"))
+        if not (isinstance(message, int) and isinstance(delivery, int) and isinstance(stalls, int)):
+            logger.warning("a claim is malformed, and passed over: %.200r", body)
+            return cls("", 0, 0, 0)
+        return cls(str(data.get("worker")), message, delivery, stalls, data.get("released") is True)
 
 
 class Verdict(Enum):

@@ -4,6 +4,7 @@ The key's record names its owner and is written in one batch with the owner, exp
 its owner has ended, which is looked up when someone asks.
 """
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,6 +22,8 @@ from asyncmq_nats.states import Place
 from asyncmq_nats.subjects import QueueSubjects, encode_token
 
 __all__ = ["Deduplicator", "Window", "parse_window", "take_window"]
+
+logger = logging.getLogger(__name__)
 
 LONGEST: Final = 10 * 365 * 86_400
 """The longest window, in seconds."""
@@ -150,8 +153,12 @@ class Deduplicator:
         return records[0] if records else None
 
     async def _live_owner(self, record: Record) -> str | None:
-        data = load_json(record.body)
-        owner, until = str(data["job_id"]), data["until"]
+        try:
+            data = load_json(record.body)
+            owner, until = str(data["job_id"]), data["until"] if data["until"] is None else float(data["until"])
+        except (ValueError, TypeError, KeyError) as problem:
+            logger.warning("%.200r is malformed, and no window: %r", record.subject, problem)
+            return None
         if until is not None:
             return owner if until > self._backend.now() else None
         token = encode_token(owner)

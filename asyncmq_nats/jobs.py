@@ -15,6 +15,7 @@ from asyncmq_nats.states import State
 from asyncmq_nats.subjects import PRIORITIES, check_job_id
 
 __all__ = [
+    "LATEST",
     "WIRE_VERSION",
     "Backoff",
     "Job",

@@ -7,6 +7,7 @@ tier expecting nothing there, and removes the record. What is repeated changes n
 import heapq
 import itertools
 import logging
+import math
 import time
 from contextlib import suppress
 from typing import Final
@@ -109,7 +110,7 @@ class Promoter:
         except InvalidJob:
             return 0.0
         run_at = data.get("at" if self._subjects.is_fire(delivery.subject) else "delay_until")
-        if not isinstance(run_at, int | float):
+        if not isinstance(run_at, int | float) or math.isnan(run_at):
             return 0.0
         now = self._backend.now()
         fresh = delivery.deliveries == 1 and now - delivery.time <= LONGEST_WAIT

@@ -7,7 +7,9 @@ definition touches a fire that is there. So each tick makes one job, whoever die
 
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, Final
 
 from pydantic import ConfigDict, TypeAdapter
@@ -16,8 +18,8 @@ from pydantic.dataclasses import dataclass as validated
 from asyncmq_nats.assets import QueueAssets
 from asyncmq_nats.backends.base import Backend, Delivery, Expect, Record, Timer, Write
 from asyncmq_nats.encoding import dump_json, load_json
-from asyncmq_nats.exceptions import InvalidArgument, WriteRefused
-from asyncmq_nats.jobs import Job, check_size, new_job
+from asyncmq_nats.exceptions import InvalidArgument, InvalidJob, WriteRefused
+from asyncmq_nats.jobs import LATEST, Job, check_size, new_job
 from asyncmq_nats.parameters import checked_args, checked_mapping
 from asyncmq_nats.schedules import Schedule, definition_id, make_schedule, missed_ticks, next_run, next_run_after
 from asyncmq_nats.states import Place
@@ -135,6 +137,40 @@ def _job_fields(job: Mapping[str, Any]) -> dict[str, Any]:
     return fields
 
 
+def _decode_definition(body: bytes, rid: str) -> Definition:
+    """Return the definition of a record.
+
+    Raises:
+        InvalidJob: it is none of that id, or no job or no schedule can be made of it.
+    """
+    try:
+        definition: Definition = ADAPTER.validate_json(body)
+        rhythm = definition.schedule
+        _check_rhythm(rhythm.every, rhythm.cron, None if rhythm.cron is None else rhythm.timezone)
+        new_job(task_id=definition.task_id, args=definition.args, kwargs=definition.kwargs, **_job_fields(definition.job)).encode()
+    except (ValueError, TypeError) as error:
+        raise InvalidJob(str(error)) from None
+    if encode_token(definition.rid) != encode_token(rid):
+        raise InvalidJob(f"its id is {definition.rid!r}")
+    return definition
+
+
+_check_rhythm: Final = lru_cache(make_schedule)
+"""A definition is read at each tick; to check a cron expression takes a millisecond."""
+
+
+def _decode_time(body: bytes) -> float:
+    """Return the planned time of a tick.
+
+    Raises:
+        InvalidJob: it has none.
+    """
+    at = load_json(body).get("at")
+    if isinstance(at, bool) or not isinstance(at, int | float) or not 0 <= at <= LATEST:  # not so for NaN, either
+        raise InvalidJob(f"at: {at!r} is no time")
+    return float(at)
+
+
 def _fenced(writes: Sequence[Write], fire: str, records: Mapping[str, Record]) -> list[Write]:
     """Return the writes of a change, refused if a tick has become due since `records` were read: it would come to what was changed."""
     expect = Expect(fire, records[fire].sequence if fire in records else 0)
@@ -205,12 +241,24 @@ class Repeatables:
         records = await self._backend.last(self._log, self._subjects.repeat(token), self._subjects.tick(token), self._subjects.fire(token))
         return {record.subject: record for record in records}
 
+    def _record_in(self, records: Mapping[str, Record]) -> Record | None:
+        return next((r for r in records.values() if self._subjects.is_repeat(r.subject) and not r.marker), None)
+
     def _definition_in(self, records: Mapping[str, Record]) -> Definition | None:
-        record = next((r for r in records.values() if self._subjects.is_repeat(r.subject) and not r.marker), None)
-        return None if record is None else ADAPTER.validate_json(record.body)
+        """Return the definition; `None` if there is none, or one that nobody could run."""
+        record = self._record_in(records)
+        try:
+            return None if record is None else _decode_definition(record.body, self._subjects.rid(record.subject))
+        except InvalidJob as problem:
+            logger.warning("%.200r is passed over: %s", record and record.subject, problem)
+            return None
 
     def _planned_in(self, records: Mapping[str, Record]) -> float | None:
-        ticks = [float(load_json(r.body)["at"]) for r in records.values() if not self._subjects.is_repeat(r.subject) and not r.marker]
+        ticks = []
+        for record in records.values():
+            if not self._subjects.is_repeat(record.subject) and not record.marker:
+                with suppress(InvalidJob):  # whoever is given it says so
+                    ticks.append(_decode_time(record.body))
         return min(ticks, default=None)
 
     async def read_all(self) -> list[RepeatableInfo]:
@@ -219,8 +267,8 @@ class Repeatables:
         start = 1
         while page := await self._backend.page(self._log, self._subjects.repeat("*"), from_sequence=start, limit=500):
             for record in page:
-                if not record.marker:
-                    definition = ADAPTER.validate_json(record.body)
+                definition = self._definition_in({record.subject: record})
+                if definition is not None:
                     planned = self._planned_in(await self._read(definition.rid))
                     found.append(RepeatableInfo(definition.to_dict(), None if definition.paused else planned, definition.paused))
             start = page[-1].sequence + 1
@@ -231,7 +279,7 @@ class Repeatables:
         while True:
             records = await self._read(rid)
             key = self._subjects.repeat(encode_token(rid))
-            if self._definition_in(records) is None:
+            if self._record_in(records) is None:
                 return False
             writes = [
                 Write(record.subject, b"", Expect(key, record.sequence) if record.subject == key else None, ttl=MARKER_TTL, marker=True)
@@ -279,6 +327,9 @@ class Repeatables:
 
         Return whether the delivery is done with. If not, the tick is not to be seen: it was taken care of, and cannot be delivered again;
         or a replica was asked that has yet to hear of it.
+
+        Raises:
+            InvalidJob: it is no tick.
         """
         records = await self._read(self._subjects.rid(delivery.subject))
         definition = self._definition_in(records)
@@ -287,7 +338,7 @@ class Repeatables:
             return False
         if definition is None or definition.paused or current.sequence > delivery.sequence:
             return True
-        planned = float(load_json(delivery.body)["at"])
+        planned = _decode_time(delivery.body)
         now = self._backend.now()
         due = self._due(definition.schedule, planned, now, again=delivery.deliveries > 1)
         following = self._next_tick(definition.rid, next_run_after(definition.schedule, due[-1], now))

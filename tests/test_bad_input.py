@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from asyncmq_nats.backends.base import Backend
+from asyncmq_nats.backends.base import Backend, Write
 from asyncmq_nats.backends.inmemory import InMemoryBackend
 from asyncmq_nats.encoding import dump_json, load_json
 from asyncmq_nats.exceptions import (
@@ -25,7 +25,7 @@ from asyncmq_nats.queue_admin import list_queues
 from asyncmq_nats.queues import Queue
 from asyncmq_nats.registry import TaskRegistry
 from asyncmq_nats.tasks import task
-from tests.receiver import until
+from tests.receiver import Receiver, until
 from tests.running import PATIENCE, make_queue, run_jobs, running
 
 
@@ -341,3 +341,50 @@ async def test_a_job_that_is_tried_again_tells_what_went_wrong(backend: Backend)
     assert job["last_error"] == "ValueError: no"
     assert "Traceback" in job["error_traceback"]
     assert job["last_attempt"] >= before - 0.1
+
+
+# -- records that others wrote into the bucket
+
+
+@pytest.mark.parametrize(
+    ("key", "body"),
+    [
+        ("later.other.released", b'{"task":"echo","delay_until":NaN}'),
+        ("fire.series", b"{}"),
+        ("fire.series", b'{"at":null}'),
+        ("fire.series", b'{"at":"soon"}'),
+        ("fire.series", b'{"at":NaN}'),
+        ("fire.series", b'{"at":1e300}'),
+        ("repeat.other", b'{"x":1}'),
+        ("repeat.other", b'{"rid":"other","task_id":"echo","args":[],"kwargs":{},"job":{},"schedule":{"every":0}}'),
+        ("repeat.other", b'{"rid":"other","task_id":"echo","args":[],"kwargs":{},"job":{},"schedule":{"cron":"never"}}'),
+        ("repeat.other", b'{"rid":"other","task_id":"echo","args":[],"kwargs":{},"job":{"x":1},"schedule":{"every":1}}'),
+        ("repeat.other", b'{"rid":"another","task_id":"echo","args":[],"kwargs":{},"job":{},"schedule":{"every":1}}'),
+        ("dedup.key", b"{}"),
+        ("dedup.key", b'{"job_id":"a","until":"soon"}'),
+    ],
+)
+async def test_a_malformed_record_ends_no_worker_and_no_list(backend: Backend, key: str, body: bytes) -> None:
+    queue = make_queue(backend, echo=echo)
+    await queue.upsert_repeatable("echo", every=3600, name="series")
+    async with running(queue):
+        await backend.write("KV_amq_work_scheduler", Write(f"$KV.amq_work_scheduler.{key}", body))
+        if key == "repeat.other":
+            await backend.write("KV_amq_work_scheduler", Write("$KV.amq_work_scheduler.fire.other", b'{"at":1}'))
+        job_id = await queue.add("echo", [1], delay=0.01, deduplication={"id": "key"})
+        assert await queue.wait_for(job_id, timeout=PATIENCE) == 1
+        if key.startswith("fire"):  # it goes
+            await until(lambda: backend.last("KV_amq_work_scheduler", "$KV.amq_work_scheduler.fire.*"), lambda found: not found)
+        assert [each.job_def["name"] for each in await queue.list_repeatables()] == ["series"]
+    if key == "repeat.other":
+        assert await queue.remove_repeatable("other")
+
+
+async def test_a_malformed_claim_claims_nothing(backend: Backend) -> None:
+    queue = make_queue(backend, echo=echo)
+    job_id = await queue.add("echo", [1])
+    (delivery,) = await Receiver(backend, "amq_work").pull("tier_5")
+    await backend.write("KV_amq_work_scheduler", Write(f"$KV.amq_work_scheduler.done.{job_id}.claim", b"{}"))
+    delivery.nak()
+    async with running(queue):
+        assert await queue.wait_for(job_id, timeout=PATIENCE) == 1
