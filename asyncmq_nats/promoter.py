@@ -191,13 +191,21 @@ class Promoter:
         await self._assets.declare_tier(job.priority)
         subject, body = self._subjects.ready(job.priority, token), _ready_body(delivery.body, job)
         write = Write(subject, body, Expect(self._subjects.ready_any(token)), message_id=_message_id(delivery))
+        sequence = 0
         try:
-            await self._backend.write(self._subjects.ready_log, write)
+            sequence = await self._backend.write(self._subjects.ready_log, write)
         except WriteRefused:
             if await self._older_attempt_is_there(token, job):
                 delivery.nak(min(0.01 * 2 ** min(delivery.deliveries, 10), 1.0))  # its ack is on the way
                 return
-        await self._remove(delivery)
+        if not await self._remove(delivery) and sequence:
+            await self._take_back(token, sequence)
+
+    async def _take_back(self, token: str, sequence: int) -> None:
+        """Remove what was made ready, if the job was cancelled before it was: somebody had removed the record by then."""
+        records = await self._backend.last(self._subjects.bucket_log, self._subjects.ends(token))
+        if any(not record.marker and self._subjects.outcome_state(record.subject) for record in records):
+            await self._backend.delete(self._subjects.ready_log, sequence)
 
     async def _pass_on(self, delivery: Delivery) -> None:
         """Make ready what is not a job, for a worker to record as failed, so that it is not lost. A tick that is malformed goes."""
@@ -238,9 +246,11 @@ class Promoter:
         there = Job.decode(records[-1].body)
         return there.order < job.order or there.delay_until is not None  # a foreign job that was put off: we leave no time in ready jobs
 
-    async def _remove(self, delivery: Delivery) -> None:
-        await self._backend.delete(self._subjects.bucket_log, delivery.sequence)
+    async def _remove(self, delivery: Delivery) -> bool:
+        """Remove the record. Return whether it was there."""
+        was_there = await self._backend.delete(self._subjects.bucket_log, delivery.sequence)
         delivery.ack()
+        return was_there
 
 
 def _message_id(delivery: Delivery) -> str:

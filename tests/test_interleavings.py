@@ -161,6 +161,30 @@ async def test_a_cancellation_whose_confirmation_was_lost_is_one(
     assert await queue.cancel_job(job_id) is False
 
 
+async def test_a_job_that_is_made_ready_while_it_is_cancelled_does_not_run(backend: Backend, twin: Backend) -> None:
+    """The promoter has it in hand, and does not look again."""
+    runs: list[int] = []
+    queue, canceller = make_queue(backend, note=lambda: runs.append(1)), make_queue(twin)
+    real, cancelled = backend.write, list[bool]()
+
+    async def write(log: str, *writes: Write) -> int:
+        if log == READY and not cancelled:
+            cancelled.append(await canceller.cancel_job(job_id))
+        return await real(log, *writes)
+
+    job_id = await queue.add("note", delay=0.01)
+    await queue.pause()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backend, "write", write)
+        async with running(queue):
+            await until(lambda: queue.get_job_state(job_id), lambda state: state == "cancelled")
+            await until(lambda: backend.last_sequence(READY), lambda sequence: sequence > 0)
+            await until(lambda: backend.last(READY, "amq.work.ready.*.*"), lambda ready: not ready)
+            await queue.resume()
+            assert await queue.wait_for(await queue.add("note"), timeout=PATIENCE) is None
+    assert (cancelled, runs) == ([True], [1])
+
+
 # -- a worker was frozen while another one took its job over
 
 
