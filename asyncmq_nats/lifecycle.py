@@ -374,7 +374,9 @@ class Lifecycle:
         subjects, verdict = self._subjects, None
         while verdict is None:
             try:
-                await self._backend.write(subjects.bucket_log, Write(subjects.claim(attempt.token), claim, self._fence(attempt)))
+                await self._backend.write(
+                    subjects.bucket_log, Write(subjects.claim(attempt.token), claim, self._fence(attempt), ttl=AFTERLIFE)
+                )
             except WriteRefused:  # another worker is in charge, the job has ended, or there is a claim of an earlier message
                 records = await self._backend.last(subjects.bucket_log, subjects.done_all(attempt.token))
                 verdict = self._judge(attempt, claim, records)
