@@ -34,12 +34,8 @@ SOON: Final = 0.6
 """A tick that is due sooner than this needs no timer, which would be late: the next promoter that is given it waits."""
 CATCH_UP: Final = 30.0
 """Ticks that were late because a worker died are all made up for, if they are no later than this."""
-HICCUP: Final = 6.0
-"""No more is an outage: ticks that were late because a process or a server was busy are all made up for, too.
-
-A first delivery may come so late without an outage, since the next tick is written with the job of the one before: that waits for the lease
-of a promoter that is cut off (2 s), and for the repetition of a write whose answer is lost (2 s); a silent consumer is noticed after 4 s.
-"""
+HICCUP: Final = 3.0
+"""No more is an outage: ticks that were late because a process or a server was busy are all made up for, too."""
 MARKER_TTL: Final = 1.0
 
 
