@@ -54,6 +54,12 @@ class Attempt:
         """Which of two attempts at a job is the later one."""
         return self.delivery.sequence, self.delivery.deliveries
 
+    def count_stalls(self, claim: "Claim | None") -> int:
+        """Return how often the job's worker was lost, now that it is delivered again. A claim that was released is no loss."""
+        if claim is None or claim.message != self.delivery.sequence:
+            return 1
+        return claim.stalls + (0 if claim.released else 1)
+
 
 AFTERLIFE: Final = 86_400.0
 """For so long (seconds) a claim outlasts its attempt, if the job goes on."""

@@ -102,12 +102,12 @@ class Lifecycle:
                     await self.dependencies.release(token)
                 return Verdict.DONE
             later = [record for record in records if not self._is_done(record) and not record.marker]
-            if any(Job.decode(record.body).order > attempt.job.order for record in later):
+            if any(_order(record) > attempt.job.order for record in later):
                 return Verdict.DONE
             claim = next((Claim.decode(r.body) for r in done if subjects.is_claim(r.subject) and not r.marker), None)
             if claim is not None and claim.order >= attempt.order:
                 return claim.verdict
-            ours = Claim(self._worker, *attempt.order, stalls=_count_stalls(claim, attempt))
+            ours = Claim(self._worker, *attempt.order, stalls=attempt.count_stalls(claim))
             last = max((record.sequence for record in done), default=0)
             write = Write(subjects.claim(token), ours.encode(), Expect(subjects.done_all(token), last))
             try:
@@ -388,8 +388,9 @@ class Lifecycle:
         leave(attempt.delivery, verdict)
 
 
-def _count_stalls(claim: Claim | None, attempt: Attempt) -> int:
-    """Return how often the job's worker was lost, now that it is delivered again. A claim that was released is no loss."""
-    if claim is None or claim.message != attempt.delivery.sequence:
-        return 1
-    return claim.stalls + (0 if claim.released else 1)
+def _order(record: Record) -> tuple[int, int]:
+    """Return which attempt a record in transit is of; junk is of none."""
+    try:
+        return Job.decode(record.body).order
+    except InvalidJob:
+        return -1, -1

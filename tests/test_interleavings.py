@@ -390,3 +390,12 @@ async def test_an_outcome_that_comes_while_old_ones_are_cleaned_stays(queue: Que
     assert await queue.get_job(old) is None
     assert await queue.get_job_state("young") == "completed"
     await until(queue.queue_stats, lambda stats: stats["completed"] == 1)
+
+
+async def test_junk_beside_a_job_that_is_delivered_again_does_not_end_it(queue: Queue) -> None:
+    job_id = await queue.add("echo", ["ran"])
+    first = Receiver(queue.backend, READY, extend=False)
+    await first.pull("tier_5")
+    await queue.backend.write(BUCKET, Write(f"$KV.amq_work_scheduler.later.{job_id}.delayed", b"junk"))
+    async with running(queue):
+        assert await queue.wait_for(job_id, timeout=PATIENCE) == "ran"
