@@ -1,6 +1,7 @@
 """Many jobs at once: what a bulk entry means, and batches that are all or nothing."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Final
 
@@ -14,7 +15,7 @@ from asyncmq_nats.jobs import Job
 from asyncmq_nats.parameters import build_job
 from asyncmq_nats.patience import LAG, look_for, pause_after_refusal
 
-__all__ = ["add_many", "build_entries"]
+__all__ = ["add_many", "build_entries", "check_entries"]
 
 BATCH: Final = 1000
 BATCHES_UNDER_WAY: Final = 4
@@ -50,15 +51,32 @@ def build_entries(now: float, entries: Iterable[Mapping[str, Any]]) -> tuple[lis
     windows: dict[int, Window] = {}
     for index, entry in enumerate(entries):
         fields = _checked_entry(entry, index)
-        try:
+        with _blaming(index):
             window = take_window(fields)
             jobs.append(build_job(now, **fields))
-        except (ValueError, TypeError) as error:
-            error.add_note(f"in job {index} of add_bulk")
-            raise
         if window is not None:
             windows[index] = window
     return jobs, windows
+
+
+def check_entries(additions: Additions, jobs: Sequence[Job]) -> None:
+    """See that every job can be stored, before any of them is.
+
+    Raises:
+        InvalidJobId, NotSerializable, PayloadTooLarge: one cannot; a note of the error says which.
+    """
+    for index, job in enumerate(jobs):
+        with _blaming(index):
+            additions.first_write(job)
+
+
+@contextmanager
+def _blaming(index: int) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        error.add_note(f"in job {index} of add_bulk")
+        raise
 
 
 def _checked_entry(entry: Mapping[str, Any], index: int) -> dict[str, Any]:
@@ -83,12 +101,6 @@ async def add_many(additions: Additions, jobs: Sequence[Job]) -> list[str]:
         BulkAddFailed: of more than 1,000, some batches were added and some were not; it says which.
         AsyncMQError: none was added.
     """
-    for index, job in enumerate(jobs):
-        try:
-            additions.first_write(job)  # nothing is sent before every job is known to be sound
-        except (ValueError, TypeError) as error:
-            error.add_note(f"in job {index} of add_bulk")
-            raise
     size = BATCH // (1 + max((len(job.depends_on or ()) for job in jobs), default=0))  # each dependency is a write
     batches = [(first, jobs[first : first + size]) for first in range(0, len(jobs), size)]
     errors: dict[int, Exception] = {}

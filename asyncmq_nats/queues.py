@@ -12,8 +12,9 @@ import anyio
 from anyio.abc import TaskStatus
 
 from asyncmq_nats.assets import DEFAULT_PRIORITY
-from asyncmq_nats.bulk import add_many, build_entries
+from asyncmq_nats.bulk import add_many, build_entries, check_entries
 from asyncmq_nats.deduplication import parse_window
+from asyncmq_nats.exceptions import BulkAddFailed
 from asyncmq_nats.jobs import Backoff, Job
 from asyncmq_nats.parameters import build_job, checked_mapping, checked_seconds, job_of_payload
 from asyncmq_nats.queue_admin import QueueAdmin, list_queues
@@ -132,9 +133,14 @@ class Queue(QueueReads, QueueDelays, QueueControls, QueueAdmin):
         """
         await self.backend.connect()
         built, windows = build_entries(self.backend.now(), jobs)
-        ids = [job.job_id for job in built]
+        check_entries(self._additions, built)
+        ids, plain = [job.job_id for job in built], [index for index in range(len(built)) if index not in windows]
         await self._assets.declare()
-        await add_many(self._additions, [job for index, job in enumerate(built) if index not in windows])
+        try:
+            await add_many(self._additions, [built[index] for index in plain])
+        except BulkAddFailed as failed:
+            errors = {plain[index]: error for index, error in failed.errors.items()} | dict.fromkeys(windows, failed)
+            raise BulkAddFailed({plain[index]: job_id for index, job_id in failed.added.items()}, errors) from None
         for index, window in windows.items():
             ids[index] = await self._deduplicator.add(built[index], window)
         return ids

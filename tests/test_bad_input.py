@@ -12,6 +12,8 @@ from asyncmq_nats.backends.base import Backend, Write
 from asyncmq_nats.backends.inmemory import InMemoryBackend
 from asyncmq_nats.encoding import dump_json, load_json
 from asyncmq_nats.exceptions import (
+    BackendError,
+    BulkAddFailed,
     InvalidArgument,
     InvalidQueueName,
     JobFailed,
@@ -20,7 +22,7 @@ from asyncmq_nats.exceptions import (
     PayloadTooLarge,
 )
 from asyncmq_nats.flow import FlowProducer
-from asyncmq_nats.jobs import Job
+from asyncmq_nats.jobs import Job, check_size
 from asyncmq_nats.queue_admin import list_queues
 from asyncmq_nats.queues import Queue
 from asyncmq_nats.registry import TaskRegistry
@@ -211,6 +213,42 @@ async def test_a_result_that_could_not_be_read_fails_the_job(backend: Backend) -
 def test_there_is_room_around_what_can_be_written() -> None:
     body = dump_json(nested(192))
     assert load_json(b'{"a":{"b":%b}}' % body)
+
+
+async def test_a_bulk_blames_the_right_job_and_adds_nothing_whatever_kind_the_job_is(queue: Queue) -> None:
+    window = {"task_id": "echo", "deduplication": {"id": "window"}}
+    for bad in ({"task_id": "echo", "args": [math.nan]}, window | {"args": [math.nan]}, window | {"args": ["x" * queue.backend.max_body]}):
+        with pytest.raises((NotSerializable, PayloadTooLarge)) as raised:
+            await queue.add_bulk([window, {"task_id": "echo"}, bad, {"task_id": "echo"}])
+        assert raised.value.__notes__ == ["in job 2 of add_bulk"]
+    assert await list_queues(queue.backend) == []
+
+
+async def test_a_bulk_that_stops_half_way_counts_jobs_with_a_window_too(queue: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = queue.backend.write
+
+    async def write(log: str, *writes: Write) -> int:
+        if any(b'"bad"' in each.body for each in writes):
+            raise BackendError("the disk is full")
+        return await real(log, *writes)
+
+    monkeypatch.setattr(queue.backend, "write", write)
+    entries: list[dict[str, Any]] = [
+        {"task_id": "echo", "deduplication": {"id": "window"}},
+        *({"task_id": "echo", "args": [n]} for n in range(1, 1100)),
+    ]
+    entries[1050]["args"] = ["bad"]
+    with pytest.raises(BulkAddFailed) as raised:
+        await queue.add_bulk(entries)
+    assert sorted(raised.value.added) == list(range(1, 1001))
+    assert sorted(raised.value.errors) == [0, *range(1001, 1100)]
+
+
+@pytest.mark.parametrize(("max_body", "limit"), [(8_000, 7_000), (1_047_552, 1_047_552 - 65_536)])
+def test_a_job_leaves_room_for_its_outcome(max_body: int, limit: int) -> None:
+    check_size(b"x" * limit, "the job", max_body)
+    with pytest.raises(PayloadTooLarge, match=f"the job is {limit + 1:,} bytes, the limit is {limit:,}"):
+        check_size(b"x" * (limit + 1), "the job", max_body)
 
 
 # -- queues and their settings

@@ -298,6 +298,24 @@ async def test_a_job_that_was_retried_by_hand_is_handed_back_at_once(queue: Queu
 # -- what is left behind
 
 
+@pytest.mark.parametrize("end", ["hand-back", "retry", "retry by hand"])
+async def test_a_claim_that_outlasts_its_attempt_goes_in_time(end: str, queue: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("administration", "lifecycle"):
+        monkeypatch.setattr(f"asyncmq_nats.{module}.AFTERLIFE", 1.0)
+    job_id, failure = await queue.add("fail"), Failure("ValueError: no", "", time.time())
+    if end == "retry by hand":
+        await run_jobs(queue)
+        assert await queue.retry_job(job_id)
+    else:
+        _, other, attempt = await taken_over(queue)
+        if end == "retry":
+            await other.retry(attempt, failure, 3600.0, lambda *_: None)
+        else:
+            await other.hand_back(attempt)
+    assert await live(queue, queue._subjects.claim(job_id)) != []
+    await until(lambda: live(queue, queue._subjects.claim(job_id)), lambda found: not found)
+
+
 @pytest.mark.parametrize("released", [True, False])
 async def test_a_claim_without_its_job_is_no_job(released: bool, queue: Queue) -> None:
     await queue.queue_stats()

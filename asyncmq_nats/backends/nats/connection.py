@@ -21,11 +21,13 @@ from asyncmq_nats.backends.nats.errors import NO_JETSTREAM, NO_PEERS, api_error,
 from asyncmq_nats.exceptions import BackendError, ConnectionFailed, ConnectionLost, PermissionRefused, ServerUnsuitable, Unconfirmed
 from asyncmq_nats.settings import Settings
 
-__all__ = ["Connection", "Reply", "parse_time", "patience_with"]
+__all__ = ["ANSWER_SIZE", "Connection", "Reply", "parse_time", "patience_with"]
 
 logger = logging.getLogger(__name__)
 
 OLDEST_SERVER: Final = (2, 12, 2)
+ANSWER_SIZE: Final = 4 * 1024 * 1024
+"""Bytes that what is asked for at once may have, if messages are not larger: the server disconnects a client for which 64 MiB wait."""
 REQUEST_TIMEOUT: Final = 5.0
 CLOCK_LIFETIME: Final = 60.0
 REFUSED: Final = re.compile(r'permissions violation for (?:publish|subscription) to "(.+?)"', re.IGNORECASE)

@@ -16,7 +16,7 @@ import nats.errors
 
 from asyncmq_nats.backends.base import Delivery
 from asyncmq_nats.backends.nats.client import parse_headers, status_of
-from asyncmq_nats.backends.nats.connection import Connection
+from asyncmq_nats.backends.nats.connection import ANSWER_SIZE, Connection
 from asyncmq_nats.backends.nats.leases import LeaseKeeper
 
 __all__ = ["NATSPuller"]
@@ -29,8 +29,6 @@ CLUSTER_HEARTBEAT: Final = 1.0
 """In a cluster, the server that leads the consumer may be lost while the connection to another one stays: then pulls die in silence."""
 GRACE: Final = 2.0
 CLOSE_TIMEOUT: Final = 5.0
-SIZE: Final = 4 * 1024 * 1024
-"""Bytes that one pull may bring, or one of the largest messages. The server disconnects a client for which it has 64 MiB waiting."""
 OVERHEAD: Final = 16 * 1024
 """What counts besides a message's body and headers: its subjects."""
 QUIET: Final = 0.05
@@ -155,8 +153,8 @@ class NATSPuller:
         credit = self._credits.setdefault(consumer, Credit())
         token = f"{next(self._tokens)}-{consumer}"
         payload: dict[str, int | bool] = {"batch": count}
-        if count * self._client.max_payload > SIZE:
-            payload["max_bytes"] = max(SIZE, self._client.max_payload + OVERHEAD)
+        if count * self._client.max_payload > ANSWER_SIZE:
+            payload["max_bytes"] = max(ANSWER_SIZE, self._client.max_payload + OVERHEAD)
         if wait > 0:
             payload["expires"] = int(wait * NANOSECONDS)
         else:  # answered at once, with what is there, and with a 404 if that is less than was asked for

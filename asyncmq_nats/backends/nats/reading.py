@@ -10,7 +10,7 @@ from typing import Any, Final
 from asyncmq_nats.backends.base import Record
 from asyncmq_nats.backends.filters import compile_filter
 from asyncmq_nats.backends.nats.assets import format_time
-from asyncmq_nats.backends.nats.connection import Connection, Reply, parse_time, patience_with
+from asyncmq_nats.backends.nats.connection import ANSWER_SIZE, Connection, Reply, parse_time, patience_with
 from asyncmq_nats.exceptions import AssetMissing, BackendError, Unconfirmed
 
 __all__ = ["Reader"]
@@ -19,8 +19,6 @@ PROBE: Final = 64
 MOST_LAST: Final = 1024
 """The server's own limit for the last records of several subjects."""
 READS_AT_ONCE: Final = 32
-SIZE: Final = 4 * 1024 * 1024
-"""Bytes that one answer may have, or four of the largest messages. The server disconnects a client for which it has 64 MiB waiting."""
 
 
 class Reader:
@@ -85,7 +83,7 @@ class Reader:
         records: list[Record] = []
         while True:
             wanted = payload["batch"] - len(records)
-            most = max(SIZE, 4 * self._connection.client.max_payload)
+            most = max(ANSWER_SIZE, 4 * self._connection.client.max_payload)
             replies = await self._ask(log, {**payload, "batch": wanted, "max_bytes": most}, _is_status)
             end = replies[-1]
             if end.status == "413":
