@@ -13,13 +13,26 @@ from asyncmq_nats.workers import Worker
 if TYPE_CHECKING:
     from asyncmq_nats.backends.nats.backend import NATSBackend
 
-__all__ = ["InMemoryBackend", "Job", "NATSBackend", "Queue", "Settings", "State", "Worker", "__version__", "settings", "task"]
+__all__ = [
+    "InMemoryBackend",
+    "Job",
+    "NATSBackend",
+    "Queue",
+    "Settings",
+    "State",
+    "Worker",
+    "__version__",
+    "settings",
+    "task",
+]
 
 __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    if name == "NATSBackend":  # loaded when used: a user of the in-memory backend needs no nats-py loaded
+    if (
+        name == "NATSBackend"
+    ):  # loaded when used: a user of the in-memory backend needs no nats-py loaded
         from asyncmq_nats.backends.nats.backend import NATSBackend
 
         return NATSBackend

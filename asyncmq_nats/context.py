@@ -8,9 +8,9 @@ from typing import Any, Protocol
 
 from anyio import from_thread
 
+from asyncmq_nats._arguments import build_job
 from asyncmq_nats.exceptions import InvalidFlow
 from asyncmq_nats.jobs import Backoff, Job
-from asyncmq_nats.parameters import build_job
 
 __all__ = ["JobContext", "JobServices", "current_job", "running_job"]
 
@@ -119,7 +119,9 @@ class JobContext:
             NotSerializable, InvalidArgument: as for `Queue.add`.
         """
         if len(self.follow_ups) >= MOST_FOLLOW_UPS:
-            raise InvalidFlow(f"a job can have {MOST_FOLLOW_UPS} follow-ups at most: add one that adds the others")
+            raise InvalidFlow(
+                f"a job can have {MOST_FOLLOW_UPS} follow-ups at most: add one that adds the others"
+            )
         job = build_job(
             self._services.now(),
             task_id=task_id,

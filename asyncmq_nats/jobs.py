@@ -9,10 +9,16 @@ from typing import Annotated, Any, Final, Literal, Self
 from pydantic import AliasChoices, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from asyncmq_nats.encoding import dump_json, find_non_finite
-from asyncmq_nats.exceptions import InvalidArgument, InvalidJob, InvalidJobId, NotSerializable, PayloadTooLarge
+from asyncmq_nats.exceptions import (
+    InvalidArgument,
+    InvalidJob,
+    InvalidJobId,
+    NotSerializable,
+    PayloadTooLarge,
+)
 from asyncmq_nats.states import State
-from asyncmq_nats.subjects import PRIORITIES, check_job_id
+from asyncmq_nats.wire.codec import dump_json, find_non_finite
+from asyncmq_nats.wire.keys import PRIORITIES, check_job_id
 
 __all__ = [
     "LATEST",
@@ -118,7 +124,9 @@ class JobHead:
         return head
 
 
-@dataclass(frozen=True, config=ConfigDict(extra="forbid"))  # in the constructor; what is read may have more
+@dataclass(
+    frozen=True, config=ConfigDict(extra="forbid")
+)  # in the constructor; what is read may have more
 class Job:
     """One job, and how far it is. Times are Unix seconds, durations seconds.
 
@@ -134,12 +142,14 @@ class Job:
     max_retries: int = Field(default=3, ge=0)
     backoff: Annotated[float, Field(ge=0, allow_inf_nan=False)] | Backoff | None = 1.5
     ttl: float | None = Field(default=None, ge=0, allow_inf_nan=False)
-    job_id: Annotated[str, BeforeValidator(lambda value: new_job_id() if value is None else value)] = Field(
+    job_id: Annotated[
+        str, BeforeValidator(lambda value: new_job_id() if value is None else value)
+    ] = Field(
         default_factory=new_job_id, validation_alias=AliasChoices("id", "job_id"), min_length=1
     )
-    created_at: Annotated[float, BeforeValidator(lambda value: time() if value is None else value)] = Field(
-        default_factory=time, allow_inf_nan=False
-    )
+    created_at: Annotated[
+        float, BeforeValidator(lambda value: time() if value is None else value)
+    ] = Field(default_factory=time, allow_inf_nan=False)
     priority: int = Field(default=5, gt=-PRIORITIES, lt=PRIORITIES)
     repeat_every: float | str | None = None
     depends_on: list[str] | None = None
@@ -187,7 +197,9 @@ class Job:
 
     def is_expired(self, now: float | None = None) -> bool:
         """Return whether its time to live is over (AsyncMQ `Job.is_expired`)."""
-        return self.ttl is not None and (time() if now is None else now) - self.created_at > self.ttl
+        return (
+            self.ttl is not None and (time() if now is None else now) - self.created_at > self.ttl
+        )
 
     def is_early(self, now: float) -> bool:
         """Return whether its time is still to come."""
@@ -213,7 +225,9 @@ class Job:
         return job
 
     @classmethod
-    def decode(cls, body: bytes, *, job_id: str | None = None, created_at: float | None = None) -> Self:
+    def decode(
+        cls, body: bytes, *, job_id: str | None = None, created_at: float | None = None
+    ) -> Self:
         """Return the job in a message. The id and the time of the message stand in where the body has none; the id of the subject wins.
 
         Raises:
@@ -287,7 +301,12 @@ def new_job(**fields: Any) -> Job:
     return job
 
 
-NAMES_IN_ADD: Final = {"max_retries": "retries", "delay_until": "delay", "task": "task_id", "id": "job_id"}
+NAMES_IN_ADD: Final = {
+    "max_retries": "retries",
+    "delay_until": "delay",
+    "task": "task_id",
+    "id": "job_id",
+}
 HEADS: Final = TypeAdapter(JobHead).validator
 JOBS: Final = TypeAdapter(Job).validator
 DICT_FIELDS: Final = (
@@ -321,10 +340,14 @@ def _validate(validate: Callable[..., Any], value: Any) -> Any:
 
 
 def _check(body: bytes, version: int, args: list[Any], kwargs: dict[str, Any]) -> None:
-    if (b"NaN" in body or b"Infinity" in body) and (bad := find_non_finite([args, kwargs])) is not None:
+    if (b"NaN" in body or b"Infinity" in body) and (
+        bad := find_non_finite([args, kwargs])
+    ) is not None:
         raise InvalidJob(f"{bad} is not a JSON number")
     if version > WIRE_VERSION:
-        raise InvalidJob(f"its version is {version}, this library knows {WIRE_VERSION}: upgrade asyncmq-nats in the workers first")
+        raise InvalidJob(
+            f"its version is {version}, this library knows {WIRE_VERSION}: upgrade asyncmq-nats in the workers first"
+        )
 
 
 def _first_problem(error: ValidationError) -> str:

@@ -1,34 +1,78 @@
 """`Queue`: the public API, with the names, defaults and return types of AsyncMQ's `Queue`.
 
-A class with sixty methods, since AsyncMQ's is one. It is put together from its concerns, which share `QueueBase`; each method is a few
-lines over one call below.
+One class, since AsyncMQ's is one; each method is a few lines over one call below.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+import logging
+import math
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from functools import partial
+from typing import Any, Final, TypeVar
 
 import anyio
 from anyio.abc import TaskStatus
 
-from asyncmq_nats.assets import DEFAULT_PRIORITY
-from asyncmq_nats.bulk import add_many, build_entries, check_entries
-from asyncmq_nats.deduplication import parse_window
-from asyncmq_nats.exceptions import BulkAddFailed
+from asyncmq_nats._arguments import (
+    build_job,
+    checked_mapping,
+    checked_number,
+    checked_seconds,
+    job_of_payload,
+)
+from asyncmq_nats.backends import default_backend
+from asyncmq_nats.backends.base import Backend, Signal
+from asyncmq_nats.events import Event, read_event
+from asyncmq_nats.exceptions import BulkAddFailed, InvalidArgument, JobFailed, JobNotFound
 from asyncmq_nats.jobs import Backoff, Job
-from asyncmq_nats.parameters import build_job, checked_mapping, checked_seconds, job_of_payload
-from asyncmq_nats.queue_admin import QueueAdmin, list_queues
-from asyncmq_nats.queue_controls import QueueControls
-from asyncmq_nats.queue_delays import QueueDelays
-from asyncmq_nats.queue_reads import QueueReads
-from asyncmq_nats.rate_limiter import Limit
-from asyncmq_nats.runner import Runner
-from asyncmq_nats.serving import import_tasks, run_program, run_until_signalled
+from asyncmq_nats.middleware import Hook, Hooks
+from asyncmq_nats.runtime.control import Controls, WorkerInfo, list_workers
+from asyncmq_nats.runtime.program import import_tasks, run_program, run_until_signalled
+from asyncmq_nats.runtime.rate_limiter import Limit
+from asyncmq_nats.runtime.registry import TASK_REGISTRY, TaskRegistry
+from asyncmq_nats.runtime.runner import Runner
+from asyncmq_nats.states import COUNT_BUCKETS, JOB_STATES, OUTCOMES, Bucket, State
+from asyncmq_nats.store.commit import LAG, look_for
+from asyncmq_nats.store.reads import DelayedInfo, Inspection
+from asyncmq_nats.store.topology import DEFAULT_PRIORITY, QueueAssets
+from asyncmq_nats.transitions.add import Additions
+from asyncmq_nats.transitions.bulk import add_many, build_entries, check_entries
+from asyncmq_nats.transitions.cancel import Administration
+from asyncmq_nats.transitions.clean import Cleanup
+from asyncmq_nats.transitions.deduplicate import Deduplicator, parse_window
+from asyncmq_nats.transitions.repeat import (
+    Definition,
+    RepeatableInfo,
+    Repeatables,
+    make_definition,
+    repeatable_id,
+)
+from asyncmq_nats.wire.keys import QueueSubjects, encode_token
 
 __all__ = ["Queue", "list_queues"]
 
+logger = logging.getLogger(__name__)
 
-class Queue(QueueReads, QueueDelays, QueueControls, QueueAdmin):
+EVENT_BUFFER: Final = 10_000
+READ_AGAIN: Final = 5.0
+COUNTED_AS_TO_DO: Final = (State.WAITING, State.DELAYED, State.WAITING_CHILDREN)
+
+H = TypeVar("H", bound=Hook)
+
+
+async def list_queues(backend: Backend) -> list[str]:
+    """Return the names of the queues on a backend (AsyncMQ `list_queues`)."""
+    prefix = f"{backend.settings.prefix}_"
+    return [name.removeprefix(prefix) for name in await backend.list_logs(prefix)]
+
+
+def _checked_state(state: str) -> State:
+    if state not in set(State):
+        raise InvalidArgument(f"state must be one of {', '.join(State)}", state)
+    return State(state)
+
+
+class Queue:
     """A named queue of jobs: add jobs, look at them, run them. Making one does no I/O.
 
     Args:
@@ -44,6 +88,46 @@ class Queue(QueueReads, QueueDelays, QueueControls, QueueAdmin):
     Raises:
         InvalidQueueName: the name cannot be part of a stream's name.
     """
+
+    def __init__(
+        self,
+        name: str,
+        backend: Backend | None = None,
+        concurrency: int = 3,
+        rate_limit: int | None = None,
+        rate_interval: float = 1.0,
+        scan_interval: float | None = None,
+        *,
+        registry: TaskRegistry = TASK_REGISTRY,
+    ) -> None:
+        if backend is not None and not callable(getattr(backend, "declare_log", None)):
+            raise InvalidArgument(
+                "backend must be a backend, such as NATSBackend('nats://localhost:4222')", backend
+            )
+        if checked_seconds(rate_interval, "rate_interval") <= 0:
+            raise InvalidArgument("rate_interval must be above 0 s", rate_interval)
+        self.name = name
+        self.backend = backend if backend is not None else default_backend()
+        self.concurrency = checked_number(concurrency, "concurrency", 1)
+        self.rate_limit = (
+            rate_limit if rate_limit is None else checked_number(rate_limit, "rate_limit")
+        )
+        self.rate_interval = rate_interval
+        self.scan_interval = (
+            self.backend.settings.scan_interval if scan_interval is None else scan_interval
+        )
+        self._subjects = QueueSubjects(self.backend.settings.prefix, name)
+        self._assets = QueueAssets(self.backend, self._subjects)
+        self._additions = Additions(self.backend, self._subjects, self._assets)
+        self._inspection = Inspection(self.backend, self._subjects, self._assets)
+        self._administration = Administration(self.backend, self._subjects, self._assets)
+        self._cleanup = Cleanup(self.backend, self._subjects, self._assets)
+        self._deduplicator = Deduplicator(self.backend, self._subjects, self._additions)
+        self._repeatables = Repeatables(self.backend, self._subjects, self._assets)
+        self._controls = Controls(self.backend, self._subjects, self._assets)
+        self._hooks = Hooks({"backend": self.backend, "queue": name})
+        self._local_repeatables: list[Definition] = []
+        self._registry = registry
 
     # -- add
 
@@ -119,7 +203,9 @@ class Queue(QueueReads, QueueDelays, QueueControls, QueueAdmin):
         window = None if given is None else parse_window(given)
         job.encode()  # nothing is declared for what cannot be sent
         await self._assets.declare()
-        return await (self._additions.add(job) if window is None else self._deduplicator.add(job, window))
+        return await (
+            self._additions.add(job) if window is None else self._deduplicator.add(job, window)
+        )
 
     async def add_bulk(self, jobs: Iterable[Mapping[str, Any]]) -> list[str]:
         """Add many jobs and return their ids in order (AsyncMQ `Queue.add_bulk`).
@@ -134,13 +220,20 @@ class Queue(QueueReads, QueueDelays, QueueControls, QueueAdmin):
         await self.backend.connect()
         built, windows = build_entries(self.backend.now(), jobs)
         check_entries(self._additions, built)
-        ids, plain = [job.job_id for job in built], [index for index in range(len(built)) if index not in windows]
+        ids, plain = (
+            [job.job_id for job in built],
+            [index for index in range(len(built)) if index not in windows],
+        )
         await self._assets.declare()
         try:
             await add_many(self._additions, [built[index] for index in plain])
         except BulkAddFailed as failed:
-            errors = {plain[index]: error for index, error in failed.errors.items()} | dict.fromkeys(windows, failed)
-            raise BulkAddFailed({plain[index]: job_id for index, job_id in failed.added.items()}, errors) from None
+            errors = {
+                plain[index]: error for index, error in failed.errors.items()
+            } | dict.fromkeys(windows, failed)
+            raise BulkAddFailed(
+                {plain[index]: job_id for index, job_id in failed.added.items()}, errors
+            ) from None
         for index, window in windows.items():
             ids[index] = await self._deduplicator.add(built[index], window)
         return ids
@@ -166,11 +259,17 @@ class Queue(QueueReads, QueueDelays, QueueControls, QueueAdmin):
 
     async def enqueue_delayed(self, payload: Mapping[str, Any], run_at: float) -> str:
         """Add a job given as a dict that runs at `run_at`, in Unix seconds (AsyncMQ `Queue.enqueue_delayed`)."""
-        return await self.enqueue(checked_mapping(payload, "a job") | {"delay_until": checked_seconds(run_at, "run_at")})
+        return await self.enqueue(
+            checked_mapping(payload, "a job") | {"delay_until": checked_seconds(run_at, "run_at")}
+        )
 
     async def delay(self, payload: Mapping[str, Any], run_at: float | None = None) -> str:
         """`enqueue`, or with a `run_at` `enqueue_delayed`."""
-        return await self.enqueue(payload) if run_at is None else await self.enqueue_delayed(payload, run_at)
+        return (
+            await self.enqueue(payload)
+            if run_at is None
+            else await self.enqueue_delayed(payload, run_at)
+        )
 
     async def add_linked(self, jobs: Sequence[Job]) -> None:
         """Add jobs that depend on each other, each after its `children`; see `FlowProducer.add_flow`."""
@@ -193,7 +292,9 @@ class Queue(QueueReads, QueueDelays, QueueControls, QueueAdmin):
             registry=self._registry,
             concurrency=self.concurrency,
             limit=None if self.rate_limit is None else Limit(self.rate_limit, self.rate_interval),
-            hooks=replace(self._hooks, on_startup=[self._store_repeatables, *self._hooks.on_startup]),
+            hooks=replace(
+                self._hooks, on_startup=[self._store_repeatables, *self._hooks.on_startup]
+            ),
         )
 
     async def run(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
@@ -213,3 +314,486 @@ class Queue(QueueReads, QueueDelays, QueueControls, QueueAdmin):
             await run_until_signalled(self.runner())
         finally:
             await self.backend.close()
+
+    # -- read
+
+    async def queue_stats(self) -> dict[str, int]:
+        """Return how many jobs are in each state (AsyncMQ's three keys, and the others). Costs the same for any number of jobs."""
+        return {
+            str(state): count for state, count in (await self._inspection.count_by_state()).items()
+        }
+
+    async def get_job_counts(self, *types: str) -> dict[str, int]:
+        """Return the number of jobs for each of the given states, by default AsyncMQ's eight; asking for `waiting` adds `paused`."""
+        counts = await self.queue_stats()
+        wanted = [str(name) for name in types] or [str(name) for name in COUNT_BUCKETS]
+        if types and State.WAITING in wanted and Bucket.PAUSED not in wanted:
+            wanted.append(Bucket.PAUSED)
+        return {str(name): counts.get(name, 0) for name in wanted}
+
+    async def get_job_count_by_types(self, *types: str) -> int:
+        """Return the number of jobs in the given states together."""
+        return sum((await self.get_job_counts(*types)).values())
+
+    async def count(self) -> int:
+        """Return the number of jobs that are still to be started: waiting, delayed, or waiting for others."""
+        counts = await self._inspection.count_by_state()
+        return sum(counts[state] for state in COUNTED_AS_TO_DO)
+
+    async def get_job(self, job_id: str) -> dict[str, Any] | None:
+        """Return the job as a dict with AsyncMQ's keys, and ours beside them, or `None`."""
+        job = await self._inspection.find(job_id)
+        return None if job is None else job.to_dict()
+
+    async def get_job_state(self, job_id: str) -> str | None:
+        """Return the state of the job, or `None` if there is no such job."""
+        job = await self._inspection.find(job_id)
+        return None if job is None else str(job.status)
+
+    async def get_job_result(self, job_id: str) -> Any:
+        """Return the result of a completed job, or `None`; does not wait. See `wait_for`."""
+        job = await self._inspection.find(job_id)
+        return None if job is None else job.result
+
+    async def list_jobs(self, state: str, *, limit: int | None = None) -> list[dict[str, Any]]:
+        """Return the jobs in a state, oldest first: all of them, or the first `limit`. An unknown state has none (as AsyncMQ)."""
+        last = -1 if limit is None else checked_number(limit, "limit") - 1
+        return await self.get_jobs([state], end=last, asc=True) if limit != 0 else []
+
+    async def get_jobs(
+        self,
+        types: Sequence[str] | str | None = None,
+        *,
+        start: int = 0,
+        end: int = -1,
+        asc: bool = False,
+    ) -> list[dict[str, Any]]:
+        """Return the jobs from index `start` to `end` (included; -1: to the last) of the given states, newest first unless `asc`.
+
+        States are joined one after the other. Only the pages that are needed are read.
+        """
+        names = [types] if isinstance(types, str) else JOB_STATES if types is None else types
+        states = [State(name) for name in names if name in set(State)]
+        return [
+            job.to_dict() for job in await self._inspection.slice(states, start, end, ascending=asc)
+        ]
+
+    async def get_waiting(
+        self, *, start: int = 0, end: int = -1, asc: bool = False
+    ) -> list[dict[str, Any]]:
+        """Return the jobs that wait to be run; see `get_jobs`."""
+        return await self.get_jobs([State.WAITING], start=start, end=end, asc=asc)
+
+    async def get_active(
+        self, *, start: int = 0, end: int = -1, asc: bool = False
+    ) -> list[dict[str, Any]]:
+        """Return the jobs that workers have; see `get_jobs`."""
+        return await self.get_jobs([State.ACTIVE], start=start, end=end, asc=asc)
+
+    async def get_completed(
+        self, *, start: int = 0, end: int = -1, asc: bool = False
+    ) -> list[dict[str, Any]]:
+        """Return the completed jobs; see `get_jobs`."""
+        return await self.get_jobs([State.COMPLETED], start=start, end=end, asc=asc)
+
+    async def get_failed(
+        self, *, start: int = 0, end: int = -1, asc: bool = False
+    ) -> list[dict[str, Any]]:
+        """Return the failed jobs; see `get_jobs`."""
+        return await self.get_jobs([State.FAILED], start=start, end=end, asc=asc)
+
+    async def get_delayed(
+        self, *, start: int = 0, end: int = -1, asc: bool = False
+    ) -> list[dict[str, Any]]:
+        """Return the delayed jobs; see `get_jobs`."""
+        return await self.get_jobs([State.DELAYED], start=start, end=end, asc=asc)
+
+    async def get_waiting_children(
+        self, *, start: int = 0, end: int = -1, asc: bool = False
+    ) -> list[dict[str, Any]]:
+        """Return the jobs that wait for others; see `get_jobs`."""
+        return await self.get_jobs([State.WAITING_CHILDREN], start=start, end=end, asc=asc)
+
+    async def get_paused(
+        self, *, start: int = 0, end: int = -1, asc: bool = False
+    ) -> list[dict[str, Any]]:
+        """Return nothing: jobs of a paused queue are `waiting` (the name is AsyncMQ's)."""
+        return await self.get_jobs([Bucket.PAUSED], start=start, end=end, asc=asc)
+
+    async def get_prioritized(
+        self, *, start: int = 0, end: int = -1, asc: bool = False
+    ) -> list[dict[str, Any]]:
+        """Return nothing: jobs of every priority are `waiting` (the name is AsyncMQ's)."""
+        return await self.get_jobs([Bucket.PRIORITIZED], start=start, end=end, asc=asc)
+
+    async def events(self, *names: str) -> AsyncGenerator[Event, None]:
+        """Yield what happens to the jobs of this queue from now on, in whatever process; with names, only such events (see `Event`).
+
+        At most once: while the connection is down, or this reader is 10,000 events behind, events are lost.
+        """
+        send, receive = anyio.create_memory_object_stream[Event](EVENT_BUFFER)
+
+        def hear(signal: Signal) -> None:
+            event = read_event(self.name, signal.subject, signal.body)
+            if event is not None and (not names or event.name in names):
+                try:
+                    send.send_nowait(event)
+                except anyio.WouldBlock:
+                    logger.warning(
+                        "queue %s: a reader of events is too slow, %s of job %s is lost",
+                        self.name,
+                        event.name,
+                        event.job_id,
+                    )
+
+        with send, receive:
+            subscription = await self.backend.subscribe(self._subjects.event("*", "*"), hear)
+            try:
+                async for event in receive:
+                    yield event
+            finally:
+                with anyio.CancelScope(shield=True):
+                    await subscription.unsubscribe()
+
+    async def wait_for(self, job_id: str, timeout: float | None = None) -> Any:
+        """Wait until the job ends and return its result.
+
+        Raises:
+            JobFailed: it ended as failed, expired or cancelled.
+            JobNotFound: there is no such job.
+            TimeoutError: it has not ended within `timeout` seconds; with 0 or less: it has not ended.
+        """
+        if timeout not in (None, math.inf) and checked_seconds(timeout, "timeout") <= 0:
+            job = await self._look_at_end(job_id)
+            if job.status in OUTCOMES:
+                return _result_of(job)
+        else:
+            with anyio.move_on_after(timeout):
+                return await self._wait_for(job_id)
+        raise TimeoutError(f"job {job_id!r} has not ended within {timeout:g} s")
+
+    async def _wait_for(self, job_id: str) -> Any:
+        ended = anyio.Event()
+
+        def hear(signal: Signal) -> None:
+            if signal.subject.split(".")[-2] in OUTCOMES:
+                ended.set()
+
+        # Listen, then look, then wait: an outcome is either seen or heard. Events may be lost, so look again now and then.
+        subscription = await self.backend.subscribe(
+            self._subjects.event("*", encode_token(job_id)), hear
+        )
+        try:
+            while True:
+                heard = ended.is_set()
+                job = await self._look_at_end(job_id, LAG if heard else ())
+                if job.status in OUTCOMES:
+                    return _result_of(job)
+                if heard:  # it has been retried by hand since
+                    ended = anyio.Event()
+                with anyio.move_on_after(READ_AGAIN):
+                    await ended.wait()
+        finally:
+            with anyio.CancelScope(shield=True):
+                await subscription.unsubscribe()
+
+    async def _look_at_end(self, job_id: str, pauses: Sequence[float] = ()) -> Job:
+        """Return the job as it is; or, if it has not ended, as it is after each of the pauses, until it has."""
+        for pause in (*pauses, None):
+            job = await self._inspection.find(job_id)
+            if job is None:
+                raise JobNotFound(self.name, job_id)
+            if pause is None or job.status in OUTCOMES:
+                return job
+            await anyio.sleep(pause)
+        raise AssertionError("the last pause is None")
+
+    # -- control
+
+    async def pause(self, until: float | None = None) -> None:
+        """Pause the queue: when this returns, no worker starts another job (AsyncMQ `Queue.pause`).
+
+        Jobs that run go on, and jobs can be added. The server enforces it, for programs without this library too; it outlasts restarts.
+
+        Args:
+            until: Unix seconds at which the queue goes on by itself.
+        """
+        await self._controls.pause(until if until is None else checked_seconds(until, "until"))
+
+    async def resume(self) -> None:
+        """Let a paused queue go on, at once (AsyncMQ `Queue.resume`)."""
+        await self._controls.resume()
+
+    async def is_paused(self) -> bool:
+        """Return whether the queue is paused, by `pause` or by another program that paused its consumers."""
+        return await self._assets.is_paused()
+
+    async def cancel_job(self, job_id: str) -> bool:
+        """Cancel a job that has not ended: it becomes `cancelled` and does not run; if it runs, its task is cancelled.
+
+        A sync task's thread cannot be interrupted: it goes on to its end unheeded, unless it looks at `current_job().cancel_requested`.
+        Return whether there was such a job.
+        """
+        await self._assets.declare()
+        if not await look_for(partial(self._administration.cancel, job_id)):
+            return False
+        await self._controls.signal_cancel(job_id)
+        return True
+
+    async def is_job_cancelled(self, job_id: str) -> bool:
+        """Return whether the job was cancelled."""
+        job = await self._inspection.find(job_id)
+        return job is not None and job.status is State.CANCELLED
+
+    async def list_workers(self) -> list[WorkerInfo]:
+        """Return the running workers of this queue."""
+        return await list_workers(self.backend, self.name)
+
+    def on_startup(self, hook: H) -> H:
+        """Have this queue's workers call a function, sync or async, before their first job; usable as a decorator.
+
+        It is given those of the keywords `backend`, `worker_id` and `queue` that it takes. An error ends the worker.
+        """
+        self._hooks.on_startup.append(hook)
+        return hook
+
+    def on_shutdown(self, hook: H) -> H:
+        """Likewise after their last job, the last one registered first."""
+        self._hooks.on_shutdown.append(hook)
+        return hook
+
+    # -- delayed jobs
+
+    async def list_delayed(self, *, limit: int | None = None) -> list[DelayedInfo]:
+        """Return the delayed jobs, in the order in which they were delayed: all of them, or the first `limit`."""
+        last = -1 if limit is None else checked_number(limit, "limit") - 1
+        jobs = (
+            await self._inspection.slice([State.DELAYED], 0, last, ascending=True)
+            if limit != 0
+            else []
+        )
+        return [
+            DelayedInfo(job.job_id, job.delay_until or job.created_at, job.to_dict())
+            for job in jobs
+        ]
+
+    async def remove_delayed(self, job_id: str) -> bool:
+        """Remove a delayed job. Return whether it was still delayed."""
+        await self._assets.declare()
+        return await look_for(partial(self._administration.remove_delayed, job_id))
+
+    async def get_due_delayed(self) -> list[dict[str, Any]]:
+        """Take out and return the jobs whose time has come and that no worker has made ready yet: they are the caller's now.
+
+        While workers run there are none, for milliseconds at most. One that a worker is making ready at this moment may run as well.
+        """
+        return [
+            job.to_dict()
+            for job in await self._administration.take_due(
+                [job async for job in self._inspection.read_due()]
+            )
+        ]
+
+    async def retry_job(self, job_id: str) -> bool:
+        """Run a failed, expired, cancelled or delayed job again, or now, with all its retries and its time to live anew.
+
+        Return whether it was in one of these states.
+        """
+        await self._assets.declare()
+        return await look_for(partial(self._administration.rerun, job_id))
+
+    # -- repeatables
+
+    def add_repeatable(
+        self,
+        task_id: str,
+        every: float | str | None = None,
+        cron: str | None = None,
+        args: Sequence[Any] | None = None,
+        kwargs: Mapping[str, Any] | None = None,
+        retries: int = 0,
+        ttl: float | None = None,
+        priority: int = DEFAULT_PRIORITY,
+        backoff: float | Backoff | None = None,
+        *,
+        name: str | None = None,
+        timezone: str | None = None,
+        timeout: float | None = None,
+    ) -> None:
+        """Have this queue's workers repeat a job (AsyncMQ `Queue.add_repeatable`). Stored when `run()` starts; see `upsert_repeatable`.
+
+        Raises:
+            ValueError: the schedule is malformed; the message shows where.
+        """
+        job = {
+            "retries": retries,
+            "ttl": ttl,
+            "priority": priority,
+            "backoff": backoff,
+            "timeout": timeout,
+        }
+        self._local_repeatables.append(
+            make_definition(
+                task_id, args, kwargs, job, every=every, cron=cron, timezone=timezone, name=name
+            )
+        )
+
+    async def upsert_repeatable(
+        self,
+        task_id: str,
+        every: float | str | None = None,
+        cron: str | None = None,
+        args: Sequence[Any] | None = None,
+        kwargs: Mapping[str, Any] | None = None,
+        retries: int = 0,
+        ttl: float | None = None,
+        priority: int = DEFAULT_PRIORITY,
+        backoff: float | Backoff | None = None,
+        *,
+        name: str | None = None,
+        timezone: str | None = None,
+        timeout: float | None = None,
+    ) -> float:
+        """Store a repeated job, or change the one of that name, and return its next run in Unix seconds (AsyncMQ `upsert_repeatable`).
+
+        Each tick adds exactly one job, however many workers run. After an outage the missed ticks are one, late, and the series goes on.
+
+        Args:
+            task_id: as for `add`, and so are args, kwargs, retries, ttl, priority, backoff and timeout.
+            every: seconds, or a text such as `"5m"`; the first run is one interval from now, and the series does not drift.
+            cron: five fields, or six with the seconds last, by the clock of `timezone`.
+            args: see `add`.
+            kwargs: see `add`.
+            retries: see `add`.
+            ttl: see `add`.
+            priority: see `add`.
+            backoff: see `add`.
+            name: what it is known by. Without one the definition itself is: a changed definition is then another repeatable.
+            timezone: an IANA name; UTC by default. What the clock skips in spring runs an hour later, what it shows twice runs once.
+            timeout: see `add`.
+
+        Raises:
+            ValueError: the schedule is malformed; the message shows where.
+        """
+        job = {
+            "retries": retries,
+            "ttl": ttl,
+            "priority": priority,
+            "backoff": backoff,
+            "timeout": timeout,
+        }
+        definition = make_definition(
+            task_id, args, kwargs, job, every=every, cron=cron, timezone=timezone, name=name
+        )
+        await self._assets.declare()
+        return await self._repeatables.upsert(definition)
+
+    async def list_repeatables(self) -> list[RepeatableInfo]:
+        """Return the stored repeatables with their next runs (AsyncMQ `Queue.list_repeatables`)."""
+        await self._assets.declare()
+        return await self._repeatables.read_all()
+
+    async def remove_repeatable(self, job_def: Mapping[str, Any] | str) -> bool:
+        """Remove a repeatable, given as its `job_def` or by name. Return whether it was there. Jobs it has added stay."""
+        rid = repeatable_id(job_def)
+        await self._assets.declare()
+        return await self._repeatables.remove(rid)
+
+    async def pause_repeatable(self, job_def: Mapping[str, Any] | str) -> bool:
+        """Have a repeatable add no more jobs. Return whether it was there."""
+        rid = repeatable_id(job_def)
+        await self._assets.declare()
+        return await self._repeatables.pause(rid)
+
+    async def resume_repeatable(self, job_def: Mapping[str, Any] | str) -> float:
+        """Let a paused repeatable go on, and return its next run in Unix seconds.
+
+        Raises:
+            KeyError: there is no such repeatable (as AsyncMQ).
+        """
+        rid = repeatable_id(job_def)
+        await self._assets.declare()
+        return await self._repeatables.resume(rid)
+
+    # -- clean up
+
+    async def clean(self, state: str, older_than: float | None = None) -> None:
+        """Remove the jobs in a state (AsyncMQ `Queue.clean`). Jobs that run stay.
+
+        Args:
+            state: such as `completed`.
+            older_than: only those that came to that state before, in Unix seconds: for outcomes, that ended before.
+
+        Raises:
+            InvalidArgument: there is no such state, or `older_than` is no number.
+        """
+        wanted, before = (
+            _checked_state(state),
+            None if older_than is None else checked_seconds(older_than, "older_than"),
+        )
+        await self._assets.declare()
+        await self._cleanup.clean(wanted, before)
+
+    async def clean_jobs(
+        self, grace: float, limit: int = 0, state: str = State.COMPLETED
+    ) -> list[str]:
+        """Remove the jobs that came to a state more than `grace` seconds ago, at most `limit` (0: all), and return their ids."""
+        wanted, seconds, most = (
+            _checked_state(state),
+            checked_seconds(grace, "grace"),
+            checked_number(limit, "limit"),
+        )
+        await self._assets.declare()
+        return await self._cleanup.clean_jobs(wanted, self.backend.now() - seconds, most)
+
+    async def remove_job(self, job_id: str) -> bool:
+        """Remove a job in any state but `active`. Return whether it was removed. Jobs that depend on it go on waiting.
+
+        A job that a stopping worker handed back is `active` until another worker fetches it; `cancel_job` ends it. One that a worker is
+        making ready at this moment may run as well.
+        """
+        await self._assets.declare()
+        return await look_for(partial(self._administration.remove, job_id))
+
+    async def drain(self, include_delayed: bool = False) -> list[str]:
+        """Remove the jobs that wait, and if wished those that are delayed; return their ids. Jobs that run stay."""
+        await self._assets.declare()
+        return await self._cleanup.drain(include_delayed=include_delayed)
+
+    async def obliterate(self, *, force: bool = False) -> list[str]:
+        """Remove everything: jobs in all states, repeatables, windows, a pause; return the ids of the jobs.
+
+        Raises:
+            RuntimeError: jobs are active, and not `force`: they run, or a stopping worker handed them back and no other has fetched them.
+        """
+        await self._assets.declare_all()
+        counts = await self._inspection.count_by_state()
+        if counts[State.ACTIVE] and not force:
+            raise RuntimeError(
+                f"queue {self.name!r} has {counts[State.ACTIVE]} active jobs: wait for them, or pass force=True"
+            )
+        ids = [job.job_id for state in State async for job in self._inspection.read(state)]
+        await self._cleanup.obliterate()
+        await self._controls.resume()
+        return ids
+
+    async def get_deduplication_job_id(self, deduplication_id: str) -> str | None:
+        """Return the id of the job that owns a deduplication window, or `None`."""
+        await self._assets.declare()
+        return await self._deduplicator.owner(deduplication_id)
+
+    async def get_debounce_job_id(self, deduplication_id: str) -> str | None:
+        """Same as `get_deduplication_job_id`, under AsyncMQ's older name."""
+        return await self.get_deduplication_job_id(deduplication_id)
+
+    async def remove_deduplication_key(self, deduplication_id: str) -> bool:
+        """End a deduplication window. Return whether there was one."""
+        await self._assets.declare()
+        return await self._deduplicator.remove(deduplication_id)
+
+
+def _result_of(job: Job) -> Any:
+    """Return what a job that has ended came to."""
+    if job.status is not State.COMPLETED:
+        raise JobFailed(job.job_id, job.status, job.last_error)
+    return job.result

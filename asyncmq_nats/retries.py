@@ -14,7 +14,14 @@ from pydantic import ValidationError
 from asyncmq_nats.exceptions import Fail, Retry
 from asyncmq_nats.jobs import Backoff, Job
 
-__all__ = ["BackoffFunction", "FailedElsewhere", "Failure", "add_failure", "backoff_delay", "retry_delay"]
+__all__ = [
+    "BackoffFunction",
+    "FailedElsewhere",
+    "Failure",
+    "add_failure",
+    "backoff_delay",
+    "retry_delay",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +57,13 @@ class Failure:
             return replace(error.failure, at=at)
         delay = error.delay if isinstance(error, Retry) else None
         trace = "".join(tracebacks.format_exception(error))
-        return cls(_cut(_describe(error), MAX_ERROR), _cut(trace, MAX_TRACEBACK), at, isinstance(error, Fail), delay)
+        return cls(
+            _cut(_describe(error), MAX_ERROR),
+            _cut(trace, MAX_TRACEBACK),
+            at,
+            isinstance(error, Fail),
+            delay,
+        )
 
 
 class FailedElsewhere(Exception):
@@ -65,7 +78,9 @@ def _describe(error: BaseException) -> str:
     name = type(error).__name__
     if isinstance(error, ValidationError):
         problems = error.errors(include_url=False, include_context=False)
-        return f"{name}: " + "; ".join(f"{error.title}: {'.'.join(map(str, p['loc']))}: {p['msg']}" for p in problems[:5])
+        return f"{name}: " + "; ".join(
+            f"{error.title}: {'.'.join(map(str, p['loc']))}: {p['msg']}" for p in problems[:5]
+        )
     try:
         message = str(error)
     except Exception as problem:  # the user's code, like the task itself
@@ -83,11 +98,18 @@ def _cut(text: str, length: int) -> str:
 
 def add_failure(job: Job, failure: Failure) -> Job:
     """Return the job after one more failed attempt."""
-    entry = {"attempt": job.retries + 1, "error": failure.error, "traceback": failure.traceback, "at": failure.at}
+    entry = {
+        "attempt": job.retries + 1,
+        "error": failure.error,
+        "traceback": failure.traceback,
+        "at": failure.at,
+    }
     return replace(job, retries=job.retries + 1, errors=[*job.errors, entry][-MAX_ERRORS:])
 
 
-def retry_delay(job: Job, failure: Failure, function: BackoffFunction | None = None) -> float | None:
+def retry_delay(
+    job: Job, failure: Failure, function: BackoffFunction | None = None
+) -> float | None:
     """Return how long to wait before the next attempt of a job that has just failed, 0 for at once; `None`: no more attempts.
 
     The task's own wish comes first, then the job's backoff, then that of its task (`function`).
@@ -110,12 +132,19 @@ def _ask(function: Callable[..., Any], retry: int) -> float:
         if not math.isfinite(seconds):
             raise ValueError(f"{seconds} is no delay")
     except Exception as error:  # the user's code, like the task itself
-        logger.error("retry %d is not delayed as its task wishes: backoff function %r: %r", retry, function, error)
+        logger.error(
+            "retry %d is not delayed as its task wishes: backoff function %r: %r",
+            retry,
+            function,
+            error,
+        )
         return backoff_delay(IN_DOUBT, retry)
     return seconds
 
 
-def backoff_delay(backoff: float | Backoff, retry: int, share: Callable[[], float] = random.random) -> float:
+def backoff_delay(
+    backoff: float | Backoff, retry: int, share: Callable[[], float] = random.random
+) -> float:
     """Return the seconds before the `retry`-th retry. A number is raised to the power of `retry` (AsyncMQ `Job.next_retry_delay`).
 
     `share`: where jitter takes its random number from 0 to 1.

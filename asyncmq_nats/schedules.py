@@ -12,9 +12,17 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from croniter import CroniterBadDateError, CroniterError, croniter
 
-from asyncmq_nats.encoding import dump_json, load_json
+from asyncmq_nats.wire.codec import dump_json, load_json
 
-__all__ = ["Schedule", "definition_id", "make_schedule", "missed_ticks", "next_run", "next_run_after", "parse_every"]
+__all__ = [
+    "Schedule",
+    "definition_id",
+    "make_schedule",
+    "missed_ticks",
+    "next_run",
+    "next_run_after",
+    "parse_every",
+]
 
 FIELDS: Final = ("minute", "hour", "day of month", "month", "day of week", "second")
 UNITS: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0, "w": 604_800.0}
@@ -39,7 +47,9 @@ class Schedule:
     timezone: str = "UTC"
 
 
-def make_schedule(every: float | str | None, cron: str | None, timezone: str | None = None) -> Schedule:
+def make_schedule(
+    every: float | str | None, cron: str | None, timezone: str | None = None
+) -> Schedule:
     """Return the schedule that a user described.
 
     Raises:
@@ -47,7 +57,9 @@ def make_schedule(every: float | str | None, cron: str | None, timezone: str | N
         TypeError: one is of another type.
     """
     if (every is None) == (cron is None):
-        raise ValueError("give either every= (seconds, or a text such as '5m') or cron= (five or six fields)")
+        raise ValueError(
+            "give either every= (seconds, or a text such as '5m') or cron= (five or six fields)"
+        )
     if every is not None:
         if timezone is not None:
             raise ValueError("timezone= goes with cron=; an interval has none")
@@ -57,7 +69,9 @@ def make_schedule(every: float | str | None, cron: str | None, timezone: str | N
     check_cron(cron)
     _zone(timezone or "UTC")
     plain = " ".join(cron.split())
-    return Schedule(cron=plain.lower() if plain.startswith("@") else plain, timezone=timezone or "UTC")
+    return Schedule(
+        cron=plain.lower() if plain.startswith("@") else plain, timezone=timezone or "UTC"
+    )
 
 
 def parse_every(every: float | str) -> float:
@@ -68,10 +82,14 @@ def parse_every(every: float | str) -> float:
         TypeError: it is neither number nor text.
     """
     if isinstance(every, bool) or not isinstance(every, int | float | str):
-        raise TypeError(f"every must be a number of seconds or a text such as '5m', not {type(every).__name__}")
+        raise TypeError(
+            f"every must be a number of seconds or a text such as '5m', not {type(every).__name__}"
+        )
     seconds = _parse_text(every) if isinstance(every, str) else every
     if not SHORTEST <= seconds <= LONGEST:  # not so for NaN, either
-        raise ValueError(f"every={every!r}: the shortest interval is {SHORTEST} s, the longest {LONGEST:.0f} s")
+        raise ValueError(
+            f"every={every!r}: the shortest interval is {SHORTEST} s, the longest {LONGEST:.0f} s"
+        )
     return float(seconds)
 
 
@@ -88,7 +106,9 @@ def _parse_text(text: str) -> float:
         seconds += float(part[1]) * UNITS[part[2]]
         at = part.end()
     if at < len(text) or not text.strip():
-        raise ValueError(f"every={text!r} is not an interval such as '90', '5m' or '1h30m':{_point_at(text, at, at + 1)}")
+        raise ValueError(
+            f"every={text!r} is not an interval such as '90', '5m' or '1h30m':{_point_at(text, at, at + 1)}"
+        )
     return seconds
 
 
@@ -101,7 +121,9 @@ def check_cron(expression: str) -> None:
     fields = list(re.finditer(r"\S+", expression))
     if expression.strip().startswith("@"):
         if not croniter.is_valid(expression.strip()):
-            raise ValueError(f"cron {expression!r} is not a known alias (@hourly, @daily, @weekly, @monthly, @yearly)")
+            raise ValueError(
+                f"cron {expression!r} is not a known alias (@hourly, @daily, @weekly, @monthly, @yearly)"
+            )
         return
     if len(fields) not in (5, 6):
         raise ValueError(
@@ -117,21 +139,34 @@ def check_cron(expression: str) -> None:
             _times(" ".join(alone), datetime(2024, 1, 1))
         except (CroniterError, ValueError, KeyError) as error:
             pointer = _point_at(expression, field.start(), field.end())
-            raise ValueError(f"cron {expression!r}: {field[0]!r} is not a valid {FIELDS[index]} ({error}){pointer}") from None
+            raise ValueError(
+                f"cron {expression!r}: {field[0]!r} is not a valid {FIELDS[index]} ({error}){pointer}"
+            ) from None
     try:
         _times(expression, datetime(2024, 1, 1)).get_next(datetime)
     except CroniterBadDateError:
         pointer = _point_at(expression, fields[2].start(), fields[4].end())
-        raise ValueError(f"cron {expression!r} never comes true: no such date exists{pointer}") from None
+        raise ValueError(
+            f"cron {expression!r} never comes true: no such date exists{pointer}"
+        ) from None
 
 
 def _times(expression: str, start: datetime) -> croniter:
     """Return the times of an expression. Croniter takes a range of one value, such as `5-5`, for every value."""
-    return croniter(ONE_VALUE.sub(lambda match: match[1] if _is_same(match[1], match[2]) else match[0], expression), start)
+    return croniter(
+        ONE_VALUE.sub(
+            lambda match: match[1] if _is_same(match[1], match[2]) else match[0], expression
+        ),
+        start,
+    )
 
 
 def _is_same(one: str, other: str) -> bool:
-    return int(one) == int(other) if one.isdecimal() and other.isdecimal() else one.lower() == other.lower()
+    return (
+        int(one) == int(other)
+        if one.isdecimal() and other.isdecimal()
+        else one.lower() == other.lower()
+    )
 
 
 def _point_at(text: str, start: int, end: int) -> str:
@@ -174,20 +209,29 @@ def _next_cron(expression: str, zone: ZoneInfo, after: float) -> float:
     """
     hour = "*" if expression == "@hourly" else [*expression.split(), ""][1]
     # Near a change of the clock, the times to come are to be looked for by what it shows before and by what it shows after the change.
-    around = {datetime.fromtimestamp(at, zone).utcoffset() for at in (after - LARGEST_CHANGE, after, after + LARGEST_CHANGE)}
+    around = {
+        datetime.fromtimestamp(at, zone).utcoffset()
+        for at in (after - LARGEST_CHANGE, after, after + LARGEST_CHANGE)
+    }
     utc = datetime.fromtimestamp(after, UTC).replace(tzinfo=None)
     walls = [utc + offset for offset in around if offset is not None]
-    return min(_first_after(expression, wall, zone, after, twice=hour.startswith("*")) for wall in walls)
+    return min(
+        _first_after(expression, wall, zone, after, twice=hour.startswith("*")) for wall in walls
+    )
 
 
-def _first_after(expression: str, wall: datetime, zone: ZoneInfo, after: float, *, twice: bool) -> float:
+def _first_after(
+    expression: str, wall: datetime, zone: ZoneInfo, after: float, *, twice: bool
+) -> float:
     times = _times(expression, wall)
     first, shown = math.inf, datetime.max
     while True:
         candidate: datetime = times.get_next(datetime)
         if candidate >= shown:
             return first
-        at = min((at for at in _moments(candidate, zone, twice=twice) if at > after), default=math.inf)
+        at = min(
+            (at for at in _moments(candidate, zone, twice=twice) if at > after), default=math.inf
+        )
         if at < first:
             first, shown = at, datetime.fromtimestamp(at, zone).replace(tzinfo=None)
             if candidate >= shown:  # else it was skipped: one that is not may come before it

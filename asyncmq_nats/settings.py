@@ -17,12 +17,16 @@ def parse_servers(value: object) -> tuple[str, ...]:
     Raises:
         ValueError: there is none, or it is something else.
     """
-    parts = [value] if isinstance(value, str) else list(value) if isinstance(value, Iterable) else []
+    parts = (
+        [value] if isinstance(value, str) else list(value) if isinstance(value, Iterable) else []
+    )
     texts = [part for part in parts if isinstance(part, str)]
     servers = _split(",".join(texts))
     if servers and len(texts) == len(parts):
         return servers
-    raise ValueError(f"servers is {value!r}: write an address as 'nats://127.0.0.1:4222', or several, in a list or with commas between")
+    raise ValueError(
+        f"servers is {value!r}: write an address as 'nats://127.0.0.1:4222', or several, in a list or with commas between"
+    )
 
 
 def _split(text: str) -> tuple[str, ...]:
@@ -37,7 +41,11 @@ class Settings(BaseSettings):
     """
 
     model_config = SettingsConfigDict(
-        env_prefix="ASYNCMQ_NATS_", env_ignore_empty=True, env_parse_none_str="none", frozen=True, extra="ignore"
+        env_prefix="ASYNCMQ_NATS_",
+        env_ignore_empty=True,
+        env_parse_none_str="none",
+        frozen=True,
+        extra="ignore",
     )
 
     servers: Annotated[tuple[str, ...], NoDecode] = ("nats://127.0.0.1:4222",)

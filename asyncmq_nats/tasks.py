@@ -7,15 +7,15 @@ from weakref import WeakKeyDictionary
 
 from anyio import to_thread
 
-from asyncmq_nats.assets import DEFAULT_PRIORITY
 from asyncmq_nats.backends import default_backend
 from asyncmq_nats.backends.base import Backend
 from asyncmq_nats.context import DONE
 from asyncmq_nats.exceptions import InvalidArgument
 from asyncmq_nats.jobs import Backoff
 from asyncmq_nats.queues import Queue
-from asyncmq_nats.registry import TASK_REGISTRY, RegisteredTask, TaskRegistry
 from asyncmq_nats.retries import BackoffFunction
+from asyncmq_nats.runtime.registry import TASK_REGISTRY, RegisteredTask, TaskRegistry
+from asyncmq_nats.store.topology import DEFAULT_PRIORITY
 
 __all__ = ["TASK_REGISTRY", "TaskRegistry", "TaskWrapper", "list_tasks", "task"]
 
@@ -127,7 +127,9 @@ class _ProgressDecorator(Protocol):
     """Makes a function a task that is given one argument more than its calls."""
 
     @overload
-    def __call__(self, function: Callable[..., Coroutine[Any, Any, R]], /) -> TaskWrapper[..., R]: ...
+    def __call__(
+        self, function: Callable[..., Coroutine[Any, Any, R]], /
+    ) -> TaskWrapper[..., R]: ...
     @overload
     def __call__(self, function: Callable[..., R], /) -> TaskWrapper[..., R]: ...
 
@@ -178,7 +180,15 @@ def task(
 
     def decorate(function: Callable[..., Any], /) -> TaskWrapper[..., Any]:
         entry = registry.register(
-            function, queue=queue, name=name, retries=retries, ttl=ttl, backoff=backoff, timeout=timeout, progress=progress, process=process
+            function,
+            queue=queue,
+            name=name,
+            retries=retries,
+            ttl=ttl,
+            backoff=backoff,
+            timeout=timeout,
+            progress=progress,
+            process=process,
         )
         return TaskWrapper(entry)
 

@@ -7,11 +7,11 @@ import anyio
 from anyio.abc import TaskStatus
 
 from asyncmq_nats.backends.base import Backend
-from asyncmq_nats.hooks import Hook
+from asyncmq_nats.middleware import Hook
 from asyncmq_nats.queues import Queue
-from asyncmq_nats.runner import Runner
-from asyncmq_nats.serving import import_tasks, run_program, run_until_signalled
-from asyncmq_nats.supervisor import is_child, supervise
+from asyncmq_nats.runtime.program import import_tasks, run_program, run_until_signalled
+from asyncmq_nats.runtime.runner import Runner
+from asyncmq_nats.runtime.supervisor import is_child, supervise
 
 __all__ = ["Worker", "autodiscover_tasks", "run_worker"]
 
@@ -36,7 +36,9 @@ class Worker:
         ValueError: processes is less than 1.
     """
 
-    def __init__(self, queue: Queue | str, *, concurrency: int | None = None, processes: int = 1) -> None:
+    def __init__(
+        self, queue: Queue | str, *, concurrency: int | None = None, processes: int = 1
+    ) -> None:
         if processes < 1:
             raise ValueError(f"processes must be at least 1, not {processes}")
         self._processes = processes

@@ -22,8 +22,8 @@ from typing import Any
 import anyio
 
 from asyncmq_nats import NATSBackend, Queue
-from asyncmq_nats.registry import TaskRegistry
-from asyncmq_nats.serving import run_program
+from asyncmq_nats.runtime.program import run_program
+from asyncmq_nats.runtime.registry import TaskRegistry
 from asyncmq_nats.settings import Settings
 from asyncmq_nats.workers import Worker
 
@@ -48,20 +48,37 @@ def run_worker(arguments: argparse.Namespace) -> None:
     logging.basicConfig(level=logging.WARNING)
     settings = Settings(shutdown_timeout=arguments.shutdown_timeout)
     backend = NATSBackend(arguments.worker, settings=settings)
-    queue = Queue(arguments.queue, backend, arguments.concurrency, arguments.limit, registry=registry)
+    queue = Queue(
+        arguments.queue, backend, arguments.concurrency, arguments.limit, registry=registry
+    )
     Worker(queue).start()
 
 
-def launch(queue: Queue, concurrency: int, *, limit: int | None = None, shutdown_timeout: float = 30.0) -> subprocess.Popen[bytes]:
+def launch(
+    queue: Queue, concurrency: int, *, limit: int | None = None, shutdown_timeout: float = 30.0
+) -> subprocess.Popen[bytes]:
     """Start a worker process and return at once."""
     assert isinstance(queue.backend, NATSBackend)
-    command = [sys.executable, __file__, "--worker", queue.backend.url, "--queue", queue.name, "--concurrency", str(concurrency)]
-    command += ["--shutdown-timeout", str(shutdown_timeout)] + ([] if limit is None else ["--limit", str(limit)])
+    command = [
+        sys.executable,
+        __file__,
+        "--worker",
+        queue.backend.url,
+        "--queue",
+        queue.name,
+        "--concurrency",
+        str(concurrency),
+    ]
+    command += ["--shutdown-timeout", str(shutdown_timeout)] + (
+        [] if limit is None else ["--limit", str(limit)]
+    )
     return subprocess.Popen(command)
 
 
 @asynccontextmanager
-async def workers(queue: Queue, count: int, concurrency: int, **options: Any) -> AsyncIterator[list[subprocess.Popen[bytes]]]:
+async def workers(
+    queue: Queue, count: int, concurrency: int, **options: Any
+) -> AsyncIterator[list[subprocess.Popen[bytes]]]:
     """Run worker processes and stop them afterwards."""
     processes = [launch(queue, concurrency, **options) for _ in range(count)]
     try:
@@ -84,7 +101,10 @@ async def until(read: Callable[[], Awaitable[Any]], condition: Callable[[Any], b
 async def completed(queue: Queue, count: int) -> list[tuple[float, int]]:
     """Wait until so many jobs have completed and return their starts, in order."""
     await until(queue.queue_stats, lambda stats: stats["completed"] >= count)
-    return sorted((started, pid) for started, pid in [job["result"] for job in await queue.get_jobs("completed")])
+    return sorted(
+        (started, pid)
+        for started, pid in [job["result"] for job in await queue.get_jobs("completed")]
+    )
 
 
 def jobs(count: int, seconds: float = 0.0, priority: int = 5) -> list[dict[str, Any]]:
@@ -129,11 +149,17 @@ async def urgent(backend: NATSBackend) -> None:
             await until(queue.queue_stats, lambda stats: stats["completed"] > 300)
             for _ in range(20):
                 added = time.time()
-                started, _ = await queue.wait_for(await queue.add("work", [0.01], priority=0), timeout=PATIENCE)
+                started, _ = await queue.wait_for(
+                    await queue.add("work", [0.01], priority=0), timeout=PATIENCE
+                )
                 late.append(started - added)
                 await anyio.sleep(random.uniform(0.02, 0.15))
             left = (await queue.queue_stats())["waiting"]
-    row("urgent job in a backlog of 5,000 of 10 ms", f"{milliseconds(late)} ({len(late)} times; {left} still waited)", "p95 30 ms")
+    row(
+        "urgent job in a backlog of 5,000 of 10 ms",
+        f"{milliseconds(late)} ({len(late)} times; {left} still waited)",
+        "p95 30 ms",
+    )
 
 
 async def free(backend: NATSBackend) -> None:
@@ -151,7 +177,14 @@ async def free(backend: NATSBackend) -> None:
             started, _ = await queue.wait_for(short, timeout=PATIENCE)
             late.append((await queue.wait_for(fifth, timeout=PATIENCE))[0] - started - 2.0)
             added = time.time()
-            idle.append((await queue.wait_for(await queue.add("work", [0.0], priority=0), timeout=PATIENCE))[0] - added)
+            idle.append(
+                (
+                    await queue.wait_for(
+                        await queue.add("work", [0.0], priority=0), timeout=PATIENCE
+                    )
+                )[0]
+                - added
+            )
     row("2×2 slots, 4 long jobs: a fifth, after a slot", milliseconds(late), "at once")
     row("a sixth, while one slot of four is free", milliseconds(idle), "at once")
 
@@ -178,10 +211,21 @@ async def limit(backend: NATSBackend) -> None:
     by_second = Counter(int(at) for at in times)
     print("  starts by second:", *(by_second[second] for second in range(int(times[-1]) + 1)))
     print("  starts by worker:", *sorted(Counter(pid for _, pid in starts).values()))
-    most = {span: max(sum(begin <= at < begin + span for at in times) for begin in times) for span in (0.1, 1.0, 3.0)}
+    most = {
+        span: max(sum(begin <= at < begin + span for at in times) for begin in times)
+        for span in (0.1, 1.0, 3.0)
+    }
     used = (600 - 50) / (50 * times[-1])
-    row("limit 50 a second, 3 workers, 600 jobs", f"{used * 100:.1f} % of the allowance used", "95 %")
-    row("  most starts within 0.1 / 1 / 3 s", f"{most[0.1]} / {most[1.0]} / {most[3.0]}", "55 / 100 / 200 (limit and one burst)")
+    row(
+        "limit 50 a second, 3 workers, 600 jobs",
+        f"{used * 100:.1f} % of the allowance used",
+        "95 %",
+    )
+    row(
+        "  most starts within 0.1 / 1 / 3 s",
+        f"{most[0.1]} / {most[1.0]} / {most[3.0]}",
+        "55 / 100 / 200 (limit and one burst)",
+    )
 
 
 async def pause(backend: NATSBackend) -> None:
@@ -204,7 +248,9 @@ async def pause(backend: NATSBackend) -> None:
     times = [started for started, _ in await completed(queue, 1)]
     inside = sum(paused < at < resumed for at in times for paused, resumed in windows)
     first = [min(at for at in times if at > resumed) - resumed for _, resumed in windows]
-    row("pause() under load", f"{milliseconds(calls)}; {inside} starts during 20 pauses", "0 starts")
+    row(
+        "pause() under load", f"{milliseconds(calls)}; {inside} starts during 20 pauses", "0 starts"
+    )
     row("resume() to the first start", milliseconds(first), "at once")
 
 
@@ -233,7 +279,11 @@ async def stop(backend: NATSBackend) -> None:
         code = await anyio.to_thread.run_sync(process.wait)
         stalls = sum(job["stalls"] for job in await queue.get_jobs("completed"))
     again = [started - signalled - 0.5 for started, _ in results]
-    row("the same with shutdown_timeout 0.5: run again", f"{milliseconds(again)} after it; exit {code}, {stalls} stalls", "at once, 0, 0")
+    row(
+        "the same with shutdown_timeout 0.5: run again",
+        f"{milliseconds(again)} after it; exit {code}, {stalls} stalls",
+        "at once, 0, 0",
+    )
 
 
 ALL = {each.__name__: each for each in (order, urgent, free, share, limit, pause, stop)}

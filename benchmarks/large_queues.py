@@ -15,8 +15,8 @@ import anyio
 
 from asyncmq_nats import NATSBackend, Queue
 from asyncmq_nats.backends.base import Settled, Write
-from asyncmq_nats.encoding import dump_json
-from asyncmq_nats.serving import run_program
+from asyncmq_nats.runtime.program import run_program
+from asyncmq_nats.wire.codec import dump_json
 
 UNDER_WAY = 5_000
 
@@ -35,9 +35,27 @@ async def fill(backend: NATSBackend, name: str, count: int) -> None:
     key = f"$KV.amq_{name}_scheduler.done."
     for number in range(count):
         now = time.time()
-        job = {"v": 1, "id": str(uuid.uuid4()), "task": "tasks.send", "args": [number], "kwargs": {}, "created_at": now}
-        job |= {"retries": 0, "max_retries": 0, "priority": 5, "status": "completed", "result": number, "finished_at": now}
-        backend.send(f"KV_amq_{name}_scheduler", Write(f"{key}{job['id']}.completed", dump_json(job), ttl=86_400), settle)
+        job = {
+            "v": 1,
+            "id": str(uuid.uuid4()),
+            "task": "tasks.send",
+            "args": [number],
+            "kwargs": {},
+            "created_at": now,
+        }
+        job |= {
+            "retries": 0,
+            "max_retries": 0,
+            "priority": 5,
+            "status": "completed",
+            "result": number,
+            "finished_at": now,
+        }
+        backend.send(
+            f"KV_amq_{name}_scheduler",
+            Write(f"{key}{job['id']}.completed", dump_json(job), ttl=86_400),
+            settle,
+        )
         while number - settled > UNDER_WAY:
             room = anyio.Event()
             await room.wait()
@@ -63,7 +81,9 @@ async def look(queue: Queue, count: int) -> None:
         "get_job(id), the oldest": partial(queue.get_job, first[0]["id"]),
         "get_completed(end=49), newest first": partial(queue.get_completed, end=49),
         "get_completed(end=49, asc=True)": partial(queue.get_completed, end=49, asc=True),
-        "get_completed(1000…1049), newest first": partial(queue.get_completed, start=1000, end=1049),
+        "get_completed(1000…1049), newest first": partial(
+            queue.get_completed, start=1000, end=1049
+        ),
     }
     for name, call in calls.items():
         once, median = await measure(call)
@@ -80,7 +100,11 @@ async def clean(backend: NATSBackend, count: int) -> None:
         await fill(backend, name, count - count // 2)
         once, _ = await measure(partial(queue.clean, "completed", older_than), times=1)
         left = (await queue.queue_stats())["completed"]
-        call = "clean('completed')" if older_than is None else "clean('completed', older_than=…), a half"
+        call = (
+            "clean('completed')"
+            if older_than is None
+            else "clean('completed', older_than=…), a half"
+        )
         print(f"{count:>11,}  {call:<40} {once:>10.1f} {'':>10}  {left:,} left")
 
 

@@ -10,8 +10,8 @@ import time
 import anyio
 
 from asyncmq_nats import NATSBackend, Queue
-from asyncmq_nats.registry import TaskRegistry
-from asyncmq_nats.serving import run_program
+from asyncmq_nats.runtime.program import run_program
+from asyncmq_nats.runtime.registry import TaskRegistry
 
 registry = TaskRegistry()
 started: list[float] = []
@@ -40,8 +40,13 @@ async def spread(backend: NATSBackend, jobs: int) -> None:
             await anyio.sleep(0.05)
         group.cancel_scope.cancel()
     late = [seconds * 1000 for seconds in started]
-    print(f"{jobs} jobs with delays of 0.05 to 3 s: late by p50 {quantile(late, 0.5):.1f} ms, p95 {quantile(late, 0.95):.1f} ms, ", end="")
-    print(f"max {max(late):.1f} ms; early: {sum(value < -0.5 for value in late)} (earliest {min(late):.2f} ms)")
+    print(
+        f"{jobs} jobs with delays of 0.05 to 3 s: late by p50 {quantile(late, 0.5):.1f} ms, p95 {quantile(late, 0.95):.1f} ms, ",
+        end="",
+    )
+    print(
+        f"max {max(late):.1f} ms; early: {sum(value < -0.5 for value in late)} (earliest {min(late):.2f} ms)"
+    )
 
 
 async def burst(backend: NATSBackend, jobs: int) -> None:
@@ -52,7 +57,9 @@ async def burst(backend: NATSBackend, jobs: int) -> None:
     for start in range(0, jobs, 1000):
         now = time.time()
         count = min(1000, jobs - start)
-        await queue.add_bulk([{"task_id": "note_start", "args": [due], "delay": due - now} for _ in range(count)])
+        await queue.add_bulk(
+            [{"task_id": "note_start", "args": [due], "delay": due - now} for _ in range(count)]
+        )
     async with anyio.create_task_group() as group:
         await group.start(queue.run)
         await anyio.sleep(max(0.0, due - time.time()))
@@ -60,7 +67,10 @@ async def burst(backend: NATSBackend, jobs: int) -> None:
             await anyio.sleep(0.01)
         taken = time.time() - due
         group.cancel_scope.cancel()
-    print(f"{jobs:,} jobs due at one instant: all started within {taken:.2f} s, {jobs / taken:,.0f} jobs/s; early: ", end="")
+    print(
+        f"{jobs:,} jobs due at one instant: all started within {taken:.2f} s, {jobs / taken:,.0f} jobs/s; early: ",
+        end="",
+    )
     print(sum(value < -0.0005 for value in started))
 
 

@@ -21,8 +21,8 @@ from nats.aio.client import Client
 from nats.aio.msg import Msg
 
 from asyncmq_nats import NATSBackend, Queue
-from asyncmq_nats.registry import TaskRegistry
-from asyncmq_nats.serving import run_program
+from asyncmq_nats.runtime.program import run_program
+from asyncmq_nats.runtime.registry import TaskRegistry
 
 registry = TaskRegistry()
 
@@ -64,7 +64,9 @@ class Figures:
         self.rows.setdefault(row, []).append(jobs / seconds)
 
     def ratio(self, row: str, base: str) -> float:
-        return statistics.median(mine / raw for mine, raw in zip(self.rows[row], self.rows[base], strict=True))
+        return statistics.median(
+            mine / raw for mine, raw in zip(self.rows[row], self.rows[base], strict=True)
+        )
 
 
 async def timed(work: Callable[[], Awaitable[object]]) -> float:
@@ -85,20 +87,50 @@ class Raw:
         self.tokens = itertools.count()
 
     async def api(self, subject: str, payload: dict[str, object]) -> None:
-        reply = json.loads((await self.client.request(f"$JS.API.{subject}", json.dumps(payload).encode(), timeout=5)).data)
+        reply = json.loads(
+            (
+                await self.client.request(
+                    f"$JS.API.{subject}", json.dumps(payload).encode(), timeout=5
+                )
+            ).data
+        )
         if "error" in reply:
             raise RuntimeError(f"{subject}: {reply['error']}")
 
     async def prepare(self) -> None:
-        base = {"storage": "file", "max_msgs_per_subject": 1, "discard": "old", "allow_direct": True}
-        await self.api("STREAM.CREATE.raw", base | {"name": "raw", "subjects": ["raw.ready.*"], "retention": "workqueue"})
-        await self.api("STREAM.CREATE.rawdone", base | {"name": "rawdone", "subjects": ["raw.done.>"]})
-        config = {"name": "c", "durable_name": "c", "ack_policy": "explicit", "max_ack_pending": -1, "filter_subject": "raw.ready.*"}
-        await self.api("CONSUMER.CREATE.raw.c.raw.ready.*", {"stream_name": "raw", "config": config})
+        base = {
+            "storage": "file",
+            "max_msgs_per_subject": 1,
+            "discard": "old",
+            "allow_direct": True,
+        }
+        await self.api(
+            "STREAM.CREATE.raw",
+            base | {"name": "raw", "subjects": ["raw.ready.*"], "retention": "workqueue"},
+        )
+        await self.api(
+            "STREAM.CREATE.rawdone", base | {"name": "rawdone", "subjects": ["raw.done.>"]}
+        )
+        config = {
+            "name": "c",
+            "durable_name": "c",
+            "ack_policy": "explicit",
+            "max_ack_pending": -1,
+            "filter_subject": "raw.ready.*",
+        }
+        await self.api(
+            "CONSUMER.CREATE.raw.c.raw.ready.*", {"stream_name": "raw", "config": config}
+        )
 
     @staticmethod
     def body(number: int) -> bytes:
-        job = {"id": str(uuid.uuid4()), "task": "no_operation", "args": [number], "kwargs": {}, "created_at": time.time()}
+        job = {
+            "id": str(uuid.uuid4()),
+            "task": "no_operation",
+            "args": [number],
+            "kwargs": {},
+            "created_at": time.time(),
+        }
         return json.dumps(job).encode()
 
     async def add(self, number: int) -> None:
@@ -142,7 +174,10 @@ class Raw:
             if not state["left"]:
                 finished.set()
 
-        subscriptions = [await self.client.subscribe(inbox, cb=on_job), await self.client.subscribe(f"{replies}.*", cb=on_confirmation)]
+        subscriptions = [
+            await self.client.subscribe(inbox, cb=on_job),
+            await self.client.subscribe(f"{replies}.*", cb=on_confirmation),
+        ]
         await ask(in_hand)
         with anyio.fail_after(60):
             await finished.wait()
@@ -163,7 +198,9 @@ async def raw_sequentially(raw: Raw, jobs: int) -> None:
         await raw.add(number)
 
 
-async def add_concurrently(add: Callable[[int], Awaitable[object]], jobs: int, producers: int) -> None:
+async def add_concurrently(
+    add: Callable[[int], Awaitable[object]], jobs: int, producers: int
+) -> None:
     async def produce(first: int) -> None:
         for number in range(first, jobs, producers):
             await add(number)
@@ -204,8 +241,16 @@ async def measure_adds(figures: Figures, backend: NATSBackend, raw: Raw, jobs: i
     few = jobs // 4
     figures.note("add one by one", few, await timed(lambda: add_sequentially(queue, few)))
     figures.note("raw js.publish one by one", few, await timed(lambda: raw_sequentially(raw, few)))
-    figures.note("add by 100 producers", jobs, await timed(lambda: add_concurrently(lambda n: queue.add("no_operation", [n]), jobs, 100)))
-    figures.note("raw js.publish by 100 producers", jobs, await timed(lambda: add_concurrently(raw.add, jobs, 100)))
+    figures.note(
+        "add by 100 producers",
+        jobs,
+        await timed(lambda: add_concurrently(lambda n: queue.add("no_operation", [n]), jobs, 100)),
+    )
+    figures.note(
+        "raw js.publish by 100 producers",
+        jobs,
+        await timed(lambda: add_concurrently(raw.add, jobs, 100)),
+    )
     thousand = [{"task_id": "no_operation", "args": [number]} for number in range(1000)]
     figures.note("add_bulk of 1,000", 1000, await timed(lambda: queue.add_bulk(thousand)))
     all_jobs = [{"task_id": "no_operation", "args": [number]} for number in range(jobs)]
@@ -213,13 +258,19 @@ async def measure_adds(figures: Figures, backend: NATSBackend, raw: Raw, jobs: i
     await raw.client.jetstream().purge_stream("raw")
 
 
-async def measure_processing(figures: Figures, backend: NATSBackend, raw: Raw, jobs: int, concurrency: int) -> None:
+async def measure_processing(
+    figures: Figures, backend: NATSBackend, raw: Raw, jobs: int, concurrency: int
+) -> None:
     queue = Queue(f"bench{concurrency}", backend, concurrency=concurrency, registry=registry)
     await add_concurrently(lambda number: queue.add("no_operation", [number]), jobs, 100)
     figures.note(f"run, concurrency {concurrency}", jobs, await timed(lambda: process(queue, jobs)))
     await check_results(queue, jobs)
     await raw.fill(jobs)
-    figures.note(f"raw loop, {concurrency} in hand", jobs, await timed(lambda: raw.process(jobs, concurrency)))
+    figures.note(
+        f"raw loop, {concurrency} in hand",
+        jobs,
+        await timed(lambda: raw.process(jobs, concurrency)),
+    )
 
 
 async def check_results(queue: Queue, jobs: int) -> None:

@@ -43,7 +43,9 @@ async def main(text: str) -> int:
     try:
         # The message id makes it safe to publish again if no answer comes.
         subject, headers = f"{PREFIX}.{QUEUE}.ready.{PRIORITY}.{job_id}", {"Nats-Msg-Id": job_id}
-        await client.jetstream().publish(subject, json.dumps(job).encode(), timeout=PATIENCE, headers=headers)
+        await client.jetstream().publish(
+            subject, json.dumps(job).encode(), timeout=PATIENCE, headers=headers
+        )
         print(f"added {job_id}", flush=True)
         return await follow(events)
     except NoStreamResponseError:
@@ -81,7 +83,10 @@ async def follow(events: asyncio.Queue[Msg]) -> int:
             print(what, flush=True)
             continue
         outcome = json.loads(event.data)
-        print(f"{what}: {outcome['result'] if what == 'completed' else outcome['last_error']}", flush=True)
+        print(
+            f"{what}: {outcome['result'] if what == 'completed' else outcome['last_error']}",
+            flush=True,
+        )
         return 0 if what == "completed" else 1
 
 
@@ -90,7 +95,9 @@ if __name__ == "__main__":
         code = asyncio.run(main(" ".join(sys.argv[1:]) or "six words, counted in a worker"))
     except KeyboardInterrupt:
         code = 130
-    except BrokenPipeError:  # nobody reads on, as with `| head`: what is still to be written goes nowhere
+    except (
+        BrokenPipeError
+    ):  # nobody reads on, as with `| head`: what is still to be written goes nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
     sys.exit(code)

@@ -44,7 +44,9 @@ counts: Counter[str] = Counter()
 async def add_job(number: int, backend: NATSBackend) -> str:
     """Add the next job: the three tasks in turn. `enqueue` takes the arguments of the task."""
     if number % 3 == 0:
-        return await tasks.send_message.enqueue(f"reader-{number}@example.org", f"issue {number}", backend=backend)
+        return await tasks.send_message.enqueue(
+            f"reader-{number}@example.org", f"issue {number}", backend=backend
+        )
     if number % 3 == 1:
         return await tasks.count_words.enqueue("a queue " * number, backend=backend)
     return await tasks.report.enqueue(date(2030, 1, 1) + timedelta(days=number), backend=backend)
@@ -62,7 +64,9 @@ async def follow(queue: Queue, backend: NATSBackend, number: int) -> None:
     except JobFailed as failure:
         came_to = str(failure)
         counts["failed"] += 1
-    except AsyncMQError as error:  # an outage, say: the jobs that were added are safe, and the next ones may do
+    except (
+        AsyncMQError
+    ) as error:  # an outage, say: the jobs that were added are safe, and the next ones may do
         came_to = f"not followed: {error}"
     print(f"job {number}: {came_to} ({(time.perf_counter() - started) * 1000:.0f} ms)", flush=True)
 
@@ -91,7 +95,10 @@ async def run() -> None:
         group.start_soon(stop_on_signal, stopping)
         await produce(backend, stopping)
         group.cancel_scope.cancel()
-    print(f"{counts['added']} added, {counts['completed']} completed, {counts['failed']} failed", flush=True)
+    print(
+        f"{counts['added']} added, {counts['completed']} completed, {counts['failed']} failed",
+        flush=True,
+    )
 
 
 def main() -> int:
@@ -99,7 +106,9 @@ def main() -> int:
         anyio.run(run)
     except* BackendError as errors:  # no server, or not one that will do
         print(*errors.exceptions, sep="\n", file=sys.stderr)
-    except* BrokenPipeError:  # nobody reads on, as with `| head`: what is still to be written goes nowhere
+    except* (
+        BrokenPipeError
+    ):  # nobody reads on, as with `| head`: what is still to be written goes nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     else:
         return 0

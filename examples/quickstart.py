@@ -45,7 +45,10 @@ async def greet(name: str) -> str:
 @task(queue=QUEUE, name="count_primes")
 def count_primes(below: int) -> int:
     """A plain function: it runs in a thread, and holds nothing up."""
-    return sum(all(number % divisor for divisor in range(2, int(number**0.5) + 1)) for number in range(2, below))
+    return sum(
+        all(number % divisor for divisor in range(2, int(number**0.5) + 1))
+        for number in range(2, below)
+    )
 
 
 @task(queue=QUEUE, name="ship")
@@ -96,14 +99,20 @@ class Progress:
     def show(self, stats: dict[str, int]) -> None:
         tenth = 4 * self.done // self._total
         if self._live:
-            print(f"\r\x1b[K  {self._line(stats)}", end="\n" if self.done >= self._total else "", flush=True)
+            print(
+                f"\r\x1b[K  {self._line(stats)}",
+                end="\n" if self.done >= self._total else "",
+                flush=True,
+            )
         elif tenth != self._last_tenth:
             print(f"  {self._line(stats)}", flush=True)
         self._last_tenth = tenth
 
     def _line(self, stats: dict[str, int]) -> str:
         bar = "#" * (24 * self.done // self._total)
-        counts = "  ".join(f"{state} {stats[state]:>3}" for state in ("waiting", "active", "delayed"))
+        counts = "  ".join(
+            f"{state} {stats[state]:>3}" for state in ("waiting", "active", "delayed")
+        )
         return f"[{bar:-<24}] {self.done:>3} of {self._total} done   {counts}"
 
 
@@ -136,7 +145,9 @@ async def add_jobs(queue: Queue) -> tuple[list[Added], list[str]]:
     added = [
         Added(await greet.enqueue("Ada", backend=backend), "an async function"),
         Added(await count_primes.enqueue(20_000, backend=backend), "a sync function, in a thread"),
-        Added(await ship.enqueue(order, datetime(2030, 1, 31, 12), backend=backend), "typed arguments"),
+        Added(
+            await ship.enqueue(order, datetime(2030, 1, 31, 12), backend=backend), "typed arguments"
+        ),
         Added(await call_partner.enqueue("order-7", backend=backend), "fails once, is retried"),
         Added(await parse.enqueue("twelve", backend=backend), "fails for good", "failed"),
         Added(await queue.add("greet", ["Grace"], delay=0.5), "delayed by 0.5 s"),
@@ -163,10 +174,14 @@ async def summarise(queue: Queue, added: list[Added], bulk: list[str], seconds: 
     squares = [await queue.get_job_result(job_id) for job_id in bulk]
     right = sum(result == number * number for number, result in enumerate(squares))
     state = "completed" if right == BULK else "incomplete"
-    print(f"  {'square':<13} {f'{BULK} added in one call':<29} {state:<10} {right:>4} {'':>8}  0, 1, 4, 9, 16, ...")
+    print(
+        f"  {'square':<13} {f'{BULK} added in one call':<29} {state:<10} {right:>4} {'':>8}  0, 1, 4, 9, 16, ..."
+    )
 
     states = [job["status"] if job else "lost" for job in jobs]
-    wrong = [entry.shows for entry, state in zip(added, states, strict=True) if state != entry.state]
+    wrong = [
+        entry.shows for entry, state in zip(added, states, strict=True) if state != entry.state
+    ]
     if right < BULK:
         wrong.append(f"{BULK - right} of the squares")
     counts = f"{states.count('completed') + right} completed, {states.count('failed')} failed"
@@ -180,11 +195,15 @@ async def show() -> int:
     # The context manager connects, and at the end disconnects and stops the embedded server.
     async with NATSBackend() if servers else NATSBackend.embedded() as backend:
         queue = Queue(QUEUE, backend, concurrency=CONCURRENCY)
-        print(f"Queue {QUEUE!r} on {'the' if servers else 'an embedded'} nats-server at {backend.url}")
+        print(
+            f"Queue {QUEUE!r} on {'the' if servers else 'an embedded'} nats-server at {backend.url}"
+        )
         started = time.perf_counter()
         added, bulk = await add_jobs(queue)
         job_ids = [*(entry.job_id for entry in added), *bulk]
-        print(f"{len(job_ids)} jobs added in {time.perf_counter() - started:.2f} s; a worker runs them, {CONCURRENCY} at a time\n")
+        print(
+            f"{len(job_ids)} jobs added in {time.perf_counter() - started:.2f} s; a worker runs them, {CONCURRENCY} at a time\n"
+        )
         started = time.perf_counter()
         async with anyio.create_task_group() as group:
             await group.start(queue.run)
@@ -203,7 +222,9 @@ async def run() -> int:
         nonlocal code
         with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
             task_status.started()
-            async for number in signals:  # it may come twice: from a terminal, and from a program around this one
+            async for (
+                number
+            ) in signals:  # it may come twice: from a terminal, and from a program around this one
                 if not scope.cancel_called:
                     print(f"\nStopped by {number.name}.", file=sys.stderr)
                     code = 128 + number
@@ -233,7 +254,9 @@ def main() -> int:
         sys.stdout.flush()
     except* AsyncMQError as errors:
         complain(errors)
-    except* BrokenPipeError:  # nobody reads on, as with `| head`: what is still to be written goes nowhere
+    except* (
+        BrokenPipeError
+    ):  # nobody reads on, as with `| head`: what is still to be written goes nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except* TimeoutError:
         print(f"\nNot all jobs ended within {PATIENCE:g} s.", file=sys.stderr)

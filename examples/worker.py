@@ -32,7 +32,9 @@ def read_log_level() -> str:
 
 
 def main() -> None:
-    logging.basicConfig(level=read_log_level(), format="%(asctime)s %(levelname)-7s %(name)s: %(message)s")
+    logging.basicConfig(
+        level=read_log_level(), format="%(asctime)s %(levelname)-7s %(name)s: %(message)s"
+    )
     queue = Queue(tasks.QUEUE, concurrency=read_concurrency())
     try:
         queue.start()

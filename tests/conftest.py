@@ -9,7 +9,7 @@ import hypothesis
 import pytest
 
 from asyncmq_nats.backends.base import Backend
-from asyncmq_nats.backends.nats.embedded import EmbeddedServer
+from asyncmq_nats.backends.nats.embedded.server import EmbeddedServer
 from asyncmq_nats.exceptions import ServerBinaryMissing
 from asyncmq_nats.settings import Settings
 
@@ -30,7 +30,9 @@ def anyio_backend() -> str:
 @pytest.fixture
 def settings() -> Settings:
     """Settings with short leases; a test module that needs others defines this fixture anew."""
-    return Settings(stalled_after=1.0, connect_timeout=5.0, publish_timeout=10.0, shutdown_timeout=5.0)
+    return Settings(
+        stalled_after=1.0, connect_timeout=5.0, publish_timeout=10.0, shutdown_timeout=5.0
+    )
 
 
 @pytest.fixture
@@ -90,7 +92,9 @@ async def twin(make_backend: Callable[[], Backend], backend: Backend) -> AsyncIt
 
 
 @pytest.fixture
-async def nats_backend(make_nats_backend: "Callable[[], NATSBackend]") -> "AsyncIterator[NATSBackend]":
+async def nats_backend(
+    make_nats_backend: "Callable[[], NATSBackend]",
+) -> "AsyncIterator[NATSBackend]":
     """A connected backend on `server`, for what only a server can do."""
     connected = make_nats_backend()
     await connected.connect()

@@ -46,7 +46,9 @@ class Receiver:
         self._taken += count
         return taken
 
-    async def pull(self, consumer: str, count: int = 1, *, wait: float = PATIENCE) -> list[Delivery]:
+    async def pull(
+        self, consumer: str, count: int = 1, *, wait: float = PATIENCE
+    ) -> list[Delivery]:
         """Request `count` records and return them."""
         await self.puller.request(consumer, count, wait=wait)
         return await self.take(count)

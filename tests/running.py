@@ -9,7 +9,7 @@ import pytest
 
 from asyncmq_nats.backends.base import Backend
 from asyncmq_nats.queues import Queue
-from asyncmq_nats.registry import TaskRegistry
+from asyncmq_nats.runtime.registry import TaskRegistry
 from asyncmq_nats.workers import Worker
 
 PATIENCE = 20.0
@@ -24,7 +24,10 @@ async def running(queue: Queue) -> AsyncIterator[Worker]:
         await group.start(worker.run)
         try:
             yield worker
-        except (Exception, pytest.fail.Exception) as error:  # told as it is, and not as a group of one
+        except (
+            Exception,
+            pytest.fail.Exception,
+        ) as error:  # told as it is, and not as a group of one
             failure = error
         worker.stop()
     if failure is not None:
@@ -58,7 +61,9 @@ async def outcome(queue: Queue, job_id: str) -> dict[str, Any]:
             await anyio.sleep(0.01)
 
 
-def make_queue(backend: Backend, name: str = "work", *, concurrency: int = 3, **tasks: Callable[..., Any]) -> Queue:
+def make_queue(
+    backend: Backend, name: str = "work", *, concurrency: int = 3, **tasks: Callable[..., Any]
+) -> Queue:
     """Return a queue whose workers know these tasks, each under its keyword."""
     registry = TaskRegistry()
     for task_id, function in tasks.items():

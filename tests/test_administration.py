@@ -13,7 +13,19 @@ from asyncmq_nats.settings import Settings
 from tests.receiver import until
 from tests.running import PATIENCE, make_queue, outcome, run_jobs, running, wait_until_done
 
-EMPTY = dict.fromkeys(("waiting", "active", "delayed", "waiting-children", "completed", "failed", "expired", "cancelled"), 0)
+EMPTY = dict.fromkeys(
+    (
+        "waiting",
+        "active",
+        "delayed",
+        "waiting-children",
+        "completed",
+        "failed",
+        "expired",
+        "cancelled",
+    ),
+    0,
+)
 
 
 async def echo(value: Any = None) -> Any:
@@ -46,7 +58,11 @@ class Hold:
 
 async def one_in_each_state(queue: Queue) -> dict[str, str]:
     """Fill a queue that has no worker: a job in each state but `active`; return their ids."""
-    ids = {"completed": await queue.add("echo"), "failed": await queue.add("fail"), "expired": await queue.add("echo", ttl=0.000001)}
+    ids = {
+        "completed": await queue.add("echo"),
+        "failed": await queue.add("fail"),
+        "expired": await queue.add("echo", ttl=0.000001),
+    }
     await run_jobs(queue)
     ids["waiting"] = await queue.add("echo")
     ids["delayed"] = await queue.add("echo", delay=3600)
@@ -60,7 +76,9 @@ async def one_in_each_state(queue: Queue) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("state", [state for state in EMPTY if state != "active"])
-async def test_clean_removes_the_jobs_in_a_state_and_no_others(backend: Backend, state: str) -> None:
+async def test_clean_removes_the_jobs_in_a_state_and_no_others(
+    backend: Backend, state: str
+) -> None:
     queue = queue_of(backend)
     ids = await one_in_each_state(queue)
     assert await queue.queue_stats() == dict.fromkeys(EMPTY, 1) | {"active": 0}
@@ -69,7 +87,9 @@ async def test_clean_removes_the_jobs_in_a_state_and_no_others(backend: Backend,
     assert [name for name, job_id in ids.items() if await queue.get_job(job_id) is None] == [state]
 
 
-async def test_clean_of_waiting_jobs_removes_those_with_an_id_of_their_own(backend: Backend) -> None:
+async def test_clean_of_waiting_jobs_removes_those_with_an_id_of_their_own(
+    backend: Backend,
+) -> None:
     queue = queue_of(backend)
     await queue.add_bulk([{"task_id": "echo", "job_id": f"job-{number}"} for number in range(5)])
     await queue.add("echo")
@@ -101,7 +121,9 @@ async def mark_time(queue: Queue) -> float:
     return now
 
 
-async def test_b8_the_age_of_an_outcome_is_since_its_end_and_not_since_the_job_was_added(backend: Backend) -> None:
+async def test_b8_the_age_of_an_outcome_is_since_its_end_and_not_since_the_job_was_added(
+    backend: Backend,
+) -> None:
     queue = queue_of(backend)
     job_id = await queue.enqueue({"task_id": "echo", "created_at": backend.now() - 3600})
     await run_jobs(queue)
@@ -137,8 +159,14 @@ async def test_clean_of_an_unknown_state_is_an_error(backend: Backend) -> None:
 async def test_clean_jobs_returns_the_oldest_up_to_the_limit(backend: Backend, state: str) -> None:
     queue = queue_of(backend)
     parent = await queue.add("echo", delay=3600)
-    extras: dict[str, dict[str, Any]] = {"delayed": {"delay": 7200}, "waiting-children": {"depends_on": [parent]}}
-    ids = [await queue.add("fail" if state == "failed" else "echo", **extras.get(state, {})) for _ in range(5)]
+    extras: dict[str, dict[str, Any]] = {
+        "delayed": {"delay": 7200},
+        "waiting-children": {"depends_on": [parent]},
+    }
+    ids = [
+        await queue.add("fail" if state == "failed" else "echo", **extras.get(state, {}))
+        for _ in range(5)
+    ]
     if state in ("completed", "failed"):
         queue.concurrency = 1
         async with running(queue):
@@ -170,7 +198,9 @@ async def test_clean_jobs_reads_page_after_page(backend: Backend) -> None:
     assert await queue.clean_jobs(0, 0, "delayed") == ids[1200:]
 
 
-async def test_cleaning_parents_leaves_their_results_to_a_child_that_waits(backend: Backend) -> None:
+async def test_cleaning_parents_leaves_their_results_to_a_child_that_waits(
+    backend: Backend,
+) -> None:
     hold = Hold()
     queue = queue_of(backend, hold=hold.run)
     async with running(queue):
@@ -261,7 +291,11 @@ async def test_drain_removes_what_waits(backend: Backend, include_delayed: bool)
         assert set(removed) == (waiting | {delayed} if include_delayed else waiting)
         assert len(removed) == len(set(removed))
         stats = await queue.queue_stats()
-        assert stats == EMPTY | {"active": 1, "delayed": 0 if include_delayed else 1, "waiting-children": 1}
+        assert stats == EMPTY | {
+            "active": 1,
+            "delayed": 0 if include_delayed else 1,
+            "waiting-children": 1,
+        }
         assert await queue.get_job_state(child) == "waiting-children"
         hold.opened.set()
         assert await queue.wait_for(active, timeout=PATIENCE) == "done"
@@ -278,7 +312,9 @@ async def test_drain_leaves_delayed_jobs_that_are_about_to_run(backend: Backend)
 
 async def test_drain_removes_jobs_with_an_id_of_their_own(backend: Backend) -> None:
     queue = queue_of(backend)
-    ids = await queue.add_bulk([{"task_id": "echo", "job_id": f"job-{number}"} for number in range(1500)])
+    ids = await queue.add_bulk(
+        [{"task_id": "echo", "job_id": f"job-{number}"} for number in range(1500)]
+    )
     assert sorted(await queue.drain()) == sorted(ids)
     assert await queue.queue_stats() == EMPTY
 
@@ -347,7 +383,9 @@ async def test_each_getter_gets_its_state(backend: Backend) -> None:
     }
     for state, getter in getters.items():
         assert [(job["id"], job["status"]) for job in await getter()] == [(ids[state], state)]
-    assert await queue.get_active() == await queue.get_paused() == await queue.get_prioritized() == []
+    assert (
+        await queue.get_active() == await queue.get_paused() == await queue.get_prioritized() == []
+    )
     await queue.clean("waiting")
     async with running(queue):
         job_id = await queue.add("hold")
@@ -365,12 +403,18 @@ async def test_getters_page_in_both_orders(backend: Backend, state: str) -> None
     ids = [await queue.add("echo", delay=3600 if state == "delayed" else None) for _ in range(12)]
     if state == "completed":
         await run_jobs(queue)
-    getter = {"waiting": queue.get_waiting, "delayed": queue.get_delayed, "completed": queue.get_completed}[state]
+    getter = {
+        "waiting": queue.get_waiting,
+        "delayed": queue.get_delayed,
+        "completed": queue.get_completed,
+    }[state]
     newest = ids[::-1]
     for start, end in [(0, -1), (0, 0), (0, 4), (5, 9), (10, 50), (12, 20), (3, 2)]:
         stop = len(ids) if end < 0 else end + 1
         assert [job["id"] for job in await getter(start=start, end=end)] == newest[start:stop]
-        assert [job["id"] for job in await getter(start=start, end=end, asc=True)] == ids[start:stop]
+        assert [job["id"] for job in await getter(start=start, end=end, asc=True)] == ids[
+            start:stop
+        ]
 
 
 async def test_list_queues_names_the_queues_that_exist(backend: Backend) -> None:
@@ -381,7 +425,9 @@ async def test_list_queues_names_the_queues_that_exist(backend: Backend) -> None
     assert sorted(await list_queues(backend)) == ["a_scheduler", "b-2", "email", "workers"]
 
 
-async def test_b31_acting_on_one_job_reads_no_list(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_b31_acting_on_one_job_reads_no_list(
+    backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
     queue = queue_of(backend)
     await queue.add_bulk([{"task_id": "echo", "delay": 3600}] * 1000)
     delayed, removed, failed = [await queue.add("echo", delay=3600) for _ in range(3)]
@@ -427,7 +473,13 @@ class TestTimes:
 class TestNumbers:
     @pytest.fixture
     def settings(self) -> Settings:
-        return Settings(stalled_after=1.0, publish_timeout=10, heartbeat_interval=0.5, completed_keep=10, failed_keep=3)
+        return Settings(
+            stalled_after=1.0,
+            publish_timeout=10,
+            heartbeat_interval=0.5,
+            completed_keep=10,
+            failed_keep=3,
+        )
 
     async def test_b30_only_the_last_outcomes_are_kept(self, backend: Backend) -> None:
         queue = queue_of(backend)
@@ -435,7 +487,9 @@ class TestNumbers:
         ids = [await queue.add("echo") for _ in range(25)]
         failed = [await queue.add("fail") for _ in range(7)]
         async with running(queue):
-            stats = await until(queue.queue_stats, lambda stats: (stats["completed"], stats["failed"]) == (10, 3))
+            stats = await until(
+                queue.queue_stats, lambda stats: (stats["completed"], stats["failed"]) == (10, 3)
+            )
         assert stats == EMPTY | {"completed": 10, "failed": 3}
         assert [job["id"] for job in await queue.get_completed(asc=True)] == ids[15:]
         assert [job["id"] for job in await queue.get_failed(asc=True)] == failed[4:]

@@ -69,7 +69,9 @@ class TestB6:
     def settings(self) -> Settings:
         return Settings(stalled_after=1.0, max_stalls=1)
 
-    async def test_b6_a_job_that_kills_its_workers_is_not_run_for_ever(self, backend: Backend) -> None:
+    async def test_b6_a_job_that_kills_its_workers_is_not_run_for_ever(
+        self, backend: Backend
+    ) -> None:
         queue = make_queue(backend, echo=echo)
         job_id = await queue.add("echo")
         await lose_worker(queue)
@@ -87,7 +89,9 @@ async def test_b7_a_delay_of_zero_is_now(backend: Backend) -> None:
 
 
 @pytest.mark.parametrize("name", ["tenant:email", "a:b:c", ":", "queue:email"])
-async def test_b9_a_queue_name_with_a_colon_is_refused_and_not_cut(backend: Backend, name: str) -> None:
+async def test_b9_a_queue_name_with_a_colon_is_refused_and_not_cut(
+    backend: Backend, name: str
+) -> None:
     with pytest.raises(InvalidQueueName):
         Queue(name, backend)
 
@@ -137,7 +141,9 @@ async def test_b16_a_job_that_is_retried_by_hand_has_all_its_retries(backend: Ba
 
     queue = make_queue(backend, fail=fail, echo=echo)
     failed = await queue.add("fail", retries=2)
-    expired = await queue.enqueue({"task_id": "echo", "args": ["in time"], "ttl": 60, "created_at": backend.now() - 61})
+    expired = await queue.enqueue(
+        {"task_id": "echo", "args": ["in time"], "ttl": 60, "created_at": backend.now() - 61}
+    )
     async with running(queue):
         await outcome(queue, failed)
         assert len(runs) == 3
@@ -156,7 +162,10 @@ async def _count(items: list[int]) -> int:
 
 async def test_b17_two_producers_of_one_id_make_one_job(backend: Backend, twin: Backend) -> None:
     queues = [make_queue(handle, echo=echo) for handle in (backend, twin)]
-    actions = [lambda number=number: queues[number % 2].add("echo", [number], job_id="order-7") for number in range(20)]
+    actions = [
+        lambda number=number: queues[number % 2].add("echo", [number], job_id="order-7")
+        for number in range(20)
+    ]
     assert set(await race(*actions)) == {"order-7"}
     assert await queues[0].count() == 1
     await run_jobs(queues[0])
@@ -214,8 +223,16 @@ async def test_b20_payloads_are_not_damaged(backend: Backend, way: str) -> None:
         return [value, named]
 
     queue = make_queue(backend, give_back=give_back)
-    fields: dict[str, Any] = {"task_id": "give_back", "args": [PAYLOADS], "kwargs": {"named": PAYLOADS}}
-    special: dict[str, dict[str, Any]] = {"delayed": {"delay": 0.001}, "custom id": {"job_id": "mine"}, "retried": {"retries": 1}}
+    fields: dict[str, Any] = {
+        "task_id": "give_back",
+        "args": [PAYLOADS],
+        "kwargs": {"named": PAYLOADS},
+    }
+    special: dict[str, dict[str, Any]] = {
+        "delayed": {"delay": 0.001},
+        "custom id": {"job_id": "mine"},
+        "retried": {"retries": 1},
+    }
     fields |= special.get(way, {})
     job_id = (await queue.add_bulk([fields]))[0] if way == "bulk" else await queue.add(**fields)
     async with running(queue):
@@ -223,7 +240,9 @@ async def test_b20_payloads_are_not_damaged(backend: Backend, way: str) -> None:
     job = await queue.get_job(job_id)
     assert job is not None
     assert repr(result) == repr([PAYLOADS, PAYLOADS])  # 1, 1.0 and True are equal, and not the same
-    assert repr((job["args"], job["kwargs"], job["result"])) == repr(([PAYLOADS], {"named": PAYLOADS}, [PAYLOADS, PAYLOADS]))
+    assert repr((job["args"], job["kwargs"], job["result"])) == repr(
+        ([PAYLOADS], {"named": PAYLOADS}, [PAYLOADS, PAYLOADS])
+    )
 
 
 async def test_b21_a_result_that_is_not_json_harms_no_other_job(backend: Backend) -> None:
@@ -266,7 +285,9 @@ async def test_b24_expired_jobs_are_not_failed_ones(backend: Backend) -> None:
         assert len(await queue.list_jobs(state)) == count
 
 
-async def test_b25_a_job_imports_nothing(backend: Backend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_b25_a_job_imports_nothing(
+    backend: Backend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "amq_never_imported.py").write_text("async def main():\n    return 'ran'\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     queue = make_queue(backend, echo=echo)
@@ -338,7 +359,13 @@ async def test_b27_an_idle_worker_is_told_of_a_job_and_does_not_poll(
     asked_at_delivery: list[int] = []
     real = backend.puller
 
-    def puller(log: str, on_delivery: Callable[[Delivery], None], on_lapse: Callable[[str], None], *, extend: bool = True) -> Puller:
+    def puller(
+        log: str,
+        on_delivery: Callable[[Delivery], None],
+        on_lapse: Callable[[str], None],
+        *,
+        extend: bool = True,
+    ) -> Puller:
         def note(delivery: Delivery) -> None:
             asked_at_delivery.append(len(asked))
             on_delivery(delivery)
@@ -365,7 +392,9 @@ async def test_b27_an_idle_worker_is_told_of_a_job_and_does_not_poll(
     assert reads_at_start[0] <= 1  # whether a job that was delayed has ended meanwhile
 
 
-async def test_b29_a_look_costs_the_same_for_any_number_of_jobs(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_b29_a_look_costs_the_same_for_any_number_of_jobs(
+    backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
     queue = make_queue(backend, concurrency=50, echo=echo)
     entries: list[dict[str, Any]] = [{"task_id": "echo"}, {"task_id": "echo", "delay": 3600}]
     job_id = (await queue.add_bulk(entries))[0]
@@ -412,7 +441,9 @@ class TestB30:
         assert await queue.get_job_state(failed) == "failed"
 
 
-async def test_b31_nothing_looks_at_other_queues(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_b31_nothing_looks_at_other_queues(
+    backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
     queue = make_queue(backend, "mine", echo=echo)
     for number in range(5):
         await make_queue(backend, f"other_{number}").add("echo")

@@ -12,7 +12,16 @@ from functools import partial
 import anyio
 import pytest
 
-from asyncmq_nats.backends.base import Backend, Consumer, Expect, Log, Record, Settled, Signal, Write
+from asyncmq_nats.backends.base import (
+    Backend,
+    Consumer,
+    Expect,
+    Log,
+    Record,
+    Settled,
+    Signal,
+    Write,
+)
 from asyncmq_nats.exceptions import AssetMissing, BackendError, PayloadTooLarge, WriteRefused
 from tests.receiver import PATIENCE
 
@@ -72,7 +81,9 @@ async def test_handles_share_the_store(backend: Backend, twin: Backend) -> None:
 # -- logs
 
 
-async def test_declaring_a_log_again_is_harmless(backend: Backend, twin: Backend, caplog: pytest.LogCaptureFixture) -> None:
+async def test_declaring_a_log_again_is_harmless(
+    backend: Backend, twin: Backend, caplog: pytest.LogCaptureFixture
+) -> None:
     await backend.write("notes", Write("notes.a", b"1"))
     for handle in (backend, twin):
         await handle.declare_log(NOTES)
@@ -114,14 +125,18 @@ async def test_list_logs_goes_by_prefix_and_is_sorted(backend: Backend) -> None:
 
 
 NAMES_A_LOG: dict[str, Callable[[Backend], Awaitable[object]]] = {
-    "declare_consumer": lambda backend: backend.declare_consumer("none", Consumer("counter", ("none.>",))),
+    "declare_consumer": lambda backend: backend.declare_consumer(
+        "none", Consumer("counter", ("none.>",))
+    ),
     "list_consumers": lambda backend: backend.list_consumers("none"),
     "look_up": lambda backend: backend.look_up("none", "counter"),
     "pause": lambda backend: backend.pause("none", "counter", time.time() + 60),
     "resume": lambda backend: backend.resume("none", "counter"),
     "pause_consumer": lambda backend: backend.pause("notes", "none", time.time() + 60),
     "write": lambda backend: backend.write("none", Write("none.a", b"")),
-    "write_batch": lambda backend: backend.write("none", Write("none.a", b""), Write("none.b", b"")),
+    "write_batch": lambda backend: backend.write(
+        "none", Write("none.a", b""), Write("none.b", b"")
+    ),
     "last": lambda backend: backend.last("none", "none.>"),
     "page": lambda backend: backend.page("none", "none.>"),
     "delete": lambda backend: backend.delete("none", 1),
@@ -130,7 +145,9 @@ NAMES_A_LOG: dict[str, Callable[[Backend], Awaitable[object]]] = {
 
 
 @pytest.mark.parametrize("operation", NAMES_A_LOG.values(), ids=NAMES_A_LOG)
-async def test_a_missing_asset_raises(backend: Backend, operation: Callable[[Backend], Awaitable[object]]) -> None:
+async def test_a_missing_asset_raises(
+    backend: Backend, operation: Callable[[Backend], Awaitable[object]]
+) -> None:
     with pytest.raises(AssetMissing), anyio.fail_after(PATIENCE):
         await operation(backend)
 
@@ -156,7 +173,9 @@ async def test_a_record_is_what_was_written(backend: Backend) -> None:
 async def test_overwrite_replaces(backend: Backend) -> None:
     await backend.write("notes", Write("notes.a", b"1"))
     sequence = await backend.write("notes", Write("notes.a", b"2"))
-    assert [(record.body, record.sequence) for record in await backend.page("notes", "notes.>")] == [(b"2", sequence)]
+    assert [
+        (record.body, record.sequence) for record in await backend.page("notes", "notes.>")
+    ] == [(b"2", sequence)]
 
 
 @pytest.mark.parametrize(
@@ -171,8 +190,13 @@ async def test_overwrite_replaces(backend: Backend) -> None:
         ("notes.c", []),
     ],
 )
-async def test_a_filter_has_one_token_for_a_star_and_one_or_more_for_an_arrow(backend: Backend, filter: str, expected: list[str]) -> None:
-    await backend.write("notes", *(Write(subject, b"") for subject in ("notes.b.1", "notes.a.1.x", "notes.a.1", "notes.a")))
+async def test_a_filter_has_one_token_for_a_star_and_one_or_more_for_an_arrow(
+    backend: Backend, filter: str, expected: list[str]
+) -> None:
+    await backend.write(
+        "notes",
+        *(Write(subject, b"") for subject in ("notes.b.1", "notes.a.1.x", "notes.a.1", "notes.a")),
+    )
     await backend.declare_consumer("notes", Consumer("counter", (filter,)))
     assert await subjects(backend, filter) == expected
     assert [record.subject for record in await backend.page("notes", filter)] == expected
@@ -182,8 +206,12 @@ async def test_a_filter_has_one_token_for_a_star_and_one_or_more_for_an_arrow(ba
     assert await backend.purge("notes", filter) == len(expected)
 
 
-async def test_last_takes_any_filter_and_returns_each_record_once_by_sequence(backend: Backend) -> None:
-    await backend.write("notes", *(Write(f"notes.{name}", b"", marker=name == "c") for name in "abcd"))
+async def test_last_takes_any_filter_and_returns_each_record_once_by_sequence(
+    backend: Backend,
+) -> None:
+    await backend.write(
+        "notes", *(Write(f"notes.{name}", b"", marker=name == "c") for name in "abcd")
+    )
     await backend.write("notes", Write("notes.a", b"again"))
     found = await backend.last("notes", "notes.a", "notes.*", "notes.c")
     assert [(record.subject, record.sequence, record.marker) for record in found] == [
@@ -197,7 +225,9 @@ async def test_last_takes_any_filter_and_returns_each_record_once_by_sequence(ba
 async def test_what_is_written_beside_a_record_stays_when_that_is_removed(backend: Backend) -> None:
     for number in range(50):
         older = await backend.write("notes", Write("notes.a", b"older", beside=bool(number % 2)))
-        newer = await backend.write("notes", Write("notes.a", b"newer", expect=Expect("notes.a", older), beside=True))
+        newer = await backend.write(
+            "notes", Write("notes.a", b"newer", expect=Expect("notes.a", older), beside=True)
+        )
         await backend.delete("notes", older)
         [record] = await backend.last("notes", "notes.>")
         assert (record.sequence, record.body) == (newer, b"newer")
@@ -208,9 +238,17 @@ async def test_what_is_written_beside_a_record_stays_when_that_is_removed(backen
 
 async def test_latest_is_the_matching_record_with_the_highest_sequence(backend: Backend) -> None:
     assert await backend.latest("notes", "notes.>") is None
-    await backend.write("notes", *(Write(f"notes.{name}", name.encode()) for name in ("a", "b", "c.d", "e")))
+    await backend.write(
+        "notes", *(Write(f"notes.{name}", name.encode()) for name in ("a", "b", "c.d", "e"))
+    )
     await backend.write("notes", Write("notes.b", b"again", marker=True))
-    for filter, expected in (("notes.>", 5), ("notes.*", 5), ("notes.c.*", 3), ("notes.a", 1), ("notes.*.*", 3)):
+    for filter, expected in (
+        ("notes.>", 5),
+        ("notes.*", 5),
+        ("notes.c.*", 3),
+        ("notes.a", 1),
+        ("notes.*.*", 3),
+    ):
         record = await backend.latest("notes", filter)
         assert record is not None
         assert record.sequence == expected
@@ -221,27 +259,42 @@ async def test_latest_is_the_matching_record_with_the_highest_sequence(backend: 
 
 async def test_last_returns_all_however_many(backend: Backend) -> None:
     for first in (0, 1000):
-        await backend.write("notes", *(Write(f"notes.{number}", b"") for number in range(first, first + 1000)))
+        await backend.write(
+            "notes", *(Write(f"notes.{number}", b"") for number in range(first, first + 1000))
+        )
     found = await backend.last("notes", "notes.>")
     assert [record.sequence for record in found] == list(range(1, 2001))
 
 
 @pytest.mark.parametrize("mostly", [False, True])
 @pytest.mark.parametrize("every", [1, 2, 3, 50, 1000])
-async def test_the_hint_that_most_records_match_changes_no_page(backend: Backend, every: int, mostly: bool) -> None:
+async def test_the_hint_that_most_records_match_changes_no_page(
+    backend: Backend, every: int, mostly: bool
+) -> None:
     for start in range(0, 400, 100):
-        await backend.write("notes", *(Write(f"notes.{'a' if n % every == 0 else 'b'}.{n}", b"%d" % n) for n in range(start, start + 100)))
+        await backend.write(
+            "notes",
+            *(
+                Write(f"notes.{'a' if n % every == 0 else 'b'}.{n}", b"%d" % n)
+                for n in range(start, start + 100)
+            ),
+        )
     await backend.delete("notes", 5)
     expected = [n for n in range(400) if n % every == 0 and n != 4]
     for limit in (1, 70, 500):
         page = await backend.page("notes", "notes.a.*", limit=limit, mostly=mostly)
         assert [int(record.body) for record in page] == expected[:limit]
-        page = await backend.page("notes", "notes.a.*", from_sequence=202, limit=limit, mostly=mostly)
+        page = await backend.page(
+            "notes", "notes.a.*", from_sequence=202, limit=limit, mostly=mostly
+        )
         assert [int(record.body) for record in page] == [n for n in expected if n > 200][:limit]
 
 
 async def test_page_after_page_shows_every_matching_record_once(backend: Backend) -> None:
-    await backend.write("notes", *(Write(f"notes.{'a' if number % 2 else 'b'}.{number}", b"") for number in range(25)))
+    await backend.write(
+        "notes",
+        *(Write(f"notes.{'a' if number % 2 else 'b'}.{number}", b"") for number in range(25)),
+    )
     pages = []
     sequence = 0
     while page := await backend.page("notes", "notes.a.*", from_sequence=sequence + 1, limit=5):
@@ -264,18 +317,33 @@ async def test_purge_removes_what_matches(backend: Backend) -> None:
 
 
 @pytest.mark.parametrize(("before", "left"), [(0, 4), (1, 4), (3, 3), (5, 2), (99, 0)])
-async def test_purge_before_a_sequence_spares_that_one_and_what_follows(backend: Backend, before: int, left: int) -> None:
-    await backend.write("notes", *(Write(f"notes.{name}", b"") for name in ("a.1", "b.1", "a.2", "b.2", "a.3", "a.4")))
+async def test_purge_before_a_sequence_spares_that_one_and_what_follows(
+    backend: Backend, before: int, left: int
+) -> None:
+    await backend.write(
+        "notes",
+        *(Write(f"notes.{name}", b"") for name in ("a.1", "b.1", "a.2", "b.2", "a.3", "a.4")),
+    )
     assert await backend.purge("notes", "notes.a.*", before=before) == 4 - left
     assert len(await subjects(backend, "notes.a.*")) == left
     assert len(await subjects(backend, "notes.b.*")) == 2
 
 
 @pytest.mark.parametrize(
-    ("keep", "left"), [(0, []), (1, ["notes.a.3"]), (2, ["notes.a.2", "notes.a.3"]), (9, ["notes.a.1", "notes.a.2", "notes.a.3"])]
+    ("keep", "left"),
+    [
+        (0, []),
+        (1, ["notes.a.3"]),
+        (2, ["notes.a.2", "notes.a.3"]),
+        (9, ["notes.a.1", "notes.a.2", "notes.a.3"]),
+    ],
 )
-async def test_purge_keep_spares_the_last_ones(backend: Backend, keep: int, left: list[str]) -> None:
-    await backend.write("notes", *(Write(f"notes.{name}", b"") for name in ("a.1", "a.2", "b.1", "a.3", "b.2")))
+async def test_purge_keep_spares_the_last_ones(
+    backend: Backend, keep: int, left: list[str]
+) -> None:
+    await backend.write(
+        "notes", *(Write(f"notes.{name}", b"") for name in ("a.1", "a.2", "b.1", "a.3", "b.2"))
+    )
     assert await backend.purge("notes", "notes.a.*", keep=keep) == 3 - len(left)
     assert await subjects(backend, "notes.a.*") == left
 
@@ -284,7 +352,10 @@ async def test_purge_keep_spares_the_last_ones(backend: Backend, keep: int, left
 
 
 async def test_a_body_of_max_body_is_taken(backend: Backend) -> None:
-    await backend.write("notes", Write("notes.a", b"x" * backend.max_body, expect=Expect("notes.a"), message_id="a" * 40))
+    await backend.write(
+        "notes",
+        Write("notes.a", b"x" * backend.max_body, expect=Expect("notes.a"), message_id="a" * 40),
+    )
     assert await subjects(backend) == ["notes.a"]
 
 
@@ -334,7 +405,10 @@ async def test_an_expectation_ignores_what_was_removed(backend: Backend) -> None
     await backend.delete("notes", second)
     third = await backend.write("notes", Write("notes.a.3", b"", expect=Expect("notes.a.*", first)))
     await backend.purge("notes", "notes.a.*")
-    assert await backend.write("notes", Write("notes.a.4", b"", expect=Expect("notes.a.*", 0))) == third + 1
+    assert (
+        await backend.write("notes", Write("notes.a.4", b"", expect=Expect("notes.a.*", 0)))
+        == third + 1
+    )
 
 
 async def test_a_marker_counts_as_a_record(backend: Backend) -> None:
@@ -356,7 +430,10 @@ async def test_batch_is_all_or_nothing(backend: Backend) -> None:
 
 
 async def test_a_batch_is_written_in_order_and_returns_the_last_sequence(backend: Backend) -> None:
-    assert await backend.write("notes", *(Write(f"notes.{number}", b"") for number in range(1000))) == 1000
+    assert (
+        await backend.write("notes", *(Write(f"notes.{number}", b"") for number in range(1000)))
+        == 1000
+    )
     assert await subjects(backend) == [f"notes.{number}" for number in range(1000)]
 
 
@@ -376,12 +453,18 @@ async def test_every_write_of_a_batch_expects_the_log_before_it(backend: Backend
         Write("notes.done.a.claim", b"", marker=True, ttl=60),
         Write("notes.later.b.released", b"", expect=Expect("notes.later.b.>", 0)),
     )
-    assert await subjects(backend) == ["notes.done.a.completed", "notes.done.a.claim", "notes.later.b.released"]
+    assert await subjects(backend) == [
+        "notes.done.a.completed",
+        "notes.done.a.claim",
+        "notes.later.b.released",
+    ]
 
 
 async def test_a_batch_cannot_expect_a_subject_that_it_has_written(backend: Backend) -> None:
     with pytest.raises(WriteRefused):
-        await backend.write("notes", Write("notes.a", b""), Write("notes.b", b"", expect=Expect("notes.a", 0)))
+        await backend.write(
+            "notes", Write("notes.a", b""), Write("notes.b", b"", expect=Expect("notes.a", 0))
+        )
     assert await subjects(backend) == []
 
 
@@ -391,7 +474,9 @@ async def test_message_id_makes_repetition_harmless(backend: Backend, twin: Back
     await backend.write("notes", Write("notes.a", b"2", message_id="m2"))
     assert await twin.write("notes", write) == first
     assert await twin.write("notes", replace(write, subject="notes.b")) == first
-    assert [(record.subject, record.body) for record in await backend.last("notes", "notes.>")] == [("notes.a", b"2")]
+    assert [(record.subject, record.body) for record in await backend.last("notes", "notes.>")] == [
+        ("notes.a", b"2")
+    ]
 
 
 async def test_message_id_outlives_its_record(backend: Backend) -> None:
@@ -415,11 +500,19 @@ async def test_message_id_of_a_refused_write_is_free(backend: Backend) -> None:
 async def test_a_known_message_id_refuses_a_batch(backend: Backend) -> None:
     await backend.write("notes", Write("notes.a", b"1", message_id="m1"))
     with pytest.raises(WriteRefused):
-        await backend.write("notes", Write("notes.a", b"2", message_id="m1"), Write("notes.b", b"2", message_id="m2"))
-    assert [(record.subject, record.body) for record in await backend.last("notes", "notes.>")] == [("notes.a", b"1")]
+        await backend.write(
+            "notes",
+            Write("notes.a", b"2", message_id="m1"),
+            Write("notes.b", b"2", message_id="m2"),
+        )
+    assert [(record.subject, record.body) for record in await backend.last("notes", "notes.>")] == [
+        ("notes.a", b"1")
+    ]
 
 
-async def test_sends_are_written_in_order_and_settled_with_their_sequences(backend: Backend) -> None:
+async def test_sends_are_written_in_order_and_settled_with_their_sequences(
+    backend: Backend,
+) -> None:
     settled: dict[int, Settled] = {}
     done = anyio.Event()
 

@@ -53,7 +53,9 @@ async def wait_until_empty(backend: Backend) -> None:
 # -- declaring
 
 
-async def test_declaring_a_consumer_again_is_harmless(backend: Backend, twin: Backend, caplog: pytest.LogCaptureFixture) -> None:
+async def test_declaring_a_consumer_again_is_harmless(
+    backend: Backend, twin: Backend, caplog: pytest.LogCaptureFixture
+) -> None:
     for handle in (backend, twin):
         await handle.declare_consumer("jobs", ONE)
         await handle.declare_consumer("jobs", replace(ONE, paused_until=backend.now() + 60))
@@ -85,19 +87,30 @@ async def test_consumers_of_a_work_queue_must_not_overlap(backend: Backend) -> N
         await backend.declare_consumer("jobs", Consumer("overlapping", ("jobs.*.a",), lease=60))
 
 
-async def test_a_consumer_begins_with_the_oldest_record(backend: Backend, receiver: Receiver) -> None:
+async def test_a_consumer_begins_with_the_oldest_record(
+    backend: Backend, receiver: Receiver
+) -> None:
     await add(backend, "3.a", "3.b", "4.a", "3.c")
     await backend.declare_consumer("jobs", Consumer("three", ("jobs.3.*",), lease=60))
-    assert [delivery.body for delivery in await receiver.pull("three", 3)] == [b"3.a", b"3.b", b"3.c"]
+    assert [delivery.body for delivery in await receiver.pull("three", 3)] == [
+        b"3.a",
+        b"3.b",
+        b"3.c",
+    ]
 
 
 async def test_a_consumer_takes_what_matches_any_filter(backend: Backend) -> None:
     await backend.declare_log(NEWS)
-    await backend.declare_consumer("news", Consumer("promoter", ("news.later.*.released", "news.fire.*"), lease=60))
+    await backend.declare_consumer(
+        "news", Consumer("promoter", ("news.later.*.released", "news.fire.*"), lease=60)
+    )
     names = ("news.fire.a", "news.later.a.delayed", "news.later.a.released", "news.fire.a.b")
     await backend.write("news", *(Write(name, b"") for name in names))
     receiver = Receiver(backend, "news")
-    assert [delivery.subject for delivery in await receiver.pull_rest("promoter", wait=SHORT)] == ["news.fire.a", "news.later.a.released"]
+    assert [delivery.subject for delivery in await receiver.pull_rest("promoter", wait=SHORT)] == [
+        "news.fire.a",
+        "news.later.a.released",
+    ]
 
 
 # -- deliveries
@@ -108,21 +121,31 @@ async def test_a_delivery_tells_all_about_its_record(backend: Backend, receiver:
     deliveries = await receiver.pull("one", 2)
     (record,) = await backend.last("jobs", "jobs.1.a")
     first, second = deliveries
-    assert (first.subject, first.body, first.sequence) == (record.subject, record.body, record.sequence)
+    assert (first.subject, first.body, first.sequence) == (
+        record.subject,
+        record.body,
+        record.sequence,
+    )
     assert first.time == pytest.approx(record.time, abs=1e-4)
-    assert [(each.sequence, each.deliveries, each.consumer, each.pending) for each in (first, second)] == [
+    assert [
+        (each.sequence, each.deliveries, each.consumer, each.pending) for each in (first, second)
+    ] == [
         (1, 1, "one", 1),
         (3, 1, "one", 0),
     ]
 
 
-async def test_look_up_knows_what_waits_and_what_is_leased(backend: Backend, receiver: Receiver) -> None:
+async def test_look_up_knows_what_waits_and_what_is_leased(
+    backend: Backend, receiver: Receiver
+) -> None:
     await add(backend, "1.a", "1.b", "1.c")
     assert await look_up(backend, "one") == ConsumerState(pending=3, leased=0, delivered_sequence=0)
     first, _ = await receiver.pull("one", 2)
     assert await look_up(backend, "one") == ConsumerState(pending=1, leased=2, delivered_sequence=2)
     first.ack()
-    assert (await until(lambda: look_up(backend, "one"), lambda state: state.leased == 1)).delivered_sequence == 2
+    assert (
+        await until(lambda: look_up(backend, "one"), lambda state: state.leased == 1)
+    ).delivered_sequence == 2
 
 
 async def test_ack_removes_from_a_work_queue(backend: Backend, receiver: Receiver) -> None:
@@ -156,7 +179,9 @@ async def test_silence_redelivers(backend: Backend, twin: Backend) -> None:
     assert (first.sequence, first.deliveries, second.sequence, second.deliveries) == (1, 1, 1, 2)
 
 
-async def test_a_held_delivery_is_extended_while_the_event_loop_is_blocked(backend: Backend, twin: Backend) -> None:
+async def test_a_held_delivery_is_extended_while_the_event_loop_is_blocked(
+    backend: Backend, twin: Backend
+) -> None:
     await add(backend, "8.a")
     (delivery,) = await Receiver(backend, "jobs").pull("held")
     time.sleep(2.5 * LEASE)  # noqa: ASYNC251  the loop is to be blocked
@@ -165,7 +190,9 @@ async def test_a_held_delivery_is_extended_while_the_event_loop_is_blocked(backe
     await wait_until_empty(backend)
 
 
-async def test_an_abandoned_delivery_is_delivered_again(backend: Backend, receiver: Receiver) -> None:
+async def test_an_abandoned_delivery_is_delivered_again(
+    backend: Backend, receiver: Receiver
+) -> None:
     await add(backend, "9.a")
     (delivery,) = await receiver.pull("rushed")
     delivery.abandon()
@@ -201,7 +228,11 @@ async def test_redelivery_precedes_new_records(backend: Backend, receiver: Recei
     first.nak()
     second.nak()
     again = await receiver.pull("one", 3)
-    assert [(delivery.body, delivery.deliveries) for delivery in again] == [(b"1.a", 2), (b"1.b", 2), (b"1.c", 1)]
+    assert [(delivery.body, delivery.deliveries) for delivery in again] == [
+        (b"1.a", 2),
+        (b"1.b", 2),
+        (b"1.c", 1),
+    ]
 
 
 async def test_late_ack_is_accepted(backend: Backend, twin: Backend) -> None:
@@ -215,27 +246,37 @@ async def test_late_ack_is_accepted(backend: Backend, twin: Backend) -> None:
     assert await look_up(backend, "rushed") == ConsumerState(0, 0, 1)
 
 
-async def test_overwriting_a_leased_record_ends_its_lease(backend: Backend, receiver: Receiver) -> None:
+async def test_overwriting_a_leased_record_ends_its_lease(
+    backend: Backend, receiver: Receiver
+) -> None:
     await add(backend, "1.a")
     (old,) = await receiver.pull("one")
     await add(backend, "1.a")
-    await until(lambda: look_up(backend, "one"), lambda state: (state.pending, state.leased) == (1, 0))
+    await until(
+        lambda: look_up(backend, "one"), lambda state: (state.pending, state.leased) == (1, 0)
+    )
     old.ack()
     (new,) = await receiver.pull("one")
     assert (new.sequence, new.deliveries) == (2, 1)
     assert await look_up(backend, "one") == ConsumerState(0, 1, 2)
 
 
-async def test_the_purge_of_a_single_record_ends_its_lease(backend: Backend, receiver: Receiver) -> None:
+async def test_the_purge_of_a_single_record_ends_its_lease(
+    backend: Backend, receiver: Receiver
+) -> None:
     await add(backend, "1.leased", "1.pending", *(f"7.{number}" for number in range(9)))
     await receiver.pull("one")
     for job in ("leased", "pending"):
         assert await backend.purge("jobs", f"jobs.*.{job}") == 1
-    await until(lambda: look_up(backend, "one"), lambda state: (state.pending, state.leased) == (0, 0))
+    await until(
+        lambda: look_up(backend, "one"), lambda state: (state.pending, state.leased) == (0, 0)
+    )
 
 
 @pytest.mark.parametrize("way", ["delete", "purge"])
-async def test_what_is_removed_is_neither_pending_nor_leased(backend: Backend, receiver: Receiver, way: str) -> None:
+async def test_what_is_removed_is_neither_pending_nor_leased(
+    backend: Backend, receiver: Receiver, way: str
+) -> None:
     await add(backend, "1.a", "1.b")
     (delivery,) = await receiver.pull("one")
     if way == "delete":
@@ -243,7 +284,9 @@ async def test_what_is_removed_is_neither_pending_nor_leased(backend: Backend, r
             assert await backend.delete("jobs", sequence)
     else:
         assert await backend.purge("jobs", "jobs.1.*") == 2
-    await until(lambda: look_up(backend, "one"), lambda state: (state.pending, state.leased) == (0, 0))
+    await until(
+        lambda: look_up(backend, "one"), lambda state: (state.pending, state.leased) == (0, 0)
+    )
     delivery.nak()
     assert await receiver.pull_rest("one", wait=SHORT) == []
 
@@ -257,7 +300,9 @@ async def test_leases_of_a_closed_backend_run_out(backend: Backend, twin: Backen
     assert again.deliveries == 2
 
 
-async def test_a_closed_puller_still_extends_what_is_in_hand(backend: Backend, twin: Backend) -> None:
+async def test_a_closed_puller_still_extends_what_is_in_hand(
+    backend: Backend, twin: Backend
+) -> None:
     await add(backend, "8.a")
     receiver = Receiver(backend, "jobs")
     (delivery,) = await receiver.pull("held")

@@ -94,14 +94,28 @@ async def test_an_answer_may_be_empty(backend: Backend) -> None:
         assert await backend.request("control.ping", timeout=PATIENCE) == b""
 
 
-async def test_republish_signals_every_record_that_is_stored(backend: Backend, twin: Backend) -> None:
+async def test_republish_signals_every_record_that_is_stored(
+    backend: Backend, twin: Backend
+) -> None:
     listener = Listener()
     await backend.declare_log(
-        Log("bucket", ("bucket.>",), timers=True, republish=("bucket.*.*.*", "event.{{wildcard(3)}}.{{wildcard(2)}}"))
+        Log(
+            "bucket",
+            ("bucket.>",),
+            timers=True,
+            republish=("bucket.*.*.*", "event.{{wildcard(3)}}.{{wildcard(2)}}"),
+        )
     )
     await twin.subscribe("event.>", listener.hear)
-    await backend.write("bucket", Write("bucket.done.a.completed", b"1"), Write("bucket.other", b"not this"))
-    await backend.write("bucket", Write("bucket.later.b.delayed", b"2", timer=Timer(backend.now(), "bucket.later.b.released")))
+    await backend.write(
+        "bucket", Write("bucket.done.a.completed", b"1"), Write("bucket.other", b"not this")
+    )
+    await backend.write(
+        "bucket",
+        Write(
+            "bucket.later.b.delayed", b"2", timer=Timer(backend.now(), "bucket.later.b.released")
+        ),
+    )
     assert await listener.wait_for(3) == [
         Signal("event.completed.a", b"1"),
         Signal("event.delayed.b", b"2"),
@@ -111,11 +125,15 @@ async def test_republish_signals_every_record_that_is_stored(backend: Backend, t
 
 async def test_a_refused_or_repeated_write_signals_nothing(backend: Backend) -> None:
     listener = Listener()
-    await backend.declare_log(Log("bucket", ("bucket.>",), republish=("bucket.*", "event.{{wildcard(1)}}")))
+    await backend.declare_log(
+        Log("bucket", ("bucket.>",), republish=("bucket.*", "event.{{wildcard(1)}}"))
+    )
     await backend.subscribe("event.>", listener.hear)
     for _ in range(2):
         await backend.write("bucket", Write("bucket.a", b"", message_id="m1"))
     with pytest.raises(WriteRefused):
-        await backend.write("bucket", Write("bucket.b", b""), Write("bucket.c", b"", expect=Expect("bucket.a", 0)))
+        await backend.write(
+            "bucket", Write("bucket.b", b""), Write("bucket.c", b"", expect=Expect("bucket.a", 0))
+        )
     await backend.write("bucket", Write("bucket.fence", b""))
     assert [signal.subject for signal in await listener.wait_for(2)] == ["event.a", "event.fence"]

@@ -10,7 +10,6 @@ from pydantic import BaseModel, ValidationError
 
 from asyncmq_nats.backends.base import Backend, Write
 from asyncmq_nats.backends.inmemory import InMemoryBackend
-from asyncmq_nats.encoding import dump_json, load_json
 from asyncmq_nats.exceptions import (
     BackendError,
     BulkAddFailed,
@@ -23,10 +22,10 @@ from asyncmq_nats.exceptions import (
 )
 from asyncmq_nats.flow import FlowProducer
 from asyncmq_nats.jobs import Job, check_size
-from asyncmq_nats.queue_admin import list_queues
-from asyncmq_nats.queues import Queue
-from asyncmq_nats.registry import TaskRegistry
+from asyncmq_nats.queues import Queue, list_queues
+from asyncmq_nats.runtime.registry import TaskRegistry
 from asyncmq_nats.tasks import task
+from asyncmq_nats.wire.codec import dump_json, load_json
 from tests.receiver import Receiver, until
 from tests.running import PATIENCE, make_queue, run_jobs, running
 
@@ -54,7 +53,14 @@ def nested(depth: int) -> Any:
 # -- ids
 
 
-STRANGE_IDS = {"empty": "", "long": "x" * 1025, "huge": "x" * 5000, "dots": "." * 400, "surrogate": "\ud800", "accents": "é" * 600}
+STRANGE_IDS = {
+    "empty": "",
+    "long": "x" * 1025,
+    "huge": "x" * 5000,
+    "dots": "." * 400,
+    "surrogate": "\ud800",
+    "accents": "é" * 600,
+}
 
 
 @pytest.mark.parametrize("job_id", STRANGE_IDS.values(), ids=STRANGE_IDS.keys())
@@ -65,7 +71,13 @@ async def test_no_job_is_found_under_an_id_that_none_can_have(queue: Queue, job_
     for timeout in (0, 5):
         with pytest.raises(JobNotFound):
             await queue.wait_for(job_id, timeout=timeout)
-    for look in (queue.cancel_job, queue.remove_job, queue.remove_delayed, queue.retry_job, queue.is_job_cancelled):
+    for look in (
+        queue.cancel_job,
+        queue.remove_job,
+        queue.remove_delayed,
+        queue.retry_job,
+        queue.is_job_cancelled,
+    ):
         assert await look(job_id) is False
     with pytest.raises((JobNotFound, NotSerializable)):
         await queue.add("echo", depends_on=[job_id])
@@ -80,14 +92,20 @@ async def test_no_job_is_added_under_an_id_that_none_can_have(queue: Queue, job_
     with pytest.raises(ValueError, match=r"job.id"):
         await queue.enqueue({"task_id": "echo", "id": job_id})
     with pytest.raises(ValueError, match=r"job.id"):
-        await FlowProducer(queue.backend).add_flow("work", [Job("echo", job_id=job_id), Job("echo")])
+        await FlowProducer(queue.backend).add_flow(
+            "work", [Job("echo", job_id=job_id), Job("echo")]
+        )
     assert await queue.count() == 0
 
 
-@pytest.mark.parametrize("job_id", ["x" * 1024, "é" * 512, "." * 341], ids=["letters", "accents", "dots"])
+@pytest.mark.parametrize(
+    "job_id", ["x" * 1024, "é" * 512, "." * 341], ids=["letters", "accents", "dots"]
+)
 async def test_an_id_of_the_greatest_length_is_one(queue: Queue, job_id: str) -> None:
     first = await queue.enqueue({"task_id": "echo", "id": job_id, "args": ["ran"]})
-    then = await queue.enqueue({"task_id": "echo", "id": job_id[:-1], "args": ["then"], "depends_on": [first]})
+    then = await queue.enqueue(
+        {"task_id": "echo", "id": job_id[:-1], "args": ["then"], "depends_on": [first]}
+    )
     assert await queue.enqueue({"task_id": "echo", "id": job_id}) == first
     async with running(queue):
         assert await queue.wait_for(first, timeout=PATIENCE) == "ran"
@@ -110,7 +128,9 @@ async def test_an_id_that_is_no_text_is_refused(queue: Queue, job_id: Any) -> No
 
 
 async def test_a_dict_without_an_id_gets_one(queue: Queue) -> None:
-    one, other = [await queue.enqueue({"task": "echo", "id": None, "created_at": None}) for _ in range(2)]
+    one, other = [
+        await queue.enqueue({"task": "echo", "id": None, "created_at": None}) for _ in range(2)
+    ]
     assert one != other
     assert await queue.get_job_state(one) == "waiting"
 
@@ -127,7 +147,10 @@ async def test_a_dict_without_an_id_gets_one(queue: Queue) -> None:
         ({"delay": math.inf}, "delay must be a number of seconds, not inf"),
         ({"delay": 1e300}, "delay: Input should be less than"),
         ({"args": 5}, "args must be a list or a tuple"),
-        ({"args": "abc"}, r"args must be a list or a tuple, also of a single one: args=\[…\], not 'abc'"),
+        (
+            {"args": "abc"},
+            r"args must be a list or a tuple, also of a single one: args=\[…\], not 'abc'",
+        ),
         ({"args": b"abc"}, "args must be a list"),
         ({"args": {"a": 1}}, "args must be a list"),
         ({"args": Point()}, "args must be a list"),
@@ -146,7 +169,9 @@ async def test_a_dict_without_an_id_gets_one(queue: Queue) -> None:
         ({"deduplication": "a"}, "deduplication must be a mapping"),
     ],
 )
-async def test_a_wrong_value_is_named_as_the_user_knows_it(queue: Queue, fields: dict[str, Any], told: str) -> None:
+async def test_a_wrong_value_is_named_as_the_user_knows_it(
+    queue: Queue, fields: dict[str, Any], told: str
+) -> None:
     given = {"task_id": "echo"} | fields
     with pytest.raises((ValueError, TypeError), match=told) as raised:
         await queue.add(**given)
@@ -158,7 +183,16 @@ async def test_a_wrong_value_is_named_as_the_user_knows_it(queue: Queue, fields:
 
 
 @pytest.mark.parametrize(
-    "payload", [None, 5, "echo", {}, {"task_id": None}, {"task": "echo", "delay": 5}, {"task": "echo", "max_retries": "x"}]
+    "payload",
+    [
+        None,
+        5,
+        "echo",
+        {},
+        {"task_id": None},
+        {"task": "echo", "delay": 5},
+        {"task": "echo", "max_retries": "x"},
+    ],
 )
 async def test_a_wrong_payload_is_refused(queue: Queue, payload: Any) -> None:
     for add in (queue.enqueue, queue.send, queue.delay):
@@ -187,7 +221,9 @@ async def test_what_could_be_written_but_not_read_is_refused(queue: Queue, value
 
 
 @pytest.mark.parametrize(
-    "value", [nested(190), 10**3999, [{"a": "NaN", "b": number} for number in range(500)]], ids=["deep", "long", "wide"]
+    "value",
+    [nested(190), 10**3999, [{"a": "NaN", "b": number} for number in range(500)]],
+    ids=["deep", "long", "wide"],
 )
 async def test_what_can_just_be_read_goes_through_everything(queue: Queue, value: Any) -> None:
     first = await queue.add("echo", [value])
@@ -215,16 +251,24 @@ def test_there_is_room_around_what_can_be_written() -> None:
     assert load_json(b'{"a":{"b":%b}}' % body)
 
 
-async def test_a_bulk_blames_the_right_job_and_adds_nothing_whatever_kind_the_job_is(queue: Queue) -> None:
+async def test_a_bulk_blames_the_right_job_and_adds_nothing_whatever_kind_the_job_is(
+    queue: Queue,
+) -> None:
     window = {"task_id": "echo", "deduplication": {"id": "window"}}
-    for bad in ({"task_id": "echo", "args": [math.nan]}, window | {"args": [math.nan]}, window | {"args": ["x" * queue.backend.max_body]}):
+    for bad in (
+        {"task_id": "echo", "args": [math.nan]},
+        window | {"args": [math.nan]},
+        window | {"args": ["x" * queue.backend.max_body]},
+    ):
         with pytest.raises((NotSerializable, PayloadTooLarge)) as raised:
             await queue.add_bulk([window, {"task_id": "echo"}, bad, {"task_id": "echo"}])
         assert raised.value.__notes__ == ["in job 2 of add_bulk"]
     assert await list_queues(queue.backend) == []
 
 
-async def test_a_bulk_that_stops_half_way_counts_jobs_with_a_window_too(queue: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_bulk_that_stops_half_way_counts_jobs_with_a_window_too(
+    queue: Queue, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real = queue.backend.write
 
     async def write(log: str, *writes: Write) -> int:
@@ -247,7 +291,9 @@ async def test_a_bulk_that_stops_half_way_counts_jobs_with_a_window_too(queue: Q
 @pytest.mark.parametrize(("max_body", "limit"), [(8_000, 7_000), (1_047_552, 1_047_552 - 65_536)])
 def test_a_job_leaves_room_for_its_outcome(max_body: int, limit: int) -> None:
     check_size(b"x" * limit, "the job", max_body)
-    with pytest.raises(PayloadTooLarge, match=f"the job is {limit + 1:,} bytes, the limit is {limit:,}"):
+    with pytest.raises(
+        PayloadTooLarge, match=f"the job is {limit + 1:,} bytes, the limit is {limit:,}"
+    ):
         check_size(b"x" * (limit + 1), "the job", max_body)
 
 
@@ -282,9 +328,20 @@ def test_a_setting_that_means_nothing_is_refused(fields: dict[str, Any], told: s
 
 
 @pytest.mark.parametrize(
-    "options", [{"retries": "x"}, {"retries": -1}, {"ttl": -1}, {"timeout": 0}, {"backoff": "x"}, {"backoff": -1}, {"name": 5}]
+    "options",
+    [
+        {"retries": "x"},
+        {"retries": -1},
+        {"ttl": -1},
+        {"timeout": 0},
+        {"backoff": "x"},
+        {"backoff": -1},
+        {"name": 5},
+    ],
 )
-def test_an_option_of_a_task_that_means_nothing_is_refused_where_it_is_written(options: dict[str, Any]) -> None:
+def test_an_option_of_a_task_that_means_nothing_is_refused_where_it_is_written(
+    options: dict[str, Any],
+) -> None:
     registry = TaskRegistry()
     with pytest.raises(InvalidArgument, match=next(iter(options)).replace("name", "task_id")):
         task("work", registry=registry, **options)(echo)
@@ -306,18 +363,37 @@ def test_a_decorator_without_a_queue_is_refused() -> None:
         (lambda queue: queue.clean("completed", "x"), "older_than must be a number of seconds"),
         (lambda queue: queue.clean_jobs(0, -1), "limit must be an integer, 0 or more"),
         (lambda queue: queue.clean_jobs(None), "grace must be a number of seconds"),
-        (lambda queue: queue.list_jobs("completed", limit=-1), "limit must be an integer, 0 or more"),
+        (
+            lambda queue: queue.list_jobs("completed", limit=-1),
+            "limit must be an integer, 0 or more",
+        ),
         (lambda queue: queue.list_delayed(limit=-1), "limit must be an integer, 0 or more"),
         (lambda queue: queue.remove_repeatable(None), "must be a dict"),
         (lambda queue: queue.upsert_repeatable("echo", every=5, name=5), "name must be a text"),
         (lambda queue: queue.upsert_repeatable("echo", every=5, args="abc"), "args must be a list"),
-        (lambda queue: queue.upsert_repeatable("echo", cron="* * * * *", timezone=5), "time zone 5 is unknown"),
-        (lambda queue: queue.upsert_repeatable("echo", cron="* * * * *", timezone="../etc/passwd"), "is unknown"),
-        (lambda queue: queue.upsert_repeatable("echo", cron="* * * * *", timezone="Europe"), "is unknown"),
-        (lambda queue: queue.upsert_repeatable("echo", cron="* * * * *", timezone="x" * 5000), "is unknown"),
+        (
+            lambda queue: queue.upsert_repeatable("echo", cron="* * * * *", timezone=5),
+            "time zone 5 is unknown",
+        ),
+        (
+            lambda queue: queue.upsert_repeatable(
+                "echo", cron="* * * * *", timezone="../etc/passwd"
+            ),
+            "is unknown",
+        ),
+        (
+            lambda queue: queue.upsert_repeatable("echo", cron="* * * * *", timezone="Europe"),
+            "is unknown",
+        ),
+        (
+            lambda queue: queue.upsert_repeatable("echo", cron="* * * * *", timezone="x" * 5000),
+            "is unknown",
+        ),
     ],
 )
-async def test_a_wrong_value_declares_nothing(queue: Queue, call: Callable[[Queue], Any], told: str) -> None:
+async def test_a_wrong_value_declares_nothing(
+    queue: Queue, call: Callable[[Queue], Any], told: str
+) -> None:
     with pytest.raises((ValueError, TypeError), match=told):
         await call(queue)
     assert await list_queues(queue.backend) == []
@@ -348,13 +424,22 @@ def test_a_job_makes_an_id_and_a_time_where_none_is_given() -> None:
 
 
 async def test_a_queue_that_was_never_declared_is_empty(queue: Queue) -> None:
-    for read in (queue.get_jobs, queue.get_waiting, queue.get_delayed, queue.get_completed, queue.list_delayed, queue.get_due_delayed):
+    for read in (
+        queue.get_jobs,
+        queue.get_waiting,
+        queue.get_delayed,
+        queue.get_completed,
+        queue.list_delayed,
+        queue.get_due_delayed,
+    ):
         assert await read() == []
     assert await queue.remove_delayed("a") is False
 
 
 @pytest.mark.parametrize("change", ["remove_repeatable", "pause_repeatable"])
-async def test_a_queue_that_was_never_declared_has_no_repeatables(queue: Queue, change: str) -> None:
+async def test_a_queue_that_was_never_declared_has_no_repeatables(
+    queue: Queue, change: str
+) -> None:
     assert await getattr(queue, change)("a") is False
 
 
@@ -394,25 +479,44 @@ async def test_a_job_that_is_tried_again_tells_what_went_wrong(backend: Backend)
         ("fire.series", b'{"at":NaN}'),
         ("fire.series", b'{"at":1e300}'),
         ("repeat.other", b'{"x":1}'),
-        ("repeat.other", b'{"rid":"other","task_id":"echo","args":[],"kwargs":{},"job":{},"schedule":{"every":0}}'),
-        ("repeat.other", b'{"rid":"other","task_id":"echo","args":[],"kwargs":{},"job":{},"schedule":{"cron":"never"}}'),
-        ("repeat.other", b'{"rid":"other","task_id":"echo","args":[],"kwargs":{},"job":{"x":1},"schedule":{"every":1}}'),
-        ("repeat.other", b'{"rid":"another","task_id":"echo","args":[],"kwargs":{},"job":{},"schedule":{"every":1}}'),
+        (
+            "repeat.other",
+            b'{"rid":"other","task_id":"echo","args":[],"kwargs":{},"job":{},"schedule":{"every":0}}',
+        ),
+        (
+            "repeat.other",
+            b'{"rid":"other","task_id":"echo","args":[],"kwargs":{},"job":{},"schedule":{"cron":"never"}}',
+        ),
+        (
+            "repeat.other",
+            b'{"rid":"other","task_id":"echo","args":[],"kwargs":{},"job":{"x":1},"schedule":{"every":1}}',
+        ),
+        (
+            "repeat.other",
+            b'{"rid":"another","task_id":"echo","args":[],"kwargs":{},"job":{},"schedule":{"every":1}}',
+        ),
         ("dedup.key", b"{}"),
         ("dedup.key", b'{"job_id":"a","until":"soon"}'),
     ],
 )
-async def test_a_malformed_record_ends_no_worker_and_no_list(backend: Backend, key: str, body: bytes) -> None:
+async def test_a_malformed_record_ends_no_worker_and_no_list(
+    backend: Backend, key: str, body: bytes
+) -> None:
     queue = make_queue(backend, echo=echo)
     await queue.upsert_repeatable("echo", every=3600, name="series")
     async with running(queue):
         await backend.write("KV_amq_work_scheduler", Write(f"$KV.amq_work_scheduler.{key}", body))
         if key == "repeat.other":
-            await backend.write("KV_amq_work_scheduler", Write("$KV.amq_work_scheduler.fire.other", b'{"at":1}'))
+            await backend.write(
+                "KV_amq_work_scheduler", Write("$KV.amq_work_scheduler.fire.other", b'{"at":1}')
+            )
         job_id = await queue.add("echo", [1], delay=0.01, deduplication={"id": "key"})
         assert await queue.wait_for(job_id, timeout=PATIENCE) == 1
         if key.startswith("fire"):  # it goes
-            await until(lambda: backend.last("KV_amq_work_scheduler", "$KV.amq_work_scheduler.fire.*"), lambda found: not found)
+            await until(
+                lambda: backend.last("KV_amq_work_scheduler", "$KV.amq_work_scheduler.fire.*"),
+                lambda found: not found,
+            )
         assert [each.job_def["name"] for each in await queue.list_repeatables()] == ["series"]
     if key == "repeat.other":
         assert await queue.remove_repeatable("other")
@@ -422,7 +526,9 @@ async def test_a_malformed_claim_claims_nothing(backend: Backend) -> None:
     queue = make_queue(backend, echo=echo)
     job_id = await queue.add("echo", [1])
     (delivery,) = await Receiver(backend, "amq_work").pull("tier_5")
-    await backend.write("KV_amq_work_scheduler", Write(f"$KV.amq_work_scheduler.done.{job_id}.claim", b"{}"))
+    await backend.write(
+        "KV_amq_work_scheduler", Write(f"$KV.amq_work_scheduler.done.{job_id}.claim", b"{}")
+    )
     delivery.nak()
     async with running(queue):
         assert await queue.wait_for(job_id, timeout=PATIENCE) == 1

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from asyncmq_nats.backends.nats.embedded import EmbeddedServer
+from asyncmq_nats.backends.nats.embedded.server import EmbeddedServer
 from asyncmq_nats.settings import Settings
 from tests.nats.cluster import free_ports
 
@@ -28,14 +28,19 @@ JOBS = 12
 
 def compose_command() -> list[str] | None:
     """Return the command of docker compose, the plugin or the program of old; `None` without either."""
-    if shutil.which("docker") and subprocess.run(["docker", "compose", "version"], capture_output=True).returncode == 0:
+    if (
+        shutil.which("docker")
+        and subprocess.run(["docker", "compose", "version"], capture_output=True).returncode == 0
+    ):
         return ["docker", "compose"]
     return ["docker-compose"] if shutil.which("docker-compose") else None
 
 
 def service(name: str) -> str:
     """Return the lines of a service."""
-    match = re.search(rf"^  {name}:\n((?:    .*\n|\n)+)", COMPOSE.partition("\nservices:\n")[2], re.MULTILINE)
+    match = re.search(
+        rf"^  {name}:\n((?:    .*\n|\n)+)", COMPOSE.partition("\nservices:\n")[2], re.MULTILINE
+    )
     assert match is not None, f"no service {name}"
     return match[1]
 
@@ -47,7 +52,10 @@ def service(name: str) -> str:
     ("files", "services"),
     [
         (["docker-compose.yml"], ["nats", "producer", "worker"]),
-        (["docker-compose.yml", "docker-compose.cluster.yml"], ["nats", "nats-2", "nats-3", "producer", "worker"]),
+        (
+            ["docker-compose.yml", "docker-compose.cluster.yml"],
+            ["nats", "nats-2", "nats-3", "producer", "worker"],
+        ),
     ],
 )
 def test_compose_accepts_the_files(files: list[str], services: list[str]) -> None:
@@ -55,13 +63,19 @@ def test_compose_accepts_the_files(files: list[str], services: list[str]) -> Non
     if command is None:
         pytest.skip("no docker compose here")
     options = [option for file in files for option in ("--file", str(ROOT / file))]
-    done = subprocess.run([*command, *options, "config", "--services"], capture_output=True, text=True)
+    done = subprocess.run(
+        [*command, *options, "config", "--services"], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert sorted(done.stdout.split()) == services
 
 
 def test_what_the_file_mentions_is_there() -> None:
-    assert set(re.findall(r"^(\S+?):", COMPOSE, re.MULTILINE)) == {"x-application", "services", "volumes"}
+    assert set(re.findall(r"^(\S+?):", COMPOSE, re.MULTILINE)) == {
+        "x-application",
+        "services",
+        "volumes",
+    }
     for program in re.findall(r'\["python", "(\S+)"\]', COMPOSE):
         assert (ROOT / program).is_file()
     for path in re.findall(r"- (\./\S+?):", COMPOSE):
@@ -119,7 +133,9 @@ def healthy_server(server: EmbeddedServer, tmp_path: Path) -> Iterator[EmbeddedS
         path = HEALTH.search(COMPOSE.encode())
         assert monitor is not None
         assert path is not None
-        with urllib.request.urlopen(f"http://127.0.0.1:{monitor[1]}{path[1].decode()}", timeout=5) as answer:
+        with urllib.request.urlopen(
+            f"http://127.0.0.1:{monitor[1]}{path[1].decode()}", timeout=5
+        ) as answer:
             assert answer.status == 200
         yield started
 
@@ -135,7 +151,10 @@ def cluster(server: EmbeddedServer, tmp_path: Path) -> Iterator[list[EmbeddedSer
         config = config.replace(f"nats://{host}:6222", f"nats://127.0.0.1:{port}")
     servers = [
         EmbeddedServer(
-            tmp_path / "cluster" / host, config=config.replace("$SERVER_NAME", host).replace("port: 6222", f'listen: "127.0.0.1:{port}"')
+            tmp_path / "cluster" / host,
+            config=config.replace("$SERVER_NAME", host).replace(
+                "port: 6222", f'listen: "127.0.0.1:{port}"'
+            ),
         )
         for host, port in ports.items()
     ]
@@ -153,9 +172,16 @@ def start(service_name: str, server: EmbeddedServer, **environment: str) -> "sub
     """Start the command of a service."""
     match = re.search(r'command: \["python", "(\S+)"\]', service(service_name))
     assert match is not None
-    environment = {**os.environ, "ASYNCMQ_NATS_SERVERS": server.url, "PYTHONUNBUFFERED": "1", **environment}
+    environment = {
+        **os.environ,
+        "ASYNCMQ_NATS_SERVERS": server.url,
+        "PYTHONUNBUFFERED": "1",
+        **environment,
+    }
     command = [sys.executable, str(ROOT / match[1])]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
 
 
 def stop(process: "subprocess.Popen[str]") -> str:
@@ -168,7 +194,10 @@ def stop(process: "subprocess.Popen[str]") -> str:
 
 
 def test_jobs_complete_and_sigterm_ends_both(healthy_server: EmbeddedServer) -> None:
-    worker, producer = start("worker", healthy_server), start("producer", healthy_server, INTERVAL="0.05")
+    worker, producer = (
+        start("worker", healthy_server),
+        start("producer", healthy_server, INTERVAL="0.05"),
+    )
     try:
         assert producer.stdout is not None
         seen = [next(producer.stdout) for _ in range(JOBS)]
@@ -183,7 +212,10 @@ def test_jobs_complete_and_sigterm_ends_both(healthy_server: EmbeddedServer) -> 
 
 
 def test_jobs_complete_on_a_cluster_that_loses_a_server(cluster: list[EmbeddedServer]) -> None:
-    environment = {"ASYNCMQ_NATS_SERVERS": ",".join(each.url for each in cluster), "ASYNCMQ_NATS_REPLICAS": "3"}
+    environment = {
+        "ASYNCMQ_NATS_SERVERS": ",".join(each.url for each in cluster),
+        "ASYNCMQ_NATS_REPLICAS": "3",
+    }
     worker = start("worker", cluster[0], **environment)
     producer = start("producer", cluster[0], INTERVAL="0.05", JOBS="60", **environment)
     try:
@@ -200,7 +232,10 @@ def test_jobs_complete_on_a_cluster_that_loses_a_server(cluster: list[EmbeddedSe
 
 
 def test_a_producer_of_so_many_jobs_ends_by_itself(healthy_server: EmbeddedServer) -> None:
-    worker, producer = start("worker", healthy_server), start("producer", healthy_server, INTERVAL="0.01", JOBS="6")
+    worker, producer = (
+        start("worker", healthy_server),
+        start("producer", healthy_server, INTERVAL="0.01", JOBS="6"),
+    )
     try:
         output = producer.communicate(timeout=20)[0]
     finally:

@@ -9,7 +9,7 @@ import pytest
 from asyncmq_nats.backends.base import Backend, Signal
 from asyncmq_nats.context import current_job
 from asyncmq_nats.queues import Queue
-from asyncmq_nats.registry import TaskRegistry
+from asyncmq_nats.runtime.registry import TaskRegistry
 from asyncmq_nats.tasks import task
 from tests.receiver import until
 from tests.running import PATIENCE, make_queue, outcome, running
@@ -139,9 +139,17 @@ def report_by_context_in_thread() -> str:
 
 
 @pytest.mark.parametrize(
-    ("function", "injected"), [(report_async, True), (report_sync, True), (report_by_context, False), (report_by_context_in_thread, False)]
+    ("function", "injected"),
+    [
+        (report_async, True),
+        (report_sync, True),
+        (report_by_context, False),
+        (report_by_context_in_thread, False),
+    ],
 )
-async def test_progress_is_an_event_and_is_stored(backend: Backend, function: Any, injected: bool) -> None:
+async def test_progress_is_an_event_and_is_stored(
+    backend: Backend, function: Any, injected: bool
+) -> None:
     registry, heard = TaskRegistry(), Heard()
     task(queue="work", name="report", progress=injected, registry=registry)(function)
     queue = Queue("work", backend, registry=registry)
@@ -153,7 +161,9 @@ async def test_progress_is_an_event_and_is_stored(backend: Backend, function: An
             await anyio.sleep(0.005)
     assert heard.reports == [(0.25, None), (0.5, {"step": "two"}), (1.0, [1, 2])]
     assert {signal.subject for signal in heard.signals} == {f"amq.work.event.progress.{job_id}"}
-    job = await until(lambda: queue.get_job(job_id), lambda job: job is not None and job.get("progress") == 1.0)
+    job = await until(
+        lambda: queue.get_job(job_id), lambda job: job is not None and job.get("progress") == 1.0
+    )
     assert job is not None
     assert (job["status"], job["progress_data"]) == ("completed", [1, 2])
 
@@ -168,7 +178,9 @@ async def test_progress_can_be_read_while_the_job_runs(backend: Backend) -> None
     queue = make_queue(backend, work=work)
     job_id = await queue.add("work")
     async with running(queue):
-        job = await until(lambda: queue.get_job(job_id), lambda job: job is not None and "progress" in job)
+        job = await until(
+            lambda: queue.get_job(job_id), lambda job: job is not None and "progress" in job
+        )
         assert job is not None
         assert (job["status"], job["progress"], job["progress_data"]) == ("active", 0.5, "half")
         opened.set()
@@ -189,11 +201,16 @@ async def test_progress_is_a_share(backend: Backend, progress: float) -> None:
     queue = make_queue(backend, work=work)
     job_id = await queue.add("work")
     async with running(queue):
-        assert "ValueError: progress must be between 0 and 1" in (await outcome(queue, job_id))["last_error"]
+        assert (
+            "ValueError: progress must be between 0 and 1"
+            in (await outcome(queue, job_id))["last_error"]
+        )
 
 
 @pytest.mark.parametrize("in_thread", [False, True])
-async def test_progress_data_that_is_not_json_is_the_tasks_error(backend: Backend, in_thread: bool) -> None:
+async def test_progress_data_that_is_not_json_is_the_tasks_error(
+    backend: Backend, in_thread: bool
+) -> None:
     def report() -> None:
         current_job().report_progress(0.5, object())
 
@@ -207,5 +224,7 @@ async def test_progress_data_that_is_not_json_is_the_tasks_error(backend: Backen
 
 
 async def test_a_task_with_progress_can_be_called_without_a_worker() -> None:
-    wrapped = task(queue="work", name="report", progress=True, registry=TaskRegistry())(report_async)
+    wrapped = task(queue="work", name="report", progress=True, registry=TaskRegistry())(
+        report_async
+    )
     assert await wrapped() == "done"

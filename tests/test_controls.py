@@ -8,9 +8,9 @@ import anyio
 import pytest
 
 from asyncmq_nats.backends.base import Backend
-from asyncmq_nats.controls import PAUSE_ANSWERS, WorkerRegistry, list_workers
+from asyncmq_nats.runtime.control import PAUSE_ANSWERS, WorkerRegistry, list_workers
 from asyncmq_nats.settings import Settings
-from asyncmq_nats.subjects import QueueSubjects
+from asyncmq_nats.wire.keys import QueueSubjects
 from tests.receiver import until
 from tests.running import PATIENCE, make_queue, outcome, race, running
 
@@ -41,8 +41,15 @@ async def test_a_worker_is_listed_with_all_about_it(backend: Backend, twin: Back
         job_id = await queue.add("work")
         with anyio.fail_after(PATIENCE):
             await started.wait()
-        (seen,) = await until(other.list_workers, lambda workers: bool(workers and workers[0].running))
-        assert (seen.id, seen.queue, seen.concurrency, seen.running) == (worker.id, "work", 7, (job_id,))
+        (seen,) = await until(
+            other.list_workers, lambda workers: bool(workers and workers[0].running)
+        )
+        assert (seen.id, seen.queue, seen.concurrency, seen.running) == (
+            worker.id,
+            "work",
+            7,
+            (job_id,),
+        )
         assert (seen.host, seen.pid) == (socket.gethostname(), os.getpid())
         assert before - 0.1 <= seen.since <= seen.heartbeat <= backend.now() + 0.1
         opened.set()
@@ -72,10 +79,17 @@ async def test_a_heartbeat_renews_the_entry(backend: Backend) -> None:
     queue = make_queue(backend)
     async with running(queue):
         (first,) = await queue.list_workers()
-        (later,) = await until(queue.list_workers, lambda workers: workers[0].heartbeat > first.heartbeat)
+        (later,) = await until(
+            queue.list_workers, lambda workers: workers[0].heartbeat > first.heartbeat
+        )
         assert (later.id, later.since) == (first.id, first.since)
         # Longer than an entry that is not renewed lasts.
-        await until(queue.list_workers, lambda workers: workers[0].heartbeat > first.heartbeat + 3.5 * backend.settings.heartbeat_interval)
+        await until(
+            queue.list_workers,
+            lambda workers: (
+                workers[0].heartbeat > first.heartbeat + 3.5 * backend.settings.heartbeat_interval
+            ),
+        )
 
 
 async def test_an_entry_that_is_not_renewed_goes(backend: Backend) -> None:
@@ -101,7 +115,9 @@ async def test_workers_of_any_name_can_be_listed(backend: Backend) -> None:
     assert await list_workers(backend) == []
 
 
-async def test_pause_does_not_wait_for_a_worker_that_is_gone(backend: Backend, caplog: pytest.LogCaptureFixture) -> None:
+async def test_pause_does_not_wait_for_a_worker_that_is_gone(
+    backend: Backend, caplog: pytest.LogCaptureFixture
+) -> None:
     await entry(backend, "lost").enter()
     queue = make_queue(backend)
     async with running(queue):
@@ -111,7 +127,9 @@ async def test_pause_does_not_wait_for_a_worker_that_is_gone(backend: Backend, c
         await queue.resume()
 
 
-async def test_pauses_at_the_same_time_are_all_answered(backend: Backend, twin: Backend, caplog: pytest.LogCaptureFixture) -> None:
+async def test_pauses_at_the_same_time_are_all_answered(
+    backend: Backend, twin: Backend, caplog: pytest.LogCaptureFixture
+) -> None:
     queue, other = make_queue(backend), make_queue(twin)
     async with running(queue), running(other):
         with anyio.fail_after(PATIENCE):
@@ -129,7 +147,10 @@ async def test_a_queue_without_workers_is_paused_at_once(backend: Backend) -> No
 
 async def test_queues_are_paused_one_by_one(backend: Backend) -> None:
     ran: list[Any] = []
-    one, other = make_queue(backend, "one", work=lambda: None), make_queue(backend, "other", work=lambda: ran.append(1))
+    one, other = (
+        make_queue(backend, "one", work=lambda: None),
+        make_queue(backend, "other", work=lambda: ran.append(1)),
+    )
     async with running(one), running(other):
         await other.pause()
         await other.add("work")

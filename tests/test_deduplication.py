@@ -36,7 +36,9 @@ async def test_a_window_is_a_mapping(backend: Backend, window: Any) -> None:
         await queue_of(backend).add("echo", deduplication=window)
 
 
-@pytest.mark.parametrize("window", [{}, {"id": ""}, {"id": "  "}, {"id": None}, {"id": 5}, {"ttl": 5}])
+@pytest.mark.parametrize(
+    "window", [{}, {"id": ""}, {"id": "  "}, {"id": None}, {"id": 5}, {"ttl": 5}]
+)
 async def test_a_window_has_an_id(backend: Backend, window: Any) -> None:
     with pytest.raises(ValueError, match="needs an 'id'"):
         await queue_of(backend).add("echo", deduplication=window)
@@ -65,13 +67,19 @@ async def test_unknown_keys_are_an_error(backend: Backend) -> None:
 
 
 @pytest.mark.parametrize("name", ["deduplication", "debounce"])
-async def test_while_the_owner_has_not_ended_no_other_job_is_added(backend: Backend, name: str) -> None:
+async def test_while_the_owner_has_not_ended_no_other_job_is_added(
+    backend: Backend, name: str
+) -> None:
     queue = queue_of(backend)
     window: dict[str, Any] = {name: KEY}
     owner = await queue.add("echo", [1], **window)
     assert await queue.add("echo", [2], **window) == owner
     assert await queue.add("echo", [3], **{**window, name: {"id": "another"}}) != owner
-    assert await queue.get_deduplication_job_id("key") == await queue.get_debounce_job_id("key") == owner
+    assert (
+        await queue.get_deduplication_job_id("key")
+        == await queue.get_debounce_job_id("key")
+        == owner
+    )
     assert await queue.count() == 2
     await run_jobs(queue)
     assert await queue.get_job_result(owner) == 1
@@ -195,7 +203,9 @@ async def test_what_is_about_to_run_is_replaced_too(backend: Backend, delay: flo
         for number in range(1, 20):
             if took < 0.3:
                 break
-            owner, other, took = await add_twice(number)  # this machine is busy: the first one may have run before the second came
+            owner, other, took = await add_twice(
+                number
+            )  # this machine is busy: the first one may have run before the second came
         last = backend.now()
         assert owner == other
         assert await queue.wait_for(owner, timeout=PATIENCE) == 1
@@ -286,8 +296,12 @@ async def test_a_window_may_be_owned_by_a_job_that_waits_for_others(backend: Bac
 async def test_bulk_entries_may_have_windows(backend: Backend) -> None:
     queue = queue_of(backend)
     owner = await queue.add("echo", deduplication=KEY)
-    entries: list[dict[str, Any]] = [{"task_id": "echo", "deduplication": {"id": key}} for key in ("key", "new", "new")]
-    ids = await queue.add_bulk([*entries, {"task_id": "echo", "debounce": {"id": "new"}}, {"task_id": "echo"}])
+    entries: list[dict[str, Any]] = [
+        {"task_id": "echo", "deduplication": {"id": key}} for key in ("key", "new", "new")
+    ]
+    ids = await queue.add_bulk(
+        [*entries, {"task_id": "echo", "debounce": {"id": "new"}}, {"task_id": "echo"}]
+    )
     assert ids[0] == owner
     assert ids[1] == ids[2] == ids[3] == await queue.get_deduplication_job_id("new")
     assert len({*ids}) == 3
@@ -297,18 +311,26 @@ async def test_bulk_entries_may_have_windows(backend: Backend) -> None:
 # -- races and cost
 
 
-@pytest.mark.parametrize("window", [KEY, KEY | {"ttl": 60}, KEY | {"ttl": 60, "extend": True, "replace": True}])
-async def test_b17_producers_that_race_add_one_job(backend: Backend, twin: Backend, window: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "window", [KEY, KEY | {"ttl": 60}, KEY | {"ttl": 60, "extend": True, "replace": True}]
+)
+async def test_b17_producers_that_race_add_one_job(
+    backend: Backend, twin: Backend, window: dict[str, Any]
+) -> None:
     queues = [queue_of(handle) for handle in (backend, twin)]
     adds: list[Callable[[], Awaitable[Any]]] = [
-        lambda number=number: queues[number % 2].add("echo", [number], delay=30, deduplication=window)  # type: ignore[misc]
+        lambda number=number: queues[number % 2].add(
+            "echo", [number], delay=30, deduplication=window
+        )  # type: ignore[misc]
         for number in range(30)
     ]
     assert len(set(await race(*adds))) == 1
     assert await queues[0].count() == 1
 
 
-async def test_an_addition_whose_confirmation_was_lost_is_no_hit(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_addition_whose_confirmation_was_lost_is_no_hit(
+    backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
     queue, real = queue_of(backend), backend.write
     await queue.queue_stats()
 
@@ -318,7 +340,9 @@ async def test_an_addition_whose_confirmation_was_lost_is_no_hit(backend: Backen
         raise WriteRefused(log, "the first sending was stored")
 
     told: list[str] = []
-    subscription = await backend.subscribe("amq.work.event.*.*", lambda signal: told.append(signal.subject.split(".")[3]))
+    subscription = await backend.subscribe(
+        "amq.work.event.*.*", lambda signal: told.append(signal.subject.split(".")[3])
+    )
     with monkeypatch.context() as patch:
         patch.setattr(backend, "write", write)
         owner = await queue.add("echo", deduplication=KEY)
@@ -329,14 +353,27 @@ async def test_an_addition_whose_confirmation_was_lost_is_no_hit(backend: Backen
     assert "debounced" not in told
 
 
-async def test_b28_a_window_costs_the_same_in_a_queue_of_any_size(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_b28_a_window_costs_the_same_in_a_queue_of_any_size(
+    backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
     queue = queue_of(backend)
     queue.concurrency = 100
     calls: list[str] = []
-    for name in ("last", "page", "write", "look_up", "list_consumers", "purge", "count", "list_subjects"):
+    for name in (
+        "last",
+        "page",
+        "write",
+        "look_up",
+        "list_consumers",
+        "purge",
+        "count",
+        "list_subjects",
+    ):
         real = getattr(backend, name)
 
-        async def counted(*args: Any, name: str = name, real: Callable[..., Awaitable[Any]] = real, **kwargs: Any) -> Any:
+        async def counted(
+            *args: Any, name: str = name, real: Callable[..., Awaitable[Any]] = real, **kwargs: Any
+        ) -> Any:
             calls.append(name)
             return await real(*args, **kwargs)
 

@@ -7,14 +7,14 @@ from typing import Any
 import anyio
 import pytest
 
-from asyncmq_nats import promoter
-from asyncmq_nats.attempts import Attempt
+from asyncmq_nats.runtime import promoter
 from asyncmq_nats.backends.base import Backend, Delivery, Write
 from asyncmq_nats.exceptions import BackendError, InvalidArgument, Unconfirmed
-from asyncmq_nats.lifecycle import Lifecycle
-from asyncmq_nats.promoter import Promoter
 from asyncmq_nats.queues import Queue
+from asyncmq_nats.runtime.promoter import Promoter
 from asyncmq_nats.settings import Settings
+from asyncmq_nats.transitions.claim import Attempt
+from asyncmq_nats.transitions.finish import Lifecycle
 from tests.receiver import Receiver, until
 from tests.running import PATIENCE, make_queue, outcome, running, wait_until_done
 
@@ -74,7 +74,11 @@ async def test_a_delayed_job_is_delayed_until_its_time(queue: Queue, backend: Ba
     assert job is not None
     assert before + HOUR <= job["delay_until"] <= after + HOUR
     assert (job["args"], job["max_retries"], job["priority"], job["ttl"]) == ([1], 2, 3, 7200)
-    assert await queue.get_job_counts("waiting", "delayed") == {"waiting": 0, "delayed": 1, "paused": 0}
+    assert await queue.get_job_counts("waiting", "delayed") == {
+        "waiting": 0,
+        "delayed": 1,
+        "paused": 0,
+    }
 
 
 @pytest.mark.parametrize("delay", [0, 0.0, -3, -0.5, None])
@@ -94,7 +98,9 @@ async def test_a_delay_that_is_no_time_is_refused(queue: Queue, delay: Any) -> N
 
 
 @pytest.mark.parametrize("delays", [[0.01, 0.05, 0.2, 0.3], [0.4, 0.5, 0.65, 0.8]])
-async def test_no_job_is_early_and_none_is_forgotten(queue: Queue, backend: Backend, starts: Starts, delays: list[float]) -> None:
+async def test_no_job_is_early_and_none_is_forgotten(
+    queue: Queue, backend: Backend, starts: Starts, delays: list[float]
+) -> None:
     due = {}
     async with running(queue):
         for delay in delays:
@@ -115,7 +121,9 @@ async def test_a_job_whose_time_came_without_a_worker_runs_at_once(queue: Queue)
         assert await queue.wait_for(job_id, timeout=PATIENCE) == "late"
 
 
-async def test_a_worker_that_stops_hands_on_what_is_not_due_yet(backend: Backend, twin: Backend) -> None:
+async def test_a_worker_that_stops_hands_on_what_is_not_due_yet(
+    backend: Backend, twin: Backend
+) -> None:
     starts = Starts(backend)
     queues = [make_queue(handle, note=starts.note) for handle in (backend, twin)]
     async with running(queues[0]):
@@ -143,14 +151,18 @@ async def test_a_time_to_live_counts_from_adding(queue: Queue) -> None:
 
 
 async def test_bulk_delays_many(queue: Queue, starts: Starts) -> None:
-    ids = await queue.add_bulk([{"task_id": "note", "args": [number], "delay": 0.6} for number in range(50)])
+    ids = await queue.add_bulk(
+        [{"task_id": "note", "args": [number], "delay": 0.6} for number in range(50)]
+    )
     assert [info.job_id for info in await queue.list_delayed()] == ids
     async with running(queue):
         await wait_until_done(queue)
     assert starts.runs == len(starts.times) == 50
 
 
-async def test_a_delayed_job_with_an_id_of_its_own_is_added_once(queue: Queue, starts: Starts) -> None:
+async def test_a_delayed_job_with_an_id_of_its_own_is_added_once(
+    queue: Queue, starts: Starts
+) -> None:
     for delay in (HOUR, 2 * HOUR, 0.5, None):
         assert await queue.add("note", job_id="report", delay=delay) == "report"
     [info] = await queue.list_delayed()
@@ -179,7 +191,10 @@ async def test_a_payload_whose_time_is_past_runs(queue: Queue, backend: Backend)
 async def test_delay_is_either_of_the_two(queue: Queue, backend: Backend) -> None:
     now = await queue.delay({"task_id": "echo"})
     later = await queue.delay({"task_id": "echo"}, backend.now() + HOUR)
-    assert (await queue.get_job_state(now), await queue.get_job_state(later)) == ("waiting", "delayed")
+    assert (await queue.get_job_state(now), await queue.get_job_state(later)) == (
+        "waiting",
+        "delayed",
+    )
 
 
 async def test_a_listed_payload_can_be_enqueued_again(queue: Queue) -> None:
@@ -201,10 +216,14 @@ async def test_delayed_jobs_are_listed(queue: Queue, backend: Backend) -> None:
     await queue.add("echo")
     listed = await queue.list_delayed()
     assert [info.job_id for info in listed] == ids
-    assert [info.run_at for info in listed] == [pytest.approx(before + HOUR * (number + 1), abs=5) for number in range(5)]
+    assert [info.run_at for info in listed] == [
+        pytest.approx(before + HOUR * (number + 1), abs=5) for number in range(5)
+    ]
     assert [info.payload["args"] for info in listed] == [[number] for number in range(5)]
     assert all(info.payload["status"] == "delayed" for info in listed)
-    assert [[info.job_id for info in await queue.list_delayed(limit=limit)] for limit in (0, 2, 99)] == [[], ids[:2], ids]
+    assert [
+        [info.job_id for info in await queue.list_delayed(limit=limit)] for limit in (0, 2, 99)
+    ] == [[], ids[:2], ids]
 
 
 async def test_a_job_that_waits_for_its_retry_is_listed(queue: Queue) -> None:
@@ -259,7 +278,9 @@ async def test_due_jobs_are_taken_out(queue: Queue, backend: Backend, starts: St
     assert starts.runs == 0
 
 
-async def test_a_due_job_whose_removal_is_in_doubt_is_returned(queue: Queue, backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_due_job_whose_removal_is_in_doubt_is_returned(
+    queue: Queue, backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in ("first", "second", "third"):
         await queue.add("note", [name], delay=0.1)
     due: list[dict[str, Any]] = []
@@ -303,28 +324,39 @@ async def nearly_due(request: pytest.FixtureRequest, queue: Queue) -> AsyncItera
 
 
 async def test_a_job_that_is_nearly_due_is_delayed(queue: Queue, nearly_due: str) -> None:
-    states = [await queue.get_job_state(nearly_due), *(job["id"] for job in await queue.list_jobs("waiting"))]
+    states = [
+        await queue.get_job_state(nearly_due),
+        *(job["id"] for job in await queue.list_jobs("waiting")),
+    ]
     listed, counts = await queue.list_delayed(), await queue.queue_stats()
-    if await queue.get_job_state(nearly_due) == "delayed":  # else this machine was too slow to ask in time
+    if (
+        await queue.get_job_state(nearly_due) == "delayed"
+    ):  # else this machine was too slow to ask in time
         assert states == ["delayed"]
         assert [info.job_id for info in listed] == [nearly_due]
         assert (counts["delayed"], counts["waiting"]) == (1, 0)
 
 
-async def test_a_job_that_is_nearly_due_can_be_removed(queue: Queue, starts: Starts, nearly_due: str) -> None:
+async def test_a_job_that_is_nearly_due_can_be_removed(
+    queue: Queue, starts: Starts, nearly_due: str
+) -> None:
     removed = await queue.remove_delayed(nearly_due)
     await queue.wait_for(await queue.add("echo", delay=0.8), timeout=PATIENCE)
     assert starts.runs == (0 if removed else 1)
 
 
-async def test_a_job_that_is_nearly_due_can_be_cancelled(queue: Queue, starts: Starts, nearly_due: str) -> None:
+async def test_a_job_that_is_nearly_due_can_be_cancelled(
+    queue: Queue, starts: Starts, nearly_due: str
+) -> None:
     state = await queue.get_job_state(nearly_due)
     assert await queue.cancel_job(nearly_due) or state != "delayed"
     await queue.wait_for(await queue.add("echo", delay=0.8), timeout=PATIENCE)
     assert starts.runs == 0 or state != "delayed"
 
 
-async def test_a_job_that_is_nearly_due_can_be_run_now(queue: Queue, starts: Starts, nearly_due: str) -> None:
+async def test_a_job_that_is_nearly_due_can_be_run_now(
+    queue: Queue, starts: Starts, nearly_due: str
+) -> None:
     await queue.retry_job(nearly_due)
     assert (await outcome(queue, nearly_due))["status"] == "completed"
     await queue.wait_for(await queue.add("echo", delay=0.8), timeout=PATIENCE)
@@ -346,7 +378,9 @@ async def test_a_delayed_job_is_run_now_by_hand(queue: Queue, starts: Starts) ->
 # -- what is still where it comes from when its time comes
 
 
-async def test_a_promoter_that_cannot_begin_says_so_and_ends(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_promoter_that_cannot_begin_says_so_and_ends(
+    backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
     queue = make_queue(backend)
     await queue.queue_stats()
 
@@ -407,7 +441,10 @@ async def test_a_promotion_that_is_not_answered_does_not_hold_up_a_stop(
             await promoting.wait()
             group.cancel_scope.cancel()
     async with running(queue):
-        await until(lambda: backend.last("KV_amq_work_scheduler", "$KV.amq_work_scheduler.later.>"), lambda found: not found)
+        await until(
+            lambda: backend.last("KV_amq_work_scheduler", "$KV.amq_work_scheduler.later.>"),
+            lambda found: not found,
+        )
         await wait_until_done(queue)
     assert starts.runs == 1
 
@@ -421,7 +458,9 @@ async def hold(queue: Queue) -> tuple[Lifecycle, Attempt, Delivery]:
     return lifecycle, attempt, delivery
 
 
-async def test_a_slow_acknowledgement_does_not_lose_a_job_that_was_put_off(queue: Queue, backend: Backend) -> None:
+async def test_a_slow_acknowledgement_does_not_lose_a_job_that_was_put_off(
+    queue: Queue, backend: Backend
+) -> None:
     """A foreign producer's job whose time is near, and comes before its ready message is gone."""
     await queue.queue_stats()
     body = f'{{"task": "echo", "args": ["here"], "delay_until": {backend.now() + 0.2}}}'.encode()
@@ -430,6 +469,11 @@ async def test_a_slow_acknowledgement_does_not_lose_a_job_that_was_put_off(queue
     await lifecycle.postpone(attempt, lambda *_: None)
     async with running(queue):
         with anyio.move_on_after(0.6):
-            await until(lambda: backend.last("KV_amq_work_scheduler", "$KV.amq_work_scheduler.later.foreign.>"), lambda found: not found)
+            await until(
+                lambda: backend.last(
+                    "KV_amq_work_scheduler", "$KV.amq_work_scheduler.later.foreign.>"
+                ),
+                lambda found: not found,
+            )
         delivery.ack()
         assert await queue.wait_for("foreign", timeout=PATIENCE) == "here"

@@ -7,16 +7,16 @@ import anyio
 import pytest
 
 from asyncmq_nats.backends.base import Backend, Settled, Write
-from asyncmq_nats.bulk import add_many
 from asyncmq_nats.context import current_job
 from asyncmq_nats.exceptions import InvalidArgument, JobFailed, JobNotFound
 from asyncmq_nats.flow import FlowProducer
 from asyncmq_nats.jobs import Job, new_job
 from asyncmq_nats.queues import Queue
-from asyncmq_nats.registry import TaskRegistry
 from asyncmq_nats.retries import Failure
+from asyncmq_nats.runtime.registry import TaskRegistry
 from asyncmq_nats.settings import Settings
 from asyncmq_nats.tasks import task
+from asyncmq_nats.transitions.bulk import add_many
 from tests.receiver import Receiver, until
 from tests.running import PATIENCE, make_queue, outcome, race, run_jobs, running
 
@@ -61,7 +61,9 @@ async def nothing_moves(queue: Queue) -> None:
 
 async def test_a_child_waits_for_its_parents_and_sees_their_results(backend: Backend) -> None:
     queue = queue_of(backend)
-    first, second = await queue.add_bulk([{"task_id": "echo", "args": [number]} for number in (1, 2)])
+    first, second = await queue.add_bulk(
+        [{"task_id": "echo", "args": [number]} for number in (1, 2)]
+    )
     child = await queue.add("read_parents", depends_on=[first, second])
     assert await queue.get_job_state(child) == "waiting-children"
     assert await queue.count() == 3
@@ -87,10 +89,15 @@ async def test_a_child_runs_only_when_the_last_parent_is_done(backend: Backend) 
 async def test_bulk_entries_may_depend_on_jobs(backend: Backend) -> None:
     queue = queue_of(backend)
     parent = await queue.add("echo", ["parent"])
-    children = await queue.add_bulk([{"task_id": "read_parents", "depends_on": [parent]} for _ in range(100)] + [{"task_id": "echo"}])
+    children = await queue.add_bulk(
+        [{"task_id": "read_parents", "depends_on": [parent]} for _ in range(100)]
+        + [{"task_id": "echo"}]
+    )
     assert await queue.get_job_count_by_types("waiting-children") == 100
     await run_jobs(queue)
-    assert [await queue.get_job_result(child) for child in children] == [{parent: "parent"}] * 100 + [None]
+    assert [await queue.get_job_result(child) for child in children] == [
+        {parent: "parent"}
+    ] * 100 + [None]
 
 
 async def test_tasks_are_enqueued_with_dependencies(backend: Backend) -> None:
@@ -113,7 +120,9 @@ async def test_one_id_instead_of_a_list_and_an_id_twice_mean_one_parent(backend:
 
 
 @pytest.mark.parametrize("unknown", [["nobody"], ["known", "nobody"]])
-async def test_an_unknown_parent_is_an_error_and_adds_nothing(backend: Backend, unknown: list[str]) -> None:
+async def test_an_unknown_parent_is_an_error_and_adds_nothing(
+    backend: Backend, unknown: list[str]
+) -> None:
     queue = queue_of(backend)
     await queue.add("echo", job_id="known")
     with pytest.raises(JobNotFound, match="nobody"):
@@ -144,7 +153,9 @@ async def test_a_delayed_child_waits_for_both(backend: Backend) -> None:
     queue = queue_of(backend)
     parent = await queue.add("echo")
     before = backend.now()
-    soon, later = [await queue.add("echo", depends_on=[parent], delay=delay) for delay in (0.5, 3600)]
+    soon, later = [
+        await queue.add("echo", depends_on=[parent], delay=delay) for delay in (0.5, 3600)
+    ]
     async with running(queue):
         await queue.wait_for(soon, timeout=PATIENCE)
         assert backend.now() - before > 0.45
@@ -154,7 +165,12 @@ async def test_a_delayed_child_waits_for_both(backend: Backend) -> None:
 async def test_a_child_with_an_id_of_its_own_is_added_once(backend: Backend, twin: Backend) -> None:
     queues = [queue_of(handle) for handle in (backend, twin)]
     parent = await queues[0].add("echo", ["x"])
-    adds = [lambda number=number: queues[number % 2].add("read_parents", depends_on=[parent], job_id="child") for number in range(20)]
+    adds = [
+        lambda number=number: queues[number % 2].add(
+            "read_parents", depends_on=[parent], job_id="child"
+        )
+        for number in range(20)
+    ]
     assert set(await race(*adds)) == {"child"}
     assert await queues[0].get_job_count_by_types("waiting-children") == 1
     await run_jobs(queues[0])
@@ -169,7 +185,9 @@ async def test_large_results_of_parents_are_read_when_they_are_wanted(backend: B
     child = await queue.add("measure", depends_on=parents)
 
     async def measure() -> dict[str, int]:
-        return {parent: len(result) for parent, result in (await current_job().parent_results()).items()}
+        return {
+            parent: len(result) for parent, result in (await current_job().parent_results()).items()
+        }
 
     queue = queue_of(backend, measure=measure)
     async with running(queue):
@@ -197,7 +215,9 @@ async def test_b1_a_child_of_an_ordinary_parent_runs(backend: Backend) -> None:
 
 
 @pytest.mark.parametrize(("policy", "state"), POLICIES)
-async def test_b3_a_parent_that_has_failed_before_is_treated_like_one_that_fails(backend: Backend, policy: str, state: str) -> None:
+async def test_b3_a_parent_that_has_failed_before_is_treated_like_one_that_fails(
+    backend: Backend, policy: str, state: str
+) -> None:
     queue = queue_of(backend)
     parent = await queue.add("fail")
     await run_jobs(queue)
@@ -210,7 +230,9 @@ async def test_b3_a_parent_that_has_failed_before_is_treated_like_one_that_fails
 
 @pytest.mark.parametrize(("policy", "state"), POLICIES)
 @pytest.mark.parametrize("end", ["failed", "expired", "cancelled"])
-async def test_b3_the_child_says_what_a_parent_that_does_not_complete_means(backend: Backend, policy: str, state: str, end: str) -> None:
+async def test_b3_the_child_says_what_a_parent_that_does_not_complete_means(
+    backend: Backend, policy: str, state: str, end: str
+) -> None:
     queue = queue_of(backend)
     parent = await queue.add("fail", ttl=0.000001 if end == "expired" else None)
     child = await queue.add("read_parents", depends_on=[parent], on_parent_failure=policy)
@@ -234,7 +256,15 @@ async def test_failure_cascades_as_far_as_the_children_want_it(backend: Backend)
         chain.append(await queue.add("echo", depends_on=[chain[-1]], on_parent_failure=policy))
     aside = await queue.add("echo", depends_on=[chain[2]])
     states = await run_and_look(queue, *chain, aside)
-    assert states == ["failed", "failed", "failed", "failed", "completed", "completed", "waiting-children"]
+    assert states == [
+        "failed",
+        "failed",
+        "failed",
+        "failed",
+        "completed",
+        "completed",
+        "waiting-children",
+    ]
 
 
 async def test_a_child_that_runs_all_the_same_waits_for_its_other_parents(backend: Backend) -> None:
@@ -254,7 +284,9 @@ async def test_a_child_that_runs_all_the_same_waits_for_its_other_parents(backen
         assert await queue.wait_for(child, timeout=PATIENCE) == {slow: "held"}
 
 
-async def test_retrying_a_failed_parent_by_hand_releases_the_children_that_wait(backend: Backend) -> None:
+async def test_retrying_a_failed_parent_by_hand_releases_the_children_that_wait(
+    backend: Backend,
+) -> None:
     broken = True
 
     async def flaky() -> str:
@@ -311,16 +343,27 @@ async def test_who_waits_for_a_job_learns_of_its_end_though_whoever_cancelled_it
         await until(queue.queue_stats, lambda stats: stats["waiting"] == 0)
     assert await queue.get_job_state(parent) == "cancelled"
     stats = await queue.queue_stats()
-    assert stats == dict.fromkeys(stats, 0) | {"completed": 1, "cancelled": 1, "delayed": int(place != "delayed")}
+    assert stats == dict.fromkeys(stats, 0) | {
+        "completed": 1,
+        "cancelled": 1,
+        "delayed": int(place != "delayed"),
+    }
 
 
-async def test_a_cancelled_child_does_not_run_and_does_not_hinder_the_others(backend: Backend) -> None:
+async def test_a_cancelled_child_does_not_run_and_does_not_hinder_the_others(
+    backend: Backend,
+) -> None:
     queue = queue_of(backend)
     parent = await queue.add("echo")
     first, second, third = [await queue.add("echo", depends_on=[parent]) for _ in range(3)]
     assert await queue.cancel_job(first)
     assert await queue.remove_job(second)
-    assert await run_and_look(queue, parent, first, second, third) == ["completed", "cancelled", None, "completed"]
+    assert await run_and_look(queue, parent, first, second, third) == [
+        "completed",
+        "cancelled",
+        None,
+        "completed",
+    ]
 
 
 async def test_a_parent_that_was_removed_can_be_added_again(backend: Backend) -> None:
@@ -340,27 +383,39 @@ async def test_nothing_is_left_of_a_dependency_that_is_over(backend: Backend) ->
     for _ in range(3):
         await queue.add("echo", depends_on=[parent])
     await run_jobs(queue)
-    await until(lambda: backend.last("KV_amq_work_scheduler", "$KV.amq_work_scheduler.*.*.awaited.*"), lambda edges: not edges)
+    await until(
+        lambda: backend.last("KV_amq_work_scheduler", "$KV.amq_work_scheduler.*.*.awaited.*"),
+        lambda edges: not edges,
+    )
 
 
 # -- races
 
 
-async def test_b2_a_child_that_is_added_while_its_parent_completes_runs(backend: Backend, twin: Backend) -> None:
+async def test_b2_a_child_that_is_added_while_its_parent_completes_runs(
+    backend: Backend, twin: Backend
+) -> None:
     queue, producer = queue_of(backend), queue_of(twin)
     queue.concurrency = 10
     children: list[str] = []
     async with running(queue):
         for _ in range(40):
-            parents = await producer.add_bulk([{"task_id": "echo", "args": [number]} for number in range(5)])
-            adds = [partial(producer.add, "read_parents", depends_on=waits_for) for waits_for in (*([each] for each in parents), parents)]
+            parents = await producer.add_bulk(
+                [{"task_id": "echo", "args": [number]} for number in range(5)]
+            )
+            adds = [
+                partial(producer.add, "read_parents", depends_on=waits_for)
+                for waits_for in (*([each] for each in parents), parents)
+            ]
             children += await race(*adds)
         for child in children:
             assert await queue.wait_for(child, timeout=PATIENCE)
     assert (await queue.queue_stats())["completed"] == 40 * 5 + len(children)
 
 
-async def test_parents_that_end_at_the_same_time_release_their_child_once(backend: Backend, twin: Backend) -> None:
+async def test_parents_that_end_at_the_same_time_release_their_child_once(
+    backend: Backend, twin: Backend
+) -> None:
     runs: list[str] = []
 
     async def count() -> int:
@@ -397,7 +452,9 @@ class TestLosses:
     def settings(self) -> Settings:
         return Settings(stalled_after=0.5, publish_timeout=10)
 
-    async def test_a_failure_cascades_although_the_worker_was_lost_half_way(self, backend: Backend) -> None:
+    async def test_a_failure_cascades_although_the_worker_was_lost_half_way(
+        self, backend: Backend
+    ) -> None:
         """The outcome of the parent and that of its child are there, the grandchild has not been told: the redelivery tells it."""
         queue = queue_of(backend)
         parent = await queue.add("fail")
@@ -517,7 +574,9 @@ async def test_a_follow_up_may_depend_on_other_jobs(backend: Backend) -> None:
         assert await queue.wait_for(added[0], timeout=PATIENCE) == {other: "x"}
 
 
-async def test_follow_ups_may_depend_on_each_other_and_on_the_job_that_adds_them(backend: Backend) -> None:
+async def test_follow_ups_may_depend_on_each_other_and_on_the_job_that_adds_them(
+    backend: Backend,
+) -> None:
     added: list[str] = []
 
     async def parent() -> str:
@@ -530,7 +589,10 @@ async def test_follow_ups_may_depend_on_each_other_and_on_the_job_that_adds_them
     job_id = await queue.add("parent")
     async with running(queue):
         await queue.wait_for(job_id, timeout=PATIENCE)
-        assert await queue.wait_for(added[1], timeout=PATIENCE) == {added[0]: "first", job_id: "parent"}
+        assert await queue.wait_for(added[1], timeout=PATIENCE) == {
+            added[0]: "first",
+            job_id: "parent",
+        }
 
 
 async def test_a_follow_up_of_an_unknown_job_fails_the_job(backend: Backend) -> None:
@@ -559,7 +621,11 @@ async def test_a_job_with_children_may_have_follow_ups(backend: Backend) -> None
     child = await queue.add("read_parents", depends_on=[job_id])
     async with running(queue):
         assert await queue.wait_for(child, timeout=PATIENCE) == {job_id: "parent"}
-        assert [await queue.wait_for(follow_up, timeout=PATIENCE) for follow_up in added] == [0, 1, 2]
+        assert [await queue.wait_for(follow_up, timeout=PATIENCE) for follow_up in added] == [
+            0,
+            1,
+            2,
+        ]
 
 
 async def test_hundreds_of_follow_ups_are_committed_at_once(backend: Backend) -> None:
@@ -623,7 +689,9 @@ async def test_an_interval_that_cannot_be_kept_is_an_error(backend: Backend, int
     with pytest.raises(ValueError, match="every"):
         await queue_of(backend).add("echo", repeat_every=interval)
     with pytest.raises(ValueError, match="every"):
-        await queue_of(backend).add_bulk([{"task_id": "echo"}, {"task_id": "echo", "repeat_every": interval}])
+        await queue_of(backend).add_bulk(
+            [{"task_id": "echo"}, {"task_id": "echo", "repeat_every": interval}]
+        )
     with pytest.raises(ValueError, match="every"):
         await FlowProducer(backend).add_flow("work", [Job("echo", repeat_every=interval)])
     with pytest.raises(ValueError, match="every"):
@@ -632,7 +700,9 @@ async def test_an_interval_that_cannot_be_kept_is_an_error(backend: Backend, int
 
 
 @pytest.mark.parametrize("interval", [0, "soon"])
-async def test_an_interval_of_a_foreign_job_that_cannot_be_kept_fails_it_and_harms_no_worker(backend: Backend, interval: Any) -> None:
+async def test_an_interval_of_a_foreign_job_that_cannot_be_kept_fails_it_and_harms_no_worker(
+    backend: Backend, interval: Any
+) -> None:
     queue = queue_of(backend)
     job = new_job(task_id="echo", repeat_every=interval)
     await queue._assets.declare()

@@ -16,10 +16,24 @@ import pytest
 from nats.aio.client import Client
 
 import asyncmq_nats
-from asyncmq_nats import InMemoryBackend, Job, NATSBackend, Queue, Settings, context, events, exceptions, flow, jobs, queues, tasks, workers
-from asyncmq_nats.dependencies import LEAD
+from asyncmq_nats import (
+    InMemoryBackend,
+    Job,
+    NATSBackend,
+    Queue,
+    Settings,
+    context,
+    events,
+    exceptions,
+    flow,
+    jobs,
+    queues,
+    tasks,
+    workers,
+)
 from asyncmq_nats.events import Event
 from asyncmq_nats.jobs import OPTIONAL_FIELDS, RESERVE
+from asyncmq_nats.transitions.release import LEAD
 from tests.test_public_api import METHODS
 
 ROOT = Path(__file__).parents[1]
@@ -42,22 +56,32 @@ def runnable(document: str, language: str) -> list[str]:
 
 def test_every_module_is_named_in_the_architecture() -> None:
     text = (ROOT / "docs" / "architecture.md").read_text()
-    modules = [path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py") if path.name != "__init__.py"]
+    modules = [
+        path.relative_to(PACKAGE).as_posix()
+        for path in PACKAGE.rglob("*.py")
+        if path.name != "__init__.py"
+    ]
     assert [name for name in sorted(modules) if f"`{name}`" not in text] == []
 
 
 def test_no_module_that_is_named_is_gone() -> None:
     text = (ROOT / "docs" / "architecture.md").read_text().partition("## Where to find what")[2]
-    assert [name for name in re.findall(r"`([\w/]+\.py)`", text) if not (PACKAGE / name).is_file()] == []
+    assert [
+        name for name in re.findall(r"`([\w/]+\.py)`", text) if not (PACKAGE / name).is_file()
+    ] == []
 
 
 def test_every_setting_is_in_the_table() -> None:
     table = (ROOT / "README.md").read_text()
-    assert [name for name in Settings.model_fields if f"`ASYNCMQ_NATS_{name.upper()}`" not in table] == []
+    assert [
+        name for name in Settings.model_fields if f"`ASYNCMQ_NATS_{name.upper()}`" not in table
+    ] == []
 
 
 def test_every_default_in_the_table_is_right() -> None:
-    rows = re.findall(r"^\| `ASYNCMQ_NATS_(\w+)` \| `([^`]*)` \|", (ROOT / "README.md").read_text(), re.MULTILINE)
+    rows = re.findall(
+        r"^\| `ASYNCMQ_NATS_(\w+)` \| `([^`]*)` \|", (ROOT / "README.md").read_text(), re.MULTILINE
+    )
     assert len(rows) > 10
     for name, shown in rows:
         default = Settings.model_fields[name.lower()].default
@@ -76,7 +100,9 @@ def test_links_lead_somewhere(document: Path) -> None:
         assert target.exists(), link
         if anchor:
             titles = re.findall(r"^#+ (.+)$", target.read_text(), re.MULTILINE)
-            assert anchor in [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles], link
+            assert anchor in [
+                re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles
+            ], link
 
 
 # -- what the text names is there
@@ -91,13 +117,22 @@ OF_ASYNCMQ = {"backend.enqueue"}
 
 def calls(document: str) -> list[tuple[str, str]]:
     """Return the calls in the text of a document, outside of its blocks: names and arguments."""
-    text = re.sub(r"^```.*?^```$", "", (ROOT / document).read_text(), flags=re.MULTILINE | re.DOTALL)
-    return [call for span in SPAN.findall(text) for call in CALL.findall(span) if call[0] not in OF_ASYNCMQ]
+    text = re.sub(
+        r"^```.*?^```$", "", (ROOT / document).read_text(), flags=re.MULTILINE | re.DOTALL
+    )
+    return [
+        call
+        for span in SPAN.findall(text)
+        for call in CALL.findall(span)
+        if call[0] not in OF_ASYNCMQ
+    ]
 
 
 def takes(function: Any, keywords: set[str]) -> bool:
     parameters = inspect.signature(function).parameters.values()
-    return keywords <= {each.name for each in parameters} or any(each.kind is each.VAR_KEYWORD for each in parameters)
+    return keywords <= {each.name for each in parameters} or any(
+        each.kind is each.VAR_KEYWORD for each in parameters
+    )
 
 
 @pytest.mark.parametrize("document", ["README.md", "docs/coming-from-asyncmq.md"])
@@ -106,7 +141,9 @@ def test_what_is_called_in_the_text_is_there_and_takes_its_keywords(document: st
     for name, arguments in calls(document):
         last = name.rpartition(".")[2]
         found = [getattr(owner, last) for owner in OWNED_BY if callable(getattr(owner, last, None))]
-        assert any(takes(each, set(re.findall(r"(\w+)=", arguments))) for each in found), f"{name}({arguments})"
+        assert any(takes(each, set(re.findall(r"(\w+)=", arguments))) for each in found), (
+            f"{name}({arguments})"
+        )
 
 
 def test_every_name_in_the_table_of_uses_is_there() -> None:
@@ -127,10 +164,17 @@ def test_python_in_a_document_can_be_read_and_imports_what_is_there(document: Pa
 
 def test_a_connection_takes_the_options_in_the_text() -> None:
     (source,) = PYTHON.findall((ROOT / "README.md").read_text().partition("### Connections")[2])
-    made = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call) and ast.unparse(node.func) == "NATSBackend"]
+    made = [
+        node
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "NATSBackend"
+    ]
     given = {str(keyword.arg) for call in made for keyword in call.keywords}
     assert len(given) > 4
-    assert given <= {*inspect.signature(NATSBackend).parameters, *inspect.signature(Client.connect).parameters}
+    assert given <= {
+        *inspect.signature(NATSBackend).parameters,
+        *inspect.signature(Client.connect).parameters,
+    }
 
 
 def test_there_are_examples_to_run() -> None:
@@ -157,7 +201,11 @@ OWNERS: dict[str, Any] = {
 def rows(title: str) -> list[list[str]]:
     """Return the cells of each row of the table under a title."""
     section = COMING.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines() if line.startswith("|")][2:]
+    return [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in section.splitlines()
+        if line.startswith("|")
+    ][2:]
 
 
 def has(owner: Any, name: str) -> bool:
@@ -192,8 +240,15 @@ def test_functions_of_core_that_are_said_to_be_missing_are() -> None:
     text = COMING.partition("Missing are the functions of `core`: ")[2].partition(". Most have")[0]
     names = SPAN.findall(text)
     assert len(names) > 10
-    modules = [importlib.import_module(f"asyncmq_nats.{path.stem}") for path in PACKAGE.glob("*.py")]
-    assert [name for name in names if any(name in getattr(module, "__all__", ()) for module in modules)] == []
+    modules = [
+        importlib.import_module(
+            ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        )
+        for path in PACKAGE.rglob("*.py")
+    ]
+    assert [
+        name for name in names if any(name in getattr(module, "__all__", ()) for module in modules)
+    ] == []
 
 
 def test_every_row_of_the_imports_says_where_a_name_is_or_that_it_is_missing() -> None:
@@ -208,13 +263,19 @@ def test_every_path_into_the_package_leads_somewhere(document: Path) -> None:
     for path in re.findall(r"`(asyncmq_nats(?:\.\w+)+)`", document.read_text()):
         parent, _, name = path.rpartition(".")
         try:
-            assert hasattr(importlib.import_module(parent), name) or importlib.util.find_spec(path), path
+            assert hasattr(importlib.import_module(parent), name) or importlib.util.find_spec(
+                path
+            ), path
         except ModuleNotFoundError:
             pytest.fail(path)
 
 
 def test_settings_that_replace_those_of_asyncmq_exist() -> None:
-    named = {name for document in DOCUMENTS for name in re.findall(r"ASYNCMQ_NATS_([A-Z]\w+)", document.read_text())}
+    named = {
+        name
+        for document in DOCUMENTS
+        for name in re.findall(r"ASYNCMQ_NATS_([A-Z]\w+)", document.read_text())
+    }
     assert {name.lower() for name in named} - set(Settings.model_fields) == set()
 
 
@@ -225,7 +286,9 @@ PROTOCOL = (ROOT / "docs" / "protocol.md").read_text()
 
 
 def test_every_field_of_a_job_is_in_the_protocol() -> None:
-    written = json.loads(Job("any").encode()).keys() | {name for name, _ in OPTIONAL_FIELDS} | {"reruns"}
+    written = (
+        json.loads(Job("any").encode()).keys() | {name for name, _ in OPTIONAL_FIELDS} | {"reruns"}
+    )
     table = PROTOCOL.partition("## The job\n")[2].partition("### Ids")[0]
     assert [name for name in sorted(written) if f"`{name}`" not in table] == []
 
@@ -237,8 +300,12 @@ def test_every_event_is_in_the_protocol() -> None:
 
 
 def test_every_event_that_the_server_does_not_tell_is_named() -> None:
-    assert set(re.findall(r"^\| `amq\.email\.event\.(\w+)\.<id>`", PROTOCOL, re.MULTILINE)) == set(events.ANNOUNCED)
-    (row,) = re.findall(r"^\| events \| .*$", (ROOT / "docs" / "architecture.md").read_text(), re.MULTILINE)
+    assert set(re.findall(r"^\| `amq\.email\.event\.(\w+)\.<id>`", PROTOCOL, re.MULTILINE)) == set(
+        events.ANNOUNCED
+    )
+    (row,) = re.findall(
+        r"^\| events \| .*$", (ROOT / "docs" / "architecture.md").read_text(), re.MULTILINE
+    )
     assert [word for word in events.ANNOUNCED if f"`{word}`" not in row] == []
 
 
@@ -260,7 +327,9 @@ async def run_block(source: str, **environment: str) -> str:
     """Run a block as a program of its own; return what it printed."""
     clean = {key: value for key, value in os.environ.items() if not key.startswith("ASYNCMQ_NATS_")}
     with anyio.fail_after(20):
-        done = await anyio.run_process([sys.executable, "-c", source], env=clean | environment, check=False)
+        done = await anyio.run_process(
+            [sys.executable, "-c", source], env=clean | environment, check=False
+        )
     assert done.returncode == 0, done.stderr.decode()
     return done.stdout.decode()
 

@@ -13,12 +13,14 @@ import pytest
 from asyncmq_nats.backends.nats import embedded
 from asyncmq_nats.backends.nats.backend import NATSBackend
 from asyncmq_nats.backends.nats.connection import Connection
-from asyncmq_nats.backends.nats.embedded import EmbeddedServer
+from asyncmq_nats.backends.nats.embedded.server import EmbeddedServer
 from asyncmq_nats.exceptions import BackendError, ServerBinaryMissing
 from asyncmq_nats.queues import Queue
 from tests.nats.processes import alive, freeze, holds
 
-pytestmark = pytest.mark.usefixtures("server")  # skipped, or an error in CI, without a server program
+pytestmark = pytest.mark.usefixtures(
+    "server"
+)  # skipped, or an error in CI, without a server program
 
 INFO = b"INFO {"
 
@@ -91,7 +93,7 @@ def test_stop_keeps_a_store_of_the_users(tmp_path: Path) -> None:
 
 
 def test_stop_insists_when_the_server_does_not_listen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(embedded, "STOP_TIMEOUT", 0.1)
+    monkeypatch.setattr(embedded.server, "STOP_TIMEOUT", 0.1)
     with EmbeddedServer() as server:
         assert server.pid is not None
         freeze(server.pid)
@@ -99,21 +101,25 @@ def test_stop_insists_when_the_server_does_not_listen(monkeypatch: pytest.Monkey
         greet(server.port)
 
 
-def test_missing_program_is_an_error_that_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_program_is_an_error_that_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr("shutil.which", lambda *args, **kwargs: None)
     with pytest.raises(ServerBinaryMissing, match="asyncmq-nats\\[embedded\\]"):
         EmbeddedServer().start()
 
 
 def test_program_on_the_path_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("PATH", str(Path(embedded._find_program()).parent))
+    monkeypatch.setenv("PATH", str(Path(embedded.server._find_program()).parent))
     monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
     with EmbeddedServer() as server:
         assert greet(server.port).startswith(INFO)
 
 
 def test_config_is_added(tmp_path: Path) -> None:
-    with EmbeddedServer(tmp_path / "store", config='server_name: "mine"\nlisten: "0.0.0.0:1"\n') as server:
+    with EmbeddedServer(
+        tmp_path / "store", config='server_name: "mine"\nlisten: "0.0.0.0:1"\n'
+    ) as server:
         assert b'"server_name":"mine"' in greet(server.port)
 
 
@@ -130,8 +136,8 @@ def test_port_in_use_shows_the_servers_words(server: EmbeddedServer, tmp_path: P
 
 
 def test_server_that_is_never_ready_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(embedded, "START_TIMEOUT", 0.05)
-    monkeypatch.setattr(embedded, "READY", b"never written")
+    monkeypatch.setattr(embedded.server, "START_TIMEOUT", 0.05)
+    monkeypatch.setattr(embedded.server, "READY", b"never written")
     server = EmbeddedServer()
     with pytest.raises(BackendError, match=r"not ready within 0\.05 s"):
         server.start()
@@ -139,16 +145,20 @@ def test_server_that_is_never_ready_is_an_error(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no lock there")
-def test_store_is_served_by_one_server_only(server: EmbeddedServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(embedded, "LOCK_TIMEOUT", 0.05)
+def test_store_is_served_by_one_server_only(
+    server: EmbeddedServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(embedded.server, "LOCK_TIMEOUT", 0.05)
     with pytest.raises(BackendError, match="another nats-server already serves"):
         EmbeddedServer(tmp_path / "nats").start()
     assert greet(server.port).startswith(INFO)
 
 
 def test_server_ends_with_the_interpreter() -> None:
-    program = "from asyncmq_nats.backends.nats.embedded import EmbeddedServer as E; s = E(); s.start(); print(s.port, s._temporary.name)"
-    output = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True, timeout=30)
+    program = "from asyncmq_nats.backends.nats.embedded.server import EmbeddedServer as E; s = E(); s.start(); print(s.port, s._temporary.name)"
+    output = subprocess.run(
+        [sys.executable, "-c", program], check=True, capture_output=True, text=True, timeout=30
+    )
     port, store = output.stdout.split()
     with pytest.raises(ConnectionRefusedError):
         greet(int(port))
@@ -159,7 +169,7 @@ def test_server_ends_with_the_interpreter() -> None:
 def test_at_exit_the_server_ends_before_its_store_goes() -> None:
     program = """
 from pathlib import Path
-from asyncmq_nats.backends.nats.embedded import EmbeddedServer
+from asyncmq_nats.backends.nats.embedded.server import EmbeddedServer
 
 class Observed(EmbeddedServer):
     def stop(self):
@@ -168,7 +178,9 @@ class Observed(EmbeddedServer):
 
 Observed().start()
 """
-    output = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True, timeout=30)
+    output = subprocess.run(
+        [sys.executable, "-c", program], check=True, capture_output=True, text=True, timeout=30
+    )
     assert (output.stdout, output.stderr) == ("True\n", "")
 
 
@@ -176,7 +188,7 @@ Observed().start()
 
 KILLED = """
 import os, signal, subprocess, sys
-from asyncmq_nats.backends.nats.embedded import EmbeddedServer
+from asyncmq_nats.backends.nats.embedded.server import EmbeddedServer
 
 server = EmbeddedServer(sys.argv[1])
 server.start()
@@ -194,7 +206,9 @@ signal.pause()
 @pytest.fixture
 def killed_program(tmp_path: Path) -> Iterator[tuple[int, int, int]]:
     """Kill a program whose other children live on, and return its server's port and id, and the id of the watchdog."""
-    with subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path / "killed")], stdout=subprocess.PIPE, text=True) as program:
+    with subprocess.Popen(
+        [sys.executable, "-c", KILLED, str(tmp_path / "killed")], stdout=subprocess.PIPE, text=True
+    ) as program:
         assert program.stdout is not None
         port, *pids = (int(word) for word in program.stdout.readline().split())
         program.kill()
@@ -204,7 +218,9 @@ def killed_program(tmp_path: Path) -> Iterator[tuple[int, int, int]]:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no shell there")
-async def test_server_ends_when_the_program_is_killed(killed_program: tuple[int, int, int], tmp_path: Path) -> None:
+async def test_server_ends_when_the_program_is_killed(
+    killed_program: tuple[int, int, int], tmp_path: Path
+) -> None:
     port, *pids = killed_program
     with EmbeddedServer(tmp_path / "killed"):  # at once: its store is free in a moment
         with pytest.raises(ConnectionRefusedError):
@@ -236,8 +252,10 @@ def test_watchdog_that_was_killed_is_not_missed() -> None:
 
 
 def test_server_starts_where_there_is_no_shell(monkeypatch: pytest.MonkeyPatch) -> None:
-    program = embedded._find_program()
-    monkeypatch.setattr("shutil.which", lambda name, **_: program if name == "nats-server" else None)
+    program = embedded.server._find_program()
+    monkeypatch.setattr(
+        "shutil.which", lambda name, **_: program if name == "nats-server" else None
+    )
     with EmbeddedServer() as server:
         assert greet(server.port).startswith(INFO)
 
@@ -252,11 +270,15 @@ async def test_backend_that_was_closed_starts_its_server_again(keep: bool, tmp_p
     first = await queue.add("brief")
     await backend.close()
     second = await queue.add("brief")
-    assert {job["id"] for job in await queue.get_jobs("waiting")} == ({first, second} if keep else {second})
+    assert {job["id"] for job in await queue.get_jobs("waiting")} == (
+        {first, second} if keep else {second}
+    )
     await backend.close()
 
 
-async def test_a_backend_that_cannot_connect_ends_its_server(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_backend_that_cannot_connect_ends_its_server(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     async def refuse(self: Connection) -> None:
         raise BackendError("not today")
 

@@ -89,7 +89,11 @@ async def test_the_events_of_a_job_come_in_order(backend: Backend) -> None:
         job_id = await queue.add("echo", ["result"])
         await heard.until("job:completed")
     assert heard.of(job_id) == ["job:waiting", "job:started", "job:completed"]
-    assert {event.queue for event in heard.events} == {event.data["queue"] for event in heard.events} == {"work"}
+    assert (
+        {event.queue for event in heard.events}
+        == {event.data["queue"] for event in heard.events}
+        == {"work"}
+    )
     assert heard.events[-1].data["result"] == "result"
     assert heard.events[-1].data["id"] == job_id
 
@@ -119,7 +123,14 @@ async def test_a_retry_that_waits_is_one_event(backend: Backend) -> None:
     async with listening(queue) as heard, running(queue):
         job_id = await queue.add("fail", retries=1, backoff=0.6)
         events = await heard.until("job:failed")
-    assert heard.of(job_id) == ["job:waiting", "job:started", "job:retrying", "job:waiting", "job:started", "job:failed"]
+    assert heard.of(job_id) == [
+        "job:waiting",
+        "job:started",
+        "job:retrying",
+        "job:waiting",
+        "job:started",
+        "job:failed",
+    ]
     assert "no" in events[-1].data["last_error"]
 
 
@@ -147,7 +158,12 @@ async def test_a_child_that_is_released_says_so(backend: Backend) -> None:
         await heard.until("job:completed", 2)
     names = heard.of(child)
     assert names.count("job:ready") == 1
-    assert [name for name in names if name != "job:ready"] == ["job:waiting-children", "job:waiting", "job:started", "job:completed"]
+    assert [name for name in names if name != "job:ready"] == [
+        "job:waiting-children",
+        "job:waiting",
+        "job:started",
+        "job:completed",
+    ]
 
 
 async def test_a_child_is_ready_when_its_last_parent_is_done(backend: Backend) -> None:
@@ -171,7 +187,9 @@ async def test_what_is_added_twice_is_told(backend: Backend) -> None:
                 event_emitter.on(name, lambda data, name=name: seen.append((name, data)))
             for _ in range(2):
                 await queue.add("echo", job_id="mine")
-            await queue.add_bulk([{"task_id": "echo", "job_id": "mine"}, *[{"task_id": "echo", "job_id": "new"}] * 2])
+            await queue.add_bulk(
+                [{"task_id": "echo", "job_id": "mine"}, *[{"task_id": "echo", "job_id": "new"}] * 2]
+            )
             owner = await queue.add("echo", deduplication={"id": "window"})
             assert await queue.add("echo", deduplication={"id": "window"}) == owner
         await heard.until("job:deduplicated")
@@ -183,7 +201,9 @@ async def test_what_is_added_twice_is_told(backend: Backend) -> None:
     assert (debounced.data["job_id"], debounced.data["debounce_id"]) == (owner, "window")
     assert (deduplicated.data["job_id"], deduplicated.data["deduplication_id"]) == (owner, "window")
     assert deduplicated.data["deduplicated_job_id"] not in (owner, None)
-    assert [(name, data["job_id"], data["queue"]) for name, data in seen] == [(e.name, e.job_id, "work") for e in heard.events]
+    assert [(name, data["job_id"], data["queue"]) for name, data in seen] == [
+        (e.name, e.job_id, "work") for e in heard.events
+    ]
 
 
 class TestStalled:
@@ -240,7 +260,9 @@ async def test_b22_progress_is_heard_with_its_job(backend: Backend) -> None:
         job_id = await queue.add("work")
         await run_jobs(queue)
         await heard.until("job:progress")
-    assert [(event.job_id, event.data["progress"], event.data["data"]) for event in heard.events] == [(job_id, 0.5, {"step": 1})]
+    assert [
+        (event.job_id, event.data["progress"], event.data["data"]) for event in heard.events
+    ] == [(job_id, 0.5, {"step": 1})]
 
 
 async def test_b32_events_are_heard_in_other_processes(backend: Backend, twin: Backend) -> None:
@@ -271,8 +293,10 @@ async def test_a_reader_that_stops_hears_no_more(backend: Backend) -> None:
         await anext(aiter(iterator))
 
 
-async def test_a_slow_reader_loses_events_and_hinders_nobody(backend: Backend, caplog: pytest.LogCaptureFixture, monkeypatch: Any) -> None:
-    monkeypatch.setattr("asyncmq_nats.queue_reads.EVENT_BUFFER", 10)
+async def test_a_slow_reader_loses_events_and_hinders_nobody(
+    backend: Backend, caplog: pytest.LogCaptureFixture, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr("asyncmq_nats.queues.EVENT_BUFFER", 10)
     queue = queue_of(backend)
     stuck = anyio.Event()
     heard: list[Event] = []
@@ -282,7 +306,7 @@ async def test_a_slow_reader_loses_events_and_hinders_nobody(backend: Backend, c
             heard.append(event)
             await stuck.wait()
 
-    with caplog.at_level(logging.WARNING, "asyncmq_nats.queue_reads"):
+    with caplog.at_level(logging.WARNING, "asyncmq_nats.queues"):
         async with anyio.create_task_group() as group:
             group.start_soon(read)
             with anyio.fail_after(PATIENCE):
@@ -332,7 +356,12 @@ async def test_listeners_hear_of_the_jobs_of_this_process(backend: Backend, emit
     with anyio.fail_after(PATIENCE):
         while len(calls) < 4:  # noqa: ASYNC110  the callbacks run in threads
             await anyio.sleep(0.005)
-    assert sorted(name for name, _ in calls) == ["job:completed", "job:retrying", "job:started", "job:started"]
+    assert sorted(name for name, _ in calls) == [
+        "job:completed",
+        "job:retrying",
+        "job:started",
+        "job:started",
+    ]
     for name, data in calls:
         assert (data["id"], data["task"], data["queue"]) == (job_id, "flaky", "work")
         if name == "job:completed":
@@ -340,7 +369,9 @@ async def test_listeners_hear_of_the_jobs_of_this_process(backend: Backend, emit
 
 
 @pytest.mark.parametrize(("task_id", "name"), [("fail", "job:failed"), ("echo", "job:expired")])
-async def test_listeners_hear_of_other_ends(backend: Backend, emitted: Any, task_id: str, name: str) -> None:
+async def test_listeners_hear_of_other_ends(
+    backend: Backend, emitted: Any, task_id: str, name: str
+) -> None:
     calls = emitted(name)
     queue = queue_of(backend)
     job_id = await queue.add(task_id, ttl=0.000001 if name == "job:expired" else None)
@@ -375,7 +406,9 @@ async def test_on_is_a_function_and_a_decorator_and_off_ends_it() -> None:
     assert not emitter.listens("job:completed")
 
 
-async def test_a_callback_that_fails_harms_neither_the_others_nor_the_job(backend: Backend, caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_callback_that_fails_harms_neither_the_others_nor_the_job(
+    backend: Backend, caplog: pytest.LogCaptureFixture
+) -> None:
     heard = anyio.Event()
 
     async def broken(data: dict[str, Any]) -> None:
@@ -411,20 +444,29 @@ async def test_wait_for_cannot_miss_an_outcome(backend: Backend, twin: Backend) 
     async with running(queue):
         for start in range(0, 300, 30):
             numbers = list(range(start, start + 30))
-            assert await race(*[lambda number=number: add_and_wait(number) for number in numbers]) == numbers
+            assert (
+                await race(*[lambda number=number: add_and_wait(number) for number in numbers])
+                == numbers
+            )
 
 
-async def test_wait_for_sees_an_outcome_whose_event_is_lost(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("asyncmq_nats.queue_reads.READ_AGAIN", 0.1)
+async def test_wait_for_sees_an_outcome_whose_event_is_lost(
+    backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("asyncmq_nats.queues.READ_AGAIN", 0.1)
     queue = queue_of(backend)
     subscribe = backend.subscribe
 
     async def deaf(subject: str, on_signal: Callable[..., None]) -> Any:
-        return await subscribe(subject, (lambda signal: None) if ".event." in subject else on_signal)
+        return await subscribe(
+            subject, (lambda signal: None) if ".event." in subject else on_signal
+        )
 
     monkeypatch.setattr(backend, "subscribe", deaf)
     async with running(queue):
-        assert await queue.wait_for(await queue.add("echo", ["x"], delay=0.2), timeout=PATIENCE) == "x"
+        assert (
+            await queue.wait_for(await queue.add("echo", ["x"], delay=0.2), timeout=PATIENCE) == "x"
+        )
 
 
 async def test_wait_for_sees_an_outcome_that_is_there(backend: Backend) -> None:

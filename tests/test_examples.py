@@ -12,22 +12,32 @@ from typing import IO
 
 import pytest
 
-from asyncmq_nats.backends.nats.embedded import EmbeddedServer
+from asyncmq_nats.backends.nats.embedded.server import EmbeddedServer
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
-pytestmark = pytest.mark.usefixtures("server")  # skipped, or an error in CI, without a server program
+pytestmark = pytest.mark.usefixtures(
+    "server"
+)  # skipped, or an error in CI, without a server program
 
 
 def run_example(name: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     clean = {key: value for key, value in os.environ.items() if not key.startswith("ASYNCMQ_NATS_")}
     command = [sys.executable, str(EXAMPLES / name), *arguments]
-    return subprocess.run(command, env=clean | environment, capture_output=True, text=True, timeout=40)
+    return subprocess.run(
+        command, env=clean | environment, capture_output=True, text=True, timeout=40
+    )
 
 
 def start_example(name: str, **environment: str) -> "subprocess.Popen[str]":
     command = [sys.executable, "-u", str(EXAMPLES / name)]
-    return subprocess.Popen(command, env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command,
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def read_to(expected: str, output: IO[str] | None) -> str:
@@ -69,7 +79,11 @@ def test_quickstart_minds_its_own_jobs_only(server: EmbeddedServer) -> None:
     killed.kill()
     killed.communicate()
     with ThreadPoolExecutor() as threads:
-        both = list(threads.map(lambda _: run_example("quickstart.py", ASYNCMQ_NATS_SERVERS=server.url), range(2)))
+        both = list(
+            threads.map(
+                lambda _: run_example("quickstart.py", ASYNCMQ_NATS_SERVERS=server.url), range(2)
+            )
+        )
     for done in both:
         assert done.returncode == 0, done.stdout + done.stderr
         assert "206 completed, 1 failed, as it should." in done.stdout
@@ -80,7 +94,9 @@ def test_a_signal_ends_quickstart_and_its_server(number: signal.Signals) -> None
     run = start_example("quickstart.py")
     url = re.sub(".* at ", "", read_to("an embedded nats-server", run.stdout).strip())
     assert is_served(url)
-    for _ in range(2):  # as if it came from the terminal, and from a program around it that passes it on
+    for _ in range(
+        2
+    ):  # as if it came from the terminal, and from a program around it that passes it on
         run.send_signal(number)
     _, errors = run.communicate(timeout=20)
     assert (run.returncode, errors) == (128 + number, f"\nStopped by {number.name}.\n")
@@ -109,15 +125,21 @@ def test_quickstart_ends_with_its_server_when_nobody_reads_on() -> None:
         ("producer.py", "JOBS", "all"),
     ],
 )
-def test_a_value_that_cannot_work_is_named_in_one_line(name: str, variable: str, value: str) -> None:
+def test_a_value_that_cannot_work_is_named_in_one_line(
+    name: str, variable: str, value: str
+) -> None:
     done = run_example(name, **{variable: value})
     assert done.returncode == 1
     assert re.fullmatch(rf"{variable} must be .*, not '{value}'\n", done.stderr)
 
 
-@pytest.mark.parametrize("name", ["quickstart.py", "worker.py", "producer.py", "plain_nats_producer.py"])
+@pytest.mark.parametrize(
+    "name", ["quickstart.py", "worker.py", "producer.py", "plain_nats_producer.py"]
+)
 def test_without_a_server_an_example_says_so(name: str) -> None:
-    done = run_example(name, ASYNCMQ_NATS_SERVERS="nats://127.0.0.1:1", ASYNCMQ_NATS_CONNECT_TIMEOUT="0.5")
+    done = run_example(
+        name, ASYNCMQ_NATS_SERVERS="nats://127.0.0.1:1", ASYNCMQ_NATS_CONNECT_TIMEOUT="0.5"
+    )
     assert done.returncode == 1
     assert done.stderr.startswith("cannot reach NATS at nats://127.0.0.1:1: ")
     assert done.stderr.count("\n") == 1
@@ -131,11 +153,18 @@ def test_plain_producer_without_a_worker_says_so(server: EmbeddedServer) -> None
 
 def test_plain_producer_adds_a_job_and_follows_it(server: EmbeddedServer) -> None:
     environment = {**os.environ, "ASYNCMQ_NATS_SERVERS": server.url}
-    worker = subprocess.Popen([sys.executable, str(EXAMPLES / "worker.py")], env=environment, stderr=subprocess.PIPE, text=True)
+    worker = subprocess.Popen(
+        [sys.executable, str(EXAMPLES / "worker.py")],
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     try:
         assert worker.stderr is not None
         assert any("runs queue examples" in line for line in worker.stderr)
-        done = run_example("plain_nats_producer.py", "four words in all", ASYNCMQ_NATS_SERVERS=server.url)
+        done = run_example(
+            "plain_nats_producer.py", "four words in all", ASYNCMQ_NATS_SERVERS=server.url
+        )
     finally:
         worker.terminate()
         worker.communicate(timeout=20)

@@ -33,7 +33,11 @@ from asyncmq_nats.exceptions import (
     WriteRefused,
 )
 
-EVERY = {name: value for name, value in vars(exceptions).items() if inspect.isclass(value) and issubclass(value, AsyncMQError)}
+EVERY = {
+    name: value
+    for name, value in vars(exceptions).items()
+    if inspect.isclass(value) and issubclass(value, AsyncMQError)
+}
 DRAWN = re.compile(r"^ {4}([│├└─ ]+)(\w+)(?: +\(([\w, ]+)\))?", re.MULTILINE)
 
 
@@ -41,25 +45,61 @@ DRAWN = re.compile(r"^ {4}([│├└─ ]+)(\w+)(?: +\(([\w, ]+)\))?", re.MULTI
     ("error", "builtin", "told"),
     [
         (InvalidQueueName("a.b"), ValueError, ["'a.b'", "A-Z"]),
-        (InvalidArgument("delay must be a number", "5"), TypeError, ["delay must be a number, not '5'"]),
+        (
+            InvalidArgument("delay must be a number", "5"),
+            TypeError,
+            ["delay must be a number, not '5'"],
+        ),
         (InvalidArgument("delay must be a number", 10**5000), ValueError, ["not this int"]),
-        (InvalidArgument("delay must be a number", "x" * 5000), ValueError, ["x" * 70 + "xxxxxxxxx…"]),
+        (
+            InvalidArgument("delay must be a number", "x" * 5000),
+            ValueError,
+            ["x" * 70 + "xxxxxxxxx…"],
+        ),
         (Unconfirmed("the reading of log", 2.5, read=True), TimeoutError, ["2.5 s", "leader"]),
         (InvalidJobId("7", "it has digits only"), ValueError, ["'7'", "digits"]),
         (InvalidJob("no task"), ValueError, ["no task", "docs/protocol.md"]),
-        (NotSerializable("argument 0", "it is a socket"), TypeError, ["argument 0", "socket", "plain data"]),
-        (PayloadTooLarge("job 'a'", 2_000_000, 1_000_000), ValueError, ["job 'a'", "2,000,000", "1,000,000", "max_payload"]),
+        (
+            NotSerializable("argument 0", "it is a socket"),
+            TypeError,
+            ["argument 0", "socket", "plain data"],
+        ),
+        (
+            PayloadTooLarge("job 'a'", 2_000_000, 1_000_000),
+            ValueError,
+            ["job 'a'", "2,000,000", "1,000,000", "max_payload"],
+        ),
         (TooManyPriorities("work", 256), ValueError, ["'work'", "256"]),
         (TaskNotFound("mail.send", ["b", "a"]), LookupError, ["'mail.send'", "a, b", "import"]),
         (JobNotFound("work", "a"), LookupError, ["'work'", "'a'"]),
-        (JobFailed("a", "failed", "ValueError: no"), AsyncMQError, ["'a'", "failed", "ValueError: no"]),
+        (
+            JobFailed("a", "failed", "ValueError: no"),
+            AsyncMQError,
+            ["'a'", "failed", "ValueError: no"],
+        ),
         (JobFailed("a", "expired", None), AsyncMQError, ["'a'", "expired"]),
-        (BulkAddFailed({0: "a"}, {1: ValueError("full")}), AsyncMQError, ["1 jobs were added", "1 were not", "full"]),
+        (
+            BulkAddFailed({0: "a"}, {1: ValueError("full")}),
+            AsyncMQError,
+            ["1 jobs were added", "1 were not", "full"],
+        ),
         (WriteRefused("log", "wrong sequence"), BackendError, ["'log'", "wrong sequence"]),
         (Unconfirmed("the write", 2.5), TimeoutError, ["2.5 s", "job_id"]),
-        (ConnectionFailed("nats://a", "refused"), ConnectionError, ["nats://a", "refused", "ASYNCMQ_NATS_SERVERS"]),
-        (ServerUnsuitable("nats-server 2.9 is too old", "install 2.12"), BackendError, ["2.9", "install 2.12"]),
-        (PermissionRefused("publishing", "denied"), PermissionError, ["publishing", "denied", "declare=False"]),
+        (
+            ConnectionFailed("nats://a", "refused"),
+            ConnectionError,
+            ["nats://a", "refused", "ASYNCMQ_NATS_SERVERS"],
+        ),
+        (
+            ServerUnsuitable("nats-server 2.9 is too old", "install 2.12"),
+            BackendError,
+            ["2.9", "install 2.12"],
+        ),
+        (
+            PermissionRefused("publishing", "denied"),
+            PermissionError,
+            ["publishing", "denied", "declare=False"],
+        ),
         (AssetMissing("stream x"), LookupError, ["stream x", "declare"]),
         (ServerBinaryMissing(), RuntimeError, ["asyncmq-nats[embedded]"]),
         (Retry("busy", delay=2), AsyncMQError, ["busy"]),
@@ -67,7 +107,9 @@ DRAWN = re.compile(r"^ {4}([│├└─ ]+)(\w+)(?: +\(([\w, ]+)\))?", re.MULTI
         (TaskTimeout("mail.send", 2.5, in_thread=False), TimeoutError, ["'mail.send'", "2.5 s"]),
     ],
 )
-def test_a_message_has_the_values_and_says_what_to_do(error: AsyncMQError, builtin: type, told: list[str]) -> None:
+def test_a_message_has_the_values_and_says_what_to_do(
+    error: AsyncMQError, builtin: type, told: list[str]
+) -> None:
     assert isinstance(error, AsyncMQError)
     assert isinstance(error, builtin)
     assert [word for word in told if word not in str(error)] == []
@@ -80,7 +122,11 @@ def test_the_drawn_tree_is_the_real_one() -> None:
         depth = len(branch) // 4
         parents[depth:] = [name]
         bases[name] = {parents[depth - 1]} | (set(builtins.split(", ")) if builtins else set())
-    assert bases == {name: {base.__name__ for base in error.__bases__} for name, error in EVERY.items() if name != "AsyncMQError"}
+    assert bases == {
+        name: {base.__name__ for base in error.__bases__}
+        for name, error in EVERY.items()
+        if name != "AsyncMQError"
+    }
 
 
 def test_every_error_is_exported() -> None:
@@ -123,4 +169,6 @@ def test_an_error_survives_a_process_boundary(error: AsyncMQError) -> None:
     assert type(again) is type(error)
     assert str(again) == str(error)
     assert vars(again).keys() == vars(error).keys()
-    assert [str(value) for value in vars(again).values()] == [str(value) for value in vars(error).values()]
+    assert [str(value) for value in vars(again).values()] == [
+        str(value) for value in vars(error).values()
+    ]

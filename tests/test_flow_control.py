@@ -7,13 +7,13 @@ from typing import Any
 import anyio
 import pytest
 
-from asyncmq_nats.assets import MAX_TIERS
 from asyncmq_nats.backends.base import Backend
 from asyncmq_nats.context import current_job
 from asyncmq_nats.exceptions import JobFailed, TooManyPriorities
 from asyncmq_nats.queues import Queue
 from asyncmq_nats.settings import Settings
-from asyncmq_nats.subjects import tier_name
+from asyncmq_nats.store.topology import MAX_TIERS
+from asyncmq_nats.wire.keys import tier_name
 from tests.receiver import Receiver, until
 from tests.running import PATIENCE, make_queue, outcome, run_jobs, running, wait_until_done
 
@@ -21,7 +21,9 @@ from tests.running import PATIENCE, make_queue, outcome, run_jobs, running, wait
 @pytest.fixture
 def settings() -> Settings:
     """A lease so long that only a hand-back explains a second delivery; heartbeats in which a missed signal is made up for."""
-    return Settings(stalled_after=60, publish_timeout=10, shutdown_timeout=0.1, heartbeat_interval=0.5)
+    return Settings(
+        stalled_after=60, publish_timeout=10, shutdown_timeout=0.1, heartbeat_interval=0.5
+    )
 
 
 class Gate:
@@ -63,7 +65,10 @@ async def test_jobs_run_by_priority_and_then_in_the_order_of_adding(backend: Bac
     priorities = [-3, 0, 5, 5, 9, 1000] * 20
     random.Random(4).shuffle(priorities)
     await queue.add_bulk(
-        [{"task_id": "note", "args": [priority, number], "priority": priority} for number, priority in enumerate(priorities)]
+        [
+            {"task_id": "note", "args": [priority, number], "priority": priority}
+            for number, priority in enumerate(priorities)
+        ]
     )
     await run_jobs(queue)
     assert len(ran) == 120
@@ -83,7 +88,9 @@ async def test_any_integer_is_a_priority(backend: Backend, priorities: list[int]
     assert [priority for (priority,) in ran] == sorted(priorities)
 
 
-async def test_a_running_worker_finds_a_new_priority_at_once(backend: Backend, twin: Backend) -> None:
+async def test_a_running_worker_finds_a_new_priority_at_once(
+    backend: Backend, twin: Backend
+) -> None:
     queue, producer = make_queue(backend, work=lambda: None), make_queue(twin)
     async with running(queue):
         for priority in (7, -7, 10**20, 1 - 10**200):
@@ -134,7 +141,9 @@ async def test_an_urgent_job_is_the_next_to_start(backend: Backend) -> None:
             await gates[-1].entered()
             await queue.add_bulk([{"task_id": "work", "args": ["later"]}] * 3)
             await queue.add("work", ["urgent"], priority=0)
-            await anyio.sleep(0.01)  # some round trips: others may be in hand already, and this one has to come
+            await anyio.sleep(
+                0.01
+            )  # some round trips: others may be in hand already, and this one has to come
             gates[-1].opened.set()
             await wait_until_done(queue)
             assert ran == ["gate", "urgent", "later", "later", "later"]
@@ -146,7 +155,10 @@ async def test_an_urgent_job_is_the_next_to_start(backend: Backend) -> None:
 async def test_a_busy_worker_leaves_a_job_to_a_free_one(backend: Backend, twin: Backend) -> None:
     """Although it once asked for jobs of that priority, and has not got any since."""
     gate = Gate()
-    busy, free = make_queue(backend, concurrency=2, enter=gate.enter), make_queue(twin, concurrency=2, enter=gate.enter)
+    busy, free = (
+        make_queue(backend, concurrency=2, enter=gate.enter),
+        make_queue(twin, concurrency=2, enter=gate.enter),
+    )
     await busy.add("enter", priority=0)
     async with running(busy):
         await gate.entered()
@@ -162,14 +174,21 @@ async def test_a_busy_worker_leaves_a_job_to_a_free_one(backend: Backend, twin: 
     assert {job["stalls"] for job in await busy.list_jobs("completed")} == {0}
 
 
-async def test_jobs_in_hand_go_back_when_a_long_job_takes_the_slot(backend: Backend, twin: Backend) -> None:
+async def test_jobs_in_hand_go_back_when_a_long_job_takes_the_slot(
+    backend: Backend, twin: Backend
+) -> None:
     gate = Gate()
 
     async def brief() -> None:
         return None
 
-    first, second = (make_queue(handle, concurrency=1, enter=gate.enter, brief=brief) for handle in (backend, twin))
-    await first.add_bulk([{"task_id": "brief"}] * 200 + [{"task_id": "enter"}] + [{"task_id": "brief"}] * 50)
+    first, second = (
+        make_queue(handle, concurrency=1, enter=gate.enter, brief=brief)
+        for handle in (backend, twin)
+    )
+    await first.add_bulk(
+        [{"task_id": "brief"}] * 200 + [{"task_id": "enter"}] + [{"task_id": "brief"}] * 50
+    )
     async with running(first):
         await gate.entered()
         async with running(second):
@@ -188,7 +207,9 @@ async def test_jobs_that_nobody_has_a_slot_for_do_not_go_to_and_fro(backend: Bac
         return None
 
     queue = make_queue(backend, concurrency=1, enter=gate.enter, brief=brief)
-    await queue.add_bulk([{"task_id": "brief"}] * 200 + [{"task_id": "enter"}] + [{"task_id": "brief"}] * 50)
+    await queue.add_bulk(
+        [{"task_id": "brief"}] * 200 + [{"task_id": "enter"}] + [{"task_id": "brief"}] * 50
+    )
     async with running(queue):
         await gate.entered()
         await anyio.sleep(0.3)  # what was in hand is given back
@@ -214,7 +235,9 @@ async def test_nothing_starts_after_pause_has_returned(backend: Backend, twin: B
         await anyio.sleep(0.001)
 
     queues = [make_queue(handle, concurrency=5, count=count) for handle in (backend, twin)]
-    await queues[0].add_bulk([{"task_id": "count", "priority": number % 3} for number in range(600)])
+    await queues[0].add_bulk(
+        [{"task_id": "count", "priority": number % 3} for number in range(600)]
+    )
     async with running(queues[0]), running(queues[1]):
         for _ in range(5):
             goal = min(starts + 30, 600)
@@ -257,7 +280,9 @@ async def test_after_resume_the_next_job_starts_at_once(backend: Backend, twin: 
     assert len(ran) == 4
 
 
-async def test_a_pause_is_of_all_priorities_also_of_new_ones(backend: Backend, twin: Backend) -> None:
+async def test_a_pause_is_of_all_priorities_also_of_new_ones(
+    backend: Backend, twin: Backend
+) -> None:
     ran, note = noting()
     queue, other = make_queue(backend, note=note), make_queue(twin, note=note)
     await queue.add("note", [0], priority=0)
@@ -353,7 +378,9 @@ async def test_a_worker_that_missed_the_resume_goes_on(backend: Backend, twin: B
         assert not await queue.is_paused()
 
 
-async def test_a_queue_that_was_paused_by_another_program_is_paused(backend: Backend, twin: Backend) -> None:
+async def test_a_queue_that_was_paused_by_another_program_is_paused(
+    backend: Backend, twin: Backend
+) -> None:
     ran, note = noting()
     queue = make_queue(backend, note=note)
     async with running(queue):
@@ -426,7 +453,10 @@ async def test_a_running_job_is_cancelled_within_a_second(backend: Backend, twin
             ended.append(type(error).__name__)
             raise
 
-    queue, other = make_queue(backend, concurrency=1, work=work, brief=lambda: "next"), make_queue(twin)
+    queue, other = (
+        make_queue(backend, concurrency=1, work=work, brief=lambda: "next"),
+        make_queue(twin),
+    )
     job_id = await queue.add("work", retries=3)
     async with running(queue):
         await gate.entered()
@@ -440,7 +470,9 @@ async def test_a_running_job_is_cancelled_within_a_second(backend: Backend, twin
     assert (stats["cancelled"], stats["failed"], stats["active"], stats["waiting"]) == (1, 0, 0, 0)
 
 
-async def test_a_cancel_that_was_not_heard_is_seen_at_the_next_heartbeat(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_cancel_that_was_not_heard_is_seen_at_the_next_heartbeat(
+    backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
     gate = Gate()
     queue = make_queue(backend, concurrency=1, enter=gate.enter, brief=lambda: "next")
 
@@ -452,7 +484,12 @@ async def test_a_cancel_that_was_not_heard_is_seen_at_the_next_heartbeat(backend
     async with running(queue):
         await gate.entered()
         assert await queue.cancel_job(job_id) is True
-        assert await queue.wait_for(await queue.add("brief"), timeout=3 * backend.settings.heartbeat_interval) == "next"
+        assert (
+            await queue.wait_for(
+                await queue.add("brief"), timeout=3 * backend.settings.heartbeat_interval
+            )
+            == "next"
+        )
     assert await queue.is_job_cancelled(job_id)
 
 

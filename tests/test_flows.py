@@ -8,7 +8,15 @@ import pytest
 
 from asyncmq_nats.backends.base import Backend, Write
 from asyncmq_nats.context import current_job
-from asyncmq_nats.exceptions import BackendError, BulkAddFailed, InvalidFlow, JobNotFound, NotSerializable, Unconfirmed, WriteRefused
+from asyncmq_nats.exceptions import (
+    BackendError,
+    BulkAddFailed,
+    InvalidFlow,
+    JobNotFound,
+    NotSerializable,
+    Unconfirmed,
+    WriteRefused,
+)
 from asyncmq_nats.flow import FlowProducer
 from asyncmq_nats.jobs import Job
 from asyncmq_nats.queues import Queue
@@ -28,11 +36,17 @@ async def read_parents() -> dict[str, Any]:
 
 
 def queue_of(backend: Backend, **tasks: Any) -> Queue:
-    return make_queue(backend, concurrency=20, echo=echo, fail=fail, read_parents=read_parents, **tasks)
+    return make_queue(
+        backend, concurrency=20, echo=echo, fail=fail, read_parents=read_parents, **tasks
+    )
 
 
 def job(task_id: str = "echo", *parents: Job, **fields: Any) -> Job:
-    return Job(task_id=task_id, depends_on=[parent.job_id for parent in parents] or None, **({"max_retries": 0} | fields))
+    return Job(
+        task_id=task_id,
+        depends_on=[parent.job_id for parent in parents] or None,
+        **({"max_retries": 0} | fields),
+    )
 
 
 # -- shapes
@@ -78,7 +92,9 @@ async def test_fan_out_to_10_000_children_each_once(backend: Backend) -> None:
     queue.concurrency = 200
     root = job()
     with anyio.fail_after(45):
-        await FlowProducer(backend).add_flow("work", [root, *(job("note", root, args=[number]) for number in range(10_000))])
+        await FlowProducer(backend).add_flow(
+            "work", [root, *(job("note", root, args=[number]) for number in range(10_000))]
+        )
         async with running(queue):
             while len(runs) < 10_000:  # noqa: ASYNC110  far cheaper than counting by state now and then
                 await anyio.sleep(0.05)
@@ -90,13 +106,20 @@ async def test_fan_out_to_10_000_children_each_once(backend: Backend) -> None:
 
 async def test_a_flow_may_hang_on_jobs_outside_of_it(backend: Backend) -> None:
     queue = queue_of(backend)
-    outside, ended = await queue.add("echo", ["outside"], delay=0.2), await queue.add("echo", ["ended"])
+    outside, ended = (
+        await queue.add("echo", ["outside"], delay=0.2),
+        await queue.add("echo", ["ended"]),
+    )
     async with running(queue):
         await queue.wait_for(ended, timeout=PATIENCE)
         parent = job(args=["inside"])
         child = Job(task_id="read_parents", depends_on=[outside, ended, parent.job_id])
         await FlowProducer(backend).add_flow("work", [child, parent])
-        assert await queue.wait_for(child.job_id, timeout=PATIENCE) == {outside: "outside", ended: "ended", parent.job_id: "inside"}
+        assert await queue.wait_for(child.job_id, timeout=PATIENCE) == {
+            outside: "outside",
+            ended: "ended",
+            parent.job_id: "inside",
+        }
 
 
 async def test_jobs_of_a_flow_keep_their_priority_delay_and_retries(backend: Backend) -> None:
@@ -126,7 +149,10 @@ async def test_jobs_of_a_flow_keep_their_priority_delay_and_retries(backend: Bac
 @pytest.mark.parametrize("length", [1, 2, 5])
 async def test_b18_a_circle_is_refused(backend: Backend, length: int) -> None:
     ids = [f"job-{number}" for number in range(length)]
-    jobs = [Job(task_id="echo", job_id=ids[number], depends_on=[ids[number - 1]]) for number in range(length)]
+    jobs = [
+        Job(task_id="echo", job_id=ids[number], depends_on=[ids[number - 1]])
+        for number in range(length)
+    ]
     jobs += [job(), Job(task_id="echo", depends_on=[ids[0]])]
     with pytest.raises(InvalidFlow, match="circle"):
         await FlowProducer(backend).add_flow("work", jobs)
@@ -135,7 +161,9 @@ async def test_b18_a_circle_is_refused(backend: Backend, length: int) -> None:
 
 async def test_two_jobs_with_one_id_are_refused(backend: Backend) -> None:
     with pytest.raises(InvalidFlow, match="same id"):
-        await FlowProducer(backend).add_flow("work", [Job(task_id="echo", job_id="x"), Job(task_id="echo", job_id="x")])
+        await FlowProducer(backend).add_flow(
+            "work", [Job(task_id="echo", job_id="x"), Job(task_id="echo", job_id="x")]
+        )
     assert await queue_of(backend).count() == 0
 
 
@@ -150,7 +178,9 @@ async def test_an_id_that_exists_is_refused_and_nothing_is_added(backend: Backen
 
 async def test_an_unknown_parent_is_an_error_and_nothing_is_added(backend: Backend) -> None:
     with pytest.raises(JobNotFound, match="nobody"):
-        await FlowProducer(backend).add_flow("work", [job(), Job(task_id="echo", depends_on=["nobody"])])
+        await FlowProducer(backend).add_flow(
+            "work", [job(), Job(task_id="echo", depends_on=["nobody"])]
+        )
     assert await queue_of(backend).count() == 0
 
 
@@ -168,8 +198,12 @@ async def test_an_empty_flow_is_nothing(backend: Backend) -> None:
 # -- failures
 
 
-@pytest.mark.parametrize(("policy", "state"), [("wait", "waiting-children"), ("fail", "failed"), ("run", "completed")])
-async def test_a_failing_job_of_a_flow_is_treated_as_its_children_want(backend: Backend, policy: str, state: str) -> None:
+@pytest.mark.parametrize(
+    ("policy", "state"), [("wait", "waiting-children"), ("fail", "failed"), ("run", "completed")]
+)
+async def test_a_failing_job_of_a_flow_is_treated_as_its_children_want(
+    backend: Backend, policy: str, state: str
+) -> None:
     queue = queue_of(backend)
     root = job("fail")
     child = job("echo", root, on_parent_failure=policy)
@@ -179,7 +213,10 @@ async def test_a_failing_job_of_a_flow_is_treated_as_its_children_want(backend: 
         await outcome(queue, root.job_id)
         if policy != "wait":
             await outcome(queue, grandchild.job_id)
-    assert [await queue.get_job_state(each.job_id) for each in (child, grandchild)] == [state, state]
+    assert [await queue.get_job_state(each.job_id) for each in (child, grandchild)] == [
+        state,
+        state,
+    ]
 
 
 async def test_retrying_the_failed_root_of_a_flow_by_hand_goes_on_with_it(backend: Backend) -> None:
@@ -208,7 +245,11 @@ async def test_cancelling_the_root_of_a_flow_fails_what_wants_to_fail(backend: B
     grandchild = job("echo", child, on_parent_failure="fail")
     await FlowProducer(backend).add_flow("work", [root, child, grandchild])
     assert await queue.cancel_job(root.job_id)
-    assert [await queue.get_job_state(each.job_id) for each in (root, child, grandchild)] == ["cancelled", "failed", "failed"]
+    assert [await queue.get_job_state(each.job_id) for each in (root, child, grandchild)] == [
+        "cancelled",
+        "failed",
+        "failed",
+    ]
 
 
 async def test_a_flow_that_hangs_on_a_failed_job_fails_as_far_as_it_wants(backend: Backend) -> None:
@@ -220,20 +261,28 @@ async def test_a_flow_that_hangs_on_a_failed_job_fails_as_far_as_it_wants(backen
     stubborn = job("echo", child, on_parent_failure="run")
     await FlowProducer(backend).add_flow("work", [child, grandchild, stubborn])
     await run_jobs(queue)
-    assert [await queue.get_job_state(each.job_id) for each in (child, grandchild, stubborn)] == ["failed", "failed", "completed"]
+    assert [await queue.get_job_state(each.job_id) for each in (child, grandchild, stubborn)] == [
+        "failed",
+        "failed",
+        "completed",
+    ]
 
 
 # -- all or nothing
 
 
-async def test_a_flow_of_1_000_jobs_is_one_write(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_flow_of_1_000_jobs_is_one_write(
+    backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
     batches = watch_writes(backend, monkeypatch)
     root = job()
     await FlowProducer(backend).add_flow("work", [root, *(job("echo", root) for _ in range(999))])
     assert [len(batch) for batch in batches] == [1000]
 
 
-async def test_a_batch_of_a_larger_flow_that_is_refused_is_made_anew(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_batch_of_a_larger_flow_that_is_refused_is_made_anew(
+    backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A parent outside the flow has ended meanwhile: the batches before are there already."""
     real, sizes = backend.write, list[int]()
 
@@ -250,7 +299,9 @@ async def test_a_batch_of_a_larger_flow_that_is_refused_is_made_anew(backend: Ba
     assert await queue_of(backend).get_job_count_by_types("waiting-children", "waiting") == 1501
 
 
-async def test_a_flow_whose_confirmation_was_lost_is_no_error(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_flow_whose_confirmation_was_lost_is_no_error(
+    backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real = backend.write
 
     async def write(log: str, *writes: Write) -> int:
@@ -265,18 +316,24 @@ async def test_a_flow_whose_confirmation_was_lost_is_no_error(backend: Backend, 
     assert (stats["waiting-children"], stats["waiting"]) == (1, 1)
 
 
-async def test_of_a_larger_flow_nothing_runs_before_all_of_it_is_there(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_of_a_larger_flow_nothing_runs_before_all_of_it_is_there(
+    backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
     batches = watch_writes(backend, monkeypatch, fail_at=2)
     root = job()
     with pytest.raises(Unconfirmed):
-        await FlowProducer(backend).add_flow("work", [root, *(job("echo", root) for _ in range(2500))])
+        await FlowProducer(backend).add_flow(
+            "work", [root, *(job("echo", root) for _ in range(2500))]
+        )
     assert len(batches) == 3
     stats = await queue_of(backend).queue_stats()
     assert stats == dict.fromkeys(stats, 0) | {"waiting-children": 2000}
 
 
 @pytest.mark.parametrize("stored", [False, True])
-async def test_a_bulk_whose_confirmation_was_lost_is_no_error(backend: Backend, monkeypatch: pytest.MonkeyPatch, stored: bool) -> None:
+async def test_a_bulk_whose_confirmation_was_lost_is_no_error(
+    backend: Backend, monkeypatch: pytest.MonkeyPatch, stored: bool
+) -> None:
     """The server stored it and refuses the repetition. It never has a part: killed in the middle, it writes the rest when it is back."""
     real, sizes = backend.write, list[int]()
 
@@ -302,12 +359,16 @@ async def test_a_bulk_whose_confirmation_was_lost_is_no_error(backend: Backend, 
     assert sorted(job["id"] for job in await queue.get_completed()) == sorted(ids)
 
 
-async def test_bulk_of_1_000_jobs_is_one_write(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_bulk_of_1_000_jobs_is_one_write(
+    backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
     queue = queue_of(backend)
     parent = await queue.add("echo", delay=3600)
     batches = watch_writes(backend, monkeypatch)
     await queue.add_bulk([{"task_id": "echo"}] * 1000)
-    await queue.add_bulk([{"task_id": "echo", "delay": 60, "job_id": f"job-{number}"} for number in range(1000)])
+    await queue.add_bulk(
+        [{"task_id": "echo", "delay": 60, "job_id": f"job-{number}"} for number in range(1000)]
+    )
     await queue.add_bulk([{"task_id": "echo", "depends_on": [parent]} for _ in range(500)])
     assert [len(batch) for batch in batches] == [1000, 1000, 1000]
 
@@ -315,21 +376,29 @@ async def test_bulk_of_1_000_jobs_is_one_write(backend: Backend, monkeypatch: py
 async def test_a_bulk_with_an_unsound_job_adds_nothing(backend: Backend) -> None:
     queue = queue_of(backend)
     with pytest.raises(NotSerializable):
-        await queue.add_bulk([{"task_id": "echo"}] * 1500 + [{"task_id": "echo", "args": [object()]}])
+        await queue.add_bulk(
+            [{"task_id": "echo"}] * 1500 + [{"task_id": "echo", "args": [object()]}]
+        )
     assert await queue.count() == 0
 
 
-async def test_a_large_bulk_says_what_was_added(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_large_bulk_says_what_was_added(
+    backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
     queue = queue_of(backend)
     await queue.queue_stats()
     watch_writes(backend, monkeypatch, fail_at=1)
     with pytest.raises(BulkAddFailed) as caught:
-        await queue.add_bulk([{"task_id": "echo", "job_id": f"job-{number}"} for number in range(2500)])
+        await queue.add_bulk(
+            [{"task_id": "echo", "job_id": f"job-{number}"} for number in range(2500)]
+        )
     assert set(caught.value.added) | set(caught.value.errors) == set(range(2500))
     assert await queue.count() == len(caught.value.added)
 
 
-def watch_writes(backend: Backend, monkeypatch: pytest.MonkeyPatch, *, fail_at: int | None = None) -> list[tuple[Write, ...]]:
+def watch_writes(
+    backend: Backend, monkeypatch: pytest.MonkeyPatch, *, fail_at: int | None = None
+) -> list[tuple[Write, ...]]:
     """Return a list that grows with each write of jobs; that of the number `fail_at` is not sent."""
     batches: list[tuple[Write, ...]] = []
     write = backend.write
@@ -353,7 +422,9 @@ async def test_two_producers_of_one_flow_make_one(backend: Backend, twin: Backen
     async def add(handle: Backend) -> str:
         parent = job(job_id="parent", args=["x"])
         try:
-            await FlowProducer(handle).add_flow("work", [parent, job("read_parents", parent, job_id="child")])
+            await FlowProducer(handle).add_flow(
+                "work", [parent, job("read_parents", parent, job_id="child")]
+            )
         except InvalidFlow:
             return "refused"
         return "added"
@@ -379,7 +450,10 @@ async def test_b17_two_producers_of_500_ids_make_500_jobs(backend: Backend, twin
         random.Random(seed).shuffle(order)
         for number in order[:250]:
             assert await queue.add("note", [number], job_id=f"job-{number}") == f"job-{number}"
-        rest = [{"task_id": "note", "args": [number], "job_id": f"job-{number}"} for number in order[250:]]
+        rest = [
+            {"task_id": "note", "args": [number], "job_id": f"job-{number}"}
+            for number in order[250:]
+        ]
         assert await queue.add_bulk(rest) == [entry["job_id"] for entry in rest]
 
     async with running(queues[0]):
@@ -390,7 +464,9 @@ async def test_b17_two_producers_of_500_ids_make_500_jobs(backend: Backend, twin
     assert stats == dict.fromkeys(stats, 0) | {"completed": 500}
 
 
-async def test_b4_every_child_of_many_small_flows_runs_once(backend: Backend, twin: Backend) -> None:
+async def test_b4_every_child_of_many_small_flows_runs_once(
+    backend: Backend, twin: Backend
+) -> None:
     runs: list[str] = []
 
     async def note() -> int:
@@ -429,7 +505,9 @@ async def test_a_random_graph_runs_in_order(backend: Backend, seed: int) -> None
     assert ended == {each.job_id for each in jobs}
 
 
-async def test_a_write_that_is_refused_for_ever_is_an_error(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_write_that_is_refused_for_ever_is_an_error(
+    backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async def refuse(log: str, *writes: Write) -> int:
         raise WriteRefused(log, "always")
 

@@ -6,7 +6,7 @@ import anyio
 import pytest
 
 from asyncmq_nats.backends.base import Backend
-from asyncmq_nats.hooks import Hooks
+from asyncmq_nats.middleware import Hooks
 from asyncmq_nats.workers import Worker
 from tests.running import PATIENCE, make_queue, running, wait_until_done
 
@@ -63,7 +63,9 @@ async def test_a_worker_takes_hooks_too(backend: Backend, calls: list[Any]) -> N
     assert calls == ["startup", "shutdown"]
 
 
-async def test_a_job_that_runs_ends_before_the_shutdown_hooks(backend: Backend, calls: list[Any]) -> None:
+async def test_a_job_that_runs_ends_before_the_shutdown_hooks(
+    backend: Backend, calls: list[Any]
+) -> None:
     started, opened = anyio.Event(), anyio.Event()
 
     async def work() -> None:
@@ -82,7 +84,9 @@ async def test_a_job_that_runs_ends_before_the_shutdown_hooks(backend: Backend, 
     assert calls == ["job", "shutdown"]
 
 
-async def test_a_cancelled_worker_calls_its_shutdown_hooks(backend: Backend, calls: list[Any]) -> None:
+async def test_a_cancelled_worker_calls_its_shutdown_hooks(
+    backend: Backend, calls: list[Any]
+) -> None:
     async def disconnect() -> None:
         await anyio.sleep(0.01)
         calls.append("shutdown")
@@ -95,7 +99,9 @@ async def test_a_cancelled_worker_calls_its_shutdown_hooks(backend: Backend, cal
     assert calls == ["shutdown"]
 
 
-async def test_an_error_at_the_start_ends_the_worker_before_a_job(backend: Backend, calls: list[Any]) -> None:
+async def test_an_error_at_the_start_ends_the_worker_before_a_job(
+    backend: Backend, calls: list[Any]
+) -> None:
     queue = make_queue(backend, work=lambda: calls.append("job"))
 
     @queue.on_startup

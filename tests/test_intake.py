@@ -6,16 +6,16 @@ from contextlib import asynccontextmanager
 import anyio
 import pytest
 
-from asyncmq_nats.assets import QueueAssets
-from asyncmq_nats.attempts import Attempt
 from asyncmq_nats.backends.base import Backend, ConsumerState, Delivery
-from asyncmq_nats.held import Held
-from asyncmq_nats.intake import Intake
-from asyncmq_nats.lifecycle import Lifecycle
-from asyncmq_nats.pull_policy import MAX_PREFETCH, Pace
 from asyncmq_nats.queues import Queue
+from asyncmq_nats.runtime.buffer import Held
+from asyncmq_nats.runtime.fetcher import Intake
+from asyncmq_nats.runtime.prefetch import MAX_PREFETCH, Pace
 from asyncmq_nats.settings import Settings
-from asyncmq_nats.subjects import QueueSubjects, tier_name
+from asyncmq_nats.store.topology import QueueAssets
+from asyncmq_nats.transitions.claim import Attempt
+from asyncmq_nats.transitions.finish import Lifecycle
+from asyncmq_nats.wire.keys import QueueSubjects, tier_name
 from tests.receiver import Receiver, until
 from tests.running import PATIENCE, make_queue
 
@@ -32,7 +32,13 @@ async def taking_in(backend: Backend, concurrency: int) -> AsyncIterator[Intake]
     subjects = QueueSubjects(backend.settings.prefix, "work")
     assets = QueueAssets(backend, subjects)
     await assets.declare_all()
-    intake = Intake(backend, subjects, assets, Lifecycle(backend, subjects, assets, "worker"), concurrency=concurrency)
+    intake = Intake(
+        backend,
+        subjects,
+        assets,
+        Lifecycle(backend, subjects, assets, "worker"),
+        concurrency=concurrency,
+    )
     async with anyio.create_task_group() as group:
         await intake.start(group)
         yield intake
@@ -41,7 +47,9 @@ async def taking_in(backend: Backend, concurrency: int) -> AsyncIterator[Intake]
 
 
 async def tier(backend: Backend, priority: int = 5) -> ConsumerState:
-    state = await backend.look_up(QueueSubjects(backend.settings.prefix, "work").ready_log, tier_name(priority))
+    state = await backend.look_up(
+        QueueSubjects(backend.settings.prefix, "work").ready_log, tier_name(priority)
+    )
     assert state is not None
     return state
 
@@ -52,7 +60,9 @@ async def take(intake: Intake, count: int) -> list[Delivery]:
 
 
 async def add(queue: Queue, *priorities: int) -> list[str]:
-    return await queue.add_bulk([{"task_id": "work", "priority": priority} for priority in priorities])
+    return await queue.add_bulk(
+        [{"task_id": "work", "priority": priority} for priority in priorities]
+    )
 
 
 def ids(deliveries: Sequence[Delivery]) -> list[str]:
@@ -103,7 +113,9 @@ async def test_short_jobs_are_taken_in_ahead_within_bounds(backend: Backend) -> 
         assert state.leased <= MAX_PREFETCH + 2
 
 
-async def test_what_was_taken_in_ahead_goes_back_when_no_slot_becomes_free(backend: Backend, twin: Backend) -> None:
+async def test_what_was_taken_in_ahead_goes_back_when_no_slot_becomes_free(
+    backend: Backend, twin: Backend
+) -> None:
     jobs = await add(make_queue(backend), *[5] * 100)
     async with taking_in(backend, 1) as intake:
         for _ in range(50):
@@ -136,7 +148,9 @@ class TestLateDeliveries:
     def settings(self) -> Settings:
         return Settings(stalled_after=0.5, publish_timeout=10)
 
-    async def test_what_came_late_is_not_given_back_under_the_worker_that_has_it_now(self, backend: Backend, twin: Backend) -> None:
+    async def test_what_came_late_is_not_given_back_under_the_worker_that_has_it_now(
+        self, backend: Backend, twin: Backend
+    ) -> None:
         """A process that was stopped beyond its leases has deliveries that are out of date: a NAK of one ends the newest."""
         await add(make_queue(backend), 5)
         subjects = QueueSubjects(backend.settings.prefix, "work")
@@ -169,7 +183,9 @@ async def test_nothing_is_asked_for_while_too_many_ends_are_not_confirmed(backen
         await take(intake, 1)
 
 
-async def test_nothing_starts_during_a_pause_and_what_is_held_goes_back(backend: Backend, twin: Backend) -> None:
+async def test_nothing_starts_during_a_pause_and_what_is_held_goes_back(
+    backend: Backend, twin: Backend
+) -> None:
     jobs = await add(make_queue(backend), *[5] * 3)
     async with taking_in(backend, 3) as intake:
         await until(lambda: tier(backend), lambda state: state.leased == 3)
@@ -188,7 +204,13 @@ class Job:
     """A delivery without a server."""
 
     def __init__(self, sequence: int) -> None:
-        self.subject, self.body, self.sequence, self.time, self.deliveries = "", b"", sequence, 0.0, 1
+        self.subject, self.body, self.sequence, self.time, self.deliveries = (
+            "",
+            b"",
+            sequence,
+            0.0,
+            1,
+        )
         self.consumer, self.pending = "", 0
 
     def ack(self) -> None: ...

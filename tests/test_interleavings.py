@@ -8,15 +8,15 @@ from typing import Any
 import anyio
 import pytest
 
-from asyncmq_nats.attempts import Attempt, Claim, Verdict
+from asyncmq_nats._arguments import build_job
 from asyncmq_nats.backends.base import Backend, Consumer, Record, Settled, Write
 from asyncmq_nats.exceptions import WriteRefused
-from asyncmq_nats.lifecycle import Lifecycle
-from asyncmq_nats.parameters import build_job
 from asyncmq_nats.queues import Queue
 from asyncmq_nats.retries import Failure
 from asyncmq_nats.settings import Settings
-from asyncmq_nats.subjects import encode_token
+from asyncmq_nats.transitions.claim import Attempt, Claim, Verdict
+from asyncmq_nats.transitions.finish import Lifecycle
+from asyncmq_nats.wire.keys import encode_token
 from tests.receiver import Receiver, until
 from tests.running import PATIENCE, make_queue, outcome, run_jobs, running, wait_until_done
 
@@ -161,7 +161,9 @@ async def test_a_cancellation_whose_confirmation_was_lost_is_one(
     assert await queue.cancel_job(job_id) is False
 
 
-async def test_a_job_that_is_made_ready_while_it_is_cancelled_does_not_run(backend: Backend, twin: Backend) -> None:
+async def test_a_job_that_is_made_ready_while_it_is_cancelled_does_not_run(
+    backend: Backend, twin: Backend
+) -> None:
     """The promoter has it in hand, and does not look again."""
     runs: list[int] = []
     queue, canceller = make_queue(backend, note=lambda: runs.append(1)), make_queue(twin)
@@ -212,7 +214,11 @@ class Frozen:
             while not told:  # noqa: ASYNC110  the backend calls back
                 await anyio.sleep(0.005)
         ((write, result),) = told
-        return await self.lifecycle.settled(self.attempt, write, result) if isinstance(result, WriteRefused) else None
+        return (
+            await self.lifecycle.settled(self.attempt, write, result)
+            if isinstance(result, WriteRefused)
+            else None
+        )
 
 
 async def taken_over(queue: Queue) -> tuple[Frozen, Lifecycle, Attempt]:
@@ -243,7 +249,11 @@ async def test_a_frozen_worker_has_no_say_after_a_retry(what: str, queue: Queue)
         await wait_until_done(queue)
     job = await queue.get_job(job_id)
     assert job is not None
-    assert (len(job["errors"]), job["errors"][0]["error"], job["stalls"]) == (1, "ValueError: no", 0)
+    assert (len(job["errors"]), job["errors"][0]["error"], job["stalls"]) == (
+        1,
+        "ValueError: no",
+        0,
+    )
     assert await live(queue, queue._subjects.claim(encode_token(job_id))) == []
 
 
@@ -267,11 +277,15 @@ async def test_an_outcome_that_is_sent_again_does_not_undo_a_retry_by_hand(queue
     lifecycle = Lifecycle(queue.backend, queue._subjects, queue._assets, "worker")
     attempt = lifecycle.open(delivery)
     sent: list[Write] = []
-    await lifecycle.fail(attempt, Failure("ValueError: no", "", time.time()), lambda write, _: sent.append(write))
+    await lifecycle.fail(
+        attempt, Failure("ValueError: no", "", time.time()), lambda write, _: sent.append(write)
+    )
     assert await queue.retry_job(job_id)
     with pytest.raises(WriteRefused) as refused:  # its confirmation was lost
         await queue.backend.write(BUCKET, sent[0])
-    assert await lifecycle.settled(attempt, sent[0], refused.value) is Verdict.DONE, "its message may go: the job has begun anew"
+    assert await lifecycle.settled(attempt, sent[0], refused.value) is Verdict.DONE, (
+        "its message may go: the job has begun anew"
+    )
     delivery.ack()
     async with running(queue):
         assert await queue.wait_for(job_id, timeout=PATIENCE) == "ran"
@@ -299,8 +313,10 @@ async def test_a_job_that_was_retried_by_hand_is_handed_back_at_once(queue: Queu
 
 
 @pytest.mark.parametrize("end", ["hand-back", "retry", "retry by hand"])
-async def test_a_claim_that_outlasts_its_attempt_goes_in_time(end: str, queue: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("administration", "lifecycle"):
+async def test_a_claim_that_outlasts_its_attempt_goes_in_time(
+    end: str, queue: Queue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("transitions.cancel", "transitions.finish"):
         monkeypatch.setattr(f"asyncmq_nats.{module}.AFTERLIFE", 1.0)
     job_id, failure = await queue.add("fail"), Failure("ValueError: no", "", time.time())
     if end == "retry by hand":
@@ -319,9 +335,13 @@ async def test_a_claim_that_outlasts_its_attempt_goes_in_time(end: str, queue: Q
 @pytest.mark.parametrize("released", [True, False])
 async def test_a_claim_without_its_job_is_no_job(released: bool, queue: Queue) -> None:
     await queue.queue_stats()
-    await queue.backend.write(BUCKET, Write(queue._subjects.claim("mine"), Claim("gone", 0, 1, 0, released).encode()))
+    await queue.backend.write(
+        BUCKET, Write(queue._subjects.claim("mine"), Claim("gone", 0, 1, 0, released).encode())
+    )
     assert await queue.remove_job("mine") is False
-    await queue.backend.write(BUCKET, Write(queue._subjects.claim("mine"), Claim("gone", 0, 1, 0, released).encode()))
+    await queue.backend.write(
+        BUCKET, Write(queue._subjects.claim("mine"), Claim("gone", 0, 1, 0, released).encode())
+    )
     assert await queue.add("echo", ["ran"], job_id="mine") == "mine"
     async with running(queue):
         assert await queue.wait_for("mine", timeout=PATIENCE) == "ran"
@@ -332,11 +352,22 @@ async def test_what_is_not_a_job_ends_as_failed_whatever_is_there(left: str, que
     await queue.queue_stats()
     subjects = queue._subjects
     if left != "claim":
-        child = build_job(queue.backend.now(), task_id="echo", args=["child"], depends_on=["bad"], on_parent_failure="run", job_id="child")
+        child = build_job(
+            queue.backend.now(),
+            task_id="echo",
+            args=["child"],
+            depends_on=["bad"],
+            on_parent_failure="run",
+            job_id="child",
+        )
         await queue.backend.write(BUCKET, Write(subjects.edge("bad", "child"), b"{}"))
-        await queue.backend.write(BUCKET, Write("$KV.amq_work_scheduler.later.child.parked", _with_parent(child.encode())))
+        await queue.backend.write(
+            BUCKET, Write("$KV.amq_work_scheduler.later.child.parked", _with_parent(child.encode()))
+        )
     if left != "edge":
-        await queue.backend.write(BUCKET, Write(subjects.claim("bad"), Claim("gone", 1, 1, 0).encode()))
+        await queue.backend.write(
+            BUCKET, Write(subjects.claim("bad"), Claim("gone", 1, 1, 0).encode())
+        )
     await queue.backend.write(READY, Write("amq.work.ready.5.bad", b"no job"))
     async with running(queue):
         job = await outcome(queue, "bad")
@@ -352,7 +383,9 @@ def _with_parent(body: bytes) -> bytes:
     return body[:-1] + b',"parents":["bad"]}'
 
 
-async def test_a_job_that_fails_at_once_does_not_end_one_that_has_ended(queue: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_job_that_fails_at_once_does_not_end_one_that_has_ended(
+    queue: Queue, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Two producers with one id: what the slower one would write was made before the faster one's job ran."""
     parent = await queue.add("fail")
     await run_jobs(queue)
@@ -366,7 +399,10 @@ async def test_a_job_that_fails_at_once_does_not_end_one_that_has_ended(queue: Q
         await real(writes, priorities)
 
     monkeypatch.setattr(queue._additions, "_write_again_when_missing", slow)
-    assert await queue.add("echo", job_id="mine", depends_on=[parent], on_parent_failure="fail") == "mine"
+    assert (
+        await queue.add("echo", job_id="mine", depends_on=[parent], on_parent_failure="fail")
+        == "mine"
+    )
     records = await live(queue, "$KV.amq_work_scheduler.done.mine.>")
     assert [record.subject.rpartition(".")[2] for record in records] == ["completed"]
 
@@ -374,7 +410,9 @@ async def test_a_job_that_fails_at_once_does_not_end_one_that_has_ended(queue: Q
 # -- removing and cleaning
 
 
-async def test_a_job_that_is_made_ready_while_it_is_removed_is_removed(queue: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_job_that_is_made_ready_while_it_is_removed_is_removed(
+    queue: Queue, monkeypatch: pytest.MonkeyPatch
+) -> None:
     job_id = await queue.add("echo", job_id="mine")  # released, and no worker that makes it ready
     real = queue.backend.delete
 
@@ -391,7 +429,9 @@ async def test_a_job_that_is_made_ready_while_it_is_removed_is_removed(queue: Qu
     assert await queue.backend.last(READY, "amq.work.ready.*.*") == []
 
 
-async def test_an_outcome_that_comes_while_old_ones_are_cleaned_stays(queue: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_outcome_that_comes_while_old_ones_are_cleaned_stays(
+    queue: Queue, monkeypatch: pytest.MonkeyPatch
+) -> None:
     old = await queue.add("echo")
     await run_jobs(queue)
     real = queue.backend.first_since
@@ -414,6 +454,8 @@ async def test_junk_beside_a_job_that_is_delivered_again_does_not_end_it(queue: 
     job_id = await queue.add("echo", ["ran"])
     first = Receiver(queue.backend, READY, extend=False)
     await first.pull("tier_5")
-    await queue.backend.write(BUCKET, Write(f"$KV.amq_work_scheduler.later.{job_id}.delayed", b"junk"))
+    await queue.backend.write(
+        BUCKET, Write(f"$KV.amq_work_scheduler.later.{job_id}.delayed", b"junk")
+    )
     async with running(queue):
         assert await queue.wait_for(job_id, timeout=PATIENCE) == "ran"

@@ -14,10 +14,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from asyncmq_nats.encoding import dump_json, load_json, splice
 from asyncmq_nats.exceptions import InvalidArgument, InvalidJob, InvalidJobId, NotSerializable
 from asyncmq_nats.jobs import WIRE_VERSION, Job, new_job, new_job_id, validate_custom_job_id
 from asyncmq_nats.states import State
+from asyncmq_nats.wire.codec import dump_json, load_json, splice
 
 NUMBERS = st.integers(-(2**300), 2**300) | st.floats(allow_nan=False, allow_infinity=False)
 JSON = st.recursive(
@@ -67,7 +67,9 @@ class Address(BaseModel):
 def test_a_job_is_the_same_after_its_journey(job: Job) -> None:
     again = Job.decode(job.encode())
     assert again == job
-    assert repr((again.args, again.kwargs)) == repr((job.args, job.kwargs))  # 1, 1.0 and True are equal, and not the same
+    assert repr((again.args, again.kwargs)) == repr(
+        (job.args, job.kwargs)
+    )  # 1, 1.0 and True are equal, and not the same
 
 
 @given(JOBS)
@@ -87,7 +89,13 @@ def test_fields_of_a_newer_producer_are_passed_over(unknown: dict[str, Any]) -> 
 
 def test_the_least_a_foreign_producer_must_send_is_the_task() -> None:
     job = Job.decode(b'{"task": "t"}', job_id="from-subject", created_at=12.5)
-    assert (job.task_id, job.args, job.kwargs, job.job_id, job.created_at) == ("t", [], {}, "from-subject", 12.5)
+    assert (job.task_id, job.args, job.kwargs, job.job_id, job.created_at) == (
+        "t",
+        [],
+        {},
+        "from-subject",
+        12.5,
+    )
 
 
 def test_the_id_of_the_subject_wins() -> None:
@@ -158,7 +166,10 @@ def test_arguments_of_common_kinds_are_written_as_json(value: object, written: o
     assert data["kwargs"] == {"key": written}
 
 
-@pytest.mark.parametrize("value", [object(), lambda: None, {1: object()}, math.nan, math.inf, [-math.inf], "\ud800", b"\xff"])
+@pytest.mark.parametrize(
+    "value",
+    [object(), lambda: None, {1: object()}, math.nan, math.inf, [-math.inf], "\ud800", b"\xff"],
+)
 def test_an_argument_that_is_not_json_is_named(value: object) -> None:
     with pytest.raises(NotSerializable, match=r"argument 1 of task 'send'"):
         Job("send", ["fine", value]).encode()
@@ -182,7 +193,12 @@ def test_words_that_look_like_numbers_are_words(value: object) -> None:
 
 
 @given(
-    st.dictionaries(st.text(min_size=1).filter(lambda name: not name.startswith("+")), JSON, min_size=1, max_size=4),
+    st.dictionaries(
+        st.text(min_size=1).filter(lambda name: not name.startswith("+")),
+        JSON,
+        min_size=1,
+        max_size=4,
+    ),
     st.dictionaries(st.text().map("+{}".format), JSON, min_size=1, max_size=4),
     st.sampled_from([None, 1]),
     st.text(alphabet=" \n\t\r", max_size=3),
@@ -221,7 +237,15 @@ def test_the_dict_has_asyncmqs_keys() -> None:
 
 def test_the_defaults_are_asyncmqs() -> None:
     job = Job("t")
-    assert (job.args, job.kwargs, job.retries, job.max_retries, job.backoff, job.ttl, job.priority) == ([], {}, 0, 3, 1.5, None, 5)
+    assert (
+        job.args,
+        job.kwargs,
+        job.retries,
+        job.max_retries,
+        job.backoff,
+        job.ttl,
+        job.priority,
+    ) == ([], {}, 0, 3, 1.5, None, 5)
     assert job.status is State.WAITING
     assert job.id == job.job_id
 
@@ -243,7 +267,15 @@ def test_the_constructors_names_are_read_too() -> None:
 
 
 @pytest.mark.parametrize(
-    "fields", [{"max_retries": -1}, {"backoff": -1}, {"ttl": math.nan}, {"priority": "high"}, {"task_id": ""}, {"args": 5}]
+    "fields",
+    [
+        {"max_retries": -1},
+        {"backoff": -1},
+        {"ttl": math.nan},
+        {"priority": "high"},
+        {"task_id": ""},
+        {"args": 5},
+    ],
 )
 def test_a_job_with_wrong_values_names_the_field(fields: dict[str, Any]) -> None:
     with pytest.raises(InvalidArgument, match=next(iter(fields)).removeprefix("max_")):
@@ -260,9 +292,12 @@ def test_a_job_is_not_changed_in_place() -> None:
 
 
 @pytest.mark.parametrize(
-    ("ttl", "now", "expired"), [(None, 1e12, False), (5, 104.9, False), (5, 105.0, False), (5, 105.1, True), (0, 100.1, True)]
+    ("ttl", "now", "expired"),
+    [(None, 1e12, False), (5, 104.9, False), (5, 105.0, False), (5, 105.1, True), (0, 100.1, True)],
 )
-def test_a_job_expires_when_its_time_to_live_is_over(ttl: float | None, now: float, expired: bool) -> None:
+def test_a_job_expires_when_its_time_to_live_is_over(
+    ttl: float | None, now: float, expired: bool
+) -> None:
     assert Job("t", ttl=ttl, created_at=100.0).is_expired(now) is expired
 
 
@@ -285,7 +320,9 @@ def test_a_custom_id_is_taken_as_it_is(job_id: str) -> None:
     assert validate_custom_job_id(job_id) == job_id
 
 
-@pytest.mark.parametrize("job_id", ["", " ", "7", "0123456789", "order:7", ":", "x" * 201, "é" * 101])
+@pytest.mark.parametrize(
+    "job_id", ["", " ", "7", "0123456789", "order:7", ":", "x" * 201, "é" * 101]
+)
 def test_a_custom_id_outside_asyncmqs_rules_is_refused(job_id: str) -> None:
     with pytest.raises(InvalidJobId):
         validate_custom_job_id(job_id)

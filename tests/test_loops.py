@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from asyncmq_nats import runner
+from asyncmq_nats.runtime import runner
+from asyncmq_nats._concurrency import Turns
 from asyncmq_nats.backends.base import Backend, Signal
-from asyncmq_nats.backends.nats.embedded import EmbeddedServer
+from asyncmq_nats.backends.nats.embedded.server import EmbeddedServer
 from asyncmq_nats.exceptions import BackendError
-from asyncmq_nats.loops import Turns
 from asyncmq_nats.queues import Queue
 from tests.running import PATIENCE, make_queue, outcome, run_jobs, running
 
@@ -62,7 +62,9 @@ def test_nothing_stays_open_when_an_event_loop_ends(fast: bool, make_backend: Ma
     assert run(queue.queue_stats())["completed"] == 25
 
 
-def test_what_was_sent_before_the_event_loop_ends_arrives(make_nats_backend: "Callable[[], NATSBackend]") -> None:
+def test_what_was_sent_before_the_event_loop_ends_arrives(
+    make_nats_backend: "Callable[[], NATSBackend]",
+) -> None:
     sender = make_nats_backend()
 
     async def send() -> None:
@@ -91,7 +93,9 @@ def test_an_event_loop_that_stands_still_is_left_for_the_next(make_backend: Make
 
 async def add_in_another_thread(queue: Queue) -> str:
     with ThreadPoolExecutor(1) as pool:
-        return await asyncio.get_running_loop().run_in_executor(pool, asyncio.run, queue.add("echo", [2]))
+        return await asyncio.get_running_loop().run_in_executor(
+            pool, asyncio.run, queue.add("echo", [2])
+        )
 
 
 async def test_a_second_event_loop_at_the_same_time_is_refused(backend: Backend) -> None:
@@ -105,7 +109,9 @@ async def test_a_second_event_loop_at_the_same_time_is_refused(backend: Backend)
     assert await add_in_another_thread(queue) != job_id
 
 
-def test_a_job_that_the_end_of_its_event_loop_interrupts_runs_again(make_backend: MakeBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_that_the_end_of_its_event_loop_interrupts_runs_again(
+    make_backend: MakeBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(runner, "FAREWELL", 0.1)
     runs = 0
     begun = asyncio.Event()

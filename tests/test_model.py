@@ -76,7 +76,9 @@ class Model:
 
     def add(self, job_id: str, plan: Plan, token: int) -> None:
         if job_id not in self.jobs:
-            self.jobs[job_id] = ModelJob(plan, token, State.DELAYED if plan.delayed else State.WAITING)
+            self.jobs[job_id] = ModelJob(
+                plan, token, State.DELAYED if plan.delayed else State.WAITING
+            )
 
     def run(self) -> None:
         for job in self.jobs.values():
@@ -89,15 +91,21 @@ class Model:
             return
         if job.plan.task != "unknown":
             self.runs[job.token] = self.runs.get(job.token, 0) + 1
-        if job.plan.task == "succeed" or (job.plan.task == "alternate" and self.runs[job.token] % 2 == 0):
+        if job.plan.task == "succeed" or (
+            job.plan.task == "alternate" and self.runs[job.token] % 2 == 0
+        ):
             job.state, job.result = State.COMPLETED, job.token
             return
         job.attempts += 1
-        if job.attempts > job.plan.retries or job.plan.task == "give_nan":  # another attempt would come to the same
+        if (
+            job.attempts > job.plan.retries or job.plan.task == "give_nan"
+        ):  # another attempt would come to the same
             job.state = State.FAILED
 
     def count(self) -> dict[str, int]:
-        return {str(state): sum(job.state is state for job in self.jobs.values()) for state in State}
+        return {
+            str(state): sum(job.state is state for job in self.jobs.values()) for state in State
+        }
 
     def retry_job(self, job_id: str) -> bool:
         job = self.jobs.get(job_id)
@@ -129,7 +137,13 @@ class Program:
         self.tokens = count()
         self.known: list[str] = []
         self.queue = make_queue(
-            backend, name, concurrency=4, succeed=self._succeed, fail=self._fail, alternate=self._alternate, give_nan=self._give_nan
+            backend,
+            name,
+            concurrency=4,
+            succeed=self._succeed,
+            fail=self._fail,
+            alternate=self._alternate,
+            give_nan=self._give_nan,
         )
 
     def _note(self, token: int) -> int:
@@ -163,7 +177,10 @@ class Program:
                 await until(self.queue.queue_stats, lambda stats: stats == self.model.count())
         elif self.known:
             job_id = self.known[argument % len(self.known)]
-            assert await self._by_hand(what)(job_id) == getattr(self.model, what)(job_id), (what, job_id)
+            assert await self._by_hand(what)(job_id) == getattr(self.model, what)(job_id), (
+                what,
+                job_id,
+            )
 
     def _by_hand(self, what: str) -> Callable[[str], Awaitable[bool]]:
         method: Callable[[str], Awaitable[bool]] = getattr(self.queue, what)
@@ -184,7 +201,9 @@ class Program:
         assert await queue.queue_stats() == counts
         assert await queue.count() == counts["waiting"] + counts["delayed"]
         for state in State:
-            assert sorted(job["id"] for job in await queue.list_jobs(state)) == sorted(i for i, job in jobs.items() if job.state is state)
+            assert sorted(job["id"] for job in await queue.list_jobs(state)) == sorted(
+                i for i, job in jobs.items() if job.state is state
+            )
         seen = {job["id"]: job for job in await queue.get_jobs()}
         assert seen.keys() == jobs.keys()
         for job_id in set(self.known):
@@ -197,7 +216,10 @@ class Program:
 
 
 def _shown(job: dict[str, Any]) -> dict[str, Any]:
-    return {name: job[name] for name in ("task", "args", "status", "result", "retries", "max_retries", "priority")}
+    return {
+        name: job[name]
+        for name in ("task", "args", "status", "result", "retries", "max_retries", "priority")
+    }
 
 
 def _expected(job: ModelJob) -> dict[str, Any]:
@@ -230,7 +252,11 @@ def test_what_a_user_sees_in_memory_is_what_the_model_says(steps: list[Step]) ->
     anyio.run(run_program, InMemoryBackend(), steps)
 
 
-@settings(max_examples=25, phases=PHASES, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=25, phases=PHASES, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(steps=PROGRAMS)
-def test_what_a_user_sees_on_a_server_is_what_the_model_says(make_nats_backend: Callable[[], Backend], steps: list[Step]) -> None:
+def test_what_a_user_sees_on_a_server_is_what_the_model_says(
+    make_nats_backend: Callable[[], Backend], steps: list[Step]
+) -> None:
     anyio.run(run_program, make_nats_backend(), steps)

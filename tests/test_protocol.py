@@ -22,12 +22,12 @@ from nats.js.client import JetStreamContext
 from nats.js.errors import APIError
 
 from asyncmq_nats import Job, NATSBackend, Queue, Settings
-from asyncmq_nats.backends.nats.embedded import EmbeddedServer
+from asyncmq_nats.backends.nats.embedded.server import EmbeddedServer
 from asyncmq_nats.context import current_job
 from asyncmq_nats.exceptions import JobFailed, PermissionRefused
 from asyncmq_nats.flow import FlowProducer
 from asyncmq_nats.queues import list_queues
-from asyncmq_nats.registry import TaskRegistry
+from asyncmq_nats.runtime.registry import TaskRegistry
 from tests.test_docs import run_block, runnable
 
 QUEUE = "email"
@@ -69,7 +69,12 @@ async def test_the_examples_of_the_protocol(nats_backend: NATSBackend) -> None:
     publish, custom_id = runnable("docs/protocol.md", "python")
     queue = Queue(QUEUE, nats_backend, registry=registry)
     async with working(queue):
-        assert await run_block(publish.replace("examples", QUEUE), ASYNCMQ_NATS_SERVERS=nats_backend.url) == "3\n"
+        assert (
+            await run_block(
+                publish.replace("examples", QUEUE), ASYNCMQ_NATS_SERVERS=nats_backend.url
+            )
+            == "3\n"
+        )
         assert await run_block(custom_id, ASYNCMQ_NATS_SERVERS=nats_backend.url) == ""
         assert await queue.wait_for("invoice-7", timeout=5) == 2
 
@@ -78,18 +83,24 @@ async def test_a_job_with_an_id_of_its_own_is_stored_once(nats_backend: NATSBack
     custom_id = runnable("docs/protocol.md", "python")[1]
     await Queue(QUEUE, nats_backend).queue_stats()
     assert await run_block(custom_id, ASYNCMQ_NATS_SERVERS=nats_backend.url) == ""
-    assert await run_block(custom_id, ASYNCMQ_NATS_SERVERS=nats_backend.url) == "it is there already\n"
+    assert (
+        await run_block(custom_id, ASYNCMQ_NATS_SERVERS=nats_backend.url) == "it is there already\n"
+    )
 
 
 # -- the permissions
 
 
 def connect_as(server: EmbeddedServer, user: str, **options: Any) -> NATSBackend:
-    settings = Settings(stalled_after=1.0, publish_timeout=2.0, connect_timeout=5.0, heartbeat_interval=0.5)
+    settings = Settings(
+        stalled_after=1.0, publish_timeout=2.0, connect_timeout=5.0, heartbeat_interval=0.5
+    )
     return NATSBackend(server.url, settings=settings, user=user, password="secret", **options)
 
 
-async def test_each_role_can_do_its_work_with_the_permissions_of_the_protocol(tmp_path: Path, server: EmbeddedServer) -> None:
+async def test_each_role_can_do_its_work_with_the_permissions_of_the_protocol(
+    tmp_path: Path, server: EmbeddedServer
+) -> None:
     (config,) = runnable("docs/protocol.md", "conf")
     with EmbeddedServer(tmp_path / "guarded", config=config) as guarded:
         async with (
@@ -133,7 +144,14 @@ def repeating(queue: Queue) -> Queue:
 
 async def use_as_producer(queue: Queue) -> None:
     add = partial(queue.add, "tasks.count_words", ["a b"])
-    for options in ({}, {"priority": 2}, {"delay": 0.1}, {"delay": 0.6}, {"job_id": "mine"}, {"deduplication": {"id": "one", "ttl": 60}}):
+    for options in (
+        {},
+        {"priority": 2},
+        {"delay": 0.1},
+        {"delay": 0.6},
+        {"job_id": "mine"},
+        {"deduplication": {"id": "one", "ttl": 60}},
+    ):
         assert await queue.wait_for(await add(**options), timeout=5) == 2
     assert len(await queue.add_bulk([{"task_id": "tasks.count_words", "args": ["a"]}] * 3)) == 3
     parent = await add(delay=0.6)
@@ -145,7 +163,9 @@ async def use_as_producer(queue: Queue) -> None:
     with pytest.raises(JobFailed, match="did not complete"):
         await queue.wait_for(await add(depends_on=[failing], on_parent_failure="fail"), timeout=5)
     first, second = Job("tasks.count_words", ["a"]), Job("tasks.count_words", ["a b c"])
-    await FlowProducer(queue.backend).add_flow(QUEUE, [replace(second, depends_on=[first.job_id]), first])
+    await FlowProducer(queue.backend).add_flow(
+        QUEUE, [replace(second, depends_on=[first.job_id]), first]
+    )
     assert await queue.wait_for(second.job_id, timeout=5) == 3
 
 
@@ -181,11 +201,16 @@ async def use_as_admin(queue: Queue) -> None:
     assert (await queue.queue_stats())["completed"] == 0
 
 
-async def test_a_role_cannot_do_more(tmp_path: Path, server: EmbeddedServer, caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_role_cannot_do_more(
+    tmp_path: Path, server: EmbeddedServer, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level(logging.CRITICAL)
     (config,) = runnable("docs/protocol.md", "conf")
     with EmbeddedServer(tmp_path / "guarded", config=config) as guarded:
-        async with connect_as(guarded, "worker") as worker, connect_as(guarded, "plain", declare=False) as plain:
+        async with (
+            connect_as(guarded, "worker") as worker,
+            connect_as(guarded, "plain", declare=False) as plain,
+        ):
             await Queue(QUEUE, worker).queue_stats()
             await Queue(QUEUE, plain).add("tasks.count_words", ["a"])
             with pytest.raises(PermissionRefused):
@@ -195,7 +220,13 @@ async def test_a_role_cannot_do_more(tmp_path: Path, server: EmbeddedServer, cap
 # -- the wire format
 
 
-async def add(stream: JetStreamContext, token: str, priority: int = 5, headers: dict[str, str] | None = None, **fields: Any) -> PubAck:
+async def add(
+    stream: JetStreamContext,
+    token: str,
+    priority: int = 5,
+    headers: dict[str, str] | None = None,
+    **fields: Any,
+) -> PubAck:
     """Add a job by one publish."""
     body = json.dumps({"task": "tasks.count_words", **fields}).encode()
     return await stream.publish(f"amq.{QUEUE}.ready.{priority}.{token}", body, headers=headers)
@@ -219,12 +250,21 @@ async def outcome(queue: Queue, job_id: str) -> dict[str, Any]:
     return job
 
 
-async def test_a_task_is_all_a_job_needs(nats_backend: NATSBackend, stream: JetStreamContext) -> None:
+async def test_a_task_is_all_a_job_needs(
+    nats_backend: NATSBackend, stream: JetStreamContext
+) -> None:
     queue = Queue(QUEUE, nats_backend, registry=registry)
     await stream.publish(f"amq.{QUEUE}.ready.5.bare", b'{"task": "tasks.fail"}')
     job = await queue.get_job("bare")
     assert job is not None
-    assert (job["id"], job["args"], job["kwargs"], job["max_retries"], job["backoff"], job["priority"]) == ("bare", [], {}, 3, 1.5, 5)
+    assert (
+        job["id"],
+        job["args"],
+        job["kwargs"],
+        job["max_retries"],
+        job["backoff"],
+        job["priority"],
+    ) == ("bare", [], {}, 3, 1.5, 5)
     assert abs(job["created_at"] - time.time()) < 5
 
 
@@ -234,14 +274,19 @@ async def test_a_message_id_is_stored_once(stream: JetStreamContext) -> None:
     assert (second.seq, second.duplicate) == (first.seq, True)
 
 
-async def test_an_id_that_is_ready_is_replaced_unless_told_otherwise(nats_backend: NATSBackend, stream: JetStreamContext) -> None:
+async def test_an_id_that_is_ready_is_replaced_unless_told_otherwise(
+    nats_backend: NATSBackend, stream: JetStreamContext
+) -> None:
     await add(stream, "twice", args=["a"])
     await add(stream, "twice", args=["b"])
     job = await Queue(QUEUE, nats_backend).get_job("twice")
     assert job is not None
     assert job["args"] == ["b"]
     filter = f"amq.{QUEUE}.ready.*.twice"
-    expect_nothing = {"Nats-Expected-Last-Subject-Sequence": "0", "Nats-Expected-Last-Subject-Sequence-Subject": filter}
+    expect_nothing = {
+        "Nats-Expected-Last-Subject-Sequence": "0",
+        "Nats-Expected-Last-Subject-Sequence-Subject": filter,
+    }
     with pytest.raises(APIError) as refused:
         await add(stream, "twice", headers=expect_nothing)
     assert refused.value.err_code == 10071
@@ -260,14 +305,28 @@ async def test_a_priority_without_a_tier_is_stored_and_runs_when_a_worker_finds_
         assert await queue.wait_for("signalled", timeout=5) == 2
 
 
-async def test_the_subject_wins_over_the_body(nats_backend: NATSBackend, stream: JetStreamContext) -> None:
+async def test_the_subject_wins_over_the_body(
+    nats_backend: NATSBackend, stream: JetStreamContext
+) -> None:
     queue = Queue(QUEUE, nats_backend, registry=registry)
-    body = {"task": "tasks.fail", "max_retries": 0, "id": "other", "priority": 9, "status": "completed", "worker": "w"}
+    body = {
+        "task": "tasks.fail",
+        "max_retries": 0,
+        "id": "other",
+        "priority": 9,
+        "status": "completed",
+        "worker": "w",
+    }
     await stream.publish(f"amq.{QUEUE}.ready.5.true", json.dumps(body).encode())
     async with working(queue):
         job = await outcome(queue, "true")
     record = await read(stream, "done.true.failed")
-    assert (job["id"], record["id"], record["priority"], record["status"]) == ("true", "true", 5, "failed")
+    assert (job["id"], record["id"], record["priority"], record["status"]) == (
+        "true",
+        "true",
+        5,
+        "failed",
+    )
     assert record["worker"] != "w"
 
 
@@ -278,7 +337,9 @@ async def test_ids_are_percent_encoded(nats_backend: NATSBackend, stream: JetStr
         assert await queue.wait_for("invoice 7.pdf", timeout=5) == 1
 
 
-async def test_what_is_no_job_is_kept_as_failed(nats_backend: NATSBackend, stream: JetStreamContext) -> None:
+async def test_what_is_no_job_is_kept_as_failed(
+    nats_backend: NATSBackend, stream: JetStreamContext
+) -> None:
     queue = Queue(QUEUE, nats_backend, registry=registry)
     await stream.publish(f"amq.{QUEUE}.ready.5.text", b"no json")
     await add(stream, "future", v=2)
@@ -290,7 +351,9 @@ async def test_what_is_no_job_is_kept_as_failed(nats_backend: NATSBackend, strea
     assert "its version is 2" in future["last_error"]
 
 
-async def test_outcomes_have_the_fields_of_the_table(nats_backend: NATSBackend, stream: JetStreamContext) -> None:
+async def test_outcomes_have_the_fields_of_the_table(
+    nats_backend: NATSBackend, stream: JetStreamContext
+) -> None:
     queue = Queue(QUEUE, nats_backend, registry=registry)
     async with working(queue):
         await add(stream, "good", args=["a b"], mine={"kept": True})
@@ -300,7 +363,12 @@ async def test_outcomes_have_the_fields_of_the_table(nats_backend: NATSBackend, 
             await outcome(queue, job_id)
     await add(stream, "unwanted")
     assert await queue.cancel_job("unwanted")
-    keys = ("done.good.completed", "done.bad.failed", "done.late.expired", "done.unwanted.cancelled")
+    keys = (
+        "done.good.completed",
+        "done.bad.failed",
+        "done.late.expired",
+        "done.unwanted.cancelled",
+    )
     good, bad, late, unwanted = [await read(stream, key) for key in keys]
     assert (good["status"], good["result"], good["mine"]) == ("completed", 2, {"kept": True})
     assert (bad["status"], bad["last_error"], bad["retries"]) == ("failed", "ValueError: no", 1)
@@ -309,10 +377,15 @@ async def test_outcomes_have_the_fields_of_the_table(nats_backend: NATSBackend, 
     assert late["status"] == "expired"
     assert "time to live" in late["last_error"]
     assert (unwanted["status"], unwanted["last_error"]) == ("cancelled", "cancelled")
-    assert all({"active_since", "finished_at", "worker", "id", "created_at"} <= set(record) for record in (good, bad, late))
+    assert all(
+        {"active_since", "finished_at", "worker", "id", "created_at"} <= set(record)
+        for record in (good, bad, late)
+    )
 
 
-async def test_the_events_of_a_retried_job(nats_backend: NATSBackend, stream: JetStreamContext) -> None:
+async def test_the_events_of_a_retried_job(
+    nats_backend: NATSBackend, stream: JetStreamContext
+) -> None:
     queue = Queue(QUEUE, nats_backend, registry=registry)
     events: asyncio.Queue[Msg] = asyncio.Queue()
     client = await nats.connect(nats_backend.url)
@@ -329,15 +402,25 @@ async def test_the_events_of_a_retried_job(nats_backend: NATSBackend, stream: Je
     assert words == ["waiting", "started", "delayed", "released", "waiting", "started", "failed"]
     assert heard[-1].headers is not None
     assert heard[-1].headers["Nats-Subject"] == f"$KV.amq_{QUEUE}_scheduler.done.again.failed"
-    assert {"Nats-Stream", "Nats-Sequence", "Nats-Last-Sequence", "Nats-Time-Stamp"} <= set(heard[-1].headers)
+    assert {"Nats-Stream", "Nats-Sequence", "Nats-Last-Sequence", "Nats-Time-Stamp"} <= set(
+        heard[-1].headers
+    )
 
 
-async def test_an_edge_and_a_parked_job_are_as_described(nats_backend: NATSBackend, stream: JetStreamContext) -> None:
+async def test_an_edge_and_a_parked_job_are_as_described(
+    nats_backend: NATSBackend, stream: JetStreamContext
+) -> None:
     queue = Queue(QUEUE, nats_backend, registry=registry)
     parent = await queue.add("tasks.count_words", ["a b"])
-    child = await queue.add("tasks.count_words", ["c"], depends_on=[parent], on_parent_failure="run")
+    child = await queue.add(
+        "tasks.count_words", ["c"], depends_on=[parent], on_parent_failure="run"
+    )
     parked = await read(stream, f"later.{child}.parked")
-    assert (parked["parents"], parked["depends_on"], parked["on_parent_failure"]) == ([parent], [parent], "run")
+    assert (parked["parents"], parked["depends_on"], parked["on_parent_failure"]) == (
+        [parent],
+        [parent],
+        "run",
+    )
     assert await read(stream, f"done.{parent}.awaited.{child}") == {}
     async with working(queue):
         assert await queue.wait_for(child, timeout=5) == 1
@@ -359,7 +442,9 @@ async def test_the_start_of_an_attempt_is_an_event(nats_backend: NATSBackend) ->
     assert abs(data["active_since"] - time.time()) < 5
 
 
-async def test_a_ready_job_with_a_time_to_come_is_delayed(nats_backend: NATSBackend, stream: JetStreamContext) -> None:
+async def test_a_ready_job_with_a_time_to_come_is_delayed(
+    nats_backend: NATSBackend, stream: JetStreamContext
+) -> None:
     queue = Queue(QUEUE, nats_backend, registry=registry)
     async with working(queue):
         run_at = time.time() + 0.6
@@ -368,7 +453,9 @@ async def test_a_ready_job_with_a_time_to_come_is_delayed(nats_backend: NATSBack
     assert 0 <= job["active_since"] - run_at < 1
 
 
-async def test_a_delayed_job_can_be_left_with_the_servers_timer(nats_backend: NATSBackend, stream: JetStreamContext) -> None:
+async def test_a_delayed_job_can_be_left_with_the_servers_timer(
+    nats_backend: NATSBackend, stream: JetStreamContext
+) -> None:
     queue = Queue(QUEUE, nats_backend, registry=registry)
     run_at = time.time() + 0.8
     key = f"$KV.amq_{QUEUE}_scheduler.later.timed"

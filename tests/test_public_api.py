@@ -16,7 +16,18 @@ from asyncmq_nats.queues import Queue
 from asyncmq_nats.tasks import TaskWrapper, task
 from asyncmq_nats.workers import Worker, run_worker
 
-EXPORTED = ["InMemoryBackend", "Job", "NATSBackend", "Queue", "Settings", "State", "Worker", "__version__", "settings", "task"]
+EXPORTED = [
+    "InMemoryBackend",
+    "Job",
+    "NATSBackend",
+    "Queue",
+    "Settings",
+    "State",
+    "Worker",
+    "__version__",
+    "settings",
+    "task",
+]
 """At least these; a name that is taken away is a breaking change."""
 
 PATHS = [
@@ -47,15 +58,43 @@ PATHS = [
 class AsyncMQ:
     """`asyncmq.queues.Queue` of AsyncMQ 0.10.1: what it is called with."""
 
-    def __init__(self, name, backend=None, concurrency=3, rate_limit=None, rate_interval=1.0, scan_interval=None): ...
+    def __init__(
+        self,
+        name,
+        backend=None,
+        concurrency=3,
+        rate_limit=None,
+        rate_interval=1.0,
+        scan_interval=None,
+    ): ...
     async def add(
         self, task_id, args=None, kwargs=None, retries=0, ttl=None, backoff=None, priority=5, delay=None, job_id=None, deduplication=None,
         debounce=None,
     ): ...  # fmt: skip
     async def add_bulk(self, jobs): ...
-    def add_repeatable(self, task_id, every=None, cron=None, args=None, kwargs=None, retries=0, ttl=None, priority=5, backoff=None): ...
+    def add_repeatable(
+        self,
+        task_id,
+        every=None,
+        cron=None,
+        args=None,
+        kwargs=None,
+        retries=0,
+        ttl=None,
+        priority=5,
+        backoff=None,
+    ): ...
     async def upsert_repeatable(
-        self, task_id, every=None, cron=None, args=None, kwargs=None, retries=0, ttl=None, priority=5, backoff=None
+        self,
+        task_id,
+        every=None,
+        cron=None,
+        args=None,
+        kwargs=None,
+        retries=0,
+        ttl=None,
+        priority=5,
+        backoff=None,
     ): ...
     async def pause(self): ...
     async def resume(self): ...
@@ -107,7 +146,10 @@ METHODS = {name: method for name, method in vars(AsyncMQ).items() if inspect.isf
 
 def parameters(function: Callable[..., Any]) -> list[tuple[str, Any, Any]]:
     """Return name, kind and default of each parameter."""
-    return [(each.name, each.kind, each.default) for each in inspect.signature(function).parameters.values()]
+    return [
+        (each.name, each.kind, each.default)
+        for each in inspect.signature(function).parameters.values()
+    ]
 
 
 @pytest.mark.parametrize("name", EXPORTED)
@@ -134,8 +176,14 @@ def test_a_name_has_its_path(module: str, name: str) -> None:
 
 
 def test_both_names_of_a_thing_are_one_thing() -> None:
-    assert asyncmq_nats.InMemoryBackend is importlib.import_module("asyncmq_nats.backends.memory").InMemoryBackend
-    assert asyncmq_nats.NATSBackend is importlib.import_module("asyncmq_nats.backends.nats").NATSBackend
+    assert (
+        asyncmq_nats.InMemoryBackend
+        is importlib.import_module("asyncmq_nats.backends.memory").InMemoryBackend
+    )
+    assert (
+        asyncmq_nats.NATSBackend
+        is importlib.import_module("asyncmq_nats.backends.nats").NATSBackend
+    )
     assert asyncmq_nats.Queue is Queue
     assert asyncmq_nats.settings is importlib.import_module("asyncmq_nats.settings").settings
 
@@ -157,11 +205,23 @@ def test_no_method_is_missing() -> None:
 def test_a_method_is_called_as_asyncmqs(name: str) -> None:
     ours, theirs = parameters(getattr(Queue, name)), parameters(METHODS[name])
     assert [each[:2] for each in ours[: len(theirs)]] == [each[:2] for each in theirs]
-    defaults = dict(zip((each[0] for each in theirs), ((mine[2], each[2]) for mine, each in zip(ours, theirs, strict=False)), strict=True))
-    assert {each: pair for each, pair in defaults.items() if pair[0] != pair[1] is not inspect.Parameter.empty} == {}
+    defaults = dict(
+        zip(
+            (each[0] for each in theirs),
+            ((mine[2], each[2]) for mine, each in zip(ours, theirs, strict=False)),
+            strict=True,
+        )
+    )
+    assert {
+        each: pair
+        for each, pair in defaults.items()
+        if pair[0] != pair[1] is not inspect.Parameter.empty
+    } == {}
     for _, kind, default in ours[len(theirs) :]:
         assert kind is inspect.Parameter.KEYWORD_ONLY or default is not inspect.Parameter.empty
-    assert inspect.iscoroutinefunction(getattr(Queue, name)) is inspect.iscoroutinefunction(METHODS[name])
+    assert inspect.iscoroutinefunction(getattr(Queue, name)) is inspect.iscoroutinefunction(
+        METHODS[name]
+    )
 
 
 @pytest.mark.parametrize(
@@ -177,21 +237,39 @@ def test_a_method_is_called_as_asyncmqs(name: str) -> None:
     ],
     ids=["task", "run_worker", "Job"],
 )  # fmt: skip
-def test_positional_arguments_are_asyncmqs(function: Callable[..., Any], expected: dict[str, Any]) -> None:
+def test_positional_arguments_are_asyncmqs(
+    function: Callable[..., Any], expected: dict[str, Any]
+) -> None:
     found = inspect.signature(function).parameters
     assert list(found)[: len(expected)] == list(expected)
-    assert {name: default for name, default in expected.items() if default is not ... and found[name].default != default} == {}
+    assert {
+        name: default
+        for name, default in expected.items()
+        if default is not ... and found[name].default != default
+    } == {}
 
 
 def test_enqueue_of_a_task_is_called_as_asyncmqs() -> None:
     found = inspect.signature(TaskWrapper.enqueue).parameters
-    assert {name: found[name].default for name in ("backend", "delay", "priority")} == {"backend": None, "delay": 0, "priority": 5}
-    assert {found[name].kind for name in ("backend", "delay", "priority")} == {inspect.Parameter.KEYWORD_ONLY}
+    assert {name: found[name].default for name in ("backend", "delay", "priority")} == {
+        "backend": None,
+        "delay": 0,
+        "priority": 5,
+    }
+    assert {found[name].kind for name in ("backend", "delay", "priority")} == {
+        inspect.Parameter.KEYWORD_ONLY
+    }
 
 
 @pytest.mark.parametrize("subject", [Queue, Worker, Job, TaskWrapper])
 def test_everything_public_is_documented(subject: type) -> None:
     assert subject.__doc__
-    members = [(name, member) for name, member in inspect.getmembers(subject) if not name.startswith("_")]
-    ours = [(name, member) for name, member in members if inspect.isfunction(member) or isinstance(member, property)]
+    members = [
+        (name, member) for name, member in inspect.getmembers(subject) if not name.startswith("_")
+    ]
+    ours = [
+        (name, member)
+        for name, member in members
+        if inspect.isfunction(member) or isinstance(member, property)
+    ]
     assert [name for name, member in ours if not inspect.getdoc(member)] == []

@@ -6,25 +6,38 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asyncmq_nats.pull_policy import MAX_PREFETCH, Pace, TierView, prefetch_target, should_hand_back, tiers_to_ask
+from asyncmq_nats.runtime.prefetch import (
+    MAX_PREFETCH,
+    Pace,
+    TierView,
+    prefetch_target,
+    should_hand_back,
+    tiers_to_ask,
+)
 
 COUNTS = st.integers(0, 1_000)
-TIERS = st.lists(st.builds(TierView, st.integers(), COUNTS, COUNTS), max_size=8, unique_by=lambda tier: tier.priority).map(
-    lambda tiers: sorted(tiers, key=lambda tier: tier.priority)
-)
+TIERS = st.lists(
+    st.builds(TierView, st.integers(), COUNTS, COUNTS),
+    max_size=8,
+    unique_by=lambda tier: tier.priority,
+).map(lambda tiers: sorted(tiers, key=lambda tier: tier.priority))
 SECONDS = st.floats(0, 1e6)
 PACES = st.builds(Pace, SECONDS | st.just(math.inf), st.floats(1e-6, 0.1))
 
 
 @given(TIERS, COUNTS, COUNTS)
-def test_no_tier_is_asked_for_more_than_is_wanted(tiers: list[TierView], wanted: int, capacity: int) -> None:
+def test_no_tier_is_asked_for_more_than_is_wanted(
+    tiers: list[TierView], wanted: int, capacity: int
+) -> None:
     outstanding = {tier.priority: tier.outstanding for tier in tiers}
     for priority, count in tiers_to_ask(tiers, wanted, max(wanted, capacity)):
         assert 0 < count <= wanted - outstanding[priority]
 
 
 @given(TIERS, COUNTS, COUNTS)
-def test_nothing_below_a_tier_that_has_jobs_is_asked(tiers: list[TierView], wanted: int, capacity: int) -> None:
+def test_nothing_below_a_tier_that_has_jobs_is_asked(
+    tiers: list[TierView], wanted: int, capacity: int
+) -> None:
     asked = [priority for priority, _ in tiers_to_ask(tiers, wanted, max(wanted, capacity))]
     busy = [tier.priority for tier in tiers if tier.pending]
     assert all(priority <= busy[0] for priority in asked if busy)
@@ -32,7 +45,9 @@ def test_nothing_below_a_tier_that_has_jobs_is_asked(tiers: list[TierView], want
 
 
 @given(TIERS, st.integers(1, 1_000), COUNTS)
-def test_what_is_wanted_is_asked_of_an_idle_tier(tiers: list[TierView], wanted: int, more: int) -> None:
+def test_what_is_wanted_is_asked_of_an_idle_tier(
+    tiers: list[TierView], wanted: int, more: int
+) -> None:
     asked = dict(tiers_to_ask(tiers, wanted, wanted + more))
     for tier in tiers:
         if tier.outstanding == 0:
@@ -56,7 +71,11 @@ def test_a_single_slot_is_refilled_at_once() -> None:
 
 
 def test_all_tiers_of_an_idle_queue_are_asked() -> None:
-    assert tiers_to_ask([TierView(-1, 0, 0), TierView(5, 0, 0), TierView(9, 0, 0)], 3, 3) == [(-1, 3), (5, 3), (9, 3)]
+    assert tiers_to_ask([TierView(-1, 0, 0), TierView(5, 0, 0), TierView(9, 0, 0)], 3, 3) == [
+        (-1, 3),
+        (5, 3),
+        (9, 3),
+    ]
 
 
 @given(st.integers(1, 10_000), PACES)
@@ -65,9 +84,13 @@ def test_prefetch_is_bounded(concurrency: int, pace: Pace) -> None:
 
 
 @given(st.integers(1, 1_000), st.floats(1e-4, 100), st.floats(1e-4, 100), st.floats(1e-6, 0.1))
-def test_longer_jobs_never_make_the_prefetch_larger(concurrency: int, one: float, other: float, refill: float) -> None:
+def test_longer_jobs_never_make_the_prefetch_larger(
+    concurrency: int, one: float, other: float, refill: float
+) -> None:
     short, long = sorted((one, other))
-    assert prefetch_target(concurrency, Pace(long, refill)) <= prefetch_target(concurrency, Pace(short, refill))
+    assert prefetch_target(concurrency, Pace(long, refill)) <= prefetch_target(
+        concurrency, Pace(short, refill)
+    )
 
 
 @pytest.mark.parametrize("seconds", [1.0, 600.0, math.inf])
@@ -80,7 +103,9 @@ def test_short_jobs_are_prefetched_for_two_round_trips() -> None:
 
 
 @given(st.lists(SECONDS, min_size=1, max_size=50))
-def test_the_learnt_duration_is_between_the_shortest_and_the_longest(durations: list[float]) -> None:
+def test_the_learnt_duration_is_between_the_shortest_and_the_longest(
+    durations: list[float],
+) -> None:
     pace = Pace()
     for seconds in durations:
         pace.learn_job(seconds)
@@ -105,7 +130,9 @@ def test_one_slow_answer_does_not_make_the_refill_slow_for_long(answers: list[fl
 
 
 @given(SECONDS, PACES, st.integers(1, 1_000), st.integers(0, 1_000))
-def test_who_was_held_longer_is_handed_back_no_later(held: float, pace: Pace, concurrency: int, position: int) -> None:
+def test_who_was_held_longer_is_handed_back_no_later(
+    held: float, pace: Pace, concurrency: int, position: int
+) -> None:
     if should_hand_back(held, pace, concurrency, position):
         assert should_hand_back(held * 2 + 1, pace, concurrency, position)
         assert should_hand_back(held, pace, concurrency, position + 1)
@@ -118,7 +145,9 @@ def test_what_has_just_come_is_not_handed_back(pace: Pace, concurrency: int, pos
 
 def test_a_job_behind_slow_ones_is_handed_back_at_once() -> None:
     assert should_hand_back(0.001, Pace(10.0), 1, 0)
-    assert should_hand_back(0.001, Pace(0.001), 1, 0, quiet=0.1), "the slots are taken by longer jobs than usual"
+    assert should_hand_back(0.001, Pace(0.001), 1, 0, quiet=0.1), (
+        "the slots are taken by longer jobs than usual"
+    )
 
 
 def test_a_job_is_held_while_its_turn_is_near() -> None:
@@ -146,8 +175,13 @@ def test_nothing_is_prefetched_while_no_slot_becomes_free() -> None:
 
 
 @given(TIERS, COUNTS)
-def test_what_is_in_hand_of_a_tier_takes_nothing_from_those_above(tiers: list[TierView], wanted: int) -> None:
-    views = [TierView(tier.priority, tier.outstanding, 0, held=5 * place) for place, tier in enumerate(tiers, start=1)]
+def test_what_is_in_hand_of_a_tier_takes_nothing_from_those_above(
+    tiers: list[TierView], wanted: int
+) -> None:
+    views = [
+        TierView(tier.priority, tier.outstanding, 0, held=5 * place)
+        for place, tier in enumerate(tiers, start=1)
+    ]
     asked = dict(tiers_to_ask(views, wanted, wanted))
     for place, view in enumerate(views, start=1):
         assert asked.get(view.priority, 0) <= max(0, wanted - 5 * place - view.outstanding)

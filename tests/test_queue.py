@@ -86,7 +86,13 @@ async def add_foreign(queue: Queue, body: bytes, token: str = "foreign") -> None
 
 def test_making_a_queue_does_no_io() -> None:
     queue = Queue("work", InMemoryBackend())
-    assert (queue.name, queue.concurrency, queue.rate_limit, queue.rate_interval, queue.scan_interval) == ("work", 3, None, 1.0, 1.0)
+    assert (
+        queue.name,
+        queue.concurrency,
+        queue.rate_limit,
+        queue.rate_interval,
+        queue.scan_interval,
+    ) == ("work", 3, None, 1.0, 1.0)
 
 
 @pytest.mark.parametrize("name", ["", "a.b", "a b", "a:b", "x" * 65, "*"])
@@ -180,7 +186,10 @@ class Person(BaseModel):
         (Point(1, 2), {"x": 1, "y": 2}),
         (Person(name="Ada", born=date(1815, 12, 10)), {"name": "Ada", "born": "1815-12-10"}),
         ('"status"', '"status"'),
-        ({"status": "failed", "id": "x", "created_at": 0}, {"status": "failed", "id": "x", "created_at": 0}),
+        (
+            {"status": "failed", "id": "x", "created_at": 0},
+            {"status": "failed", "id": "x", "created_at": 0},
+        ),
     ],
     ids=repr,
 )
@@ -192,7 +201,11 @@ async def test_a_result_is_stored_as_json(backend: Backend, result: object, stor
     assert await queue.get_job_result(job_id) == stored
 
 
-@pytest.mark.parametrize("value", [object(), float("nan"), [float("inf")], "\ud800"], ids=["object", "nan", "inf", "lone surrogate"])
+@pytest.mark.parametrize(
+    "value",
+    [object(), float("nan"), [float("inf")], "\ud800"],
+    ids=["object", "nan", "inf", "lone surrogate"],
+)
 async def test_an_argument_that_is_not_json_is_refused_by_name(queue: Queue, value: object) -> None:
     with pytest.raises(NotSerializable, match="argument 1 of task 'echo'"):
         await queue.add("echo", [1, value])
@@ -227,7 +240,9 @@ async def test_an_argument_that_is_too_large_is_refused(queue: Queue) -> None:
         ({"task_id": ""}, "task"),
     ],
 )
-async def test_a_value_of_the_wrong_kind_is_refused_by_name(queue: Queue, fields: dict[str, Any], name: str) -> None:
+async def test_a_value_of_the_wrong_kind_is_refused_by_name(
+    queue: Queue, fields: dict[str, Any], name: str
+) -> None:
     with pytest.raises(InvalidArgument, match=name):
         await queue.add(**({"task_id": "echo"} | fields))
     assert await queue.queue_stats() == EMPTY
@@ -299,7 +314,9 @@ async def test_a_custom_id_that_is_no_text_is_refused(queue: Queue) -> None:
         await queue.add("echo", job_id=7)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("job_id", ["order-7", "a.b.c", "100%", "é 日", "*", ">", "a%2Eb", "x" * 200])
+@pytest.mark.parametrize(
+    "job_id", ["order-7", "a.b.c", "100%", "é 日", "*", ">", "a%2Eb", "x" * 200]
+)
 async def test_any_other_custom_id_is_taken_as_it_is(queue: Queue, job_id: str) -> None:
     assert await queue.add("echo", [job_id], job_id=job_id) == job_id
     async with running(queue):
@@ -315,12 +332,21 @@ async def test_ids_that_look_alike_are_different_jobs(queue: Queue) -> None:
     assert [await queue.get_job_result(job_id) for job_id in ids] == ids
 
 
-@pytest.mark.parametrize("state", ["waiting", "delayed", "active", "completed", "failed", "expired"])
-async def test_an_id_that_exists_in_any_state_adds_nothing(queue: Queue, gate: Gate, state: str) -> None:
+@pytest.mark.parametrize(
+    "state", ["waiting", "delayed", "active", "completed", "failed", "expired"]
+)
+async def test_an_id_that_exists_in_any_state_adds_nothing(
+    queue: Queue, gate: Gate, state: str
+) -> None:
     first: dict[str, dict[str, Any]] = {
         "delayed": {"delay": 3600}, "active": {"task_id": "gate"}, "failed": {"task_id": "fail"}, "expired": {"ttl": 0},
     }  # fmt: skip
-    await queue.add(**({"task_id": "echo", "args": [] if state == "active" else ["first"], "job_id": "a"} | first.get(state, {})))
+    await queue.add(
+        **(
+            {"task_id": "echo", "args": [] if state == "active" else ["first"], "job_id": "a"}
+            | first.get(state, {})
+        )
+    )
     if state not in ("waiting", "delayed"):
         async with running(queue):
             if state == "active":
@@ -396,8 +422,18 @@ async def test_bulk_of_nothing_is_nothing(queue: Queue) -> None:
 
 
 async def test_bulk_may_mix_jobs_for_now_and_for_later(queue: Queue) -> None:
-    ids = await queue.add_bulk([{"task_id": "echo"}, {"task_id": "echo", "delay": 3600}, {"task_id": "echo", "priority": -1}])
-    assert [await queue.get_job_state(job_id) for job_id in ids] == ["waiting", "delayed", "waiting"]
+    ids = await queue.add_bulk(
+        [
+            {"task_id": "echo"},
+            {"task_id": "echo", "delay": 3600},
+            {"task_id": "echo", "priority": -1},
+        ]
+    )
+    assert [await queue.get_job_state(job_id) for job_id in ids] == [
+        "waiting",
+        "delayed",
+        "waiting",
+    ]
     assert await queue.queue_stats() == EMPTY | {"waiting": 2, "delayed": 1}
 
 
@@ -415,7 +451,9 @@ async def test_bulk_may_mix_jobs_for_now_and_for_later(queue: Queue) -> None:
         ("echo", TypeError, "job 1 must be a mapping"),
     ],
 )
-async def test_a_bad_entry_adds_nothing_at_all(queue: Queue, bad: Any, error: type[Exception], told: str) -> None:
+async def test_a_bad_entry_adds_nothing_at_all(
+    queue: Queue, bad: Any, error: type[Exception], told: str
+) -> None:
     with pytest.raises(error, match=told):
         await queue.add_bulk([{"task_id": "echo"}, bad, {"task_id": "echo"}])
     assert await queue.queue_stats() == EMPTY
@@ -423,7 +461,9 @@ async def test_a_bad_entry_adds_nothing_at_all(queue: Queue, bad: Any, error: ty
 
 async def test_bulk_leaves_existing_ids_alone(queue: Queue) -> None:
     await queue.add("echo", ["first"], job_id="a")
-    ids = await queue.add_bulk([{"task_id": "echo", "args": ["second"], "job_id": job_id} for job_id in ("a", "b", "b")])
+    ids = await queue.add_bulk(
+        [{"task_id": "echo", "args": ["second"], "job_id": job_id} for job_id in ("a", "b", "b")]
+    )
     assert ids == ["a", "b", "b"]
     await run_jobs(queue)
     assert await queue.get_job_result("a") == "first"
@@ -444,7 +484,9 @@ async def test_bulk_of_more_than_a_batch(backend: Backend) -> None:
     assert sorted(ran) == list(range(1500))
 
 
-async def test_bulk_says_which_batches_were_added(queue: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_bulk_says_which_batches_were_added(
+    queue: Queue, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real = queue.backend.write
 
     async def write(log: str, *writes: Write) -> int:
@@ -454,10 +496,17 @@ async def test_bulk_says_which_batches_were_added(queue: Queue, monkeypatch: pyt
 
     monkeypatch.setattr(queue.backend, "write", write)
     with pytest.raises(BulkAddFailed) as raised:
-        await queue.add_bulk([{"task_id": "echo", "args": ["bad" if number == 1200 else number]} for number in range(1500)])
+        await queue.add_bulk(
+            [
+                {"task_id": "echo", "args": ["bad" if number == 1200 else number]}
+                for number in range(1500)
+            ]
+        )
     assert sorted(raised.value.added) == list(range(1000))
     assert sorted(raised.value.errors) == list(range(1000, 1500))
-    assert {job["id"] for job in await queue.list_jobs("waiting")} == set(raised.value.added.values())
+    assert {job["id"] for job in await queue.list_jobs("waiting")} == set(
+        raised.value.added.values()
+    )
 
 
 # -- enqueue, send
@@ -480,7 +529,13 @@ async def test_a_dict_with_the_arguments_of_add_is_enqueued(queue: Queue) -> Non
     job_id = await queue.send(payload)
     job = await queue.get_job(job_id)
     assert job is not None
-    assert (job["task"], job["args"], job["max_retries"], job["retries"], job["backoff"]) == ("echo", [1], 2, 0, None)
+    assert (job["task"], job["args"], job["max_retries"], job["retries"], job["backoff"]) == (
+        "echo",
+        [1],
+        2,
+        0,
+        None,
+    )
     assert payload == {"task_id": "echo", "args": [1], "retries": 2}
 
 
@@ -498,12 +553,16 @@ async def test_a_dict_whose_time_is_to_come_is_delayed(queue: Queue) -> None:
 
 
 async def test_an_old_dict_has_expired(queue: Queue) -> None:
-    job_id = await queue.enqueue({"task_id": "echo", "ttl": 5, "created_at": queue.backend.now() - 6})
+    job_id = await queue.enqueue(
+        {"task_id": "echo", "ttl": 5, "created_at": queue.backend.now() - 6}
+    )
     await run_jobs(queue)
     assert await queue.get_job_state(job_id) == "expired"
 
 
-@pytest.mark.parametrize("payload", [{}, {"args": [1]}, {"task_id": 5}, {"task_id": "echo", "args": "text"}])
+@pytest.mark.parametrize(
+    "payload", [{}, {"args": [1]}, {"task_id": 5}, {"task_id": "echo", "args": "text"}]
+)
 async def test_a_dict_that_is_no_job_is_refused(queue: Queue, payload: dict[str, Any]) -> None:
     with pytest.raises(InvalidArgument):
         await queue.enqueue(payload)
@@ -528,9 +587,13 @@ async def test_an_unknown_task_is_a_failed_job(queue: Queue) -> None:
 
 
 @pytest.mark.parametrize(
-    "result", [object(), float("nan"), {"a": float("inf")}, "\ud800", "x" * 2_000_000], ids=lambda value: repr(value)[:20]
+    "result",
+    [object(), float("nan"), {"a": float("inf")}, "\ud800", "x" * 2_000_000],
+    ids=lambda value: repr(value)[:20],
 )
-async def test_a_result_that_cannot_be_stored_fails_the_job_once(backend: Backend, result: object) -> None:
+async def test_a_result_that_cannot_be_stored_fails_the_job_once(
+    backend: Backend, result: object
+) -> None:
     runs: list[int] = []
 
     async def give() -> object:
@@ -548,7 +611,18 @@ async def test_a_result_that_cannot_be_stored_fails_the_job_once(backend: Backen
     assert await queue.queue_stats() == EMPTY | {"failed": 1, "completed": 1}
 
 
-@pytest.mark.parametrize("body", [b"", b"hello", b"[]", b"{}", b'{"task": "echo", "args": [NaN]}', b'{"task": "echo", "v": 99}', b"\xff"])
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"hello",
+        b"[]",
+        b"{}",
+        b'{"task": "echo", "args": [NaN]}',
+        b'{"task": "echo", "v": 99}',
+        b"\xff",
+    ],
+)
 async def test_a_message_that_is_no_job_fails_once(queue: Queue, body: bytes) -> None:
     await add_foreign(queue, body)
     async with running(queue):
@@ -560,7 +634,9 @@ async def test_a_message_that_is_no_job_fails_once(queue: Queue, body: bytes) ->
 
 @pytest.mark.parametrize("task", ["echo", "fail"])
 async def test_a_number_too_large_for_json_fails_once(queue: Queue, task: str) -> None:
-    await add_foreign(queue, b'{"task": "%s", "args": [1e999], "max_retries": 1, "backoff": null}' % task.encode())
+    await add_foreign(
+        queue, b'{"task": "%s", "args": [1e999], "max_retries": 1, "backoff": null}' % task.encode()
+    )
     async with running(queue):
         with pytest.raises(JobFailed):
             await queue.wait_for("foreign", timeout=PATIENCE)
@@ -622,7 +698,11 @@ async def test_a_failed_job_has_no_result_but_an_error(queue: Queue) -> None:
     await run_jobs(queue)
     job = await queue.get_job(job_id)
     assert job is not None
-    assert (job["status"], job["result"], job["last_error"]) == ("failed", None, "ValueError: out of paper")
+    assert (job["status"], job["result"], job["last_error"]) == (
+        "failed",
+        None,
+        "ValueError: out of paper",
+    )
     assert "raise ValueError(message)" in job["error_traceback"]
     assert await queue.get_job_result(job_id) is None
 
@@ -642,7 +722,11 @@ async def test_wait_for_raises_the_failure(queue: Queue) -> None:
     async with running(queue):
         with pytest.raises(JobFailed, match="out of paper") as raised:
             await queue.wait_for(job_id, timeout=PATIENCE)
-    assert (raised.value.job_id, raised.value.state, raised.value.error) == (job_id, "failed", "ValueError: out of paper")
+    assert (raised.value.job_id, raised.value.state, raised.value.error) == (
+        job_id,
+        "failed",
+        "ValueError: out of paper",
+    )
 
 
 async def test_wait_for_no_job_raises(queue: Queue) -> None:
@@ -703,7 +787,7 @@ async def test_wait_for_waits_through_retries(backend: Backend) -> None:
 @pytest.fixture
 def _no_second_look(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the look now and then, an event that is missed is missed for ever."""
-    monkeypatch.setattr("asyncmq_nats.queue_reads.READ_AGAIN", 3600)
+    monkeypatch.setattr("asyncmq_nats.queues.READ_AGAIN", 3600)
 
 
 @pytest.mark.usefixtures("_no_second_look")
@@ -714,7 +798,9 @@ async def test_wait_for_never_misses_the_end(queue: Queue, twin: Backend) -> Non
         return await other.wait_for(await queue.add("echo", [number]), timeout=PATIENCE)
 
     async with running(queue):
-        assert await race(*[lambda number=number: add_and_wait(number) for number in range(100)]) == list(range(100))
+        assert await race(
+            *[lambda number=number: add_and_wait(number) for number in range(100)]
+        ) == list(range(100))
 
 
 @pytest.mark.usefixtures("_no_second_look")
@@ -754,7 +840,17 @@ async def test_an_empty_queue_counts_nothing(queue: Queue) -> None:
     assert await queue.count() == 0
     assert await queue.get_jobs() == []
     assert await queue.get_job_counts() == dict.fromkeys(
-        ["waiting", "active", "completed", "failed", "delayed", "waiting-children", "paused", "prioritized"], 0
+        [
+            "waiting",
+            "active",
+            "completed",
+            "failed",
+            "delayed",
+            "waiting-children",
+            "paused",
+            "prioritized",
+        ],
+        0,
     )
 
 
@@ -764,7 +860,9 @@ async def busy_queue(queue: Queue, gate: Gate) -> Queue:
     await queue.add_bulk([{"task_id": "echo", "args": [number]} for number in range(3)])
     await queue.add_bulk([{"task_id": "fail"}, {"task_id": "fail"}, {"task_id": "echo", "ttl": 0}])
     await run_jobs(queue)
-    await queue.add_bulk([{"task_id": "echo", "args": [number], "priority": 5 + number % 2} for number in range(4)])
+    await queue.add_bulk(
+        [{"task_id": "echo", "args": [number], "priority": 5 + number % 2} for number in range(4)]
+    )
     await queue.add_bulk([{"task_id": "echo", "delay": 3600}, {"task_id": "echo", "delay": 7200}])
     return queue
 
@@ -842,7 +940,9 @@ async def ten_jobs(queue: Queue) -> Queue:
         (5, 4, []),
     ],
 )
-async def test_a_slice_includes_both_ends(ten_jobs: Queue, start: int, end: int, numbers: list[int]) -> None:
+async def test_a_slice_includes_both_ends(
+    ten_jobs: Queue, start: int, end: int, numbers: list[int]
+) -> None:
     jobs = await ten_jobs.get_jobs("waiting", start=start, end=end, asc=True)
     assert [job["args"][0] for job in jobs] == list(numbers)
     jobs = await ten_jobs.get_jobs(["waiting"], start=start, end=end)
@@ -850,9 +950,15 @@ async def test_a_slice_includes_both_ends(ten_jobs: Queue, start: int, end: int,
 
 
 async def test_states_are_joined_one_after_the_other(busy_queue: Queue) -> None:
-    states = [job["status"] for job in await busy_queue.get_jobs(["failed", "delayed", "bogus", "completed"], asc=True)]
+    states = [
+        job["status"]
+        for job in await busy_queue.get_jobs(["failed", "delayed", "bogus", "completed"], asc=True)
+    ]
     assert states == ["failed"] * 2 + ["delayed"] * 2 + ["completed"] * 3
-    states = [job["status"] for job in await busy_queue.get_jobs(["failed", "delayed", "completed"], start=1, end=4)]
+    states = [
+        job["status"]
+        for job in await busy_queue.get_jobs(["failed", "delayed", "completed"], start=1, end=4)
+    ]
     assert states == ["failed"] + ["delayed"] * 2 + ["completed"]
 
 
@@ -868,11 +974,17 @@ async def test_newest_first_is_the_reverse_of_oldest_first(busy_queue: Queue) ->
 
 
 @pytest.mark.parametrize("page", [1, 3, 7])
-async def test_pages_make_no_difference(queue: Queue, monkeypatch: pytest.MonkeyPatch, page: int) -> None:
-    await queue.add_bulk([{"task_id": "echo", "args": [number], "priority": number % 3} for number in range(20)])
-    await queue.add_bulk([{"task_id": "echo", "args": [number], "delay": 3600} for number in range(20, 30)])
+async def test_pages_make_no_difference(
+    queue: Queue, monkeypatch: pytest.MonkeyPatch, page: int
+) -> None:
+    await queue.add_bulk(
+        [{"task_id": "echo", "args": [number], "priority": number % 3} for number in range(20)]
+    )
+    await queue.add_bulk(
+        [{"task_id": "echo", "args": [number], "delay": 3600} for number in range(20, 30)]
+    )
     expected = {order: await queue.get_jobs(asc=order) for order in (True, False)}
-    monkeypatch.setattr("asyncmq_nats.inspection.PAGE", page)
+    monkeypatch.setattr("asyncmq_nats.store.reads.PAGE", page)
     for order, jobs in expected.items():
         assert len(jobs) == 30
         assert await queue.get_jobs(asc=order) == jobs
@@ -881,11 +993,13 @@ async def test_pages_make_no_difference(queue: Queue, monkeypatch: pytest.Monkey
 
 async def test_a_short_slice_reads_few_pages(queue: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
     await queue.add_bulk([{"task_id": "echo", "args": [number]} for number in range(900)])
-    monkeypatch.setattr("asyncmq_nats.inspection.PAGE", 100)
+    monkeypatch.setattr("asyncmq_nats.store.reads.PAGE", 100)
     read: list[int] = []
     real = queue.backend.page
 
-    async def page(log: str, filter: str, *, from_sequence: int = 1, limit: int = 100, mostly: bool = False) -> list[Record]:
+    async def page(
+        log: str, filter: str, *, from_sequence: int = 1, limit: int = 100, mostly: bool = False
+    ) -> list[Record]:
         records = await real(log, filter, from_sequence=from_sequence, limit=limit, mostly=mostly)
         read.append(len(records))
         return records

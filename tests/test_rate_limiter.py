@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from asyncmq_nats.backends.base import Backend
 from asyncmq_nats.queues import Queue
-from asyncmq_nats.rate_limiter import LEASE, Bucket, Limit, RateLimiter, lease
-from asyncmq_nats.subjects import QueueSubjects
+from asyncmq_nats.runtime.rate_limiter import LEASE, Bucket, Limit, RateLimiter, lease
+from asyncmq_nats.wire.keys import QueueSubjects
 from tests.receiver import until
 from tests.running import PATIENCE, make_queue, outcome, running
 
@@ -44,7 +44,9 @@ class World:
         hand = self.hands.setdefault(worker, Hand())
         if self.now >= hand.ends:
             hand.held = 0
-        self.bucket, granted, wait = lease(self.bucket, self.limit, worker, hand.held, max(wanted, -hand.held), self.now)
+        self.bucket, granted, wait = lease(
+            self.bucket, self.limit, worker, hand.held, max(wanted, -hand.held), self.now
+        )
         assert (granted < wanted) == (wait > 0) or wanted < 0
         hand.held += granted
         hand.ends = self.now + LEASE
@@ -61,7 +63,13 @@ class World:
 
 
 ACTIONS = st.lists(
-    st.tuples(st.sampled_from("abc"), st.integers(-5, 60), st.integers(0, 60), st.floats(0, 2) | st.floats(0, 3 * LEASE), st.booleans()),
+    st.tuples(
+        st.sampled_from("abc"),
+        st.integers(-5, 60),
+        st.integers(0, 60),
+        st.floats(0, 2) | st.floats(0, 3 * LEASE),
+        st.booleans(),
+    ),
     max_size=60,
 )
 LIMITS = st.builds(Limit, st.integers(1, 50), st.floats(0.05, 20))
@@ -76,7 +84,9 @@ def windows(starts: Sequence[float]) -> Iterator[tuple[float, int]]:
 
 @given(LIMITS, ACTIONS)
 @example(Limit(5, 1.0), [("a", 5, 5, 0.0, False), ("b", 5, 5, 1.0, False), ("c", 5, 5, 0.0, False)])
-def test_no_window_has_more_starts_than_the_limit_and_one_burst(limit: Limit, actions: list[tuple[str, int, int, float, bool]]) -> None:
+def test_no_window_has_more_starts_than_the_limit_and_one_burst(
+    limit: Limit, actions: list[tuple[str, int, int, float, bool]]
+) -> None:
     world = World(limit)
     for worker, wanted, use, pause, dies in actions:
         world.act(worker, wanted, use, pause)
@@ -90,7 +100,9 @@ def test_no_window_has_more_starts_than_the_limit_and_one_burst(limit: Limit, ac
 
 
 @given(LIMITS, ACTIONS)
-def test_no_permit_is_held_that_the_bucket_does_not_count(limit: Limit, actions: list[tuple[str, int, int, float, bool]]) -> None:
+def test_no_permit_is_held_that_the_bucket_does_not_count(
+    limit: Limit, actions: list[tuple[str, int, int, float, bool]]
+) -> None:
     world = World(limit)
     for worker, wanted, use, pause, _ in actions:
         world.act(worker, wanted, use, pause)
@@ -100,8 +112,12 @@ def test_no_permit_is_held_that_the_bucket_does_not_count(limit: Limit, actions:
         assert held + world.bucket.tokens <= limit.starts + 1e-6
 
 
-@given(st.builds(Limit, st.integers(2, 50), st.floats(0.05, 20)), st.integers(1, 20), st.floats(0, 0.4))
-def test_who_asks_again_after_the_wait_gets_the_whole_allowance(limit: Limit, slots: int, late: float) -> None:
+@given(
+    st.builds(Limit, st.integers(2, 50), st.floats(0.05, 20)), st.integers(1, 20), st.floats(0, 0.4)
+)
+def test_who_asks_again_after_the_wait_gets_the_whole_allowance(
+    limit: Limit, slots: int, late: float
+) -> None:
     """Even if each time it is late, by a share of the interval: what came meanwhile is in the bucket."""
     world = World(limit)
     while world.now < NOW + 20 * limit.interval:
@@ -159,7 +175,9 @@ def test_a_clock_that_goes_back_gives_nothing() -> None:
 
 
 @given(LIMITS, ACTIONS)
-def test_a_bucket_survives_its_record(limit: Limit, actions: list[tuple[str, int, int, float, bool]]) -> None:
+def test_a_bucket_survives_its_record(
+    limit: Limit, actions: list[tuple[str, int, int, float, bool]]
+) -> None:
     world = World(limit)
     for worker, wanted, use, pause, _ in actions:
         world.act(worker, wanted, use, pause)
@@ -188,27 +206,36 @@ async def test_workers_share_the_permits(backend: Backend, twin: Backend) -> Non
 
 async def test_workers_that_race_get_no_permit_twice(backend: Backend, twin: Backend) -> None:
     await make_queue(backend).queue_stats()
-    limiters = [limiter(handle, f"worker {number}", Limit(10, 600.0)) for number, handle in enumerate([backend, twin] * 4)]
+    limiters = [
+        limiter(handle, f"worker {number}", Limit(10, 600.0))
+        for number, handle in enumerate([backend, twin] * 4)
+    ]
     async with anyio.create_task_group() as group:
         for each in limiters:
             group.start_soon(each.acquire, 3)
     assert sum(each.permits for each in limiters) == 10
 
 
-async def test_a_busy_worker_says_that_its_permits_were_used(backend: Backend, twin: Backend) -> None:
+async def test_a_busy_worker_says_that_its_permits_were_used(
+    backend: Backend, twin: Backend
+) -> None:
     await make_queue(backend).queue_stats()
     limit = Limit(5, 0.05)
     one, other = limiter(backend, "one", limit), limiter(twin, "other", limit)
     await one.acquire(5)
     for _ in range(5):
         one.use()
-    await one.acquire(0)  # all its slots are taken for a long time: what it had leased is no longer kept from others
+    await one.acquire(
+        0
+    )  # all its slots are taken for a long time: what it had leased is no longer kept from others
     with anyio.fail_after(LEASE / 2):
         while other.permits < 5:  # noqa: ASYNC110
             await anyio.sleep(await other.acquire(5 - other.permits))
 
 
-async def test_a_worker_that_was_silent_has_no_permits(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_worker_that_was_silent_has_no_permits(
+    backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
     await make_queue(backend).queue_stats()
     one = limiter(backend, "one", Limit(5, 1.0))
     await one.acquire(5)
@@ -227,19 +254,25 @@ def limited(backend: Backend, limit: int | None, interval: float, concurrency: i
 
 
 @pytest.mark.parametrize(("limit", "interval"), [(-1, 1.0), (5, 0.0), (5, -1.0)])
-async def test_a_limit_that_makes_no_sense_is_refused(backend: Backend, limit: int, interval: float) -> None:
+async def test_a_limit_that_makes_no_sense_is_refused(
+    backend: Backend, limit: int, interval: float
+) -> None:
     with pytest.raises(ValueError, match="rate_"):
         Queue("work", backend, rate_limit=limit, rate_interval=interval)
 
 
-async def test_workers_together_keep_to_the_limit_and_use_it(backend: Backend, twin: Backend) -> None:
+async def test_workers_together_keep_to_the_limit_and_use_it(
+    backend: Backend, twin: Backend
+) -> None:
     starts: list[float] = []
 
     async def note() -> None:
         starts.append(backend.now())
 
     limit = Limit(10, 0.2)
-    queues = [limited(handle, limit.starts, limit.interval, note=note) for handle in (backend, twin)]
+    queues = [
+        limited(handle, limit.starts, limit.interval, note=note) for handle in (backend, twin)
+    ]
     await queues[0].add_bulk([{"task_id": "note"}] * 80)
     async with running(queues[0]), running(queues[1]):
         with anyio.fail_after(PATIENCE):
@@ -248,10 +281,14 @@ async def test_workers_together_keep_to_the_limit_and_use_it(backend: Backend, t
     for length, count in windows(starts):
         # A permit is leased a moment before its job starts.
         assert count <= limit.starts + limit.per_second * (length + 0.05)
-    assert (len(starts) - limit.starts) / (starts[-1] - starts[0]) > 0.7 * limit.per_second  # generous: the machine may be busy
+    assert (len(starts) - limit.starts) / (
+        starts[-1] - starts[0]
+    ) > 0.7 * limit.per_second  # generous: the machine may be busy
 
 
-async def test_a_worker_whose_slots_are_taken_leaves_the_allowance_to_others(backend: Backend, twin: Backend) -> None:
+async def test_a_worker_whose_slots_are_taken_leaves_the_allowance_to_others(
+    backend: Backend, twin: Backend
+) -> None:
     opened = anyio.Event()
     where: list[str] = []
 
@@ -306,8 +343,13 @@ async def test_a_worker_that_waits_for_permits_stops_at_once(backend: Backend) -
             await until(queue.queue_stats, lambda stats: stats["completed"] == 1)
 
 
-async def test_permits_that_a_worker_did_not_use_outlast_it(backend: Backend, twin: Backend) -> None:
-    queue, other = limited(backend, 5, 600.0, work=lambda: None), limited(twin, 5, 600.0, work=lambda: None)
+async def test_permits_that_a_worker_did_not_use_outlast_it(
+    backend: Backend, twin: Backend
+) -> None:
+    queue, other = (
+        limited(backend, 5, 600.0, work=lambda: None),
+        limited(twin, 5, 600.0, work=lambda: None),
+    )
     async with running(queue):
         await until(queue.list_workers, bool)
     await queue.add_bulk([{"task_id": "work"}] * 5)

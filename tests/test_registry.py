@@ -11,7 +11,7 @@ from pydantic import BaseModel, ValidationError
 
 from asyncmq_nats.exceptions import TaskNotFound
 from asyncmq_nats.jobs import JobHead
-from asyncmq_nats.registry import TASK_REGISTRY, TaskRegistry
+from asyncmq_nats.runtime.registry import TASK_REGISTRY, TaskRegistry
 from asyncmq_nats.tasks import TASK_REGISTRY as SAME_REGISTRY
 
 if TYPE_CHECKING:
@@ -59,7 +59,13 @@ def test_a_task_is_found_by_a_name_of_its_own(registry: TaskRegistry) -> None:
 
 def test_what_a_task_says_of_its_jobs_is_kept(registry: TaskRegistry) -> None:
     entry = registry.register(double, queue="work", retries=2, ttl=60, backoff=1.5)
-    assert (entry.queue, entry.retries, entry.ttl, entry.backoff, entry.is_async) == ("work", 2, 60, 1.5, True)
+    assert (entry.queue, entry.retries, entry.ttl, entry.backoff, entry.is_async) == (
+        "work",
+        2,
+        60,
+        1.5,
+        True,
+    )
 
 
 def test_two_functions_of_one_name_are_refused(registry: TaskRegistry) -> None:
@@ -71,7 +77,9 @@ def test_two_functions_of_one_name_are_refused(registry: TaskRegistry) -> None:
 
 def test_registering_a_function_again_replaces_what_was_said_of_it(registry: TaskRegistry) -> None:
     registry.register(double, queue="work", retries=1)
-    assert registry.register(double, queue="other", retries=2) is registry.find(f"{__name__}.double")
+    assert registry.register(double, queue="other", retries=2) is registry.find(
+        f"{__name__}.double"
+    )
     assert registry.find(f"{__name__}.double").queue == "other"
 
 
@@ -113,7 +121,9 @@ async def test_arguments_become_what_the_annotations_say(registry: TaskRegistry)
     assert await run(registry, "double", "21") == 42
 
 
-async def test_a_function_with_an_annotation_of_any_class_is_called_as_it_is(registry: TaskRegistry) -> None:
+async def test_a_function_with_an_annotation_of_any_class_is_called_as_it_is(
+    registry: TaskRegistry,
+) -> None:
     async def echo(value: Opaque | None = None) -> object:
         return value
 
@@ -121,7 +131,9 @@ async def test_a_function_with_an_annotation_of_any_class_is_called_as_it_is(reg
     assert await run(registry, "echo") is None
 
 
-async def test_a_function_whose_annotations_have_no_meaning_here_is_called_as_it_is(registry: TaskRegistry) -> None:
+async def test_a_function_whose_annotations_have_no_meaning_here_is_called_as_it_is(
+    registry: TaskRegistry,
+) -> None:
     async def echo(value: "imported_for_type_checkers_only.Thing") -> object:  # type: ignore[name-defined]  # noqa: F821
         return value
 
@@ -129,7 +141,9 @@ async def test_a_function_whose_annotations_have_no_meaning_here_is_called_as_it
     assert await run(registry, "echo", 7) == 7
 
 
-async def test_an_annotation_may_name_what_is_defined_later(registry: TaskRegistry, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_annotation_may_name_what_is_defined_later(
+    registry: TaskRegistry, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async def total(basket: "Basket") -> int:
         return sum(basket.prices)
 
@@ -151,8 +165,12 @@ async def test_a_wrong_argument_is_told_by_name(registry: TaskRegistry) -> None:
         await run(registry, "days", "2026-01-31")
 
 
-@pytest.mark.parametrize(("args", "kwargs"), [((1, 2, 3), {}), ((1,), {"first": 2}), ((1,), {"other": 2})])
-async def test_arguments_that_do_not_fit_are_refused(registry: TaskRegistry, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+@pytest.mark.parametrize(
+    ("args", "kwargs"), [((1, 2, 3), {}), ((1,), {"first": 2}), ((1,), {"other": 2})]
+)
+async def test_arguments_that_do_not_fit_are_refused(
+    registry: TaskRegistry, args: tuple[object, ...], kwargs: dict[str, object]
+) -> None:
     async def two(first: int, second: int = 0) -> None:
         raise AssertionError("it must not run")
 
@@ -162,11 +180,19 @@ async def test_arguments_that_do_not_fit_are_refused(registry: TaskRegistry, arg
 
 
 async def test_arguments_of_every_kind_reach_the_function(registry: TaskRegistry) -> None:
-    async def all_kinds(first: int, /, second: int, *rest: int, only: int, **more: int) -> list[object]:
+    async def all_kinds(
+        first: int, /, second: int, *rest: int, only: int, **more: int
+    ) -> list[object]:
         return [first, second, rest, only, more]
 
     registry.register(all_kinds, queue="work", name="all")
-    assert await run(registry, "all", "1", 2, 3, 4, only=5, other="6") == [1, 2, (3, 4), 5, {"other": 6}]
+    assert await run(registry, "all", "1", 2, 3, 4, only=5, other="6") == [
+        1,
+        2,
+        (3, 4),
+        5,
+        {"other": 6},
+    ]
 
 
 async def test_a_decorated_function_gets_what_its_decorator_takes(registry: TaskRegistry) -> None:

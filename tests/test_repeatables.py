@@ -12,8 +12,8 @@ from asyncmq_nats.backends.base import Backend, Record, Write
 from asyncmq_nats.exceptions import InvalidArgument, NotSerializable
 from asyncmq_nats.jobs import Backoff
 from asyncmq_nats.queues import Queue
-from asyncmq_nats.repeatables import repeatable_id
 from asyncmq_nats.settings import Settings
+from asyncmq_nats.transitions.repeat import repeatable_id
 from tests.receiver import until
 from tests.running import PATIENCE, make_queue, outcome, race, running
 
@@ -79,42 +79,68 @@ def assert_one_series(planned: list[int], every: float) -> None:
 
 async def test_an_upsert_returns_the_next_run_and_is_listed(queue: Queue, backend: Backend) -> None:
     before = backend.now()
-    next_run = await queue.upsert_repeatable("tick", every="5m", args=["x"], retries=2, priority=1, backoff=Backoff("fixed"), timeout=3)
+    next_run = await queue.upsert_repeatable(
+        "tick", every="5m", args=["x"], retries=2, priority=1, backoff=Backoff("fixed"), timeout=3
+    )
     assert before + 300 <= next_run <= backend.now() + 300
     [info] = await queue.list_repeatables()
     assert info.next_run == pytest.approx(next_run)
     assert not info.paused
     definition = info.job_def
     assert definition["id"]
-    assert (definition["task_id"], definition["args"], definition["kwargs"], definition["every"]) == ("tick", ["x"], {}, 300.0)
+    assert (
+        definition["task_id"],
+        definition["args"],
+        definition["kwargs"],
+        definition["every"],
+    ) == ("tick", ["x"], {}, 300.0)
     assert (definition["retries"], definition["priority"], definition["timeout"]) == (2, 1, 3)
     assert "cron" not in definition
 
 
 async def test_a_cron_series_runs_by_the_clock_of_its_zone(queue: Queue, backend: Backend) -> None:
-    here, there = [await queue.upsert_repeatable("tick", cron="0 12 * * *", timezone=zone) for zone in (None, "Asia/Kolkata")]
+    here, there = [
+        await queue.upsert_repeatable("tick", cron="0 12 * * *", timezone=zone)
+        for zone in (None, "Asia/Kolkata")
+    ]
     assert (here - there) % 86_400 == 5.5 * 3600
     assert all(backend.now() < at <= backend.now() + 86_400 for at in (here, there))
-    assert sorted(info.job_def["timezone"] for info in await queue.list_repeatables()) == ["Asia/Kolkata", "UTC"]
+    assert sorted(info.job_def["timezone"] for info in await queue.list_repeatables()) == [
+        "Asia/Kolkata",
+        "UTC",
+    ]
 
 
 async def test_the_same_definition_again_changes_nothing(queue: Queue, twin: Backend) -> None:
     first = await queue.upsert_repeatable("tick", every=3600, kwargs={"label": "a"})
-    assert await queue.upsert_repeatable("tick", every="1h", kwargs={"label": "a"}) == pytest.approx(first)
-    assert await Queue("work", twin).upsert_repeatable("tick", every=3600.0, kwargs={"label": "a"}) == pytest.approx(first)
+    assert await queue.upsert_repeatable(
+        "tick", every="1h", kwargs={"label": "a"}
+    ) == pytest.approx(first)
+    assert await Queue("work", twin).upsert_repeatable(
+        "tick", every=3600.0, kwargs={"label": "a"}
+    ) == pytest.approx(first)
     assert len(await queue.list_repeatables()) == 1
 
 
-@pytest.mark.parametrize("change", [{"args": ["b"]}, {"every": 7200}, {"retries": 1}, {"priority": 1}, {"ttl": 5}])
-async def test_a_changed_definition_without_a_name_is_another_one(queue: Queue, change: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "change", [{"args": ["b"]}, {"every": 7200}, {"retries": 1}, {"priority": 1}, {"ttl": 5}]
+)
+async def test_a_changed_definition_without_a_name_is_another_one(
+    queue: Queue, change: dict[str, Any]
+) -> None:
     await queue.upsert_repeatable("tick", every=3600)
     fields: dict[str, Any] = {"task_id": "tick", "every": 3600} | change
     await queue.upsert_repeatable(**fields)
     assert len(await queue.list_repeatables()) == 2
 
 
-@pytest.mark.parametrize("change", [{"args": ["b"]}, {"every": 7200}, {"retries": 1}, {"every": None, "cron": "0 0 1 1 *"}])
-async def test_a_changed_definition_replaces_the_one_of_its_name(queue: Queue, backend: Backend, change: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "change",
+    [{"args": ["b"]}, {"every": 7200}, {"retries": 1}, {"every": None, "cron": "0 0 1 1 *"}],
+)
+async def test_a_changed_definition_replaces_the_one_of_its_name(
+    queue: Queue, backend: Backend, change: dict[str, Any]
+) -> None:
     await queue.upsert_repeatable("tick", every=3600, name="report")
     fields: dict[str, Any] = {"task_id": "tick", "every": 3600, "name": "report"} | change
     next_run = await queue.upsert_repeatable(**fields)
@@ -137,7 +163,9 @@ async def test_a_changed_definition_replaces_the_one_of_its_name(queue: Queue, b
         ({"every": 5, "name": "x" * 101}, ValueError, "name must be"),
     ],
 )
-async def test_b13_a_bad_definition_is_refused_at_once(queue: Queue, fields: dict[str, Any], error: type[Exception], told: str) -> None:
+async def test_b13_a_bad_definition_is_refused_at_once(
+    queue: Queue, fields: dict[str, Any], error: type[Exception], told: str
+) -> None:
     with pytest.raises(error, match=told):
         queue.add_repeatable("tick", **fields)
     with pytest.raises(error, match=told):
@@ -154,7 +182,12 @@ async def test_b13_an_interval_given_as_a_text_is_one(queue: Queue, ticks: Ticks
 async def test_a_name_may_be_any_text(queue: Queue, ticks: Ticks) -> None:
     for name in ("nightly report", "a.b.*.>", "100 %", "ü"):
         await queue.upsert_repeatable("tick", every=EVERY, name=name, args=[name])
-    assert {info.job_def["name"] for info in await queue.list_repeatables()} == {"nightly report", "a.b.*.>", "100 %", "ü"}
+    assert {info.job_def["name"] for info in await queue.list_repeatables()} == {
+        "nightly report",
+        "a.b.*.>",
+        "100 %",
+        "ü",
+    }
     async with running(queue):
         for name in ("nightly report", "a.b.*.>", "100 %", "ü"):
             await ticks.wait_for(2, name)
@@ -173,20 +206,33 @@ GIVEN: list[Callable[[dict[str, Any]], Any]] = [
     lambda listed: listed,
     lambda listed: {key: value for key, value in listed.items() if key not in ("id", "name")},
     lambda _: {"task_id": "tick", "every": 3600, "args": ["a"]},
-    lambda _: {"task": "tick", "every": "1h", "args": ["a"], "kwargs": {}, "retries": 0, "priority": 5},
+    lambda _: {
+        "task": "tick",
+        "every": "1h",
+        "args": ["a"],
+        "kwargs": {},
+        "retries": 0,
+        "priority": 5,
+    },
     lambda listed: listed["id"],
 ]
 
 
 @pytest.mark.parametrize("given", GIVEN)
-async def test_one_is_found_by_dict_or_id(queue: Queue, backend: Backend, given: Callable[[dict[str, Any]], Any]) -> None:
+async def test_one_is_found_by_dict_or_id(
+    queue: Queue, backend: Backend, given: Callable[[dict[str, Any]], Any]
+) -> None:
     await queue.upsert_repeatable("tick", every=3600, args=["a"])
     await queue.upsert_repeatable("tick", every=3600, args=["b"])
-    listed = next(info.job_def for info in await queue.list_repeatables() if info.job_def["args"] == ["a"])
+    listed = next(
+        info.job_def for info in await queue.list_repeatables() if info.job_def["args"] == ["a"]
+    )
     assert await queue.pause_repeatable(given(listed))
     paused = {info.job_def["args"][0]: info for info in await queue.list_repeatables()}
     assert (paused["a"].paused, paused["a"].next_run, paused["b"].paused) == (True, None, False)
-    assert await queue.resume_repeatable(given(listed)) == pytest.approx(backend.now() + 3600, abs=5)
+    assert await queue.resume_repeatable(given(listed)) == pytest.approx(
+        backend.now() + 3600, abs=5
+    )
     assert not any(info.paused for info in await queue.list_repeatables())
     assert await queue.remove_repeatable(given(listed))
     assert not await queue.remove_repeatable(given(listed))
@@ -232,7 +278,9 @@ async def test_local_definitions_are_stored_when_a_worker_runs(queue: Queue, tic
     assert len(await queue.list_repeatables()) == 1
 
 
-async def test_b10_the_same_local_definition_in_two_workers_is_one_series(backend: Backend, twin: Backend, ticks: Ticks) -> None:
+async def test_b10_the_same_local_definition_in_two_workers_is_one_series(
+    backend: Backend, twin: Backend, ticks: Ticks
+) -> None:
     queues = [make_queue(handle, tick=ticks.tick) for handle in (backend, twin)]
     for each in queues:
         each.add_repeatable("tick", every=EVERY)
@@ -254,21 +302,29 @@ async def test_b10_two_schedules_of_one_task_are_two(queue: Queue, ticks: Ticks)
 
 
 @pytest.mark.parametrize("every", [0.1, 0.25, 0.7])
-async def test_each_tick_makes_one_job_and_none_drifts(queue: Queue, backend: Backend, ticks: Ticks, every: float) -> None:
+async def test_each_tick_makes_one_job_and_none_drifts(
+    queue: Queue, backend: Backend, ticks: Ticks, every: float
+) -> None:
     first = await queue.upsert_repeatable("tick", every=every)
     async with running(queue):
         await ticks.wait_for(round(1.5 / every) + 1)
     planned = await planned_of(queue)
     assert_one_series(planned, every)
     assert planned[0] == pytest.approx(first * 1000, abs=1)
-    for at, (_, started) in zip(planned, sorted(ticks.seen, key=lambda seen: seen[1]), strict=False):
+    for at, (_, started) in zip(
+        planned, sorted(ticks.seen, key=lambda seen: seen[1]), strict=False
+    ):
         assert started >= at / 1000 - 0.01
     [info] = await queue.list_repeatables()
     assert info.next_run is not None
-    assert (info.next_run - first) / every == pytest.approx(round((info.next_run - first) / every), abs=0.01)
+    assert (info.next_run - first) / every == pytest.approx(
+        round((info.next_run - first) / every), abs=0.01
+    )
 
 
-async def test_each_tick_makes_one_job_however_many_workers_run(backend: Backend, twin: Backend, ticks: Ticks) -> None:
+async def test_each_tick_makes_one_job_however_many_workers_run(
+    backend: Backend, twin: Backend, ticks: Ticks
+) -> None:
     queues = [make_queue(handle, tick=ticks.tick) for handle in (backend, twin) * 3]
     await queues[0].upsert_repeatable("tick", every=0.1)
     async with AsyncExitStack() as stack:
@@ -279,11 +335,26 @@ async def test_each_tick_makes_one_job_however_many_workers_run(backend: Backend
 
 
 async def test_a_tick_makes_a_job_as_it_was_defined(queue: Queue) -> None:
-    await queue.upsert_repeatable("unknown", every=EVERY, args=[1], kwargs={"k": 2}, retries=1, backoff=3600, priority=2, ttl=60, timeout=9)
+    await queue.upsert_repeatable(
+        "unknown",
+        every=EVERY,
+        args=[1],
+        kwargs={"k": 2},
+        retries=1,
+        backoff=3600,
+        priority=2,
+        ttl=60,
+        timeout=9,
+    )
     async with running(queue):
         await until(queue.list_delayed, lambda found: len(found) > 0)
     job = (await queue.list_delayed())[0].payload
-    assert (job["args"], job["kwargs"], job["max_retries"], job["backoff"]) == ([1], {"k": 2}, 1, 3600)
+    assert (job["args"], job["kwargs"], job["max_retries"], job["backoff"]) == (
+        [1],
+        {"k": 2},
+        1,
+        3600,
+    )
     assert (job["priority"], job["ttl"], job["timeout"]) == (2, 60, 9)
 
 
@@ -294,10 +365,15 @@ async def test_workers_that_come_and_go_lose_no_tick(queue: Queue, ticks: Ticks)
             await ticks.wait_for(3 * count)
     planned = await planned_of(queue)
     assert len(set(planned)) == len(planned) >= 15
-    assert all((at - planned[0]) / 100 == pytest.approx(round((at - planned[0]) / 100), abs=0.03) for at in planned)
+    assert all(
+        (at - planned[0]) / 100 == pytest.approx(round((at - planned[0]) / 100), abs=0.03)
+        for at in planned
+    )
 
 
-async def test_ticks_missed_while_nobody_ran_are_one(queue: Queue, backend: Backend, ticks: Ticks) -> None:
+async def test_ticks_missed_while_nobody_ran_are_one(
+    queue: Queue, backend: Backend, ticks: Ticks
+) -> None:
     await queue.upsert_repeatable("tick", every=0.15, name="report")
     first = backend.now() - 100
     await make_due(queue, first)
@@ -306,11 +382,15 @@ async def test_ticks_missed_while_nobody_ran_are_one(queue: Queue, backend: Back
     planned = await planned_of(queue)
     assert planned[0] == round(first * 1000)
     assert planned[1] - planned[0] >= 100_000
-    assert (planned[1] - planned[0]) / 150 == pytest.approx(round((planned[1] - planned[0]) / 150), abs=0.02)
+    assert (planned[1] - planned[0]) / 150 == pytest.approx(
+        round((planned[1] - planned[0]) / 150), abs=0.02
+    )
     assert_one_series(planned[1:], 0.15)
 
 
-async def test_ticks_that_are_a_little_late_are_all_made_up_for(queue: Queue, backend: Backend, ticks: Ticks) -> None:
+async def test_ticks_that_are_a_little_late_are_all_made_up_for(
+    queue: Queue, backend: Backend, ticks: Ticks
+) -> None:
     await queue.upsert_repeatable("tick", every=0.5, name="report")
     first = backend.now() - 1.6
     await make_due(queue, first)
@@ -321,7 +401,9 @@ async def test_ticks_that_are_a_little_late_are_all_made_up_for(queue: Queue, ba
     assert_one_series(planned, 0.5)
 
 
-async def test_b12_a_paused_one_makes_no_jobs_and_stays_paused(queue: Queue, ticks: Ticks, backend: Backend) -> None:
+async def test_b12_a_paused_one_makes_no_jobs_and_stays_paused(
+    queue: Queue, ticks: Ticks, backend: Backend
+) -> None:
     queue.add_repeatable("tick", every=EVERY, name="report")
     async with running(queue):
         await ticks.wait_for(2)
@@ -355,17 +437,32 @@ async def test_a_removed_one_makes_no_more_jobs(queue: Queue, ticks: Ticks) -> N
 async def test_one_that_was_removed_begins_anew(queue: Queue, backend: Backend) -> None:
     await queue.upsert_repeatable("tick", every=3600, name="report")
     await queue.remove_repeatable("report")
-    assert await queue.upsert_repeatable("tick", every=60, name="report") == pytest.approx(backend.now() + 60, abs=5)
+    assert await queue.upsert_repeatable("tick", every=60, name="report") == pytest.approx(
+        backend.now() + 60, abs=5
+    )
 
 
 async def test_many_are_listed(queue: Queue) -> None:
-    await race(*[lambda n=n: queue.upsert_repeatable("tick", every=3600, args=[n]) for n in range(60)])
-    assert sorted(info.job_def["args"][0] for info in await queue.list_repeatables()) == list(range(60))
+    await race(
+        *[lambda n=n: queue.upsert_repeatable("tick", every=3600, args=[n]) for n in range(60)]
+    )
+    assert sorted(info.job_def["args"][0] for info in await queue.list_repeatables()) == list(
+        range(60)
+    )
 
 
-async def test_racing_upserts_of_one_name_leave_one_series(queue: Queue, twin: Backend, ticks: Ticks) -> None:
+async def test_racing_upserts_of_one_name_leave_one_series(
+    queue: Queue, twin: Backend, ticks: Ticks
+) -> None:
     queues = [queue, make_queue(twin, tick=ticks.tick)]
-    await race(*[lambda n=n: queues[n % 2].upsert_repeatable("tick", every=EVERY, name="report", retries=n) for n in range(8)])
+    await race(
+        *[
+            lambda n=n: queues[n % 2].upsert_repeatable(
+                "tick", every=EVERY, name="report", retries=n
+            )
+            for n in range(8)
+        ]
+    )
     async with running(queue):
         await ticks.wait_for(4)
     assert_one_series(await planned_of(queue), EVERY)
@@ -406,7 +503,9 @@ async def test_a_definition_that_changes_takes_its_due_tick_with_it(
     assert info.next_run == pytest.approx(next_run) == pytest.approx(backend.now() + 1800, abs=5)
 
 
-async def test_one_that_is_paused_takes_its_due_tick_with_it(queue: Queue, backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_one_that_is_paused_takes_its_due_tick_with_it(
+    queue: Queue, backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
     await queue.upsert_repeatable("tick", every=3600, name="report")
     await let_tick_be_due(queue, monkeypatch, backend.now())
     assert await queue.pause_repeatable("report")
@@ -414,7 +513,9 @@ async def test_one_that_is_paused_takes_its_due_tick_with_it(queue: Queue, backe
     await no_tick_is_left(queue)
 
 
-async def test_one_that_is_removed_takes_its_due_tick_with_it(queue: Queue, backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_one_that_is_removed_takes_its_due_tick_with_it(
+    queue: Queue, backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
     await queue.upsert_repeatable("tick", every=3600, name="report")
     await let_tick_be_due(queue, monkeypatch, backend.now())
     assert await queue.remove_repeatable("report")
@@ -422,7 +523,9 @@ async def test_one_that_is_removed_takes_its_due_tick_with_it(queue: Queue, back
     await no_tick_is_left(queue)
 
 
-async def test_a_change_in_the_middle_of_a_series_leaves_one_series(queue: Queue, ticks: Ticks) -> None:
+async def test_a_change_in_the_middle_of_a_series_leaves_one_series(
+    queue: Queue, ticks: Ticks
+) -> None:
     await queue.upsert_repeatable("tick", every=0.1, name="report", args=["old"])
     async with running(queue):
         await ticks.wait_for(3, "old")
@@ -431,4 +534,6 @@ async def test_a_change_in_the_middle_of_a_series_leaves_one_series(queue: Queue
         await ticks.wait_for(5, "new")
     jobs = await queue.get_jobs()
     assert len([job for job in jobs if job["args"] == ["old"]]) == old
-    assert_one_series(sorted(int(job["id"].rpartition("-")[2]) for job in jobs if job["args"] == ["new"]), EVERY)
+    assert_one_series(
+        sorted(int(job["id"].rpartition("-")[2]) for job in jobs if job["args"] == ["new"]), EVERY
+    )

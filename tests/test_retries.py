@@ -4,7 +4,6 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from asyncmq_nats.encoding import dump_json
 from asyncmq_nats.exceptions import Fail, Retry
 from asyncmq_nats.jobs import Backoff, Job
 from asyncmq_nats.retries import (
@@ -18,6 +17,7 @@ from asyncmq_nats.retries import (
     backoff_delay,
     retry_delay,
 )
+from asyncmq_nats.wire.codec import dump_json
 
 FAILURE = Failure("ValueError: no", "", 0.0)
 
@@ -34,7 +34,9 @@ def delays(job: Job, times: int, function: BackoffFunction | None = None) -> lis
 
 @pytest.mark.parametrize("retries", [0, 1, 3])
 def test_as_many_retries_as_asked_for_and_no_more(retries: int) -> None:
-    assert delays(Job("t", max_retries=retries, backoff=None), retries + 1) == [0.0] * retries + [None]
+    assert delays(Job("t", max_retries=retries, backoff=None), retries + 1) == [0.0] * retries + [
+        None
+    ]
 
 
 @pytest.mark.parametrize(
@@ -51,7 +53,9 @@ def test_as_many_retries_as_asked_for_and_no_more(retries: int) -> None:
         (Backoff("exponential", delay=2, factor=3, maximum=10), [2.0, 6.0, 10.0]),
     ],
 )
-def test_each_retry_waits_as_its_backoff_says(backoff: float | Backoff, expected: list[float]) -> None:
+def test_each_retry_waits_as_its_backoff_says(
+    backoff: float | Backoff, expected: list[float]
+) -> None:
     assert delays(Job("t", max_retries=9, backoff=backoff), 3) == pytest.approx(expected)
 
 
@@ -64,13 +68,19 @@ def test_jitter_takes_away_a_share(share: float, jitter: float) -> None:
 @given(backoff=st.floats(0, allow_nan=False, allow_infinity=False), retries=st.integers(0, 2_000))
 def test_a_delay_is_never_absurd(backoff: float, retries: int) -> None:
     for kind in (backoff, Backoff(delay=backoff, factor=1e10)):
-        delay = retry_delay(Job("t", retries=retries, max_retries=retries + 1, backoff=kind), FAILURE)
+        delay = retry_delay(
+            Job("t", retries=retries, max_retries=retries + 1, backoff=kind), FAILURE
+        )
         assert delay is not None
         assert 0 <= delay <= MAX_DELAY
 
 
 def test_a_tasks_own_function_is_asked_when_the_job_has_no_backoff() -> None:
-    assert delays(Job("t", max_retries=2, backoff=None), 3, lambda retry: 10.0 * retry) == [10.0, 20.0, None]
+    assert delays(Job("t", max_retries=2, backoff=None), 3, lambda retry: 10.0 * retry) == [
+        10.0,
+        20.0,
+        None,
+    ]
     assert delays(Job("t", max_retries=1, backoff=2), 1, lambda retry: 10.0 * retry) == [2.0]
     assert delays(Job("t", max_retries=1, backoff=None), 1, lambda retry: -5.0) == [0.0]
 
@@ -121,7 +131,10 @@ def raised(error: BaseException) -> BaseException:
         (ValueError(), "ValueError"),
         (KeyError("name"), "KeyError: 'name'"),
         (SystemExit(3), "SystemExit: 3"),
-        (ExceptionGroup("two", [ValueError("a"), TypeError("b")]), "ExceptionGroup: two (2 sub-exceptions)"),
+        (
+            ExceptionGroup("two", [ValueError("a"), TypeError("b")]),
+            "ExceptionGroup: two (2 sub-exceptions)",
+        ),
     ],
 )
 def test_an_exception_is_told_by_type_and_message(error: BaseException, text: str) -> None:

@@ -11,12 +11,12 @@ import pytest
 from asyncmq_nats.backends.base import Backend
 from asyncmq_nats.exceptions import Fail, Retry
 from asyncmq_nats.jobs import Backoff
-from asyncmq_nats.lifecycle import Lifecycle
 from asyncmq_nats.queues import Queue
-from asyncmq_nats.registry import TaskRegistry
 from asyncmq_nats.retries import BackoffFunction, Failure
+from asyncmq_nats.runtime.registry import TaskRegistry
 from asyncmq_nats.settings import Settings
 from asyncmq_nats.tasks import task
+from asyncmq_nats.transitions.finish import Lifecycle
 from tests.receiver import Receiver, until
 from tests.running import PATIENCE, make_queue, outcome, running, wait_until_done
 
@@ -33,7 +33,12 @@ def settings() -> Settings:
 class Flaky:
     """A task that fails the first so many times, and notes when each attempt starts."""
 
-    def __init__(self, backend: Backend, failures: int = 1_000, error: Callable[[], Exception] = lambda: ValueError("no")) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        failures: int = 1_000,
+        error: Callable[[], Exception] = lambda: ValueError("no"),
+    ) -> None:
         self._backend = backend
         self.failures = failures
         self.error = error
@@ -47,7 +52,9 @@ class Flaky:
 
     @property
     def gaps(self) -> list[float]:
-        return [later - earlier for earlier, later in zip(self.starts, self.starts[1:], strict=False)]
+        return [
+            later - earlier for earlier, later in zip(self.starts, self.starts[1:], strict=False)
+        ]
 
 
 @pytest.fixture
@@ -91,11 +98,16 @@ async def planned_delay(queue: Queue) -> float:
         ({"kind": "fixed", "delay": 0.2}, [0.2, 0.2]),
     ],
 )
-async def test_an_attempt_waits_for_its_backoff(queue: Queue, flaky: Flaky, backoff: Any, gaps: list[float]) -> None:
+async def test_an_attempt_waits_for_its_backoff(
+    queue: Queue, flaky: Flaky, backoff: Any, gaps: list[float]
+) -> None:
     job = await ended(queue, await queue.add("flaky", retries=2, backoff=backoff))
     assert job["status"] == "failed"
     assert len(flaky.gaps) == 2
-    assert all(expected - EARLY <= gap <= expected + 2 for gap, expected in zip(flaky.gaps, gaps, strict=True))
+    assert all(
+        expected - EARLY <= gap <= expected + 2
+        for gap, expected in zip(flaky.gaps, gaps, strict=True)
+    )
 
 
 @pytest.mark.parametrize(
@@ -109,13 +121,20 @@ async def test_an_attempt_waits_for_its_backoff(queue: Queue, flaky: Flaky, back
         (Backoff("fixed", delay=1e300), 365 * 86_400, 365 * 86_400),
     ],
 )
-async def test_a_long_backoff_is_planned_as_described(queue: Queue, backoff: float | Backoff, lowest: float, highest: float) -> None:
+async def test_a_long_backoff_is_planned_as_described(
+    queue: Queue, backoff: float | Backoff, lowest: float, highest: float
+) -> None:
     await queue.add("flaky", retries=1, backoff=backoff)
     assert lowest - 0.1 <= await planned_delay(queue) <= highest + 0.5
 
 
 async def test_jitter_parts_jobs_that_failed_together(queue: Queue) -> None:
-    await queue.add_bulk([{"task_id": "flaky", "retries": 1, "backoff": Backoff("fixed", delay=HOUR, jitter=1)} for _ in range(20)])
+    await queue.add_bulk(
+        [
+            {"task_id": "flaky", "retries": 1, "backoff": Backoff("fixed", delay=HOUR, jitter=1)}
+            for _ in range(20)
+        ]
+    )
     async with running(queue):
         waiting = await until(queue.list_delayed, lambda found: len(found) == 20)
     assert len({round(info.run_at) for info in waiting}) > 10
@@ -141,11 +160,21 @@ class TestOfTasks:
 
     @pytest.mark.parametrize(
         ("backoff", "planned"),
-        [(lambda retry: 100.0 * retry, 100), (lambda: 7, 7), (Backoff("fixed", delay=50), 50), (30, 30)],
+        [
+            (lambda retry: 100.0 * retry, 100),
+            (lambda: 7, 7),
+            (Backoff("fixed", delay=50), 50),
+            (30, 30),
+        ],
         ids=["function", "function of nothing", "Backoff", "number"],
     )
     async def test_a_task_says_how_its_jobs_back_off(
-        self, queue: Queue, backend: Backend, registry: TaskRegistry, backoff: float | Backoff | BackoffFunction, planned: float
+        self,
+        queue: Queue,
+        backend: Backend,
+        registry: TaskRegistry,
+        backoff: float | Backoff | BackoffFunction,
+        planned: float,
     ) -> None:
         @task("work", retries=1, backoff=backoff, registry=registry)
         async def fail() -> None:
@@ -154,7 +183,9 @@ class TestOfTasks:
         await fail.enqueue(backend=backend)
         assert planned - 0.1 <= await planned_delay(queue) <= planned + 0.5
 
-    async def test_a_function_is_given_the_number_of_the_retry(self, queue: Queue, backend: Backend, registry: TaskRegistry) -> None:
+    async def test_a_function_is_given_the_number_of_the_retry(
+        self, queue: Queue, backend: Backend, registry: TaskRegistry
+    ) -> None:
         asked: list[int] = []
 
         def backoff(retry: int) -> float:
@@ -168,9 +199,22 @@ class TestOfTasks:
         job = await ended(queue, await fail.enqueue(backend=backend))
         assert (job["status"], asked) == ("failed", [1, 2, 3])
 
-    @pytest.mark.parametrize("wrong", [lambda retry: 1 / 0, lambda retry: "soon", lambda retry: float("nan"), lambda one, two: 1.0])
+    @pytest.mark.parametrize(
+        "wrong",
+        [
+            lambda retry: 1 / 0,
+            lambda retry: "soon",
+            lambda retry: float("nan"),
+            lambda one, two: 1.0,
+        ],
+    )
     async def test_a_function_that_fails_harms_nothing(
-        self, queue: Queue, backend: Backend, registry: TaskRegistry, wrong: Any, caplog: pytest.LogCaptureFixture
+        self,
+        queue: Queue,
+        backend: Backend,
+        registry: TaskRegistry,
+        wrong: Any,
+        caplog: pytest.LogCaptureFixture,
     ) -> None:
         @task("work", retries=1, backoff=wrong, registry=registry)
         async def fail() -> None:
@@ -180,7 +224,9 @@ class TestOfTasks:
         assert 1.4 <= await planned_delay(queue) <= 2.0
         assert "is not delayed as its task wishes" in caplog.text
 
-    async def test_a_jobs_own_backoff_comes_before_that_of_its_task(self, queue: Queue, backend: Backend, registry: TaskRegistry) -> None:
+    async def test_a_jobs_own_backoff_comes_before_that_of_its_task(
+        self, queue: Queue, backend: Backend, registry: TaskRegistry
+    ) -> None:
         @task("work", name="fail", retries=1, backoff=lambda _: 500.0, registry=registry)
         async def fail() -> None:
             raise ValueError("no")
@@ -188,15 +234,25 @@ class TestOfTasks:
         await queue.add("fail", retries=1, backoff=20)
         assert 19.9 <= await planned_delay(queue) <= 20.5
 
-    @pytest.mark.parametrize(("of_task", "gap"), [(lambda _: 0.3, 0.3), (30, 0.0)], ids=["function", "number"])
+    @pytest.mark.parametrize(
+        ("of_task", "gap"), [(lambda _: 0.3, 0.3), (30, 0.0)], ids=["function", "number"]
+    )
     async def test_a_job_without_a_backoff_takes_its_tasks_function_and_not_its_number(
-        self, queue: Queue, backend: Backend, registry: TaskRegistry, flaky: Flaky, of_task: float | BackoffFunction, gap: float
+        self,
+        queue: Queue,
+        backend: Backend,
+        registry: TaskRegistry,
+        flaky: Flaky,
+        of_task: float | BackoffFunction,
+        gap: float,
     ) -> None:
         task("work", name="flaky", backoff=of_task, registry=registry)(flaky.run)
         await ended(queue, await queue.add("flaky", retries=1))
         assert gap - EARLY <= flaky.gaps[0] <= gap + 2
 
-    async def test_a_task_says_how_long_its_jobs_may_take(self, queue: Queue, backend: Backend, registry: TaskRegistry) -> None:
+    async def test_a_task_says_how_long_its_jobs_may_take(
+        self, queue: Queue, backend: Backend, registry: TaskRegistry
+    ) -> None:
         @task("work", timeout=0.05, registry=registry)
         async def sleep() -> None:
             await anyio.sleep_forever()
@@ -209,7 +265,9 @@ class TestOfTasks:
 
 
 @pytest.mark.parametrize(("delay", "lowest"), [(90, 90), (None, 30)])
-async def test_a_task_asks_for_a_retry(queue: Queue, flaky: Flaky, delay: float | None, lowest: float) -> None:
+async def test_a_task_asks_for_a_retry(
+    queue: Queue, flaky: Flaky, delay: float | None, lowest: float
+) -> None:
     flaky.error = lambda: Retry("busy", delay=delay)
     await queue.add("flaky", retries=1, backoff=30)
     assert lowest - 0.1 <= await planned_delay(queue) <= lowest + 0.5
@@ -224,7 +282,12 @@ async def test_a_retry_that_was_asked_for_counts(queue: Queue, flaky: Flaky) -> 
 async def test_a_task_gives_up(queue: Queue, flaky: Flaky) -> None:
     flaky.error = lambda: Fail("hopeless")
     job = await ended(queue, await queue.add("flaky", retries=5))
-    assert (job["status"], job["last_error"], len(flaky.starts), job["retries"]) == ("failed", "Fail: hopeless", 1, 1)
+    assert (job["status"], job["last_error"], len(flaky.starts), job["retries"]) == (
+        "failed",
+        "Fail: hopeless",
+        1,
+        1,
+    )
 
 
 def test_a_retry_is_not_asked_for_in_the_past() -> None:
@@ -235,14 +298,22 @@ def test_a_retry_is_not_asked_for_in_the_past() -> None:
 # -- what is kept
 
 
-async def test_errors_and_tracebacks_of_all_attempts_are_kept(queue: Queue, flaky: Flaky, backend: Backend) -> None:
+async def test_errors_and_tracebacks_of_all_attempts_are_kept(
+    queue: Queue, flaky: Flaky, backend: Backend
+) -> None:
     flaky.failures = 2
     flaky.error = lambda: ValueError(f"no {len(flaky.starts)}")
     before = backend.now()
     job = await ended(queue, await queue.add("flaky", retries=3, backoff=0.05))
     assert (job["status"], job["result"], job["retries"]) == ("completed", "attempt 3", 2)
-    assert [(entry["attempt"], entry["error"]) for entry in job["errors"]] == [(1, "ValueError: no 1"), (2, "ValueError: no 2")]
-    assert all(entry["traceback"].startswith("Traceback") and "in run" in entry["traceback"] for entry in job["errors"])
+    assert [(entry["attempt"], entry["error"]) for entry in job["errors"]] == [
+        (1, "ValueError: no 1"),
+        (2, "ValueError: no 2"),
+    ]
+    assert all(
+        entry["traceback"].startswith("Traceback") and "in run" in entry["traceback"]
+        for entry in job["errors"]
+    )
     assert before <= job["errors"][0]["at"] <= job["errors"][1]["at"] <= backend.now() + EARLY
 
 
@@ -271,7 +342,10 @@ async def test_a_task_that_takes_too_long_is_cancelled(backend: Backend) -> None
     job = await ended(queue, await queue.add("sleep", timeout=0.05))
     assert cancelled.is_set()
     assert job["status"] == "failed"
-    assert job["last_error"] == "TaskTimeout: task 'sleep' did not finish within its timeout of 0.05 s and was cancelled"
+    assert (
+        job["last_error"]
+        == "TaskTimeout: task 'sleep' did not finish within its timeout of 0.05 s and was cancelled"
+    )
 
 
 async def test_a_thread_that_takes_too_long_is_left_alone(backend: Backend) -> None:
@@ -289,7 +363,9 @@ async def test_a_thread_that_takes_too_long_is_left_alone(backend: Backend) -> N
         opened.set()
         assert await anyio.to_thread.run_sync(finished.wait, PATIENCE)
     assert job["status"] == "failed"
-    assert job["last_error"].endswith("and was cancelled; its thread cannot be interrupted and goes on to its end unheeded")
+    assert job["last_error"].endswith(
+        "and was cancelled; its thread cannot be interrupted and goes on to its end unheeded"
+    )
     assert (await queue.get_job(job_id) or {})["result"] is None
 
 
@@ -352,7 +428,9 @@ async def make(queue: Queue, state: str, flaky: Flaky, **fields: Any) -> str:
 
 @pytest.mark.parametrize("state", ["failed", "cancelled", "delayed"])
 @pytest.mark.parametrize("job_id", [None, "mine"])
-async def test_a_job_is_retried_by_hand(queue: Queue, flaky: Flaky, state: str, job_id: str | None) -> None:
+async def test_a_job_is_retried_by_hand(
+    queue: Queue, flaky: Flaky, state: str, job_id: str | None
+) -> None:
     job_id = await make(queue, state, flaky, job_id=job_id, priority=2)
     assert await queue.retry_job(job_id)
     assert await queue.get_job_state(job_id) == "waiting"
@@ -364,7 +442,9 @@ async def test_a_job_is_retried_by_hand(queue: Queue, flaky: Flaky, state: str, 
     assert counts == dict.fromkeys(counts, 0) | {"completed": 1}
 
 
-async def test_b16_an_expired_job_does_not_expire_at_once_again(queue: Queue, flaky: Flaky, backend: Backend) -> None:
+async def test_b16_an_expired_job_does_not_expire_at_once_again(
+    queue: Queue, flaky: Flaky, backend: Backend
+) -> None:
     job_id = await queue.add("flaky", ttl=1.0)
     flaky.failures = 0
     job = await queue.get_job(job_id)
@@ -377,7 +457,9 @@ async def test_b16_an_expired_job_does_not_expire_at_once_again(queue: Queue, fl
         assert (await outcome(queue, job_id))["status"] == "completed"
 
 
-async def test_b16_a_job_that_is_retried_by_hand_has_all_its_retries_again(queue: Queue, flaky: Flaky) -> None:
+async def test_b16_a_job_that_is_retried_by_hand_has_all_its_retries_again(
+    queue: Queue, flaky: Flaky
+) -> None:
     job_id = await make(queue, "failed", flaky, retries=2)
     flaky.failures = 2
     assert await queue.retry_job(job_id)
@@ -427,7 +509,9 @@ async def test_a_job_that_waits_for_its_retry_is_run_now(queue: Queue, flaky: Fl
     assert (job["status"], job["delay_until"], len(job["errors"])) == ("completed", None, 1)
 
 
-async def test_b15_racing_retries_by_hand_run_a_job_once(queue: Queue, twin: Backend, flaky: Flaky) -> None:
+async def test_b15_racing_retries_by_hand_run_a_job_once(
+    queue: Queue, twin: Backend, flaky: Flaky
+) -> None:
     job_id = await make(queue, "failed", flaky)
     retried: list[bool] = []
 
@@ -442,7 +526,9 @@ async def test_b15_racing_retries_by_hand_run_a_job_once(queue: Queue, twin: Bac
     assert len(flaky.starts) == 1
 
 
-async def test_a_slow_acknowledgement_does_not_lose_a_job_that_is_retried(queue: Queue, flaky: Flaky) -> None:
+async def test_a_slow_acknowledgement_does_not_lose_a_job_that_is_retried(
+    queue: Queue, flaky: Flaky
+) -> None:
     """A worker's loop may be busy between the outcome and the acknowledgement, and another worker promote the retry meanwhile."""
     job_id = await queue.add("flaky")
     flaky.failures = 0
@@ -455,7 +541,9 @@ async def test_a_slow_acknowledgement_does_not_lose_a_job_that_is_retried(queue:
     key = f"$KV.amq_work_scheduler.later.{job_id}.released"
     async with running(queue):
         with anyio.move_on_after(0.3):
-            await until(lambda: queue.backend.last("KV_amq_work_scheduler", key), lambda found: not found)
+            await until(
+                lambda: queue.backend.last("KV_amq_work_scheduler", key), lambda found: not found
+            )
         delivery.ack()
         assert await queue.wait_for(job_id, timeout=PATIENCE) == "attempt 1"
     assert len(flaky.starts) == 1

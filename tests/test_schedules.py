@@ -54,7 +54,25 @@ def test_an_interval_is_a_number_or_a_text(every: float | str, seconds: float) -
     assert make_schedule(every, None) == Schedule(every=parse_every(every))
 
 
-@pytest.mark.parametrize("every", [0, -1, 0.049, math.nan, math.inf, -math.inf, 1e300, 10**400, "0", "-5", "nan", "inf", "10ms", "99999w"])
+@pytest.mark.parametrize(
+    "every",
+    [
+        0,
+        -1,
+        0.049,
+        math.nan,
+        math.inf,
+        -math.inf,
+        1e300,
+        10**400,
+        "0",
+        "-5",
+        "nan",
+        "inf",
+        "10ms",
+        "99999w",
+    ],
+)
 def test_an_interval_out_of_range_is_refused(every: float | str) -> None:
     with pytest.raises(ValueError, match=r"shortest interval is 0.05 s, the longest"):
         make_schedule(every, None)
@@ -62,7 +80,18 @@ def test_an_interval_out_of_range_is_refused(every: float | str) -> None:
 
 @pytest.mark.parametrize(
     ("every", "position"),
-    [("5x", 0), ("m5", 0), ("", 0), ("soon", 0), ("1h30", 2), ("5m!", 2), ("1h 30", 3), ("1h 3o m", 3), ("* * * * *", 0), ("5M", 0)],
+    [
+        ("5x", 0),
+        ("m5", 0),
+        ("", 0),
+        ("soon", 0),
+        ("1h30", 2),
+        ("5m!", 2),
+        ("1h 30", 3),
+        ("1h 3o m", 3),
+        ("* * * * *", 0),
+        ("5M", 0),
+    ],
 )
 def test_a_bad_interval_is_refused_with_its_position(every: str, position: int) -> None:
     with pytest.raises(ValueError, match="not an interval") as raised:
@@ -116,7 +145,9 @@ def test_no_text_does_more_than_be_refused(text: str) -> None:
         ("@Annually", "2026-01-01T00:00", "2027-01-01T00:00"),
     ],
 )
-def test_cron_expressions_have_five_or_six_fields_or_a_name(cron: str, after: str, following: str) -> None:
+def test_cron_expressions_have_five_or_six_fields_or_a_name(
+    cron: str, after: str, following: str
+) -> None:
     assert next_run(make_schedule(None, cron), moment(after)) == moment(following)
 
 
@@ -166,7 +197,9 @@ def test_an_expression_of_another_type_is_refused(cron: Any) -> None:
         make_schedule(None, cron)
 
 
-@pytest.mark.parametrize("zone", ["Mars/Olympus", "../etc/passwd", "Europe", "/etc/localtime", "Europe/Berlin\0"])
+@pytest.mark.parametrize(
+    "zone", ["Mars/Olympus", "../etc/passwd", "Europe", "/etc/localtime", "Europe/Berlin\0"]
+)
 def test_an_unknown_time_zone_is_refused(zone: str) -> None:
     with pytest.raises(ValueError, match="is unknown: use an IANA name"):
         make_schedule(None, "* * * * *", zone)
@@ -183,34 +216,108 @@ def test_an_interval_has_no_time_zone() -> None:
 @pytest.mark.parametrize(
     ("cron", "zone", "start", "expected"),
     [
-        ("30 2 * * *", "Europe/Berlin", "2026-03-28T00:00", ["03-28 02:30 +0100", "03-29 03:30 +0200", "03-30 02:30 +0200"]),
-        ("30 2 * * *", "America/New_York", "2026-03-07T00:00", ["03-07 02:30 -0500", "03-08 03:30 -0400", "03-09 02:30 -0400"]),
-        ("15 2 * * *", "Australia/Lord_Howe", "2026-10-03T00:00", ["10-03 02:15 +1030", "10-04 02:45 +1100", "10-05 02:15 +1100"]),
-        ("30 0 * * *", "Antarctica/Troll", "2026-03-29T00:00", ["03-29 00:30 +0000", "03-30 00:30 +0200"]),
+        (
+            "30 2 * * *",
+            "Europe/Berlin",
+            "2026-03-28T00:00",
+            ["03-28 02:30 +0100", "03-29 03:30 +0200", "03-30 02:30 +0200"],
+        ),
+        (
+            "30 2 * * *",
+            "America/New_York",
+            "2026-03-07T00:00",
+            ["03-07 02:30 -0500", "03-08 03:30 -0400", "03-09 02:30 -0400"],
+        ),
+        (
+            "15 2 * * *",
+            "Australia/Lord_Howe",
+            "2026-10-03T00:00",
+            ["10-03 02:15 +1030", "10-04 02:45 +1100", "10-05 02:15 +1100"],
+        ),
+        (
+            "30 0 * * *",
+            "Antarctica/Troll",
+            "2026-03-29T00:00",
+            ["03-29 00:30 +0000", "03-30 00:30 +0200"],
+        ),
         # Those that are skipped run later each, also those that are late themselves when the next one is asked for.
-        ("10,50 2 * * *", "Europe/Berlin", "2026-03-29T00:00", ["03-29 03:10 +0200", "03-29 03:50 +0200", "03-30 02:10 +0200"]),
-        ("10,50 2,3 * * *", "Europe/Berlin", "2026-03-29T00:00", ["03-29 03:10 +0200", "03-29 03:50 +0200", "03-30 02:10 +0200"]),
-        ("30 2,3 * * *", "Europe/Berlin", "2026-03-29T00:00", ["03-29 03:30 +0200", "03-30 02:30 +0200", "03-30 03:30 +0200"]),
+        (
+            "10,50 2 * * *",
+            "Europe/Berlin",
+            "2026-03-29T00:00",
+            ["03-29 03:10 +0200", "03-29 03:50 +0200", "03-30 02:10 +0200"],
+        ),
+        (
+            "10,50 2,3 * * *",
+            "Europe/Berlin",
+            "2026-03-29T00:00",
+            ["03-29 03:10 +0200", "03-29 03:50 +0200", "03-30 02:10 +0200"],
+        ),
+        (
+            "30 2,3 * * *",
+            "Europe/Berlin",
+            "2026-03-29T00:00",
+            ["03-29 03:30 +0200", "03-30 02:30 +0200", "03-30 03:30 +0200"],
+        ),
         # One that is not skipped may come before one that is.
-        ("20,40 2 * * *", "Australia/Lord_Howe", "2026-10-04T00:00", ["10-04 02:40 +1100", "10-04 02:50 +1100", "10-05 02:20 +1100"]),
-        ("30 * * * *", "Europe/Berlin", "2026-03-29T00:45", ["03-29 01:30 +0100", "03-29 03:30 +0200", "03-29 04:30 +0200"]),
-        ("0 0 * * *", "America/Santiago", "2026-09-05T00:00", ["09-06 01:00 -0300", "09-07 00:00 -0300"]),
+        (
+            "20,40 2 * * *",
+            "Australia/Lord_Howe",
+            "2026-10-04T00:00",
+            ["10-04 02:40 +1100", "10-04 02:50 +1100", "10-05 02:20 +1100"],
+        ),
+        (
+            "30 * * * *",
+            "Europe/Berlin",
+            "2026-03-29T00:45",
+            ["03-29 01:30 +0100", "03-29 03:30 +0200", "03-29 04:30 +0200"],
+        ),
+        (
+            "0 0 * * *",
+            "America/Santiago",
+            "2026-09-05T00:00",
+            ["09-06 01:00 -0300", "09-07 00:00 -0300"],
+        ),
     ],
 )
-def test_what_the_clock_skips_comes_later(cron: str, zone: str, start: str, expected: list[str]) -> None:
+def test_what_the_clock_skips_comes_later(
+    cron: str, zone: str, start: str, expected: list[str]
+) -> None:
     assert ticks(cron, zone, start, len(expected)) == expected
 
 
 @pytest.mark.parametrize(
     ("cron", "zone", "start", "expected"),
     [
-        ("30 2 * * *", "Europe/Berlin", "2026-10-24T12:00", ["10-25 02:30 +0200", "10-26 02:30 +0100"]),
-        ("30 1 * * *", "America/New_York", "2026-10-31T12:00", ["11-01 01:30 -0400", "11-02 01:30 -0500"]),
-        ("45 1 * * *", "Australia/Lord_Howe", "2026-04-04T12:00", ["04-05 01:45 +1100", "04-06 01:45 +1030"]),
-        ("0 2-3 * * *", "Europe/Berlin", "2026-10-25T00:00", ["10-25 02:00 +0200", "10-25 03:00 +0100", "10-26 02:00 +0100"]),
+        (
+            "30 2 * * *",
+            "Europe/Berlin",
+            "2026-10-24T12:00",
+            ["10-25 02:30 +0200", "10-26 02:30 +0100"],
+        ),
+        (
+            "30 1 * * *",
+            "America/New_York",
+            "2026-10-31T12:00",
+            ["11-01 01:30 -0400", "11-02 01:30 -0500"],
+        ),
+        (
+            "45 1 * * *",
+            "Australia/Lord_Howe",
+            "2026-04-04T12:00",
+            ["04-05 01:45 +1100", "04-06 01:45 +1030"],
+        ),
+        (
+            "0 2-3 * * *",
+            "Europe/Berlin",
+            "2026-10-25T00:00",
+            ["10-25 02:00 +0200", "10-25 03:00 +0100", "10-26 02:00 +0100"],
+        ),
     ],
 )
-def test_what_the_clock_shows_twice_counts_once(cron: str, zone: str, start: str, expected: list[str]) -> None:
+def test_what_the_clock_shows_twice_counts_once(
+    cron: str, zone: str, start: str, expected: list[str]
+) -> None:
     assert ticks(cron, zone, start, len(expected)) == expected
 
 
@@ -229,12 +336,16 @@ def test_what_the_clock_shows_twice_counts_once(cron: str, zone: str, start: str
         ("59 * * * *", "America/New_York", "2026-11-01T01:30", ["11-01 01:59 -0400", "11-01 01:59 -0500", "11-01 02:59 -0500"]),
     ],
 )  # fmt: skip
-def test_what_runs_at_any_hour_goes_on_through_both(cron: str, zone: str, start: str, expected: list[str]) -> None:
+def test_what_runs_at_any_hour_goes_on_through_both(
+    cron: str, zone: str, start: str, expected: list[str]
+) -> None:
     assert ticks(cron, zone, start, len(expected)) == expected
 
 
 def test_without_a_time_zone_it_is_utc() -> None:
-    assert next_run(make_schedule(None, "0 9 * * *"), moment("2026-07-01T00:00")) == moment("2026-07-01T09:00")
+    assert next_run(make_schedule(None, "0 9 * * *"), moment("2026-07-01T00:00")) == moment(
+        "2026-07-01T09:00"
+    )
     assert make_schedule(None, "0 9 * * *") == make_schedule(None, "0 9 * * *", "UTC")
 
 
@@ -251,13 +362,19 @@ CHANGES = {
 
 MINUTES = st.one_of(
     st.sampled_from(["*", "*/7", "*/20", "0", "0,30"]),
-    st.lists(st.integers(0, 59), min_size=1, max_size=3).map(lambda minutes: ",".join(map(str, minutes))),
+    st.lists(st.integers(0, 59), min_size=1, max_size=3).map(
+        lambda minutes: ",".join(map(str, minutes))
+    ),
 )
 HOURS = st.one_of(
     st.sampled_from(["*", "*/2", "1-3", "0-4/2"]),
-    st.lists(st.integers(0, 4), min_size=1, max_size=2).map(lambda hours: ",".join(map(str, hours))),
+    st.lists(st.integers(0, 4), min_size=1, max_size=2).map(
+        lambda hours: ",".join(map(str, hours))
+    ),
 )
-MOMENTS = st.sampled_from([(zone, change) for zone, changes in CHANGES.items() for change in changes])
+MOMENTS = st.sampled_from(
+    [(zone, change) for zone, changes in CHANGES.items() for change in changes]
+)
 
 
 def all_ticks(cron: str, zone: ZoneInfo, start: datetime, end: datetime) -> list[float]:
@@ -279,14 +396,20 @@ def iter_walls(cron: str, start: datetime, end: datetime) -> list[datetime]:
 
 
 @given(place=MOMENTS, minutes=MINUTES, hours=HOURS, offset=st.integers(-4 * 3600, 4 * 3600))
-@example(place=("Australia/Lord_Howe", "2026-10-03T15:30"), minutes="20,40", hours="2", offset=-3600)
+@example(
+    place=("Australia/Lord_Howe", "2026-10-03T15:30"), minutes="20,40", hours="2", offset=-3600
+)
 @example(place=("Europe/Berlin", "2026-03-29T01:00"), minutes="10,50", hours="2", offset=660)
-def test_no_change_of_a_clock_loses_or_repeats_a_tick(place: tuple[str, str], minutes: str, hours: str, offset: int) -> None:
+def test_no_change_of_a_clock_loses_or_repeats_a_tick(
+    place: tuple[str, str], minutes: str, hours: str, offset: int
+) -> None:
     cron, zone = f"{minutes} {hours} * * *", ZoneInfo(place[0])
     change = moment(place[1])
     local = datetime.fromtimestamp(change, zone).replace(tzinfo=None)
     expected = [
-        at for at in all_ticks(cron, zone, local - timedelta(days=1), local + timedelta(days=2)) if change + offset < at < change + 86_400
+        at
+        for at in all_ticks(cron, zone, local - timedelta(days=1), local + timedelta(days=2))
+        if change + offset < at < change + 86_400
     ]
     schedule, at, found = make_schedule(None, cron, place[0]), change + offset, []
     while (at := next_run(schedule, at)) < change + 86_400:
@@ -301,7 +424,9 @@ def test_no_change_of_a_clock_loses_or_repeats_a_tick(place: tuple[str, str], mi
     hours=HOURS,
     after=st.floats(moment("2025-01-01"), moment("2028-01-01")),
 )
-def test_the_next_run_is_later_than_what_it_comes_after(zone: str, minutes: str, hours: str, after: float) -> None:
+def test_the_next_run_is_later_than_what_it_comes_after(
+    zone: str, minutes: str, hours: str, after: float
+) -> None:
     schedule = make_schedule(None, f"{minutes} {hours} * * *", zone)
     first = next_run(schedule, after)
     second = next_run(schedule, first)
@@ -315,7 +440,9 @@ def test_the_next_run_is_later_than_what_it_comes_after(zone: str, minutes: str,
 @given(every=st.floats(0.05, 1e6), planned=st.floats(1e9, 2e9), late=st.floats(0, 1e7))
 @example(every=0.1, planned=1.7e9, late=0.1)
 @example(every=0.1, planned=1.7e9, late=0.0)
-def test_an_interval_keeps_its_rhythm_however_late_it_is(every: float, planned: float, late: float) -> None:
+def test_an_interval_keeps_its_rhythm_however_late_it_is(
+    every: float, planned: float, late: float
+) -> None:
     schedule, now = make_schedule(every, None), planned + late
     following = next_run_after(schedule, planned, now)
     steps = (following - planned) / every
@@ -326,7 +453,9 @@ def test_an_interval_keeps_its_rhythm_however_late_it_is(every: float, planned: 
 
 @given(every=st.floats(0.05, 1e4), early=st.floats(0, 0.5))
 def test_a_tick_before_its_time_is_followed_by_the_next(every: float, early: float) -> None:
-    assert next_run_after(make_schedule(every, None), 1e9, 1e9 - early) == pytest.approx(1e9 + every)
+    assert next_run_after(make_schedule(every, None), 1e9, 1e9 - early) == pytest.approx(
+        1e9 + every
+    )
 
 
 def test_after_an_outage_a_cron_series_goes_on_from_now() -> None:
@@ -340,7 +469,9 @@ def test_missed_ticks_are_all_from_the_planned_one_to_now() -> None:
     assert missed_ticks(make_schedule(10, None), 100.0, 135.0) == [100.0, 110.0, 120.0, 130.0]
     assert missed_ticks(make_schedule(10, None), 100.0, 100.0) == [100.0]
     assert missed_ticks(make_schedule(10, None), 100.0, 99.8) == [100.0]
-    hours = missed_ticks(make_schedule(None, "0 * * * *"), moment("2026-01-01T05:00"), moment("2026-01-01T07:30"))
+    hours = missed_ticks(
+        make_schedule(None, "0 * * * *"), moment("2026-01-01T05:00"), moment("2026-01-01T07:30")
+    )
     assert hours == [moment(f"2026-01-01T0{hour}:00") for hour in (5, 6, 7)]
 
 
@@ -358,7 +489,12 @@ def test_missed_ticks_are_no_flood() -> None:
 
 
 def test_the_longest_interval_has_a_next_run() -> None:
-    assert datetime.fromtimestamp(next_run(make_schedule(LONGEST, None), moment("2026-01-01")), UTC).year == 2125
+    assert (
+        datetime.fromtimestamp(
+            next_run(make_schedule(LONGEST, None), moment("2026-01-01")), UTC
+        ).year
+        == 2125
+    )
 
 
 # -- identity
@@ -378,7 +514,9 @@ DEFINITION = {
 def test_the_same_definition_has_the_same_id() -> None:
     turned = dict(reversed(DEFINITION.items())) | {"kwargs": {"a": None, "b": {"x": 1, "y": 2.5}}}
     assert definition_id(turned) == definition_id(DEFINITION)
-    assert definition_id({key: value for key, value in DEFINITION.items() if value is not None}) == definition_id(DEFINITION)
+    assert definition_id(
+        {key: value for key, value in DEFINITION.items() if value is not None}
+    ) == definition_id(DEFINITION)
 
 
 @pytest.mark.parametrize(
@@ -393,7 +531,15 @@ def test_another_definition_has_another_id(change: dict[str, Any]) -> None:
 
 
 def test_the_id_is_that_of_every_process_and_version() -> None:
-    program = f"from asyncmq_nats.schedules import definition_id; print(definition_id({DEFINITION!r}))"
-    other = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env={"PYTHONHASHSEED": "7"})
+    program = (
+        f"from asyncmq_nats.schedules import definition_id; print(definition_id({DEFINITION!r}))"
+    )
+    other = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={"PYTHONHASHSEED": "7"},
+    )
     # A fixed value: an id that changes with a release would make a second series of every repeatable in store.
     assert other.stdout.strip() == definition_id(DEFINITION) == "c1187105f3e42d3be76e5552"

@@ -48,7 +48,9 @@ def test_a_variable_that_is_set_to_nothing_is_not_set(monkeypatch: pytest.Monkey
     assert Settings() == Settings.model_construct()
 
 
-@pytest.mark.parametrize("value", ["", ",", " , ", [], [""], 5, ["nats://a:4222", 5], b"nats://a:4222"])
+@pytest.mark.parametrize(
+    "value", ["", ",", " , ", [], [""], 5, ["nats://a:4222", 5], b"nats://a:4222"]
+)
 def test_servers_without_an_address_are_refused_at_once(value: Any) -> None:
     with pytest.raises(ValueError, match=r"servers is .*write an address as 'nats://"):
         NATSBackend(value)
@@ -56,7 +58,9 @@ def test_servers_without_an_address_are_refused_at_once(value: Any) -> None:
         Settings(servers=value)
 
 
-@pytest.mark.parametrize("value", [" nats://a:4222 , b", ["nats://a:4222 ", "b"], ("nats://a:4222, b,",)])
+@pytest.mark.parametrize(
+    "value", [" nats://a:4222 , b", ["nats://a:4222 ", "b"], ("nats://a:4222, b,",)]
+)
 def test_servers_are_one_text_or_several(value: Any) -> None:
     assert NATSBackend(value).url == "nats://a:4222,b"
     assert Settings(servers=value).servers == ("nats://a:4222", "b")

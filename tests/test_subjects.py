@@ -8,14 +8,27 @@ from hypothesis import strategies as st
 
 from asyncmq_nats.exceptions import InvalidQueueName
 from asyncmq_nats.states import OUTCOMES, Place, State
-from asyncmq_nats.subjects import QueueSubjects, counter_name, decode_token, encode_token, fit_token, is_token, tier_name, tier_priority
+from asyncmq_nats.wire.keys import (
+    QueueSubjects,
+    counter_name,
+    decode_token,
+    encode_token,
+    fit_token,
+    is_token,
+    tier_name,
+    tier_priority,
+)
 
 TEXT = st.text(alphabet=st.characters(codec="utf-8"), min_size=1)
 ODD = st.text(alphabet=".*>% \t\n\r\x00\x7f\x85\xa0\u2028\u3000é日a0", min_size=1)
 EMAIL = QueueSubjects("amq", "email")
 
 
-@pytest.mark.parametrize("text", ["", "x" * 1025, "." * 342, "\ud800", "é" * 513], ids=["empty", "long", "dots", "surrogate", "accents"])
+@pytest.mark.parametrize(
+    "text",
+    ["", "x" * 1025, "." * 342, "\ud800", "é" * 513],
+    ids=["empty", "long", "dots", "surrogate", "accents"],
+)
 def test_what_no_token_can_hold_gets_one_that_stands_for_it(text: str) -> None:
     token = encode_token(text)
     assert not is_token(token)
@@ -35,7 +48,9 @@ def test_a_token_is_one_token_of_a_subject(text: str) -> None:
     token = encode_token(text)
     assert token
     assert not set(token) & set(".*>")
-    assert not any(character.isspace() or ord(character) < 32 or character == "\x7f" for character in token)
+    assert not any(
+        character.isspace() or ord(character) < 32 or character == "\x7f" for character in token
+    )
 
 
 @given(TEXT | ODD, TEXT | ODD)
@@ -43,13 +58,22 @@ def test_different_texts_have_different_tokens(one: str, other: str) -> None:
     assert (encode_token(one) == encode_token(other)) == (one == other)
 
 
-@pytest.mark.parametrize("text", ["order-7", "user@example", "2f7a0c6e-5c0d-4e57-9b5c-0d5b7f6f0a11", "日本"])
+@pytest.mark.parametrize(
+    "text", ["order-7", "user@example", "2f7a0c6e-5c0d-4e57-9b5c-0d5b7f6f0a11", "日本"]
+)
 def test_harmless_ids_are_their_own_tokens(text: str) -> None:
     assert encode_token(text) == text
 
 
 @pytest.mark.parametrize(
-    ("text", "token"), [("a.b", "a%2Eb"), ("100%", "100%25"), ("a b", "a%20b"), ("*>", "%2A%3E"), ("\u3000", "%E3%80%80")]
+    ("text", "token"),
+    [
+        ("a.b", "a%2Eb"),
+        ("100%", "100%25"),
+        ("a b", "a%20b"),
+        ("*>", "%2A%3E"),
+        ("\u3000", "%E3%80%80"),
+    ],
 )
 def test_unsafe_characters_are_percent_encoded_as_utf8(text: str, token: str) -> None:
     assert encode_token(text) == token
@@ -65,7 +89,9 @@ def test_a_tier_is_named_after_its_priority(priority: int) -> None:
     assert tier_priority(tier_name(priority)) == priority
 
 
-@pytest.mark.parametrize("name", ["promoter", counter_name("done_failed"), "tier_", "tier_x", "tier_5x", "tier_--5"])
+@pytest.mark.parametrize(
+    "name", ["promoter", counter_name("done_failed"), "tier_", "tier_x", "tier_5x", "tier_--5"]
+)
 def test_other_consumers_are_no_tiers(name: str) -> None:
     assert tier_priority(name) is None
 
@@ -77,7 +103,9 @@ def test_a_queue_name_is_part_of_its_streams_names(name: str) -> None:
     assert subjects.bucket_log == f"KV_amq_{name}_scheduler"
 
 
-@pytest.mark.parametrize("name", ["", "x" * 65, "a.b", "a b", "a:b", "a*", "a>", "é", "email\n", "a/b"])
+@pytest.mark.parametrize(
+    "name", ["", "x" * 65, "a.b", "a b", "a:b", "a*", "a>", "é", "email\n", "a/b"]
+)
 def test_a_name_that_no_stream_can_have_is_refused(name: str) -> None:
     with pytest.raises(InvalidQueueName, match=re.escape(repr(name))):
         QueueSubjects("amq", name)
@@ -99,7 +127,11 @@ def test_a_foreign_ready_subject_without_a_number_is_no_priority() -> None:
 @given(TEXT | ODD)
 def test_the_key_of_a_record_tells_whose_it_is(job_id: str) -> None:
     token = encode_token(job_id)
-    keys = [EMAIL.claim(token), *(EMAIL.later(token, place) for place in Place), *(EMAIL.outcome(token, state) for state in OUTCOMES)]
+    keys = [
+        EMAIL.claim(token),
+        *(EMAIL.later(token, place) for place in Place),
+        *(EMAIL.outcome(token, state) for state in OUTCOMES),
+    ]
     assert [EMAIL.token(key) for key in keys] == [token] * len(keys)
 
 

@@ -19,7 +19,7 @@ from asyncmq_nats.backends.base import Backend
 from asyncmq_nats.backends.inmemory import InMemoryBackend
 from asyncmq_nats.exceptions import JobFailed
 from asyncmq_nats.queues import Queue
-from asyncmq_nats.registry import TASK_REGISTRY, TaskRegistry
+from asyncmq_nats.runtime.registry import TASK_REGISTRY, TaskRegistry
 from asyncmq_nats.tasks import TaskWrapper, list_tasks, task
 from tests.running import PATIENCE, run_jobs, running
 
@@ -49,7 +49,13 @@ def registry() -> TaskRegistry:
     return TaskRegistry()
 
 
-async def run(backend: Backend, registry: TaskRegistry, function: TaskWrapper[Any, Any], *args: Any, **kwargs: Any) -> Any:
+async def run(
+    backend: Backend,
+    registry: TaskRegistry,
+    function: TaskWrapper[Any, Any],
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
     """Enqueue the task, run it in a worker, and return its result."""
     queue = Queue("work", backend, registry=registry)
     job_id = await function.enqueue(*args, backend=backend, **kwargs)
@@ -124,7 +130,9 @@ async def test_calling_a_task_raises_what_it_raises(registry: TaskRegistry) -> N
 
 
 @pytest.mark.parametrize("method", ["enqueue", "delay", "send"])
-async def test_enqueue_returns_the_id_of_a_job_that_runs(backend: Backend, registry: TaskRegistry, method: str) -> None:
+async def test_enqueue_returns_the_id_of_a_job_that_runs(
+    backend: Backend, registry: TaskRegistry, method: str
+) -> None:
     wrapped = task("work", registry=registry)(double)
     queue = Queue("work", backend, registry=registry)
     job_id = await getattr(wrapped, method)(4, backend=backend)
@@ -132,9 +140,13 @@ async def test_enqueue_returns_the_id_of_a_job_that_runs(backend: Backend, regis
         assert await queue.wait_for(job_id, timeout=PATIENCE) == 8
 
 
-async def test_enqueue_says_of_the_job_what_the_task_says(backend: Backend, registry: TaskRegistry) -> None:
+async def test_enqueue_says_of_the_job_what_the_task_says(
+    backend: Backend, registry: TaskRegistry
+) -> None:
     wrapped = task("work", 2, 60, backoff=3, registry=registry)(double)
-    job = await Queue("work", backend).get_job(await wrapped.enqueue(4, backend=backend, priority=1))
+    job = await Queue("work", backend).get_job(
+        await wrapped.enqueue(4, backend=backend, priority=1)
+    )
     assert job is not None
     assert (job["task"], job["args"], job["kwargs"]) == (wrapped.task_id, [4], {})
     assert (job["max_retries"], job["ttl"], job["backoff"], job["priority"]) == (2, 60, 3, 1)
@@ -162,7 +174,9 @@ async def test_enqueue_goes_to_the_default_backend(registry: TaskRegistry) -> No
     assert await Queue("work", backend).get_job_state(job_id) == "waiting"
 
 
-async def test_a_worker_knows_its_own_registry_only(backend: Backend, registry: TaskRegistry) -> None:
+async def test_a_worker_knows_its_own_registry_only(
+    backend: Backend, registry: TaskRegistry
+) -> None:
     wrapped = task("work", name="only there", registry=registry)(double)
     queue = Queue("work", backend, registry=TaskRegistry())
     job_id = await wrapped.enqueue(4, backend=backend)
@@ -201,7 +215,9 @@ async def test_a_worker_knows_its_own_registry_only(backend: Backend, registry: 
     ],
     ids=repr,
 )
-async def test_an_argument_arrives_as_its_annotation_says(backend: Backend, registry: TaskRegistry, annotation: Any, value: Any) -> None:
+async def test_an_argument_arrives_as_its_annotation_says(
+    backend: Backend, registry: TaskRegistry, annotation: Any, value: Any
+) -> None:
     async def compare(argument: Any, *, named: Any) -> bool:
         return all(type(each) is type(value) and each == value for each in (argument, named))
 
@@ -210,18 +226,32 @@ async def test_an_argument_arrives_as_its_annotation_says(backend: Backend, regi
     assert await run(backend, registry, wrapped, value, named=value) is True
 
 
-async def test_annotations_that_are_strings_are_read(backend: Backend, registry: TaskRegistry) -> None:
+async def test_annotations_that_are_strings_are_read(
+    backend: Backend, registry: TaskRegistry
+) -> None:
     @task("work", registry=registry)
-    def age(person: Person, on: date | None = None, *, colours: set[Colour] = frozenset()) -> list[Any]:  # type: ignore[assignment]
+    def age(
+        person: Person,
+        on: date | None = None,
+        *,
+        colours: set[Colour] = frozenset(),  # type: ignore[assignment]
+    ) -> list[Any]:
         assert isinstance(on, date)
         return [on.year - person.born.year, sorted(colour.name for colour in colours)]
 
     person = Person(name="Ada", born=date(1815, 12, 10))
-    assert await run(backend, registry, age, person, date(1852, 1, 1), colours={Colour.RED}) == [37, ["RED"]]
-    assert await run(backend, registry, age, {"name": "Ada", "born": "1815-12-10"}, on="1852-01-01") == [37, []]
+    assert await run(backend, registry, age, person, date(1852, 1, 1), colours={Colour.RED}) == [
+        37,
+        ["RED"],
+    ]
+    assert await run(
+        backend, registry, age, {"name": "Ada", "born": "1815-12-10"}, on="1852-01-01"
+    ) == [37, []]
 
 
-async def test_defaults_stand_in_for_what_is_missing(backend: Backend, registry: TaskRegistry) -> None:
+async def test_defaults_stand_in_for_what_is_missing(
+    backend: Backend, registry: TaskRegistry
+) -> None:
     @task("work", registry=registry)
     async def order(item: str, count: int = 1, *, note: str | None = None) -> list[Any]:
         return [item, count, note]
@@ -230,12 +260,16 @@ async def test_defaults_stand_in_for_what_is_missing(backend: Backend, registry:
     assert await run(backend, registry, order, item="tea", note="hot") == ["tea", 1, "hot"]
 
 
-async def test_any_number_of_arguments_is_passed_on(backend: Backend, registry: TaskRegistry) -> None:
+async def test_any_number_of_arguments_is_passed_on(
+    backend: Backend, registry: TaskRegistry
+) -> None:
     @task("work", registry=registry)
     async def everything(*args: int, **kwargs: date) -> list[Any]:
         return [sum(args), {name: day.year for name, day in kwargs.items()}]
 
-    assert await run(backend, registry, everything, 1, "2", 3, first=date(2026, 1, 1), last="2027-01-01") == [
+    assert await run(
+        backend, registry, everything, 1, "2", 3, first=date(2026, 1, 1), last="2027-01-01"
+    ) == [
         6,
         {"first": 2026, "last": 2027},
     ]
@@ -261,7 +295,9 @@ async def test_an_argument_of_the_wrong_kind_fails_the_job_by_name(
     ran: list[int] = []
 
     @task("work", registry=registry)
-    async def careful(number: Positive, when: date | None = None, point: Point | None = None) -> None:
+    async def careful(
+        number: Positive, when: date | None = None, point: Point | None = None
+    ) -> None:
         ran.append(number)
 
     with pytest.raises(JobFailed, match=told):
@@ -269,7 +305,9 @@ async def test_an_argument_of_the_wrong_kind_fails_the_job_by_name(
     assert ran == []
 
 
-async def test_an_error_of_pydantic_in_the_task_is_the_tasks_own(backend: Backend, registry: TaskRegistry) -> None:
+async def test_an_error_of_pydantic_in_the_task_is_the_tasks_own(
+    backend: Backend, registry: TaskRegistry
+) -> None:
     @task("work", registry=registry)
     async def careless() -> None:
         Person.model_validate({"name": "Ada"})

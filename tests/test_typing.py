@@ -49,7 +49,15 @@ if TYPE_CHECKING:
         assert_type(await send.enqueue("ada", on=date(2030, 1, 1)), str)
         assert_type(await count.delay(text="three"), str)
         assert_type(await count.send("three", backend=None), str)
-        await send.enqueue("ada", backend=backend, delay=0.5, priority=1, depends_on=["a"], on_parent_failure="run", job_id="b")
+        await send.enqueue(
+            "ada",
+            backend=backend,
+            delay=0.5,
+            priority=1,
+            depends_on=["a"],
+            on_parent_failure="run",
+            job_id="b",
+        )
         await send.enqueue("ada", delay=1, repeat_every="5m")
         await send.enqueue("ada", priority=1, repeat_every=60)
         await send.enqueue("ada", depends_on=["a"], on_parent_failure="fail")

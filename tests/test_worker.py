@@ -15,7 +15,7 @@ from asyncmq_nats.backends import set_default_backend
 from asyncmq_nats.backends.base import Backend, Write
 from asyncmq_nats.exceptions import JobFailed
 from asyncmq_nats.queues import Queue
-from asyncmq_nats.registry import TASK_REGISTRY, TaskRegistry
+from asyncmq_nats.runtime.registry import TASK_REGISTRY, TaskRegistry
 from asyncmq_nats.settings import Settings
 from asyncmq_nats.tasks import task
 from asyncmq_nats.workers import Worker, run_worker
@@ -56,10 +56,14 @@ class Slots:
 
 
 @pytest.mark.parametrize("concurrency", [1, 3, 20])
-async def test_as_many_jobs_run_at_a_time_as_there_are_slots(backend: Backend, concurrency: int) -> None:
+async def test_as_many_jobs_run_at_a_time_as_there_are_slots(
+    backend: Backend, concurrency: int
+) -> None:
     slots = Slots(concurrency)
     queue = make_queue(backend, concurrency=concurrency, occupy=slots.occupy)
-    await queue.add_bulk([{"task_id": "occupy", "priority": number % 2} for number in range(5 * concurrency + 10)])
+    await queue.add_bulk(
+        [{"task_id": "occupy", "priority": number % 2} for number in range(5 * concurrency + 10)]
+    )
     await run_jobs(queue)
     assert slots.most == concurrency
     assert (await queue.queue_stats())["completed"] == 5 * concurrency + 10
@@ -127,7 +131,10 @@ FAILURES: list[tuple[Callable[[], BaseException], str]] = [
     (lambda: ValueError("no"), "ValueError: no"),
     (lambda: SystemExit(3), "SystemExit: 3"),
     (lambda: ExceptionGroup("two", [ValueError("a"), TypeError("b")]), "ExceptionGroup: two"),
-    (lambda: BaseExceptionGroup("two", [SystemExit(3), ValueError("a")]), "BaseExceptionGroup: two"),
+    (
+        lambda: BaseExceptionGroup("two", [SystemExit(3), ValueError("a")]),
+        "BaseExceptionGroup: two",
+    ),
     (lambda: TimeoutError(), "TimeoutError"),
     (lambda: StopIteration(), "RuntimeError"),
     (lambda: AssertionError(), "AssertionError"),
@@ -149,7 +156,9 @@ async def test_what_a_task_raises_fails_its_job_and_nothing_else(
     async def fail_async() -> None:
         fail()
 
-    queue = make_queue(backend, concurrency=1, fail=fail_async if kind == "async" else fail, echo=echo)
+    queue = make_queue(
+        backend, concurrency=1, fail=fail_async if kind == "async" else fail, echo=echo
+    )
     await _fails_and_goes_on(queue, told)
 
 
@@ -157,7 +166,9 @@ async def test_a_task_that_raises_cancelled_fails(backend: Backend) -> None:
     async def fail() -> None:
         raise asyncio.CancelledError("of my own")
 
-    await _fails_and_goes_on(make_queue(backend, concurrency=1, fail=fail, echo=echo), "CancelledError: of my own")
+    await _fails_and_goes_on(
+        make_queue(backend, concurrency=1, fail=fail, echo=echo), "CancelledError: of my own"
+    )
 
 
 async def test_a_task_that_cancels_itself_fails(backend: Backend) -> None:
@@ -198,7 +209,9 @@ async def _fails_and_goes_on(queue: Queue, told: str) -> None:
         with pytest.raises(JobFailed) as raised:
             await queue.wait_for(failing, timeout=PATIENCE)
         assert await queue.wait_for(after, timeout=PATIENCE) == "on"
-        assert {job["worker"] for job in await queue.get_jobs(["failed", "completed"])} == {worker.id}
+        assert {job["worker"] for job in await queue.get_jobs(["failed", "completed"])} == {
+            worker.id
+        }
         await wait_until_done(queue)
     assert (raised.value.error or "").startswith(told)
     assert (raised.value.state, (await queue.queue_stats())["failed"]) == ("failed", 1)
@@ -220,9 +233,19 @@ async def test_a_failing_job_runs_as_often_as_it_may(backend: Backend) -> None:
         job = await outcome(queue, job_id)
         await wait_until_done(queue)
     assert len(runs) == 3
-    assert (job["status"], job["retries"], job["max_retries"], job["last_error"]) == ("failed", 3, 2, "ValueError: attempt 3")
-    assert [(entry["attempt"], entry["error"]) for entry in job["errors"]] == [(n, f"ValueError: attempt {n}") for n in (1, 2, 3)]
-    assert all("in fail" in entry["traceback"] and "Traceback" in entry["traceback"] for entry in job["errors"])
+    assert (job["status"], job["retries"], job["max_retries"], job["last_error"]) == (
+        "failed",
+        3,
+        2,
+        "ValueError: attempt 3",
+    )
+    assert [(entry["attempt"], entry["error"]) for entry in job["errors"]] == [
+        (n, f"ValueError: attempt {n}") for n in (1, 2, 3)
+    ]
+    assert all(
+        "in fail" in entry["traceback"] and "Traceback" in entry["traceback"]
+        for entry in job["errors"]
+    )
     assert job["errors"][0]["at"] <= job["errors"][1]["at"] <= job["errors"][2]["at"]
     assert "attempt 3" in job["error_traceback"]
 
@@ -330,13 +353,17 @@ async def test_an_urgent_job_overtakes_those_that_wait(backend: Backend) -> None
             await opened.wait()
 
     queue = make_queue(backend, concurrency=1, note=note)
-    await queue.add("note", ["warm-up"], priority=0)  # a worker hears of a priority that is new to the queue a moment after the producer
+    await queue.add(
+        "note", ["warm-up"], priority=0
+    )  # a worker hears of a priority that is new to the queue a moment after the producer
     await run_jobs(queue)
     async with running(queue):
         await queue.add("note", ["first"])
         with anyio.fail_after(PATIENCE):
             await started.wait()
-        await queue.add_bulk([{"task_id": "note", "args": [f"later {number}"]} for number in range(5)])
+        await queue.add_bulk(
+            [{"task_id": "note", "args": [f"later {number}"]} for number in range(5)]
+        )
         await queue.add("note", ["urgent"], priority=0)
         opened.set()
         await wait_until_done(queue)
@@ -347,7 +374,12 @@ async def test_jobs_of_a_new_priority_run_while_a_worker_runs(backend: Backend) 
     queue = make_queue(backend, echo=echo)
     async with running(queue):
         for priority in (7, -1, 0, 2**40):
-            assert await queue.wait_for(await queue.add("echo", [priority], priority=priority), timeout=PATIENCE) == priority
+            assert (
+                await queue.wait_for(
+                    await queue.add("echo", [priority], priority=priority), timeout=PATIENCE
+                )
+                == priority
+            )
 
 
 # -- stopping
@@ -385,7 +417,9 @@ async def test_a_worker_that_stops_lets_its_job_finish(backend: Backend) -> None
     assert [await queue.get_job_result(job_id) for job_id in jobs] == ["run 1", "run 2", "run 3"]
 
 
-async def test_a_cancelled_worker_hands_its_jobs_to_another(backend: Backend, twin: Backend) -> None:
+async def test_a_cancelled_worker_hands_its_jobs_to_another(
+    backend: Backend, twin: Backend
+) -> None:
     sleeper = Sleeper()
     queue, other = make_queue(backend, sleep=sleeper.sleep), make_queue(twin, sleep=sleeper.sleep)
     jobs = [await queue.add("sleep") for _ in range(5)]
@@ -402,7 +436,12 @@ async def test_a_cancelled_worker_hands_its_jobs_to_another(backend: Backend, tw
     for job_id in jobs:
         job = await queue.get_job(job_id)
         assert job is not None
-        assert (job["status"], job["stalls"], job["retries"], job["errors"]) == ("completed", 0, 0, [])
+        assert (job["status"], job["stalls"], job["retries"], job["errors"]) == (
+            "completed",
+            0,
+            0,
+            [],
+        )
 
 
 async def test_a_worker_may_be_cancelled_by_asyncio(backend: Backend) -> None:
@@ -501,7 +540,9 @@ class TestLeases:
     def settings(self) -> Settings:
         return Settings(stalled_after=1.0)
 
-    async def test_a_job_longer_than_its_lease_runs_once(self, backend: Backend, twin: Backend) -> None:
+    async def test_a_job_longer_than_its_lease_runs_once(
+        self, backend: Backend, twin: Backend
+    ) -> None:
         runs: list[int] = []
 
         async def long() -> None:
@@ -515,7 +556,9 @@ class TestLeases:
             await wait_until_done(queue)
         assert len(runs) == 1
 
-    async def test_a_job_whose_lease_lapses_while_its_worker_lives_is_not_run_beside_itself(self, backend: Backend) -> None:
+    async def test_a_job_whose_lease_lapses_while_its_worker_lives_is_not_run_beside_itself(
+        self, backend: Backend
+    ) -> None:
         """A stopped process, or one that got no time: the server takes the worker for lost and gives it its own job again."""
         runs: list[int] = []
         go = anyio.Event()
@@ -631,7 +674,9 @@ class TestTaskModules:
         monkeypatch.syspath_prepend(str(tmp_path))
         return Settings(tasks=("amq_no_such_module", "amq_test_tasks"), shutdown_timeout=0.1)
 
-    async def test_task_modules_are_imported_before_a_worker_runs(self, backend: Backend, caplog: pytest.LogCaptureFixture) -> None:
+    async def test_task_modules_are_imported_before_a_worker_runs(
+        self, backend: Backend, caplog: pytest.LogCaptureFixture
+    ) -> None:
         queue = Queue("work", backend)
         job_id = await queue.add("tests.imported")
         async with running(queue):
@@ -649,7 +694,10 @@ async def test_two_queues_run_side_by_side(backend: Backend) -> None:
         return await queue.wait_for(await queue.add("echo", [queue.name]), timeout=PATIENCE)
 
     async with running(queues[0]), running(queues[1]):
-        assert await race(lambda: add_and_wait(queues[0]), lambda: add_and_wait(queues[1])) == ["one", "two"]
+        assert await race(lambda: add_and_wait(queues[0]), lambda: add_and_wait(queues[1])) == [
+            "one",
+            "two",
+        ]
 
 
 async def test_a_task_may_be_an_object_with_an_async_call(backend: Backend) -> None:
@@ -667,10 +715,15 @@ async def test_a_task_may_be_an_object_with_an_async_call(backend: Backend) -> N
         assert await queue.wait_for(job_id, timeout=PATIENCE) == 42
 
 
-async def test_a_foreign_job_that_begins_like_ours_may_lack_what_has_a_default(backend: Backend) -> None:
+async def test_a_foreign_job_that_begins_like_ours_may_lack_what_has_a_default(
+    backend: Backend,
+) -> None:
     queue = make_queue(backend, echo=echo)
     await queue.queue_stats()  # the queue is there
-    await backend.write("amq_work", Write("amq.work.ready.5.x", b'{"v":1,"id":"x","task":"echo","args":["created_at"]}'))
+    await backend.write(
+        "amq_work",
+        Write("amq.work.ready.5.x", b'{"v":1,"id":"x","task":"echo","args":["created_at"]}'),
+    )
     async with running(queue):
         assert await queue.wait_for("x", timeout=PATIENCE) == "created_at"
     job = await queue.get_job("x")
@@ -678,14 +731,19 @@ async def test_a_foreign_job_that_begins_like_ours_may_lack_what_has_a_default(b
     assert abs(job["created_at"] - backend.now()) < 60
 
 
-async def test_a_field_that_only_a_failure_needs_may_be_malformed_and_then_fails_the_job(backend: Backend) -> None:
+async def test_a_field_that_only_a_failure_needs_may_be_malformed_and_then_fails_the_job(
+    backend: Backend,
+) -> None:
     async def fail() -> None:
         raise ValueError("no")
 
     queue = make_queue(backend, fail=fail, echo=echo)
     await queue.queue_stats()  # the queue is there
     for task_id in ("fail", "echo"):
-        job = b'{"v":1,"id":"%b","task":"%b","args":[],"kwargs":{},"created_at":1.0,"max_retries":"many"}' % ((task_id.encode(),) * 2)
+        job = (
+            b'{"v":1,"id":"%b","task":"%b","args":[],"kwargs":{},"created_at":1.0,"max_retries":"many"}'
+            % ((task_id.encode(),) * 2)
+        )
         await backend.write("amq_work", Write(f"amq.work.ready.5.{task_id}", job))
     async with running(queue):
         with pytest.raises(JobFailed, match="max_retries"):
@@ -703,7 +761,9 @@ class Panic(BaseException):
 
 
 @pytest.mark.parametrize("threaded", [False, True])
-async def test_more_than_an_exception_fails_the_job_and_not_the_worker(backend: Backend, threaded: bool) -> None:
+async def test_more_than_an_exception_fails_the_job_and_not_the_worker(
+    backend: Backend, threaded: bool
+) -> None:
     async def panic() -> None:
         raise Panic("in an extension")
 
@@ -723,7 +783,9 @@ async def _fails_and_goes_on_after(queue: Queue, task_id: str, told: str) -> Non
 
 
 @pytest.mark.parametrize("steps", [*range(1, 12), 15, 20, 30, 50])
-async def test_a_worker_that_is_cancelled_while_it_starts_ends(backend: Backend, steps: int) -> None:
+async def test_a_worker_that_is_cancelled_while_it_starts_ends(
+    backend: Backend, steps: int
+) -> None:
     called: list[str] = []
     queue = make_queue(backend, echo=echo)
     queue.on_startup(lambda: called.append("start"))
@@ -752,12 +814,14 @@ async def test_when_a_loop_of_a_worker_fails_its_jobs_run_elsewhere_at_once(
     async def fail(_: object) -> None:
         raise RuntimeError("a fault of ours")
 
-    backend.settings = twin.settings = Settings(stalled_after=60, heartbeat_interval=0.5, shutdown_timeout=0.2)
+    backend.settings = twin.settings = Settings(
+        stalled_after=60, heartbeat_interval=0.5, shutdown_timeout=0.2
+    )
     first = make_queue(backend, concurrency=2, wait=partial(wait, "first"))
     second = make_queue(twin, concurrency=5, wait=partial(wait, "second"))
     ids = [await first.add("wait") for _ in range(5)]
     with monkeypatch.context() as patch:
-        patch.setattr("asyncmq_nats.lifecycle.Lifecycle.trim", fail)
+        patch.setattr("asyncmq_nats.transitions.finish.Lifecycle.trim", fail)
         with pytest.raises(RuntimeError, match="a fault of ours"):
             await first.run()
     assert runs == ["first"] * 2

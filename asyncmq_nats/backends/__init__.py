@@ -11,7 +11,9 @@ def default_backend() -> Backend:
     """Return the backend of queues that are given none: a `NATSBackend` of the settings, one for this process."""
     global _default
     if _default is None:
-        from asyncmq_nats.backends.nats.backend import NATSBackend  # only here: a user of the in-memory backend loads no nats-py
+        from asyncmq_nats.backends.nats.backend import (
+            NATSBackend,  # only here: a user of the in-memory backend loads no nats-py
+        )
 
         _default = NATSBackend()
     return _default

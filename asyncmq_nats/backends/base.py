@@ -286,7 +286,15 @@ class Backend(Protocol):
     async def latest(self, log: str, filter: str) -> Record | None:
         """Return the matching record with the highest sequence, `None` if there is none: what an `Expect` of this filter has to name."""
 
-    async def page(self, log: str, filter: str, *, from_sequence: int = 1, limit: int = 100, mostly: bool = False) -> list[Record]:
+    async def page(
+        self,
+        log: str,
+        filter: str,
+        *,
+        from_sequence: int = 1,
+        limit: int = 100,
+        mostly: bool = False,
+    ) -> list[Record]:
         """Return up to `limit` matching records whose sequence is `from_sequence` or higher, by sequence.
 
         `mostly`: a hint that most of the records there may match.
@@ -307,10 +315,19 @@ class Backend(Protocol):
     async def delete(self, log: str, sequence: int) -> bool:
         """Remove one record. Return whether it was there, or may have been: the answer to a first try was lost, and now it is not."""
 
-    async def purge(self, log: str, filter: str, *, before: int | None = None, keep: int | None = None) -> int:
+    async def purge(
+        self, log: str, filter: str, *, before: int | None = None, keep: int | None = None
+    ) -> int:
         """Remove the matching records, those below sequence `before` or all but the last `keep`; return how many."""
 
-    def puller(self, log: str, on_delivery: Callable[[Delivery], None], on_lapse: Callable[[str], None], *, extend: bool = True) -> Puller:
+    def puller(
+        self,
+        log: str,
+        on_delivery: Callable[[Delivery], None],
+        on_lapse: Callable[[str], None],
+        *,
+        extend: bool = True,
+    ) -> Puller:
         """Return a puller. The callbacks must not block. `extend=False` leaves the leases to run out."""
 
     async def publish(self, subject: str, body: bytes = b"") -> None:
@@ -322,5 +339,7 @@ class Backend(Protocol):
     async def subscribe(self, subject: str, on_signal: Callable[[Signal], None]) -> Subscription:
         """Call `on_signal` for every signal whose subject matches, from now on."""
 
-    async def request(self, subject: str, body: bytes = b"", *, timeout: float = 1.0) -> bytes | None:
+    async def request(
+        self, subject: str, body: bytes = b"", *, timeout: float = 1.0
+    ) -> bytes | None:
         """Send a signal and return the first answer, or `None` if nobody answers in time."""

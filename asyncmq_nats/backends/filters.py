@@ -11,7 +11,9 @@ def compile_filter(pattern: str) -> re.Pattern[str]:
     """Return an expression that matches the subjects the filter matches; its groups are what stands for each `*`."""
     tokens = pattern.split(".")
     rest = tokens[-1] == ">"
-    expressions = [r"([^.]+)" if token == "*" else re.escape(token) for token in tokens[: len(tokens) - rest]]
+    expressions = [
+        r"([^.]+)" if token == "*" else re.escape(token) for token in tokens[: len(tokens) - rest]
+    ]
     return re.compile(r"\.".join([*expressions, ".+"] if rest else expressions) + r"\Z", re.DOTALL)
 
 

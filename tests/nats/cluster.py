@@ -8,7 +8,7 @@ from pathlib import Path
 
 import anyio
 
-from asyncmq_nats.backends.nats.embedded import EmbeddedServer
+from asyncmq_nats.backends.nats.embedded.server import EmbeddedServer
 from tests.nats.processes import PATIENCE
 from tests.nats.streams import Streams, plain_client
 
@@ -47,12 +47,20 @@ class Cluster:
 
     async def ready(self) -> None:
         """Wait until the servers have chosen a leader for their streams."""
-        payload = json.dumps({"name": "probe", "subjects": ["probe"], "num_replicas": SIZE}).encode()
+        payload = json.dumps(
+            {"name": "probe", "subjects": ["probe"], "num_replicas": SIZE}
+        ).encode()
         async with plain_client(self.urls[0]) as client:
             with anyio.fail_after(PATIENCE):
                 while True:
                     try:
-                        answer = json.loads((await client.request("$JS.API.STREAM.CREATE.probe", payload, timeout=0.5)).data)
+                        answer = json.loads(
+                            (
+                                await client.request(
+                                    "$JS.API.STREAM.CREATE.probe", payload, timeout=0.5
+                                )
+                            ).data
+                        )
                     except TimeoutError:
                         continue
                     if "error" not in answer:
@@ -65,7 +73,9 @@ class Cluster:
             with anyio.fail_after(PATIENCE):
                 while True:
                     with suppress(TimeoutError, AssertionError):
-                        leader = (await Streams(client).call(f"STREAM.INFO.{stream}"))["cluster"].get("leader")
+                        leader = (await Streams(client).call(f"STREAM.INFO.{stream}"))[
+                            "cluster"
+                        ].get("leader")
                         if leader:
                             return self.servers[int(leader.rpartition("-")[2])]
                     await anyio.sleep(0.05)

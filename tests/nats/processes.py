@@ -12,9 +12,19 @@ from typing import Any, Final, TypeVar
 
 import anyio
 
-from asyncmq_nats.backends.nats.embedded import EmbeddedServer
+from asyncmq_nats.backends.nats.embedded.server import EmbeddedServer
 
-__all__ = ["PATIENCE", "PROGRAM", "Fleet", "MakeServer", "Program", "Watched", "eventually", "freeze", "holds"]
+__all__ = [
+    "PATIENCE",
+    "PROGRAM",
+    "Fleet",
+    "MakeServer",
+    "Program",
+    "Watched",
+    "eventually",
+    "freeze",
+    "holds",
+]
 
 T = TypeVar("T")
 MakeServer = Callable[[str], EmbeddedServer]
@@ -47,7 +57,11 @@ class Program:
         self.log_path = log
         with log.open("ab") as output:
             self._process = subprocess.Popen(
-                [sys.executable, str(PROGRAM)], env={**os.environ, **environment}, stdin=subprocess.DEVNULL, stdout=output, stderr=output
+                [sys.executable, str(PROGRAM)],
+                env={**os.environ, **environment},
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
             )
 
     @property
@@ -108,7 +122,9 @@ class Watched:
 
     def count_runs(self) -> Counter[str]:
         """Return how often each body has begun."""
-        return Counter({path.stem: len(path.read_text().splitlines()) for path in self.notes.glob("*.runs")})
+        return Counter(
+            {path.stem: len(path.read_text().splitlines()) for path in self.notes.glob("*.runs")}
+        )
 
     def say(self, word: str) -> None:
         """Let the tasks go on that wait for this word."""
@@ -136,7 +152,12 @@ class Fleet:
 
     def launch(self, name: str, **environment: Any) -> Program:
         """Start a worker of that name and return at once. Keyword arguments are added to its environment, in capitals."""
-        own = {"ASYNCMQ_NATS_SERVERS": self.url, "QUEUE": self.queue, "WORKER": name, "NOTES": str(self.watched.notes)}
+        own = {
+            "ASYNCMQ_NATS_SERVERS": self.url,
+            "QUEUE": self.queue,
+            "WORKER": name,
+            "NOTES": str(self.watched.notes),
+        }
         own |= self.environment | {key.upper(): str(value) for key, value in environment.items()}
         program = Program(name, own, self.directory / f"{name}-{len(self.programs)}.log")
         self.programs.append(program)
@@ -168,7 +189,9 @@ async def holds(condition: Callable[[], bool], within: float = PATIENCE) -> None
             await anyio.sleep(0.01)
 
 
-async def eventually(read: Callable[[], Awaitable[T]], condition: Callable[[T], bool], within: float = PATIENCE) -> T:
+async def eventually(
+    read: Callable[[], Awaitable[T]], condition: Callable[[T], bool], within: float = PATIENCE
+) -> T:
     """Read now and then until the condition holds, and return what was read."""
     value = await read()
     with anyio.fail_after(within):

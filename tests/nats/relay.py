@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager, suppress
 import anyio
 from anyio.abc import SocketAttribute, SocketStream
 
-from asyncmq_nats.backends.nats.embedded import EmbeddedServer
+from asyncmq_nats.backends.nats.embedded.server import EmbeddedServer
 
 
 class Relay:
@@ -41,7 +41,11 @@ class Relay:
 
     async def serve(self, server: EmbeddedServer, client: SocketStream) -> None:
         """Serve one client."""
-        async with client, await anyio.connect_tcp("127.0.0.1", server.port) as upstream, anyio.create_task_group() as group:
+        async with (
+            client,
+            await anyio.connect_tcp("127.0.0.1", server.port) as upstream,
+            anyio.create_task_group() as group,
+        ):
             self._clients.add(client)
             group.start_soon(self._pump_requests, client, upstream)
             with suppress(anyio.BrokenResourceError, anyio.ClosedResourceError):

@@ -32,7 +32,11 @@ class Streams:
 
     async def call(self, subject: str, payload: dict[str, Any] | None = None) -> dict[str, Any]:
         """Call the JetStream API."""
-        reply = await self._client.request(f"$JS.API.{subject}", b"" if payload is None else json.dumps(payload).encode(), timeout=5)
+        reply = await self._client.request(
+            f"$JS.API.{subject}",
+            b"" if payload is None else json.dumps(payload).encode(),
+            timeout=5,
+        )
         answer: dict[str, Any] = json.loads(reply.data)
         assert "error" not in answer, answer
         return answer
@@ -43,7 +47,9 @@ class Streams:
 
     async def keys(self, place: str) -> list[str]:
         """Return the keys of the bucket below `later` or `done`, claims and markers included."""
-        info = await self.call(f"STREAM.INFO.{self.bucket}", {"subjects_filter": f"$KV.{self.bucket[3:]}.{place}.>"})
+        info = await self.call(
+            f"STREAM.INFO.{self.bucket}", {"subjects_filter": f"$KV.{self.bucket[3:]}.{place}.>"}
+        )
         return [subject.split(".", 2)[2] for subject in info["state"].get("subjects") or {}]
 
     async def count_outcomes(self) -> Counter[str]:

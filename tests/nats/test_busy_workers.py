@@ -11,7 +11,7 @@ import nats.errors
 import pytest
 
 from asyncmq_nats.backends.nats.backend import NATSBackend
-from asyncmq_nats.backends.nats.embedded import EmbeddedServer
+from asyncmq_nats.backends.nats.embedded.server import EmbeddedServer
 from asyncmq_nats.exceptions import JobFailed
 from asyncmq_nats.queues import Queue
 from asyncmq_nats.settings import Settings
@@ -36,7 +36,9 @@ def most_within(times: Sequence[float], span: float) -> int:
 # -- pause
 
 
-async def test_a_foreign_client_gets_nothing_of_a_paused_queue(queue: Queue, server: EmbeddedServer) -> None:
+async def test_a_foreign_client_gets_nothing_of_a_paused_queue(
+    queue: Queue, server: EmbeddedServer
+) -> None:
     job_id = await queue.add("brief", [1])
     await queue.pause()
     async with plain_client(server.url) as client:
@@ -48,7 +50,9 @@ async def test_a_foreign_client_gets_nothing_of_a_paused_queue(queue: Queue, ser
         assert message.subject.endswith(job_id)
 
 
-async def test_a_pause_survives_a_restart_of_the_server(fleet: Fleet, queue: Queue, server: EmbeddedServer) -> None:
+async def test_a_pause_survives_a_restart_of_the_server(
+    fleet: Fleet, queue: Queue, server: EmbeddedServer
+) -> None:
     with anyio.fail_after(30):
         worker = await fleet.start("first")
         await queue.pause()
@@ -65,7 +69,9 @@ async def test_a_pause_survives_a_restart_of_the_server(fleet: Fleet, queue: Que
         assert not worker.ended
 
 
-async def test_a_foreign_pause_and_resume_count(fleet: Fleet, queue: Queue, server: EmbeddedServer) -> None:
+async def test_a_foreign_pause_and_resume_count(
+    fleet: Fleet, queue: Queue, server: EmbeddedServer
+) -> None:
     await fleet.start("first")
     async with plain_client(server.url) as client:
         streams = Streams(client)
@@ -80,7 +86,9 @@ async def test_a_foreign_pause_and_resume_count(fleet: Fleet, queue: Queue, serv
             assert not await queue.is_paused()
 
 
-async def test_a_foreign_resume_ends_a_pause_of_ours(fleet: Fleet, queue: Queue, server: EmbeddedServer) -> None:
+async def test_a_foreign_resume_ends_a_pause_of_ours(
+    fleet: Fleet, queue: Queue, server: EmbeddedServer
+) -> None:
     await fleet.start("first")
     async with plain_client(server.url) as client:
         for number in range(2):
@@ -93,11 +101,15 @@ async def test_a_foreign_resume_ends_a_pause_of_ours(fleet: Fleet, queue: Queue,
 # -- rate limit
 
 
-async def test_worker_processes_together_keep_to_a_limit_also_when_one_dies(fleet: Fleet, queue: Queue, server: EmbeddedServer) -> None:
+async def test_worker_processes_together_keep_to_a_limit_also_when_one_dies(
+    fleet: Fleet, queue: Queue, server: EmbeddedServer
+) -> None:
     limit, interval, jobs = 20, 0.5, 120
     await queue.add_bulk([{"task_id": "stamp", "args": ["job"]}] * jobs)
     with anyio.fail_after(30):
-        programs = await fleet.start_all("a", "b", "c", concurrency=20, rate_limit=f"{limit}/{interval}")
+        programs = await fleet.start_all(
+            "a", "b", "c", concurrency=20, rate_limit=f"{limit}/{interval}"
+        )
         await fleet.watched.stamped("job", jobs // 2)
         programs[0].kill()
         times = [at for at, _ in await fleet.watched.stamped("job", jobs - limit)]
@@ -106,7 +118,9 @@ async def test_worker_processes_together_keep_to_a_limit_also_when_one_dies(flee
         assert most_within(times, span) <= limit + limit / interval * (span + 0.1)
 
 
-async def test_workers_without_permits_hold_no_jobs(fleet: Fleet, queue: Queue, server: EmbeddedServer) -> None:
+async def test_workers_without_permits_hold_no_jobs(
+    fleet: Fleet, queue: Queue, server: EmbeddedServer
+) -> None:
     await queue.add_bulk([{"task_id": "stamp", "args": ["job"]}] * 50)
     await fleet.start_all("a", "b", concurrency=20, rate_limit="5/600")
     await eventually(queue.queue_stats, lambda stats: stats["completed"] == 5)
@@ -114,7 +128,11 @@ async def test_workers_without_permits_hold_no_jobs(fleet: Fleet, queue: Queue, 
         streams = Streams(client)
         for _ in range(20):
             tier = await streams.call(TIER)
-            assert (tier["num_ack_pending"], tier["num_pending"], tier["num_redelivered"]) == (0, 45, 0)
+            assert (tier["num_ack_pending"], tier["num_pending"], tier["num_redelivered"]) == (
+                0,
+                45,
+                0,
+            )
 
 
 # -- who gets a job
@@ -143,8 +161,14 @@ async def test_a_worker_that_comes_later_gets_its_share(fleet: Fleet, queue: Que
     assert Counter(fleet.watched.runs("job")) == {"first": 50, "second": 50}
 
 
-async def test_jobs_that_were_handed_back_rest_on_the_server(fleet: Fleet, queue: Queue, server: EmbeddedServer) -> None:
-    await queue.add_bulk([{"task_id": "unnoted"}] * 300 + [{"task_id": "wait", "args": ["long", "go"]}] + [{"task_id": "unnoted"}] * 100)
+async def test_jobs_that_were_handed_back_rest_on_the_server(
+    fleet: Fleet, queue: Queue, server: EmbeddedServer
+) -> None:
+    await queue.add_bulk(
+        [{"task_id": "unnoted"}] * 300
+        + [{"task_id": "wait", "args": ["long", "go"]}]
+        + [{"task_id": "unnoted"}] * 100
+    )
     await fleet.start("first", concurrency=1)
     await fleet.watched.begun("long")
     async with plain_client(server.url) as client:
@@ -195,7 +219,9 @@ async def test_twenty_jobs_finish_and_the_backlog_stays(fleet: Fleet, queue: Que
     assert {(job["stalls"], job["retries"]) for job in done} == {(0, 0)}
 
 
-async def test_twenty_jobs_that_do_not_finish_run_elsewhere_at_once(fleet: Fleet, queue: Queue) -> None:
+async def test_twenty_jobs_that_do_not_finish_run_elsewhere_at_once(
+    fleet: Fleet, queue: Queue
+) -> None:
     jobs = await queue.add_bulk([{"task_id": "stamp", "args": ["job", 3.0]}] * 20)
     with anyio.fail_after(20):
         first = await fleet.start("first", concurrency=20, asyncmq_nats_shutdown_timeout=0.3)
@@ -216,9 +242,14 @@ async def test_twenty_jobs_that_do_not_finish_run_elsewhere_at_once(fleet: Fleet
 # -- tasks in processes
 
 
-async def test_a_task_in_a_process_gets_what_its_annotations_say(fleet: Fleet, queue: Queue) -> None:
+async def test_a_task_in_a_process_gets_what_its_annotations_say(
+    fleet: Fleet, queue: Queue
+) -> None:
     worker = await fleet.start("first", concurrency=2)
-    results = [await queue.wait_for(await queue.add("add_days", ["2026-02-27", str(days)]), timeout=15) for days in (1, 2)]
+    results = [
+        await queue.wait_for(await queue.add("add_days", ["2026-02-27", str(days)]), timeout=15)
+        for days in (1, 2)
+    ]
     assert [day for day, _ in results] == ["2026-02-28", "2026-03-01"]
     assert worker.pid not in {pid for _, pid in results}
     assert results[0][1] == results[1][1], "processes are kept for the next job"
@@ -226,7 +257,10 @@ async def test_a_task_in_a_process_gets_what_its_annotations_say(fleet: Fleet, q
 
 async def test_what_a_task_in_a_process_raises_fails_its_job(fleet: Fleet, queue: Queue) -> None:
     await fleet.start("first")
-    for task, error in (("fail_in_process", "ZeroDivisionError: in the process"), ("end_in_process", "BrokenWorkerProcess")):
+    for task, error in (
+        ("fail_in_process", "ZeroDivisionError: in the process"),
+        ("end_in_process", "BrokenWorkerProcess"),
+    ):
         job_id = await queue.add(task)
         with pytest.raises(JobFailed, match=error):
             await queue.wait_for(job_id, timeout=15)
@@ -259,14 +293,18 @@ async def test_a_task_in_a_process_is_killed(reason: str, fleet: Fleet, queue: Q
 # -- several processes
 
 
-async def start_processes(fleet: Fleet, queue: Queue, **environment: object) -> tuple[Program, set[int]]:
+async def start_processes(
+    fleet: Fleet, queue: Queue, **environment: object
+) -> tuple[Program, set[int]]:
     """Start a parent with two worker processes and return it and their ids."""
     parent = fleet.launch("parent", processes=2, **environment)
     workers = await eventually(queue.list_workers, lambda workers: len(workers) == 2)
     return parent, {worker.pid for worker in workers}
 
 
-async def test_worker_processes_share_the_jobs_and_stop_on_a_signal(fleet: Fleet, queue: Queue) -> None:
+async def test_worker_processes_share_the_jobs_and_stop_on_a_signal(
+    fleet: Fleet, queue: Queue
+) -> None:
     with anyio.fail_after(30):
         parent, pids = await start_processes(fleet, queue, concurrency=2)
         assert parent.pid not in pids
@@ -286,7 +324,10 @@ async def test_a_worker_process_that_dies_is_started_again(fleet: Fleet, queue: 
         parent, pids = await start_processes(fleet, queue)
         lost = min(pids)
         os.kill(lost, signal.SIGKILL)
-        workers = await eventually(queue.list_workers, lambda workers: len({worker.pid for worker in workers} - {lost}) == 2)
+        workers = await eventually(
+            queue.list_workers,
+            lambda workers: len({worker.pid for worker in workers} - {lost}) == 2,
+        )
         assert len({worker.pid for worker in workers} & pids - {lost}) == 1
         parent.send(signal.SIGTERM)
         assert await parent.wait() == 0
@@ -315,7 +356,9 @@ async def test_a_second_signal_ends_all_processes_at_once(fleet: Fleet, queue: Q
 
 
 @pytest.mark.parametrize("delay", [0.0, 0.2, 0.4, 0.6])
-async def test_a_parent_that_is_told_to_stop_while_it_starts_stops(delay: float, fleet: Fleet, queue: Queue) -> None:
+async def test_a_parent_that_is_told_to_stop_while_it_starts_stops(
+    delay: float, fleet: Fleet, queue: Queue
+) -> None:
     with anyio.fail_after(30):
         parent = fleet.launch("parent", processes=2)
         await anyio.sleep(delay)
@@ -327,7 +370,9 @@ async def test_a_parent_that_is_told_to_stop_while_it_starts_stops(delay: float,
 # -- the list of workers
 
 
-async def test_a_worker_that_was_killed_is_not_listed_for_long(fleet: Fleet, queue: Queue, nats_backend: NATSBackend) -> None:
+async def test_a_worker_that_was_killed_is_not_listed_for_long(
+    fleet: Fleet, queue: Queue, nats_backend: NATSBackend
+) -> None:
     worker = await fleet.start("first", concurrency=4)
     (entry,) = await queue.list_workers()
     assert (entry.pid, entry.concurrency, entry.queue) == (worker.pid, 4, "fleet")

@@ -11,7 +11,7 @@ from anyio import to_thread
 
 from asyncmq_nats.backends.base import Backend, Expect, Log, Write
 from asyncmq_nats.backends.nats.backend import NATSBackend
-from asyncmq_nats.backends.nats.embedded import EmbeddedServer
+from asyncmq_nats.backends.nats.embedded.server import EmbeddedServer
 from asyncmq_nats.exceptions import WriteRefused
 from asyncmq_nats.queues import Queue
 from asyncmq_nats.settings import Settings
@@ -41,7 +41,10 @@ async def cluster(tmp_path: Path, server: EmbeddedServer) -> AsyncIterator[Clust
 async def backends(cluster: Cluster) -> AsyncIterator[list[Backend]]:
     """A connection to each server."""
     async with AsyncExitStack() as stack:
-        yield [await stack.enter_async_context(NATSBackend(url, settings=SETTINGS)) for url in cluster.urls]
+        yield [
+            await stack.enter_async_context(NATSBackend(url, settings=SETTINGS))
+            for url in cluster.urls
+        ]
 
 
 @pytest.fixture
@@ -60,13 +63,19 @@ async def settle(queue: Queue, ended: int) -> dict[str, int]:
     """Wait until so many jobs have ended and none is left, and return the counts: those of a cluster lag behind a little."""
     return await eventually(
         queue.queue_stats,
-        lambda stats: stats["completed"] + stats["failed"] + stats["cancelled"] == ended == sum(stats.values()),
+        lambda stats: (
+            stats["completed"] + stats["failed"] + stats["cancelled"]
+            == ended
+            == sum(stats.values())
+        ),
         within=30,
     )
 
 
 @pytest.mark.timeout(120)
-async def test_children_are_told_of_parents_that_end_while_they_are_added(backends: list[Backend]) -> None:
+async def test_children_are_told_of_parents_that_end_while_they_are_added(
+    backends: list[Backend],
+) -> None:
     """The edge and the outcome are on their way at the same time: neither is applied yet when the other is checked."""
 
     async def nap(seconds: float) -> float:
@@ -88,11 +97,15 @@ async def test_children_are_told_of_parents_that_end_while_they_are_added(backen
             async with anyio.create_task_group() as group:
                 for number in range(start, start + 20):
                     group.start_soon(add_family, number)
-        assert await settle(producers[0], 1600) == dict.fromkeys(await producers[0].queue_stats(), 0) | {"completed": 1600}
+        assert await settle(producers[0], 1600) == dict.fromkeys(
+            await producers[0].queue_stats(), 0
+        ) | {"completed": 1600}
 
 
 @pytest.mark.timeout(120)
-async def test_of_a_cancellation_and_the_failure_of_a_parent_one_wins(backends: list[Backend], cluster: Cluster) -> None:
+async def test_of_a_cancellation_and_the_failure_of_a_parent_one_wins(
+    backends: list[Backend], cluster: Cluster
+) -> None:
     async def fail(name: str) -> None:
         raise ValueError(name)
 
@@ -125,10 +138,14 @@ async def test_what_was_added_is_found_at_once_on_every_server(backends: list[Ba
 
 
 @pytest.mark.parametrize("deaf", [False, True])
-async def test_a_repetition_is_told_from_what_another_one_wrote(cluster: Cluster, backends: list[Backend], deaf: bool) -> None:
+async def test_a_repetition_is_told_from_what_another_one_wrote(
+    cluster: Cluster, backends: list[Backend], deaf: bool
+) -> None:
     here = backends[0]
     await here.declare_log(Log("notes", ("notes.>",), timers=True))
-    batch = [Write(f"notes.{name}", b"", Expect(f"notes.{name}"), marker=True, ttl=60) for name in "ab"]
+    batch = [
+        Write(f"notes.{name}", b"", Expect(f"notes.{name}"), marker=True, ttl=60) for name in "ab"
+    ]
     results: list[int | Exception] = []
 
     async def write(there: Backend) -> None:
@@ -137,7 +154,10 @@ async def test_a_repetition_is_told_from_what_another_one_wrote(cluster: Cluster
         except WriteRefused as error:
             results.append(error)
 
-    async with relaying(cluster.servers[0]) as relay, NATSBackend(relay.url, settings=SETTINGS) as there:
+    async with (
+        relaying(cluster.servers[0]) as relay,
+        NATSBackend(relay.url, settings=SETTINGS) as there,
+    ):
         (relay.lose_request if deaf else relay.lose_answer)(rb"PUB notes\.")
         with anyio.fail_after(PATIENCE):
             async with anyio.create_task_group() as group:
@@ -153,7 +173,9 @@ async def test_a_repetition_is_told_from_what_another_one_wrote(cluster: Cluster
 
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize("stream", ["amq_fleet", BUCKET])
-async def test_the_loss_of_a_leader_loses_no_job(fleet: Fleet, cluster: Cluster, stream: str) -> None:
+async def test_the_loss_of_a_leader_loses_no_job(
+    fleet: Fleet, cluster: Cluster, stream: str
+) -> None:
     ids: list[str] = []
     done = anyio.Event()
     async with NATSBackend(cluster.urls, settings=SETTINGS) as backend:
@@ -164,7 +186,14 @@ async def test_the_loss_of_a_leader_loses_no_job(fleet: Fleet, cluster: Cluster,
         async def produce(producer: int) -> None:
             while not done.is_set():
                 delay = 0.5 if producer == 1 else None
-                ids.append(await queue.add("brief", [len(ids), 0.01], job_id=f"job-{len(ids)}" if producer == 0 else None, delay=delay))
+                ids.append(
+                    await queue.add(
+                        "brief",
+                        [len(ids), 0.01],
+                        job_id=f"job-{len(ids)}" if producer == 0 else None,
+                        delay=delay,
+                    )
+                )
                 await anyio.sleep(0.01)
 
         async def produce_families() -> None:

@@ -10,7 +10,7 @@ import anyio
 import pytest
 
 from asyncmq_nats.backends.nats.backend import NATSBackend
-from asyncmq_nats.backends.nats.embedded import EmbeddedServer
+from asyncmq_nats.backends.nats.embedded.server import EmbeddedServer
 from asyncmq_nats.exceptions import BackendError, ConnectionFailed
 from asyncmq_nats.queues import Queue
 from asyncmq_nats.settings import Settings
@@ -28,7 +28,9 @@ async def run_a_job(server: EmbeddedServer, settings: Settings, directory: Path)
         async with NATSBackend(server.url, settings=settings) as backend:
             queue = Queue("fleet", backend)
             with anyio.fail_after(SOON):
-                job_id = await queue.add("last", [2.0])  # longer than its lease: the connection that extends leases is logged in too
+                job_id = await queue.add(
+                    "last", [2.0]
+                )  # longer than its lease: the connection that extends leases is logged in too
                 await fleet.start("first")
                 assert await queue.wait_for(job_id) == "first"
         assert fleet.watched.runs("last") == ["first"]
@@ -51,7 +53,9 @@ async def test_token(make_server: MakeServer, tmp_path: Path) -> None:
 async def test_user_and_password(make_server: MakeServer, tmp_path: Path) -> None:
     server = make_server('authorization { user: "worker", password: "s3cr3t" }')
     await assert_refused(server, Settings(user="worker", password="wrong"))
-    await run_a_job(server, Settings(user="worker", password="s3cr3t", stalled_after=1), tmp_path / "fleet")
+    await run_a_job(
+        server, Settings(user="worker", password="s3cr3t", stalled_after=1), tmp_path / "fleet"
+    )
 
 
 async def test_user_and_password_in_the_address(make_server: MakeServer) -> None:
@@ -84,15 +88,49 @@ def certificates(tmp_path: Path) -> Path:
     directory.mkdir()
 
     def openssl(*arguments: str) -> None:
-        subprocess.run(["openssl", *arguments], cwd=directory, check=True, capture_output=True, timeout=30)
+        subprocess.run(
+            ["openssl", *arguments], cwd=directory, check=True, capture_output=True, timeout=30
+        )
 
     key = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes")
-    openssl("req", "-x509", *key, "-keyout", "ca.key", "-out", "ca.crt", "-days", "2", "-subj", "/CN=test authority")
+    openssl(
+        "req",
+        "-x509",
+        *key,
+        "-keyout",
+        "ca.key",
+        "-out",
+        "ca.crt",
+        "-days",
+        "2",
+        "-subj",
+        "/CN=test authority",
+    )
     for name, usage in (("server", "serverAuth"), ("client", "clientAuth")):
         extensions = f"basicConstraints=CA:FALSE\nsubjectAltName=IP:127.0.0.1\nextendedKeyUsage={usage}\nauthorityKeyIdentifier=keyid\n"
         (directory / f"{name}.ext").write_text(extensions)
-        openssl("req", "-new", *key, "-keyout", f"{name}.key", "-out", f"{name}.csr", "-subj", f"/CN={name}")
-        signing = ("-CA", "ca.crt", "-CAkey", "ca.key", "-CAcreateserial", "-days", "2", "-extfile", f"{name}.ext")
+        openssl(
+            "req",
+            "-new",
+            *key,
+            "-keyout",
+            f"{name}.key",
+            "-out",
+            f"{name}.csr",
+            "-subj",
+            f"/CN={name}",
+        )
+        signing = (
+            "-CA",
+            "ca.crt",
+            "-CAkey",
+            "ca.key",
+            "-CAcreateserial",
+            "-days",
+            "2",
+            "-extfile",
+            f"{name}.ext",
+        )
         openssl("x509", "-req", "-in", f"{name}.csr", "-out", f"{name}.crt", *signing)
     return directory
 
@@ -106,15 +144,22 @@ def tls_config(certificates: Path, *, verify: bool) -> str:
 async def test_tls(make_server: MakeServer, certificates: Path, tmp_path: Path) -> None:
     server = make_server(tls_config(certificates, verify=False))
     await assert_refused(server, Settings())  # an authority that this machine does not know
-    await run_a_job(server, Settings(tls_ca=str(certificates / "ca.crt"), stalled_after=1), tmp_path / "fleet")
+    await run_a_job(
+        server, Settings(tls_ca=str(certificates / "ca.crt"), stalled_after=1), tmp_path / "fleet"
+    )
 
 
-async def test_tls_with_a_client_certificate(make_server: MakeServer, certificates: Path, tmp_path: Path) -> None:
+async def test_tls_with_a_client_certificate(
+    make_server: MakeServer, certificates: Path, tmp_path: Path
+) -> None:
     server = make_server(tls_config(certificates, verify=True))
     authority = str(certificates / "ca.crt")
     await assert_refused(server, Settings(tls_ca=authority))
     settings = Settings(
-        tls_ca=authority, tls_cert=str(certificates / "client.crt"), tls_key=str(certificates / "client.key"), stalled_after=1
+        tls_ca=authority,
+        tls_cert=str(certificates / "client.crt"),
+        tls_key=str(certificates / "client.key"),
+        stalled_after=1,
     )
     await run_a_job(server, settings, tmp_path / "fleet")
 
@@ -132,32 +177,51 @@ async def test_tls_with_a_client_certificate(make_server: MakeServer, certificat
     ],
 )
 @pytest.mark.parametrize("exists", [False, True])
-async def test_a_file_that_is_missing_or_another_is_named(setting: str, variable: str, exists: bool, tmp_path: Path) -> None:
+async def test_a_file_that_is_missing_or_another_is_named(
+    setting: str, variable: str, exists: bool, tmp_path: Path
+) -> None:
     path = tmp_path / "file"
     if exists:
         path.write_text("something else\n")
-    backend = NATSBackend("nats://127.0.0.1:1", settings=Settings.model_validate({setting: str(path)}))
-    with pytest.raises(BackendError, match=f"{variable}.* names '{path}', which cannot be used: ") as raised:
+    backend = NATSBackend(
+        "nats://127.0.0.1:1", settings=Settings.model_validate({setting: str(path)})
+    )
+    with pytest.raises(
+        BackendError, match=f"{variable}.* names '{path}', which cannot be used: "
+    ) as raised:
         await backend.connect()
     assert not isinstance(raised.value, ConnectionFailed)  # there is nothing to wait for
 
 
 async def test_a_missing_key_of_a_certificate_is_named(certificates: Path) -> None:
-    settings = Settings(tls_cert=str(certificates / "client.crt"), tls_key=str(certificates / "none.key"))
-    with pytest.raises(BackendError, match=r"ASYNCMQ_NATS_TLS_KEY names .*none\.key', which cannot be used: No such file"):
+    settings = Settings(
+        tls_cert=str(certificates / "client.crt"), tls_key=str(certificates / "none.key")
+    )
+    with pytest.raises(
+        BackendError,
+        match=r"ASYNCMQ_NATS_TLS_KEY names .*none\.key', which cannot be used: No such file",
+    ):
         await NATSBackend("nats://127.0.0.1:1", settings=settings).connect()
 
 
 @pytest.mark.parametrize("option", ["user_credentials", "nkeys_seed", "nkeys_seed_str"])
-async def test_a_login_without_the_package_for_it_says_what_to_install(option: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_login_without_the_package_for_it_says_what_to_install(
+    option: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     login: dict[str, Any] = {option: "some"}
-    with pytest.raises(BackendError, match=rf"{option} needs the package nkeys: pip install 'asyncmq-nats\[nkeys\]'"):
+    with pytest.raises(
+        BackendError,
+        match=rf"{option} needs the package nkeys: pip install 'asyncmq-nats\[nkeys\]'",
+    ):
         await NATSBackend("nats://127.0.0.1:1", **login).connect()
 
 
 def test_the_address_is_known_without_what_a_login_needs() -> None:
-    assert NATSBackend("nats://127.0.0.1:1", settings=Settings(tls_ca="/none")).url == "nats://127.0.0.1:1"
+    assert (
+        NATSBackend("nats://127.0.0.1:1", settings=Settings(tls_ca="/none")).url
+        == "nats://127.0.0.1:1"
+    )
 
 
 async def test_credentials_of_an_account(tmp_path: Path) -> None:
@@ -176,8 +240,13 @@ async def test_credentials_of_an_account(tmp_path: Path) -> None:
 # -- prefix
 
 
-async def test_prefix_keeps_deployments_on_one_server_apart(server: EmbeddedServer, tmp_path: Path) -> None:
-    fleets = {prefix: Fleet(server.url, tmp_path / prefix, environment={"ASYNCMQ_NATS_PREFIX": prefix}) for prefix in ("blue", "green")}
+async def test_prefix_keeps_deployments_on_one_server_apart(
+    server: EmbeddedServer, tmp_path: Path
+) -> None:
+    fleets = {
+        prefix: Fleet(server.url, tmp_path / prefix, environment={"ASYNCMQ_NATS_PREFIX": prefix})
+        for prefix in ("blue", "green")
+    }
     try:
         async with (
             NATSBackend(server.url, settings=Settings(prefix="blue")) as blue_backend,

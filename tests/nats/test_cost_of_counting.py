@@ -27,7 +27,9 @@ async def fill(backend: NATSBackend, first: int, last: int) -> None:
 
     for number in range(first, last):
         backend.send(
-            "amq_fleet", Write(f"amq.fleet.ready.5.{number}", b'{"task":"brief"}', message_id=str(number)), partial(settle, number)
+            "amq_fleet",
+            Write(f"amq.fleet.ready.5.{number}", b'{"task":"brief"}', message_id=str(number)),
+            partial(settle, number),
         )
         while number - first - settled > UNDER_WAY:
             room = anyio.Event()
@@ -47,7 +49,9 @@ async def measure(queue: Queue) -> float:
     return statistics.median(times)
 
 
-async def test_queue_stats_cost_the_same_for_10_and_for_200_000_jobs(queue: Queue, nats_backend: NATSBackend) -> None:
+async def test_queue_stats_cost_the_same_for_10_and_for_200_000_jobs(
+    queue: Queue, nats_backend: NATSBackend
+) -> None:
     with anyio.fail_after(50):
         await queue.queue_stats()
         await fill(nats_backend, 0, FEW)
@@ -60,7 +64,9 @@ async def test_queue_stats_cost_the_same_for_10_and_for_200_000_jobs(queue: Queu
 
 
 @pytest.mark.parametrize("end", [9, 99])
-async def test_first_page_of_a_long_list_is_read_alone(end: int, queue: Queue, nats_backend: NATSBackend) -> None:
+async def test_first_page_of_a_long_list_is_read_alone(
+    end: int, queue: Queue, nats_backend: NATSBackend
+) -> None:
     with anyio.fail_after(30):
         await queue.queue_stats()
         await fill(nats_backend, 0, 20_000)

@@ -11,7 +11,7 @@ import anyio
 import pytest
 
 from asyncmq_nats.backends.nats.backend import NATSBackend
-from asyncmq_nats.backends.nats.embedded import EmbeddedServer
+from asyncmq_nats.backends.nats.embedded.server import EmbeddedServer
 from asyncmq_nats.flow import FlowProducer
 from asyncmq_nats.jobs import Job
 from asyncmq_nats.queues import Queue
@@ -38,13 +38,22 @@ class Graph:
         self.parents: dict[int, list[int]] = {}
         self.jobs: list[Job] = []
         for number in range(first, first + chance.randint(20, 50)):
-            self.parents[number] = chance.sample(list(self.parents), min(len(self.parents), chance.choice([0, 1, 1, 2, 3, 6])))
+            self.parents[number] = chance.sample(
+                list(self.parents), min(len(self.parents), chance.choice([0, 1, 1, 2, 3, 6]))
+            )
             self.failures[number] = chance.choices([0, 1, 2, RETRIES + 1], [80, 10, 5, 5])[0]
             args = [number, self.failures[number], chance.uniform(0, 0.05)]
             depends_on = [f"node-{parent}" for parent in self.parents[number]] or None
             backoff = chance.choice([None, 0.1])
             self.jobs.append(
-                Job(task_id="node", job_id=f"node-{number}", args=args, depends_on=depends_on, max_retries=RETRIES, backoff=backoff)
+                Job(
+                    task_id="node",
+                    job_id=f"node-{number}",
+                    args=args,
+                    depends_on=depends_on,
+                    max_retries=RETRIES,
+                    backoff=backoff,
+                )
             )
 
     def expect(self) -> dict[int, str]:
@@ -64,15 +73,22 @@ async def test_random_graphs_run_in_order_while_workers_are_killed(
 ) -> None:
     chance = random.Random(seed)
     graphs = [Graph(chance, 1000 * number) for number in range(GRAPHS)]
-    expected = {f"node-{number}": state for graph in graphs for number, state in graph.expect().items()}
+    expected = {
+        f"node-{number}": state for graph in graphs for number, state in graph.expect().items()
+    }
     ends: Counter[str] = Counter()
     for word in ("completed", "failed"):
-        await nats_backend.subscribe(f"amq.fleet.event.{word}.*", lambda signal: ends.update([signal.subject.rpartition(".")[2]]))
+        await nats_backend.subscribe(
+            f"amq.fleet.event.{word}.*",
+            lambda signal: ends.update([signal.subject.rpartition(".")[2]]),
+        )
     with anyio.fail_after(50):
         workers = await fleet.start_all("a", "b", "c", asyncmq_nats_tasks="graph_tasks")
         losses = 0
         for graph in graphs:
-            await FlowProducer(nats_backend).add_flow("fleet", chance.sample(graph.jobs, len(graph.jobs)))
+            await FlowProducer(nats_backend).add_flow(
+                "fleet", chance.sample(graph.jobs, len(graph.jobs))
+            )
             await anyio.sleep(chance.uniform(0.05, 0.4))
             lost = chance.randrange(3)
             workers[lost].kill()
@@ -83,16 +99,28 @@ async def test_random_graphs_run_in_order_while_workers_are_killed(
             stats = await queue.queue_stats()
             return stats["completed"] + stats["failed"]
 
-        await eventually(ended, lambda count: count == sum(state != "waiting-children" for state in expected.values()), within=30)
+        await eventually(
+            ended,
+            lambda count: count == sum(state != "waiting-children" for state in expected.values()),
+            within=30,
+        )
         # A job whose worker was lost after it had ended is delivered once more, and nothing comes of it.
-        await eventually(lambda: queue.get_job_count_by_types("waiting", "active", "delayed"), lambda count: count == 0)
+        await eventually(
+            lambda: queue.get_job_count_by_types("waiting", "active", "delayed"),
+            lambda count: count == 0,
+        )
     assert {job["id"]: job["status"] for job in await queue.get_jobs()} == expected
-    assert ends == Counter([job_id for job_id, state in expected.items() if state != "waiting-children"])
+    assert ends == Counter(
+        [job_id for job_id, state in expected.items() if state != "waiting-children"]
+    )
     runs = check_order(
-        (fleet.watched.notes / "trace").read_text().splitlines(), {k: v for graph in graphs for k, v in graph.parents.items()}
+        (fleet.watched.notes / "trace").read_text().splitlines(),
+        {k: v for graph in graphs for k, v in graph.parents.items()},
     )
     stalls = sum(job["stalls"] > 0 for job in await queue.get_jobs())
-    print(f"seed {seed}: {len(expected)} jobs, {Counter(expected.values())}, {losses} workers killed: {runs} runs, {stalls} stalled")
+    print(
+        f"seed {seed}: {len(expected)} jobs, {Counter(expected.values())}, {losses} workers killed: {runs} runs, {stalls} stalled"
+    )
 
 
 def check_order(lines: list[str], parents: dict[int, list[int]]) -> int:
@@ -122,7 +150,10 @@ async def test_a_flow_whose_producer_is_killed_is_there_as_a_whole_or_not_at_all
                 assert await anyio.to_thread.run_sync(producer.wait, 30) == -signal.SIGKILL
         whole = Queue(f"flow_{FLOW}", nats_backend)
         await eventually(whole.count, lambda count: count == FLOW)
-        found = {number: await Queue(f"flow_{number}", nats_backend).count() for number in range(FLOW + 1)}
+        found = {
+            number: await Queue(f"flow_{number}", nats_backend).count()
+            for number in range(FLOW + 1)
+        }
         assert found == dict.fromkeys(range(FLOW), 0) | {FLOW: FLOW}
         fleet.queue = f"flow_{FLOW}"
         await fleet.start("a")
@@ -130,13 +161,22 @@ async def test_a_flow_whose_producer_is_killed_is_there_as_a_whole_or_not_at_all
         assert (await whole.queue_stats())["completed"] == FLOW
         # What the killed producers left at the server hinders nobody.
         job = Job(task_id="unnoted")
-        await FlowProducer(nats_backend).add_flow("flow_3", [job, Job(task_id="unnoted", depends_on=[job.job_id])])
+        await FlowProducer(nats_backend).add_flow(
+            "flow_3", [job, Job(task_id="unnoted", depends_on=[job.job_id])]
+        )
         assert await Queue("flow_3", nats_backend).count() == 2
 
 
 def start_producer(url: str, kill_after: int) -> "subprocess.Popen[bytes]":
-    settings = {"ASYNCMQ_NATS_SERVERS": url, "QUEUE": f"flow_{kill_after}", "JOBS": str(FLOW), "KILL_AFTER": str(kill_after)}
-    return subprocess.Popen([sys.executable, str(PROGRAM.with_name("dying_producer.py"))], env=os.environ | settings)
+    settings = {
+        "ASYNCMQ_NATS_SERVERS": url,
+        "QUEUE": f"flow_{kill_after}",
+        "JOBS": str(FLOW),
+        "KILL_AFTER": str(kill_after),
+    }
+    return subprocess.Popen(
+        [sys.executable, str(PROGRAM.with_name("dying_producer.py"))], env=os.environ | settings
+    )
 
 
 async def test_a_killed_attempt_adds_no_follow_up(fleet: Fleet, queue: Queue) -> None:

@@ -9,9 +9,9 @@ import pytest
 from nats.aio.client import Client
 
 from asyncmq_nats.backends.nats.backend import NATSBackend
-from asyncmq_nats.backends.nats.embedded import EmbeddedServer
+from asyncmq_nats.backends.nats.embedded.server import EmbeddedServer
 from asyncmq_nats.queues import Queue
-from asyncmq_nats.registry import TaskRegistry
+from asyncmq_nats.runtime.registry import TaskRegistry
 from tests.nats.processes import eventually
 from tests.nats.streams import Streams, plain_client
 
@@ -53,7 +53,9 @@ async def publish(client: Client, job_id: str, body: bytes, priority: int = 5) -
 
 async def ended(queue: Queue, job_id: str) -> dict[str, object]:
     """Wait until the job has ended and nothing of it is left to run; return it."""
-    await eventually(lambda: queue.get_job_state(job_id), lambda state: state in ("completed", "failed"))
+    await eventually(
+        lambda: queue.get_job_state(job_id), lambda state: state in ("completed", "failed")
+    )
     job = await queue.get_job(job_id)
     assert job is not None
     return job
@@ -68,13 +70,24 @@ async def test_least_possible_job_runs(running: Queue, foreign: Client) -> None:
     await publish(foreign, "order-1", b'{"task": "echo"}')
     assert await running.wait_for("order-1") == "nothing"
     job = await ended(running, "order-1")
-    assert (job["id"], job["task"], job["args"], job["status"]) == ("order-1", "echo", [], "completed")
+    assert (job["id"], job["task"], job["args"], job["status"]) == (
+        "order-1",
+        "echo",
+        [],
+        "completed",
+    )
     assert before - 1 < float(str(job["created_at"])) < time.time() + 1
     assert runs == ["nothing"]
 
 
 async def test_arguments_and_unknown_fields_are_welcome(running: Queue, foreign: Client) -> None:
-    await publish(foreign, "order-1", json.dumps({"task": "echo", "kwargs": {"word": "hello"}, "traceparent": "00-1-2-3"}).encode())
+    await publish(
+        foreign,
+        "order-1",
+        json.dumps(
+            {"task": "echo", "kwargs": {"word": "hello"}, "traceparent": "00-1-2-3"}
+        ).encode(),
+    )
     assert await running.wait_for("order-1") == "hello"
 
 
@@ -84,7 +97,9 @@ async def test_id_of_the_subject_wins(running: Queue, foreign: Client) -> None:
     assert await running.get_job("another") is None
 
 
-async def test_job_published_before_any_worker_ran_waits(queue: Queue, foreign: Client, nats_backend: NATSBackend) -> None:
+async def test_job_published_before_any_worker_ran_waits(
+    queue: Queue, foreign: Client, nats_backend: NATSBackend
+) -> None:
     runs.clear()
     assert await queue.queue_stats()
     await publish(foreign, "order-1", b'{"task": "echo"}')
@@ -100,7 +115,9 @@ async def test_job_published_before_any_worker_ran_waits(queue: Queue, foreign: 
 async def test_job_whose_time_is_to_come_waits_for_it(running: Queue, foreign: Client) -> None:
     due = time.time() + 1.5
     await publish(foreign, "order-1", json.dumps({"task": "echo", "delay_until": due}).encode())
-    await eventually(lambda: running.get_job_state("order-1"), lambda state: state == "delayed", within=1.4)
+    await eventually(
+        lambda: running.get_job_state("order-1"), lambda state: state == "delayed", within=1.4
+    )
     assert await running.wait_for("order-1") == "nothing"
     job = await ended(running, "order-1")
     started = float(str(job["active_since"]))
@@ -117,7 +134,9 @@ async def test_job_whose_time_is_to_come_waits_for_it(running: Queue, foreign: C
         b'{"task": "echo", "delay_until": "soon"}', b'{"task":"echo","retries":-1}',
     ],
 )  # fmt: skip
-async def test_what_is_not_a_job_ends_as_failed_and_does_not_loop(body: bytes, running: Queue, foreign: Client) -> None:
+async def test_what_is_not_a_job_ends_as_failed_and_does_not_loop(
+    body: bytes, running: Queue, foreign: Client
+) -> None:
     await publish(foreign, "order-1", body)
     job = await ended(running, "order-1")
     assert job["status"] == "failed"
@@ -128,8 +147,13 @@ async def test_what_is_not_a_job_ends_as_failed_and_does_not_loop(body: bytes, r
     assert await running.wait_for("order-2") == "nothing"
 
 
-@pytest.mark.parametrize("body", [b"garbage", b"[1, 2]", b'{"task": "echo", "v": 99}', b'{"task": "echo", "priority": "high"}'])
-async def test_what_is_released_and_not_a_job_ends_as_failed(body: bytes, running: Queue, foreign: Client) -> None:
+@pytest.mark.parametrize(
+    "body",
+    [b"garbage", b"[1, 2]", b'{"task": "echo", "v": 99}', b'{"task": "echo", "priority": "high"}'],
+)
+async def test_what_is_released_and_not_a_job_ends_as_failed(
+    body: bytes, running: Queue, foreign: Client
+) -> None:
     await foreign.jetstream().publish("$KV.amq_fleet_scheduler.later.order-1.released", body)
     job = await ended(running, "order-1")
     assert job["status"] == "failed"
@@ -138,8 +162,17 @@ async def test_what_is_released_and_not_a_job_ends_as_failed(body: bytes, runnin
     await nothing_is_ready(foreign)
 
 
-@pytest.mark.parametrize("body", [b'{"task": "unknown"}', b'{"task": "echo", "args": [1, 2, 3]}', b'{"task": "echo", "args": [{}]}'])
-async def test_job_that_cannot_be_run_here_ends_as_failed(body: bytes, running: Queue, foreign: Client) -> None:
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"task": "unknown"}',
+        b'{"task": "echo", "args": [1, 2, 3]}',
+        b'{"task": "echo", "args": [{}]}',
+    ],
+)
+async def test_job_that_cannot_be_run_here_ends_as_failed(
+    body: bytes, running: Queue, foreign: Client
+) -> None:
     data = json.loads(body) | {"max_retries": 0}
     await publish(foreign, "order-1", json.dumps(data).encode())
     job = await ended(running, "order-1")
@@ -149,7 +182,9 @@ async def test_job_that_cannot_be_run_here_ends_as_failed(body: bytes, running: 
 
 
 @pytest.mark.parametrize("token", ["%zz", "%FF", "$KV", "é", "x" * 500])
-async def test_strange_id_does_not_stop_the_worker(token: str, running: Queue, foreign: Client) -> None:
+async def test_strange_id_does_not_stop_the_worker(
+    token: str, running: Queue, foreign: Client
+) -> None:
     await publish(foreign, token, b'{"task": "echo"}')
     await publish(foreign, "order-2", b'{"task": "echo"}')
     assert await running.wait_for("order-2") == "nothing"
@@ -157,10 +192,20 @@ async def test_strange_id_does_not_stop_the_worker(token: str, running: Queue, f
     assert [job["status"] for job in await running.get_jobs()] == ["completed", "completed"]
 
 
-@pytest.mark.parametrize("token", [b"x" * 1025, b"x" * 4000, b"a\xff\xfe", b"\xc3" * 600], ids=["long", "longest", "bytes", "long bytes"])
+@pytest.mark.parametrize(
+    "token",
+    [b"x" * 1025, b"x" * 4000, b"a\xff\xfe", b"\xc3" * 600],
+    ids=["long", "longest", "bytes", "long bytes"],
+)
 @pytest.mark.parametrize("place", ["ready", "later"])
-async def test_an_id_that_cannot_be_one_ends_as_failed(token: bytes, place: str, running: Queue, foreign: Client) -> None:
-    before, after = (b"amq.fleet.ready.5.", b"") if place == "ready" else (b"$KV.amq_fleet_scheduler.later.", b".released")
+async def test_an_id_that_cannot_be_one_ends_as_failed(
+    token: bytes, place: str, running: Queue, foreign: Client
+) -> None:
+    before, after = (
+        (b"amq.fleet.ready.5.", b"")
+        if place == "ready"
+        else (b"$KV.amq_fleet_scheduler.later.", b".released")
+    )
     subject = before + token[: 4060 - len(before + after)] + after
     # As another client would write it: ours takes text only.
     foreign._transport.write(b"PUB %b 16\r\n" % subject + b'{"task": "echo"}\r\n')  # type: ignore[union-attr]
@@ -172,4 +217,9 @@ async def test_an_id_that_cannot_be_one_ends_as_failed(token: bytes, place: str,
     (job,) = await running.get_failed()
     assert "at most 1,024 bytes" in job["last_error"]
     assert await running.get_job(job["id"]) == job
-    assert await running.get_job(subject.split(b".")[-1 if place == "ready" else -2].decode("utf-8", "surrogateescape")) == job
+    assert (
+        await running.get_job(
+            subject.split(b".")[-1 if place == "ready" else -2].decode("utf-8", "surrogateescape")
+        )
+        == job
+    )

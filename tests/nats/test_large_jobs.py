@@ -34,12 +34,21 @@ async def add_large(queue: Queue) -> list[str]:
 async def test_large_jobs_run_once_each(queue: Queue, nats_backend: NATSBackend) -> None:
     await add_large(queue)
     async with running(queue):
-        stats = await eventually(queue.queue_stats, lambda stats: stats["completed"] == JOBS, within=40)
+        stats = await eventually(
+            queue.queue_stats, lambda stats: stats["completed"] == JOBS, within=40
+        )
     jobs = await queue.get_jobs("completed")
-    assert (stats["completed"], len(jobs), {job["stalls"] for job in jobs}, disconnections(nats_backend)) == (JOBS, JOBS, {0}, 0)
+    assert (
+        stats["completed"],
+        len(jobs),
+        {job["stalls"] for job in jobs},
+        disconnections(nats_backend),
+    ) == (JOBS, JOBS, {0}, 0)
 
 
-async def test_large_jobs_are_listed_and_read_in_any_number(queue: Queue, nats_backend: NATSBackend) -> None:
+async def test_large_jobs_are_listed_and_read_in_any_number(
+    queue: Queue, nats_backend: NATSBackend
+) -> None:
     ids = await add_large(queue)
     assert [job["id"] for job in await queue.list_jobs("waiting")] == ids
     read: list[str] = []
@@ -57,7 +66,9 @@ async def test_large_jobs_are_listed_and_read_in_any_number(queue: Queue, nats_b
     assert disconnections(nats_backend) == 0
 
 
-async def test_the_last_records_of_any_number_and_size_are_complete(nats_backend: NATSBackend) -> None:
+async def test_the_last_records_of_any_number_and_size_are_complete(
+    nats_backend: NATSBackend,
+) -> None:
     """A job may have a hundred parents with large results."""
     await nats_backend.declare_log(Log("notes", ("notes.>",)))
     for number in range(20):
@@ -65,5 +76,7 @@ async def test_the_last_records_of_any_number_and_size_are_complete(nats_backend
     for number in range(1010):
         await nats_backend.write("notes", Write(f"notes.small.{number}", b""))
     records = await nats_backend.last("notes", "notes.large.*")
-    assert [(record.subject, len(record.body)) for record in records] == [(f"notes.large.{number}", SIZE) for number in range(20)]
+    assert [(record.subject, len(record.body)) for record in records] == [
+        (f"notes.large.{number}", SIZE) for number in range(20)
+    ]
     assert len(await nats_backend.last("notes", "notes.small.*", "notes.large.1")) == 1011

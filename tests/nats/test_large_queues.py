@@ -26,8 +26,15 @@ async def fill(backend: NATSBackend, first: int, last: int) -> None:
         room.set()
 
     for number in range(first, last):
-        body = b'{"v":1,"id":"%d","task":"brief","status":"completed","result":%d}' % (number, number)
-        backend.send("KV_amq_fleet_scheduler", Write(f"$KV.amq_fleet_scheduler.done.{number}.completed", body, ttl=3600), settle)
+        body = b'{"v":1,"id":"%d","task":"brief","status":"completed","result":%d}' % (
+            number,
+            number,
+        )
+        backend.send(
+            "KV_amq_fleet_scheduler",
+            Write(f"$KV.amq_fleet_scheduler.done.{number}.completed", body, ttl=3600),
+            settle,
+        )
         while number - first - settled > UNDER_WAY:
             room = anyio.Event()
             await room.wait()
@@ -46,7 +53,9 @@ async def quickest(call: Callable[[], Awaitable[Any]]) -> float:
     return min(times)
 
 
-async def test_looking_costs_about_the_same_for_few_and_for_many_outcomes(queue: Queue, nats_backend: NATSBackend) -> None:
+async def test_looking_costs_about_the_same_for_few_and_for_many_outcomes(
+    queue: Queue, nats_backend: NATSBackend
+) -> None:
     looks: dict[str, Callable[[], Awaitable[Any]]] = {
         "queue_stats": queue.queue_stats,
         "get_job": partial(queue.get_job, "1"),
@@ -59,10 +68,16 @@ async def test_looking_costs_about_the_same_for_few_and_for_many_outcomes(queue:
         few = {name: await quickest(look) for name, look in looks.items()}
         await fill(nats_backend, FEW, MANY)
         many = {name: await quickest(look) for name, look in looks.items()}
-        assert [job["result"] for job in await queue.get_completed(end=49)] == list(range(MANY - 1, MANY - 51, -1))
-        assert [job["result"] for job in await queue.get_completed(end=49, asc=True)] == list(range(50))
+        assert [job["result"] for job in await queue.get_completed(end=49)] == list(
+            range(MANY - 1, MANY - 51, -1)
+        )
+        assert [job["result"] for job in await queue.get_completed(end=49, asc=True)] == list(
+            range(50)
+        )
     for name in looks:
-        print(f"{name}: {few[name] * 1000:.2f} ms for {FEW}, {many[name] * 1000:.2f} ms for {MANY:,}")
+        print(
+            f"{name}: {few[name] * 1000:.2f} ms for {FEW}, {many[name] * 1000:.2f} ms for {MANY:,}"
+        )
         assert many[name] < max(10 * few[name], 0.1), name
 
 
@@ -80,5 +95,7 @@ async def test_cleaning_is_one_purge(queue: Queue, nats_backend: NATSBackend) ->
             await queue.clean("completed", older_than)
             taken.append(time.perf_counter() - started)
             assert (await queue.queue_stats())["completed"] == left
-    print(f"clean of {MANY // 2:,} outcomes: {taken[0] * 1000:.0f} ms by age, {taken[1] * 1000:.0f} ms of all")
+    print(
+        f"clean of {MANY // 2:,} outcomes: {taken[0] * 1000:.0f} ms by age, {taken[1] * 1000:.0f} ms of all"
+    )
     assert max(taken) < 2

@@ -15,7 +15,7 @@ import anyio
 import pytest
 from anyio import to_thread
 
-from asyncmq_nats.backends.nats.embedded import EmbeddedServer
+from asyncmq_nats.backends.nats.embedded.server import EmbeddedServer
 from asyncmq_nats.queues import Queue
 from asyncmq_nats.settings import Settings
 from tests.nats.processes import Fleet, Program, eventually, holds
@@ -51,12 +51,16 @@ def started_at(fleet: Fleet, name: str) -> float:
 # -- visible
 
 
-async def test_delayed_jobs_are_entries_of_a_kv_bucket(queue: Queue, server: EmbeddedServer) -> None:
+async def test_delayed_jobs_are_entries_of_a_kv_bucket(
+    queue: Queue, server: EmbeddedServer
+) -> None:
     job_id = await queue.add("brief", [1], delay=3600, job_id="order-1")
     async with plain_client(server.url) as client:
         bucket = await client.jetstream().key_value("amq_fleet_scheduler")
         watcher = await bucket.watchall()
-        while (entry := await watcher.updates()) is None:  # nats-py's word for "that was all", which it may say too early: also in `keys`
+        while (
+            entry := await watcher.updates()
+        ) is None:  # nats-py's word for "that was all", which it may say too early: also in `keys`
             pass
         assert entry.key == "later.order-1.delayed"
         assert (await bucket.get(entry.key)).revision == entry.revision
@@ -69,7 +73,9 @@ async def test_delayed_jobs_are_entries_of_a_kv_bucket(queue: Queue, server: Emb
 
 
 @pytest.mark.timeout(120)
-async def test_each_tick_makes_one_job_while_a_worker_is_killed_again_and_again(fleet: Fleet, queue: Queue) -> None:
+async def test_each_tick_makes_one_job_while_a_worker_is_killed_again_and_again(
+    fleet: Fleet, queue: Queue
+) -> None:
     with anyio.fail_after(100):
         victim, _ = await fleet.start_all("victim", "survivor")
         first = await queue.upsert_repeatable("brief", every=0.5, args=[7], name="series")
@@ -80,7 +86,10 @@ async def test_each_tick_makes_one_job_while_a_worker_is_killed_again_and_again(
             kills += 1
             victim = await fleet.start("victim")
         assert await queue.pause_repeatable("series")
-        stats = await eventually(queue.queue_stats, lambda stats: not any(stats[state] for state in ("waiting", "active", "delayed")))
+        stats = await eventually(
+            queue.queue_stats,
+            lambda stats: not any(stats[state] for state in ("waiting", "active", "delayed")),
+        )
     ticks = await planned_ticks(queue)
     assert ticks[0] == round(first * 1000)
     steps = [later - earlier for earlier, later in itertools.pairwise(ticks)]
@@ -88,11 +97,15 @@ async def test_each_tick_makes_one_job_while_a_worker_is_killed_again_and_again(
     assert len(ticks) == round((ticks[-1] - ticks[0]) / 500) + 1 >= TICKS_FOR / 0.5 - 5
     assert stats == dict.fromkeys(stats, 0) | {"completed": len(ticks)}
     runs = len(fleet.watched.runs("7"))
-    print(f"{kills} kills, {len(ticks)} ticks in {(ticks[-1] - ticks[0]) / 1000:.1f} s, none doubled or lost; bodies ran {runs} times")
+    print(
+        f"{kills} kills, {len(ticks)} ticks in {(ticks[-1] - ticks[0]) / 1000:.1f} s, none doubled or lost; bodies ran {runs} times"
+    )
     assert runs >= len(ticks)
 
 
-async def test_a_job_in_the_hands_of_a_killed_worker_still_becomes_ready(fleet: Fleet, queue: Queue, server: EmbeddedServer) -> None:
+async def test_a_job_in_the_hands_of_a_killed_worker_still_becomes_ready(
+    fleet: Fleet, queue: Queue, server: EmbeddedServer
+) -> None:
     with anyio.fail_after(30):
         holder = await fleet.start("holder")
         holder.freeze()
@@ -100,7 +113,8 @@ async def test_a_job_in_the_hands_of_a_killed_worker_still_becomes_ready(fleet: 
         async with plain_client(server.url) as client:
             streams = Streams(client)
             await eventually(
-                lambda: streams.call(f"CONSUMER.INFO.{streams.bucket}.promoter"), lambda promoter: int(promoter["num_ack_pending"]) == 1
+                lambda: streams.call(f"CONSUMER.INFO.{streams.bucket}.promoter"),
+                lambda promoter: int(promoter["num_ack_pending"]) == 1,
             )
         holder.kill()
         await fleet.start("other")
@@ -111,7 +125,9 @@ async def test_a_job_in_the_hands_of_a_killed_worker_still_becomes_ready(fleet: 
 # -- servers that stop
 
 
-async def test_a_server_that_is_killed_forgets_no_delayed_job(fleet: Fleet, queue: Queue, server: EmbeddedServer) -> None:
+async def test_a_server_that_is_killed_forgets_no_delayed_job(
+    fleet: Fleet, queue: Queue, server: EmbeddedServer
+) -> None:
     delays = [0.3 + number * 0.05 for number in range(60)]
     with anyio.fail_after(40):
         await fleet.start("first")
@@ -126,11 +142,15 @@ async def test_a_server_that_is_killed_forgets_no_delayed_job(fleet: Fleet, queu
         await eventually(queue.queue_stats, lambda stats: stats["completed"] == len(delays))
     assert fleet.watched.count_runs() == {str(number): 1 for number in due}
     late = [started_at(fleet, str(number)) - at for number, at in due.items()]
-    print(f"earliest {min(late):.3f} s, those due after the restart at most {max(late[30:]):.3f} s late")
+    print(
+        f"earliest {min(late):.3f} s, those due after the restart at most {max(late[30:]):.3f} s late"
+    )
     assert min(late) > -COARSE
 
 
-async def test_a_tick_missed_in_an_outage_fires_once_and_the_series_goes_on(fleet: Fleet, queue: Queue, server: EmbeddedServer) -> None:
+async def test_a_tick_missed_in_an_outage_fires_once_and_the_series_goes_on(
+    fleet: Fleet, queue: Queue, server: EmbeddedServer
+) -> None:
     with anyio.fail_after(40):
         await fleet.start("first")
         await queue.upsert_repeatable("brief", every=0.5, args=[7])
@@ -165,12 +185,19 @@ def cpu_seconds(program: Program) -> float:
 
 @pytest.mark.timeout(180)
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
-async def test_a_hundred_thousand_delayed_jobs_cost_nothing(fleet: Fleet, queue: Queue, many: int) -> None:
+async def test_a_hundred_thousand_delayed_jobs_cost_nothing(
+    fleet: Fleet, queue: Queue, many: int
+) -> None:
     with anyio.fail_after(150):
         started = time.perf_counter()
         ids: list[str] = []
         for start in range(0, many, 20_000):
-            ids += await queue.add_bulk([{"task_id": "brief", "args": [number], "delay": 3600} for number in range(start, start + 20_000)])
+            ids += await queue.add_bulk(
+                [
+                    {"task_id": "brief", "args": [number], "delay": 3600}
+                    for number in range(start, start + 20_000)
+                ]
+            )
         print(f"{len(ids)} jobs delayed in {time.perf_counter() - started:.1f} s")
         worker = await fleet.start("idle")
         await settled(worker)
@@ -180,7 +207,10 @@ async def test_a_hundred_thousand_delayed_jobs_cost_nothing(fleet: Fleet, queue:
         removals = [await seconds(queue.remove_delayed(job_id)) for job_id in random.sample(ids, 9)]
         pages = [await seconds(queue.list_delayed(limit=50)) for _ in range(9)]
         counts = await queue.queue_stats()
-    print(f"idle worker: {share:.2%} of a processor; remove_delayed {min(removals) * 1000:.1f} ms, ", end="")
+    print(
+        f"idle worker: {share:.2%} of a processor; remove_delayed {min(removals) * 1000:.1f} ms, ",
+        end="",
+    )
     print(f"list_delayed(limit=50) {min(pages) * 1000:.1f} ms")
     assert counts["delayed"] == many - 9
     assert share < 0.05
@@ -235,8 +265,19 @@ def shifted(tmp_path: Path) -> str:
 
 def produce(fleet: Fleet, shifted: str, shift: float, first: int) -> dict[str, Sequence[float]]:
     """Run a producer whose clock is wrong; return between which times each job is due, by the right clock."""
-    environment = {**os.environ, "ASYNCMQ_NATS_SERVERS": fleet.url, "PYTHONPATH": shifted, "CLOCK_SHIFT": str(shift)}
-    done = subprocess.run([sys.executable, "-c", PRODUCER, str(first)], env=environment, capture_output=True, text=True, timeout=30)
+    environment = {
+        **os.environ,
+        "ASYNCMQ_NATS_SERVERS": fleet.url,
+        "PYTHONPATH": shifted,
+        "CLOCK_SHIFT": str(shift),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", PRODUCER, str(first)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
     assert done.returncode == 0, done.stderr
     due: dict[str, Sequence[float]] = json.loads(done.stdout)
     return due
@@ -251,14 +292,17 @@ async def test_clocks_that_are_wrong_make_nothing_early_or_late(
         due = await to_thread.run_sync(produce, fleet, shifted, producer, 100)
         await eventually(queue.queue_stats, lambda stats: stats["completed"] == len(due))
     late = {
-        number: (started_at(fleet, number) - latest, started_at(fleet, number) - earliest) for number, (earliest, latest) in due.items()
+        number: (started_at(fleet, number) - latest, started_at(fleet, number) - earliest)
+        for number, (earliest, latest) in due.items()
     }
     print({number: f"{low:.3f} to {high:.3f} s late" for number, (low, high) in late.items()})
     assert all(high > -COARSE for _, high in late.values())
     assert all(low < 0.5 for low, _ in late.values())
 
 
-async def test_a_series_keeps_time_with_a_wrong_clock(fleet: Fleet, queue: Queue, shifted: str) -> None:
+async def test_a_series_keeps_time_with_a_wrong_clock(
+    fleet: Fleet, queue: Queue, shifted: str
+) -> None:
     with anyio.fail_after(40):
         await fleet.start_all("ahead", pythonpath=shifted, clock_shift=2)
         await fleet.start_all("behind", pythonpath=shifted, clock_shift=-2)
@@ -266,7 +310,9 @@ async def test_a_series_keeps_time_with_a_wrong_clock(fleet: Fleet, queue: Queue
         await holds(lambda: len(fleet.watched.runs("7")) >= 6)
     ticks = await planned_ticks(queue)
     assert ticks[0] == round(first * 1000)
-    assert [later - earlier for earlier, later in itertools.pairwise(ticks)] == [pytest.approx(400, abs=1)] * (len(ticks) - 1)
+    assert [later - earlier for earlier, later in itertools.pairwise(ticks)] == [
+        pytest.approx(400, abs=1)
+    ] * (len(ticks) - 1)
     runs = len(fleet.watched.runs("7"))
     assert started_at(fleet, "7") >= ticks[runs - 1] / 1000 - COARSE
     assert started_at(fleet, "7") <= ticks[runs - 1] / 1000 + 0.5

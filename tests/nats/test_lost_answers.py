@@ -9,7 +9,7 @@ import pytest
 
 from asyncmq_nats.backends.base import Backend, Expect, Log, Settled, Timer, Write
 from asyncmq_nats.backends.nats.backend import NATSBackend
-from asyncmq_nats.backends.nats.embedded import EmbeddedServer
+from asyncmq_nats.backends.nats.embedded.server import EmbeddedServer
 from asyncmq_nats.exceptions import ConnectionLost, Unconfirmed, WriteRefused
 from asyncmq_nats.flow import FlowProducer
 from asyncmq_nats.jobs import Job
@@ -64,7 +64,11 @@ async def notes(nats_backend: NATSBackend) -> NATSBackend:
 
 
 async def write_losing(
-    relay: Relay, call: Callable[[], Awaitable[Any]], meanwhile: Callable[[], Awaitable[Any]], *, deaf: bool = False
+    relay: Relay,
+    call: Callable[[], Awaitable[Any]],
+    meanwhile: Callable[[], Awaitable[Any]],
+    *,
+    deaf: bool = False,
 ) -> Later:
     """Make a call whose first write, or its answer, is lost, do something else, and let the call end."""
     (relay.lose_request if deaf else relay.lose_answer)(rb"PUB notes\.")
@@ -80,7 +84,9 @@ async def write_losing(
 
 async def stored(backend: Backend, *filters: str) -> list[int]:
     """Wait until all are there, and return their sequences."""
-    records = await until(lambda: backend.last("notes", *filters), lambda found: len(found) == len(filters))
+    records = await until(
+        lambda: backend.last("notes", *filters), lambda found: len(found) == len(filters)
+    )
     return [record.sequence for record in records]
 
 
@@ -100,7 +106,9 @@ async def test_a_write_is_not_repeated_when_what_it_expects_holds_again(
     assert await notes.last_sequence("notes") == 1
 
 
-async def test_a_batch_is_not_repeated_when_what_it_expects_holds_again(notes: NATSBackend, distant: NATSBackend, relay: Relay) -> None:
+async def test_a_batch_is_not_repeated_when_what_it_expects_holds_again(
+    notes: NATSBackend, distant: NATSBackend, relay: Relay
+) -> None:
     batch = [Write(f"notes.{name}.1", b"", Expect(f"notes.{name}.>")) for name in "abc"]
 
     async def remove() -> None:
@@ -117,7 +125,10 @@ async def test_a_repetition_that_its_own_first_sending_refuses_is_confirmed(
     size: int, notes: NATSBackend, distant: NATSBackend, relay: Relay
 ) -> None:
     await notes.write("notes", Write("notes.first", b""))
-    batch = [Write(f"notes.{name}.1", b"", Expect(f"notes.{name}.>"), marker=True, ttl=60) for name in "abc"][:size]
+    batch = [
+        Write(f"notes.{name}.1", b"", Expect(f"notes.{name}.>"), marker=True, ttl=60)
+        for name in "abc"
+    ][:size]
 
     async def wait() -> None:
         await stored(notes, *(write.subject for write in batch))
@@ -160,7 +171,11 @@ async def test_a_write_that_is_not_awaited_is_told_from_others_by_its_body(
         await done.wait()
 
     async def write() -> None:
-        await (notes.write("notes", Write("notes.a", b"", marker=True, ttl=60)) if foreign else stored(notes, "notes.a"))
+        await (
+            notes.write("notes", Write("notes.a", b"", marker=True, ttl=60))
+            if foreign
+            else stored(notes, "notes.a")
+        )
 
     await write_losing(relay, send, write, deaf=foreign)
     assert [type(result) for result in settled] == [WriteRefused] if foreign else settled == [1]
@@ -188,7 +203,9 @@ async def add_deduplicated(queue: Queue) -> None:
 
 
 async def add_in_bulk(queue: Queue) -> None:
-    await queue.add_bulk([{"task_id": "note", "args": ["a"], "delay": 0.1}, {"task_id": "note", "args": ["b"]}])
+    await queue.add_bulk(
+        [{"task_id": "note", "args": ["a"], "delay": 0.1}, {"task_id": "note", "args": ["b"]}]
+    )
 
 
 async def add_custom(queue: Queue) -> None:
@@ -197,19 +214,36 @@ async def add_custom(queue: Queue) -> None:
 
 async def add_flow(queue: Queue) -> None:
     first = Job(task_id="note", args=["a"])
-    await FlowProducer(queue.backend).add_flow("work", [first, Job(task_id="note", args=["b"], depends_on=[first.job_id])])
+    await FlowProducer(queue.backend).add_flow(
+        "work", [first, Job(task_id="note", args=["b"], depends_on=[first.job_id])]
+    )
 
 
 async def add_custom_flow(queue: Queue) -> None:
-    jobs = [Job(task_id="note", args=["a"], job_id="first"), Job(task_id="note", args=["b"], job_id="second", depends_on=["first"])]
+    jobs = [
+        Job(task_id="note", args=["a"], job_id="first"),
+        Job(task_id="note", args=["b"], job_id="second", depends_on=["first"]),
+    ]
     await FlowProducer(queue.backend).add_flow("work", jobs)
 
 
 @pytest.mark.parametrize(
-    ("add", "jobs"), [(add_delayed, 1), (add_deduplicated, 1), (add_custom, 1), (add_in_bulk, 2), (add_flow, 2), (add_custom_flow, 2)]
+    ("add", "jobs"),
+    [
+        (add_delayed, 1),
+        (add_deduplicated, 1),
+        (add_custom, 1),
+        (add_in_bulk, 2),
+        (add_flow, 2),
+        (add_custom_flow, 2),
+    ],
 )
 async def test_a_job_that_has_run_meanwhile_does_not_run_again(
-    add: Callable[[Queue], Awaitable[None]], jobs: int, nats_backend: NATSBackend, distant: NATSBackend, relay: Relay
+    add: Callable[[Queue], Awaitable[None]],
+    jobs: int,
+    nats_backend: NATSBackend,
+    distant: NATSBackend,
+    relay: Relay,
 ) -> None:
     runs = Runs()
     near, far = (make_queue(backend, note=runs.__call__) for backend in (nats_backend, distant))
@@ -227,7 +261,9 @@ async def test_a_job_that_has_run_meanwhile_does_not_run_again(
     assert set(runs.counts.values()) == {1}
 
 
-async def test_a_flow_of_chosen_ids_that_has_moved_on_is_not_refused(nats_backend: NATSBackend, distant: NATSBackend, relay: Relay) -> None:
+async def test_a_flow_of_chosen_ids_that_has_moved_on_is_not_refused(
+    nats_backend: NATSBackend, distant: NATSBackend, relay: Relay
+) -> None:
     started, free, later = anyio.Event(), anyio.Event(), Later()
 
     async def note(name: str) -> None:
@@ -257,7 +293,10 @@ async def test_a_job_that_another_promoter_made_ready_and_that_has_run_does_not_
         busy.set()
         await free.wait()
 
-    near, far = (make_queue(backend, concurrency=1, note=runs.__call__, block=block) for backend in (nats_backend, distant))
+    near, far = (
+        make_queue(backend, concurrency=1, note=runs.__call__, block=block)
+        for backend in (nats_backend, distant)
+    )
     with anyio.fail_after(PATIENCE):
         async with running(far):
             await near.add("block")
@@ -324,7 +363,10 @@ async def test_a_subscription_outlives_the_connection_on_which_it_was_begun(
 async def test_a_subscription_that_nobody_answers_is_an_error(relay: Relay) -> None:
     async with NATSBackend(relay.url, settings=Settings(publish_timeout=0.1)) as backend:
         relay.lose_answer(b"SUB news")
-        with anyio.fail_after(PATIENCE), pytest.raises(Unconfirmed, match="the subscription to news was not answered within"):
+        with (
+            anyio.fail_after(PATIENCE),
+            pytest.raises(Unconfirmed, match="the subscription to news was not answered within"),
+        ):
             await backend.subscribe("news", lambda _: None)
 
 

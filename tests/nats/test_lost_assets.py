@@ -5,7 +5,7 @@ import time
 import anyio
 import pytest
 
-from asyncmq_nats.backends.nats.embedded import EmbeddedServer
+from asyncmq_nats.backends.nats.embedded.server import EmbeddedServer
 from asyncmq_nats.queues import Queue
 from asyncmq_nats.settings import Settings
 from tests.nats.processes import Fleet, eventually
@@ -28,7 +28,10 @@ async def delete(server: EmbeddedServer, what: str) -> None:
 
 async def ends_as(result: int, job_id: str, queue: Queue) -> None:
     # Not `wait_for`: without the bucket, there is a moment in which a job cannot be found.
-    assert await eventually(lambda: queue.get_job_result(job_id), lambda found: found is not None) == result
+    assert (
+        await eventually(lambda: queue.get_job_result(job_id), lambda found: found is not None)
+        == result
+    )
 
 
 @pytest.mark.parametrize(
@@ -40,7 +43,9 @@ async def ends_as(result: int, job_id: str, queue: Queue) -> None:
         "STREAM.DELETE.KV_amq_fleet_scheduler",
     ],
 )
-async def test_worker_and_producer_get_over_the_loss(what: str, fleet: Fleet, queue: Queue, server: EmbeddedServer) -> None:
+async def test_worker_and_producer_get_over_the_loss(
+    what: str, fleet: Fleet, queue: Queue, server: EmbeddedServer
+) -> None:
     worker = await fleet.start("first")
     assert await queue.wait_for(await queue.add("brief", [1]), timeout=5) == 1
     await delete(server, what)
@@ -61,7 +66,9 @@ async def test_worker_and_producer_get_over_the_loss(what: str, fleet: Fleet, qu
     assert not worker.ended
 
 
-async def test_worker_that_idles_without_its_stream_keeps_quiet(fleet: Fleet, queue: Queue, server: EmbeddedServer) -> None:
+async def test_worker_that_idles_without_its_stream_keeps_quiet(
+    fleet: Fleet, queue: Queue, server: EmbeddedServer
+) -> None:
     worker = await fleet.start("first")
     assert await queue.wait_for(await queue.add("brief", [1]), timeout=5) == 1
     await delete(server, "STREAM.DELETE.amq_fleet")
@@ -69,7 +76,9 @@ async def test_worker_that_idles_without_its_stream_keeps_quiet(fleet: Fleet, qu
     assert len(worker.log.splitlines()) < LOG_LIMIT
 
 
-async def test_counters_in_memory_come_back_after_a_restart(queue: Queue, server: EmbeddedServer) -> None:
+async def test_counters_in_memory_come_back_after_a_restart(
+    queue: Queue, server: EmbeddedServer
+) -> None:
     await queue.add("brief", [1])
     await queue.add("brief", [2], delay=60)
     before = await queue.queue_stats()

@@ -10,7 +10,7 @@ import anyio
 import pytest
 
 from asyncmq_nats.backends.base import Backend
-from asyncmq_nats.backends.nats.embedded import EmbeddedServer
+from asyncmq_nats.backends.nats.embedded.server import EmbeddedServer
 from tests.nats.processes import PROGRAM
 from tests.running import make_queue, running
 
@@ -39,7 +39,9 @@ async def install(directory: Path) -> None:
     except TimeoutError:
         pytest.skip(f"npm did not install the packages in {INSTALL} s")
     if result.returncode:
-        pytest.skip(f"npm cannot install the packages: {result.stderr.decode(errors='replace')[-200:]}")
+        pytest.skip(
+            f"npm cannot install the packages: {result.stderr.decode(errors='replace')[-200:]}"
+        )
 
 
 async def test_a_javascript_client_adds_jobs_follows_events_and_reads_a_result(
@@ -53,12 +55,24 @@ async def test_a_javascript_client_adds_jobs_follows_events_and_reads_a_result(
     async with running(make_queue(nats_backend, "mixed", echo=echo)):
         with anyio.fail_after(RUN):
             program = str(PROGRAM.with_name("client.mjs"))
-            result = await anyio.run_process(["node", program, server.url, "mixed"], cwd=node, check=False)
+            result = await anyio.run_process(
+                ["node", program, server.url, "mixed"], cwd=node, check=False
+            )
     assert result.returncode == 0, result.stderr.decode()
     told = json.loads(result.stdout)
     first, second, delayed = told["ids"]
     assert told["results"] == {first: "ä ✓", second: {"nested": [1, None]}, delayed: "later"}
     for job_id in (first, second):
         assert told["seen"][job_id] == ["waiting", "started", "completed"]
-    assert [what for what in told["seen"][delayed] if what != "released"] == ["waiting", "delayed", "waiting", "started", "completed"]
-    assert (told["outcome"]["id"], told["outcome"]["status"], told["outcome"]["result"]) == (first, "completed", "ä ✓")
+    assert [what for what in told["seen"][delayed] if what != "released"] == [
+        "waiting",
+        "delayed",
+        "waiting",
+        "started",
+        "completed",
+    ]
+    assert (told["outcome"]["id"], told["outcome"]["status"], told["outcome"]["result"]) == (
+        first,
+        "completed",
+        "ä ✓",
+    )

@@ -4,8 +4,8 @@ import anyio
 import pytest
 
 from asyncmq_nats.backends.base import Consumer, Log, Write
+from asyncmq_nats.backends.nats._client.client import DirectClient
 from asyncmq_nats.backends.nats.backend import NATSBackend
-from asyncmq_nats.backends.nats.client import DirectClient
 from tests.receiver import PATIENCE, Receiver
 
 

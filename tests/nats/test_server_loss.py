@@ -13,7 +13,7 @@ import pytest
 from anyio import to_thread
 
 from asyncmq_nats.backends.nats.backend import NATSBackend
-from asyncmq_nats.backends.nats.embedded import EmbeddedServer
+from asyncmq_nats.backends.nats.embedded.server import EmbeddedServer
 from asyncmq_nats.context import current_job
 from asyncmq_nats.exceptions import Fail, Retry, Unconfirmed
 from asyncmq_nats.queues import Queue
@@ -32,15 +32,21 @@ def settings() -> Settings:
     return Settings(stalled_after=1.0, shutdown_timeout=5.0)
 
 
-async def test_killed_server_loses_nothing_and_nobody_is_restarted(fleet: Fleet, queue: Queue, server: EmbeddedServer) -> None:
+async def test_killed_server_loses_nothing_and_nobody_is_restarted(
+    fleet: Fleet, queue: Queue, server: EmbeddedServer
+) -> None:
     added: list[tuple[float, str]] = []
     done, numbers = anyio.Event(), itertools.count()
 
     async def produce(producer: int) -> None:
         while not done.is_set():
             number = next(numbers)
-            job_id = f"job-{producer}-{number}" if producer == 0 else None  # one of them chooses the ids of its jobs
-            added.append((time.monotonic(), await queue.add("brief", [number, 0.01], job_id=job_id)))
+            job_id = (
+                f"job-{producer}-{number}" if producer == 0 else None
+            )  # one of them chooses the ids of its jobs
+            added.append(
+                (time.monotonic(), await queue.add("brief", [number, 0.01], job_id=job_id))
+            )
             await anyio.sleep(0.005)
 
     async def add_many() -> None:
@@ -68,7 +74,9 @@ async def test_killed_server_loses_nothing_and_nobody_is_restarted(fleet: Fleet,
         ids = [job_id for _, job_id in added]
         produced = time.monotonic()
         await eventually(
-            queue.queue_stats, lambda stats: stats["completed"] + stats["failed"] >= len(ids) and not stats["active"], within=30
+            queue.queue_stats,
+            lambda stats: stats["completed"] + stats["failed"] >= len(ids) and not stats["active"],
+            within=30,
         )
         print(f"{len(ids)} jobs, done {time.monotonic() - produced:.2f} s after the last one")
     assert len(set(ids)) == len(ids)
@@ -76,14 +84,18 @@ async def test_killed_server_loses_nothing_and_nobody_is_restarted(fleet: Fleet,
     assert stats == dict.fromkeys(stats, 0) | {"completed": len(ids)}
     assert {job["id"] for job in await queue.get_jobs("completed")} == set(ids)
     runs = fleet.watched.count_runs()
-    print(f"silences {[round(s, 2) for s in silences]}; noted bodies {len(runs)}, ran {runs.total()} times, at most {max(runs.values())}")
+    print(
+        f"silences {[round(s, 2) for s in silences]}; noted bodies {len(runs)}, ran {runs.total()} times, at most {max(runs.values())}"
+    )
     assert not any(worker.ended for worker in workers)
 
 
 @pytest.fixture
 async def impatient_queue(server: EmbeddedServer) -> AsyncIterator[Queue]:
     """The queue of a producer that waits 1.5 s for a confirmation, all of its assets declared, with leases that outlast that."""
-    async with NATSBackend(servers=server.url, settings=Settings(publish_timeout=1.5, stalled_after=20)) as backend:
+    async with NATSBackend(
+        servers=server.url, settings=Settings(publish_timeout=1.5, stalled_after=20)
+    ) as backend:
         queue = Queue("fleet", backend)
         await queue.queue_stats()
         yield queue
@@ -101,7 +113,11 @@ def frozen(server: EmbeddedServer) -> Iterator[None]:
 
 
 @pytest.mark.parametrize(
-    ("job_id", "told"), [("order-1", r"not answered within 1\.5 s.*Try again"), (None, r"not confirmed within 1\.5 s.*job_id of your own")]
+    ("job_id", "told"),
+    [
+        ("order-1", r"not answered within 1\.5 s.*Try again"),
+        (None, r"not confirmed within 1\.5 s.*job_id of your own"),
+    ],
 )
 async def test_add_that_cannot_be_confirmed_raises_in_time(
     job_id: str | None, told: str, impatient_queue: Queue, server: EmbeddedServer
@@ -112,14 +128,19 @@ async def test_add_that_cannot_be_confirmed_raises_in_time(
     assert 1.0 < time.monotonic() - started < 5.0
 
 
-async def test_unconfirmed_adds_can_be_repeated_under_their_job_ids(fleet: Fleet, impatient_queue: Queue, server: EmbeddedServer) -> None:
+async def test_unconfirmed_adds_can_be_repeated_under_their_job_ids(
+    fleet: Fleet, impatient_queue: Queue, server: EmbeddedServer
+) -> None:
     queue, confirmed, unconfirmed = impatient_queue, set[int](), set[int]()
     under_way, half = anyio.CapacityLimiter(50), anyio.Event()
 
     async def add(number: int) -> None:
         async with under_way:
             try:
-                assert await queue.add("brief", [number], job_id=f"order-{number}") == f"order-{number}"
+                assert (
+                    await queue.add("brief", [number], job_id=f"order-{number}")
+                    == f"order-{number}"
+                )
                 confirmed.add(number)
             except Unconfirmed:
                 unconfirmed.add(number)
@@ -149,7 +170,9 @@ async def test_unconfirmed_adds_can_be_repeated_under_their_job_ids(fleet: Fleet
     assert fleet.watched.count_runs() == {str(number): 1 for number in range(ORDERS)}
 
 
-async def test_a_server_that_was_killed_brings_nothing_back(nats_backend: NATSBackend, server: EmbeddedServer) -> None:
+async def test_a_server_that_was_killed_brings_nothing_back(
+    nats_backend: NATSBackend, server: EmbeddedServer
+) -> None:
     """What was removed stays so, also where one record had replaced another: records that a limit removed come back by themselves."""
 
     failures: list[str] = []
@@ -163,7 +186,9 @@ async def test_a_server_that_was_killed_brings_nothing_back(nats_backend: NATSBa
             failures.append("once")
             raise Fail("not yet")
 
-    queue = make_queue(nats_backend, "fleet", brief=lambda: 1, fail_twice=fail_twice, fail_once=fail_once)
+    queue = make_queue(
+        nats_backend, "fleet", brief=lambda: 1, fail_twice=fail_twice, fail_once=fail_once
+    )
     async with running(queue):
         await queue.pause(time.time() + 3600)
         await queue.pause()
@@ -196,7 +221,9 @@ async def test_a_server_that_was_killed_brings_nothing_back(nats_backend: NATSBa
     assert await queue.list_repeatables() == []
 
 
-async def test_a_removal_whose_answer_is_lost_counts_as_done(queue: Queue, nats_backend: NATSBackend) -> None:
+async def test_a_removal_whose_answer_is_lost_counts_as_done(
+    queue: Queue, nats_backend: NATSBackend
+) -> None:
     job_id = await queue.add("unnoted", delay=3600)
     connection = nats_backend._require_connection()
     removed: list[bool] = []
@@ -206,7 +233,9 @@ async def test_a_removal_whose_answer_is_lost_counts_as_done(queue: Queue, nats_
 
     async with anyio.create_task_group() as group:
         group.start_soon(remove)
-        while not any("STREAM.MSG.DELETE" in subject for subject, _ in connection._requests.values()):
+        while not any(
+            "STREAM.MSG.DELETE" in subject for subject, _ in connection._requests.values()
+        ):
             await anyio.lowlevel.checkpoint()
         connection._interrupt_requests()  # as when the connection is lost: the request is out
     assert removed == [True]

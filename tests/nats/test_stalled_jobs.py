@@ -7,7 +7,7 @@ import pytest
 from anyio.abc import TaskStatus
 
 from asyncmq_nats.backends.nats.backend import NATSBackend
-from asyncmq_nats.backends.nats.embedded import EmbeddedServer
+from asyncmq_nats.backends.nats.embedded.server import EmbeddedServer
 from asyncmq_nats.queues import Queue
 from asyncmq_nats.settings import Settings
 from tests.nats.processes import Fleet, eventually
@@ -57,11 +57,18 @@ async def test_worker_paused_beyond_its_lease_has_no_say(
     assert watched.runs("job") == ["first", "second"]
     job = await queue.get_job(job_id)
     assert job is not None
-    assert (job["status"], job["result"], job["stalls"], job["errors"]) == ("completed", "second", 1, [])
+    assert (job["status"], job["result"], job["stalls"], job["errors"]) == (
+        "completed",
+        "second",
+        1,
+        [],
+    )
 
 
 @pytest.mark.parametrize("tasks", [["block"], ["last", "last_in_thread"]])
-async def test_task_that_outlasts_its_lease_runs_once(tasks: list[str], fleet: Fleet, queue: Queue, settings: Settings) -> None:
+async def test_task_that_outlasts_its_lease_runs_once(
+    tasks: list[str], fleet: Fleet, queue: Queue, settings: Settings
+) -> None:
     with anyio.fail_after(30):
         await fleet.start_all("first", "second")
         jobs = {task: await queue.add(task, [3 * settings.stalled_after]) for task in tasks}
@@ -73,7 +80,9 @@ async def test_task_that_outlasts_its_lease_runs_once(tasks: list[str], fleet: F
         assert job["stalls"] == 0
 
 
-async def test_job_that_kills_its_workers_ends_as_failed(fleet: Fleet, queue: Queue, nats_backend: NATSBackend) -> None:
+async def test_job_that_kills_its_workers_ends_as_failed(
+    fleet: Fleet, queue: Queue, nats_backend: NATSBackend
+) -> None:
     async def keep_one_running(*, task_status: TaskStatus[None]) -> None:
         worker = await fleet.start("first")
         task_status.started()

@@ -9,9 +9,9 @@ import anyio
 import pytest
 from anyio import to_thread
 
-from asyncmq_nats import runner
+from asyncmq_nats.runtime import runner
 from asyncmq_nats.backends.nats.backend import NATSBackend
-from asyncmq_nats.backends.nats.embedded import EmbeddedServer
+from asyncmq_nats.backends.nats.embedded.server import EmbeddedServer
 from asyncmq_nats.queues import Queue
 from asyncmq_nats.settings import Settings
 from asyncmq_nats.workers import Worker
@@ -28,7 +28,9 @@ def settings() -> Settings:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-async def test_signalled_worker_finishes_what_runs_and_starts_nothing(number: signal.Signals, fleet: Fleet, queue: Queue) -> None:
+async def test_signalled_worker_finishes_what_runs_and_starts_nothing(
+    number: signal.Signals, fleet: Fleet, queue: Queue
+) -> None:
     with anyio.fail_after(20):
         worker = await fleet.start("first", concurrency=2)
         jobs = [await queue.add("wait", [f"job-{index}", "go"]) for index in range(2)]
@@ -40,7 +42,10 @@ async def test_signalled_worker_finishes_what_runs_and_starts_nothing(number: si
         fleet.watched.say("go")
         assert await worker.wait() == 0
         assert [await queue.get_job_result(job_id) for job_id in jobs] == ["first", "first"]
-        assert await queue.get_job_state(later) in ("waiting", "active")  # "active": it had been handed out, and back
+        assert await queue.get_job_state(later) in (
+            "waiting",
+            "active",
+        )  # "active": it had been handed out, and back
         assert fleet.watched.runs("1") == []
         await fleet.start("second")
         assert await queue.wait_for(later) == 1
@@ -49,7 +54,9 @@ async def test_signalled_worker_finishes_what_runs_and_starts_nothing(number: si
 
 async def test_backlog_goes_on_elsewhere_at_once(fleet: Fleet, queue: Queue) -> None:
     count = 2000
-    ids = await queue.add_bulk([{"task_id": "brief", "args": [number, 0.002]} for number in range(count)])
+    ids = await queue.add_bulk(
+        [{"task_id": "brief", "args": [number, 0.002]} for number in range(count)]
+    )
     with anyio.fail_after(30):
         first, _ = await fleet.start_all("first", "second", concurrency=2)
         await eventually(queue.queue_stats, lambda stats: stats["completed"] > count // 5)
@@ -67,7 +74,9 @@ async def test_backlog_goes_on_elsewhere_at_once(fleet: Fleet, queue: Queue) -> 
 
 
 @pytest.mark.parametrize("task", ["wait", "wait_in_thread"])
-async def test_interrupted_job_runs_again_at_once_and_is_not_counted_as_stalled(task: str, fleet: Fleet, queue: Queue) -> None:
+async def test_interrupted_job_runs_again_at_once_and_is_not_counted_as_stalled(
+    task: str, fleet: Fleet, queue: Queue
+) -> None:
     with anyio.fail_after(20):
         first = await fleet.start("first", asyncmq_nats_shutdown_timeout=0.2)
         job_id = await queue.add(task, ["job", "go"])
@@ -92,7 +101,9 @@ async def test_interrupted_job_runs_again_at_once_and_is_not_counted_as_stalled(
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-async def test_second_signal_ends_the_process_at_once(number: signal.Signals, fleet: Fleet, queue: Queue) -> None:
+async def test_second_signal_ends_the_process_at_once(
+    number: signal.Signals, fleet: Fleet, queue: Queue
+) -> None:
     with anyio.fail_after(20):
         worker = await fleet.start("first")
         await queue.add("wait", ["job", "never"])
@@ -105,9 +116,13 @@ async def test_second_signal_ends_the_process_at_once(number: signal.Signals, fl
     assert STOPPED not in worker.log
 
 
-async def test_worker_stops_while_the_server_is_gone(fleet: Fleet, queue: Queue, server: EmbeddedServer) -> None:
+async def test_worker_stops_while_the_server_is_gone(
+    fleet: Fleet, queue: Queue, server: EmbeddedServer
+) -> None:
     with anyio.fail_after(30):
-        worker = await fleet.start("first", asyncmq_nats_shutdown_timeout=0.5, asyncmq_nats_publish_timeout=1)
+        worker = await fleet.start(
+            "first", asyncmq_nats_shutdown_timeout=0.5, asyncmq_nats_publish_timeout=1
+        )
         await queue.add("wait", ["job", "never"])
         await fleet.watched.begun("job")
         server.kill()
@@ -131,7 +146,9 @@ async def test_worker_that_waits_for_its_server_stops_at_once(
     fleet.url = f"nats://127.0.0.1:{silent_server.getsockname()[1]}"
     with anyio.fail_after(20):
         worker = fleet.launch("first", processes=processes, asyncmq_nats_connect_timeout=60)
-        connections = [(await to_thread.run_sync(silent_server.accept))[0] for _ in range(processes)]
+        connections = [
+            (await to_thread.run_sync(silent_server.accept))[0] for _ in range(processes)
+        ]
         worker.send(number)
         with anyio.fail_after(5):
             assert await worker.wait() == 0
@@ -152,7 +169,9 @@ async def test_worker_may_be_stopped_before_there_is_a_server() -> None:
             worker.stop()
         async with anyio.create_task_group() as group:
             group.start_soon(stop_soon, worker)
-            await group.start(worker.run)  # to be told that it has started would be to wait for ever
+            await group.start(
+                worker.run
+            )  # to be told that it has started would be to wait for ever
     await backend.close()
 
 

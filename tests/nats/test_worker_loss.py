@@ -7,7 +7,7 @@ import anyio
 import pytest
 
 from asyncmq_nats.backends.nats.backend import NATSBackend
-from asyncmq_nats.backends.nats.embedded import EmbeddedServer
+from asyncmq_nats.backends.nats.embedded.server import EmbeddedServer
 from asyncmq_nats.queues import Queue
 from asyncmq_nats.settings import Settings
 from tests.nats.processes import Fleet, eventually
@@ -27,8 +27,13 @@ async def test_jobs_of_killed_workers_run_elsewhere_and_end_once(
     fleet: Fleet, queue: Queue, server: EmbeddedServer, nats_backend: NATSBackend
 ) -> None:
     outcomes: Counter[str] = Counter()
-    await nats_backend.subscribe("amq.fleet.event.completed.*", lambda signal: outcomes.update([signal.subject.rpartition(".")[2]]))
-    ids = await queue.add_bulk([{"task_id": "brief", "args": [number, 0.06]} for number in range(JOBS)])
+    await nats_backend.subscribe(
+        "amq.fleet.event.completed.*",
+        lambda signal: outcomes.update([signal.subject.rpartition(".")[2]]),
+    )
+    ids = await queue.add_bulk(
+        [{"task_id": "brief", "args": [number, 0.06]} for number in range(JOBS)]
+    )
     workers = await fleet.start_all("a", "b", "c", concurrency=3)
     with anyio.fail_after(50):
         for _ in range(LOSSES):
@@ -36,7 +41,9 @@ async def test_jobs_of_killed_workers_run_elsewhere_and_end_once(
             lost = random.randrange(3)
             workers[lost].kill()
             workers[lost] = fleet.launch(workers[lost].name, concurrency=3)
-        await eventually(queue.queue_stats, lambda stats: stats["completed"] + stats["failed"] == JOBS, within=40)
+        await eventually(
+            queue.queue_stats, lambda stats: stats["completed"] + stats["failed"] == JOBS, within=40
+        )
     stats = await queue.queue_stats()
     assert stats == dict.fromkeys(stats, 0) | {"completed": JOBS}
     completed = await queue.get_jobs("completed")
@@ -51,5 +58,7 @@ async def test_jobs_of_killed_workers_run_elsewhere_and_end_once(
     assert outcomes == Counter(ids)
     runs = fleet.watched.count_runs()
     stalls = Counter(job["stalls"] for job in completed)
-    print(f"{JOBS} jobs: bodies ran {runs.total()} times, at most {max(runs.values())} times; jobs by stalls: {dict(stalls)}")
+    print(
+        f"{JOBS} jobs: bodies ran {runs.total()} times, at most {max(runs.values())} times; jobs by stalls: {dict(stalls)}"
+    )
     assert len(runs) == JOBS

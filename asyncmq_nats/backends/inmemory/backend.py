@@ -16,6 +16,7 @@ from weakref import WeakSet
 
 import anyio
 
+from asyncmq_nats._concurrency import Home
 from asyncmq_nats.backends.base import (
     Consumer,
     ConsumerState,
@@ -30,11 +31,10 @@ from asyncmq_nats.backends.base import (
     Write,
 )
 from asyncmq_nats.backends.filters import compile_filter
-from asyncmq_nats.backends.inmemory.agenda import Agenda
 from asyncmq_nats.backends.inmemory.consumers import Counter, Cursor, InMemoryPuller
 from asyncmq_nats.backends.inmemory.log import MAX_BODY, StoredLog
+from asyncmq_nats.backends.inmemory.timers import Agenda
 from asyncmq_nats.exceptions import AssetMissing, BackendError
-from asyncmq_nats.loops import Home
 from asyncmq_nats.settings import Settings
 from asyncmq_nats.settings import settings as environment
 
@@ -46,7 +46,12 @@ logger = logging.getLogger(__name__)
 class InMemorySubscription:
     """A `Subscription`."""
 
-    def __init__(self, subject: str, on_signal: Callable[[Signal], None], leave: Callable[["InMemorySubscription"], None]) -> None:
+    def __init__(
+        self,
+        subject: str,
+        on_signal: Callable[[Signal], None],
+        leave: Callable[["InMemorySubscription"], None],
+    ) -> None:
         self.match = compile_filter(subject).match
         self._on_signal = on_signal
         self._leave = leave
@@ -185,7 +190,15 @@ class InMemoryBackend:
         """See `Backend`."""
         return max(await self.last(log, filter), key=lambda record: record.sequence, default=None)
 
-    async def page(self, log: str, filter: str, *, from_sequence: int = 1, limit: int = 100, mostly: bool = False) -> list[Record]:
+    async def page(
+        self,
+        log: str,
+        filter: str,
+        *,
+        from_sequence: int = 1,
+        limit: int = 100,
+        mostly: bool = False,
+    ) -> list[Record]:
         """See `Backend`."""
         await self._give_way()
         return self._find_log(log).page(filter, from_sequence, limit)
@@ -201,7 +214,10 @@ class InMemoryBackend:
     async def first_since(self, log: str, filter: str, time: float) -> int | None:
         """See `Backend`."""
         await self._give_way()
-        return next((record.sequence for record in self._find_log(log).find(filter) if record.time >= time), None)
+        return next(
+            (record.sequence for record in self._find_log(log).find(filter) if record.time >= time),
+            None,
+        )
 
     async def last_sequence(self, log: str) -> int:
         """See `Backend`."""
@@ -213,14 +229,25 @@ class InMemoryBackend:
         await self._give_way()
         return self._find_log(log).delete(sequence)
 
-    async def purge(self, log: str, filter: str, *, before: int | None = None, keep: int | None = None) -> int:
+    async def purge(
+        self, log: str, filter: str, *, before: int | None = None, keep: int | None = None
+    ) -> int:
         """See `Backend`."""
         await self._give_way()
         return self._find_log(log).purge(filter, before, keep)
 
-    def puller(self, log: str, on_delivery: Callable[[Delivery], None], on_lapse: Callable[[str], None], *, extend: bool = True) -> Puller:
+    def puller(
+        self,
+        log: str,
+        on_delivery: Callable[[Delivery], None],
+        on_lapse: Callable[[str], None],
+        *,
+        extend: bool = True,
+    ) -> Puller:
         """See `Backend`."""
-        puller = InMemoryPuller(partial(self._find_cursor, log), on_delivery, on_lapse, extend=extend)
+        puller = InMemoryPuller(
+            partial(self._find_cursor, log), on_delivery, on_lapse, extend=extend
+        )
         self._pullers.add(puller)
         return puller
 
@@ -240,7 +267,9 @@ class InMemoryBackend:
         self._subscriptions.append(subscription)
         return subscription
 
-    async def request(self, subject: str, body: bytes = b"", *, timeout: float = 1.0) -> bytes | None:
+    async def request(
+        self, subject: str, body: bytes = b"", *, timeout: float = 1.0
+    ) -> bytes | None:
         """See `Backend`."""
         inbox = f"_INBOX.memory.{next(self._inboxes)}"
         answers: list[bytes] = []
@@ -302,14 +331,18 @@ class InMemoryBackend:
         self._open()
         consumer = self._find_consumer(log, name)
         if not isinstance(consumer, Cursor):
-            raise BackendError(f"consumer {name!r} of log {log!r} only counts: declare it with a lease to pull from it")
+            raise BackendError(
+                f"consumer {name!r} of log {log!r} only counts: declare it with a lease to pull from it"
+            )
         return consumer
 
     def _send_signal(self, subject: str, body: bytes, reply: str = "") -> bool:
         """Hand a signal to everyone who listens now, soon. Return whether anyone does."""
         if self._agenda.loop is None:
             return False
-        listeners = [subscription for subscription in self._subscriptions if subscription.match(subject)]
+        listeners = [
+            subscription for subscription in self._subscriptions if subscription.match(subject)
+        ]
         for listener in listeners:
             self._agenda.loop.call_soon(listener.arrive, Signal(subject, body, reply))
         return bool(listeners)
@@ -336,4 +369,9 @@ def warn_of_difference(kind: str, existing: Log | Consumer, wanted: Log | Consum
         if getattr(existing, name) != getattr(wanted, name)
     ]
     if differences:
-        logger.warning("%s %s exists with other settings and stays as it is: %s", kind, wanted.name, "; ".join(differences))
+        logger.warning(
+            "%s %s exists with other settings and stays as it is: %s",
+            kind,
+            wanted.name,
+            "; ".join(differences),
+        )

@@ -12,7 +12,7 @@ from functools import partial
 
 from asyncmq_nats.backends.base import Consumer, ConsumerState, Delivery, Record
 from asyncmq_nats.backends.filters import matches
-from asyncmq_nats.backends.inmemory.agenda import Agenda, Alarm
+from asyncmq_nats.backends.inmemory.timers import Agenda, Alarm
 from asyncmq_nats.exceptions import AssetMissing
 
 __all__ = ["Counter", "Cursor", "InMemoryPuller"]
@@ -40,7 +40,12 @@ class Counter:
 
     def state(self) -> ConsumerState:
         """Return what it knows."""
-        return ConsumerState(pending=self._count, leased=0, delivered_sequence=0, paused=self.paused_until > time.time())
+        return ConsumerState(
+            pending=self._count,
+            leased=0,
+            delivered_sequence=0,
+            paused=self.paused_until > time.time(),
+        )
 
     def pause(self, until: float) -> None:
         """Note the pause. There is nothing to hold back."""
@@ -76,7 +81,9 @@ class Cursor:
     order, since all leases are equally long), given back with a delay (its alarm), or about to be delivered again (`_returned`).
     """
 
-    def __init__(self, declaration: Consumer, lease: float, agenda: Agenda, on_ack: Callable[[int], None]) -> None:
+    def __init__(
+        self, declaration: Consumer, lease: float, agenda: Agenda, on_ack: Callable[[int], None]
+    ) -> None:
         self.declaration = declaration
         self.paused_until = 0.0
         self._lease = lease
@@ -192,7 +199,11 @@ class Cursor:
         self._wake()
 
     def _let_run_out(self, sequence: int) -> None:
-        if sequence in self._returned or sequence in self._deadlines or self._leases[sequence].alarm is not None:
+        if (
+            sequence in self._returned
+            or sequence in self._deadlines
+            or self._leases[sequence].alarm is not None
+        ):
             return
         self._deadlines[sequence] = time.time() + self._lease
         self._watch()
@@ -258,7 +269,16 @@ class Cursor:
 class InMemoryDelivery:
     """A `Delivery`."""
 
-    __slots__ = ("_cursor", "body", "consumer", "deliveries", "pending", "sequence", "subject", "time")
+    __slots__ = (
+        "_cursor",
+        "body",
+        "consumer",
+        "deliveries",
+        "pending",
+        "sequence",
+        "subject",
+        "time",
+    )
 
     def __init__(self, cursor: Cursor, record: Record, deliveries: int, pending: int) -> None:
         self._cursor = cursor
@@ -287,7 +307,12 @@ class InMemoryPuller:
     """A `Puller`. `find` returns the consumer of a name, declared again if it vanished, or raises `AssetMissing`."""
 
     def __init__(
-        self, find: Callable[[str], Cursor], on_delivery: Callable[[Delivery], None], on_lapse: Callable[[str], None], *, extend: bool
+        self,
+        find: Callable[[str], Cursor],
+        on_delivery: Callable[[Delivery], None],
+        on_lapse: Callable[[str], None],
+        *,
+        extend: bool,
     ) -> None:
         self.extend = extend
         self._find = find
@@ -308,7 +333,9 @@ class InMemoryPuller:
         self._outstanding[consumer] = self.outstanding(consumer) + count
         try:
             cursor = self._cursors[consumer] = self._find(consumer)
-        except AssetMissing as error:  # a server does not say so at once either, but by voiding the credit
+        except (
+            AssetMissing
+        ) as error:  # a server does not say so at once either, but by voiding the credit
             logger.warning("%s: no deliveries: %s", consumer, error)
             asyncio.get_running_loop().call_soon(self.lapse, consumer, count)
         else:
@@ -345,5 +372,7 @@ class InMemoryPuller:
     def lapse(self, consumer: str, count: int) -> None:
         """Take note that so much credit is void."""
         if not self._closed:
-            self._outstanding[consumer] = max(0, self.outstanding(consumer) - count)  # it may have been withdrawn
+            self._outstanding[consumer] = max(
+                0, self.outstanding(consumer) - count
+            )  # it may have been withdrawn
             self._on_lapse(consumer)

@@ -11,9 +11,9 @@ from typing import Final
 
 from asyncmq_nats.backends.base import Consumer, Log, Record, Timer, Write
 from asyncmq_nats.backends.filters import compile_filter, matches
-from asyncmq_nats.backends.inmemory.agenda import Agenda, Alarm
 from asyncmq_nats.backends.inmemory.consumers import Counter, Cursor
-from asyncmq_nats.backends.inmemory.subjects import SubjectTree, transform
+from asyncmq_nats.backends.inmemory.subject_tree import SubjectTree, transform
+from asyncmq_nats.backends.inmemory.timers import Agenda, Alarm
 from asyncmq_nats.exceptions import BackendError, PayloadTooLarge, WriteRefused
 
 __all__ = ["MAX_BATCH", "MAX_BODY", "StoredLog"]
@@ -42,14 +42,18 @@ class Stored:
 class StoredLog:
     """The records of one log. `signal` sends a republished record."""
 
-    def __init__(self, declaration: Log, agenda: Agenda, signal: Callable[[str, bytes], object]) -> None:
+    def __init__(
+        self, declaration: Log, agenda: Agenda, signal: Callable[[str, bytes], object]
+    ) -> None:
         self.declaration = declaration
         self.consumers: dict[str, Counter | Cursor] = {}
         self._agenda = agenda
         self._signal = signal
         self._records: dict[int, Stored] = {}
         self._subjects: SubjectTree[Stored] = SubjectTree()
-        self._order: list[int] = []  # sequences in order, those of removed records included until there are too many
+        self._order: list[
+            int
+        ] = []  # sequences in order, those of removed records included until there are too many
         self._sequence = 0
         self._message_ids: OrderedDict[str, tuple[float, int]] = OrderedDict()
 
@@ -66,7 +70,11 @@ class StoredLog:
             self._check_expectation(write, earlier)
             earlier[write.subject] = write
         self._forget_message_ids()
-        known = [self._message_ids[name][1] for write in writes if (name := write.message_id) is not None and name in self._message_ids]
+        known = [
+            self._message_ids[name][1]
+            for write in writes
+            if (name := write.message_id) is not None and name in self._message_ids
+        ]
         if known and len(writes) > 1:
             raise WriteRefused(self.declaration.name, "a message id of the batch was used before")
         if known:
@@ -79,7 +87,11 @@ class StoredLog:
 
     def find(self, *filters: str) -> list[Record]:
         """Return the records that match any of the filters, by sequence."""
-        found = {stored.record.sequence: stored.record for pattern in filters for stored in self._subjects.find(pattern)}
+        found = {
+            stored.record.sequence: stored.record
+            for pattern in filters
+            for stored in self._subjects.find(pattern)
+        }
         return sorted(found.values(), key=by_sequence)
 
     def page(self, pattern: str, from_sequence: int, limit: int) -> list[Record]:
@@ -120,41 +132,69 @@ class StoredLog:
         """Add a consumer, which begins with the oldest record."""
         if self.declaration.work_queue:
             self._check_alone(declaration)
-        consumer = Counter(declaration) if declaration.lease is None else Cursor(declaration, declaration.lease, self._agenda, self._acked)
+        consumer = (
+            Counter(declaration)
+            if declaration.lease is None
+            else Cursor(declaration, declaration.lease, self._agenda, self._acked)
+        )
         for stored in self._records.values():
             consumer.add(stored.record)
         self.consumers[declaration.name] = consumer
 
     def _check_alone(self, declaration: Consumer) -> None:
         if declaration.lease is None:
-            raise BackendError(f"consumer {declaration.name!r} only counts, and {self.declaration.name!r} is a work queue: count its tiers")
+            raise BackendError(
+                f"consumer {declaration.name!r} only counts, and {self.declaration.name!r} is a work queue: count its tiers"
+            )
         for other in self.consumers.values():
-            if any(overlap(one, two) for one in declaration.filters for two in other.declaration.filters):
-                raise BackendError(f"consumers {declaration.name!r} and {other.declaration.name!r} of a work queue overlap")
+            if any(
+                overlap(one, two)
+                for one in declaration.filters
+                for two in other.declaration.filters
+            ):
+                raise BackendError(
+                    f"consumers {declaration.name!r} and {other.declaration.name!r} of a work queue overlap"
+                )
 
     def _check(self, writes: tuple[Write, ...]) -> None:
         if not 1 <= len(writes) <= MAX_BATCH:
-            raise BackendError(f"{len(writes)} writes in one batch: at least 1 and at most {MAX_BATCH:,} are possible")
+            raise BackendError(
+                f"{len(writes)} writes in one batch: at least 1 and at most {MAX_BATCH:,} are possible"
+            )
         if len({write.subject for write in writes}) < len(writes):
-            raise BackendError("two writes of one batch have the same subject: a log keeps one record of each")
+            raise BackendError(
+                "two writes of one batch have the same subject: a log keeps one record of each"
+            )
         for write in writes:
             if len(write.body) > MAX_BODY:
                 raise PayloadTooLarge(f"the body for {write.subject!r}", len(write.body), MAX_BODY)
             if not matches(self.declaration.subjects, write.subject):
-                raise BackendError(f"log {self.declaration.name!r} does not take {write.subject!r}: declare it with such subjects")
+                raise BackendError(
+                    f"log {self.declaration.name!r} does not take {write.subject!r}: declare it with such subjects"
+                )
             if (write.timer is not None or write.ttl is not None) and not self.declaration.timers:
                 raise BackendError(f"log {self.declaration.name!r} was declared without timers")
             target = write.subject if write.timer is None else write.timer.target
-            if not matches(self.declaration.subjects, target) or (write.timer is not None and target == write.subject):
-                raise BackendError(f"a timer of log {self.declaration.name!r} cannot write to {target!r}")
+            if not matches(self.declaration.subjects, target) or (
+                write.timer is not None and target == write.subject
+            ):
+                raise BackendError(
+                    f"a timer of log {self.declaration.name!r} cannot write to {target!r}"
+                )
 
     def _check_expectation(self, write: Write, earlier: Mapping[str, Write]) -> None:
         """Compare with the log as it was before the batch. As on the server, a subject the batch wrote earlier cannot be expected."""
         if write.expect is None:
             return
         if write.expect.filter in earlier:
-            raise WriteRefused(self.declaration.name, f"the batch has written {write.expect.filter!r} before it is expected")
-        found = max((stored.record.sequence for stored in self._subjects.find(write.expect.filter)), default=0)
+            raise WriteRefused(
+                self.declaration.name,
+                f"the batch has written {write.expect.filter!r} before it is expected",
+            )
+        found = max(
+            (stored.record.sequence for stored in self._subjects.find(write.expect.filter)),
+            default=0,
+        )
         if found != write.expect.sequence:
             detail = f"the last record of {write.expect.filter!r} is {found}, not {write.expect.sequence}"
             raise WriteRefused(self.declaration.name, detail)
@@ -170,9 +210,13 @@ class StoredLog:
         if write.message_id is not None:
             self._message_ids[write.message_id] = (now, record.sequence)
         if write.ttl is not None:
-            stored.expiry = self._agenda.at(now + max(write.ttl, SHORTEST_TTL), partial(self._expire, stored))
+            stored.expiry = self._agenda.at(
+                now + max(write.ttl, SHORTEST_TTL), partial(self._expire, stored)
+            )
         if write.timer is not None:
-            stored.timer_alarm = self._agenda.at(write.timer.at, partial(self._fire, stored, write.timer))
+            stored.timer_alarm = self._agenda.at(
+                write.timer.at, partial(self._fire, stored, write.timer)
+            )
         for consumer in self.consumers.values():
             consumer.add(record)
         if self.declaration.republish is not None:

@@ -10,18 +10,34 @@ from anyio import CancelScope, to_thread
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription as NatsSubscription
 
-from asyncmq_nats.backends.base import Consumer, ConsumerState, Delivery, Log, Puller, Record, Settle, Signal, Subscription, Write
-from asyncmq_nats.backends.nats.assets import Assets, format_time
+from asyncmq_nats._concurrency import Home, Turns
+from asyncmq_nats.backends.base import (
+    Consumer,
+    ConsumerState,
+    Delivery,
+    Log,
+    Puller,
+    Record,
+    Settle,
+    Signal,
+    Subscription,
+    Write,
+)
 from asyncmq_nats.backends.nats.connection import Connection
-from asyncmq_nats.backends.nats.embedded import EmbeddedServer
-from asyncmq_nats.backends.nats.errors import CONSUMER_MISSING, STREAM_MISSING, api_error, mapped_errors
-from asyncmq_nats.backends.nats.leases import LeaseKeeper
+from asyncmq_nats.backends.nats.embedded.server import EmbeddedServer
+from asyncmq_nats.backends.nats.errors import (
+    CONSUMER_MISSING,
+    STREAM_MISSING,
+    api_error,
+    mapped_errors,
+)
+from asyncmq_nats.backends.nats.lease_keeper import LeaseKeeper
 from asyncmq_nats.backends.nats.options import connect_options, server_addresses
-from asyncmq_nats.backends.nats.pulling import NATSPuller
-from asyncmq_nats.backends.nats.reading import Reader
-from asyncmq_nats.backends.nats.writing import BATCH_LIMIT, Writer
+from asyncmq_nats.backends.nats.puller import NATSPuller
+from asyncmq_nats.backends.nats.reader import Reader
+from asyncmq_nats.backends.nats.streams import Assets, format_time
+from asyncmq_nats.backends.nats.writer import BATCH_LIMIT, Writer
 from asyncmq_nats.exceptions import AssetMissing, BackendError, Unconfirmed
-from asyncmq_nats.loops import Home, Turns
 from asyncmq_nats.settings import Settings, parse_servers
 from asyncmq_nats.settings import settings as environment
 
@@ -68,7 +84,13 @@ class NATSBackend:
         self._embedded: EmbeddedServer | None = None
 
     @classmethod
-    def embedded(cls, store_dir: str | os.PathLike[str] | None = None, *, settings: Settings | None = None, **options: Any) -> Self:
+    def embedded(
+        cls,
+        store_dir: str | os.PathLike[str] | None = None,
+        *,
+        settings: Settings | None = None,
+        **options: Any,
+    ) -> Self:
         """Return a backend with a nats-server of its own on a free loopback port, which ends with `close()`, and starts again when used.
 
         `store_dir` keeps the jobs over restarts; without one they go with the server. Needs the extra `embedded`.
@@ -165,7 +187,9 @@ class NATSBackend:
 
     @property
     def max_body(self) -> int:
-        return (self._connection.client.max_payload if self._connection is not None else 1024 * 1024) - 1024
+        return (
+            self._connection.client.max_payload if self._connection is not None else 1024 * 1024
+        ) - 1024
 
     # -- assets
 
@@ -211,11 +235,18 @@ class NATSBackend:
             return None
         if "error" in info:
             raise api_error(log, info["error"])
-        return ConsumerState(info["num_pending"], info["num_ack_pending"], info["delivered"]["stream_seq"], info.get("paused", False))
+        return ConsumerState(
+            info["num_pending"],
+            info["num_ack_pending"],
+            info["delivered"]["stream_seq"],
+            info.get("paused", False),
+        )
 
     async def pause(self, log: str, consumer: str, until: float) -> None:
         connection = await self._open_connection()
-        await connection.require(f"CONSUMER.PAUSE.{log}.{consumer}", {"pause_until": format_time(until)})
+        await connection.require(
+            f"CONSUMER.PAUSE.{log}.{consumer}", {"pause_until": format_time(until)}
+        )
 
     async def resume(self, log: str, consumer: str) -> None:
         connection = await self._open_connection()
@@ -225,7 +256,9 @@ class NATSBackend:
 
     async def write(self, log: str, *writes: Write) -> int:
         if not 1 <= len(writes) <= BATCH_LIMIT:
-            raise BackendError(f"{len(writes)} writes in one batch: at least 1 and at most {BATCH_LIMIT} are possible")
+            raise BackendError(
+                f"{len(writes)} writes in one batch: at least 1 and at most {BATCH_LIMIT} are possible"
+            )
         await self._open_connection()
         try:
             return await self._writer.write(log, writes)
@@ -245,9 +278,19 @@ class NATSBackend:
         await self._open_connection()
         return await self._reader.latest(log, filter)
 
-    async def page(self, log: str, filter: str, *, from_sequence: int = 1, limit: int = 100, mostly: bool = False) -> list[Record]:
+    async def page(
+        self,
+        log: str,
+        filter: str,
+        *,
+        from_sequence: int = 1,
+        limit: int = 100,
+        mostly: bool = False,
+    ) -> list[Record]:
         await self._open_connection()
-        return await self._reader.page(log, filter, from_sequence=from_sequence, limit=limit, mostly=mostly)
+        return await self._reader.page(
+            log, filter, from_sequence=from_sequence, limit=limit, mostly=mostly
+        )
 
     async def first_since(self, log: str, filter: str, time: float) -> int | None:
         await self._open_connection()
@@ -262,7 +305,9 @@ class NATSBackend:
         subjects: list[str] = []
         while True:
             payload = {"subjects_filter": filter, "offset": len(subjects)}
-            page = (await connection.require(f"STREAM.INFO.{log}", payload))["state"].get("subjects") or {}
+            page = (await connection.require(f"STREAM.INFO.{log}", payload))["state"].get(
+                "subjects"
+            ) or {}
             subjects += page
             if not page or len(page) < SUBJECTS_PAGE:
                 return subjects
@@ -274,7 +319,10 @@ class NATSBackend:
     async def delete(self, log: str, sequence: int) -> bool:
         connection = await self._open_connection()
         # Every delayed job comes by here: what needs no more than a look is not parsed.
-        subject, body = f"{connection.api_prefix}STREAM.MSG.DELETE.{log}", b'{"seq":%d,"no_erase":true}' % sequence
+        subject, body = (
+            f"{connection.api_prefix}STREAM.MSG.DELETE.{log}",
+            b'{"seq":%d,"no_erase":true}' % sequence,
+        )
         in_doubt = False
         try:
             reply = (await connection.collect(subject, body, timeout=2.0, finished=bool))[0]
@@ -283,15 +331,23 @@ class NATSBackend:
         else:
             if b'"success":true' in reply.body:
                 return True
-        answer = await connection.call(f"STREAM.MSG.DELETE.{log}", {"seq": sequence, "no_erase": True})
+        answer = await connection.call(
+            f"STREAM.MSG.DELETE.{log}", {"seq": sequence, "no_erase": True}
+        )
         if answer.get("error", {}).get("err_code") in MISSING:
             raise api_error(log, answer["error"])
         return in_doubt or bool(answer.get("success", False))
 
-    async def purge(self, log: str, filter: str, *, before: int | None = None, keep: int | None = None) -> int:
+    async def purge(
+        self, log: str, filter: str, *, before: int | None = None, keep: int | None = None
+    ) -> int:
         if before is not None and before <= 1:  # the server takes 0 for "no limit"
             return 0
-        only = await self._only_record(log, filter, before) if keep is None and ("*" in filter or ">" in filter) else None
+        only = (
+            await self._only_record(log, filter, before)
+            if keep is None and ("*" in filter or ">" in filter)
+            else None
+        )
         if only is not None:
             return int(await self.delete(log, only.sequence))
         connection = await self._open_connection()
@@ -308,7 +364,11 @@ class NATSBackend:
 
         nats-server (2.15.1, `filestore.PurgeEx`) then tells its consumers the filter instead of the subject, and their counts go wrong.
         """
-        page = [record for record in await self.page(log, filter, limit=2) if before is None or record.sequence < before]
+        page = [
+            record
+            for record in await self.page(log, filter, limit=2)
+            if before is None or record.sequence < before
+        ]
         return page[0] if len(page) == 1 else None
 
     @staticmethod
@@ -321,13 +381,22 @@ class NATSBackend:
 
     # -- leases and signals
 
-    def puller(self, log: str, on_delivery: Callable[[Delivery], None], on_lapse: Callable[[str], None], *, extend: bool = True) -> Puller:
+    def puller(
+        self,
+        log: str,
+        on_delivery: Callable[[Delivery], None],
+        on_lapse: Callable[[str], None],
+        *,
+        extend: bool = True,
+    ) -> Puller:
         connection = self._require_connection()
 
         async def declare(consumer: str) -> None:
             await self._assets.restore_consumer(log, consumer)
 
-        return NATSPuller(connection, log, (on_delivery, on_lapse), declare, self._keeper if extend else None)
+        return NATSPuller(
+            connection, log, (on_delivery, on_lapse), declare, self._keeper if extend else None
+        )
 
     async def publish(self, subject: str, body: bytes = b"") -> None:
         connection = await self._open_connection()
@@ -346,16 +415,24 @@ class NATSBackend:
             on_signal(Signal(msg.subject, msg.data, msg.reply))
 
         with mapped_errors(connection.servers):
-            interest = _Interest(connection, await connection.client.subscribe(subject, cb=on_message))
+            interest = _Interest(
+                connection, await connection.client.subscribe(subject, cb=on_message)
+            )
             try:
                 async with asyncio.timeout(self.settings.publish_timeout):
-                    await connection.client.barrier()  # interest is known to the server when this returns
+                    await (
+                        connection.client.barrier()
+                    )  # interest is known to the server when this returns
             except TimeoutError:
                 await interest.unsubscribe()
-                raise Unconfirmed(f"the subscription to {subject}", self.settings.publish_timeout, read=True) from None
+                raise Unconfirmed(
+                    f"the subscription to {subject}", self.settings.publish_timeout, read=True
+                ) from None
         return interest
 
-    async def request(self, subject: str, body: bytes = b"", *, timeout: float = 1.0) -> bytes | None:
+    async def request(
+        self, subject: str, body: bytes = b"", *, timeout: float = 1.0
+    ) -> bytes | None:
         connection = await self._open_connection()
         try:
             reply = (await connection.collect(subject, body, timeout=timeout, finished=bool))[0]

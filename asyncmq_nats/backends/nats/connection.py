@@ -16,9 +16,16 @@ from typing import Any, Final, NamedTuple
 
 import nats.errors
 
-from asyncmq_nats.backends.nats.client import DirectClient, parse_headers, status_of
+from asyncmq_nats.backends.nats._client.client import DirectClient, parse_headers, status_of
 from asyncmq_nats.backends.nats.errors import NO_JETSTREAM, NO_PEERS, api_error, mapped_errors
-from asyncmq_nats.exceptions import BackendError, ConnectionFailed, ConnectionLost, PermissionRefused, ServerUnsuitable, Unconfirmed
+from asyncmq_nats.exceptions import (
+    BackendError,
+    ConnectionFailed,
+    ConnectionLost,
+    PermissionRefused,
+    ServerUnsuitable,
+    Unconfirmed,
+)
 from asyncmq_nats.settings import Settings
 
 __all__ = ["ANSWER_SIZE", "Connection", "Reply", "parse_time", "patience_with"]
@@ -30,7 +37,9 @@ ANSWER_SIZE: Final = 4 * 1024 * 1024
 """Bytes that what is asked for at once may have, if messages are not larger: the server disconnects a client for which 64 MiB wait."""
 REQUEST_TIMEOUT: Final = 5.0
 CLOCK_LIFETIME: Final = 60.0
-REFUSED: Final = re.compile(r'permissions violation for (?:publish|subscription) to "(.+?)"', re.IGNORECASE)
+REFUSED: Final = re.compile(
+    r'permissions violation for (?:publish|subscription) to "(.+?)"', re.IGNORECASE
+)
 
 
 class Reply(NamedTuple):
@@ -94,7 +103,11 @@ class Connection:
             PermissionRefused: this user may not receive replies.
         """
         self.background.start()
-        callbacks = {"error_cb": self._on_error, "reconnected_cb": self._on_reconnected, "disconnected_cb": self._on_disconnected}
+        callbacks = {
+            "error_cb": self._on_error,
+            "reconnected_cb": self._on_reconnected,
+            "disconnected_cb": self._on_disconnected,
+        }
         try:
             async with asyncio.timeout(self._settings.connect_timeout):
                 await self._client.connect(**{**callbacks, **self._options})
@@ -109,7 +122,9 @@ class Connection:
     async def _listen_for_replies(self) -> None:
         refusals: list[str] = []
         inbox = self._inbox + "*"
-        self.on_refusal.append(lambda subject, text: refusals.append(text) if subject == inbox.lower() else None)
+        self.on_refusal.append(
+            lambda subject, text: refusals.append(text) if subject == inbox.lower() else None
+        )
         await self._client.listen(inbox, self._on_reply)
         try:
             async with asyncio.timeout(self._settings.connect_timeout):
@@ -174,7 +189,11 @@ class Connection:
     async def _close_client(self) -> None:
         try:
             await self._client.close()
-        except (nats.errors.Error, OSError, RuntimeError) as error:  # the server went away first; RuntimeError: uvloop's word for it
+        except (
+            nats.errors.Error,
+            OSError,
+            RuntimeError,
+        ) as error:  # the server went away first; RuntimeError: uvloop's word for it
             logger.debug("closing the connection to %s: %s", self.servers, error)
 
     def now(self) -> float:
@@ -189,8 +208,15 @@ class Connection:
         offset = parse_time(stamp) - (sent + received) / 2
         wrong = time.time() - time.monotonic() - offset
         if abs(wrong) > 1 and abs(offset - self._offset) > 1:
-            logger.warning("the clock of this machine is %.1f s off the clock of the NATS server; the server's is used", wrong)
-        self._offset, self._offset_precision, self._offset_until = offset, round_trip, received + CLOCK_LIFETIME
+            logger.warning(
+                "the clock of this machine is %.1f s off the clock of the NATS server; the server's is used",
+                wrong,
+            )
+        self._offset, self._offset_precision, self._offset_until = (
+            offset,
+            round_trip,
+            received + CLOCK_LIFETIME,
+        )
 
     # -- requests
 
@@ -200,7 +226,13 @@ class Connection:
             collector(Reply(body, headers))
 
     async def collect(
-        self, subject: str, body: bytes, *, timeout: float, finished: Callable[[list[Reply]], bool], headers: bytes = b""
+        self,
+        subject: str,
+        body: bytes,
+        *,
+        timeout: float,
+        finished: Callable[[list[Reply]], bool],
+        headers: bytes = b"",
     ) -> list[Reply]:
         """Send a request and return its replies, as soon as `finished` says that they are complete. `headers`: as on the wire.
 
@@ -256,19 +288,33 @@ class Connection:
             left = deadline - time.monotonic()
             sent = time.monotonic()
             # What counts what it removes is not sent twice in haste.
-            patience = REQUEST_TIMEOUT if subject.startswith(("STREAM.PURGE", "STREAM.DELETE")) else patience_with(tries)
+            patience = (
+                REQUEST_TIMEOUT
+                if subject.startswith(("STREAM.PURGE", "STREAM.DELETE"))
+                else patience_with(tries)
+            )
             tries += 1
             try:
-                reply = (await self.collect(self._api + subject, body, timeout=min(patience, max(left, 0.1)), finished=bool))[0]
+                reply = (
+                    await self.collect(
+                        self._api + subject,
+                        body,
+                        timeout=min(patience, max(left, 0.1)),
+                        finished=bool,
+                    )
+                )[0]
             except TimeoutError:
                 if time.monotonic() >= deadline:
-                    raise Unconfirmed(f"JetStream API {subject}", self._settings.publish_timeout) from None
+                    raise Unconfirmed(
+                        f"JetStream API {subject}", self._settings.publish_timeout
+                    ) from None
                 continue
             if reply.status == "503":
                 silent += 1
                 if silent > 20 or left < 0.2:
                     raise ServerUnsuitable(
-                        f"no JetStream answers at {self.servers}", "start nats-server with -js, or enable it for this account"
+                        f"no JetStream answers at {self.servers}",
+                        "start nats-server with -js, or enable it for this account",
                     )
                 await asyncio.sleep(0.1)
                 continue
@@ -286,7 +332,9 @@ class Connection:
             return waited < self._settings.connect_timeout
         return error.get("code") == 503 and error.get("err_code") not in NO_JETSTREAM
 
-    async def require(self, subject: str, payload: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    async def require(
+        self, subject: str, payload: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
         """Like `call`, but raise the error of the answer as `BackendError`."""
         answer = await self.call(subject, payload)
         if "error" in answer:
@@ -365,4 +413,6 @@ class Background:
 def parse_time(stamp: str) -> float:
     """Return an RFC 3339 time stamp of the server (nanoseconds, `Z`) as Unix seconds."""
     whole, _, fraction = stamp.rstrip("Z").partition(".")
-    return datetime.fromisoformat(whole + "+00:00").timestamp() + (float("0." + fraction) if fraction else 0.0)
+    return datetime.fromisoformat(whole + "+00:00").timestamp() + (
+        float("0." + fraction) if fraction else 0.0
+    )

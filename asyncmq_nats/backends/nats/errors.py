@@ -57,7 +57,9 @@ def mapped_errors(servers: str) -> Iterator[None]:
     except (nats.errors.ConnectionClosedError, nats.errors.ConnectionDrainingError) as error:
         raise ConnectionLost(servers) from error
     except nats.errors.OutboundBufferLimitError as error:
-        raise ConnectionFailed(servers, "disconnected, and the buffer for unsent messages is full") from error
+        raise ConnectionFailed(
+            servers, "disconnected, and the buffer for unsent messages is full"
+        ) from error
 
 
 def api_error(subject: str, error: Mapping[str, Any]) -> BackendError:
@@ -66,10 +68,14 @@ def api_error(subject: str, error: Mapping[str, Any]) -> BackendError:
     if code in (STREAM_MISSING, CONSUMER_MISSING):
         return AssetMissing(f"{text}: {subject.rpartition('.')[2]}")
     if code in NO_JETSTREAM:
-        return ServerUnsuitable("JetStream is not enabled", "start nats-server with -js, or enable JetStream for this account")
+        return ServerUnsuitable(
+            "JetStream is not enabled",
+            "start nats-server with -js, or enable JetStream for this account",
+        )
     if code in (NO_PEERS, NO_CLUSTER):
         return ServerUnsuitable(
-            f"{subject}: {text}", "set ASYNCMQ_NATS_REPLICAS to no more than the servers of the cluster, and start them all"
+            f"{subject}: {text}",
+            "set ASYNCMQ_NATS_REPLICAS to no more than the servers of the cluster, and start them all",
         )
     if code in WRONG_LAST_SEQUENCE:
         return WriteRefused(subject, text)
@@ -89,4 +95,8 @@ def is_transient(error: Mapping[str, Any]) -> bool:
 
     No leader yet, too many open batches, a batch torn by a reconnect, or its first sending is still on its way to the replicas.
     """
-    return error.get("code") == 503 or error.get("err_code") in (BATCH_INCOMPLETE, DUPLICATE_UNDER_WAY, *TOO_MANY_BATCHES)
+    return error.get("code") == 503 or error.get("err_code") in (
+        BATCH_INCOMPLETE,
+        DUPLICATE_UNDER_WAY,
+        *TOO_MANY_BATCHES,
+    )

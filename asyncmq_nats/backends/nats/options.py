@@ -17,7 +17,10 @@ from asyncmq_nats.settings import Settings
 __all__ = ["connect_options", "server_addresses"]
 
 LOGINS: Final = {
-    "user_credentials": ("ASYNCMQ_NATS_CREDENTIALS", (rb"BEGIN NATS USER JWT-+\s+\S", rb"\bS[A-Z2-7]{57}\b")),
+    "user_credentials": (
+        "ASYNCMQ_NATS_CREDENTIALS",
+        (rb"BEGIN NATS USER JWT-+\s+\S", rb"\bS[A-Z2-7]{57}\b"),
+    ),
     "nkeys_seed": ("ASYNCMQ_NATS_NKEY_SEED", (rb"\bS[A-Z2-7]{57}\b",)),
     "nkeys_seed_str": ("", ()),
 }
@@ -72,7 +75,9 @@ def _tls_context(settings: Settings) -> ssl.SSLContext | None:
         try:
             context.load_cert_chain(certificate, key)
         except OSError as error:
-            raise _unusable("ASYNCMQ_NATS_TLS_CERT, with ASYNCMQ_NATS_TLS_KEY,", certificate, error) from error
+            raise _unusable(
+                "ASYNCMQ_NATS_TLS_CERT, with ASYNCMQ_NATS_TLS_KEY,", certificate, error
+            ) from error
     return context
 
 

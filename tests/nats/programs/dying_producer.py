@@ -6,12 +6,16 @@ from typing import Any
 
 import anyio
 
+from asyncmq_nats.backends.nats._client.client import DirectClient
 from asyncmq_nats.backends.nats.backend import NATSBackend
-from asyncmq_nats.backends.nats.client import DirectClient
 from asyncmq_nats.flow import FlowProducer
 from asyncmq_nats.jobs import Job
 
-QUEUE, JOBS, KILL_AFTER = os.environ["QUEUE"], int(os.environ["JOBS"]), int(os.environ["KILL_AFTER"])
+QUEUE, JOBS, KILL_AFTER = (
+    os.environ["QUEUE"],
+    int(os.environ["JOBS"]),
+    int(os.environ["KILL_AFTER"]),
+)
 
 posted = 0
 post = DirectClient.post
@@ -39,7 +43,9 @@ async def main() -> None:
     backend = NATSBackend()
     await backend.connect()
     root = Job(task_id="unnoted", max_retries=0)
-    children = [Job(task_id="unnoted", max_retries=0, depends_on=[root.job_id]) for _ in range(JOBS - 2)]
+    children = [
+        Job(task_id="unnoted", max_retries=0, depends_on=[root.job_id]) for _ in range(JOBS - 2)
+    ]
     last = Job(task_id="unnoted", max_retries=0, depends_on=[child.job_id for child in children])
     DirectClient.post = post_and_die  # type: ignore[method-assign, assignment]
     await FlowProducer(backend).add_flow(QUEUE, [root, *children, last])

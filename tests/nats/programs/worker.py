@@ -137,6 +137,8 @@ def spin(name: str) -> None:
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO)
     starts, _, interval = os.environ.get("RATE_LIMIT", "").partition("/")
-    limits: dict[str, Any] = {"rate_limit": int(starts), "rate_interval": float(interval)} if starts else {}
+    limits: dict[str, Any] = (
+        {"rate_limit": int(starts), "rate_interval": float(interval)} if starts else {}
+    )
     queue = Queue(QUEUE, concurrency=int(os.environ.get("CONCURRENCY", "3")), **limits)
     Worker(queue, processes=int(os.environ.get("PROCESSES", "1"))).start()

@@ -1,0 +1,149 @@
+"""What users give to `Queue`, checked, and the job it stands for."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
+from typing import Any, Final
+
+from asyncmq_nats.exceptions import InvalidArgument
+from asyncmq_nats.jobs import Backoff, Job, new_job, new_job_id, validate_custom_job_id
+from asyncmq_nats.schedules import parse_every
+from asyncmq_nats.states import State
+
+__all__ = [
+    "build_job",
+    "checked_args",
+    "checked_mapping",
+    "checked_number",
+    "checked_seconds",
+    "job_of_payload",
+]
+
+NOT_IN_PAYLOADS: Final = ("delay", "debounce", "jobId")
+"""Parameters of `add` that a job as a dict does not have: left out silently, they would be missed."""
+FIELDS: Final = frozenset({field.name for field in fields(Job)} | {"id", "task"})
+
+
+def build_job(
+    now: float,
+    *,
+    task_id: str,
+    args: Sequence[Any] | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+    retries: int = 0,
+    ttl: float | None = None,
+    backoff: float | Backoff | None = None,
+    priority: int = 5,
+    delay: float | None = None,
+    job_id: str | None = None,
+    timeout: float | None = None,
+    depends_on: Sequence[str] | None = None,
+    on_parent_failure: str = "wait",
+    repeat_every: float | str | None = None,
+) -> Job:
+    """Return a new job from the parameters of `Queue.add`. `now`: Unix seconds.
+
+    Raises:
+        InvalidArgument: a value is of the wrong kind; the message names it.
+        TypeError: the job_id is no string.
+        InvalidJobId: it is outside AsyncMQ's rules.
+    """
+    if isinstance(depends_on, str):
+        depends_on = [depends_on]
+    delay = None if delay is None else checked_seconds(delay, "delay")
+    return new_job(
+        task_id=task_id,
+        args=checked_args(args, "args"),
+        kwargs={} if kwargs is None else checked_mapping(kwargs, "kwargs"),
+        max_retries=retries,
+        backoff=backoff,
+        ttl=ttl,
+        timeout=timeout,
+        job_id=new_job_id() if job_id is None else validate_custom_job_id(job_id),
+        created_at=now,
+        priority=priority,
+        delay_until=None if delay is None or delay <= 0 else now + delay,
+        custom_id=job_id is not None,
+        depends_on=checked_args(depends_on, "depends_on") or None,
+        on_parent_failure=on_parent_failure,
+        repeat_every=None if repeat_every is None else parse_every(repeat_every),
+    )
+
+
+def job_of_payload(payload: Mapping[str, Any], now: float) -> Job:
+    """Return a new job from what `Queue.enqueue` is given: a dict of `Job.to_dict`, or of what `Job` takes. `now`: Unix seconds.
+
+    Raises:
+        InvalidArgument: it is no dict, has no task, or a value of the wrong kind.
+    """
+    given = checked_mapping(payload, "a job")
+    for name in NOT_IN_PAYLOADS:
+        if given.get(name) is not None:
+            raise InvalidArgument(
+                f"a job given as a dict takes no {name!r}: use Queue.add, or delay_until, a time",
+                given[name],
+            )
+    values = {"max_retries": given.get("retries", 0), "backoff": None, "created_at": now} | given
+    if values.get("repeat_every") is not None:
+        values["repeat_every"] = parse_every(values["repeat_every"])
+    values |= {
+        "retries": 0,
+        "status": State.WAITING,
+        "custom_id": given.get("id", given.get("job_id")) is not None,
+    }
+    return new_job(**{name: value for name, value in values.items() if name in FIELDS})
+
+
+def checked_args(args: object, name: str) -> list[Any]:
+    """Return a list of what is in a list, a tuple, or what yields its items in order; of nothing, if it is `None`.
+
+    Raises:
+        InvalidArgument: it is none of these. A text is one argument, not its letters.
+    """
+    if args is None:
+        return []
+    if isinstance(args, list | tuple) or (
+        isinstance(args, Sequence | Iterator) and not isinstance(args, str | bytes | bytearray)
+    ):
+        return list(args)
+    raise InvalidArgument(
+        f"{name} must be a list or a tuple, also of a single one: {name}=[…]", args
+    )
+
+
+def checked_mapping(value: object, name: str) -> dict[str, Any]:
+    """Return a mapping as a dict.
+
+    Raises:
+        InvalidArgument: it is none.
+    """
+    if isinstance(value, Mapping):
+        return dict(value)
+    raise InvalidArgument(f"{name} must be a dict", value)
+
+
+def checked_seconds(value: object, name: str) -> float:
+    """Return a number of seconds.
+
+    Raises:
+        InvalidArgument: it is no finite number. Of a `timedelta`, `total_seconds()` is.
+    """
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        try:
+            seconds = float(value)
+        except OverflowError:
+            seconds = math.inf
+        if math.isfinite(seconds):
+            return seconds
+    raise InvalidArgument(f"{name} must be a number of seconds", value)
+
+
+def checked_number(value: object, name: str, least: int = 0) -> int:
+    """Return an integer.
+
+    Raises:
+        InvalidArgument: it is none, or less than `least`.
+    """
+    if isinstance(value, int) and not isinstance(value, bool) and value >= least:
+        return value
+    raise InvalidArgument(f"{name} must be an integer, {least} or more", value)

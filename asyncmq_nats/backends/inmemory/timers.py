@@ -1,0 +1,90 @@
+"""Time in the in-memory backend: what is due when, on one handle of the event loop. Knows nothing about records."""
+
+import asyncio
+import heapq
+import time
+from collections.abc import Callable
+from itertools import count
+from typing import Final
+
+__all__ = ["Agenda", "Alarm"]
+
+LONGEST_SLEEP: Final = 86_400.0
+"""Event loops do not take every delay; waking up for nothing once a day costs nothing."""
+TOLERATED_DEAD: Final = 1_000
+
+
+class Alarm:
+    """Something that is due at a time, until it is cancelled."""
+
+    __slots__ = ("call",)
+
+    def __init__(self, call: Callable[[], None]) -> None:
+        self.call: Callable[[], None] | None = call
+
+
+class Agenda:
+    """Alarms by time. They ring while it is started, in order, never early and never from inside `at`."""
+
+    def __init__(self) -> None:
+        self._heap: list[tuple[float, int, Alarm]] = []
+        self._ties = count()
+        self._cancelled = 0
+        self._handle: asyncio.TimerHandle | None = None
+        self._handle_at = 0.0
+        self.loop: asyncio.AbstractEventLoop | None = None
+
+    def start(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Ring on this loop. What became due in the meantime rings soon."""
+        self.loop = loop
+        self._arm()
+
+    def stop(self) -> None:
+        """Ring no more, but keep the alarms."""
+        if self._handle is not None:
+            self._handle.cancel()
+        self.loop = self._handle = None
+
+    def at(self, when: float, call: Callable[[], None]) -> Alarm:
+        """Have `call` called at Unix time `when`."""
+        alarm = Alarm(call)
+        heapq.heappush(self._heap, (when, next(self._ties), alarm))
+        self._arm()
+        return alarm
+
+    def cancel(self, alarm: Alarm | None) -> None:
+        """Take the alarm away, if there is one and it has not rung."""
+        if alarm is None or alarm.call is None:
+            return
+        alarm.call = None
+        self._cancelled += 1
+        # An outcome kept for a month and purged today must not stay in memory for a month.
+        if self._cancelled > TOLERATED_DEAD and self._cancelled * 2 > len(self._heap):
+            self._heap = [entry for entry in self._heap if entry[2].call is not None]
+            heapq.heapify(self._heap)
+            self._cancelled = 0
+
+    def _arm(self) -> None:
+        if self.loop is None or not self._heap:
+            return
+        first = self._heap[0][0]
+        if self._handle is not None:
+            if self._handle_at <= first:
+                return
+            self._handle.cancel()
+        self._handle_at = first
+        self._handle = self.loop.call_later(
+            min(max(first - time.time(), 0.0), LONGEST_SLEEP), self._ring
+        )
+
+    def _ring(self) -> None:
+        self._handle = None
+        now = time.time()
+        while self._heap and self._heap[0][0] <= now:
+            alarm = heapq.heappop(self._heap)[2]
+            call, alarm.call = alarm.call, None
+            if call is None:
+                self._cancelled -= 1
+            else:
+                call()
+        self._arm()

@@ -1,0 +1,175 @@
+"""nats-py's client with two shortcuts for the path that every job takes.
+
+Per message, nats-py makes a `Msg`, parses its headers, passes a queue and awaits a callback; per publish it validates and encodes header by
+header. `listen` hands the raw bytes to a function (see `parser`); `post` queues raw bytes. Connecting, reconnecting and flushing stay
+nats-py's. (Built on names of nats-py 2.16 that begin with `_`; the contract tests notice when they change.)
+"""
+
+import asyncio
+import socket
+from contextlib import suppress
+from typing import Final
+
+from nats.aio.client import Client
+from nats.errors import ConnectionClosedError, OutboundBufferLimitError
+
+from asyncmq_nats.backends.nats._client.parser import DirectParser, Handler
+
+__all__ = ["DirectClient", "parse_headers", "status_of"]
+
+PING: Final = b"PING\r\n"
+
+
+class DirectClient(Client):
+    """A nats-py client that can also listen and post without ceremony."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._direct: dict[int, Handler] = {}
+        self._ps = DirectParser(self, self._direct)
+
+    @property
+    def is_clustered(self) -> bool:
+        """Whether the server that it is connected to is one of several."""
+        return bool(self._server_info.get("cluster"))
+
+    async def listen(self, subject: str, handler: Handler) -> int:
+        """Call the handler for every message on the subject, until `stop_listening` with the number that is returned."""
+        subscription = await self.subscribe(subject)
+        self._direct[subscription._id] = handler
+        return subscription._id
+
+    async def stop_listening(self, number: int) -> None:
+        """End the interest. What the server sent before it knew still reaches the handler; nothing does after the return."""
+        await self._send_unsubscribe(number)
+        await self.barrier()
+        self._remove_sub(number)
+        self._direct.pop(number, None)
+
+    def post(self, subject: bytes, body: bytes, reply: bytes = b"", headers: bytes = b"") -> None:
+        """Queue a message; it is on its way with the next turn of the event loop. `headers`: as on the wire. The subject is not validated.
+
+        Raises:
+            ConnectionClosedError: the client was closed.
+            OutboundBufferLimitError: disconnected, and as much is waiting to be sent as may.
+        """
+        if headers:
+            command = b"HPUB %b %b %d %d\r\n%b%b\r\n" % (
+                subject,
+                reply,
+                len(headers),
+                len(headers) + len(body),
+                headers,
+                body,
+            )
+        else:
+            command = b"PUB %b %b %d\r\n%b\r\n" % (subject, reply, len(body), body)
+        connected = self._status == Client.CONNECTED
+        if not connected:
+            if self.is_closed:
+                raise ConnectionClosedError
+            if self._pending_data_size + len(command) > self._max_pending_size:
+                raise OutboundBufferLimitError
+        self._pending.append(command)
+        self._pending_data_size += len(command)
+        queue = self._flush_queue
+        if connected and queue is not None and queue.empty():
+            queue.put_nowait(asyncio.get_running_loop().create_future())
+
+    async def make_room(self) -> None:
+        """Wait while more is queued than should be."""
+        if self._pending_data_size > self._max_pending_size:
+            await self._flush_pending(force_flush=True)
+
+    async def close(self) -> None:
+        """Disconnect. What was not sent before the connection was lost is dropped: nats-py would write it to the lost transport."""
+        if self._flush_queue is None:  # it never began to connect: its options were refused
+            return
+        if not self.is_connected:
+            self._pending, self._pending_data_size = [], 0
+        await super().close()
+
+    def abandon(self) -> None:
+        """Disconnect without awaiting anything: the event loop of the connection runs no more."""
+        if not self.is_closed:
+            self._status = Client.CLOSED  # so that no task reconnects, should the loop run again
+            writer = getattr(self._transport, "_bare_io_writer", None)
+            if writer is not None:
+                # The transport closes its own socket, for which the loop has to run again; the server is told now.
+                with suppress(OSError), writer.get_extra_info("socket").dup() as twin:
+                    twin.shutdown(socket.SHUT_RDWR)
+                with suppress(RuntimeError):  # it was closed, and never will
+                    writer.transport.abort()
+
+    @property
+    def is_reading(self) -> bool:
+        """Whether what the server sends is taken in. No more, once `asyncio.run` has cancelled the tasks that are left at its end."""
+        return self._reading_task is not None and not self._reading_task.done()
+
+    async def _process_pong(self) -> None:
+        """Take in the answer to a PING.
+
+        If whoever waited for it has been cancelled, nats-py's (2.16) fails, and nothing is read any more.
+        """
+        if self._pongs:
+            answered = self._pongs.pop(0)
+            if not answered.done():
+                answered.set_result(True)
+            self._pongs_received += 1
+            self._pings_outstanding = 0
+
+    async def _process_connect_init(self) -> None:
+        """Begin a connection. What the one before owed is not awaited any more: whoever did asks again."""
+        lost = self._pongs
+        await super()._process_connect_init()
+        for pong in lost:
+            pong.cancel()
+
+    async def _close(self, status: int, do_cbs: bool = True) -> None:
+        await super()._close(status, do_cbs)
+        for pong in self._pongs:
+            pong.cancel()
+
+    async def barrier(self) -> None:
+        """Return when the server has processed all that was sent before; if the connection is lost, that of the next one.
+
+        nats-py's `flush` alone does not do that: it writes its PING past the commands that are still queued (2.16), waits ten seconds for a
+        PONG that went with the connection, and for nothing while there is none.
+
+        Raises:
+            ConnectionClosedError: the client was closed.
+        """
+        while not self.is_closed:
+            pong = asyncio.get_running_loop().create_future()
+            self._pongs.append(pong)
+            if self.is_connected and self._transport is not None:
+                self._transport.writelines([*self._pending, PING])
+                self._pending, self._pending_data_size = [], 0
+                if not self.is_reading:
+                    return
+            await asyncio.wait([pong])
+            if not pong.cancelled():
+                return
+        raise ConnectionClosedError
+
+
+def status_of(headers: bytes | None) -> str:
+    """Return the status code in raw headers, as `"404"`, or `""`."""
+    if headers is None or not headers.startswith(b"NATS/1.0 "):
+        return ""
+    return headers[9:12].decode()
+
+
+def parse_headers(headers: bytes | None) -> dict[str, str]:
+    """Return raw headers as a dict; the text of a status line is under `Description`."""
+    found: dict[str, str] = {}
+    if headers is None:
+        return found
+    first, *lines = headers.decode("utf-8", "replace").split("\r\n")
+    if len(first) > 13:
+        found["Description"] = first[13:]
+    for line in lines:
+        name, colon, value = line.partition(":")
+        if colon:
+            found[name.strip()] = value.strip()
+    return found

@@ -1,0 +1,5 @@
+"""A nats-server of our own, and the watchdog that ends it with this process."""
+
+from asyncmq_nats.backends.nats.embedded.server import EmbeddedServer
+
+__all__ = ["EmbeddedServer"]

@@ -1,0 +1,381 @@
+"""Pull requests of our own into one callback subscription, and the leases of what was delivered.
+
+nats-py's `fetch` makes a uuid, a task and a timer per message; this makes one object.
+"""
+
+import asyncio
+import itertools
+import json
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Final
+
+import nats.errors
+
+from asyncmq_nats.backends.base import Delivery
+from asyncmq_nats.backends.nats._client.client import parse_headers, status_of
+from asyncmq_nats.backends.nats.connection import ANSWER_SIZE, Connection
+from asyncmq_nats.backends.nats.lease_keeper import LeaseKeeper
+
+__all__ = ["NATSPuller"]
+
+logger = logging.getLogger(__name__)
+
+NANOSECONDS: Final = 1_000_000_000
+HEARTBEAT: Final = 5.0
+CLUSTER_HEARTBEAT: Final = 1.0
+"""In a cluster, the server that leads the consumer may be lost while the connection to another one stays: then pulls die in silence."""
+GRACE: Final = 2.0
+CLOSE_TIMEOUT: Final = 5.0
+OVERHEAD: Final = 16 * 1024
+"""What counts besides a message's body and headers: its subjects."""
+QUIET: Final = 0.05
+"""A server of a cluster that has not used credit for so long has nothing to send."""
+BRIEF: Final = 0.02
+"""Likewise one that is alone, since the pull was sent."""
+RESTORE_AFTER: Final = 0.25
+"""A consumer that is not there, and that we cannot declare, is answered at once: without a pause, pull and answer chase each other."""
+NAK: Final = b"-NAK"
+
+Declare = Callable[[str], Awaitable[None]]
+
+
+class NATSDelivery:
+    """A message on lease. See `base.Delivery`."""
+
+    __slots__ = (
+        "_puller",
+        "_reply",
+        "_stamp",
+        "body",
+        "consumer",
+        "deliveries",
+        "pending",
+        "sequence",
+        "subject",
+    )
+
+    def __init__(self, subject: str, reply: bytes, body: bytes, puller: "NATSPuller") -> None:
+        # $JS.ACK.<stream>.<consumer>.<deliveries>.<stream seq>.<consumer seq>.<time>.<pending>, or with <domain>.<account> before the
+        # stream and a token at the end.
+        tokens = reply.split(b".")
+        first = 3 if len(tokens) == 9 else 5
+        self.subject = subject
+        self.body = body
+        self.consumer = tokens[first].decode()
+        self.deliveries = int(tokens[first + 1])
+        self.sequence = int(tokens[first + 2])
+        self._stamp = tokens[first + 4]
+        self.pending = int(tokens[first + 5])
+        self._reply = reply
+        self._puller = puller
+
+    @property
+    def time(self) -> float:
+        return int(self._stamp) / NANOSECONDS
+
+    def ack(self) -> None:
+        self._puller.settle(self._reply, b"")
+
+    def nak(self, delay: float = 0.0) -> None:
+        self._puller.settle(
+            self._reply, b'-NAK {"delay": %d}' % (delay * NANOSECONDS) if delay > 0 else NAK
+        )
+
+    def abandon(self) -> None:
+        self._puller.abandon(self._reply)
+
+
+@dataclass(slots=True)
+class Look:
+    """A pull that does not wait: how many it may still bring, after the pulls before it have brought `behind`."""
+
+    count: int
+    behind: int
+
+
+@dataclass(slots=True)
+class Credit:
+    """What the server still owes one consumer's pulls. `looks`: those of them that do not wait, by token."""
+
+    outstanding: int = 0
+    lapses_at: float = 0.0
+    heard_at: float = 0.0
+    looks: dict[str, Look] = field(default_factory=dict)
+
+    def count_delivery(self) -> None:
+        """Take note that one more has come. The server serves its pulls in order."""
+        self.outstanding = max(0, self.outstanding - 1)
+        for token, look in list(self.looks.items()):
+            if look.behind > 0:
+                look.behind -= 1
+            elif look.count > 1:
+                look.count -= 1
+            else:
+                del self.looks[token]
+
+    def give_up(self, count: int | None = None) -> None:
+        """Take note that so many, or all, will not come."""
+        self.outstanding = 0 if count is None else max(0, self.outstanding - count)
+        if not self.outstanding:
+            self.looks.clear()
+
+
+class NATSPuller:
+    """See `base.Puller`."""
+
+    def __init__(
+        self,
+        connection: Connection,
+        log: str,
+        callbacks: tuple[Callable[[Delivery], None], Callable[[str], None]],
+        declare: Declare,
+        keeper: LeaseKeeper | None,
+    ) -> None:
+        self._connection = connection
+        self._log = log
+        self._on_delivery, self._tell_lapse = callbacks
+        self._declare = declare
+        self._keeper = keeper
+        self._credits: dict[str, Credit] = {}
+        self._tokens = itertools.count(1)
+        self._inbox = ""
+        self._listening: int | None = None
+        self._closed = False
+        self._withdrawing = False
+        self._turn = asyncio.Lock()
+        self._client = connection.client
+        connection.on_reconnect.append(self._on_reconnect)
+
+    def outstanding(self, consumer: str) -> int:
+        credit = self._credits.get(consumer)
+        return credit.outstanding if credit is not None else 0
+
+    async def request(self, consumer: str, count: int, *, wait: float) -> None:
+        if self._closed or self._withdrawing:
+            return
+        if not self._inbox:
+            await self._open()
+        self._send_pull(consumer, count, wait)
+
+    def _send_pull(self, consumer: str, count: int, wait: float) -> None:
+        now = time.monotonic()
+        credit = self._credits.setdefault(consumer, Credit())
+        token = f"{next(self._tokens)}-{consumer}"
+        payload: dict[str, int | bool] = {"batch": count}
+        if count * self._client.max_payload > ANSWER_SIZE:
+            payload["max_bytes"] = max(ANSWER_SIZE, self._client.max_payload + OVERHEAD)
+        if wait > 0:
+            payload["expires"] = int(wait * NANOSECONDS)
+        else:  # answered at once, with what is there, and with a 404 if that is less than was asked for
+            payload["no_wait"] = True
+            credit.looks[token] = Look(count, credit.outstanding)
+        credit.outstanding += count
+        credit.lapses_at = max(credit.lapses_at, now + wait + GRACE)
+        credit.heard_at = now
+        if wait > 2 * self._heartbeat:
+            payload["idle_heartbeat"] = int(self._heartbeat * NANOSECONDS)
+        subject = f"{self._connection.api_prefix}CONSUMER.MSG.NEXT.{self._log}.{consumer}"
+        try:
+            self._client.post(
+                subject.encode(), json.dumps(payload).encode(), (self._inbox + token).encode()
+            )
+        except nats.errors.Error as error:
+            logger.warning("%s: pull not sent: %r", consumer, error)
+
+    @property
+    def _heartbeat(self) -> float:
+        return CLUSTER_HEARTBEAT if self._client.is_clustered else HEARTBEAT
+
+    async def _open(self) -> None:
+        self._inbox = self._client.new_inbox() + "."
+        if self._keeper is not None:
+            await self._keeper.start()
+        self._listening = await self._client.listen(self._inbox + "*", self._on_message)
+        await self._client.listen(
+            f"$JS.EVENT.ADVISORY.CONSUMER.PAUSE.{self._log}.*", self._on_pause
+        )
+        self._connection.background.run(self._watch())
+
+    async def withdraw(self) -> None:
+        if (
+            self._closed
+            or self._withdrawing
+            or self._listening is None
+            or not self._client.is_connected
+        ):
+            return
+        self._withdrawing = True
+        try:
+            async with self._turn:
+                if self._closed:
+                    return
+                old, self._inbox = self._listening, self._client.new_inbox() + "."
+                self._listening = await self._client.listen(self._inbox + "*", self._on_message)
+                await self._stop_listening(old)
+            for credit in self._credits.values():
+                credit.give_up()
+        finally:
+            self._withdrawing = False
+
+    async def close(self) -> None:
+        self._closed = True
+        async with self._turn:  # a withdrawal under way has more to deliver
+            if self._listening is not None and self._client.is_connected:
+                await self._stop_listening(self._listening)
+                self._listening = None
+        self._credits.clear()
+
+    async def _stop_listening(self, number: int) -> None:
+        """The server drops the pulls of an inbox when it learns that nobody listens there. What it sent before comes before its answer."""
+        await self._wait_for_quiet(time.monotonic())
+        try:
+            async with asyncio.timeout(CLOSE_TIMEOUT):
+                await self._client.stop_listening(number)
+        except (nats.errors.Error, TimeoutError, OSError) as error:
+            logger.warning(
+                "%s: what was on its way comes back when its lease is over: %r", self._log, error
+            )
+
+    async def _wait_for_quiet(self, begun: float) -> None:
+        """Wait until no credit is left, or none is being used.
+
+        What the server is about to send when it learns that nobody listens is delivered anew, and counted as if it had been before.
+        In a cluster, another server may lead the consumer: then the one that we are connected to drops it, until its lease is over.
+        """
+        quiet, since = (QUIET, begun) if self._client.is_clustered else (BRIEF, 0.0)
+        while any(credit.outstanding for credit in self._credits.values()):
+            now = time.monotonic()
+            if (
+                now > max(since, *(credit.heard_at for credit in self._credits.values())) + quiet
+                or now > begun + CLOSE_TIMEOUT
+            ):
+                break
+            await asyncio.sleep(quiet / 10)
+
+    # -- deliveries
+
+    def _on_message(self, subject: bytes, reply: bytes, body: bytes, headers: bytes | None) -> None:
+        if not reply.startswith(b"$JS.ACK."):
+            self._on_status(subject.decode(), headers)
+            return
+        delivery = NATSDelivery(subject.decode("utf-8", "surrogateescape"), reply, body, self)
+        credit = self._credits.get(delivery.consumer)
+        if credit is not None:
+            credit.count_delivery()
+            credit.heard_at = time.monotonic()
+        if self._listening is None:
+            delivery.nak()
+            return
+        if self._keeper is not None:
+            self._keeper.hold(reply)
+        self._on_delivery(delivery)
+
+    def settle(self, reply: bytes, body: bytes) -> None:
+        """Answer a delivery and let go of its lease."""
+        if self._keeper is not None:
+            self._keeper.release(reply)
+        try:
+            self._client.post(reply, body)
+        except nats.errors.Error as error:  # it will be delivered again, and found done
+            logger.warning("%s: not settled: %r", reply.decode(), error)
+
+    def abandon(self, reply: bytes) -> None:
+        """Let go of a lease without an answer."""
+        if self._keeper is not None:
+            self._keeper.release(reply)
+
+    # -- credit
+
+    def _on_lapse(self, consumer: str) -> None:
+        if not self._closed and not self._withdrawing:
+            self._tell_lapse(consumer)
+
+    def _on_status(self, subject: str, raw_headers: bytes | None) -> None:
+        status, headers = status_of(raw_headers), parse_headers(raw_headers)
+        token = subject[len(self._inbox) :]
+        consumer = token.partition("-")[2]
+        credit = self._credits.get(consumer)
+        if credit is None:
+            return
+        credit.heard_at = time.monotonic()
+        if status == "100":
+            return
+        pending = headers.get("Nats-Pending-Messages")
+        if status == "404":
+            look = credit.looks.pop(token, None)
+            if look is not None:
+                credit.give_up(look.count)
+                self._on_lapse(consumer)
+        elif status == "409" and pending is not None:
+            if int(pending):  # otherwise it has brought all, and less than `max_bytes`
+                self._pull_the_rest(credit, consumer, token, int(pending))
+        elif status == "408" and pending is not None:
+            credit.give_up(int(pending))
+            self._on_lapse(consumer)
+        else:
+            self._lapse(
+                consumer,
+                f"{status} {headers.get('Description', '')}".strip(),
+                gone=status in ("409", "503"),
+            )
+
+    def _pull_the_rest(self, credit: Credit, consumer: str, token: str, count: int) -> None:
+        """Go on with a pull that the server has ended for the size of what it brought; all of that has been read by now."""
+        look = credit.looks.pop(token, None)
+        credit.give_up(count)
+        if not self._closed and not self._withdrawing:
+            self._send_pull(
+                consumer,
+                count,
+                0.0 if look is not None else max(1.0, credit.lapses_at - GRACE - time.monotonic()),
+            )
+
+    def _on_pause(self, subject: bytes, _: bytes, body: bytes, __: bytes | None) -> None:
+        """A consumer was paused or resumed. The server wakes pulls that wait only when a new one comes, so send a small one."""
+        consumer = subject.decode().rpartition(".")[2]
+        if (
+            not self._closed
+            and b'"paused":false' in body.replace(b" ", b"")
+            and self.outstanding(consumer)
+        ):
+            self._connection.background.run(self.request(consumer, 1, wait=0.0))
+
+    def _lapse(self, consumer: str, reason: str, *, gone: bool) -> None:
+        """Give up all credit of a consumer; when the consumer itself may be gone, declare it again first."""
+        credit = self._credits.get(consumer)
+        if credit is None or credit.outstanding == 0:
+            return
+        if gone:
+            logger.warning("%s %s: pulls ended (%s)", self._log, consumer, reason)
+            self._connection.background.run(self._restore(consumer, credit))
+        else:
+            credit.give_up()
+            self._on_lapse(consumer)
+
+    async def _restore(self, consumer: str, credit: Credit) -> None:
+        try:
+            await asyncio.sleep(RESTORE_AFTER)
+            await self._declare(consumer)
+        finally:
+            credit.give_up()
+            self._on_lapse(consumer)
+
+    def _on_reconnect(self) -> None:
+        for consumer, credit in self._credits.items():
+            credit.give_up()
+            self._on_lapse(consumer)
+
+    async def _watch(self) -> None:
+        """Notice credit that died in silence: a server that forgot the pull, or a consumer deleted while nobody was told."""
+        while not self._closed:
+            await asyncio.sleep(1.0)
+            now = time.monotonic()
+            for consumer, credit in list(self._credits.items()):
+                if not credit.outstanding or not self._connection.client.is_connected:
+                    continue
+                if now > credit.lapses_at or now > credit.heard_at + 2 * self._heartbeat + GRACE:
+                    self._lapse(consumer, "no heartbeat", gone=True)
+                    credit.heard_at = now

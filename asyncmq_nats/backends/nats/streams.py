@@ -1,0 +1,197 @@
+"""Streams and consumers: made when missing, and never changed when they exist with other settings."""
+
+import logging
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any, Final
+
+from asyncmq_nats.backends.base import Consumer, Log
+from asyncmq_nats.backends.nats.connection import Connection
+from asyncmq_nats.backends.nats.errors import (
+    CONSUMER_EXISTS,
+    CONSUMER_MISSING,
+    STREAM_EXISTS,
+    STREAM_MISSING,
+    TOO_MANY_CONSUMERS,
+    api_error,
+)
+from asyncmq_nats.backends.nats.writer import is_key
+from asyncmq_nats.exceptions import AssetMissing, BackendError
+from asyncmq_nats.settings import Settings
+
+__all__ = ["Assets", "consumer_config", "stream_config"]
+
+logger = logging.getLogger(__name__)
+
+NANOSECONDS: Final = 1_000_000_000
+MAX_CONSUMERS: Final = 300
+"""256 tiers, and some for other tools. Left out, the server stops at 1,000."""
+
+
+def stream_config(log: Log, settings: Settings) -> dict[str, Any]:
+    """Return the JetStream configuration of a log."""
+    config: dict[str, Any] = {
+        "name": log.name,
+        "subjects": list(log.subjects),
+        "retention": "workqueue" if log.work_queue else "limits",
+        "storage": settings.storage,
+        "num_replicas": settings.replicas,
+        # One, too, in a bucket, but for moments: each write there replaces what it finds (see `encode_headers`), and the server must not be
+        # faster, since what a limit removes may come back.
+        "max_msgs_per_subject": 8 if all(map(is_key, log.subjects)) else 1,
+        "max_consumers": MAX_CONSUMERS,
+        "discard": "old",
+        "allow_direct": True,
+        "allow_atomic": True,
+    }
+    if log.timers:
+        # discard-new is refused together with schedules; without limits discard-old never discards.
+        config |= {
+            "allow_rollup_hdrs": True,
+            "allow_msg_ttl": True,
+            "allow_msg_schedules": True,
+            "deny_delete": False,
+        }
+    if log.republish is not None:
+        config["republish"] = {"src": log.republish[0], "dest": log.republish[1]}
+    return config
+
+
+def consumer_config(consumer: Consumer) -> dict[str, Any]:
+    """Return the JetStream configuration of a consumer."""
+    config: dict[str, Any] = {
+        "name": consumer.name,
+        "durable_name": consumer.name,
+        "max_deliver": -1,
+    }
+    if len(consumer.filters) == 1:
+        config["filter_subject"] = consumer.filters[0]
+    else:
+        config["filter_subjects"] = list(consumer.filters)
+    if consumer.lease is None:
+        # A counter: never pulled from, so its pending messages are the matching ones. One replica, in memory: made again when lost.
+        return config | {"ack_policy": "none", "mem_storage": True, "num_replicas": 1}
+    config |= {
+        "ack_policy": "explicit",
+        "ack_wait": int(consumer.lease * NANOSECONDS),
+        "max_ack_pending": -1,
+    }
+    return config
+
+
+class Assets:
+    """Declares streams and consumers, each once per connection."""
+
+    def __init__(self, settings: Settings, *, declare: bool) -> None:
+        self._connection: Connection
+        self._settings = settings
+        self._declare = declare
+        self._logs: dict[str, Log] = {}
+        self._declared_logs: set[str] = set()
+        self._consumers: dict[tuple[str, str], Consumer] = {}
+        self._declared: set[tuple[str, str]] = set()
+
+    def use(self, connection: Connection) -> None:
+        """Declare over this connection from now on, and nothing on the word of the one before: its server may have lost its store."""
+        self._connection = connection
+        self._declared_logs.clear()
+        self._declared.clear()
+
+    async def declare_log(self, log: Log) -> None:
+        """See `Backend.declare_log`."""
+        self._logs[log.name] = log
+        if not self._declare or log.name in self._declared_logs:
+            return
+        wanted = stream_config(log, self._settings)
+        answer = await self._connection.call(f"STREAM.CREATE.{log.name}", wanted)
+        if "error" in answer:
+            if answer["error"].get("err_code") != STREAM_EXISTS:
+                raise api_error(log.name, answer["error"])
+            answer = await self._connection.require(f"STREAM.INFO.{log.name}")
+        warn_of_difference(f"stream {log.name}", wanted, answer["config"])
+        self._declared_logs.add(log.name)
+
+    async def declare_consumer(self, log: str, consumer: Consumer) -> None:
+        """See `Backend.declare_consumer`."""
+        key = (log, consumer.name)
+        self._consumers[key] = consumer
+        if not self._declare or key in self._declared:
+            return
+        await self._create_consumer(log, consumer)
+        self._declared.add(key)
+
+    async def _create_consumer(self, log: str, consumer: Consumer) -> None:
+        wanted = consumer_config(consumer)
+        payload: dict[str, Any] = {"stream_name": log, "config": wanted, "action": "create"}
+        if consumer.paused_until is not None:
+            payload["config"] = wanted | {"pause_until": format_time(consumer.paused_until)}
+        subject = f"CONSUMER.CREATE.{log}.{consumer.name}"
+        if len(consumer.filters) == 1:
+            subject += "." + consumer.filters[0]
+        answer = await self._connection.call(subject, payload)
+        if "error" not in answer:
+            return
+        if answer["error"].get("err_code") == TOO_MANY_CONSUMERS:
+            raise BackendError(
+                f"stream {log} has as many consumers as it may have ({MAX_CONSUMERS}): {answer['error']['description']}"
+            )
+        if answer["error"].get("err_code") not in CONSUMER_EXISTS:
+            raise api_error(subject, answer["error"])
+        info = await self._connection.require(f"CONSUMER.INFO.{log}.{consumer.name}")
+        warn_of_difference(f"consumer {consumer.name} of {log}", wanted, info["config"])
+
+    async def restore_consumer(self, log: str, name: str) -> None:
+        """Declare a consumer again that vanished, and its log if that vanished too: those of this process.
+
+        Raises:
+            AssetMissing: the log is gone, and it is not one of this process's.
+        """
+        consumer = self._consumers.get((log, name))
+        if consumer is None or not self._declare:
+            return
+        info = await self._connection.call(f"CONSUMER.INFO.{log}.{name}")
+        if "error" not in info:
+            return
+        if info["error"].get("err_code") == STREAM_MISSING and log in self._logs:
+            self.forget(log)
+            await self.declare_log(self._logs[log])
+            logger.error(
+                "stream %s was gone with all that was in it, and has been declared again", log
+            )
+        elif info["error"].get("err_code") != CONSUMER_MISSING:
+            raise AssetMissing(f"stream {log}")
+        await self._create_consumer(log, consumer)
+        self._declared.add((log, name))
+        logger.warning("consumer %s of %s was gone and has been declared again", name, log)
+
+    def forget(self, log: str) -> None:
+        """Declare the log and its consumers anew when next asked: it was deleted."""
+        self._declared_logs.discard(log)
+        self._declared = {key for key in self._declared if key[0] != log}
+
+    def forget_consumer(self, log: str, name: str) -> None:
+        """Declare the consumer anew when next asked: it was found missing."""
+        self._declared.discard((log, name))
+
+
+def warn_of_difference(asset: str, wanted: Mapping[str, Any], found: Mapping[str, Any]) -> None:
+    """Log what of an existing asset is not as wanted. It is never changed silently: others may rely on it."""
+    different = {
+        key: (found.get(key), value)
+        for key, value in wanted.items()
+        if not _same(found.get(key), value)
+    }
+    if different:
+        what = "; ".join(
+            f"{key} is {found!r}, wanted {value!r}" for key, (found, value) in different.items()
+        )
+        logger.warning("%s exists with other settings and is used as it is: %s", asset, what)
+
+
+def _same(found: object, wanted: object) -> bool:
+    return found == wanted or (not found and not wanted)
+
+
+def format_time(at: float) -> str:
+    """Return Unix seconds as the server writes times."""
+    return datetime.fromtimestamp(at, UTC).isoformat().replace("+00:00", "Z")

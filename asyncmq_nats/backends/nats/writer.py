@@ -1,0 +1,326 @@
+"""Writes to a stream: headers, atomic batches, and repetition until confirmed without ever writing twice.
+
+What was sent and not confirmed is in one table. A reconnect sends the whole table again, so does a confirmation that is overdue.
+A write that is awaited has a message id of its own, in a batch its first message: by that the server knows a repetition, also when what was
+written is gone again and all that it expects holds once more.
+"""
+
+import asyncio
+import itertools
+import json
+import logging
+import random
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from typing import Any, Final
+
+import nats.errors
+
+from asyncmq_nats.backends.base import Expect, Record, Settle, Settled, Write
+from asyncmq_nats.backends.nats.connection import Connection
+from asyncmq_nats.backends.nats.errors import STREAM_MISSING, is_transient, write_error
+from asyncmq_nats.exceptions import (
+    AssetMissing,
+    BackendError,
+    ConnectionLost,
+    PayloadTooLarge,
+    PermissionRefused,
+    Unconfirmed,
+    WriteRefused,
+)
+
+__all__ = ["BATCH_LIMIT", "Writer", "encode_headers", "is_key"]
+
+logger = logging.getLogger(__name__)
+
+BATCH_LIMIT: Final = 1000
+RESEND_AFTER: Final = 2.0
+SWEEP_EVERY: Final = 0.25
+HEADER_ROOM: Final = 1024
+"""The server counts headers as payload."""
+ERROR: Final = b'"error"'
+SEQUENCE: Final = b'"seq":'
+
+Last = Callable[[str, str], Awaitable[list[Record]]]
+
+
+def is_key(subject: str) -> bool:
+    """Return whether the subject, or filter, is of a KV bucket."""
+    return subject.startswith("$KV.")
+
+
+def _may_replace(write: Write) -> bool:
+    """Return whether a record may be there that has to go: not if the write expects nothing at its subject."""
+    expect = write.expect
+    if write.removes is not None:  # with a roll-up, servers before 2.14 do not remove the timer
+        return False
+    if expect is None or expect.sequence:
+        return True
+    return expect.filter != write.subject and not (
+        expect.filter[-1] == ">" and write.subject.startswith(expect.filter[:-1])
+    )
+
+
+def _encode_expectation(expect: Expect, subject: str, indent: int) -> str:
+    line = f"Nats-Expected-Last-Subject-Sequence: {expect.sequence}\r\n"
+    if expect.filter == subject:
+        return line
+    return f"{line}Nats-Expected-Last-Subject-Sequence-Subject: {' ' * indent}{expect.filter}\r\n"
+
+
+def encode_headers(write: Write, more: str = "", indent: int = 0) -> bytes:
+    """Return what the write asks for as headers on the wire, `more` lines after it. `indent`: see `Connection.mixes_up_expectations`."""
+    lines = "NATS/1.0\r\n"
+    if write.message_id is not None:
+        lines += f"Nats-Msg-Id: {write.message_id}\r\n"
+    if write.expect is not None:
+        lines += _encode_expectation(write.expect, write.subject, indent)
+    if write.ttl is not None:
+        lines += f"Nats-TTL: {max(1, round(write.ttl))}s\r\n"
+    if write.timer is not None:
+        at = datetime.fromtimestamp(write.timer.at, UTC).isoformat().replace("+00:00", "Z")
+        lines += f"Nats-Schedule: @at {at}\r\nNats-Schedule-Target: {write.timer.target}\r\n"
+    if write.removes is not None:
+        lines += f"Nats-Schedule-Next: purge\r\nNats-Scheduler: {write.removes}\r\n"
+    if write.marker:
+        lines += "KV-Operation: DEL\r\n"
+    if not write.beside and is_key(write.subject) and _may_replace(write):
+        # A record that is replaced by the limit of one per subject comes back after a crash of the server, once its successor is deleted.
+        lines += "Nats-Rollup: sub\r\n"
+    lines += more
+    return f"{lines}\r\n".encode() if len(lines) > 10 else b""
+
+
+@dataclass(slots=True)
+class Unsettled:
+    """Writes on their way: one message, or a batch."""
+
+    log: str
+    writes: Sequence[Write]
+    settle: Settle
+    deadline: float
+    token: bytes = b""
+    sent_at: float = 0.0
+    sendings: int = 0
+
+
+class Writer:
+    """The table of unconfirmed writes of one connection."""
+
+    def __init__(self, connection: Connection, timeout: float, last: Last) -> None:
+        self._connection = connection
+        self._client = connection.client
+        self._timeout = timeout
+        self._last = last
+        self._table: dict[bytes, Unsettled] = {}
+        self._tokens = itertools.count(1)
+        self._batches = itertools.count(1)
+        self._ids = itertools.count(1)
+        self._inbox = self._client.new_inbox().encode() + b"."
+        self._prefix = self._inbox.split(b".")[-2].decode()
+        self._size_limit = self._client.max_payload - HEADER_ROOM
+        self._sweeping = False
+        connection.on_reconnect.append(self._resend_all)
+        connection.on_refusal.append(self._on_forbidden)
+
+    async def open(self) -> None:
+        """Listen for confirmations."""
+        await self._client.listen(self._inbox.decode() + "*", self._on_reply)
+
+    async def write(self, log: str, writes: Sequence[Write]) -> int:
+        """See `Backend.write`."""
+        future: asyncio.Future[Settled] = asyncio.get_running_loop().create_future()
+
+        def settle(result: Settled) -> None:
+            if not future.done():
+                future.set_result(result)
+
+        first, *others = writes
+        if first.message_id is None:
+            first = replace(first, message_id=f"{self._prefix}.{next(self._ids)}")
+        self._submit(Unsettled(log, (first, *others), settle, time.monotonic() + self._timeout))
+        await self._client.make_room()
+        result = await future
+        if isinstance(result, BackendError):
+            raise result
+        return result
+
+    def send(self, log: str, write: Write, settle: Settle) -> None:
+        """See `Backend.send`."""
+        self._submit(Unsettled(log, (write,), settle, float("inf")))
+
+    def _submit(self, entry: Unsettled) -> None:
+        for write in entry.writes:
+            if len(write.body) > self._size_limit:
+                raise PayloadTooLarge(
+                    f"the body for {write.subject}", len(write.body), self._size_limit
+                )
+        entry.token = b"%d" % next(self._tokens)
+        self._table[entry.token] = entry
+        if not self._sweeping:
+            self._sweeping = True
+            self._connection.background.run(self._sweep())
+        self._transmit(entry)
+
+    def _transmit(self, entry: Unsettled) -> None:
+        entry.sent_at = time.monotonic()
+        entry.sendings += 1
+        try:
+            if len(entry.writes) == 1:
+                write = entry.writes[0]
+                self._client.post(
+                    write.subject.encode(),
+                    write.body,
+                    self._inbox + entry.token,
+                    encode_headers(write),
+                )
+            else:
+                self._transmit_batch(entry.writes, self._inbox + entry.token)
+        except nats.errors.Error as error:
+            if self._client.is_closed:
+                self._finish(entry, ConnectionLost(self._connection.servers))
+            else:
+                logger.debug("%s: sending again later: %s", entry.log, error)
+
+    def _transmit_batch(self, writes: Sequence[Write], reply: bytes) -> None:
+        # One flush, without awaiting the first message's answer. Only the last message has a reply subject: a refused first message
+        # makes the batch "incomplete" there, which is repeated; a batch id is never used twice.
+        batch_id = f"{self._prefix}{next(self._batches)}"
+        mixed_up = self._connection.mixes_up_expectations
+        for number, write in enumerate(writes, 1):
+            last = number == len(writes)
+            more = f"Nats-Batch-Id: {batch_id}\r\nNats-Batch-Sequence: {number}\r\n" + (
+                "Nats-Batch-Commit: 1\r\n" if last else ""
+            )
+            self._client.post(
+                write.subject.encode(),
+                write.body,
+                reply if last else b"",
+                encode_headers(write, more, number * mixed_up),
+            )
+
+    def _on_reply(self, subject: bytes, _: bytes, body: bytes, __: bytes | None) -> None:
+        entry = self._table.get(subject[len(self._inbox) :])
+        if entry is None:
+            return
+        if ERROR not in body and body:
+            end = body.find(b",", start := body.find(SEQUENCE) + len(SEQUENCE))
+            self._finish(entry, int(body[start : end if end > 0 else -1]))
+        elif not body:  # 503: no stream listens to the subject, or its leader is being replaced
+            self._connection.background.run(self._on_no_stream(entry))
+        else:
+            self._on_refusal(entry, json.loads(body)["error"])
+
+    async def _on_no_stream(self, entry: Unsettled) -> None:
+        answer = await self._connection.call(f"STREAM.INFO.{entry.log}")
+        if answer.get("error", {}).get("err_code") == STREAM_MISSING:
+            self._finish(entry, AssetMissing(f"stream {entry.log}"))
+        elif "error" not in answer and self._foreign(entry, answer):
+            self._finish(
+                entry,
+                BackendError(
+                    f"stream {entry.log} does not take {entry.writes[0].subject}: it was made with other subjects"
+                ),
+            )
+        else:
+            entry.sent_at = time.monotonic() - RESEND_AFTER
+
+    @staticmethod
+    def _foreign(entry: Unsettled, answer: dict[str, Any]) -> bool:
+        first = entry.writes[0].subject.split(".")
+        return all(
+            any(
+                ours not in (token, "") and token not in ("*", ">")
+                for token, ours in zip(subject.split("."), first, strict=False)
+            )
+            for subject in answer["config"]["subjects"]
+        )
+
+    def _on_refusal(self, entry: Unsettled, error: dict[str, Any]) -> None:
+        if is_transient(error):
+            entry.sent_at = time.monotonic() - RESEND_AFTER + random.uniform(0.0, 0.3)
+        else:
+            refused = write_error(entry.log, error)
+            if isinstance(refused, WriteRefused) and entry.sendings > 1:
+                self._connection.background.run(self._settle_repetition(entry, refused))
+            else:
+                self._finish(entry, refused)
+
+    async def _settle_repetition(self, entry: Unsettled, refused: BackendError) -> None:
+        """Settle a repetition that was refused: what refused it may be our own first sending."""
+        write = entry.writes[0]
+        if write.message_id is not None:
+            sequence = await self._find_stored(entry, write.message_id)
+        else:  # sent, and not awaited: the end of an attempt, of which no two are the same
+            records = await self._last(entry.log, write.subject)
+            ours = bool(records) and records[0].body == write.body and not records[0].marker
+            sequence = records[0].sequence if ours else None
+        self._finish(entry, refused if sequence is None else sequence + len(entry.writes) - 1)
+
+    async def _find_stored(self, entry: Unsettled, message_id: str) -> int | None:
+        """Ask under which sequence a message id is stored; `None` if it is not.
+
+        By a publish that is never stored, since it asks for a roll-up that there is not: servers look at that after they have looked for
+        duplicates, and before they propose it to replicas; a single one looks at what a message expects before.
+        """
+        headers = f"NATS/1.0\r\nNats-Msg-Id: {message_id}\r\nNats-Rollup: none\r\n\r\n".encode()
+        subject = entry.writes[0].subject
+        while entry.token in self._table:
+            try:
+                (reply,) = await self._connection.collect(
+                    subject, b"", headers=headers, timeout=RESEND_AFTER, finished=bool
+                )
+            except TimeoutError:
+                continue
+            answer = json.loads(reply.body or b'{"error": {"code": 503}}')
+            if "error" not in answer:
+                return int(answer["seq"])
+            if not is_transient(answer["error"]):
+                return None
+            await asyncio.sleep(SWEEP_EVERY)
+        return None
+
+    def _on_forbidden(self, refused: str, text: str) -> None:
+        for entry in list(self._table.values()):
+            subject = next(
+                (write.subject for write in entry.writes if write.subject.lower() == refused), None
+            )
+            if subject is not None:
+                self._finish(entry, PermissionRefused(f"publishing to {subject}", text))
+
+    def _finish(self, entry: Unsettled, result: Settled) -> None:
+        if self._table.pop(entry.token, None) is None:
+            return
+        try:
+            entry.settle(result)
+        except Exception:
+            logger.exception("%s: what follows a write failed", entry.log)
+
+    # -- repetition
+
+    def _resend_all(self) -> None:
+        overdue = time.monotonic() - RESEND_AFTER
+        for entry in self._table.values():
+            entry.sent_at = min(entry.sent_at, overdue)
+
+    async def _sweep(self) -> None:
+        try:
+            while self._table:
+                await asyncio.sleep(SWEEP_EVERY)
+                now = time.monotonic()
+                for entry in [
+                    entry
+                    for entry in self._table.values()
+                    if now - entry.sent_at >= RESEND_AFTER or now >= entry.deadline
+                ]:
+                    if now >= entry.deadline:
+                        self._finish(
+                            entry,
+                            Unconfirmed(f"the write to {entry.writes[0].subject}", self._timeout),
+                        )
+                    elif self._connection.client.is_connected:
+                        self._transmit(entry)
+        finally:
+            self._sweeping = False

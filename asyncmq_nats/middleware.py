@@ -1,0 +1,47 @@
+"""What else happens when a worker starts and stops."""
+
+import inspect
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+__all__ = ["Hook", "Hooks"]
+
+logger = logging.getLogger(__name__)
+
+Hook = Callable[..., Any]
+"""A function or coroutine function. It is given those of the keywords `backend`, `worker_id` and `queue` that it takes."""
+
+
+@dataclass(slots=True)
+class Hooks:
+    """The hooks of a queue's workers, and what they are given."""
+
+    given: dict[str, Any] = field(default_factory=dict)
+    on_startup: list[Hook] = field(default_factory=list)
+    on_shutdown: list[Hook] = field(default_factory=list)
+
+    async def start(self, worker: str) -> None:
+        """Call what was registered for the start, in order; an error ends the worker before it runs a job."""
+        for hook in self.on_startup:
+            await self._call(hook, worker)
+
+    async def stop(self, worker: str) -> None:
+        """Call what was registered for the stop, in reverse order. An error is logged, and the others are called."""
+        for hook in reversed(self.on_shutdown):
+            try:
+                await self._call(hook, worker)
+            except Exception:
+                logger.exception("worker %s: shutdown hook %r failed", worker, hook)
+
+    async def _call(self, hook: Hook, worker: str) -> None:
+        given = self.given | {"worker_id": worker}
+        parameters = inspect.signature(hook).parameters.values()
+        takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+        names = {parameter.name for parameter in parameters}
+        result = hook(
+            **{name: value for name, value in given.items() if takes_all or name in names}
+        )
+        if inspect.isawaitable(result):
+            await result

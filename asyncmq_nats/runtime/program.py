@@ -1,0 +1,91 @@
+"""A worker as a program: signals, task modules, the event loop."""
+
+import gc
+import importlib
+import importlib.util
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Awaitable, Callable, Iterable
+from typing import Final
+
+import anyio
+
+from asyncmq_nats.exceptions import sole_error
+from asyncmq_nats.runtime.runner import Runner
+from asyncmq_nats.runtime.supervisor import parent_is_gone
+
+__all__ = ["import_tasks", "run_program", "run_until_signalled"]
+
+logger = logging.getLogger(__name__)
+
+TASK_THREAD: Final = "AnyIO worker thread"
+YOUNG: Final = 5_000
+"""So many new objects before the collector looks for cycles, instead of 700."""
+THREAD_ENDS: Final = 0.2
+"""How long a thread that is told to end may take to do so, in seconds."""
+
+
+def import_tasks(modules: Iterable[str]) -> None:
+    """Import the modules that register tasks (AsyncMQ `autodiscover_tasks`). One that fails is logged, and the others are imported."""
+    for module in modules:
+        try:
+            importlib.import_module(module)
+        except Exception:
+            logger.exception(
+                "task module %s could not be imported: its tasks are unknown to this worker", module
+            )
+
+
+def run_program(main: Callable[[], Awaitable[None]]) -> None:
+    """Run the coroutine function to its end, on uvloop where it is installed. The garbage collector is set for many short-lived objects.
+
+    If then a task still runs in a thread, which nothing can cancel, the process ends: its job was handed back, and another worker runs it.
+    """
+    # What was imported stays: to look through it again and again is most of what the collector costs a worker (a tenth of a small job).
+    gc.freeze()
+    gc.set_threshold(YOUNG)
+    fast = sys.platform != "win32" and importlib.util.find_spec("uvloop") is not None
+    anyio.run(main, backend_options={"use_uvloop": fast})
+    _end_with_stuck_threads()
+
+
+def _end_with_stuck_threads() -> None:
+    stuck = [thread for thread in threading.enumerate() if thread.name == TASK_THREAD]
+    for thread in stuck:
+        thread.join(THREAD_ENDS)
+    if any(thread.is_alive() for thread in stuck):
+        logger.warning("a task that was handed back still runs in a thread: ending the process")
+        logging.shutdown()
+        sys.stdout.flush()
+        os._exit(0)  # at a normal exit, Python would wait for the thread
+
+
+async def run_until_signalled(runner: Runner) -> None:
+    """Run a worker until SIGINT or SIGTERM, then let it stop in order. A second signal ends the process at once."""
+    with sole_error():
+        async with anyio.create_task_group() as group:
+            group.start_soon(_stop_on_signal, runner)
+            group.start_soon(_stop_when_orphaned, runner)
+            await runner.run()
+            group.cancel_scope.cancel()
+
+
+async def _stop_when_orphaned(runner: Runner) -> None:
+    await parent_is_gone()
+    logger.warning("the process that started this worker is gone: stopping")
+    runner.stop()
+
+
+async def _stop_on_signal(runner: Runner) -> None:
+    with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+        stopping = False
+        async for number in signals:
+            if stopping:
+                logger.warning("second signal: ending at once; what runs will run again")
+                os._exit(128 + number)
+            stopping = True
+            logger.info("signal %s: stopping", signal.Signals(number).name)
+            runner.stop()

@@ -1,0 +1,167 @@
+"""A rate limit for a whole queue: one token bucket in one record, changed by compare-and-set, from which workers lease permits.
+
+A permit is for one start. A worker leases as many as it has free slots, and asks for jobs against permits only, so one that waits holds no
+jobs. What is leased and not used yet counts against the bucket's size, so idle workers cannot save up a burst.
+"""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from asyncmq_nats.backends.base import Backend, Expect, Write
+from asyncmq_nats.exceptions import WriteRefused
+from asyncmq_nats.wire.codec import dump_json, load_json
+from asyncmq_nats.wire.keys import QueueSubjects
+
+__all__ = ["LEASE", "Bucket", "Limit", "RateLimiter", "lease"]
+
+logger = logging.getLogger(__name__)
+
+LEASE: Final = 10.0
+"""Permits of a worker that is silent for so long are taken back."""
+SHORTEST_WAIT: Final = 0.005
+GRAIN: Final = 0.01
+"""Permits are leased for at least so many seconds' worth at a time, to keep contention low at high rates."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """`starts` jobs per `interval` seconds."""
+
+    starts: int
+    interval: float
+
+    @property
+    def per_second(self) -> float:
+        """The rate at which permits come."""
+        return self.starts / self.interval
+
+
+@dataclass(frozen=True, slots=True)
+class Bucket:
+    """Permits there are, as of `at` (Unix seconds), and those that are leased: worker → (count, when the lease ends)."""
+
+    tokens: float
+    at: float
+    leased: Mapping[str, tuple[int, float]] = field(default_factory=dict)
+
+    def encode(self) -> bytes:
+        """Return the record."""
+        return dump_json(
+            {
+                "tokens": self.tokens,
+                "at": self.at,
+                "leased": {worker: list(entry) for worker, entry in self.leased.items()},
+            }
+        )
+
+    @classmethod
+    def decode(cls, body: bytes) -> "Bucket":
+        """Return the bucket of a record."""
+        data: dict[str, Any] = load_json(body)
+        return cls(
+            float(data["tokens"]),
+            float(data["at"]),
+            {worker: (int(n), float(end)) for worker, (n, end) in data["leased"].items()},
+        )
+
+
+def lease(
+    bucket: Bucket | None, limit: Limit, worker: str, held: int, wanted: int, now: float
+) -> tuple[Bucket, int, float]:
+    """Return the bucket after a worker with `held` unused permits asked for `wanted` more, how many it got, and the wait for the next.
+
+    A worker that asks for a negative number gives permits back.
+    """
+    if bucket is None:
+        bucket = Bucket(float(limit.starts), now)
+    others = {
+        name: entry for name, entry in bucket.leased.items() if name != worker and entry[1] > now
+    }
+    room = limit.starts - sum(count for count, _ in others.values()) - held
+    earned = max(0.0, now - bucket.at) * limit.per_second
+    tokens = max(0.0, min(bucket.tokens + earned, float(max(0, room))))
+    granted = wanted if wanted < 0 else min(wanted, int(tokens + 1e-9))
+    if granted < 0:
+        tokens = min(tokens - granted, float(limit.starts))
+    else:
+        tokens -= granted
+    keeps = held + granted
+    leased = others | ({worker: (keeps, now + LEASE)} if keeps > 0 else {})
+    wait = (
+        0.0
+        if granted >= wanted
+        else max(SHORTEST_WAIT, (1.0 - tokens) / limit.per_second, min(GRAIN, limit.interval / 2))
+    )
+    return Bucket(tokens, max(now, bucket.at), leased), granted, wait
+
+
+class RateLimiter:
+    """The permits of one worker of a queue."""
+
+    def __init__(
+        self, backend: Backend, subjects: QueueSubjects, limit: Limit, worker: str
+    ) -> None:
+        self._backend = backend
+        self._log = subjects.bucket_log
+        self._key = subjects.rate_limit
+        self._limit = limit
+        self._worker = worker
+        self._read: tuple[int, Bucket | None] | None = None
+        self._renew_at = 0.0
+        self._ends_at = 0.0
+        self._held = 0
+        self._recorded = 0
+
+    @property
+    def blocks(self) -> bool:
+        """Whether nothing may ever start: a limit of 0."""
+        return self._limit.starts == 0
+
+    @property
+    def permits(self) -> int:
+        """Leased and not used yet. A worker that was silent for longer than its lease has none: others have got them since."""
+        return self._held if self._held and self._backend.now() < self._ends_at else 0
+
+    def use(self) -> None:
+        """Spend a permit: a job starts."""
+        self._held -= 1
+
+    async def acquire(self, wanted: int) -> float:
+        """Lease up to `wanted` more permits, or give some back if it is negative; return how long to wait for more, 0 if all were there."""
+        self._held = self.permits
+        renew = self._held > 0 and self._backend.now() > self._renew_at
+        # Who wants no more has to say that permits were used: what is on record as leased is kept from the others.
+        report = renew or (wanted == 0 and self._held < self._recorded)
+        if wanted == 0 and not report:
+            return 0.0
+        for _ in range(50):
+            remembered = self._read is not None
+            sequence, bucket = self._read or await self._look()
+            now = self._backend.now()
+            held = self._held
+            changed, granted, wait = lease(bucket, self._limit, self._worker, held, wanted, now)
+            if granted == 0 and not report:
+                self._read = None
+                if remembered:  # others may have given permits back since
+                    continue
+                return wait
+            try:
+                sequence = await self._backend.write(
+                    self._log, Write(self._key, changed.encode(), Expect(self._key, sequence))
+                )
+            except WriteRefused:
+                self._read = None
+                continue
+            self._read = (sequence, changed)
+            self._held += granted  # of which some may have been used meanwhile
+            self._recorded = held + granted
+            self._renew_at, self._ends_at = now + LEASE / 2, now + LEASE
+            return wait
+        logger.warning("rate limit of %s: too many workers at once for the bucket", self._log)
+        return self._limit.interval
+
+    async def _look(self) -> tuple[int, Bucket | None]:
+        records = await self._backend.last(self._log, self._key)
+        return (records[0].sequence, Bucket.decode(records[0].body)) if records else (0, None)

@@ -1,0 +1,55 @@
+"""Events: of what leaves no record of its own, told to whoever listens, at most once; and all of them to the listeners of this process."""
+
+from collections.abc import Callable
+from typing import Any
+
+from anyio.abc import TaskGroup
+
+from asyncmq_nats.backends.base import Backend, Write
+from asyncmq_nats.events import PREFIX, STARTED, event_emitter, read_event
+from asyncmq_nats.jobs import Job
+from asyncmq_nats.states import State
+from asyncmq_nats.wire.codec import dump_json, splice
+from asyncmq_nats.wire.keys import QueueSubjects, encode_token
+
+__all__ = ["WorkerEvents", "announce"]
+
+
+async def announce(
+    backend: Backend, subjects: QueueSubjects, what: str, job_id: str, **data: Any
+) -> None:
+    """Tell that something happened to a job. `what`: one of the words in `events.ANNOUNCED`."""
+    fields = {"id": job_id, "job_id": job_id, **data}
+    backend.signal(subjects.event(what, encode_token(job_id)), dump_json(fields))
+    await event_emitter.emit(PREFIX + what, fields | {"queue": subjects.queue})
+
+
+class WorkerEvents:
+    """What one worker tells of the jobs that it runs. On the path of every job."""
+
+    def __init__(self, backend: Backend, subjects: QueueSubjects, worker: str) -> None:
+        self._backend = backend
+        self._subjects = subjects
+        self._start = b'"active_since":%r,"worker":' + dump_json(worker).replace(b"%", b"%%")
+
+    def tell_start(
+        self, group: TaskGroup, token: str, body: bytes, at: float, job: Callable[[], Job]
+    ) -> None:
+        """Tell that an attempt began. `body`: the job as it came; `job`: all of it, read if a listener here wants it."""
+        # The job's own bytes, with what is new spliced in: no second encoding.
+        self._backend.signal(self._subjects.event(STARTED, token), splice(body, self._start % at))
+        if event_emitter.listens() and event_emitter.listens(PREFIX + STARTED):
+            data = job().to_dict() | {"queue": self._subjects.queue, "status": State.ACTIVE}
+            group.start_soon(event_emitter.emit, PREFIX + STARTED, data)
+
+    def tell_end(self, group: TaskGroup, token: str, write: Write) -> None:
+        """Tell the listeners of this process what became of an attempt; the server tells all others."""
+        if not event_emitter.listens():
+            return
+        event = read_event(
+            self._subjects.queue,
+            self._subjects.event(write.subject.rpartition(".")[2], token),
+            write.body,
+        )
+        if event is not None and event_emitter.listens(event.name):
+            group.start_soon(event_emitter.emit, event.name, event.data)

@@ -1,0 +1,205 @@
+"""The two logs of a queue and their consumers: which there are, and that they exist."""
+
+from typing import Final
+
+from asyncmq_nats._concurrency import Turns
+from asyncmq_nats.backends.base import Backend, Consumer, Log, Write
+from asyncmq_nats.exceptions import AssetMissing, TooManyPriorities
+from asyncmq_nats.states import OUTCOMES, Place
+from asyncmq_nats.wire.keys import PROMOTER, QueueSubjects, counter_name, tier_name, tier_priority
+
+__all__ = ["DEFAULT_PRIORITY", "MAX_TIERS", "TIER_SIGNAL", "QueueAssets"]
+
+DEFAULT_PRIORITY: Final = 5
+MAX_TIERS: Final = 256
+PROMOTER_LEASE: Final = 2.0
+"""A released job or a tick whose promoter died is taken up by another one after so many seconds."""
+TIER_SIGNAL: Final = "tier"
+"""Control signal: a tier was made, or is wanted; the body is its priority."""
+
+
+class QueueAssets:
+    """Declares the assets of one queue on one backend, each once per process."""
+
+    def __init__(self, backend: Backend, subjects: QueueSubjects) -> None:
+        self._backend = backend
+        self._subjects = subjects
+        self._tiers: set[int] = set()
+        self._logs_declared = False
+        self._counters_declared = False
+        self._lock = Turns()
+
+    async def declare(self) -> None:
+        """Make sure that the logs and the default tier exist: what a producer needs."""
+        if self._logs_declared:
+            return
+        async with self._lock:
+            if self._logs_declared:
+                return
+            await self._backend.declare_log(self.ready_log)
+            await self._backend.declare_log(self.bucket_log)
+            await self._backend.declare_consumer(
+                self._subjects.ready_log, self._tier(DEFAULT_PRIORITY)
+            )
+            self._tiers.add(DEFAULT_PRIORITY)
+            self._logs_declared = True
+
+    async def declare_all(self) -> None:
+        """Make sure that the counters and the promoter exist as well: what workers and readers need."""
+        await self.declare()
+        if self._counters_declared:
+            return
+        log, subjects = self._subjects.bucket_log, self._subjects
+        for place in Place:
+            await self._backend.declare_consumer(
+                log, Consumer(counter_name(f"later_{place}"), (subjects.place(place),))
+            )
+        for state in OUTCOMES:
+            await self._backend.declare_consumer(
+                log, Consumer(counter_name(f"done_{state}"), (subjects.outcomes(state),))
+            )
+        lease = min(PROMOTER_LEASE, self._backend.settings.stalled_after)
+        await self._backend.declare_consumer(
+            log,
+            Consumer(PROMOTER, (subjects.place(Place.RELEASED), subjects.fire("*")), lease=lease),
+        )
+        self._counters_declared = True
+
+    async def declare_tier(self, priority: int) -> None:
+        """Make sure that a priority has its consumer, and tell the running workers of a new one. It is born paused while the queue is.
+
+        Raises:
+            TooManyPriorities: the queue has 256 already.
+        """
+        if priority in self._tiers:
+            return
+        if not self._backend.may_declare:
+            self._tiers.add(priority)
+            await self._backend.publish(
+                self._subjects.control(TIER_SIGNAL), str(priority).encode()
+            )  # a worker declares it
+            return
+        async with self._lock:
+            if priority not in self._tiers:
+                existing = await self.list_tiers()
+                if priority not in existing:
+                    if len(existing) >= MAX_TIERS:
+                        raise TooManyPriorities(self._subjects.queue, MAX_TIERS)
+                    await self._declare_tier(priority)
+                    await self._backend.publish(
+                        self._subjects.control(TIER_SIGNAL), str(priority).encode()
+                    )
+                self._tiers.add(priority)
+
+    def _tier(self, priority: int, paused_until: float | None = None) -> Consumer:
+        lease = self._backend.settings.stalled_after
+        return Consumer(
+            tier_name(priority),
+            (self._subjects.tier(priority),),
+            lease=lease,
+            paused_until=paused_until,
+        )
+
+    async def _declare_tier(self, priority: int) -> None:
+        paused = await self.read_pause()
+        await self._backend.declare_consumer(self._subjects.ready_log, self._tier(priority, paused))
+        # A pause or its end and this tier may have passed each other. What comes after the last look finds the tier.
+        while (until := await self.read_pause()) != paused:
+            if until is None:
+                await self._backend.resume(self._subjects.ready_log, tier_name(priority))
+            else:
+                await self._backend.pause(self._subjects.ready_log, tier_name(priority), until)
+            paused = until
+
+    # -- the pause, of which a tier must know when it is made
+
+    async def read_pause(self) -> float | None:
+        """Return until when the queue is paused (Unix seconds), `None` if it is not.
+
+        The server's word counts, which is the default tier's state: another program may have resumed the consumers.
+        """
+        try:
+            records = await self._backend.last(self._subjects.bucket_log, self._subjects.pause)
+        except AssetMissing:
+            return None
+        if not records or records[0].marker:
+            return None
+        until = float(records[0].body)
+        return until if until > self._backend.now() and await self.is_paused() else None
+
+    async def is_paused(self) -> bool:
+        """Return whether the server holds the default tier's jobs back."""
+        try:
+            state = await self._backend.look_up(
+                self._subjects.ready_log, tier_name(DEFAULT_PRIORITY)
+            )
+        except AssetMissing:
+            return False
+        return state is not None and state.paused
+
+    async def write_pause(self, until: float | None) -> None:
+        """Store until when the queue is paused; `None`: it is not."""
+        await self.declare()
+        if until is None:
+            await self._backend.purge(self._subjects.bucket_log, self._subjects.pause)
+        else:
+            await self._backend.write(
+                self._subjects.bucket_log, Write(self._subjects.pause, str(until).encode())
+            )
+
+    async def find_orphans(self) -> list[int]:
+        """Declare the tiers of ready jobs that have none, which no worker would ever see, and return their priorities.
+
+        They come from producers that may not declare consumers. Looked for only when the log holds more than its tiers know of.
+        """
+        before = await self._backend.count(self._subjects.ready_log)
+        known = 0
+        for priority in await self.list_tiers():
+            state = await self._backend.look_up(self._subjects.ready_log, tier_name(priority))
+            known += 0 if state is None else state.pending + state.leased
+        # Counted before and after: jobs come and go while the tiers are asked.
+        if min(before, await self._backend.count(self._subjects.ready_log)) <= known:
+            return []
+        subjects = await self._backend.list_subjects(
+            self._subjects.ready_log, self._subjects.all_ready
+        )
+        wanted = {
+            tier for subject in subjects if (tier := self._subjects.tier_of(subject)) is not None
+        }
+        missing = sorted(wanted - set(await self.list_tiers()))
+        for priority in missing:
+            await self.declare_tier(priority)
+        return missing
+
+    async def list_tiers(self) -> list[int]:
+        """Return the priorities that have a consumer, the first to run first."""
+        try:
+            names = await self._backend.list_consumers(self._subjects.ready_log)
+        except AssetMissing:
+            return []
+        return sorted(priority for name in names if (priority := tier_priority(name)) is not None)
+
+    def forget(self) -> None:
+        """Declare everything anew when next asked: something was found missing."""
+        self._logs_declared = self._counters_declared = False
+        self._tiers.clear()
+
+    @property
+    def ready_log(self) -> Log:
+        """The log of the jobs that can be run."""
+        return Log(
+            self._subjects.ready_log,
+            (self._subjects.all_ready,),
+            work_queue=True,
+            republish=self._subjects.republish_ready,
+        )
+
+    @property
+    def bucket_log(self) -> Log:
+        """The log of all other jobs: the scheduler bucket."""
+        return Log(
+            self._subjects.bucket_log,
+            (self._subjects.all_bucket,),
+            timers=True,
+            republish=self._subjects.republish_bucket,
+        )

@@ -1,0 +1,175 @@
+"""Many jobs at once: what a bulk entry means, and batches that are all or nothing."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, Final
+
+import anyio
+
+from asyncmq_nats._arguments import build_job
+from asyncmq_nats.events import DUPLICATED
+from asyncmq_nats.exceptions import AsyncMQError, BulkAddFailed, WriteRefused
+from asyncmq_nats.jobs import Job
+from asyncmq_nats.store.commit import LAG, look_for, pause_after_refusal
+from asyncmq_nats.transitions.add import Additions
+from asyncmq_nats.transitions.deduplicate import Window, take_window
+
+__all__ = ["add_many", "build_entries", "check_entries"]
+
+BATCH: Final = 1000
+BATCHES_UNDER_WAY: Final = 4
+KEYS: Final = frozenset(
+    {
+        "task_id",
+        "args",
+        "kwargs",
+        "retries",
+        "ttl",
+        "backoff",
+        "priority",
+        "delay",
+        "job_id",
+        "jobId",
+        "timeout",
+        "depends_on",
+        "on_parent_failure",
+        "repeat_every",
+        "deduplication",
+        "debounce",
+    }
+)
+
+
+def build_entries(
+    now: float, entries: Iterable[Mapping[str, Any]]
+) -> tuple[list[Job], dict[int, Window]]:
+    """Return the jobs that the entries of `add_bulk` stand for, and the deduplication windows by index. `now`: Unix seconds.
+
+    Raises:
+        ValueError, TypeError: an entry is malformed; what is wrong with a value says a note of the error in which entry.
+    """
+    jobs: list[Job] = []
+    windows: dict[int, Window] = {}
+    for index, entry in enumerate(entries):
+        fields = _checked_entry(entry, index)
+        with _blaming(index):
+            window = take_window(fields)
+            jobs.append(build_job(now, **fields))
+        if window is not None:
+            windows[index] = window
+    return jobs, windows
+
+
+def check_entries(additions: Additions, jobs: Sequence[Job]) -> None:
+    """See that every job can be stored, before any of them is.
+
+    Raises:
+        InvalidJobId, NotSerializable, PayloadTooLarge: one cannot; a note of the error says which.
+    """
+    for index, job in enumerate(jobs):
+        with _blaming(index):
+            additions.first_write(job)
+
+
+@contextmanager
+def _blaming(index: int) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        error.add_note(f"in job {index} of add_bulk")
+        raise
+
+
+def _checked_entry(entry: Mapping[str, Any], index: int) -> dict[str, Any]:
+    if not isinstance(entry, Mapping):
+        raise TypeError(f"job {index} must be a mapping, not {type(entry).__name__}")
+    unknown = sorted(str(key) for key in entry if key not in KEYS)
+    if unknown:
+        raise ValueError(
+            f"job {index} has unknown keys: {', '.join(unknown)} (known: {', '.join(sorted(KEYS))})"
+        )
+    if not isinstance(entry.get("task_id"), str):
+        raise ValueError(f"job {index} needs a task_id, a str")
+    fields = dict(entry)
+    alias = fields.pop("jobId", None)
+    if alias is not None:
+        fields.setdefault("job_id", alias)
+    return fields
+
+
+async def add_many(additions: Additions, jobs: Sequence[Job]) -> list[str]:
+    """Add the jobs and return their ids in order. Up to 1,000 are all or nothing; more go in batches of 1,000, each all or nothing.
+
+    Raises:
+        BulkAddFailed: of more than 1,000, some batches were added and some were not; it says which.
+        AsyncMQError: none was added.
+    """
+    size = BATCH // (
+        1 + max((len(job.depends_on or ()) for job in jobs), default=0)
+    )  # each dependency is a write
+    batches = [(first, jobs[first : first + size]) for first in range(0, len(jobs), size)]
+    errors: dict[int, Exception] = {}
+    # Batches of jobs that wait for the same one would refuse each other.
+    limit = anyio.CapacityLimiter(1 if any(job.depends_on for job in jobs) else BATCHES_UNDER_WAY)
+
+    async def add_batch(first: int, batch: Sequence[Job]) -> None:
+        async with limit:
+            try:
+                await _add_batch(additions, batch)
+            except AsyncMQError as error:
+                errors.update(dict.fromkeys(range(first, first + len(batch)), error))
+
+    async with anyio.create_task_group() as group:
+        for first, batch in batches:
+            group.start_soon(add_batch, first, batch)
+    if len(errors) == len(jobs) and errors:
+        raise errors[0]
+    if errors:
+        raise BulkAddFailed(
+            {index: job.job_id for index, job in enumerate(jobs) if index not in errors},
+            dict(sorted(errors.items())),
+        )
+    return [job.job_id for job in jobs]
+
+
+async def _add_batch(additions: Additions, batch: Sequence[Job]) -> None:
+    """Add one batch; jobs with a chosen id that exists are left out, also when one appears while this runs, and so is what is stored."""
+    while True:
+        new = await _without_existing(additions, batch)
+        if not new:
+            return
+        try:
+            await additions.add_batch(new)
+        except WriteRefused:
+            # A repetition is refused by its own first sending, if the server stored that and was lost before it said so.
+            unique = not any(job.custom_id or job.depends_on for job in new)
+            if await look_for(partial(additions.are_stored, new), LAG if unique else LAG[:1]):
+                return
+            if unique:
+                raise
+            batch = new
+            await pause_after_refusal()
+        else:
+            return
+
+
+async def _without_existing(additions: Additions, batch: Sequence[Job]) -> list[Job]:
+    existing: set[str] = set()
+
+    async def look_up(job_id: str) -> None:
+        if await additions.is_duplicate(job_id):
+            existing.add(job_id)
+
+    async with anyio.create_task_group() as group:
+        for job_id in {job.job_id for job in batch if job.custom_id}:
+            group.start_soon(look_up, job_id)
+    seen: set[str] = set()
+    new = []
+    for job in batch:
+        if job.job_id in seen:
+            await additions.announce(DUPLICATED, job.job_id)
+        elif job.job_id not in existing:
+            new.append(job)
+        seen.add(job.job_id)
+    return new

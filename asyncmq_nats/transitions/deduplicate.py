@@ -1,0 +1,205 @@
+"""Windows in which a second job with the same key is not added. Constant cost: one record a key, no scan, no lock.
+
+The key's record names its owner and is written in one batch with the owner, expecting what was read. A window without a `ttl` is over when
+its owner has ended, which is looked up when someone asks.
+"""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Final
+
+from asyncmq_nats.backends.base import Backend, Expect, Record, Write
+from asyncmq_nats.events import DEBOUNCED, DEDUPLICATED
+from asyncmq_nats.exceptions import WriteRefused
+from asyncmq_nats.jobs import Job
+from asyncmq_nats.states import Place
+from asyncmq_nats.store.commit import look_for, pause_after_refusal
+from asyncmq_nats.transitions.add import Additions
+from asyncmq_nats.transitions.release import MARKER_TTL, delayed_write
+from asyncmq_nats.wire.codec import dump_json, load_json
+from asyncmq_nats.wire.keys import QueueSubjects, encode_token
+
+__all__ = ["Deduplicator", "Window", "parse_window", "take_window"]
+
+logger = logging.getLogger(__name__)
+
+LONGEST: Final = 10 * 365 * 86_400
+"""The longest window, in seconds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """AsyncMQ's `deduplication`: `ttl` in seconds, or until the owner has ended."""
+
+    id: str
+    ttl: float | None = None
+    extend: bool = False
+    replace: bool = False
+
+
+def parse_window(window: Mapping[str, Any]) -> Window:
+    """Return the window that a user described.
+
+    Raises:
+        TypeError: it is no mapping, or `ttl` is no number.
+        ValueError: the id is empty, or `ttl` is 0 or less or longer than ten years, or a key is unknown.
+    """
+    if not isinstance(window, Mapping):
+        raise TypeError(
+            f"deduplication must be a mapping with an 'id', not {type(window).__name__}"
+        )
+    unknown = sorted(str(key) for key in window.keys() - {"id", "ttl", "extend", "replace"})
+    if unknown:
+        raise ValueError(
+            f"deduplication has unknown keys: {', '.join(unknown)} (known: id, ttl, extend, replace)"
+        )
+    key, ttl = window.get("id"), window.get("ttl")
+    if not isinstance(key, str) or not key.strip():
+        raise ValueError(f"deduplication needs an 'id', a text that is not empty, not {key!r}")
+    if ttl is not None and (isinstance(ttl, bool) or not isinstance(ttl, int | float)):
+        raise TypeError(f"deduplication ttl must be a number of seconds, not {type(ttl).__name__}")
+    if ttl is not None and not 0 < ttl <= LONGEST:  # not so for NaN, either
+        raise ValueError(
+            f"deduplication ttl must be above 0 and at most {LONGEST:.0f} s, not {ttl}"
+        )
+    return Window(
+        key,
+        None if ttl is None else float(ttl),
+        bool(window.get("extend")),
+        bool(window.get("replace")),
+    )
+
+
+def take_window(entry: dict[str, Any]) -> Window | None:
+    """Take the window out of the parameters of a job, if it has one.
+
+    Raises:
+        TypeError, ValueError: as for `parse_window`.
+    """
+    older, window = entry.pop("debounce", None), entry.pop("deduplication", None)
+    window = older if window is None else window
+    return None if window is None else parse_window(window)
+
+
+class Deduplicator:
+    """The windows of one queue."""
+
+    def __init__(self, backend: Backend, subjects: QueueSubjects, additions: Additions) -> None:
+        self._backend = backend
+        self._subjects = subjects
+        self._additions = additions
+        self._log = subjects.bucket_log
+
+    async def add(self, job: Job, window: Window) -> str:
+        """Add the job, or return the id of the owner of the window; see `Queue.add`."""
+        job, refused = replace(job, deduplication={"id": window.id}), False
+        while True:
+            if job.custom_id and await self._additions.is_duplicate(job.job_id):
+                return job.job_id
+            record = await self._read(window.id)
+            owner = None if record is None else await self._live_owner(record)
+            if refused and owner == job.job_id:  # it was added, and the confirmation lost
+                return owner
+            try:
+                if record is not None and owner is not None:
+                    await self._hit(job, window, record, owner)
+                    await self._announce(job, window, owner)
+                    return owner
+                claim = self._claim(window, job.job_id, 0 if record is None else record.sequence)
+                await self._backend.write(
+                    self._log, claim, *await self._additions.writes_of(job, in_bucket=True)
+                )
+            except WriteRefused:  # another producer was faster, or the owner moved on: look again
+                refused = True
+                await pause_after_refusal()
+                continue
+            return job.job_id
+
+    async def _announce(self, job: Job, window: Window, owner: str) -> None:
+        await self._additions.announce(DEBOUNCED, owner, debounce_id=window.id)
+        await self._additions.announce(
+            DEDUPLICATED, owner, deduplication_id=window.id, deduplicated_job_id=job.job_id
+        )
+
+    def _claim(self, window: Window, owner: str, sequence: int) -> Write:
+        key = self._subjects.deduplication(encode_token(window.id))
+        until = None if window.ttl is None else self._backend.now() + window.ttl
+        # The server removes it some time after its end at the earliest; `until` is exact.
+        ttl = None if window.ttl is None else window.ttl + 1
+        return Write(
+            key, dump_json({"job_id": owner, "until": until}), Expect(key, sequence), ttl=ttl
+        )
+
+    async def _hit(self, job: Job, window: Window, record: Record, owner: str) -> None:
+        """Swap the owner's payload, if that is wished and it is still delayed, and begin the window anew, if that is."""
+        writes = (
+            [self._claim(window, owner, record.sequence)]
+            if window.extend and window.ttl is not None
+            else []
+        )
+        if window.replace:
+            keys = [
+                self._subjects.later(encode_token(owner), place)
+                for place in (Place.DELAYED, Place.RELEASED)
+            ]
+            for record in await self._backend.last(self._log, *keys):
+                if not record.marker and Job.decode(record.body).is_early(
+                    self._backend.now()
+                ):  # it is released a little before its time
+                    writes += self._swapped(job, owner, record)
+                    break
+        if writes:
+            await self._backend.write(self._log, *writes)
+
+    def _swapped(self, job: Job, owner: str, record: Record) -> list[Write]:
+        """Return the writes that put the job in the place of one that is delayed, and give it that one's id."""
+        run_at, token = (
+            job.delay_until or float(load_json(record.body)["delay_until"]),
+            encode_token(owner),
+        )
+        body, expect = (
+            replace(job, job_id=owner, delay_until=run_at).encode(),
+            Expect(record.subject, record.sequence),
+        )
+        if self._subjects.is_later(record.subject, Place.DELAYED):
+            return [delayed_write(self._subjects, token, body, (run_at, 0.0), expect)]
+        write = delayed_write(self._subjects, token, body, (run_at, self._backend.now()))
+        if write.subject == record.subject:
+            return [replace(write, expect=expect, beside=False)]
+        return [Write(record.subject, b"", expect, ttl=MARKER_TTL, marker=True), write]
+
+    async def owner(self, key: str) -> str | None:
+        """Return the id of the job that owns a window, `None` if there is no such window."""
+        record = await self._read(key)
+        return None if record is None else await self._live_owner(record)
+
+    async def remove(self, key: str) -> bool:
+        """End a window. Return whether there was one."""
+        record = await self._read(key)
+        return record is not None and await self._backend.delete(self._log, record.sequence)
+
+    async def _read(self, key: str) -> Record | None:
+        records = await self._backend.last(
+            self._log, self._subjects.deduplication(encode_token(key))
+        )
+        return records[0] if records else None
+
+    async def _live_owner(self, record: Record) -> str | None:
+        try:
+            data = load_json(record.body)
+            owner, until = (
+                str(data["job_id"]),
+                data["until"] if data["until"] is None else float(data["until"]),
+            )
+        except (ValueError, TypeError, KeyError) as problem:
+            logger.warning("%.200r is malformed, and no window: %r", record.subject, problem)
+            return None
+        if until is not None:
+            return owner if until > self._backend.now() else None
+        token = encode_token(owner)
+        ends = await self._backend.last(self._log, self._subjects.ends(token))
+        if any(not end.marker and self._subjects.outcome_state(end.subject) for end in ends):
+            return None
+        return owner if await look_for(partial(self._additions.exists, owner)) else None

@@ -1,0 +1,78 @@
+"""JSON as it is written and read here: strict, and fast."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+from pydantic_core import PydanticSerializationError, from_json, to_json
+
+from asyncmq_nats.exceptions import InvalidJob, NotSerializable
+
+__all__ = ["dump_json", "find_non_finite", "load_json", "splice"]
+
+LONGEST_NUMBER: Final = 4_000
+"""Readers of JSON take integers of some 4,300 digits, writers any."""
+DEEP: Final = 100
+"""Readers of JSON take values in some 200 lists and objects, one in the other, writers more."""
+ROOM: Final = 8
+"""So many more lists and objects may be put around a value later, as around a result that is handed to a child."""
+
+
+def dump_json(value: Any, what: str = "the value") -> bytes:
+    """Return the value as JSON, dates, UUIDs, enums, dataclasses and models included.
+
+    Raises:
+        NotSerializable: JSON cannot hold it, or it could be written but not read. NaN and infinities are no JSON: other languages' readers
+            stop at them.
+    """
+    try:
+        body = to_json(value)
+        if (
+            b"NaN" in body
+            or b"Infinity" in body
+            or len(body) > LONGEST_NUMBER
+            or body.count(b"[") + body.count(b"{") > DEEP
+        ):
+            _read_back(body, what)
+    except (PydanticSerializationError, ValueError, RecursionError) as error:
+        raise NotSerializable(what, str(error)) from None
+    return body
+
+
+def _read_back(body: bytes, what: str) -> None:
+    value = from_json(b"[" * ROOM + body + b"]" * ROOM)
+    if (bad := find_non_finite(value)) is not None:
+        raise NotSerializable(what, f"{bad} is not a JSON number")
+
+
+def splice(body: bytes, members: bytes) -> bytes:
+    """Return the JSON object `body` with members it does not have yet appended; what it has stays as it is, byte for byte."""
+    return b"%b,%b}" % (body.rstrip()[:-1], members)
+
+
+def load_json(body: bytes) -> dict[str, Any]:
+    """Return a JSON object as a dict, with what this version does not know.
+
+    Raises:
+        InvalidJob: it is not one.
+    """
+    try:
+        value = from_json(body)
+    except ValueError as error:
+        raise InvalidJob(str(error)) from None
+    if not isinstance(value, dict):
+        raise InvalidJob("it is not an object")
+    return value
+
+
+def find_non_finite(value: object) -> float | None:
+    """Return the first number in the value that JSON has no word for, or `None`."""
+    if isinstance(value, float):
+        return None if math.isfinite(value) else value
+    if isinstance(value, Mapping):
+        values: Sequence[object] = list(value.values())
+    elif isinstance(value, list):
+        values = value
+    else:
+        return None
+    return next((bad for item in values if (bad := find_non_finite(item)) is not None), None)

@@ -1,0 +1,313 @@
+"""Every subject, key, asset name and header, spelled once. The reference for other languages is `docs/protocol.md`."""
+
+import re
+from hashlib import sha256
+from typing import Final
+
+from asyncmq_nats.exceptions import InvalidJobId, InvalidQueueName
+from asyncmq_nats.states import OUTCOMES, Place, State
+
+__all__ = [
+    "LONGEST_TOKEN",
+    "PRIORITIES",
+    "PROMOTER",
+    "QueueSubjects",
+    "check_job_id",
+    "check_queue_name",
+    "counter_name",
+    "decode_token",
+    "encode_token",
+    "fit_token",
+    "is_token",
+    "tier_name",
+    "tier_priority",
+    "workers_bucket",
+]
+
+QUEUE_NAME: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")
+UNSAFE: Final = re.compile(r"[\s.*>%\x00-\x1f\x7f]")
+ESCAPED: Final = re.compile(r"(?:%[0-9A-Fa-f]{2})+")
+STAND_IN: Final = re.compile("%h[0-9a-f]{64}")
+PROMOTER: Final = "promoter"
+TIER: Final = "tier_"
+TIER_NAME: Final = re.compile(TIER + "(-?[0-9]+)")
+COUNTER: Final = "count_"
+PRIORITIES: Final = 10**200
+"""Priorities are integers below this and above its negative."""
+LONGEST_TOKEN: Final = 1024
+"""In bytes. A subject has to fit into a line of NATS's protocol (4,096 bytes by default), and some have two tokens."""
+
+
+def encode_token(text: str) -> str:
+    """Return the text as one subject token: `.`, `*`, `>`, `%`, white space and control characters percent-encoded as UTF-8.
+
+    What no token can hold (nothing, more than `LONGEST_TOKEN` bytes, a lone surrogate) gets one that stands for it: see `fit_token`.
+
+    Raises:
+        TypeError: it is no text.
+    """
+    if not isinstance(text, str):
+        raise TypeError(f"an id is a str, not {type(text).__name__}")
+    if UNSAFE.search(text) is None:
+        return text if text.isascii() and 0 < len(text) <= LONGEST_TOKEN else fit_token(text)
+    if STAND_IN.fullmatch(text) is not None:
+        return text
+    return fit_token(
+        UNSAFE.sub(lambda match: "".join(f"%{byte:02X}" for byte in match[0].encode()), text)
+    )
+
+
+def is_token(token: str) -> bool:
+    """Return whether a job can have this token."""
+    try:
+        return 0 < len(token.encode()) <= LONGEST_TOKEN and not (
+            token.startswith("%h") and STAND_IN.fullmatch(token)
+        )
+    except UnicodeEncodeError:
+        return False
+
+
+def fit_token(token: str) -> str:
+    """Return the token, or if no job can have it, what stands for it: something can be kept under that, such as what a foreign job was."""
+    if is_token(token) or STAND_IN.fullmatch(token):
+        return token
+    return f"%h{sha256(token.encode('utf-8', 'surrogatepass')).hexdigest()}"
+
+
+def check_job_id(job_id: str) -> None:
+    """Refuse an id that no job can have.
+
+    Raises:
+        InvalidJobId: it is empty, too long, or no Unicode.
+    """
+    if not is_token(encode_token(job_id)):
+        raise InvalidJobId(
+            job_id[:40],
+            f"it must be text of 1 to {LONGEST_TOKEN:,} bytes, a blank or a dot counting as three",
+        )
+
+
+def decode_token(token: str) -> str:
+    """Return the text that `encode_token` made the token from."""
+    if "%" not in token:
+        return token
+    return ESCAPED.sub(
+        lambda match: bytes.fromhex(match[0].replace("%", "")).decode("utf-8", "replace"), token
+    )
+
+
+def tier_name(priority: int) -> str:
+    """Return the name of a tier's consumer."""
+    return f"{TIER}{priority}"
+
+
+def tier_priority(consumer: str) -> int | None:
+    """Return the priority of a tier's consumer, or `None` if it is another consumer."""
+    match = TIER_NAME.fullmatch(consumer)
+    return None if match is None else int(match[1])
+
+
+def counter_name(word: str) -> str:
+    """Return the name of the consumer that counts the records of a place or an outcome."""
+    return COUNTER + word
+
+
+def workers_bucket(prefix: str) -> tuple[str, str]:
+    """Return the log of the worker registry, and what its keys begin with."""
+    return f"KV_{prefix}_workers", f"$KV.{prefix}_workers."
+
+
+def check_queue_name(name: object) -> str:
+    """Return the name of a queue.
+
+    Raises:
+        InvalidQueueName: it is not 1 to 64 characters out of letters, digits, `_` and `-`.
+    """
+    if not isinstance(name, str) or QUEUE_NAME.fullmatch(name) is None:
+        raise InvalidQueueName(name)
+    return name
+
+
+class QueueSubjects:
+    """The names of one queue.
+
+    Raises:
+        InvalidQueueName: see `check_queue_name`.
+    """
+
+    def __init__(self, prefix: str, queue: str) -> None:
+        self.queue = check_queue_name(queue)
+        self.ready_log = f"{prefix}_{queue}"
+        self.bucket = f"{prefix}_{queue}_scheduler"
+        self.bucket_log = f"KV_{self.bucket}"
+        self.all_ready = f"{prefix}.{queue}.ready.*.*"
+        self.all_bucket = f"$KV.{self.bucket}.>"
+        self._bucket_key = f"$KV.{self.bucket}."
+        self._ready = f"{prefix}.{queue}.ready."
+        self._later = f"$KV.{self.bucket}.later."
+        self._done = f"$KV.{self.bucket}.done."
+        self._event = f"{prefix}.{queue}.event."
+        self._control = f"{prefix}.{queue}.control."
+
+    # -- ready
+
+    def ready(self, priority: int, token: str) -> str:
+        """Return where a job waits to be run. `token`: its encoded id."""
+        return f"{self._ready}{priority}.{token}"
+
+    def ready_any(self, token: str) -> str:
+        """Return the filter for a job that is ready, whatever its tier."""
+        return f"{self._ready}*.{token}"
+
+    def tier(self, priority: int) -> str:
+        """Return the filter for a tier."""
+        return f"{self._ready}{priority}.*"
+
+    def split_ready(self, subject: str) -> tuple[int, str]:
+        """Return priority and token of a ready subject.
+
+        Raises:
+            ValueError: the priority is no integer.
+        """
+        priority, _, token = subject[len(self._ready) :].partition(".")
+        return int(priority), token
+
+    def tier_of(self, subject: str) -> int | None:
+        """Return the priority of a ready subject, `None` if it is none as we write them: no tier can match that."""
+        word = subject[len(self._ready) :].partition(".")[0][:210]
+        priority = tier_priority(TIER + word)
+        return priority if str(priority) == word and abs(int(word)) < PRIORITIES else None
+
+    # -- later
+
+    def later(self, token: str, place: Place) -> str:
+        """Return the key of a job in transit."""
+        return f"{self._later}{token}.{place}"
+
+    def later_all(self, token: str) -> str:
+        """Return the filter for a job in transit."""
+        return f"{self._later}{token}.>"
+
+    def place(self, place: Place) -> str:
+        """Return the filter for all jobs at a place."""
+        return f"{self._later}*.{place}"
+
+    # -- done
+
+    def outcome(self, token: str, state: State) -> str:
+        """Return the key of an outcome."""
+        return f"{self._done}{token}.{state}"
+
+    def claim(self, token: str) -> str:
+        """Return the key of the claim on a job that was delivered again."""
+        return f"{self._done}{token}.claim"
+
+    def done_all(self, token: str) -> str:
+        """Return the filter for all that is known of the job's end: outcome, claim, dependents."""
+        return f"{self._done}{token}.>"
+
+    def outcomes(self, state: State) -> str:
+        """Return the filter for all outcomes of a kind."""
+        return f"{self._done}*.{state}"
+
+    def outcome_state(self, subject: str) -> State | None:
+        """Return the outcome that the key of a `done` record stands for, or `None`."""
+        word = subject.rpartition(".")[2]
+        return next(
+            (
+                state
+                for state in OUTCOMES
+                if state == word and subject.count(".") == self._done.count(".") + 1
+            ),
+            None,
+        )
+
+    def ends(self, token: str) -> str:
+        """Return the filter for what is known of the job's end, the edges to those who wait for it left out."""
+        return f"{self._done}{token}.*"
+
+    def edge(self, parent: str, child: str) -> str:
+        """Return the key that says that one job waits for another; the child may be `*`."""
+        return f"{self._done}{parent}.awaited.{child}"
+
+    def is_edge(self, key: str) -> bool:
+        """Return whether this is the key of an edge."""
+        return key.startswith(self._done) and key.count(".") == self._done.count(".") + 2
+
+    def is_claim(self, key: str) -> bool:
+        """Return whether this is the key of a claim."""
+        return key.startswith(self._done) and key.endswith(".claim") and not self.is_edge(key)
+
+    def is_later(self, subject: str, place: Place) -> bool:
+        """Return whether this is the key of a job at that place."""
+        return subject.startswith(self._later) and subject.endswith(f".{place}")
+
+    def token(self, key: str) -> str:
+        """Return the token of the job that a key of the bucket is about."""
+        return key.split(".")[3]
+
+    # -- repeatables
+
+    def repeat(self, token: str) -> str:
+        """Return the key of a repeatable's definition. `token`: its encoded id."""
+        return f"{self._bucket_key}repeat.{token}"
+
+    def tick(self, token: str) -> str:
+        """Return the key of its next tick, which has a timer."""
+        return f"{self._bucket_key}tick.{token}"
+
+    def fire(self, token: str) -> str:
+        """Return the key of a tick that is due."""
+        return f"{self._bucket_key}fire.{token}"
+
+    def is_repeat(self, key: str) -> bool:
+        """Return whether this is the key of a definition."""
+        return key.startswith(f"{self._bucket_key}repeat.")
+
+    def is_fire(self, key: str) -> bool:
+        """Return whether this is the key of a tick that is due."""
+        return key.startswith(f"{self._bucket_key}fire.")
+
+    def rid(self, key: str) -> str:
+        """Return the id of the repeatable that a key is about."""
+        return decode_token(key.rpartition(".")[2])
+
+    # -- the queue itself
+
+    @property
+    def rate_limit(self) -> str:
+        """The key of the token bucket."""
+        return f"{self._bucket_key}queue.limit"
+
+    @property
+    def pause(self) -> str:
+        """The key that says until when the queue is paused."""
+        return f"{self._bucket_key}queue.pause"
+
+    def deduplication(self, token: str) -> str:
+        """Return the key of a window in which a job is not added twice."""
+        return f"{self._bucket_key}dedup.{token}"
+
+    def progress(self, token: str) -> str:
+        """Return the key of how far a running job is."""
+        return f"{self._bucket_key}progress.{token}"
+
+    # -- signals
+
+    def event(self, what: str, token: str) -> str:
+        """Return the subject of an event of a job; both may be wildcards."""
+        return f"{self._event}{what}.{token}"
+
+    def control(self, what: str) -> str:
+        """Return the subject of a signal to the queue's workers."""
+        return f"{self._control}{what}"
+
+    @property
+    def republish_ready(self) -> tuple[str, str]:
+        """The rule that makes an event of each job that becomes ready."""
+        return self.all_ready, f"{self._event}{State.WAITING}.{{{{wildcard(2)}}}}"
+
+    @property
+    def republish_bucket(self) -> tuple[str, str]:
+        """The rule that makes an event of each key `<place>.<id>.<word>`."""
+        return f"$KV.{self.bucket}.*.*.*", f"{self._event}{{{{wildcard(3)}}}}.{{{{wildcard(2)}}}}"
