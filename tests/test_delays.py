@@ -7,10 +7,10 @@ from typing import Any
 import anyio
 import pytest
 
-from asyncmq_nats.runtime import promoter
 from asyncmq_nats.backends.base import Backend, Delivery, Write
 from asyncmq_nats.exceptions import BackendError, InvalidArgument, Unconfirmed
 from asyncmq_nats.queues import Queue
+from asyncmq_nats.runtime import promoter
 from asyncmq_nats.runtime.promoter import Promoter
 from asyncmq_nats.settings import Settings
 from asyncmq_nats.transitions.claim import Attempt

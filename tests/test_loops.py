@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from asyncmq_nats.runtime import runner
 from asyncmq_nats._concurrency import Turns
 from asyncmq_nats.backends.base import Backend, Signal
 from asyncmq_nats.backends.nats.embedded.server import EmbeddedServer
 from asyncmq_nats.exceptions import BackendError
 from asyncmq_nats.queues import Queue
+from asyncmq_nats.runtime import runner
 from tests.running import PATIENCE, make_queue, outcome, run_jobs, running
 
 if TYPE_CHECKING:

@@ -117,11 +117,13 @@ class Administration:
         """Return the writes that cancel a job, its outcome first; none if there is no job."""
         subjects = self._subjects
         live = [record for record in bucket if not record.marker]
-        later = [record for record in live if ".done." not in record.subject]
+        later = [record for record in live if not subjects.is_done(record.subject)]
         sources = later + list(ready)
         if not sources:
             return []
-        last = max((record.sequence for record in bucket if ".done." in record.subject), default=0)
+        last = max(
+            (record.sequence for record in bucket if subjects.is_done(record.subject)), default=0
+        )
         removed = [
             record for record in live if record in later or subjects.is_claim(record.subject)
         ]
@@ -223,7 +225,7 @@ class Administration:
             records = await self._backend.last(
                 subjects.bucket_log, subjects.later_all(token), subjects.done_all(token)
             )
-            done = [record for record in records if ".done." in record.subject]
+            done = [record for record in records if subjects.is_done(record.subject)]
             outcome = next(
                 (
                     r

@@ -175,7 +175,7 @@ class Lifecycle:
             )
 
     def _is_done(self, record: Record) -> bool:
-        return ".done." in record.subject
+        return self._subjects.is_done(record.subject)
 
     # -- end
 

@@ -1,6 +1,8 @@
 """Every subject, key, asset name and header, spelled once. The reference for other languages is `docs/protocol.md`."""
 
 import re
+from dataclasses import dataclass
+from enum import StrEnum
 from hashlib import sha256
 from typing import Final
 
@@ -11,6 +13,8 @@ __all__ = [
     "LONGEST_TOKEN",
     "PRIORITIES",
     "PROMOTER",
+    "Key",
+    "Kind",
     "QueueSubjects",
     "check_job_id",
     "check_queue_name",
@@ -28,6 +32,8 @@ QUEUE_NAME: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")
 UNSAFE: Final = re.compile(r"[\s.*>%\x00-\x1f\x7f]")
 ESCAPED: Final = re.compile(r"(?:%[0-9A-Fa-f]{2})+")
 STAND_IN: Final = re.compile("%h[0-9a-f]{64}")
+PLACES: Final = {str(place): place for place in Place}
+ENDS: Final = {str(state): state for state in OUTCOMES}
 PROMOTER: Final = "promoter"
 TIER: Final = "tier_"
 TIER_NAME: Final = re.compile(TIER + "(-?[0-9]+)")
@@ -128,6 +134,42 @@ def check_queue_name(name: object) -> str:
     return name
 
 
+class Kind(StrEnum):
+    """What a key or a ready subject stands for."""
+
+    READY = "ready"
+    LATER = "later"
+    OUTCOME = "outcome"
+    CLAIM = "claim"
+    EDGE = "edge"
+    REPEAT = "repeat"
+    TICK = "tick"
+    FIRE = "fire"
+    WINDOW = "dedup"
+    PROGRESS = "progress"
+    QUEUE = "queue"
+    OTHER = "other"
+
+
+SINGLE_KINDS: Final = {
+    str(kind): kind
+    for kind in (Kind.REPEAT, Kind.TICK, Kind.FIRE, Kind.WINDOW, Kind.PROGRESS, Kind.QUEUE)
+}
+"""Kinds whose keys are `<kind>.<token>`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """A key, read. `token`: of the job, the repeatable or the window; of the parent of an edge."""
+
+    kind: Kind
+    token: str
+    place: Place | None = None
+    state: State | None = None
+    child: str = ""
+    """Token of the child of an edge."""
+
+
 class QueueSubjects:
     """The names of one queue.
 
@@ -148,6 +190,53 @@ class QueueSubjects:
         self._done = f"$KV.{self.bucket}.done."
         self._event = f"{prefix}.{queue}.event."
         self._control = f"{prefix}.{queue}.control."
+
+    def parse(self, subject: str) -> Key:
+        """Read a key of the bucket or a ready subject. The only place that tests what a key is.
+
+        A key that this library does not write is `Kind.OTHER`: a job's id can be any word.
+        """
+        if subject.startswith(self._ready):
+            return Key(Kind.READY, subject[len(self._ready) :].partition(".")[2])
+        if not subject.startswith(self._bucket_key):
+            return Key(Kind.OTHER, "")
+        return _parse_bucket_key(subject[len(self._bucket_key) :].split("."))
+
+    def outcome_state(self, key: str) -> State | None:
+        """Return the state that the key of an outcome stands for; `None` for another key."""
+        return self.parse(key).state
+
+    def is_edge(self, key: str) -> bool:
+        """Return whether this is the key of an edge."""
+        return self.parse(key).kind is Kind.EDGE
+
+    def is_claim(self, key: str) -> bool:
+        """Return whether this is the key of a claim."""
+        return self.parse(key).kind is Kind.CLAIM
+
+    def is_later(self, key: str, place: Place) -> bool:
+        """Return whether this is the key of a job at that place."""
+        return self.parse(key).place is place
+
+    def is_done(self, key: str) -> bool:
+        """Return whether the key is about the end of a job: outcome, claim or edge."""
+        return key.startswith(self._done)
+
+    def is_repeat(self, key: str) -> bool:
+        """Return whether this is the key of a repeatable's definition."""
+        return self.parse(key).kind is Kind.REPEAT
+
+    def is_fire(self, key: str) -> bool:
+        """Return whether this is the key of a tick that is due."""
+        return self.parse(key).kind is Kind.FIRE
+
+    def rid(self, key: str) -> str:
+        """Return the id of the repeatable that a key is about."""
+        return decode_token(self.parse(key).token)
+
+    def token(self, key: str) -> str:
+        """Return the token of the job that a key of the bucket is about."""
+        return self.parse(key).token
 
     # -- ready
 
@@ -210,18 +299,6 @@ class QueueSubjects:
         """Return the filter for all outcomes of a kind."""
         return f"{self._done}*.{state}"
 
-    def outcome_state(self, subject: str) -> State | None:
-        """Return the outcome that the key of a `done` record stands for, or `None`."""
-        word = subject.rpartition(".")[2]
-        return next(
-            (
-                state
-                for state in OUTCOMES
-                if state == word and subject.count(".") == self._done.count(".") + 1
-            ),
-            None,
-        )
-
     def ends(self, token: str) -> str:
         """Return the filter for what is known of the job's end, the edges to those who wait for it left out."""
         return f"{self._done}{token}.*"
@@ -229,22 +306,6 @@ class QueueSubjects:
     def edge(self, parent: str, child: str) -> str:
         """Return the key that says that one job waits for another; the child may be `*`."""
         return f"{self._done}{parent}.awaited.{child}"
-
-    def is_edge(self, key: str) -> bool:
-        """Return whether this is the key of an edge."""
-        return key.startswith(self._done) and key.count(".") == self._done.count(".") + 2
-
-    def is_claim(self, key: str) -> bool:
-        """Return whether this is the key of a claim."""
-        return key.startswith(self._done) and key.endswith(".claim") and not self.is_edge(key)
-
-    def is_later(self, subject: str, place: Place) -> bool:
-        """Return whether this is the key of a job at that place."""
-        return subject.startswith(self._later) and subject.endswith(f".{place}")
-
-    def token(self, key: str) -> str:
-        """Return the token of the job that a key of the bucket is about."""
-        return key.split(".")[3]
 
     # -- repeatables
 
@@ -259,18 +320,6 @@ class QueueSubjects:
     def fire(self, token: str) -> str:
         """Return the key of a tick that is due."""
         return f"{self._bucket_key}fire.{token}"
-
-    def is_repeat(self, key: str) -> bool:
-        """Return whether this is the key of a definition."""
-        return key.startswith(f"{self._bucket_key}repeat.")
-
-    def is_fire(self, key: str) -> bool:
-        """Return whether this is the key of a tick that is due."""
-        return key.startswith(f"{self._bucket_key}fire.")
-
-    def rid(self, key: str) -> str:
-        """Return the id of the repeatable that a key is about."""
-        return decode_token(key.rpartition(".")[2])
 
     # -- the queue itself
 
@@ -311,3 +360,21 @@ class QueueSubjects:
     def republish_bucket(self) -> tuple[str, str]:
         """The rule that makes an event of each key `<place>.<id>.<word>`."""
         return f"$KV.{self.bucket}.*.*.*", f"{self._event}{{{{wildcard(3)}}}}.{{{{wildcard(2)}}}}"
+
+
+def _parse_bucket_key(words: list[str]) -> Key:
+    match words:
+        case ["later", token, word] if word in PLACES:
+            return Key(Kind.LATER, token, place=PLACES[word])
+        case ["done", token, word] if word in ENDS:
+            return Key(Kind.OUTCOME, token, state=ENDS[word])
+        case ["done", token, "claim"]:
+            return Key(Kind.CLAIM, token)
+        case ["done", token, "awaited", child]:
+            return Key(Kind.EDGE, token, child=child)
+        case [word, token] if word in SINGLE_KINDS:
+            return Key(SINGLE_KINDS[word], token)
+        case [_, token, *_]:
+            return Key(Kind.OTHER, token)
+        case _:
+            return Key(Kind.OTHER, "")

@@ -9,10 +9,10 @@ import anyio
 import pytest
 from anyio import to_thread
 
-from asyncmq_nats.runtime import runner
 from asyncmq_nats.backends.nats.backend import NATSBackend
 from asyncmq_nats.backends.nats.embedded.server import EmbeddedServer
 from asyncmq_nats.queues import Queue
+from asyncmq_nats.runtime import runner
 from asyncmq_nats.settings import Settings
 from asyncmq_nats.workers import Worker
 from tests.nats.processes import Fleet, eventually

@@ -1,0 +1,73 @@
+"""All that is stored about one job in the bucket, read and classified once. Decides nothing."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from asyncmq_nats.backends.base import Backend, Expect, Record
+from asyncmq_nats.states import Place, State
+from asyncmq_nats.wire.keys import Key, Kind, QueueSubjects
+
+__all__ = ["Snapshot", "read_snapshot"]
+
+
+@dataclass(slots=True)
+class Snapshot:
+    """The records of one job in the bucket. Markers are counted in `last_end` and left out elsewhere."""
+
+    token: str
+    end_filter: str
+    """The filter `done.<id>.>`, which every write about the end of the job expects."""
+    outcome: Record | None = None
+    state: State | None = None
+    """The state of the outcome; `None` while there is none."""
+    claim: Record | None = None
+    edges: list[Record] = field(default_factory=list)
+    """Children that wait for this job, except those of its own flow."""
+    later: dict[Place, Record] = field(default_factory=dict)
+    last_end: int = 0
+    """Sequence of the last record about the end of the job, 0 if there is none."""
+
+    @property
+    def fence(self) -> Expect:
+        """The condition that nothing about the end of the job has changed since this was read."""
+        return Expect(self.end_filter, self.last_end)
+
+    @property
+    def ended(self) -> bool:
+        """Whether the job has an outcome."""
+        return self.outcome is not None
+
+    @property
+    def exists(self) -> bool:
+        """Whether there is a job: a claim or an edge alone is none."""
+        return self.ended or bool(self.later)
+
+    @classmethod
+    def of(cls, token: str, records: Sequence[Record], keys: QueueSubjects) -> "Snapshot":
+        """Return what the records of one job say. Records of other jobs are passed over."""
+        snapshot = cls(token, keys.done_all(token))
+        for record in records:
+            key = keys.parse(record.subject)
+            if key.token != token:
+                continue
+            if keys.is_done(record.subject):
+                snapshot.last_end = max(snapshot.last_end, record.sequence)
+            if not record.marker:
+                snapshot._take(record, key)
+        return snapshot
+
+    def _take(self, record: Record, key: Key) -> None:
+        if key.kind is Kind.OUTCOME:
+            self.outcome, self.state = record, key.state
+        elif key.kind is Kind.CLAIM:
+            self.claim = record
+        elif key.kind is Kind.EDGE:
+            self.edges.append(record)
+        elif key.place is not None:
+            self.later[key.place] = record
+
+
+async def read_snapshot(backend: Backend, keys: QueueSubjects, token: str) -> Snapshot:
+    """Read all that the bucket has of one job. On a cluster a replica may answer that lags behind."""
+    records = await backend.last(keys.bucket_log, keys.later_all(token), keys.done_all(token))
+    return Snapshot.of(token, records, keys)
