@@ -10,7 +10,9 @@ import pytest
 from asyncmq_nats.backends.base import Backend
 from asyncmq_nats.queues import Queue
 from asyncmq_nats.runtime.registry import TaskRegistry
+from asyncmq_nats.transitions.finish import Lifecycle
 from asyncmq_nats.workers import Worker
+from tests.receiver import Receiver
 
 PATIENCE = 20.0
 
@@ -85,3 +87,13 @@ async def race(*actions: Action) -> list[Any]:
         for index, action in enumerate(actions):
             group.start_soon(note, index, action)
     return [results[index] for index in range(len(actions))]
+
+
+async def lose_worker(queue: Queue, *, runs: bool = False) -> None:
+    """Take the next job as a worker does, run it for a while if wished, and be lost."""
+    receiver = Receiver(queue.backend, f"amq_{queue.name}", extend=False)
+    await receiver.pull("tier_5")
+    if runs:
+        await receiver.wait_for(lambda: bool(receiver.deliveries))
+        lifecycle = Lifecycle(queue.backend, queue._subjects, queue._assets, "lost")
+        assert await lifecycle.claim(lifecycle.open(receiver.deliveries[0]))

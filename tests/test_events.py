@@ -14,8 +14,7 @@ from asyncmq_nats.events import Event, EventEmitter, event_emitter
 from asyncmq_nats.exceptions import JobFailed, JobNotFound
 from asyncmq_nats.queues import Queue
 from asyncmq_nats.settings import Settings
-from tests.receiver import Receiver
-from tests.running import PATIENCE, make_queue, outcome, race, run_jobs, running
+from tests.running import PATIENCE, lose_worker, make_queue, outcome, race, run_jobs, running
 
 
 async def echo(value: Any = None) -> Any:
@@ -214,7 +213,7 @@ class TestStalled:
     async def test_a_job_whose_worker_was_lost_is_told_once(self, backend: Backend) -> None:
         queue = queue_of(backend)
         job_id = await queue.add("echo")
-        await Receiver(backend, "amq_work", extend=False).pull("tier_5")
+        await lose_worker(queue, runs=True)
         async with listening(queue) as heard, running(queue):
             await heard.until("job:completed")
         assert heard.of(job_id) == ["job:stalled", "job:started", "job:completed"]

@@ -14,7 +14,7 @@ from asyncmq_nats.exceptions import WriteRefused
 from asyncmq_nats.queues import Queue
 from asyncmq_nats.retries import Failure
 from asyncmq_nats.settings import Settings
-from asyncmq_nats.transitions.claim import Attempt, Claim, Verdict
+from asyncmq_nats.transitions.claim import Attempt, Claim, Disposition
 from asyncmq_nats.transitions.finish import Lifecycle
 from asyncmq_nats.wire.keys import encode_token
 from tests.receiver import Receiver, until
@@ -197,7 +197,7 @@ class Frozen:
     lifecycle: Lifecycle
     attempt: Attempt
 
-    async def says(self, what: str) -> Verdict | None:
+    async def says(self, what: str) -> Disposition | None:
         """Have it end in that way now; return what it is told, `None` if it stored its end."""
         told: list[tuple[Write, Settled]] = []
         failure = Failure("ValueError: frozen", "", time.time())
@@ -243,7 +243,7 @@ async def test_a_frozen_worker_has_no_say_after_a_retry(what: str, queue: Queue)
     frozen, other, attempt = await taken_over(queue)
     await other.retry(attempt, Failure("ValueError: no", "", time.time()), 0.6, lambda *_: None)
     attempt.delivery.ack()
-    assert await frozen.says(what) in (Verdict.STALE, None)
+    assert await frozen.says(what) in (Disposition.ABANDON, None)
     async with running(queue):
         assert await queue.wait_for(job_id, timeout=PATIENCE) == "ran"
         await wait_until_done(queue)
@@ -264,7 +264,7 @@ async def test_a_frozen_worker_has_no_say_after_a_retry_by_hand(what: str, queue
     await other.fail(attempt, Failure("ValueError: no", "", time.time()), lambda *_: None)
     attempt.delivery.ack()
     assert await queue.retry_job(job_id)
-    assert await frozen.says(what) in (Verdict.DONE, None)
+    assert await frozen.says(what) in (Disposition.ACK, None)
     async with running(queue):
         assert await queue.wait_for(job_id, timeout=PATIENCE) == "ran"
         await wait_until_done(queue)
@@ -283,7 +283,7 @@ async def test_an_outcome_that_is_sent_again_does_not_undo_a_retry_by_hand(queue
     assert await queue.retry_job(job_id)
     with pytest.raises(WriteRefused) as refused:  # its confirmation was lost
         await queue.backend.write(BUCKET, sent[0])
-    assert await lifecycle.settled(attempt, sent[0], refused.value) is Verdict.DONE, (
+    assert await lifecycle.settled(attempt, sent[0], refused.value) is Disposition.ACK, (
         "its message may go: the job has begun anew"
     )
     delivery.ack()
@@ -316,8 +316,8 @@ async def test_a_job_that_was_retried_by_hand_is_handed_back_at_once(queue: Queu
 async def test_a_claim_that_outlasts_its_attempt_goes_in_time(
     end: str, queue: Queue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in ("transitions.cancel", "transitions.finish"):
-        monkeypatch.setattr(f"asyncmq_nats.{module}.AFTERLIFE", 1.0)
+    for module in ("transitions.cancel", "transitions.deliver"):
+        monkeypatch.setattr(f"asyncmq_nats.{module}.CLAIM_TTL", 1.0)
     job_id, failure = await queue.add("fail"), Failure("ValueError: no", "", time.time())
     if end == "retry by hand":
         await run_jobs(queue)

@@ -3,6 +3,7 @@
 import asyncio
 import threading
 from collections.abc import Callable
+from contextvars import ContextVar
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,17 @@ from asyncmq_nats.runtime.registry import TASK_REGISTRY, TaskRegistry
 from asyncmq_nats.settings import Settings
 from asyncmq_nats.tasks import task
 from asyncmq_nats.workers import Worker, run_worker
-from tests.receiver import Receiver, until
-from tests.running import PATIENCE, make_queue, outcome, race, run_jobs, running, wait_until_done
+from tests.receiver import until
+from tests.running import (
+    PATIENCE,
+    lose_worker,
+    make_queue,
+    outcome,
+    race,
+    run_jobs,
+    running,
+    wait_until_done,
+)
 
 
 @pytest.fixture
@@ -574,7 +584,7 @@ class TestLeases:
             await eventually(lambda: runs == [1])
             runner = worker._runner
             assert runner is not None
-            [run] = runner._running
+            [run] = runner._slots.running
             first = run.attempt.delivery
             first.abandon()  # its lease is not extended any more
             await eventually(lambda: run.attempt.delivery is not first)
@@ -590,6 +600,19 @@ class TestLeases:
         queue = make_queue(backend, echo=echo)
         job_id = await queue.add("echo", ["survived"])
         await lose_worker(queue)
+        async with running(queue):
+            assert await queue.wait_for(job_id, timeout=PATIENCE) == "survived"
+        job = await queue.get_job(job_id)
+        assert job is not None
+        # It never ran: only the loss of a worker that ran it counts.
+        assert (job["stalls"], job["retries"], job["errors"]) == (0, 0, [])
+
+    async def test_a_job_whose_worker_is_lost_while_it_runs_has_stalled(
+        self, backend: Backend
+    ) -> None:
+        queue = make_queue(backend, echo=echo)
+        job_id = await queue.add("echo", ["survived"])
+        await lose_worker(queue, runs=True)
         async with running(queue):
             assert await queue.wait_for(job_id, timeout=PATIENCE) == "survived"
         job = await queue.get_job(job_id)
@@ -610,7 +633,7 @@ class TestStallLimit:
 
         queue = make_queue(backend, never=never, echo=echo)
         job_id = await queue.add("never", retries=5)
-        await lose_worker(queue)
+        await lose_worker(queue, runs=True)
         async with running(queue):
             with pytest.raises(JobFailed, match="stalled: its worker was lost"):
                 await queue.wait_for(job_id, timeout=PATIENCE)
@@ -622,12 +645,6 @@ async def eventually(holds: Callable[[], bool]) -> None:
     with anyio.fail_after(PATIENCE):
         while not holds():  # noqa: ASYNC110  nothing tells of what happens inside a worker
             await anyio.sleep(0.01)
-
-
-async def lose_worker(queue: Queue) -> None:
-    """Take the next job as a worker does, and never be heard of again."""
-    receiver = Receiver(queue.backend, f"amq_{queue.name}", extend=False)
-    await receiver.pull("tier_5")
 
 
 # -- ways to run
@@ -829,3 +846,58 @@ async def test_when_a_loop_of_a_worker_fails_its_jobs_run_elsewhere_at_once(
         go.set()
         assert [await second.wait_for(job_id, timeout=5) for job_id in ids] == ["second"] * 5
     assert {job["stalls"] for job in await second.get_completed()} == {0}
+
+
+# -- each job in a task and a context of its own
+
+tenant: ContextVar[str] = ContextVar("tenant", default="none")
+
+
+async def test_a_context_variable_that_a_job_sets_reaches_no_other_job(backend: Backend) -> None:
+    async def serve(name: str) -> str:
+        seen = tenant.get()
+        tenant.set(name)
+        return seen
+
+    def serve_in_thread(name: str) -> str:
+        seen = tenant.get()
+        tenant.set(name)
+        return seen
+
+    queue = make_queue(backend, concurrency=1, serve=serve, serve_in_thread=serve_in_thread)
+    names = ["ada", "bob", "eve"]
+    ids = [await queue.add(task, [name]) for task in ("serve", "serve_in_thread") for name in names]
+    await run_jobs(queue)
+    assert [await queue.get_job_result(job_id) for job_id in ids] == ["none"] * 6
+
+
+async def test_each_job_has_an_asyncio_task_of_its_own(backend: Backend) -> None:
+    tasks: list[object] = []
+
+    async def note() -> None:
+        tasks.append(asyncio.current_task())
+
+    queue = make_queue(backend, concurrency=1, note=note)
+    for _ in range(4):
+        await queue.add("note")
+    await run_jobs(queue)
+    assert len({id(task) for task in tasks}) == 4
+
+
+async def test_a_cancellation_that_a_job_left_behind_hits_no_other_job(backend: Backend) -> None:
+    async def leave_a_bomb() -> str:
+        task = asyncio.current_task()
+        assert task is not None
+        asyncio.get_running_loop().call_later(0.05, task.cancel)
+        return "left"
+
+    async def innocent() -> str:
+        await anyio.sleep(0.2)
+        return "unharmed"
+
+    queue = make_queue(backend, concurrency=1, leave_a_bomb=leave_a_bomb, innocent=innocent)
+    ids = [await queue.add("leave_a_bomb"), await queue.add("innocent")]
+    await run_jobs(queue)
+    results = [await queue.get_job_result(job_id) for job_id in ids]
+    assert results == ["left", "unharmed"]
+    assert [await queue.get_job_state(job_id) for job_id in ids] == ["completed"] * 2

@@ -315,6 +315,9 @@ class Backend(Protocol):
     async def delete(self, log: str, sequence: int) -> bool:
         """Remove one record. Return whether it was there, or may have been: the answer to a first try was lost, and now it is not."""
 
+    def discard(self, log: str, sequence: int) -> None:
+        """Remove one record: sent, not confirmed. For what may as well stay. Connect before."""
+
     async def purge(
         self, log: str, filter: str, *, before: int | None = None, keep: int | None = None
     ) -> int:

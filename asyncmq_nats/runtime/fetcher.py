@@ -8,6 +8,7 @@ from typing import Final
 import anyio
 from anyio.abc import TaskGroup
 
+from asyncmq_nats._concurrency import Spawner
 from asyncmq_nats.backends.base import Backend, Delivery, Signal
 from asyncmq_nats.exceptions import AsyncMQError, InvalidJob
 from asyncmq_nats.runtime.buffer import FRESH, Held, Tier
@@ -20,7 +21,7 @@ from asyncmq_nats.runtime.prefetch import (
 )
 from asyncmq_nats.runtime.rate_limiter import LEASE, RateLimiter
 from asyncmq_nats.store.topology import TIER_SIGNAL, QueueAssets
-from asyncmq_nats.transitions.claim import Attempt, Verdict, leave
+from asyncmq_nats.transitions.claim import Attempt, Disposition, settle_delivery
 from asyncmq_nats.transitions.finish import Lifecycle
 from asyncmq_nats.wire.keys import QueueSubjects, tier_name, tier_priority
 
@@ -49,6 +50,8 @@ class Intake:
         concurrency: int,
         limiter: RateLimiter | None = None,
         adopt: Callable[[Delivery], bool] = lambda _: False,
+        on_startable: Callable[[], None] = lambda: None,
+        pending: Callable[[], int] = lambda: 0,
     ) -> None:
         """`adopt` is asked whether a job that comes again is one that runs here: then it needs no slot."""
         self._backend = backend
@@ -58,13 +61,14 @@ class Intake:
         self._concurrency = concurrency
         self._limiter = limiter
         self._adopt = adopt
+        self._tell_startable = on_startable
+        self._pending = pending
         self._paused_until = 0.0
         self._held = Held()
         self._pace = Pace()
         self._tiers: dict[int, Tier] = {}
         self._priorities: dict[str, int] = {}
-        self._idle: list[anyio.Event] = []
-        self._waking = False
+        self._spawner = Spawner()
         self._refill = anyio.Event()
         self._looks = False
         self._asked_at = 0.0
@@ -74,8 +78,6 @@ class Intake:
         self._open = False
         self.busy = 0
         """Slots that run a job."""
-        self.unsettled = 0
-        """Jobs that have started and whose end is not confirmed."""
 
     async def start(self, group: TaskGroup) -> None:
         """Begin to ask for jobs; the loops run in the group."""
@@ -86,11 +88,11 @@ class Intake:
             self._subjects.control(TIER_SIGNAL), self._on_tier
         )
         self._open = True
-        self._group = group
         await self._assets.find_orphans()
         await self._find_tiers()
         await self.look_at_pause()
         self._look()
+        group.start_soon(self._spawner.serve, group)
         group.start_soon(self._ask_when_needed)
         group.start_soon(self._watch_held)
         group.start_soon(self._look_for_tiers)
@@ -119,7 +121,7 @@ class Intake:
         """Start nothing more until then (Unix seconds by the server's clock); what is held and has not started goes back."""
         self._pause_signals += 1
         self._paused_until = until
-        self._group.start_soon(self._hand_back_all)
+        self._spawner.spawn(self._hand_back_all)
         self._look()
 
     def resume(self) -> None:
@@ -147,23 +149,27 @@ class Intake:
 
     # -- for the slots
 
-    async def next(self) -> Delivery:
-        """Return the next job to run, as soon as there is one; the slot counts as busy from now on."""
-        while not self._may_start:
-            event = anyio.Event()
-            self._idle.append(event)
-            await event.wait()
-            self._waking = False
+    def take(self) -> Delivery | None:
+        """Return the next job to run, if one may start and a slot is free: the slot is taken."""
+        if self.busy >= self._concurrency or not self._may_start:
+            return None
+        self.occupy()
+        if self._limiter is not None:
+            self._limiter.use()
+            self._look()
+        return self._held.pop()
+
+    @property
+    def has_free_slot(self) -> bool:
+        """Whether a slot is free."""
+        return self.busy < self._concurrency
+
+    def occupy(self) -> None:
+        """Take a slot."""
         self.busy += 1
         self._started += 1
         if self.busy == self._concurrency:
             self._filled_at = time.monotonic()
-        if self._limiter is not None:
-            self._limiter.use()
-            self._look()
-        delivery = self._held.pop()
-        self._wake_slot()
-        return delivery
 
     @property
     def _may_start(self) -> bool:
@@ -189,10 +195,9 @@ class Intake:
         )
 
     def _wake_slot(self) -> None:
-        """Wake one slot if there is a job for it; it wakes the next. So a slot whose jobs never wait takes many, and wakes few in vain."""
-        if self._idle and self._held.heap and not self._waking:
-            self._waking = True
-            self._idle.pop().set()
+        """Say that a job may start, if one is held and a slot is free."""
+        if self._held.heap and self.busy < self._concurrency:
+            self._tell_startable()
 
     def release(self) -> None:
         """Note that a slot is free again."""
@@ -204,9 +209,8 @@ class Intake:
         """Note how long a job took."""
         self._pace.learn_job(seconds)
 
-    def settled(self) -> None:
-        """Note that one more end was confirmed."""
-        self.unsettled -= 1
+    def refill(self) -> None:
+        """Have it looked at soon whether more jobs should be asked for."""
         self._look()
 
     # -- credit
@@ -230,7 +234,7 @@ class Intake:
         if signal.body.removeprefix(b"-").isdigit():
             # Known at once, with a job on its way: nothing of a lower tier must start before it.
             self._tiers.setdefault(int(signal.body), Tier(1, time.monotonic()))
-            self._group.start_soon(self._add_tier, int(signal.body))
+            self._spawner.spawn(self._add_tier, int(signal.body))
 
     async def _add_tier(self, priority: int) -> None:
         try:
@@ -293,7 +297,7 @@ class Intake:
     async def _ask(self, capacity: int) -> None:
         """Ask for jobs, up to `capacity` with those that run and those in hand."""
         room = capacity - self.busy
-        if room <= 0 or self.unsettled > UNSETTLED_PER_SLOT * self._concurrency + UNSETTLED:
+        if room <= 0 or self._pending() > UNSETTLED_PER_SLOT * self._concurrency + UNSETTLED:
             return
         now = time.monotonic()
         tiers = self._view_tiers(now)
@@ -365,14 +369,14 @@ class Intake:
             return
         self._held.push(priority, delivery)
         if self.is_paused:
-            self._group.start_soon(self._hand_back_paused)
+            self._spawner.spawn(self._hand_back_paused)
         elif (
             len(self._tiers) > 1
             and self.busy >= self._concurrency
             and slots_are_rare(self._concurrency, self._pace, self._quiet)
         ):
-            self._group.start_soon(self._hand_back_stuck)
-        elif not self._waking:
+            self._spawner.spawn(self._hand_back_stuck)
+        else:
             self._wake_slot()
         if not delivery.pending:
             self._look()
@@ -418,14 +422,14 @@ class Intake:
 
     async def _hand_back(self, delivery: Delivery) -> None:
         try:
-            attempt: Attempt | Verdict = self._lifecycle.open(delivery)
+            attempt: Attempt | Disposition = self._lifecycle.open(delivery)
             if isinstance(attempt, Attempt) and delivery.deliveries > 1:
                 # The lease may have lapsed while this process was stopped. The server takes a late NAK for one of whoever has the job now.
                 attempt = await self._lifecycle.verify(attempt)
             if isinstance(attempt, Attempt):
                 await self._lifecycle.hand_back(attempt)
             else:
-                leave(delivery, attempt)
+                settle_delivery(delivery, attempt)
         except InvalidJob:  # so says whoever has a slot for it
             delivery.nak()
         except AsyncMQError as error:

@@ -15,8 +15,8 @@ from asyncmq_nats.jobs import Job
 from asyncmq_nats.states import Place, State
 from asyncmq_nats.store.commit import pause_after_refusal
 from asyncmq_nats.store.topology import QueueAssets
-from asyncmq_nats.transitions.claim import AFTERLIFE, Claim
-from asyncmq_nats.transitions.finish import OUTCOME_FIELDS
+from asyncmq_nats.transitions.claim import CLAIM_TTL, Claim
+from asyncmq_nats.transitions.deliver import OUTCOME_FIELDS
 from asyncmq_nats.transitions.release import MARKER_TTL, Dependencies
 from asyncmq_nats.wire.codec import dump_json, load_json
 from asyncmq_nats.wire.keys import QueueSubjects, decode_token, encode_token, tier_name
@@ -251,7 +251,7 @@ class Administration:
                     Write(released, self._renewed(outcome.body), expect, beside=True),
                     _marker(outcome.subject),
                 ]
-                writes.append(Write(subjects.claim(token), claim.encode(), ttl=AFTERLIFE))
+                writes.append(Write(subjects.claim(token), claim.encode(), ttl=CLAIM_TTL))
             elif delayed is not None:
                 expect = Expect(delayed.subject, delayed.sequence)
                 writes = [

@@ -13,7 +13,8 @@ from asyncmq_nats.settings import Settings
 from tests.nats.processes import Fleet, eventually
 from tests.nats.streams import Streams, plain_client
 
-DROPPED = "this worker's end of it is dropped"
+CLAIMS = "KV_amq_fleet_scheduler"
+DROPPED = "discarding this worker's result"
 
 
 @pytest.fixture
@@ -39,6 +40,7 @@ async def test_worker_paused_beyond_its_lease_has_no_say(
         first = await fleet.start("first")
         job_id = await queue.add("disagree", args, retries=3 if first_does == "retries" else 0)
         await watched.begun("job")
+        await eventually(lambda: queue.backend.last(CLAIMS, "$KV.*.done.*.claim"), bool)
         first.freeze()
         watched.say("first")
         second_worker = await fleet.start("second")

@@ -229,6 +229,11 @@ class InMemoryBackend:
         await self._give_way()
         return self._find_log(log).delete(sequence)
 
+    def discard(self, log: str, sequence: int) -> None:
+        """See `Backend`."""
+        if log in self._logs:
+            self._logs[log].delete(sequence)
+
     async def purge(
         self, log: str, filter: str, *, before: int | None = None, keep: int | None = None
     ) -> int:

@@ -338,6 +338,13 @@ class NATSBackend:
             raise api_error(log, answer["error"])
         return in_doubt or bool(answer.get("success", False))
 
+    def discard(self, log: str, sequence: int) -> None:
+        connection = self._require_connection()
+        if connection.client.is_connected:
+            connection.call_unheard(
+                f"STREAM.MSG.DELETE.{log}", b'{"seq":%d,"no_erase":true}' % sequence
+            )
+
     async def purge(
         self, log: str, filter: str, *, before: int | None = None, keep: int | None = None
     ) -> int:

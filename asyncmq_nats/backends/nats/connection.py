@@ -262,6 +262,10 @@ class Connection:
             del self._collectors[token], self._requests[token]
         return replies
 
+    def call_unheard(self, subject: str, body: bytes) -> None:
+        """Call the JetStream API without waiting for its answer, which is dropped."""
+        self._client.post((self._api + subject).encode(), body, (self._inbox + "0").encode())
+
     def _interrupt_requests(self) -> None:
         for _, done in self._requests.values():
             if not done.done():
