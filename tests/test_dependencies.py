@@ -478,6 +478,9 @@ class TestLosses:
             ended.append((write, result))
 
         await lifecycle.fail(attempt, Failure("no", "", backend.now()), settle)
+        with anyio.fail_after(PATIENCE):
+            while not ended:  # noqa: ASYNC110  the answer comes by a plain callback
+                await anyio.sleep(0.005)
         await lifecycle.settled(attempt, *ended[0])
         assert told == [[child]]
         assert await queue.get_job_state(child) == "failed"

@@ -14,6 +14,7 @@ from asyncmq_nats.exceptions import WriteRefused
 from asyncmq_nats.queues import Queue
 from asyncmq_nats.retries import Failure
 from asyncmq_nats.settings import Settings
+from asyncmq_nats.store.snapshot import Snapshot
 from asyncmq_nats.transitions.claim import Attempt, Claim, Disposition
 from asyncmq_nats.transitions.finish import Lifecycle
 from asyncmq_nats.wire.keys import encode_token
@@ -22,7 +23,7 @@ from tests.running import PATIENCE, make_queue, outcome, run_jobs, running, wait
 
 BUCKET = "KV_amq_work_scheduler"
 READY = "amq_work"
-Finish = Callable[[str, int], Awaitable[None]]
+Finish = Callable[[Snapshot, int], Awaitable[None]]
 
 
 @pytest.fixture
@@ -82,10 +83,10 @@ async def test_a_tier_that_is_made_while_a_pause_begins_or_ends(
 def retry_before_the_end_of_cancellation(queue: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
     finish: Finish = queue._administration._finish_cancellation
 
-    async def retried_first(token: str, reruns: int) -> None:
+    async def retried_first(snapshot: Snapshot, reruns: int) -> None:
         monkeypatch.setattr(queue._administration, "_finish_cancellation", finish)
-        assert await queue.retry_job(token)
-        await finish(token, reruns)
+        assert await queue.retry_job(snapshot.token)
+        await finish(snapshot, reruns)
 
     monkeypatch.setattr(queue._administration, "_finish_cancellation", retried_first)
 

@@ -21,6 +21,7 @@ from asyncmq_nats.exceptions import AsyncMQError, InvalidJob, WriteRefused
 from asyncmq_nats.jobs import Job
 from asyncmq_nats.states import Place
 from asyncmq_nats.store.commit import FAREWELL
+from asyncmq_nats.store.snapshot import Snapshot
 from asyncmq_nats.store.topology import DEFAULT_PRIORITY, QueueAssets
 from asyncmq_nats.transitions.release import Dependencies
 from asyncmq_nats.transitions.repeat import Repeatables
@@ -240,6 +241,9 @@ class Promoter:
         )
         live = [record for record in records if not record.marker]
         ended = any(subjects.outcome_state(record.subject) for record in live)
+        if Snapshot.of(token, records, subjects).is_rerun:
+            delivery.nak(0.05)  # the retry by hand is not finished
+            return False
         superseded = any(
             record.subject == delivery.subject and record.sequence > delivery.sequence
             for record in records

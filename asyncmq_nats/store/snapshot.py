@@ -4,10 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from asyncmq_nats.backends.base import Backend, Expect, Record
+from asyncmq_nats.exceptions import InvalidJob
 from asyncmq_nats.states import Place, State
+from asyncmq_nats.wire.codec import load_json
 from asyncmq_nats.wire.keys import Key, Kind, QueueSubjects
 
-__all__ = ["Snapshot", "read_snapshot"]
+__all__ = ["Snapshot", "count_reruns", "read_snapshot"]
 
 
 @dataclass(slots=True)
@@ -24,6 +26,8 @@ class Snapshot:
     edges: list[Record] = field(default_factory=list)
     """Children that wait for this job, except those of its own flow."""
     later: dict[Place, Record] = field(default_factory=dict)
+    last_later: int = 0
+    """Sequence of the last record of the job in transit, 0 if there is none."""
     last_end: int = 0
     """Sequence of the last record about the end of the job, 0 if there is none."""
 
@@ -42,6 +46,14 @@ class Snapshot:
         """Whether there is a job: a claim or an edge alone is none."""
         return self.ended or bool(self.later)
 
+    @property
+    def is_rerun(self) -> bool:
+        """Whether a record is of a later run than the outcome: a retry by hand is under way."""
+        if self.outcome is None:
+            return False
+        reruns = count_reruns(self.outcome.body)
+        return any(count_reruns(record.body) > reruns for record in self.later.values())
+
     @classmethod
     def of(cls, token: str, records: Sequence[Record], keys: QueueSubjects) -> "Snapshot":
         """Return what the records of one job say. Records of other jobs are passed over."""
@@ -52,6 +64,8 @@ class Snapshot:
                 continue
             if keys.is_done(record.subject):
                 snapshot.last_end = max(snapshot.last_end, record.sequence)
+            else:
+                snapshot.last_later = max(snapshot.last_later, record.sequence)
             if not record.marker:
                 snapshot._take(record, key)
         return snapshot
@@ -71,3 +85,12 @@ async def read_snapshot(backend: Backend, keys: QueueSubjects, token: str) -> Sn
     """Read all that the bucket has of one job. On a cluster a replica may answer that lags behind."""
     records = await backend.last(keys.bucket_log, keys.later_all(token), keys.done_all(token))
     return Snapshot.of(token, records, keys)
+
+
+def count_reruns(body: bytes) -> int:
+    """Return how often a job was retried by hand; 0 for a body that is not a job."""
+    try:
+        reruns = load_json(body).get("reruns")
+    except InvalidJob:
+        return 0
+    return reruns if isinstance(reruns, int) else 0

@@ -68,9 +68,14 @@ class Claim:
         return self.message, self.delivery
 
     @property
+    def voids_all(self) -> bool:
+        """Whether it is the claim of a retry by hand."""
+        return self.delivery == LAST_DELIVERY
+
+    @property
     def disposition(self) -> Disposition:
         """What to do with an earlier delivery."""
-        return Disposition.ACK if self.delivery == LAST_DELIVERY else Disposition.ABANDON
+        return Disposition.ACK if self.voids_all else Disposition.ABANDON
 
     def encode(self) -> bytes:
         """Return the record."""
