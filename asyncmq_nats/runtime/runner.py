@@ -34,7 +34,7 @@ from asyncmq_nats.middleware import Hooks
 from asyncmq_nats.retries import Failure, retry_delay
 from asyncmq_nats.runtime.control import CANCEL, PAUSE, RESUME, WorkerRegistry, new_worker_id
 from asyncmq_nats.runtime.executor import Running, execute
-from asyncmq_nats.runtime.fetcher import Intake
+from asyncmq_nats.runtime.fetcher import Fetcher
 from asyncmq_nats.runtime.promoter import Promoter
 from asyncmq_nats.runtime.rate_limiter import Limit, RateLimiter
 from asyncmq_nats.runtime.registry import TaskRegistry
@@ -98,7 +98,7 @@ class Runner:
         self._hooks = hooks or Hooks()
         self._lifecycle = Lifecycle(backend, subjects, assets, self.worker)
         limiter = None if limit is None else RateLimiter(backend, subjects, limit, self.worker)
-        self._intake = Intake(
+        self._intake = Fetcher(
             backend,
             subjects,
             assets,
@@ -212,7 +212,7 @@ class Runner:
         await self._entry.listen(RESUME, lambda _: self._intake.resume())
         await self._entry.listen(CANCEL, self._on_cancel)
         await (
-            self._intake.look_at_pause()
+            self._intake.refresh_pause()
         )  # again: a signal may have gone by between the first look and now
         self._group.start_soon(self._beat)
 
@@ -342,7 +342,6 @@ class Runner:
             await self._run(attempt, settle, slot)
 
     async def _run(self, attempt: Attempt, settle: SettleEnd, slot: "asyncio.Task[Any]") -> None:
-        started = time.monotonic()
         context = JobContext(attempt.head.job_id, self._subjects.queue, attempt, self._lifecycle)
         running = Running(attempt, context, slot)
         self._running[running] = None
@@ -360,7 +359,6 @@ class Runner:
             raise
         finally:
             del self._running[running]
-        self._intake.learn_job(time.monotonic() - started)
         if running.gave_in:
             await self._give_up(attempt, cancelled=running.cancelled)
         elif failure is not None:
