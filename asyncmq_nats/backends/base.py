@@ -69,13 +69,15 @@ class ConsumerState:
     """What a consumer knows, at a cost that does not depend on the number of records.
 
     `pending`: matching records never delivered yet. `leased`: delivered and not settled. `delivered_sequence`: the highest one delivered.
-    `paused`: whether it delivers nothing at present.
+    `paused`: whether it delivers nothing at present. `waiting_pulls`: requests of all pullers that
+    wait for records.
     """
 
     pending: int
     leased: int
     delivered_sequence: int
     paused: bool = False
+    waiting_pulls: int = 0
 
 
 @dataclass(slots=True)  # frozen ones take four times as long to make, and each job needs one

@@ -12,7 +12,7 @@ from asyncmq_nats.exceptions import AsyncMQError, ConnectionLost, sole_error
 from asyncmq_nats.middleware import Hooks
 from asyncmq_nats.runtime.completer import Completer
 from asyncmq_nats.runtime.control import CANCEL, PAUSE, RESUME, WorkerRegistry, new_worker_id
-from asyncmq_nats.runtime.fetcher import Intake
+from asyncmq_nats.runtime.fetcher import Fetcher
 from asyncmq_nats.runtime.promoter import Promoter
 from asyncmq_nats.runtime.rate_limiter import Limit, RateLimiter
 from asyncmq_nats.runtime.registry import TaskRegistry
@@ -78,7 +78,7 @@ class Runner:
         )
         self._completer = Completer(self._lifecycle, events, self._spawner, self._on_settled)
         limiter = None if limit is None else RateLimiter(backend, subjects, limit, self.worker)
-        self._intake = Intake(
+        self._fetcher = Fetcher(
             backend,
             subjects,
             assets,
@@ -89,7 +89,7 @@ class Runner:
             on_startable=self._slots.fill,
             pending=lambda: self._completer.pending,
         )
-        self._slots.intake, self._slots.completer = self._intake, self._completer
+        self._slots.fetcher, self._slots.completer = self._fetcher, self._completer
         self._entry = WorkerRegistry(backend, subjects, self.worker, concurrency, self._running_ids)
         self._progress = anyio.Event()
         self._draining = False
@@ -143,7 +143,7 @@ class Runner:
                         self._group.start_soon(self._spawner.serve, self._group)
                         promoter = Promoter(self._backend, self._subjects, self._assets)
                         await self._group.start(promoter.run)
-                        await self._intake.start(self._group)
+                        await self._fetcher.start(self._group)
                         await self._enter_registry()
                         self._group.start_soon(self._mark_long_runs)
                         self._slots.open()
@@ -156,7 +156,7 @@ class Runner:
                     self._completer.stop()
                     await self._slots.end(FAREWELL)
                     with anyio.move_on_after(FAREWELL):
-                        await self._intake.stop()  # again: not done yet if a loop has failed
+                        await self._fetcher.stop()  # again: not done yet if a loop has failed
         finally:
             finished.set()
 
@@ -167,7 +167,7 @@ class Runner:
         """
         self._draining = True
         with anyio.move_on_after(FAREWELL):
-            await self._intake.stop()
+            await self._fetcher.stop()
             await self._slots.hand_back_suspects()
         timeout = self._backend.settings.shutdown_timeout
         with anyio.move_on_after(timeout):
@@ -185,12 +185,12 @@ class Runner:
         logger.info("worker %s has stopped", self.worker)
 
     async def _wait_until_quiet(self) -> None:
-        while self._intake.busy or self._completer.pending:
+        while self._fetcher.busy or self._completer.pending:
             self._progress = anyio.Event()
             await self._progress.wait()
 
     def _on_settled(self) -> None:
-        self._intake.refill()
+        self._fetcher.refill()
         self._note_progress()
 
     def _note_progress(self) -> None:
@@ -202,10 +202,10 @@ class Runner:
     async def _enter_registry(self) -> None:
         await self._entry.enter()
         await self._entry.listen(PAUSE, self._on_pause)
-        await self._entry.listen(RESUME, lambda _: self._intake.resume())
+        await self._entry.listen(RESUME, lambda _: self._fetcher.resume())
         await self._entry.listen(CANCEL, self._on_cancel)
         # Again: a signal may have passed between the first look and now.
-        await self._intake.look_at_pause()
+        await self._fetcher.refresh_pause()
         self._group.start_soon(self._beat)
 
     async def _leave_registry(self) -> None:
@@ -249,7 +249,7 @@ class Runner:
 
     def _on_pause(self, text: str) -> None:
         until, _, inbox = text.partition(" ")
-        self._intake.pause(float(until))
+        self._fetcher.pause(float(until))
         self._spawner.spawn(self._entry.answer, inbox)
 
     def _on_cancel(self, job_id: str) -> None:

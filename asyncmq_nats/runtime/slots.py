@@ -30,7 +30,7 @@ from asyncmq_nats.jobs import Job
 from asyncmq_nats.retries import Failure, retry_delay
 from asyncmq_nats.runtime.completer import Completer
 from asyncmq_nats.runtime.executor import Running, execute
-from asyncmq_nats.runtime.fetcher import Intake
+from asyncmq_nats.runtime.fetcher import Fetcher
 from asyncmq_nats.runtime.registry import TaskRegistry
 from asyncmq_nats.runtime.suspects import Suspects
 from asyncmq_nats.store.announcing import WorkerEvents
@@ -89,7 +89,7 @@ class Slots:
         self._ending = False
         self._is_cancelled: Callable[[], int] = lambda: 0
         self.running: dict[Running, None] = {}
-        self.intake: Intake
+        self.fetcher: Fetcher
         self.completer: Completer
 
     def open(self) -> None:
@@ -106,11 +106,11 @@ class Slots:
         """Start jobs while slots are free. May be called from any callback."""
         if not self._is_open:
             return
-        while self.intake.has_free_slot and (suspect := self._suspects.next()) is not None:
-            self.intake.occupy()
+        while self.fetcher.has_free_slot and (suspect := self._suspects.next()) is not None:
+            self.fetcher.occupy()
             self._spawn(self._run_suspect(suspect))
         if not self._suspects.holds_others:
-            while (delivery := self.intake.take()) is not None:
+            while (delivery := self.fetcher.take()) is not None:
                 self._spawn(self._run_delivery(delivery))
         if self._timer is None and (wait := self._suspects.wait) is not None:
             self._timer = self._loop.call_later(max(wait, 0.01), self._on_timer)
@@ -127,7 +127,7 @@ class Slots:
 
     def _on_done(self, task: "asyncio.Task[None]") -> None:
         self._tasks.discard(task)
-        self.intake.release()
+        self.fetcher.release()
         if not task.cancelled() and (error := task.exception()) is not None:
             logger.error("a delivery failed in the worker itself", exc_info=error)
         self.fill()
@@ -209,7 +209,7 @@ class Slots:
             if not await self._lifecycle.claim(attempt):
                 if await self._may_run_again(attempt):
                     await self._start(attempt)
-            elif self.intake.is_paused:  # a claim takes a while
+            elif self.fetcher.is_paused:  # a claim takes a while
                 await self._lifecycle.hand_back(attempt)
             else:
                 await self._start(attempt)
@@ -261,7 +261,6 @@ class Slots:
             await self._run(attempt, on_settled)
 
     async def _run(self, attempt: Attempt, on_settled: OnSettled) -> None:
-        started = time.monotonic()
         context = JobContext(attempt.head.job_id, self._subjects.queue, attempt, self._lifecycle)
         running = Running(attempt, context, running_task())
         self.running[running] = None
@@ -279,7 +278,6 @@ class Slots:
             raise
         finally:
             del self.running[running]
-        self.intake.learn_job(time.monotonic() - started)
         if running.gave_in:
             await self._give_up(attempt, cancelled=running.cancelled)
         elif failure is not None:

@@ -121,6 +121,7 @@ class Cursor:
             leased=len(self._leases),
             delivered_sequence=self._delivered_sequence,
             paused=self.paused_until > time.time(),
+            waiting_pulls=len(self._waiting),
         )
 
     def pause(self, until: float) -> None:

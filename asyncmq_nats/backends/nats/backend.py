@@ -240,6 +240,7 @@ class NATSBackend:
             info["num_ack_pending"],
             info["delivered"]["stream_seq"],
             info.get("paused", False),
+            info.get("num_waiting", 0),
         )
 
     async def pause(self, log: str, consumer: str, until: float) -> None:
