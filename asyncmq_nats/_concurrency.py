@@ -5,16 +5,20 @@
 
 import asyncio
 import os
-from collections.abc import Awaitable, Callable
+from collections import deque
+from collections.abc import Awaitable, Callable, Coroutine
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVarTuple
 from weakref import WeakKeyDictionary
 
 from anyio import CancelScope, Event, Lock, create_task_group
+from anyio.abc import TaskGroup
 
 from asyncmq_nats.exceptions import BackendError, sole_error
 
-__all__ = ["Home", "Turns", "all_done_before", "running_task"]
+__all__ = ["Home", "Spawner", "Turns", "all_done_before", "running_task"]
+
+Ts = TypeVarTuple("Ts")
 
 
 class Home:
@@ -66,6 +70,34 @@ class Turns:
         traceback: TracebackType | None,
     ) -> None:
         self._locks[asyncio.get_running_loop()].release()
+
+
+class Spawner:
+    """Starts tasks for plain callbacks of the event loop: those of a backend.
+
+    No callback may call `TaskGroup.start_soon`: anyio 4.14 and later, beside `sniffio`, need a
+    current task for it unless `anyio.run` started the loop.
+    """
+
+    def __init__(self) -> None:
+        self._calls: deque[tuple[Callable[..., Coroutine[Any, Any, object]], tuple[Any, ...]]] = (
+            deque()
+        )
+        self._called = asyncio.Event()
+
+    def spawn(self, function: Callable[[*Ts], Coroutine[Any, Any, object]], *args: *Ts) -> None:
+        """Start the function soon, in the task group of `serve`. May be called from anywhere."""
+        self._calls.append((function, args))
+        self._called.set()
+
+    async def serve(self, group: TaskGroup) -> None:
+        """Start in this group what was spawned before and what will be, until cancelled."""
+        while True:
+            await self._called.wait()
+            self._called.clear()
+            while self._calls:
+                function, args = self._calls.popleft()
+                group.start_soon(function, *args)
 
 
 def running_task() -> "asyncio.Task[Any]":

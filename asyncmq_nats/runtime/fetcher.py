@@ -8,6 +8,7 @@ from typing import Final
 import anyio
 from anyio.abc import TaskGroup
 
+from asyncmq_nats._concurrency import Spawner
 from asyncmq_nats.backends.base import Backend, Delivery, Signal
 from asyncmq_nats.exceptions import AsyncMQError, InvalidJob
 from asyncmq_nats.runtime.buffer import FRESH, Held, Tier
@@ -59,6 +60,7 @@ class Intake:
         self._limiter = limiter
         self._adopt = adopt
         self._paused_until = 0.0
+        self._spawner = Spawner()
         self._held = Held()
         self._pace = Pace()
         self._tiers: dict[int, Tier] = {}
@@ -86,11 +88,11 @@ class Intake:
             self._subjects.control(TIER_SIGNAL), self._on_tier
         )
         self._open = True
-        self._group = group
         await self._assets.find_orphans()
         await self._find_tiers()
         await self.look_at_pause()
         self._look()
+        group.start_soon(self._spawner.serve, group)
         group.start_soon(self._ask_when_needed)
         group.start_soon(self._watch_held)
         group.start_soon(self._look_for_tiers)
@@ -119,7 +121,7 @@ class Intake:
         """Start nothing more until then (Unix seconds by the server's clock); what is held and has not started goes back."""
         self._pause_signals += 1
         self._paused_until = until
-        self._group.start_soon(self._hand_back_all)
+        self._spawner.spawn(self._hand_back_all)
         self._look()
 
     def resume(self) -> None:
@@ -230,7 +232,7 @@ class Intake:
         if signal.body.removeprefix(b"-").isdigit():
             # Known at once, with a job on its way: nothing of a lower tier must start before it.
             self._tiers.setdefault(int(signal.body), Tier(1, time.monotonic()))
-            self._group.start_soon(self._add_tier, int(signal.body))
+            self._spawner.spawn(self._add_tier, int(signal.body))
 
     async def _add_tier(self, priority: int) -> None:
         try:
@@ -365,13 +367,13 @@ class Intake:
             return
         self._held.push(priority, delivery)
         if self.is_paused:
-            self._group.start_soon(self._hand_back_paused)
+            self._spawner.spawn(self._hand_back_paused)
         elif (
             len(self._tiers) > 1
             and self.busy >= self._concurrency
             and slots_are_rare(self._concurrency, self._pace, self._quiet)
         ):
-            self._group.start_soon(self._hand_back_stuck)
+            self._spawner.spawn(self._hand_back_stuck)
         elif not self._waking:
             self._wake_slot()
         if not delivery.pending:

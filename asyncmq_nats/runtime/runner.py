@@ -15,7 +15,7 @@ import anyio
 from anyio.abc import TaskGroup, TaskStatus
 from anyio.lowlevel import checkpoint
 
-from asyncmq_nats._concurrency import all_done_before, running_task
+from asyncmq_nats._concurrency import Spawner, all_done_before, running_task
 from asyncmq_nats.backends.base import Backend, Delivery, Settled, Write
 from asyncmq_nats.context import JobContext, running_job
 from asyncmq_nats.exceptions import (
@@ -115,6 +115,7 @@ class Runner:
         self._over = False
         self._stop = anyio.Event()
         self._turn_ends = 0.0
+        self._spawner = Spawner()
         self._group: TaskGroup
 
     # -- life
@@ -159,6 +160,7 @@ class Runner:
             with anyio.CancelScope(shield=True):
                 try:
                     async with anyio.create_task_group() as self._group:
+                        self._group.start_soon(self._spawner.serve, self._group)
                         await self._group.start(
                             Promoter(self._backend, self._subjects, self._assets).run
                         )
@@ -250,7 +252,7 @@ class Runner:
     def _on_pause(self, text: str) -> None:
         until, _, inbox = text.partition(" ")
         self._intake.pause(float(until))
-        self._group.start_soon(self._entry.answer, inbox)
+        self._spawner.spawn(self._entry.answer, inbox)
 
     def _on_cancel(self, job_id: str) -> None:
         for running in [running for running in self._running if running.context.id == job_id]:
@@ -348,7 +350,7 @@ class Runner:
         self._running[running] = None
         running_job.set(context)
         self._events.tell_start(
-            self._group, attempt.token, attempt.body, attempt.started_at, lambda: attempt.job
+            self._spawner, attempt.token, attempt.body, attempt.started_at, lambda: attempt.job
         )
         try:
             result, failure = await execute(
@@ -422,18 +424,18 @@ class Runner:
         if isinstance(result, int) and not attempt.awaited and not attempt.head.children:
             attempt.delivery.ack()
             self._settled()
-            self._events.tell_end(self._group, attempt.token, write)
+            self._events.tell_end(self._spawner, attempt.token, write)
         elif self._over:
             attempt.delivery.abandon()
         else:
-            self._group.start_soon(self._resolve, attempt, write, result)
+            self._spawner.spawn(self._resolve, attempt, write, result)
 
     async def _resolve(self, attempt: Attempt, write: Write, result: Settled) -> None:
         try:
             verdict = await self._lifecycle.settled(attempt, write, result)
             leave(attempt.delivery, verdict)
             if verdict is Verdict.DONE:
-                self._events.tell_end(self._group, attempt.token, write)
+                self._events.tell_end(self._spawner, attempt.token, write)
         except AsyncMQError as error:
             logger.error("job %s: %s", attempt.head.job_id, error)
             attempt.delivery.abandon()

@@ -3,8 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from anyio.abc import TaskGroup
-
+from asyncmq_nats._concurrency import Spawner
 from asyncmq_nats.backends.base import Backend, Write
 from asyncmq_nats.events import PREFIX, STARTED, event_emitter, read_event
 from asyncmq_nats.jobs import Job
@@ -33,16 +32,16 @@ class WorkerEvents:
         self._start = b'"active_since":%r,"worker":' + dump_json(worker).replace(b"%", b"%%")
 
     def tell_start(
-        self, group: TaskGroup, token: str, body: bytes, at: float, job: Callable[[], Job]
+        self, spawner: Spawner, token: str, body: bytes, at: float, job: Callable[[], Job]
     ) -> None:
         """Tell that an attempt began. `body`: the job as it came; `job`: all of it, read if a listener here wants it."""
         # The job's own bytes, with what is new spliced in: no second encoding.
         self._backend.signal(self._subjects.event(STARTED, token), splice(body, self._start % at))
         if event_emitter.listens() and event_emitter.listens(PREFIX + STARTED):
             data = job().to_dict() | {"queue": self._subjects.queue, "status": State.ACTIVE}
-            group.start_soon(event_emitter.emit, PREFIX + STARTED, data)
+            spawner.spawn(event_emitter.emit, PREFIX + STARTED, data)
 
-    def tell_end(self, group: TaskGroup, token: str, write: Write) -> None:
+    def tell_end(self, spawner: Spawner, token: str, write: Write) -> None:
         """Tell the listeners of this process what became of an attempt; the server tells all others."""
         if not event_emitter.listens():
             return
@@ -52,4 +51,4 @@ class WorkerEvents:
             write.body,
         )
         if event is not None and event_emitter.listens(event.name):
-            group.start_soon(event_emitter.emit, event.name, event.data)
+            spawner.spawn(event_emitter.emit, event.name, event.data)
