@@ -116,6 +116,7 @@ class Runner:
         self._stop = anyio.Event()
         self._turn_ends = 0.0
         self._spawner = Spawner()
+        self._lifecycle.on_progress = partial(self._events.tell_progress, self._spawner)
         self._group: TaskGroup
 
     # -- life
