@@ -64,7 +64,7 @@ def build_job(
         priority=priority,
         delay_until=None if delay is None or delay <= 0 else now + delay,
         custom_id=job_id is not None,
-        depends_on=checked_args(depends_on, "depends_on") or None,
+        depends_on=checked_args(depends_on, "depends_on"),
         on_parent_failure=on_parent_failure,
         repeat_every=None if repeat_every is None else parse_every(repeat_every),
     )

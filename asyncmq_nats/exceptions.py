@@ -134,7 +134,7 @@ class PayloadTooLarge(AsyncMQError, ValueError):
         self.size, self.limit = size, limit
         super().__init__(
             f"{what} is {size:,} bytes, the limit is {limit:,}: keep large data elsewhere and pass a reference, "
-            "or raise the server's max_payload"
+            "or raise the limit: max_job_payload_bytes, or the server's max_payload"
         )
 
 

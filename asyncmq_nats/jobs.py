@@ -1,7 +1,9 @@
 """`Job` and its wire format: one JSON object, the same for a job that waits and for its outcome (`docs/protocol.md`)."""
 
 import os
+import random
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass as plain_dataclass
 from dataclasses import replace
 from time import time
 from typing import Annotated, Any, Final, Literal, Self
@@ -16,7 +18,7 @@ from asyncmq_nats.exceptions import (
     NotSerializable,
     PayloadTooLarge,
 )
-from asyncmq_nats.states import State
+from asyncmq_nats.states import OUTCOMES, State
 from asyncmq_nats.wire.codec import dump_json, find_non_finite
 from asyncmq_nats.wire.keys import PRIORITIES, check_job_id
 
@@ -24,8 +26,10 @@ __all__ = [
     "LATEST",
     "WIRE_VERSION",
     "Backoff",
+    "DelayedInfo",
     "Job",
     "JobHead",
+    "backoff_delay",
     "check_size",
     "new_job",
     "new_job_id",
@@ -34,6 +38,8 @@ __all__ = [
 
 WIRE_VERSION: Final = 1
 RESERVE: Final = 64 * 1024
+MAX_DELAY: Final = 365 * 86_400.0
+"""The longest delay before a retry, in seconds."""
 LATEST: Final = 250_000_000_000.0
 """No time is later than the year 9892."""
 
@@ -65,13 +71,17 @@ def validate_custom_job_id(job_id: object) -> str:
     return job_id
 
 
-def check_size(body: bytes, what: str, max_body: int) -> None:
+def check_size(body: bytes, what: str, max_body: int, chosen: int | None = None) -> None:
     """Refuse a new job that leaves no room in a message of `max_body` bytes for its result or its errors: 64 KiB, or an eighth.
+
+    `chosen`: a smaller limit, that of the settings.
 
     Raises:
         PayloadTooLarge: it is too large.
     """
     limit = max_body - min(RESERVE, max_body // 8)
+    if chosen is not None:
+        limit = min(limit, chosen)
     if len(body) > limit:
         raise PayloadTooLarge(what, len(body), limit)
 
@@ -89,6 +99,25 @@ class Backoff:
     factor: float = Field(default=2.0, ge=1, allow_inf_nan=False)
     maximum: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     jitter: float = Field(default=0.0, ge=0, le=1)
+
+
+def backoff_delay(
+    backoff: float | Backoff, retry: int, share: Callable[[], float] = random.random
+) -> float:
+    """Return the seconds before the `retry`-th retry. A number is raised to the power of `retry` (AsyncMQ `Job.next_retry_delay`).
+
+    `share`: where jitter takes its random number from 0 to 1.
+    """
+    try:
+        if not isinstance(backoff, Backoff):
+            return float(backoff**retry)
+        delay = backoff.delay * (1.0 if backoff.kind == "fixed" else backoff.factor ** (retry - 1))
+    except OverflowError:
+        delay = MAX_DELAY
+    if isinstance(backoff, Backoff):
+        delay = min(delay, MAX_DELAY if backoff.maximum is None else backoff.maximum)
+        delay *= 1.0 - backoff.jitter * share()
+    return delay
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="ignore"))  # without slots: a fifth faster to make
@@ -152,7 +181,9 @@ class Job:
     ] = Field(default_factory=time, allow_inf_nan=False)
     priority: int = Field(default=5, gt=-PRIORITIES, lt=PRIORITIES)
     repeat_every: float | str | None = None
-    depends_on: list[str] | None = None
+    depends_on: Annotated[
+        list[str], BeforeValidator(lambda value: [] if value is None else value)
+    ] = Field(default_factory=list)
     deduplication: dict[str, Any] | None = None
     active_since: float | None = None
     delay_until: float | None = Field(default=None, allow_inf_nan=False, le=LATEST)
@@ -205,13 +236,29 @@ class Job:
         """Return whether its time is still to come."""
         return self.delay_until is not None and self.delay_until > now
 
+    def next_retry_delay(self) -> float:
+        """Return the seconds before the next retry (AsyncMQ `Job.next_retry_delay`): `retries` counts the attempt that has just failed."""
+        return 0.0 if self.backoff is None else backoff_delay(self.backoff, self.retries)
+
     def to_dict(self) -> dict[str, Any]:
-        """Return AsyncMQ's keys, and ours beside them."""
+        """Return AsyncMQ's keys, and ours beside them (AsyncMQ `Job.to_dict`).
+
+        `last_error` is one line, `error_traceback` all of it. `completed_at` and `failed_at` are there when the job has ended so.
+        """
         fields: dict[str, Any] = {"id": self.job_id, "task": self.task_id}
         fields |= {name: getattr(self, name) for name in DICT_FIELDS}
-        for name in ("active_since", "progress", "progress_data"):
-            if getattr(self, name) is not None:
-                fields[name] = getattr(self, name)
+        if self.active_since is not None:
+            fields["active_since"] = self.active_since
+            fields["last_attempt"] = self.last_attempt or self.active_since
+        if self.progress is not None:
+            fields |= {"progress": self.progress, "progress_data": self.progress_data}
+        if self.errors and self.status not in OUTCOMES:
+            fields |= _last_failure(self.errors[-1])
+        fields["updated_at"] = self.finished_at or fields["last_attempt"] or self.created_at
+        if self.status is State.COMPLETED:
+            fields["completed_at"] = self.finished_at
+        elif self.status in (State.FAILED, State.EXPIRED):
+            fields["failed_at"] = self.finished_at
         return fields
 
     @classmethod
@@ -301,6 +348,15 @@ def new_job(**fields: Any) -> Job:
     return job
 
 
+@plain_dataclass(frozen=True, slots=True)
+class DelayedInfo:
+    """A delayed job: its id, when it runs (Unix seconds), and the job as a dict (AsyncMQ `DelayedInfo`)."""
+
+    job_id: str
+    run_at: float
+    payload: dict[str, Any]
+
+
 NAMES_IN_ADD: Final = {
     "max_retries": "retries",
     "delay_until": "delay",
@@ -321,7 +377,7 @@ OPTIONAL_FIELDS: Final[tuple[tuple[str, Any], ...]] = (
     ("ttl", None),
     ("timeout", None),
     ("repeat_every", None),
-    ("depends_on", None),
+    ("depends_on", []),
     ("deduplication", None),
     ("delay_until", None),
     ("custom_id", False),
@@ -330,6 +386,16 @@ OPTIONAL_FIELDS: Final[tuple[tuple[str, Any], ...]] = (
     ("on_parent_failure", "wait"),
 )
 """Those that are left out when they have their default."""
+
+
+def _last_failure(failure: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what AsyncMQ tells of the last failed attempt, out of an entry of `errors`."""
+    at = failure.get("at")
+    return {
+        "last_error": str(failure.get("error", "")),
+        "error_traceback": str(failure.get("traceback", "")),
+        "last_attempt": at if isinstance(at, int | float) else None,
+    }
 
 
 def _validate(validate: Callable[..., Any], value: Any) -> Any:

@@ -24,16 +24,17 @@ from asyncmq_nats.backends import default_backend
 from asyncmq_nats.backends.base import Backend, Signal
 from asyncmq_nats.events import Event, read_event
 from asyncmq_nats.exceptions import BulkAddFailed, InvalidArgument, JobFailed, JobNotFound
-from asyncmq_nats.jobs import Backoff, Job
+from asyncmq_nats.jobs import Backoff, DelayedInfo, Job
 from asyncmq_nats.middleware import Hook, Hooks
 from asyncmq_nats.runtime.control import Controls, WorkerInfo, list_workers
 from asyncmq_nats.runtime.program import import_tasks, run_program, run_until_signalled
 from asyncmq_nats.runtime.rate_limiter import Limit
 from asyncmq_nats.runtime.registry import TASK_REGISTRY, TaskRegistry
 from asyncmq_nats.runtime.runner import Runner
+from asyncmq_nats.schedules import RepeatableInfo
 from asyncmq_nats.states import COUNT_BUCKETS, JOB_STATES, OUTCOMES, Bucket, State
 from asyncmq_nats.store.commit import LAG, look_for
-from asyncmq_nats.store.reads import DelayedInfo, Inspection
+from asyncmq_nats.store.reads import Inspection
 from asyncmq_nats.store.topology import DEFAULT_PRIORITY, QueueAssets
 from asyncmq_nats.transitions.add import Additions
 from asyncmq_nats.transitions.bulk import add_many, build_entries, check_entries
@@ -42,7 +43,6 @@ from asyncmq_nats.transitions.clean import Cleanup
 from asyncmq_nats.transitions.deduplicate import Deduplicator, parse_window
 from asyncmq_nats.transitions.repeat import (
     Definition,
-    RepeatableInfo,
     Repeatables,
     make_definition,
     repeatable_id,

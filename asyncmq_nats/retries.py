@@ -2,7 +2,6 @@
 
 import logging
 import math
-import random
 import traceback as tracebacks
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -12,7 +11,7 @@ from typing import Any, Final
 from pydantic import ValidationError
 
 from asyncmq_nats.exceptions import Fail, Retry
-from asyncmq_nats.jobs import Backoff, Job
+from asyncmq_nats.jobs import MAX_DELAY, Job, backoff_delay
 
 __all__ = [
     "BackoffFunction",
@@ -28,7 +27,6 @@ logger = logging.getLogger(__name__)
 MAX_ERROR: Final = 2_000
 MAX_TRACEBACK: Final = 4_000
 MAX_ERRORS: Final = 10
-MAX_DELAY: Final = 365 * 86_400.0
 
 IN_DOUBT: Final = 1.5
 """The backoff when a task's own function fails: that of `@task`."""
@@ -140,22 +138,3 @@ def _ask(function: Callable[..., Any], retry: int) -> float:
         )
         return backoff_delay(IN_DOUBT, retry)
     return seconds
-
-
-def backoff_delay(
-    backoff: float | Backoff, retry: int, share: Callable[[], float] = random.random
-) -> float:
-    """Return the seconds before the `retry`-th retry. A number is raised to the power of `retry` (AsyncMQ `Job.next_retry_delay`).
-
-    `share`: where jitter takes its random number from 0 to 1.
-    """
-    try:
-        if not isinstance(backoff, Backoff):
-            return float(backoff**retry)
-        delay = backoff.delay * (1.0 if backoff.kind == "fixed" else backoff.factor ** (retry - 1))
-    except OverflowError:
-        delay = MAX_DELAY
-    if isinstance(backoff, Backoff):
-        delay = min(delay, MAX_DELAY if backoff.maximum is None else backoff.maximum)
-        delay *= 1.0 - backoff.jitter * share()
-    return delay

@@ -15,6 +15,7 @@ from croniter import CroniterBadDateError, CroniterError, croniter
 from asyncmq_nats.wire.codec import dump_json, load_json
 
 __all__ = [
+    "RepeatableInfo",
     "Schedule",
     "definition_id",
     "make_schedule",
@@ -45,6 +46,18 @@ class Schedule:
     every: float | None = None
     cron: str | None = None
     timezone: str = "UTC"
+
+
+@dataclass(frozen=True, slots=True)
+class RepeatableInfo:
+    """A stored repeatable: its definition, its next run, and whether it is paused (AsyncMQ `RepeatableInfo`).
+
+    `next_run` is in Unix seconds, `None` while it is paused.
+    """
+
+    job_def: dict[str, Any]
+    next_run: float | None
+    paused: bool
 
 
 def make_schedule(

@@ -1,9 +1,9 @@
 """Settings, read from `ASYNCMQ_NATS_*` environment variables. Values only; nothing here does I/O."""
 
 from collections.abc import Iterable
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, PrivateAttr, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 __all__ = ["Settings", "parse_servers", "settings"]
@@ -37,14 +37,15 @@ class Settings(BaseSettings):
     """What a deployment chooses. Durations are seconds; `None` for a time to live keeps the records for ever.
 
     Pass an instance to a backend to override the environment: `NATSBackend(settings=Settings(stalled_after=5))`.
-    A variable that is set to nothing counts as one that is not set.
+    A variable that is set to nothing counts as one that is not set. `settings.stalled_after = 5` is
+    checked too; a backend reads most of them when it connects, so set them before.
     """
 
     model_config = SettingsConfigDict(
         env_prefix="ASYNCMQ_NATS_",
         env_ignore_empty=True,
         env_parse_none_str="none",
-        frozen=True,
+        validate_assignment=True,
         extra="ignore",
     )
 
@@ -98,6 +99,19 @@ class Settings(BaseSettings):
     """Kept from AsyncMQ, without effect: nothing is polled. Workers look for what a lost signal left unseen every 30 s, whatever it is."""
     tasks: Annotated[tuple[str, ...], NoDecode] = ()
     """Modules a worker imports before it starts, so that their tasks are registered; in the environment separated by commas."""
+
+    max_job_payload_bytes: int | None = Field(None, ge=0)
+    """How large a new job may be, beside what the server takes (AsyncMQ `max_job_payload_bytes`)."""
+    _backend: Any = PrivateAttr(None)
+
+    @property
+    def backend(self) -> Any:
+        """The backend of queues that are given none: in `settings` only, and in no variable (AsyncMQ `settings.backend`)."""
+        return self._backend
+
+    @backend.setter
+    def backend(self, backend: Any) -> None:
+        self._backend = backend
 
     @field_validator("servers", mode="before")
     @classmethod

@@ -44,7 +44,7 @@ def queue_of(backend: Backend, **tasks: Any) -> Queue:
 def job(task_id: str = "echo", *parents: Job, **fields: Any) -> Job:
     return Job(
         task_id=task_id,
-        depends_on=[parent.job_id for parent in parents] or None,
+        depends_on=[parent.job_id for parent in parents],
         **({"max_retries": 0} | fields),
     )
 

@@ -5,9 +5,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from asyncmq_nats.exceptions import Fail, Retry
-from asyncmq_nats.jobs import Backoff, Job
+from asyncmq_nats.jobs import MAX_DELAY, Backoff, Job
 from asyncmq_nats.retries import (
-    MAX_DELAY,
     MAX_ERROR,
     MAX_ERRORS,
     MAX_TRACEBACK,

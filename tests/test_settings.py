@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from asyncmq_nats.backends import default_backend, set_default_backend
 from asyncmq_nats.backends.inmemory import InMemoryBackend
 from asyncmq_nats.backends.nats.backend import NATSBackend
 from asyncmq_nats.exceptions import ConnectionFailed
@@ -107,9 +108,27 @@ def test_outcomes_may_be_kept_for_ever() -> None:
     assert (settings.completed_ttl, settings.failed_ttl) == (None, None)
 
 
-def test_settings_do_not_change() -> None:
-    with pytest.raises(ValidationError, match="frozen"):
-        Settings().prefix = "other"  # type: ignore[misc]
+def test_settings_can_be_set_and_are_checked_then_too() -> None:
+    settings = Settings()
+    settings.stalled_after = 7.0
+    settings.tasks = ("mail.tasks",)
+    assert (settings.stalled_after, settings.tasks) == (7.0, ("mail.tasks",))
+    with pytest.raises(ValidationError, match="stalled_after"):
+        settings.stalled_after = 0.0
+    with pytest.raises(ValidationError, match="no_such_setting"):
+        settings.__setattr__("no_such_setting", 1)
+    assert settings.stalled_after == 7.0
+
+
+def test_the_backend_of_queues_that_are_given_none_can_be_set(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    backend = InMemoryBackend()
+    monkeypatch.setattr(environment, "backend", backend)
+    assert default_backend() is backend
+    assert Queue("work").backend is backend
+    set_default_backend(None)
+    assert environment.backend is None
 
 
 def test_a_backend_takes_those_of_the_environment_unless_given_others() -> None:

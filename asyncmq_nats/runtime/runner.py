@@ -1,6 +1,7 @@
 """A worker on one queue: start, drain, stop. Its parts run jobs; this one owns their lifetimes."""
 
 import logging
+from functools import partial
 from typing import Final
 
 import anyio
@@ -66,6 +67,7 @@ class Runner:
         self._spawner = Spawner()
         self._lifecycle = Lifecycle(backend, subjects, assets, self.worker)
         events = WorkerEvents(backend, subjects, self.worker)
+        self._lifecycle.on_progress = partial(events.tell_progress, self._spawner)
         self._slots = Slots(
             backend,
             subjects,

@@ -5,7 +5,7 @@ from typing import Any
 
 from asyncmq_nats._concurrency import Spawner
 from asyncmq_nats.backends.base import Backend, Write
-from asyncmq_nats.events import PREFIX, STARTED, event_emitter, read_event
+from asyncmq_nats.events import PREFIX, PROGRESS, STARTED, event_emitter, read_event
 from asyncmq_nats.jobs import Job
 from asyncmq_nats.states import State
 from asyncmq_nats.wire.codec import dump_json, splice
@@ -40,6 +40,12 @@ class WorkerEvents:
         if event_emitter.listens() and event_emitter.listens(PREFIX + STARTED):
             data = job().to_dict() | {"queue": self._subjects.queue, "status": State.ACTIVE}
             spawner.spawn(event_emitter.emit, PREFIX + STARTED, data)
+
+    def tell_progress(self, spawner: Spawner, data: dict[str, Any]) -> None:
+        """Tell the listeners of this process how far a job is; the signal tells all others."""
+        if event_emitter.listens(PREFIX + PROGRESS):
+            told = data | {"queue": self._subjects.queue}
+            spawner.spawn(event_emitter.emit, PREFIX + PROGRESS, told)
 
     def tell_end(self, spawner: Spawner, token: str, write: Write) -> None:
         """Tell the listeners of this process what became of an attempt; the server tells all others."""

@@ -23,22 +23,13 @@ from asyncmq_nats.wire.keys import (
     tier_name,
 )
 
-__all__ = ["DelayedInfo", "Inspection"]
+__all__ = ["Inspection"]
 
 PAGE: Final = 500
 MANY: Final = 5_000
 NOTHING: Final = ConsumerState(0, 0, 0)
 PLACE_STATES: Final = {Place.DELAYED: State.DELAYED, Place.PARKED: State.WAITING_CHILDREN}
 """What a released job is its time decides: it is released a little early, see `LEAD`."""
-
-
-@dataclass(frozen=True, slots=True)
-class DelayedInfo:
-    """A delayed job: its id, when it runs (Unix seconds), and the job as a dict (AsyncMQ `DelayedInfo`)."""
-
-    job_id: str
-    run_at: float
-    payload: dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)

@@ -244,7 +244,9 @@ class Additions:
         if job.custom_id:
             check_job_id(job.job_id)
         token, body = encode_token(job.job_id), job.encode()
-        check_size(body, f"job {job.job_id!r} of task {job.task_id!r}", self._backend.max_body)
+        chosen = self._backend.settings.max_job_payload_bytes
+        what = f"job {job.job_id!r} of task {job.task_id!r}"
+        check_size(body, what, self._backend.max_body, chosen)
         nothing = Expect(self._subjects.later_all(token))
         if job.delay_until is not None:
             return delayed_write(

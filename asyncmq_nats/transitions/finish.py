@@ -43,6 +43,8 @@ class Lifecycle(Deliveries):
         self, backend: Backend, subjects: QueueSubjects, assets: QueueAssets, worker: str = ""
     ) -> None:
         super().__init__(backend, subjects, assets, worker)
+        self.on_progress: Callable[[dict[str, Any]], None] = lambda report: None
+        """Told of each progress report that was sent."""
         self._worker_json = dump_json(worker)
 
     def now(self) -> float:
@@ -112,7 +114,7 @@ class Lifecycle(Deliveries):
             job, job_id=new_job_id(), created_at=now, delay_until=run_at, custom_id=False
         )
         return replace(
-            again, retries=0, errors=[], stalls=0, depends_on=None, parent_results={}, children=[]
+            again, retries=0, errors=[], stalls=0, depends_on=[], parent_results={}, children=[]
         )
 
     async def fail(self, attempt: Attempt, failure: Failure, settle: OnSettled) -> None:
@@ -270,12 +272,12 @@ class Lifecycle(Deliveries):
     def report_progress(self, job: Job, progress: float, data: Any) -> None:
         """Store how far a running job is, and tell whoever listens. Sent, not confirmed: a later report tells more."""
         token = encode_token(job.job_id)
-        body = dump_json(
-            {"id": job.job_id, "progress": progress, "data": data}, "the progress data"
-        )
+        report = {"id": job.job_id, "progress": progress, "data": data}
+        body = dump_json(report, "the progress data")
         write = Write(self._subjects.progress(token), body, ttl=self._settings.progress_ttl)
         self._backend.send(self._subjects.bucket_log, write, lambda _: None)
         self._backend.signal(self._subjects.event("progress", token), body)
+        self.on_progress(report)
 
     async def results_of_parents(self, job: Job) -> dict[str, Any]:
         """Return the results of the jobs that a job depends on, by id; those that did not complete are left out."""

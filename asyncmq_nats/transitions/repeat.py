@@ -8,7 +8,7 @@ definition touches a fire that is there. So each tick makes one job, whoever die
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any, Final
 
@@ -20,6 +20,7 @@ from asyncmq_nats.backends.base import Backend, Delivery, Expect, Record, Timer,
 from asyncmq_nats.exceptions import InvalidArgument, InvalidJob, WriteRefused
 from asyncmq_nats.jobs import LATEST, Job, check_size, new_job
 from asyncmq_nats.schedules import (
+    RepeatableInfo,
     Schedule,
     definition_id,
     make_schedule,
@@ -32,7 +33,7 @@ from asyncmq_nats.store.topology import QueueAssets
 from asyncmq_nats.wire.codec import dump_json, load_json
 from asyncmq_nats.wire.keys import QueueSubjects, encode_token, is_token
 
-__all__ = ["Definition", "RepeatableInfo", "Repeatables", "make_definition", "repeatable_id"]
+__all__ = ["Definition", "Repeatables", "make_definition", "repeatable_id"]
 
 logger = logging.getLogger(__name__)
 
@@ -86,15 +87,6 @@ class Definition:
 
 
 ADAPTER: Final = TypeAdapter(Definition)
-
-
-@dataclass(frozen=True, slots=True)
-class RepeatableInfo:
-    """A stored repeatable: its definition, its next run (Unix seconds; `None` while it is paused), and whether it is paused."""
-
-    job_def: dict[str, Any]
-    next_run: float | None
-    paused: bool
 
 
 def make_definition(
@@ -232,7 +224,10 @@ class Repeatables:
         """
         sample = self.job_of(definition, self._backend.now()).encode()
         check_size(
-            sample, f"the repeated job of task {definition.task_id!r}", self._backend.max_body
+            sample,
+            f"the repeated job of task {definition.task_id!r}",
+            self._backend.max_body,
+            self._backend.settings.max_job_payload_bytes,
         )
         while True:
             records = await self._read(definition.rid)

@@ -50,7 +50,7 @@ class Graph:
                     task_id="node",
                     job_id=f"node-{number}",
                     args=args,
-                    depends_on=depends_on,
+                    depends_on=depends_on or [],
                     max_retries=RETRIES,
                     backoff=backoff,
                 )
