@@ -193,6 +193,7 @@ class Bench:
         processes: Sequence[Launched],
         seconds: float,
         hog_seconds: float = 0.0,
+        counted: bool = True,
     ) -> Run:
         """Let the processes go; sample the stream until it is empty or the time is over."""
         run = Run(jobs)
@@ -214,8 +215,10 @@ class Bench:
         run.worker_cpu = sum(process.cpu() - process.cpu_before for process in processes)
         run.deliveries = await deliveries(self.client, stream)
         for process in processes:
+            if counted:
+                run.counts += process.read_counts()
+        for process in processes:
             process.stop()
-            run.counts += process.counts
         return run
 
 
@@ -236,7 +239,7 @@ async def measure_hogs(bench: Bench, case: Case) -> None:
     runs: dict[str, Run] = {}
     for load, watch, hog in (("alone", 3.0, 0.0), ("hogs", WATCH_SECONDS, HOG_SECONDS)):
         name, processes = await bench.raw(jobs, case)
-        runs[f"raw {load}"] = await bench.watch(name, jobs, processes, watch, hog)
+        runs[f"raw {load}"] = await bench.watch(name, jobs, processes, watch, hog, counted=False)
         await api(bench.client, f"STREAM.DELETE.{name}")
         queue = await bench.queue(jobs, case.seconds)
         processes = bench.launch(queue, case)
@@ -317,8 +320,8 @@ async def measure_killed(bench: Bench, case: Case) -> None:
     stats = await queue.queue_stats()
     counts: Counter[str] = Counter()
     for process in processes:
+        counts += process.read_counts()
         process.stop()
-        counts += process.counts
     told = "not all in 120 s" if took is None else f"all had run {took:.1f} s after the kill"
     line(
         f"killed {case}",

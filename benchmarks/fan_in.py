@@ -60,14 +60,15 @@ async def measure_parents(
         done = (await queue.queue_stats())["completed"]
     seconds = time.monotonic() - begun
     server_cpu, own = cpu_seconds(server) - server_before, worker.cpu() - own
+    counts = worker.read_counts()
     worker.stop()
     ended = "all ended" if done == wanted else f"{done} ended"
     each = max(1, done)
     print(
         f"{what:28} added in {added:5.1f} s, {ended} in {seconds:6.1f} s; a parent: worker "
         f"{own / each * 1e3:6.2f} ms, server {server_cpu / each * 1e3:6.2f} ms, "
-        f"{worker.counts['batches'] / each:.2f} batches, "
-        f"{worker.counts['single writes'] / each:.2f} single writes",
+        f"{counts['batches'] / each:.2f} batches, "
+        f"{counts['single writes'] / each:.2f} single writes",
         flush=True,
     )
 

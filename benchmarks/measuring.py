@@ -153,9 +153,9 @@ class Launched:
     cpu_before: float = 0.0
 
     def __post_init__(self) -> None:
+        self._ready, self._counted = threading.Event(), threading.Event()
         self._reader = threading.Thread(target=self._read, args=(self.process.stdout,), daemon=True)
         self._reader.start()
-        self._ready = threading.Event()
 
     def _read(self, output: IO[str]) -> None:
         for line in output:
@@ -164,7 +164,8 @@ class Launched:
             elif line.startswith("started"):
                 self.started.set()
             elif line.startswith("{"):
-                self.counts.update(json.loads(line))
+                self.counts = Counter(json.loads(line))
+                self._counted.set()
             else:
                 print(line, end="", file=sys.stderr)
 
@@ -174,9 +175,20 @@ class Launched:
 
     def go(self) -> None:
         self.cpu_before = self.cpu()
+        self._tell("go")
+
+    def _tell(self, word: str) -> None:
         assert self.process.stdin is not None
-        self.process.stdin.write("go\n")
+        self.process.stdin.write(f"{word}\n")
         self.process.stdin.flush()
+
+    def read_counts(self) -> Counter[str]:
+        """Return what the worker has counted so far; nothing if it is dead."""
+        if self.process.poll() is None:
+            self._counted.clear()
+            self._tell("count")
+            self._counted.wait(START_TIMEOUT)
+        return self.counts
 
     def cpu(self) -> float:
         return cpu_seconds(self.process.pid)
@@ -190,7 +202,7 @@ class Launched:
         self.process.wait()
 
     def stop(self) -> None:
-        """End it in order, or after 20 s at once, and take its counts."""
+        """End it in order, or after 20 s at once."""
         if self.process.poll() is None:
             self.process.terminate()
             try:
@@ -227,14 +239,20 @@ def wait_for_go() -> None:
 def run_worker(
     url: str, queue: str, concurrency: int, registry: TaskRegistry, settings: Settings
 ) -> None:
-    """Be a worker process: wait for `go`, run jobs until SIGTERM, print what was counted."""
+    """Be a worker process: wait for `go`, run jobs until SIGTERM, print the counts when asked."""
     logging.getLogger("asyncmq_nats").setLevel(logging.CRITICAL)  # tasks fail on purpose
     backend = CountingBackend(url, settings=settings)
     worker = Worker(Queue(queue, backend, concurrency, registry=registry))
     worker.on_startup(lambda: print("started", flush=True))
     wait_for_go()
+    threading.Thread(target=_answer, args=(backend.counts,), daemon=True).start()
     worker.start()
-    print(json.dumps(backend.counts), flush=True)
+
+
+def _answer(counts: Counter[str]) -> None:
+    """Print the counts for each line of input: at once, however long the worker takes to stop."""
+    for _ in sys.stdin:
+        print(json.dumps(dict(counts)), flush=True)
 
 
 # -- plain nats-py

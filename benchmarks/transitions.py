@@ -193,8 +193,9 @@ async def consume(
         done = (await queue.queue_stats())[state]
     seconds = time.monotonic() - begun
     server, own = cpu_seconds(bench.server) - server, worker.cpu() - own
+    counts = worker.read_counts()
     worker.stop()
-    show(what, done // share, seconds, server, own, worker.counts)
+    show(what, done // share, seconds, server, own, counts)
 
 
 async def plain(bench: Bench) -> None:
