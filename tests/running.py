@@ -11,8 +11,7 @@ from asyncmq_nats.backends.base import Backend
 from asyncmq_nats.queues import Queue
 from asyncmq_nats.runtime.registry import TaskRegistry
 from asyncmq_nats.workers import Worker
-
-PATIENCE = 20.0
+from tests.receiver import PATIENCE as PATIENCE
 
 
 @asynccontextmanager
