@@ -12,9 +12,8 @@ from asyncmq_nats.queues import Queue
 from asyncmq_nats.runtime.registry import TaskRegistry
 from asyncmq_nats.transitions.finish import Lifecycle
 from asyncmq_nats.workers import Worker
+from tests.receiver import PATIENCE as PATIENCE
 from tests.receiver import Receiver
-
-PATIENCE = 20.0
 
 
 @asynccontextmanager

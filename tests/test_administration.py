@@ -348,7 +348,7 @@ async def test_an_obliterated_queue_is_not_paused(backend: Backend) -> None:
         await queue.pause()
         await queue.add("echo")
         await queue.obliterate()
-        assert await queue.wait_for(await queue.add("echo", ["on"]), timeout=5) == "on"
+        assert await queue.wait_for(await queue.add("echo", ["on"]), timeout=PATIENCE) == "on"
 
 
 async def test_obliterate_spares_a_queue_with_jobs_that_run_unless_forced(backend: Backend) -> None:

@@ -23,7 +23,7 @@ HOUR = 3600.0
 
 @pytest.fixture
 def settings() -> Settings:
-    return Settings(stalled_after=30, publish_timeout=10, shutdown_timeout=0.1)
+    return Settings(stalled_after=600, publish_timeout=10, shutdown_timeout=0.1)
 
 
 async def echo(value: Any = None) -> Any:

@@ -22,7 +22,7 @@ from tests.running import PATIENCE, make_queue, outcome, run_jobs, running, wait
 def settings() -> Settings:
     """A lease so long that only a hand-back explains a second delivery; heartbeats in which a missed signal is made up for."""
     return Settings(
-        stalled_after=60, publish_timeout=10, shutdown_timeout=0.1, heartbeat_interval=0.5
+        stalled_after=600, publish_timeout=10, shutdown_timeout=0.1, heartbeat_interval=0.5
     )
 
 

@@ -24,7 +24,7 @@ EVERY = 0.2
 
 @pytest.fixture
 def settings() -> Settings:
-    return Settings(stalled_after=30, publish_timeout=10, shutdown_timeout=0.1)
+    return Settings(stalled_after=600, publish_timeout=10, shutdown_timeout=0.1)
 
 
 class Ticks:

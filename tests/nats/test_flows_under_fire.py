@@ -16,7 +16,7 @@ from asyncmq_nats.flow import FlowProducer
 from asyncmq_nats.jobs import Job
 from asyncmq_nats.queues import Queue
 from asyncmq_nats.settings import Settings
-from tests.nats.processes import PROGRAM, Fleet, eventually
+from tests.nats.processes import PATIENCE, PROGRAM, Fleet, eventually
 from tests.running import wait_until_done
 
 SEEDS = [11, 12, 13]
@@ -82,7 +82,7 @@ async def test_random_graphs_run_in_order_while_workers_are_killed(
             f"amq.fleet.event.{word}.*",
             lambda signal: ends.update([signal.subject.rpartition(".")[2]]),
         )
-    with anyio.fail_after(50):
+    with anyio.fail_after(2 * PATIENCE):
         workers = await fleet.start_all("a", "b", "c", asyncmq_nats_tasks="graph_tasks")
         losses = 0
         for graph in graphs:
@@ -141,7 +141,7 @@ async def test_a_flow_whose_producer_is_killed_is_there_as_a_whole_or_not_at_all
     server: EmbeddedServer, nats_backend: NATSBackend, fleet: Fleet
 ) -> None:
     """The producer dies after 0, 1, 2, … messages of the flow, and after the last but before it is confirmed."""
-    with anyio.fail_after(55):
+    with anyio.fail_after(2 * PATIENCE):
         for number in range(FLOW + 1):
             await Queue(f"flow_{number}", nats_backend).queue_stats()
         for numbers in (range(7), range(7, FLOW + 1)):
@@ -182,7 +182,7 @@ def start_producer(url: str, kill_after: int) -> "subprocess.Popen[bytes]":
 async def test_a_killed_attempt_adds_no_follow_up(fleet: Fleet, queue: Queue) -> None:
     """The first worker is killed after it has added a follow-up, the second completes: there is one follow-up, and not two."""
     job_id = await queue.add("follow", ["word"])
-    with anyio.fail_after(30):
+    with anyio.fail_after(2 * PATIENCE):
         first = await fleet.start("first", asyncmq_nats_tasks="follow_tasks")
         await fleet.watched.begun("follow")
         first.kill()
@@ -191,7 +191,7 @@ async def test_a_killed_attempt_adds_no_follow_up(fleet: Fleet, queue: Queue) ->
         await fleet.start("second", asyncmq_nats_tasks="follow_tasks")
         await fleet.watched.begun("follow", 2)
         fleet.watched.say("word")
-        assert await queue.wait_for(job_id, timeout=20) == "second"
+        assert await queue.wait_for(job_id, timeout=PATIENCE) == "second"
         await wait_until_done(queue)
     stats = await queue.queue_stats()
     assert stats == dict.fromkeys(stats, 0) | {"completed": 2}

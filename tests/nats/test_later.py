@@ -18,7 +18,7 @@ from anyio import to_thread
 from asyncmq_nats.backends.nats.embedded.server import EmbeddedServer
 from asyncmq_nats.queues import Queue
 from asyncmq_nats.settings import Settings
-from tests.nats.processes import Fleet, Program, eventually, holds
+from tests.nats.processes import PATIENCE, Fleet, Program, eventually, holds
 from tests.nats.streams import Streams, plain_client
 
 TICKS_FOR = float(os.environ.get("TICKS_FOR", "8"))
@@ -72,11 +72,11 @@ async def test_delayed_jobs_are_entries_of_a_kv_bucket(
 # -- workers that die
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(480)
 async def test_each_tick_makes_one_job_while_a_worker_is_killed_again_and_again(
     fleet: Fleet, queue: Queue
 ) -> None:
-    with anyio.fail_after(100):
+    with anyio.fail_after(4 * PATIENCE):
         victim, _ = await fleet.start_all("victim", "survivor")
         first = await queue.upsert_repeatable("brief", every=0.5, args=[7], name="series")
         kills = 0
@@ -106,7 +106,7 @@ async def test_each_tick_makes_one_job_while_a_worker_is_killed_again_and_again(
 async def test_a_job_in_the_hands_of_a_killed_worker_still_becomes_ready(
     fleet: Fleet, queue: Queue, server: EmbeddedServer
 ) -> None:
-    with anyio.fail_after(30):
+    with anyio.fail_after(2 * PATIENCE):
         holder = await fleet.start("holder")
         holder.freeze()
         job_id = await queue.add("brief", [1], delay=0.3)
@@ -129,7 +129,7 @@ async def test_a_server_that_is_killed_forgets_no_delayed_job(
     fleet: Fleet, queue: Queue, server: EmbeddedServer
 ) -> None:
     delays = [0.3 + number * 0.05 for number in range(60)]
-    with anyio.fail_after(40):
+    with anyio.fail_after(2 * PATIENCE):
         await fleet.start("first")
         due = {}
         for number, delay in enumerate(delays):
@@ -151,7 +151,7 @@ async def test_a_server_that_is_killed_forgets_no_delayed_job(
 async def test_a_tick_missed_in_an_outage_fires_once_and_the_series_goes_on(
     fleet: Fleet, queue: Queue, server: EmbeddedServer
 ) -> None:
-    with anyio.fail_after(40):
+    with anyio.fail_after(2 * PATIENCE):
         await fleet.start("first")
         await queue.upsert_repeatable("brief", every=0.5, args=[7])
         await fleet.watched.begun("7", times=2)
@@ -183,12 +183,12 @@ def cpu_seconds(program: Program) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(480)
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
 async def test_a_hundred_thousand_delayed_jobs_cost_nothing(
     fleet: Fleet, queue: Queue, many: int
 ) -> None:
-    with anyio.fail_after(150):
+    with anyio.fail_after(4 * PATIENCE):
         started = time.perf_counter()
         ids: list[str] = []
         for start in range(0, many, 20_000):
@@ -287,7 +287,7 @@ def produce(fleet: Fleet, shifted: str, shift: float, first: int) -> dict[str, S
 async def test_clocks_that_are_wrong_make_nothing_early_or_late(
     fleet: Fleet, queue: Queue, shifted: str, worker: int, producer: int
 ) -> None:
-    with anyio.fail_after(40):
+    with anyio.fail_after(2 * PATIENCE):
         await fleet.start("wrong", pythonpath=shifted, clock_shift=worker)
         due = await to_thread.run_sync(produce, fleet, shifted, producer, 100)
         await eventually(queue.queue_stats, lambda stats: stats["completed"] == len(due))
@@ -303,7 +303,7 @@ async def test_clocks_that_are_wrong_make_nothing_early_or_late(
 async def test_a_series_keeps_time_with_a_wrong_clock(
     fleet: Fleet, queue: Queue, shifted: str
 ) -> None:
-    with anyio.fail_after(40):
+    with anyio.fail_after(2 * PATIENCE):
         await fleet.start_all("ahead", pythonpath=shifted, clock_shift=2)
         await fleet.start_all("behind", pythonpath=shifted, clock_shift=-2)
         first = await queue.upsert_repeatable("brief", every=0.4, args=[7])

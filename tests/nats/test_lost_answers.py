@@ -24,7 +24,7 @@ BUCKET = rb"PUB \$KV\.amq_work_scheduler"
 
 @pytest.fixture
 def settings() -> Settings:
-    return Settings(stalled_after=30, publish_timeout=10, shutdown_timeout=0.1)
+    return Settings(stalled_after=600, publish_timeout=10, shutdown_timeout=0.1)
 
 
 @pytest.fixture

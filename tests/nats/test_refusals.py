@@ -25,7 +25,8 @@ from asyncmq_nats.settings import Settings
 from tests.nats.processes import MakeServer, holds
 from tests.nats.streams import Streams, plain_client
 
-SOON = 3.0
+SOON = 15.0
+"""Half of what an unconfirmed write is repeated for: a refusal is told before."""
 USERS = """
 authorization {
   users: [

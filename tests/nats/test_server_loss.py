@@ -18,7 +18,7 @@ from asyncmq_nats.context import current_job
 from asyncmq_nats.exceptions import Fail, Retry, Unconfirmed
 from asyncmq_nats.queues import Queue
 from asyncmq_nats.settings import Settings
-from tests.nats.processes import Fleet, eventually, freeze, holds
+from tests.nats.processes import PATIENCE, Fleet, eventually, freeze, holds
 from tests.nats.streams import Streams, plain_client
 from tests.running import make_queue, outcome, running
 
@@ -57,7 +57,7 @@ async def test_killed_server_loses_nothing_and_nobody_is_restarted(
 
     workers = await fleet.start_all("first", "second", concurrency=5)
     silences = []
-    with anyio.fail_after(55):
+    with anyio.fail_after(2 * PATIENCE):
         async with anyio.create_task_group() as group:
             for producer in range(PRODUCERS):
                 group.start_soon(produce, producer)
@@ -123,7 +123,7 @@ async def test_add_that_cannot_be_confirmed_raises_in_time(
     job_id: str | None, told: str, impatient_queue: Queue, server: EmbeddedServer
 ) -> None:
     started = time.monotonic()
-    with frozen(server), anyio.fail_after(10), pytest.raises(Unconfirmed, match=told):
+    with frozen(server), anyio.fail_after(2 * PATIENCE), pytest.raises(Unconfirmed, match=told):
         await impatient_queue.add("brief", [1], job_id=job_id)
     assert 1.0 < time.monotonic() - started < 5.0
 
@@ -147,7 +147,7 @@ async def test_unconfirmed_adds_can_be_repeated_under_their_job_ids(
             if len(confirmed) >= ORDERS // 2:
                 half.set()
 
-    with anyio.fail_after(30):
+    with anyio.fail_after(2 * PATIENCE):
         await fleet.start("first", asyncmq_nats_stalled_after=20)
         async with anyio.create_task_group() as group:
             for number in range(ORDERS):
