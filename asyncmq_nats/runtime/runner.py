@@ -33,6 +33,7 @@ from asyncmq_nats.jobs import Job
 from asyncmq_nats.middleware import Hooks
 from asyncmq_nats.retries import Failure, retry_delay
 from asyncmq_nats.runtime.control import CANCEL, PAUSE, RESUME, WorkerRegistry, new_worker_id
+from asyncmq_nats.runtime.declarations import Declarations
 from asyncmq_nats.runtime.executor import Running, execute
 from asyncmq_nats.runtime.fetcher import Intake
 from asyncmq_nats.runtime.promoter import Promoter
@@ -73,6 +74,7 @@ class Runner:
         concurrency: slots; never more jobs run at a time.
         limit: of starts in the whole queue.
         hooks: what else happens when it starts and stops.
+        declarations: the repeatables that its code declares.
     """
 
     def __init__(
@@ -85,6 +87,7 @@ class Runner:
         concurrency: int,
         limit: Limit | None = None,
         hooks: Hooks | None = None,
+        declarations: Declarations | None = None,
     ) -> None:
         if concurrency < 1:
             raise ValueError(f"concurrency must be at least 1, not {concurrency}")
@@ -107,7 +110,15 @@ class Runner:
             limiter=limiter,
             adopt=self._adopt,
         )
-        self._entry = WorkerRegistry(backend, subjects, self.worker, concurrency, self._running_ids)
+        self._declarations = declarations or Declarations(backend, subjects, {})
+        self._entry = WorkerRegistry(
+            backend,
+            subjects,
+            self.worker,
+            concurrency,
+            self._running_ids,
+            self._declarations.ids,
+        )
         self._threads = anyio.CapacityLimiter(concurrency)
         self._running: dict[Running, None] = {}
         self._progress = anyio.Event()
@@ -208,6 +219,7 @@ class Runner:
 
     async def _enter_registry(self) -> None:
         await self._entry.enter()
+        await self._declarations.store(self._entry.since)
         await self._entry.listen(PAUSE, self._on_pause)
         await self._entry.listen(RESUME, lambda _: self._intake.resume())
         await self._entry.listen(CANCEL, self._on_cancel)
@@ -236,6 +248,7 @@ class Runner:
             try:
                 await self._entry.beat()
                 await self._lifecycle.trim()
+                await self._declarations.retire()
                 for job_id in await self._lifecycle.cancelled_among(self._running_ids()):
                     self._on_cancel(job_id)
             except ConnectionLost as error:

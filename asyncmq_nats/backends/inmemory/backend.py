@@ -22,6 +22,7 @@ from asyncmq_nats.backends.base import (
     ConsumerState,
     Delivery,
     Log,
+    OnRemoved,
     Puller,
     Record,
     Settle,
@@ -172,7 +173,7 @@ class InMemoryBackend:
         await self._give_way()
         return self._find_log(log).write(writes)
 
-    def send(self, log: str, write: Write, settle: Settle) -> None:
+    def send(self, log: str, write: Write, settle: Settle, *, timeout: float | None = None) -> None:
         """See `Backend`."""
         settled: Settled
         try:
@@ -228,6 +229,15 @@ class InMemoryBackend:
         """See `Backend`."""
         await self._give_way()
         return self._find_log(log).delete(sequence)
+
+    def discard(self, log: str, sequence: int, on_removed: OnRemoved) -> None:
+        """See `Backend`."""
+        removed: bool | BackendError
+        try:
+            removed = self._find_log(log).delete(sequence)
+        except BackendError as error:
+            removed = error
+        asyncio.get_running_loop().call_soon(on_removed, removed)
 
     async def purge(
         self, log: str, filter: str, *, before: int | None = None, keep: int | None = None
