@@ -47,7 +47,7 @@ from asyncmq_nats.transitions.promote import (
 from asyncmq_nats.transitions.release import Dependencies
 from asyncmq_nats.transitions.tick import TickEnd, Ticker, read_fire
 from asyncmq_nats.wire.codec import load_json
-from asyncmq_nats.wire.keys import PROMOTER, QueueSubjects, fit_token
+from asyncmq_nats.wire.keys import PROMOTER, Kind, QueueSubjects, fit_token
 
 __all__ = ["Promoter"]
 
@@ -168,14 +168,15 @@ class Promoter:
         if not delivery.body:  # a delete marker
             delivery.ack()
             return
-        held = Held(delivery, fire=self._subjects.is_fire(delivery.subject))
+        key = self._subjects.parse(delivery.subject)
+        held = Held(delivery, fire=key.kind is Kind.FIRE)
         arrived = time.monotonic()
         run_at: float | None = None
         try:
             if held.fire:
                 run_at = read_fire(delivery.body).run_at
             else:
-                released = read_released(self._subjects, delivery.subject, delivery.body)
+                released = read_released(key.token, delivery.body)
                 held.released, run_at = released, released.run_at
         except InvalidJob as problem:
             held.problem = problem

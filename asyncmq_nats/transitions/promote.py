@@ -61,13 +61,12 @@ class Released:
     body: bytes
 
 
-def read_released(subjects: QueueSubjects, subject: str, body: bytes) -> Released:
-    """Return what a released record says.
+def read_released(token: str, body: bytes) -> Released:
+    """Return what the released record of a job says. `token`: that of its key.
 
     Raises:
         InvalidJob: its key has no id, or it is not a job.
     """
-    token = subjects.token(subject)
     if not is_token(token):
         raise InvalidJob("its key has no token that can be an id")
     data = load_json(body)
