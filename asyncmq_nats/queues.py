@@ -6,7 +6,6 @@ One class, since AsyncMQ's is one; each method is a few lines over one call belo
 import logging
 import math
 from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any, Final, TypeVar
 
@@ -27,6 +26,7 @@ from asyncmq_nats.exceptions import BulkAddFailed, InvalidArgument, JobFailed, J
 from asyncmq_nats.jobs import Backoff, DelayedInfo, Job
 from asyncmq_nats.middleware import Hook, Hooks
 from asyncmq_nats.runtime.control import Controls, WorkerInfo, list_workers
+from asyncmq_nats.runtime.declarations import Declarations
 from asyncmq_nats.runtime.program import import_tasks, run_program, run_until_signalled
 from asyncmq_nats.runtime.rate_limiter import Limit
 from asyncmq_nats.runtime.registry import TASK_REGISTRY, TaskRegistry
@@ -41,12 +41,13 @@ from asyncmq_nats.transitions.bulk import add_many, build_entries, check_entries
 from asyncmq_nats.transitions.cancel import Administration
 from asyncmq_nats.transitions.clean import Cleanup
 from asyncmq_nats.transitions.deduplicate import Deduplicator, parse_window
-from asyncmq_nats.transitions.repeat import (
+from asyncmq_nats.transitions.definition import (
+    CODE,
     Definition,
-    Repeatables,
     make_definition,
     repeatable_id,
 )
+from asyncmq_nats.transitions.repeat import Repeatables
 from asyncmq_nats.wire.keys import QueueSubjects, encode_token
 
 __all__ = ["Queue", "list_queues"]
@@ -123,7 +124,7 @@ class Queue:
         self._administration = Administration(self.backend, self._subjects, self._assets)
         self._cleanup = Cleanup(self.backend, self._subjects, self._assets)
         self._deduplicator = Deduplicator(self.backend, self._subjects, self._additions)
-        self._repeatables = Repeatables(self.backend, self._subjects, self._assets)
+        self._repeatables = Repeatables(self.backend, self._subjects)
         self._controls = Controls(self.backend, self._subjects, self._assets)
         self._hooks = Hooks({"backend": self.backend, "queue": name})
         self._local_repeatables: list[Definition] = []
@@ -276,10 +277,6 @@ class Queue:
         await self._assets.declare()
         await self._additions.add_linked(jobs)
 
-    async def _store_repeatables(self) -> None:
-        for definition in self._local_repeatables:
-            await self._repeatables.upsert(definition)
-
     # -- run
 
     def runner(self) -> Runner:
@@ -292,8 +289,9 @@ class Queue:
             registry=self._registry,
             concurrency=self.concurrency,
             limit=None if self.rate_limit is None else Limit(self.rate_limit, self.rate_interval),
-            hooks=replace(
-                self._hooks, on_startup=[self._store_repeatables, *self._hooks.on_startup]
+            hooks=self._hooks,
+            declarations=Declarations(
+                self.backend, self._subjects, {d.rid: d for d in self._local_repeatables}
             ),
         )
 
@@ -619,8 +617,18 @@ class Queue:
         name: str | None = None,
         timezone: str | None = None,
         timeout: float | None = None,
+        start: float | None = None,
+        end: float | None = None,
+        limit: int | None = None,
+        jitter: float | None = None,
+        overlap: str = "allow",
+        catch_up: str | None = None,
     ) -> None:
-        """Have this queue's workers repeat a job (AsyncMQ `Queue.add_repeatable`). Stored when `run()` starts; see `upsert_repeatable`.
+        """Have this queue's workers repeat a job (AsyncMQ `Queue.add_repeatable`).
+
+        Stored when `run()` starts; the arguments are those of `upsert_repeatable`. It belongs to
+        the code: once a worker runs that started later and does not declare it, and no worker
+        that declares it runs any more, it is removed.
 
         Raises:
             ValueError: the schedule is malformed; the message shows where.
@@ -632,11 +640,25 @@ class Queue:
             "backoff": backoff,
             "timeout": timeout,
         }
-        self._local_repeatables.append(
-            make_definition(
-                task_id, args, kwargs, job, every=every, cron=cron, timezone=timezone, name=name
-            )
+        definition = make_definition(
+            task_id,
+            args,
+            kwargs,
+            job,
+            every=every,
+            cron=cron,
+            timezone=timezone,
+            name=name,
+            owner=CODE,
+            shortest=self.backend.settings.min_repeat_interval,
+            start=start,
+            end=end,
+            limit=limit,
+            jitter=jitter,
+            overlap=overlap,
+            catch_up=catch_up,
         )
+        self._local_repeatables.append(definition)
 
     async def upsert_repeatable(
         self,
@@ -653,14 +675,24 @@ class Queue:
         name: str | None = None,
         timezone: str | None = None,
         timeout: float | None = None,
+        start: float | None = None,
+        end: float | None = None,
+        limit: int | None = None,
+        jitter: float | None = None,
+        overlap: str = "allow",
+        catch_up: str | None = None,
     ) -> float:
-        """Store a repeated job, or change the one of that name, and return its next run in Unix seconds (AsyncMQ `upsert_repeatable`).
+        """Store a repeated job, or change the one of that name (AsyncMQ `upsert_repeatable`).
 
-        Each tick adds exactly one job, however many workers run. After an outage the missed ticks are one, late, and the series goes on.
+        Each tick adds exactly one job, however many workers run. Return its next run in Unix
+        seconds, `inf` if none is to come. A change does not end a pause, and a series whose
+        schedule is the same goes on as it was planned.
 
         Args:
-            task_id: as for `add`, and so are args, kwargs, retries, ttl, priority, backoff and timeout.
-            every: seconds, or a text such as `"5m"`; the first run is one interval from now, and the series does not drift.
+            task_id: as for `add`, and so are args, kwargs, retries, ttl, priority, backoff and
+                timeout.
+            every: seconds, or a text such as `"5m"`; the first run is one interval from now, and
+                the series does not drift. Not below the setting `min_repeat_interval`.
             cron: five fields, or six with the seconds last, by the clock of `timezone`.
             args: see `add`.
             kwargs: see `add`.
@@ -668,12 +700,23 @@ class Queue:
             ttl: see `add`.
             priority: see `add`.
             backoff: see `add`.
-            name: what it is known by. Without one the definition itself is: a changed definition is then another repeatable.
-            timezone: an IANA name; UTC by default. What the clock skips in spring runs an hour later, what it shows twice runs once.
+            name: what it is known by. Without one the definition itself is: a changed definition
+                is then another repeatable.
+            timezone: an IANA name; UTC by default. What the clock skips in spring runs an hour
+                later, what it shows twice runs once.
             timeout: see `add`.
+            start: Unix seconds before which it does not run; an interval counts from there.
+            end: Unix seconds after which it does not run.
+            limit: how many jobs it adds at most.
+            jitter: each run is later by chance, by up to so many seconds, but before the next one.
+            overlap: `"skip"` adds no job while the last one has not ended.
+            catch_up: what becomes of the runs that were missed in an outage or a pause: `"one"` of
+                them is made up for, or `"all"`, or `"none"`. By default one after an outage, and
+                none after a pause: then the series begins anew.
 
         Raises:
             ValueError: the schedule is malformed; the message shows where.
+            InvalidArgument: an option has a value that it does not take.
         """
         job = {
             "retries": retries,
@@ -683,7 +726,21 @@ class Queue:
             "timeout": timeout,
         }
         definition = make_definition(
-            task_id, args, kwargs, job, every=every, cron=cron, timezone=timezone, name=name
+            task_id,
+            args,
+            kwargs,
+            job,
+            every=every,
+            cron=cron,
+            timezone=timezone,
+            name=name,
+            shortest=self.backend.settings.min_repeat_interval,
+            start=start,
+            end=end,
+            limit=limit,
+            jitter=jitter,
+            overlap=overlap,
+            catch_up=catch_up,
         )
         await self._assets.declare()
         return await self._repeatables.upsert(definition)
@@ -706,7 +763,9 @@ class Queue:
         return await self._repeatables.pause(rid)
 
     async def resume_repeatable(self, job_def: Mapping[str, Any] | str) -> float:
-        """Let a paused repeatable go on, and return its next run in Unix seconds.
+        """Let a paused repeatable go on, as its `catch_up` says, and return its next run.
+
+        In Unix seconds; `inf` if none is to come.
 
         Raises:
             KeyError: there is no such repeatable (as AsyncMQ).

@@ -95,6 +95,9 @@ class Settings(BaseSettings):
     """Likewise for failed, expired and cancelled jobs, of each kind."""
     progress_ttl: float = Field(DAY, ge=1)
     """How long the last progress report of a job is kept."""
+    min_repeat_interval: float = Field(0.05, ge=0.05)
+    """The shortest interval of a repeatable and of `repeat_every`. A shorter one is refused; a job
+    of another program that has one is repeated after this."""
     scan_interval: float = Field(1.0, gt=0)
     """Kept from AsyncMQ, without effect: nothing is polled. Workers look for what a lost signal left unseen every 30 s, whatever it is."""
     tasks: Annotated[tuple[str, ...], NoDecode] = ()

@@ -7,7 +7,7 @@ from typing import Any
 import anyio
 import pytest
 
-from asyncmq_nats.backends.base import Backend, Delivery, Write
+from asyncmq_nats.backends.base import Backend, Delivery, Settle, Write
 from asyncmq_nats.exceptions import BackendError, InvalidArgument, Unconfirmed
 from asyncmq_nats.queues import Queue
 from asyncmq_nats.runtime import promoter
@@ -409,11 +409,18 @@ async def test_what_reaches_a_promoter_late_is_not_made_ready_again(
     late.nak()
     if forgotten:
         monkeypatch.setattr(promoter, "REMEMBERED", 0.0)
-        monkeypatch.setattr(promoter, "_message_id", lambda _: None)
+        monkeypatch.setattr(promoter, "promotion_id", lambda *_: None)
     async with running(queue):
         await queue.wait_for(job_id, timeout=PATIENCE)
         assert late.deliveries == 1
-        await Promoter(backend, queue._subjects, queue._assets)._promote_guarded(late, kept=False)
+        other = Promoter(backend, queue._subjects, queue._assets)
+        async with anyio.create_task_group() as group:
+            await group.start(other.run)
+            other._on_delivery(late)
+            with anyio.fail_after(PATIENCE):
+                while other._in_hand:  # noqa: ASYNC110  no event says that it has let go
+                    await anyio.sleep(0.005)
+            group.cancel_scope.cancel()
         await wait_until_done(queue)
     assert starts.runs == 1
 
@@ -423,18 +430,14 @@ async def test_a_promotion_that_is_not_answered_does_not_hold_up_a_stop(
 ) -> None:
     """It is cut, and another promoter repeats it when the lease is over."""
     monkeypatch.setattr(promoter, "FAREWELL", 0.05)
-    real, promoting = backend.write, anyio.Event()
+    real, promoting = backend.send, anyio.Event()
 
-    async def write(log: str, *writes: Write) -> int:
-        if log == "amq_work":
-            await real(log, *writes)
-            promoting.set()
-            await anyio.sleep_forever()
-        return await real(log, *writes)
+    def send(log: str, write: Write, _: Settle, *, timeout: float | None = None) -> None:
+        real(log, write, lambda _: promoting.set(), timeout=timeout)
 
     await queue.queue_stats()
     with anyio.fail_after(PATIENCE), monkeypatch.context() as patch:
-        patch.setattr(backend, "write", write)
+        patch.setattr(backend, "send", send)
         async with anyio.create_task_group() as group:
             await group.start(Promoter(backend, queue._subjects, queue._assets).run)
             await queue.add("note", delay=0.01)

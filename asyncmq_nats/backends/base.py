@@ -23,6 +23,7 @@ __all__ = [
     "Delivery",
     "Expect",
     "Log",
+    "OnRemoved",
     "Puller",
     "Record",
     "Settle",
@@ -209,6 +210,8 @@ class Signal:
 Settled = int | BackendError
 Settle = Callable[[Settled], None]
 """Called with the sequence of the record, or why there is none. Must not block: hand work over."""
+OnRemoved = Callable[[bool | BackendError], None]
+"""Called with whether the record was there, or why that is unknown. Must not block."""
 
 
 class Backend(Protocol):
@@ -276,9 +279,10 @@ class Backend(Protocol):
             Unconfirmed: the deadline passed.
         """
 
-    def send(self, log: str, write: Write, settle: Settle) -> None:
-        """Like `write` for one write, but return at once, and tell `settle` later. Repeated until confirmed, however long.
+    def send(self, log: str, write: Write, settle: Settle, *, timeout: float | None = None) -> None:
+        """Like `write` for one write, but return at once, and tell `settle` later.
 
+        Repeated until confirmed, for `timeout` seconds at most; then `settle` gets `Unconfirmed`.
         A repetition never writes twice while what the write expects does not hold again. Connect before.
         """
 
@@ -317,8 +321,11 @@ class Backend(Protocol):
     async def delete(self, log: str, sequence: int) -> bool:
         """Remove one record. Return whether it was there, or may have been: the answer to a first try was lost, and now it is not."""
 
-    def discard(self, log: str, sequence: int) -> None:
-        """Remove one record: sent, not confirmed. For what may as well stay. Connect before."""
+    def discard(self, log: str, sequence: int, on_removed: OnRemoved | None = None) -> None:
+        """Like `delete`, but return at once, and tell `on_removed` later. Connect before.
+
+        Without `on_removed` it is sent and not confirmed: for what may as well stay.
+        """
 
     async def purge(
         self, log: str, filter: str, *, before: int | None = None, keep: int | None = None

@@ -4,7 +4,7 @@ import logging
 import os
 import socket
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -110,6 +110,8 @@ class WorkerInfo:
     pid: int
     since: float
     running: tuple[str, ...]
+    repeatables: tuple[str, ...] | None = None
+    """Ids of the repeatables that its code declares; `None` if its release does not tell."""
 
 
 async def list_workers(backend: Backend, queue: str | None = None) -> list[WorkerInfo]:
@@ -135,6 +137,7 @@ def _worker_of(data: dict[str, Any], heartbeat: float) -> WorkerInfo:
         data["pid"],
         data["since"],
         tuple(data["running"]),
+        tuple(data["repeatables"]) if isinstance(data.get("repeatables"), list) else None,
     )
 
 
@@ -153,18 +156,25 @@ class WorkerRegistry:
         worker: str,
         concurrency: int,
         running: Callable[[], list[str]],
+        repeatables: Sequence[str] = (),
     ) -> None:
         self._backend = backend
         self._subjects = subjects
         self._worker = worker
         self._concurrency = concurrency
         self._running = running
+        self._repeatables = list(repeatables)
         self._log, key = workers_bucket(backend.settings.prefix)
         self._key = key + encode_token(worker)
         self._subscriptions: list[Subscription] = []
         self._since = 0.0
         self._writing = anyio.Lock()
         self._left = False
+
+    @property
+    def since(self) -> float:
+        """When the entry was made, in Unix seconds by the server's clock."""
+        return self._since
 
     async def enter(self) -> None:
         """Make the entry."""
@@ -182,6 +192,7 @@ class WorkerRegistry:
             "host": socket.gethostname(),
         }
         entry |= {"pid": os.getpid(), "since": self._since, "running": self._running()[:100]}
+        entry["repeatables"] = self._repeatables
         async with self._writing:
             if not self._left:
                 await self._backend.write(

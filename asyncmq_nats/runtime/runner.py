@@ -13,6 +13,7 @@ from asyncmq_nats.exceptions import AsyncMQError, ConnectionLost, sole_error
 from asyncmq_nats.middleware import Hooks
 from asyncmq_nats.runtime.completer import Completer
 from asyncmq_nats.runtime.control import CANCEL, PAUSE, RESUME, WorkerRegistry, new_worker_id
+from asyncmq_nats.runtime.declarations import Declarations
 from asyncmq_nats.runtime.fetcher import Fetcher
 from asyncmq_nats.runtime.promoter import Promoter
 from asyncmq_nats.runtime.rate_limiter import Limit, RateLimiter
@@ -43,6 +44,7 @@ class Runner:
         concurrency: slots; never more jobs run at a time.
         limit: of starts in the whole queue.
         hooks: called at the start and at the stop.
+        declarations: the repeatables that its code declares.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class Runner:
         concurrency: int,
         limit: Limit | None = None,
         hooks: Hooks | None = None,
+        declarations: Declarations | None = None,
     ) -> None:
         if concurrency < 1:
             raise ValueError(f"concurrency must be at least 1, not {concurrency}")
@@ -92,7 +95,15 @@ class Runner:
             pending=lambda: self._completer.pending,
         )
         self._slots.fetcher, self._slots.completer = self._fetcher, self._completer
-        self._entry = WorkerRegistry(backend, subjects, self.worker, concurrency, self._running_ids)
+        self._declarations = declarations or Declarations(backend, subjects, {})
+        self._entry = WorkerRegistry(
+            backend,
+            subjects,
+            self.worker,
+            concurrency,
+            self._running_ids,
+            self._declarations.ids,
+        )
         self._progress = anyio.Event()
         self._draining = False
         self._stop = anyio.Event()
@@ -203,6 +214,7 @@ class Runner:
 
     async def _enter_registry(self) -> None:
         await self._entry.enter()
+        await self._declarations.store(self._entry.since)
         await self._entry.listen(PAUSE, self._on_pause)
         await self._entry.listen(RESUME, lambda _: self._fetcher.resume())
         await self._entry.listen(CANCEL, self._on_cancel)
@@ -233,6 +245,7 @@ class Runner:
             try:
                 await self._entry.beat()
                 await self._lifecycle.trim()
+                await self._declarations.retire()
                 for job_id in await self._lifecycle.cancelled_among(self._running_ids()):
                     self._on_cancel(job_id)
             except ConnectionLost as error:

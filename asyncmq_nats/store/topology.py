@@ -91,6 +91,10 @@ class QueueAssets:
                     )
                 self._tiers.add(priority)
 
+    def is_declared(self, priority: int) -> bool:
+        """Return whether this process knows that the priority has its consumer."""
+        return priority in self._tiers
+
     def _tier(self, priority: int, paused_until: float | None = None) -> Consumer:
         lease = self._backend.settings.stalled_after
         return Consumer(

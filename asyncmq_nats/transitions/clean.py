@@ -1,8 +1,10 @@
 """Removing many jobs at once: clean, drain, obliterate."""
 
+from contextlib import suppress
 from math import inf
 
-from asyncmq_nats.backends.base import Backend
+from asyncmq_nats.backends.base import Backend, Expect, Write
+from asyncmq_nats.exceptions import WriteRefused
 from asyncmq_nats.states import OUTCOMES, Place, State
 from asyncmq_nats.store.topology import QueueAssets
 from asyncmq_nats.wire.keys import QueueSubjects, decode_token, tier_name
@@ -129,6 +131,14 @@ class Cleanup:
         return ids
 
     async def obliterate(self) -> None:
-        """Remove everything of the queue: all jobs, repeatables, windows, a pause. Its assets stay, for the workers that run."""
+        """Remove everything of the queue: all jobs, repeatables, windows, a pause.
+
+        Its assets stay, for the workers that run, and so does its secret: they make ids with it.
+        """
+        log, key = self._subjects.bucket_log, self._subjects.secret
+        secrets = await self._backend.last(log, key)
         await self._backend.purge(self._subjects.ready_log, self._subjects.all_ready)
-        await self._backend.purge(self._subjects.bucket_log, self._subjects.all_bucket)
+        await self._backend.purge(log, self._subjects.all_bucket)
+        for secret in secrets:
+            with suppress(WriteRefused):  # a worker was faster
+                await self._backend.write(log, Write(key, secret.body, Expect(key)))

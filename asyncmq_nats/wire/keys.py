@@ -333,6 +333,11 @@ class QueueSubjects:
         """The key that says until when the queue is paused."""
         return f"{self._bucket_key}queue.pause"
 
+    @property
+    def secret(self) -> str:
+        """The key of the secret that message ids are made with."""
+        return f"{self._bucket_key}queue.secret"
+
     def deduplication(self, token: str) -> str:
         """Return the key of a window in which a job is not added twice."""
         return f"{self._bucket_key}dedup.{token}"

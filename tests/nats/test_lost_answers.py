@@ -20,6 +20,7 @@ from tests.receiver import until
 from tests.running import PATIENCE, make_queue, running, wait_until_done
 
 BUCKET = rb"PUB \$KV\.amq_work_scheduler"
+READY = rb"PUB amq\.work\.ready"
 
 
 @pytest.fixture
@@ -228,19 +229,20 @@ async def add_custom_flow(queue: Queue) -> None:
 
 
 @pytest.mark.parametrize(
-    ("add", "jobs"),
+    ("add", "jobs", "lost"),
     [
-        (add_delayed, 1),
-        (add_deduplicated, 1),
-        (add_custom, 1),
-        (add_in_bulk, 2),
-        (add_flow, 2),
-        (add_custom_flow, 2),
+        (add_delayed, 1, BUCKET),
+        (add_deduplicated, 1, READY),
+        (add_custom, 1, BUCKET),
+        (add_in_bulk, 2, BUCKET),
+        (add_flow, 2, BUCKET),
+        (add_custom_flow, 2, BUCKET),
     ],
 )
 async def test_a_job_that_has_run_meanwhile_does_not_run_again(
     add: Callable[[Queue], Awaitable[None]],
     jobs: int,
+    lost: bytes,
     nats_backend: NATSBackend,
     distant: NATSBackend,
     relay: Relay,
@@ -250,7 +252,7 @@ async def test_a_job_that_has_run_meanwhile_does_not_run_again(
     await far.queue_stats()
     later = Later()
     async with running(near):
-        relay.lose_answer(BUCKET)
+        relay.lose_answer(lost)
         with anyio.fail_after(PATIENCE):
             async with anyio.create_task_group() as group:
                 group.start_soon(later.run, lambda: add(far))

@@ -22,6 +22,7 @@ from asyncmq_nats.backends.base import (
     ConsumerState,
     Delivery,
     Log,
+    OnRemoved,
     Puller,
     Record,
     Settle,
@@ -172,7 +173,7 @@ class InMemoryBackend:
         await self._give_way()
         return self._find_log(log).write(writes)
 
-    def send(self, log: str, write: Write, settle: Settle) -> None:
+    def send(self, log: str, write: Write, settle: Settle, *, timeout: float | None = None) -> None:
         """See `Backend`."""
         settled: Settled
         try:
@@ -229,10 +230,15 @@ class InMemoryBackend:
         await self._give_way()
         return self._find_log(log).delete(sequence)
 
-    def discard(self, log: str, sequence: int) -> None:
+    def discard(self, log: str, sequence: int, on_removed: OnRemoved | None = None) -> None:
         """See `Backend`."""
-        if log in self._logs:
-            self._logs[log].delete(sequence)
+        removed: bool | BackendError
+        try:
+            removed = self._find_log(log).delete(sequence)
+        except BackendError as error:
+            removed = error
+        if on_removed is not None:
+            asyncio.get_running_loop().call_soon(on_removed, removed)
 
     async def purge(
         self, log: str, filter: str, *, before: int | None = None, keep: int | None = None

@@ -16,6 +16,7 @@ from asyncmq_nats.backends.base import (
     ConsumerState,
     Delivery,
     Log,
+    OnRemoved,
     Puller,
     Record,
     Settle,
@@ -23,7 +24,7 @@ from asyncmq_nats.backends.base import (
     Subscription,
     Write,
 )
-from asyncmq_nats.backends.nats.connection import Connection
+from asyncmq_nats.backends.nats.connection import Connection, Reply
 from asyncmq_nats.backends.nats.embedded.server import EmbeddedServer
 from asyncmq_nats.backends.nats.errors import (
     CONSUMER_MISSING,
@@ -267,9 +268,9 @@ class NATSBackend:
             self._assets.forget(log)
             raise
 
-    def send(self, log: str, write: Write, settle: Settle) -> None:
+    def send(self, log: str, write: Write, settle: Settle, *, timeout: float | None = None) -> None:
         self._require_connection()
-        self._writer.send(log, write, settle)
+        self._writer.send(log, write, settle, timeout)
 
     async def last(self, log: str, *filters: str) -> list[Record]:
         await self._open_connection()
@@ -339,12 +340,33 @@ class NATSBackend:
             raise api_error(log, answer["error"])
         return in_doubt or bool(answer.get("success", False))
 
-    def discard(self, log: str, sequence: int) -> None:
+    def discard(self, log: str, sequence: int, on_removed: OnRemoved | None = None) -> None:
         connection = self._require_connection()
-        if connection.client.is_connected:
-            connection.call_unheard(
-                f"STREAM.MSG.DELETE.{log}", b'{"seq":%d,"no_erase":true}' % sequence
-            )
+        subject, body = f"STREAM.MSG.DELETE.{log}", b'{"seq":%d,"no_erase":true}' % sequence
+        if on_removed is None:
+            if connection.client.is_connected:
+                connection.call_unheard(subject, body)
+            return
+
+        def on_reply(reply: Reply | None) -> None:
+            if reply is not None and b'"success":true' in reply.body:
+                on_removed(True)
+            else:  # an error, or no answer: then it may be gone by this
+                connection.background.run(
+                    self._delete_again(log, sequence, on_removed, in_doubt=reply is None)
+                )
+
+        connection.ask(connection.api_prefix + subject, body, on_reply)
+
+    async def _delete_again(
+        self, log: str, sequence: int, on_removed: OnRemoved, *, in_doubt: bool
+    ) -> None:
+        removed: bool | BackendError
+        try:
+            removed = await self.delete(log, sequence) or in_doubt
+        except BackendError as error:
+            removed = error
+        on_removed(removed)
 
     async def purge(
         self, log: str, filter: str, *, before: int | None = None, keep: int | None = None

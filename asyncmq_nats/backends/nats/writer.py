@@ -1,7 +1,7 @@
 """Writes to a stream: headers, atomic batches, and repetition until confirmed without ever writing twice.
 
 What was sent and not confirmed is in one table. A reconnect sends the whole table again, so does a confirmation that is overdue.
-A write that is awaited has a message id of its own, in a batch its first message: by that the server knows a repetition, also when what was
+A write that is awaited has a random message id of its own, in a batch its first message: by that the server knows a repetition, also when what was
 written is gone again and all that it expects holds once more.
 """
 
@@ -9,10 +9,11 @@ import asyncio
 import itertools
 import json
 import logging
+import os
 import random
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any, Final
 
@@ -93,6 +94,15 @@ def encode_headers(write: Write, more: str = "", indent: int = 0) -> bytes:
     return f"{lines}\r\n".encode() if len(lines) > 10 else b""
 
 
+def new_message_id() -> str:
+    """Return an id for a write or a batch that nobody can guess.
+
+    Readers of events see the ids of what was stored: under the next one of a series, a stranger
+    could write first, and the server would take our write for a repetition.
+    """
+    return os.urandom(12).hex()
+
+
 @dataclass(slots=True)
 class Unsettled:
     """Writes on their way: one message, or a batch."""
@@ -102,6 +112,7 @@ class Unsettled:
     settle: Settle
     deadline: float
     token: bytes = b""
+    begun: float = field(default_factory=time.monotonic)
     sent_at: float = 0.0
     sendings: int = 0
 
@@ -116,10 +127,7 @@ class Writer:
         self._last = last
         self._table: dict[bytes, Unsettled] = {}
         self._tokens = itertools.count(1)
-        self._batches = itertools.count(1)
-        self._ids = itertools.count(1)
         self._inbox = self._client.new_inbox().encode() + b"."
-        self._prefix = self._inbox.split(b".")[-2].decode()
         self._size_limit = self._client.max_payload - HEADER_ROOM
         self._sweeping = False
         connection.on_reconnect.append(self._resend_all)
@@ -139,7 +147,7 @@ class Writer:
 
         first, *others = writes
         if first.message_id is None:
-            first = replace(first, message_id=f"{self._prefix}.{next(self._ids)}")
+            first = replace(first, message_id=new_message_id())
         self._submit(Unsettled(log, (first, *others), settle, time.monotonic() + self._timeout))
         await self._client.make_room()
         result = await future
@@ -147,9 +155,10 @@ class Writer:
             raise result
         return result
 
-    def send(self, log: str, write: Write, settle: Settle) -> None:
+    def send(self, log: str, write: Write, settle: Settle, timeout: float | None = None) -> None:
         """See `Backend.send`."""
-        self._submit(Unsettled(log, (write,), settle, float("inf")))
+        deadline = float("inf") if timeout is None else time.monotonic() + timeout
+        self._submit(Unsettled(log, (write,), settle, deadline))
 
     def _submit(self, entry: Unsettled) -> None:
         for write in entry.writes:
@@ -187,7 +196,7 @@ class Writer:
     def _transmit_batch(self, writes: Sequence[Write], reply: bytes) -> None:
         # One flush, without awaiting the first message's answer. Only the last message has a reply subject: a refused first message
         # makes the batch "incomplete" there, which is repeated; a batch id is never used twice.
-        batch_id = f"{self._prefix}{next(self._batches)}"
+        batch_id = new_message_id()
         mixed_up = self._connection.mixes_up_expectations
         for number, write in enumerate(writes, 1):
             last = number == len(writes)
@@ -318,7 +327,10 @@ class Writer:
                     if now >= entry.deadline:
                         self._finish(
                             entry,
-                            Unconfirmed(f"the write to {entry.writes[0].subject}", self._timeout),
+                            Unconfirmed(
+                                f"the write to {entry.writes[0].subject}",
+                                entry.deadline - entry.begun,
+                            ),
                         )
                     elif self._connection.client.is_connected:
                         self._transmit(entry)
