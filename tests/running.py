@@ -5,6 +5,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import anyio
+import anyio.lowlevel
 import pytest
 
 from asyncmq_nats.backends.base import Backend
@@ -43,12 +44,13 @@ async def run_jobs(queue: Queue) -> None:
 
 async def wait_until_done(queue: Queue) -> None:
     """Wait until no job is waiting, active or delayed. No event says so: it is read, twice, since a job that moves may be overlooked."""
-    empty = 0
-    with anyio.fail_after(PATIENCE):
+    empty, pause = 0, 0.005
+    with anyio.fail_after(2 * PATIENCE):
         while empty < 2:
             busy = await queue.count() + await queue.get_job_count_by_types("active")
             empty = 0 if busy else empty + 1
-            await anyio.sleep(0.005)
+            await anyio.sleep(pause)
+            pause = min(1.2 * pause, 0.1)  # many jobs: counting them is work as well
 
 
 async def outcome(queue: Queue, job_id: str) -> dict[str, Any]:
@@ -60,6 +62,16 @@ async def outcome(queue: Queue, job_id: str) -> dict[str, Any]:
             if job is not None and job["status"] in ended:
                 return job
             await anyio.sleep(0.01)
+
+
+async def round_trips(backend: Backend, log: str, count: int = 20) -> None:
+    """Let the backend and the workers of this loop do what they do at once: by work, not by time.
+
+    Each answer comes after what the backend was told before, however busy the machine is.
+    """
+    for _ in range(count):
+        await backend.last_sequence(log)
+        await anyio.lowlevel.checkpoint()
 
 
 def make_queue(

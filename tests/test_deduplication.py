@@ -401,6 +401,7 @@ async def test_an_addition_whose_confirmation_was_lost_is_no_hit(
     assert "debounced" not in told
 
 
+@pytest.mark.slow
 async def test_b28_a_window_costs_the_same_in_a_queue_of_any_size(
     backend: Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -433,6 +433,7 @@ async def test_parents_that_end_at_the_same_time_release_their_child_once(
     assert sorted(runs) == sorted(children)
 
 
+@pytest.mark.slow
 async def test_many_children_of_one_job_are_released(backend: Backend) -> None:
     queue = queue_of(backend)
     queue.concurrency = 100

@@ -39,7 +39,7 @@ from tests.test_public_api import METHODS
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "asyncmq_nats"
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [*sorted(ROOT.glob("[A-Z]*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```(\w+) run\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 PYTHON = re.compile(r"^```python.*?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 CALL = re.compile(r"(?<![\w$])([A-Za-z][\w.]*)\(([^()]*)\)")

@@ -82,6 +82,7 @@ async def test_fan_in(backend: Backend) -> None:
     assert result == {parent.job_id: number for number, parent in enumerate(parents)}
 
 
+@pytest.mark.slow
 async def test_fan_out_to_10_000_children_each_once(backend: Backend) -> None:
     runs: list[int] = []
 

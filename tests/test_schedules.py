@@ -395,6 +395,7 @@ def iter_walls(cron: str, start: datetime, end: datetime) -> list[datetime]:
     return walls
 
 
+@pytest.mark.slow
 @given(place=MOMENTS, minutes=MINUTES, hours=HOURS, offset=st.integers(-4 * 3600, 4 * 3600))
 @example(
     place=("Australia/Lord_Howe", "2026-10-03T15:30"), minutes="20,40", hours="2", offset=-3600

@@ -27,6 +27,7 @@ from tests.running import (
     make_queue,
     outcome,
     race,
+    round_trips,
     run_jobs,
     running,
     wait_until_done,
@@ -375,6 +376,7 @@ async def test_an_urgent_job_overtakes_those_that_wait(backend: Backend) -> None
             [{"task_id": "note", "args": [f"later {number}"]} for number in range(5)]
         )
         await queue.add("note", ["urgent"], priority=0)
+        await round_trips(backend, "amq_work")  # the worker hears of it
         opened.set()
         await wait_until_done(queue)
     assert ran == ["warm-up", "first", "urgent", *[f"later {number}" for number in range(5)]]

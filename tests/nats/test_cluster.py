@@ -72,6 +72,7 @@ async def settle(queue: Queue, ended: int) -> dict[str, int]:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(480)
 async def test_children_are_told_of_parents_that_end_while_they_are_added(
     backends: list[Backend],
@@ -102,6 +103,7 @@ async def test_children_are_told_of_parents_that_end_while_they_are_added(
         ) | {"completed": 1600}
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(480)
 async def test_of_a_cancellation_and_the_failure_of_a_parent_one_wins(
     backends: list[Backend], cluster: Cluster
@@ -171,6 +173,7 @@ async def test_a_repetition_is_told_from_what_another_one_wrote(
     assert await here.write("notes", Write("notes.c", b"")) == 3  # the stream takes more
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(480)
 @pytest.mark.parametrize("stream", ["amq_fleet", BUCKET])
 async def test_the_loss_of_a_leader_loses_no_job(

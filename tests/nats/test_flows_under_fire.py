@@ -67,6 +67,7 @@ class Graph:
         return states
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", SEEDS)
 async def test_random_graphs_run_in_order_while_workers_are_killed(
     seed: int, fleet: Fleet, queue: Queue, nats_backend: NATSBackend
@@ -137,6 +138,7 @@ def check_order(lines: list[str], parents: dict[int, list[int]]) -> int:
     return runs
 
 
+@pytest.mark.slow
 async def test_a_flow_whose_producer_is_killed_is_there_as_a_whole_or_not_at_all(
     server: EmbeddedServer, nats_backend: NATSBackend, fleet: Fleet
 ) -> None:

@@ -32,6 +32,7 @@ def settings() -> Settings:
     return Settings(stalled_after=1.0, shutdown_timeout=5.0)
 
 
+@pytest.mark.slow
 async def test_killed_server_loses_nothing_and_nobody_is_restarted(
     fleet: Fleet, queue: Queue, server: EmbeddedServer
 ) -> None:
@@ -125,7 +126,7 @@ async def test_add_that_cannot_be_confirmed_raises_in_time(
     started = time.monotonic()
     with frozen(server), anyio.fail_after(2 * PATIENCE), pytest.raises(Unconfirmed, match=told):
         await impatient_queue.add("brief", [1], job_id=job_id)
-    assert 1.0 < time.monotonic() - started < 5.0
+    assert 1.0 < time.monotonic() - started < 15.0  # half of the default
 
 
 async def test_unconfirmed_adds_can_be_repeated_under_their_job_ids(

@@ -30,6 +30,7 @@ async def nothing_is_left(server: EmbeddedServer) -> None:
         assert await streams.keys("later") == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first_does", ["succeeds", "fails", "retries"])
 @pytest.mark.parametrize("second", ["has ended", "still runs"])
 async def test_worker_paused_beyond_its_lease_has_no_say(
@@ -67,6 +68,7 @@ async def test_worker_paused_beyond_its_lease_has_no_say(
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tasks", [["block"], ["last", "last_in_thread"]])
 async def test_task_that_outlasts_its_lease_runs_once(
     tasks: list[str], fleet: Fleet, queue: Queue, settings: Settings

@@ -54,6 +54,7 @@ async def test_signalled_worker_finishes_what_runs_and_starts_nothing(
     assert STOPPED in worker.log
 
 
+@pytest.mark.slow
 async def test_backlog_goes_on_elsewhere_at_once(fleet: Fleet, queue: Queue) -> None:
     count = 2000
     ids = await queue.add_bulk(

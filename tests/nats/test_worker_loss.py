@@ -23,6 +23,7 @@ def settings() -> Settings:
     return Settings(stalled_after=1.5)
 
 
+@pytest.mark.slow
 async def test_jobs_of_killed_workers_run_elsewhere_and_end_once(
     fleet: Fleet, queue: Queue, server: EmbeddedServer, nats_backend: NATSBackend
 ) -> None:
