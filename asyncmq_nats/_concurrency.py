@@ -5,7 +5,9 @@
 
 import asyncio
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -14,7 +16,7 @@ from anyio import CancelScope, Event, Lock, create_task_group
 
 from asyncmq_nats.exceptions import BackendError, sole_error
 
-__all__ = ["Home", "Turns", "all_done_before", "running_task"]
+__all__ = ["Home", "KeyedTurns", "Turns", "all_done_before", "running_task"]
 
 
 class Home:
@@ -66,6 +68,36 @@ class Turns:
         traceback: TracebackType | None,
     ) -> None:
         self._locks[asyncio.get_running_loop()].release()
+
+
+@dataclass(slots=True)
+class _Turn:
+    lock: Lock = field(default_factory=Lock)
+    users: int = 0
+
+
+class KeyedTurns:
+    """A lock per key for the tasks of an event loop. Only the keys in use are kept."""
+
+    def __init__(self) -> None:
+        self._turns: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[str, _Turn]] = (
+            WeakKeyDictionary()
+        )
+
+    @asynccontextmanager
+    async def of(self, key: str) -> AsyncIterator[bool]:
+        """Hold the lock of the key inside the block. The value: whether another task had it."""
+        turns = self._turns.setdefault(asyncio.get_running_loop(), {})
+        turn = turns.setdefault(key, _Turn())
+        waited = turn.users > 0
+        turn.users += 1
+        try:
+            async with turn.lock:
+                yield waited
+        finally:
+            turn.users -= 1
+            if not turn.users:
+                del turns[key]
 
 
 def running_task() -> "asyncio.Task[Any]":

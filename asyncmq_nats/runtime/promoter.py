@@ -22,7 +22,7 @@ from asyncmq_nats.jobs import Job
 from asyncmq_nats.states import Place
 from asyncmq_nats.store.commit import FAREWELL
 from asyncmq_nats.store.topology import DEFAULT_PRIORITY, QueueAssets
-from asyncmq_nats.transitions.release import Dependencies
+from asyncmq_nats.transitions.add import Additions
 from asyncmq_nats.transitions.repeat import Repeatables
 from asyncmq_nats.wire.codec import dump_json, load_json
 from asyncmq_nats.wire.keys import PROMOTER, QueueSubjects, decode_token, fit_token, is_token
@@ -50,7 +50,8 @@ class Promoter:
         self._subjects = subjects
         self._assets = assets
         self._repeatables = Repeatables(backend, subjects, assets)
-        self._dependencies = Dependencies(backend, subjects)
+        self._additions = Additions(backend, subjects, assets)
+        self._dependencies = self._additions.dependencies
         self._due: list[tuple[float, int, float, Delivery]] = []
         self._order = itertools.count()
         self._wake = anyio.Event()
@@ -160,7 +161,10 @@ class Promoter:
     async def _promote_guarded(self, delivery: Delivery, *, kept: bool) -> None:
         try:
             try:
-                if self._subjects.is_fire(delivery.subject):
+                if self._subjects.is_plan_due(delivery.subject):
+                    await self._additions.plans.carry_out_plan(delivery)
+                    await self._remove(delivery)
+                elif self._subjects.is_fire(delivery.subject):
                     await self._fire(delivery)
                 else:
                     await self._promote(delivery, kept=kept)
@@ -191,6 +195,11 @@ class Promoter:
         old = self._backend.now() - delivery.time > REMEMBERED
         doubtful = kept or old or delivery.deliveries > 1 or job.order > (0, 0) or job.custom_id
         if doubtful and not await self._is_current(delivery, token):
+            return
+        if job.waits_for_others:  # its producer died while it wrote the edges
+            for ended in await self._additions.plans.links.link(delivery):
+                await self._dependencies.release(ended)
+            delivery.ack()
             return
         await self._assets.declare_tier(job.priority)
         subject, body = self._subjects.ready(job.priority, token), _ready_body(delivery.body, job)

@@ -419,7 +419,8 @@ class Runner:
 
     def _settle(self, attempt: Attempt, write: Write, result: Settled) -> None:
         """Learn that the end of an attempt was confirmed or refused. May be called from the backend: it must not block."""
-        if isinstance(result, int) and not attempt.awaited and not attempt.head.children:
+        alone = not (attempt.awaited or attempt.head.children or attempt.follow_ups)
+        if isinstance(result, int) and alone:
             attempt.delivery.ack()
             self._settled()
             self._events.tell_end(self._group, attempt.token, write)

@@ -1,13 +1,16 @@
 """All that is stored about one job in the bucket, read and classified once. Decides nothing."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+
+import anyio
 
 from asyncmq_nats.backends.base import Backend, Expect, Record
 from asyncmq_nats.states import Place, State
+from asyncmq_nats.store.commit import LAG
 from asyncmq_nats.wire.keys import Key, Kind, QueueSubjects
 
-__all__ = ["Snapshot", "read_snapshot"]
+__all__ = ["Snapshot", "group_by_job", "read_end", "read_snapshot"]
 
 
 @dataclass(slots=True)
@@ -71,3 +74,36 @@ async def read_snapshot(backend: Backend, keys: QueueSubjects, token: str) -> Sn
     """Read all that the bucket has of one job. On a cluster a replica may answer that lags behind."""
     records = await backend.last(keys.bucket_log, keys.later_all(token), keys.done_all(token))
     return Snapshot.of(token, records, keys)
+
+
+def group_by_job(records: Iterable[Record], keys: QueueSubjects) -> dict[str, list[Record]]:
+    """Return the records by the token of the job that their keys are about."""
+    grouped: dict[str, list[Record]] = {}
+    for record in records:
+        grouped.setdefault(keys.parse(record.subject).token, []).append(record)
+    return grouped
+
+
+async def read_end(backend: Backend, keys: QueueSubjects, token: str) -> Snapshot:
+    """Read what the bucket has of one job but for most of its edges, which may be thousands.
+
+    `last_end` is exact, also when it is an edge: a write that expects it is refused if anything
+    came since. The second read is repeated until its replica knows what the first one knew.
+    """
+    latest: Record | None = None
+    records: list[Record] = []
+    for pause in LAG:
+        await anyio.sleep(pause)
+        latest = await backend.latest(keys.bucket_log, keys.done_all(token))
+        filters = [keys.ends(token), keys.later_all(token)]
+        if latest is not None:
+            filters.append(latest.subject)
+        records = await backend.last(keys.bucket_log, *filters)
+        if latest is None or any(
+            record.subject == latest.subject and record.sequence >= latest.sequence
+            for record in records
+        ):
+            break
+    snapshot = Snapshot.of(token, records, keys)
+    snapshot.last_end = 0 if latest is None else latest.sequence
+    return snapshot

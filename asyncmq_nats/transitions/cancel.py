@@ -37,7 +37,7 @@ class Administration:
         self._backend = backend
         self._subjects = subjects
         self._assets = assets
-        self._dependencies = Dependencies(backend, subjects)
+        self._dependencies = Dependencies(backend, subjects, assets)
 
     async def remove_delayed(self, job_id: str) -> bool:
         """Remove a job that is delayed. Return whether it was."""
@@ -156,6 +156,8 @@ class Administration:
             for record in await self._backend.last(log, filter):
                 if not record.marker and _reruns(record.body) <= reruns:
                     await self._backend.delete(log, record.sequence)
+                    if b'"wide"' in record.body:
+                        await self._dependencies.forget(token)
 
     def _reminder(self, token: str, outcome: bytes, records: Sequence[Record]) -> list[Write]:
         """Return the write that has a promoter tell those who wait for the job, if any do, should this process not come to that.
@@ -193,6 +195,8 @@ class Administration:
             for log, record in found:
                 if await self._backend.delete(log, record.sequence):
                     removed |= not subjects.is_claim(record.subject)
+                    if b'"wide"' in record.body:
+                        await self._dependencies.forget(token)
         return removed
 
     async def _is_taken(self, ready: Record) -> bool:

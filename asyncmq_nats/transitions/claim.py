@@ -9,6 +9,7 @@ from typing import Final
 from asyncmq_nats.backends.base import Delivery, Write
 from asyncmq_nats.exceptions import InvalidJob
 from asyncmq_nats.jobs import Job, JobHead
+from asyncmq_nats.transitions.follow_up import FollowUps
 from asyncmq_nats.wire.codec import dump_json, load_json
 
 __all__ = ["AFTERLIFE", "Attempt", "Claim", "Verdict", "leave"]
@@ -32,9 +33,9 @@ class Attempt:
     """Whether other jobs were seen to wait for this one."""
     companions: tuple[Write, ...] = ()
     """What is committed together with the outcome: follow-up jobs."""
-    make_companions: Callable[[], Awaitable[tuple[Write, ...]]] | None = field(
-        default=None, repr=False
-    )
+    follow_ups: FollowUps | None = None
+    """Jobs that are added with its result."""
+    make_companions: Callable[[], Awaitable[FollowUps]] | None = field(default=None, repr=False)
     """Makes them anew, since what they expect of other jobs may have changed."""
     started_at: float = 0.0
     body: bytes = field(default=b"", repr=False)

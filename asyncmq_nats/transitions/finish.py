@@ -19,15 +19,15 @@ from asyncmq_nats.exceptions import (
     PayloadTooLarge,
     WriteRefused,
 )
-from asyncmq_nats.jobs import WIRE_VERSION, Job, JobHead, new_job_id
+from asyncmq_nats.jobs import WIRE_VERSION, Job, JobHead
 from asyncmq_nats.retries import Failure, add_failure
-from asyncmq_nats.schedules import parse_every
 from asyncmq_nats.states import OUTCOMES, Place, State
 from asyncmq_nats.store.announcing import announce
 from asyncmq_nats.store.commit import pause_after_refusal
 from asyncmq_nats.store.topology import QueueAssets
 from asyncmq_nats.transitions.add import Additions
 from asyncmq_nats.transitions.claim import AFTERLIFE, Attempt, Claim, Verdict, leave
+from asyncmq_nats.transitions.follow_up import FollowUpJobs
 from asyncmq_nats.transitions.release import MARKER_TTL, delayed_write
 from asyncmq_nats.wire.codec import dump_json, load_json, splice
 from asyncmq_nats.wire.keys import (
@@ -50,6 +50,7 @@ OUR_JOBS: Final = b'{"v":1,"id":"'
 """What the jobs begin with that this library writes."""
 OUTCOME_FIELDS: Final = (
     "status", "result", "last_error", "error_traceback", "active_since", "finished_at", "worker", "stalls",
+    "follow_ups",
 )  # fmt: skip
 """What a job has only because of what became of it."""
 
@@ -66,6 +67,7 @@ class Lifecycle:
         self._settings = backend.settings
         self._additions = Additions(backend, subjects, assets)
         self.dependencies = self._additions.dependencies
+        self._follow_ups = FollowUpJobs(backend, assets, self._additions)
         self._worker = worker
         self._worker_json = dump_json(worker)
 
@@ -124,7 +126,13 @@ class Lifecycle:
                 if not subjects.is_later(record.subject, Place.RELEASED) and self._is_done(record)
             ]
             edges = any(subjects.is_edge(record.subject) for record in done)
-            if any(not record.marker and subjects.outcome_state(record.subject) for record in done):
+            ended = [
+                record
+                for record in done
+                if not record.marker and subjects.outcome_state(record.subject)
+            ]
+            if ended:
+                await self._follow_ups.carry_out_again(ended[0].body, load_json(attempt.body))
                 if edges or attempt.head.children:
                     await self.dependencies.release(token)
                 return Verdict.DONE
@@ -193,55 +201,18 @@ class Lifecycle:
             self._backend.send(self._subjects.bucket_log, write, partial(settle, write))
 
     async def accompany(self, attempt: Attempt, follow_ups: Sequence[Job], result: Any) -> None:
-        """Have the jobs that a task added while it ran, and its own next run if it repeats, committed together with its result.
+        """Have the jobs that a task added while it ran added with its result; see `follow_up.py`.
 
         Raises:
-            JobNotFound: one of them depends on a job that is not in this queue.
-            InvalidJob: it repeats at no interval that can be kept.
-            TooManyPriorities, NotSerializable, PayloadTooLarge: as for `Queue.add`.
+            JobNotFound, InvalidJob, TooManyPriorities, NotSerializable, PayloadTooLarge: as for
+                `FollowUpJobs.prepare`.
         """
         if follow_ups or attempt.head.repeat_every is not None:
-            attempt.make_companions = partial(
-                self._follow_up_writes, attempt.job, follow_ups, result
-            )
-            attempt.companions = await attempt.make_companions()
-
-    async def _follow_up_writes(
-        self, job: Job, follow_ups: Sequence[Job], result: Any
-    ) -> tuple[Write, ...]:
-        children = {
-            each.job_id: [
-                other.job_id for other in follow_ups if each.job_id in (other.depends_on or ())
-            ]
-            for each in follow_ups
-        }
-        jobs = [replace(each, children=children[each.job_id]) for each in follow_ups]
-        if job.repeat_every is not None:
-            jobs.append(self._next_run(job))
-        for priority in {each.priority for each in jobs}:
-            await self._assets.declare_tier(priority)
-        return tuple(
-            [
-                write
-                for each in jobs
-                for write in await self._additions.linked_writes(
-                    each, children, {job.job_id: result}
-                )
-            ]
-        )
-
-    def _next_run(self, job: Job) -> Job:
-        now = self._backend.now()
-        try:
-            run_at = now + parse_every(job.repeat_every or 0.0)
-        except (TypeError, ValueError) as error:
-            raise InvalidJob(f"repeat_every: {error}") from None
-        again = replace(
-            job, job_id=new_job_id(), created_at=now, delay_until=run_at, custom_id=False
-        )
-        return replace(
-            again, retries=0, errors=[], stalls=0, depends_on=None, parent_results={}, children=[]
-        )
+            prepare = partial(self._follow_ups.prepare, attempt.job, follow_ups, result)
+            attempt.follow_ups = await prepare()
+            attempt.companions = attempt.follow_ups.batch
+            if attempt.companions:
+                attempt.make_companions = prepare
 
     async def fail(self, attempt: Attempt, failure: Failure, settle: SettleEnd) -> None:
         """Record a failure for good."""
@@ -357,7 +328,10 @@ class Lifecycle:
     def _completed(self, attempt: Attempt, result: Any) -> Write:
         """Return the write of a result: the job as it came, byte for byte, and what it came to."""
         what = f"the result of task {attempt.head.task_id!r}"
-        members = b'"status":"completed","result":%b,"active_since":%r,"finished_at":%r,"worker":%b' % (
+        members = b""
+        if attempt.follow_ups is not None and attempt.follow_ups.members:
+            members = attempt.follow_ups.members + b","
+        members += b'"status":"completed","result":%b,"active_since":%r,"finished_at":%r,"worker":%b' % (
             dump_json(result, what), attempt.started_at, self._backend.now(), self._worker_json,
         )  # fmt: skip
         if attempt.head.stalls:
@@ -508,6 +482,10 @@ class Lifecycle:
                 result,
             )
             return Verdict.STALE
+        if attempt.follow_ups is not None and (
+            self._subjects.outcome_state(write.subject) is State.COMPLETED
+        ):
+            await self._follow_ups.carry_out(attempt.follow_ups)
         if (attempt.awaited or attempt.head.children) and self._subjects.outcome_state(
             write.subject
         ) is not None:
@@ -516,7 +494,7 @@ class Lifecycle:
 
     async def _write_again(self, attempt: Attempt, write: Write) -> Settled:
         if attempt.make_companions is not None:
-            attempt.companions = await attempt.make_companions()
+            attempt.companions = (await attempt.make_companions()).batch
         try:
             return await self._backend.write(
                 self._subjects.bucket_log, write, *self._removals(attempt, write)
