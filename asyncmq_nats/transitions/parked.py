@@ -225,24 +225,36 @@ class ParkedJobs:
         linking = data.pop("linking", None) is not None
         for name in ("parents", "wide"):
             data.pop(name, None)
-        now = self._backend.now()
-        run_at = data.get("delay_until")
-        if isinstance(run_at, int | float) and run_at - LEAD > now:
-            last = max(each.sequence for each in child.later.values())
-            expect = Expect(self._keys.later_all(child.token), last)
-            write = delayed_write(self._keys, child.token, dump_json(data), (run_at, now), expect)
-            await self._backend.write(self._log, write)
-            if linking:  # producers may not delete: a marker ends the timer as well
-                marker = Write(record.subject, b"", ttl=MARKER_TTL, marker=True)
-                await self._backend.write(self._log, marker)
-            else:
-                await self._backend.delete(self._log, record.sequence)
-        elif linking:
+        now, run_at = self._backend.now(), data.get("delay_until")
+        run_at = run_at if isinstance(run_at, int | float) and run_at > now else now
+        if linking and run_at - LEAD <= now:
             await self.hand_over(child, record, data)
+        elif run_at > now:
+            await self._delay(child, record, dump_json(data), (run_at, now), linking=linking)
         else:
             await self._make_ready(child.token, record, data)
         if not quietly:
             await announce(self._backend, self._keys, READY, decode_token(child.token))
+
+    async def _delay(
+        self,
+        child: Snapshot,
+        record: Record,
+        body: bytes,
+        times: tuple[float, float],
+        *,
+        linking: bool,
+    ) -> None:
+        last = max(each.sequence for each in child.later.values())
+        expect = Expect(self._keys.later_all(child.token), last)
+        await self._backend.write(
+            self._log, delayed_write(self._keys, child.token, body, times, expect)
+        )
+        if linking:  # producers may not delete: a marker ends the timer as well
+            marker = Write(record.subject, b"", ttl=MARKER_TTL, marker=True)
+            await self._backend.write(self._log, marker)
+        else:
+            await self._backend.delete(self._log, record.sequence)
 
     async def hand_over(self, child: Snapshot, record: Record, data: Mapping[str, Any]) -> None:
         """Move a job from where it waits with a timer to the promoters, in one message."""
