@@ -451,6 +451,8 @@ class Lifecycle:
     async def settled(self, attempt: Attempt, write: Write, result: Settled) -> Verdict:
         """Decide what a confirmed or refused end of an attempt means; a write that may be repeated is repeated here (rule 3)."""
         verdict: Verdict | None = None
+        edges: list[Record] = []
+        ours = isinstance(result, int)
         for times in range(20):
             if not isinstance(result, WriteRefused):
                 break
@@ -459,7 +461,8 @@ class Lifecycle:
             records = await self._backend.last(
                 self._subjects.bucket_log, self._subjects.done_all(attempt.token)
             )
-            attempt.awaited = any(self._subjects.is_edge(record.subject) for record in records)
+            edges = [record for record in records if self._subjects.is_edge(record.subject)]
+            attempt.awaited = bool(edges)
             attempt.claimed |= any(
                 self._subjects.is_claim(record.subject) and not record.marker for record in records
             )
@@ -469,6 +472,7 @@ class Lifecycle:
                 for record in records
             )
             if verdict is Verdict.DONE and ended:
+                ours = any(record.body == write.body for record in records)
                 break
             if verdict is not None:
                 return verdict
@@ -482,15 +486,29 @@ class Lifecycle:
                 result,
             )
             return Verdict.STALE
-        if attempt.follow_ups is not None and (
-            self._subjects.outcome_state(write.subject) is State.COMPLETED
-        ):
-            await self._follow_ups.carry_out(attempt.follow_ups)
-        if (attempt.awaited or attempt.head.children) and self._subjects.outcome_state(
-            write.subject
-        ) is not None:
-            await self.dependencies.release(attempt.token)
+        if self._subjects.outcome_state(write.subject) is not None:
+            await self._follow(attempt, write, result, edges, ours=ours or isinstance(result, int))
         return Verdict.DONE
+
+    async def _follow(
+        self,
+        attempt: Attempt,
+        write: Write,
+        result: Settled,
+        edges: Sequence[Record],
+        *,
+        ours: bool,
+    ) -> None:
+        """Do what follows an outcome: its follow-ups are added, and its children are told."""
+        completed = self._subjects.outcome_state(write.subject) is State.COMPLETED
+        if ours and completed and attempt.follow_ups is not None:
+            await self._follow_ups.carry_out(attempt.follow_ups)
+        if attempt.awaited or attempt.head.children:
+            known: list[Record] = []
+            if isinstance(result, int) and (edges or not attempt.awaited):
+                # An outcome that was accepted was stored after all edges that were read.
+                known = [Record(write.subject, write.body, result, 0.0), *edges]
+            await self.dependencies.release(attempt.token, known)
 
     async def _write_again(self, attempt: Attempt, write: Write) -> Settled:
         if attempt.make_companions is not None:

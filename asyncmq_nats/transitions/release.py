@@ -43,19 +43,26 @@ class Dependencies:
         self._log = subjects.bucket_log
         self.parked = ParkedJobs(backend, subjects, assets)
 
-    async def release(self, token: str) -> None:
+    async def release(self, token: str, known: Sequence[Record] = ()) -> None:
         """Tell the children of a job that it has ended: each runs, fails, or goes on waiting.
 
         Repeatable. Children that end as failed for it have their own children told.
+
+        Args:
+            token: of the job.
+            known: its outcome and all its edges, if the caller knows them: they are not read then.
+
+        Raises:
+            BackendError: its outcome is not visible.
         """
-        ended = [token]
+        ended = await self._release_one(token, known)
         while ended:
             ended += await self._release_one(ended.pop())
 
-    async def _release_one(self, token: str) -> list[str]:
+    async def _release_one(self, token: str, known: Sequence[Record] = ()) -> list[str]:
         """Return the children that have ended because this parent failed."""
         subjects = self._subjects
-        records = await read_when(
+        records = known or await read_when(
             self._backend,
             self._log,
             [subjects.done_all(token)],

@@ -5,6 +5,9 @@ would cost as much per parent as there are parents. So they are kept in the reco
 `wait.<child>.<token>.<number>`, up to 64 in each, and `wait.<child>.<token>.top` lists the parts
 that are not empty. A parent rewrites its part; the last one of a part rewrites the top. The token
 is random: what an earlier job of the same id left behind is not taken for these parts.
+
+They are rewritten `beside` the older record, which is cheaper: one that comes back after a crash of
+the server is of a child that has gone on.
 """
 
 import os
@@ -184,7 +187,7 @@ class Waits:
                 body = dump_json(self._without(part, parent))
                 try:
                     sequence = await self._backend.write(
-                        self._log, Write(key, body, Expect(key, record.sequence))
+                        self._log, Write(key, body, Expect(key, record.sequence), beside=True)
                     )
                 except WriteRefused:
                     await pause_after_refusal()
@@ -227,7 +230,7 @@ class Waits:
                     body = dump_json(top | {"open": left})
                     try:
                         await self._backend.write(
-                            self._log, Write(key, body, Expect(key, record.sequence))
+                            self._log, Write(key, body, Expect(key, record.sequence), beside=True)
                         )
                     except WriteRefused:
                         await pause_after_refusal()
