@@ -6,8 +6,10 @@ from dataclasses import dataclass, field
 import anyio
 
 from asyncmq_nats.backends.base import Backend, Expect, Record
+from asyncmq_nats.exceptions import InvalidJob
 from asyncmq_nats.states import Place, State
 from asyncmq_nats.store.commit import LAG
+from asyncmq_nats.wire.codec import load_json
 from asyncmq_nats.wire.keys import Key, Kind, QueueSubjects
 
 __all__ = ["Snapshot", "group_by_job", "read_end", "read_snapshot"]
@@ -39,6 +41,10 @@ class Snapshot:
     def ended(self) -> bool:
         """Whether the job has an outcome."""
         return self.outcome is not None
+
+    def ended_since(self, reruns: int) -> bool:
+        """Return whether it has an outcome of this run or a later one; see `Job.reruns`."""
+        return self.outcome is not None and _reruns(self.outcome.body) >= reruns
 
     @property
     def exists(self) -> bool:
@@ -74,6 +80,14 @@ async def read_snapshot(backend: Backend, keys: QueueSubjects, token: str) -> Sn
     """Read all that the bucket has of one job. On a cluster a replica may answer that lags behind."""
     records = await backend.last(keys.bucket_log, keys.later_all(token), keys.done_all(token))
     return Snapshot.of(token, records, keys)
+
+
+def _reruns(body: bytes) -> int:
+    try:
+        reruns = load_json(body).get("reruns", 0)
+    except InvalidJob:
+        return 0
+    return reruns if isinstance(reruns, int) else 0
 
 
 def group_by_job(records: Iterable[Record], keys: QueueSubjects) -> dict[str, list[Record]]:

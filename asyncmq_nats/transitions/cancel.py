@@ -101,6 +101,8 @@ class Administration:
                     await pause_after_refusal()
                     continue
             await self._finish_cancellation(token, _reruns(written))
+            if b'"wide"' in written:
+                await self._dependencies.forget(token)
             return True
 
     async def _read_all(self, token: str) -> tuple[list[Record], list[Record]]:
@@ -156,8 +158,6 @@ class Administration:
             for record in await self._backend.last(log, filter):
                 if not record.marker and _reruns(record.body) <= reruns:
                     await self._backend.delete(log, record.sequence)
-                    if b'"wide"' in record.body:
-                        await self._dependencies.forget(token)
 
     def _reminder(self, token: str, outcome: bytes, records: Sequence[Record]) -> list[Write]:
         """Return the write that has a promoter tell those who wait for the job, if any do, should this process not come to that.

@@ -260,7 +260,9 @@ class Links:
         return await self._connect_again(token, job) if job.depends_on else []
 
     async def _has_gone_on(self, child: Snapshot, job: Job) -> bool:
-        if child.ended or Place.DELAYED in child.later or Place.RELEASED not in child.later:
+        if child.ended_since(job.reruns) or Place.RELEASED not in child.later:
+            return True
+        if Place.DELAYED in child.later:
             return True
         ready = await self._backend.last(self._keys.ready_log, self._keys.ready_any(child.token))
         try:

@@ -203,7 +203,7 @@ class ParkedJobs:
         try:
             data = load_json(parked.body)
             order = Job.decode(parked.body).order
-            moved_on = child.ended or any(
+            moved_on = child.ended_since(order[0]) or any(
                 Job.decode(record.body).order > order
                 for place, record in child.later.items()
                 if place is not Place.PARKED
