@@ -6,7 +6,9 @@
 import asyncio
 import os
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, TypeVarTuple
 from weakref import WeakKeyDictionary
@@ -16,7 +18,7 @@ from anyio.abc import TaskGroup
 
 from asyncmq_nats.exceptions import BackendError, sole_error
 
-__all__ = ["Home", "Spawner", "Turns", "all_done_before", "running_task"]
+__all__ = ["Home", "KeyedTurns", "Spawner", "Turns", "all_done_before", "running_task"]
 
 Ts = TypeVarTuple("Ts")
 
@@ -98,6 +100,36 @@ class Spawner:
             while self._calls:
                 function, args = self._calls.popleft()
                 group.start_soon(function, *args)
+
+
+@dataclass(slots=True)
+class _Turn:
+    lock: Lock = field(default_factory=Lock)
+    users: int = 0
+
+
+class KeyedTurns:
+    """A lock per key for the tasks of an event loop. Only the keys in use are kept."""
+
+    def __init__(self) -> None:
+        self._turns: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[str, _Turn]] = (
+            WeakKeyDictionary()
+        )
+
+    @asynccontextmanager
+    async def of(self, key: str) -> AsyncIterator[bool]:
+        """Hold the lock of the key inside the block. The value: whether another task had it."""
+        turns = self._turns.setdefault(asyncio.get_running_loop(), {})
+        turn = turns.setdefault(key, _Turn())
+        waited = turn.users > 0
+        turn.users += 1
+        try:
+            async with turn.lock:
+                yield waited
+        finally:
+            turn.users -= 1
+            if not turn.users:
+                del turns[key]
 
 
 def running_task() -> "asyncio.Task[Any]":

@@ -54,7 +54,7 @@ def _is_random(job_id: str) -> bool:
 
 
 def _children_first(by_id: Mapping[str, Job], flow: Sequence[Job]) -> list[Job]:
-    """Return the jobs so that each comes after those that wait for it, and knows these."""
+    """Return the jobs so that each comes after those that wait for it."""
     if len(by_id) < len(flow):
         raise InvalidFlow("two jobs of the flow have the same id")
     children: dict[str, list[str]] = {job_id: [] for job_id in by_id}
@@ -63,9 +63,8 @@ def _children_first(by_id: Mapping[str, Job], flow: Sequence[Job]) -> list[Job]:
             if parent in children:
                 children[parent].append(job.job_id)
     try:
-        order = list(TopologicalSorter(children).static_order())
+        return [by_id[job_id] for job_id in TopologicalSorter(children).static_order()]
     except CycleError as error:
         raise InvalidFlow(
             f"the jobs of the flow wait for each other in a circle: {' -> '.join(error.args[1])}"
         ) from None
-    return [replace(by_id[job_id], children=children[job_id]) for job_id in order]

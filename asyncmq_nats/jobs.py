@@ -193,6 +193,10 @@ class Job:
     """Those of `depends_on` that have not completed yet."""
     children: list[str] = Field(default_factory=list)
     """Jobs that were added together with this one and depend on it."""
+    wide: str = ""
+    """Of a job with many open parents: `<token>.<parts>`, where these are kept instead of in `parents`."""
+    wide_children: dict[str, str] = Field(default_factory=dict)
+    """Those of `children` that have many parents, and the part in which this one is kept."""
     parent_results: dict[str, Any] = Field(default_factory=dict)
     on_parent_failure: Literal["wait", "fail", "run"] = "wait"
     """What becomes of this job when one that it depends on does not complete."""
@@ -220,6 +224,11 @@ class Job:
     def id(self) -> str:
         """The id of the job (AsyncMQ `Job.id`)."""
         return self.job_id
+
+    @property
+    def waits_for_others(self) -> bool:
+        """Whether a job that it depends on is still open."""
+        return bool(self.parents or self.wide)
 
     @property
     def order(self) -> tuple[int, int]:
@@ -373,6 +382,8 @@ DICT_FIELDS: Final = (
 OPTIONAL_FIELDS: Final[tuple[tuple[str, Any], ...]] = (
     ("parents", []),
     ("children", []),
+    ("wide", ""),
+    ("wide_children", {}),
     ("parent_results", {}),
     ("ttl", None),
     ("timeout", None),

@@ -1,12 +1,13 @@
 """Jobs that wait for others: `depends_on`, results of parents, parents that fail, follow-ups; on both backends."""
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import anyio
 import pytest
 
-from asyncmq_nats.backends.base import Backend, Settled, Write
+from asyncmq_nats.backends.base import Backend, Record, Settled, Write
 from asyncmq_nats.context import current_job
 from asyncmq_nats.exceptions import InvalidArgument, JobFailed, JobNotFound
 from asyncmq_nats.flow import FlowProducer
@@ -467,8 +468,8 @@ class TestLosses:
         lifecycle = runner._lifecycle
         release_one, told = lifecycle.dependencies._release_one, []
 
-        async def only_once(token: str) -> list[str]:
-            told.append(await release_one(token))
+        async def only_once(token: str, known: Sequence[Record] = ()) -> list[str]:
+            told.append(await release_one(token, known))
             return []
 
         lifecycle.dependencies._release_one = only_once  # type: ignore[method-assign]

@@ -1,7 +1,7 @@
 """What two hands do to one job at a time, each moment held fast. On both backends."""
 
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,6 +12,7 @@ import pytest
 from asyncmq_nats._arguments import build_job
 from asyncmq_nats.backends.base import Backend, Consumer, Record, Settle, Settled, Write
 from asyncmq_nats.exceptions import WriteRefused
+from asyncmq_nats.jobs import Job
 from asyncmq_nats.queues import Queue
 from asyncmq_nats.retries import Failure
 from asyncmq_nats.settings import Settings
@@ -398,16 +399,17 @@ async def test_a_job_that_fails_at_once_does_not_end_one_that_has_ended(
     """Two producers with one id: what the slower one would write was made before the faster one's job ran."""
     parent = await queue.add("fail")
     await run_jobs(queue)
-    real = queue._additions._write_again_when_missing
+    links = queue._additions.plans.links
+    real = links.park
     faster = make_queue(queue.backend, echo=echo)
 
-    async def slow(writes: Sequence[Write], priorities: Any) -> None:
-        monkeypatch.setattr(queue._additions, "_write_again_when_missing", real)
+    async def slow(job: Job) -> int:
+        monkeypatch.setattr(links, "park", real)
         assert await faster.add("echo", ["ran"], job_id="mine") == "mine"
         await run_jobs(faster)
-        await real(writes, priorities)
+        return await real(job)
 
-    monkeypatch.setattr(queue._additions, "_write_again_when_missing", slow)
+    monkeypatch.setattr(links, "park", slow)
     assert (
         await queue.add("echo", job_id="mine", depends_on=[parent], on_parent_failure="fail")
         == "mine"

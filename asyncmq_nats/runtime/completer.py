@@ -53,7 +53,7 @@ class Completer:
 
     def _on_settled(self, attempt: Attempt, write: Write, result: Settled) -> None:
         """Take the answer of the server. Called by the backend: must not block."""
-        if isinstance(result, int) and not self._lifecycle.tells_children(attempt, write):
+        if isinstance(result, int) and not self._lifecycle.has_sequel(attempt, write):
             if attempt.claim_sequence or attempt.leftovers:
                 self._lifecycle.clean_up(attempt, write)
             attempt.delivery.ack()

@@ -33,6 +33,7 @@ from asyncmq_nats.states import Place
 from asyncmq_nats.store.commit import FAREWELL
 from asyncmq_nats.store.secret import QueueSecret
 from asyncmq_nats.store.topology import DEFAULT_PRIORITY, QueueAssets
+from asyncmq_nats.transitions.add import Additions
 from asyncmq_nats.transitions.promote import (
     Finding,
     Released,
@@ -44,7 +45,6 @@ from asyncmq_nats.transitions.promote import (
     read_released,
     refusal_outcome,
 )
-from asyncmq_nats.transitions.release import Dependencies
 from asyncmq_nats.transitions.tick import TickEnd, Ticker, read_fire
 from asyncmq_nats.wire.codec import load_json
 from asyncmq_nats.wire.keys import PROMOTER, Kind, QueueSubjects, fit_token
@@ -77,11 +77,23 @@ due within 0.6 s."""
 class Held:
     """A record in hand. `released`: what it says; `None` for a tick, or if it is malformed."""
 
-    __slots__ = ("checked", "delivery", "due", "fire", "message_id", "problem", "ready", "released")
+    __slots__ = (
+        "checked",
+        "delivery",
+        "due",
+        "fire",
+        "message_id",
+        "plan",
+        "problem",
+        "ready",
+        "released",
+    )
 
     def __init__(self, delivery: Delivery, *, fire: bool) -> None:
         self.delivery = delivery
         self.fire = fire
+        self.plan = False
+        """Whether it is a flow whose producer died."""
         self.released: Released | None = None
         self.problem: InvalidJob | None = None
         self.message_id = ""
@@ -92,6 +104,12 @@ class Held:
         self.ready = 0
         """Sequence of the ready message."""
 
+    @property
+    def needs_no_check(self) -> bool:
+        """Whether what carries it out looks for itself what has become of it."""
+        waits = self.released is not None and self.released.waits
+        return self.problem is not None or self.plan or waits
+
 
 class Promoter:
     """Moves what was released to where it can be run."""
@@ -101,6 +119,7 @@ class Promoter:
         self._subjects = subjects
         self._assets = assets
         self._queue_secret = QueueSecret(backend, subjects)
+        self._additions = Additions(backend, subjects, assets)
         self._ticker = Ticker(backend, subjects, assets, self._queue_secret)
         self._secret = b""
         self._waiting: list[tuple[float, int, Held]] = []
@@ -172,8 +191,11 @@ class Promoter:
         held = Held(delivery, fire=key.kind is Kind.FIRE)
         arrived = time.monotonic()
         run_at: float | None = None
+        held.plan = key.kind is Kind.PLAN_DUE
         try:
-            if held.fire:
+            if held.plan:
+                pass
+            elif held.fire:
                 run_at = read_fire(delivery.body).run_at
             else:
                 released = read_released(key.token, delivery.body)
@@ -182,7 +204,7 @@ class Promoter:
             held.problem = problem
         wait = self._wait(delivery, run_at)
         held.due = arrived + wait
-        held.checked = held.problem is not None or not self._is_doubtful(held, wait)
+        held.checked = held.needs_no_check or not self._is_doubtful(held, wait)
         self._push(held.due if held.checked else max(arrived, held.due - CHECK_LEAD), held)
 
     def _wait(self, delivery: Delivery, run_at: float | None) -> float:
@@ -253,12 +275,28 @@ class Promoter:
     def _begin(self, held: Held) -> None:
         if held.problem is not None:
             self._give(partial(self._pass_on, held), [held])
+        elif held.plan:
+            self._give(partial(self._carry_out_plan, held), [held])
+        elif held.released is not None and held.released.waits:
+            self._give(partial(self._link, held), [held])
         elif held.released is None:
             self._give(partial(self._fire, held), [held])
         elif not self._assets.is_declared(held.released.priority):
             self._give(partial(self._declare, held), [held])
         else:
             self._promote(held, held.released)
+
+    async def _carry_out_plan(self, held: Held) -> None:
+        """Add a flow whose producer died while it did so."""
+        await self._additions.plans.carry_out_plan(held.delivery)
+        self._discard(held)
+
+    async def _link(self, held: Held) -> None:
+        """Go on with a job whose producer died while it wrote the edges to its parents."""
+        for ended in await self._additions.plans.links.link(held.delivery):
+            await self._additions.dependencies.release(ended)
+        held.delivery.ack()
+        self._finish(held)
 
     def _promote(self, held: Held, released: Released) -> None:
         held.message_id = promotion_id(self._secret, held.delivery.sequence, held.delivery.time)
@@ -388,7 +426,7 @@ class Promoter:
         else:
             if finding is Finding.ENDED and held.released is not None:
                 # The process that ended it may have died before it told those who wait for it.
-                await Dependencies(self._backend, self._subjects).release(held.released.token)
+                await self._additions.dependencies.release(held.released.token)
             self._discard(held)
 
     async def _declare(self, held: Held) -> None:

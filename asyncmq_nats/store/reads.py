@@ -173,6 +173,8 @@ class Inspection:
             return self._decode(record, token, status=outcome)
         if self._subjects.is_later(record.subject, Place.RELEASED):
             job = self._decode(record, token, status=State.WAITING)
+            if job.waits_for_others:  # a promoter writes its edges: its producer died
+                return replace(job, status=State.WAITING_CHILDREN)
             return replace(job, status=State.DELAYED) if job.is_early(self._backend.now()) else job
         place = next(
             (place for place in Place if self._subjects.is_later(record.subject, place)), None
@@ -207,7 +209,7 @@ class Inspection:
             for place, shown in PLACE_STATES.items()
             if shown is state
         ]
-        if state in (State.WAITING, State.DELAYED):
+        if state in (State.WAITING, State.DELAYED, State.WAITING_CHILDREN):
             sources.append(self._read_released(state, order))
         if state in OUTCOMES:
             sources.append(

@@ -1,15 +1,18 @@
 """All that is stored about one job in the bucket, read and classified once. Decides nothing."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+
+import anyio
 
 from asyncmq_nats.backends.base import Backend, Expect, Record
 from asyncmq_nats.exceptions import InvalidJob
 from asyncmq_nats.states import Place, State
+from asyncmq_nats.store.commit import LAG
 from asyncmq_nats.wire.codec import load_json
 from asyncmq_nats.wire.keys import Key, Kind, QueueSubjects
 
-__all__ = ["Snapshot", "count_reruns", "read_snapshot"]
+__all__ = ["Snapshot", "count_reruns", "group_by_job", "read_end", "read_snapshot"]
 
 
 @dataclass(slots=True)
@@ -45,6 +48,10 @@ class Snapshot:
     def exists(self) -> bool:
         """Whether there is a job: a claim or an edge alone is none."""
         return self.ended or bool(self.later)
+
+    def ended_since(self, reruns: int) -> bool:
+        """Return whether it has an outcome of this run or a later one; see `Job.reruns`."""
+        return self.outcome is not None and count_reruns(self.outcome.body) >= reruns
 
     @property
     def is_rerun(self) -> bool:
@@ -94,3 +101,36 @@ def count_reruns(body: bytes) -> int:
     except InvalidJob:
         return 0
     return reruns if isinstance(reruns, int) else 0
+
+
+def group_by_job(records: Iterable[Record], keys: QueueSubjects) -> dict[str, list[Record]]:
+    """Return the records by the token of the job that their keys are about."""
+    grouped: dict[str, list[Record]] = {}
+    for record in records:
+        grouped.setdefault(keys.parse(record.subject).token, []).append(record)
+    return grouped
+
+
+async def read_end(backend: Backend, keys: QueueSubjects, token: str) -> Snapshot:
+    """Read what the bucket has of one job but for most of its edges, which may be thousands.
+
+    `last_end` is exact, also when it is an edge: a write that expects it is refused if anything
+    came since. The second read is repeated until its replica knows what the first one knew.
+    """
+    latest: Record | None = None
+    records: list[Record] = []
+    for pause in LAG:
+        await anyio.sleep(pause)
+        latest = await backend.latest(keys.bucket_log, keys.done_all(token))
+        filters = [keys.ends(token), keys.later_all(token)]
+        if latest is not None:
+            filters.append(latest.subject)
+        records = await backend.last(keys.bucket_log, *filters)
+        if latest is None or any(
+            record.subject == latest.subject and record.sequence >= latest.sequence
+            for record in records
+        ):
+            break
+    snapshot = Snapshot.of(token, records, keys)
+    snapshot.last_end = 0 if latest is None else latest.sequence
+    return snapshot

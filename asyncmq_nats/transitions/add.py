@@ -1,7 +1,7 @@
 """New jobs: where they go, one by one, in batches, and as flows."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final
 
@@ -9,17 +9,37 @@ from asyncmq_nats._concurrency import Turns
 from asyncmq_nats.backends.base import Backend, Expect, Write
 from asyncmq_nats.events import DUPLICATED
 from asyncmq_nats.exceptions import AssetMissing, InvalidFlow, WriteRefused
-from asyncmq_nats.jobs import Job, check_size
+from asyncmq_nats.jobs import Job
+from asyncmq_nats.jobs import check_size as check_size_of
 from asyncmq_nats.states import Place
 from asyncmq_nats.store.announcing import announce
 from asyncmq_nats.store.commit import LAG, look_for, pause_after_refusal
+from asyncmq_nats.store.records import delayed_write
+from asyncmq_nats.store.snapshot import read_end
 from asyncmq_nats.store.topology import QueueAssets
-from asyncmq_nats.transitions.release import Dependencies, delayed_write
+from asyncmq_nats.transitions.parked import linking_body, parked_body
+from asyncmq_nats.transitions.plan import PLAN_JOBS, Plans, outside_of, tie
+from asyncmq_nats.transitions.release import Dependencies
+from asyncmq_nats.transitions.waits import NARROW_LIMIT, Parent
+from asyncmq_nats.wire.codec import load_json
 from asyncmq_nats.wire.keys import QueueSubjects, check_job_id, encode_token
 
 __all__ = ["Additions"]
 
 BATCH: Final = 1000
+EDGES_IN_BATCH: Final = 100
+"""A job with more edges than this has them written after the batch that it is in."""
+
+
+@dataclass(slots=True)
+class Batch:
+    """The writes that add some jobs."""
+
+    writes: list[Write] = field(default_factory=list)
+    count: int = 0
+    """Jobs that they add."""
+    late: list[tuple[Job, list[str]]] = field(default_factory=list)
+    """Jobs whose edges are written afterwards, and the parents of these."""
 
 
 class Additions:
@@ -29,7 +49,8 @@ class Additions:
         self._backend = backend
         self._subjects = subjects
         self._assets = assets
-        self.dependencies = Dependencies(backend, subjects)
+        self.dependencies = Dependencies(backend, subjects, assets)
+        self.plans = Plans(backend, subjects, assets, self.dependencies, self.first_write)
         self.refused = Turns()
         """Held to repeat an addition that was refused: those of this process that wait for the same job take turns."""
 
@@ -69,21 +90,41 @@ class Additions:
     async def _add_once(self, job: Job) -> str:
         if job.custom_id and await self.is_duplicate(job.job_id):
             return job.job_id
-        await self._write_again_when_missing(await self.writes_of(job), {job.priority})
+        write = self.first_write(job)
+        if job.depends_on:
+            return await self._add_waiting(job)
+        await self._write_again_when_missing([write], {job.priority})
+        return job.job_id
+
+    async def _add_waiting(self, job: Job) -> str:
+        """Store a job that depends on others.
+
+        Raises:
+            WriteRefused: a job with its id is there, or an earlier try stored it.
+        """
+        known = await self.plans.links.find(job.depends_on or ())
+        planned = self.plans.links.plan(job, known)
+        if not planned.waits_for_others:
+            await self._write_again_when_missing([self.first_write(planned)], {job.priority})
+            return job.job_id
+        self.check_size(planned)
+        links, token = self.plans.links, encode_token(job.job_id)
+        sequence = await links.park(planned)
+        came = await links.connect(planned, planned.parents, known)
+        if came.failed:
+            await self.dependencies.release(token)
+        else:
+            await self.dependencies.parked.settle(planned, sequence, closed=came.closed)
         return job.job_id
 
     async def writes_of(self, job: Job, *, in_bucket: bool = False) -> list[Write]:
-        """Return the writes that add a job: one, or if it depends on jobs that have not ended, itself and its edges.
+        """Return the writes that add a job in one batch: itself, and its edges if it waits.
 
         Raises:
             JobNotFound: a job that it depends on is not in this queue.
             NotSerializable, PayloadTooLarge: as for `add`.
         """
-        if not job.depends_on:
-            return [self.first_write(job, in_bucket=in_bucket)]
-        self.first_write(job)  # is it sound?
-        job, writes = await self.dependencies.park(job)
-        return writes or [self.first_write(job, in_bucket=in_bucket)]
+        return (await self._batch([job], in_bucket=in_bucket)).writes
 
     async def add_batch(self, jobs: Sequence[Job]) -> None:
         """Store up to 1,000 new jobs, all or none.
@@ -93,17 +134,25 @@ class Additions:
         Raises:
             WriteRefused: one of them exists.
         """
+        if len(jobs) == 1 and jobs[0].depends_on:
+            await self._assets.declare_tier(jobs[0].priority)
+            await self._add_waiting(jobs[0])
+            return
         priorities = {job.priority for job in jobs}
         for priority in priorities:
             await self._assets.declare_tier(priority)
         in_bucket = any(
             job.custom_id or job.delay_until is not None or job.depends_on for job in jobs
         )
-        writes = [write for job in jobs for write in await self.writes_of(job, in_bucket=in_bucket)]
-        await self._write_again_when_missing(writes, priorities)
+        batch = await self._batch(jobs, in_bucket=in_bucket)
+        await self._write_again_when_missing(batch.writes, priorities)
+        await self._finish_batch(batch)
 
     async def add_linked(self, jobs: Sequence[Job]) -> None:
-        """Store jobs that depend on each other; each comes after its `children`. Up to 1,000 writes are all or nothing.
+        """Store jobs that depend on each other; each comes after its `children`.
+
+        Up to 1,000 writes are all or nothing. Few jobs are one record that holds them all; many,
+        and those with ids that were chosen, which must not exist, are atomic batches.
 
         Raises:
             InvalidFlow: one of them exists.
@@ -111,8 +160,16 @@ class Additions:
         priorities = {job.priority for job in jobs}
         for priority in priorities:
             await self._assets.declare_tier(priority)
+        jobs = tie(jobs)
+        chosen = [job for job in jobs if job.custom_id]
+        await self._refuse_existing(chosen)
+        if 1 < len(jobs) <= PLAN_JOBS and not chosen:
+            planned = await self.plans.plan(jobs)
+            for job in planned:
+                self.check_size(job)
+            if await self.plans.add_flow(planned):
+                return
         inside = {job.job_id for job in jobs}
-        await self._refuse_existing([job for job in jobs if job.custom_id])
         rest = list(jobs)
         while rest:
             rest = rest[await self._add_next_linked(rest, inside, priorities) :]
@@ -121,96 +178,135 @@ class Additions:
         self, jobs: Sequence[Job], inside: Collection[str], priorities: Collection[int]
     ) -> int:
         """Store the first of the jobs, as many as fit into a batch; return how many."""
-        more, count = 20, 0
+        more = 20
         while True:
-            more, (count, writes) = more - 1, await self._linked_batch(jobs, inside)
+            more, batch = more - 1, await self._batch(jobs, inside=inside, in_bucket=True)
             try:
-                await self._write_again_when_missing(writes, priorities)
+                await self._write_again_when_missing(batch.writes, priorities)
             except (
                 WriteRefused
-            ):  # a parent outside has ended meanwhile, or a job with one of the ids is there
-                if not await self.are_stored(jobs[:count]):
-                    await self._refuse_existing(jobs[:count])
+            ):  # a parent outside has ended, or a job with one of the ids is there
+                if not await self.are_stored(jobs[: batch.count]):
+                    await self._refuse_existing(jobs[: batch.count])
                     if not more:
                         raise
                     await pause_after_refusal()
                     continue
-            for write in writes:
-                if self._subjects.outcome_state(
-                    write.subject
-                ):  # failed at once, with a parent: those who wait for it must know
-                    await self.dependencies.release(self._subjects.token(write.subject))
-            return count
-
-    async def _linked_batch(
-        self, jobs: Sequence[Job], inside: Collection[str]
-    ) -> tuple[int, list[Write]]:
-        """Return how many of the jobs fit into a batch, and the writes that add them."""
-        writes: list[Write] = []
-        for count, job in enumerate(jobs):
-            further = await self.linked_writes(job, inside)
-            if writes and len(writes) + len(further) > BATCH:
-                return count, writes
-            writes += further
-        return len(jobs), writes
+            await self._finish_batch(batch)
+            return batch.count
 
     async def are_stored(self, jobs: Sequence[Job]) -> bool:
-        """Return whether jobs that were refused are there, all as one: a confirmation was lost, and they have moved on since."""
+        """Return whether jobs that were refused are there, all as one.
+
+        A confirmation was lost, and they have moved on since.
+        """
         ours = next((job for job in jobs if not job.custom_id), None)  # nobody else has its id
         return ours is not None and await self.exists(ours.job_id)
 
-    async def linked_writes(
-        self, job: Job, inside: Collection[str], completed: Mapping[str, Any] | None = None
-    ) -> list[Write]:
-        """Return the writes that add a job which may depend on jobs that are added, or that complete, in the same batch.
+    # -- batches
 
-        Args:
-            job: the new one.
-            inside: ids of the jobs that are added with it; those that it depends on name it in their `children`.
-            completed: results of the jobs that complete with it, by id.
+    async def _batch(
+        self, jobs: Sequence[Job], *, inside: Collection[str] = (), in_bucket: bool
+    ) -> "Batch":
+        """Return the writes that add the first of the jobs, as many as fit into a batch.
 
         Raises:
-            JobNotFound, NotSerializable, PayloadTooLarge: as for `writes_of`.
+            JobNotFound: one depends on a job that is neither in this queue nor `inside`.
+            NotSerializable, PayloadTooLarge: as for `add`.
         """
-        completed = {
-            parent: result
-            for parent, result in (completed or {}).items()
-            if parent in (job.depends_on or ())
-        }
-        outside = [
-            parent
-            for parent in job.depends_on or ()
-            if parent not in inside and parent not in completed
-        ]
-        within = [parent for parent in dict.fromkeys(job.depends_on or ()) if parent in inside]
-        parked, edges = await self.dependencies.park(replace(job, depends_on=outside))
-        results = dict(parked.parent_results)
-        for parent, result in completed.items():
-            if self.dependencies.fits(results, result):
-                results[parent] = result
-        job = replace(
-            parked,
-            depends_on=job.depends_on,
-            parents=[*parked.parents, *within],
-            parent_results=results,
-        )
-        self.first_write(job)  # is it sound?
-        if any(
-            self._subjects.outcome_state(write.subject) for write in edges
-        ):  # failed at once, with a parent
-            return edges
+        batch = Batch()
+        jobs = jobs[:BATCH]
+        known = await self.plans.links.read_parents(outside_of(jobs, inside))
+        for job in jobs:
+            planned = self.plans.links.plan(job, known, inside)
+            outside = [parent for parent in planned.parents if parent not in inside]
+            late = bool(planned.wide) or len(outside) > EDGES_IN_BATCH
+            writes = await self._writes(
+                planned, {} if late else known, outside, in_bucket=in_bucket
+            )
+            if batch.writes and len(batch.writes) + len(writes) > BATCH:
+                break
+            batch.writes += writes
+            batch.count += 1
+            if late and outside:
+                batch.late.append((planned, outside))
+        return batch
+
+    async def batch_of(self, jobs: Sequence[Job], completed: Mapping[str, Any]) -> list[Write]:
+        """Return the writes that add jobs together with the outcome of others, in one batch.
+
+        Args:
+            jobs: those that depend on each other know their `children`.
+            completed: results of the jobs that complete in the batch, by id.
+
+        Raises:
+            PayloadTooLarge, JobNotFound: as for `add`.
+        """
+        inside = {job.job_id for job in jobs}
+        known = await self.plans.links.read_parents(outside_of(jobs, inside | completed.keys()))
+        writes: list[Write] = []
+        for job in jobs:
+            planned = self.plans.links.plan(job, known, inside, completed)
+            outside = [parent for parent in planned.parents if parent not in inside]
+            # Without its edges, for which a promoter sees to them when its timer is over.
+            late = bool(planned.wide) or len(outside) > EDGES_IN_BATCH
+            writes += await self._writes(planned, {} if late else known, outside, in_bucket=True)
+        return writes
+
+    async def _writes(
+        self, job: Job, known: Mapping[str, Parent], outside: Sequence[str], *, in_bucket: bool
+    ) -> list[Write]:
+        """Return the writes that add a planned job. No `known` parents: its edges are for later."""
+        if not job.waits_for_others:
+            return [self.first_write(job, in_bucket=in_bucket)]
+        self.check_size(job)
         token = encode_token(job.job_id)
-        if not job.parents:
-            return [self.first_write(job, in_bucket=True)]
-        key = self._subjects.later(token, Place.PARKED)
-        return [
-            *(edge for edge in edges if edge.subject != key),
-            Write(key, job.encode(), Expect(self._subjects.later_all(token))),
+        failed = [parent for parent in outside if parent in known and known[parent].state]
+        if failed and job.on_parent_failure == "fail":
+            return [await self._failed_at_once(job, token, failed[0])]
+        linking = bool(outside) and not known
+        parked = self.dependencies.parked
+        body = linking_body(job) if linking else parked_body(job)
+        expect = Expect(self._subjects.later_all(token))
+        writes = [
+            *parked.waits.writes(job),
+            parked.parked_write(token, body, expect, linking=linking),
         ]
+        for parent_id in outside if known else ():
+            parent = encode_token(parent_id)
+            edge = self._subjects.edge(parent, token)
+            last = Expect(self._subjects.done_all(parent), known[parent_id].last)
+            writes.append(Write(edge, b"{}", last))
+        return writes
+
+    async def _failed_at_once(self, job: Job, token: str, parent_id: str) -> Write:
+        """Return the write of a new job's failure.
+
+        Raises:
+            WriteRefused: a job with its id has ended already.
+        """
+        end = await read_end(self._backend, self._subjects, token)
+        if end.ended:
+            raise WriteRefused(self._subjects.bucket_log, f"job {job.job_id!r} has ended")
+        data = load_json(parked_body(job))
+        return self.dependencies.parked.failure(data, token, parent_id, end.fence)
+
+    async def _finish_batch(self, batch: "Batch") -> None:
+        """Write the edges that did not fit into a batch, and tell those who wait for failed jobs."""
+        for job, outside in batch.late:
+            came = await self.plans.links.connect(job, outside, {})
+            if came.failed:
+                await self.dependencies.release(encode_token(job.job_id))
+            else:
+                await self.dependencies.parked.settle(job, 0, closed=came.closed)
+        for write in batch.writes:
+            if self._subjects.outcome_state(write.subject):  # failed at once, with a parent
+                await self.dependencies.release(self._subjects.token(write.subject))
 
     async def _refuse_existing(self, jobs: Sequence[Job]) -> None:
+        existing = await self.plans.stored(jobs) if jobs else set()
         for job in jobs:
-            if await self.exists(job.job_id):
+            if job.job_id in existing:
                 raise InvalidFlow(
                     f"a job {job.job_id!r} exists already: each flow needs ids of its own"
                 )
@@ -243,10 +339,7 @@ class Additions:
         """
         if job.custom_id:
             check_job_id(job.job_id)
-        token, body = encode_token(job.job_id), job.encode()
-        chosen = self._backend.settings.max_job_payload_bytes
-        what = f"job {job.job_id!r} of task {job.task_id!r}"
-        check_size(body, what, self._backend.max_body, chosen)
+        token, body = encode_token(job.job_id), self.check_size(job)
         nothing = Expect(self._subjects.later_all(token))
         if job.delay_until is not None:
             return delayed_write(
@@ -255,6 +348,21 @@ class Additions:
         if job.custom_id or in_bucket:
             return Write(self._subjects.later(token, Place.RELEASED), body, nothing)
         return Write(self._subjects.ready(job.priority, token), body, message_id=job.job_id)
+
+    def check_size(self, job: Job) -> bytes:
+        """Return the record of a job.
+
+        Raises:
+            NotSerializable, PayloadTooLarge: as for `add`.
+        """
+        body = parked_body(job)
+        what = f"job {job.job_id!r} of task {job.task_id!r}"
+        if job.depends_on and len(job.depends_on) > NARROW_LIMIT:
+            what += f", which depends on {len(job.depends_on):,} jobs (each id counts),"
+        check_size_of(
+            body, what, self._backend.max_body, self._backend.settings.max_job_payload_bytes
+        )
+        return body
 
     async def is_duplicate(self, job_id: str) -> bool:
         """Return whether the queue has a job with that id; if so, tell that it was added once more."""

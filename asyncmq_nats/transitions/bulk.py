@@ -105,9 +105,9 @@ async def add_many(additions: Additions, jobs: Sequence[Job]) -> list[str]:
         BulkAddFailed: of more than 1,000, some batches were added and some were not; it says which.
         AsyncMQError: none was added.
     """
-    size = BATCH // (
-        1 + max((len(job.depends_on or ()) for job in jobs), default=0)
-    )  # each dependency is a write
+    # Each dependency is a write. A job with more than fit is added alone.
+    most = max((len(job.depends_on or ()) for job in jobs), default=0)
+    size = BATCH // (1 + most) or 1
     batches = [(first, jobs[first : first + size]) for first in range(0, len(jobs), size)]
     errors: dict[int, Exception] = {}
     # Batches of jobs that wait for the same one would refuse each other.

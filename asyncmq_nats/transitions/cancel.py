@@ -39,7 +39,7 @@ class Administration:
         self._backend = backend
         self._subjects = subjects
         self._assets = assets
-        self._dependencies = Dependencies(backend, subjects)
+        self._dependencies = Dependencies(backend, subjects, assets)
 
     async def remove_delayed(self, job_id: str) -> bool:
         """Remove a job that is delayed. Return whether it was."""
@@ -100,6 +100,8 @@ class Administration:
                     await pause_after_refusal()
                     continue
             await self._finish_cancellation(snapshot, count_reruns(written))
+            if b'"wide"' in written:
+                await self._dependencies.forget(token)
             return True
 
     async def _read_ready(self, token: str) -> list[Record]:
@@ -184,6 +186,8 @@ class Administration:
             for log, record in found:
                 if await self._backend.delete(log, record.sequence):
                     removed |= not subjects.is_claim(record.subject)
+                    if b'"wide"' in record.body:
+                        await self._dependencies.forget(token)
         return removed
 
     async def _is_taken(self, ready: Record) -> bool:

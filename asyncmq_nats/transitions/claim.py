@@ -15,7 +15,7 @@ from asyncmq_nats.exceptions import InvalidJob
 from asyncmq_nats.jobs import Job, JobHead
 from asyncmq_nats.wire.codec import dump_json, load_json
 
-__all__ = ["CLAIM_TTL", "Attempt", "Claim", "Disposition", "settle_delivery"]
+__all__ = ["CLAIM_TTL", "Attempt", "Claim", "Disposition", "FollowUps", "settle_delivery"]
 
 logger = logging.getLogger(__name__)
 
@@ -103,6 +103,17 @@ class Claim:
         return cls(worker, message, delivery, stalls, released, data.get("suspected") is True)
 
 
+@dataclass(frozen=True, slots=True)
+class FollowUps:
+    """What is added with the outcome of a job."""
+
+    jobs: list[Job] = field(default_factory=list)
+    members: bytes = b""
+    """To be put into the outcome; empty if they are a batch with it."""
+    batch: tuple[Write, ...] = ()
+    """Writes to be committed with the outcome in one batch; empty if it holds them."""
+
+
 @dataclass(slots=True)
 class Attempt:
     """One delivery of a job to this worker, and what its final write has to expect."""
@@ -124,12 +135,10 @@ class Attempt:
     """Whether the worker of an earlier delivery was lost and may have run the job."""
     awaited: bool = False
     """Whether edges to this job were seen: its end has to be told to children."""
-    companions: tuple[Write, ...] = ()
-    """Follow-up jobs, committed together with the outcome."""
-    make_companions: Callable[[], Awaitable[tuple[Write, ...]]] | None = field(
-        default=None, repr=False
-    )
-    """Makes them again: what they expect of other jobs may have changed."""
+    follow_ups: FollowUps | None = None
+    """Jobs that are added with its result."""
+    prepare_again: Callable[[], Awaitable[FollowUps]] | None = field(default=None, repr=False)
+    """Prepares those again that are a batch: what they expect of other jobs may have changed."""
     started_at: float = 0.0
     _job: Job | None = field(default=None, repr=False)
 

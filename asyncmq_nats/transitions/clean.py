@@ -12,6 +12,7 @@ from asyncmq_nats.wire.keys import QueueSubjects, decode_token, tier_name
 __all__ = ["Cleanup"]
 
 from asyncmq_nats.transitions.cancel import PLACES_OF, is_delayed
+from asyncmq_nats.transitions.waits import Waits
 
 
 class Cleanup:
@@ -35,7 +36,10 @@ class Cleanup:
             if state in OUTCOMES
             else [self._subjects.place(p) for p in PLACES_OF[state]]
         )
-        return sum([await self._purge(filter, older_than) for filter in filters])
+        removed = sum([await self._purge(filter, older_than) for filter in filters])
+        if state is State.WAITING_CHILDREN:
+            await Waits(self._backend, self._subjects).remove_orphans()
+        return removed
 
     async def _purge(self, filter: str, older_than: float | None) -> int:
         before = None
@@ -128,6 +132,8 @@ class Cleanup:
                 ids += [decode_token(self._subjects.token(record.subject)) for record in old]
                 start = old[-1].sequence + 1
                 await self._backend.purge(self._subjects.bucket_log, filter, before=start)
+        if state is State.WAITING_CHILDREN:
+            await Waits(self._backend, self._subjects).remove_orphans()
         return ids
 
     async def obliterate(self) -> None:

@@ -22,6 +22,7 @@ from asyncmq_nats.transitions.claim import (
     Disposition,
     settle_delivery,
 )
+from asyncmq_nats.transitions.follow_up import FollowUpJobs
 from asyncmq_nats.wire.codec import dump_json, load_json
 from asyncmq_nats.wire.keys import LONGEST_TOKEN, QueueSubjects, decode_token, is_token
 
@@ -40,6 +41,7 @@ OUTCOME_FIELDS = (
     "finished_at",
     "worker",
     "stalls",
+    "follow_ups",
 )
 """Fields that only an outcome has."""
 
@@ -56,6 +58,7 @@ class Deliveries:
         self._settings = backend.settings
         self._additions = Additions(backend, subjects, assets)
         self.dependencies = self._additions.dependencies
+        self._follow_ups = FollowUpJobs(backend, assets, self._additions)
         self._worker = worker
 
     def open(self, delivery: Delivery) -> Attempt:
@@ -104,7 +107,9 @@ class Deliveries:
         a claim before it runs.
         """
         snapshot = await read_snapshot(self._backend, self._subjects, attempt.token)
-        if snapshot.ended:
+        if snapshot.outcome is not None:
+            job = load_json(attempt.body)
+            await self._follow_ups.carry_out_again(snapshot.outcome.body, job)
             if snapshot.edges or attempt.head.children:
                 await self.dependencies.release(attempt.token)
             return Disposition.ACK

@@ -11,11 +11,10 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from asyncmq_nats.backends.base import Backend, Delivery, Expect, Settled, Write
+from asyncmq_nats.backends.base import Backend, Delivery, Expect, Record, Settled, Write
 from asyncmq_nats.exceptions import BackendError, InvalidJob, PayloadTooLarge, WriteRefused
-from asyncmq_nats.jobs import Job, new_job_id
+from asyncmq_nats.jobs import Job
 from asyncmq_nats.retries import Failure, add_failure
-from asyncmq_nats.schedules import parse_every
 from asyncmq_nats.states import OUTCOMES, Place, State
 from asyncmq_nats.store.commit import pause_after_refusal
 from asyncmq_nats.store.snapshot import Snapshot, read_snapshot
@@ -61,62 +60,23 @@ class Lifecycle(Deliveries):
             PayloadTooLarge: the outcome is too large for the server.
         """
         write = self._completed(attempt, result)
-        if attempt.companions:
-            await self._write_with_companions(attempt, write, settle)
+        if attempt.follow_ups is not None and attempt.follow_ups.batch:
+            await self._write_batch(write, attempt.follow_ups.batch, settle)
         else:
             self._send(write, settle)
 
     async def accompany(self, attempt: Attempt, follow_ups: Sequence[Job], result: Any) -> None:
-        """Have the jobs that a task added while it ran, and its own next run if it repeats, committed together with its result.
+        """Have the jobs that a task added while it ran added with its result; see `follow_up.py`.
 
         Raises:
-            JobNotFound: one of them depends on a job that is not in this queue.
-            InvalidJob: it repeats at no interval that can be kept.
-            TooManyPriorities, NotSerializable, PayloadTooLarge: as for `Queue.add`.
+            JobNotFound, InvalidJob, TooManyPriorities, NotSerializable, PayloadTooLarge: as for
+                `FollowUpJobs.prepare`.
         """
         if follow_ups or attempt.head.repeat_every is not None:
-            attempt.make_companions = partial(
-                self._follow_up_writes, attempt.job, follow_ups, result
-            )
-            attempt.companions = await attempt.make_companions()
-
-    async def _follow_up_writes(
-        self, job: Job, follow_ups: Sequence[Job], result: Any
-    ) -> tuple[Write, ...]:
-        children = {
-            each.job_id: [
-                other.job_id for other in follow_ups if each.job_id in (other.depends_on or ())
-            ]
-            for each in follow_ups
-        }
-        jobs = [replace(each, children=children[each.job_id]) for each in follow_ups]
-        if job.repeat_every is not None:
-            jobs.append(self._next_run(job))
-        for priority in {each.priority for each in jobs}:
-            await self._assets.declare_tier(priority)
-        return tuple(
-            [
-                write
-                for each in jobs
-                for write in await self._additions.linked_writes(
-                    each, children, {job.job_id: result}
-                )
-            ]
-        )
-
-    def _next_run(self, job: Job) -> Job:
-        now = self._backend.now()
-        try:
-            every = parse_every(job.repeat_every or 0.0)
-        except (TypeError, ValueError) as error:
-            raise InvalidJob(f"repeat_every: {error}") from None
-        run_at = now + max(every, self._backend.settings.min_repeat_interval)
-        again = replace(
-            job, job_id=new_job_id(), created_at=now, delay_until=run_at, custom_id=False
-        )
-        return replace(
-            again, retries=0, errors=[], stalls=0, depends_on=[], parent_results={}, children=[]
-        )
+            prepare = partial(self._follow_ups.prepare, attempt.job, follow_ups, result)
+            attempt.follow_ups = await prepare()
+            if attempt.follow_ups.batch:
+                attempt.prepare_again = prepare
 
     async def fail(self, attempt: Attempt, failure: Failure, settle: OnSettled) -> None:
         """Record a failure for good."""
@@ -213,7 +173,10 @@ class Lifecycle(Deliveries):
     def _completed(self, attempt: Attempt, result: Any) -> Write:
         """Return the write of a result: the job as it came, byte for byte, and what it came to."""
         what = f"the result of task {attempt.head.task_id!r}"
-        members = b'"status":"completed","result":%b,"active_since":%r,"finished_at":%r,"worker":%b' % (
+        members = b""
+        if attempt.follow_ups is not None and attempt.follow_ups.members:
+            members = attempt.follow_ups.members + b","
+        members += b'"status":"completed","result":%b,"active_since":%r,"finished_at":%r,"worker":%b' % (
             dump_json(result, what), attempt.started_at, self._backend.now(), self._worker_json,
         )  # fmt: skip
         if attempt.stalls:
@@ -255,14 +218,12 @@ class Lifecycle(Deliveries):
     def _send(self, write: Write, settle: OnSettled) -> None:
         self._backend.send(self._subjects.bucket_log, write, partial(settle, write))
 
-    async def _write_with_companions(
-        self, attempt: Attempt, write: Write, settle: OnSettled
+    async def _write_batch(
+        self, write: Write, follow_ups: Sequence[Write], settle: OnSettled
     ) -> None:
+        """Write an outcome and its many follow-ups, which do not fit into it, in one batch."""
         try:
-            settle(
-                write,
-                await self._backend.write(self._subjects.bucket_log, write, *attempt.companions),
-            )
+            settle(write, await self._backend.write(self._subjects.bucket_log, write, *follow_ups))
         except PayloadTooLarge:
             raise
         except BackendError as error:
@@ -329,9 +290,9 @@ class Lifecycle(Deliveries):
         if attempt.claim_sequence and (ended or attempt.delivery.deliveries == 1):
             self._backend.discard(log, attempt.claim_sequence)
 
-    def tells_children(self, attempt: Attempt, write: Write) -> bool:
-        """Return whether children have to be told of this end of an attempt."""
-        if not attempt.awaited and not attempt.head.children:
+    def has_sequel(self, attempt: Attempt, write: Write) -> bool:
+        """Return whether follow-ups are to be added, or children told, of this end."""
+        if not (attempt.awaited or attempt.head.children or attempt.follow_ups):
             return False
         return self._subjects.outcome_state(write.subject) is not None
 
@@ -341,14 +302,16 @@ class Lifecycle(Deliveries):
         A rejected write is written again if the attempt still has the job.
         """
         disposition: Disposition | None = None
+        edges, ours = list[Record](), isinstance(result, int)
         for rejections in range(MAX_REJECTIONS):
             if not isinstance(result, WriteRefused):
                 break
             if rejections:
                 await pause_after_refusal()
             snapshot = await read_snapshot(self._backend, self._subjects, attempt.token)
-            disposition = self._judge_end(attempt, write, snapshot)
-            if disposition is Disposition.ACK and snapshot.ended:
+            disposition, edges = self._judge_end(attempt, write, snapshot), snapshot.edges
+            if disposition is Disposition.ACK and snapshot.outcome is not None:
+                ours = snapshot.outcome.body == write.body
                 break
             if disposition is not None:
                 return disposition
@@ -363,9 +326,29 @@ class Lifecycle(Deliveries):
             )
             return Disposition.ABANDON
         self.clean_up(attempt, write)
-        if self.tells_children(attempt, write):
-            await self.dependencies.release(attempt.token)
+        if self.has_sequel(attempt, write):
+            await self._follow(attempt, write, result, edges, ours=ours or isinstance(result, int))
         return Disposition.ACK
+
+    async def _follow(
+        self,
+        attempt: Attempt,
+        write: Write,
+        result: Settled,
+        edges: Sequence[Record],
+        *,
+        ours: bool,
+    ) -> None:
+        """Do what follows an outcome: add its follow-ups, tell its children."""
+        completed = self._subjects.outcome_state(write.subject) is State.COMPLETED
+        if ours and completed and attempt.follow_ups is not None:
+            await self._follow_ups.carry_out(attempt.follow_ups)
+        if attempt.awaited or attempt.head.children:
+            known: list[Record] = []
+            if isinstance(result, int) and (edges or not attempt.awaited):
+                # An outcome that was accepted was stored after all edges that were read.
+                known = [Record(write.subject, write.body, result, 0.0), *edges]
+            await self.dependencies.release(attempt.token, known)
 
     def _judge_end(self, attempt: Attempt, write: Write, snapshot: Snapshot) -> Disposition | None:
         if snapshot.outcome is not None and snapshot.outcome.body != write.body:
@@ -385,11 +368,12 @@ class Lifecycle(Deliveries):
             attempt.claim_sequence = snapshot.claim.sequence
 
     async def _write_again(self, attempt: Attempt, write: Write) -> Settled:
-        if attempt.make_companions is not None:
-            attempt.companions = await attempt.make_companions()
-        completed = self._subjects.outcome_state(write.subject) is State.COMPLETED
-        companions = attempt.companions if completed else ()
+        batch: tuple[Write, ...] = ()
+        if attempt.prepare_again is not None:
+            attempt.follow_ups = await attempt.prepare_again()
+            if self._subjects.outcome_state(write.subject) is State.COMPLETED:
+                batch = attempt.follow_ups.batch
         try:
-            return await self._backend.write(self._subjects.bucket_log, write, *companions)
+            return await self._backend.write(self._subjects.bucket_log, write, *batch)
         except BackendError as error:
             return error

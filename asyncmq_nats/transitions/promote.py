@@ -59,6 +59,8 @@ class Released:
     custom_id: bool
     run_at: float | None
     body: bytes
+    waits: bool = False
+    """Whether it still waits for other jobs: its producer died while it linked it to them."""
 
 
 def read_released(token: str, body: bytes) -> Released:
@@ -81,7 +83,8 @@ def read_released(token: str, body: bytes) -> Released:
     except NotSerializable as error:
         raise InvalidJob(str(error)) from None
     order = (head.reruns, head.retries)
-    return Released(token, head.priority, order, head.custom_id, head.delay_until, body)
+    waits = bool(data.get("parents") or data.get("wide"))
+    return Released(token, head.priority, order, head.custom_id, head.delay_until, body, waits)
 
 
 def promotion_id(secret: bytes, sequence: int, time: float) -> str:

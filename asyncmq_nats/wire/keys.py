@@ -148,19 +148,32 @@ class Kind(StrEnum):
     WINDOW = "dedup"
     PROGRESS = "progress"
     QUEUE = "queue"
+    WAIT = "wait"
+    PLAN = "plan"
+    PLAN_DUE = "plan due"
     OTHER = "other"
 
 
 SINGLE_KINDS: Final = {
     str(kind): kind
-    for kind in (Kind.REPEAT, Kind.TICK, Kind.FIRE, Kind.WINDOW, Kind.PROGRESS, Kind.QUEUE)
+    for kind in (
+        Kind.REPEAT,
+        Kind.TICK,
+        Kind.FIRE,
+        Kind.WINDOW,
+        Kind.PROGRESS,
+        Kind.QUEUE,
+        Kind.PLAN,
+    )
 }
 """Kinds whose keys are `<kind>.<token>`."""
+PLAN_MARK: Final = "%p"
+"""Begins the token of a plan that is due: no encoded id begins so, a `%` is followed by two digits."""
 
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """A key, read. `token`: of the job, the repeatable or the window; of the parent of an edge."""
+    """A key, read. `token`: of the job, the repeatable, the window or the plan; of an edge's parent."""
 
     kind: Kind
     token: str
@@ -229,6 +242,10 @@ class QueueSubjects:
     def is_fire(self, key: str) -> bool:
         """Return whether this is the key of a tick that is due."""
         return self.parse(key).kind is Kind.FIRE
+
+    def is_plan_due(self, key: str) -> bool:
+        """Return whether this is the key of a flow whose producer may have died."""
+        return self.parse(key).kind is Kind.PLAN_DUE
 
     def rid(self, key: str) -> str:
         """Return the id of the repeatable that a key is about."""
@@ -307,6 +324,24 @@ class QueueSubjects:
         """Return the key that says that one job waits for another; the child may be `*`."""
         return f"{self._done}{parent}.awaited.{child}"
 
+    # -- children with many parents, and flows
+
+    def wait(self, child: str, place: str) -> str:
+        """Return the key of one part of what a child with many parents waits for."""
+        return f"{self._bucket_key}wait.{child}.{place}"
+
+    def wait_all(self, child: str) -> str:
+        """Return the filter for all such parts; the child may be `*`."""
+        return f"{self._bucket_key}wait.{child}.>"
+
+    def plan(self, token: str) -> str:
+        """Return the key of a flow that is being added, which has a timer."""
+        return f"{self._bucket_key}plan.{token}"
+
+    def plan_due(self, token: str) -> str:
+        """Return the key of a flow that was not added in time: promoters finish it."""
+        return f"{self._bucket_key}fire.{PLAN_MARK}{token}"
+
     # -- repeatables
 
     def repeat(self, token: str) -> str:
@@ -377,6 +412,16 @@ def _parse_bucket_key(words: list[str]) -> Key:
             return Key(Kind.CLAIM, token)
         case ["done", token, "awaited", child]:
             return Key(Kind.EDGE, token, child=child)
+        case _:
+            return _parse_other_key(words)
+
+
+def _parse_other_key(words: list[str]) -> Key:
+    match words:
+        case ["wait", child, _, _]:
+            return Key(Kind.WAIT, child)
+        case ["fire", token] if token.startswith(PLAN_MARK):
+            return Key(Kind.PLAN_DUE, token[len(PLAN_MARK) :])
         case [word, token] if word in SINGLE_KINDS:
             return Key(SINGLE_KINDS[word], token)
         case [_, token, *_]:

@@ -1,0 +1,385 @@
+"""What becomes of a job that waits for others when one of them has ended.
+
+Each step is one message that expects what was read, so it can be repeated. While the edges of a
+parked job are being written its record says `linking` and has a timer: if its producer dies, the
+server releases it and a promoter goes on. Such a record leaves its place by a write that removes
+the timer; another one is written where it goes, and then deleted.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any, Final
+
+from asyncmq_nats._concurrency import KeyedTurns
+from asyncmq_nats.backends.base import Backend, Expect, Record, Timer, Write
+from asyncmq_nats.events import READY
+from asyncmq_nats.exceptions import InvalidJob, TooManyPriorities, WriteRefused
+from asyncmq_nats.jobs import Job
+from asyncmq_nats.states import Place, State
+from asyncmq_nats.store.announcing import announce
+from asyncmq_nats.store.commit import pause_after_refusal
+from asyncmq_nats.store.records import LEAD, MARKER_TTL, delayed_write
+from asyncmq_nats.store.secret import QueueSecret
+from asyncmq_nats.store.snapshot import Snapshot, group_by_job, read_end
+from asyncmq_nats.store.topology import QueueAssets
+from asyncmq_nats.transitions.promote import promotion_id
+from asyncmq_nats.transitions.waits import Parent, Wait, Waits, read_when, texts
+from asyncmq_nats.wire.codec import dump_json, load_json, splice
+from asyncmq_nats.wire.keys import QueueSubjects, decode_token, encode_token
+
+__all__ = ["LINK_TIMEOUT", "ParkedJobs", "blame", "linking_body", "parked_body"]
+
+logger = logging.getLogger(__name__)
+
+LINK_TIMEOUT: Final = 30.0
+"""Seconds after which a promoter goes on with a job whose producer has not written all edges."""
+
+
+def blame(parent_id: str) -> str:
+    """Return the error of a job that fails with one that it depends on."""
+    return f"job {parent_id!r}, which this one depends on, did not complete"
+
+
+class ParkedJobs:
+    """The jobs of one queue that wait for others."""
+
+    def __init__(self, backend: Backend, keys: QueueSubjects, assets: QueueAssets) -> None:
+        self._backend = backend
+        self._keys = keys
+        self._assets = assets
+        self._log = keys.bucket_log
+        self._turns = KeyedTurns()
+        self.secret = QueueSecret(backend, keys)
+        self.waits = Waits(backend, keys)
+
+    async def read(self, witness: str, children: Sequence[str]) -> dict[str, Snapshot]:
+        """Read some children from a replica that knows the record at `witness`, and what is older."""
+        filters = [
+            filter
+            for child in children
+            for filter in (self._keys.later_all(child), self._keys.ends(child))
+        ]
+        records = await read_when(
+            self._backend,
+            self._log,
+            [witness, *filters],
+            lambda found: any(record.subject == witness for record in found),
+        )
+        grouped = group_by_job(records, self._keys)
+        return {child: Snapshot.of(child, grouped.get(child, ()), self._keys) for child in children}
+
+    def parked_write(self, token: str, body: bytes, expect: Expect, *, linking: bool) -> Write:
+        """Return the write of a parked job; with a timer while its edges are being written."""
+        key = self._keys.later(token, Place.PARKED)
+        if not linking:
+            return Write(key, body, expect)
+        due = Timer(self._backend.now() + LINK_TIMEOUT, self._keys.later(token, Place.RELEASED))
+        return Write(key, body, expect, timer=due)
+
+    def fits(self, stored: Mapping[str, Any], result: Any) -> bool:
+        """Return whether a result can be stored with the child: up to half a message."""
+        return len(dump_json(stored)) + len(dump_json(result)) < self._backend.max_body // 2
+
+    # -- a parent has ended
+
+    async def tell(
+        self, parent: Parent, child: str, snapshot: Snapshot | None = None, *, quietly: bool = False
+    ) -> bool:
+        """Tell a parked child that a parent has ended. Repeatable.
+
+        Return whether the child has ended as failed for it. `quietly`: no event that it is ready.
+        """
+        async with self._turns.of(child) as waited:
+            known = None if waited else snapshot
+            while True:
+                if known is None:
+                    known = (await self.read(parent.outcome, [child]))[child]
+                try:
+                    return await self._tell(parent, known, quietly=quietly)
+                except WriteRefused:  # cancelled, or another parent ended in another process
+                    known = None
+                    await pause_after_refusal()
+
+    async def _tell(self, parent: Parent, child: Snapshot, *, quietly: bool) -> bool:
+        parked = child.later.get(Place.PARKED)
+        data = None if parked is None else await self._open(child, parked)
+        if parked is None or data is None:
+            return _failed_for(child, parent)
+        open_parents = texts(data.get("parents"))
+        if parent.id not in open_parents:
+            return False
+        if not parent.completed:
+            policy = data.get("on_parent_failure", "wait")
+            if policy == "fail":
+                return await self._fail(child, data, parent)
+            if policy != "run":
+                return False
+        elif self.fits(data, parent.result):
+            results = data.get("parent_results")
+            known = results if isinstance(results, dict) else {}
+            data["parent_results"] = known | {parent.id: parent.result}
+        data["parents"] = left = [other for other in open_parents if other != parent.id]
+        if left:
+            expect = Expect(parked.subject, parked.sequence)
+            write = self.parked_write(
+                child.token, dump_json(data), expect, linking="linking" in data
+            )
+            await self._backend.write(self._log, write)
+        else:
+            await self._free(child, parked, data, quietly=quietly)
+        return False
+
+    async def tell_wide(
+        self, parent: Parent, child: str, place: str, *, quietly: bool = False
+    ) -> Wait:
+        """Tell a child with many parents that one has ended. Repeatable.
+
+        `FAILS`: the child has ended as failed for it. `quietly`: when no parent is open any more,
+        the caller releases it.
+        """
+        wait = await self.waits.take_out(child, place, parent)
+        if wait is Wait.CLOSED and not quietly:
+            await self._finish_wide(child, place)
+        if wait is Wait.FAILS:
+            failed = await self._fail_wide(child, parent)
+            if failed and not quietly:
+                await self.waits.remove(child)
+        elif wait is Wait.GONE and not parent.completed:
+            failed = _failed_for((await self.read(parent.outcome, [child]))[child], parent)
+        else:
+            return wait
+        return Wait.FAILS if failed else Wait.GONE
+
+    async def _fail_wide(self, child: str, parent: Parent) -> bool:
+        async with self._turns.of(child):
+            while True:
+                snapshot = (await self.read(parent.outcome, [child]))[child]
+                parked = snapshot.later.get(Place.PARKED)
+                data = None if parked is None else await self._open(snapshot, parked)
+                if data is None:
+                    return _failed_for(snapshot, parent)
+                try:
+                    return await self._fail(snapshot, data, parent)
+                except WriteRefused:
+                    await pause_after_refusal()
+
+    async def _finish_wide(self, child: str, place: str) -> None:
+        """Release a child whose last part is empty."""
+        top = self._keys.wait(child, f"{place.partition('.')[0]}.top")
+        async with self._turns.of(child):
+            while True:
+                snapshot = (await self.read(top, [child]))[child]
+                parked = snapshot.later.get(Place.PARKED)
+                data = None if parked is None else await self._open(snapshot, parked)
+                if parked is None or data is None:
+                    if not snapshot.later:
+                        await self.waits.remove(child)
+                    return
+                try:
+                    await self.free_wide(snapshot, parked, data)
+                except WriteRefused:
+                    await pause_after_refusal()
+                    continue
+                return
+
+    async def free_wide(self, child: Snapshot, record: Record, data: dict[str, Any]) -> None:
+        """Release a child without open parents: with the results that fit, from the parts."""
+        results = await self.waits.results(child.token, str(data.get("wide")))
+        room = self._backend.max_body // 2 - len(record.body)
+        kept: dict[str, Any] = {}
+        for parent, result in results.items():
+            room -= len(dump_json({parent: result}))
+            if room < 0:
+                break
+            kept[parent] = result
+        data["parent_results"] = kept
+        await self._free(child, record, data)
+        await self.waits.remove(child.token)
+
+    async def _open(self, child: Snapshot, parked: Record) -> dict[str, Any] | None:
+        """Return the parked job; `None` if it has gone on or is junk. What is left over is deleted."""
+        try:
+            data = load_json(parked.body)
+            order = Job.decode(parked.body).order
+            moved_on = child.ended_since(order[0]) or any(
+                Job.decode(record.body).order > order
+                for place, record in child.later.items()
+                if place is not Place.PARKED
+            )
+        except InvalidJob as problem:
+            logger.warning("%.200r is malformed, and left alone: %s", parked.subject, problem)
+            return None
+        if moved_on:
+            await self._backend.delete(self._log, parked.sequence)
+            return None
+        return data
+
+    # -- it goes
+
+    async def _free(
+        self, child: Snapshot, record: Record, data: dict[str, Any], *, quietly: bool = False
+    ) -> None:
+        """Let a child go whose parents are all done: to its tier, or until its time has come."""
+        linking = data.pop("linking", None) is not None
+        for name in ("parents", "wide"):
+            data.pop(name, None)
+        now, run_at = self._backend.now(), data.get("delay_until")
+        run_at = run_at if isinstance(run_at, int | float) and run_at > now else now
+        if linking and run_at - LEAD <= now:
+            await self.hand_over(child, record, data)
+        elif run_at > now:
+            await self._delay(child, record, dump_json(data), (run_at, now), linking=linking)
+        else:
+            await self._make_ready(child.token, record, data)
+        if not quietly:
+            await announce(self._backend, self._keys, READY, decode_token(child.token))
+
+    async def _delay(
+        self,
+        child: Snapshot,
+        record: Record,
+        body: bytes,
+        times: tuple[float, float],
+        *,
+        linking: bool,
+    ) -> None:
+        last = max(each.sequence for each in child.later.values())
+        expect = Expect(self._keys.later_all(child.token), last)
+        await self._backend.write(
+            self._log, delayed_write(self._keys, child.token, body, times, expect)
+        )
+        if linking:  # producers may not delete: a marker ends the timer as well
+            marker = Write(record.subject, b"", ttl=MARKER_TTL, marker=True)
+            await self._backend.write(self._log, marker)
+        else:
+            await self._backend.delete(self._log, record.sequence)
+
+    async def hand_over(self, child: Snapshot, record: Record, data: Mapping[str, Any]) -> None:
+        """Move a job from where it waits with a timer to the promoters, in one message."""
+        last = max(each.sequence for each in child.later.values())
+        write = Write(
+            self._keys.later(child.token, Place.RELEASED),
+            dump_json(data),
+            Expect(self._keys.later_all(child.token), last),
+            removes=record.subject,
+            beside=True,
+        )
+        await self._backend.write(self._log, write)
+
+    async def _make_ready(self, token: str, record: Record, data: dict[str, Any]) -> None:
+        data.pop("delay_until", None)
+        body = dump_json(data)
+        job = Job.decode(body)
+        with suppress(TooManyPriorities):  # workers look for jobs whose tier is missing
+            await self._assets.declare_tier(job.priority)
+        write = Write(
+            self._keys.ready(job.priority, token),
+            body,
+            Expect(self._keys.ready_any(token)),
+            message_id=promotion_id(await self.secret.get(), record.sequence, record.time),
+        )
+        sequence = 0
+        try:
+            sequence = await self._backend.write(self._keys.ready_log, write)
+        except WriteRefused:
+            if await self._older_attempt_is_ready(token, job):
+                raise  # its acknowledgement is on the way
+        if not await self._backend.delete(self._log, record.sequence) and sequence:
+            await self._take_back(token, sequence)
+
+    async def _older_attempt_is_ready(self, token: str, job: Job) -> bool:
+        records = await self._backend.last(self._keys.ready_log, self._keys.ready_any(token))
+        try:
+            return not records or Job.decode(records[-1].body).order < job.order
+        except InvalidJob:
+            return False
+
+    async def _take_back(self, token: str, sequence: int) -> None:
+        """Remove what was made ready if the job was cancelled: its parked record was gone by then."""
+        records = await self._backend.last(self._log, self._keys.ends(token))
+        if Snapshot.of(token, records, self._keys).ended:
+            await self._backend.delete(self._keys.ready_log, sequence)
+
+    async def _fail(self, child: Snapshot, data: Mapping[str, Any], parent: Parent) -> bool:
+        """End a child as failed. Return whether it has, also if an earlier try did."""
+        parked = child.later[Place.PARKED]
+        end = await read_end(self._backend, self._keys, child.token)
+        if not end.ended:
+            write = self.failure(data, child.token, parent.id, end.fence)
+            if "linking" in data:
+                write = replace(write, removes=parked.subject)
+            await self._backend.write(self._log, write)
+        if end.ended or "linking" not in data:
+            await self._backend.delete(self._log, parked.sequence)
+        return not end.ended or _failed_for(end, parent)
+
+    def failure(self, data: Mapping[str, Any], token: str, parent_id: str, expect: Expect) -> Write:
+        """Return the write that ends a job as failed for a parent of it."""
+        fields = {
+            "status": State.FAILED,
+            "last_error": blame(parent_id),
+            "finished_at": self._backend.now(),
+        }
+        body = dump_json({name: data[name] for name in data if name != "linking"} | fields)
+        ttl = self._backend.settings.failed_ttl
+        return Write(self._keys.outcome(token, State.FAILED), body, expect, ttl=ttl, beside=True)
+
+    # -- its edges are there
+
+    async def settle(self, job: Job, sequence: int, *, closed: bool = False) -> None:
+        """Take the timer off a job whose edges are all there.
+
+        Args:
+            job: as it was parked.
+            sequence: of its parked record; 0: it is read.
+            closed: it has many parents, and none of them is open any more.
+        """
+        token, body = encode_token(job.job_id), parked_body(job)
+        key = self._keys.later(token, Place.PARKED)
+        async with self._turns.of(token):
+            while True:
+                try:
+                    if sequence and not closed:
+                        write = self.parked_write(token, body, Expect(key, sequence), linking=False)
+                        await self._backend.write(self._log, write)
+                        return
+                    child = await self._read(token)
+                    parked = child.later.get(Place.PARKED)
+                    data = None if parked is None else await self._open(child, parked)
+                    if parked is None or data is None or data.pop("linking", None) is None:
+                        return
+                    if closed:
+                        await self.hand_over(child, parked, data)
+                        return
+                    body, sequence = dump_json(data), parked.sequence
+                except WriteRefused:  # a parent has ended meanwhile, or it was cancelled
+                    sequence = 0
+                    await pause_after_refusal()
+
+    async def _read(self, token: str) -> Snapshot:
+        records = await self._backend.last(
+            self._log, self._keys.later_all(token), self._keys.ends(token)
+        )
+        return Snapshot.of(token, records, self._keys)
+
+
+def parked_body(job: Job) -> bytes:
+    """Return the record of a job that waits, with its open `parents`, or many of them in parts."""
+    return (replace(job, parents=[]) if job.wide else job).encode()
+
+
+def linking_body(job: Job) -> bytes:
+    """Return the record of a job that waits, while its edges are being written."""
+    return splice(parked_body(job), b'"linking":true')
+
+
+def _failed_for(child: Snapshot, parent: Parent) -> bool:
+    """Return whether a child has ended as failed for this parent."""
+    if child.outcome is None or child.state is not State.FAILED:
+        return False
+    try:
+        return load_json(child.outcome.body).get("last_error") == blame(parent.id)
+    except InvalidJob:
+        return False
