@@ -107,8 +107,7 @@ class Held:
     @property
     def needs_no_check(self) -> bool:
         """Whether what carries it out looks for itself what has become of it."""
-        waits = self.released is not None and self.released.waits
-        return self.problem is not None or self.plan or waits
+        return self.problem is not None or self.plan
 
 
 class Promoter:
