@@ -4,14 +4,12 @@ The server sends them by itself whenever a record is written (`docs/protocol.md`
 by producers and workers. They are at most once: nothing is built on them alone.
 """
 
-import inspect
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar, overload
 
-from anyio import to_thread
-
+from asyncmq_nats._concurrency import call_either
 from asyncmq_nats.exceptions import InvalidJob
 from asyncmq_nats.states import OUTCOMES, Place, State
 from asyncmq_nats.wire.codec import load_json
@@ -47,7 +45,7 @@ PREFIX: Final = "job:"
 RETRYING: Final = "job:retrying"
 
 Listener = Callable[[dict[str, Any]], Any]
-"""A function, or a coroutine function, that is given the job's dict."""
+"""A function, sync or async, or an object that is called like one. It is given the job's dict."""
 L = TypeVar("L", bound=Listener)
 
 
@@ -129,10 +127,7 @@ class EventEmitter:
         """Call everyone who wants to know. What a callback raises is logged."""
         for callback in tuple(self._callbacks.get(event, ())):
             try:
-                if inspect.iscoroutinefunction(callback):
-                    await callback(dict(data))
-                else:
-                    await to_thread.run_sync(callback, dict(data))
+                await call_either(callback, dict(data))
             except Exception:
                 logger.exception("a callback of %s failed", event)
 

@@ -15,6 +15,7 @@ from anyio.abc import TaskStatus
 
 from asyncmq_nats._arguments import (
     build_job,
+    checked_call,
     checked_mapping,
     checked_number,
     checked_seconds,
@@ -84,6 +85,7 @@ class Queue:
         rate_limit: how many jobs the whole queue may start per `rate_interval`, over all its workers; 0 starts none, `None` is no limit.
         rate_interval: in seconds.
         registry: the tasks that `run()` knows; by default those of `@task`.
+        any_task: whether `run()` runs all of them; by default those whose queue this is. `None`: as the settings say.
 
     Raises:
         InvalidQueueName: the name cannot be part of a stream's name.
@@ -99,6 +101,7 @@ class Queue:
         scan_interval: float | None = None,
         *,
         registry: TaskRegistry = TASK_REGISTRY,
+        any_task: bool | None = None,
     ) -> None:
         if backend is not None and not callable(getattr(backend, "declare_log", None)):
             raise InvalidArgument(
@@ -128,6 +131,7 @@ class Queue:
         self._hooks = Hooks({"backend": self.backend, "queue": name})
         self._local_repeatables: list[Definition] = []
         self._registry = registry
+        self.any_task = self.backend.settings.any_task if any_task is None else any_task
 
     # -- add
 
@@ -154,7 +158,7 @@ class Queue:
 
         Args:
             task_id: what to run: `module.function` of a `@task`, or its name.
-            args: for the task; anything JSON can hold, dates, UUIDs, enums, dataclasses and pydantic models too.
+            args: for the task, written by its annotations: what would not arrive equal is refused (docs/arguments.md).
             kwargs: for the task, likewise.
             retries: attempts that may follow a failed one.
             ttl: seconds after which a job that has not started expires.
@@ -175,7 +179,7 @@ class Queue:
 
         Raises:
             JobNotFound: a job that it depends on is not in this queue.
-            NotSerializable: an argument is not JSON; the message names it.
+            NotSerializable: an argument would not arrive equal; the message names it.
             PayloadTooLarge: the job does not fit into a message.
             InvalidArgument: a value is of the wrong kind; the message names it.
             TypeError, InvalidJobId: the job_id is outside AsyncMQ's rules.
@@ -185,6 +189,7 @@ class Queue:
         await self.backend.connect()
         job = build_job(
             self.backend.now(),
+            write=self._registry.write,
             task_id=task_id,
             args=args,
             kwargs=kwargs,
@@ -218,7 +223,7 @@ class Queue:
             BulkAddFailed: of more than 1,000, some were added and some were not; it says which.
         """
         await self.backend.connect()
-        built, windows = build_entries(self.backend.now(), jobs)
+        built, windows = build_entries(self.backend.now(), jobs, self._registry.write)
         check_entries(self._additions, built)
         ids, plain = (
             [job.job_id for job in built],
@@ -248,7 +253,7 @@ class Queue:
             InvalidJobId: no record can be kept under its id.
         """
         await self.backend.connect()
-        job = job_of_payload(payload, self.backend.now())
+        job = job_of_payload(payload, self.backend.now(), self._registry.write)
         job.encode()
         await self._assets.declare()
         return await self._additions.add(job)
@@ -273,8 +278,13 @@ class Queue:
 
     async def add_linked(self, jobs: Sequence[Job]) -> None:
         """Add jobs that depend on each other, each after its `children`; see `FlowProducer.add_flow`."""
+        written = [self._written(job) for job in jobs]
         await self._assets.declare()
-        await self._additions.add_linked(jobs)
+        await self._additions.add_linked(written)
+
+    def _written(self, job: Job) -> Job:
+        args, kwargs = self._registry.write(job.task_id, job.args, job.kwargs)
+        return replace(job, args=args, kwargs=kwargs)
 
     async def _store_repeatables(self) -> None:
         for definition in self._local_repeatables:
@@ -290,6 +300,7 @@ class Queue:
             self._subjects,
             self._assets,
             registry=self._registry,
+            any_task=self.any_task,
             concurrency=self.concurrency,
             limit=None if self.rate_limit is None else Limit(self.rate_limit, self.rate_interval),
             hooks=replace(
@@ -632,6 +643,7 @@ class Queue:
             "backoff": backoff,
             "timeout": timeout,
         }
+        args, kwargs = checked_call(self._registry.write, task_id, args, kwargs)
         self._local_repeatables.append(
             make_definition(
                 task_id, args, kwargs, job, every=every, cron=cron, timezone=timezone, name=name
@@ -682,6 +694,7 @@ class Queue:
             "backoff": backoff,
             "timeout": timeout,
         }
+        args, kwargs = checked_call(self._registry.write, task_id, args, kwargs)
         definition = make_definition(
             task_id, args, kwargs, job, every=every, cron=cron, timezone=timezone, name=name
         )

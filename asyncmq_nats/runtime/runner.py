@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from typing import Any, Final
 
@@ -24,17 +25,20 @@ from asyncmq_nats.exceptions import (
     InvalidArgument,
     InvalidJob,
     JobNotFound,
+    NewerJob,
     NotSerializable,
     PayloadTooLarge,
+    TaskNotFound,
     TooManyPriorities,
     sole_error,
 )
-from asyncmq_nats.jobs import Job
+from asyncmq_nats.jobs import WIRE_VERSION, Job
 from asyncmq_nats.middleware import Hooks
-from asyncmq_nats.retries import Failure, retry_delay
+from asyncmq_nats.retries import Failure, RetryLimits, retry_delay
 from asyncmq_nats.runtime.control import CANCEL, PAUSE, RESUME, WorkerRegistry, new_worker_id
 from asyncmq_nats.runtime.executor import Running, execute
 from asyncmq_nats.runtime.fetcher import Intake
+from asyncmq_nats.runtime.processes import close_processes
 from asyncmq_nats.runtime.promoter import Promoter
 from asyncmq_nats.runtime.rate_limiter import Limit, RateLimiter
 from asyncmq_nats.runtime.registry import TaskRegistry
@@ -70,6 +74,7 @@ class Runner:
         subjects: of the queue.
         assets: of the queue.
         registry: the tasks that can be run.
+        any_task: whether all of them are, and not only those of the queue.
         concurrency: slots; never more jobs run at a time.
         limit: of starts in the whole queue.
         hooks: what else happens when it starts and stops.
@@ -83,6 +88,7 @@ class Runner:
         *,
         registry: TaskRegistry,
         concurrency: int,
+        any_task: bool = False,
         limit: Limit | None = None,
         hooks: Hooks | None = None,
     ) -> None:
@@ -94,6 +100,7 @@ class Runner:
         self._subjects = subjects
         self._assets = assets
         self._registry = registry
+        self._tasks_of = None if any_task else subjects.queue
         self._concurrency = concurrency
         self._hooks = hooks or Hooks()
         self._lifecycle = Lifecycle(backend, subjects, assets, self.worker)
@@ -175,6 +182,7 @@ class Runner:
                     self._over = True
                     with anyio.move_on_after(FAREWELL):
                         await self._intake.stop()  # once more: if a loop has failed, nobody has
+                    await close_processes()
         finally:
             finished.set()
 
@@ -338,12 +346,44 @@ class Runner:
         elif job.delay_until is not None and job.delay_until > now:
             await self._lifecycle.postpone(attempt, settle)
         else:
-            attempt.started_at = now
+            await self._run_if_known(attempt, settle, slot)
+
+    async def _run_if_known(
+        self, attempt: Attempt, settle: SettleEnd, slot: "asyncio.Task[Any]"
+    ) -> None:
+        try:
+            if attempt.head.v > WIRE_VERSION:
+                raise NewerJob(attempt.head.v, WIRE_VERSION)
+            self._registry.find(attempt.head.task_id, self._tasks_of)
+        except (NewerJob, TaskNotFound) as problem:
+            await self._put_off(attempt, problem, settle)
+        else:
+            attempt.started_at = self._backend.now()
             await self._run(attempt, settle, slot)
+
+    async def _put_off(
+        self, attempt: Attempt, problem: NewerJob | TaskNotFound, settle: SettleEnd
+    ) -> None:
+        """Leave a job that this worker cannot run to one that can, for a while; then it fails."""
+        delay = await self._lifecycle.put_off(attempt, str(problem), settle)
+        if delay is not None:
+            logger.warning("job %s is put off for %g s: %s", attempt.head.job_id, delay, problem)
+        elif isinstance(problem, NewerJob):
+            raise problem  # to be recorded with its body
+        else:
+            await self._report_failure(
+                attempt, replace(Failure.of(problem, self._backend.now()), final=True), settle
+            )
 
     async def _run(self, attempt: Attempt, settle: SettleEnd, slot: "asyncio.Task[Any]") -> None:
         started = time.monotonic()
-        context = JobContext(attempt.head.job_id, self._subjects.queue, attempt, self._lifecycle)
+        context = JobContext(
+            attempt.head.job_id,
+            self._subjects.queue,
+            attempt,
+            self._lifecycle,
+            _write=self._registry.write,
+        )
         running = Running(attempt, context, slot)
         self._running[running] = None
         running_job.set(context)
@@ -403,7 +443,10 @@ class Runner:
     async def _report_failure(self, attempt: Attempt, failure: Failure, settle: SettleEnd) -> None:
         job = attempt.job
         task = self._registry.get(job.task_id)
-        delay = retry_delay(job, failure, None if task is None else task.backoff_function)
+        function = None if task is None else task.backoff_function
+        settings = self._backend.settings
+        limits = RetryLimits(settings.max_retries_limit, settings.min_retry_delay)
+        delay = retry_delay(job, failure, function, limits)
         if delay is not None:
             logger.info(
                 "job %s (%s) is retried in %g s: %s", job.job_id, job.task_id, delay, failure.error

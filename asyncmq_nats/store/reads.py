@@ -343,7 +343,11 @@ class Inspection:
 
 def _with_last_error(job: Job) -> Job:
     """Return a job that is to be tried again with what went wrong last, as one that has ended has it."""
-    if not job.errors or job.status in OUTCOMES:
+    if job.status in OUTCOMES:
+        return job
+    if job.put_off_reason is not None:
+        return replace(job, last_error=job.put_off_reason)
+    if not job.errors:
         return job
     last = job.errors[-1]
     at = last.get("at")

@@ -38,7 +38,8 @@ class Attempt:
     """Makes them anew, since what they expect of other jobs may have changed."""
     started_at: float = 0.0
     body: bytes = field(default=b"", repr=False)
-    _job: Job | None = field(default=None, repr=False)
+    known: Job | None = field(default=None, repr=False)
+    """All of the job, once it was read."""
 
     @property
     def job(self) -> Job:
@@ -47,9 +48,9 @@ class Attempt:
         Raises:
             InvalidJob: a part that is not needed to run it is malformed.
         """
-        if self._job is None:
-            self._job = replace(Job.decode(self.body), stalls=self.head.stalls)
-        return self._job
+        if self.known is None:
+            self.known = replace(Job.decode(self.body), stalls=self.head.stalls)
+        return self.known
 
     @property
     def order(self) -> tuple[int, int]:

@@ -15,6 +15,7 @@ from asyncmq_nats.events import STALLED
 from asyncmq_nats.exceptions import (
     BackendError,
     InvalidJob,
+    NewerJob,
     NotSerializable,
     PayloadTooLarge,
     WriteRefused,
@@ -48,6 +49,11 @@ SettleEnd = Callable[[Write, Settled], None]
 
 OUR_JOBS: Final = b'{"v":1,"id":"'
 """What the jobs begin with that this library writes."""
+SHORTEST_PUT_OFF: Final = 1.0
+LONGEST_PUT_OFF: Final = 60.0
+"""How long a job that cannot be run here is put off at a time, in seconds."""
+MAX_REASON: Final = 2_000
+PUT_OFF_FIELDS: Final = ("put_off_since", "put_off_reason")
 OUTCOME_FIELDS: Final = (
     "status", "result", "last_error", "error_traceback", "active_since", "finished_at", "worker", "stalls",
 )  # fmt: skip
@@ -78,6 +84,8 @@ class Lifecycle:
     def open(self, delivery: Delivery) -> Attempt:
         """Return the attempt that a delivery stands for. If it is not the first one of its job, `verify` it.
 
+        Of a job of a newer version of the format, one whose head says so: `put_off` it.
+
         Raises:
             InvalidJob: the message is not a job; `reject` it.
         """
@@ -89,15 +97,33 @@ class Lifecycle:
         if body.startswith(OUR_JOBS):
             try:
                 return Attempt(delivery, token, JobHead.decode(body), body=body)
+            except NewerJob:
+                return self._as_newer(delivery, token)
             except InvalidJob:  # others may begin like this too, and leave out what we do not
                 pass
-        body = self._as_ours(delivery, token)
-        return Attempt(delivery, token, JobHead.decode(body), body=body)
+        try:
+            body = self._as_ours(delivery, token)
+            return Attempt(delivery, token, JobHead.decode(body), body=body)
+        except NewerJob:
+            return self._as_newer(delivery, token)
+
+    def _as_newer(self, delivery: Delivery, token: str) -> Attempt:
+        """Return the attempt at a job of a newer version, with what can be read of it. Its body is kept as it is."""
+        job_id = decode_token(token)
+        try:
+            job = Job.decode(delivery.body, job_id=job_id, created_at=delivery.time)
+        except InvalidJob:
+            job = Job(task_id="?", job_id=job_id, created_at=delivery.time)
+        version = max(job.v, WIRE_VERSION + 1)
+        head = JobHead(job.task_id, job_id, job.created_at, children=job.children, v=version)
+        return Attempt(delivery, token, head, body=delivery.body, known=job)
 
     def _as_ours(self, delivery: Delivery, token: str) -> bytes:
         """Return a job of a foreign producer as we would have written it: id and priority of the subject, all that must be there."""
-        Job.decode(delivery.body)
         data = load_json(delivery.body)
+        if isinstance(version := data.get("v"), int) and version > WIRE_VERSION:
+            raise NewerJob(version, WIRE_VERSION)
+        Job.decode(delivery.body)
         for name in OUTCOME_FIELDS:
             data.pop(name, None)
         priority, _ = self._subjects.split_ready(delivery.subject)
@@ -172,6 +198,7 @@ class Lifecycle:
                 leftovers=leftovers,
                 awaited=edges,
                 body=attempt.body,
+                known=replace(attempt.job, stalls=ours.stalls),
             )
 
     def _is_done(self, record: Record) -> bool:
@@ -233,7 +260,8 @@ class Lifecycle:
     def _next_run(self, job: Job) -> Job:
         now = self._backend.now()
         try:
-            run_at = now + parse_every(job.repeat_every or 0.0)
+            every = parse_every(job.repeat_every or 0.0)
+            run_at = now + max(float(every), self._settings.min_repeat_interval)
         except (TypeError, ValueError) as error:
             raise InvalidJob(f"repeat_every: {error}") from None
         again = replace(
@@ -269,27 +297,46 @@ class Lifecycle:
         self, attempt: Attempt, failure: Failure, delay: float, settle: SettleEnd
     ) -> None:
         """Schedule the next attempt, `delay` seconds from now."""
-        job = replace(add_failure(attempt.job, failure), stalls=0, status=State.WAITING)
-        await self._reschedule(
-            attempt, job, self._backend.now() + delay if delay > 0 else None, settle
-        )
+        job = add_failure(attempt.job, failure)
+        run_at = self._backend.now() + delay if delay > 0 else None
+        await self._reschedule(attempt, _fields_of_next(job), run_at, settle)
 
     async def postpone(self, attempt: Attempt, settle: SettleEnd) -> None:
         """Move a ready job whose time is still to come to where delayed jobs wait."""
-        await self._reschedule(attempt, attempt.job, attempt.head.delay_until, settle)
+        await self._reschedule(
+            attempt, _fields_of_next(attempt.job), attempt.head.delay_until, settle
+        )
 
-    async def _reschedule(
-        self, attempt: Attempt, job: Job, run_at: float | None, settle: SettleEnd
-    ) -> None:
-        data = load_json(attempt.body)
-        data |= {
+    async def put_off(self, attempt: Attempt, reason: str, settle: SettleEnd) -> float | None:
+        """Delay a job that this worker cannot run, but another may; no retry is counted.
+
+        Return by how many seconds: they grow with the time for which it has been put off. `None`: that
+        was `unknown_task_timeout`, and nothing was written.
+        """
+        job, now = attempt.job, self._backend.now()
+        since = now if job.put_off_since is None else min(job.put_off_since, now)
+        left = since + self._settings.unknown_task_timeout - now
+        if left <= 0:
+            return None
+        delay = min(max(SHORTEST_PUT_OFF, now - since), LONGEST_PUT_OFF, left)
+        fields = {
             "id": job.job_id,
             "created_at": job.created_at,
-            "priority": job.priority,
-            "retries": job.retries,
-            "errors": job.errors,
+            "priority": self._subjects.split_ready(attempt.delivery.subject)[0],
+            "put_offs": job.put_offs + 1,
+            "put_off_since": since,
+            "put_off_reason": reason[:MAX_REASON],
         }
-        data["delay_until"] = run_at
+        await self._reschedule(attempt, fields, now + delay, settle)
+        return delay
+
+    async def _reschedule(
+        self, attempt: Attempt, fields: dict[str, Any], run_at: float | None, settle: SettleEnd
+    ) -> None:
+        data = load_json(attempt.body)
+        for name in PUT_OFF_FIELDS:  # it was run since
+            data.pop(name, None)
+        data |= fields | {"delay_until": run_at}
         expect = self._fence(attempt)
         if run_at is None:
             write = Write(
@@ -574,6 +621,17 @@ class Lifecycle:
                 attempt.delivery.nak()
                 return
         leave(attempt.delivery, verdict)
+
+
+def _fields_of_next(job: Job) -> dict[str, Any]:
+    """Return what the next attempt has to know of this one."""
+    return {
+        "id": job.job_id,
+        "created_at": job.created_at,
+        "priority": job.priority,
+        "retries": job.retries,
+        "errors": job.errors,
+    }
 
 
 def _order(record: Record) -> tuple[int, int]:
