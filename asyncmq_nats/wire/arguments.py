@@ -138,13 +138,15 @@ class _Shape:
         if slot.annotation is Any:
             _require_json_equal(value, what)
             return value
+        if _holds_iterator(value):
+            raise NotSerializable(what, "it can be read once only: pass a list")
         adapter = _adapter(self._title, [slot])
         try:
             expected = adapter.validate_python({slot.key: value}, by_alias=True, by_name=True)
         except ValidationError as error:  # its worker may know better, if it arrives there
             _require_json_equal(value, what, _first_message(error))
             return value
-        written = _round_trip(adapter, {slot.key: value}, expected)
+        written = _round_trip(adapter, {slot.key: value})
         if written is None:
             raise NotSerializable(what, _difference(adapter, {slot.key: value}, expected, slot))
         return written[slot.key]
@@ -214,24 +216,31 @@ def _adapter(title: str, slots: Sequence[Slot]) -> TypeAdapter[Any]:
     return TypeAdapter(values)
 
 
-def _round_trip(
-    adapter: TypeAdapter[Any], given: dict[str, Any], expected: Any = None
-) -> dict[str, Any] | None:
-    """Return the values as plain data from which the adapter makes what it makes of them, or `None`."""
-    try:
-        if expected is None:
-            expected = adapter.validate_python(given, by_alias=True, by_name=True)
-    except ValidationError:
+def _round_trip(adapter: TypeAdapter[Any], given: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the values as plain data of which the adapter makes what it makes of them, or `None`."""
+    if _holds_iterator(given):
         return None
-    for values, by_alias in ((given, True), (given, False), (expected, True)):
+    for of_expected, by_alias in ((False, True), (False, False), (True, True)):
         try:
-            written = _dump(adapter, values, by_alias=by_alias)
+            expected = adapter.validate_python(given, by_alias=True, by_name=True)
+            written = _dump(adapter, expected if of_expected else given, by_alias=by_alias)
             arrived = adapter.validate_json(_json(written), by_alias=True, by_name=True)
         except (ValidationError, *SerializationErrors):
             continue
         if _is_same(expected, arrived):
             return written
     return None
+
+
+def _holds_iterator(value: Any) -> bool:
+    """Return whether something in the value can be read once only: a trial would use it up."""
+    if isinstance(value, Mapping):
+        return any(map(_holds_iterator, value.values()))
+    if isinstance(value, list | tuple | deque):
+        return any(map(_holds_iterator, value))
+    if isinstance(value, BaseModel) or dataclasses.is_dataclass(value):
+        return any(map(_holds_iterator, getattr(value, "__dict__", {}).values()))
+    return isinstance(value, Iterator)
 
 
 def _dump(adapter: TypeAdapter[Any], values: Any, *, by_alias: bool) -> dict[str, Any]:
