@@ -123,6 +123,7 @@ class NewerJob(InvalidJob):
     """A job of a newer version of the wire format than this worker knows."""
 
     def __init__(self, version: int, known: int) -> None:
+        self.version = version
         super().__init__(
             f"its version is {version}, this library knows {known}: "
             "upgrade asyncmq-nats in the workers first"

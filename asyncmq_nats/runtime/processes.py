@@ -206,6 +206,8 @@ class _Child:
         await self._process.wait()
         for output in self._outputs:
             await output.close()
+        with anyio.move_on_after(OUTPUT_TIMEOUT):
+            await self._answers.read()
         transport = self._process._transport  # type: ignore[attr-defined]
         transport.close()
 

@@ -365,7 +365,10 @@ class Runner:
         self, attempt: Attempt, problem: NewerJob | TaskNotFound, settle: SettleEnd
     ) -> None:
         """Leave a job that this worker cannot run to one that can, for a while; then it fails."""
-        delay = await self._lifecycle.put_off(attempt, str(problem), settle)
+        try:
+            delay = await self._lifecycle.put_off(attempt, str(problem), settle)
+        except (NotSerializable, PayloadTooLarge):  # it cannot be written again as it came
+            delay = None
         if delay is not None:
             logger.warning("job %s is put off for %g s: %s", attempt.head.job_id, delay, problem)
         elif isinstance(problem, NewerJob):

@@ -190,6 +190,7 @@ class Inspection:
 
     @staticmethod
     def _decode(record: Record, token: str, **known: Any) -> Job:
+        data: dict[str, Any] = {}
         try:
             data = load_json(record.body)
             data.setdefault("created_at", record.time)
@@ -200,7 +201,8 @@ class Inspection:
                 job_id=decode_token(token),
                 created_at=record.time,
                 status=known["status"],
-                last_error=str(problem),
+                # of a newer version, if it was put off
+                last_error=str(data.get("put_off_reason") or problem),
             )
 
     # -- many jobs

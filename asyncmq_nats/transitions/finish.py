@@ -5,9 +5,10 @@ claims; 3. what ends an attempt is fenced, and the first outcome wins.
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from math import isfinite
 from typing import Any, Final
 
 from asyncmq_nats.backends.base import Backend, Delivery, Expect, Record, Settled, Write
@@ -97,24 +98,23 @@ class Lifecycle:
         if body.startswith(OUR_JOBS):
             try:
                 return Attempt(delivery, token, JobHead.decode(body), body=body)
-            except NewerJob:
-                return self._as_newer(delivery, token)
+            except NewerJob as problem:
+                return self._as_newer(delivery, token, problem.version)
             except InvalidJob:  # others may begin like this too, and leave out what we do not
                 pass
         try:
             body = self._as_ours(delivery, token)
             return Attempt(delivery, token, JobHead.decode(body), body=body)
-        except NewerJob:
-            return self._as_newer(delivery, token)
+        except NewerJob as problem:
+            return self._as_newer(delivery, token, problem.version)
 
-    def _as_newer(self, delivery: Delivery, token: str) -> Attempt:
+    def _as_newer(self, delivery: Delivery, token: str, version: int) -> Attempt:
         """Return the attempt at a job of a newer version, with what can be read of it. Its body is kept as it is."""
         job_id = decode_token(token)
         try:
             job = Job.decode(delivery.body, job_id=job_id, created_at=delivery.time)
         except InvalidJob:
-            job = Job(task_id="?", job_id=job_id, created_at=delivery.time)
-        version = max(job.v, WIRE_VERSION + 1)
+            job = _as_known(load_json(delivery.body), job_id, delivery.time)
         head = JobHead(job.task_id, job_id, job.created_at, children=job.children, v=version)
         return Attempt(delivery, token, head, body=delivery.body, known=job)
 
@@ -621,6 +621,18 @@ class Lifecycle:
                 attempt.delivery.nak()
                 return
         leave(attempt.delivery, verdict)
+
+
+def _as_known(data: Mapping[str, Any], job_id: str, created_at: float) -> Job:
+    """Return what this version has to know of a job of a newer one that it cannot read: how long it has been put off."""
+    since, times = data.get("put_off_since"), data.get("put_offs")
+    return Job(
+        task_id="?",
+        job_id=job_id,
+        created_at=created_at,
+        put_offs=times if isinstance(times, int) and times >= 0 else 0,
+        put_off_since=float(since) if isinstance(since, float) and isfinite(since) else None,
+    )
 
 
 def _fields_of_next(job: Job) -> dict[str, Any]:
