@@ -6,7 +6,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
-from types import CodeType, ModuleType
+from types import CodeType
 from typing import Any, Final
 
 from anyio import CapacityLimiter, to_thread
@@ -101,8 +101,8 @@ class TaskRegistry(MutableMapping[str, RegisteredTask]):
 
     def __init__(self) -> None:
         self._tasks: dict[str, RegisteredTask] = {}
-        self._modules: dict[str, object] = {}
-        """The run of its module in which each task was registered."""
+        self._runs: dict[str, list[object]] = {}
+        """The runs of its modules in which each task was registered."""
 
     def register(
         self,
@@ -158,18 +158,18 @@ class TaskRegistry(MutableMapping[str, RegisteredTask]):
             validate=validate,
         )
         self._tasks[task_id] = entry
-        self._modules[task_id] = _run_of_module(function)
+        self._runs[task_id] = _runs_of_modules(function)
         return entry
 
     def _check_identity(self, task_id: str, function: Callable[..., Any]) -> None:
         known = self._tasks.get(task_id)
         if known is None or _is_same(known.function, function):
             return
-        if _origin(known.function) == _origin(function):
-            if self._modules.get(task_id) is not _run_of_module(function):
-                return  # its module was loaded again
-            if _is_interactive(function):
-                return
+        if _origins(known.function) == _origins(function) and (
+            _is_interactive(function)
+            or [*map(id, self._runs.get(task_id, ()))] != [*map(id, _runs_of_modules(function))]
+        ):
+            return  # one of its modules was loaded again
         raise ValueError(
             f"task {task_id!r} is registered already, for {known.function!r}: give each function "
             "a name= of its own (those of one factory, or of a decorator without functools.wraps, "
@@ -275,10 +275,23 @@ def _origin(function: Any) -> tuple[str, str]:
     return named.__module__, named.__qualname__
 
 
-def _run_of_module(function: Any) -> object:
-    """Return what is another object after the module of the function was loaded again."""
-    module: ModuleType | None = sys.modules.get(_origin(function)[0])
-    return getattr(module, "__spec__", None) or module
+def _parts(function: Any) -> list[Any]:
+    """Return the function, and those that it took along when it was defined, such as the one it decorates."""
+    parts = [function]
+    for part in parts:  # it grows meanwhile
+        inner = [part.func] if isinstance(part, functools.partial) else _captured(part)
+        parts += [value for value in inner if callable(value) and value not in parts]
+    return parts
+
+
+def _origins(function: Any) -> list[tuple[str, str]]:
+    return [_origin(part) for part in _parts(function)]
+
+
+def _runs_of_modules(function: Any) -> list[object]:
+    """Return what are other objects after one of the function's modules was loaded again."""
+    modules = [sys.modules.get(module) for module, _ in _origins(function)]
+    return [getattr(module, "__spec__", None) or module for module in modules]
 
 
 def _is_interactive(function: Any) -> bool:
@@ -286,9 +299,12 @@ def _is_interactive(function: Any) -> bool:
     return module is not None and module.__name__ == "__main__" and not hasattr(module, "__file__")
 
 
-def _is_same(one: Any, other: Any) -> bool:
-    """Return whether two functions do the same: one function, or one definition that was run twice with the same values."""
-    if one is other:
+def _is_same(one: Any, other: Any, seen: frozenset[tuple[int, int]] = frozenset()) -> bool:
+    """Return whether two functions do the same: one function, or one definition that was run twice with the same values.
+
+    `seen`: what is being compared already, for functions that name themselves.
+    """
+    if one is other or (id(one), id(other)) in seen:
         return True
     if isinstance(one, functools.partial) and isinstance(other, functools.partial):
         return _is_same(one.func, other.func) and (one.args, one.keywords) == (
@@ -297,15 +313,25 @@ def _is_same(one: Any, other: Any) -> bool:
         )
     if _code(one) is None or _code(one) is not _code(other):
         return False
-    return all(
-        a is b or _is_same(a, b) for a, b in zip(_captured(one), _captured(other), strict=True)
-    )
+    seen |= {(id(one), id(other))}
+    pairs = zip(_captured(one), _captured(other), strict=True)
+    return all(_is_same(a, b, seen) or _is_equal(a, b) for a, b in pairs)
+
+
+def _is_equal(one: Any, other: Any) -> bool:
+    try:
+        return hash(one) == hash(other) and type(one) is type(other) and bool(one == other)
+    except Exception:  # it can be changed: another one is another one
+        return False
 
 
 def _captured(function: Any) -> list[Any]:
     """Return the values that a function took along when it was defined."""
+    if _code(function) is None:
+        return []
     cells = [_content(cell) for cell in function.__closure__ or ()]
-    return [*cells, function.__defaults__, *sorted((function.__kwdefaults__ or {}).items())]
+    named = function.__kwdefaults__ or {}
+    return [*cells, *(function.__defaults__ or ()), *named.values()]
 
 
 def _content(cell: Any) -> Any:
