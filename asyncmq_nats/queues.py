@@ -36,6 +36,7 @@ from asyncmq_nats.states import COUNT_BUCKETS, JOB_STATES, OUTCOMES, Bucket, Sta
 from asyncmq_nats.store.commit import LAG, look_for
 from asyncmq_nats.store.reads import DelayedInfo, Inspection
 from asyncmq_nats.store.topology import DEFAULT_PRIORITY, QueueAssets
+from asyncmq_nats.store.waiters import Waiters
 from asyncmq_nats.transitions.add import Additions
 from asyncmq_nats.transitions.bulk import add_many, build_entries, check_entries
 from asyncmq_nats.transitions.cancel import Administration
@@ -55,7 +56,6 @@ __all__ = ["Queue", "list_queues"]
 logger = logging.getLogger(__name__)
 
 EVENT_BUFFER: Final = 10_000
-READ_AGAIN: Final = 5.0
 COUNTED_AS_TO_DO: Final = (State.WAITING, State.DELAYED, State.WAITING_CHILDREN)
 
 H = TypeVar("H", bound=Hook)
@@ -130,6 +130,7 @@ class Queue:
         self._controls = Controls(self.backend, self._subjects, self._assets)
         self._hooks = Hooks({"backend": self.backend, "queue": name})
         self._local_repeatables: list[Definition] = []
+        self._waiters = Waiters(self.backend, self._subjects)
         self._registry = registry
         self.any_task = self.backend.settings.any_task if any_task is None else any_task
 
@@ -484,29 +485,14 @@ class Queue:
         raise TimeoutError(f"job {job_id!r} has not ended within {timeout:g} s")
 
     async def _wait_for(self, job_id: str) -> Any:
-        ended = anyio.Event()
-
-        def hear(signal: Signal) -> None:
-            if signal.subject.split(".")[-2] in OUTCOMES:
-                ended.set()
-
-        # Listen, then look, then wait: an outcome is either seen or heard. Events may be lost, so look again now and then.
-        subscription = await self.backend.subscribe(
-            self._subjects.event("*", encode_token(job_id)), hear
-        )
-        try:
+        # Listen, then look, then wait: an outcome is either seen or heard.
+        async with self._waiters.join(encode_token(job_id)) as waiter:
+            heard = False
             while True:
-                heard = ended.is_set()
                 job = await self._look_at_end(job_id, LAG if heard else ())
                 if job.status in OUTCOMES:
                     return _result_of(job)
-                if heard:  # it has been retried by hand since
-                    ended = anyio.Event()
-                with anyio.move_on_after(READ_AGAIN):
-                    await ended.wait()
-        finally:
-            with anyio.CancelScope(shield=True):
-                await subscription.unsubscribe()
+                heard = await self._waiters.wait(waiter)  # or it was retried by hand since
 
     async def _look_at_end(self, job_id: str, pauses: Sequence[float] = ()) -> Job:
         """Return the job as it is; or, if it has not ended, as it is after each of the pauses, until it has."""
