@@ -72,9 +72,18 @@ class RegisteredTask(Mapping[str, Any]):
         if self.is_async:
             return await self._call(job, context)
         result = await to_thread.run_sync(
-            self._call, job, context, abandon_on_cancel=True, limiter=threads
+            self._call_in_thread, job, context, abandon_on_cancel=True, limiter=threads
         )
+        if isinstance(result, _Raised):
+            raise result.error
         return await result if inspect.isawaitable(result) else result
+
+    def _call_in_thread(self, job: JobHead, context: JobContext) -> Any:
+        try:
+            return self._call(job, context)
+        except GeneratorExit as error:
+            # Carried out as a value: thrown into a coroutine, it would close all that await it.
+            return _Raised(error)
 
     def _call(self, job: JobHead, context: JobContext) -> Any:
         args, kwargs = self.arguments.read(job.args, job.kwargs)
@@ -94,6 +103,11 @@ class RegisteredTask(Mapping[str, Any]):
         return len(ASYNCMQ_KEYS)
 
     __hash__ = object.__hash__
+
+
+@dataclass(frozen=True, slots=True)
+class _Raised:
+    error: BaseException
 
 
 class TaskRegistry(MutableMapping[str, RegisteredTask]):

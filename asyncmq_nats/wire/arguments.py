@@ -130,7 +130,7 @@ class _Shape:
             return [written[key] for key in self._keys]
         # One of them does not arrive: find out which, one by one.
         return [
-            self._write_one(slot, value, f"argument {slot.key!r} of task {task_id!r}")
+            self._write_one(slot, value, f"argument {_shown(slot)} of task {task_id!r}")
             for slot, value in zip(self._call.slots, values, strict=True)
         ]
 
@@ -175,6 +175,10 @@ class _Shape:
         for name, make in self._call.defaults:
             named[name] = make()
         return values[: len(args)], named
+
+
+def _shown(slot: Slot) -> str:
+    return slot.key if slot.key.isdigit() else repr(slot.key)  # of `*args` the position
 
 
 def _exact_classes(annotation: Any) -> frozenset[type]:
