@@ -47,7 +47,7 @@ async def supervise(processes: int) -> int:
     Raises:
         InvalidArgument: the program was read from standard input or typed in, so it cannot be run again.
     """
-    if not hasattr(sys.modules["__main__"], "__file__") and sys.argv[:1] in ([], [""], ["-"]):
+    if not _can_run_again():
         raise InvalidArgument(
             "several processes run the program again, so it must be a file or a module: "
             "write it into a file, or use processes=1 with a program from standard input",
@@ -63,6 +63,13 @@ async def supervise(processes: int) -> int:
         await supervisor.wait(processes)
         group.cancel_scope.cancel()
     return supervisor.exit_code
+
+
+def _can_run_again() -> bool:
+    if sys.argv[:1] not in ([], [""], ["-"]):
+        return True
+    program = getattr(sys.modules["__main__"], "__file__", None)  # of standard input "<stdin>"
+    return bool(program and os.path.isfile(program))
 
 
 class _Supervisor:

@@ -73,6 +73,7 @@ class Waiters:
             yield waiter
         finally:
             crowd.remove(waiter)
+            crowd.appoint(waiter)  # this one may have been the next
             with anyio.CancelScope(shield=True):
                 if own is not None:
                     await own.unsubscribe()
@@ -102,10 +103,7 @@ class Waiters:
                 await self._look(crowd)
         finally:
             crowd.leader = None
-            # The one that came last, since it will probably stay longest.
-            successor = next((each for each in reversed(crowd.waiting) if each is not leader), None)
-            if successor is not None:
-                successor.wake()
+            crowd.appoint(leader)
 
     async def _look(self, crowd: "_Crowd") -> None:
         for waiter in crowd.next_ones(FULL_LOOKS):
@@ -174,6 +172,12 @@ class _Crowd:
         self.by_token[waiter.token].discard(waiter)
         if not self.by_token[waiter.token]:
             del self.by_token[waiter.token]
+
+    def appoint(self, last: Waiter) -> None:
+        """Have another one lead, if none does: the one that came last, since it will probably stay longest."""
+        successor = next((each for each in reversed(self.waiting) if each is not last), None)
+        if self.leader is None and successor is not None:
+            successor.wake()
 
     def next_ones(self, count: int) -> Iterator[Waiter]:
         """Yield those whose turn it is, and put them at the end."""
