@@ -4,6 +4,7 @@
 """
 
 import asyncio
+import inspect
 import os
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
@@ -13,12 +14,21 @@ from types import TracebackType
 from typing import Any, TypeVarTuple
 from weakref import WeakKeyDictionary
 
-from anyio import CancelScope, Event, Lock, create_task_group
+from anyio import CancelScope, Event, Lock, create_task_group, to_thread
 from anyio.abc import TaskGroup
 
 from asyncmq_nats.exceptions import BackendError, sole_error
 
-__all__ = ["Home", "KeyedTurns", "Spawner", "Turns", "all_done_before", "running_task"]
+__all__ = [
+    "Home",
+    "KeyedTurns",
+    "Spawner",
+    "Turns",
+    "all_done_before",
+    "call_either",
+    "is_async",
+    "running_task",
+]
 
 Ts = TypeVarTuple("Ts")
 
@@ -130,6 +140,20 @@ class KeyedTurns:
             turn.users -= 1
             if not turn.users:
                 del turns[key]
+
+
+def is_async(function: Any) -> bool:
+    """Return whether calling it returns at once: a coroutine function, or an object that is called like one."""
+    called = getattr(function, "__call__", None)  # noqa: B004
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(called)
+
+
+async def call_either(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call a function, a sync one in a thread, and await what it returns if that can be awaited."""
+    if is_async(function):
+        return await function(*args, **kwargs)
+    result = await to_thread.run_sync(lambda: function(*args, **kwargs))
+    return await result if inspect.isawaitable(result) else result
 
 
 def running_task() -> "asyncio.Task[Any]":

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from anyio import from_thread
 
-from asyncmq_nats._arguments import build_job
+from asyncmq_nats._arguments import WriteArguments, build_job, write_plainly
 from asyncmq_nats.exceptions import InvalidFlow
 from asyncmq_nats.jobs import Backoff, Job
 
@@ -62,6 +62,7 @@ class JobContext:
     """Whether the job was cancelled, or the worker wants it back. For sync tasks to ask now and then: no thread can be interrupted."""
     follow_ups: list[Job] = field(default_factory=list, repr=False)
     """The jobs that were added so far."""
+    _write: WriteArguments = field(default=write_plainly, repr=False)
 
     @property
     def job(self) -> Job:
@@ -124,6 +125,7 @@ class JobContext:
             )
         job = build_job(
             self._services.now(),
+            write=self._write,
             task_id=task_id,
             args=args,
             kwargs=kwargs,

@@ -4,7 +4,6 @@ The server sends them by itself whenever a record is written (`docs/protocol.md`
 by producers and workers. They are at most once: nothing is built on them alone.
 """
 
-import inspect
 import json
 import logging
 import time
@@ -13,8 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar, overload
 
-from anyio import to_thread
-
+from asyncmq_nats._concurrency import call_either
 from asyncmq_nats.exceptions import InvalidJob
 from asyncmq_nats.jobs import Job
 from asyncmq_nats.states import OUTCOMES, Place, State
@@ -59,7 +57,7 @@ STATE_OF_RECORD: Final = {
 """The states of jobs in records that do not tell them."""
 
 Listener = Callable[[dict[str, Any]], Any]
-"""A function, or a coroutine function, that is given the job's dict."""
+"""A function, sync or async, or an object that is called like one. It is given the job's dict."""
 L = TypeVar("L", bound=Listener)
 
 
@@ -164,7 +162,7 @@ class EventEmitter:
         self._history.appendleft({"timestamp": time.time(), "event": event, "data": dict(data)})
         for callback in tuple(self._listeners.get(event, ())):
             try:
-                await _call(callback, dict(data))
+                await call_either(callback, dict(data))
             except Exception:
                 logger.exception("a callback of %s failed", event)
 
@@ -200,17 +198,6 @@ class EventEmitter:
     def clear_history(self) -> None:
         """Forget the events so far; listeners stay (AsyncMQ `clear_history`)."""
         self._history.clear()
-
-
-async def _call(callback: Listener, data: dict[str, Any]) -> None:
-    """Call an async listener here, a sync one in a thread; and await what it returns, if that can be."""
-    call = getattr(callback, "__call__", None)  # noqa: B004
-    if inspect.iscoroutinefunction(callback) or inspect.iscoroutinefunction(call):
-        result = callback(data)
-    else:
-        result = await to_thread.run_sync(callback, data)
-    if inspect.isawaitable(result):
-        await result
 
 
 def _contains(record: Mapping[str, Any], text: str) -> bool:

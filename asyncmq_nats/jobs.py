@@ -15,6 +15,7 @@ from asyncmq_nats.exceptions import (
     InvalidArgument,
     InvalidJob,
     InvalidJobId,
+    NewerJob,
     NotSerializable,
     PayloadTooLarge,
 )
@@ -146,10 +147,13 @@ class JobHead:
         """Return what there is to know of the job in a message that this library wrote.
 
         Raises:
-            InvalidJob: the body is not a job, or of a newer version of the format.
+            InvalidJob: the body is not a job.
+            NewerJob: it is of a newer version of the format.
         """
         head: Self = _validate(HEADS.validate_json, body)
-        _check(body, head.v, head.args, head.kwargs)
+        _check_numbers(body, head.args, head.kwargs)
+        if head.v > WIRE_VERSION:
+            raise NewerJob(head.v, WIRE_VERSION)
         return head
 
 
@@ -218,6 +222,11 @@ class Job:
     """How often its worker was lost while it ran."""
     reruns: int = Field(default=0, ge=0)
     """How often it was retried by hand."""
+    put_offs: int = Field(default=0, ge=0)
+    """How often a worker put it off, since it did not know its task or its version."""
+    put_off_since: float | None = Field(default=None, allow_inf_nan=False)
+    """When that began."""
+    put_off_reason: str | None = None
     v: int = WIRE_VERSION
 
     @property
@@ -233,7 +242,7 @@ class Job:
     @property
     def order(self) -> tuple[int, int]:
         """Which of two records of the job is of a later attempt."""
-        return self.reruns, self.retries
+        return self.reruns, self.retries + self.put_offs
 
     def is_expired(self, now: float | None = None) -> bool:
         """Return whether its time to live is over (AsyncMQ `Job.is_expired`)."""
@@ -286,11 +295,13 @@ class Job:
     ) -> Self:
         """Return the job in a message. The id and the time of the message stand in where the body has none; the id of the subject wins.
 
+        Of a newer version of the format, what this one knows: who runs it, looks at `JobHead`.
+
         Raises:
-            InvalidJob: the body is not a job, or of a newer version of the format.
+            InvalidJob: the body is not a job.
         """
         job: Self = _validate(JOBS.validate_json, body)
-        _check(body, job.v, job.args, job.kwargs)
+        _check_numbers(body, job.args, job.kwargs)
         if job_id is not None and job.job_id != job_id:
             job = replace(job, job_id=job_id)
         if created_at is not None and b'"created_at"' not in body:
@@ -416,15 +427,11 @@ def _validate(validate: Callable[..., Any], value: Any) -> Any:
         raise InvalidJob(_first_problem(error)) from None
 
 
-def _check(body: bytes, version: int, args: list[Any], kwargs: dict[str, Any]) -> None:
+def _check_numbers(body: bytes, args: list[Any], kwargs: dict[str, Any]) -> None:
     if (b"NaN" in body or b"Infinity" in body) and (
         bad := find_non_finite([args, kwargs])
     ) is not None:
         raise InvalidJob(f"{bad} is not a JSON number")
-    if version > WIRE_VERSION:
-        raise InvalidJob(
-            f"its version is {version}, this library knows {WIRE_VERSION}: upgrade asyncmq-nats in the workers first"
-        )
 
 
 def _first_problem(error: ValidationError) -> str:

@@ -6,6 +6,7 @@ One class, since AsyncMQ's is one; each method is a few lines over one call belo
 import logging
 import math
 from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, Final, TypeVar
 
@@ -14,6 +15,7 @@ from anyio.abc import TaskStatus
 
 from asyncmq_nats._arguments import (
     build_job,
+    checked_call,
     checked_mapping,
     checked_number,
     checked_seconds,
@@ -36,6 +38,7 @@ from asyncmq_nats.states import COUNT_BUCKETS, JOB_STATES, OUTCOMES, Bucket, Sta
 from asyncmq_nats.store.commit import LAG, look_for
 from asyncmq_nats.store.reads import Inspection
 from asyncmq_nats.store.topology import DEFAULT_PRIORITY, QueueAssets
+from asyncmq_nats.store.waiters import Waiters
 from asyncmq_nats.transitions.add import Additions
 from asyncmq_nats.transitions.bulk import add_many, build_entries, check_entries
 from asyncmq_nats.transitions.cancel import Administration
@@ -55,7 +58,6 @@ __all__ = ["Queue", "list_queues"]
 logger = logging.getLogger(__name__)
 
 EVENT_BUFFER: Final = 10_000
-READ_AGAIN: Final = 5.0
 COUNTED_AS_TO_DO: Final = (State.WAITING, State.DELAYED, State.WAITING_CHILDREN)
 
 H = TypeVar("H", bound=Hook)
@@ -85,6 +87,7 @@ class Queue:
         rate_limit: how many jobs the whole queue may start per `rate_interval`, over all its workers; 0 starts none, `None` is no limit.
         rate_interval: in seconds.
         registry: the tasks that `run()` knows; by default those of `@task`.
+        any_task: whether `run()` runs all of them; by default those whose queue this is. `None`: as the settings say.
 
     Raises:
         InvalidQueueName: the name cannot be part of a stream's name.
@@ -100,6 +103,7 @@ class Queue:
         scan_interval: float | None = None,
         *,
         registry: TaskRegistry = TASK_REGISTRY,
+        any_task: bool | None = None,
     ) -> None:
         if backend is not None and not callable(getattr(backend, "declare_log", None)):
             raise InvalidArgument(
@@ -128,7 +132,9 @@ class Queue:
         self._controls = Controls(self.backend, self._subjects, self._assets)
         self._hooks = Hooks({"backend": self.backend, "queue": name})
         self._local_repeatables: list[Definition] = []
+        self._waiters = Waiters(self.backend, self._subjects)
         self._registry = registry
+        self.any_task = self.backend.settings.any_task if any_task is None else any_task
 
     # -- add
 
@@ -155,7 +161,7 @@ class Queue:
 
         Args:
             task_id: what to run: `module.function` of a `@task`, or its name.
-            args: for the task; anything JSON can hold, dates, UUIDs, enums, dataclasses and pydantic models too.
+            args: for the task, written by its annotations: what would not arrive equal is refused (docs/arguments.md).
             kwargs: for the task, likewise.
             retries: attempts that may follow a failed one.
             ttl: seconds after which a job that has not started expires.
@@ -176,7 +182,7 @@ class Queue:
 
         Raises:
             JobNotFound: a job that it depends on is not in this queue.
-            NotSerializable: an argument is not JSON; the message names it.
+            NotSerializable: an argument would not arrive equal; the message names it.
             PayloadTooLarge: the job does not fit into a message.
             InvalidArgument: a value is of the wrong kind; the message names it.
             TypeError, InvalidJobId: the job_id is outside AsyncMQ's rules.
@@ -186,6 +192,7 @@ class Queue:
         await self.backend.connect()
         job = build_job(
             self.backend.now(),
+            write=self._registry.write,
             task_id=task_id,
             args=args,
             kwargs=kwargs,
@@ -219,7 +226,7 @@ class Queue:
             BulkAddFailed: of more than 1,000, some were added and some were not; it says which.
         """
         await self.backend.connect()
-        built, windows = build_entries(self.backend.now(), jobs)
+        built, windows = build_entries(self.backend.now(), jobs, self._registry.write)
         check_entries(self._additions, built)
         ids, plain = (
             [job.job_id for job in built],
@@ -249,7 +256,7 @@ class Queue:
             InvalidJobId: no record can be kept under its id.
         """
         await self.backend.connect()
-        job = job_of_payload(payload, self.backend.now())
+        job = job_of_payload(payload, self.backend.now(), self._registry.write)
         job.encode()
         await self._assets.declare()
         return await self._additions.add(job)
@@ -274,8 +281,13 @@ class Queue:
 
     async def add_linked(self, jobs: Sequence[Job]) -> None:
         """Add jobs that depend on each other, each after its `children`; see `FlowProducer.add_flow`."""
+        written = [self._written(job) for job in jobs]
         await self._assets.declare()
-        await self._additions.add_linked(jobs)
+        await self._additions.add_linked(written)
+
+    def _written(self, job: Job) -> Job:
+        args, kwargs = self._registry.write(job.task_id, job.args, job.kwargs)
+        return replace(job, args=args, kwargs=kwargs)
 
     # -- run
 
@@ -287,6 +299,7 @@ class Queue:
             self._subjects,
             self._assets,
             registry=self._registry,
+            any_task=self.any_task,
             concurrency=self.concurrency,
             limit=None if self.rate_limit is None else Limit(self.rate_limit, self.rate_interval),
             hooks=self._hooks,
@@ -471,29 +484,14 @@ class Queue:
         raise TimeoutError(f"job {job_id!r} has not ended within {timeout:g} s")
 
     async def _wait_for(self, job_id: str) -> Any:
-        ended = anyio.Event()
-
-        def hear(signal: Signal) -> None:
-            if signal.subject.split(".")[-2] in OUTCOMES:
-                ended.set()
-
-        # Listen, then look, then wait: an outcome is either seen or heard. Events may be lost, so look again now and then.
-        subscription = await self.backend.subscribe(
-            self._subjects.event("*", encode_token(job_id)), hear
-        )
-        try:
+        # Listen, then look, then wait: an outcome is either seen or heard.
+        async with self._waiters.join(encode_token(job_id)) as waiter:
+            heard = False
             while True:
-                heard = ended.is_set()
                 job = await self._look_at_end(job_id, LAG if heard else ())
                 if job.status in OUTCOMES:
                     return _result_of(job)
-                if heard:  # it has been retried by hand since
-                    ended = anyio.Event()
-                with anyio.move_on_after(READ_AGAIN):
-                    await ended.wait()
-        finally:
-            with anyio.CancelScope(shield=True):
-                await subscription.unsubscribe()
+                heard = await self._waiters.wait(waiter)  # or it was retried by hand since
 
     async def _look_at_end(self, job_id: str, pauses: Sequence[float] = ()) -> Job:
         """Return the job as it is; or, if it has not ended, as it is after each of the pauses, until it has."""
@@ -640,6 +638,7 @@ class Queue:
             "backoff": backoff,
             "timeout": timeout,
         }
+        args, kwargs = checked_call(self._registry.write, task_id, args, kwargs)
         definition = make_definition(
             task_id,
             args,
@@ -725,6 +724,7 @@ class Queue:
             "backoff": backoff,
             "timeout": timeout,
         }
+        args, kwargs = checked_call(self._registry.write, task_id, args, kwargs)
         definition = make_definition(
             task_id,
             args,

@@ -81,6 +81,14 @@ class Settings(BaseSettings):
     """A job whose worker is silent for so long is run by another one. Workers extend it every third of this."""
     max_stalls: int = Field(3, ge=1)
     """A job whose worker was lost so many times ends as failed."""
+    unknown_task_timeout: float = Field(3600.0, ge=0)
+    """How long a worker puts off a job whose task, or whose version of the format, it does not know; then the job fails. For rolling deploys."""
+    any_task: bool = False
+    """Whether workers run every task they know; by default those of their own queue only."""
+    max_retries_limit: int = Field(10_000, ge=0)
+    """The most retries a worker grants to a job, whatever the job says."""
+    min_retry_delay: float = Field(1.0, ge=0)
+    """How long each retry waits at least, from the eleventh on; the first ten may follow at once."""
     heartbeat_interval: float = Field(5.0, ge=0.5)
     """How often a worker renews its entry in the list of workers."""
     shutdown_timeout: float = Field(30.0, ge=0)
@@ -101,7 +109,7 @@ class Settings(BaseSettings):
     scan_interval: float = Field(1.0, gt=0)
     """Kept from AsyncMQ, without effect: nothing is polled. Workers look for what a lost signal left unseen every 30 s, whatever it is."""
     tasks: Annotated[tuple[str, ...], NoDecode] = ()
-    """Modules a worker imports before it starts, so that their tasks are registered; in the environment separated by commas."""
+    """Modules a worker imports before it starts, so that their tasks are registered; of a package, all modules. In the environment separated by commas."""
 
     max_job_payload_bytes: int | None = Field(None, ge=0)
     """How large a new job may be, beside what the server takes (AsyncMQ `max_job_payload_bytes`)."""

@@ -1,5 +1,6 @@
 """Events: those of a queue from any process, those of this process's workers, and `wait_for`; on both backends."""
 
+import functools
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -341,6 +342,26 @@ def emitted() -> Any:
     yield listen
     for name, callback in registered:
         event_emitter.off(name, callback)
+
+
+async def test_a_listener_may_be_an_object_or_return_what_is_awaited() -> None:
+    heard: list[Any] = []
+
+    class Listener:
+        async def __call__(self, data: dict[str, Any]) -> None:
+            await anyio.lowlevel.checkpoint()
+            heard.append(("object", data["id"]))
+
+    async def note(kind: str, data: dict[str, Any]) -> None:
+        await anyio.lowlevel.checkpoint()
+        heard.append((kind, data["id"]))
+
+    emitter = EventEmitter()
+    emitter.on("job:completed", Listener())
+    emitter.on("job:completed", lambda data: note("returned", data))
+    emitter.on("job:completed", functools.partial(note, "partial"))
+    await emitter.emit("job:completed", {"id": "a"})
+    assert heard == [("object", "a"), ("returned", "a"), ("partial", "a")]
 
 
 async def test_listeners_hear_of_the_jobs_of_this_process(backend: Backend, emitted: Any) -> None:

@@ -211,7 +211,7 @@ async def test_an_argument_that_is_not_json_is_refused_by_name(queue: Queue, val
         await queue.add("echo", [1, value])
     with pytest.raises(NotSerializable, match="argument 'body' of task 'echo'"):
         await queue.add("echo", kwargs={"body": value})
-    with pytest.raises(NotSerializable, match="argument 0 of task 'echo'"):
+    with pytest.raises(NotSerializable, match="argument 'value' of task 'echo'"):
         await queue.add_bulk([{"task_id": "echo"}, {"task_id": "echo", "args": [value]}])
     assert await queue.queue_stats() == EMPTY
 
@@ -447,7 +447,7 @@ async def test_bulk_may_mix_jobs_for_now_and_for_later(queue: Queue) -> None:
         ({"task_id": "echo", "jobId": 5}, TypeError, "job_id"),
         ({"task_id": "echo", "job_id": "1"}, InvalidJobId, "digits"),
         ({"task_id": "echo", "retries": -1}, InvalidArgument, "retries"),
-        ({"task_id": "echo", "args": [object()]}, NotSerializable, "argument 0"),
+        ({"task_id": "echo", "args": [object()]}, NotSerializable, "argument 'value'"),
         ("echo", TypeError, "job 1 must be a mapping"),
     ],
 )

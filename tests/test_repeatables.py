@@ -157,7 +157,7 @@ async def test_a_changed_definition_replaces_the_one_of_its_name(
         ({}, ValueError, "either every="),
         ({"every": "soon"}, ValueError, r"not an interval(.|\n)*\^"),
         ({"cron": "61 * * * *"}, ValueError, r"not a valid minute(.|\n)*\^\^"),
-        ({"every": 5, "args": [object()]}, NotSerializable, "argument 0"),
+        ({"every": 5, "args": [object()]}, NotSerializable, "argument .* of task"),
         ({"every": 5, "retries": -1}, InvalidArgument, "retries"),
         ({"every": 5, "name": ""}, ValueError, "name must be"),
         ({"every": 5, "name": "x" * 101}, ValueError, "name must be"),

@@ -14,7 +14,7 @@ import pytest
 
 from asyncmq_nats.backends import set_default_backend
 from asyncmq_nats.backends.base import Backend, Write
-from asyncmq_nats.exceptions import JobFailed
+from asyncmq_nats.exceptions import JobFailed, TaskModuleError
 from asyncmq_nats.queues import Queue
 from asyncmq_nats.runtime.registry import TASK_REGISTRY, TaskRegistry
 from asyncmq_nats.settings import Settings
@@ -691,23 +691,70 @@ class TestTaskModules:
             "from asyncmq_nats.tasks import task\n@task('work', name='tests.imported')\nasync def imported():\n    return 'imported'\n"
         )
         monkeypatch.syspath_prepend(str(tmp_path))
-        return Settings(tasks=("amq_no_such_module", "amq_test_tasks"), shutdown_timeout=0.1)
+        return Settings(tasks=("amq_test_tasks",), shutdown_timeout=0.1)
 
-    async def test_task_modules_are_imported_before_a_worker_runs(
-        self, backend: Backend, caplog: pytest.LogCaptureFixture
-    ) -> None:
+    async def test_task_modules_are_imported_before_a_worker_runs(self, backend: Backend) -> None:
         queue = Queue("work", backend)
         job_id = await queue.add("tests.imported")
         async with running(queue):
             assert await queue.wait_for(job_id, timeout=PATIENCE) == "imported"
-        assert "amq_no_such_module" in caplog.text
         assert "tests.imported" in TASK_REGISTRY
+
+
+class TestTaskPackages:
+    @pytest.fixture
+    def settings(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
+        package = tmp_path / "amq_test_package"
+        (package / "inner").mkdir(parents=True)
+        for path in ("__init__", "first", "inner/__init__", "inner/second"):
+            name = path.replace("/", ".")
+            (package / f"{path}.py").write_text(
+                "from asyncmq_nats.tasks import task\n"
+                f"@task('work', name='tests.package.{name}')\nasync def run():\n    return '{name}'\n"
+            )
+        (package / "__main__.py").write_text("raise SystemExit('a program')")
+        monkeypatch.syspath_prepend(str(tmp_path))
+        return Settings(tasks=("amq_test_package",), shutdown_timeout=0.1)
+
+    async def test_of_a_package_every_module_is_imported(self, backend: Backend) -> None:
+        queue = Queue("work", backend)
+        async with running(queue):
+            for name in ("__init__", "first", "inner.__init__", "inner.second"):
+                job_id = await queue.add(f"tests.package.{name}")
+                assert await queue.wait_for(job_id, timeout=PATIENCE) == name
+
+
+class TestBrokenTaskModules:
+    @pytest.fixture(params=["amq_no_such_module", "amq_broken", "amq_broken_package"])
+    def module(
+        self, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> str:
+        (tmp_path / "amq_broken.py").write_text("raise RuntimeError('no database')")
+        (tmp_path / "amq_broken_package").mkdir()
+        (tmp_path / "amq_broken_package" / "__init__.py").write_text("")
+        (tmp_path / "amq_broken_package" / "inner.py").write_text("import amq_no_such_module")
+        monkeypatch.syspath_prepend(str(tmp_path))
+        return str(request.param)
+
+    @pytest.fixture
+    def settings(self, module: str) -> Settings:
+        return Settings(tasks=(module,))
+
+    async def test_a_worker_does_not_start_without_its_tasks(
+        self, backend: Backend, module: str
+    ) -> None:
+        queue = Queue("work", backend)
+        job_id = await queue.add("tests.imported")
+        with pytest.raises(TaskModuleError, match=rf"'{module}.*does not start") as raised:
+            await Worker(queue).run()
+        assert raised.value.__cause__ is not None
+        assert await queue.get_job_state(job_id) == "waiting"
 
 
 async def test_two_queues_run_side_by_side(backend: Backend) -> None:
     registry = TaskRegistry()
     registry.register(echo, queue="any", name="echo")
-    queues = [Queue(name, backend, registry=registry) for name in ("one", "two")]
+    queues = [Queue(name, backend, registry=registry, any_task=True) for name in ("one", "two")]
 
     async def add_and_wait(queue: Queue) -> Any:
         return await queue.wait_for(await queue.add("echo", [queue.name]), timeout=PATIENCE)

@@ -5,15 +5,17 @@ import importlib
 import importlib.util
 import logging
 import os
+import pkgutil
 import signal
 import sys
 import threading
 from collections.abc import Awaitable, Callable, Iterable
+from types import ModuleType
 from typing import Final
 
 import anyio
 
-from asyncmq_nats.exceptions import sole_error
+from asyncmq_nats.exceptions import TaskModuleError, sole_error
 from asyncmq_nats.runtime.runner import Runner
 from asyncmq_nats.runtime.supervisor import parent_is_gone
 
@@ -29,14 +31,31 @@ THREAD_ENDS: Final = 0.2
 
 
 def import_tasks(modules: Iterable[str]) -> None:
-    """Import the modules that register tasks (AsyncMQ `autodiscover_tasks`). One that fails is logged, and the others are imported."""
-    for module in modules:
-        try:
-            importlib.import_module(module)
-        except Exception:
-            logger.exception(
-                "task module %s could not be imported: its tasks are unknown to this worker", module
-            )
+    """Import the modules that register tasks (AsyncMQ `autodiscover_tasks`); of a package, every module in it.
+
+    Raises:
+        TaskModuleError: one cannot be imported.
+    """
+    for name in modules:
+        module = _import_module(name)
+        for path in getattr(module, "__path__", ()):
+            _import_all_in(path, name)
+
+
+def _import_all_in(path: str, package: str) -> None:
+    for found in pkgutil.iter_modules([path], f"{package}."):
+        if found.name.endswith(".__main__"):  # a program
+            continue
+        module = _import_module(found.name)
+        for inner in getattr(module, "__path__", ()):
+            _import_all_in(inner, found.name)
+
+
+def _import_module(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except Exception as problem:
+        raise TaskModuleError(name, problem) from problem
 
 
 def run_program(main: Callable[[], Awaitable[None]]) -> None:

@@ -15,6 +15,7 @@ from asyncmq_nats.runtime.completer import Completer
 from asyncmq_nats.runtime.control import CANCEL, PAUSE, RESUME, WorkerRegistry, new_worker_id
 from asyncmq_nats.runtime.declarations import Declarations
 from asyncmq_nats.runtime.fetcher import Fetcher
+from asyncmq_nats.runtime.processes import close_processes
 from asyncmq_nats.runtime.promoter import Promoter
 from asyncmq_nats.runtime.rate_limiter import Limit, RateLimiter
 from asyncmq_nats.runtime.registry import TaskRegistry
@@ -41,6 +42,7 @@ class Runner:
         subjects: of the queue.
         assets: of the queue.
         registry: the tasks that can be run.
+        any_task: whether all of them are, and not only those of the queue.
         concurrency: slots; never more jobs run at a time.
         limit: of starts in the whole queue.
         hooks: called at the start and at the stop.
@@ -55,6 +57,7 @@ class Runner:
         *,
         registry: TaskRegistry,
         concurrency: int,
+        any_task: bool = False,
         limit: Limit | None = None,
         hooks: Hooks | None = None,
         declarations: Declarations | None = None,
@@ -80,6 +83,7 @@ class Runner:
             events,
             self._spawner,
             self._note_progress,
+            any_task=any_task,
         )
         self._completer = Completer(self._lifecycle, events, self._spawner, self._on_settled)
         limiter = None if limit is None else RateLimiter(backend, subjects, limit, self.worker)
@@ -170,6 +174,7 @@ class Runner:
                     await self._slots.end(FAREWELL)
                     with anyio.move_on_after(FAREWELL):
                         await self._fetcher.stop()  # again: not done yet if a loop has failed
+                    await close_processes()
         finally:
             finished.set()
 

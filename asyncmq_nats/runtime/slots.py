@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
 from contextvars import Context, copy_context
+from dataclasses import replace
 from functools import partial
 from typing import Any, Final
 
@@ -22,12 +23,14 @@ from asyncmq_nats.exceptions import (
     InvalidArgument,
     InvalidJob,
     JobNotFound,
+    NewerJob,
     NotSerializable,
     PayloadTooLarge,
+    TaskNotFound,
     TooManyPriorities,
 )
-from asyncmq_nats.jobs import Job
-from asyncmq_nats.retries import Failure, retry_delay
+from asyncmq_nats.jobs import WIRE_VERSION, Job
+from asyncmq_nats.retries import Failure, RetryLimits, retry_delay
 from asyncmq_nats.runtime.completer import Completer
 from asyncmq_nats.runtime.executor import Running, execute
 from asyncmq_nats.runtime.fetcher import Fetcher
@@ -69,11 +72,14 @@ class Slots:
         events: WorkerEvents,
         spawner: Spawner,
         on_change: Callable[[], None],
+        *,
+        any_task: bool = False,
     ) -> None:
         self._backend = backend
         self._subjects = subjects
         self._lifecycle = lifecycle
         self._registry = registry
+        self._tasks_of = None if any_task else subjects.queue
         self._events = events
         self._spawner = spawner
         self._on_change = on_change
@@ -257,11 +263,43 @@ class Slots:
         elif head.delay_until is not None and head.delay_until > now:
             await self._lifecycle.postpone(attempt, on_settled)
         else:
-            attempt.started_at = now
+            await self._run_if_known(attempt, on_settled)
+
+    async def _run_if_known(self, attempt: Attempt, on_settled: OnSettled) -> None:
+        try:
+            if attempt.head.v > WIRE_VERSION:
+                raise NewerJob(attempt.head.v, WIRE_VERSION)
+            self._registry.find(attempt.head.task_id, self._tasks_of)
+        except (NewerJob, TaskNotFound) as problem:
+            await self._put_off(attempt, problem, on_settled)
+        else:
+            attempt.started_at = self._backend.now()
             await self._run(attempt, on_settled)
 
+    async def _put_off(
+        self, attempt: Attempt, problem: NewerJob | TaskNotFound, on_settled: OnSettled
+    ) -> None:
+        """Leave a job that this worker cannot run to one that can, for a while; then it fails."""
+        try:
+            delay = await self._lifecycle.put_off(attempt, str(problem), on_settled)
+        except (NotSerializable, PayloadTooLarge):  # it cannot be written again as it came
+            delay = None
+        if delay is not None:
+            logger.warning("job %s is put off for %g s: %s", attempt.head.job_id, delay, problem)
+        elif isinstance(problem, NewerJob):
+            raise problem  # to be recorded with its body
+        else:
+            failure = replace(Failure.of(problem, self._backend.now()), final=True)
+            await self._report_failure(attempt, failure, on_settled)
+
     async def _run(self, attempt: Attempt, on_settled: OnSettled) -> None:
-        context = JobContext(attempt.head.job_id, self._subjects.queue, attempt, self._lifecycle)
+        context = JobContext(
+            attempt.head.job_id,
+            self._subjects.queue,
+            attempt,
+            self._lifecycle,
+            _write=self._registry.write,
+        )
         running = Running(attempt, context, running_task())
         self.running[running] = None
         running_job.set(context)
@@ -320,7 +358,10 @@ class Slots:
     ) -> None:
         job = attempt.job
         task = self._registry.get(job.task_id)
-        delay = retry_delay(job, failure, None if task is None else task.backoff_function)
+        function = None if task is None else task.backoff_function
+        settings = self._backend.settings
+        limits = RetryLimits(settings.max_retries_limit, settings.min_retry_delay)
+        delay = retry_delay(job, failure, function, limits)
         if delay is not None:
             logger.info(
                 "job %s (%s) is retried in %g s: %s", job.job_id, job.task_id, delay, failure.error

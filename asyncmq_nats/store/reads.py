@@ -183,6 +183,7 @@ class Inspection:
 
     @staticmethod
     def _decode(record: Record, token: str, **known: Any) -> Job:
+        data: dict[str, Any] = {}
         try:
             data = load_json(record.body)
             data.setdefault("created_at", record.time)
@@ -193,7 +194,8 @@ class Inspection:
                 job_id=decode_token(token),
                 created_at=record.time,
                 status=known["status"],
-                last_error=str(problem),
+                # of a newer version, if it was put off
+                last_error=str(data.get("put_off_reason") or problem),
             )
 
     # -- many jobs
@@ -336,7 +338,11 @@ class Inspection:
 
 def _with_last_error(job: Job) -> Job:
     """Return a job that is to be tried again with what went wrong last, as one that has ended has it."""
-    if not job.errors or job.status in OUTCOMES:
+    if job.status in OUTCOMES:
+        return job
+    if job.put_off_reason is not None:
+        return replace(job, last_error=job.put_off_reason)
+    if not job.errors:
         return job
     last = job.errors[-1]
     at = last.get("at")

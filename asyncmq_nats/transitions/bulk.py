@@ -7,7 +7,7 @@ from typing import Any, Final
 
 import anyio
 
-from asyncmq_nats._arguments import build_job
+from asyncmq_nats._arguments import WriteArguments, build_job, write_plainly
 from asyncmq_nats.events import DUPLICATED
 from asyncmq_nats.exceptions import AsyncMQError, BulkAddFailed, WriteRefused
 from asyncmq_nats.jobs import Job
@@ -42,7 +42,7 @@ KEYS: Final = frozenset(
 
 
 def build_entries(
-    now: float, entries: Iterable[Mapping[str, Any]]
+    now: float, entries: Iterable[Mapping[str, Any]], write: WriteArguments = write_plainly
 ) -> tuple[list[Job], dict[int, Window]]:
     """Return the jobs that the entries of `add_bulk` stand for, and the deduplication windows by index. `now`: Unix seconds.
 
@@ -55,7 +55,7 @@ def build_entries(
         fields = _checked_entry(entry, index)
         with _blaming(index):
             window = take_window(fields)
-            jobs.append(build_job(now, **fields))
+            jobs.append(build_job(now, write=write, **fields))
         if window is not None:
             windows[index] = window
     return jobs, windows

@@ -273,7 +273,7 @@ class Administration:
     def _renewed(self, body: bytes) -> bytes:
         """Return a job as it was when it was new: only its errors tell what was. Its time to live begins now."""
         data = load_json(body)
-        for name in (*OUTCOME_FIELDS, "delay_until"):
+        for name in (*OUTCOME_FIELDS, "delay_until", "put_off_since", "put_off_reason"):
             data.pop(name, None)
         return dump_json(
             data

@@ -140,7 +140,8 @@ class Attempt:
     prepare_again: Callable[[], Awaitable[FollowUps]] | None = field(default=None, repr=False)
     """Prepares those again that are a batch: what they expect of other jobs may have changed."""
     started_at: float = 0.0
-    _job: Job | None = field(default=None, repr=False)
+    known: Job | None = field(default=None, repr=False)
+    """All of the job, once it was read."""
 
     @property
     def job(self) -> Job:
@@ -149,9 +150,9 @@ class Attempt:
         Raises:
             InvalidJob: a part that is not needed to run it is malformed.
         """
-        if self._job is None:
-            self._job = replace(Job.decode(self.body), stalls=self.stalls)
-        return self._job
+        if self.known is None:
+            self.known = replace(Job.decode(self.body), stalls=self.stalls)
+        return self.known
 
     @property
     def order(self) -> tuple[int, int]:

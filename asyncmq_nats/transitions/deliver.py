@@ -5,10 +5,20 @@
 """
 
 import logging
+from collections.abc import Mapping
+from dataclasses import replace
+from math import isfinite
+from typing import Any
 
 from asyncmq_nats.backends.base import Backend, Delivery, Expect, Record, Write
 from asyncmq_nats.events import STALLED
-from asyncmq_nats.exceptions import BackendError, InvalidJob, NotSerializable, WriteRefused
+from asyncmq_nats.exceptions import (
+    BackendError,
+    InvalidJob,
+    NewerJob,
+    NotSerializable,
+    WriteRefused,
+)
 from asyncmq_nats.jobs import WIRE_VERSION, Job, JobHead
 from asyncmq_nats.store.announcing import announce
 from asyncmq_nats.store.commit import pause_after_refusal
@@ -64,18 +74,29 @@ class Deliveries:
     def open(self, delivery: Delivery) -> Attempt:
         """Return the attempt that a delivery stands for. Check a redelivery with `inspect`.
 
+        The head of a job of a newer version of the format says so: `put_off` that one.
+
         Raises:
             InvalidJob: the message is not a job; `reject` it.
         """
-        body, token = delivery.body, delivery.subject.rpartition(".")[2]
+        token = delivery.subject.rpartition(".")[2]
         if not is_token(token):
             raise InvalidJob(
                 "its id, the last token of its subject, must be UTF-8 and at most "
                 f"{LONGEST_TOKEN:,} bytes"
             )
+        try:
+            return self._open_known(delivery, token)
+        except NewerJob as problem:
+            return _as_newer(delivery, token, problem.version)
+
+    def _open_known(self, delivery: Delivery, token: str) -> Attempt:
+        body = delivery.body
         if body.startswith(OUR_JOBS):
             try:
                 head = JobHead.decode(body)
+            except NewerJob:
+                raise
             except InvalidJob:  # a foreign job may begin the same way and lack our fields
                 pass
             else:
@@ -86,8 +107,10 @@ class Deliveries:
 
     def _normalize(self, delivery: Delivery, token: str) -> bytes:
         """Return a foreign job as this library writes it: id and priority of the subject win."""
-        Job.decode(delivery.body)
         data = load_json(delivery.body)
+        if isinstance(version := data.get("v"), int) and version > WIRE_VERSION:
+            raise NewerJob(version, WIRE_VERSION)
+        Job.decode(delivery.body)
         for name in OUTCOME_FIELDS:
             data.pop(name, None)
         priority, _ = self._subjects.split_ready(delivery.subject)
@@ -123,7 +146,8 @@ class Deliveries:
 
     def _take(self, attempt: Attempt, snapshot: Snapshot, claim: Claim | None) -> None:
         attempt.count_losses(claim, self._backend.now(), self._settings.stalled_after)
-        attempt._job = None
+        if attempt.known is not None:
+            attempt.known = replace(attempt.known, stalls=attempt.stalls)
         attempt.expect = snapshot.last_end
         attempt.claim_sequence = 0 if snapshot.claim is None else snapshot.claim.sequence
         attempt.awaited = bool(snapshot.edges)
@@ -215,3 +239,29 @@ def _order(record: Record) -> tuple[int, int]:
         return Job.decode(record.body).order
     except InvalidJob:
         return -1, -1
+
+
+def _as_newer(delivery: Delivery, token: str, version: int) -> Attempt:
+    """Return the attempt at a job of a newer version, with what can be read of it.
+
+    Its body is kept as it is.
+    """
+    job_id = decode_token(token)
+    try:
+        job = Job.decode(delivery.body, job_id=job_id, created_at=delivery.time)
+    except InvalidJob:
+        job = _as_known(load_json(delivery.body), job_id, delivery.time)
+    head = JobHead(job.task_id, job_id, job.created_at, children=job.children, v=version)
+    return Attempt(delivery, token, head, delivery.body, known=job)
+
+
+def _as_known(data: Mapping[str, Any], job_id: str, created_at: float) -> Job:
+    """Return what is needed of a newer job that cannot be read: how long it has been put off."""
+    since, times = data.get("put_off_since"), data.get("put_offs")
+    return Job(
+        task_id="?",
+        job_id=job_id,
+        created_at=created_at,
+        put_offs=times if isinstance(times, int) and times >= 0 else 0,
+        put_off_since=float(since) if isinstance(since, float) and isfinite(since) else None,
+    )

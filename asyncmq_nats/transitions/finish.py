@@ -31,6 +31,11 @@ logger = logging.getLogger(__name__)
 
 OnSettled = Callable[[Write, Settled], None]
 """Called when the write that ends an attempt was confirmed or rejected. Must not block."""
+MIN_PUT_OFF_SECONDS = 1.0
+MAX_PUT_OFF_SECONDS = 60.0
+"""How long a job that cannot be run here is put off at a time."""
+MAX_REASON_LENGTH = 2_000
+PUT_OFF_FIELDS = ("put_off_since", "put_off_reason")
 MAX_REJECTIONS = 20
 """How often the end of an attempt is written again after it was rejected."""
 
@@ -99,27 +104,46 @@ class Lifecycle(Deliveries):
         self, attempt: Attempt, failure: Failure, delay: float, settle: OnSettled
     ) -> None:
         """Schedule the next attempt, `delay` seconds from now."""
-        job = replace(add_failure(attempt.job, failure), stalls=0, status=State.WAITING)
-        await self._reschedule(
-            attempt, job, self._backend.now() + delay if delay > 0 else None, settle
-        )
+        job = add_failure(attempt.job, failure)
+        run_at = self._backend.now() + delay if delay > 0 else None
+        await self._reschedule(attempt, _fields_of_next(job), run_at, settle)
 
     async def postpone(self, attempt: Attempt, settle: OnSettled) -> None:
         """Move a ready job whose time is still to come to where delayed jobs wait."""
-        await self._reschedule(attempt, attempt.job, attempt.head.delay_until, settle)
+        await self._reschedule(
+            attempt, _fields_of_next(attempt.job), attempt.head.delay_until, settle
+        )
 
-    async def _reschedule(
-        self, attempt: Attempt, job: Job, run_at: float | None, settle: OnSettled
-    ) -> None:
-        data = load_json(attempt.body)
-        data |= {
+    async def put_off(self, attempt: Attempt, reason: str, settle: OnSettled) -> float | None:
+        """Delay a job that this worker cannot run, but another may; no retry is counted.
+
+        Return by how many seconds: they grow with the time for which it has been put off. `None`:
+        that was `unknown_task_timeout`, and nothing was written.
+        """
+        job, now = attempt.job, self._backend.now()
+        since = now if job.put_off_since is None else min(job.put_off_since, now)
+        left = since + self._settings.unknown_task_timeout - now
+        if left <= 0:
+            return None
+        delay = min(max(MIN_PUT_OFF_SECONDS, now - since), MAX_PUT_OFF_SECONDS, left)
+        fields = {
             "id": job.job_id,
             "created_at": job.created_at,
-            "priority": job.priority,
-            "retries": job.retries,
-            "errors": job.errors,
+            "priority": self._subjects.split_ready(attempt.delivery.subject)[0],
+            "put_offs": job.put_offs + 1,
+            "put_off_since": since,
+            "put_off_reason": reason[:MAX_REASON_LENGTH],
         }
-        data["delay_until"] = run_at
+        await self._reschedule(attempt, fields, now + delay, settle)
+        return delay
+
+    async def _reschedule(
+        self, attempt: Attempt, fields: dict[str, Any], run_at: float | None, settle: OnSettled
+    ) -> None:
+        data = load_json(attempt.body)
+        for name in PUT_OFF_FIELDS:  # it was run since
+            data.pop(name, None)
+        data |= fields | {"delay_until": run_at}
         expect = self._fence(attempt)
         if run_at is None:
             write = Write(
@@ -377,3 +401,14 @@ class Lifecycle(Deliveries):
             return await self._backend.write(self._subjects.bucket_log, write, *batch)
         except BackendError as error:
             return error
+
+
+def _fields_of_next(job: Job) -> dict[str, Any]:
+    """Return what the next attempt has to know of this one."""
+    return {
+        "id": job.job_id,
+        "created_at": job.created_at,
+        "priority": job.priority,
+        "retries": job.retries,
+        "errors": job.errors,
+    }
