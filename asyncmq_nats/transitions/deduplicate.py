@@ -8,6 +8,7 @@ that finds a job in a window which is not stored stores it, so none is lost. A w
 
 import logging
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Final
@@ -127,7 +128,13 @@ class Deduplicator:
         except (ConnectionLost, Unconfirmed):  # the next producer that asks stores it
             raise
         except AsyncMQError:
-            await self._backend.delete(self._log, sequence)
+            # Not a removal, which producers need no permission for otherwise.
+            over = dump_json({"job_id": job.job_id, "until": 0.0})
+            expect = Expect(opened.subject, sequence)
+            with suppress(WriteRefused):  # another producer has stored it, or opened its own
+                await self._backend.write(
+                    self._log, Write(opened.subject, over, expect, ttl=MARKER_TTL)
+                )
             raise
         self._let_go(opened, sequence)
 

@@ -93,15 +93,14 @@ class Ticker:
             if isinstance(found, TickEnd):
                 return found
             known = found
-        definition, body = known
-        now = self._backend.now()
+        definition, now = known[0], self._backend.now()
         due = due_times(definition, tick, now, again=delivery.deliveries > 1)
         if definition.overlap == "skip" and due:
             # The first one: a repetition after a crash comes to the same job.
             due = [] if await self._is_unfinished(tick.last) else due[:1]
         jobs = [job_of(definition, at, now) for at in due]
         await self._make(jobs, again=not trusted)
-        return await self._plan_next(delivery, definition, body, tick, due)
+        return await self._plan_next(delivery, known, tick, due, now)
 
     async def _look_up(
         self, delivery: Delivery, rid: str, tick: Tick
@@ -205,12 +204,14 @@ class Ticker:
     async def _plan_next(
         self,
         delivery: Delivery,
-        definition: Definition,
-        body: bytes,
+        known: tuple[Definition, bytes],
         tick: Tick,
         due: Sequence[float],
+        now: float,
     ) -> TickEnd:
-        now, rid = self._backend.now(), definition.rid
+        """Plan the tick after those that were due at `now`: one that has come since is that tick."""
+        definition, body = known
+        rid = definition.rid
         last = job_of(definition, due[-1], now).job_id if due else tick.last
         at = following(definition, tick, due, now)
         planned = definition.plan(at, body, runs=tick.runs + len(due), last=last)
