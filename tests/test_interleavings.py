@@ -1,7 +1,7 @@
 """What two hands do to one job at a time, each moment held fast. On both backends."""
 
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 

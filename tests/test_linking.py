@@ -1,6 +1,7 @@
 """A job that depends on others is added, and their ends meet it at every step. On both backends."""
 
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any
 
 import anyio
@@ -401,6 +402,9 @@ async def test_a_flow_whose_producer_dies_is_there_as_a_whole_or_not_at_all(
     async with running(other):
         for nothing, jobs in flows:
             if not nothing:
+                await until(
+                    partial(queue.get_job_state, jobs[-1].job_id), lambda state: state is not None
+                )
                 result = await queue.wait_for(jobs[-1].job_id, timeout=PATIENCE)
                 values = {root.job_id: number for number, root in enumerate(jobs[:3])}
                 assert result == {jobs[-2].job_id: values | {outside: "outside"}}
