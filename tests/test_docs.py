@@ -33,7 +33,7 @@ from asyncmq_nats import (
 )
 from asyncmq_nats.events import Event
 from asyncmq_nats.jobs import OPTIONAL_FIELDS, RESERVE
-from asyncmq_nats.transitions.release import LEAD
+from asyncmq_nats.store.records import LEAD
 from tests.test_public_api import METHODS
 
 ROOT = Path(__file__).parents[1]

@@ -61,7 +61,7 @@ async def live(backend: Backend, pattern: str) -> list[Record]:
 async def nothing_is_left(backend: Backend) -> None:
     """Wait until no record of a job that waits is left, nor of its parts, edges or plan."""
     for pattern in ("later.>", "wait.>", "done.*.awaited.*", "plan.*", "fire.*"):
-        await until(lambda pattern=pattern: live(backend, pattern), lambda found: not found)
+        await until(partial(live, backend, pattern), lambda found: not found)
 
 
 async def run_what_can(queue: Queue) -> None:
@@ -333,7 +333,7 @@ async def test_of_an_add_whose_producer_dies_nothing_is_left_or_a_job_that_runs(
     await know_secret(queue)
     deaths = Deaths(backend, monkeypatch)
     children: dict[str, list[str]] = {}
-    for at in (1, 2, 3, 4, 5, count + 5):
+    for at in (1, 2, 4, count + 5):
         parents = await add_parents(queue, count)
         children[f"child-{at}"] = parents
         deaths.die(at, stored=stored)

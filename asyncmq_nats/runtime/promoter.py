@@ -194,12 +194,9 @@ class Promoter:
         job = Job.decode(delivery.body, job_id=decode_token(token), created_at=delivery.time)
         old = self._backend.now() - delivery.time > REMEMBERED
         doubtful = kept or old or delivery.deliveries > 1 or job.order > (0, 0) or job.custom_id
-        if doubtful and not await self._is_current(delivery, token):
-            return
-        if job.waits_for_others:  # its producer died while it wrote the edges
-            for ended in await self._additions.plans.links.link(delivery):
-                await self._dependencies.release(ended)
-            delivery.ack()
+        if (doubtful and not await self._is_current(delivery, token)) or (
+            await self._link(delivery, job)
+        ):
             return
         await self._assets.declare_tier(job.priority)
         subject, body = self._subjects.ready(job.priority, token), _ready_body(delivery.body, job)
@@ -217,6 +214,14 @@ class Promoter:
                 return
         if not await self._remove(delivery) and sequence:
             await self._take_back(token, sequence)
+
+    async def _link(self, delivery: Delivery, job: Job) -> bool:
+        """Go on with a job that waits for others: its producer died. Return whether it does."""
+        if job.waits_for_others:
+            for ended in await self._additions.plans.links.link(delivery):
+                await self._dependencies.release(ended)
+            delivery.ack()
+        return job.waits_for_others
 
     async def _take_back(self, token: str, sequence: int) -> None:
         """Remove what was made ready, if the job was cancelled before it was: somebody had removed the record by then."""
