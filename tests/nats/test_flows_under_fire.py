@@ -159,7 +159,7 @@ async def test_of_what_a_killed_producer_adds_all_runs_or_nothing_is_there(
             queue = Queue(f"flow_{number}", nats_backend)
             before = FLOW - 1 if way == "add" else 0
             expected = before + (FLOW - before if number else 0)
-            await eventually(partial(completed, queue), expected.__eq__, within=20)
+            await eventually(partial(completed, queue), expected.__eq__, within=45)
             stats = await queue.queue_stats()
             assert stats == dict.fromkeys(stats, 0) | {"completed": expected}
 
