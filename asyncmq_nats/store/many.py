@@ -6,7 +6,7 @@ from typing import Final, TypeVar
 import anyio
 
 from asyncmq_nats.backends.base import Backend, Record
-from asyncmq_nats.exceptions import sole_error
+from asyncmq_nats.exceptions import AsyncMQError, sole_error
 
 __all__ = ["FILTERS_PER_READ", "for_each", "read_many", "split_filters"]
 
@@ -50,12 +50,20 @@ async def for_each(
         await call(items[0])
         return
     left = iter(items)
+    errors: list[AsyncMQError] = []
 
     async def work() -> None:
         for item in left:
-            await call(item)
+            try:
+                await call(item)
+            except AsyncMQError as error:  # two that fail at once would be a group
+                errors.append(error)
+                group.cancel_scope.cancel()
+                return
 
     with sole_error():
         async with anyio.create_task_group() as group:
             for _ in range(min(limit, len(items))):
                 group.start_soon(work)
+    if errors:
+        raise errors[0]

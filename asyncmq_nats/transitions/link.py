@@ -166,7 +166,9 @@ class Links:
         """
         token = encode_token(job.job_id)
         expect = Expect(self._keys.later_all(token))
-        write = self.parked.parked_write(token, linking_body(job), expect, linking=True)
+        write = self.parked.parked_write(
+            token, linking_body(job), expect, linking=True, parents=len(job.parents)
+        )
         sequence = await self._backend.write(self._log, write)
         if job.wide:
             await self.parked.waits.store(job)
@@ -244,7 +246,7 @@ class Links:
         job = Job.decode(record.body, job_id=decode_token(token))
         child = await read_snapshot(self._backend, self._keys, token)
         parked = child.later.get(Place.PARKED)
-        if not await self._has_gone_on(child, job):
+        if not await self._has_gone_on(child, job, record):
             if parked is None and job.wide and await self.parked.waits.is_closed(token, job.wide):
                 data = load_json(record.body)
                 data.pop("linking", None)
@@ -259,10 +261,11 @@ class Links:
         await self._backend.delete(self._log, record.sequence)
         return await self._connect_again(token, job) if job.depends_on else []
 
-    async def _has_gone_on(self, child: Snapshot, job: Job) -> bool:
-        if child.ended_since(job.reruns) or Place.RELEASED not in child.later:
+    async def _has_gone_on(self, child: Snapshot, job: Job, record: Delivery) -> bool:
+        released = child.later.get(Place.RELEASED)
+        if released is None or released.sequence != record.sequence:
             return True
-        if Place.DELAYED in child.later:
+        if child.ended_since(job.reruns) or Place.DELAYED in child.later:
             return True
         ready = await self._backend.last(self._keys.ready_log, self._keys.ready_any(child.token))
         try:
@@ -273,7 +276,9 @@ class Links:
     async def _park_again(self, token: str, job: Job, record: Delivery) -> None:
         body = load_json(record.body) | {"linking": True}
         expect = Expect(self._keys.later_all(token), record.sequence)
-        write = self.parked.parked_write(token, dump_json(body), expect, linking=True)
+        write = self.parked.parked_write(
+            token, dump_json(body), expect, linking=True, parents=len(job.depends_on or ())
+        )
         await self._backend.write(self._log, write)
 
     async def _connect_again(self, token: str, job: Job) -> list[str]:

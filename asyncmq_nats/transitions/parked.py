@@ -35,6 +35,8 @@ logger = logging.getLogger(__name__)
 
 LINK_TIMEOUT: Final = 30.0
 """Seconds after which a promoter goes on with a job whose producer has not written all edges."""
+LINK_TIMEOUT_PER_PARENT: Final = 0.02
+"""Seconds more for each edge."""
 
 
 def blame(parent_id: str) -> str:
@@ -70,13 +72,19 @@ class ParkedJobs:
         grouped = group_by_job(records, self._keys)
         return {child: Snapshot.of(child, grouped.get(child, ()), self._keys) for child in children}
 
-    def parked_write(self, token: str, body: bytes, expect: Expect, *, linking: bool) -> Write:
-        """Return the write of a parked job; with a timer while its edges are being written."""
+    def parked_write(
+        self, token: str, body: bytes, expect: Expect, *, linking: bool, parents: int = 0
+    ) -> Write:
+        """Return the write of a parked job; with a timer while its edges are being written.
+
+        `parents`: how many edges. A promoter that came too early would begin again and again.
+        """
         key = self._keys.later(token, Place.PARKED)
         if not linking:
             return Write(key, body, expect)
-        due = Timer(self._backend.now() + LINK_TIMEOUT, self._keys.later(token, Place.RELEASED))
-        return Write(key, body, expect, timer=due)
+        due = self._backend.now() + LINK_TIMEOUT + parents * LINK_TIMEOUT_PER_PARENT
+        timer = Timer(due, self._keys.later(token, Place.RELEASED))
+        return Write(key, body, expect, timer=timer)
 
     def fits(self, stored: Mapping[str, Any], result: Any) -> bool:
         """Return whether a result can be stored with the child: up to half a message."""

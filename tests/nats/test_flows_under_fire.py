@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter
+from functools import partial
 
 import anyio
 import pytest
@@ -138,43 +139,45 @@ def check_order(lines: list[str], parents: dict[int, list[int]]) -> int:
     return runs
 
 
+MESSAGES = (0, 1, FLOW // 2, FLOW + 1)
+
+
 @pytest.mark.slow
-async def test_a_flow_whose_producer_is_killed_is_there_as_a_whole_or_not_at_all(
-    server: EmbeddedServer, nats_backend: NATSBackend, fleet: Fleet
+@pytest.mark.parametrize("way", ["flow", "add"])
+async def test_of_what_a_killed_producer_adds_all_runs_or_nothing_is_there(
+    way: str, server: EmbeddedServer, nats_backend: NATSBackend, fleet: Fleet
 ) -> None:
-    """The producer dies after 0, 1, 2, … messages of the flow, and after the last but before it is confirmed."""
+    """The producer dies after 0, 1, 2, … messages; workers finish what it began."""
     with anyio.fail_after(2 * PATIENCE):
-        for number in range(FLOW + 1):
+        for number in MESSAGES:
             await Queue(f"flow_{number}", nats_backend).queue_stats()
-        for numbers in (range(7), range(7, FLOW + 1)):
-            producers = [start_producer(server.url, number) for number in numbers]
-            for producer in producers:
-                assert await anyio.to_thread.run_sync(producer.wait, 30) == -signal.SIGKILL
-        whole = Queue(f"flow_{FLOW}", nats_backend)
-        await eventually(whole.count, lambda count: count == FLOW)
-        found = {
-            number: await Queue(f"flow_{number}", nats_backend).count()
-            for number in range(FLOW + 1)
-        }
-        assert found == dict.fromkeys(range(FLOW), 0) | {FLOW: FLOW}
-        fleet.queue = f"flow_{FLOW}"
-        await fleet.start("a")
-        await wait_until_done(whole)
-        assert (await whole.queue_stats())["completed"] == FLOW
-        # What the killed producers left at the server hinders nobody.
-        job = Job(task_id="unnoted")
-        await FlowProducer(nats_backend).add_flow(
-            "flow_3", [job, Job(task_id="unnoted", depends_on=[job.job_id])]
-        )
-        assert await Queue("flow_3", nats_backend).count() == 2
+        producers = [start_producer(server.url, number, way) for number in MESSAGES]
+        for producer in producers:
+            assert await anyio.to_thread.run_sync(producer.wait, 40) == -signal.SIGKILL
+        for number in MESSAGES:
+            fleet.queue = f"flow_{number}"
+            fleet.launch(f"worker-{number}")
+        for number in MESSAGES:
+            queue = Queue(f"flow_{number}", nats_backend)
+            before = FLOW - 1 if way == "add" else 0
+            expected = before + (FLOW - before if number else 0)
+            await eventually(partial(completed, queue), expected.__eq__, within=45)
+            stats = await queue.queue_stats()
+            assert stats == dict.fromkeys(stats, 0) | {"completed": expected}
 
 
-def start_producer(url: str, kill_after: int) -> "subprocess.Popen[bytes]":
+async def completed(queue: Queue) -> int:
+    """Return how many jobs have completed."""
+    return (await queue.queue_stats())["completed"]
+
+
+def start_producer(url: str, kill_after: int, way: str) -> "subprocess.Popen[bytes]":
     settings = {
         "ASYNCMQ_NATS_SERVERS": url,
         "QUEUE": f"flow_{kill_after}",
         "JOBS": str(FLOW),
         "KILL_AFTER": str(kill_after),
+        "WAY": way,
     }
     return subprocess.Popen(
         [sys.executable, str(PROGRAM.with_name("dying_producer.py"))], env=os.environ | settings

@@ -1,4 +1,7 @@
-"""A producer that adds a flow of `JOBS` jobs and is killed when `KILL_AFTER` messages of it are on their way to the server."""
+"""A producer that is killed when `KILL_AFTER` messages of what it adds are on their way to the server.
+
+It adds a flow of `JOBS` jobs, or if `WAY` is `add` a job that depends on `JOBS` - 1 others.
+"""
 
 import os
 import signal
@@ -10,7 +13,10 @@ from asyncmq_nats.backends.nats._client.client import DirectClient
 from asyncmq_nats.backends.nats.backend import NATSBackend
 from asyncmq_nats.flow import FlowProducer
 from asyncmq_nats.jobs import Job
+from asyncmq_nats.queues import Queue
+from asyncmq_nats.transitions import parked, plan
 
+plan.PLAN_TIMEOUT = parked.LINK_TIMEOUT = 2.0  # type: ignore[misc]
 QUEUE, JOBS, KILL_AFTER = (
     os.environ["QUEUE"],
     int(os.environ["JOBS"]),
@@ -23,12 +29,13 @@ post = DirectClient.post
 
 def post_and_die(self: DirectClient, subject: bytes, *args: Any) -> None:
     global posted
-    if subject.startswith(b"$KV."):
+    ours = subject.startswith(b"$KV.") or b".ready." in subject
+    if ours:
         if KILL_AFTER == 0:
             die(self)
         posted += 1
     post(self, subject, *args)
-    if posted == KILL_AFTER and subject.startswith(b"$KV."):
+    if posted == KILL_AFTER and ours:
         die(self)
 
 
@@ -42,13 +49,22 @@ def die(client: Any) -> None:
 async def main() -> None:
     backend = NATSBackend()
     await backend.connect()
+    queue = Queue(QUEUE, backend)
+    await queue.queue_stats()
+    await queue._additions.dependencies.parked.secret.get()
     root = Job(task_id="unnoted", max_retries=0)
     children = [
         Job(task_id="unnoted", max_retries=0, depends_on=[root.job_id]) for _ in range(JOBS - 2)
     ]
     last = Job(task_id="unnoted", max_retries=0, depends_on=[child.job_id for child in children])
-    DirectClient.post = post_and_die  # type: ignore[method-assign, assignment]
-    await FlowProducer(backend).add_flow(QUEUE, [root, *children, last])
+    if os.environ["WAY"] == "add":
+        parents = await queue.add_bulk([{"task_id": "unnoted"}] * (JOBS - 1))
+        DirectClient.post = post_and_die  # type: ignore[method-assign, assignment]
+        await queue.add("unnoted", depends_on=parents)
+    else:
+        DirectClient.post = post_and_die  # type: ignore[method-assign, assignment]
+        await FlowProducer(backend).add_flow(QUEUE, [root, *children, last])
+    die(backend._require_connection().client)
 
 
 if __name__ == "__main__":
