@@ -78,6 +78,31 @@ async def test_a_waiting_request_is_served_when_records_come(
     assert receiver.puller.outstanding("one") == 0
 
 
+async def test_pulls_that_wait_are_counted_whoever_sent_them(
+    backend: Backend, twin: Backend, receiver: Receiver
+) -> None:
+    other = Receiver(twin, "jobs")
+
+    async def waiting(count: int) -> None:
+        await until(lambda: look_up(backend, "one"), lambda state: state.waiting_pulls == count)
+
+    await waiting(0)
+    await receiver.puller.request("one", 3, wait=PATIENCE)
+    await waiting(1)
+    await other.puller.request("one", 1, wait=PATIENCE)
+    await other.puller.request("one", 5, wait=PATIENCE)
+    await other.puller.request("two", 1, wait=PATIENCE)
+    await waiting(3)
+    await receiver.puller.withdraw()
+    await waiting(2)
+    await add(backend, *(f"1.{number}" for number in range(6)))
+    await other.take(6)
+    await waiting(0)
+    await receiver.puller.request("one", 1, wait=SHORT)
+    await receiver.wait_for(lambda: bool(receiver.lapses))
+    await waiting(0)
+
+
 async def test_credit_that_is_withdrawn_brings_nothing(
     backend: Backend, receiver: Receiver
 ) -> None:

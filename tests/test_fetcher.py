@@ -3,6 +3,7 @@
 On both backends.
 """
 
+import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
@@ -10,6 +11,7 @@ import anyio
 import pytest
 
 from asyncmq_nats.backends.base import Backend, ConsumerState, Delivery
+from asyncmq_nats.backends.inmemory import InMemoryBackend
 from asyncmq_nats.queues import Queue
 from asyncmq_nats.runtime.buffer import Buffer
 from asyncmq_nats.runtime.fetcher import Fetcher
@@ -322,6 +324,22 @@ async def test_nothing_starts_during_a_pause_and_what_is_held_goes_back(
         with anyio.move_on_after(0.05) as waited:
             await take_next(fetcher)
         assert waited.cancelled_caught
+
+
+def test_it_works_under_asyncio_run(settings: Settings) -> None:
+    """anyio 4.14 and later refuse to start a task from a callback that no task of theirs runs."""
+
+    async def fetch() -> None:
+        backend = InMemoryBackend(settings=settings)
+        async with fetching(backend, 3) as fetcher:
+            jobs = await add(make_queue(backend), 5, -7)
+            assert sorted(ids(await take(fetcher, 2))) == sorted(jobs)
+            (held,) = await add(make_queue(backend), 9)
+            asyncio.get_running_loop().call_soon(fetcher.pause, backend.now() + 600)
+            async with fetching(backend, 3) as other:
+                assert ids(await take(other, 1)) == [held]
+
+    asyncio.run(fetch())
 
 
 # -- what is in hand

@@ -291,7 +291,9 @@ class Fetcher:
     def _measure(self, now: float) -> None:
         """Tell the throughput what has started since the last time."""
         if now - self._measured_at >= MEASURE_INTERVAL:
-            self._throughput.learn_starts(self._started, now - self._measured_at)
+            self._throughput.learn_starts(
+                self._started, now - self._measured_at, full=self.busy >= self._concurrency
+            )
             self._started, self._measured_at = 0, now
 
     async def _ask_within_limit(self, limiter: RateLimiter) -> float | None:

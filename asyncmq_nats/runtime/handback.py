@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 LOOK_SECONDS: Final = 0.1
 """Time between two looks whether others wait; doubled while none does."""
 MAX_LOOK_SECONDS: Final = 0.8
+MAX_TIERS_PER_LOOK: Final = 8
 GROWTH: Final = 2
 """Others may take many or one: give twice as many as before while they still wait."""
 
@@ -40,6 +41,7 @@ class HandBack:
         self._look_at = 0.0
         self._pause = LOOK_SECONDS
         self._given: dict[int, int] = {}
+        self._turn = 0
 
     async def share(self, is_late: Late, tiers: Tiers, puller: Puller) -> bool:
         """Give jobs that start late here to workers that wait. Return whether credit changed."""
@@ -50,12 +52,13 @@ class HandBack:
                 self._calm_down()
             return False
         self._look_at = now + LOOK_SECONDS
-        waiting = await self._count_waiting(late, tiers)
+        asked = self._choose(sorted(late))
+        waiting = await self._count_waiting(asked, tiers)
         withdrawn = any(tiers.credit(priority) for priority in waiting)
         if withdrawn:
             # Our own pulls are among those that wait, and would bring back what is given back.
             await puller.withdraw()
-            waiting = await self._count_waiting(late, tiers)
+            waiting = await self._count_waiting(asked, tiers)
         if not waiting:
             self._given.clear()
             self._look_at = now + self._pause
@@ -69,6 +72,12 @@ class HandBack:
         self._given = limits
         await self.give_back(self._buffer.pop_late(is_late, limits))
         return True
+
+    def _choose(self, priorities: list[int]) -> list[int]:
+        """Return the next few of many tiers, so that a look costs the same for any number."""
+        first = self._turn % len(priorities)
+        self._turn = first + MAX_TIERS_PER_LOOK if len(priorities) > MAX_TIERS_PER_LOOK else 0
+        return (priorities[first:] + priorities[:first])[:MAX_TIERS_PER_LOOK]
 
     def _calm_down(self) -> None:
         self._pause = LOOK_SECONDS

@@ -21,14 +21,15 @@ MAX_PREFETCH: Final = 512
 FIRST_PREFETCH: Final = 4
 GROWTH: Final = 2
 """The prefetch grows by this factor at most with each pull that the server has answered."""
-MAX_PREFETCH_SECONDS: Final = 0.1
+MAX_REFILL_SECONDS: Final = 0.1
+"""A container with a CPU limit stands still for up to this long, and gets no answer meanwhile."""
+MAX_PREFETCH_SECONDS: Final = 2 * MAX_REFILL_SECONDS
 """The prefetch is worth no more than this many seconds of starts."""
 RATE_HALF_LIFE: Final = 0.1
 REFILL_SMOOTHING: Final = 0.2
-MAX_REFILL_SECONDS: Final = 0.1
-LATE_SECONDS: Final = 0.2
+LATE_SECONDS: Final = 2 * MAX_PREFETCH_SECONDS
 """A job that starts here within this time stays here: twice what a full prefetch takes."""
-MAX_HOLD_SECONDS: Final = 0.5
+MAX_HOLD_SECONDS: Final = 2 * LATE_SECONDS
 MIN_HOLD_SECONDS: Final = 0.05
 MAX_DOUBLINGS: Final = 7
 
@@ -54,19 +55,22 @@ class Throughput:
     rate: float = 0.0
     """Starts per second, weighted by age: a start counts half after each `RATE_HALF_LIFE`."""
     still_seconds: float = 0.0
-    """For how long nothing has started."""
+    """For how long all slots have been taken and nothing has started."""
     refill_seconds: float = 0.001
-    """Moving average of the time until a pull that the server can serve brings a job."""
+    """Moving average of the time until a pull that the server can serve brings a job.
+
+    At most `MAX_REFILL_SECONDS`, so the prefetch is worth `MAX_PREFETCH_SECONDS` at most.
+    """
     prefetch: int = 0
     """How many jobs to hold beyond the free slots, as last decided."""
     may_grow: bool = False
     """Whether a pull was answered since the prefetch last grew."""
 
-    def learn_starts(self, started: int, seconds: float) -> None:
-        """Take in how many jobs have started in the last `seconds`."""
+    def learn_starts(self, started: int, seconds: float, *, full: bool) -> None:
+        """Take in how many jobs have started in the last `seconds`. `full`: no slot is free."""
         kept = 0.5 ** (seconds / RATE_HALF_LIFE)
         self.rate = self.rate * kept + (1.0 - kept) * started / seconds
-        self.still_seconds = 0.0 if started else self.still_seconds + seconds
+        self.still_seconds = self.still_seconds + seconds if full and not started else 0.0
 
     def learn_refill(self, seconds: float) -> None:
         """Take in the answer time of one more pull."""
@@ -75,7 +79,7 @@ class Throughput:
         self.may_grow = True
 
     def expected_rate(self, concurrency: int) -> float:
-        """Return the starts per second to expect. That nothing has started is evidence too."""
+        """Return the starts per second to expect. That no slot became free is evidence too."""
         if self.still_seconds * self.rate > concurrency:
             return concurrency / self.still_seconds
         return self.rate
@@ -99,8 +103,7 @@ class Throughput:
         rate = self.expected_rate(concurrency)
         if rate * self.refill_seconds < 0.5:
             return 0
-        seconds = min(2 * self.refill_seconds, MAX_PREFETCH_SECONDS)
-        return min(MAX_PREFETCH, math.ceil(rate * seconds))
+        return min(MAX_PREFETCH, math.ceil(rate * 2 * self.refill_seconds))
 
 
 def tiers_to_ask(tiers: Sequence[TierView], wanted: int, capacity: int) -> list[tuple[int, int]]:

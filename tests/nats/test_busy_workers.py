@@ -160,9 +160,15 @@ async def test_a_worker_that_comes_later_gets_its_share(fleet: Fleet, queue: Que
     assert Counter(fleet.watched.runs("job")) == {"first": 50, "second": 50}
 
 
-async def test_jobs_that_were_handed_back_rest_on_the_server(
-    fleet: Fleet, queue: Queue, server: EmbeddedServer
+async def count_deliveries(server: EmbeddedServer) -> int:
+    async with plain_client(server.url) as client:
+        return int((await Streams(client).call(TIER))["delivered"]["consumer_seq"])
+
+
+async def test_jobs_that_one_worker_cannot_start_soon_go_to_another(
+    fleet: Fleet, queue: Queue
 ) -> None:
+    """A long job takes the only slot while short ones were fetched ahead."""
     await queue.add_bulk(
         [{"task_id": "unnoted"}] * 300
         + [{"task_id": "wait", "args": ["long", "go"]}]
@@ -170,19 +176,44 @@ async def test_jobs_that_were_handed_back_rest_on_the_server(
     )
     await fleet.start("first", concurrency=1)
     await fleet.watched.begun("long")
-    async with plain_client(server.url) as client:
-        streams = Streams(client)
-
-        async def deliveries() -> int:
-            return int((await streams.call(TIER))["delivered"]["consumer_seq"])
-
-        await anyio.sleep(0.5)
-        before = await deliveries()
-        await anyio.sleep(0.5)
-        assert await deliveries() == before
+    await fleet.start("second", concurrency=1)
+    await eventually(queue.queue_stats, lambda stats: stats["completed"] == 400)
     fleet.watched.say("go")
     await eventually(queue.queue_stats, lambda stats: stats["completed"] == 401)
     assert {job["stalls"] for job in await queue.get_jobs("completed")} == {0}
+
+
+async def test_a_worker_that_is_alone_gets_each_job_once(
+    fleet: Fleet, queue: Queue, server: EmbeddedServer
+) -> None:
+    """Also when a long job takes its only slot: what it has fetched stays where it is."""
+    await queue.add_bulk(
+        [{"task_id": "unnoted"}] * 300
+        + [{"task_id": "wait", "args": ["long", "go"]}]
+        + [{"task_id": "unnoted"}] * 100
+    )
+    await fleet.start("first", concurrency=1)
+    await fleet.watched.begun("long")
+    await anyio.sleep(1.0)  # time enough to give back what waits for the slot
+    fleet.watched.say("go")
+    await eventually(queue.queue_stats, lambda stats: stats["completed"] == 401)
+    assert await count_deliveries(server) == 401
+
+
+@pytest.mark.parametrize("concurrency", [1, 10, 100])
+async def test_a_worker_held_to_a_fifth_of_a_core_gets_each_job_once(
+    concurrency: int, fleet: Fleet, queue: Queue, server: EmbeddedServer
+) -> None:
+    """As a container with a limit is: it stands still for 80 ms of each 100."""
+    await queue.add_bulk([{"task_id": "unnoted"}] * 1000)
+    worker = await fleet.start("first", concurrency=concurrency)
+    with anyio.fail_after(40):
+        while (await queue.queue_stats())["completed"] < 1000:
+            worker.freeze()
+            await anyio.sleep(0.08)
+            worker.send(signal.SIGCONT)
+            await anyio.sleep(0.02)
+    assert await count_deliveries(server) == 1000
 
 
 async def test_an_urgent_job_starts_soon_in_a_backlog(fleet: Fleet, queue: Queue) -> None:
