@@ -23,7 +23,7 @@ from tests.running import PATIENCE, make_queue
 @pytest.fixture
 def settings() -> Settings:
     """A lease so long that only a hand-back explains a second delivery."""
-    return Settings(stalled_after=600, publish_timeout=10)
+    return Settings(stalled_after=60, publish_timeout=10)
 
 
 @asynccontextmanager
