@@ -10,7 +10,6 @@ import pytest
 from asyncmq_nats.backends.base import Settled, Write
 from asyncmq_nats.backends.nats.backend import NATSBackend
 from asyncmq_nats.queues import Queue
-from tests.receiver import PATIENCE
 
 FEW, MANY = 10, 200_000
 UNDER_WAY = 5_000
@@ -54,7 +53,7 @@ async def measure(queue: Queue) -> float:
 async def test_queue_stats_cost_the_same_for_10_and_for_200_000_jobs(
     queue: Queue, nats_backend: NATSBackend
 ) -> None:
-    with anyio.fail_after(2 * PATIENCE):
+    with anyio.fail_after(50):
         await queue.queue_stats()
         await fill(nats_backend, 0, FEW)
         few = await measure(queue)
@@ -69,7 +68,7 @@ async def test_queue_stats_cost_the_same_for_10_and_for_200_000_jobs(
 async def test_first_page_of_a_long_list_is_read_alone(
     end: int, queue: Queue, nats_backend: NATSBackend
 ) -> None:
-    with anyio.fail_after(2 * PATIENCE):
+    with anyio.fail_after(30):
         await queue.queue_stats()
         await fill(nats_backend, 0, 20_000)
         for ascending in (True, False):
