@@ -93,7 +93,7 @@ async def look(queue: Queue, count: int) -> None:
 async def clean(backend: NATSBackend, count: int) -> None:
     for name, older_than in (("clean_all", None), ("clean_half", 0.0)):
         queue = Queue(name, backend)
-        await queue.queue_stats()
+        await queue._assets.declare_all()
         await fill(backend, name, count // 2)
         if older_than is not None:
             older_than = backend.now()
@@ -121,7 +121,7 @@ async def main() -> None:
         filled = 0
         for count in (1_000, arguments.outcomes):
             queue = Queue(f"look_{count}", backend)
-            await queue.queue_stats()
+            await queue._assets.declare_all()
             started = time.perf_counter()
             await fill(backend, queue.name, count)
             filled = count / (time.perf_counter() - started)

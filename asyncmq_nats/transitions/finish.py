@@ -321,6 +321,7 @@ class Lifecycle:
             dump_json(record),
             ttl=self._settings.failed_ttl,
             beside=True,
+            index=self._subjects.index(token, State.FAILED),
         )
         while True:
             records = await self._backend.last(
@@ -390,7 +391,12 @@ class Lifecycle:
             )
         subject = self._subjects.outcome(attempt.token, state)
         return Write(
-            subject, record, self._fence(attempt), ttl=self._settings.failed_ttl, beside=True
+            subject,
+            record,
+            self._fence(attempt),
+            ttl=self._settings.failed_ttl,
+            beside=True,
+            index=self._subjects.index(attempt.token, state),
         )
 
     def _fence(self, attempt: Attempt) -> Expect:

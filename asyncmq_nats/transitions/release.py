@@ -349,6 +349,7 @@ class Dependencies:
             body,
             ttl=self._backend.settings.failed_ttl,
             beside=True,
+            index=self._subjects.index(token, State.FAILED),
         )
 
     # -- a child runs

@@ -63,7 +63,7 @@ async def test_looking_costs_about_the_same_for_few_and_for_many_outcomes(
         "oldest": partial(queue.get_completed, end=49, asc=True),
     }
     with anyio.fail_after(50):
-        await queue.queue_stats()
+        await queue._assets.declare_all()
         await fill(nats_backend, 0, FEW)
         few = {name: await quickest(look) for name, look in looks.items()}
         await fill(nats_backend, FEW, MANY)
@@ -83,7 +83,7 @@ async def test_looking_costs_about_the_same_for_few_and_for_many_outcomes(
 
 async def test_cleaning_is_one_purge(queue: Queue, nats_backend: NATSBackend) -> None:
     with anyio.fail_after(50):
-        await queue.queue_stats()
+        await queue._assets.declare_all()
         await fill(nats_backend, 0, MANY // 2)
         await anyio.sleep(0.05)
         between = nats_backend.now()

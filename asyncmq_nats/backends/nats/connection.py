@@ -36,6 +36,9 @@ OLDEST_SERVER: Final = (2, 12, 2)
 ANSWER_SIZE: Final = 4 * 1024 * 1024
 """Bytes that what is asked for at once may have, if messages are not larger: the server disconnects a client for which 64 MiB wait."""
 REQUEST_TIMEOUT: Final = 5.0
+LONG_CALL_TIMEOUT: Final = 600.0
+"""A purge takes as long as there is to remove."""
+LONG_CALLS: Final = ("STREAM.PURGE", "STREAM.DELETE")
 CLOCK_LIFETIME: Final = 60.0
 REFUSED: Final = re.compile(
     r'permissions violation for (?:publish|subscription) to "(.+?)"', re.IGNORECASE
@@ -233,8 +236,11 @@ class Connection:
         timeout: float,
         finished: Callable[[list[Reply]], bool],
         headers: bytes = b"",
+        patient: bool = False,
     ) -> list[Reply]:
         """Send a request and return its replies, as soon as `finished` says that they are complete. `headers`: as on the wire.
+
+        `patient`: go on waiting while the connection stays, for `LONG_CALL_TIMEOUT` at most.
 
         Raises:
             TimeoutError: they did not become so in time, or the connection was lost meanwhile and is there again: repeat it.
@@ -255,12 +261,23 @@ class Connection:
         self._collectors[token], self._requests[token] = on_reply, (subject, done)
         # Not `asyncio.timeout`, which takes as long as all the rest of this.
         timer = asyncio.get_running_loop().call_later(timeout, _give_up, done)
+        if patient:
+            timer.cancel()
+            self.background.run(self._watch_long_call(done, timeout))
         try:
             await done
         finally:
             timer.cancel()
             del self._collectors[token], self._requests[token]
         return replies
+
+    async def _watch_long_call(self, done: "asyncio.Future[None]", timeout: float) -> None:
+        """Give a call up that is not answered, once its connection is lost: its server may still be at it."""
+        end = time.monotonic() + LONG_CALL_TIMEOUT
+        while not done.done():
+            await asyncio.wait([done], timeout=timeout)
+            if not self._client.is_connected or time.monotonic() > end:
+                _give_up(done)
 
     def _interrupt_requests(self) -> None:
         for _, done in self._requests.values():
@@ -282,17 +299,14 @@ class Connection:
         """
         body = b"" if payload is None else json.dumps(payload).encode()
         begun = time.monotonic()
+        is_long = subject.startswith(LONG_CALLS)
         deadline = begun + self._settings.publish_timeout
         tries = silent = 0
         while True:
             left = deadline - time.monotonic()
             sent = time.monotonic()
             # What counts what it removes is not sent twice in haste.
-            patience = (
-                REQUEST_TIMEOUT
-                if subject.startswith(("STREAM.PURGE", "STREAM.DELETE"))
-                else patience_with(tries)
-            )
+            patience = REQUEST_TIMEOUT if is_long else patience_with(tries)
             tries += 1
             try:
                 reply = (
@@ -301,6 +315,8 @@ class Connection:
                         body,
                         timeout=min(patience, max(left, 0.1)),
                         finished=bool,
+                        # In a cluster, the server that was at it may be gone while the connection stays.
+                        patient=is_long and not self._client.is_clustered,
                     )
                 )[0]
             except TimeoutError:

@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import json
+import math
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, Final
@@ -16,12 +17,19 @@ from asyncmq_nats.backends.nats.connection import (
     parse_time,
     patience_with,
 )
-from asyncmq_nats.backends.nats.streams import format_time
+from asyncmq_nats.backends.nats.writer import is_key
 from asyncmq_nats.exceptions import AssetMissing, BackendError, Unconfirmed
 
 __all__ = ["Reader"]
 
 PROBE: Final = 64
+"""Records that are read at first."""
+WINDOW: Final = 500
+"""Records that are read at once."""
+SCAN_LIMIT: Final = 2_000
+"""Records that are passed over before the server is asked where the next match is."""
+SCAN_LIMIT_AFTER_HOP: Final = 250
+SPAN_GROWTH: Final = 8
 MOST_LAST: Final = 1024
 """The server's own limit for the last records of several subjects."""
 READS_AT_ONCE: Final = 32
@@ -57,37 +65,111 @@ class Reader:
         return records
 
     async def page(
-        self, log: str, filter: str, *, from_sequence: int, limit: int, mostly: bool = False
+        self,
+        log: str,
+        filter: str,
+        *,
+        from_sequence: int,
+        limit: int,
+        mostly: bool = False,
+        index: str | None = None,
     ) -> list[Record]:
         """See `Backend.page`.
 
-        For a filter with wildcards, the server counts what matches before it sends the first record: half a second at a million. It does
-        not when everything is asked for. So where most records may match, everything is read as long as they do, and the others are passed
-        over here.
+        For a filter with wildcards, the server counts all matches before it sends the first record: half a second at a million. It does
+        not when everything is asked for, so where most records may match, all are read and the others are passed over here.
         """
+        at = max(1, from_sequence)
+        if not mostly:
+            payload = {"seq": at, "next_by_subj": filter, "batch": limit}
+            return await self._get(log, payload) or []
         found: list[Record] = []
-        at, dense, width = max(1, from_sequence), mostly, min(limit, PROBE)
-        match = compile_filter(filter).match
-        while dense:
+        match, vain, patience, width = compile_filter(filter).match, 0, SCAN_LIMIT, PROBE
+        while True:
             window = await self._get(log, {"seq": at, "batch": width}) or []
             matching = [record for record in window if match(record.subject)]
             found += matching
-            if len(window) < width or len(found) == limit:
-                return found
-            at, dense, width = (
-                window[-1].sequence + 1,
-                2 * len(matching) >= width,
-                limit - len(found),
-            )
-        return found + (
-            await self._get(log, {"seq": at, "next_by_subj": filter, "batch": limit - len(found)})
-            or []
-        )
+            if len(found) >= limit or len(window) < width:
+                return found[:limit]
+            at = window[-1].sequence + 1
+            vain = 0 if 2 * len(matching) >= width else vain + width
+            if vain >= patience:
+                hop = await self._first_from(log, index or filter, at)
+                if hop is None:
+                    return found
+                at, vain, patience = hop, 0, SCAN_LIMIT_AFTER_HOP
+            width = _next_width(limit - len(found), len(matching), width)
 
-    async def first_since(self, log: str, filter: str, time: float) -> int | None:
-        """See `Backend.first_since`."""
-        records = await self._get(log, {"start_time": format_time(time), "next_by_subj": filter})
+    async def page_back(
+        self,
+        log: str,
+        filter: str,
+        *,
+        before: int,
+        limit: int,
+        index: str | None = None,
+    ) -> list[Record]:
+        """See `Backend.page_back`. The server reads forwards only: windows of sequences are read, from the end."""
+        found: list[Record] = []
+        match, end, vain, span = compile_filter(filter).match, before, 0, min(limit, PROBE)
+        patience = SCAN_LIMIT
+        while end > 1 and len(found) < limit:
+            start = max(1, end - span)
+            window = await self._window(log, start, end)
+            if window is None:  # more records than expected after a gap
+                span //= SPAN_GROWTH
+                continue
+            matching = [record for record in reversed(window) if match(record.subject)]
+            found += matching
+            end = start
+            vain = 0 if 2 * len(matching) >= len(window) else vain + len(window)
+            if vain >= patience and end > 1 and len(found) < limit:
+                end = await self._end_of_matches(log, index or filter, end)
+                vain, patience, span = 0, SCAN_LIMIT_AFTER_HOP, PROBE
+            elif 2 * len(window) < span:  # a gap: sequences of removed records cost nothing
+                span *= SPAN_GROWTH
+            else:
+                span = _next_width(limit - len(found), len(matching), max(1, len(window)))
+        return found[:limit]
+
+    async def _window(self, log: str, start: int, end: int) -> list[Record] | None:
+        """Return the records from sequence `start` to below `end`; `None` if they are more than two full windows."""
+        records: list[Record] = []
+        while start < end:
+            if len(records) > WINDOW:
+                return None
+            batch = min(end - start, WINDOW)
+            page = await self._get(log, {"seq": start, "batch": batch}) or []
+            records += [record for record in page if record.sequence < end]
+            if len(page) < batch or page[-1].sequence >= end:
+                break
+            start = page[-1].sequence + 1
+        return records
+
+    async def _first_from(self, log: str, filter: str, sequence: int) -> int | None:
+        """Return the sequence of the first match from `sequence` on."""
+        records = await self._get(log, {"seq": max(2, sequence), "next_by_subj": filter})
         return records[0].sequence if records else None
+
+    async def _end_of_matches(self, log: str, filter: str, before: int) -> int:
+        """Return a sequence just above the last match below `before`; 1 if there is none. Gallops, then halves."""
+        end, step = before, SCAN_LIMIT
+        while True:
+            start = max(1, end - step)
+            first = await self._first_from(log, filter, start)
+            if first is not None and first < end:
+                break
+            if start == 1:
+                return 1
+            end, step = start, step * SPAN_GROWTH
+        while end - first > PROBE:
+            middle = (first + end) // 2
+            found = await self._first_from(log, filter, middle)
+            if found is None or found >= end:
+                end = middle
+            else:
+                first = found
+        return min(before, end + PROBE)  # what an index entry stands for comes just after it
 
     async def _get(self, log: str, payload: Mapping[str, Any]) -> list[Record] | None:
         """Return the records of a direct get; `None` if they are too many for one answer.
@@ -152,6 +234,12 @@ class Reader:
         )
 
 
+def _next_width(missing: int, matching: int, width: int) -> int:
+    """Return how many records to read next: as many as should hold the `missing` matches, by what the last `width` held."""
+    share = max(matching / width, 0.1)
+    return max(PROBE, min(WINDOW, math.ceil(missing / share)))
+
+
 def _is_status(replies: list[Reply]) -> bool:
     return bool(replies[-1].status)
 
@@ -163,5 +251,6 @@ def _record(reply: Reply) -> Record:
         reply.body,
         int(headers["Nats-Sequence"]),
         parse_time(headers["Nats-Time-Stamp"]),
-        "KV-Operation" in headers,
+        # Anybody may put the header on a ready job, which is never a delete marker.
+        "KV-Operation" in headers and is_key(headers["Nats-Subject"]),
     )
