@@ -8,7 +8,7 @@ from typing import Any, Final
 import anyio
 
 from asyncmq_nats.backends.base import Backend, ConsumerState, Record
-from asyncmq_nats.exceptions import AssetMissing, InvalidJob, sole_error
+from asyncmq_nats.exceptions import AssetMissing, InvalidJob, first_error
 from asyncmq_nats.jobs import Job, new_job
 from asyncmq_nats.states import OUTCOMES, Place, State
 from asyncmq_nats.store.commit import look_for, looks
@@ -75,7 +75,7 @@ class Inspection:
             pending = await self.count(counter)
             counts[state] += pending
 
-        with sole_error():
+        with first_error():
             async with anyio.create_task_group() as group:
                 for priority in await self._assets.list_tiers():
                     group.start_soon(count_tier, priority)

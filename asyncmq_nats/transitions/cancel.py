@@ -117,7 +117,7 @@ class Administration:
         """Return the writes that cancel a job, its outcome first; none if there is no job."""
         subjects = self._subjects
         live = [record for record in bucket if not record.marker]
-        later = [record for record in live if not subjects.is_done(record.subject)]
+        later = [record for record in live if subjects.parse(record.subject).place is not None]
         sources = later + list(ready)
         if not sources:
             return []

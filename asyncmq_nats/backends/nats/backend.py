@@ -38,14 +38,14 @@ from asyncmq_nats.backends.nats.puller import NATSPuller
 from asyncmq_nats.backends.nats.reader import Reader
 from asyncmq_nats.backends.nats.streams import Assets, format_time
 from asyncmq_nats.backends.nats.writer import BATCH_LIMIT, Writer
-from asyncmq_nats.exceptions import AssetMissing, BackendError, Unconfirmed, sole_error
+from asyncmq_nats.exceptions import AssetMissing, BackendError, Unconfirmed, first_error
 from asyncmq_nats.settings import Settings, parse_servers
 from asyncmq_nats.settings import settings as environment
 
 __all__ = ["NATSBackend"]
 
 SUBJECTS_PAGE: Final = 100_000
-DELETES_AT_ONCE: Final = 256
+DELETES_AT_ONCE: Final = 1_000
 NO_MESSAGE: Final = (b"10037", b"10043", b"10057")
 """Codes of an answer that a message is not there."""
 MISSING: Final = (STREAM_MISSING, CONSUMER_MISSING)
@@ -379,7 +379,7 @@ class NATSBackend:
                 if gone:
                     removed.append(sequence)
 
-        with sole_error():
+        with first_error():
             async with anyio.create_task_group() as group:
                 for _ in range(min(DELETES_AT_ONCE, len(sequences))):
                     group.start_soon(delete_some)
