@@ -10,7 +10,7 @@ import json
 import logging
 import re
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import datetime
 from typing import Any, Final, NamedTuple
 
@@ -231,7 +231,7 @@ class Connection:
     async def collect(
         self,
         subject: str,
-        body: bytes,
+        body: bytes | Sequence[bytes],
         *,
         timeout: float,
         finished: Callable[[list[Reply]], bool],
@@ -240,6 +240,7 @@ class Connection:
     ) -> list[Reply]:
         """Send a request and return its replies, as soon as `finished` says that they are complete. `headers`: as on the wire.
 
+        `body`: several make as many requests, whose replies come together.
         `patient`: go on waiting while the connection stays, for `LONG_CALL_TIMEOUT` at most.
 
         Raises:
@@ -257,7 +258,8 @@ class Connection:
         number = str(next(self._tokens))
         token = number.encode()
         with mapped_errors(self.servers):
-            self._client.post(subject.encode(), body, (self._inbox + number).encode(), headers)
+            for one in (body,) if isinstance(body, bytes) else body:
+                self._client.post(subject.encode(), one, (self._inbox + number).encode(), headers)
         self._collectors[token], self._requests[token] = on_reply, (subject, done)
         # Not `asyncio.timeout`, which takes as long as all the rest of this.
         timer = asyncio.get_running_loop().call_later(timeout, _give_up, done)

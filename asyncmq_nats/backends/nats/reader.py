@@ -5,7 +5,7 @@ import itertools
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 from asyncmq_nats.backends.base import Record
@@ -22,7 +22,7 @@ from asyncmq_nats.exceptions import AssetMissing, BackendError, Unconfirmed
 
 __all__ = ["Reader"]
 
-PROBE: Final = 64
+PROBE: Final = 48
 """Records that are read at first."""
 WINDOW: Final = 500
 """Records that are read at once."""
@@ -30,6 +30,7 @@ SCAN_LIMIT: Final = 2_000
 """Records that are passed over before the server is asked where the next match is."""
 SCAN_LIMIT_AFTER_HOP: Final = 250
 SPAN_GROWTH: Final = 8
+"""How much further each look back for a match goes."""
 MOST_LAST: Final = 1024
 """The server's own limit for the last records of several subjects."""
 READS_AT_ONCE: Final = 32
@@ -85,20 +86,25 @@ class Reader:
             return await self._get(log, payload) or []
         found: list[Record] = []
         match, vain, patience, width = compile_filter(filter).match, 0, SCAN_LIMIT, PROBE
+        if at == 1:
+            at = await self._first_from(log, ">", 1) or 1
         while True:
-            window = await self._get(log, {"seq": at, "batch": width}) or []
+            window = await self._run(log, at, at + width)
             matching = [record for record in window if match(record.subject)]
             found += matching
-            if len(found) >= limit or len(window) < width:
+            if len(found) >= limit:
                 return found[:limit]
-            at = window[-1].sequence + 1
-            vain = 0 if 2 * len(matching) >= width else vain + width
-            if vain >= patience:
+            at += width
+            vain = 0 if 2 * len(matching) >= len(window) else vain + len(window)
+            hop: int | None = at
+            if not window:
+                hop = await self._first_from(log, ">", at)
+            elif vain >= patience:
                 hop = await self._first_from(log, index or filter, at)
-                if hop is None:
-                    return found
-                at, vain, patience = hop, 0, SCAN_LIMIT_AFTER_HOP
-            width = _next_width(limit - len(found), len(matching), width)
+                vain, patience = 0, SCAN_LIMIT_AFTER_HOP
+            if hop is None:
+                return found
+            at, width = hop, _next_width(limit - len(found), window, matching)
 
     async def page_back(
         self,
@@ -115,40 +121,54 @@ class Reader:
         patience = SCAN_LIMIT
         while end > 1 and len(found) < limit:
             start = max(1, end - span)
-            window = await self._window(log, start, end)
-            if window is None:  # more records than expected after a gap
-                span //= SPAN_GROWTH
-                continue
+            window = await self._run(log, start, end)
             matching = [record for record in reversed(window) if match(record.subject)]
             found += matching
             end = start
             vain = 0 if 2 * len(matching) >= len(window) else vain + len(window)
-            if vain >= patience and end > 1 and len(found) < limit:
-                end = await self._end_of_matches(log, index or filter, end)
-                vain, patience, span = 0, SCAN_LIMIT_AFTER_HOP, PROBE
-            elif 2 * len(window) < span:  # a gap: sequences of removed records cost nothing
-                span *= SPAN_GROWTH
-            else:
-                span = _next_width(limit - len(found), len(matching), max(1, len(window)))
+            if not window:
+                end = await self._end_of_matches(log, ">", end)
+            elif vain >= patience and end > 1 and len(found) < limit:
+                # What an index entry stands for comes just after it.
+                end = min(end, PROBE + await self._end_of_matches(log, index or filter, end))
+                vain, patience = 0, SCAN_LIMIT_AFTER_HOP
+            span = _next_width(limit - len(found), window, matching)
         return found[:limit]
 
-    async def _window(self, log: str, start: int, end: int) -> list[Record] | None:
-        """Return the records from sequence `start` to below `end`; `None` if they are more than two full windows."""
-        records: list[Record] = []
-        while start < end:
-            if len(records) > WINDOW:
-                return None
-            batch = min(end - start, WINDOW)
-            page = await self._get(log, {"seq": start, "batch": batch}) or []
-            records += [record for record in page if record.sequence < end]
-            if len(page) < batch or page[-1].sequence >= end:
-                break
-            start = page[-1].sequence + 1
-        return records
+    async def _run(self, log: str, start: int, end: int) -> list[Record]:
+        """Return the records from sequence `start` to below `end`.
+
+        Each is asked for by its number: for a batch, the server counts what comes after it, half a second at a million, unless it is in the
+        newer half of the log, or nothing was ever removed.
+        """
+        subject = f"{self._connection.api_prefix}DIRECT.GET.{log}"
+        requests = [b'{"seq":%d}' % sequence for sequence in range(start, end)]
+        deadline = time.monotonic() + self._timeout
+        for attempt in itertools.count():
+            left = deadline - time.monotonic()
+            try:
+                async with self._turns:
+                    replies = await self._connection.collect(
+                        subject,
+                        requests,
+                        timeout=min(patience_with(attempt), max(left, 0.1)),
+                        finished=lambda replies: (
+                            len(replies) == len(requests) or replies[-1].status == "503"
+                        ),
+                    )
+            except TimeoutError:
+                if time.monotonic() >= deadline:
+                    raise Unconfirmed(f"the reading of {log}", self._timeout, read=True) from None
+                continue
+            if replies[-1].status != "503":
+                found = [_record(reply) for reply in replies if not reply.status]
+                return sorted(found, key=lambda record: record.sequence)
+            await self._ask(log, {"last_by_subj": ">"}, bool)  # raises, or it can be read by now
+        raise AssertionError("counted for ever")
 
     async def _first_from(self, log: str, filter: str, sequence: int) -> int | None:
         """Return the sequence of the first match from `sequence` on."""
-        records = await self._get(log, {"seq": max(2, sequence), "next_by_subj": filter})
+        records = await self._get(log, {"seq": sequence, "next_by_subj": filter})
         return records[0].sequence if records else None
 
     async def _end_of_matches(self, log: str, filter: str, before: int) -> int:
@@ -169,7 +189,7 @@ class Reader:
                 end = middle
             else:
                 first = found
-        return min(before, end + PROBE)  # what an index entry stands for comes just after it
+        return end
 
     async def _get(self, log: str, payload: Mapping[str, Any]) -> list[Record] | None:
         """Return the records of a direct get; `None` if they are too many for one answer.
@@ -234,10 +254,16 @@ class Reader:
         )
 
 
-def _next_width(missing: int, matching: int, width: int) -> int:
-    """Return how many records to read next: as many as should hold the `missing` matches, by what the last `width` held."""
-    share = max(matching / width, 0.1)
-    return max(PROBE, min(WINDOW, math.ceil(missing / share)))
+def _next_width(missing: int, window: Sequence[Record], matching: Sequence[Record]) -> int:
+    """Return how many sequences to read next: as many as should hold the `missing` matches, by what the last ones held.
+
+    Bounded also by their size: the server disconnects a client for which 64 MiB wait.
+    """
+    if not window:
+        return PROBE
+    share = max(len(matching) / len(window), 0.1)
+    size = max(len(record.body) for record in window) + 500
+    return max(8, min(WINDOW, ANSWER_SIZE // size, max(PROBE, math.ceil(missing / share))))
 
 
 def _is_status(replies: list[Reply]) -> bool:
