@@ -783,7 +783,7 @@ class Queue:
         """
         wanted = _checked_state(state)
         before = math.inf if older_than is None else checked_seconds(older_than, "older_than")
-        await self._cleanup.clean_jobs(wanted, before, progress=progress)
+        await self._cleanup.clean(wanted, before, progress)
 
     async def clean_jobs(
         self,

@@ -434,15 +434,15 @@ async def test_an_outcome_that_comes_while_old_ones_are_cleaned_stays(
 ) -> None:
     old = await queue.add("echo")
     await run_jobs(queue)
-    real = queue.backend.delete_many
+    real = queue.backend.purge
 
-    async def delete_many(log: str, sequences: Sequence[int]) -> list[int]:
+    async def purge(log: str, filter: str, *, before: int | None = None) -> int:
         if not await queue.get_job("young"):
             await queue.add("echo", job_id="young")
             await run_jobs(queue)
-        return await real(log, sequences)
+        return await real(log, filter, before=before)
 
-    monkeypatch.setattr(queue.backend, "delete_many", delete_many)
+    monkeypatch.setattr(queue.backend, "purge", purge)
     await anyio.sleep(0.02)
     await queue.clean("completed", queue.backend.now())
     assert await queue.get_job(old) is None

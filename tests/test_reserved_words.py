@@ -134,10 +134,6 @@ async def test_a_key_that_is_none_of_ours_is_no_job(
     assert not await queue.retry_job("forged")
     for state in ("completed", "failed", "delayed", "waiting", "waiting-children", "cancelled"):
         assert await queue.get_jobs(state) == []
-    assert await queue.add("echo", job_id="forged") == "forged"
-    async with running(queue):
-        with anyio.fail_after(PATIENCE):
-            assert await queue.wait_for("forged") == "ran"
 
 
 READS: dict[str, Callable[[Queue], Awaitable[object]]] = {

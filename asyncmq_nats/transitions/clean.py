@@ -1,6 +1,6 @@
-"""Removing many jobs at once: clean, drain, obliterate. In steps of some records, each removed by its sequence.
+"""Removing many jobs at once: clean, drain, obliterate. In steps: each holds the stream for a short time only.
 
-A purge by filter would be one call, but the server holds the stream for as long as it takes: 46 s for a million records.
+One purge by filter would be one call, but the server holds the stream for as long as it takes: 46 s for a million records.
 """
 
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -21,6 +21,9 @@ __all__ = ["Cleanup", "Progress"]
 
 STEP: Final = 2_000
 """Records that are read and removed at a time."""
+
+PURGE_STEP: Final = 100_000
+"""Sequences that are purged at a time: the server is busy with the stream meanwhile."""
 
 Progress = Callable[[int], None]
 """Told how many jobs have been removed so far."""
@@ -66,6 +69,44 @@ class Cleanup:
         if state in INDEXED:
             await self._remove_entries(state, older_than)
         return ids
+
+    async def clean(
+        self, state: State, older_than: float = inf, progress: Progress | None = None
+    ) -> None:
+        """Remove the jobs that came to a state before a time; those that run stay.
+
+        Outcomes are purged by filter, `PURGE_STEP` sequences at a time: their ids are not asked for.
+        """
+        if state not in OUTCOMES:
+            await self.clean_jobs(state, older_than, progress=progress)
+            return
+        log, removed = self._subjects.bucket_log, 0
+        try:
+            oldest = await self._backend.page(log, ">", limit=1, mostly=True)
+            end = await self._first_sequence_since(log, older_than)
+        except AssetMissing:
+            return
+        filters = [self._subjects.outcomes(state)]
+        filters += [self._subjects.indexed(state)] if state in INDEXED else []
+        start = oldest[0].sequence if oldest else end
+        while start < end:
+            start = min(end, start + PURGE_STEP)
+            purged = [await self._backend.purge(log, filter, before=start) for filter in filters]
+            removed += purged[0]
+            if progress is not None:
+                progress(removed)
+
+    async def _first_sequence_since(self, log: str, time: float) -> int:
+        """Return the sequence from which on all records are as young as `time`: it grows with the time."""
+        first, end = 1, await self._backend.last_sequence(log) + 1
+        while first < end and time != inf:
+            middle = (first + end) // 2
+            page = await self._backend.page(log, ">", from_sequence=middle, limit=1, mostly=True)
+            if page and page[0].time < time:
+                first = page[0].sequence + 1
+            else:
+                end = middle
+        return end
 
     async def _sources(self, state: State) -> list[Source]:
         if state is State.ACTIVE:

@@ -415,7 +415,7 @@ class NATSBackend:
         """
         page = [
             record
-            for record in await self.page(log, filter, limit=2)
+            for record in await self.page(log, filter, limit=2, mostly=True)
             if before is None or record.sequence < before
         ]
         return page[0] if len(page) == 1 else None
