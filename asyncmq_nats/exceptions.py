@@ -368,3 +368,17 @@ def sole_error() -> Iterator[None]:
         if error is group:
             raise
         raise error from None
+
+
+@contextmanager
+def first_error() -> Iterator[None]:
+    """Have a task group that ends by errors of ours raise the first of them: its tasks do the same, and fail alike."""
+    try:
+        yield
+    except BaseExceptionGroup as group:
+        error: BaseException = group
+        while isinstance(error, BaseExceptionGroup):
+            error = error.exceptions[0]
+        if group.split(AsyncMQError)[1] is not None:
+            raise
+        raise error from None

@@ -5,7 +5,15 @@ One class, since AsyncMQ's is one; each method is a few lines over one call belo
 
 import logging
 import math
-from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    Awaitable,
+    Callable,
+    Coroutine,
+    Iterable,
+    Mapping,
+    Sequence,
+)
 from dataclasses import replace
 from functools import partial
 from typing import Any, Final, TypeVar
@@ -24,7 +32,13 @@ from asyncmq_nats._arguments import (
 from asyncmq_nats.backends import default_backend
 from asyncmq_nats.backends.base import Backend, Signal
 from asyncmq_nats.events import Event, read_event
-from asyncmq_nats.exceptions import BulkAddFailed, InvalidArgument, JobFailed, JobNotFound
+from asyncmq_nats.exceptions import (
+    AssetMissing,
+    BulkAddFailed,
+    InvalidArgument,
+    JobFailed,
+    JobNotFound,
+)
 from asyncmq_nats.jobs import Backoff, DelayedInfo, Job
 from asyncmq_nats.middleware import Hook, Hooks
 from asyncmq_nats.runtime.control import Controls, WorkerInfo, list_workers
@@ -35,14 +49,15 @@ from asyncmq_nats.runtime.registry import TASK_REGISTRY, TaskRegistry
 from asyncmq_nats.runtime.runner import Runner
 from asyncmq_nats.schedules import RepeatableInfo
 from asyncmq_nats.states import COUNT_BUCKETS, JOB_STATES, OUTCOMES, Bucket, State
-from asyncmq_nats.store.commit import LAG, look_for
-from asyncmq_nats.store.reads import Inspection
+from asyncmq_nats.store.commit import LAG, look_for, looks
+from asyncmq_nats.store.pages import JobLists
+from asyncmq_nats.store.reads import Inspection, JobPage
 from asyncmq_nats.store.topology import DEFAULT_PRIORITY, QueueAssets
 from asyncmq_nats.store.waiters import Waiters
 from asyncmq_nats.transitions.add import Additions
 from asyncmq_nats.transitions.bulk import add_many, build_entries, check_entries
 from asyncmq_nats.transitions.cancel import Administration
-from asyncmq_nats.transitions.clean import Cleanup
+from asyncmq_nats.transitions.clean import Cleanup, Progress
 from asyncmq_nats.transitions.deduplicate import Deduplicator, parse_window
 from asyncmq_nats.transitions.definition import (
     CODE,
@@ -61,6 +76,7 @@ EVENT_BUFFER: Final = 10_000
 COUNTED_AS_TO_DO: Final = (State.WAITING, State.DELAYED, State.WAITING_CHILDREN)
 
 H = TypeVar("H", bound=Hook)
+R = TypeVar("R")
 
 
 async def list_queues(backend: Backend) -> list[str]:
@@ -126,7 +142,10 @@ class Queue:
         self._additions = Additions(self.backend, self._subjects, self._assets)
         self._inspection = Inspection(self.backend, self._subjects, self._assets)
         self._administration = Administration(self.backend, self._subjects, self._assets)
-        self._cleanup = Cleanup(self.backend, self._subjects, self._assets)
+        self._lists = JobLists(self.backend, self._subjects, self._assets, self._inspection)
+        self._cleanup = Cleanup(
+            self.backend, self._subjects, self._assets, self._inspection, self._lists
+        )
         self._deduplicator = Deduplicator(self.backend, self._subjects, self._additions)
         self._repeatables = Repeatables(self.backend, self._subjects)
         self._controls = Controls(self.backend, self._subjects, self._assets)
@@ -381,13 +400,36 @@ class Queue:
     ) -> list[dict[str, Any]]:
         """Return the jobs from index `start` to `end` (included; -1: to the last) of the given states, newest first unless `asc`.
 
-        States are joined one after the other. Only the pages that are needed are read.
+        States are joined one after the other. What is before `start` is read and passed over: in long lists, `list_page` goes on
+        where the page before ended.
         """
         names = [types] if isinstance(types, str) else JOB_STATES if types is None else types
         states = [State(name) for name in names if name in set(State)]
-        return [
-            job.to_dict() for job in await self._inspection.slice(states, start, end, ascending=asc)
-        ]
+        return [job.to_dict() for job in await self._lists.slice(states, start, end, ascending=asc)]
+
+    async def list_page(
+        self,
+        state: str,
+        after: str | None = None,
+        *,
+        limit: int = 100,
+        newest_first: bool = True,
+    ) -> JobPage:
+        """Return a page of the jobs in a state. It costs the same in a queue of ten jobs and of a million, each next page too.
+
+        Args:
+            state: such as `failed`.
+            after: the `cursor` of the page before, read in the same order; `None` for the first page.
+            limit: how many jobs at most.
+            newest_first: whether the jobs that came to the state last are first.
+
+        Raises:
+            InvalidArgument: there is no such state, or the cursor is none of this state.
+        """
+        jobs, cursor = await self._lists.read_page(
+            _checked_state(state), after, checked_number(limit, "limit", 1), descending=newest_first
+        )
+        return JobPage([job.to_dict() for job in jobs], cursor)
 
     async def get_waiting(
         self, *, start: int = 0, end: int = -1, asc: bool = False
@@ -530,11 +572,23 @@ class Queue:
         A sync task's thread cannot be interrupted: it goes on to its end unheeded, unless it looks at `current_job().cancel_requested`.
         Return whether there was such a job.
         """
-        await self._assets.declare()
-        if not await look_for(partial(self._administration.cancel, job_id)):
+        if not await self._find_and(self._administration.cancel, job_id):
             return False
         await self._controls.signal_cancel(job_id)
         return True
+
+    async def _find_and(self, act: Callable[[str], Awaitable[bool]], job_id: str) -> bool:
+        """Do something to a job that may be moving. Return whether it was done; nothing is declared for it."""
+        found = look_for(partial(act, job_id), looks(self.backend))
+        return await self._unless_missing(found, False)
+
+    @staticmethod
+    async def _unless_missing(action: Coroutine[Any, Any, R], nothing: R) -> R:
+        """Return what an action returns, and `nothing` when there is no such queue: only what stores jobs makes one."""
+        try:
+            return await action
+        except AssetMissing:
+            return nothing
 
     async def is_job_cancelled(self, job_id: str) -> bool:
         """Return whether the job was cancelled."""
@@ -564,9 +618,7 @@ class Queue:
         """Return the delayed jobs, in the order in which they were delayed: all of them, or the first `limit`."""
         last = -1 if limit is None else checked_number(limit, "limit") - 1
         jobs = (
-            await self._inspection.slice([State.DELAYED], 0, last, ascending=True)
-            if limit != 0
-            else []
+            await self._lists.slice([State.DELAYED], 0, last, ascending=True) if limit != 0 else []
         )
         return [
             DelayedInfo(job.job_id, job.delay_until or job.created_at, job.to_dict())
@@ -575,8 +627,7 @@ class Queue:
 
     async def remove_delayed(self, job_id: str) -> bool:
         """Remove a delayed job. Return whether it was still delayed."""
-        await self._assets.declare()
-        return await look_for(partial(self._administration.remove_delayed, job_id))
+        return await self._find_and(self._administration.remove_delayed, job_id)
 
     async def get_due_delayed(self) -> list[dict[str, Any]]:
         """Take out and return the jobs whose time has come and that no worker has made ready yet: they are the caller's now.
@@ -586,7 +637,7 @@ class Queue:
         return [
             job.to_dict()
             for job in await self._administration.take_due(
-                [job async for job in self._inspection.read_due()]
+                [job async for job in self._lists.read_due()]
             )
         ]
 
@@ -595,8 +646,7 @@ class Queue:
 
         Return whether it was in one of these states.
         """
-        await self._assets.declare()
-        return await look_for(partial(self._administration.rerun, job_id))
+        return await self._find_and(self._administration.rerun, job_id)
 
     # -- repeatables
 
@@ -747,20 +797,15 @@ class Queue:
 
     async def list_repeatables(self) -> list[RepeatableInfo]:
         """Return the stored repeatables with their next runs (AsyncMQ `Queue.list_repeatables`)."""
-        await self._assets.declare()
-        return await self._repeatables.read_all()
+        return await self._unless_missing(self._repeatables.read_all(), [])
 
     async def remove_repeatable(self, job_def: Mapping[str, Any] | str) -> bool:
         """Remove a repeatable, given as its `job_def` or by name. Return whether it was there. Jobs it has added stay."""
-        rid = repeatable_id(job_def)
-        await self._assets.declare()
-        return await self._repeatables.remove(rid)
+        return await self._unless_missing(self._repeatables.remove(repeatable_id(job_def)), False)
 
     async def pause_repeatable(self, job_def: Mapping[str, Any] | str) -> bool:
         """Have a repeatable add no more jobs. Return whether it was there."""
-        rid = repeatable_id(job_def)
-        await self._assets.declare()
-        return await self._repeatables.pause(rid)
+        return await self._unless_missing(self._repeatables.pause(repeatable_id(job_def)), False)
 
     async def resume_repeatable(self, job_def: Mapping[str, Any] | str) -> float:
         """Let a paused repeatable go on, as its `catch_up` says, and return its next run.
@@ -771,39 +816,54 @@ class Queue:
             KeyError: there is no such repeatable (as AsyncMQ).
         """
         rid = repeatable_id(job_def)
-        await self._assets.declare()
-        return await self._repeatables.resume(rid)
+        try:
+            return await self._repeatables.resume(rid)
+        except AssetMissing:
+            raise KeyError(f"no repeatable {rid!r}") from None
 
     # -- clean up
 
-    async def clean(self, state: str, older_than: float | None = None) -> None:
+    async def clean(
+        self,
+        state: str,
+        older_than: float | None = None,
+        *,
+        progress: Progress | None = None,
+    ) -> None:
         """Remove the jobs in a state (AsyncMQ `Queue.clean`). Jobs that run stay.
 
         Args:
             state: such as `completed`.
             older_than: only those that came to that state before, in Unix seconds: for outcomes, that ended before.
+            progress: called after each step with the number of jobs removed so far.
 
         Raises:
             InvalidArgument: there is no such state, or `older_than` is no number.
         """
-        wanted, before = (
-            _checked_state(state),
-            None if older_than is None else checked_seconds(older_than, "older_than"),
-        )
-        await self._assets.declare()
-        await self._cleanup.clean(wanted, before)
+        wanted = _checked_state(state)
+        before = math.inf if older_than is None else checked_seconds(older_than, "older_than")
+        await self._cleanup.clean(wanted, before, progress)
 
     async def clean_jobs(
-        self, grace: float, limit: int = 0, state: str = State.COMPLETED
+        self,
+        grace: float,
+        limit: int = 0,
+        state: str = State.COMPLETED,
+        *,
+        progress: Progress | None = None,
     ) -> list[str]:
-        """Remove the jobs that came to a state more than `grace` seconds ago, at most `limit` (0: all), and return their ids."""
+        """Remove the jobs that came to a state more than `grace` seconds ago, at most `limit` (0: all), and return their ids.
+
+        `progress`: see `clean`.
+        """
         wanted, seconds, most = (
             _checked_state(state),
             checked_seconds(grace, "grace"),
             checked_number(limit, "limit"),
         )
-        await self._assets.declare()
-        return await self._cleanup.clean_jobs(wanted, self.backend.now() - seconds, most)
+        await self.backend.connect()
+        before = self.backend.now() - seconds
+        return await self._cleanup.clean_jobs(wanted, before, most, progress)
 
     async def remove_job(self, job_id: str) -> bool:
         """Remove a job in any state but `active`. Return whether it was removed. Jobs that depend on it go on waiting.
@@ -811,13 +871,16 @@ class Queue:
         A job that a stopping worker handed back is `active` until another worker fetches it; `cancel_job` ends it. One that a worker is
         making ready at this moment may run as well.
         """
-        await self._assets.declare()
-        return await look_for(partial(self._administration.remove, job_id))
+        return await self._find_and(self._administration.remove, job_id)
 
-    async def drain(self, include_delayed: bool = False) -> list[str]:
-        """Remove the jobs that wait, and if wished those that are delayed; return their ids. Jobs that run stay."""
-        await self._assets.declare()
-        return await self._cleanup.drain(include_delayed=include_delayed)
+    async def drain(
+        self, include_delayed: bool = False, *, progress: Progress | None = None
+    ) -> list[str]:
+        """Remove the jobs that wait, and if wished those that are delayed; return their ids. Jobs that run stay.
+
+        `progress`: called after each step with the number of jobs removed so far.
+        """
+        return await self._cleanup.drain(include_delayed=include_delayed, progress=progress)
 
     async def obliterate(self, *, force: bool = False) -> list[str]:
         """Remove everything: jobs in all states, repeatables, windows, a pause; return the ids of the jobs.
@@ -825,21 +888,19 @@ class Queue:
         Raises:
             RuntimeError: jobs are active, and not `force`: they run, or a stopping worker handed them back and no other has fetched them.
         """
-        await self._assets.declare_all()
         counts = await self._inspection.count_by_state()
         if counts[State.ACTIVE] and not force:
             raise RuntimeError(
                 f"queue {self.name!r} has {counts[State.ACTIVE]} active jobs: wait for them, or pass force=True"
             )
-        ids = [job.job_id for state in State async for job in self._inspection.read(state)]
-        await self._cleanup.obliterate()
-        await self._controls.resume()
+        ids = await self._cleanup.read_ids()
+        if await self._cleanup.obliterate():
+            await self._controls.resume()
         return ids
 
     async def get_deduplication_job_id(self, deduplication_id: str) -> str | None:
         """Return the id of the job that owns a deduplication window, or `None`."""
-        await self._assets.declare()
-        return await self._deduplicator.owner(deduplication_id)
+        return await self._unless_missing(self._deduplicator.owner(deduplication_id), None)
 
     async def get_debounce_job_id(self, deduplication_id: str) -> str | None:
         """Same as `get_deduplication_job_id`, under AsyncMQ's older name."""
@@ -847,8 +908,7 @@ class Queue:
 
     async def remove_deduplication_key(self, deduplication_id: str) -> bool:
         """End a deduplication window. Return whether there was one."""
-        await self._assets.declare()
-        return await self._deduplicator.remove(deduplication_id)
+        return await self._unless_missing(self._deduplicator.remove(deduplication_id), False)
 
 
 def _result_of(job: Job) -> Any:

@@ -444,10 +444,10 @@ async def test_b31_acting_on_one_job_reads_no_list(
     assert await queue.remove_job(removed)
     assert await queue.retry_job(failed)
     assert await queue.cancel_job(failed)
+    assert pages == []
     await queue.clean("cancelled")
     await queue.clean("delayed", older_than=0)
     await queue.clean("delayed")
-    assert pages == []
     assert await queue.queue_stats() == EMPTY
 
 

@@ -462,7 +462,7 @@ async def test_b31_nothing_looks_at_other_queues(
     job_ids = await queue.add_bulk([{"task_id": "echo", "delay": 3600}, {"task_id": "echo"}])
     assert await queue.remove_delayed(job_ids[0])
     await run_jobs(queue)
-    await queue.queue_stats()
+    await queue._assets.declare_all()
     await queue.get_jobs()
     assert {log for log in touched if "other" in log} == set()
 

@@ -380,7 +380,7 @@ async def test_an_addition_whose_confirmation_was_lost_is_no_hit(
     backend: Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     queue, real = queue_of(backend), backend.write
-    await queue.queue_stats()
+    await queue._assets.declare_all()
 
     async def write(log: str, *writes: Write) -> int:
         await real(log, *writes)

@@ -288,7 +288,7 @@ async def test_a_due_job_whose_removal_is_in_doubt_is_returned(
     due: list[dict[str, Any]] = []
 
     async def look() -> int:
-        due[:] = [job.to_dict() async for job in queue._inspection.read_due()]
+        due[:] = [job.to_dict() async for job in queue._lists.read_due()]
         return len(due)
 
     await until(look, lambda count: count == 3)
@@ -384,7 +384,7 @@ async def test_a_promoter_that_cannot_begin_says_so_and_ends(
     backend: Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     queue = make_queue(backend)
-    await queue.queue_stats()
+    await queue._assets.declare_all()
 
     class NoPuller:
         async def request(self, *_: Any, **__: Any) -> None:
@@ -405,7 +405,7 @@ async def test_what_reaches_a_promoter_late_is_not_made_ready_again(
     queue: Queue, backend: Backend, starts: Starts, monkeypatch: pytest.MonkeyPatch, forgotten: bool
 ) -> None:
     """It was on its way to a process that stood still, and is a first delivery to it. `forgotten`: for so long that no message id helps."""
-    await queue.queue_stats()
+    await queue._assets.declare_all()
     job_id = await queue.add("note", delay=0.01)
     (late,) = await Receiver(backend, "KV_amq_work_scheduler").pull("promoter")
     late.nak()
@@ -437,7 +437,7 @@ async def test_a_promotion_that_is_not_answered_does_not_hold_up_a_stop(
     def send(log: str, write: Write, _: Settle, *, timeout: float | None = None) -> None:
         real(log, write, lambda _: promoting.set(), timeout=timeout)
 
-    await queue.queue_stats()
+    await queue._assets.declare_all()
     with anyio.fail_after(PATIENCE), monkeypatch.context() as patch:
         patch.setattr(backend, "send", send)
         async with anyio.create_task_group() as group:
@@ -467,7 +467,7 @@ async def test_a_slow_acknowledgement_does_not_lose_a_job_that_was_put_off(
     queue: Queue, backend: Backend
 ) -> None:
     """A foreign producer's job whose time is near, and comes before its ready message is gone."""
-    await queue.queue_stats()
+    await queue._assets.declare_all()
     body = f'{{"task": "echo", "args": ["here"], "delay_until": {backend.now() + 0.2}}}'.encode()
     await backend.write("amq_work", Write("amq.work.ready.5.foreign", body))
     lifecycle, attempt, delivery = await hold(queue)

@@ -347,7 +347,7 @@ async def test_a_bulk_whose_confirmation_was_lost_is_no_error(
         raise WriteRefused(log, "duplicate message id")
 
     queue = queue_of(backend)
-    await queue.queue_stats()
+    await queue._assets.declare_all()
     with monkeypatch.context() as patch:
         patch.setattr(backend, "write", write)
         if not stored:
@@ -387,7 +387,7 @@ async def test_a_large_bulk_says_what_was_added(
     backend: Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     queue = queue_of(backend)
-    await queue.queue_stats()
+    await queue._assets.declare_all()
     watch_writes(backend, monkeypatch, fail_at=1)
     with pytest.raises(BulkAddFailed) as caught:
         await queue.add_bulk(

@@ -58,7 +58,7 @@ async def test_a_tier_that_is_made_while_a_pause_begins_or_ends(
     paused_before: bool, queue: Queue, twin: Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = make_queue(twin)
-    await other.queue_stats()
+    await other._assets.declare_all()
     if paused_before:
         await other.pause()
     real = queue.backend.declare_consumer
@@ -344,7 +344,7 @@ async def test_a_claim_that_outlasts_its_attempt_goes_in_time(
 
 @pytest.mark.parametrize("released", [True, False])
 async def test_a_claim_without_its_job_is_no_job(released: bool, queue: Queue) -> None:
-    await queue.queue_stats()
+    await queue._assets.declare_all()
     await queue.backend.write(
         BUCKET, Write(queue._subjects.claim("mine"), Claim("gone", 0, 1, 0, released).encode())
     )
@@ -359,7 +359,7 @@ async def test_a_claim_without_its_job_is_no_job(released: bool, queue: Queue) -
 
 @pytest.mark.parametrize("left", ["edge", "claim", "both"])
 async def test_what_is_not_a_job_ends_as_failed_whatever_is_there(left: str, queue: Queue) -> None:
-    await queue.queue_stats()
+    await queue._assets.declare_all()
     subjects = queue._subjects
     if left != "claim":
         child = build_job(
@@ -445,15 +445,15 @@ async def test_an_outcome_that_comes_while_old_ones_are_cleaned_stays(
 ) -> None:
     old = await queue.add("echo")
     await run_jobs(queue)
-    real = queue.backend.first_since
+    real = queue.backend.purge
 
-    async def first_since(log: str, filter: str, time: float) -> int | None:
-        first = await real(log, filter, time)
-        await queue.add("echo", job_id="young")
-        await run_jobs(queue)
-        return first
+    async def purge(log: str, filter: str, *, before: int | None = None) -> int:
+        if not await queue.get_job("young"):
+            await queue.add("echo", job_id="young")
+            await run_jobs(queue)
+        return await real(log, filter, before=before)
 
-    monkeypatch.setattr(queue.backend, "first_since", first_since)
+    monkeypatch.setattr(queue.backend, "purge", purge)
     await anyio.sleep(0.02)
     await queue.clean("completed", queue.backend.now())
     assert await queue.get_job(old) is None

@@ -82,7 +82,7 @@ async def test_the_examples_of_the_protocol(nats_backend: NATSBackend) -> None:
 
 async def test_a_job_with_an_id_of_its_own_is_stored_once(nats_backend: NATSBackend) -> None:
     custom_id = runnable("docs/protocol.md", "python")[1]
-    await Queue(QUEUE, nats_backend).queue_stats()
+    await Queue(QUEUE, nats_backend)._assets.declare_all()
     assert await run_block(custom_id, ASYNCMQ_NATS_SERVERS=nats_backend.url) == ""
     assert (
         await run_block(custom_id, ASYNCMQ_NATS_SERVERS=nats_backend.url) == "it is there already\n"
@@ -214,7 +214,7 @@ async def test_a_role_cannot_do_more(
             connect_as(guarded, "worker") as worker,
             connect_as(guarded, "plain", declare=False) as plain,
         ):
-            await Queue(QUEUE, worker).queue_stats()
+            await Queue(QUEUE, worker)._assets.declare_all()
             await Queue(QUEUE, plain).add("tasks.count_words", ["a"])
             with pytest.raises(PermissionRefused):
                 await Queue(QUEUE, plain).add("tasks.count_words", ["a"], delay=60)
@@ -238,7 +238,7 @@ async def add(
 @pytest.fixture
 async def stream(nats_backend: NATSBackend) -> AsyncIterator[JetStreamContext]:
     """nats-py, connected to the server of `nats_backend`, where the queue exists."""
-    await Queue(QUEUE, nats_backend).queue_stats()
+    await Queue(QUEUE, nats_backend)._assets.declare_all()
     client = await nats.connect(nats_backend.url)
     yield client.jetstream()
     await client.close()

@@ -252,7 +252,7 @@ async def test_one_is_found_by_its_name(queue: Queue) -> None:
 
 
 async def test_one_that_is_not_there(queue: Queue) -> None:
-    await queue.list_repeatables()
+    await queue._assets.declare()
     for given in ("missing", {"task_id": "tick", "every": 5}):
         assert not await queue.pause_repeatable(given)
         assert not await queue.remove_repeatable(given)

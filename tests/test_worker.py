@@ -785,7 +785,7 @@ async def test_a_foreign_job_that_begins_like_ours_may_lack_what_has_a_default(
     backend: Backend,
 ) -> None:
     queue = make_queue(backend, echo=echo)
-    await queue.queue_stats()  # the queue is there
+    await queue._assets.declare_all()  # the queue is there
     await backend.write(
         "amq_work",
         Write("amq.work.ready.5.x", b'{"v":1,"id":"x","task":"echo","args":["created_at"]}'),
@@ -804,7 +804,7 @@ async def test_a_field_that_only_a_failure_needs_may_be_malformed_and_then_fails
         raise ValueError("no")
 
     queue = make_queue(backend, fail=fail, echo=echo)
-    await queue.queue_stats()  # the queue is there
+    await queue._assets.declare_all()  # the queue is there
     for task_id in ("fail", "echo"):
         job = (
             b'{"v":1,"id":"%b","task":"%b","args":[],"kwargs":{},"created_at":1.0,"max_retries":"many"}'

@@ -9,7 +9,7 @@ A *filter* is a subject in which `*` stands for one token and a final `>` for on
 All times are Unix seconds by the *server's* clock, all durations seconds.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, Self
 
@@ -107,6 +107,8 @@ class Write:
     `removes`: subject of a record with a timer that is removed with this write. Only for such a record: some servers refuse one without a
     timer.
     `marker`: the record says that its subject was deleted (a KV delete marker); give it a `ttl`, it counts as a record while it lives.
+    `index`: subject of an empty record, an index entry, that is stored just before this one, with the same `ttl`. Should this one be
+    refused, the entry may be there without it; never the other way round.
     `beside`: a record that is there may stay beside this one until it is removed by its sequence. For a subject whose older record somebody
     else may be removing right now: some servers then take the new one for the old one.
     """
@@ -120,6 +122,7 @@ class Write:
     removes: str | None = None
     marker: bool = False
     beside: bool = False
+    index: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,6 +227,10 @@ class Backend(Protocol):
     may_declare: bool
     """Whether it creates logs and consumers that are missing; if not, `declare_log` and `declare_consumer` do nothing."""
 
+    @property
+    def reads_may_lag(self) -> bool:
+        """Whether a read may miss a write that was confirmed: a replica answered it."""
+
     async def connect(self) -> None:
         """Connect, unless connected."""
 
@@ -300,10 +307,26 @@ class Backend(Protocol):
         from_sequence: int = 1,
         limit: int = 100,
         mostly: bool = False,
+        index: str | None = None,
     ) -> list[Record]:
         """Return up to `limit` matching records whose sequence is `from_sequence` or higher, by sequence.
 
         `mostly`: a hint that most of the records there may match.
+        `index`: filter of index entries; a hint that each match has one just before it.
+        """
+
+    async def page_back(
+        self,
+        log: str,
+        filter: str,
+        *,
+        before: int | None = None,
+        limit: int = 100,
+        index: str | None = None,
+    ) -> list[Record]:
+        """Return up to `limit` matching records whose sequence is below `before`, the newest first.
+
+        Fast where most records match. `index`: see `page`.
         """
 
     async def count(self, log: str) -> int:
@@ -311,9 +334,6 @@ class Backend(Protocol):
 
     async def list_subjects(self, log: str, filter: str) -> list[str]:
         """Return the subjects that have a record. Costs as much as there are."""
-
-    async def first_since(self, log: str, filter: str, time: float) -> int | None:
-        """Return the sequence of the first matching record that was stored at `time` (Unix seconds) or later, `None` if there is none."""
 
     async def last_sequence(self, log: str) -> int:
         """Return the highest sequence given out so far, 0 in a log that never had a record."""
@@ -326,6 +346,9 @@ class Backend(Protocol):
 
         Without `on_removed` it is sent and not confirmed: for what may as well stay.
         """
+
+    async def delete_many(self, log: str, sequences: Sequence[int]) -> list[int]:
+        """Remove many records, many at a time. Return the sequences of those that were there, or may have been, in order."""
 
     async def purge(
         self, log: str, filter: str, *, before: int | None = None, keep: int | None = None

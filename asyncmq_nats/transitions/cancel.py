@@ -209,7 +209,12 @@ class Administration:
         }
         subject = self._subjects.outcome(token, State.CANCELLED)
         return Write(
-            subject, dump_json(job), expect, ttl=self._backend.settings.failed_ttl, beside=True
+            subject,
+            dump_json(job),
+            expect,
+            ttl=self._backend.settings.failed_ttl,
+            beside=True,
+            index=self._subjects.index(token, State.CANCELLED),
         )
 
     async def rerun(self, job_id: str) -> bool:

@@ -175,6 +175,7 @@ class Lifecycle(Deliveries):
             dump_json(record),
             ttl=self._settings.failed_ttl,
             beside=True,
+            index=self._subjects.index(token, State.FAILED),
         )
         while True:
             snapshot = await read_snapshot(self._backend, self._subjects, token)
@@ -233,7 +234,12 @@ class Lifecycle(Deliveries):
             )
         subject = self._subjects.outcome(attempt.token, state)
         return Write(
-            subject, record, self._fence(attempt), ttl=self._settings.failed_ttl, beside=True
+            subject,
+            record,
+            self._fence(attempt),
+            ttl=self._settings.failed_ttl,
+            beside=True,
+            index=self._subjects.index(attempt.token, state),
         )
 
     def _fence(self, attempt: Attempt) -> Expect:

@@ -332,7 +332,14 @@ class ParkedJobs:
         }
         body = dump_json({name: data[name] for name in data if name != "linking"} | fields)
         ttl = self._backend.settings.failed_ttl
-        return Write(self._keys.outcome(token, State.FAILED), body, expect, ttl=ttl, beside=True)
+        return Write(
+            self._keys.outcome(token, State.FAILED),
+            body,
+            expect,
+            ttl=ttl,
+            beside=True,
+            index=self._keys.index(token, State.FAILED),
+        )
 
     # -- its edges are there
 

@@ -196,4 +196,5 @@ def refusal_outcome(
         "finished_at": now,
     }
     key = subjects.outcome(token, State.FAILED)
-    return Write(key, dump_json(body), Expect(subjects.done_all(token)), ttl=ttl)
+    index = subjects.index(token, State.FAILED)
+    return Write(key, dump_json(body), Expect(subjects.done_all(token)), ttl=ttl, index=index)

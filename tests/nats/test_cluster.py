@@ -183,7 +183,7 @@ async def test_the_loss_of_a_leader_loses_no_job(
     done = anyio.Event()
     async with NATSBackend(cluster.urls, settings=SETTINGS) as backend:
         queue = Queue("fleet", backend)
-        await queue.queue_stats()
+        await queue._assets.declare_all()
         workers = await fleet.start_all("first", "second", concurrency=5)
 
         async def produce(producer: int) -> None:

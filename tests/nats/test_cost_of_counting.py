@@ -44,7 +44,7 @@ async def measure(queue: Queue) -> float:
     times = []
     for _ in range(15):
         started = time.perf_counter()
-        await queue.queue_stats()
+        await queue._assets.declare_all()
         times.append(time.perf_counter() - started)
     return statistics.median(times)
 
@@ -54,7 +54,7 @@ async def test_queue_stats_cost_the_same_for_10_and_for_200_000_jobs(
     queue: Queue, nats_backend: NATSBackend
 ) -> None:
     with anyio.fail_after(50):
-        await queue.queue_stats()
+        await queue._assets.declare_all()
         await fill(nats_backend, 0, FEW)
         few = await measure(queue)
         await fill(nats_backend, FEW, MANY)
@@ -69,7 +69,7 @@ async def test_first_page_of_a_long_list_is_read_alone(
     end: int, queue: Queue, nats_backend: NATSBackend
 ) -> None:
     with anyio.fail_after(30):
-        await queue.queue_stats()
+        await queue._assets.declare_all()
         await fill(nats_backend, 0, 20_000)
         for ascending in (True, False):
             seconds: list[float] = []

@@ -245,7 +245,7 @@ from asyncmq_nats.queues import Queue
 async def main(first):
     async with NATSBackend() as backend:
         queue, due = Queue("fleet", backend), {}
-        await queue.queue_stats()
+        await queue._assets.declare_all()
         for number, delay in enumerate([0.05, 0.2, 0.5, 0.8, 1.1, 1.5], first):
             before = time.clock_gettime(time.CLOCK_REALTIME)
             await queue.add("brief", [number], delay=delay)

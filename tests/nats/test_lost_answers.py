@@ -249,7 +249,7 @@ async def test_a_job_that_has_run_meanwhile_does_not_run_again(
 ) -> None:
     runs = Runs()
     near, far = (make_queue(backend, note=runs.__call__) for backend in (nats_backend, distant))
-    await far.queue_stats()
+    await far._assets.declare_all()
     later = Later()
     async with running(near):
         relay.lose_answer(lost)
@@ -273,7 +273,7 @@ async def test_a_flow_of_chosen_ids_that_has_moved_on_is_not_refused(
         await free.wait()
 
     near, far = (make_queue(backend, note=note) for backend in (nats_backend, distant))
-    await far.queue_stats()
+    await far._assets.declare_all()
     with anyio.fail_after(PATIENCE):
         async with running(near):
             relay.lose_answer(BUCKET)
@@ -320,7 +320,7 @@ async def test_a_job_that_was_not_cancelled_is_not_reported_as_cancelled(
     """The first sending was lost, and the repetition refused by a marker: of whoever moved the job."""
     near, far = (make_queue(backend) for backend in (nats_backend, distant))
     job_id = await near.add("note", delay=3600)
-    await far.queue_stats()
+    await far._assets.declare_all()
     later = Later()
     relay.lose_request(rb"PUB \$KV\.amq_work_scheduler\.done")
     with anyio.fail_after(PATIENCE):

@@ -46,7 +46,7 @@ async def guarded(make_server: MakeServer) -> EmbeddedServer:
     """A server with users, on which the owner has declared the queue."""
     server = make_server(USERS)
     async with login(server, "owner") as backend:
-        await Queue("fleet", backend).queue_stats()
+        await Queue("fleet", backend)._assets.declare_all()
     return server
 
 

@@ -98,7 +98,7 @@ async def impatient_queue(server: EmbeddedServer) -> AsyncIterator[Queue]:
         servers=server.url, settings=Settings(publish_timeout=1.5, stalled_after=20)
     ) as backend:
         queue = Queue("fleet", backend)
-        await queue.queue_stats()
+        await queue._assets.declare_all()
         yield queue
 
 

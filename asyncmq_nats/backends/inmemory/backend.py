@@ -7,7 +7,7 @@ One process, one event loop at a time, one store per instance. Where the twin an
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from functools import partial
 from itertools import count
@@ -110,6 +110,11 @@ class InMemoryBackend:
         return time.time()
 
     @property
+    def reads_may_lag(self) -> bool:
+        """See `Backend`."""
+        return False
+
+    @property
     def max_body(self) -> int:
         """See `Backend`."""
         return MAX_BODY
@@ -199,10 +204,24 @@ class InMemoryBackend:
         from_sequence: int = 1,
         limit: int = 100,
         mostly: bool = False,
+        index: str | None = None,
     ) -> list[Record]:
         """See `Backend`."""
         await self._give_way()
         return self._find_log(log).page(filter, from_sequence, limit)
+
+    async def page_back(
+        self,
+        log: str,
+        filter: str,
+        *,
+        before: int | None = None,
+        limit: int = 100,
+        index: str | None = None,
+    ) -> list[Record]:
+        """See `Backend`."""
+        await self._give_way()
+        return self._find_log(log).page_back(filter, before, limit)
 
     async def count(self, log: str) -> int:
         """See `Backend`."""
@@ -211,14 +230,6 @@ class InMemoryBackend:
     async def list_subjects(self, log: str, filter: str) -> list[str]:
         """See `Backend`."""
         return [record.subject for record in await self.last(log, filter)]
-
-    async def first_since(self, log: str, filter: str, time: float) -> int | None:
-        """See `Backend`."""
-        await self._give_way()
-        return next(
-            (record.sequence for record in self._find_log(log).find(filter) if record.time >= time),
-            None,
-        )
 
     async def last_sequence(self, log: str) -> int:
         """See `Backend`."""
@@ -239,6 +250,12 @@ class InMemoryBackend:
             removed = error
         if on_removed is not None:
             asyncio.get_running_loop().call_soon(on_removed, removed)
+
+    async def delete_many(self, log: str, sequences: Sequence[int]) -> list[int]:
+        """See `Backend`."""
+        await self._give_way()
+        stored = self._find_log(log)
+        return [sequence for sequence in sequences if stored.delete(sequence)]
 
     async def purge(
         self, log: str, filter: str, *, before: int | None = None, keep: int | None = None

@@ -82,6 +82,8 @@ class StoredLog:
         for write in writes:
             if write.removes is not None:
                 self._drop(self._subjects.get(write.removes))
+            if write.index is not None:
+                self._store(Write(write.index, b"", ttl=write.ttl))
             self._store(write)
         return self._sequence
 
@@ -96,9 +98,18 @@ class StoredLog:
 
     def page(self, pattern: str, from_sequence: int, limit: int) -> list[Record]:
         """Return up to `limit` matching records from a sequence on."""
+        start = bisect_left(self._order, from_sequence)
+        return self._take(pattern, range(start, len(self._order)), limit)
+
+    def page_back(self, pattern: str, before: int | None, limit: int) -> list[Record]:
+        """Return up to `limit` matching records below a sequence, the newest first."""
+        end = len(self._order) if before is None else bisect_left(self._order, before)
+        return self._take(pattern, range(end - 1, -1, -1), limit)
+
+    def _take(self, pattern: str, indexes: range, limit: int) -> list[Record]:
         page: list[Record] = []
         match = compile_filter(pattern).match
-        for index in range(bisect_left(self._order, from_sequence), len(self._order)):
+        for index in indexes:
             if len(page) >= limit:
                 break
             stored = self._records.get(self._order[index])

@@ -3,9 +3,10 @@
 import asyncio
 import os
 import time
-from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from typing import Any, Final, Self
 
+import anyio
 from anyio import CancelScope, to_thread
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription as NatsSubscription
@@ -38,13 +39,16 @@ from asyncmq_nats.backends.nats.puller import NATSPuller
 from asyncmq_nats.backends.nats.reader import Reader
 from asyncmq_nats.backends.nats.streams import Assets, format_time
 from asyncmq_nats.backends.nats.writer import BATCH_LIMIT, Writer
-from asyncmq_nats.exceptions import AssetMissing, BackendError, Unconfirmed
+from asyncmq_nats.exceptions import AssetMissing, BackendError, Unconfirmed, first_error
 from asyncmq_nats.settings import Settings, parse_servers
 from asyncmq_nats.settings import settings as environment
 
 __all__ = ["NATSBackend"]
 
 SUBJECTS_PAGE: Final = 100_000
+DELETES_AT_ONCE: Final = 1_000
+NO_MESSAGE: Final = (b"10037", b"10043", b"10057")
+"""Codes of an answer that a message is not there."""
 MISSING: Final = (STREAM_MISSING, CONSUMER_MISSING)
 
 
@@ -187,6 +191,11 @@ class NATSBackend:
         return self._connection.now() if self._connection is not None else time.time()
 
     @property
+    def reads_may_lag(self) -> bool:
+        connection = self._connection
+        return connection is None or connection.client.is_clustered or bool(self.settings.domain)
+
+    @property
     def max_body(self) -> int:
         return (
             self._connection.client.max_payload if self._connection is not None else 1024 * 1024
@@ -288,15 +297,27 @@ class NATSBackend:
         from_sequence: int = 1,
         limit: int = 100,
         mostly: bool = False,
+        index: str | None = None,
     ) -> list[Record]:
         await self._open_connection()
         return await self._reader.page(
-            log, filter, from_sequence=from_sequence, limit=limit, mostly=mostly
+            log, filter, from_sequence=from_sequence, limit=limit, mostly=mostly, index=index
         )
 
-    async def first_since(self, log: str, filter: str, time: float) -> int | None:
+    async def page_back(
+        self,
+        log: str,
+        filter: str,
+        *,
+        before: int | None = None,
+        limit: int = 100,
+        index: str | None = None,
+    ) -> list[Record]:
         await self._open_connection()
-        return await self._reader.first_since(log, filter, time)
+        if before is None:
+            newest = await self._reader.latest(log, ">")
+            before = 1 if newest is None else newest.sequence + 1
+        return await self._reader.page_back(log, filter, before=before, limit=limit, index=index)
 
     async def count(self, log: str) -> int:
         connection = await self._open_connection()
@@ -368,20 +389,48 @@ class NATSBackend:
             removed = error
         on_removed(removed)
 
+    async def delete_many(self, log: str, sequences: Sequence[int]) -> list[int]:
+        connection = await self._open_connection()
+        subject = f"{connection.api_prefix}STREAM.MSG.DELETE.{log}"
+        left = iter(sequences)
+        removed: list[int] = []
+
+        async def delete_some() -> None:
+            for sequence in left:
+                body = b'{"seq":%d,"no_erase":true}' % sequence
+                try:
+                    (reply,) = await connection.collect(subject, body, timeout=5.0, finished=bool)
+                    gone = b'"success":true' in reply.body
+                    if not gone and not any(code in reply.body for code in NO_MESSAGE):
+                        gone = await self.delete(log, sequence)
+                except TimeoutError:
+                    await self.delete(log, sequence)
+                    gone = True  # by this, or by the first request, whose answer was lost
+                if gone:
+                    removed.append(sequence)
+
+        with first_error():
+            async with anyio.create_task_group() as group:
+                for _ in range(min(DELETES_AT_ONCE, len(sequences))):
+                    group.start_soon(delete_some)
+        return sorted(removed)
+
     async def purge(
         self, log: str, filter: str, *, before: int | None = None, keep: int | None = None
     ) -> int:
+        everything = filter == ">" and before is None and keep is None
         if before is not None and before <= 1:  # the server takes 0 for "no limit"
             return 0
         only = (
             await self._only_record(log, filter, before)
-            if keep is None and ("*" in filter or ">" in filter)
+            if keep is None and ("*" in filter or ">" in filter) and not everything
             else None
         )
         if only is not None:
             return int(await self.delete(log, only.sequence))
         connection = await self._open_connection()
-        payload: dict[str, Any] = {"filter": filter}
+        # Without a filter the server drops its files, with one it looks at each record.
+        payload: dict[str, Any] = {} if everything else {"filter": filter}
         if before is not None:
             payload["seq"] = before
         elif keep:
@@ -396,7 +445,7 @@ class NATSBackend:
         """
         page = [
             record
-            for record in await self.page(log, filter, limit=2)
+            for record in await self.page(log, filter, limit=2, mostly=True)
             if before is None or record.sequence < before
         ]
         return page[0] if len(page) == 1 else None

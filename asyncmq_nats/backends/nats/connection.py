@@ -10,7 +10,7 @@ import json
 import logging
 import re
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import datetime
 from typing import Any, Final, NamedTuple
 
@@ -38,6 +38,10 @@ ANSWER_SIZE: Final = 4 * 1024 * 1024
 REQUEST_TIMEOUT: Final = 5.0
 ANSWER_TIMEOUT: Final = 2.0
 """How long `Connection.ask` waits for an answer."""
+
+LONG_CALL_TIMEOUT: Final = 600.0
+"""A purge takes as long as there is to remove."""
+LONG_CALLS: Final = ("STREAM.PURGE", "STREAM.DELETE")
 CLOCK_LIFETIME: Final = 60.0
 REFUSED: Final = re.compile(
     r'permissions violation for (?:publish|subscription) to "(.+?)"', re.IGNORECASE
@@ -230,13 +234,17 @@ class Connection:
     async def collect(
         self,
         subject: str,
-        body: bytes,
+        body: bytes | Sequence[bytes],
         *,
         timeout: float,
         finished: Callable[[list[Reply]], bool],
         headers: bytes = b"",
+        patient: bool = False,
     ) -> list[Reply]:
         """Send a request and return its replies, as soon as `finished` says that they are complete. `headers`: as on the wire.
+
+        `body`: several make as many requests, whose replies come together.
+        `patient`: go on waiting while the connection stays, for `LONG_CALL_TIMEOUT` at most.
 
         Raises:
             TimeoutError: they did not become so in time, or the connection was lost meanwhile and is there again: repeat it.
@@ -253,10 +261,14 @@ class Connection:
         number = str(next(self._tokens))
         token = number.encode()
         with mapped_errors(self.servers):
-            self._client.post(subject.encode(), body, (self._inbox + number).encode(), headers)
+            for one in (body,) if isinstance(body, bytes) else body:
+                self._client.post(subject.encode(), one, (self._inbox + number).encode(), headers)
         self._collectors[token], self._requests[token] = on_reply, (subject, done)
         # Not `asyncio.timeout`, which takes as long as all the rest of this.
         timer = asyncio.get_running_loop().call_later(timeout, _give_up, done)
+        if patient:
+            timer.cancel()
+            self.background.run(self._watch_long_call(done, timeout))
         try:
             await done
         finally:
@@ -288,6 +300,14 @@ class Connection:
         except nats.errors.Error as error:
             logger.debug("%s: not sent: %r", subject, error)
 
+    async def _watch_long_call(self, done: "asyncio.Future[None]", timeout: float) -> None:
+        """Give a call up that is not answered, once its connection is lost: its server may still be at it."""
+        end = time.monotonic() + LONG_CALL_TIMEOUT
+        while not done.done():
+            await asyncio.wait([done], timeout=timeout)
+            if not self._client.is_connected or time.monotonic() > end:
+                _give_up(done)
+
     def _interrupt_requests(self) -> None:
         for _, done in self._requests.values():
             if not done.done():
@@ -308,17 +328,14 @@ class Connection:
         """
         body = b"" if payload is None else json.dumps(payload).encode()
         begun = time.monotonic()
+        is_long = subject.startswith(LONG_CALLS)
         deadline = begun + self._settings.publish_timeout
         tries = silent = 0
         while True:
             left = deadline - time.monotonic()
             sent = time.monotonic()
             # What counts what it removes is not sent twice in haste.
-            patience = (
-                REQUEST_TIMEOUT
-                if subject.startswith(("STREAM.PURGE", "STREAM.DELETE"))
-                else patience_with(tries)
-            )
+            patience = REQUEST_TIMEOUT if is_long else patience_with(tries)
             tries += 1
             try:
                 reply = (
@@ -327,6 +344,8 @@ class Connection:
                         body,
                         timeout=min(patience, max(left, 0.1)),
                         finished=bool,
+                        # In a cluster, the server that was at it may be gone while the connection stays.
+                        patient=is_long and not self._client.is_clustered,
                     )
                 )[0]
             except TimeoutError:

@@ -177,6 +177,9 @@ class Writer:
         entry.sent_at = time.monotonic()
         entry.sendings += 1
         try:
+            for write in entry.writes:
+                if write.index is not None:
+                    self._post_index_entry(write.index, write.ttl)
             if len(entry.writes) == 1:
                 write = entry.writes[0]
                 self._client.post(
@@ -192,6 +195,10 @@ class Writer:
                 self._finish(entry, ConnectionLost(self._connection.servers))
             else:
                 logger.debug("%s: sending again later: %s", entry.log, error)
+
+    def _post_index_entry(self, subject: str, ttl: float | None) -> None:
+        # Unconfirmed: on one connection a stream stores in order, so it is there if what follows is.
+        self._client.post(subject.encode(), b"", b"", encode_headers(Write(subject, b"", ttl=ttl)))
 
     def _transmit_batch(self, writes: Sequence[Write], reply: bytes) -> None:
         # One flush, without awaiting the first message's answer. Only the last message has a reply subject: a refused first message
