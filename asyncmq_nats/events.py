@@ -5,7 +5,6 @@ by producers and workers. They are at most once: nothing is built on them alone.
 """
 
 import json
-import logging
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -13,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Final, TypeVar, overload
 
 from asyncmq_nats._concurrency import call_either
+from asyncmq_nats._logging import get_logger
 from asyncmq_nats.exceptions import InvalidJob
 from asyncmq_nats.jobs import Job
 from asyncmq_nats.states import OUTCOMES, Place, State
@@ -35,7 +35,7 @@ __all__ = [
     "read_event",
 ]
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 STARTED: Final = "started"
 PROGRESS: Final = "progress"

@@ -3,7 +3,6 @@
 One class, since AsyncMQ's is one; each method is a few lines over one call below.
 """
 
-import logging
 import math
 from collections.abc import (
     AsyncGenerator,
@@ -29,6 +28,7 @@ from asyncmq_nats._arguments import (
     checked_seconds,
     job_of_payload,
 )
+from asyncmq_nats._logging import get_logger
 from asyncmq_nats.backends import default_backend
 from asyncmq_nats.backends.base import Backend, Signal
 from asyncmq_nats.events import Event, read_event
@@ -70,7 +70,7 @@ from asyncmq_nats.wire.keys import QueueSubjects, encode_token
 
 __all__ = ["Queue", "list_queues"]
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 EVENT_BUFFER: Final = 10_000
 COUNTED_AS_TO_DO: Final = (State.WAITING, State.DELAYED, State.WAITING_CHILDREN)

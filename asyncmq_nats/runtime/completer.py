@@ -3,11 +3,11 @@
 The only place that counts attempts whose end is not confirmed yet.
 """
 
-import logging
 from collections.abc import Callable
 from functools import partial
 
 from asyncmq_nats._concurrency import Spawner
+from asyncmq_nats._logging import get_logger
 from asyncmq_nats.backends.base import Settled, Write
 from asyncmq_nats.exceptions import AsyncMQError
 from asyncmq_nats.store.announcing import WorkerEvents
@@ -16,7 +16,7 @@ from asyncmq_nats.transitions.finish import Lifecycle, OnSettled
 
 __all__ = ["Completer"]
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 class Completer:

@@ -1,6 +1,5 @@
 """What is asked of running workers: pause, resume, cancel; and which workers there are."""
 
-import logging
 import os
 import socket
 import uuid
@@ -10,6 +9,7 @@ from typing import Any, Final
 
 import anyio
 
+from asyncmq_nats._logging import get_logger
 from asyncmq_nats.backends.base import Backend, Log, Signal, Subscription, Write
 from asyncmq_nats.exceptions import AssetMissing
 from asyncmq_nats.store.topology import DEFAULT_PRIORITY, QueueAssets
@@ -28,7 +28,7 @@ __all__ = [
     "new_worker_id",
 ]
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 PAUSE: Final = "pause"
 RESUME: Final = "resume"

@@ -5,9 +5,9 @@ started after a definition was last changed, and does not declare it, removes it
 running worker declares it.
 """
 
-import logging
 from collections.abc import Mapping
 
+from asyncmq_nats._logging import get_logger
 from asyncmq_nats.backends.base import Backend
 from asyncmq_nats.runtime.control import list_workers
 from asyncmq_nats.transitions.definition import Definition
@@ -16,7 +16,7 @@ from asyncmq_nats.wire.keys import QueueSubjects
 
 __all__ = ["Declarations"]
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 class Declarations:

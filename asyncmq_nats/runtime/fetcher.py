@@ -3,7 +3,6 @@
 What to ask for is decided in `prefetch`, from what `tiers` and the buffer know.
 """
 
-import logging
 import time
 from collections.abc import Callable
 from functools import partial
@@ -12,6 +11,7 @@ from typing import Final
 import anyio
 from anyio.abc import TaskGroup
 
+from asyncmq_nats._logging import get_logger
 from asyncmq_nats.backends.base import Backend, Delivery, Signal
 from asyncmq_nats.exceptions import AsyncMQError
 from asyncmq_nats.runtime.buffer import Buffer
@@ -25,7 +25,7 @@ from asyncmq_nats.wire.keys import QueueSubjects, tier_name
 
 __all__ = ["Fetcher"]
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 PULL_SECONDS: Final = 30.0
 TIER_SEARCH_INTERVAL: Final = 30.0

@@ -3,13 +3,13 @@
 A worker that is alone gives nothing back: a job that comes again costs more than one that waits.
 """
 
-import logging
 import time
 from collections.abc import Iterable, Sequence
 from typing import Final
 
 import anyio
 
+from asyncmq_nats._logging import get_logger
 from asyncmq_nats.backends.base import Backend, Delivery, Puller
 from asyncmq_nats.exceptions import AsyncMQError, InvalidJob
 from asyncmq_nats.runtime.buffer import Buffer, Late
@@ -20,7 +20,7 @@ from asyncmq_nats.wire.keys import tier_name
 
 __all__ = ["HandBack"]
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 LOOK_SECONDS: Final = 0.1
 """Time between two looks whether others wait; doubled while none does."""

@@ -8,7 +8,6 @@ first is read many at a time; the rest, such as ticks, is left to some tasks. Th
 
 import heapq
 import itertools
-import logging
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
@@ -20,6 +19,7 @@ import anyio
 import anyio.lowlevel
 from anyio.abc import TaskStatus
 
+from asyncmq_nats._logging import get_logger
 from asyncmq_nats.backends.base import Backend, Delivery, Record, Settled
 from asyncmq_nats.exceptions import (
     AsyncMQError,
@@ -51,7 +51,7 @@ from asyncmq_nats.wire.keys import PROMOTER, Kind, QueueSubjects, fit_token
 
 __all__ = ["Promoter"]
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 PULL_WAIT: Final = 30.0
 CREDIT_LIMITS: Final = (16, 512)

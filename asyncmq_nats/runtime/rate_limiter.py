@@ -4,11 +4,11 @@ A permit is for one start. A worker leases as many as it has free slots, and ask
 jobs. What is leased and not used yet counts against the bucket's size, so idle workers cannot save up a burst.
 """
 
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from asyncmq_nats._logging import get_logger
 from asyncmq_nats.backends.base import Backend, Expect, Write
 from asyncmq_nats.exceptions import WriteRefused
 from asyncmq_nats.wire.codec import dump_json, load_json
@@ -16,7 +16,7 @@ from asyncmq_nats.wire.keys import QueueSubjects
 
 __all__ = ["LEASE", "Bucket", "Limit", "RateLimiter", "lease"]
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 LEASE: Final = 10.0
 """Permits of a worker that is silent for so long are taken back."""

@@ -2,7 +2,6 @@
 
 import functools
 import inspect
-import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from typing import Any, Final
 from anyio import CapacityLimiter, to_thread
 
 from asyncmq_nats._concurrency import is_async
+from asyncmq_nats._logging import get_logger
 from asyncmq_nats.context import JobContext
 from asyncmq_nats.exceptions import InvalidArgument, TaskNotFound
 from asyncmq_nats.jobs import Backoff, JobHead, new_job
@@ -22,7 +22,7 @@ from asyncmq_nats.wire.keys import check_queue_name
 
 __all__ = ["TASK_REGISTRY", "RegisteredTask", "TaskRegistry"]
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 ASYNCMQ_KEYS: Final = {
     "func": "function",

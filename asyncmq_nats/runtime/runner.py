@@ -1,6 +1,5 @@
 """A worker on one queue: start, drain, stop. Its parts run jobs; this one owns their lifetimes."""
 
-import logging
 from functools import partial
 from typing import Final
 
@@ -8,6 +7,7 @@ import anyio
 from anyio.abc import TaskGroup, TaskStatus
 
 from asyncmq_nats._concurrency import Spawner, all_done_before
+from asyncmq_nats._logging import get_logger
 from asyncmq_nats.backends.base import Backend, Delivery
 from asyncmq_nats.exceptions import AsyncMQError, ConnectionLost, sole_error
 from asyncmq_nats.middleware import Hooks
@@ -28,7 +28,7 @@ from asyncmq_nats.wire.keys import QueueSubjects
 
 __all__ = ["Runner"]
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 MARK_INTERVAL: Final = 0.5
 """Seconds between two looks for jobs that have run for a while."""

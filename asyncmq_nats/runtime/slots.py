@@ -4,7 +4,6 @@ Takes deliveries while slots are free, runs them, and passes what became of them
 """
 
 import asyncio
-import logging
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
@@ -16,6 +15,7 @@ from typing import Any, Final
 import anyio
 
 from asyncmq_nats._concurrency import Spawner, running_task
+from asyncmq_nats._logging import get_logger
 from asyncmq_nats.backends.base import Backend, Delivery
 from asyncmq_nats.context import JobContext, running_job
 from asyncmq_nats.exceptions import (
@@ -44,7 +44,7 @@ from asyncmq_nats.wire.keys import QueueSubjects
 
 __all__ = ["Slots"]
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 INVALID_RESULT: Final = (
     NotSerializable,

@@ -1,11 +1,11 @@
 """The secret of a queue, and the ids made with it that only the queue's own processes can tell."""
 
-import logging
 import os
 from functools import partial
 from hashlib import blake2b
 from typing import Final
 
+from asyncmq_nats._logging import get_logger
 from asyncmq_nats.backends.base import Backend, Expect, Record, Write
 from asyncmq_nats.exceptions import WriteRefused
 from asyncmq_nats.store.commit import LAG, look_for
@@ -13,7 +13,7 @@ from asyncmq_nats.wire.keys import QueueSubjects
 
 __all__ = ["QueueSecret", "keyed_id"]
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 SECRET_BYTES: Final = 32
 ID_BYTES: Final = 16

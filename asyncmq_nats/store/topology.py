@@ -1,9 +1,9 @@
 """The two logs of a queue and their consumers: which there are, and that they exist."""
 
-import logging
 from typing import Final
 
 from asyncmq_nats._concurrency import Turns
+from asyncmq_nats._logging import get_logger
 from asyncmq_nats.backends.base import Backend, Consumer, Log, Write
 from asyncmq_nats.exceptions import AssetMissing, TooManyPriorities
 from asyncmq_nats.states import OUTCOMES, Place
@@ -18,7 +18,7 @@ from asyncmq_nats.wire.keys import (
 
 __all__ = ["DEFAULT_PRIORITY", "MAX_TIERS", "TIER_SIGNAL", "QueueAssets"]
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 DEFAULT_PRIORITY: Final = 5
 MAX_TIERS: Final = 256

@@ -1,7 +1,6 @@
 """Those in this process who wait for the end of a job: told by signals, and by one look for all of them."""
 
 import asyncio
-import logging
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from itertools import islice
@@ -10,6 +9,7 @@ from weakref import WeakKeyDictionary
 
 import anyio
 
+from asyncmq_nats._logging import get_logger
 from asyncmq_nats.backends.base import Backend, Signal, Subscription
 from asyncmq_nats.exceptions import AsyncMQError
 from asyncmq_nats.states import OUTCOMES
@@ -17,7 +17,7 @@ from asyncmq_nats.wire.keys import QueueSubjects
 
 __all__ = ["Waiter", "Waiters"]
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 OWN_SUBSCRIPTIONS: Final = 64
 """The most waiters with a subscription each. A shared one brings the outcomes of all jobs, also of those that nobody here waits for."""

@@ -4,12 +4,12 @@ The first delivery of a job is trusted: nothing is read before it runs. A redeli
 against what is stored. A claim makes the server reject what an earlier worker writes later.
 """
 
-import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 from typing import Final
 
+from asyncmq_nats._logging import get_logger
 from asyncmq_nats.backends.base import Delivery, Write
 from asyncmq_nats.exceptions import InvalidJob
 from asyncmq_nats.jobs import Job, JobHead
@@ -17,7 +17,7 @@ from asyncmq_nats.wire.codec import dump_json, load_json
 
 __all__ = ["CLAIM_TTL", "Attempt", "Claim", "Disposition", "FollowUps", "settle_delivery"]
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 CLAIM_TTL: Final = 86_400.0
 """Seconds after which a claim goes by itself. Only a job that runs longer loses its protection."""

@@ -6,13 +6,13 @@ that finds a job in a window which is not stored stores it, so none is lost. A w
 `ttl` is over when its owner has ended, which is looked up when a producer asks.
 """
 
-import logging
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Final
 
+from asyncmq_nats._logging import get_logger
 from asyncmq_nats.backends.base import Backend, Expect, Record, Write
 from asyncmq_nats.events import DEBOUNCED, DEDUPLICATED
 from asyncmq_nats.exceptions import AsyncMQError, ConnectionLost, Unconfirmed, WriteRefused
@@ -26,7 +26,7 @@ from asyncmq_nats.wire.keys import QueueSubjects, encode_token
 
 __all__ = ["Deduplicator", "Window", "parse_window", "take_window"]
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 LONGEST: Final = 10 * 365 * 86_400
 """The longest window, in seconds."""

@@ -4,12 +4,12 @@
 `claim` voids them; `hand_back` returns a job that did not end.
 """
 
-import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from math import isfinite
 from typing import Any
 
+from asyncmq_nats._logging import get_logger
 from asyncmq_nats.backends.base import Backend, Delivery, Expect, Record, Write
 from asyncmq_nats.events import STALLED
 from asyncmq_nats.exceptions import (
@@ -38,7 +38,7 @@ from asyncmq_nats.wire.keys import LONGEST_TOKEN, QueueSubjects, decode_token, i
 
 __all__ = ["OUTCOME_FIELDS", "Deliveries"]
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 OUR_JOBS: bytes = b'{"v":1,"id":"'
 """How every job begins that this library writes."""

@@ -5,12 +5,12 @@ it is confirmed, the claim and other leftovers are deleted, children are told, a
 acknowledged last: a crash in between is repeated by the redelivery.
 """
 
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from asyncmq_nats._logging import get_logger
 from asyncmq_nats.backends.base import Backend, Delivery, Expect, Record, Settled, Write
 from asyncmq_nats.exceptions import BackendError, InvalidJob, PayloadTooLarge, WriteRefused
 from asyncmq_nats.jobs import Job
@@ -27,7 +27,7 @@ from asyncmq_nats.wire.keys import QueueSubjects, decode_token, encode_token, fi
 
 __all__ = ["Lifecycle"]
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 OnSettled = Callable[[Write, Settled], None]
 """Called when the write that ends an attempt was confirmed or rejected. Must not block."""

@@ -6,12 +6,12 @@ that is there: so a tick that was due before does not come to what was changed. 
 The series are computed in `schedules`.
 """
 
-import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Final
 
+from asyncmq_nats._logging import get_logger
 from asyncmq_nats.backends.base import Backend, Expect, Record, Write
 from asyncmq_nats.exceptions import InvalidJob, WriteRefused
 from asyncmq_nats.jobs import check_size
@@ -32,7 +32,7 @@ from asyncmq_nats.wire.keys import QueueSubjects, encode_token
 
 __all__ = ["Definition", "RepeatableInfo", "Repeatables", "make_definition", "repeatable_id"]
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 PAGE: Final = 500
 

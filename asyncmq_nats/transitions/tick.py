@@ -6,12 +6,12 @@ redelivery: the job's id is that of the planned time, so it is made once. Each c
 definition touches a fire that is there, so one of the two is refused.
 """
 
-import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from enum import Enum, auto
 from typing import Final
 
+from asyncmq_nats._logging import get_logger
 from asyncmq_nats.backends.base import Backend, Delivery, Expect, Record, Write
 from asyncmq_nats.exceptions import InvalidJob, TooManyPriorities, WriteRefused
 from asyncmq_nats.jobs import Job
@@ -31,7 +31,7 @@ from asyncmq_nats.wire.keys import QueueSubjects, encode_token
 
 __all__ = ["TickEnd", "Ticker", "read_fire"]
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 CATCH_UP: Final = 30.0
 """Ticks that were late because a worker died are all made up for, if they are no later."""

@@ -2,7 +2,6 @@
 
 import functools
 import inspect
-import logging
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,9 +13,11 @@ from pydantic.errors import PydanticInvalidForJsonSchema, PydanticUndefinedAnnot
 from pydantic.fields import FieldInfo
 from typing_extensions import TypedDict
 
+from asyncmq_nats._logging import get_logger
+
 __all__ = ["Call", "Chain", "Slot"]
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 POSITIONAL: Final = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
 BY_NAME: Final = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)

@@ -5,7 +5,6 @@ One process, one event loop at a time, one store per instance. Where the twin an
 """
 
 import asyncio
-import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import fields
@@ -17,6 +16,7 @@ from weakref import WeakSet
 import anyio
 
 from asyncmq_nats._concurrency import Home
+from asyncmq_nats._logging import get_logger
 from asyncmq_nats.backends.base import (
     Consumer,
     ConsumerState,
@@ -41,7 +41,7 @@ from asyncmq_nats.settings import settings as environment
 
 __all__ = ["InMemoryBackend"]
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 class InMemorySubscription:

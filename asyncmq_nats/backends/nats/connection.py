@@ -7,7 +7,6 @@ Every exception of nats-py ends here or in `errors.py`; none reaches the user.
 import asyncio
 import itertools
 import json
-import logging
 import re
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -16,6 +15,7 @@ from typing import Any, Final, NamedTuple
 
 import nats.errors
 
+from asyncmq_nats._logging import get_logger
 from asyncmq_nats.backends.nats._client.client import DirectClient, parse_headers, status_of
 from asyncmq_nats.backends.nats.errors import NO_JETSTREAM, NO_PEERS, api_error, mapped_errors
 from asyncmq_nats.exceptions import (
@@ -30,7 +30,7 @@ from asyncmq_nats.settings import Settings
 
 __all__ = ["ANSWER_SIZE", "Connection", "Reply", "parse_time", "patience_with"]
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 OLDEST_SERVER: Final = (2, 12, 2)
 ANSWER_SIZE: Final = 4 * 1024 * 1024

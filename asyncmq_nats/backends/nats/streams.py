@@ -1,10 +1,10 @@
 """Streams and consumers: made when missing, and never changed when they exist with other settings."""
 
-import logging
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any, Final
 
+from asyncmq_nats._logging import get_logger
 from asyncmq_nats.backends.base import Consumer, Log
 from asyncmq_nats.backends.nats.connection import Connection
 from asyncmq_nats.backends.nats.errors import (
@@ -21,7 +21,7 @@ from asyncmq_nats.settings import Settings
 
 __all__ = ["Assets", "consumer_config", "stream_config"]
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 NANOSECONDS: Final = 1_000_000_000
 MAX_CONSUMERS: Final = 300

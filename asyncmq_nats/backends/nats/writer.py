@@ -8,7 +8,6 @@ written is gone again and all that it expects holds once more.
 import asyncio
 import itertools
 import json
-import logging
 import os
 import random
 import time
@@ -19,6 +18,7 @@ from typing import Any, Final
 
 import nats.errors
 
+from asyncmq_nats._logging import get_logger
 from asyncmq_nats.backends.base import Expect, Record, Settle, Settled, Write
 from asyncmq_nats.backends.nats.connection import Connection
 from asyncmq_nats.backends.nats.errors import STREAM_MISSING, is_transient, write_error
@@ -34,7 +34,7 @@ from asyncmq_nats.exceptions import (
 
 __all__ = ["BATCH_LIMIT", "Writer", "encode_headers", "is_key"]
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 BATCH_LIMIT: Final = 1000
 RESEND_AFTER: Final = 2.0
