@@ -26,6 +26,7 @@ from asyncmq_nats.exceptions import AssetMissing, BackendError, PayloadTooLarge,
 from tests.receiver import PATIENCE
 
 NOTES = Log("notes", ("notes.>",), timers=True)
+BUCKET = Log("KV_notes", ("$KV.notes.>",), timers=True)
 
 
 @pytest.fixture(autouse=True)
@@ -164,10 +165,17 @@ async def test_sequences_count_from_1_and_are_never_reused(backend: Backend) -> 
 
 async def test_a_record_is_what_was_written(backend: Backend) -> None:
     before = backend.now()
-    sequence = await backend.write("notes", Write("notes.a", b"\x00body", marker=True))
-    (record,) = await backend.last("notes", "notes.a")
-    assert record == Record("notes.a", b"\x00body", sequence, record.time, marker=True)
+    await backend.declare_log(BUCKET)
+    sequence = await backend.write("KV_notes", Write("$KV.notes.a", b"\x00body", marker=True))
+    (record,) = await backend.last("KV_notes", "$KV.notes.a")
+    assert record == Record("$KV.notes.a", b"\x00body", sequence, record.time, marker=True)
     assert before - 1 < record.time < backend.now() + 1
+
+
+async def test_only_a_record_of_a_bucket_is_a_marker(backend: Backend) -> None:
+    await backend.write("notes", Write("notes.a", b"body", marker=True))
+    [record] = await backend.last("notes", "notes.a")
+    assert (record.body, record.marker) == (b"body", False)
 
 
 async def test_overwrite_replaces(backend: Backend) -> None:
@@ -209,17 +217,62 @@ async def test_a_filter_has_one_token_for_a_star_and_one_or_more_for_an_arrow(
 async def test_last_takes_any_filter_and_returns_each_record_once_by_sequence(
     backend: Backend,
 ) -> None:
+    await backend.declare_log(BUCKET)
     await backend.write(
-        "notes", *(Write(f"notes.{name}", b"", marker=name == "c") for name in "abcd")
+        "KV_notes", *(Write(f"$KV.notes.{name}", b"", marker=name == "c") for name in "abcd")
     )
-    await backend.write("notes", Write("notes.a", b"again"))
-    found = await backend.last("notes", "notes.a", "notes.*", "notes.c")
+    await backend.write("KV_notes", Write("$KV.notes.a", b"again"))
+    found = await backend.last("KV_notes", "$KV.notes.a", "$KV.notes.*", "$KV.notes.c")
     assert [(record.subject, record.sequence, record.marker) for record in found] == [
-        ("notes.b", 2, False),
-        ("notes.c", 3, True),
-        ("notes.d", 4, False),
-        ("notes.a", 5, False),
+        ("$KV.notes.b", 2, False),
+        ("$KV.notes.c", 3, True),
+        ("$KV.notes.d", 4, False),
+        ("$KV.notes.a", 5, False),
     ]
+
+
+async def test_last_takes_more_filters_than_fit_into_a_request(backend: Backend) -> None:
+    names = [f"notes.{number}.{'x' * 1000}" for number in range(1500)]
+    first = await backend.write("notes", Write(names[1400], b"1400"))
+    second = await backend.write("notes", Write(names[3], b"3"))
+    found = await backend.last("notes", *names)
+    assert [(record.sequence, record.body) for record in found] == [
+        (first, b"1400"),
+        (second, b"3"),
+    ]
+
+
+async def test_what_a_callback_for_signals_raises_ends_nothing(
+    backend: Backend, caplog: pytest.LogCaptureFixture
+) -> None:
+    heard = anyio.Event()
+
+    def take(signal: Signal) -> None:
+        if signal.body == b"bad":
+            raise ValueError("no signal of ours")
+        heard.set()
+
+    subscription = await backend.subscribe("calls.a", take)
+    await backend.publish("calls.a", b"bad")
+    await backend.publish("calls.a", b"good")
+    with anyio.fail_after(5):
+        await heard.wait()
+    assert "no signal of ours" in caplog.text
+    await subscription.unsubscribe()
+
+
+async def test_a_ping_is_the_round_trip_in_seconds(backend: Backend) -> None:
+    assert 0 <= await backend.ping() < 5
+
+
+async def test_a_log_that_was_made_again_is_another_incarnation(backend: Backend) -> None:
+    first = await backend.incarnation("notes")
+    assert first is not None
+    assert await backend.incarnation("notes") == first
+    await backend.delete_log("notes")
+    assert await backend.incarnation("notes") is None
+    await backend.declare_log(NOTES)
+    assert await backend.incarnation("notes") not in (None, first)
 
 
 async def test_what_is_written_beside_a_record_stays_when_that_is_removed(backend: Backend) -> None:

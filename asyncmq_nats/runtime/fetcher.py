@@ -8,6 +8,7 @@ from typing import Final
 import anyio
 from anyio.abc import TaskGroup
 
+from asyncmq_nats._concurrency import open_task_group
 from asyncmq_nats.backends.base import Backend, Delivery, Signal
 from asyncmq_nats.exceptions import AsyncMQError, InvalidJob
 from asyncmq_nats.runtime.buffer import FRESH, Held, Tier
@@ -393,7 +394,7 @@ class Intake:
         await self._give_back(self._held.pop_all())
 
     async def _give_back(self, deliveries: Sequence[Delivery]) -> None:
-        async with anyio.create_task_group() as group:
+        async with open_task_group() as group:
             for delivery in deliveries:
                 group.start_soon(self._hand_back, delivery)
 

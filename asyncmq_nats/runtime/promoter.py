@@ -16,6 +16,7 @@ import anyio
 import anyio.lowlevel
 from anyio.abc import TaskStatus
 
+from asyncmq_nats._concurrency import open_task_group
 from asyncmq_nats.backends.base import Backend, Delivery, Expect, Record, Write
 from asyncmq_nats.exceptions import AsyncMQError, InvalidJob, WriteRefused
 from asyncmq_nats.jobs import Job
@@ -63,7 +64,7 @@ class Promoter:
         """Promote until cancelled. Started when the first pull is out."""
         puller = self._backend.puller(self._subjects.bucket_log, self._on_delivery, self._on_lapse)
         try:
-            async with anyio.create_task_group() as group:
+            async with open_task_group() as group:
                 try:
                     for _ in range(HANDS):
                         group.start_soon(self._promote_due)

@@ -15,7 +15,7 @@ import anyio
 from anyio.abc import TaskGroup, TaskStatus
 from anyio.lowlevel import checkpoint
 
-from asyncmq_nats._concurrency import all_done_before, running_task
+from asyncmq_nats._concurrency import all_done_before, open_task_group, running_task
 from asyncmq_nats.backends.base import Backend, Delivery, Settled, Write
 from asyncmq_nats.context import JobContext, running_job
 from asyncmq_nats.exceptions import (
@@ -27,7 +27,6 @@ from asyncmq_nats.exceptions import (
     NotSerializable,
     PayloadTooLarge,
     TooManyPriorities,
-    sole_error,
 )
 from asyncmq_nats.jobs import Job
 from asyncmq_nats.middleware import Hooks
@@ -132,25 +131,24 @@ class Runner:
             return
         await self._hooks.start(self.worker)
         serving, finished = anyio.Event(), anyio.Event()
-        with sole_error():
-            async with anyio.create_task_group() as group:
-                # Not `group.start`: when that is cancelled, it waits for the end of what nobody would stop any more.
-                group.start_soon(self._serve, serving, finished)
-                try:
-                    await serving.wait()
-                    logger.info(
-                        "worker %s runs queue %s with %d slots",
-                        self.worker,
-                        self._subjects.queue,
-                        self._concurrency,
-                    )
-                    task_status.started()
-                    await self._stop.wait()
-                finally:
-                    with anyio.CancelScope(shield=True):
-                        self._stop.set()
-                        await finished.wait()
-                        await self._hooks.stop(self.worker)
+        async with open_task_group() as group:
+            # Not `group.start`: when that is cancelled, it waits for the end of what nobody would stop any more.
+            group.start_soon(self._serve, serving, finished)
+            try:
+                await serving.wait()
+                logger.info(
+                    "worker %s runs queue %s with %d slots",
+                    self.worker,
+                    self._subjects.queue,
+                    self._concurrency,
+                )
+                task_status.started()
+                await self._stop.wait()
+            finally:
+                with anyio.CancelScope(shield=True):
+                    self._stop.set()
+                    await finished.wait()
+                    await self._hooks.stop(self.worker)
 
     async def _serve(self, serving: anyio.Event, finished: anyio.Event) -> None:
         """All loops, shielded from the outside: they end in order, by `stop`."""
@@ -158,7 +156,7 @@ class Runner:
         try:
             with anyio.CancelScope(shield=True):
                 try:
-                    async with anyio.create_task_group() as self._group:
+                    async with open_task_group() as self._group:
                         await self._group.start(
                             Promoter(self._backend, self._subjects, self._assets).run
                         )

@@ -6,8 +6,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Final
 
-import anyio
-
+from asyncmq_nats._concurrency import open_task_group
 from asyncmq_nats.backends.base import Backend, ConsumerState, Record
 from asyncmq_nats.exceptions import AssetMissing, InvalidJob
 from asyncmq_nats.jobs import Job, new_job
@@ -81,7 +80,7 @@ class Inspection:
                 pending  # after the await: `+=` reads its left side first, and the others add meanwhile
             )
 
-        async with anyio.create_task_group() as group:
+        async with open_task_group() as group:
             for priority in await self._assets.list_tiers():
                 group.start_soon(count_tier, priority)
             group.start_soon(count_records, f"later_{Place.RELEASED}", State.WAITING)

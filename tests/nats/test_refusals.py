@@ -79,7 +79,8 @@ async def ageing(server: EmbeddedServer, version: str) -> AsyncIterator[str]:
     listener = await anyio.create_tcp_listener(local_host="127.0.0.1")
     async with listener, anyio.create_task_group() as group:
         group.start_soon(listener.serve, relay)
-        yield f"nats://127.0.0.1:{listener.extra(SocketAttribute.local_port)}"
+        port = listener.extra(SocketAttribute.local_port)
+        yield server.url.replace(f":{server.port}", f":{port}")
         group.cancel_scope.cancel()
 
 

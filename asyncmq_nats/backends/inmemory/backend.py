@@ -5,7 +5,6 @@ One process, one event loop at a time, one store per instance. Where the twin an
 """
 
 import asyncio
-import logging
 import time
 from collections.abc import Callable
 from dataclasses import fields
@@ -17,6 +16,7 @@ from weakref import WeakSet
 import anyio
 
 from asyncmq_nats._concurrency import Home
+from asyncmq_nats._logging import get_logger
 from asyncmq_nats.backends.base import (
     Consumer,
     ConsumerState,
@@ -40,7 +40,7 @@ from asyncmq_nats.settings import settings as environment
 
 __all__ = ["InMemoryBackend"]
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 class InMemorySubscription:
@@ -65,7 +65,10 @@ class InMemorySubscription:
     def arrive(self, signal: Signal) -> None:
         """Take a signal."""
         if self.active:
-            self._on_signal(signal)
+            try:
+                self._on_signal(signal)
+            except Exception:  # a signal of a stranger must not end what it is for
+                logger.exception("a callback for signals on %.200s failed", signal.subject)
 
 
 class InMemoryBackend:
@@ -104,6 +107,17 @@ class InMemoryBackend:
         """See `Backend`."""
         await self.close()
 
+    async def ping(self) -> float:
+        """See `Backend`."""
+        begun = time.monotonic()
+        await self._give_way()
+        return time.monotonic() - begun
+
+    @property
+    def is_full(self) -> bool:
+        """See `Backend`."""
+        return False
+
     def now(self) -> float:
         """See `Backend`."""
         return time.time()
@@ -121,6 +135,12 @@ class InMemoryBackend:
             self._logs[log.name] = StoredLog(log, self._agenda, self._send_signal)
         else:
             warn_of_difference("log", existing.declaration, log)
+
+    async def incarnation(self, name: str) -> str | None:
+        """See `Backend`."""
+        await self._give_way()
+        log = self._logs.get(name)
+        return None if log is None else log.incarnation
 
     async def delete_log(self, name: str) -> bool:
         """See `Backend`."""

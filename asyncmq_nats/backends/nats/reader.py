@@ -163,5 +163,5 @@ def _record(reply: Reply) -> Record:
         reply.body,
         int(headers["Nats-Sequence"]),
         parse_time(headers["Nats-Time-Stamp"]),
-        "KV-Operation" in headers,
+        "KV-Operation" in headers and headers["Nats-Subject"].startswith("$KV."),
     )

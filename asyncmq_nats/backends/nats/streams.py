@@ -1,10 +1,10 @@
 """Streams and consumers: made when missing, and never changed when they exist with other settings."""
 
-import logging
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any, Final
 
+from asyncmq_nats._logging import get_logger
 from asyncmq_nats.backends.base import Consumer, Log
 from asyncmq_nats.backends.nats.connection import Connection
 from asyncmq_nats.backends.nats.errors import (
@@ -21,7 +21,7 @@ from asyncmq_nats.settings import Settings
 
 __all__ = ["Assets", "consumer_config", "stream_config"]
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 NANOSECONDS: Final = 1_000_000_000
 MAX_CONSUMERS: Final = 300
@@ -43,6 +43,7 @@ def stream_config(log: Log, settings: Settings) -> dict[str, Any]:
         "discard": "old",
         "allow_direct": True,
         "allow_atomic": True,
+        **_limits(log, settings),
     }
     if log.timers:
         # discard-new is refused together with schedules; without limits discard-old never discards.
@@ -55,6 +56,23 @@ def stream_config(log: Log, settings: Settings) -> dict[str, Any]:
     if log.republish is not None:
         config["republish"] = {"src": log.republish[0], "dest": log.republish[1]}
     return config
+
+
+def _limits(log: Log, settings: Settings) -> dict[str, Any]:
+    """Return what the settings say of size, compression and place."""
+    limits: dict[str, Any] = {}
+    if log.work_queue and settings.ready_max_bytes is not None:
+        # A full stream refuses new jobs. The server takes discard-new only without schedules.
+        limits |= {"max_bytes": settings.ready_max_bytes, "discard": "new"}
+    elif not log.work_queue:
+        size = settings.workers_max_bytes if log.republish is None else settings.bucket_max_bytes
+        limits |= {} if size is None else {"max_bytes": size}
+    if settings.compression != "none" and settings.storage == "file":
+        limits["compression"] = settings.compression
+    placement = {"cluster": settings.placement_cluster, "tags": list(settings.placement_tags)}
+    if any(placement.values()):
+        limits["placement"] = {key: value for key, value in placement.items() if value}
+    return limits
 
 
 def consumer_config(consumer: Consumer) -> dict[str, Any]:

@@ -8,7 +8,6 @@ written is gone again and all that it expects holds once more.
 import asyncio
 import itertools
 import json
-import logging
 import random
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -18,9 +17,11 @@ from typing import Any, Final
 
 import nats.errors
 
+from asyncmq_nats._logging import Throttle, get_logger
 from asyncmq_nats.backends.base import Expect, Record, Settle, Settled, Write
+from asyncmq_nats.backends.nats.budget import Budget, Load
 from asyncmq_nats.backends.nats.connection import Connection
-from asyncmq_nats.backends.nats.errors import STREAM_MISSING, is_transient, write_error
+from asyncmq_nats.backends.nats.errors import STREAM_MISSING, is_full, is_transient, write_error
 from asyncmq_nats.exceptions import (
     AssetMissing,
     BackendError,
@@ -33,15 +34,24 @@ from asyncmq_nats.exceptions import (
 
 __all__ = ["BATCH_LIMIT", "Writer", "encode_headers", "is_key"]
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 BATCH_LIMIT: Final = 1000
 RESEND_AFTER: Final = 2.0
 SWEEP_EVERY: Final = 0.25
 HEADER_ROOM: Final = 1024
 """The server counts headers as payload."""
+LONGEST_HEADERS: Final = 8 * 1024
+"""Ids have up to 1,024 bytes, and headers name a few."""
+FULL_PATIENCE: Final = 1.0
+"""How long (seconds) an awaited write is repeated while the store is full: it may be for a moment."""
+FULL_SIGHT: Final = 10.0
+"""How long (seconds) after the last refusal the store counts as full."""
 ERROR: Final = b'"error"'
 SEQUENCE: Final = b'"seq":'
+
+BATCH_LINES: Final = "Nats-Batch-Id: " + "x" * 60 + "\r\nNats-Batch-Sequence: 1000\r\n"
+"""As long as what a batch adds to the headers of a write."""
 
 Last = Callable[[str, str], Awaitable[list[Record]]]
 
@@ -104,6 +114,7 @@ class Unsettled:
     token: bytes = b""
     sent_at: float = 0.0
     sendings: int = 0
+    full_since: float = 0.0
 
 
 class Writer:
@@ -120,7 +131,9 @@ class Writer:
         self._ids = itertools.count(1)
         self._inbox = self._client.new_inbox().encode() + b"."
         self._prefix = self._inbox.split(b".")[-2].decode()
-        self._size_limit = self._client.max_payload - HEADER_ROOM
+        self._budget = Budget()
+        self._full_at = float("-inf")
+        self._full_warnings = Throttle(interval=30.0)
         self._sweeping = False
         connection.on_reconnect.append(self._resend_all)
         connection.on_refusal.append(self._on_forbidden)
@@ -140,29 +153,49 @@ class Writer:
         first, *others = writes
         if first.message_id is None:
             first = replace(first, message_id=f"{self._prefix}.{next(self._ids)}")
-        self._submit(Unsettled(log, (first, *others), settle, time.monotonic() + self._timeout))
-        await self._client.make_room()
-        result = await future
+        entry = Unsettled(log, (first, *others), settle, time.monotonic() + self._timeout)
+        load = Load(bool(others), len(writes), sum(len(write.body) for write in writes))
+        try:
+            await self._budget.take(load, self._timeout)
+        except TimeoutError:
+            raise Unconfirmed(f"the write to {first.subject}", self._timeout) from None
+        try:
+            self._submit(entry)
+            await self._client.make_room()
+            result = await future
+        finally:
+            self._table.pop(entry.token, None)  # cancelled: the caller repeats it, if anyone
+            self._budget.release(load)
         if isinstance(result, BackendError):
             raise result
         return result
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the server refused a write a moment ago because it has no room."""
+        return time.monotonic() < self._full_at + FULL_SIGHT
 
     def send(self, log: str, write: Write, settle: Settle) -> None:
         """See `Backend.send`."""
         self._submit(Unsettled(log, (write,), settle, float("inf")))
 
     def _submit(self, entry: Unsettled) -> None:
-        for write in entry.writes:
-            if len(write.body) > self._size_limit:
-                raise PayloadTooLarge(
-                    f"the body for {write.subject}", len(write.body), self._size_limit
-                )
+        self._check_sizes(entry.writes)
         entry.token = b"%d" % next(self._tokens)
         self._table[entry.token] = entry
         if not self._sweeping:
             self._sweeping = True
             self._connection.background.run(self._sweep())
         self._transmit(entry)
+
+    def _check_sizes(self, writes: Sequence[Write]) -> None:
+        most = self._client.max_payload
+        for write in writes:
+            size = len(write.body)
+            if size + LONGEST_HEADERS > most:
+                room = most - max(HEADER_ROOM, len(encode_headers(write, BATCH_LINES)))
+                if size > room:
+                    raise PayloadTooLarge(f"the body for {write.subject}", size, room)
 
     def _transmit(self, entry: Unsettled) -> None:
         entry.sent_at = time.monotonic()
@@ -178,6 +211,12 @@ class Writer:
                 )
             else:
                 self._transmit_batch(entry.writes, self._inbox + entry.token)
+        except nats.errors.MaxPayloadError:  # another server of the cluster, with a lower limit
+            subject, most = entry.writes[0].subject, self._client.max_payload
+            text = (
+                f"the write to {subject} is larger than this server's max_payload of {most:,} bytes"
+            )
+            self._finish(entry, BackendError(text))
         except nats.errors.Error as error:
             if self._client.is_closed:
                 self._finish(entry, ConnectionLost(self._connection.servers))
@@ -189,17 +228,18 @@ class Writer:
         # makes the batch "incomplete" there, which is repeated; a batch id is never used twice.
         batch_id = f"{self._prefix}{next(self._batches)}"
         mixed_up = self._connection.mixes_up_expectations
+        messages: list[tuple[bytes, bytes, bytes, bytes]] = []
         for number, write in enumerate(writes, 1):
             last = number == len(writes)
             more = f"Nats-Batch-Id: {batch_id}\r\nNats-Batch-Sequence: {number}\r\n" + (
                 "Nats-Batch-Commit: 1\r\n" if last else ""
             )
-            self._client.post(
-                write.subject.encode(),
-                write.body,
-                reply if last else b"",
-                encode_headers(write, more, number * mixed_up),
-            )
+            headers = encode_headers(write, more, number * mixed_up)
+            messages.append((write.subject.encode(), write.body, reply if last else b"", headers))
+        if not all(self._client.takes(*message) for message in messages):
+            raise nats.errors.MaxPayloadError
+        for message in messages:
+            self._client.post(*message)
 
     def _on_reply(self, subject: bytes, _: bytes, body: bytes, __: bytes | None) -> None:
         entry = self._table.get(subject[len(self._inbox) :])
@@ -239,7 +279,9 @@ class Writer:
         )
 
     def _on_refusal(self, entry: Unsettled, error: dict[str, Any]) -> None:
-        if is_transient(error):
+        if is_full(error):
+            self._on_full(entry, error)
+        elif is_transient(error):
             entry.sent_at = time.monotonic() - RESEND_AFTER + random.uniform(0.0, 0.3)
         else:
             refused = write_error(entry.log, error)
@@ -247,6 +289,24 @@ class Writer:
                 self._connection.background.run(self._settle_repetition(entry, refused))
             else:
                 self._finish(entry, refused)
+
+    def _on_full(self, entry: Unsettled, error: dict[str, Any]) -> None:
+        """Store less, if the write says how; have an awaited write end soon, and repeat any other."""
+        now = time.monotonic()
+        self._full_at = now
+        entry.full_since = entry.full_since or now
+        full = write_error(entry.log, error)
+        if times := self._full_warnings.note():
+            logger.error("%s (%d writes refused)", full, times)
+        first = entry.writes[0]
+        if len(entry.writes) == 1 and first.when_full is not None:
+            smaller = first.when_full()
+            entry.writes = (replace(first, body=min(first.body, smaller, key=len), when_full=None),)
+            self._transmit(entry)
+        elif entry.deadline < float("inf") and now - entry.full_since >= FULL_PATIENCE:
+            self._finish(entry, full)
+        else:
+            entry.sent_at = now - RESEND_AFTER + random.uniform(0.2, 0.5)
 
     async def _settle_repetition(self, entry: Unsettled, refused: BackendError) -> None:
         """Settle a repetition that was refused: what refused it may be our own first sending."""
