@@ -3,7 +3,6 @@
 One class, since AsyncMQ's is one; each method is a few lines over one call below.
 """
 
-import logging
 import math
 from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -20,6 +19,7 @@ from asyncmq_nats._arguments import (
     checked_seconds,
     job_of_payload,
 )
+from asyncmq_nats._logging import Throttle, get_logger
 from asyncmq_nats.backends import default_backend
 from asyncmq_nats.backends.base import Backend, Signal
 from asyncmq_nats.events import Event, read_event
@@ -51,7 +51,7 @@ from asyncmq_nats.wire.keys import QueueSubjects, encode_token
 
 __all__ = ["Queue", "list_queues"]
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 EVENT_BUFFER: Final = 10_000
 READ_AGAIN: Final = 5.0
@@ -295,6 +295,7 @@ class Queue:
             hooks=replace(
                 self._hooks, on_startup=[self._store_repeatables, *self._hooks.on_startup]
             ),
+            on_lost_store=self._store_repeatables,
         )
 
     async def run(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
@@ -432,6 +433,12 @@ class Queue:
         At most once: while the connection is down, or this reader is 10,000 events behind, events are lost.
         """
         send, receive = anyio.create_memory_object_stream[Event](EVENT_BUFFER)
+        losses = Throttle()
+
+        def warn_of_losses(count: int) -> None:
+            if count:
+                text = "queue %s: a reader of events is too slow, %d events are lost"
+                logger.warning(text, self.name, count)
 
         def hear(signal: Signal) -> None:
             event = read_event(self.name, signal.subject, signal.body)
@@ -439,12 +446,7 @@ class Queue:
                 try:
                     send.send_nowait(event)
                 except anyio.WouldBlock:
-                    logger.warning(
-                        "queue %s: a reader of events is too slow, %s of job %s is lost",
-                        self.name,
-                        event.name,
-                        event.job_id,
-                    )
+                    warn_of_losses(losses.note())
 
         with send, receive:
             subscription = await self.backend.subscribe(self._subjects.event("*", "*"), hear)
@@ -452,6 +454,7 @@ class Queue:
                 async for event in receive:
                     yield event
             finally:
+                warn_of_losses(losses.take())
                 with anyio.CancelScope(shield=True):
                     await subscription.unsubscribe()
 

@@ -41,6 +41,7 @@ class Log:
     `work_queue`: a record is removed when a consumer's delivery of it is acknowledged; consumers' filters must not overlap.
     `timers`: writes may carry a `timer` or a `ttl`. `republish`: (filter, destination): each stored record is also sent as a signal
     to the destination, in which `{{wildcard(n)}}` stands for the n-th `*` of the filter.
+    `ballast`: subject of a record that a backend may keep to delete it when the store is full.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Log:
     work_queue: bool = False
     timers: bool = False
     republish: tuple[str, str] | None = None
+    ballast: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,7 +241,7 @@ class Backend(Protocol):
 
     @property
     def is_full(self) -> bool:
-        """Whether a write was refused a moment ago because the server has no room."""
+        """Whether a write of `send` waits because the server has no room, or did a moment ago."""
 
     async def __aenter__(self) -> Self:
         """Do what `connect` does."""

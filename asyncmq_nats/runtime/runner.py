@@ -6,7 +6,7 @@ What a job's end means is decided in `lifecycle`, what comes in is the business 
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any, Final
@@ -20,7 +20,6 @@ from asyncmq_nats.backends.base import Backend, Delivery, Settled, Write
 from asyncmq_nats.context import JobContext, running_job
 from asyncmq_nats.exceptions import (
     AsyncMQError,
-    ConnectionLost,
     InvalidArgument,
     InvalidJob,
     JobNotFound,
@@ -31,9 +30,10 @@ from asyncmq_nats.exceptions import (
 from asyncmq_nats.jobs import Job
 from asyncmq_nats.middleware import Hooks
 from asyncmq_nats.retries import Failure, retry_delay
-from asyncmq_nats.runtime.control import CANCEL, PAUSE, RESUME, WorkerRegistry, new_worker_id
+from asyncmq_nats.runtime.control import CANCEL, RESUME, WorkerRegistry, new_worker_id
 from asyncmq_nats.runtime.executor import Running, execute
 from asyncmq_nats.runtime.fetcher import Intake
+from asyncmq_nats.runtime.heartbeat import Heartbeat
 from asyncmq_nats.runtime.promoter import Promoter
 from asyncmq_nats.runtime.rate_limiter import Limit, RateLimiter
 from asyncmq_nats.runtime.registry import TaskRegistry
@@ -42,6 +42,7 @@ from asyncmq_nats.store.commit import FAREWELL, look_for
 from asyncmq_nats.store.topology import QueueAssets
 from asyncmq_nats.transitions.claim import Attempt, Verdict, leave
 from asyncmq_nats.transitions.finish import Lifecycle, SettleEnd
+from asyncmq_nats.transitions.make_room import make_room
 from asyncmq_nats.wire.keys import QueueSubjects
 
 __all__ = ["Runner"]
@@ -72,6 +73,7 @@ class Runner:
         concurrency: slots; never more jobs run at a time.
         limit: of starts in the whole queue.
         hooks: what else happens when it starts and stops.
+        on_lost_store: called when a server came back without what the bucket held.
     """
 
     def __init__(
@@ -84,6 +86,7 @@ class Runner:
         concurrency: int,
         limit: Limit | None = None,
         hooks: Hooks | None = None,
+        on_lost_store: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         if concurrency < 1:
             raise ValueError(f"concurrency must be at least 1, not {concurrency}")
@@ -107,6 +110,15 @@ class Runner:
             adopt=self._adopt,
         )
         self._entry = WorkerRegistry(backend, subjects, self.worker, concurrency, self._running_ids)
+        self._on_lost_store = on_lost_store
+        steps = (
+            self._entry.beat,
+            self._restore_lost,
+            self._lifecycle.trim,
+            partial(make_room, backend, subjects),
+            self._look_for_cancelled,
+        )
+        self._heartbeat = Heartbeat(self.worker, backend.settings.heartbeat_interval, steps)
         self._threads = anyio.CapacityLimiter(concurrency)
         self._running: dict[Running, None] = {}
         self._progress = anyio.Event()
@@ -153,6 +165,7 @@ class Runner:
     async def _serve(self, serving: anyio.Event, finished: anyio.Event) -> None:
         """All loops, shielded from the outside: they end in order, by `stop`."""
         self._host = running_task()
+        self._lifecycle.progress.attach()
         try:
             with anyio.CancelScope(shield=True):
                 try:
@@ -206,13 +219,13 @@ class Runner:
 
     async def _enter_registry(self) -> None:
         await self._entry.enter()
-        await self._entry.listen(PAUSE, self._on_pause)
+        await self._entry.listen_for_pause(self._intake.pause)
         await self._entry.listen(RESUME, lambda _: self._intake.resume())
         await self._entry.listen(CANCEL, self._on_cancel)
         await (
             self._intake.look_at_pause()
         )  # again: a signal may have gone by between the first look and now
-        self._group.start_soon(self._beat)
+        self._group.start_soon(self._heartbeat.run)
 
     async def _leave_registry(self) -> None:
         with anyio.move_on_after(FAREWELL) as scope:
@@ -227,28 +240,16 @@ class Runner:
                 "worker %s: its entry goes when it is out of date: no answer", self.worker
             )
 
-    async def _beat(self) -> None:
-        """Renew the entry in the list of workers, and see whether a cancellation was missed."""
-        while True:
-            await anyio.sleep(self._backend.settings.heartbeat_interval)
-            try:
-                await self._entry.beat()
-                await self._lifecycle.trim()
-                for job_id in await self._lifecycle.cancelled_among(self._running_ids()):
-                    self._on_cancel(job_id)
-            except ConnectionLost as error:
-                logger.critical("worker %s ends: %s", self.worker, error)
-                raise
-            except AsyncMQError as error:
-                logger.warning("worker %s: no heartbeat now: %s", self.worker, error)
+    async def _restore_lost(self) -> None:
+        if await self._assets.restore_lost() and self._on_lost_store is not None:
+            await self._on_lost_store()
+
+    async def _look_for_cancelled(self) -> None:
+        for job_id in await self._lifecycle.cancelled_among(self._running_ids()):
+            self._on_cancel(job_id)
 
     def _running_ids(self) -> list[str]:
         return [running.context.id for running in self._running]
-
-    def _on_pause(self, text: str) -> None:
-        until, _, inbox = text.partition(" ")
-        self._intake.pause(float(until))
-        self._group.start_soon(self._entry.answer, inbox)
 
     def _on_cancel(self, job_id: str) -> None:
         for running in [running for running in self._running if running.context.id == job_id]:
@@ -359,6 +360,7 @@ class Runner:
         finally:
             del self._running[running]
         self._intake.learn_job(time.monotonic() - started)
+        self._lifecycle.progress.finish(attempt.token)
         if running.gave_in:
             await self._give_up(attempt, cancelled=running.cancelled)
         elif failure is not None:

@@ -125,13 +125,16 @@ class Inspection:
         """Look at both places in turn: a job is written where it goes before it is removed where it was."""
         try:
             job, progress = await self._find_in_bucket(token)
+        except AssetMissing:  # a server that came back empty: new jobs are in the ready log already
+            job, progress = None, {}
+        try:
             ready = (
                 None
                 if job is not None and job.status in OUTCOMES
                 else await self._find_ready(token)
             )
         except AssetMissing:
-            return None
+            ready = None
         if ready is not None and (job is None or ready.order >= job.order):
             job = ready
         return (

@@ -25,6 +25,7 @@ from asyncmq_nats.schedules import parse_every
 from asyncmq_nats.states import OUTCOMES, Place, State
 from asyncmq_nats.store.announcing import announce
 from asyncmq_nats.store.commit import pause_after_refusal
+from asyncmq_nats.store.progress import ProgressReports
 from asyncmq_nats.store.topology import QueueAssets
 from asyncmq_nats.transitions.add import Additions
 from asyncmq_nats.transitions.claim import AFTERLIFE, Attempt, Claim, Verdict, leave
@@ -52,6 +53,10 @@ OUTCOME_FIELDS: Final = (
     "status", "result", "last_error", "error_traceback", "active_since", "finished_at", "worker", "stalls",
 )  # fmt: skip
 """What a job has only because of what became of it."""
+ARGUMENT_FIELDS: Final = (
+    "v", "args", "kwargs", "parent_results", "errors", "error_traceback", "backoff", "priority", "retries", "depends_on", "parents",
+)  # fmt: skip
+"""What an outcome can do without."""
 
 
 class Lifecycle:
@@ -68,6 +73,7 @@ class Lifecycle:
         self.dependencies = self._additions.dependencies
         self._worker = worker
         self._worker_json = dump_json(worker)
+        self.progress = ProgressReports(self._send_progress)
 
     def now(self) -> float:
         """Return the server's time."""
@@ -367,7 +373,12 @@ class Lifecycle:
             raise PayloadTooLarge(what, len(record), self._backend.max_body)
         subject = self._subjects.outcome(attempt.token, State.COMPLETED)
         return Write(
-            subject, record, self._fence(attempt), ttl=self._settings.completed_ttl, beside=True
+            subject,
+            record,
+            self._fence(attempt),
+            ttl=self._settings.completed_ttl,
+            beside=True,
+            when_full=partial(without_arguments, record),
         )
 
     def _outcome(self, attempt: Attempt, state: State, fields: dict[str, Any], what: str) -> Write:
@@ -390,7 +401,12 @@ class Lifecycle:
             )
         subject = self._subjects.outcome(attempt.token, state)
         return Write(
-            subject, record, self._fence(attempt), ttl=self._settings.failed_ttl, beside=True
+            subject,
+            record,
+            self._fence(attempt),
+            ttl=self._settings.failed_ttl,
+            beside=True,
+            when_full=partial(without_arguments, record),
         )
 
     def _fence(self, attempt: Attempt) -> Expect:
@@ -398,13 +414,12 @@ class Lifecycle:
 
     async def _write_claimed(self, attempt: Attempt, write: Write, settle: SettleEnd) -> None:
         """Write the end of an attempt, together with the removal of its claim and of what is left of it in transit."""
+        removals = self._removals(attempt, write)
+        if not removals:  # repeated until stored, however long the store is full
+            self._backend.send(self._subjects.bucket_log, write, partial(settle, write))
+            return
         try:
-            settle(
-                write,
-                await self._backend.write(
-                    self._subjects.bucket_log, write, *self._removals(attempt, write)
-                ),
-            )
+            settle(write, await self._backend.write(self._subjects.bucket_log, write, *removals))
         except PayloadTooLarge:
             raise
         except BackendError as error:
@@ -430,11 +445,19 @@ class Lifecycle:
     # -- for the tasks that run
 
     def report_progress(self, job: Job, progress: float, data: Any) -> None:
-        """Store how far a running job is, and tell whoever listens. Sent, not confirmed: a later report tells more."""
-        token = encode_token(job.job_id)
-        body = dump_json(
-            {"id": job.job_id, "progress": progress, "data": data}, "the progress data"
-        )
+        """Store how far a running job is, and tell its listeners. Sent, not confirmed; from any thread.
+
+        Raises:
+            NotSerializable: the data is not JSON.
+            PayloadTooLarge: it does not fit into a message.
+        """
+        what = "the progress data"
+        body = dump_json({"id": job.job_id, "progress": progress, "data": data}, what)
+        if len(body) > self._backend.max_body:
+            raise PayloadTooLarge(what, len(body), self._backend.max_body)
+        self.progress.report(encode_token(job.job_id), body)
+
+    def _send_progress(self, token: str, body: bytes) -> None:
         write = Write(self._subjects.progress(token), body, ttl=self._settings.progress_ttl)
         self._backend.send(self._subjects.bucket_log, write, lambda _: None)
         self._backend.signal(self._subjects.event("progress", token), body)
@@ -574,6 +597,14 @@ class Lifecycle:
                 attempt.delivery.nak()
                 return
         leave(attempt.delivery, verdict)
+
+
+def without_arguments(record: bytes) -> bytes:
+    """Return an outcome as it is stored in a full store: a job that is ready takes more room."""
+    data = load_json(record)
+    for name in ARGUMENT_FIELDS:
+        data.pop(name, None)
+    return dump_json(data | {"truncated": True, "max_retries": 0})
 
 
 def _order(record: Record) -> tuple[int, int]:

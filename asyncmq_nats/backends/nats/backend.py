@@ -36,6 +36,7 @@ from asyncmq_nats.backends.nats.lease_keeper import LeaseKeeper
 from asyncmq_nats.backends.nats.options import connect_options, server_addresses
 from asyncmq_nats.backends.nats.puller import NATSPuller
 from asyncmq_nats.backends.nats.reader import Reader
+from asyncmq_nats.backends.nats.room import Ballasts, Fills
 from asyncmq_nats.backends.nats.streams import Assets, format_time
 from asyncmq_nats.backends.nats.writer import BATCH_LIMIT, Writer
 from asyncmq_nats.exceptions import AssetMissing, BackendError, PayloadTooLarge, Unconfirmed
@@ -84,9 +85,11 @@ class NATSBackend:
         self._life: AsyncGenerator[None, None]
         self._reader: Reader
         self._writer: Writer
+        self._fills: Fills
         self._assets = Assets(self.settings, declare=declare)
         self._keeper: LeaseKeeper
         self._dropped_signals = Throttle()
+        self._incarnations: dict[str, str | None] = {}
         self._embedded: EmbeddedServer | None = None
 
     @classmethod
@@ -154,7 +157,10 @@ class NATSBackend:
         except BaseException:
             await life.aclose()
             raise
-        self._assets.use(connection)
+        ballasts = Ballasts(connection, self.write, self.last, self.delete, lambda: writer.is_full)
+        writer.on_full = ballasts.release_all
+        self._fills = Fills(connection)
+        self._assets.use(connection, ballasts, self._fills)
         self._reader, self._writer, self._keeper = reader, writer, keeper
         self._connection, self._life = connection, life
 
@@ -224,7 +230,11 @@ class NATSBackend:
     async def incarnation(self, name: str) -> str | None:
         connection = await self._open_connection()
         answer = await connection.call(f"STREAM.INFO.{name}")
-        return str(answer["created"]) if self._found(name, answer) else None
+        created = str(answer["created"]) if self._found(name, answer) else None
+        if self._incarnations.setdefault(name, created) != created:
+            self._incarnations[name] = created
+            self._assets.forget(name)  # nothing that was declared is there any more
+        return created
 
     async def delete_log(self, name: str) -> bool:
         connection = await self._open_connection()
@@ -289,6 +299,7 @@ class NATSBackend:
                 f"{len(writes)} writes in one batch: at least 1 and at most {BATCH_LIMIT} are possible"
             )
         await self._open_connection()
+        await self._fills.check(log, sum(len(write.body) for write in writes))
         try:
             return await self._writer.write(log, writes)
         except AssetMissing:

@@ -15,7 +15,7 @@ from typing import Any, Final, NamedTuple
 
 import nats.errors
 
-from asyncmq_nats._logging import get_logger
+from asyncmq_nats._logging import Throttle, get_logger
 from asyncmq_nats.backends.nats._client.client import (
     MAX_CONTROL_LINE,
     DirectClient,
@@ -83,6 +83,7 @@ class Connection:
         self._requests: dict[bytes, tuple[str, asyncio.Future[None]]] = {}
         self._tokens = itertools.count(1)
         self._inbox = ""
+        self._slow = Throttle()
         self._offset = time.time() - time.monotonic()
         self._offset_until = 0.0
         self._offset_precision = float("inf")
@@ -382,7 +383,10 @@ class Connection:
         if refused is not None:
             for hook in list(self.on_refusal):
                 hook(refused[1], str(error))
-        if self._client.is_connected:
+        if isinstance(error, nats.errors.SlowConsumerError):
+            if times := self._slow.note():
+                logger.warning("%s: %d messages were lost, their reader is slow", error, times)
+        elif self._client.is_connected:
             logger.warning("NATS connection to %s: %s", self.servers, error)
 
     async def _on_disconnected(self) -> None:

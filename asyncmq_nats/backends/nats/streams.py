@@ -15,6 +15,7 @@ from asyncmq_nats.backends.nats.errors import (
     TOO_MANY_CONSUMERS,
     api_error,
 )
+from asyncmq_nats.backends.nats.room import Ballasts, Fills
 from asyncmq_nats.backends.nats.writer import is_key
 from asyncmq_nats.exceptions import AssetMissing, BackendError
 from asyncmq_nats.settings import Settings
@@ -102,6 +103,8 @@ class Assets:
 
     def __init__(self, settings: Settings, *, declare: bool) -> None:
         self._connection: Connection
+        self._ballasts: Ballasts
+        self._fills: Fills
         self._settings = settings
         self._declare = declare
         self._logs: dict[str, Log] = {}
@@ -109,15 +112,16 @@ class Assets:
         self._consumers: dict[tuple[str, str], Consumer] = {}
         self._declared: set[tuple[str, str]] = set()
 
-    def use(self, connection: Connection) -> None:
+    def use(self, connection: Connection, ballasts: Ballasts, fills: Fills) -> None:
         """Declare over this connection from now on, and nothing on the word of the one before: its server may have lost its store."""
-        self._connection = connection
+        self._connection, self._ballasts, self._fills = connection, ballasts, fills
         self._declared_logs.clear()
         self._declared.clear()
 
     async def declare_log(self, log: Log) -> None:
         """See `Backend.declare_log`."""
         self._logs[log.name] = log
+        self._ballasts.note(log)
         if not self._declare or log.name in self._declared_logs:
             return
         wanted = stream_config(log, self._settings)
@@ -127,7 +131,10 @@ class Assets:
                 raise api_error(log.name, answer["error"])
             answer = await self._connection.require(f"STREAM.INFO.{log.name}")
         warn_of_difference(f"stream {log.name}", wanted, answer["config"])
+        self._fills.learn(log.name, answer["config"])
         self._declared_logs.add(log.name)
+        if answer.get("did_create"):
+            await self._ballasts.lay(log)
 
     async def declare_consumer(self, log: str, consumer: Consumer) -> None:
         """See `Backend.declare_consumer`."""

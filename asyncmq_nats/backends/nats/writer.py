@@ -28,6 +28,7 @@ from asyncmq_nats.exceptions import (
     ConnectionLost,
     PayloadTooLarge,
     PermissionRefused,
+    StorageFull,
     Unconfirmed,
     WriteRefused,
 )
@@ -45,7 +46,7 @@ LONGEST_HEADERS: Final = 8 * 1024
 """Ids have up to 1,024 bytes, and headers name a few."""
 FULL_PATIENCE: Final = 1.0
 """How long (seconds) an awaited write is repeated while the store is full: it may be for a moment."""
-FULL_SIGHT: Final = 10.0
+FULL_SIGHT: Final = 5.0
 """How long (seconds) after the last refusal the store counts as full."""
 ERROR: Final = b'"error"'
 SEQUENCE: Final = b'"seq":'
@@ -103,6 +104,10 @@ def encode_headers(write: Write, more: str = "", indent: int = 0) -> bytes:
     return f"{lines}\r\n".encode() if len(lines) > 10 else b""
 
 
+def _nothing() -> None:
+    """Do nothing."""
+
+
 @dataclass(slots=True)
 class Unsettled:
     """Writes on their way: one message, or a batch."""
@@ -133,6 +138,8 @@ class Writer:
         self._prefix = self._inbox.split(b".")[-2].decode()
         self._budget = Budget()
         self._full_at = float("-inf")
+        self.on_full: Callable[[], None] = _nothing
+        """Called when the end of a job found no room. Must not block."""
         self._full_warnings = Throttle(interval=30.0)
         self._sweeping = False
         connection.on_reconnect.append(self._resend_all)
@@ -150,6 +157,8 @@ class Writer:
             if not future.done():
                 future.set_result(result)
 
+        if self.is_full:  # ends of jobs come first: they make room
+            raise StorageFull(log, "the ends of jobs that run here wait for room")
         first, *others = writes
         if first.message_id is None:
             first = replace(first, message_id=f"{self._prefix}.{next(self._ids)}")
@@ -172,7 +181,7 @@ class Writer:
 
     @property
     def is_full(self) -> bool:
-        """Whether the server refused a write a moment ago because it has no room."""
+        """Whether the end of a job waits for room, or did a moment ago."""
         return time.monotonic() < self._full_at + FULL_SIGHT
 
     def send(self, log: str, write: Write, settle: Settle) -> None:
@@ -293,17 +302,19 @@ class Writer:
     def _on_full(self, entry: Unsettled, error: dict[str, Any]) -> None:
         """Store less, if the write says how; have an awaited write end soon, and repeat any other."""
         now = time.monotonic()
-        self._full_at = now
         entry.full_since = entry.full_since or now
         full = write_error(entry.log, error)
         if times := self._full_warnings.note():
             logger.error("%s (%d writes refused)", full, times)
-        first = entry.writes[0]
+        first, awaited = entry.writes[0], entry.deadline < float("inf")
+        if not awaited:
+            self._full_at = now
+            self.on_full()
         if len(entry.writes) == 1 and first.when_full is not None:
             smaller = first.when_full()
             entry.writes = (replace(first, body=min(first.body, smaller, key=len), when_full=None),)
             self._transmit(entry)
-        elif entry.deadline < float("inf") and now - entry.full_since >= FULL_PATIENCE:
+        elif awaited and now - entry.full_since >= FULL_PATIENCE:
             self._finish(entry, full)
         else:
             entry.sent_at = now - RESEND_AFTER + random.uniform(0.2, 0.5)
