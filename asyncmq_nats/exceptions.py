@@ -24,6 +24,7 @@
     │   ├── ServerUnsuitable                 too old, or without JetStream
     │   ├── PermissionRefused (PermissionError)  the server's permissions forbid it
     │   ├── StorageFull                      a store or a stream has no room for a write
+    │   ├── StreamBusy                       a stream takes no more batches now
     │   └── AssetMissing (LookupError)       a stream or consumer is not there
     └── ServerBinaryMissing (RuntimeError)   no nats-server to embed
 
@@ -55,6 +56,7 @@ __all__ = [
     "ServerBinaryMissing",
     "ServerUnsuitable",
     "StorageFull",
+    "StreamBusy",
     "TaskNotFound",
     "TaskTimeout",
     "TooManyPriorities",
@@ -295,6 +297,16 @@ class StorageFull(BackendError):
             f"no room to write to {log!r}: {detail}; nothing was stored. Run workers to empty the "
             "queue, remove outcomes (`clean`), or give the server or the account more storage; "
             "docs/outages.md says how to keep room for outcomes"
+        )
+
+
+class StreamBusy(BackendError):
+    """A stream has as many open batches as the server allows; nothing was stored."""
+
+    def __init__(self, log: str) -> None:
+        super().__init__(
+            f"{log!r} has as many open batches as the server allows: somebody leaves his open; "
+            "add the jobs one by one, or give strangers an account of their own"
         )
 
 

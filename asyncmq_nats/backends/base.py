@@ -241,7 +241,7 @@ class Backend(Protocol):
 
     @property
     def is_full(self) -> bool:
-        """Whether a write of `send` waits because the server has no room, or did a moment ago."""
+        """Whether a write to a bucket (`$KV.…`) was refused a moment ago: the server has no room."""
 
     async def __aenter__(self) -> Self:
         """Do what `connect` does."""
@@ -293,6 +293,7 @@ class Backend(Protocol):
             WriteRefused: an expectation does not hold.
             PayloadTooLarge: a body is larger than `max_body`.
             StorageFull: there is no room, and there was none for a second.
+            StreamBusy: other programs keep as many batches open as the server allows.
             Unconfirmed: the deadline passed.
         """
 

@@ -111,6 +111,7 @@ class Runner:
         )
         self._entry = WorkerRegistry(backend, subjects, self.worker, concurrency, self._running_ids)
         self._on_lost_store = on_lost_store
+        self._lost_store = False
         steps = (
             self._entry.beat,
             self._restore_lost,
@@ -219,6 +220,7 @@ class Runner:
 
     async def _enter_registry(self) -> None:
         await self._entry.enter()
+        await self._assets.restore_lost()  # to learn which streams these are
         await self._entry.listen_for_pause(self._intake.pause)
         await self._entry.listen(RESUME, lambda _: self._intake.resume())
         await self._entry.listen(CANCEL, self._on_cancel)
@@ -241,8 +243,10 @@ class Runner:
             )
 
     async def _restore_lost(self) -> None:
-        if await self._assets.restore_lost() and self._on_lost_store is not None:
+        self._lost_store |= await self._assets.restore_lost()
+        if self._lost_store and self._on_lost_store is not None:
             await self._on_lost_store()
+        self._lost_store = False
 
     async def _look_for_cancelled(self) -> None:
         for job_id in await self._lifecycle.cancelled_among(self._running_ids()):

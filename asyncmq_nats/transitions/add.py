@@ -8,7 +8,7 @@ from typing import Any, Final
 from asyncmq_nats._concurrency import Turns
 from asyncmq_nats.backends.base import Backend, Expect, Write
 from asyncmq_nats.events import DUPLICATED
-from asyncmq_nats.exceptions import AssetMissing, InvalidFlow, WriteRefused
+from asyncmq_nats.exceptions import AssetMissing, InvalidFlow, StreamBusy, WriteRefused
 from asyncmq_nats.jobs import Job, check_size
 from asyncmq_nats.states import Place
 from asyncmq_nats.store.announcing import announce
@@ -100,7 +100,13 @@ class Additions:
             job.custom_id or job.delay_until is not None or job.depends_on for job in jobs
         )
         writes = [write for job in jobs for write in await self.writes_of(job, in_bucket=in_bucket)]
-        await self._write_again_when_missing(writes, priorities)
+        try:
+            await self._write_again_when_missing(writes, priorities)
+        except StreamBusy:  # strangers can keep batches of the ready log open, not of the bucket
+            if in_bucket:
+                raise
+            writes = [self.first_write(job, in_bucket=True) for job in jobs]
+            await self._write_again_when_missing(writes, priorities)
 
     async def add_linked(self, jobs: Sequence[Job]) -> None:
         """Store jobs that depend on each other; each comes after its `children`. Up to 1,000 writes are all or nothing.

@@ -109,6 +109,8 @@ class NATSBackend:
         """
         server = EmbeddedServer(store_dir)
         server.start()
+        logins = ("user", "password", "token", "user_credentials", "nkeys_seed")
+        options = dict.fromkeys(logins) | options  # those of the settings are for other servers
         backend = cls(server.url, settings=settings, **options)
         backend._embedded = server
         return backend

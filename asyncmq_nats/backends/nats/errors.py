@@ -25,6 +25,7 @@ __all__ = [
     "STREAM_MISSING",
     "api_error",
     "is_full",
+    "is_out_of_batches",
     "is_transient",
     "mapped_errors",
     "write_error",
@@ -113,6 +114,11 @@ def is_full(error: Mapping[str, Any]) -> bool:
         or code == NO_RESOURCES
         or (code == STORE_FAILED and ("maximum" in text or "limits" in text or "space" in text))
     )
+
+
+def is_out_of_batches(error: Mapping[str, Any]) -> bool:
+    """Return whether the stream, or the server, has too many open batches."""
+    return error.get("err_code") in TOO_MANY_BATCHES
 
 
 def is_transient(error: Mapping[str, Any]) -> bool:

@@ -11,7 +11,7 @@ import json
 import random
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any, Final
 
@@ -21,7 +21,13 @@ from asyncmq_nats._logging import Throttle, get_logger
 from asyncmq_nats.backends.base import Expect, Record, Settle, Settled, Write
 from asyncmq_nats.backends.nats.budget import Budget, Load
 from asyncmq_nats.backends.nats.connection import Connection
-from asyncmq_nats.backends.nats.errors import STREAM_MISSING, is_full, is_transient, write_error
+from asyncmq_nats.backends.nats.errors import (
+    STREAM_MISSING,
+    is_full,
+    is_out_of_batches,
+    is_transient,
+    write_error,
+)
 from asyncmq_nats.exceptions import (
     AssetMissing,
     BackendError,
@@ -29,6 +35,7 @@ from asyncmq_nats.exceptions import (
     PayloadTooLarge,
     PermissionRefused,
     StorageFull,
+    StreamBusy,
     Unconfirmed,
     WriteRefused,
 )
@@ -46,6 +53,8 @@ LONGEST_HEADERS: Final = 8 * 1024
 """Ids have up to 1,024 bytes, and headers name a few."""
 FULL_PATIENCE: Final = 1.0
 """How long (seconds) an awaited write is repeated while the store is full: it may be for a moment."""
+BATCH_PATIENCE: Final = 3.0
+"""How long (seconds) to try again when a stream has too many open batches: ours end within less."""
 FULL_SIGHT: Final = 5.0
 """How long (seconds) after the last refusal the store counts as full."""
 ERROR: Final = b'"error"'
@@ -120,6 +129,7 @@ class Unsettled:
     sent_at: float = 0.0
     sendings: int = 0
     full_since: float = 0.0
+    begun: float = field(default_factory=time.monotonic)
 
 
 class Writer:
@@ -138,6 +148,7 @@ class Writer:
         self._prefix = self._inbox.split(b".")[-2].decode()
         self._budget = Budget()
         self._full_at = float("-inf")
+        self._ends_in_wait: set[bytes] = set()
         self.on_full: Callable[[], None] = _nothing
         """Called when the end of a job found no room. Must not block."""
         self._full_warnings = Throttle(interval=30.0)
@@ -157,7 +168,7 @@ class Writer:
             if not future.done():
                 future.set_result(result)
 
-        if self.is_full:  # ends of jobs come first: they make room
+        if self._ends_in_wait:  # they go first: the end of a job makes room
             raise StorageFull(log, "the ends of jobs that run here wait for room")
         first, *others = writes
         if first.message_id is None:
@@ -181,7 +192,7 @@ class Writer:
 
     @property
     def is_full(self) -> bool:
-        """Whether the end of a job waits for room, or did a moment ago."""
+        """Whether a write to a bucket found no room a moment ago."""
         return time.monotonic() < self._full_at + FULL_SIGHT
 
     def send(self, log: str, write: Write, settle: Settle) -> None:
@@ -290,6 +301,8 @@ class Writer:
     def _on_refusal(self, entry: Unsettled, error: dict[str, Any]) -> None:
         if is_full(error):
             self._on_full(entry, error)
+        elif is_out_of_batches(error) and time.monotonic() > entry.begun + BATCH_PATIENCE:
+            self._finish(entry, StreamBusy(entry.log))
         elif is_transient(error):
             entry.sent_at = time.monotonic() - RESEND_AFTER + random.uniform(0.0, 0.3)
         else:
@@ -307,8 +320,10 @@ class Writer:
         if times := self._full_warnings.note():
             logger.error("%s (%d writes refused)", full, times)
         first, awaited = entry.writes[0], entry.deadline < float("inf")
-        if not awaited:
+        if is_key(first.subject):
             self._full_at = now
+        if not awaited:
+            self._ends_in_wait.add(entry.token)
             self.on_full()
         if len(entry.writes) == 1 and first.when_full is not None:
             smaller = first.when_full()
@@ -364,6 +379,7 @@ class Writer:
     def _finish(self, entry: Unsettled, result: Settled) -> None:
         if self._table.pop(entry.token, None) is None:
             return
+        self._ends_in_wait.discard(entry.token)
         try:
             entry.settle(result)
         except Exception:
