@@ -5,13 +5,13 @@ by producers and workers. They are at most once: nothing is built on them alone.
 """
 
 import inspect
-import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar, overload
 
 from anyio import to_thread
 
+from asyncmq_nats._logging import get_logger
 from asyncmq_nats.exceptions import InvalidJob
 from asyncmq_nats.states import OUTCOMES, Place, State
 from asyncmq_nats.wire.codec import load_json
@@ -33,7 +33,7 @@ __all__ = [
     "read_event",
 ]
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 STARTED: Final = "started"
 PROGRESS: Final = "progress"

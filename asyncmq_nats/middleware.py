@@ -1,14 +1,15 @@
 """What else happens when a worker starts and stops."""
 
 import inspect
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from asyncmq_nats._logging import get_logger
+
 __all__ = ["Hook", "Hooks"]
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 Hook = Callable[..., Any]
 """A function or coroutine function. It is given those of the keywords `backend`, `worker_id` and `queue` that it takes."""

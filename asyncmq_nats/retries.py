@@ -1,6 +1,5 @@
 """Whether and when a failed job runs again. Pure functions of values."""
 
-import logging
 import math
 import random
 import traceback as tracebacks
@@ -11,6 +10,7 @@ from typing import Any, Final
 
 from pydantic import ValidationError
 
+from asyncmq_nats._logging import get_logger
 from asyncmq_nats.exceptions import Fail, Retry
 from asyncmq_nats.jobs import Backoff, Job
 
@@ -23,7 +23,7 @@ __all__ = [
     "retry_delay",
 ]
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 MAX_ERROR: Final = 2_000
 MAX_TRACEBACK: Final = 4_000

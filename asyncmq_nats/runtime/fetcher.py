@@ -1,6 +1,5 @@
 """What comes into a worker: credit, the jobs in hand that have no slot yet, and giving back those for which none comes."""
 
-import logging
 import time
 from collections.abc import Callable, Sequence
 from typing import Final
@@ -9,6 +8,7 @@ import anyio
 from anyio.abc import TaskGroup
 
 from asyncmq_nats._concurrency import open_task_group
+from asyncmq_nats._logging import get_logger
 from asyncmq_nats.backends.base import Backend, Delivery, Signal
 from asyncmq_nats.exceptions import AsyncMQError, InvalidJob
 from asyncmq_nats.runtime.buffer import FRESH, Held, Tier
@@ -27,7 +27,7 @@ from asyncmq_nats.wire.keys import QueueSubjects, tier_name, tier_priority
 
 __all__ = ["Intake"]
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 PULL: Final = 30.0
 LOOK_AGAIN: Final = 30.0

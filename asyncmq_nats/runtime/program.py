@@ -14,12 +14,13 @@ from typing import Final
 import anyio
 
 from asyncmq_nats._concurrency import open_task_group
+from asyncmq_nats._logging import get_logger
 from asyncmq_nats.runtime.runner import Runner
 from asyncmq_nats.runtime.supervisor import parent_is_gone
 
 __all__ = ["import_tasks", "run_program", "run_until_signalled"]
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 TASK_THREAD: Final = "AnyIO worker thread"
 YOUNG: Final = 5_000

@@ -6,7 +6,6 @@ tier expecting nothing there, and removes the record. What is repeated changes n
 
 import heapq
 import itertools
-import logging
 import math
 import time
 from contextlib import suppress
@@ -17,6 +16,7 @@ import anyio.lowlevel
 from anyio.abc import TaskStatus
 
 from asyncmq_nats._concurrency import open_task_group
+from asyncmq_nats._logging import get_logger
 from asyncmq_nats.backends.base import Backend, Delivery, Expect, Record, Write
 from asyncmq_nats.exceptions import AsyncMQError, InvalidJob, WriteRefused
 from asyncmq_nats.jobs import Job
@@ -30,7 +30,7 @@ from asyncmq_nats.wire.keys import PROMOTER, QueueSubjects, decode_token, fit_to
 
 __all__ = ["Promoter"]
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 CREDIT: Final = 512
 PULL: Final = 30.0

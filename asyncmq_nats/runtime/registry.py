@@ -1,7 +1,6 @@
 """Which task runs for which id, and how its arguments become what its annotations say."""
 
 import inspect
-import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
@@ -11,6 +10,7 @@ from anyio import CapacityLimiter, to_thread
 from pydantic import ConfigDict, validate_call
 from pydantic.errors import PydanticUserError
 
+from asyncmq_nats._logging import get_logger
 from asyncmq_nats.context import JobContext
 from asyncmq_nats.exceptions import TaskNotFound
 from asyncmq_nats.jobs import Backoff, JobHead, new_job
@@ -20,7 +20,7 @@ from asyncmq_nats.wire.keys import check_queue_name
 
 __all__ = ["TASK_REGISTRY", "RegisteredTask", "TaskRegistry"]
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,6 @@ What a job's end means is decided in `lifecycle`, what comes in is the business 
 """
 
 import asyncio
-import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
@@ -16,6 +15,7 @@ from anyio.abc import TaskGroup, TaskStatus
 from anyio.lowlevel import checkpoint
 
 from asyncmq_nats._concurrency import all_done_before, open_task_group, running_task
+from asyncmq_nats._logging import get_logger
 from asyncmq_nats.backends.base import Backend, Delivery, Settled, Write
 from asyncmq_nats.context import JobContext, running_job
 from asyncmq_nats.exceptions import (
@@ -47,7 +47,7 @@ from asyncmq_nats.wire.keys import QueueSubjects
 
 __all__ = ["Runner"]
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 UNSOUND: Final = (
     NotSerializable,

@@ -3,7 +3,6 @@
 A child is this very program run again, with a variable in its environment that says so: what the program prepares, its children have too.
 """
 
-import logging
 import os
 import signal
 import subprocess
@@ -16,10 +15,11 @@ import anyio
 from anyio.abc import Process
 
 from asyncmq_nats._concurrency import open_task_group
+from asyncmq_nats._logging import get_logger
 
 __all__ = ["is_child", "parent_is_gone", "supervise"]
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 PARENT: Final = "ASYNCMQ_NATS_PARENT"
 LIVED_LONG: Final = 5.0

@@ -1,11 +1,11 @@
 """One delivery of a job to a worker, its claim on the job, and what became of it."""
 
-import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 from typing import Final
 
+from asyncmq_nats._logging import get_logger
 from asyncmq_nats.backends.base import Delivery, Write
 from asyncmq_nats.exceptions import InvalidJob
 from asyncmq_nats.jobs import Job, JobHead
@@ -13,7 +13,7 @@ from asyncmq_nats.wire.codec import dump_json, load_json
 
 __all__ = ["AFTERLIFE", "Attempt", "Claim", "Verdict", "leave"]
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 @dataclass(slots=True)

@@ -4,12 +4,12 @@ The key's record names its owner and is written in one batch with the owner, exp
 its owner has ended, which is looked up when someone asks.
 """
 
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Final
 
+from asyncmq_nats._logging import get_logger
 from asyncmq_nats.backends.base import Backend, Expect, Record, Write
 from asyncmq_nats.events import DEBOUNCED, DEDUPLICATED
 from asyncmq_nats.exceptions import WriteRefused
@@ -23,7 +23,7 @@ from asyncmq_nats.wire.keys import QueueSubjects, encode_token
 
 __all__ = ["Deduplicator", "Window", "parse_window", "take_window"]
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 LONGEST: Final = 10 * 365 * 86_400
 """The longest window, in seconds."""

@@ -4,12 +4,12 @@ The rules, explained in `docs/architecture.md`: 1. destination first, then sourc
 claims; 3. what ends an attempt is fenced, and the first outcome wins.
 """
 
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, Final
 
+from asyncmq_nats._logging import get_logger
 from asyncmq_nats.backends.base import Backend, Delivery, Expect, Record, Settled, Write
 from asyncmq_nats.events import STALLED
 from asyncmq_nats.exceptions import (
@@ -42,7 +42,7 @@ from asyncmq_nats.wire.keys import (
 
 __all__ = ["Lifecycle"]
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 SettleEnd = Callable[[Write, Settled], None]
 """Learns whether the write that ends an attempt was confirmed or refused."""

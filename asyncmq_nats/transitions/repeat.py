@@ -5,7 +5,6 @@ writes, in one batch that expects the fire as it was delivered: the job, the nex
 definition touches a fire that is there. So each tick makes one job, whoever dies when, and nobody leads.
 """
 
-import logging
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -16,6 +15,7 @@ from pydantic import ConfigDict, TypeAdapter
 from pydantic.dataclasses import dataclass as validated
 
 from asyncmq_nats._arguments import checked_args, checked_mapping
+from asyncmq_nats._logging import get_logger
 from asyncmq_nats.backends.base import Backend, Delivery, Expect, Record, Timer, Write
 from asyncmq_nats.exceptions import InvalidArgument, InvalidJob, WriteRefused
 from asyncmq_nats.jobs import LATEST, Job, check_size, new_job
@@ -34,7 +34,7 @@ from asyncmq_nats.wire.keys import QueueSubjects, encode_token, is_token
 
 __all__ = ["Definition", "RepeatableInfo", "Repeatables", "make_definition", "repeatable_id"]
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 LEAD: Final = 0.3
 SOON: Final = 0.6
