@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from asyncmq_nats._concurrency import deadline
 from asyncmq_nats.backends.inmemory import InMemoryBackend
 from asyncmq_nats.jobs import Job
 from asyncmq_nats.queues import Queue
@@ -22,6 +23,7 @@ __all__ = [
     "State",
     "Worker",
     "__version__",
+    "deadline",
     "settings",
     "task",
 ]

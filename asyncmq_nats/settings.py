@@ -137,6 +137,8 @@ class Settings(BaseSettings):
     """Cluster in which the streams of this process are made."""
     placement_tags: Annotated[tuple[str, ...], NoDecode] = ()
     """Tags that the servers must have which store its streams; in the environment separated by commas."""
+    max_job_payload_bytes: int | None = Field(None, ge=1)
+    """Most bytes of a new job (AsyncMQ). The server's `max_payload` holds as well."""
     domain: str | None = None
     """JetStream domain, for leaf nodes."""
     user: str | None = None

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from asyncmq_nats.backends.inmemory import InMemoryBackend
 from asyncmq_nats.backends.nats.backend import NATSBackend
-from asyncmq_nats.exceptions import ConnectionFailed
+from asyncmq_nats.exceptions import ConnectionFailed, PayloadTooLarge
 from asyncmq_nats.queues import Queue
 from asyncmq_nats.settings import Settings, find_unknown_variables
 from asyncmq_nats.settings import settings as environment
@@ -242,3 +242,19 @@ def test_a_backend_takes_those_of_the_environment_unless_given_others() -> None:
     mine = Settings(scan_interval=9.0)
     assert InMemoryBackend(settings=mine).settings is mine
     assert Queue("work", InMemoryBackend(settings=mine)).scan_interval == 9.0
+
+
+# -- the size of a job
+
+
+async def test_a_job_beyond_the_size_of_the_settings_is_refused() -> None:
+    backend = InMemoryBackend(settings=Settings(max_job_payload_bytes=1000))
+    queue = Queue("work", backend)
+    assert await queue.add("echo", ["x" * 500])
+    for add in (
+        lambda: queue.add("echo", ["x" * 1000]),
+        lambda: queue.enqueue({"task_id": "echo", "args": ["x" * 1000]}),
+        lambda: queue.add_bulk([{"task_id": "echo", "args": ["x" * 1000]}]),
+    ):
+        with pytest.raises(PayloadTooLarge, match="the limit is 1,000"):
+            await add()

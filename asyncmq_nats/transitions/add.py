@@ -8,7 +8,13 @@ from typing import Any, Final
 from asyncmq_nats._concurrency import Turns
 from asyncmq_nats.backends.base import Backend, Expect, Write
 from asyncmq_nats.events import DUPLICATED
-from asyncmq_nats.exceptions import AssetMissing, InvalidFlow, StreamBusy, WriteRefused
+from asyncmq_nats.exceptions import (
+    AssetMissing,
+    InvalidFlow,
+    PayloadTooLarge,
+    StreamBusy,
+    WriteRefused,
+)
 from asyncmq_nats.jobs import Job, check_size
 from asyncmq_nats.states import Place
 from asyncmq_nats.store.announcing import announce
@@ -250,7 +256,11 @@ class Additions:
         if job.custom_id:
             check_job_id(job.job_id)
         token, body = encode_token(job.job_id), job.encode()
-        check_size(body, f"job {job.job_id!r} of task {job.task_id!r}", self._backend.max_body)
+        what, most = f"job {job.job_id!r} of task {job.task_id!r}", self._backend.max_body
+        check_size(body, what, most)
+        limit = self._backend.settings.max_job_payload_bytes
+        if limit is not None and len(body) > limit:
+            raise PayloadTooLarge(what, len(body), limit)
         nothing = Expect(self._subjects.later_all(token))
         if job.delay_until is not None:
             return delayed_write(
