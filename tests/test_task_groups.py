@@ -23,7 +23,6 @@ async def fail(error: BaseException) -> None:
         ([WriteRefused("a", "x"), AssetMissing("b")], 0),
         ([WriteRefused("a", "x"), ValueError("a fault")], 1),
         ([BackendError("a")] * 9, 0),
-        ([ValueError("a"), KeyboardInterrupt()], 1),
     ],
 )
 async def test_a_group_raises_one_error(errors: list[BaseException], raised: int) -> None:
@@ -42,6 +41,11 @@ def test_an_error_in_groups_within_groups_is_raised() -> None:
     with pytest.raises(BackendError) as caught, unwrap_single_error():
         raise ExceptionGroup("outer", [ExceptionGroup("inner", [error]), WriteRefused("b", "x")])
     assert caught.value is error
+
+
+def test_what_ends_a_program_wins() -> None:
+    with pytest.raises(KeyboardInterrupt), unwrap_single_error():
+        raise BaseExceptionGroup("group", [ValueError("a"), KeyboardInterrupt()])
 
 
 def test_what_is_not_raised_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
