@@ -117,8 +117,11 @@ def is_full(error: Mapping[str, Any]) -> bool:
 
 
 def is_out_of_batches(error: Mapping[str, Any]) -> bool:
-    """Return whether the stream, or the server, has too many open batches."""
-    return error.get("err_code") in TOO_MANY_BATCHES
+    """Return whether the stream, or the server, may have too many open batches.
+
+    The refusal of a batch's first message has no reply; its commit is answered with "incomplete".
+    """
+    return error.get("err_code") in (BATCH_INCOMPLETE, *TOO_MANY_BATCHES)
 
 
 def is_transient(error: Mapping[str, Any]) -> bool:

@@ -301,7 +301,11 @@ class Writer:
     def _on_refusal(self, entry: Unsettled, error: dict[str, Any]) -> None:
         if is_full(error):
             self._on_full(entry, error)
-        elif is_out_of_batches(error) and time.monotonic() > entry.begun + BATCH_PATIENCE:
+        elif (
+            is_out_of_batches(error)
+            and not is_key(entry.writes[0].subject)  # strangers cannot reach a bucket
+            and time.monotonic() > entry.begun + BATCH_PATIENCE
+        ):
             self._finish(entry, StreamBusy(entry.log))
         elif is_transient(error):
             entry.sent_at = time.monotonic() - RESEND_AFTER + random.uniform(0.0, 0.3)
