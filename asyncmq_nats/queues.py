@@ -28,7 +28,7 @@ from asyncmq_nats._arguments import (
     checked_seconds,
     job_of_payload,
 )
-from asyncmq_nats._logging import get_logger
+from asyncmq_nats._logging import Throttle, get_logger
 from asyncmq_nats.backends import default_backend
 from asyncmq_nats.backends.base import Backend, Signal
 from asyncmq_nats.events import Event, read_event
@@ -485,6 +485,12 @@ class Queue:
         At most once: while the connection is down, or this reader is 10,000 events behind, events are lost.
         """
         send, receive = anyio.create_memory_object_stream[Event](EVENT_BUFFER)
+        losses = Throttle()
+
+        def warn_of_losses(count: int) -> None:
+            if count:
+                text = "queue %s: a reader of events is too slow, %d events are lost"
+                logger.warning(text, self.name, count)
 
         def hear(signal: Signal) -> None:
             event = read_event(self.name, signal.subject, signal.body)
@@ -492,12 +498,7 @@ class Queue:
                 try:
                     send.send_nowait(event)
                 except anyio.WouldBlock:
-                    logger.warning(
-                        "queue %s: a reader of events is too slow, %s of job %s is lost",
-                        self.name,
-                        event.name,
-                        event.job_id,
-                    )
+                    warn_of_losses(losses.note())
 
         with send, receive:
             subscription = await self.backend.subscribe(self._subjects.event("*", "*"), hear)
@@ -505,6 +506,7 @@ class Queue:
                 async for event in receive:
                     yield event
             finally:
+                warn_of_losses(losses.take())
                 with anyio.CancelScope(shield=True):
                     await subscription.unsubscribe()
 

@@ -7,8 +7,9 @@ from typing import Any, TypeVar
 import anyio
 from anyio.abc import TaskStatus
 
+from asyncmq_nats._concurrency import open_task_group
 from asyncmq_nats.backends.base import Backend
-from asyncmq_nats.exceptions import InvalidArgument, sole_error
+from asyncmq_nats.exceptions import InvalidArgument
 from asyncmq_nats.middleware import Hook
 from asyncmq_nats.queues import Queue
 from asyncmq_nats.runtime.control import WorkerInfo, list_workers
@@ -140,11 +141,10 @@ async def run_worker(
         await event.wait()
         runner.stop()
 
-    with sole_error():
-        async with anyio.create_task_group() as group:
-            group.start_soon(stop_when_set, drain_event)
-            await runner.run()
-            group.cancel_scope.cancel()
+    async with open_task_group() as group:
+        group.start_soon(stop_when_set, drain_event)
+        await runner.run()
+        group.cancel_scope.cancel()
 
 
 def _add_repeatable(queue: Queue, definition: Mapping[str, Any]) -> None:

@@ -42,6 +42,7 @@ class Log:
     `work_queue`: a record is removed when a consumer's delivery of it is acknowledged; consumers' filters must not overlap.
     `timers`: writes may carry a `timer` or a `ttl`. `republish`: (filter, destination): each stored record is also sent as a signal
     to the destination, in which `{{wildcard(n)}}` stands for the n-th `*` of the filter.
+    `ballast`: subject of a record that a backend may keep to delete it when the store is full.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Log:
     work_queue: bool = False
     timers: bool = False
     republish: tuple[str, str] | None = None
+    ballast: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +111,7 @@ class Write:
     `marker`: the record says that its subject was deleted (a KV delete marker); give it a `ttl`, it counts as a record while it lives.
     `index`: subject of an empty record, an index entry, that is stored just before this one, with the same `ttl`. Should this one be
     refused, the entry may be there without it; never the other way round.
+    `when_full`: makes a smaller body, which is stored instead when the store has no room for `body`.
     `beside`: a record that is there may stay beside this one until it is removed by its sequence. For a subject whose older record somebody
     else may be removing right now: some servers then take the new one for the old one.
     """
@@ -123,11 +126,15 @@ class Write:
     marker: bool = False
     beside: bool = False
     index: str | None = None
+    when_full: Callable[[], bytes] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One record as stored. `time`: when the server stored it."""
+    """One record as stored. `time`: when the server stored it.
+
+    `marker`: only a record of a KV bucket (`$KV.…`) is one: on other subjects strangers set headers.
+    """
 
     subject: str
     body: bytes
@@ -237,6 +244,17 @@ class Backend(Protocol):
     async def close(self) -> None:
         """Let go of everything. Unsettled deliveries fall back to the log when their leases run out."""
 
+    async def ping(self) -> float:
+        """Ask the server whether it is there; return how long the answer took, in seconds.
+
+        Raises:
+            Unconfirmed: no answer within `connect_timeout`.
+        """
+
+    @property
+    def is_full(self) -> bool:
+        """Whether a write to a bucket (`$KV.…`) was refused a moment ago: the server has no room."""
+
     async def __aenter__(self) -> Self:
         """Do what `connect` does."""
 
@@ -252,6 +270,9 @@ class Backend(Protocol):
 
     async def declare_log(self, log: Log) -> None:
         """Make sure the log exists. One that exists with other settings stays as it is; a warning is logged that names the difference."""
+
+    async def incarnation(self, name: str) -> str | None:
+        """Return what tells this log from one of the same name that was there before; `None`: there is none."""
 
     async def delete_log(self, name: str) -> bool:
         """Remove the log, its records and its consumers. Return whether it was there."""
@@ -283,6 +304,8 @@ class Backend(Protocol):
         Raises:
             WriteRefused: an expectation does not hold.
             PayloadTooLarge: a body is larger than `max_body`.
+            StorageFull: there is no room, and there was none for a second.
+            StreamBusy: other programs keep as many batches open as the server allows.
             Unconfirmed: the deadline passed.
         """
 
@@ -366,13 +389,20 @@ class Backend(Protocol):
         """Return a puller. The callbacks must not block. `extend=False` leaves the leases to run out."""
 
     async def publish(self, subject: str, body: bytes = b"") -> None:
-        """Send a signal."""
+        """Send a signal.
+
+        Raises:
+            PayloadTooLarge: the server would not take it.
+        """
 
     def signal(self, subject: str, body: bytes = b"") -> None:
-        """Send a signal without waiting for room. Connect before; dropped while there is no connection."""
+        """Send a signal without waiting for room. Connect before.
+
+        Dropped while there is no connection; dropped with a warning if the server would not take it.
+        """
 
     async def subscribe(self, subject: str, on_signal: Callable[[Signal], None]) -> Subscription:
-        """Call `on_signal` for every signal whose subject matches, from now on."""
+        """Call `on_signal` for every signal whose subject matches, from now on. What it raises is logged."""
 
     async def request(
         self, subject: str, body: bytes = b"", *, timeout: float = 1.0

@@ -9,6 +9,7 @@ from typing import Final
 
 import anyio
 
+from asyncmq_nats._concurrency import open_task_group
 from asyncmq_nats._logging import get_logger
 from asyncmq_nats.backends.base import Backend, Delivery, Puller
 from asyncmq_nats.exceptions import AsyncMQError, InvalidJob
@@ -105,7 +106,7 @@ class HandBack:
     async def give_back(self, deliveries: Sequence[Delivery]) -> None:
         """Give these back."""
         try:
-            async with anyio.create_task_group() as group:
+            async with open_task_group() as group:
                 for delivery in deliveries:
                     group.start_soon(self._give_back_one, delivery)
         except anyio.get_cancelled_exc_class():

@@ -15,8 +15,9 @@ from typing import Final
 
 import anyio
 
+from asyncmq_nats._concurrency import open_task_group
 from asyncmq_nats._logging import get_logger
-from asyncmq_nats.exceptions import TaskModuleError, sole_error
+from asyncmq_nats.exceptions import TaskModuleError
 from asyncmq_nats.runtime.runner import Runner
 from asyncmq_nats.runtime.supervisor import parent_is_gone
 
@@ -85,12 +86,11 @@ def _end_with_stuck_threads() -> None:
 
 async def run_until_signalled(runner: Runner) -> None:
     """Run a worker until SIGINT or SIGTERM, then let it stop in order. A second signal ends the process at once."""
-    with sole_error():
-        async with anyio.create_task_group() as group:
-            group.start_soon(_stop_on_signal, runner)
-            group.start_soon(_stop_when_orphaned, runner)
-            await runner.run()
-            group.cancel_scope.cancel()
+    async with open_task_group() as group:
+        group.start_soon(_stop_on_signal, runner)
+        group.start_soon(_stop_when_orphaned, runner)
+        await runner.run()
+        group.cancel_scope.cancel()
 
 
 async def _stop_when_orphaned(runner: Runner) -> None:

@@ -19,6 +19,7 @@ import anyio
 import anyio.lowlevel
 from anyio.abc import TaskStatus
 
+from asyncmq_nats._concurrency import open_task_group
 from asyncmq_nats._logging import get_logger
 from asyncmq_nats.backends.base import Backend, Delivery, Record, Settled
 from asyncmq_nats.exceptions import (
@@ -141,7 +142,7 @@ class Promoter:
             self._subjects.bucket_log, self._on_delivery, lambda _: self._ask.set()
         )
         try:
-            async with anyio.create_task_group() as group:
+            async with open_task_group() as group:
                 try:
                     for _ in range(TASKS):
                         group.start_soon(self._do_work)

@@ -6,15 +6,16 @@ from typing import Final
 import anyio
 from anyio.abc import TaskGroup, TaskStatus
 
-from asyncmq_nats._concurrency import Spawner, all_done_before
+from asyncmq_nats._concurrency import Spawner, all_done_before, open_task_group
 from asyncmq_nats._logging import get_logger
 from asyncmq_nats.backends.base import Backend, Delivery
-from asyncmq_nats.exceptions import AsyncMQError, ConnectionLost, sole_error
+from asyncmq_nats.exceptions import AsyncMQError
 from asyncmq_nats.middleware import Hooks
 from asyncmq_nats.runtime.completer import Completer
-from asyncmq_nats.runtime.control import CANCEL, PAUSE, RESUME, WorkerRegistry, new_worker_id
+from asyncmq_nats.runtime.control import CANCEL, RESUME, WorkerRegistry, new_worker_id
 from asyncmq_nats.runtime.declarations import Declarations
 from asyncmq_nats.runtime.fetcher import Fetcher
+from asyncmq_nats.runtime.heartbeat import Heartbeat
 from asyncmq_nats.runtime.processes import close_processes
 from asyncmq_nats.runtime.promoter import Promoter
 from asyncmq_nats.runtime.rate_limiter import Limit, RateLimiter
@@ -24,6 +25,8 @@ from asyncmq_nats.store.announcing import WorkerEvents
 from asyncmq_nats.store.commit import FAREWELL
 from asyncmq_nats.store.topology import QueueAssets
 from asyncmq_nats.transitions.finish import Lifecycle
+from asyncmq_nats.transitions.make_room import make_room
+from asyncmq_nats.wire.codec import load_json
 from asyncmq_nats.wire.keys import QueueSubjects
 
 __all__ = ["Runner"]
@@ -73,7 +76,9 @@ class Runner:
         self._spawner = Spawner()
         self._lifecycle = Lifecycle(backend, subjects, assets, self.worker)
         events = WorkerEvents(backend, subjects, self.worker)
-        self._lifecycle.on_progress = partial(events.tell_progress, self._spawner)
+        self._lifecycle.on_progress = lambda body: events.tell_progress(
+            self._spawner, load_json(body)
+        )
         self._slots = Slots(
             backend,
             subjects,
@@ -108,6 +113,16 @@ class Runner:
             self._running_ids,
             self._declarations.ids,
         )
+        self._lost_store = False
+        steps = (
+            self._entry.beat,
+            self._restore_lost,
+            self._lifecycle.trim,
+            self._declarations.retire,
+            partial(make_room, backend, subjects),
+            self._look_for_cancelled,
+        )
+        self._heartbeat = Heartbeat(self.worker, backend.settings.heartbeat_interval, steps)
         self._progress = anyio.Event()
         self._draining = False
         self._stop = anyio.Event()
@@ -130,33 +145,32 @@ class Runner:
             return
         await self._hooks.start(self.worker)
         serving, finished = anyio.Event(), anyio.Event()
-        with sole_error():
-            async with anyio.create_task_group() as group:
-                # Not `group.start()`: if cancelled, it waits for the child, and nothing would
-                # stop the child.
-                group.start_soon(self._serve, serving, finished)
-                try:
-                    await serving.wait()
-                    logger.info(
-                        "worker %s runs queue %s with %d slots",
-                        self.worker,
-                        self._subjects.queue,
-                        self._concurrency,
-                    )
-                    task_status.started()
-                    await self._stop.wait()
-                finally:
-                    with anyio.CancelScope(shield=True):
-                        self._stop.set()
-                        await finished.wait()
-                        await self._hooks.stop(self.worker)
+        async with open_task_group() as group:
+            # Not `group.start()`: if cancelled, it waits for the child, and nothing would
+            # stop the child.
+            group.start_soon(self._serve, serving, finished)
+            try:
+                await serving.wait()
+                logger.info(
+                    "worker %s runs queue %s with %d slots",
+                    self.worker,
+                    self._subjects.queue,
+                    self._concurrency,
+                )
+                task_status.started()
+                await self._stop.wait()
+            finally:
+                with anyio.CancelScope(shield=True):
+                    self._stop.set()
+                    await finished.wait()
+                    await self._hooks.stop(self.worker)
 
     async def _serve(self, serving: anyio.Event, finished: anyio.Event) -> None:
         """Run all loops, shielded from outside cancellation: `stop` ends them in order."""
         try:
             with anyio.CancelScope(shield=True):
                 try:
-                    async with anyio.create_task_group() as self._group:
+                    async with open_task_group() as self._group:
                         self._group.start_soon(self._spawner.serve, self._group)
                         promoter = Promoter(self._backend, self._subjects, self._assets)
                         await self._group.start(promoter.run)
@@ -220,12 +234,13 @@ class Runner:
     async def _enter_registry(self) -> None:
         await self._entry.enter()
         await self._declarations.store(self._entry.since)
-        await self._entry.listen(PAUSE, self._on_pause)
+        await self._assets.restore_lost()  # to learn which streams these are
+        await self._entry.listen_for_pause(self._fetcher.pause)
         await self._entry.listen(RESUME, lambda _: self._fetcher.resume())
         await self._entry.listen(CANCEL, self._on_cancel)
         # Again: a signal may have passed between the first look and now.
         await self._fetcher.refresh_pause()
-        self._group.start_soon(self._beat)
+        self._group.start_soon(self._heartbeat.run)
 
     async def _leave_registry(self) -> None:
         with anyio.move_on_after(FAREWELL) as scope:
@@ -243,21 +258,17 @@ class Runner:
             reason,
         )
 
-    async def _beat(self) -> None:
-        """Renew the entry in the list of workers, and look for cancellations that were missed."""
-        while True:
-            await anyio.sleep(self._backend.settings.heartbeat_interval)
-            try:
-                await self._entry.beat()
-                await self._lifecycle.trim()
-                await self._declarations.retire()
-                for job_id in await self._lifecycle.cancelled_among(self._running_ids()):
-                    self._on_cancel(job_id)
-            except ConnectionLost as error:
-                logger.critical("worker %s ends: %s", self.worker, error)
-                raise
-            except AsyncMQError as error:
-                logger.warning("worker %s: heartbeat failed: %s", self.worker, error)
+    async def _restore_lost(self) -> None:
+        """Declare again what a server has lost that came back without its store."""
+        self._lost_store |= await self._assets.restore_lost()
+        if self._lost_store:
+            await self._declarations.store(self._entry.since)
+        self._lost_store = False
+
+    async def _look_for_cancelled(self) -> None:
+        """Cancel the jobs whose cancellation was missed."""
+        for job_id in await self._lifecycle.cancelled_among(self._running_ids()):
+            self._on_cancel(job_id)
 
     async def _mark_long_runs(self) -> None:
         while True:
@@ -266,11 +277,6 @@ class Runner:
 
     def _running_ids(self) -> list[str]:
         return [running.context.id for running in self._slots.running]
-
-    def _on_pause(self, text: str) -> None:
-        until, _, inbox = text.partition(" ")
-        self._fetcher.pause(float(until))
-        self._spawner.spawn(self._entry.answer, inbox)
 
     def _on_cancel(self, job_id: str) -> None:
         for running in [each for each in self._slots.running if each.context.id == job_id]:

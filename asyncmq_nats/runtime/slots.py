@@ -104,6 +104,7 @@ class Slots:
         self._context = copy_context()
         self._is_cancelled = running_task().cancelling
         self._is_open = True
+        self._lifecycle.progress.attach()
         self.fill()
 
     # -- take
@@ -316,6 +317,7 @@ class Slots:
             raise
         finally:
             del self.running[running]
+        self._lifecycle.progress.finish(attempt.token)
         if running.gave_in:
             await self._give_up(attempt, cancelled=running.cancelled)
         elif failure is not None:

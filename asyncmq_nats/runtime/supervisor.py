@@ -14,6 +14,7 @@ from typing import Final
 import anyio
 from anyio.abc import Process
 
+from asyncmq_nats._concurrency import open_task_group
 from asyncmq_nats._logging import get_logger
 from asyncmq_nats.exceptions import InvalidArgument
 
@@ -56,7 +57,7 @@ async def supervise(processes: int) -> int:
     supervisor = _Supervisor(
         [sys.executable, *sys.orig_argv[1:]], os.environ | {PARENT: str(os.getpid())}
     )
-    async with anyio.create_task_group() as group:
+    async with open_task_group() as group:
         for number in range(processes):
             group.start_soon(supervisor.keep_running, number)
         group.start_soon(supervisor.pass_signals_on)

@@ -5,10 +5,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Final
 
-import anyio
-
+from asyncmq_nats._concurrency import open_task_group
 from asyncmq_nats.backends.base import Backend, ConsumerState, Record
-from asyncmq_nats.exceptions import AssetMissing, InvalidJob, first_error
+from asyncmq_nats.exceptions import AssetMissing, InvalidJob
 from asyncmq_nats.jobs import Job, new_job
 from asyncmq_nats.states import OUTCOMES, Place, State
 from asyncmq_nats.store.commit import look_for, looks
@@ -66,15 +65,14 @@ class Inspection:
             pending = await self.count(counter)
             counts[state] += pending
 
-        with first_error():
-            async with anyio.create_task_group() as group:
-                for priority in await self._assets.list_tiers():
-                    group.start_soon(count_tier, priority)
-                group.start_soon(count_records, f"later_{Place.RELEASED}", State.WAITING)
-                for place, state in PLACE_STATES.items():
-                    group.start_soon(count_records, f"later_{place}", state)
-                for outcome in OUTCOMES:
-                    group.start_soon(count_records, f"done_{outcome}", outcome)
+        async with open_task_group() as group:
+            for priority in await self._assets.list_tiers():
+                group.start_soon(count_tier, priority)
+            group.start_soon(count_records, f"later_{Place.RELEASED}", State.WAITING)
+            for place, state in PLACE_STATES.items():
+                group.start_soon(count_records, f"later_{place}", state)
+            for outcome in OUTCOMES:
+                group.start_soon(count_records, f"done_{outcome}", outcome)
         if counts[State.WAITING] and sum(counts.values()) < SMALL_QUEUE:
             await self._count_early(counts)
         return counts
@@ -127,13 +125,16 @@ class Inspection:
         """Look at both places in turn: a job is written where it goes before it is removed where it was."""
         try:
             job, progress = await self._find_in_bucket(token)
+        except AssetMissing:  # a server that came back empty: new jobs are in the ready log already
+            job, progress = None, {}
+        try:
             ready = (
                 None
                 if job is not None and job.status in OUTCOMES
                 else await self._find_ready(token)
             )
         except AssetMissing:
-            return None
+            ready = None
         if ready is not None and (job is None or ready.order >= job.order):
             job = ready
         return (

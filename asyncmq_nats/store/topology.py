@@ -16,7 +16,9 @@ from asyncmq_nats.wire.keys import (
     tier_priority,
 )
 
-__all__ = ["DEFAULT_PRIORITY", "MAX_TIERS", "TIER_SIGNAL", "QueueAssets"]
+__all__ = ["DEFAULT_PRIORITY", "LATEST_PAUSE", "MAX_TIERS", "TIER_SIGNAL", "QueueAssets"]
+
+logger = get_logger(__name__)
 
 logger = get_logger(__name__)
 
@@ -27,6 +29,8 @@ PROMOTER_LEASE: Final = 2.0
 LOOK_LIMIT: Final = 50_000
 """Ready jobs whose priority is looked at each time."""
 LOOK_PAGE: Final = 1_000
+LATEST_PAUSE: Final = 32_503_680_000.0
+"""The year 3000: a pause without an end."""
 TIER_SIGNAL: Final = "tier"
 """Control signal: a tier was made, or is wanted; the body is its priority."""
 
@@ -44,6 +48,7 @@ class QueueAssets:
         """Sequence of the last ready job whose priority was looked at."""
         self._seen_priorities: set[int] = set()
         self._told_of_too_many = False
+        self._incarnation = ""
         self._lock = Turns()
 
     async def declare(self) -> None:
@@ -143,7 +148,13 @@ class QueueAssets:
             return None
         if not records or records[0].marker:
             return None
-        until = float(records[0].body)
+        try:
+            until = float(records[0].body[:100])
+        except ValueError:
+            text = "queue %s: its pause record is malformed and passed over: %.100r"
+            logger.warning(text, self._subjects.queue, records[0].body[:100])
+            return None
+        until = min(until, LATEST_PAUSE)  # the server takes no later time
         return until if until > self._backend.now() and await self.is_paused() else None
 
     async def is_paused(self) -> bool:
@@ -231,6 +242,22 @@ class QueueAssets:
             return []
         return sorted(priority for name in names if (priority := tier_priority(name)) is not None)
 
+    async def restore_lost(self) -> bool:
+        """Declare again what is gone, as when a server came back without its store.
+
+        Return whether the bucket has lost all it had since the last call.
+        """
+        logs = (self._subjects.ready_log, self._subjects.bucket_log)
+        found = [await self._backend.incarnation(log) for log in logs]
+        lost = self._incarnation not in ("", found[1])
+        if lost or None in found:
+            logger.error("queue %s: its streams were gone and are made again", self._subjects.queue)
+            self.forget()
+            await self.declare_all()
+            found = [await self._backend.incarnation(log) for log in logs]
+        self._incarnation = found[1] or ""
+        return lost
+
     def forget(self) -> None:
         """Declare everything anew when next asked: something was found missing."""
         self._logs_declared = self._counters_declared = False
@@ -255,4 +282,5 @@ class QueueAssets:
             (self._subjects.all_bucket,),
             timers=True,
             republish=self._subjects.republish_bucket,
+            ballast=self._subjects.ballast,
         )

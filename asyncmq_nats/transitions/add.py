@@ -8,7 +8,7 @@ from typing import Any, Final
 from asyncmq_nats._concurrency import Turns
 from asyncmq_nats.backends.base import Backend, Expect, Write
 from asyncmq_nats.events import DUPLICATED
-from asyncmq_nats.exceptions import AssetMissing, InvalidFlow, WriteRefused
+from asyncmq_nats.exceptions import AssetMissing, InvalidFlow, StreamBusy, WriteRefused
 from asyncmq_nats.jobs import Job
 from asyncmq_nats.jobs import check_size as check_size_of
 from asyncmq_nats.states import Place
@@ -145,7 +145,13 @@ class Additions:
             job.custom_id or job.delay_until is not None or job.depends_on for job in jobs
         )
         batch = await self._batch(jobs, in_bucket=in_bucket)
-        await self._write_again_when_missing(batch.writes, priorities)
+        try:
+            await self._write_again_when_missing(batch.writes, priorities)
+        except StreamBusy:  # strangers can keep batches of the ready log open, not of the bucket
+            if in_bucket:
+                raise
+            batch = await self._batch(jobs, in_bucket=True)
+            await self._write_again_when_missing(batch.writes, priorities)
         await self._finish_batch(batch)
 
     async def add_linked(self, jobs: Sequence[Job]) -> None:

@@ -8,6 +8,7 @@ from typing import Any, Final
 import anyio
 
 from asyncmq_nats._arguments import WriteArguments, build_job, write_plainly
+from asyncmq_nats._concurrency import open_task_group
 from asyncmq_nats.events import DUPLICATED
 from asyncmq_nats.exceptions import AsyncMQError, BulkAddFailed, WriteRefused
 from asyncmq_nats.jobs import Job
@@ -120,7 +121,7 @@ async def add_many(additions: Additions, jobs: Sequence[Job]) -> list[str]:
             except AsyncMQError as error:
                 errors.update(dict.fromkeys(range(first, first + len(batch)), error))
 
-    async with anyio.create_task_group() as group:
+    async with open_task_group() as group:
         for first, batch in batches:
             group.start_soon(add_batch, first, batch)
     if len(errors) == len(jobs) and errors:
@@ -161,7 +162,7 @@ async def _without_existing(additions: Additions, batch: Sequence[Job]) -> list[
         if await additions.is_duplicate(job_id):
             existing.add(job_id)
 
-    async with anyio.create_task_group() as group:
+    async with open_task_group() as group:
         for job_id in {job.job_id for job in batch if job.custom_id}:
             group.start_soon(look_up, job_id)
     seen: set[str] = set()

@@ -17,6 +17,7 @@ from asyncmq_nats.jobs import Job
 from asyncmq_nats.retries import Failure, add_failure
 from asyncmq_nats.states import OUTCOMES, Place, State
 from asyncmq_nats.store.commit import pause_after_refusal
+from asyncmq_nats.store.progress import ProgressReports
 from asyncmq_nats.store.snapshot import Snapshot, read_snapshot
 from asyncmq_nats.store.topology import QueueAssets
 from asyncmq_nats.transitions.claim import Attempt, Disposition
@@ -36,6 +37,20 @@ MAX_PUT_OFF_SECONDS = 60.0
 """How long a job that cannot be run here is put off at a time."""
 MAX_REASON_LENGTH = 2_000
 PUT_OFF_FIELDS = ("put_off_since", "put_off_reason")
+ARGUMENT_FIELDS = (
+    "v",
+    "args",
+    "kwargs",
+    "parent_results",
+    "errors",
+    "error_traceback",
+    "backoff",
+    "priority",
+    "retries",
+    "depends_on",
+    "parents",
+)
+"""Fields that an outcome can do without."""
 MAX_REJECTIONS = 20
 """How often the end of an attempt is written again after it was rejected."""
 
@@ -47,7 +62,8 @@ class Lifecycle(Deliveries):
         self, backend: Backend, subjects: QueueSubjects, assets: QueueAssets, worker: str = ""
     ) -> None:
         super().__init__(backend, subjects, assets, worker)
-        self.on_progress: Callable[[dict[str, Any]], None] = lambda report: None
+        self.progress = ProgressReports(self._send_progress)
+        self.on_progress: Callable[[bytes], None] = lambda report: None
         """Told of each progress report that was sent."""
         self._worker_json = dump_json(worker)
 
@@ -211,7 +227,12 @@ class Lifecycle(Deliveries):
             raise PayloadTooLarge(what, len(record), self._backend.max_body)
         subject = self._subjects.outcome(attempt.token, State.COMPLETED)
         return Write(
-            subject, record, self._fence(attempt), ttl=self._settings.completed_ttl, beside=True
+            subject,
+            record,
+            self._fence(attempt),
+            ttl=self._settings.completed_ttl,
+            beside=True,
+            when_full=partial(without_arguments, record),
         )
 
     def _outcome(self, attempt: Attempt, state: State, fields: dict[str, Any], what: str) -> Write:
@@ -240,6 +261,7 @@ class Lifecycle(Deliveries):
             ttl=self._settings.failed_ttl,
             beside=True,
             index=self._subjects.index(attempt.token, state),
+            when_full=partial(without_arguments, record),
         )
 
     def _fence(self, attempt: Attempt) -> Expect:
@@ -262,14 +284,25 @@ class Lifecycle(Deliveries):
     # -- for the tasks that run
 
     def report_progress(self, job: Job, progress: float, data: Any) -> None:
-        """Store how far a running job is, and tell whoever listens. Sent, not confirmed: a later report tells more."""
-        token = encode_token(job.job_id)
-        report = {"id": job.job_id, "progress": progress, "data": data}
-        body = dump_json(report, "the progress data")
+        """Store how far a running job is, and tell its listeners.
+
+        Sent, not confirmed; from any thread.
+
+        Raises:
+            NotSerializable: the data is not JSON.
+            PayloadTooLarge: it does not fit into a message.
+        """
+        what = "the progress data"
+        body = dump_json({"id": job.job_id, "progress": progress, "data": data}, what)
+        if len(body) > self._backend.max_body:
+            raise PayloadTooLarge(what, len(body), self._backend.max_body)
+        self.progress.report(encode_token(job.job_id), body)
+
+    def _send_progress(self, token: str, body: bytes) -> None:
         write = Write(self._subjects.progress(token), body, ttl=self._settings.progress_ttl)
         self._backend.send(self._subjects.bucket_log, write, lambda _: None)
         self._backend.signal(self._subjects.event("progress", token), body)
-        self.on_progress(report)
+        self.on_progress(body)
 
     async def results_of_parents(self, job: Job) -> dict[str, Any]:
         """Return the results of the jobs that a job depends on, by id; those that did not complete are left out."""
@@ -407,6 +440,14 @@ class Lifecycle(Deliveries):
             return await self._backend.write(self._subjects.bucket_log, write, *batch)
         except BackendError as error:
             return error
+
+
+def without_arguments(record: bytes) -> bytes:
+    """Return an outcome as a full store takes it: without what an outcome can do without."""
+    data = load_json(record)
+    for name in ARGUMENT_FIELDS:
+        data.pop(name, None)
+    return dump_json(data | {"truncated": True, "max_retries": 0})
 
 
 def _fields_of_next(job: Job) -> dict[str, Any]:

@@ -381,6 +381,11 @@ class QueueSubjects:
         return f"{self._bucket_key}queue.limit"
 
     @property
+    def ballast(self) -> str:
+        """The key of the record that makes room for outcomes when the store is full."""
+        return f"{self._bucket_key}queue.ballast"
+
+    @property
     def pause(self) -> str:
         """The key that says until when the queue is paused."""
         return f"{self._bucket_key}queue.pause"

@@ -173,7 +173,7 @@ async def test_a_write_that_is_not_awaited_is_told_from_others_by_its_body(
 
     async def write() -> None:
         await (
-            notes.write("notes", Write("notes.a", b"", marker=True, ttl=60))
+            notes.write("notes", Write("notes.a", b"another", ttl=60))
             if foreign
             else stored(notes, "notes.a")
         )

@@ -66,7 +66,10 @@ class InMemorySubscription:
     def arrive(self, signal: Signal) -> None:
         """Take a signal."""
         if self.active:
-            self._on_signal(signal)
+            try:
+                self._on_signal(signal)
+            except Exception:  # a signal of a stranger must not end what it is for
+                logger.exception("a callback for signals on %.200s failed", signal.subject)
 
 
 class InMemoryBackend:
@@ -105,6 +108,17 @@ class InMemoryBackend:
         """See `Backend`."""
         await self.close()
 
+    async def ping(self) -> float:
+        """See `Backend`."""
+        begun = time.monotonic()
+        await self._give_way()
+        return time.monotonic() - begun
+
+    @property
+    def is_full(self) -> bool:
+        """See `Backend`."""
+        return False
+
     def now(self) -> float:
         """See `Backend`."""
         return time.time()
@@ -127,6 +141,12 @@ class InMemoryBackend:
             self._logs[log.name] = StoredLog(log, self._agenda, self._send_signal)
         else:
             warn_of_difference("log", existing.declaration, log)
+
+    async def incarnation(self, name: str) -> str | None:
+        """See `Backend`."""
+        await self._give_way()
+        log = self._logs.get(name)
+        return None if log is None else log.incarnation
 
     async def delete_log(self, name: str) -> bool:
         """See `Backend`."""

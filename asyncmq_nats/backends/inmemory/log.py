@@ -46,6 +46,7 @@ class StoredLog:
         self, declaration: Log, agenda: Agenda, signal: Callable[[str, bytes], object]
     ) -> None:
         self.declaration = declaration
+        self.incarnation = f"{id(self)}-{time.time()}"
         self.consumers: dict[str, Counter | Cursor] = {}
         self._agenda = agenda
         self._signal = signal
@@ -214,7 +215,8 @@ class StoredLog:
         self._drop(self._subjects.get(write.subject))
         self._sequence += 1
         now = time.time()
-        record = Record(write.subject, write.body, self._sequence, now, write.marker)
+        marker = write.marker and write.subject.startswith("$KV.")
+        record = Record(write.subject, write.body, self._sequence, now, marker)
         stored = self._records[record.sequence] = Stored(record, write.timer)
         self._order.append(record.sequence)
         self._subjects.set(record.subject, stored)

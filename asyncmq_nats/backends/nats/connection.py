@@ -15,18 +15,30 @@ from typing import Any, Final, NamedTuple
 
 import nats.errors
 
-from asyncmq_nats._logging import get_logger
-from asyncmq_nats.backends.nats._client.client import DirectClient, parse_headers, status_of
-from asyncmq_nats.backends.nats.errors import NO_JETSTREAM, NO_PEERS, api_error, mapped_errors
+from asyncmq_nats._logging import Throttle, get_logger
+from asyncmq_nats.backends.nats._client.client import (
+    MAX_CONTROL_LINE,
+    DirectClient,
+    parse_headers,
+    status_of,
+)
+from asyncmq_nats.backends.nats.errors import (
+    NO_JETSTREAM,
+    NO_PEERS,
+    api_error,
+    is_full,
+    mapped_errors,
+)
 from asyncmq_nats.exceptions import (
     BackendError,
     ConnectionFailed,
     ConnectionLost,
+    PayloadTooLarge,
     PermissionRefused,
     ServerUnsuitable,
     Unconfirmed,
 )
-from asyncmq_nats.settings import Settings
+from asyncmq_nats.settings import Settings, mask_login
 
 __all__ = ["ANSWER_SIZE", "Connection", "Reply", "parse_time", "patience_with"]
 
@@ -77,6 +89,7 @@ class Connection:
         self._requests: dict[bytes, tuple[str, asyncio.Future[None]]] = {}
         self._tokens = itertools.count(1)
         self._inbox = ""
+        self._slow = Throttle()
         self._offset = time.time() - time.monotonic()
         self._offset_until = 0.0
         self._offset_precision = float("inf")
@@ -98,7 +111,7 @@ class Connection:
     @property
     def servers(self) -> str:
         """The addresses, for messages: without passwords."""
-        return ", ".join(server.rpartition("@")[2] for server in self._options["servers"])
+        return ", ".join(mask_login(server) for server in self._options["servers"])
 
     async def open(self) -> None:
         """Connect, and make sure the server can do what we need.
@@ -248,6 +261,7 @@ class Connection:
 
         Raises:
             TimeoutError: they did not become so in time, or the connection was lost meanwhile and is there again: repeat it.
+            PayloadTooLarge: the server would not take the request.
             PermissionRefused: this user may not send it.
         """
         replies: list[Reply] = []
@@ -260,9 +274,8 @@ class Connection:
 
         number = str(next(self._tokens))
         token = number.encode()
-        with mapped_errors(self.servers):
-            for one in (body,) if isinstance(body, bytes) else body:
-                self._client.post(subject.encode(), one, (self._inbox + number).encode(), headers)
+        for one in (body,) if isinstance(body, bytes) else body:
+            self.post(subject, one, (self._inbox + number).encode(), headers)
         self._collectors[token], self._requests[token] = on_reply, (subject, done)
         # Not `asyncio.timeout`, which takes as long as all the rest of this.
         timer = asyncio.get_running_loop().call_later(timeout, _give_up, done)
@@ -308,6 +321,26 @@ class Connection:
             if not self._client.is_connected or time.monotonic() > end:
                 _give_up(done)
 
+    def post(
+        self, subject: str, body: bytes = b"", reply: bytes = b"", headers: bytes = b""
+    ) -> None:
+        """Send a message. `headers`: as on the wire.
+
+        Raises:
+            PayloadTooLarge: the server would end the connection for it.
+            ConnectionLost, ConnectionFailed: it cannot be sent.
+        """
+        with mapped_errors(self.servers):
+            try:
+                self._client.post(subject.encode(), body, reply, headers)
+            except nats.errors.MaxPayloadError:
+                size, most = len(headers) + len(body), self._client.max_payload
+                if size > most:
+                    raise PayloadTooLarge(f"the message for {subject:.100}", size, most) from None
+                size = len(subject.encode()) + len(reply)
+                text = f"the subject {subject:.100}"
+                raise PayloadTooLarge(text, size, MAX_CONTROL_LINE) from None
+
     def _interrupt_requests(self) -> None:
         for _, done in self._requests.values():
             if not done.done():
@@ -319,7 +352,7 @@ class Connection:
                 done.set_exception(PermissionRefused(f"publishing to {subject}", text))
 
     async def call(self, subject: str, payload: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """Call the JetStream API and return its answer, errors as the key `error`. Repeated for `publish_timeout`: calls are idempotent.
+        """Call the JetStream API and return its answer, errors as the key `error`. Repeated for `request_timeout`: calls are idempotent.
 
         Raises:
             PermissionRefused: the server forbids it.
@@ -329,7 +362,7 @@ class Connection:
         body = b"" if payload is None else json.dumps(payload).encode()
         begun = time.monotonic()
         is_long = subject.startswith(LONG_CALLS)
-        deadline = begun + self._settings.publish_timeout
+        deadline = begun + self._settings.request_patience
         tries = silent = 0
         while True:
             left = deadline - time.monotonic()
@@ -351,7 +384,7 @@ class Connection:
             except TimeoutError:
                 if time.monotonic() >= deadline:
                     raise Unconfirmed(
-                        f"JetStream API {subject}", self._settings.publish_timeout
+                        f"JetStream API {subject}", self._settings.request_patience
                     ) from None
                 continue
             if reply.status == "503":
@@ -375,6 +408,8 @@ class Connection:
         """Return whether an error of the API is one of a server, or of a cluster, that is about to be ready."""
         if error.get("err_code") == NO_PEERS:
             return waited < self._settings.connect_timeout
+        if is_full(error):
+            return False
         return error.get("code") == 503 and error.get("err_code") not in NO_JETSTREAM
 
     async def require(
@@ -393,7 +428,10 @@ class Connection:
         if refused is not None:
             for hook in list(self.on_refusal):
                 hook(refused[1], str(error))
-        if self._client.is_connected:
+        if isinstance(error, nats.errors.SlowConsumerError):
+            if times := self._slow.note():
+                logger.warning("%s: %d messages were lost, their reader is slow", error, times)
+        elif self._client.is_connected:
             logger.warning("NATS connection to %s: %s", self.servers, error)
 
     async def _on_disconnected(self) -> None:
