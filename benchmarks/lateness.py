@@ -93,9 +93,8 @@ async def promote(backend: NATSBackend, jobs: int) -> None:
         await group.start(queue.run)
         await anyio.sleep(max(0.0, due - 0.6 - time.time()))
         used = time.process_time()
-        while (await queue.queue_stats())["delayed"]:  # noqa: ASYNC110  nothing tells of the end
-            await anyio.sleep(0.05)
-        while await backend.count("KV_amq_promote_scheduler") > 2:  # noqa: ASYNC110  the pause and the secret
+        # Until there are only the pause and the secret. No event says so.
+        while await backend.count("KV_amq_promote_scheduler") > 2:  # noqa: ASYNC110
             await anyio.sleep(0.05)
         each = (time.process_time() - used) / jobs * 1e6
         group.cancel_scope.cancel()

@@ -33,8 +33,11 @@ def settings() -> Settings:
 
 
 async def planned_ticks(queue: Queue) -> list[int]:
-    """Return the planned times of the jobs that a series has made, in milliseconds and in order: the ids have them."""
-    return sorted(int(job["id"].rpartition("-")[2]) for job in await queue.get_jobs())
+    """Return the planned times of the jobs that a series has made, in milliseconds and in order.
+
+    Their ids have them. A job that moves may be listed at both ends, so each counts once.
+    """
+    return sorted({int(job["id"].rpartition("-")[2]) for job in await queue.get_jobs()})
 
 
 async def wait_until(moment: float) -> None:
