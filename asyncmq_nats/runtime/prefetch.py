@@ -23,6 +23,8 @@ GROWTH: Final = 2
 """The prefetch grows by this factor at most with each pull that the server has answered."""
 MAX_REFILL_SECONDS: Final = 0.1
 """A container with a CPU limit stands still for up to this long, and gets no answer meanwhile."""
+MIN_PREFETCH_SECONDS: Final = 0.01
+"""If there is a prefetch it is worth this many seconds of starts, to save pulls."""
 MAX_PREFETCH_SECONDS: Final = 2 * MAX_REFILL_SECONDS
 """The prefetch is worth no more than this many seconds of starts."""
 RATE_HALF_LIFE: Final = 0.1
@@ -95,7 +97,7 @@ class Throughput:
         return self.prefetch
 
     def _wanted_prefetch(self, concurrency: int) -> int:
-        """Return twice what starts while a pull is answered (Little's law).
+        """Return twice what starts while a pull is answered (Little's law), or in 10 ms.
 
         None if less than half a job starts meanwhile: a job that is long beside a round trip must
         not wait here while another worker idles.
@@ -103,7 +105,8 @@ class Throughput:
         rate = self.expected_rate(concurrency)
         if rate * self.refill_seconds < 0.5:
             return 0
-        return min(MAX_PREFETCH, math.ceil(rate * 2 * self.refill_seconds))
+        seconds = max(2 * self.refill_seconds, MIN_PREFETCH_SECONDS)
+        return min(MAX_PREFETCH, math.ceil(rate * seconds))
 
 
 def tiers_to_ask(tiers: Sequence[TierView], wanted: int, capacity: int) -> list[tuple[int, int]]:
