@@ -113,8 +113,8 @@ def _name(what: str, data: Mapping[str, Any]) -> str | None:
         return RETRYING if retried and data.get("delay_until") is None else None
     if what == Place.DELAYED:
         return RETRYING if retried else PREFIX + State.DELAYED
-    if what == Place.PARKED:
-        return PREFIX + State.WAITING_CHILDREN
+    if what == Place.PARKED:  # written twice: while its edges are being written, and after that
+        return None if data.get("linking") else PREFIX + State.WAITING_CHILDREN
     return PREFIX + what if what in (State.WAITING, *OUTCOMES, *ANNOUNCED) else None
 
 

@@ -202,7 +202,7 @@ async def test_a_malformed_pause_record_stops_nothing(junk: bytes, backend: Back
         return value
 
     queue = make_queue(backend, echo=echo)
-    await queue.queue_stats()
+    await queue._assets.declare_all()
     subjects = QueueSubjects(backend.settings.prefix, "work")
     await backend.write(subjects.bucket_log, Write(subjects.pause, junk))
     async with running(queue):
@@ -220,7 +220,7 @@ async def test_a_malformed_token_bucket_is_made_again(junk: bytes, backend: Back
 
     queue = make_queue(backend, echo=echo)
     queue.rate_limit = 1000
-    await queue.queue_stats()
+    await queue._assets.declare_all()
     subjects = QueueSubjects(backend.settings.prefix, "work")
     await backend.write(subjects.bucket_log, Write(subjects.rate_limit, junk))
     async with running(queue):

@@ -77,7 +77,7 @@ async def run_what_can(queue: Queue) -> None:
 
 async def know_secret(queue: Queue) -> None:
     """Have what is made once in a queue made, so that it is not among the writes that are counted."""
-    await queue.queue_stats()
+    await queue._assets.declare_all()
     await queue._additions.dependencies.parked.secret.get()
 
 
@@ -459,7 +459,7 @@ class TestFollowUps:
             await until(lambda: _copy(counted), lambda words: len(words) >= 3)
             await wait_until_done(queue)
         assert sorted(counted) == ["first", "second", "third"]
-        stats = await queue.queue_stats()
+        stats = await queue._assets.declare_all()
         assert stats == dict.fromkeys(stats, 0) | {"completed": 5}
 
     async def test_a_success_that_is_refused_adds_no_follow_up(
@@ -486,7 +486,7 @@ class TestFollowUps:
         monkeypatch.setattr(queue, "runner", runner)
         job_id = await queue.add("parent")
         await run_jobs(queue)
-        stats = await queue.queue_stats()
+        stats = await queue._assets.declare_all()
         assert stats == dict.fromkeys(stats, 0) | {"cancelled": 1}
 
 
@@ -537,7 +537,7 @@ async def test_junk_in_a_child_does_not_hurt_its_parent(members: bytes, backend:
 )
 async def test_junk_in_a_parent_does_not_hurt_the_worker(members: bytes, backend: Backend) -> None:
     queue = queue_of(backend)
-    await queue.queue_stats()
+    await queue._assets.declare_all()
     body = b'{"v":1,"id":"parent","task":"echo","created_at":1,%b}' % members
     await backend.write("amq_work", Write("amq.work.ready.5.parent", body))
     async with running(queue):

@@ -156,7 +156,6 @@ def test_a_prefetch_begins_small_whatever_the_first_milliseconds_show() -> None:
 
 def test_nothing_is_prefetched_while_nothing_starts() -> None:
     throughput = Throughput(rate=1_000, refill_seconds=0.002, prefetch=4)
-    prefetch = 4
     for _ in range(20):
         throughput.learn_starts(0, 0.05, full=True)
     assert throughput.decide_prefetch(10) == 0

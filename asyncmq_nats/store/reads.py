@@ -78,19 +78,20 @@ class Inspection:
         return counts
 
     async def _count_early(self, counts: dict[State, int]) -> None:
-        """Count those as delayed that were released early. For the server this is a search: where there are many jobs, they are waiting."""
+        """Count those as delayed that were released early, and those that wait for others as such.
+
+        For the server this is a search: where there are many jobs, all count as waiting.
+        """
         with suppress(AssetMissing):
             page = await self._backend.page(
                 self._subjects.bucket_log, self._subjects.place(Place.RELEASED), limit=PAGE_SIZE
             )
-            early = sum(
-                job.status is State.DELAYED
-                for record in page
-                if (job := self.job_in_bucket(record)) is not None
-            )
-            early = min(early, counts[State.WAITING])
-            counts[State.WAITING] -= early
-            counts[State.DELAYED] += early
+            jobs = [self.job_in_bucket(record) for record in page]
+            for state in (State.DELAYED, State.WAITING_CHILDREN):
+                found = sum(job is not None and job.status is state for job in jobs)
+                found = min(found, counts[State.WAITING])
+                counts[State.WAITING] -= found
+                counts[state] += found
 
     async def tier(self, priority: int) -> ConsumerState:
         """Return the state of a tier's consumer; nothing if there is none."""

@@ -69,6 +69,8 @@ class Cleanup:
                     return ids
         if state in INDEXED:
             await self._remove_entries(state, older_than)
+        if state is State.WAITING_CHILDREN:
+            await Waits(self._backend, self._subjects).remove_orphans()
         return ids
 
     async def clean(
@@ -80,8 +82,6 @@ class Cleanup:
         """
         if state not in OUTCOMES:
             await self.clean_jobs(state, older_than, progress=progress)
-            if state is State.WAITING_CHILDREN:
-                await Waits(self._backend, self._subjects).remove_orphans()
             return
         log, removed = self._subjects.bucket_log, 0
         try:

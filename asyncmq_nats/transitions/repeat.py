@@ -56,7 +56,10 @@ class Repeatables:
         """
         sample = job_of(definition, self._backend.now(), self._backend.now()).encode()
         check_size(
-            sample, f"the repeated job of task {definition.task_id!r}", self._backend.max_body
+            sample,
+            f"the repeated job of task {definition.task_id!r}",
+            self._backend.max_body,
+            self._backend.settings.max_job_payload_bytes,
         )
         while True:
             records = await self._read(definition.rid)

@@ -291,7 +291,7 @@ async def test_what_a_task_in_a_process_raises_fails_its_job(fleet: Fleet, queue
     await fleet.start("first")
     for task, error in (
         ("fail_in_process", "ZeroDivisionError: in the process"),
-        ("end_in_process", "BrokenWorkerProcess"),
+        ("end_in_process", "ProcessDied: .* exit code 7"),
     ):
         job_id = await queue.add(task)
         with pytest.raises(JobFailed, match=error):

@@ -101,7 +101,7 @@ async def test_job_published_before_any_worker_ran_waits(
     queue: Queue, foreign: Client, nats_backend: NATSBackend
 ) -> None:
     runs.clear()
-    assert await queue.queue_stats()
+    await queue._assets.declare_all()
     await publish(foreign, "order-1", b'{"task": "echo"}')
     assert (await queue.queue_stats())["waiting"] == 1
     assert await queue.get_job_state("order-1") == "waiting"

@@ -40,7 +40,7 @@ CALLS: dict[str, Callable[[Queue], Awaitable[Any]]] = {
 async def cut_off(server: EmbeddedServer, nats_backend: NATSBackend) -> Queue:
     """A queue whose server has gone."""
     queue = Queue("work", nats_backend)
-    await queue.queue_stats()
+    await queue._assets.declare_all()
     server.kill()
     return queue
 
@@ -95,7 +95,7 @@ async def test_the_setting_bounds_reads(server: EmbeddedServer) -> None:
     settings = Settings(request_timeout=ALLOWED)
     async with NATSBackend(server.url, settings=settings) as backend:
         queue = Queue("work", backend)
-        await queue.queue_stats()
+        await queue._assets.declare_all()
         server.kill()
         begun = time.monotonic()
         with pytest.raises(Unconfirmed, match=r"within 0\.3 s"):

@@ -155,7 +155,7 @@ async def test_a_header_makes_no_marker_of_a_ready_job(
         ran.append("note")
 
     queue = echoing(owner, note=note)
-    await queue.queue_stats()
+    await queue._assets.declare_all()
     async with stranger(guarded) as client:
         headers = {"KV-Operation": operation}
         await client.publish("amq.work.ready.5.marked", b'{"task": "note"}', headers=headers)
@@ -175,7 +175,7 @@ async def test_open_batches_of_a_stranger_do_not_keep_a_bulk_out(
     owner: NATSBackend, guarded: EmbeddedServer
 ) -> None:
     queue = echoing(owner)
-    await queue.queue_stats()
+    await queue._assets.declare_all()
     begun = anyio.Event()
 
     async def keep_open(client: Client) -> None:
