@@ -9,12 +9,22 @@ from typing import Final
 from asyncmq_nats.backends.base import Delivery, Write
 from asyncmq_nats.exceptions import InvalidJob
 from asyncmq_nats.jobs import Job, JobHead
-from asyncmq_nats.transitions.follow_up import FollowUps
 from asyncmq_nats.wire.codec import dump_json, load_json
 
-__all__ = ["AFTERLIFE", "Attempt", "Claim", "Verdict", "leave"]
+__all__ = ["AFTERLIFE", "Attempt", "Claim", "FollowUps", "Verdict", "leave"]
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class FollowUps:
+    """What is added with the outcome of a job."""
+
+    jobs: list[Job] = field(default_factory=list)
+    members: bytes = b""
+    """To be put into the outcome; empty if they are a batch with it."""
+    batch: tuple[Write, ...] = ()
+    """Writes to be committed with the outcome in one batch; empty if it holds them."""
 
 
 @dataclass(slots=True)

@@ -6,33 +6,23 @@ More than fit into it are committed with it in one atomic batch.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
-from asyncmq_nats.backends.base import Backend, Write
+from asyncmq_nats.backends.base import Backend
 from asyncmq_nats.exceptions import InvalidJob
 from asyncmq_nats.jobs import Job, new_job_id
 from asyncmq_nats.schedules import parse_every
 from asyncmq_nats.store.topology import QueueAssets
 from asyncmq_nats.transitions.add import Additions
+from asyncmq_nats.transitions.claim import FollowUps
 from asyncmq_nats.transitions.plan import PLAN_JOBS, decode_jobs, encode_jobs, tie
 from asyncmq_nats.wire.codec import load_json
 
-__all__ = ["FOLLOW_UPS", "FollowUpJobs", "FollowUps"]
+__all__ = ["FOLLOW_UPS", "FollowUpJobs"]
 
 FOLLOW_UPS = "follow_ups"
 """The member of an outcome that holds them."""
-
-
-@dataclass(frozen=True, slots=True)
-class FollowUps:
-    """What is added with the outcome of a job."""
-
-    jobs: list[Job] = field(default_factory=list)
-    members: bytes = b""
-    """To be put into the outcome; empty if they are a batch with it."""
-    batch: tuple[Write, ...] = ()
-    """Writes to be committed with the outcome in one batch; empty if it holds them."""
 
 
 class FollowUpJobs:
