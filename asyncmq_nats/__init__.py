@@ -2,26 +2,67 @@
 
 from typing import TYPE_CHECKING, Any
 
+from asyncmq_nats._concurrency import deadline
+from asyncmq_nats.backends import default_backend, set_default_backend
 from asyncmq_nats.backends.inmemory import InMemoryBackend
-from asyncmq_nats.jobs import Job
-from asyncmq_nats.queues import Queue
+from asyncmq_nats.context import JobContext, current_job
+from asyncmq_nats.events import Event, event_emitter
+from asyncmq_nats.exceptions import (
+    AsyncMQError,
+    BulkAddFailed,
+    Fail,
+    InvalidArgument,
+    JobFailed,
+    JobNotFound,
+    NotSerializable,
+    PayloadTooLarge,
+    Retry,
+    TaskTimeout,
+    Unconfirmed,
+)
+from asyncmq_nats.flow import FlowProducer
+from asyncmq_nats.jobs import Backoff, Job
+from asyncmq_nats.queues import Queue, list_queues
 from asyncmq_nats.settings import Settings, settings
 from asyncmq_nats.states import State
 from asyncmq_nats.tasks import task
-from asyncmq_nats.workers import Worker
+from asyncmq_nats.workers import Worker, list_workers, run_worker
 
 if TYPE_CHECKING:
     from asyncmq_nats.backends.nats.backend import NATSBackend
 
 __all__ = [
+    "AsyncMQError",
+    "Backoff",
+    "BulkAddFailed",
+    "Event",
+    "Fail",
+    "FlowProducer",
     "InMemoryBackend",
+    "InvalidArgument",
     "Job",
+    "JobContext",
+    "JobFailed",
+    "JobNotFound",
     "NATSBackend",
+    "NotSerializable",
+    "PayloadTooLarge",
     "Queue",
+    "Retry",
     "Settings",
     "State",
+    "TaskTimeout",
+    "Unconfirmed",
     "Worker",
     "__version__",
+    "current_job",
+    "deadline",
+    "default_backend",
+    "event_emitter",
+    "list_queues",
+    "list_workers",
+    "run_worker",
+    "set_default_backend",
     "settings",
     "task",
 ]

@@ -1,7 +1,7 @@
 """What users give to `Queue`, checked, and the job it stands for."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, Final
 
@@ -9,14 +9,18 @@ from asyncmq_nats.exceptions import InvalidArgument
 from asyncmq_nats.jobs import Backoff, Job, new_job, new_job_id, validate_custom_job_id
 from asyncmq_nats.schedules import parse_every
 from asyncmq_nats.states import State
+from asyncmq_nats.wire.arguments import write_by_class
 
 __all__ = [
+    "WriteArguments",
     "build_job",
     "checked_args",
+    "checked_call",
     "checked_mapping",
     "checked_number",
     "checked_seconds",
     "job_of_payload",
+    "write_plainly",
 ]
 
 NOT_IN_PAYLOADS: Final = ("delay", "debounce", "jobId")
@@ -24,9 +28,21 @@ NOT_IN_PAYLOADS: Final = ("delay", "debounce", "jobId")
 FIELDS: Final = frozenset({field.name for field in fields(Job)} | {"id", "task"})
 
 
+WriteArguments = Callable[[str, Sequence[Any], Mapping[str, Any]], tuple[list[Any], dict[str, Any]]]
+"""Makes plain data that arrives equal of the arguments for a task: `TaskRegistry.write`."""
+
+
+def write_plainly(
+    task_id: str, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> tuple[list[Any], dict[str, Any]]:
+    """Write the arguments of a task that is not known here."""
+    return write_by_class(args, kwargs, task_id)
+
+
 def build_job(
     now: float,
     *,
+    write: WriteArguments = write_plainly,
     task_id: str,
     args: Sequence[Any] | None = None,
     kwargs: Mapping[str, Any] | None = None,
@@ -44,6 +60,7 @@ def build_job(
     """Return a new job from the parameters of `Queue.add`. `now`: Unix seconds.
 
     Raises:
+        NotSerializable: an argument would not arrive equal; the message names it.
         InvalidArgument: a value is of the wrong kind; the message names it.
         TypeError: the job_id is no string.
         InvalidJobId: it is outside AsyncMQ's rules.
@@ -51,10 +68,11 @@ def build_job(
     if isinstance(depends_on, str):
         depends_on = [depends_on]
     delay = None if delay is None else checked_seconds(delay, "delay")
+    args, kwargs = checked_call(write, task_id, args, kwargs)
     return new_job(
         task_id=task_id,
-        args=checked_args(args, "args"),
-        kwargs={} if kwargs is None else checked_mapping(kwargs, "kwargs"),
+        args=args,
+        kwargs=kwargs,
         max_retries=retries,
         backoff=backoff,
         ttl=ttl,
@@ -64,13 +82,34 @@ def build_job(
         priority=priority,
         delay_until=None if delay is None or delay <= 0 else now + delay,
         custom_id=job_id is not None,
-        depends_on=checked_args(depends_on, "depends_on") or None,
+        depends_on=checked_args(depends_on, "depends_on"),
         on_parent_failure=on_parent_failure,
         repeat_every=None if repeat_every is None else parse_every(repeat_every),
     )
 
 
-def job_of_payload(payload: Mapping[str, Any], now: float) -> Job:
+def checked_call(
+    write: WriteArguments,
+    task_id: Any,
+    args: Sequence[Any] | None,
+    kwargs: Mapping[str, Any] | None,
+) -> tuple[list[Any], dict[str, Any]]:
+    """Return the arguments of a call as plain data.
+
+    Raises:
+        InvalidArgument: they are no list and no dict.
+        NotSerializable: one would not arrive equal; the message names it.
+    """
+    named: dict[Any, Any] = {} if kwargs is None else checked_mapping(kwargs, "kwargs")
+    for name in named:
+        if not isinstance(name, str):
+            raise InvalidArgument("kwargs: the name of an argument must be a text", name)
+    return write(task_id, checked_args(args, "args"), named)
+
+
+def job_of_payload(
+    payload: Mapping[str, Any], now: float, write: WriteArguments = write_plainly
+) -> Job:
     """Return a new job from what `Queue.enqueue` is given: a dict of `Job.to_dict`, or of what `Job` takes. `now`: Unix seconds.
 
     Raises:
@@ -91,6 +130,10 @@ def job_of_payload(payload: Mapping[str, Any], now: float) -> Job:
         "status": State.WAITING,
         "custom_id": given.get("id", given.get("job_id")) is not None,
     }
+    task_id = values.get("task", values.get("task_id", ""))
+    values["args"], values["kwargs"] = checked_call(
+        write, task_id, values.get("args"), values.get("kwargs")
+    )
     return new_job(**{name: value for name, value in values.items() if name in FIELDS})
 
 

@@ -1,14 +1,11 @@
 """What a task can know of the job it runs for: `current_job()`."""
 
-import asyncio
 from collections.abc import Generator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from anyio import from_thread
-
-from asyncmq_nats._arguments import build_job
+from asyncmq_nats._arguments import WriteArguments, build_job, write_plainly
 from asyncmq_nats.exceptions import InvalidFlow
 from asyncmq_nats.jobs import Backoff, Job
 
@@ -35,7 +32,7 @@ class JobServices(Protocol):
         """Return the server's time."""
 
     def report_progress(self, job: Job, progress: float, data: Any) -> None:
-        """Store how far a job is."""
+        """Store how far a job is. Called from any thread; must not block."""
 
     async def results_of_parents(self, job: Job) -> dict[str, Any]:
         """Return the results of the jobs that a job depends on, by id."""
@@ -62,6 +59,7 @@ class JobContext:
     """Whether the job was cancelled, or the worker wants it back. For sync tasks to ask now and then: no thread can be interrupted."""
     follow_ups: list[Job] = field(default_factory=list, repr=False)
     """The jobs that were added so far."""
+    _write: WriteArguments = field(default=write_plainly, repr=False)
 
     @property
     def job(self) -> Job:
@@ -79,20 +77,19 @@ class JobContext:
         return self.job.retries + 1
 
     def report_progress(self, progress: float, data: Any = None) -> _Awaitable:
-        """Store how far the job is, and tell whoever listens. `progress`: a share from 0 to 1. May be awaited, or called from a thread.
+        """Store how far the job is, and tell its listeners. May be awaited, or called from a thread.
+
+        `progress`: a share from 0 to 1. After the first ten, reports are sent at most 20 times a
+        second, each time the latest one; the last one of the job always is.
 
         Raises:
             ValueError: it is not between 0 and 1.
             NotSerializable: the data is not JSON.
+            PayloadTooLarge: the data does not fit into a message.
         """
         if not 0 <= progress <= 1:
             raise ValueError(f"progress must be between 0 and 1, not {progress}")
-        try:
-            asyncio.get_running_loop()
-        except RuntimeError:  # a sync task's thread
-            from_thread.run_sync(self._services.report_progress, self.job, float(progress), data)
-        else:
-            self._services.report_progress(self.job, float(progress), data)
+        self._services.report_progress(self.job, float(progress), data)
         return DONE
 
     def add(
@@ -124,6 +121,7 @@ class JobContext:
             )
         job = build_job(
             self._services.now(),
+            write=self._write,
             task_id=task_id,
             args=args,
             kwargs=kwargs,

@@ -4,15 +4,17 @@ The server sends them by itself whenever a record is written (`docs/protocol.md`
 by producers and workers. They are at most once: nothing is built on them alone.
 """
 
-import inspect
-import logging
+import json
+import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar, overload
 
-from anyio import to_thread
-
+from asyncmq_nats._concurrency import call_either
+from asyncmq_nats._logging import get_logger
 from asyncmq_nats.exceptions import InvalidJob
+from asyncmq_nats.jobs import Job
 from asyncmq_nats.states import OUTCOMES, Place, State
 from asyncmq_nats.wire.codec import load_json
 from asyncmq_nats.wire.keys import decode_token
@@ -33,7 +35,7 @@ __all__ = [
     "read_event",
 ]
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 STARTED: Final = "started"
 PROGRESS: Final = "progress"
@@ -45,9 +47,17 @@ DEBOUNCED: Final = "debounced"
 ANNOUNCED: Final = (STARTED, PROGRESS, READY, STALLED, DUPLICATED, DEDUPLICATED, DEBOUNCED)
 PREFIX: Final = "job:"
 RETRYING: Final = "job:retrying"
+HISTORY_LIMIT: Final = 2_000
+"""Events that the emitter remembers."""
+STATE_OF_RECORD: Final = {
+    STARTED: State.ACTIVE,
+    Place.DELAYED: State.DELAYED,
+    Place.PARKED: State.WAITING_CHILDREN,
+}
+"""The states of jobs in records that do not tell them."""
 
 Listener = Callable[[dict[str, Any]], Any]
-"""A function, or a coroutine function, that is given the job's dict."""
+"""A function, sync or async, or an object that is called like one. It is given the job's dict."""
 L = TypeVar("L", bound=Listener)
 
 
@@ -56,7 +66,8 @@ class Event:
     """One thing that happened to a job.
 
     `name`: `job:waiting`, `job:delayed`, `job:waiting-children`, `job:started`, `job:progress`, `job:retrying`, `job:completed`,
-    `job:failed`, `job:expired` or `job:cancelled`. `data`: the job as it is on the wire, and `queue`; of progress `progress` and `data`.
+    `job:failed`, `job:expired` or `job:cancelled`. `data`: the job with the keys of `Job.to_dict` and those of the wire, and `queue`;
+    of progress `id`, `progress` and `data`.
     And those that leave no record: `job:ready` (its last parent is done), `job:stalled` (its worker was lost; `stalls`), `job:duplicated`
     (its id was there), `job:deduplicated` (`deduplication_id`, and as `deduplicated_job_id` the id of the job that was not added) and, with
     each of these, `job:debounced` (`debounce_id`).
@@ -78,9 +89,22 @@ def read_event(queue: str, subject: str, body: bytes) -> Event | None:
     except InvalidJob:
         data = {}
     name = _name(what, data)
-    return (
-        None if name is None else Event(name, decode_token(token), queue, data | {"queue": queue})
-    )
+    if name is None:
+        return None
+    job_id = decode_token(token)
+    return Event(name, job_id, queue, _complete(data, what, job_id) | {"queue": queue})
+
+
+def _complete(data: dict[str, Any], what: str, job_id: str) -> dict[str, Any]:
+    """Return a job's record with all keys of `Job.to_dict`: AsyncMQ has them in its events. Others as they are."""
+    if "task" not in data:
+        return data
+    state = STATE_OF_RECORD.get(what)
+    known = {} if state is None else {"status": state}
+    try:
+        return Job.from_dict(data | known | {"id": job_id}).to_dict() | data | known
+    except InvalidJob:
+        return data
 
 
 def _name(what: str, data: Mapping[str, Any]) -> str | None:
@@ -95,10 +119,16 @@ def _name(what: str, data: Mapping[str, Any]) -> str | None:
 
 
 class EventEmitter:
-    """Calls functions of this process on events of the jobs that its workers run (AsyncMQ `event_emitter`)."""
+    """Calls functions of this process on events of the jobs that its workers run (AsyncMQ `event_emitter`).
 
-    def __init__(self) -> None:
-        self._callbacks: dict[str, list[Listener]] = {}
+    Args:
+        history_limit: how many events `list_history` returns at most; older ones are forgotten.
+    """
+
+    def __init__(self, *, history_limit: int = HISTORY_LIMIT) -> None:
+        self._listeners: dict[str, list[Listener]] = {}
+        self._history: deque[dict[str, Any]] = deque(maxlen=max(1, history_limit))
+        self._keeps_history = False
 
     @overload
     def on(self, event: str, callback: None = None) -> Callable[[L], L]: ...
@@ -109,32 +139,72 @@ class EventEmitter:
         """Call a function, sync (in a thread) or async, with the job's dict on each such event; without a callback, a decorator."""
 
         def register(listener: L) -> L:
-            self._callbacks.setdefault(event, []).append(listener)
+            self._listeners.setdefault(event, []).append(listener)
             return listener
 
         return register if callback is None else register(callback)
 
     def off(self, event: str, callback: Listener) -> None:
         """Call it no more."""
-        if callback in self._callbacks.get(event, ()):
-            self._callbacks[event].remove(callback)
-        if not self._callbacks.get(event):
-            self._callbacks.pop(event, None)
+        if callback in self._listeners.get(event, ()):
+            self._listeners[event].remove(callback)
+        if not self._listeners.get(event):
+            self._listeners.pop(event, None)
 
     def listens(self, event: str | None = None) -> bool:
         """Return whether anyone wants to know, of this event or of any."""
-        return bool(self._callbacks if event is None else self._callbacks.get(event))
+        if self._keeps_history:
+            return True
+        return bool(self._listeners if event is None else self._listeners.get(event))
 
     async def emit(self, event: str, data: Mapping[str, Any]) -> None:
         """Call everyone who wants to know. What a callback raises is logged."""
-        for callback in tuple(self._callbacks.get(event, ())):
+        self._history.appendleft({"timestamp": time.time(), "event": event, "data": dict(data)})
+        for callback in tuple(self._listeners.get(event, ())):
             try:
-                if inspect.iscoroutinefunction(callback):
-                    await callback(dict(data))
-                else:
-                    await to_thread.run_sync(callback, dict(data))
+                await call_either(callback, dict(data))
             except Exception:
                 logger.exception("a callback of %s failed", event)
+
+    def list_history(
+        self,
+        *,
+        limit: int = 200,
+        event: str | None = None,
+        queue: str | None = None,
+        q: str | None = None,
+    ) -> list[dict[str, Any]]:
+        """Return the last events of this process, newest first (AsyncMQ `list_history`).
+
+        Each is a dict of `timestamp` (Unix seconds), `event` and `data`. The first call begins to keep
+        the events of jobs to which nothing listens: a worker is not slowed down by a history unread.
+
+        Args:
+            limit: how many at most.
+            event: only those of this name.
+            queue: only those of this queue.
+            q: only those whose name or data contain this text, in upper or lower case.
+        """
+        self._keeps_history = True
+        found = [
+            record
+            for record in list(self._history)
+            if event in (None, "", record["event"])
+            and queue in (None, "", record["data"].get("queue"))
+            and _contains(record, (q or "").strip().lower())
+        ]
+        return [dict(record) for record in found[: max(1, limit)]]
+
+    def clear_history(self) -> None:
+        """Forget the events so far; listeners stay (AsyncMQ `clear_history`)."""
+        self._history.clear()
+
+
+def _contains(record: Mapping[str, Any], text: str) -> bool:
+    if not text:
+        return True
+    data = json.dumps(record["data"], sort_keys=True, default=str)
+    return text in f"{record['event']} {data}".lower()
 
 
 event_emitter = EventEmitter()

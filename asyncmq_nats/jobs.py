@@ -1,7 +1,9 @@
 """`Job` and its wire format: one JSON object, the same for a job that waits and for its outcome (`docs/protocol.md`)."""
 
 import os
+import random
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass as plain_dataclass
 from dataclasses import replace
 from time import time
 from typing import Annotated, Any, Final, Literal, Self
@@ -13,10 +15,11 @@ from asyncmq_nats.exceptions import (
     InvalidArgument,
     InvalidJob,
     InvalidJobId,
+    NewerJob,
     NotSerializable,
     PayloadTooLarge,
 )
-from asyncmq_nats.states import State
+from asyncmq_nats.states import OUTCOMES, State
 from asyncmq_nats.wire.codec import dump_json, find_non_finite
 from asyncmq_nats.wire.keys import PRIORITIES, check_job_id
 
@@ -24,8 +27,10 @@ __all__ = [
     "LATEST",
     "WIRE_VERSION",
     "Backoff",
+    "DelayedInfo",
     "Job",
     "JobHead",
+    "backoff_delay",
     "check_size",
     "new_job",
     "new_job_id",
@@ -34,6 +39,8 @@ __all__ = [
 
 WIRE_VERSION: Final = 1
 RESERVE: Final = 64 * 1024
+MAX_DELAY: Final = 365 * 86_400.0
+"""The longest delay before a retry, in seconds."""
 LATEST: Final = 250_000_000_000.0
 """No time is later than the year 9892."""
 
@@ -65,13 +72,17 @@ def validate_custom_job_id(job_id: object) -> str:
     return job_id
 
 
-def check_size(body: bytes, what: str, max_body: int) -> None:
+def check_size(body: bytes, what: str, max_body: int, chosen: int | None = None) -> None:
     """Refuse a new job that leaves no room in a message of `max_body` bytes for its result or its errors: 64 KiB, or an eighth.
+
+    `chosen`: a smaller limit, that of the settings.
 
     Raises:
         PayloadTooLarge: it is too large.
     """
     limit = max_body - min(RESERVE, max_body // 8)
+    if chosen is not None:
+        limit = min(limit, chosen)
     if len(body) > limit:
         raise PayloadTooLarge(what, len(body), limit)
 
@@ -89,6 +100,25 @@ class Backoff:
     factor: float = Field(default=2.0, ge=1, allow_inf_nan=False)
     maximum: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     jitter: float = Field(default=0.0, ge=0, le=1)
+
+
+def backoff_delay(
+    backoff: float | Backoff, retry: int, share: Callable[[], float] = random.random
+) -> float:
+    """Return the seconds before the `retry`-th retry. A number is raised to the power of `retry` (AsyncMQ `Job.next_retry_delay`).
+
+    `share`: where jitter takes its random number from 0 to 1.
+    """
+    try:
+        if not isinstance(backoff, Backoff):
+            return float(backoff**retry)
+        delay = backoff.delay * (1.0 if backoff.kind == "fixed" else backoff.factor ** (retry - 1))
+    except OverflowError:
+        delay = MAX_DELAY
+    if isinstance(backoff, Backoff):
+        delay = min(delay, MAX_DELAY if backoff.maximum is None else backoff.maximum)
+        delay *= 1.0 - backoff.jitter * share()
+    return delay
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="ignore"))  # without slots: a fifth faster to make
@@ -117,10 +147,13 @@ class JobHead:
         """Return what there is to know of the job in a message that this library wrote.
 
         Raises:
-            InvalidJob: the body is not a job, or of a newer version of the format.
+            InvalidJob: the body is not a job.
+            NewerJob: it is of a newer version of the format.
         """
         head: Self = _validate(HEADS.validate_json, body)
-        _check(body, head.v, head.args, head.kwargs)
+        _check_numbers(body, head.args, head.kwargs)
+        if head.v > WIRE_VERSION:
+            raise NewerJob(head.v, WIRE_VERSION)
         return head
 
 
@@ -152,7 +185,9 @@ class Job:
     ] = Field(default_factory=time, allow_inf_nan=False)
     priority: int = Field(default=5, gt=-PRIORITIES, lt=PRIORITIES)
     repeat_every: float | str | None = None
-    depends_on: list[str] | None = None
+    depends_on: Annotated[
+        list[str], BeforeValidator(lambda value: [] if value is None else value)
+    ] = Field(default_factory=list)
     deduplication: dict[str, Any] | None = None
     active_since: float | None = None
     delay_until: float | None = Field(default=None, allow_inf_nan=False, le=LATEST)
@@ -187,6 +222,11 @@ class Job:
     """How often its worker was lost while it ran."""
     reruns: int = Field(default=0, ge=0)
     """How often it was retried by hand."""
+    put_offs: int = Field(default=0, ge=0)
+    """How often a worker put it off, since it did not know its task or its version."""
+    put_off_since: float | None = Field(default=None, allow_inf_nan=False)
+    """When that began."""
+    put_off_reason: str | None = None
     v: int = WIRE_VERSION
 
     @property
@@ -202,7 +242,7 @@ class Job:
     @property
     def order(self) -> tuple[int, int]:
         """Which of two records of the job is of a later attempt."""
-        return self.reruns, self.retries
+        return self.reruns, self.retries + self.put_offs
 
     def is_expired(self, now: float | None = None) -> bool:
         """Return whether its time to live is over (AsyncMQ `Job.is_expired`)."""
@@ -214,13 +254,29 @@ class Job:
         """Return whether its time is still to come."""
         return self.delay_until is not None and self.delay_until > now
 
+    def next_retry_delay(self) -> float:
+        """Return the seconds before the next retry (AsyncMQ `Job.next_retry_delay`): `retries` counts the attempt that has just failed."""
+        return 0.0 if self.backoff is None else backoff_delay(self.backoff, self.retries)
+
     def to_dict(self) -> dict[str, Any]:
-        """Return AsyncMQ's keys, and ours beside them."""
+        """Return AsyncMQ's keys, and ours beside them (AsyncMQ `Job.to_dict`).
+
+        `last_error` is one line, `error_traceback` all of it. `completed_at` and `failed_at` are there when the job has ended so.
+        """
         fields: dict[str, Any] = {"id": self.job_id, "task": self.task_id}
         fields |= {name: getattr(self, name) for name in DICT_FIELDS}
-        for name in ("active_since", "progress", "progress_data"):
-            if getattr(self, name) is not None:
-                fields[name] = getattr(self, name)
+        if self.active_since is not None:
+            fields["active_since"] = self.active_since
+            fields["last_attempt"] = self.last_attempt or self.active_since
+        if self.progress is not None:
+            fields |= {"progress": self.progress, "progress_data": self.progress_data}
+        if self.errors and self.status not in OUTCOMES:
+            fields |= _last_failure(self.errors[-1])
+        fields["updated_at"] = self.finished_at or fields["last_attempt"] or self.created_at
+        if self.status is State.COMPLETED:
+            fields["completed_at"] = self.finished_at
+        elif self.status in (State.FAILED, State.EXPIRED):
+            fields["failed_at"] = self.finished_at
         return fields
 
     @classmethod
@@ -239,11 +295,13 @@ class Job:
     ) -> Self:
         """Return the job in a message. The id and the time of the message stand in where the body has none; the id of the subject wins.
 
+        Of a newer version of the format, what this one knows: who runs it, looks at `JobHead`.
+
         Raises:
-            InvalidJob: the body is not a job, or of a newer version of the format.
+            InvalidJob: the body is not a job.
         """
         job: Self = _validate(JOBS.validate_json, body)
-        _check(body, job.v, job.args, job.kwargs)
+        _check_numbers(body, job.args, job.kwargs)
         if job_id is not None and job.job_id != job_id:
             job = replace(job, job_id=job_id)
         if created_at is not None and b'"created_at"' not in body:
@@ -310,6 +368,15 @@ def new_job(**fields: Any) -> Job:
     return job
 
 
+@plain_dataclass(frozen=True, slots=True)
+class DelayedInfo:
+    """A delayed job: its id, when it runs (Unix seconds), and the job as a dict (AsyncMQ `DelayedInfo`)."""
+
+    job_id: str
+    run_at: float
+    payload: dict[str, Any]
+
+
 NAMES_IN_ADD: Final = {
     "max_retries": "retries",
     "delay_until": "delay",
@@ -332,7 +399,7 @@ OPTIONAL_FIELDS: Final[tuple[tuple[str, Any], ...]] = (
     ("ttl", None),
     ("timeout", None),
     ("repeat_every", None),
-    ("depends_on", None),
+    ("depends_on", []),
     ("deduplication", None),
     ("delay_until", None),
     ("custom_id", False),
@@ -343,6 +410,16 @@ OPTIONAL_FIELDS: Final[tuple[tuple[str, Any], ...]] = (
 """Those that are left out when they have their default."""
 
 
+def _last_failure(failure: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what AsyncMQ tells of the last failed attempt, out of an entry of `errors`."""
+    at = failure.get("at")
+    return {
+        "last_error": str(failure.get("error", "")),
+        "error_traceback": str(failure.get("traceback", "")),
+        "last_attempt": at if isinstance(at, int | float) else None,
+    }
+
+
 def _validate(validate: Callable[..., Any], value: Any) -> Any:
     try:
         return validate(value, extra="ignore")
@@ -350,15 +427,11 @@ def _validate(validate: Callable[..., Any], value: Any) -> Any:
         raise InvalidJob(_first_problem(error)) from None
 
 
-def _check(body: bytes, version: int, args: list[Any], kwargs: dict[str, Any]) -> None:
+def _check_numbers(body: bytes, args: list[Any], kwargs: dict[str, Any]) -> None:
     if (b"NaN" in body or b"Infinity" in body) and (
         bad := find_non_finite([args, kwargs])
     ) is not None:
         raise InvalidJob(f"{bad} is not a JSON number")
-    if version > WIRE_VERSION:
-        raise InvalidJob(
-            f"its version is {version}, this library knows {WIRE_VERSION}: upgrade asyncmq-nats in the workers first"
-        )
 
 
 def _first_problem(error: ValidationError) -> str:

@@ -1,17 +1,18 @@
 """What else happens when a worker starts and stops."""
 
 import inspect
-import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from asyncmq_nats._logging import get_logger
+
 __all__ = ["Hook", "Hooks"]
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 Hook = Callable[..., Any]
-"""A function or coroutine function. It is given those of the keywords `backend`, `worker_id` and `queue` that it takes."""
+"""A function, sync or async, or an object that is called like one. It is given those of the keywords `backend`, `worker_id` and `queue` that it takes."""
 
 
 @dataclass(slots=True)
@@ -37,11 +38,19 @@ class Hooks:
 
     async def _call(self, hook: Hook, worker: str) -> None:
         given = self.given | {"worker_id": worker}
-        parameters = inspect.signature(hook).parameters.values()
-        takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
-        names = {parameter.name for parameter in parameters}
-        result = hook(
-            **{name: value for name, value in given.items() if takes_all or name in names}
-        )
+        result = hook(**{name: given[name] for name in _taken_names(hook, given)})
         if inspect.isawaitable(result):
             await result
+
+
+def _taken_names(hook: Hook, names: Iterable[str]) -> list[str]:
+    """Return those of the keywords that the hook takes, as it is called, whatever it wraps."""
+    try:
+        parameters = inspect.signature(hook, follow_wrapped=False).parameters
+    except (ValueError, TypeError):  # one that is written in C and does not say
+        return []
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        wrapped = getattr(hook, "__wrapped__", None)
+        return list(names) if wrapped is None else _taken_names(wrapped, names)
+    by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return [name for name in names if name in parameters and parameters[name].kind in by_name]

@@ -3,9 +3,16 @@
 One class, since AsyncMQ's is one; each method is a few lines over one call below.
 """
 
-import logging
 import math
-from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    Awaitable,
+    Callable,
+    Coroutine,
+    Iterable,
+    Mapping,
+    Sequence,
+)
 from dataclasses import replace
 from functools import partial
 from typing import Any, Final, TypeVar
@@ -15,49 +22,61 @@ from anyio.abc import TaskStatus
 
 from asyncmq_nats._arguments import (
     build_job,
+    checked_call,
     checked_mapping,
     checked_number,
     checked_seconds,
     job_of_payload,
 )
+from asyncmq_nats._logging import Throttle, get_logger
 from asyncmq_nats.backends import default_backend
 from asyncmq_nats.backends.base import Backend, Signal
 from asyncmq_nats.events import Event, read_event
-from asyncmq_nats.exceptions import BulkAddFailed, InvalidArgument, JobFailed, JobNotFound
-from asyncmq_nats.jobs import Backoff, Job
+from asyncmq_nats.exceptions import (
+    AssetMissing,
+    BulkAddFailed,
+    InvalidArgument,
+    JobFailed,
+    JobNotFound,
+)
+from asyncmq_nats.jobs import Backoff, DelayedInfo, Job
 from asyncmq_nats.middleware import Hook, Hooks
 from asyncmq_nats.runtime.control import Controls, WorkerInfo, list_workers
+from asyncmq_nats.runtime.declarations import Declarations
 from asyncmq_nats.runtime.program import import_tasks, run_program, run_until_signalled
 from asyncmq_nats.runtime.rate_limiter import Limit
 from asyncmq_nats.runtime.registry import TASK_REGISTRY, TaskRegistry
 from asyncmq_nats.runtime.runner import Runner
+from asyncmq_nats.schedules import RepeatableInfo
 from asyncmq_nats.states import COUNT_BUCKETS, JOB_STATES, OUTCOMES, Bucket, State
-from asyncmq_nats.store.commit import LAG, look_for
-from asyncmq_nats.store.reads import DelayedInfo, Inspection
+from asyncmq_nats.store.commit import LAG, look_for, looks
+from asyncmq_nats.store.pages import JobLists
+from asyncmq_nats.store.reads import Inspection, JobPage
 from asyncmq_nats.store.topology import DEFAULT_PRIORITY, QueueAssets
+from asyncmq_nats.store.waiters import Waiters
 from asyncmq_nats.transitions.add import Additions
 from asyncmq_nats.transitions.bulk import add_many, build_entries, check_entries
 from asyncmq_nats.transitions.cancel import Administration
-from asyncmq_nats.transitions.clean import Cleanup
+from asyncmq_nats.transitions.clean import Cleanup, Progress
 from asyncmq_nats.transitions.deduplicate import Deduplicator, parse_window
-from asyncmq_nats.transitions.repeat import (
+from asyncmq_nats.transitions.definition import (
+    CODE,
     Definition,
-    RepeatableInfo,
-    Repeatables,
     make_definition,
     repeatable_id,
 )
+from asyncmq_nats.transitions.repeat import Repeatables
 from asyncmq_nats.wire.keys import QueueSubjects, encode_token
 
 __all__ = ["Queue", "list_queues"]
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 EVENT_BUFFER: Final = 10_000
-READ_AGAIN: Final = 5.0
 COUNTED_AS_TO_DO: Final = (State.WAITING, State.DELAYED, State.WAITING_CHILDREN)
 
 H = TypeVar("H", bound=Hook)
+R = TypeVar("R")
 
 
 async def list_queues(backend: Backend) -> list[str]:
@@ -84,6 +103,7 @@ class Queue:
         rate_limit: how many jobs the whole queue may start per `rate_interval`, over all its workers; 0 starts none, `None` is no limit.
         rate_interval: in seconds.
         registry: the tasks that `run()` knows; by default those of `@task`.
+        any_task: whether `run()` runs all of them; by default those whose queue this is. `None`: as the settings say.
 
     Raises:
         InvalidQueueName: the name cannot be part of a stream's name.
@@ -99,6 +119,7 @@ class Queue:
         scan_interval: float | None = None,
         *,
         registry: TaskRegistry = TASK_REGISTRY,
+        any_task: bool | None = None,
     ) -> None:
         if backend is not None and not callable(getattr(backend, "declare_log", None)):
             raise InvalidArgument(
@@ -121,13 +142,18 @@ class Queue:
         self._additions = Additions(self.backend, self._subjects, self._assets)
         self._inspection = Inspection(self.backend, self._subjects, self._assets)
         self._administration = Administration(self.backend, self._subjects, self._assets)
-        self._cleanup = Cleanup(self.backend, self._subjects, self._assets)
+        self._lists = JobLists(self.backend, self._subjects, self._assets, self._inspection)
+        self._cleanup = Cleanup(
+            self.backend, self._subjects, self._assets, self._inspection, self._lists
+        )
         self._deduplicator = Deduplicator(self.backend, self._subjects, self._additions)
-        self._repeatables = Repeatables(self.backend, self._subjects, self._assets)
+        self._repeatables = Repeatables(self.backend, self._subjects)
         self._controls = Controls(self.backend, self._subjects, self._assets)
         self._hooks = Hooks({"backend": self.backend, "queue": name})
         self._local_repeatables: list[Definition] = []
+        self._waiters = Waiters(self.backend, self._subjects)
         self._registry = registry
+        self.any_task = self.backend.settings.any_task if any_task is None else any_task
 
     # -- add
 
@@ -154,7 +180,7 @@ class Queue:
 
         Args:
             task_id: what to run: `module.function` of a `@task`, or its name.
-            args: for the task; anything JSON can hold, dates, UUIDs, enums, dataclasses and pydantic models too.
+            args: for the task, written by its annotations: what would not arrive equal is refused (docs/arguments.md).
             kwargs: for the task, likewise.
             retries: attempts that may follow a failed one.
             ttl: seconds after which a job that has not started expires.
@@ -175,7 +201,7 @@ class Queue:
 
         Raises:
             JobNotFound: a job that it depends on is not in this queue.
-            NotSerializable: an argument is not JSON; the message names it.
+            NotSerializable: an argument would not arrive equal; the message names it.
             PayloadTooLarge: the job does not fit into a message.
             InvalidArgument: a value is of the wrong kind; the message names it.
             TypeError, InvalidJobId: the job_id is outside AsyncMQ's rules.
@@ -185,6 +211,7 @@ class Queue:
         await self.backend.connect()
         job = build_job(
             self.backend.now(),
+            write=self._registry.write,
             task_id=task_id,
             args=args,
             kwargs=kwargs,
@@ -218,7 +245,7 @@ class Queue:
             BulkAddFailed: of more than 1,000, some were added and some were not; it says which.
         """
         await self.backend.connect()
-        built, windows = build_entries(self.backend.now(), jobs)
+        built, windows = build_entries(self.backend.now(), jobs, self._registry.write)
         check_entries(self._additions, built)
         ids, plain = (
             [job.job_id for job in built],
@@ -248,7 +275,7 @@ class Queue:
             InvalidJobId: no record can be kept under its id.
         """
         await self.backend.connect()
-        job = job_of_payload(payload, self.backend.now())
+        job = job_of_payload(payload, self.backend.now(), self._registry.write)
         job.encode()
         await self._assets.declare()
         return await self._additions.add(job)
@@ -273,12 +300,13 @@ class Queue:
 
     async def add_linked(self, jobs: Sequence[Job]) -> None:
         """Add jobs that depend on each other, each after its `children`; see `FlowProducer.add_flow`."""
+        written = [self._written(job) for job in jobs]
         await self._assets.declare()
-        await self._additions.add_linked(jobs)
+        await self._additions.add_linked(written)
 
-    async def _store_repeatables(self) -> None:
-        for definition in self._local_repeatables:
-            await self._repeatables.upsert(definition)
+    def _written(self, job: Job) -> Job:
+        args, kwargs = self._registry.write(job.task_id, job.args, job.kwargs)
+        return replace(job, args=args, kwargs=kwargs)
 
     # -- run
 
@@ -290,10 +318,12 @@ class Queue:
             self._subjects,
             self._assets,
             registry=self._registry,
+            any_task=self.any_task,
             concurrency=self.concurrency,
             limit=None if self.rate_limit is None else Limit(self.rate_limit, self.rate_interval),
-            hooks=replace(
-                self._hooks, on_startup=[self._store_repeatables, *self._hooks.on_startup]
+            hooks=self._hooks,
+            declarations=Declarations(
+                self.backend, self._subjects, {d.rid: d for d in self._local_repeatables}
             ),
         )
 
@@ -370,13 +400,36 @@ class Queue:
     ) -> list[dict[str, Any]]:
         """Return the jobs from index `start` to `end` (included; -1: to the last) of the given states, newest first unless `asc`.
 
-        States are joined one after the other. Only the pages that are needed are read.
+        States are joined one after the other. What is before `start` is read and passed over: in long lists, `list_page` goes on
+        where the page before ended.
         """
         names = [types] if isinstance(types, str) else JOB_STATES if types is None else types
         states = [State(name) for name in names if name in set(State)]
-        return [
-            job.to_dict() for job in await self._inspection.slice(states, start, end, ascending=asc)
-        ]
+        return [job.to_dict() for job in await self._lists.slice(states, start, end, ascending=asc)]
+
+    async def list_page(
+        self,
+        state: str,
+        after: str | None = None,
+        *,
+        limit: int = 100,
+        newest_first: bool = True,
+    ) -> JobPage:
+        """Return a page of the jobs in a state. It costs the same in a queue of ten jobs and of a million, each next page too.
+
+        Args:
+            state: such as `failed`.
+            after: the `cursor` of the page before, read in the same order; `None` for the first page.
+            limit: how many jobs at most.
+            newest_first: whether the jobs that came to the state last are first.
+
+        Raises:
+            InvalidArgument: there is no such state, or the cursor is none of this state.
+        """
+        jobs, cursor = await self._lists.read_page(
+            _checked_state(state), after, checked_number(limit, "limit", 1), descending=newest_first
+        )
+        return JobPage([job.to_dict() for job in jobs], cursor)
 
     async def get_waiting(
         self, *, start: int = 0, end: int = -1, asc: bool = False
@@ -432,6 +485,12 @@ class Queue:
         At most once: while the connection is down, or this reader is 10,000 events behind, events are lost.
         """
         send, receive = anyio.create_memory_object_stream[Event](EVENT_BUFFER)
+        losses = Throttle()
+
+        def warn_of_losses(count: int) -> None:
+            if count:
+                text = "queue %s: a reader of events is too slow, %d events are lost"
+                logger.warning(text, self.name, count)
 
         def hear(signal: Signal) -> None:
             event = read_event(self.name, signal.subject, signal.body)
@@ -439,12 +498,7 @@ class Queue:
                 try:
                     send.send_nowait(event)
                 except anyio.WouldBlock:
-                    logger.warning(
-                        "queue %s: a reader of events is too slow, %s of job %s is lost",
-                        self.name,
-                        event.name,
-                        event.job_id,
-                    )
+                    warn_of_losses(losses.note())
 
         with send, receive:
             subscription = await self.backend.subscribe(self._subjects.event("*", "*"), hear)
@@ -452,6 +506,7 @@ class Queue:
                 async for event in receive:
                     yield event
             finally:
+                warn_of_losses(losses.take())
                 with anyio.CancelScope(shield=True):
                     await subscription.unsubscribe()
 
@@ -473,29 +528,14 @@ class Queue:
         raise TimeoutError(f"job {job_id!r} has not ended within {timeout:g} s")
 
     async def _wait_for(self, job_id: str) -> Any:
-        ended = anyio.Event()
-
-        def hear(signal: Signal) -> None:
-            if signal.subject.split(".")[-2] in OUTCOMES:
-                ended.set()
-
-        # Listen, then look, then wait: an outcome is either seen or heard. Events may be lost, so look again now and then.
-        subscription = await self.backend.subscribe(
-            self._subjects.event("*", encode_token(job_id)), hear
-        )
-        try:
+        # Listen, then look, then wait: an outcome is either seen or heard.
+        async with self._waiters.join(encode_token(job_id)) as waiter:
+            heard = False
             while True:
-                heard = ended.is_set()
                 job = await self._look_at_end(job_id, LAG if heard else ())
                 if job.status in OUTCOMES:
                     return _result_of(job)
-                if heard:  # it has been retried by hand since
-                    ended = anyio.Event()
-                with anyio.move_on_after(READ_AGAIN):
-                    await ended.wait()
-        finally:
-            with anyio.CancelScope(shield=True):
-                await subscription.unsubscribe()
+                heard = await self._waiters.wait(waiter)  # or it was retried by hand since
 
     async def _look_at_end(self, job_id: str, pauses: Sequence[float] = ()) -> Job:
         """Return the job as it is; or, if it has not ended, as it is after each of the pauses, until it has."""
@@ -534,11 +574,23 @@ class Queue:
         A sync task's thread cannot be interrupted: it goes on to its end unheeded, unless it looks at `current_job().cancel_requested`.
         Return whether there was such a job.
         """
-        await self._assets.declare()
-        if not await look_for(partial(self._administration.cancel, job_id)):
+        if not await self._find_and(self._administration.cancel, job_id):
             return False
         await self._controls.signal_cancel(job_id)
         return True
+
+    async def _find_and(self, act: Callable[[str], Awaitable[bool]], job_id: str) -> bool:
+        """Do something to a job that may be moving. Return whether it was done; nothing is declared for it."""
+        found = look_for(partial(act, job_id), looks(self.backend))
+        return await self._unless_missing(found, False)
+
+    @staticmethod
+    async def _unless_missing(action: Coroutine[Any, Any, R], nothing: R) -> R:
+        """Return what an action returns, and `nothing` when there is no such queue: only what stores jobs makes one."""
+        try:
+            return await action
+        except AssetMissing:
+            return nothing
 
     async def is_job_cancelled(self, job_id: str) -> bool:
         """Return whether the job was cancelled."""
@@ -568,9 +620,7 @@ class Queue:
         """Return the delayed jobs, in the order in which they were delayed: all of them, or the first `limit`."""
         last = -1 if limit is None else checked_number(limit, "limit") - 1
         jobs = (
-            await self._inspection.slice([State.DELAYED], 0, last, ascending=True)
-            if limit != 0
-            else []
+            await self._lists.slice([State.DELAYED], 0, last, ascending=True) if limit != 0 else []
         )
         return [
             DelayedInfo(job.job_id, job.delay_until or job.created_at, job.to_dict())
@@ -579,8 +629,7 @@ class Queue:
 
     async def remove_delayed(self, job_id: str) -> bool:
         """Remove a delayed job. Return whether it was still delayed."""
-        await self._assets.declare()
-        return await look_for(partial(self._administration.remove_delayed, job_id))
+        return await self._find_and(self._administration.remove_delayed, job_id)
 
     async def get_due_delayed(self) -> list[dict[str, Any]]:
         """Take out and return the jobs whose time has come and that no worker has made ready yet: they are the caller's now.
@@ -590,7 +639,7 @@ class Queue:
         return [
             job.to_dict()
             for job in await self._administration.take_due(
-                [job async for job in self._inspection.read_due()]
+                [job async for job in self._lists.read_due()]
             )
         ]
 
@@ -599,8 +648,7 @@ class Queue:
 
         Return whether it was in one of these states.
         """
-        await self._assets.declare()
-        return await look_for(partial(self._administration.rerun, job_id))
+        return await self._find_and(self._administration.rerun, job_id)
 
     # -- repeatables
 
@@ -619,8 +667,18 @@ class Queue:
         name: str | None = None,
         timezone: str | None = None,
         timeout: float | None = None,
+        start: float | None = None,
+        end: float | None = None,
+        limit: int | None = None,
+        jitter: float | None = None,
+        overlap: str = "allow",
+        catch_up: str | None = None,
     ) -> None:
-        """Have this queue's workers repeat a job (AsyncMQ `Queue.add_repeatable`). Stored when `run()` starts; see `upsert_repeatable`.
+        """Have this queue's workers repeat a job (AsyncMQ `Queue.add_repeatable`).
+
+        Stored when `run()` starts; the arguments are those of `upsert_repeatable`. It belongs to
+        the code: once a worker runs that started later and does not declare it, and no worker
+        that declares it runs any more, it is removed.
 
         Raises:
             ValueError: the schedule is malformed; the message shows where.
@@ -632,11 +690,26 @@ class Queue:
             "backoff": backoff,
             "timeout": timeout,
         }
-        self._local_repeatables.append(
-            make_definition(
-                task_id, args, kwargs, job, every=every, cron=cron, timezone=timezone, name=name
-            )
+        args, kwargs = checked_call(self._registry.write, task_id, args, kwargs)
+        definition = make_definition(
+            task_id,
+            args,
+            kwargs,
+            job,
+            every=every,
+            cron=cron,
+            timezone=timezone,
+            name=name,
+            owner=CODE,
+            shortest=self.backend.settings.min_repeat_interval,
+            start=start,
+            end=end,
+            limit=limit,
+            jitter=jitter,
+            overlap=overlap,
+            catch_up=catch_up,
         )
+        self._local_repeatables.append(definition)
 
     async def upsert_repeatable(
         self,
@@ -653,14 +726,24 @@ class Queue:
         name: str | None = None,
         timezone: str | None = None,
         timeout: float | None = None,
+        start: float | None = None,
+        end: float | None = None,
+        limit: int | None = None,
+        jitter: float | None = None,
+        overlap: str = "allow",
+        catch_up: str | None = None,
     ) -> float:
-        """Store a repeated job, or change the one of that name, and return its next run in Unix seconds (AsyncMQ `upsert_repeatable`).
+        """Store a repeated job, or change the one of that name (AsyncMQ `upsert_repeatable`).
 
-        Each tick adds exactly one job, however many workers run. After an outage the missed ticks are one, late, and the series goes on.
+        Each tick adds exactly one job, however many workers run. Return its next run in Unix
+        seconds, `inf` if none is to come. A change does not end a pause, and a series whose
+        schedule is the same goes on as it was planned.
 
         Args:
-            task_id: as for `add`, and so are args, kwargs, retries, ttl, priority, backoff and timeout.
-            every: seconds, or a text such as `"5m"`; the first run is one interval from now, and the series does not drift.
+            task_id: as for `add`, and so are args, kwargs, retries, ttl, priority, backoff and
+                timeout.
+            every: seconds, or a text such as `"5m"`; the first run is one interval from now, and
+                the series does not drift. Not below the setting `min_repeat_interval`.
             cron: five fields, or six with the seconds last, by the clock of `timezone`.
             args: see `add`.
             kwargs: see `add`.
@@ -668,12 +751,23 @@ class Queue:
             ttl: see `add`.
             priority: see `add`.
             backoff: see `add`.
-            name: what it is known by. Without one the definition itself is: a changed definition is then another repeatable.
-            timezone: an IANA name; UTC by default. What the clock skips in spring runs an hour later, what it shows twice runs once.
+            name: what it is known by. Without one the definition itself is: a changed definition
+                is then another repeatable.
+            timezone: an IANA name; UTC by default. What the clock skips in spring runs an hour
+                later, what it shows twice runs once.
             timeout: see `add`.
+            start: Unix seconds before which it does not run; an interval counts from there.
+            end: Unix seconds after which it does not run.
+            limit: how many jobs it adds at most.
+            jitter: each run is later by chance, by up to so many seconds, but before the next one.
+            overlap: `"skip"` adds no job while the last one has not ended.
+            catch_up: what becomes of the runs that were missed in an outage or a pause: `"one"` of
+                them is made up for, or `"all"`, or `"none"`. By default one after an outage, and
+                none after a pause: then the series begins anew.
 
         Raises:
             ValueError: the schedule is malformed; the message shows where.
+            InvalidArgument: an option has a value that it does not take.
         """
         job = {
             "retries": retries,
@@ -682,69 +776,96 @@ class Queue:
             "backoff": backoff,
             "timeout": timeout,
         }
+        args, kwargs = checked_call(self._registry.write, task_id, args, kwargs)
         definition = make_definition(
-            task_id, args, kwargs, job, every=every, cron=cron, timezone=timezone, name=name
+            task_id,
+            args,
+            kwargs,
+            job,
+            every=every,
+            cron=cron,
+            timezone=timezone,
+            name=name,
+            shortest=self.backend.settings.min_repeat_interval,
+            start=start,
+            end=end,
+            limit=limit,
+            jitter=jitter,
+            overlap=overlap,
+            catch_up=catch_up,
         )
         await self._assets.declare()
         return await self._repeatables.upsert(definition)
 
     async def list_repeatables(self) -> list[RepeatableInfo]:
         """Return the stored repeatables with their next runs (AsyncMQ `Queue.list_repeatables`)."""
-        await self._assets.declare()
-        return await self._repeatables.read_all()
+        return await self._unless_missing(self._repeatables.read_all(), [])
 
     async def remove_repeatable(self, job_def: Mapping[str, Any] | str) -> bool:
         """Remove a repeatable, given as its `job_def` or by name. Return whether it was there. Jobs it has added stay."""
-        rid = repeatable_id(job_def)
-        await self._assets.declare()
-        return await self._repeatables.remove(rid)
+        return await self._unless_missing(self._repeatables.remove(repeatable_id(job_def)), False)
 
     async def pause_repeatable(self, job_def: Mapping[str, Any] | str) -> bool:
         """Have a repeatable add no more jobs. Return whether it was there."""
-        rid = repeatable_id(job_def)
-        await self._assets.declare()
-        return await self._repeatables.pause(rid)
+        return await self._unless_missing(self._repeatables.pause(repeatable_id(job_def)), False)
 
     async def resume_repeatable(self, job_def: Mapping[str, Any] | str) -> float:
-        """Let a paused repeatable go on, and return its next run in Unix seconds.
+        """Let a paused repeatable go on, as its `catch_up` says, and return its next run.
+
+        In Unix seconds; `inf` if none is to come.
 
         Raises:
             KeyError: there is no such repeatable (as AsyncMQ).
         """
         rid = repeatable_id(job_def)
-        await self._assets.declare()
-        return await self._repeatables.resume(rid)
+        try:
+            return await self._repeatables.resume(rid)
+        except AssetMissing:
+            raise KeyError(f"no repeatable {rid!r}") from None
 
     # -- clean up
 
-    async def clean(self, state: str, older_than: float | None = None) -> None:
+    async def clean(
+        self,
+        state: str,
+        older_than: float | None = None,
+        *,
+        progress: Progress | None = None,
+    ) -> None:
         """Remove the jobs in a state (AsyncMQ `Queue.clean`). Jobs that run stay.
 
         Args:
             state: such as `completed`.
             older_than: only those that came to that state before, in Unix seconds: for outcomes, that ended before.
+            progress: called after each step with the number of jobs removed so far.
 
         Raises:
             InvalidArgument: there is no such state, or `older_than` is no number.
         """
-        wanted, before = (
-            _checked_state(state),
-            None if older_than is None else checked_seconds(older_than, "older_than"),
-        )
-        await self._assets.declare()
-        await self._cleanup.clean(wanted, before)
+        wanted = _checked_state(state)
+        before = math.inf if older_than is None else checked_seconds(older_than, "older_than")
+        await self._cleanup.clean(wanted, before, progress)
 
     async def clean_jobs(
-        self, grace: float, limit: int = 0, state: str = State.COMPLETED
+        self,
+        grace: float,
+        limit: int = 0,
+        state: str = State.COMPLETED,
+        *,
+        progress: Progress | None = None,
     ) -> list[str]:
-        """Remove the jobs that came to a state more than `grace` seconds ago, at most `limit` (0: all), and return their ids."""
+        """Remove the jobs that came to a state more than `grace` seconds ago, at most `limit` (0: all), and return their ids.
+
+        `progress`: see `clean`.
+        """
         wanted, seconds, most = (
             _checked_state(state),
             checked_seconds(grace, "grace"),
             checked_number(limit, "limit"),
         )
-        await self._assets.declare()
-        return await self._cleanup.clean_jobs(wanted, self.backend.now() - seconds, most)
+        await self.backend.connect()
+        before = self.backend.now() - seconds
+        return await self._cleanup.clean_jobs(wanted, before, most, progress)
 
     async def remove_job(self, job_id: str) -> bool:
         """Remove a job in any state but `active`. Return whether it was removed. Jobs that depend on it go on waiting.
@@ -752,13 +873,16 @@ class Queue:
         A job that a stopping worker handed back is `active` until another worker fetches it; `cancel_job` ends it. One that a worker is
         making ready at this moment may run as well.
         """
-        await self._assets.declare()
-        return await look_for(partial(self._administration.remove, job_id))
+        return await self._find_and(self._administration.remove, job_id)
 
-    async def drain(self, include_delayed: bool = False) -> list[str]:
-        """Remove the jobs that wait, and if wished those that are delayed; return their ids. Jobs that run stay."""
-        await self._assets.declare()
-        return await self._cleanup.drain(include_delayed=include_delayed)
+    async def drain(
+        self, include_delayed: bool = False, *, progress: Progress | None = None
+    ) -> list[str]:
+        """Remove the jobs that wait, and if wished those that are delayed; return their ids. Jobs that run stay.
+
+        `progress`: called after each step with the number of jobs removed so far.
+        """
+        return await self._cleanup.drain(include_delayed=include_delayed, progress=progress)
 
     async def obliterate(self, *, force: bool = False) -> list[str]:
         """Remove everything: jobs in all states, repeatables, windows, a pause; return the ids of the jobs.
@@ -766,21 +890,19 @@ class Queue:
         Raises:
             RuntimeError: jobs are active, and not `force`: they run, or a stopping worker handed them back and no other has fetched them.
         """
-        await self._assets.declare_all()
         counts = await self._inspection.count_by_state()
         if counts[State.ACTIVE] and not force:
             raise RuntimeError(
                 f"queue {self.name!r} has {counts[State.ACTIVE]} active jobs: wait for them, or pass force=True"
             )
-        ids = [job.job_id for state in State async for job in self._inspection.read(state)]
-        await self._cleanup.obliterate()
-        await self._controls.resume()
+        ids = await self._cleanup.read_ids()
+        if await self._cleanup.obliterate():
+            await self._controls.resume()
         return ids
 
     async def get_deduplication_job_id(self, deduplication_id: str) -> str | None:
         """Return the id of the job that owns a deduplication window, or `None`."""
-        await self._assets.declare()
-        return await self._deduplicator.owner(deduplication_id)
+        return await self._unless_missing(self._deduplicator.owner(deduplication_id), None)
 
     async def get_debounce_job_id(self, deduplication_id: str) -> str | None:
         """Same as `get_deduplication_job_id`, under AsyncMQ's older name."""
@@ -788,8 +910,7 @@ class Queue:
 
     async def remove_deduplication_key(self, deduplication_id: str) -> bool:
         """End a deduplication window. Return whether there was one."""
-        await self._assets.declare()
-        return await self._deduplicator.remove(deduplication_id)
+        return await self._unless_missing(self._deduplicator.remove(deduplication_id), False)
 
 
 def _result_of(job: Job) -> Any:

@@ -1,8 +1,6 @@
 """Whether and when a failed job runs again. Pure functions of values."""
 
-import logging
 import math
-import random
 import traceback as tracebacks
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -11,27 +9,31 @@ from typing import Any, Final
 
 from pydantic import ValidationError
 
+from asyncmq_nats._logging import get_logger
 from asyncmq_nats.exceptions import Fail, Retry
-from asyncmq_nats.jobs import Backoff, Job
+from asyncmq_nats.jobs import MAX_DELAY, Job, backoff_delay
 
 __all__ = [
     "BackoffFunction",
     "FailedElsewhere",
     "Failure",
+    "RetryLimits",
     "add_failure",
     "backoff_delay",
     "retry_delay",
 ]
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 MAX_ERROR: Final = 2_000
 MAX_TRACEBACK: Final = 4_000
 MAX_ERRORS: Final = 10
-MAX_DELAY: Final = 365 * 86_400.0
 
 IN_DOUBT: Final = 1.5
 """The backoff when a task's own function fails: that of `@task`."""
+
+QUICK_RETRIES: Final = 10
+"""The number of retries that may follow at once."""
 
 BackoffFunction = Callable[[int], float] | Callable[[], float]
 """Given the number of the retry (1, 2, …), or nothing, the seconds to wait before it."""
@@ -96,6 +98,17 @@ def _cut(text: str, length: int) -> str:
     return text[: length // 3] + "\n…\n" + text[-(2 * length // 3) :]
 
 
+@dataclass(frozen=True, slots=True)
+class RetryLimits:
+    """What a worker grants to a job, whatever the job says: so many retries, the later ones so many seconds apart at least."""
+
+    retries: int = 10_000
+    delay: float = 1.0
+
+
+NO_LIMITS: Final = RetryLimits(retries=2**63, delay=0.0)
+
+
 def add_failure(job: Job, failure: Failure) -> Job:
     """Return the job after one more failed attempt."""
     entry = {
@@ -108,13 +121,23 @@ def add_failure(job: Job, failure: Failure) -> Job:
 
 
 def retry_delay(
-    job: Job, failure: Failure, function: BackoffFunction | None = None
+    job: Job,
+    failure: Failure,
+    function: BackoffFunction | None = None,
+    limits: RetryLimits = NO_LIMITS,
 ) -> float | None:
     """Return how long to wait before the next attempt of a job that has just failed, 0 for at once; `None`: no more attempts.
 
     The task's own wish comes first, then the job's backoff, then that of its task (`function`).
     """
-    if failure.final or job.retries >= job.max_retries:
+    if job.max_retries > limits.retries and not job.retries:
+        logger.warning(
+            "job %s: of its %d retries it gets %d (the limit is max_retries_limit)",
+            job.job_id,
+            job.max_retries,
+            limits.retries,
+        )
+    if failure.final or job.retries >= min(job.max_retries, limits.retries):
         return None
     retry = job.retries + 1
     if failure.delay is not None:
@@ -123,7 +146,7 @@ def retry_delay(
         wished = backoff_delay(job.backoff, retry)
     else:
         wished = 0.0 if function is None else _ask(function, retry)
-    return min(max(0.0, wished), MAX_DELAY)
+    return min(max(limits.delay if retry > QUICK_RETRIES else 0.0, wished), MAX_DELAY)
 
 
 def _ask(function: Callable[..., Any], retry: int) -> float:
@@ -140,22 +163,3 @@ def _ask(function: Callable[..., Any], retry: int) -> float:
         )
         return backoff_delay(IN_DOUBT, retry)
     return seconds
-
-
-def backoff_delay(
-    backoff: float | Backoff, retry: int, share: Callable[[], float] = random.random
-) -> float:
-    """Return the seconds before the `retry`-th retry. A number is raised to the power of `retry` (AsyncMQ `Job.next_retry_delay`).
-
-    `share`: where jitter takes its random number from 0 to 1.
-    """
-    try:
-        if not isinstance(backoff, Backoff):
-            return float(backoff**retry)
-        delay = backoff.delay * (1.0 if backoff.kind == "fixed" else backoff.factor ** (retry - 1))
-    except OverflowError:
-        delay = MAX_DELAY
-    if isinstance(backoff, Backoff):
-        delay = min(delay, MAX_DELAY if backoff.maximum is None else backoff.maximum)
-        delay *= 1.0 - backoff.jitter * share()
-    return delay

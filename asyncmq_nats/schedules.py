@@ -7,16 +7,21 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import lru_cache
 from typing import Any, Final
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from croniter import CroniterBadDateError, CroniterError, croniter
 
+from asyncmq_nats.jobs import LATEST
 from asyncmq_nats.wire.codec import dump_json, load_json
 
 __all__ = [
+    "RepeatableInfo",
     "Schedule",
     "definition_id",
+    "first_run",
+    "is_over",
     "make_schedule",
     "missed_ticks",
     "next_run",
@@ -25,6 +30,9 @@ __all__ = [
 ]
 
 FIELDS: Final = ("minute", "hour", "day of month", "month", "day of week", "second")
+RANGES: Final = ((0, 59), (0, 23), (1, 31), (1, 12), (0, 6), (0, 59))
+"""First and last value of each field."""
+STEP: Final = re.compile(r"/(\d+)")
 UNITS: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0, "w": 604_800.0}
 PART: Final = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(ms|s|m|h|d|w)\s*")
 SHORTEST: Final = 0.05
@@ -40,17 +48,40 @@ LARGEST_CHANGE: Final = 3 * 3600.0
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """A rhythm: every so many seconds, or a cron expression in a time zone (an IANA name)."""
+    """A rhythm: every so many seconds, or a cron expression in a time zone (an IANA name).
+
+    No run is before `start` or after `end` (Unix seconds). An interval counts from `start`.
+    """
 
     every: float | None = None
     cron: str | None = None
     timezone: str = "UTC"
+    start: float | None = None
+    end: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RepeatableInfo:
+    """A stored repeatable: its definition, its next run, and whether it is paused (AsyncMQ).
+
+    `next_run`: Unix seconds; `None` while it is paused, and after its last run.
+    """
+
+    job_def: dict[str, Any]
+    next_run: float | None
+    paused: bool
 
 
 def make_schedule(
-    every: float | str | None, cron: str | None, timezone: str | None = None
+    every: float | str | None,
+    cron: str | None,
+    timezone: str | None = None,
+    *,
+    start: float | None = None,
+    end: float | None = None,
+    shortest: float | None = None,
 ) -> Schedule:
-    """Return the schedule that a user described.
+    """Return the schedule that a user described. `shortest`: see `parse_every`.
 
     Raises:
         ValueError: neither or both are given, or one cannot be understood; the message shows where.
@@ -60,35 +91,54 @@ def make_schedule(
         raise ValueError(
             "give either every= (seconds, or a text such as '5m') or cron= (five or six fields)"
         )
+    _check_span(start, end)
     if every is not None:
         if timezone is not None:
             raise ValueError("timezone= goes with cron=; an interval has none")
-        return Schedule(every=parse_every(every))
+        return Schedule(every=parse_every(every, shortest), start=start, end=end)
     if not isinstance(cron, str):
         raise TypeError(f"cron must be a str, not {type(cron).__name__}")
     check_cron(cron)
     _zone(timezone or "UTC")
     plain = " ".join(cron.split())
-    return Schedule(
-        cron=plain.lower() if plain.startswith("@") else plain, timezone=timezone or "UTC"
-    )
+    plain = plain.lower() if plain.startswith("@") else plain
+    return Schedule(cron=plain, timezone=timezone or "UTC", start=start, end=end)
 
 
-def parse_every(every: float | str) -> float:
-    """Return an interval in seconds: a number, or a text such as `"90"`, `"5m"`, `"1h30m"`, `"0.5s"` (units ms, s, m, h, d, w).
+def _check_span(start: float | None, end: float | None) -> None:
+    for name, at in (("start", start), ("end", end)):
+        if at is None:
+            continue
+        if isinstance(at, bool) or not isinstance(at, int | float):
+            raise TypeError(f"{name} must be a time in Unix seconds, not {type(at).__name__}")
+        if not 0 <= at <= LATEST:  # not so for NaN, either
+            raise ValueError(f"{name}={at!r} is no time in Unix seconds")
+    if start is not None and end is not None and end < start:
+        raise ValueError(f"end={end!r} is before start={start!r}: there would be no run")
+
+
+def parse_every(every: float | str, shortest: float | None = None) -> float:
+    """Return an interval in seconds.
+
+    Args:
+        every: a number, or a text such as `"90"`, `"5m"`, `"1h30m"`, `"0.5s"` (units ms, s, m, h,
+            d, w).
+        shortest: the shortest one that is taken, in seconds (the setting `min_repeat_interval`);
+            by default, and at least, 0.05.
 
     Raises:
-        ValueError: it is not understood, or shorter than 0.05 s, or longer than a hundred years.
+        ValueError: it is not understood, or too short, or longer than a hundred years.
         TypeError: it is neither number nor text.
     """
+    least = SHORTEST if shortest is None else max(SHORTEST, shortest)
     if isinstance(every, bool) or not isinstance(every, int | float | str):
         raise TypeError(
             f"every must be a number of seconds or a text such as '5m', not {type(every).__name__}"
         )
     seconds = _parse_text(every) if isinstance(every, str) else every
-    if not SHORTEST <= seconds <= LONGEST:  # not so for NaN, either
+    if not least <= seconds <= LONGEST:  # not so for NaN, either
         raise ValueError(
-            f"every={every!r}: the shortest interval is {SHORTEST} s, the longest {LONGEST:.0f} s"
+            f"every={every!r}: the shortest interval is {least:g} s, the longest {LONGEST:.0f} s"
         )
     return float(seconds)
 
@@ -136,6 +186,7 @@ def check_cron(expression: str) -> None:
         try:
             if RANDOM.search(field[0]):
                 raise ValueError("nothing random is known here")
+            _check_steps(field[0], index)
             _times(" ".join(alone), datetime(2024, 1, 1))
         except (CroniterError, ValueError, KeyError) as error:
             pointer = _point_at(expression, field.start(), field.end())
@@ -149,6 +200,17 @@ def check_cron(expression: str) -> None:
         raise ValueError(
             f"cron {expression!r} never comes true: no such date exists{pointer}"
         ) from None
+
+
+def _check_steps(field: str, index: int) -> None:
+    """Refuse a step that is larger than its field: croniter would take only the first value."""
+    low, high = RANGES[index]
+    for step in STEP.findall(field):
+        if int(step) > high - low + 1:
+            raise ValueError(
+                f"a step of {step} is larger than the field, {low} to {high}: it would run at "
+                f"{low} only. For an interval, use every="
+            )
 
 
 def _times(expression: str, start: datetime) -> croniter:
@@ -180,6 +242,22 @@ def next_run(schedule: Schedule, after: float) -> float:
     return _next_cron(str(schedule.cron), _zone(schedule.timezone), after)
 
 
+def first_run(schedule: Schedule, now: float) -> float:
+    """Return the first time of a series that begins now, or at its `start`."""
+    start = schedule.start
+    if start is None:
+        return next_run(schedule, now)
+    if schedule.every is None:
+        at = next_run(schedule, max(start - 0.001, now))  # `start` itself counts
+        return at if at >= start else next_run(schedule, at)
+    return start if start >= now else next_run_after(schedule, start, now)
+
+
+def is_over(schedule: Schedule, at: float) -> bool:
+    """Return whether a time is after the end of the series."""
+    return schedule.end is not None and at > schedule.end
+
+
 def next_run_after(schedule: Schedule, planned: float, now: float) -> float:
     """Return the first time after now in the series to which `planned` belongs."""
     if schedule.every is None:
@@ -201,11 +279,13 @@ def _series(schedule: Schedule, planned: float, now: float) -> Iterator[float]:
             return
 
 
+@lru_cache(maxsize=1024)
 def _next_cron(expression: str, zone: ZoneInfo, after: float) -> float:
     """Return the next time of a cron expression by the wall clock of a zone.
 
     A time that the clock skips in spring comes later by as much as it skips, once. A time that it shows twice in autumn counts once, the
     first time, unless the hour is a wildcard: what runs every few minutes goes on through both hours.
+    Kept for a while: many repeatables have the same expression, and it takes a third of a ms.
     """
     hour = "*" if expression == "@hourly" else [*expression.split(), ""][1]
     # Near a change of the clock, the times to come are to be looked for by what it shows before and by what it shows after the change.

@@ -1,32 +1,97 @@
 """Settings, read from `ASYNCMQ_NATS_*` environment variables. Values only; nothing here does I/O."""
 
-from collections.abc import Iterable
-from typing import Annotated, Literal
+import os
+import re
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
+from typing import Annotated, Any, Final, Literal
+from urllib.parse import urlsplit
 
-from pydantic import Field, field_validator
+from pydantic import Field, PrivateAttr, field_serializer, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-__all__ = ["Settings", "parse_servers", "settings"]
+from asyncmq_nats._logging import escape_controls, get_logger
+
+__all__ = ["Settings", "find_unknown_variables", "mask_login", "parse_servers", "settings"]
+
+logger = get_logger(__name__)
 
 DAY = 86_400.0
+ENV_PREFIX: Final = "ASYNCMQ_NATS_"
+NOT_SETTINGS: Final = re.compile(r"PARENT|SERVICE_(HOST|PORT.*)|PORT(_\d+_.*)?")
+"""Variables with our prefix that are set by our supervisor, or by Kubernetes for a service of that name."""
+SCHEMES: Final = ("nats", "tls", "ws", "wss")
+LOGIN: Final = re.compile(r"(?<=//)[^\s,]*@|(?:(?<=^)|(?<=[\s,'\"]))[^/\s,]+@")
+HOW_TO_WRITE: Final = (
+    "write an address as 'nats://127.0.0.1:4222', or several, in a list or with commas between"
+)
 
 
-def parse_servers(value: object) -> tuple[str, ...]:
+def mask_login(text: str) -> str:
+    """Return a text about addresses without what is before their `@`: names, passwords and tokens."""
+    return LOGIN.sub("***@", text)
+
+
+class Address(str):
+    """The address of a server. It may have a password or a token in it, which `repr` does not show."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return repr(mask_login(str(self)))
+
+
+class Secret(str):
+    """A password or a token, which `repr` does not show."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return "'**********'"
+
+
+def parse_servers(value: object) -> tuple[Address, ...]:
     """Return the addresses in one string, with commas between, or in several.
 
     Raises:
-        ValueError: there is none, or it is something else.
+        ValueError: there is none, or one that cannot be that of a NATS server.
     """
     parts = (
         [value] if isinstance(value, str) else list(value) if isinstance(value, Iterable) else []
     )
     texts = [part for part in parts if isinstance(part, str)]
     servers = _split(",".join(texts))
-    if servers and len(texts) == len(parts):
-        return servers
-    raise ValueError(
-        f"servers is {value!r}: write an address as 'nats://127.0.0.1:4222', or several, in a list or with commas between"
-    )
+    if not servers or len(texts) != len(parts):
+        raise ValueError(f"servers is {mask_login(repr(value))}: {HOW_TO_WRITE}")
+    for server in servers:
+        if (problem := _find_problem(server)) is not None:
+            raise ValueError(
+                f"{mask_login(repr(server))} is no address of a NATS server: {problem}; {HOW_TO_WRITE}"
+            )
+    return tuple(Address(server) for server in servers)
+
+
+def _find_problem(server: str) -> str | None:
+    scheme, separator, rest = server.rpartition("://")
+    if separator and scheme.lower() not in SCHEMES:
+        return (
+            f"it begins with {scheme + separator!r}, and not with nats://, tls://, ws:// or wss://"
+        )
+    if not separator and "/" in rest:
+        return "it has a '/' and no '://'"
+    if escape_controls(server) != server or len(server.split()) > 1:
+        return "it has blanks or control characters"
+    try:
+        parts = urlsplit(server if separator else f"nats://{server}")
+        host = parts.hostname
+    except ValueError:
+        return "its host is malformed"
+    try:
+        if parts.port == 0:
+            raise ValueError
+    except ValueError:
+        return "its port is no number from 1 to 65535"
+    return None if host else "it has no host"
 
 
 def _split(text: str) -> tuple[str, ...]:
@@ -37,18 +102,23 @@ class Settings(BaseSettings):
     """What a deployment chooses. Durations are seconds; `None` for a time to live keeps the records for ever.
 
     Pass an instance to a backend to override the environment: `NATSBackend(settings=Settings(stalled_after=5))`.
-    A variable that is set to nothing counts as one that is not set.
+    A variable that is set to nothing counts as one that is not set. A keyword that is no setting is
+    an error, a variable with our prefix that is none a warning; both name the nearest one.
+    The `repr` of passwords, tokens and addresses is masked, also in that of `model_dump()`, and
+    `model_dump_json()` has them masked.
+    `settings.stalled_after = 5` is checked too; a backend reads most of them when it connects.
     """
 
     model_config = SettingsConfigDict(
-        env_prefix="ASYNCMQ_NATS_",
+        env_prefix=ENV_PREFIX,
         env_ignore_empty=True,
         env_parse_none_str="none",
-        frozen=True,
-        extra="ignore",
+        validate_assignment=True,
+        extra="forbid",
+        hide_input_in_errors=True,
     )
 
-    servers: Annotated[tuple[str, ...], NoDecode] = ("nats://127.0.0.1:4222",)
+    servers: Annotated[tuple[str, ...], NoDecode] = (Address("nats://127.0.0.1:4222"),)
     """Addresses of the NATS servers; in the environment separated by commas."""
     prefix: str = Field("amq", pattern=r"^[A-Za-z0-9_-]{1,32}$")
     """First token of every subject and asset name."""
@@ -56,6 +126,18 @@ class Settings(BaseSettings):
     """Replicas of the streams this process creates."""
     storage: Literal["file", "memory"] = "file"
     """Storage of the streams this process creates."""
+    ready_max_bytes: int | None = Field(None, ge=1)
+    """Most bytes of ready jobs in a queue; an `add` beyond raises `StorageFull`. `None` is no limit."""
+    bucket_max_bytes: int | None = Field(None, ge=1)
+    """Most bytes of a queue's other records. Well above what is needed: see docs/outages.md."""
+    workers_max_bytes: int | None = Field(None, ge=1)
+    """Most bytes of the list of workers; some 1 MiB per 100 workers."""
+    compression: Literal["none", "s2"] = "none"
+    """Compression of the streams this process creates, in file storage."""
+    placement_cluster: str | None = None
+    """Cluster in which the streams of this process are made."""
+    placement_tags: Annotated[tuple[str, ...], NoDecode] = ()
+    """Tags that the servers must have which store its streams; in the environment separated by commas."""
     domain: str | None = None
     """JetStream domain, for leaf nodes."""
     user: str | None = None
@@ -75,11 +157,21 @@ class Settings(BaseSettings):
     """How long the first connection may take."""
     publish_timeout: float = Field(30.0, gt=0, le=100)
     """How long an unconfirmed write is repeated before `Unconfirmed` is raised; shorter than the server's window for duplicates."""
+    request_timeout: float | None = Field(None, gt=0)
+    """How long any other request is repeated before `Unconfirmed` is raised; `None`: `publish_timeout`."""
 
     stalled_after: float = Field(30.0, ge=0.5)
     """A job whose worker is silent for so long is run by another one. Workers extend it every third of this."""
     max_stalls: int = Field(3, ge=1)
     """A job whose worker was lost so many times ends as failed."""
+    unknown_task_timeout: float = Field(3600.0, ge=0)
+    """How long a worker puts off a job whose task, or whose version of the format, it does not know; then the job fails. For rolling deploys."""
+    any_task: bool = False
+    """Whether workers run every task they know; by default those of their own queue only."""
+    max_retries_limit: int = Field(10_000, ge=0)
+    """The most retries a worker grants to a job, whatever the job says."""
+    min_retry_delay: float = Field(1.0, ge=0)
+    """How long each retry waits at least, from the eleventh on; the first ten may follow at once."""
     heartbeat_interval: float = Field(5.0, ge=0.5)
     """How often a worker renews its entry in the list of workers."""
     shutdown_timeout: float = Field(30.0, ge=0)
@@ -94,21 +186,85 @@ class Settings(BaseSettings):
     """Likewise for failed, expired and cancelled jobs, of each kind."""
     progress_ttl: float = Field(DAY, ge=1)
     """How long the last progress report of a job is kept."""
+    min_repeat_interval: float = Field(0.05, ge=0.05)
+    """The shortest interval of a repeatable and of `repeat_every`. A shorter one is refused; a job
+    of another program that has one is repeated after this."""
     scan_interval: float = Field(1.0, gt=0)
     """Kept from AsyncMQ, without effect: nothing is polled. Workers look for what a lost signal left unseen every 30 s, whatever it is."""
     tasks: Annotated[tuple[str, ...], NoDecode] = ()
-    """Modules a worker imports before it starts, so that their tasks are registered; in the environment separated by commas."""
+    """Modules a worker imports before it starts, so that their tasks are registered; of a package, all modules. In the environment separated by commas."""
 
-    @field_validator("servers", mode="before")
+    max_job_payload_bytes: int | None = Field(None, ge=0)
+    """How large a new job may be, beside what the server takes (AsyncMQ `max_job_payload_bytes`)."""
+    _backend: Any = PrivateAttr(None)
+
+    @property
+    def backend(self) -> Any:
+        """The backend of queues that are given none: in `settings` only, and in no variable (AsyncMQ `settings.backend`)."""
+        return self._backend
+
+    @backend.setter
+    def backend(self, backend: Any) -> None:
+        self._backend = backend
+
+    @property
+    def request_patience(self) -> float:
+        """`request_timeout`, or what stands in for it."""
+        return self.publish_timeout if self.request_timeout is None else self.request_timeout
+
+    @field_validator("servers", mode="plain")
     @classmethod
     def _parse_servers(cls, value: object) -> tuple[str, ...]:
         return parse_servers(value)
 
-    @field_validator("tasks", mode="before")
+    @field_validator("password", "token")
+    @classmethod
+    def _hide(cls, value: str | None) -> str | None:
+        return None if value is None else Secret(value)
+
+    @field_serializer("password", "token", when_used="json")
+    def _mask_secret(self, value: str | None) -> str | None:
+        return None if value is None else "**********"
+
+    @field_serializer("servers", when_used="json")
+    def _mask_servers(self, servers: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(mask_login(server) for server in servers)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unknown(cls, values: Any) -> Any:
+        if isinstance(values, Mapping):
+            for name in values:
+                if name not in cls.model_fields:
+                    raise ValueError(f"{name!r} is no setting{_nearest(str(name))}")
+        return values
+
+    @field_validator("tasks", "placement_tags", mode="before")
     @classmethod
     def _split_tasks(cls, value: object) -> object:
         return _split(value) if isinstance(value, str) else value
 
 
+def _nearest(name: str, prefix: str = "") -> str:
+    near = get_close_matches(name.lower(), Settings.model_fields, 1)
+    shown = prefix + (near[0].upper() if prefix else near[0]) if near else ""
+    return f": did you mean {shown}?" if near else ""
+
+
+def find_unknown_variables(environment: Mapping[str, str]) -> list[str]:
+    """Return a sentence on each variable with our prefix that is no setting."""
+    sentences = []
+    for variable in sorted(environment):
+        name = variable.upper().removeprefix(ENV_PREFIX)
+        if name == variable.upper() or NOT_SETTINGS.fullmatch(name):
+            continue
+        if name.lower() not in Settings.model_fields:
+            sentences.append(f"{variable} is no setting{_nearest(name, ENV_PREFIX)}")
+    return sentences
+
+
 settings = Settings()
 """The settings of this process, as the environment gave them at import."""
+
+for _sentence in find_unknown_variables(os.environ):
+    logger.warning("%s", _sentence)

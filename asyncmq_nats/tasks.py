@@ -2,11 +2,9 @@
 
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from functools import update_wrapper
-from typing import Any, Generic, Literal, ParamSpec, Protocol, TypeVar, overload
-from weakref import WeakKeyDictionary
+from typing import Any, Final, Generic, Literal, ParamSpec, Protocol, TypeVar, overload
 
-from anyio import to_thread
-
+from asyncmq_nats._concurrency import call_either
 from asyncmq_nats.backends import default_backend
 from asyncmq_nats.backends.base import Backend
 from asyncmq_nats.context import DONE
@@ -16,13 +14,27 @@ from asyncmq_nats.queues import Queue
 from asyncmq_nats.retries import BackoffFunction
 from asyncmq_nats.runtime.registry import TASK_REGISTRY, RegisteredTask, TaskRegistry
 from asyncmq_nats.store.topology import DEFAULT_PRIORITY
+from asyncmq_nats.wire.arguments import Arguments
 
 __all__ = ["TASK_REGISTRY", "TaskRegistry", "TaskWrapper", "list_tasks", "task"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
-_queues: "WeakKeyDictionary[Backend, dict[str, Queue]]" = WeakKeyDictionary()
+OUR_KEYWORDS: Final = frozenset(
+    {
+        "backend",
+        "delay",
+        "depends_on",
+        "job_id",
+        "on_parent_failure",
+        "priority",
+        "repeat_every",
+    }
+)
+"""The keywords of `enqueue`: a task cannot be given arguments of these names by it."""
+QUEUES: Final = "_asyncmq_nats_queues"
+"""The attribute of a backend that keeps its queues, so that they go with it."""
 
 
 class TaskWrapper(Generic[P, R]):
@@ -32,19 +44,18 @@ class TaskWrapper(Generic[P, R]):
     have both. Of a task with `progress=True` they check none, since a parameter is not given by the caller.
     """
 
-    def __init__(self, entry: RegisteredTask) -> None:
+    def __init__(self, entry: RegisteredTask, registry: TaskRegistry = TASK_REGISTRY) -> None:
+        update_wrapper(self, entry.function)
         self.entry = entry
         self.task_id = entry.id
-        update_wrapper(self, entry.function)
+        self._registry = registry
 
     async def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Run the function here; a sync one in a thread."""
         if self.entry.progress:
             kwargs.setdefault("report_progress", _report_nothing)
-        if self.entry.is_async:
-            result: R = await self.entry.function(*args, **kwargs)
-            return result
-        return await to_thread.run_sync(lambda: self.entry.function(*args, **kwargs))
+        result: R = await call_either(self.entry.function, *args, **kwargs)
+        return result
 
     # One overload for each keyword that may be the first of those that are given, and one for none.
     # fmt: off
@@ -90,11 +101,11 @@ class TaskWrapper(Generic[P, R]):
     ) -> str:
         """Add a job that runs the task with these arguments, on the task's queue, and return its id.
 
-        `backend`, `delay`, `priority`, `depends_on`, `on_parent_failure`, `repeat_every` and `job_id` are as for `Queue.add`; no
-        argument of the task can have one of these names.
+        `backend`, `delay`, `priority`, `depends_on`, `on_parent_failure`, `repeat_every` and `job_id` are as for `Queue.add`; `@task`
+        refuses a function that has a parameter of one of these names.
         """
         entry = self.entry
-        return await _queue(entry.queue, backend).add(
+        return await _queue(entry.queue, backend, self._registry).add(
             entry.id,
             args,
             kwargs,
@@ -138,14 +149,14 @@ class _ProgressDecorator(Protocol):
 @overload
 def task(
     queue: str, retries: int = ..., ttl: float | None = ..., progress: Literal[False] = ..., *,
-    backoff: float | Backoff | BackoffFunction | None = ..., timeout: float | None = ..., process: bool = ..., name: str | None = ...,
-    registry: TaskRegistry = ...,
+    backoff: float | Backoff | BackoffFunction | None = ..., timeout: float | None = ..., process: bool = ..., validate: bool = ...,
+    name: str | None = ..., registry: TaskRegistry = ...,
 ) -> _Decorator: ...
 @overload
 def task(
     queue: str, retries: int = ..., ttl: float | None = ..., progress: bool = ..., *,
-    backoff: float | Backoff | BackoffFunction | None = ..., timeout: float | None = ..., process: bool = ..., name: str | None = ...,
-    registry: TaskRegistry = ...,
+    backoff: float | Backoff | BackoffFunction | None = ..., timeout: float | None = ..., process: bool = ..., validate: bool = ...,
+    name: str | None = ..., registry: TaskRegistry = ...,
 ) -> _ProgressDecorator: ...
 # fmt: on
 
@@ -159,6 +170,7 @@ def task(
     backoff: float | Backoff | BackoffFunction | None = 1.5,
     timeout: float | None = None,
     process: bool = False,
+    validate: bool = True,
     name: str | None = None,
     registry: TaskRegistry = TASK_REGISTRY,
 ) -> _Decorator | _ProgressDecorator:
@@ -172,13 +184,19 @@ def task(
         timeout: likewise.
         progress: the function is given `report_progress(share, data=None)`, a share from 0 to 1; in async functions it may be awaited.
         process: run it in a process of its own, for work that keeps the processor busy; sync functions only.
+        validate: make the arguments what the annotations say; without, the function is given plain data.
         name: the id of the task, instead of `module.function`.
         registry: where workers find it.
+
+    Raises:
+        InvalidArgument: `enqueue` could not give one of its parameters, or it has no name.
+        ValueError: another function has its name.
     """
     if callable(queue):
         raise InvalidArgument("@task needs the name of a queue: @task(queue='email')", queue)
 
     def decorate(function: Callable[..., Any], /) -> TaskWrapper[..., Any]:
+        _check_names(function)
         entry = registry.register(
             function,
             queue=queue,
@@ -189,8 +207,9 @@ def task(
             timeout=timeout,
             progress=progress,
             process=process,
+            validate=validate,
         )
-        return TaskWrapper(entry)
+        return TaskWrapper(entry, registry)
 
     return decorate
 
@@ -205,9 +224,22 @@ def list_tasks() -> dict[str, RegisteredTask]:
     return dict(TASK_REGISTRY)
 
 
-def _queue(name: str, backend: Backend | None) -> Queue:
+def _check_names(function: Callable[..., Any]) -> None:
+    names = Arguments(function).names
+    if taken := sorted(names & OUR_KEYWORDS):
+        raise InvalidArgument(
+            f"a task cannot have a parameter {taken[0]!r}, since enqueue() has one of that name: "
+            "rename it, or register the function by TaskRegistry.register and add by Queue.add",
+            function,
+        )
+
+
+def _queue(name: str, backend: Backend | None, registry: TaskRegistry) -> Queue:
     backend = default_backend() if backend is None else backend
-    queues = _queues.setdefault(backend, {})
-    if name not in queues:
-        queues[name] = Queue(name, backend)
-    return queues[name]
+    if not hasattr(backend, "__dict__"):
+        return Queue(name, backend, registry=registry)
+    queues: dict[tuple[str, int], Queue] = vars(backend).setdefault(QUEUES, {})
+    key = name, id(registry)  # the queue keeps the registry
+    if key not in queues:
+        queues[key] = Queue(name, backend, registry=registry)
+    return queues[key]

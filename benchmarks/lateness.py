@@ -1,4 +1,7 @@
-"""How late delayed jobs start: jobs with random delays on an idle worker, and many jobs that are due at one instant.
+"""How late delayed jobs start, and what a promotion costs.
+
+Jobs with random delays on an idle worker, 200 and then many jobs that are due at one instant, and
+the same number promoted without being run: the worker's CPU per promotion.
 
 python benchmarks/lateness.py [--jobs 200] [--burst 20000]
 """
@@ -52,7 +55,7 @@ async def spread(backend: NATSBackend, jobs: int) -> None:
 async def burst(backend: NATSBackend, jobs: int) -> None:
     """All due at one instant, which is long enough ahead for all of them to be added."""
     started.clear()
-    queue = Queue("burst", backend, concurrency=100, registry=registry)
+    queue = Queue(f"burst-{jobs}", backend, concurrency=100, registry=registry)
     due = time.time() + 3 + jobs / 5000
     for start in range(0, jobs, 1000):
         now = time.time()
@@ -67,11 +70,35 @@ async def burst(backend: NATSBackend, jobs: int) -> None:
             await anyio.sleep(0.01)
         taken = time.time() - due
         group.cancel_scope.cancel()
+    late = [seconds * 1000 for seconds in started]
     print(
-        f"{jobs:,} jobs due at one instant: all started within {taken:.2f} s, {jobs / taken:,.0f} jobs/s; early: ",
+        f"{jobs:,} jobs due at one instant: all started within {taken:.2f} s, {jobs / taken:,.0f} jobs/s; "
+        f"late by p50 {quantile(late, 0.5):.1f} ms, p95 {quantile(late, 0.95):.1f} ms; early: ",
         end="",
     )
     print(sum(value < -0.0005 for value in started))
+
+
+async def promote(backend: NATSBackend, jobs: int) -> None:
+    """Jobs that become ready and are not run: their queue is paused."""
+    queue = Queue("promote", backend, registry=registry)
+    await queue.pause()
+    due = time.time() + 1 + jobs / 5000
+    for start in range(0, jobs, 1000):
+        count, now = min(1000, jobs - start), time.time()
+        await queue.add_bulk(
+            [{"task_id": "note_start", "args": [due], "delay": due - now} for _ in range(count)]
+        )
+    async with anyio.create_task_group() as group:
+        await group.start(queue.run)
+        await anyio.sleep(max(0.0, due - 0.6 - time.time()))
+        used = time.process_time()
+        # Until there are only the pause and the secret. No event says so.
+        while await backend.count("KV_amq_promote_scheduler") > 2:  # noqa: ASYNC110
+            await anyio.sleep(0.05)
+        each = (time.process_time() - used) / jobs * 1e6
+        group.cancel_scope.cancel()
+    print(f"{jobs:,} promotions: {each:.0f} µs of the worker's CPU each")
 
 
 async def main() -> None:
@@ -82,7 +109,9 @@ async def main() -> None:
     backend = NATSBackend.embedded()
     try:
         await spread(backend, arguments.jobs)
+        await burst(backend, 200)
         await burst(backend, arguments.burst)
+        await promote(backend, arguments.burst)
     finally:
         await backend.close()
 

@@ -21,6 +21,28 @@ hypothesis.settings.register_profile("asyncmq", deadline=None)
 hypothesis.settings.load_profile("asyncmq")
 
 
+OF_A_SERVER = ("test_compose.py", "test_embedded.py", "test_examples.py")
+"""Modules whose tests start servers of their own; those in `tests/nats` do so too."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests that need a server: `-m "not server"` leaves them out."""
+    for item in items:
+        if isinstance(item, pytest.Function) and _needs_server(item):
+            item.add_marker("server")
+
+
+def _needs_server(item: pytest.Function) -> bool:
+    callspec = getattr(item, "callspec", None)
+    chosen = callspec is not None and callspec.params.get("make_backend") == "nats"
+    return (
+        chosen
+        or "server" in item.fixturenames
+        or item.path.name in OF_A_SERVER
+        or item.path.parent.name == "nats"
+    )
+
+
 @pytest.fixture(scope="session")
 def anyio_backend() -> str:
     """The event loop of every test: nats-py knows asyncio only."""
@@ -31,7 +53,11 @@ def anyio_backend() -> str:
 def settings() -> Settings:
     """Settings with short leases; a test module that needs others defines this fixture anew."""
     return Settings(
-        stalled_after=1.0, connect_timeout=5.0, publish_timeout=10.0, shutdown_timeout=5.0
+        stalled_after=1.0,
+        connect_timeout=5.0,
+        publish_timeout=10.0,
+        shutdown_timeout=5.0,
+        unknown_task_timeout=0,  # what is put off is another test's matter
     )
 
 

@@ -1,14 +1,18 @@
 """What the tests of the seam have in common: someone who pulls, and patience with a bound."""
 
 from collections.abc import Awaitable, Callable
-from typing import TypeVar
+from typing import Final, TypeVar
 
 import anyio
 
 from asyncmq_nats.backends.base import Backend, Delivery
 
 T = TypeVar("T")
-PATIENCE = 10.0
+PATIENCE: Final = 60.0
+"""How long a test waits for what must happen, in seconds: a bound against hangs, never a measure.
+
+Also on a machine that does other work, what a test waits for once takes a small part of it.
+"""
 
 
 class Receiver:

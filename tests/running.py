@@ -5,14 +5,16 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import anyio
+import anyio.lowlevel
 import pytest
 
 from asyncmq_nats.backends.base import Backend
 from asyncmq_nats.queues import Queue
 from asyncmq_nats.runtime.registry import TaskRegistry
+from asyncmq_nats.transitions.finish import Lifecycle
 from asyncmq_nats.workers import Worker
-
-PATIENCE = 20.0
+from tests.receiver import PATIENCE as PATIENCE
+from tests.receiver import Receiver
 
 
 @asynccontextmanager
@@ -42,12 +44,13 @@ async def run_jobs(queue: Queue) -> None:
 
 async def wait_until_done(queue: Queue) -> None:
     """Wait until no job is waiting, active or delayed. No event says so: it is read, twice, since a job that moves may be overlooked."""
-    empty = 0
-    with anyio.fail_after(PATIENCE):
+    empty, pause = 0, 0.005
+    with anyio.fail_after(2 * PATIENCE):
         while empty < 2:
             busy = await queue.count() + await queue.get_job_count_by_types("active")
             empty = 0 if busy else empty + 1
-            await anyio.sleep(0.005)
+            await anyio.sleep(pause)
+            pause = min(1.2 * pause, 0.1)  # many jobs: counting them is work as well
 
 
 async def outcome(queue: Queue, job_id: str) -> dict[str, Any]:
@@ -59,6 +62,16 @@ async def outcome(queue: Queue, job_id: str) -> dict[str, Any]:
             if job is not None and job["status"] in ended:
                 return job
             await anyio.sleep(0.01)
+
+
+async def round_trips(backend: Backend, log: str, count: int = 20) -> None:
+    """Let the backend and the workers of this loop do what they do at once: by work, not by time.
+
+    Each answer comes after what the backend was told before, however busy the machine is.
+    """
+    for _ in range(count):
+        await backend.last_sequence(log)
+        await anyio.lowlevel.checkpoint()
 
 
 def make_queue(
@@ -85,3 +98,13 @@ async def race(*actions: Action) -> list[Any]:
         for index, action in enumerate(actions):
             group.start_soon(note, index, action)
     return [results[index] for index in range(len(actions))]
+
+
+async def lose_worker(queue: Queue, *, runs: bool = False) -> None:
+    """Take the next job as a worker does, run it for a while if wished, and be lost."""
+    receiver = Receiver(queue.backend, f"amq_{queue.name}", extend=False)
+    await receiver.pull("tier_5")
+    if runs:
+        await receiver.wait_for(lambda: bool(receiver.deliveries))
+        lifecycle = Lifecycle(queue.backend, queue._subjects, queue._assets, "lost")
+        assert await lifecycle.claim(lifecycle.open(receiver.deliveries[0]))

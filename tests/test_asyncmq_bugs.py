@@ -14,8 +14,17 @@ from asyncmq_nats.exceptions import InvalidQueueName, JobFailed
 from asyncmq_nats.queues import Queue
 from asyncmq_nats.settings import Settings
 from asyncmq_nats.workers import Worker
-from tests.receiver import Receiver, until
-from tests.running import PATIENCE, make_queue, outcome, race, run_jobs, running, wait_until_done
+from tests.receiver import until
+from tests.running import (
+    PATIENCE,
+    lose_worker,
+    make_queue,
+    outcome,
+    race,
+    run_jobs,
+    running,
+    wait_until_done,
+)
 
 
 @pytest.fixture
@@ -25,12 +34,6 @@ def settings() -> Settings:
 
 async def echo(value: Any = None) -> Any:
     return value
-
-
-async def lose_worker(queue: Queue) -> None:
-    """Take the next job as a worker does, and never be heard of again."""
-    receiver = Receiver(queue.backend, f"amq_{queue.name}", extend=False)
-    await receiver.pull("tier_5")
 
 
 # -- lost, stuck or doubled jobs
@@ -74,7 +77,7 @@ class TestB6:
     ) -> None:
         queue = make_queue(backend, echo=echo)
         job_id = await queue.add("echo")
-        await lose_worker(queue)
+        await lose_worker(queue, runs=True)
         async with running(queue):
             with pytest.raises(JobFailed, match="stalled"):
                 await queue.wait_for(job_id, timeout=PATIENCE)
@@ -459,7 +462,7 @@ async def test_b31_nothing_looks_at_other_queues(
     job_ids = await queue.add_bulk([{"task_id": "echo", "delay": 3600}, {"task_id": "echo"}])
     assert await queue.remove_delayed(job_ids[0])
     await run_jobs(queue)
-    await queue.queue_stats()
+    await queue._assets.declare_all()
     await queue.get_jobs()
     assert {log for log in touched if "other" in log} == set()
 

@@ -26,6 +26,8 @@ from asyncmq_nats.exceptions import AssetMissing, BackendError, PayloadTooLarge,
 from tests.receiver import PATIENCE
 
 NOTES = Log("notes", ("notes.>",), timers=True)
+KEYS = Log("KV_keys", ("$KV.keys.>",), timers=True)
+"""Delete markers are a thing of keys: a header on any other record makes it none."""
 
 
 @pytest.fixture(autouse=True)
@@ -139,6 +141,7 @@ NAMES_A_LOG: dict[str, Callable[[Backend], Awaitable[object]]] = {
     ),
     "last": lambda backend: backend.last("none", "none.>"),
     "page": lambda backend: backend.page("none", "none.>"),
+    "page_back": lambda backend: backend.page_back("none", "none.>"),
     "delete": lambda backend: backend.delete("none", 1),
     "purge": lambda backend: backend.purge("none", "none.>"),
 }
@@ -164,9 +167,10 @@ async def test_sequences_count_from_1_and_are_never_reused(backend: Backend) -> 
 
 async def test_a_record_is_what_was_written(backend: Backend) -> None:
     before = backend.now()
-    sequence = await backend.write("notes", Write("notes.a", b"\x00body", marker=True))
-    (record,) = await backend.last("notes", "notes.a")
-    assert record == Record("notes.a", b"\x00body", sequence, record.time, marker=True)
+    await backend.declare_log(KEYS)
+    sequence = await backend.write("KV_keys", Write("$KV.keys.a", b"\x00body", marker=True))
+    (record,) = await backend.last("KV_keys", "$KV.keys.a")
+    assert record == Record("$KV.keys.a", b"\x00body", sequence, record.time, marker=True)
     assert before - 1 < record.time < backend.now() + 1
 
 
@@ -209,16 +213,17 @@ async def test_a_filter_has_one_token_for_a_star_and_one_or_more_for_an_arrow(
 async def test_last_takes_any_filter_and_returns_each_record_once_by_sequence(
     backend: Backend,
 ) -> None:
+    await backend.declare_log(KEYS)
     await backend.write(
-        "notes", *(Write(f"notes.{name}", b"", marker=name == "c") for name in "abcd")
+        "KV_keys", *(Write(f"$KV.keys.{name}", b"", marker=name == "c") for name in "abcd")
     )
-    await backend.write("notes", Write("notes.a", b"again"))
-    found = await backend.last("notes", "notes.a", "notes.*", "notes.c")
+    await backend.write("KV_keys", Write("$KV.keys.a", b"again"))
+    found = await backend.last("KV_keys", "$KV.keys.a", "$KV.keys.*", "$KV.keys.c")
     assert [(record.subject, record.sequence, record.marker) for record in found] == [
-        ("notes.b", 2, False),
-        ("notes.c", 3, True),
-        ("notes.d", 4, False),
-        ("notes.a", 5, False),
+        ("$KV.keys.b", 2, False),
+        ("$KV.keys.c", 3, True),
+        ("$KV.keys.d", 4, False),
+        ("$KV.keys.a", 5, False),
     ]
 
 
@@ -288,6 +293,78 @@ async def test_the_hint_that_most_records_match_changes_no_page(
             "notes", "notes.a.*", from_sequence=202, limit=limit, mostly=mostly
         )
         assert [int(record.body) for record in page] == [n for n in expected if n > 200][:limit]
+
+
+async def fill(backend: Backend, matches: Callable[[int], bool], count: int) -> list[int]:
+    """Write so many records, and return the sequences of those that match `notes.a.*`, each with an index entry before it."""
+    writes: list[Write] = []
+    for n in range(count):
+        kind = "a" if matches(n) else "b"
+        if kind == "a":
+            writes.append(Write(f"notes.index.{n}", b""))
+        writes.append(Write(f"notes.{kind}.{n}", b""))
+    for start in range(0, len(writes), 1000):
+        await backend.write("notes", *writes[start : start + 1000])
+    return [record.sequence for record in await backend.page("notes", "notes.a.*", limit=count)]
+
+
+@pytest.mark.parametrize("index", [None, "notes.index.*"])
+@pytest.mark.parametrize(
+    "matches",
+    [lambda n: True, lambda n: n % 3 == 0, lambda n: n in {7, 8, 2990}, lambda n: n > 5900],
+    ids=["all", "a third", "three", "the last"],
+)
+async def test_a_list_is_read_in_both_orders_page_by_page(
+    backend: Backend, matches: Callable[[int], bool], index: str | None
+) -> None:
+    expected = await fill(backend, matches, 6000)
+    for gap in range(10, 400):
+        await backend.delete("notes", gap)
+    expected = [sequence for sequence in expected if not 10 <= sequence < 400]
+    forwards: list[int] = []
+    while page := await backend.page(
+        "notes",
+        "notes.a.*",
+        from_sequence=forwards[-1] + 1 if forwards else 1,
+        limit=700,
+        mostly=True,
+        index=index,
+    ):
+        forwards += [record.sequence for record in page]
+    assert forwards == expected
+    backwards: list[int] = []
+    while page := await backend.page_back(
+        "notes", "notes.a.*", before=backwards[-1] if backwards else None, limit=700, index=index
+    ):
+        backwards += [record.sequence for record in page]
+    assert backwards == expected[::-1]
+
+
+async def test_a_list_is_read_backwards_over_a_long_gap(backend: Backend) -> None:
+    sequences = await fill(backend, lambda n: True, 6000)
+    await backend.purge("notes", "notes.>", before=sequences[-3])
+    for number in range(3000):
+        await backend.write("notes", Write("notes.b", b"%d" % number))
+    page = await backend.page_back("notes", "notes.a.*", limit=4)
+    assert [record.sequence for record in page] == sequences[:-4:-1]
+    assert await backend.page_back("notes", "notes.a.*", before=1) == []
+
+
+async def test_many_records_are_removed_by_their_sequences(backend: Backend) -> None:
+    await fill(backend, lambda n: True, 1000)
+    sequences = list(range(3, 900))
+    assert await backend.delete_many("notes", [1, *sequences, 1, 1_000_000]) == [1, *sequences]
+    assert await backend.delete_many("notes", sequences) == []
+    assert await backend.delete_many("notes", []) == []
+    with pytest.raises(AssetMissing):
+        await backend.delete_many("none", [1, 2])
+
+
+async def test_an_index_entry_stands_before_what_it_is_for(backend: Backend) -> None:
+    await backend.write("notes", Write("notes.a", b"body", ttl=60, index="notes.index.a"))
+    entry, record = await backend.last("notes", "notes.>")
+    assert [entry.subject, record.subject] == ["notes.index.a", "notes.a"]
+    assert entry.body == b""
 
 
 async def test_page_after_page_shows_every_matching_record_once(backend: Backend) -> None:

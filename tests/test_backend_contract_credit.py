@@ -78,6 +78,31 @@ async def test_a_waiting_request_is_served_when_records_come(
     assert receiver.puller.outstanding("one") == 0
 
 
+async def test_pulls_that_wait_are_counted_whoever_sent_them(
+    backend: Backend, twin: Backend, receiver: Receiver
+) -> None:
+    other = Receiver(twin, "jobs")
+
+    async def waiting(count: int) -> None:
+        await until(lambda: look_up(backend, "one"), lambda state: state.waiting_pulls == count)
+
+    await waiting(0)
+    await receiver.puller.request("one", 3, wait=PATIENCE)
+    await waiting(1)
+    await other.puller.request("one", 1, wait=PATIENCE)
+    await other.puller.request("one", 5, wait=PATIENCE)
+    await other.puller.request("two", 1, wait=PATIENCE)
+    await waiting(3)
+    await receiver.puller.withdraw()
+    await waiting(2)
+    await add(backend, *(f"1.{number}" for number in range(6)))
+    await other.take(6)
+    await waiting(0)
+    await receiver.puller.request("one", 1, wait=SHORT)
+    await receiver.wait_for(lambda: bool(receiver.lapses))
+    await waiting(0)
+
+
 async def test_credit_that_is_withdrawn_brings_nothing(
     backend: Backend, receiver: Receiver
 ) -> None:
@@ -87,12 +112,14 @@ async def test_credit_that_is_withdrawn_brings_nothing(
     await receiver.puller.withdraw()
     assert receiver.puller.outstanding("one") == 0
     await add(backend, "1.b")
-    await anyio.sleep(0.1)
-    assert (len(receiver.deliveries), receiver.lapses) == (1, [])
-    assert (await look_up(backend, "one")).pending == 1
-    await receiver.puller.request("one", 1, wait=PATIENCE)
-    (second,) = await receiver.take()
+    # Credit of the first puller would be served first.
+    (second,) = await Receiver(backend, "jobs").pull("one")
     assert (second.body, second.deliveries) == (b"1.b", 1)
+    assert (len(receiver.deliveries), receiver.lapses) == (1, [])
+    await add(backend, "1.c")
+    await receiver.puller.request("one", 1, wait=PATIENCE)
+    (third,) = await receiver.take()
+    assert (third.body, third.deliveries) == (b"1.c", 1)
 
 
 async def test_what_is_on_its_way_comes_before_credit_is_withdrawn(
@@ -103,7 +130,8 @@ async def test_what_is_on_its_way_comes_before_credit_is_withdrawn(
     await receiver.puller.withdraw()
     came = len(receiver.deliveries)
     assert (await look_up(backend, "one")).leased == came
-    await anyio.sleep(0.1)
+    rest = await Receiver(backend, "jobs").pull_rest("one")
+    assert len(rest) == 50 - came
     assert len(receiver.deliveries) == came
 
 

@@ -16,6 +16,7 @@ import pytest
 from asyncmq_nats.backends.nats.embedded.server import EmbeddedServer
 from asyncmq_nats.settings import Settings
 from tests.nats.cluster import free_ports
+from tests.receiver import PATIENCE
 
 ROOT = Path(__file__).parents[1]
 COMPOSE = (ROOT / "docker-compose.yml").read_text()
@@ -188,7 +189,7 @@ def stop(process: "subprocess.Popen[str]") -> str:
     """Stop as docker does; return what it still wrote."""
     process.send_signal(signal.SIGTERM)
     try:
-        return process.communicate(timeout=20)[0]
+        return process.communicate(timeout=PATIENCE)[0]
     finally:
         process.kill()
 
@@ -211,6 +212,7 @@ def test_jobs_complete_and_sigterm_ends_both(healthy_server: EmbeddedServer) -> 
     assert (producer.returncode, worker.returncode) == (0, 0)
 
 
+@pytest.mark.slow
 def test_jobs_complete_on_a_cluster_that_loses_a_server(cluster: list[EmbeddedServer]) -> None:
     environment = {
         "ASYNCMQ_NATS_SERVERS": ",".join(each.url for each in cluster),
@@ -223,7 +225,7 @@ def test_jobs_complete_on_a_cluster_that_loses_a_server(cluster: list[EmbeddedSe
         for _ in range(JOBS):
             next(producer.stdout)
         cluster[2].kill()
-        output = producer.communicate(timeout=40)[0]
+        output = producer.communicate(timeout=PATIENCE)[0]
     finally:
         producer.kill()
         log = stop(worker)
@@ -237,7 +239,7 @@ def test_a_producer_of_so_many_jobs_ends_by_itself(healthy_server: EmbeddedServe
         start("producer", healthy_server, INTERVAL="0.01", JOBS="6"),
     )
     try:
-        output = producer.communicate(timeout=20)[0]
+        output = producer.communicate(timeout=PATIENCE)[0]
     finally:
         producer.kill()
         log = stop(worker)

@@ -6,11 +6,19 @@ from typing import Any
 
 import anyio
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from asyncmq_nats.backends.base import Backend
-from asyncmq_nats.runtime.control import PAUSE_ANSWERS, WorkerRegistry, list_workers
+from asyncmq_nats.backends.base import Backend, Write
+from asyncmq_nats.runtime.control import (
+    PAUSE_ANSWERS,
+    WorkerRegistry,
+    list_workers,
+    parse_pause,
+)
 from asyncmq_nats.settings import Settings
-from asyncmq_nats.wire.keys import QueueSubjects
+from asyncmq_nats.wire.codec import dump_json
+from asyncmq_nats.wire.keys import QueueSubjects, workers_bucket
 from tests.receiver import until
 from tests.running import PATIENCE, make_queue, outcome, race, running
 
@@ -158,3 +166,132 @@ async def test_queues_are_paused_one_by_one(backend: Backend) -> None:
         assert await other.is_paused()
         assert not await one.is_paused()
         assert ran == []
+
+
+# -- records and signals of ours that somebody else has written: a warning, and never the end
+
+JUNK = [
+    b"",
+    b"\xff\xfe",
+    b"junk",
+    b"{}",
+    b"[]",
+    b"null",
+    b"5",
+    b'"text"',
+    b"NaN",
+    b"1e999",
+    b"-1e999",
+    b"9" * 5000,
+    b"[" * 300,
+    b'{"id": 5}',
+    b'{"tokens": "x", "at": [], "leased": 5}',
+    b'{"tokens": 1, "at": 1e300, "leased": {}}',
+    b'{"tokens": 1, "at": 5, "leased": {"w": [1]}}',
+    b'{"tokens": -1e308, "at": -1e308, "leased": {"w": [1000000000, 1e300]}}',
+    b'{"tokens": 1e999, "at": 5, "leased": {}}',
+]
+SOUND_ENTRY: dict[str, Any] = {
+    "id": "w", "queue": "work", "concurrency": 1, "host": "h", "pid": 1, "since": 1.0, "running": [],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("junk", JUNK)
+async def test_a_malformed_pause_record_stops_nothing(junk: bytes, backend: Backend) -> None:
+    async def echo(value: int) -> int:
+        return value
+
+    queue = make_queue(backend, echo=echo)
+    await queue.queue_stats()
+    subjects = QueueSubjects(backend.settings.prefix, "work")
+    await backend.write(subjects.bucket_log, Write(subjects.pause, junk))
+    async with running(queue):
+        job_id = await queue.add("echo", [7], priority=3)
+        assert await queue.wait_for(job_id, timeout=PATIENCE) == 7
+        await queue.pause()
+        await queue.resume()
+        assert await queue.wait_for(await queue.add("echo", [8]), timeout=PATIENCE) == 8
+
+
+@pytest.mark.parametrize("junk", JUNK)
+async def test_a_malformed_token_bucket_is_made_again(junk: bytes, backend: Backend) -> None:
+    async def echo(value: int) -> int:
+        return value
+
+    queue = make_queue(backend, echo=echo)
+    queue.rate_limit = 1000
+    await queue.queue_stats()
+    subjects = QueueSubjects(backend.settings.prefix, "work")
+    await backend.write(subjects.bucket_log, Write(subjects.rate_limit, junk))
+    async with running(queue):
+        assert await queue.wait_for(await queue.add("echo", [7]), timeout=PATIENCE) == 7
+
+
+@pytest.mark.parametrize(
+    "junk",
+    [
+        *JUNK,
+        *(dump_json(SOUND_ENTRY | {name: None}) for name in SOUND_ENTRY),
+        *(dump_json(SOUND_ENTRY | {name: {"a": 1}}) for name in SOUND_ENTRY),
+        dump_json({name: value for name, value in SOUND_ENTRY.items() if name != "queue"}),
+        dump_json(SOUND_ENTRY | {"running": [1]}),
+    ],
+)
+async def test_a_malformed_entry_hides_no_worker_and_lets_queues_pause(
+    junk: bytes, backend: Backend, caplog: pytest.LogCaptureFixture
+) -> None:
+    await entry(backend, "sound").enter()
+    log, key = workers_bucket(backend.settings.prefix)
+    await backend.write(log, Write(f"{key}junk", junk))
+    assert [worker.id for worker in await list_workers(backend)] == ["sound"]
+    await entry(backend, "other").leave()
+    queue = make_queue(backend, "others")
+    await queue.pause()
+    assert await queue.is_paused()
+
+
+@pytest.mark.parametrize("what", ["pause", "resume", "cancel", "tier", "answer.x", "other"])
+async def test_malformed_signals_end_no_worker(what: str, backend: Backend) -> None:
+    async def echo(value: int) -> int:
+        return value
+
+    queue = make_queue(backend, echo=echo)
+    subject = QueueSubjects(backend.settings.prefix, "work").control(what)
+    times = str(backend.now() + 60).encode()
+    bodies = [*JUNK, times + b" amq.work.control.pause", times + b" > bad\r\nPUB x 0\r\n"]
+    bodies += [times + b" amq.work.control.answer." + b"x" * 5000, times + b" $JS.API.x"]
+    async with running(queue) as worker:
+        for body in bodies:
+            await backend.publish(subject, body)
+        await queue.resume()
+        assert await queue.wait_for(await queue.add("echo", [7]), timeout=PATIENCE) == 7
+        assert [info.id for info in await queue.list_workers()] == [worker.id]
+
+
+@pytest.mark.parametrize(
+    ("text", "parsed"),
+    [
+        ("5.5 q.answer.ab12", (5.5, "q.answer.ab12")),
+        ("5.5", (5.5, "")),
+        ("inf q.answer.ab12", (32_503_680_000.0, "q.answer.ab12")),
+        ("5 q.answer.", (5.0, "")),
+        ("5 q.answer.a.b", (5.0, "")),
+        ("5 q.answer.a b", (5.0, "")),
+        ("5 q.answer.ä", (5.0, "")),
+        ("5 q.answer.*", (5.0, "")),
+        ("5 $JS.API.STREAM.DELETE.x", (5.0, "")),
+        ("nan", None),
+        ("", None),
+        (" x", None),
+        ("soon", None),
+    ],
+)
+def test_a_signal_to_pause_is_read_strictly(text: str, parsed: tuple[float, str] | None) -> None:
+    assert parse_pause(text, "q.answer.") == parsed
+
+
+@given(st.text() | st.builds("{} {}".format, st.floats(), st.text()))
+def test_no_text_breaks_the_reading_of_a_signal(text: str) -> None:
+    parsed = parse_pause(text, "q.answer.")
+    assert parsed is None or parsed[0] <= 32_503_680_000.0
+    assert parsed is None or parsed[1] == "" or parsed[1].startswith("q.answer.")

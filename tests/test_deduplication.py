@@ -7,7 +7,7 @@ import anyio
 import pytest
 
 from asyncmq_nats.backends.base import Backend, Write
-from asyncmq_nats.exceptions import WriteRefused
+from asyncmq_nats.exceptions import ConnectionLost, JobNotFound, WriteRefused
 from asyncmq_nats.queues import Queue
 from tests.receiver import until
 from tests.running import PATIENCE, make_queue, outcome, race, run_jobs, running, wait_until_done
@@ -192,21 +192,21 @@ async def test_what_is_about_to_run_is_replaced_too(backend: Backend, delay: flo
     """A delayed job is released a little before its time."""
     queue = queue_of(backend)
 
-    async def add_twice(number: int) -> tuple[str, str, float]:
+    async def add_twice(number: int) -> tuple[str, str, float, float]:
         window, first = {"id": f"key-{number}", "replace": True}, backend.now()
         owner = await queue.add("echo", [0], delay=0.35, deduplication=window)
+        second = backend.now()
         other = await queue.add("echo", [1], delay=delay, deduplication=window)
-        return owner, other, backend.now() - first
+        return owner, other, second, backend.now() - first
 
     async with running(queue):
-        owner, other, took = await add_twice(0)
+        owner, other, last, took = await add_twice(0)
         for number in range(1, 20):
             if took < 0.3:
                 break
-            owner, other, took = await add_twice(
+            owner, other, last, took = await add_twice(
                 number
             )  # this machine is busy: the first one may have run before the second came
-        last = backend.now()
         assert owner == other
         assert await queue.wait_for(owner, timeout=PATIENCE) == 1
         await wait_until_done(queue)
@@ -308,6 +308,54 @@ async def test_bulk_entries_may_have_windows(backend: Backend) -> None:
     assert await queue.count() == 3
 
 
+# -- a producer that dies while it opens a window
+
+
+@pytest.mark.parametrize("window", [KEY, KEY | {"ttl": 60}])
+async def test_a_job_whose_producer_died_is_stored_by_the_next_producer(
+    backend: Backend, twin: Backend, monkeypatch: pytest.MonkeyPatch, window: dict[str, Any]
+) -> None:
+    queue, other = queue_of(backend), queue_of(twin)
+    await queue.queue_stats()
+
+    async def dies(_: Any) -> str:
+        raise ConnectionLost("nats://nowhere")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(queue._additions, "add", dies)
+        with pytest.raises(ConnectionLost):
+            await queue.add("echo", ["first"], deduplication=window)
+    assert await other.count() == 0
+    owner = await other.add("echo", ["second"], deduplication=window)
+    assert await other.count() == 1
+    await run_jobs(other)
+    assert await other.get_job_result(owner) == "first"
+
+
+async def test_a_job_that_cannot_be_added_opens_no_window(backend: Backend) -> None:
+    queue = queue_of(backend)
+    with pytest.raises(JobNotFound):
+        await queue.add("echo", depends_on=["missing"], deduplication=KEY)
+    assert await queue.get_deduplication_job_id("key") is None
+    assert await queue.add("echo", deduplication=KEY)
+    assert await queue.count() == 1
+
+
+async def test_a_window_makes_no_batch(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    queue, real, sizes = queue_of(backend), backend.write, list[int]()
+    await queue.queue_stats()
+
+    async def write(log: str, *writes: Write) -> int:
+        sizes.append(len(writes))
+        return await real(log, *writes)
+
+    monkeypatch.setattr(backend, "write", write)
+    window = KEY | {"ttl": 60, "extend": True, "replace": True}
+    for number in range(3):
+        await queue.add("echo", [number], delay=60, deduplication=window)
+    assert set(sizes) == {1}
+
+
 # -- races and cost
 
 
@@ -332,7 +380,7 @@ async def test_an_addition_whose_confirmation_was_lost_is_no_hit(
     backend: Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     queue, real = queue_of(backend), backend.write
-    await queue.queue_stats()
+    await queue._assets.declare_all()
 
     async def write(log: str, *writes: Write) -> int:
         await real(log, *writes)
@@ -349,10 +397,11 @@ async def test_an_addition_whose_confirmation_was_lost_is_no_hit(
     await run_jobs(queue)
     await subscription.unsubscribe()
     assert await queue.get_job_result(owner) is None
-    assert told[0] == "released"
+    assert told[0] == "waiting"
     assert "debounced" not in told
 
 
+@pytest.mark.slow
 async def test_b28_a_window_costs_the_same_in_a_queue_of_any_size(
     backend: Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,23 +7,25 @@ from typing import Any
 import anyio
 import pytest
 
-from asyncmq_nats.backends.base import Backend, Delivery, Write
+from asyncmq_nats.backends.base import Backend, Delivery, Settle, Write
 from asyncmq_nats.exceptions import BackendError, InvalidArgument, Unconfirmed
 from asyncmq_nats.queues import Queue
 from asyncmq_nats.runtime import promoter
 from asyncmq_nats.runtime.promoter import Promoter
 from asyncmq_nats.settings import Settings
+from asyncmq_nats.store.secret import QueueSecret
 from asyncmq_nats.transitions.claim import Attempt
 from asyncmq_nats.transitions.finish import Lifecycle
+from asyncmq_nats.transitions.promote import promotion_id
 from tests.receiver import Receiver, until
-from tests.running import PATIENCE, make_queue, outcome, running, wait_until_done
+from tests.running import PATIENCE, make_queue, outcome, race, running, wait_until_done
 
 HOUR = 3600.0
 
 
 @pytest.fixture
 def settings() -> Settings:
-    return Settings(stalled_after=30, publish_timeout=10, shutdown_timeout=0.1)
+    return Settings(stalled_after=600, publish_timeout=10, shutdown_timeout=0.1)
 
 
 async def echo(value: Any = None) -> Any:
@@ -227,11 +229,11 @@ async def test_delayed_jobs_are_listed(queue: Queue, backend: Backend) -> None:
 
 
 async def test_a_job_that_waits_for_its_retry_is_listed(queue: Queue) -> None:
-    job_id = await queue.add("unknown", retries=1, backoff=HOUR)
+    job_id = await queue.add("note", [], {"unknown": 1}, retries=1, backoff=HOUR)
     async with running(queue):
         await until(lambda: queue.get_job_state(job_id), lambda state: state == "delayed")
     [info] = await queue.list_delayed()
-    assert info.payload["errors"][0]["error"].startswith("TaskNotFound")
+    assert info.payload["errors"][0]["error"].startswith("ValidationError")
 
 
 async def test_a_delayed_job_is_removed_once_and_never_runs(queue: Queue, starts: Starts) -> None:
@@ -286,7 +288,7 @@ async def test_a_due_job_whose_removal_is_in_doubt_is_returned(
     due: list[dict[str, Any]] = []
 
     async def look() -> int:
-        due[:] = [job.to_dict() async for job in queue._inspection.read_due()]
+        due[:] = [job.to_dict() async for job in queue._lists.read_due()]
         return len(due)
 
     await until(look, lambda count: count == 3)
@@ -382,7 +384,7 @@ async def test_a_promoter_that_cannot_begin_says_so_and_ends(
     backend: Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     queue = make_queue(backend)
-    await queue.queue_stats()
+    await queue._assets.declare_all()
 
     class NoPuller:
         async def request(self, *_: Any, **__: Any) -> None:
@@ -403,17 +405,24 @@ async def test_what_reaches_a_promoter_late_is_not_made_ready_again(
     queue: Queue, backend: Backend, starts: Starts, monkeypatch: pytest.MonkeyPatch, forgotten: bool
 ) -> None:
     """It was on its way to a process that stood still, and is a first delivery to it. `forgotten`: for so long that no message id helps."""
-    await queue.queue_stats()
+    await queue._assets.declare_all()
     job_id = await queue.add("note", delay=0.01)
     (late,) = await Receiver(backend, "KV_amq_work_scheduler").pull("promoter")
     late.nak()
     if forgotten:
         monkeypatch.setattr(promoter, "REMEMBERED", 0.0)
-        monkeypatch.setattr(promoter, "_message_id", lambda _: None)
+        monkeypatch.setattr(promoter, "promotion_id", lambda *_: None)
     async with running(queue):
         await queue.wait_for(job_id, timeout=PATIENCE)
         assert late.deliveries == 1
-        await Promoter(backend, queue._subjects, queue._assets)._promote_guarded(late, kept=False)
+        other = Promoter(backend, queue._subjects, queue._assets)
+        async with anyio.create_task_group() as group:
+            await group.start(other.run)
+            other._on_delivery(late)
+            with anyio.fail_after(PATIENCE):
+                while other._in_hand:  # noqa: ASYNC110  no event says that it has let go
+                    await anyio.sleep(0.005)
+            group.cancel_scope.cancel()
         await wait_until_done(queue)
     assert starts.runs == 1
 
@@ -423,18 +432,14 @@ async def test_a_promotion_that_is_not_answered_does_not_hold_up_a_stop(
 ) -> None:
     """It is cut, and another promoter repeats it when the lease is over."""
     monkeypatch.setattr(promoter, "FAREWELL", 0.05)
-    real, promoting = backend.write, anyio.Event()
+    real, promoting = backend.send, anyio.Event()
 
-    async def write(log: str, *writes: Write) -> int:
-        if log == "amq_work":
-            await real(log, *writes)
-            promoting.set()
-            await anyio.sleep_forever()
-        return await real(log, *writes)
+    def send(log: str, write: Write, _: Settle, *, timeout: float | None = None) -> None:
+        real(log, write, lambda _: promoting.set(), timeout=timeout)
 
-    await queue.queue_stats()
+    await queue._assets.declare_all()
     with anyio.fail_after(PATIENCE), monkeypatch.context() as patch:
-        patch.setattr(backend, "write", write)
+        patch.setattr(backend, "send", send)
         async with anyio.create_task_group() as group:
             await group.start(Promoter(backend, queue._subjects, queue._assets).run)
             await queue.add("note", delay=0.01)
@@ -462,7 +467,7 @@ async def test_a_slow_acknowledgement_does_not_lose_a_job_that_was_put_off(
     queue: Queue, backend: Backend
 ) -> None:
     """A foreign producer's job whose time is near, and comes before its ready message is gone."""
-    await queue.queue_stats()
+    await queue._assets.declare_all()
     body = f'{{"task": "echo", "args": ["here"], "delay_until": {backend.now() + 0.2}}}'.encode()
     await backend.write("amq_work", Write("amq.work.ready.5.foreign", body))
     lifecycle, attempt, delivery = await hold(queue)
@@ -477,3 +482,112 @@ async def test_a_slow_acknowledgement_does_not_lose_a_job_that_was_put_off(
             )
         delivery.ack()
         assert await queue.wait_for("foreign", timeout=PATIENCE) == "here"
+
+
+# -- ids that a stranger must not guess
+
+
+async def test_a_message_id_that_can_be_told_from_events_takes_no_job(
+    queue: Queue, backend: Backend, starts: Starts
+) -> None:
+    """A write under the message id of a promotion makes the server drop that promotion."""
+    await queue.queue_stats()
+    ids = [await queue.add("note", [number], delay=0.6) for number in range(5)]
+    for job_id in ids:
+        await when_released(queue, job_id)
+    released = await backend.last(
+        "KV_amq_work_scheduler", "$KV.amq_work_scheduler.later.*.released"
+    )
+    for record in released:
+        guess = f"released.{record.sequence}.{record.time}"
+        await backend.write(
+            "amq_work", Write(f"amq.work.ready.5.{record.sequence}", b"{}", message_id=guess)
+        )
+    async with running(queue):
+        await wait_until_done(queue)
+    assert starts.runs == 5
+
+
+async def test_the_secret_of_a_queue_is_one_and_tells_nothing(
+    backend: Backend, twin: Backend
+) -> None:
+    queue = make_queue(backend)
+    await queue.queue_stats()
+    told: list[str] = []
+    subscription = await backend.subscribe("amq.>", lambda signal: told.append(signal.subject))
+    secrets = [QueueSecret(handle, queue._subjects) for handle in (backend, twin) * 3]
+    values = await race(*(secret.get for secret in secrets))
+    await subscription.unsubscribe()
+    assert len(set(values)) == 1
+    assert len(values[0]) >= 32
+    assert [subject for subject in told if "secret" in subject] == []
+    await queue.obliterate()
+    assert await QueueSecret(twin, queue._subjects).get() == values[0]
+
+
+async def test_a_malformed_secret_is_replaced(backend: Backend) -> None:
+    queue = make_queue(backend)
+    await queue.queue_stats()
+    await backend.write("KV_amq_work_scheduler", Write(queue._subjects.secret, b"1234"))
+    first, second = (QueueSecret(backend, queue._subjects) for _ in range(2))
+    assert len(await first.get()) >= 32
+    assert await second.get() == await first.get()
+
+
+def test_a_promotion_id_depends_on_all_it_is_made_of() -> None:
+    ids = {
+        promotion_id(secret, sequence, at)
+        for secret in (b"a" * 32, b"b" * 32)
+        for sequence in (1, 2)
+        for at in (1.0, 2.0)
+    }
+    assert len(ids) == 8
+    assert promotion_id(b"a" * 32, 1, 1.0) in ids
+
+
+# -- records that cannot be promoted
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"v":1,"id":"',
+        b"[]",
+        b"null",
+        b'{"task":"echo","delay_until":1e999}',
+        b'{"task":"echo","priority":"urgent"}',
+        b'{"task":"echo","priority":1e300}',
+        b'{"task":"echo","retries":-1}',
+        b'{"task":"echo","custom_id":[]}',
+        b'{"task":"echo","args":[NaN],"delay_until":1}',
+        b'{"task":"echo","args":' + b"[" * 195 + b"]" * 195 + b"}",
+        b"\xff\xfe",
+    ],
+)
+async def test_every_released_record_ends_in_an_outcome(
+    queue: Queue, backend: Backend, body: bytes
+) -> None:
+    await queue.queue_stats()
+    key = "$KV.amq_work_scheduler.later.bad.released"
+    async with running(queue):
+        await backend.write("KV_amq_work_scheduler", Write(key, body))
+        ends = await until(
+            lambda: backend.last("KV_amq_work_scheduler", "$KV.amq_work_scheduler.done.bad.*"),
+            bool,
+        )
+        assert [record.subject.rpartition(".")[2] for record in ends] == ["failed"]
+        await until(lambda: backend.last("KV_amq_work_scheduler", key), lambda found: not found)
+        assert await queue.wait_for(await queue.add("echo", [1], delay=0.01)) == 1
+
+
+async def test_a_job_of_one_priority_too_many_runs_all_the_same(
+    queue: Queue, backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await queue.queue_stats()
+    monkeypatch.setattr("asyncmq_nats.store.topology.MAX_TIERS", 1)
+    body = b'{"task":"echo","args":["ran"],"priority":7}'
+    async with running(queue):
+        await backend.write(
+            "KV_amq_work_scheduler", Write("$KV.amq_work_scheduler.later.one.released", body)
+        )
+        assert (await outcome(queue, "one"))["result"] == "ran"

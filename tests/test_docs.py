@@ -34,11 +34,12 @@ from asyncmq_nats import (
 from asyncmq_nats.events import Event
 from asyncmq_nats.jobs import OPTIONAL_FIELDS, RESERVE
 from asyncmq_nats.store.records import LEAD
+from tests.receiver import PATIENCE
 from tests.test_public_api import METHODS
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "asyncmq_nats"
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [*sorted(ROOT.glob("[A-Z]*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```(\w+) run\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 PYTHON = re.compile(r"^```python.*?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 CALL = re.compile(r"(?<![\w$])([A-Za-z][\w.]*)\(([^()]*)\)")
@@ -326,7 +327,7 @@ def test_the_lead_of_timers_is_the_one_of_the_protocol() -> None:
 async def run_block(source: str, **environment: str) -> str:
     """Run a block as a program of its own; return what it printed."""
     clean = {key: value for key, value in os.environ.items() if not key.startswith("ASYNCMQ_NATS_")}
-    with anyio.fail_after(20):
+    with anyio.fail_after(2 * PATIENCE):
         done = await anyio.run_process(
             [sys.executable, "-c", source], env=clean | environment, check=False
         )

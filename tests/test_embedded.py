@@ -1,8 +1,10 @@
 """The embedded server: found, started, restarted, refused, and gone afterwards."""
 
 import os
+import re
 import signal
 import socket
+import stat
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -14,8 +16,9 @@ from asyncmq_nats.backends.nats import embedded
 from asyncmq_nats.backends.nats.backend import NATSBackend
 from asyncmq_nats.backends.nats.connection import Connection
 from asyncmq_nats.backends.nats.embedded.server import EmbeddedServer
-from asyncmq_nats.exceptions import BackendError, ServerBinaryMissing
+from asyncmq_nats.exceptions import BackendError, ConnectionFailed, ServerBinaryMissing
 from asyncmq_nats.queues import Queue
+from asyncmq_nats.settings import Settings
 from tests.nats.processes import alive, freeze, holds
 
 pytestmark = pytest.mark.usefixtures(
@@ -32,7 +35,7 @@ def greet(port: int) -> bytes:
 
 
 def test_takes_connections_as_soon_as_start_returns(server: EmbeddedServer) -> None:
-    assert server.url == f"nats://127.0.0.1:{server.port}"
+    assert re.fullmatch(rf"nats://[0-9a-f]{{32}}@127\.0\.0\.1:{server.port}", server.url)
     greeting = greet(server.port)
     assert greeting.startswith(INFO)
     assert b'"jetstream":true' in greeting
@@ -121,6 +124,74 @@ def test_config_is_added(tmp_path: Path) -> None:
         tmp_path / "store", config='server_name: "mine"\nlisten: "0.0.0.0:1"\n'
     ) as server:
         assert b'"server_name":"mine"' in greet(server.port)
+
+
+# -- who may connect
+
+
+async def connects(url: str) -> bool:
+    try:
+        async with NATSBackend(url, settings=Settings(connect_timeout=2.0)) as backend:
+            await backend.ping()
+    except ConnectionFailed:
+        return False
+    return True
+
+
+async def test_only_who_knows_the_token_can_connect(server: EmbeddedServer) -> None:
+    assert await connects(server.url)
+    assert not await connects(f"nats://127.0.0.1:{server.port}")
+    assert not await connects(f"nats://{'0' * 32}@127.0.0.1:{server.port}")
+
+
+async def test_the_address_stays_when_it_is_started_again(tmp_path: Path) -> None:
+    with EmbeddedServer(tmp_path / "store") as first:
+        url, port = first.url, first.port
+        first.kill()
+        first.start()
+        assert first.url == url
+    with EmbeddedServer(tmp_path / "store", port=port) as second:
+        assert second.url == url
+        assert await connects(url)
+
+
+async def test_the_address_of_an_embedded_backend_serves_other_processes(tmp_path: Path) -> None:
+    async with NATSBackend.embedded(tmp_path / "store") as backend:
+        await Queue("work", backend).add("echo", [1])
+        async with NATSBackend(backend.url) as other:
+            assert (await Queue("work", other).queue_stats())["waiting"] == 1
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no such permissions there")
+async def test_no_other_user_can_read_what_it_stores(tmp_path: Path) -> None:
+    async with NATSBackend.embedded(tmp_path / "store") as backend:
+        await Queue("work", backend).add("echo", [1])
+        paths = [tmp_path / "store", *(tmp_path / "store").rglob("*")]
+        names = {path.name for path in paths}
+        open_to_others = {str(path) for path in paths if stat.S_IMODE(path.lstat().st_mode) & 0o077}
+    assert {"nats-server.token", "nats-server.conf", "nats-server.log", "jetstream"} <= names
+    assert open_to_others == set()
+
+
+def test_the_token_is_in_no_argument_of_the_process(server: EmbeddedServer) -> None:
+    token = server.url.partition("//")[2].partition("@")[0]
+    arguments = Path(f"/proc/{server.pid}/cmdline")
+    if arguments.exists():
+        assert token.encode() not in arguments.read_bytes()
+    assert token not in repr(server)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        'authorization { users: [ { user: "me", password: "x" } ] }',
+        'accounts { A { users: [ { user: "me", password: "x" } ] } }',
+    ],
+)
+async def test_a_config_with_users_of_its_own_has_no_token(config: str, tmp_path: Path) -> None:
+    with EmbeddedServer(tmp_path / "store", config=config) as server:
+        assert server.url == f"nats://127.0.0.1:{server.port}"
+        assert await connects(f"nats://me:x@127.0.0.1:{server.port}")
 
 
 def test_rejected_config_shows_the_servers_words(tmp_path: Path) -> None:

@@ -1,21 +1,25 @@
 """Events: those of a queue from any process, those of this process's workers, and `wait_for`; on both backends."""
 
+import functools
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 import anyio
+import anyio.from_thread
 import pytest
 
 from asyncmq_nats.backends.base import Backend
 from asyncmq_nats.context import current_job
 from asyncmq_nats.events import Event, EventEmitter, event_emitter
 from asyncmq_nats.exceptions import JobFailed, JobNotFound
+from asyncmq_nats.jobs import Job
 from asyncmq_nats.queues import Queue
 from asyncmq_nats.settings import Settings
-from tests.receiver import Receiver
-from tests.running import PATIENCE, make_queue, outcome, race, run_jobs, running
+from asyncmq_nats.store import announcing
+from tests.running import PATIENCE, lose_worker, make_queue, outcome, race, run_jobs, running
 
 
 async def echo(value: Any = None) -> Any:
@@ -182,7 +186,7 @@ async def test_what_is_added_twice_is_told(backend: Backend) -> None:
     names = ("job:duplicated", "job:debounced", "job:deduplicated")
     async with listening(queue, *names) as heard:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(event_emitter, "_callbacks", {})
+            patch.setattr(event_emitter, "_listeners", {})
             for name in names:
                 event_emitter.on(name, lambda data, name=name: seen.append((name, data)))
             for _ in range(2):
@@ -214,7 +218,7 @@ class TestStalled:
     async def test_a_job_whose_worker_was_lost_is_told_once(self, backend: Backend) -> None:
         queue = queue_of(backend)
         job_id = await queue.add("echo")
-        await Receiver(backend, "amq_work", extend=False).pull("tier_5")
+        await lose_worker(queue, runs=True)
         async with listening(queue) as heard, running(queue):
             await heard.until("job:completed")
         assert heard.of(job_id) == ["job:stalled", "job:started", "job:completed"]
@@ -338,6 +342,26 @@ def emitted() -> Any:
     yield listen
     for name, callback in registered:
         event_emitter.off(name, callback)
+
+
+async def test_a_listener_may_be_an_object_or_return_what_is_awaited() -> None:
+    heard: list[Any] = []
+
+    class Listener:
+        async def __call__(self, data: dict[str, Any]) -> None:
+            await anyio.lowlevel.checkpoint()
+            heard.append(("object", data["id"]))
+
+    async def note(kind: str, data: dict[str, Any]) -> None:
+        await anyio.lowlevel.checkpoint()
+        heard.append((kind, data["id"]))
+
+    emitter = EventEmitter()
+    emitter.on("job:completed", Listener())
+    emitter.on("job:completed", lambda data: note("returned", data))
+    emitter.on("job:completed", functools.partial(note, "partial"))
+    await emitter.emit("job:completed", {"id": "a"})
+    assert heard == [("object", "a"), ("returned", "a"), ("partial", "a")]
 
 
 async def test_listeners_hear_of_the_jobs_of_this_process(backend: Backend, emitted: Any) -> None:
@@ -496,3 +520,131 @@ async def test_wait_for_has_a_time_limit_and_knows_no_unknown_job(backend: Backe
     job_id = await queue.add("echo")
     with pytest.raises(TimeoutError, match=job_id):
         await queue.wait_for(job_id, timeout=0.05)
+
+
+# -- AsyncMQ's data and history
+
+OF_TO_DICT = set(Job("t").to_dict()) - {"id"}
+
+
+async def test_events_have_the_keys_that_a_job_has(backend: Backend) -> None:
+    names = ("job:started", "job:retrying", "job:completed", "job:failed")
+    calls: list[tuple[str, dict[str, Any]]] = []
+    all_told = anyio.Event()
+
+    async def note(name: str, data: dict[str, Any]) -> None:
+        calls.append((name, data))
+        if len(calls) == 6:
+            all_told.set()
+
+    async def stumble(again: bool) -> str:
+        if again and current_job().attempt > 1:
+            return "ok"
+        raise ValueError("no")
+
+    queue = make_queue(backend, stumble=stumble)
+    listeners = {name: partial(note, name) for name in names}
+    for name, listener in listeners.items():
+        event_emitter.on(name, listener)
+    async with listening(queue, *names) as heard, running(queue):
+        first = await queue.add("stumble", [True], retries=1, ttl=60)
+        assert await queue.wait_for(first, timeout=PATIENCE) == "ok"
+        second = await queue.add("stumble", [False])
+        await heard.until("job:failed")
+        with anyio.fail_after(PATIENCE):
+            await all_told.wait()
+    for name, listener in listeners.items():
+        event_emitter.off(name, listener)
+    for told in ([(event.name, event.data) for event in heard.events], calls):
+        assert [data["depends_on"] for _, data in told] == [[]] * 6
+        assert all(data.keys() >= OF_TO_DICT for _, data in told)
+        (failed,) = [data for name, data in told if name == "job:failed"]
+        assert (failed["id"], failed["last_error"]) == (second, "ValueError: no")
+        assert "in stumble" in failed["error_traceback"]
+        assert failed["failed_at"] == failed["finished_at"] >= failed["last_attempt"]
+
+
+@pytest.mark.parametrize("sync", [False, True])
+async def test_progress_reaches_listeners(backend: Backend, sync: bool) -> None:
+    told: list[dict[str, Any]] = []
+    done = anyio.Event()
+
+    async def hear(data: dict[str, Any]) -> None:
+        told.append(data)
+        if data["progress"] == 1.0:
+            done.set()
+
+    async def report() -> None:
+        current_job().report_progress(0.5, {"rows": 5})
+        current_job().report_progress(1.0)
+
+    def report_in_thread() -> None:
+        current_job().report_progress(0.5, {"rows": 5})
+        current_job().report_progress(1.0)
+
+    queue = make_queue(backend, report=report_in_thread if sync else report)
+    event_emitter.on("job:progress", hear)
+    try:
+        async with running(queue):
+            job_id = await queue.add("report")
+            with anyio.fail_after(PATIENCE):
+                await done.wait()
+    finally:
+        event_emitter.off("job:progress", hear)
+    assert told == [
+        {"id": job_id, "progress": 0.5, "data": {"rows": 5}, "queue": "work"},
+        {"id": job_id, "progress": 1.0, "data": None, "queue": "work"},
+    ]
+
+
+async def test_the_history_is_bounded_newest_first_and_can_be_searched() -> None:
+    emitter = EventEmitter(history_limit=2)
+    await emitter.emit("job:started", {"queue": "mail", "id": "a"})
+    await emitter.emit("job:failed", {"queue": "bank", "id": "b", "last_error": "Boom"})
+    await emitter.emit("job:completed", {"queue": "mail", "id": "c"})
+    assert [each["event"] for each in emitter.list_history()] == ["job:completed", "job:failed"]
+    assert [each["data"]["id"] for each in emitter.list_history(limit=1)] == ["c"]
+    assert [each["data"]["id"] for each in emitter.list_history(event="job:failed")] == ["b"]
+    assert [each["data"]["id"] for each in emitter.list_history(queue="mail")] == ["c"]
+    assert [each["data"]["id"] for each in emitter.list_history(q="boom")] == ["b"]
+    assert emitter.list_history(q="nothing") == []
+    emitter.clear_history()
+    assert emitter.list_history() == []
+
+
+async def test_a_history_that_is_read_has_the_jobs_of_this_process(backend: Backend) -> None:
+    emitter = EventEmitter()
+    queue = queue_of(backend)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(announcing, "event_emitter", emitter)
+        async with running(queue):
+            await queue.wait_for(await queue.add("echo", [1]), timeout=PATIENCE)
+            assert emitter.list_history() == []  # nothing read it, so nothing was kept
+            ended = anyio.Event()
+            emitter.on("job:completed", lambda _: anyio.from_thread.run_sync(ended.set))
+            await queue.add("echo", [2])
+            with anyio.fail_after(PATIENCE):
+                await ended.wait()
+    assert {each["event"] for each in emitter.list_history()} == {"job:started", "job:completed"}
+
+
+class Listening:
+    """A listener that is an object."""
+
+    def __init__(self) -> None:
+        self.heard: list[Any] = []
+
+    async def __call__(self, data: dict[str, Any]) -> None:
+        self.heard.append(data)
+
+
+async def test_listeners_may_be_objects_and_may_return_an_awaitable() -> None:
+    emitter, listener, heard = EventEmitter(), Listening(), []
+
+    async def note(data: dict[str, Any]) -> None:
+        heard.append(data)
+
+    emitter.on("job:completed", listener)
+    emitter.on("job:completed", lambda data: note(data))
+    await emitter.emit("job:completed", {"id": "a"})
+    assert listener.heard == heard == [{"id": "a"}]

@@ -13,6 +13,7 @@ from typing import IO
 import pytest
 
 from asyncmq_nats.backends.nats.embedded.server import EmbeddedServer
+from tests.receiver import PATIENCE
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -25,7 +26,7 @@ def run_example(name: str, *arguments: str, **environment: str) -> subprocess.Co
     clean = {key: value for key, value in os.environ.items() if not key.startswith("ASYNCMQ_NATS_")}
     command = [sys.executable, str(EXAMPLES / name), *arguments]
     return subprocess.run(
-        command, env=clean | environment, capture_output=True, text=True, timeout=40
+        command, env=clean | environment, capture_output=True, text=True, timeout=2 * PATIENCE
     )
 
 
@@ -65,6 +66,7 @@ def test_quickstart_with_a_server_of_its_own() -> None:
     assert max(map(len, done.stdout.splitlines())) <= 120
 
 
+@pytest.mark.slow
 def test_quickstart_on_a_given_server_can_be_run_again(server: EmbeddedServer) -> None:
     for _ in range(2):
         done = run_example("quickstart.py", ASYNCMQ_NATS_SERVERS=server.url)
@@ -73,6 +75,7 @@ def test_quickstart_on_a_given_server_can_be_run_again(server: EmbeddedServer) -
         assert "206 completed, 1 failed, as it should." in done.stdout
 
 
+@pytest.mark.slow
 def test_quickstart_minds_its_own_jobs_only(server: EmbeddedServer) -> None:
     killed = start_example("quickstart.py", ASYNCMQ_NATS_SERVERS=server.url)
     read_to("of 207 done", killed.stdout)
@@ -98,7 +101,7 @@ def test_a_signal_ends_quickstart_and_its_server(number: signal.Signals) -> None
         2
     ):  # as if it came from the terminal, and from a program around it that passes it on
         run.send_signal(number)
-    _, errors = run.communicate(timeout=20)
+    _, errors = run.communicate(timeout=PATIENCE)
     assert (run.returncode, errors) == (128 + number, f"\nStopped by {number.name}.\n")
     assert not is_served(url)
 
@@ -108,7 +111,7 @@ def test_quickstart_ends_with_its_server_when_nobody_reads_on() -> None:
     url = re.sub(".* at ", "", read_to("an embedded nats-server", run.stdout).strip())
     assert run.stdout is not None
     run.stdout.close()
-    assert run.wait(timeout=20) == 1
+    assert run.wait(timeout=PATIENCE) == 1
     assert run.stderr is not None
     with run.stderr:
         assert run.stderr.read() == ""
@@ -167,7 +170,7 @@ def test_plain_producer_adds_a_job_and_follows_it(server: EmbeddedServer) -> Non
         )
     finally:
         worker.terminate()
-        worker.communicate(timeout=20)
+        worker.communicate(timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     added, *events = done.stdout.splitlines()
     assert added.startswith("added ")

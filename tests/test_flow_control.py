@@ -15,14 +15,22 @@ from asyncmq_nats.settings import Settings
 from asyncmq_nats.store.topology import MAX_TIERS
 from asyncmq_nats.wire.keys import tier_name
 from tests.receiver import Receiver, until
-from tests.running import PATIENCE, make_queue, outcome, run_jobs, running, wait_until_done
+from tests.running import (
+    PATIENCE,
+    make_queue,
+    outcome,
+    round_trips,
+    run_jobs,
+    running,
+    wait_until_done,
+)
 
 
 @pytest.fixture
 def settings() -> Settings:
     """A lease so long that only a hand-back explains a second delivery; heartbeats in which a missed signal is made up for."""
     return Settings(
-        stalled_after=60, publish_timeout=10, shutdown_timeout=0.1, heartbeat_interval=0.5
+        stalled_after=600, publish_timeout=10, shutdown_timeout=0.1, heartbeat_interval=0.5
     )
 
 
@@ -108,6 +116,7 @@ async def test_a_priority_that_returns_is_found_as_well(backend: Backend) -> Non
             await queue.wait_for(job_id, timeout=PATIENCE)
 
 
+@pytest.mark.slow
 async def test_a_queue_has_256_priorities_at_most(backend: Backend, twin: Backend) -> None:
     queue, other = make_queue(backend, work=lambda: None), make_queue(twin, work=lambda: None)
     for priority in range(MAX_TIERS):
@@ -141,9 +150,7 @@ async def test_an_urgent_job_is_the_next_to_start(backend: Backend) -> None:
             await gates[-1].entered()
             await queue.add_bulk([{"task_id": "work", "args": ["later"]}] * 3)
             await queue.add("work", ["urgent"], priority=0)
-            await anyio.sleep(
-                0.01
-            )  # some round trips: others may be in hand already, and this one has to come
+            await round_trips(backend, "amq_work")  # the worker hears of it
             gates[-1].opened.set()
             await wait_until_done(queue)
             assert ran == ["gate", "urgent", "later", "later", "later"]
@@ -200,7 +207,7 @@ async def test_jobs_in_hand_go_back_when_a_long_job_takes_the_slot(
     assert {job["stalls"] for job in jobs} == {0}
 
 
-async def test_jobs_that_nobody_has_a_slot_for_do_not_go_to_and_fro(backend: Backend) -> None:
+async def test_jobs_without_a_slot_do_not_go_to_and_fro(backend: Backend) -> None:
     gate = Gate()
 
     async def brief() -> None:
@@ -212,12 +219,10 @@ async def test_jobs_that_nobody_has_a_slot_for_do_not_go_to_and_fro(backend: Bac
     )
     async with running(queue):
         await gate.entered()
-        await anyio.sleep(0.3)  # what was in hand is given back
+        await until(queue.queue_stats, lambda stats: stats["completed"] == 200)
         writes = await backend.last_sequence(queue._subjects.bucket_log)
-        waiting = (await queue.queue_stats())["waiting"]
-        await anyio.sleep(0.3)
+        await anyio.sleep(0.6)  # it is alone: nothing is given back, nothing is claimed
         assert await backend.last_sequence(queue._subjects.bucket_log) == writes
-        assert (await queue.queue_stats())["waiting"] == waiting
         gate.opened.set()
         await wait_until_done(queue)
     assert {job["stalls"] for job in await queue.list_jobs("completed")} == {0}
@@ -305,14 +310,14 @@ async def test_a_pause_until_a_time_ends_by_itself(backend: Backend) -> None:
     ran, note = noting()
     queue = make_queue(backend, note=note)
     async with running(queue):
-        end = backend.now() + 0.6
+        end = backend.now() + 2.0  # long enough for what is looked at before
         await queue.pause(until=end)
         await queue.add("note")
         await queue.add("note", priority=-1)
         assert await queue.is_paused()
         assert ran == []
         await until(queue.queue_stats, lambda stats: stats["completed"] == 2)
-        assert end - 0.05 < backend.now() < end + 1
+        assert end - 0.05 < backend.now()
         assert not await queue.is_paused()
 
 
@@ -324,7 +329,7 @@ async def test_a_worker_that_starts_during_a_pause_goes_on_when_it_ends(backend:
     await queue.pause(until=end)
     async with running(queue):
         await until(queue.queue_stats, lambda stats: stats["completed"] == 1)
-        assert end - 0.05 < backend.now() < end + 1
+        assert end - 0.05 < backend.now()
 
 
 async def test_a_limited_queue_goes_on_when_its_pause_ends(backend: Backend) -> None:
@@ -336,7 +341,7 @@ async def test_a_limited_queue_goes_on_when_its_pause_ends(backend: Backend) -> 
     await queue.pause(until=end)
     async with running(queue):
         await until(queue.queue_stats, lambda stats: stats["completed"] == 1)
-        assert end - 0.05 < backend.now() < end + 1
+        assert end - 0.05 < backend.now()
 
 
 async def test_a_second_pause_counts(backend: Backend) -> None:

@@ -1,5 +1,6 @@
 """What else happens when a worker starts and stops. On both backends."""
 
+import functools
 from typing import Any
 
 import anyio
@@ -146,3 +147,27 @@ async def test_hooks_run_without_any() -> None:
     hooks = Hooks()
     await hooks.start("worker")
     await hooks.stop("worker")
+
+
+async def test_a_hook_may_be_an_object_or_decorated(backend: Backend, calls: list[Any]) -> None:
+    class Opener:
+        async def __call__(self, worker_id: str) -> None:
+            await anyio.lowlevel.checkpoint()
+            calls.append(("object", bool(worker_id)))
+
+    async def close(queue: str) -> None:
+        await anyio.lowlevel.checkpoint()
+        calls.append(("wrapped", queue))
+
+    @functools.wraps(close)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        return close(*args, **kwargs)
+
+    queue = make_queue(backend)
+    queue.on_startup(Opener())
+    queue.on_startup(wrapper)
+    queue.on_startup(functools.partial(lambda kind, queue: calls.append((kind, queue)), "partial"))
+    async with anyio.create_task_group() as group:
+        await group.start(queue.run)
+        group.cancel_scope.cancel()
+    assert calls == [("object", True), ("wrapped", "work"), ("partial", "work")]

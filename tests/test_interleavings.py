@@ -3,19 +3,21 @@
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import anyio
 import pytest
 
 from asyncmq_nats._arguments import build_job
-from asyncmq_nats.backends.base import Backend, Consumer, Record, Settled, Write
+from asyncmq_nats.backends.base import Backend, Consumer, Record, Settle, Settled, Write
 from asyncmq_nats.exceptions import WriteRefused
 from asyncmq_nats.jobs import Job
 from asyncmq_nats.queues import Queue
 from asyncmq_nats.retries import Failure
 from asyncmq_nats.settings import Settings
-from asyncmq_nats.transitions.claim import Attempt, Claim, Verdict
+from asyncmq_nats.store.snapshot import Snapshot
+from asyncmq_nats.transitions.claim import Attempt, Claim, Disposition
 from asyncmq_nats.transitions.finish import Lifecycle
 from asyncmq_nats.wire.keys import encode_token
 from tests.receiver import Receiver, until
@@ -23,7 +25,7 @@ from tests.running import PATIENCE, make_queue, outcome, run_jobs, running, wait
 
 BUCKET = "KV_amq_work_scheduler"
 READY = "amq_work"
-Finish = Callable[[str, int], Awaitable[None]]
+Finish = Callable[[Snapshot, int], Awaitable[None]]
 
 
 @pytest.fixture
@@ -56,7 +58,7 @@ async def test_a_tier_that_is_made_while_a_pause_begins_or_ends(
     paused_before: bool, queue: Queue, twin: Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = make_queue(twin)
-    await other.queue_stats()
+    await other._assets.declare_all()
     if paused_before:
         await other.pause()
     real = queue.backend.declare_consumer
@@ -83,10 +85,10 @@ async def test_a_tier_that_is_made_while_a_pause_begins_or_ends(
 def retry_before_the_end_of_cancellation(queue: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
     finish: Finish = queue._administration._finish_cancellation
 
-    async def retried_first(token: str, reruns: int) -> None:
+    async def retried_first(snapshot: Snapshot, reruns: int) -> None:
         monkeypatch.setattr(queue._administration, "_finish_cancellation", finish)
-        assert await queue.retry_job(token)
-        await finish(token, reruns)
+        assert await queue.retry_job(snapshot.token)
+        await finish(snapshot, reruns)
 
     monkeypatch.setattr(queue._administration, "_finish_cancellation", retried_first)
 
@@ -168,24 +170,31 @@ async def test_a_job_that_is_made_ready_while_it_is_cancelled_does_not_run(
     """The promoter has it in hand, and does not look again."""
     runs: list[int] = []
     queue, canceller = make_queue(backend, note=lambda: runs.append(1)), make_queue(twin)
-    real, cancelled = backend.write, list[bool]()
+    real, caught = backend.send, list[Callable[[], None]]()
+    promoting = anyio.Event()
 
-    async def write(log: str, *writes: Write) -> int:
-        if log == READY and not cancelled:
-            cancelled.append(await canceller.cancel_job(job_id))
-        return await real(log, *writes)
+    def send(log: str, write: Write, settle: Settle, *, timeout: float | None = None) -> None:
+        if log == READY and not caught:
+            caught.append(partial(real, log, write, settle, timeout=timeout))
+            promoting.set()
+        else:
+            real(log, write, settle, timeout=timeout)
 
     job_id = await queue.add("note", delay=0.01)
     await queue.pause()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(backend, "write", write)
+        patch.setattr(backend, "send", send)
         async with running(queue):
+            with anyio.fail_after(PATIENCE):
+                await promoting.wait()
+            assert await canceller.cancel_job(job_id)
+            caught[0]()
             await until(lambda: queue.get_job_state(job_id), lambda state: state == "cancelled")
             await until(lambda: backend.last_sequence(READY), lambda sequence: sequence > 0)
             await until(lambda: backend.last(READY, "amq.work.ready.*.*"), lambda ready: not ready)
             await queue.resume()
             assert await queue.wait_for(await queue.add("note"), timeout=PATIENCE) is None
-    assert (cancelled, runs) == ([True], [1])
+    assert runs == [1]
 
 
 # -- a worker was frozen while another one took its job over
@@ -198,7 +207,7 @@ class Frozen:
     lifecycle: Lifecycle
     attempt: Attempt
 
-    async def says(self, what: str) -> Verdict | None:
+    async def says(self, what: str) -> Disposition | None:
         """Have it end in that way now; return what it is told, `None` if it stored its end."""
         told: list[tuple[Write, Settled]] = []
         failure = Failure("ValueError: frozen", "", time.time())
@@ -244,7 +253,7 @@ async def test_a_frozen_worker_has_no_say_after_a_retry(what: str, queue: Queue)
     frozen, other, attempt = await taken_over(queue)
     await other.retry(attempt, Failure("ValueError: no", "", time.time()), 0.6, lambda *_: None)
     attempt.delivery.ack()
-    assert await frozen.says(what) in (Verdict.STALE, None)
+    assert await frozen.says(what) in (Disposition.ABANDON, None)
     async with running(queue):
         assert await queue.wait_for(job_id, timeout=PATIENCE) == "ran"
         await wait_until_done(queue)
@@ -265,7 +274,7 @@ async def test_a_frozen_worker_has_no_say_after_a_retry_by_hand(what: str, queue
     await other.fail(attempt, Failure("ValueError: no", "", time.time()), lambda *_: None)
     attempt.delivery.ack()
     assert await queue.retry_job(job_id)
-    assert await frozen.says(what) in (Verdict.DONE, None)
+    assert await frozen.says(what) in (Disposition.ACK, None)
     async with running(queue):
         assert await queue.wait_for(job_id, timeout=PATIENCE) == "ran"
         await wait_until_done(queue)
@@ -284,7 +293,7 @@ async def test_an_outcome_that_is_sent_again_does_not_undo_a_retry_by_hand(queue
     assert await queue.retry_job(job_id)
     with pytest.raises(WriteRefused) as refused:  # its confirmation was lost
         await queue.backend.write(BUCKET, sent[0])
-    assert await lifecycle.settled(attempt, sent[0], refused.value) is Verdict.DONE, (
+    assert await lifecycle.settled(attempt, sent[0], refused.value) is Disposition.ACK, (
         "its message may go: the job has begun anew"
     )
     delivery.ack()
@@ -317,8 +326,8 @@ async def test_a_job_that_was_retried_by_hand_is_handed_back_at_once(queue: Queu
 async def test_a_claim_that_outlasts_its_attempt_goes_in_time(
     end: str, queue: Queue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in ("transitions.cancel", "transitions.finish"):
-        monkeypatch.setattr(f"asyncmq_nats.{module}.AFTERLIFE", 1.0)
+    for module in ("transitions.cancel", "transitions.deliver"):
+        monkeypatch.setattr(f"asyncmq_nats.{module}.CLAIM_TTL", 1.0)
     job_id, failure = await queue.add("fail"), Failure("ValueError: no", "", time.time())
     if end == "retry by hand":
         await run_jobs(queue)
@@ -335,7 +344,7 @@ async def test_a_claim_that_outlasts_its_attempt_goes_in_time(
 
 @pytest.mark.parametrize("released", [True, False])
 async def test_a_claim_without_its_job_is_no_job(released: bool, queue: Queue) -> None:
-    await queue.queue_stats()
+    await queue._assets.declare_all()
     await queue.backend.write(
         BUCKET, Write(queue._subjects.claim("mine"), Claim("gone", 0, 1, 0, released).encode())
     )
@@ -350,7 +359,7 @@ async def test_a_claim_without_its_job_is_no_job(released: bool, queue: Queue) -
 
 @pytest.mark.parametrize("left", ["edge", "claim", "both"])
 async def test_what_is_not_a_job_ends_as_failed_whatever_is_there(left: str, queue: Queue) -> None:
-    await queue.queue_stats()
+    await queue._assets.declare_all()
     subjects = queue._subjects
     if left != "claim":
         child = build_job(
@@ -436,15 +445,15 @@ async def test_an_outcome_that_comes_while_old_ones_are_cleaned_stays(
 ) -> None:
     old = await queue.add("echo")
     await run_jobs(queue)
-    real = queue.backend.first_since
+    real = queue.backend.purge
 
-    async def first_since(log: str, filter: str, time: float) -> int | None:
-        first = await real(log, filter, time)
-        await queue.add("echo", job_id="young")
-        await run_jobs(queue)
-        return first
+    async def purge(log: str, filter: str, *, before: int | None = None) -> int:
+        if not await queue.get_job("young"):
+            await queue.add("echo", job_id="young")
+            await run_jobs(queue)
+        return await real(log, filter, before=before)
 
-    monkeypatch.setattr(queue.backend, "first_since", first_since)
+    monkeypatch.setattr(queue.backend, "purge", purge)
     await anyio.sleep(0.02)
     await queue.clean("completed", queue.backend.now())
     assert await queue.get_job(old) is None

@@ -14,8 +14,22 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from asyncmq_nats.exceptions import InvalidArgument, InvalidJob, InvalidJobId, NotSerializable
-from asyncmq_nats.jobs import WIRE_VERSION, Job, new_job, new_job_id, validate_custom_job_id
+from asyncmq_nats.exceptions import (
+    InvalidArgument,
+    InvalidJob,
+    InvalidJobId,
+    NewerJob,
+    NotSerializable,
+)
+from asyncmq_nats.jobs import (
+    WIRE_VERSION,
+    Backoff,
+    Job,
+    JobHead,
+    new_job,
+    new_job_id,
+    validate_custom_job_id,
+)
 from asyncmq_nats.states import State
 from asyncmq_nats.wire.codec import dump_json, load_json, splice
 
@@ -106,6 +120,13 @@ def test_the_producers_time_wins() -> None:
     assert Job.decode(b'{"task": "t", "created_at": 7}', created_at=12.5).created_at == 7
 
 
+def test_a_worker_tells_a_job_of_a_newer_version_from_one_that_is_malformed() -> None:
+    body = b'{"task": "t", "id": "a", "created_at": 1, "v": 2}'
+    with pytest.raises(NewerJob, match=r"version is 2.*upgrade asyncmq-nats"):
+        JobHead.decode(body)
+    assert Job.decode(body).task_id == "t"  # what is known of it can be read
+
+
 @pytest.mark.parametrize(
     ("body", "told"),
     [
@@ -123,7 +144,6 @@ def test_the_producers_time_wins() -> None:
         (b'{"task": "t", "max_retries": "many"}', "max_retries"),
         (b'{"task": "t", "delay_until": NaN}', "delay_until"),
         (b'{"task": "t", "status": "gone"}', "status"),
-        (b'{"task": "t", "v": 2}', "upgrade asyncmq-nats"),
     ],
 )
 def test_what_is_not_a_job_is_told_precisely(body: bytes, told: str) -> None:
@@ -233,6 +253,48 @@ def test_the_dict_has_asyncmqs_keys() -> None:
     }  # fmt: skip
     assert "active_since" not in Job("t").to_dict()
     assert Job("t", active_since=1.0).to_dict()["active_since"] == 1.0
+
+
+def test_the_dict_says_when_the_job_ended() -> None:
+    times: Any = {"created_at": 1.0, "active_since": 2.0, "finished_at": 3.0}
+    done = Job("t", status=State.COMPLETED, **times).to_dict()
+    assert (done["completed_at"], done["updated_at"], done["last_attempt"]) == (3.0, 3.0, 2.0)
+    assert "failed_at" not in done
+    for state in (State.FAILED, State.EXPIRED):
+        failed = Job("t", status=state, **times).to_dict()
+        assert (failed["failed_at"], failed["updated_at"]) == (3.0, 3.0)
+        assert "completed_at" not in failed
+    waiting = Job("t", created_at=1.0).to_dict()
+    assert waiting["updated_at"] == 1.0
+    assert {"completed_at", "failed_at"}.isdisjoint(waiting)
+
+
+def test_the_dict_of_a_job_that_is_retried_says_why() -> None:
+    errors = [{"attempt": 1, "error": "E: no", "traceback": "Traceback…", "at": 5.0}]
+    told = Job("t", retries=1, errors=errors, created_at=1.0).to_dict()
+    assert (told["last_error"], told["error_traceback"], told["last_attempt"]) == (
+        "E: no",
+        "Traceback…",
+        5.0,
+    )
+    done = Job("t", retries=1, errors=errors, status=State.COMPLETED).to_dict()
+    assert (done["last_error"], done["error_traceback"]) == (None, None)
+
+
+@pytest.mark.parametrize("given", [None, []])
+def test_a_job_without_dependencies_has_an_empty_list(given: Any) -> None:
+    assert Job("t", depends_on=given).depends_on == []
+    assert Job("t").to_dict()["depends_on"] == []
+    assert Job.from_dict({"task": "t", "depends_on": given}).depends_on == []
+    assert b"depends_on" not in Job("t", depends_on=given).encode()
+
+
+@pytest.mark.parametrize(
+    ("backoff", "retries", "delay"),
+    [(2.0, 1, 2.0), (2.0, 2, 4.0), (None, 3, 0.0), (Backoff("fixed", 5.0), 2, 5.0)],
+)
+def test_the_next_retry_is_asyncmqs(backoff: Any, retries: int, delay: float) -> None:
+    assert Job("t", backoff=backoff, retries=retries).next_retry_delay() == delay
 
 
 def test_the_defaults_are_asyncmqs() -> None:

@@ -6,6 +6,7 @@ from itertools import count
 from typing import Any
 
 import anyio
+import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
@@ -246,12 +247,14 @@ async def run_program(backend: Backend, steps: list[Step]) -> None:
         await backend.close()
 
 
+@pytest.mark.slow
 @settings(max_examples=100, phases=PHASES)
 @given(steps=PROGRAMS)
 def test_what_a_user_sees_in_memory_is_what_the_model_says(steps: list[Step]) -> None:
     anyio.run(run_program, InMemoryBackend(), steps)
 
 
+@pytest.mark.slow
 @settings(
     max_examples=25, phases=PHASES, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )

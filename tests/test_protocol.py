@@ -28,6 +28,7 @@ from asyncmq_nats.exceptions import JobFailed, PermissionRefused
 from asyncmq_nats.flow import FlowProducer
 from asyncmq_nats.queues import list_queues
 from asyncmq_nats.runtime.registry import TaskRegistry
+from tests.receiver import PATIENCE
 from tests.test_docs import run_block, runnable
 
 QUEUE = "email"
@@ -76,12 +77,12 @@ async def test_the_examples_of_the_protocol(nats_backend: NATSBackend) -> None:
             == "3\n"
         )
         assert await run_block(custom_id, ASYNCMQ_NATS_SERVERS=nats_backend.url) == ""
-        assert await queue.wait_for("invoice-7", timeout=5) == 2
+        assert await queue.wait_for("invoice-7", timeout=PATIENCE) == 2
 
 
 async def test_a_job_with_an_id_of_its_own_is_stored_once(nats_backend: NATSBackend) -> None:
     custom_id = runnable("docs/protocol.md", "python")[1]
-    await Queue(QUEUE, nats_backend).queue_stats()
+    await Queue(QUEUE, nats_backend)._assets.declare_all()
     assert await run_block(custom_id, ASYNCMQ_NATS_SERVERS=nats_backend.url) == ""
     assert (
         await run_block(custom_id, ASYNCMQ_NATS_SERVERS=nats_backend.url) == "it is there already\n"
@@ -115,7 +116,7 @@ async def test_each_role_can_do_its_work_with_the_permissions_of_the_protocol(
             await use_as_admin(Queue(QUEUE, admin))
             async with plain_client(guarded, "plain") as stream:
                 await add(stream, "plain", args=["one two"])
-            assert await Queue(QUEUE, producer).wait_for("plain", timeout=5) == 2
+            assert await Queue(QUEUE, producer).wait_for("plain", timeout=PATIENCE) == 2
             async with plain_client(guarded, "reader") as stream:
                 assert (await read(stream, "done.plain.completed"))["result"] == 2
         log = (tmp_path / "guarded" / "nats-server.log").read_text()
@@ -152,21 +153,23 @@ async def use_as_producer(queue: Queue) -> None:
         {"job_id": "mine"},
         {"deduplication": {"id": "one", "ttl": 60}},
     ):
-        assert await queue.wait_for(await add(**options), timeout=5) == 2
+        assert await queue.wait_for(await add(**options), timeout=PATIENCE) == 2
     assert len(await queue.add_bulk([{"task_id": "tasks.count_words", "args": ["a"]}] * 3)) == 3
     parent = await add(delay=0.6)
-    assert await queue.wait_for(await add(depends_on=[parent]), timeout=5) == 2
-    assert await queue.wait_for(await queue.add("tasks.follow"), timeout=5) is None
+    assert await queue.wait_for(await add(depends_on=[parent]), timeout=PATIENCE) == 2
+    assert await queue.wait_for(await queue.add("tasks.follow"), timeout=PATIENCE) is None
     failing = await queue.add("tasks.fail", retries=1, backoff=0.1, priority=2)
     with pytest.raises(JobFailed):
-        await queue.wait_for(failing, timeout=5)
+        await queue.wait_for(failing, timeout=PATIENCE)
     with pytest.raises(JobFailed, match="did not complete"):
-        await queue.wait_for(await add(depends_on=[failing], on_parent_failure="fail"), timeout=5)
+        await queue.wait_for(
+            await add(depends_on=[failing], on_parent_failure="fail"), timeout=PATIENCE
+        )
     first, second = Job("tasks.count_words", ["a"]), Job("tasks.count_words", ["a b c"])
     await FlowProducer(queue.backend).add_flow(
         QUEUE, [replace(second, depends_on=[first.job_id]), first]
     )
-    assert await queue.wait_for(second.job_id, timeout=5) == 3
+    assert await queue.wait_for(second.job_id, timeout=PATIENCE) == 3
 
 
 async def use_as_reader(queue: Queue) -> None:
@@ -211,7 +214,7 @@ async def test_a_role_cannot_do_more(
             connect_as(guarded, "worker") as worker,
             connect_as(guarded, "plain", declare=False) as plain,
         ):
-            await Queue(QUEUE, worker).queue_stats()
+            await Queue(QUEUE, worker)._assets.declare_all()
             await Queue(QUEUE, plain).add("tasks.count_words", ["a"])
             with pytest.raises(PermissionRefused):
                 await Queue(QUEUE, plain).add("tasks.count_words", ["a"], delay=60)
@@ -235,7 +238,7 @@ async def add(
 @pytest.fixture
 async def stream(nats_backend: NATSBackend) -> AsyncIterator[JetStreamContext]:
     """nats-py, connected to the server of `nats_backend`, where the queue exists."""
-    await Queue(QUEUE, nats_backend).queue_stats()
+    await Queue(QUEUE, nats_backend)._assets.declare_all()
     client = await nats.connect(nats_backend.url)
     yield client.jetstream()
     await client.close()
@@ -244,7 +247,7 @@ async def stream(nats_backend: NATSBackend) -> AsyncIterator[JetStreamContext]:
 async def outcome(queue: Queue, job_id: str) -> dict[str, Any]:
     """Return the job when it has ended."""
     with suppress(JobFailed):
-        await queue.wait_for(job_id, timeout=5)
+        await queue.wait_for(job_id, timeout=PATIENCE)
     job = await queue.get_job(job_id)
     assert job is not None
     return job
@@ -299,10 +302,10 @@ async def test_a_priority_without_a_tier_is_stored_and_runs_when_a_worker_finds_
     await add(stream, "early", priority=3, args=["a"])
     assert (await queue.queue_stats())["waiting"] == 0
     async with working(queue):
-        assert await queue.wait_for("early", timeout=5) == 1
+        assert await queue.wait_for("early", timeout=PATIENCE) == 1
         await add(stream, "signalled", priority=4, args=["a b"])
         await nats_backend.publish(f"amq.{QUEUE}.control.tier", b"4")
-        assert await queue.wait_for("signalled", timeout=5) == 2
+        assert await queue.wait_for("signalled", timeout=PATIENCE) == 2
 
 
 async def test_the_subject_wins_over_the_body(
@@ -334,7 +337,7 @@ async def test_ids_are_percent_encoded(nats_backend: NATSBackend, stream: JetStr
     queue = Queue(QUEUE, nats_backend, registry=registry)
     await add(stream, "invoice%207%2Epdf", args=["a"])
     async with working(queue):
-        assert await queue.wait_for("invoice 7.pdf", timeout=5) == 1
+        assert await queue.wait_for("invoice 7.pdf", timeout=PATIENCE) == 1
 
 
 async def test_what_is_no_job_is_kept_as_failed(
@@ -423,7 +426,7 @@ async def test_an_edge_and_a_parked_job_are_as_described(
     )
     assert await read(stream, f"done.{parent}.awaited.{child}") == {}
     async with working(queue):
-        assert await queue.wait_for(child, timeout=5) == 1
+        assert await queue.wait_for(child, timeout=PATIENCE) == 1
     assert (await read(stream, f"done.{child}.completed"))["parent_results"] == {parent: 2}
 
 

@@ -1,8 +1,10 @@
 """Jobs that repeat: their definitions, and exactly one job for each tick. On both backends."""
 
 import itertools
+import math
 from collections.abc import Callable
 from contextlib import AsyncExitStack
+from functools import partial
 from typing import Any
 
 import anyio
@@ -12,8 +14,10 @@ from asyncmq_nats.backends.base import Backend, Record, Write
 from asyncmq_nats.exceptions import InvalidArgument, NotSerializable
 from asyncmq_nats.jobs import Backoff
 from asyncmq_nats.queues import Queue
+from asyncmq_nats.runtime.control import list_workers
 from asyncmq_nats.settings import Settings
 from asyncmq_nats.transitions.repeat import repeatable_id
+from asyncmq_nats.workers import Worker
 from tests.receiver import until
 from tests.running import PATIENCE, make_queue, outcome, race, running
 
@@ -24,7 +28,7 @@ EVERY = 0.2
 
 @pytest.fixture
 def settings() -> Settings:
-    return Settings(stalled_after=30, publish_timeout=10, shutdown_timeout=0.1)
+    return Settings(stalled_after=600, publish_timeout=10, shutdown_timeout=0.1)
 
 
 class Ticks:
@@ -157,7 +161,7 @@ async def test_a_changed_definition_replaces_the_one_of_its_name(
         ({}, ValueError, "either every="),
         ({"every": "soon"}, ValueError, r"not an interval(.|\n)*\^"),
         ({"cron": "61 * * * *"}, ValueError, r"not a valid minute(.|\n)*\^\^"),
-        ({"every": 5, "args": [object()]}, NotSerializable, "argument 0"),
+        ({"every": 5, "args": [object()]}, NotSerializable, "argument .* of task"),
         ({"every": 5, "retries": -1}, InvalidArgument, "retries"),
         ({"every": 5, "name": ""}, ValueError, "name must be"),
         ({"every": 5, "name": "x" * 101}, ValueError, "name must be"),
@@ -248,7 +252,7 @@ async def test_one_is_found_by_its_name(queue: Queue) -> None:
 
 
 async def test_one_that_is_not_there(queue: Queue) -> None:
-    await queue.list_repeatables()
+    await queue._assets.declare()
     for given in ("missing", {"task_id": "tick", "every": 5}):
         assert not await queue.pause_repeatable(given)
         assert not await queue.remove_repeatable(given)
@@ -537,3 +541,250 @@ async def test_a_change_in_the_middle_of_a_series_leaves_one_series(
     assert_one_series(
         sorted(int(job["id"].rpartition("-")[2]) for job in jobs if job["args"] == ["new"]), EVERY
     )
+
+
+async def test_a_change_of_the_arguments_keeps_the_series_and_a_pause(queue: Queue) -> None:
+    first = await queue.upsert_repeatable("tick", every=3600, name="report", args=["old"])
+    again = await queue.upsert_repeatable("tick", every=3600, name="report", args=["new"])
+    assert again == pytest.approx(first)
+    await queue.pause_repeatable("report")
+    await queue.upsert_repeatable("tick", every=3600, name="report", args=["newest"])
+    await queue.upsert_repeatable("tick", every=1800, name="report", args=["newest"])
+    [info] = await queue.list_repeatables()
+    assert (info.paused, info.next_run, info.job_def["args"]) == (True, None, ["newest"])
+
+
+async def test_ticks_make_no_batch(
+    queue: Queue, ticks: Ticks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await queue.upsert_repeatable("tick", every=0.1)
+    await queue.upsert_repeatable("tick", every=0.8)
+    real, sizes = queue.backend.write, list[int]()
+
+    async def write(log: str, *writes: Write) -> int:
+        sizes.append(len(writes))
+        return await real(log, *writes)
+
+    monkeypatch.setattr(queue.backend, "write", write)
+    async with running(queue):
+        await ticks.wait_for(12)
+    assert set(sizes) == {1}
+
+
+# -- options
+
+
+async def test_a_series_begins_at_its_start(queue: Queue, backend: Backend, ticks: Ticks) -> None:
+    start = backend.now() + 0.4
+    assert await queue.upsert_repeatable("tick", every=0.2, start=start) == pytest.approx(start)
+    async with running(queue):
+        await ticks.wait_for(3)
+    planned = await planned_of(queue)
+    assert planned[0] == round(start * 1000)
+    assert_one_series(planned, 0.2)
+
+
+async def test_a_series_ends_at_its_end(queue: Queue, backend: Backend, ticks: Ticks) -> None:
+    start = backend.now() + 0.3
+    fields: dict[str, Any] = {"every": 0.2, "start": start, "end": start + 0.41, "name": "report"}
+    await queue.upsert_repeatable("tick", **fields)
+    async with running(queue):
+        await ticks.wait_for(3)
+        await outcome(queue, await queue.add("tick", ["later"], delay=0.5))
+    assert len(await queue.get_jobs()) == 4
+    [info] = await queue.list_repeatables()
+    assert (info.next_run, info.paused) == (None, False)
+    assert await queue.upsert_repeatable("tick", **fields) == math.inf
+    assert await queue.resume_repeatable("report") == math.inf
+
+
+async def test_a_series_whose_end_is_past_makes_no_job(queue: Queue, backend: Backend) -> None:
+    assert await queue.upsert_repeatable("tick", every=60, end=backend.now() + 1) == math.inf
+    [info] = await queue.list_repeatables()
+    assert info.next_run is None
+
+
+async def test_a_series_makes_as_many_jobs_as_its_limit(queue: Queue, ticks: Ticks) -> None:
+    fields: dict[str, Any] = {"every": 0.15, "limit": 3, "name": "report"}
+    await queue.upsert_repeatable("tick", **fields)
+    async with running(queue):
+        await ticks.wait_for(1)
+        await queue.pause_repeatable("report")
+        await queue.resume_repeatable("report")  # the count goes on
+        await ticks.wait_for(3)
+        await queue.upsert_repeatable("tick", **fields)  # as a worker that starts does
+        await outcome(queue, await queue.add("tick", ["later"], delay=0.5))
+    assert len([seen for seen in ticks.seen if seen[0] == ""]) == 3
+    assert await queue.upsert_repeatable("tick", **(fields | {"limit": 4})) < math.inf
+
+
+async def test_jitter_makes_runs_later_and_none_lost(queue: Queue, ticks: Ticks) -> None:
+    await queue.upsert_repeatable("tick", every=0.3, jitter=0.25)
+    async with running(queue):
+        await ticks.wait_for(5)
+    planned = await planned_of(queue)
+    assert_one_series(planned, 0.3)
+    late = [
+        started - at / 1000
+        for at, (_, started) in zip(
+            planned, sorted(ticks.seen, key=lambda seen: seen[1]), strict=False
+        )
+    ]
+    assert min(late) >= -0.01
+    assert len({round(seconds, 3) for seconds in late}) > 1
+
+
+async def test_no_run_begins_while_the_last_one_is_unfinished(backend: Backend) -> None:
+    free, starts = anyio.Event(), list[int]()
+
+    async def slow() -> None:
+        starts.append(1)
+        if len(starts) == 1:
+            await free.wait()
+
+    queue = make_queue(backend, slow=slow, echo=lambda: None)
+    await queue.upsert_repeatable("slow", every=0.1, overlap="skip")
+    async with running(queue):
+        await until(queue.queue_stats, lambda stats: stats["active"] == 1)
+        await outcome(queue, await queue.add("echo", delay=0.6))
+        assert len(starts) == 1
+        assert len(await queue.get_jobs()) == 2
+        free.set()
+        with anyio.fail_after(PATIENCE):
+            while len(starts) < 3:  # noqa: ASYNC110
+                await anyio.sleep(0.01)
+
+
+@pytest.mark.parametrize(("catch_up", "made"), [("none", 0), (None, 1), ("one", 1), ("all", 11)])
+async def test_what_an_outage_missed_is_made_up_for_as_wished(
+    queue: Queue, backend: Backend, catch_up: str | None, made: int
+) -> None:
+    await queue.upsert_repeatable("tick", every=3600, name="report", catch_up=catch_up)
+    first = backend.now() - 10 * 3600 - 60
+    await make_due(queue, first)
+    async with running(queue):
+        await until(queue.queue_stats, lambda stats: stats["completed"] == made)
+        await outcome(queue, await queue.add("tick", ["later"], delay=0.2))
+    assert len(await queue.get_jobs()) == made + 1
+    [info] = await queue.list_repeatables()
+    assert info.next_run == pytest.approx(first + 11 * 3600)
+
+
+@pytest.mark.parametrize(("catch_up", "made"), [("none", 0), (None, 0), ("one", 1), ("all", 3)])
+async def test_what_a_pause_missed_is_made_up_for_as_wished(
+    queue: Queue, backend: Backend, catch_up: str | None, made: int
+) -> None:
+    await queue.upsert_repeatable("tick", every=3600, name="report", catch_up=catch_up)
+    await make_due(queue, backend.now() - 2 * 3600 - 60)
+    assert await queue.pause_repeatable("report")
+    await queue.resume_repeatable("report")
+    async with running(queue):
+        await until(queue.queue_stats, lambda stats: stats["completed"] == made)
+        await outcome(queue, await queue.add("tick", ["later"], delay=0.2))
+    assert len(await queue.get_jobs()) == made + 1
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"overlap": "never"}, {"catch_up": "two"}, {"limit": 0}, {"limit": 1.5}, {"limit": True},
+        {"jitter": -1}, {"jitter": 61}, {"jitter": "1s"}, {"jitter": math.nan},
+    ],
+)  # fmt: skip
+async def test_a_bad_option_is_refused(queue: Queue, option: dict[str, Any]) -> None:
+    with pytest.raises(InvalidArgument, match=next(iter(option))):
+        queue.add_repeatable("tick", every=60, **option)
+
+
+async def test_an_option_makes_another_definition_and_is_listed(queue: Queue) -> None:
+    await queue.upsert_repeatable("tick", every=60)
+    await queue.upsert_repeatable("tick", every=60, limit=3, overlap="skip", jitter=1)
+    plain, limited = sorted(
+        (info.job_def for info in await queue.list_repeatables()), key=lambda each: len(each)
+    )
+    assert "limit" not in plain
+    assert (limited["limit"], limited["overlap"], limited["jitter"]) == (3, "skip", 1.0)
+    assert await queue.remove_repeatable({k: v for k, v in limited.items() if k != "id"})
+
+
+async def test_an_interval_below_the_setting_is_refused(backend: Backend) -> None:
+    backend.settings = Settings(min_repeat_interval=10)
+    queue = make_queue(backend)
+    with pytest.raises(ValueError, match="the shortest interval is 10 s"):
+        await queue.upsert_repeatable("tick", every=9)
+    with pytest.raises(ValueError, match="the shortest interval is 10 s"):
+        queue.add_repeatable("tick", every="9s")
+
+
+# -- what code declares
+
+
+async def names_of(queue: Queue) -> set[str]:
+    return {info.job_def["name"] for info in await queue.list_repeatables()}
+
+
+def declaring(backend: Backend, *names: str, every: float = 3600) -> Queue:
+    """Return a queue whose code declares repeatables of these names."""
+    queue = make_queue(backend, tick=lambda: None)
+    for name in names:
+        queue.add_repeatable("tick", every=every, name=name)
+    return queue
+
+
+async def test_what_code_no_longer_declares_goes(backend: Backend, twin: Backend) -> None:
+    await declaring(backend).upsert_repeatable("tick", every=3600, name="by hand")
+    async with running(declaring(backend, "kept", "dropped")):
+        pass
+    assert await names_of(declaring(backend)) == {"kept", "dropped", "by hand"}
+    async with running(declaring(twin, "kept")) as worker:
+        assert await names_of(worker.queue) == {"kept", "by hand"}
+
+
+async def test_a_worker_without_any_declaration_takes_back_what_is_left(backend: Backend) -> None:
+    async with running(declaring(backend, "dropped")):
+        pass
+    async with running(declaring(backend)) as worker:
+        assert await names_of(worker.queue) == set()
+
+
+async def test_a_changed_interval_replaces_the_old_series(backend: Backend) -> None:
+    for every in (1000.0, 2000.0):
+        queue = make_queue(backend, tick=lambda: None)
+        queue.add_repeatable("tick", every=every)
+        async with running(queue):
+            assert [info.job_def["every"] for info in await queue.list_repeatables()] == [every]
+
+
+async def test_nothing_goes_while_a_worker_declares_it(backend: Backend, twin: Backend) -> None:
+    old, new = Worker(declaring(backend, "old", "both")), Worker(declaring(twin, "both"))
+    async with anyio.create_task_group() as group:
+        await group.start(old.run)
+        await group.start(new.run)
+        assert new._runner is not None
+        await new._runner._declarations.retire()
+        assert await names_of(new.queue) == {"old", "both"}
+        old.stop()
+        workers = partial(list_workers, backend)
+        await until(workers, lambda found: len(found) == 1)
+        await new._runner._declarations.retire()
+        assert await names_of(new.queue) == {"both"}
+        new.stop()
+
+
+async def test_an_earlier_worker_takes_nothing_back(backend: Backend, twin: Backend) -> None:
+    async with running(declaring(backend)) as early:
+        async with running(declaring(twin, "later")):
+            pass
+        await early._runner._declarations.retire()  # type: ignore[union-attr]
+        assert await names_of(early.queue) == {"later"}
+
+
+async def test_a_redeploy_keeps_a_pause(backend: Backend) -> None:
+    for label in ("old", "new"):
+        queue = make_queue(backend, tick=lambda _: None)
+        queue.add_repeatable("tick", every=3600, name="report", args=[label])
+        async with running(queue):
+            if label == "old":
+                await queue.pause_repeatable("report")
+            [info] = await queue.list_repeatables()
+            assert (info.paused, info.job_def["args"]) == (True, [label])

@@ -5,14 +5,14 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from asyncmq_nats.exceptions import Fail, Retry
-from asyncmq_nats.jobs import Backoff, Job
+from asyncmq_nats.jobs import MAX_DELAY, Backoff, Job
 from asyncmq_nats.retries import (
-    MAX_DELAY,
     MAX_ERROR,
     MAX_ERRORS,
     MAX_TRACEBACK,
     BackoffFunction,
     Failure,
+    RetryLimits,
     add_failure,
     backoff_delay,
     retry_delay,
@@ -180,3 +180,20 @@ def test_texts_are_cut_in_the_middle(head: str, length: int, tail: str) -> None:
     assert len(failure.traceback) <= MAX_TRACEBACK + 3
     assert failure.error.startswith("ValueError")
     assert failure.error.endswith(tail)
+
+
+def test_from_the_eleventh_on_a_retry_waits(caplog: pytest.LogCaptureFixture) -> None:
+    job, limits = Job("t", max_retries=10**9, backoff=None), RetryLimits(retries=10**10, delay=2.0)
+    waits = [retry_delay(failed(job, number), FAILURE, limits=limits) for number in range(13)]
+    assert waits == [0.0] * 10 + [2.0] * 3
+    slow = Job("t", max_retries=99, backoff=Backoff("fixed", delay=7))
+    assert retry_delay(failed(slow, 20), FAILURE, limits=limits) == 7.0
+    asked = Failure.of(Retry(delay=0.0), 0)
+    assert retry_delay(failed(job, 20), asked, limits=limits) == 2.0
+
+
+def test_a_worker_grants_so_many_retries_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    job, limits = Job("t", max_retries=10**9, backoff=None), RetryLimits(retries=2)
+    waits = [retry_delay(failed(job, number), FAILURE, limits=limits) for number in range(3)]
+    assert waits == [0.0, 0.0, None]
+    assert caplog.text.count("of its 1000000000 retries it gets 2") == 1

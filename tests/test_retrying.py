@@ -27,7 +27,7 @@ EARLY = 0.01
 
 @pytest.fixture
 def settings() -> Settings:
-    return Settings(stalled_after=30, publish_timeout=10, shutdown_timeout=0.1)
+    return Settings(stalled_after=600, publish_timeout=10, shutdown_timeout=0.1)
 
 
 class Flaky:

@@ -17,6 +17,8 @@ from asyncmq_nats.schedules import (
     MOST_MISSED,
     Schedule,
     definition_id,
+    first_run,
+    is_over,
     make_schedule,
     missed_ticks,
     next_run,
@@ -151,6 +153,70 @@ def test_cron_expressions_have_five_or_six_fields_or_a_name(
     assert next_run(make_schedule(None, cron), moment(after)) == moment(following)
 
 
+def test_the_last_day_beside_the_31st_skips_no_month() -> None:
+    schedule, at, shown = make_schedule(None, "0 0 31,L * *"), moment("2026-01-01"), []
+    for _ in range(4):
+        at = next_run(schedule, at)
+        shown.append(f"{datetime.fromtimestamp(at, UTC):%m-%d}")
+    assert shown == ["01-31", "02-28", "03-31", "04-30"]
+
+
+def test_a_step_of_the_size_of_its_field_is_taken() -> None:
+    assert next_run(make_schedule(None, "*/60 * * * *"), moment("2026-01-01T00:01")) == moment(
+        "2026-01-01T01:00"
+    )
+
+
+@pytest.mark.parametrize(
+    ("every", "cron", "start", "now", "first"),
+    [
+        (60, None, None, 1000.0, 1060.0),
+        (60, None, 5000.0, 1000.0, 5000.0),
+        (60, None, 1000.0, 1000.0, 1000.0),
+        (60, None, 1000.0, 1001.0, 1060.0),
+        (60, None, 1000.0, 1060.0, 1120.0),
+        (None, "* * * * *", None, 60.0, 120.0),
+        (None, "* * * * *", 600.0, 60.0, 600.0),
+        (None, "* * * * *", 600.5, 60.0, 660.0),
+        (None, "* * * * *", 599.9, 60.0, 600.0),
+        (None, "* * * * *", 30.0, 60.0, 120.0),
+    ],
+)
+def test_a_series_begins_at_its_start(
+    every: float | None, cron: str | None, start: float | None, now: float, first: float
+) -> None:
+    assert first_run(make_schedule(every, cron, start=start), now) == first
+
+
+def test_a_series_is_over_after_its_end() -> None:
+    schedule = make_schedule(60, None, end=1000.0)
+    assert [is_over(schedule, at) for at in (999.0, 1000.0, 1000.1)] == [False, False, True]
+    assert not is_over(make_schedule(60, None), 1e12)
+
+
+@pytest.mark.parametrize(
+    ("span", "error", "told"),
+    [
+        ({"start": "soon"}, TypeError, "start must be a time"),
+        ({"end": True}, TypeError, "end must be a time"),
+        ({"start": math.nan}, ValueError, "is no time"),
+        ({"end": -1}, ValueError, "is no time"),
+        ({"start": 10, "end": 9}, ValueError, "there would be no run"),
+    ],
+)
+def test_a_bad_span_is_refused(span: dict[str, Any], error: type[Exception], told: str) -> None:
+    with pytest.raises(error, match=told):
+        make_schedule(60, None, **span)
+
+
+def test_the_shortest_interval_is_a_setting() -> None:
+    assert parse_every(5, shortest=5) == 5
+    with pytest.raises(ValueError, match="the shortest interval is 5 s"):
+        parse_every(4.9, shortest=5)
+    with pytest.raises(ValueError, match=r"the shortest interval is 0.05 s"):
+        parse_every(0.04, shortest=0.01)
+
+
 def test_white_space_and_capitals_of_a_name_make_no_difference() -> None:
     assert make_schedule(None, " 0\t9  * * * ") == make_schedule(None, "0 9 * * *")
     assert make_schedule(None, " @Daily ") == make_schedule(None, "@daily")
@@ -176,6 +242,12 @@ def test_white_space_and_capitals_of_a_name_make_no_difference() -> None:
         ("", "has 0 fields", "^"),
         ("0 0 30 2 *", "never comes true", "    ^^^^^^"),
         ("0 0 31 2,4 *", "never comes true", "    ^^^^^^^^"),
+        ("*/90 * * * *", "a step of 90 is larger than the field, 0 to 59", "^^^^"),
+        ("0 */25 * * *", "a step of 25 is larger than the field, 0 to 23", "  ^^^^"),
+        ("0 0 1-5/32 * *", "a step of 32 is larger than the field, 1 to 31", "    ^^^^^^"),
+        ("0 0 * */13 *", "a step of 13 is larger than the field, 1 to 12", "      ^^^^"),
+        ("0 0 * * */8", "a step of 8 is larger than the field, 0 to 6", "        ^^^"),
+        ("0 0 * * * 5,*/61", "a step of 61 is larger than the field, 0 to 59", "          ^^^^^^"),
     ],
 )
 def test_a_bad_expression_is_refused_with_its_position(cron: str, told: str, mark: str) -> None:
@@ -395,6 +467,7 @@ def iter_walls(cron: str, start: datetime, end: datetime) -> list[datetime]:
     return walls
 
 
+@pytest.mark.slow
 @given(place=MOMENTS, minutes=MINUTES, hours=HOURS, offset=st.integers(-4 * 3600, 4 * 3600))
 @example(
     place=("Australia/Lord_Howe", "2026-10-03T15:30"), minutes="20,40", hours="2", offset=-3600

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import gc
+import inspect
 import threading
+import weakref
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
@@ -11,16 +15,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 from uuid import UUID
 
+import anyio
 import pytest
 from pydantic import BaseModel, Field
 
 from asyncmq_nats.backends import set_default_backend
 from asyncmq_nats.backends.base import Backend
 from asyncmq_nats.backends.inmemory import InMemoryBackend
-from asyncmq_nats.exceptions import JobFailed
+from asyncmq_nats.exceptions import InvalidArgument, JobFailed
 from asyncmq_nats.queues import Queue
 from asyncmq_nats.runtime.registry import TASK_REGISTRY, TaskRegistry
-from asyncmq_nats.tasks import TaskWrapper, list_tasks, task
+from asyncmq_nats.tasks import OUR_KEYWORDS, QUEUES, TaskWrapper, list_tasks, task
 from tests.running import PATIENCE, run_jobs, running
 
 
@@ -314,3 +319,123 @@ async def test_an_error_of_pydantic_in_the_task_is_the_tasks_own(
 
     with pytest.raises(JobFailed, match=r"Person.*born"):
         await run(backend, registry, careless)
+
+
+# -- async is told from what is returned
+
+
+def plain_decorator(function: Any) -> Any:
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    return wrapper
+
+
+class Delayed:
+    def __init__(self, value: int) -> None:
+        self.value = value
+
+    def __await__(self) -> Any:
+        yield from anyio.lowlevel.checkpoint().__await__()
+        return self.value
+
+
+@plain_decorator
+async def decorated_async(number: int) -> int:
+    await anyio.lowlevel.checkpoint()
+    return 2 * number
+
+
+def returns_coroutine(number: int) -> Any:
+    return double(number)
+
+
+def returns_awaitable(number: int) -> Any:
+    return Delayed(2 * number)
+
+
+@pytest.mark.parametrize("function", [decorated_async, returns_coroutine, returns_awaitable])
+async def test_what_a_function_returns_is_awaited(
+    backend: Backend, registry: TaskRegistry, function: Any
+) -> None:
+    wrapped = task("work", registry=registry)(function)
+    assert await run(backend, registry, wrapped, "4") == 8
+    assert await wrapped(4) == 8
+
+
+# -- the names of enqueue
+
+
+@pytest.mark.parametrize("name", sorted(OUR_KEYWORDS))
+def test_a_parameter_that_enqueue_could_not_give_is_refused(
+    registry: TaskRegistry, name: str
+) -> None:
+    scope: dict[str, Any] = {}
+    exec(f"async def remind(user, {name}=0): ...\nasync def named(*, {name}): ...", scope)
+    for function in (scope["remind"], scope["named"], plain_decorator(scope["remind"])):
+        with pytest.raises(InvalidArgument, match=rf"parameter {name!r}.*rename it"):
+            task("work", registry=registry)(function)
+    assert len(registry) == 0
+    registry.register(scope["remind"], queue="work", name="remind")  # Queue.add can give it
+
+
+def test_the_names_that_are_refused_are_those_of_enqueue() -> None:
+    parameters = inspect.signature(TaskWrapper.enqueue).parameters
+    assert {*parameters} - {"self", "args", "kwargs"} == OUR_KEYWORDS
+
+
+# -- a backend for each request
+
+
+async def test_a_backend_that_was_used_for_one_request_is_freed(registry: TaskRegistry) -> None:
+    wrapped = task("work", registry=registry)(double)
+    alive: weakref.WeakSet[InMemoryBackend] = weakref.WeakSet()
+
+    async def handle_request() -> None:
+        backend = InMemoryBackend()
+        alive.add(backend)
+        await wrapped.enqueue(4, backend=backend)
+        await backend.close()
+
+    for _ in range(10):
+        await handle_request()
+    gc.collect()
+    assert len(alive) == 0
+
+
+async def test_a_backend_keeps_its_queues(backend: Backend, registry: TaskRegistry) -> None:
+    """So that each is declared once."""
+    wrapped = task("work", registry=registry)(double)
+    ids = [await wrapped.enqueue(number, backend=backend) for number in range(3)]
+    assert len(set(ids)) == 3
+    assert len(vars(backend)[QUEUES]) == 1
+
+
+@pytest.mark.parametrize("value", ["smtp", 5, object()])
+async def test_what_is_no_backend_is_told(registry: TaskRegistry, value: Any) -> None:
+    with pytest.raises(InvalidArgument, match="backend must be a backend"):
+        await task("work", registry=registry)(double).enqueue(4, backend=value)
+
+
+# -- what a task raises is its own
+
+
+@pytest.mark.parametrize("error", [GeneratorExit, SystemExit, StopAsyncIteration, BaseException])
+@pytest.mark.parametrize("in_thread", [True, False])
+async def test_no_exception_of_a_task_ends_the_worker(
+    backend: Backend, registry: TaskRegistry, error: type[BaseException], in_thread: bool
+) -> None:
+    async def fail() -> None:
+        raise error("of the task")
+
+    def fail_in_thread() -> None:
+        raise error("of the task")
+
+    registry.register(fail_in_thread if in_thread else fail, queue="work", name="fail")
+    registry.register(double, queue="work", name="double")
+    queue = Queue("work", backend, registry=registry)
+    async with running(queue):
+        with pytest.raises(JobFailed, match=f"{error.__name__}: of the task"):
+            await queue.wait_for(await queue.add("fail"), timeout=PATIENCE)
+        assert await queue.wait_for(await queue.add("double", [4]), timeout=PATIENCE) == 8

@@ -3,6 +3,7 @@
 import asyncio
 import threading
 from collections.abc import Callable
+from contextvars import ContextVar
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,20 +14,30 @@ import pytest
 
 from asyncmq_nats.backends import set_default_backend
 from asyncmq_nats.backends.base import Backend, Write
-from asyncmq_nats.exceptions import JobFailed
+from asyncmq_nats.exceptions import JobFailed, TaskModuleError
 from asyncmq_nats.queues import Queue
 from asyncmq_nats.runtime.registry import TASK_REGISTRY, TaskRegistry
 from asyncmq_nats.settings import Settings
 from asyncmq_nats.tasks import task
 from asyncmq_nats.workers import Worker, run_worker
-from tests.receiver import Receiver, until
-from tests.running import PATIENCE, make_queue, outcome, race, run_jobs, running, wait_until_done
+from tests.receiver import until
+from tests.running import (
+    PATIENCE,
+    lose_worker,
+    make_queue,
+    outcome,
+    race,
+    round_trips,
+    run_jobs,
+    running,
+    wait_until_done,
+)
 
 
 @pytest.fixture
 def settings() -> Settings:
     """A lease so long that only a hand-back explains a second run, and hardly any patience at the end."""
-    return Settings(stalled_after=60, publish_timeout=10, shutdown_timeout=0.1)
+    return Settings(stalled_after=600, publish_timeout=10, shutdown_timeout=0.1)
 
 
 async def echo(value: Any = None) -> Any:
@@ -365,6 +376,7 @@ async def test_an_urgent_job_overtakes_those_that_wait(backend: Backend) -> None
             [{"task_id": "note", "args": [f"later {number}"]} for number in range(5)]
         )
         await queue.add("note", ["urgent"], priority=0)
+        await round_trips(backend, "amq_work")  # the worker hears of it
         opened.set()
         await wait_until_done(queue)
     assert ran == ["warm-up", "first", "urgent", *[f"later {number}" for number in range(5)]]
@@ -574,7 +586,7 @@ class TestLeases:
             await eventually(lambda: runs == [1])
             runner = worker._runner
             assert runner is not None
-            [run] = runner._running
+            [run] = runner._slots.running
             first = run.attempt.delivery
             first.abandon()  # its lease is not extended any more
             await eventually(lambda: run.attempt.delivery is not first)
@@ -590,6 +602,19 @@ class TestLeases:
         queue = make_queue(backend, echo=echo)
         job_id = await queue.add("echo", ["survived"])
         await lose_worker(queue)
+        async with running(queue):
+            assert await queue.wait_for(job_id, timeout=PATIENCE) == "survived"
+        job = await queue.get_job(job_id)
+        assert job is not None
+        # It never ran: only the loss of a worker that ran it counts.
+        assert (job["stalls"], job["retries"], job["errors"]) == (0, 0, [])
+
+    async def test_a_job_whose_worker_is_lost_while_it_runs_has_stalled(
+        self, backend: Backend
+    ) -> None:
+        queue = make_queue(backend, echo=echo)
+        job_id = await queue.add("echo", ["survived"])
+        await lose_worker(queue, runs=True)
         async with running(queue):
             assert await queue.wait_for(job_id, timeout=PATIENCE) == "survived"
         job = await queue.get_job(job_id)
@@ -610,7 +635,7 @@ class TestStallLimit:
 
         queue = make_queue(backend, never=never, echo=echo)
         job_id = await queue.add("never", retries=5)
-        await lose_worker(queue)
+        await lose_worker(queue, runs=True)
         async with running(queue):
             with pytest.raises(JobFailed, match="stalled: its worker was lost"):
                 await queue.wait_for(job_id, timeout=PATIENCE)
@@ -622,12 +647,6 @@ async def eventually(holds: Callable[[], bool]) -> None:
     with anyio.fail_after(PATIENCE):
         while not holds():  # noqa: ASYNC110  nothing tells of what happens inside a worker
             await anyio.sleep(0.01)
-
-
-async def lose_worker(queue: Queue) -> None:
-    """Take the next job as a worker does, and never be heard of again."""
-    receiver = Receiver(queue.backend, f"amq_{queue.name}", extend=False)
-    await receiver.pull("tier_5")
 
 
 # -- ways to run
@@ -672,23 +691,70 @@ class TestTaskModules:
             "from asyncmq_nats.tasks import task\n@task('work', name='tests.imported')\nasync def imported():\n    return 'imported'\n"
         )
         monkeypatch.syspath_prepend(str(tmp_path))
-        return Settings(tasks=("amq_no_such_module", "amq_test_tasks"), shutdown_timeout=0.1)
+        return Settings(tasks=("amq_test_tasks",), shutdown_timeout=0.1)
 
-    async def test_task_modules_are_imported_before_a_worker_runs(
-        self, backend: Backend, caplog: pytest.LogCaptureFixture
-    ) -> None:
+    async def test_task_modules_are_imported_before_a_worker_runs(self, backend: Backend) -> None:
         queue = Queue("work", backend)
         job_id = await queue.add("tests.imported")
         async with running(queue):
             assert await queue.wait_for(job_id, timeout=PATIENCE) == "imported"
-        assert "amq_no_such_module" in caplog.text
         assert "tests.imported" in TASK_REGISTRY
+
+
+class TestTaskPackages:
+    @pytest.fixture
+    def settings(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
+        package = tmp_path / "amq_test_package"
+        (package / "inner").mkdir(parents=True)
+        for path in ("__init__", "first", "inner/__init__", "inner/second"):
+            name = path.replace("/", ".")
+            (package / f"{path}.py").write_text(
+                "from asyncmq_nats.tasks import task\n"
+                f"@task('work', name='tests.package.{name}')\nasync def run():\n    return '{name}'\n"
+            )
+        (package / "__main__.py").write_text("raise SystemExit('a program')")
+        monkeypatch.syspath_prepend(str(tmp_path))
+        return Settings(tasks=("amq_test_package",), shutdown_timeout=0.1)
+
+    async def test_of_a_package_every_module_is_imported(self, backend: Backend) -> None:
+        queue = Queue("work", backend)
+        async with running(queue):
+            for name in ("__init__", "first", "inner.__init__", "inner.second"):
+                job_id = await queue.add(f"tests.package.{name}")
+                assert await queue.wait_for(job_id, timeout=PATIENCE) == name
+
+
+class TestBrokenTaskModules:
+    @pytest.fixture(params=["amq_no_such_module", "amq_broken", "amq_broken_package"])
+    def module(
+        self, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> str:
+        (tmp_path / "amq_broken.py").write_text("raise RuntimeError('no database')")
+        (tmp_path / "amq_broken_package").mkdir()
+        (tmp_path / "amq_broken_package" / "__init__.py").write_text("")
+        (tmp_path / "amq_broken_package" / "inner.py").write_text("import amq_no_such_module")
+        monkeypatch.syspath_prepend(str(tmp_path))
+        return str(request.param)
+
+    @pytest.fixture
+    def settings(self, module: str) -> Settings:
+        return Settings(tasks=(module,))
+
+    async def test_a_worker_does_not_start_without_its_tasks(
+        self, backend: Backend, module: str
+    ) -> None:
+        queue = Queue("work", backend)
+        job_id = await queue.add("tests.imported")
+        with pytest.raises(TaskModuleError, match=rf"'{module}.*does not start") as raised:
+            await Worker(queue).run()
+        assert raised.value.__cause__ is not None
+        assert await queue.get_job_state(job_id) == "waiting"
 
 
 async def test_two_queues_run_side_by_side(backend: Backend) -> None:
     registry = TaskRegistry()
     registry.register(echo, queue="any", name="echo")
-    queues = [Queue(name, backend, registry=registry) for name in ("one", "two")]
+    queues = [Queue(name, backend, registry=registry, any_task=True) for name in ("one", "two")]
 
     async def add_and_wait(queue: Queue) -> Any:
         return await queue.wait_for(await queue.add("echo", [queue.name]), timeout=PATIENCE)
@@ -719,7 +785,7 @@ async def test_a_foreign_job_that_begins_like_ours_may_lack_what_has_a_default(
     backend: Backend,
 ) -> None:
     queue = make_queue(backend, echo=echo)
-    await queue.queue_stats()  # the queue is there
+    await queue._assets.declare_all()  # the queue is there
     await backend.write(
         "amq_work",
         Write("amq.work.ready.5.x", b'{"v":1,"id":"x","task":"echo","args":["created_at"]}'),
@@ -738,7 +804,7 @@ async def test_a_field_that_only_a_failure_needs_may_be_malformed_and_then_fails
         raise ValueError("no")
 
     queue = make_queue(backend, fail=fail, echo=echo)
-    await queue.queue_stats()  # the queue is there
+    await queue._assets.declare_all()  # the queue is there
     for task_id in ("fail", "echo"):
         job = (
             b'{"v":1,"id":"%b","task":"%b","args":[],"kwargs":{},"created_at":1.0,"max_retries":"many"}'
@@ -815,7 +881,7 @@ async def test_when_a_loop_of_a_worker_fails_its_jobs_run_elsewhere_at_once(
         raise RuntimeError("a fault of ours")
 
     backend.settings = twin.settings = Settings(
-        stalled_after=60, heartbeat_interval=0.5, shutdown_timeout=0.2
+        stalled_after=600, heartbeat_interval=0.5, shutdown_timeout=0.2
     )
     first = make_queue(backend, concurrency=2, wait=partial(wait, "first"))
     second = make_queue(twin, concurrency=5, wait=partial(wait, "second"))
@@ -827,5 +893,60 @@ async def test_when_a_loop_of_a_worker_fails_its_jobs_run_elsewhere_at_once(
     assert runs == ["first"] * 2
     async with running(second):
         go.set()
-        assert [await second.wait_for(job_id, timeout=5) for job_id in ids] == ["second"] * 5
+        assert [await second.wait_for(job_id, timeout=PATIENCE) for job_id in ids] == ["second"] * 5
     assert {job["stalls"] for job in await second.get_completed()} == {0}
+
+
+# -- each job in a task and a context of its own
+
+tenant: ContextVar[str] = ContextVar("tenant", default="none")
+
+
+async def test_a_context_variable_that_a_job_sets_reaches_no_other_job(backend: Backend) -> None:
+    async def serve(name: str) -> str:
+        seen = tenant.get()
+        tenant.set(name)
+        return seen
+
+    def serve_in_thread(name: str) -> str:
+        seen = tenant.get()
+        tenant.set(name)
+        return seen
+
+    queue = make_queue(backend, concurrency=1, serve=serve, serve_in_thread=serve_in_thread)
+    names = ["ada", "bob", "eve"]
+    ids = [await queue.add(task, [name]) for task in ("serve", "serve_in_thread") for name in names]
+    await run_jobs(queue)
+    assert [await queue.get_job_result(job_id) for job_id in ids] == ["none"] * 6
+
+
+async def test_each_job_has_an_asyncio_task_of_its_own(backend: Backend) -> None:
+    tasks: list[object] = []
+
+    async def note() -> None:
+        tasks.append(asyncio.current_task())
+
+    queue = make_queue(backend, concurrency=1, note=note)
+    for _ in range(4):
+        await queue.add("note")
+    await run_jobs(queue)
+    assert len({id(task) for task in tasks}) == 4
+
+
+async def test_a_cancellation_that_a_job_left_behind_hits_no_other_job(backend: Backend) -> None:
+    async def leave_a_bomb() -> str:
+        task = asyncio.current_task()
+        assert task is not None
+        asyncio.get_running_loop().call_later(0.05, task.cancel)
+        return "left"
+
+    async def innocent() -> str:
+        await anyio.sleep(0.2)
+        return "unharmed"
+
+    queue = make_queue(backend, concurrency=1, leave_a_bomb=leave_a_bomb, innocent=innocent)
+    ids = [await queue.add("leave_a_bomb"), await queue.add("innocent")]
+    await run_jobs(queue)
+    results = [await queue.get_job_result(job_id) for job_id in ids]
+    assert results == ["left", "unharmed"]
+    assert [await queue.get_job_state(job_id) for job_id in ids] == ["completed"] * 2

@@ -9,7 +9,7 @@ A *filter* is a subject in which `*` stands for one token and a final `>` for on
 All times are Unix seconds by the *server's* clock, all durations seconds.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, Self
 
@@ -23,6 +23,7 @@ __all__ = [
     "Delivery",
     "Expect",
     "Log",
+    "OnRemoved",
     "Puller",
     "Record",
     "Settle",
@@ -41,6 +42,7 @@ class Log:
     `work_queue`: a record is removed when a consumer's delivery of it is acknowledged; consumers' filters must not overlap.
     `timers`: writes may carry a `timer` or a `ttl`. `republish`: (filter, destination): each stored record is also sent as a signal
     to the destination, in which `{{wildcard(n)}}` stands for the n-th `*` of the filter.
+    `ballast`: subject of a record that a backend may keep to delete it when the store is full.
     """
 
     name: str
@@ -48,6 +50,7 @@ class Log:
     work_queue: bool = False
     timers: bool = False
     republish: tuple[str, str] | None = None
+    ballast: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,13 +72,15 @@ class ConsumerState:
     """What a consumer knows, at a cost that does not depend on the number of records.
 
     `pending`: matching records never delivered yet. `leased`: delivered and not settled. `delivered_sequence`: the highest one delivered.
-    `paused`: whether it delivers nothing at present.
+    `paused`: whether it delivers nothing at present. `waiting_pulls`: requests of all pullers that
+    wait for records.
     """
 
     pending: int
     leased: int
     delivered_sequence: int
     paused: bool = False
+    waiting_pulls: int = 0
 
 
 @dataclass(slots=True)  # frozen ones take four times as long to make, and each job needs one
@@ -104,6 +109,9 @@ class Write:
     `removes`: subject of a record with a timer that is removed with this write. Only for such a record: some servers refuse one without a
     timer.
     `marker`: the record says that its subject was deleted (a KV delete marker); give it a `ttl`, it counts as a record while it lives.
+    `index`: subject of an empty record, an index entry, that is stored just before this one, with the same `ttl`. Should this one be
+    refused, the entry may be there without it; never the other way round.
+    `when_full`: makes a smaller body, which is stored instead when the store has no room for `body`.
     `beside`: a record that is there may stay beside this one until it is removed by its sequence. For a subject whose older record somebody
     else may be removing right now: some servers then take the new one for the old one.
     """
@@ -117,11 +125,16 @@ class Write:
     removes: str | None = None
     marker: bool = False
     beside: bool = False
+    index: str | None = None
+    when_full: Callable[[], bytes] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One record as stored. `time`: when the server stored it."""
+    """One record as stored. `time`: when the server stored it.
+
+    `marker`: only a record of a KV bucket (`$KV.…`) is one: on other subjects strangers set headers.
+    """
 
     subject: str
     body: bytes
@@ -207,6 +220,8 @@ class Signal:
 Settled = int | BackendError
 Settle = Callable[[Settled], None]
 """Called with the sequence of the record, or why there is none. Must not block: hand work over."""
+OnRemoved = Callable[[bool | BackendError], None]
+"""Called with whether the record was there, or why that is unknown. Must not block."""
 
 
 class Backend(Protocol):
@@ -219,11 +234,26 @@ class Backend(Protocol):
     may_declare: bool
     """Whether it creates logs and consumers that are missing; if not, `declare_log` and `declare_consumer` do nothing."""
 
+    @property
+    def reads_may_lag(self) -> bool:
+        """Whether a read may miss a write that was confirmed: a replica answered it."""
+
     async def connect(self) -> None:
         """Connect, unless connected."""
 
     async def close(self) -> None:
         """Let go of everything. Unsettled deliveries fall back to the log when their leases run out."""
+
+    async def ping(self) -> float:
+        """Ask the server whether it is there; return how long the answer took, in seconds.
+
+        Raises:
+            Unconfirmed: no answer within `connect_timeout`.
+        """
+
+    @property
+    def is_full(self) -> bool:
+        """Whether a write to a bucket (`$KV.…`) was refused a moment ago: the server has no room."""
 
     async def __aenter__(self) -> Self:
         """Do what `connect` does."""
@@ -240,6 +270,9 @@ class Backend(Protocol):
 
     async def declare_log(self, log: Log) -> None:
         """Make sure the log exists. One that exists with other settings stays as it is; a warning is logged that names the difference."""
+
+    async def incarnation(self, name: str) -> str | None:
+        """Return what tells this log from one of the same name that was there before; `None`: there is none."""
 
     async def delete_log(self, name: str) -> bool:
         """Remove the log, its records and its consumers. Return whether it was there."""
@@ -271,12 +304,15 @@ class Backend(Protocol):
         Raises:
             WriteRefused: an expectation does not hold.
             PayloadTooLarge: a body is larger than `max_body`.
+            StorageFull: there is no room, and there was none for a second.
+            StreamBusy: other programs keep as many batches open as the server allows.
             Unconfirmed: the deadline passed.
         """
 
-    def send(self, log: str, write: Write, settle: Settle) -> None:
-        """Like `write` for one write, but return at once, and tell `settle` later. Repeated until confirmed, however long.
+    def send(self, log: str, write: Write, settle: Settle, *, timeout: float | None = None) -> None:
+        """Like `write` for one write, but return at once, and tell `settle` later.
 
+        Repeated until confirmed, for `timeout` seconds at most; then `settle` gets `Unconfirmed`.
         A repetition never writes twice while what the write expects does not hold again. Connect before.
         """
 
@@ -294,10 +330,26 @@ class Backend(Protocol):
         from_sequence: int = 1,
         limit: int = 100,
         mostly: bool = False,
+        index: str | None = None,
     ) -> list[Record]:
         """Return up to `limit` matching records whose sequence is `from_sequence` or higher, by sequence.
 
         `mostly`: a hint that most of the records there may match.
+        `index`: filter of index entries; a hint that each match has one just before it.
+        """
+
+    async def page_back(
+        self,
+        log: str,
+        filter: str,
+        *,
+        before: int | None = None,
+        limit: int = 100,
+        index: str | None = None,
+    ) -> list[Record]:
+        """Return up to `limit` matching records whose sequence is below `before`, the newest first.
+
+        Fast where most records match. `index`: see `page`.
         """
 
     async def count(self, log: str) -> int:
@@ -306,14 +358,20 @@ class Backend(Protocol):
     async def list_subjects(self, log: str, filter: str) -> list[str]:
         """Return the subjects that have a record. Costs as much as there are."""
 
-    async def first_since(self, log: str, filter: str, time: float) -> int | None:
-        """Return the sequence of the first matching record that was stored at `time` (Unix seconds) or later, `None` if there is none."""
-
     async def last_sequence(self, log: str) -> int:
         """Return the highest sequence given out so far, 0 in a log that never had a record."""
 
     async def delete(self, log: str, sequence: int) -> bool:
         """Remove one record. Return whether it was there, or may have been: the answer to a first try was lost, and now it is not."""
+
+    def discard(self, log: str, sequence: int, on_removed: OnRemoved | None = None) -> None:
+        """Like `delete`, but return at once, and tell `on_removed` later. Connect before.
+
+        Without `on_removed` it is sent and not confirmed: for what may as well stay.
+        """
+
+    async def delete_many(self, log: str, sequences: Sequence[int]) -> list[int]:
+        """Remove many records, many at a time. Return the sequences of those that were there, or may have been, in order."""
 
     async def purge(
         self, log: str, filter: str, *, before: int | None = None, keep: int | None = None
@@ -331,13 +389,20 @@ class Backend(Protocol):
         """Return a puller. The callbacks must not block. `extend=False` leaves the leases to run out."""
 
     async def publish(self, subject: str, body: bytes = b"") -> None:
-        """Send a signal."""
+        """Send a signal.
+
+        Raises:
+            PayloadTooLarge: the server would not take it.
+        """
 
     def signal(self, subject: str, body: bytes = b"") -> None:
-        """Send a signal without waiting for room. Connect before; dropped while there is no connection."""
+        """Send a signal without waiting for room. Connect before.
+
+        Dropped while there is no connection; dropped with a warning if the server would not take it.
+        """
 
     async def subscribe(self, subject: str, on_signal: Callable[[Signal], None]) -> Subscription:
-        """Call `on_signal` for every signal whose subject matches, from now on."""
+        """Call `on_signal` for every signal whose subject matches, from now on. What it raises is logged."""
 
     async def request(
         self, subject: str, body: bytes = b"", *, timeout: float = 1.0

@@ -1,18 +1,30 @@
-"""What is asked of running workers: pause, resume, cancel; and which workers there are."""
+"""What is asked of running workers: pause, resume, cancel; and which workers there are.
 
-import logging
+What is read here others may have written: what is malformed is a warning and ends nothing.
+"""
+
+import math
 import os
 import socket
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 import anyio
 
-from asyncmq_nats.backends.base import Backend, Log, Signal, Subscription, Write
-from asyncmq_nats.exceptions import AssetMissing
-from asyncmq_nats.store.topology import DEFAULT_PRIORITY, QueueAssets
+from asyncmq_nats._logging import Throttle, get_logger
+from asyncmq_nats.backends.base import Backend, Log, Record, Signal, Subscription, Write
+from asyncmq_nats.exceptions import (
+    AssetMissing,
+    BackendError,
+    ConnectionFailed,
+    ConnectionLost,
+    InvalidJob,
+    PayloadTooLarge,
+    PermissionRefused,
+)
+from asyncmq_nats.store.topology import DEFAULT_PRIORITY, LATEST_PAUSE, QueueAssets
 from asyncmq_nats.wire.codec import dump_json, load_json
 from asyncmq_nats.wire.keys import QueueSubjects, encode_token, tier_name, workers_bucket
 
@@ -26,17 +38,21 @@ __all__ = [
     "WorkerRegistry",
     "list_workers",
     "new_worker_id",
+    "parse_pause",
 ]
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 PAUSE: Final = "pause"
 RESUME: Final = "resume"
 CANCEL: Final = "cancel"
-FOREVER: Final = 32_503_680_000.0
-"""The year 3000: a pause without an end."""
+FOREVER: Final = LATEST_PAUSE
 PAUSE_ANSWERS: Final = 2.0
 """How long to wait for the workers' word that they start nothing more."""
+MAX_SHOWN_JOBS: Final = 100
+"""Ids of running jobs in the entry of a worker."""
+
+_malformed = Throttle()
 
 
 class Controls:
@@ -49,7 +65,7 @@ class Controls:
 
     async def pause(self, until: float | None = None) -> None:
         """Stop the queue: the server delivers nothing more, and when this returns the workers start nothing more of what they hold."""
-        end = FOREVER if until is None else until
+        end = FOREVER if until is None else min(until, FOREVER)
         await self._assets.write_pause(end)
         # The default tier first: a tier that is made meanwhile finds it paused, or else is among those that are listed after it.
         await self._backend.pause(self._subjects.ready_log, tier_name(DEFAULT_PRIORITY), end)
@@ -76,7 +92,7 @@ class Controls:
         inbox = self._subjects.control(f"answer.{encode_token(os.urandom(6).hex())}")
 
         def on_answer(signal: Signal) -> None:
-            missing.discard(signal.body.decode())
+            missing.discard(signal.body.decode(errors="replace"))
             if not missing:
                 answered.set()
 
@@ -98,6 +114,22 @@ class Controls:
                 await subscription.unsubscribe()
 
 
+def parse_pause(text: str, answers: str) -> tuple[float, str] | None:
+    """Return until when to pause (Unix seconds), and the subject for the answer or `""`.
+
+    `None`: it is no signal of ours. `answers`: what the subjects of answers begin with; no other one
+    is written to.
+    """
+    until, _, inbox = text.partition(" ")
+    try:
+        end = float(until)
+    except ValueError:
+        return None
+    token = inbox.removeprefix(answers)
+    sound = token != inbox and token.isalnum() and token.isascii()
+    return None if math.isnan(end) else (min(end, FOREVER), inbox if sound else "")
+
+
 @dataclass(frozen=True, slots=True)
 class WorkerInfo:
     """A running worker. Times are Unix seconds by the server's clock; `running` are job ids (AsyncMQ `WorkerInfo`, and more)."""
@@ -110,6 +142,8 @@ class WorkerInfo:
     pid: int
     since: float
     running: tuple[str, ...]
+    repeatables: tuple[str, ...] | None = None
+    """Ids of the repeatables that its code declares; `None` if its release does not tell."""
 
 
 async def list_workers(backend: Backend, queue: str | None = None) -> list[WorkerInfo]:
@@ -119,22 +153,38 @@ async def list_workers(backend: Backend, queue: str | None = None) -> list[Worke
         records = await backend.last(log, f"{key}*")
     except AssetMissing:
         return []
-    workers = [
-        _worker_of(load_json(record.body), record.time) for record in records if not record.marker
-    ]
-    return [worker for worker in workers if queue is None or worker.queue == queue]
+    workers = [_worker_of(record) for record in records if not record.marker]
+    return [worker for worker in workers if worker is not None and queue in (None, worker.queue)]
 
 
-def _worker_of(data: dict[str, Any], heartbeat: float) -> WorkerInfo:
+def _worker_of(record: Record) -> WorkerInfo | None:
+    """Return the worker of an entry; `None`, and a warning, if the entry is malformed."""
+    try:
+        data = load_json(record.body)
+        texts = [data[name] for name in ("id", "queue", "host")]
+        numbers = [data[name] for name in ("concurrency", "pid", "since")]
+        running = data["running"]
+        if not (
+            all(isinstance(text, str) for text in (*texts, *running))
+            and isinstance(running, list)
+            and all(isinstance(n, int | float) and math.isfinite(n) for n in numbers)
+        ):
+            raise InvalidJob("a value is of the wrong kind")
+    except (InvalidJob, KeyError, TypeError, OverflowError) as problem:
+        if times := _malformed.note():
+            text = "%d malformed entries in the list of workers, the last at %s: %s"
+            logger.warning(text, times, record.subject, problem)
+        return None
     return WorkerInfo(
         data["id"],
         data["queue"],
-        data["concurrency"],
-        heartbeat,
+        int(data["concurrency"]),
+        record.time,
         data["host"],
-        data["pid"],
-        data["since"],
-        tuple(data["running"]),
+        int(data["pid"]),
+        float(data["since"]),
+        tuple(running),
+        tuple(data["repeatables"]) if isinstance(data.get("repeatables"), list) else None,
     )
 
 
@@ -153,12 +203,14 @@ class WorkerRegistry:
         worker: str,
         concurrency: int,
         running: Callable[[], list[str]],
+        repeatables: Sequence[str] = (),
     ) -> None:
         self._backend = backend
         self._subjects = subjects
         self._worker = worker
         self._concurrency = concurrency
         self._running = running
+        self._repeatables = list(repeatables)
         self._log, key = workers_bucket(backend.settings.prefix)
         self._key = key + encode_token(worker)
         self._subscriptions: list[Subscription] = []
@@ -166,12 +218,29 @@ class WorkerRegistry:
         self._writing = anyio.Lock()
         self._left = False
 
+    @property
+    def since(self) -> float:
+        """When the entry was made, in Unix seconds by the server's clock."""
+        return self._since
+
     async def enter(self) -> None:
-        """Make the entry."""
+        """Make the entry. Without it the worker runs as well, and only is not listed.
+
+        Raises:
+            ConnectionLost, ConnectionFailed: there is no server.
+        """
+        self._since = self._backend.now()
+        try:
+            await self._declare()
+            await self.beat()
+        except (ConnectionLost, ConnectionFailed, PermissionRefused):
+            raise
+        except (BackendError, PayloadTooLarge) as error:
+            logger.warning("worker %s is not in the list of workers yet: %s", self._worker, error)
+
+    async def _declare(self) -> None:
         _, key = workers_bucket(self._backend.settings.prefix)
         await self._backend.declare_log(Log(self._log, (f"{key}>",), timers=True))
-        self._since = self._backend.now()
-        await self.beat()
 
     async def beat(self) -> None:
         """Renew the entry, unless it was removed."""
@@ -181,17 +250,25 @@ class WorkerRegistry:
             "concurrency": self._concurrency,
             "host": socket.gethostname(),
         }
-        entry |= {"pid": os.getpid(), "since": self._since, "running": self._running()[:100]}
+        entry |= {"pid": os.getpid(), "since": self._since}
+        entry["repeatables"] = self._repeatables
         async with self._writing:
-            if not self._left:
-                await self._backend.write(
-                    self._log,
-                    Write(
-                        self._key,
-                        dump_json(entry),
-                        ttl=3 * self._backend.settings.heartbeat_interval,
-                    ),
-                )
+            if self._left:
+                return
+            try:
+                await self._write(entry)
+            except AssetMissing:  # the server came back without its store
+                await self._declare()
+                await self._write(entry)
+
+    async def _write(self, entry: dict[str, Any]) -> None:
+        running = self._running()[:MAX_SHOWN_JOBS]
+        body = dump_json(entry | {"running": running})
+        while running and len(body) > self._backend.max_body:
+            running = running[: len(running) // 2]
+            body = dump_json(entry | {"running": running})
+        ttl = 3 * self._backend.settings.heartbeat_interval
+        await self._backend.write(self._log, Write(self._key, body, ttl=ttl))
 
     async def leave(self) -> None:
         """Remove the entry for good."""
@@ -206,13 +283,24 @@ class WorkerRegistry:
         """Call `heard` with the text of each signal of that kind."""
 
         def on_signal(signal: Signal) -> None:
-            heard(signal.body.decode())
+            heard(signal.body.decode(errors="replace"))
 
         self._subscriptions.append(
             await self._backend.subscribe(self._subjects.control(what), on_signal)
         )
 
-    async def answer(self, inbox: str) -> None:
-        """Answer a signal."""
-        if inbox:
-            await self._backend.publish(inbox, self._worker.encode())
+    async def listen_for_pause(self, pause: Callable[[float], None]) -> None:
+        """Call `pause` with the time (Unix seconds) of each signal to pause, then answer it."""
+
+        def on_pause(text: str) -> None:
+            parsed = parse_pause(text, self._subjects.control("answer."))
+            if parsed is None:
+                if times := _malformed.note():
+                    logger.warning("%d malformed signals to pause, the last: %.200r", times, text)
+                return
+            until, inbox = parsed
+            pause(until)
+            if inbox:
+                self._backend.signal(inbox, self._worker.encode())
+
+        await self.listen(PAUSE, on_pause)

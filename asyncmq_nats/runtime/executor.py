@@ -65,15 +65,25 @@ async def execute(
         return None, None if running.interrupted else Failure.of(
             error, now()
         )  # otherwise the task has cancelled itself
-    except (GeneratorExit, KeyboardInterrupt):
-        raise
     except BaseException as error:  # more than `Exception`: `sys.exit()`, or a panic in an extension, is the task's end and not the worker's
+        if _ends_worker(error):
+            raise
         return None, Failure.of(error, now())
     finally:
         while (
             running.slot.cancelling() and not is_ending()
         ):  # the next job in this slot was not cancelled
             running.slot.uncancel()
+
+
+def _ends_worker(error: BaseException) -> bool:
+    """Return whether an exception is not the task's own: Ctrl-C, or a coroutine that is closed with its event loop."""
+    if not isinstance(error, GeneratorExit):
+        return isinstance(error, KeyboardInterrupt)
+    try:
+        return asyncio.current_task() is None
+    except RuntimeError:  # no event loop runs
+        return True
 
 
 async def _execute_in_time(

@@ -1,43 +1,45 @@
-"""What comes into a worker: credit, the jobs in hand that have no slot yet, and giving back those for which none comes."""
+"""Fetches jobs for a worker's slots: when to ask for how many of which tier, and who starts next.
 
-import logging
+What to ask for is decided in `prefetch`, from what `tiers` and the buffer know.
+"""
+
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import partial
 from typing import Final
 
 import anyio
 from anyio.abc import TaskGroup
 
+from asyncmq_nats._logging import get_logger
 from asyncmq_nats.backends.base import Backend, Delivery, Signal
-from asyncmq_nats.exceptions import AsyncMQError, InvalidJob
-from asyncmq_nats.runtime.buffer import FRESH, Held, Tier
-from asyncmq_nats.runtime.prefetch import (
-    Pace,
-    TierView,
-    prefetch_target,
-    slots_are_rare,
-    tiers_to_ask,
-)
+from asyncmq_nats.exceptions import AsyncMQError
+from asyncmq_nats.runtime.buffer import Buffer
+from asyncmq_nats.runtime.handback import HandBack
+from asyncmq_nats.runtime.prefetch import Throughput, starts_late, tiers_to_ask
 from asyncmq_nats.runtime.rate_limiter import LEASE, RateLimiter
+from asyncmq_nats.runtime.tiers import FRESH_SECONDS, Tiers
 from asyncmq_nats.store.topology import TIER_SIGNAL, QueueAssets
-from asyncmq_nats.transitions.claim import Attempt, Verdict, leave
 from asyncmq_nats.transitions.finish import Lifecycle
-from asyncmq_nats.wire.keys import QueueSubjects, tier_name, tier_priority
+from asyncmq_nats.wire.keys import QueueSubjects, tier_name
 
-__all__ = ["Intake"]
+__all__ = ["Fetcher"]
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
-PULL: Final = 30.0
-LOOK_AGAIN: Final = 30.0
+PULL_SECONDS: Final = 30.0
+TIER_SEARCH_INTERVAL: Final = 30.0
 """Cadence of the safety net for tiers that were made unheard."""
-HELD_CHECK: Final = 0.05
+BUFFER_CHECK_INTERVAL: Final = 0.05
+MEASURE_INTERVAL: Final = 0.005
 UNSETTLED_PER_SLOT: Final = 4
 UNSETTLED: Final = 256
+LONGEST_PRIORITY: Final = 255
+"""Digits: a tier's name is that of a consumer."""
 
 
-class Intake:
-    """Asks the server for as many jobs as this worker can start, and passes them to its slots in order."""
+class Fetcher:
+    """Asks the server for as many jobs as this worker can start, and passes them on in order."""
 
     def __init__(
         self,
@@ -49,61 +51,76 @@ class Intake:
         concurrency: int,
         limiter: RateLimiter | None = None,
         adopt: Callable[[Delivery], bool] = lambda _: False,
+        on_startable: Callable[[], None] = lambda: None,
+        pending: Callable[[], int] = lambda: 0,
     ) -> None:
-        """`adopt` is asked whether a job that comes again is one that runs here: then it needs no slot."""
+        """Fetch for one worker.
+
+        Args:
+            backend: of the queue, and so are subjects, assets and lifecycle.
+            subjects: see backend.
+            assets: see backend.
+            lifecycle: see backend.
+            concurrency: slots of the worker.
+            limiter: of starts in the whole queue.
+            adopt: asked whether a redelivered job runs here already: then it needs no slot.
+            on_startable: called when a job may start.
+            pending: returns how many attempts have started whose end is not confirmed.
+        """
         self._backend = backend
         self._subjects = subjects
         self._assets = assets
-        self._lifecycle = lifecycle
         self._concurrency = concurrency
         self._limiter = limiter
         self._adopt = adopt
+        self._on_startable = on_startable
+        self._pending = pending
         self._paused_until = 0.0
-        self._held = Held()
-        self._pace = Pace()
-        self._tiers: dict[int, Tier] = {}
-        self._priorities: dict[str, int] = {}
-        self._idle: list[anyio.Event] = []
-        self._waking = False
-        self._refill = anyio.Event()
-        self._looks = False
-        self._asked_at = 0.0
-        self._freed_at = self._filled_at = time.monotonic()
         self._pause_signals = 0
+        self._pause_doubtful = False
+        self._buffer = Buffer()
+        self._hand_back = HandBack(backend, subjects.ready_log, lifecycle, self._buffer)
+        self._throughput = Throughput()
+        self._new_tiers: set[int] = set()
+        self._tier_heard = anyio.Event()
+        self._refill = anyio.Event()
+        self._refill_due = False
+        self._held = anyio.Event()
+        self._held_watched = False
+        self._asked_at = 0.0
+        self._freed_at = self._measured_at = time.monotonic()
         self._started = 0
         self._open = False
         self.busy = 0
         """Slots that run a job."""
-        self.unsettled = 0
-        """Jobs that have started and whose end is not confirmed."""
 
     async def start(self, group: TaskGroup) -> None:
         """Begin to ask for jobs; the loops run in the group."""
         self._puller = self._backend.puller(
             self._subjects.ready_log, self._on_delivery, self._on_lapse
         )
+        self._tiers = Tiers(self._puller.outstanding)
         self._tier_signals = await self._backend.subscribe(
             self._subjects.control(TIER_SIGNAL), self._on_tier
         )
         self._open = True
-        self._group = group
         await self._assets.find_orphans()
         await self._find_tiers()
-        await self.look_at_pause()
-        self._look()
+        await self.refresh_pause()
+        self.refill()
         group.start_soon(self._ask_when_needed)
-        group.start_soon(self._watch_held)
-        group.start_soon(self._look_for_tiers)
+        group.start_soon(self._watch_buffer)
+        group.start_soon(self._keep_tiers)
 
     async def stop(self) -> None:
-        """Ask for nothing more, and give back what has not started. Does nothing the second time."""
+        """Ask for nothing more, and give back what has not started. Does nothing when repeated."""
         if not self._open:
             return
         self._open = False
         await self._puller.close()
         try:
             await self._tier_signals.unsubscribe()
-            await self._hand_back_all()
+            await self._hand_back.give_back_all()
             if self._limiter is not None and self._limiter.permits:
                 await self._limiter.acquire(-self._limiter.permits)
         except AsyncMQError as error:
@@ -116,20 +133,20 @@ class Intake:
     # -- pause
 
     def pause(self, until: float) -> None:
-        """Start nothing more until then (Unix seconds by the server's clock); what is held and has not started goes back."""
+        """Start nothing until then (Unix seconds by the server's clock); give back the buffer."""
         self._pause_signals += 1
         self._paused_until = until
-        self._group.start_soon(self._hand_back_all)
-        self._look()
+        self._held.set()
+        self.refill()
 
     def resume(self) -> None:
         """Start jobs again."""
         self._pause_signals += 1
         self._paused_until = 0.0
-        self._wake_slot()
-        self._look()
+        self._tell_startable()
+        self.refill()
 
-    async def look_at_pause(self) -> None:
+    async def refresh_pause(self) -> None:
         """Learn whether the queue is paused from what is stored: signals may be missed."""
         signals = self._pause_signals
         until = await self._assets.read_pause() or 0.0
@@ -147,90 +164,85 @@ class Intake:
 
     # -- for the slots
 
-    async def next(self) -> Delivery:
-        """Return the next job to run, as soon as there is one; the slot counts as busy from now on."""
-        while not self._may_start:
-            event = anyio.Event()
-            self._idle.append(event)
-            await event.wait()
-            self._waking = False
-        self.busy += 1
-        self._started += 1
-        if self.busy == self._concurrency:
-            self._filled_at = time.monotonic()
+    def take(self) -> Delivery | None:
+        """Return the next job to run, if one may start and a slot is free: the slot is taken."""
+        if self.busy >= self._concurrency or not self._may_start:
+            return None
+        self.occupy()
         if self._limiter is not None:
             self._limiter.use()
-            self._look()
-        delivery = self._held.pop()
-        self._wake_slot()
-        return delivery
+            self.refill()
+        return self._buffer.pop()
+
+    @property
+    def has_free_slot(self) -> bool:
+        """Whether a slot is free."""
+        return self.busy < self._concurrency
+
+    def occupy(self) -> None:
+        """Take a slot."""
+        self.busy += 1
+        self._started += 1
 
     @property
     def _may_start(self) -> bool:
         permitted = self._limiter is None or self._limiter.permits > 0
         return (
-            bool(self._held.heap)
+            bool(self._buffer.heap)
             and self._open
             and permitted
             and not self.is_paused
-            and not self._better_is_coming
+            and not self._better_may_come
         )
 
     @property
-    def _better_is_coming(self) -> bool:
-        """Whether jobs of a higher tier than those in hand wait at the server, or may do so: they are asked for, and come first."""
-        if len(self._tiers) == 1:
+    def _better_may_come(self) -> bool:
+        """Whether jobs of a higher tier are asked for, and there are some or may be."""
+        if len(self._tiers.known) == 1:
             return False
-        best, now = self._held.heap[0][0], time.monotonic()
-        return any(
-            priority < best
-            and tier.may_have_jobs(now, self._puller.outstanding(tier_name(priority)))
-            for priority, tier in self._tiers.items()
-        )
+        return self._tiers.better_may_come(self._buffer.heap[0][0], time.monotonic())
 
-    def _wake_slot(self) -> None:
-        """Wake one slot if there is a job for it; it wakes the next. So a slot whose jobs never wait takes many, and wakes few in vain."""
-        if self._idle and self._held.heap and not self._waking:
-            self._waking = True
-            self._idle.pop().set()
+    def _tell_startable(self) -> None:
+        if self._buffer.heap and self.busy < self._concurrency:
+            self._on_startable()
 
     def release(self) -> None:
         """Note that a slot is free again."""
         self.busy -= 1
         self._freed_at = time.monotonic()
-        self._look()
+        self.refill()
 
-    def learn_job(self, seconds: float) -> None:
-        """Note how long a job took."""
-        self._pace.learn_job(seconds)
-
-    def settled(self) -> None:
-        """Note that one more end was confirmed."""
-        self.unsettled -= 1
-        self._look()
-
-    # -- credit
-
-    def _look(self) -> None:
-        """Have it looked at soon whether more jobs should be asked for. Called several times a job: an event is set once a turn only."""
-        if not self._looks:
-            self._looks = True
-            self._refill.set()
+    # -- tiers
 
     async def _find_tiers(self) -> None:
         for priority in await self._assets.list_tiers():
             await self._assets.declare_tier(priority)
-            if priority not in self._tiers:
+            if priority not in self._tiers.known:
                 state = await self._backend.look_up(self._subjects.ready_log, tier_name(priority))
-                self._tiers[priority] = Tier(
-                    state.pending if state is not None else 0, time.monotonic()
-                )
+                pending = state.pending if state is not None else 0
+                self._tiers.add(priority, pending, time.monotonic())
 
     def _on_tier(self, signal: Signal) -> None:
-        if signal.body.removeprefix(b"-").isdigit():
+        body = signal.body
+        if body.removeprefix(b"-").isdigit() and len(body) <= LONGEST_PRIORITY:
             # Known at once, with a job on its way: nothing of a lower tier must start before it.
-            self._tiers.setdefault(int(signal.body), Tier(1, time.monotonic()))
-            self._group.start_soon(self._add_tier, int(signal.body))
+            self._tiers.add(int(body), 1, time.monotonic())
+            self._new_tiers.add(int(body))
+            self._tier_heard.set()
+
+    async def _keep_tiers(self) -> None:
+        """Declare tiers that a signal names; every 30 s look for those of which none was heard."""
+        search_at = time.monotonic() + TIER_SEARCH_INTERVAL
+        while True:
+            with anyio.move_on_after(search_at - time.monotonic()):
+                await self._tier_heard.wait()
+            self._tier_heard = anyio.Event()
+            while self._new_tiers:
+                await self._add_tier(self._new_tiers.pop())
+            if time.monotonic() >= search_at:
+                await self._search_tiers()
+                search_at = time.monotonic() + TIER_SEARCH_INTERVAL
+            self.refill()
 
     async def _add_tier(self, priority: int) -> None:
         try:
@@ -239,64 +251,70 @@ class Intake:
             logger.warning(
                 "queue %s: no tier for priority %d: %s", self._subjects.queue, priority, error
             )
-            self._tiers.pop(priority, None)
-        self._look()
+            self._tiers.known.pop(priority, None)
 
-    async def _look_for_tiers(self) -> None:
-        while True:
-            await anyio.sleep(LOOK_AGAIN)
-            try:
-                await self._assets.find_orphans()
-                await self._find_tiers()
-                await self.look_at_pause()
-            except AsyncMQError as error:
-                logger.warning("queue %s: tiers not looked up: %s", self._subjects.queue, error)
-            self._look()
+    async def _search_tiers(self) -> None:
+        try:
+            await self._assets.find_orphans()
+            await self._find_tiers()
+            await self.refresh_pause()
+        except AsyncMQError as error:
+            logger.warning("queue %s: could not list its tiers: %s", self._subjects.queue, error)
+
+    # -- credit
+
+    def refill(self) -> None:
+        """Have the loop decide soon whether to ask for more. Called several times a job."""
+        if not self._refill_due:
+            self._refill_due = True
+            self._refill.set()
 
     async def _ask_when_needed(self) -> None:
         wait: float | None = None
         while True:
             with anyio.move_on_after(wait):
                 await self._refill.wait()
-            self._refill, self._looks = anyio.Event(), False
-            self._wake_slot()
-            # With several tiers, what is known of one may become stale while nothing happens.
-            wait = (
-                FRESH
-                if len(self._tiers) > 1
-                and any(tier.pending or tier.looked for tier in self._tiers.values())
-                else None
-            )
+            self._refill, self._refill_due = anyio.Event(), False
+            self._tell_startable()
+            wait = FRESH_SECONDS if self._tiers.may_become_stale else None
             if self.is_paused:
-                wait = min(self._paused_until - self._backend.now(), LOOK_AGAIN)
+                wait = min(self._paused_until - self._backend.now(), TIER_SEARCH_INTERVAL)
             if not self._open:
                 continue
             if self._limiter is None:  # also during a pause: the server is the one that resumes
-                await self._ask(
-                    self._concurrency + prefetch_target(self._concurrency, self._pace, self._quiet)
-                )
+                self._measure(time.monotonic())
+                prefetch = self._throughput.decide_prefetch(self._concurrency)
+                await self._ask(self._concurrency + prefetch)
             elif not self._limiter.blocks and not self.is_paused:
                 wait = await self._ask_within_limit(self._limiter) or wait
 
+    def _measure(self, now: float) -> None:
+        """Tell the throughput what has started since the last time."""
+        if now - self._measured_at >= MEASURE_INTERVAL:
+            self._throughput.learn_starts(
+                self._started, now - self._measured_at, full=self.busy >= self._concurrency
+            )
+            self._started, self._measured_at = 0, now
+
     async def _ask_within_limit(self, limiter: RateLimiter) -> float | None:
-        """Ask for as many jobs as there are permits; return how long to wait for more of these."""
+        """Ask for as many jobs as there are permits; return how long to wait for more permits."""
         try:
             wait = await limiter.acquire(self._concurrency - self.busy - limiter.permits)
         except AsyncMQError as error:
             logger.warning("queue %s: no permits now: %s", self._subjects.queue, error)
             return 1.0
-        self._wake_slot()
+        self._tell_startable()
         if limiter.permits:
             await self._ask(self.busy + limiter.permits)
         return wait or None
 
     async def _ask(self, capacity: int) -> None:
-        """Ask for jobs, up to `capacity` with those that run and those in hand."""
+        """Ask for jobs, up to `capacity` with those that run and those in the buffer."""
         room = capacity - self.busy
-        if room <= 0 or self.unsettled > UNSETTLED_PER_SLOT * self._concurrency + UNSETTLED:
+        if room <= 0 or self._pending() > UNSETTLED_PER_SLOT * self._concurrency + UNSETTLED:
             return
         now = time.monotonic()
-        tiers = self._view_tiers(now)
+        tiers = self._tiers.view(now, self._buffer.counts)
         pulls = tiers_to_ask(tiers, room, capacity)
         lowest = max(
             [priority for priority, _ in pulls]
@@ -304,134 +322,82 @@ class Intake:
             default=0,
         )
         for priority, count in pulls:
-            tier, wait = self._tiers[priority], PULL if self._limiter is None else LEASE / 2
-            if not self._puller.outstanding(tier_name(priority)):
+            tier = self._tiers.known[priority]
+            wait = PULL_SECONDS if self._limiter is None else LEASE / 2
+            if not self._tiers.credit(priority):
                 tier.heard = now
-                # Tiers answer in any order. What comes from a lower one has to know whether a higher one has jobs, so first only look.
+                # Tiers answer in any order, and a job of a lower one must know whether a higher
+                # one has jobs: so look first, by a pull that does not wait.
                 if priority < lowest and tier.empty < self._freed_at:
                     tier.looked, wait = now, 0.0
             if tier.pending and not self._asked_at:
                 self._asked_at = now
             await self._puller.request(tier_name(priority), count, wait=wait)
 
-    def _view_tiers(self, now: float) -> list[TierView]:
-        views: list[TierView] = []
-        held = 0
-        for priority in sorted(self._tiers):
-            outstanding = self._puller.outstanding(tier_name(priority))
-            held += self._held.counts[priority]
-            views.append(
-                TierView(
-                    priority,
-                    outstanding,
-                    self._tiers[priority].known_pending(now, outstanding),
-                    held,
-                )
-            )
-        return views
-
-    @property
-    def _quiet(self) -> float:
-        """For how long all slots have been taken and none became free."""
-        return (
-            time.monotonic() - max(self._freed_at, self._filled_at)
-            if self.busy >= self._concurrency
-            else 0.0
-        )
-
     def _on_lapse(self, consumer: str) -> None:
         self._asked_at = 0.0
-        tier = self._tiers.get(self._priority_of(consumer))
+        tier = self._tiers.known.get(self._tiers.priority_of(consumer))
         if tier is not None:
-            tier.hear_lapse(time.monotonic())
-        self._look()
-
-    def _priority_of(self, consumer: str) -> int:
-        priority = self._priorities.get(consumer)
-        if priority is None:
-            priority = self._priorities[consumer] = tier_priority(consumer) or 0
-        return priority
+            tier.on_lapse(time.monotonic())
+        self.refill()
 
     def _on_delivery(self, delivery: Delivery) -> None:
-        priority = self._priority_of(delivery.consumer)
+        priority = self._tiers.priority_of(delivery.consumer)
         now = time.monotonic()
         if self._asked_at:
-            self._pace.learn_refill(now - self._asked_at)
+            self._throughput.learn_refill(now - self._asked_at)
             self._asked_at = 0.0
-        tier = self._tiers.setdefault(priority, Tier())
-        tier.hear(now, delivery.pending)
+        tier = self._tiers.known.get(priority)
+        if tier is None:
+            tier = self._tiers.add(priority, 0, now)
+        tier.on_delivery(now, delivery.pending)
         if delivery.deliveries > 1 and self._adopt(delivery):
-            self._look()
+            self.refill()
             return
-        self._held.push(priority, delivery)
-        if self.is_paused:
-            self._group.start_soon(self._hand_back_paused)
-        elif (
-            len(self._tiers) > 1
-            and self.busy >= self._concurrency
-            and slots_are_rare(self._concurrency, self._pace, self._quiet)
-        ):
-            self._group.start_soon(self._hand_back_stuck)
-        elif not self._waking:
-            self._wake_slot()
+        self._buffer.push(priority, delivery, now)
+        self._tell_startable()
+        if not self._held_watched:
+            self._held_watched = True
+            self._held.set()
+        if self.is_paused:  # it was on its way, or another program has resumed the consumer
+            self._pause_doubtful = True
+            self._held.set()
         if not delivery.pending:
-            self._look()
+            self.refill()
 
     # -- giving back
 
-    async def _hand_back_paused(self) -> None:
-        """Give back what comes during a pause: it was on its way, or the consumer was resumed by another program."""
-        await self._hand_back_all()
-        try:
-            await self.look_at_pause()
-        except AsyncMQError as error:
-            logger.warning(
-                "queue %s: not known whether it is paused: %s", self._subjects.queue, error
-            )
-
-    async def _hand_back_all(self) -> None:
-        await self._give_back(self._held.pop_all())
-
-    async def _give_back(self, deliveries: Sequence[Delivery]) -> None:
-        async with anyio.create_task_group() as group:
-            for delivery in deliveries:
-                group.start_soon(self._hand_back, delivery)
-
-    async def _watch_held(self) -> None:
-        started, then = self._started, time.monotonic()
+    async def _watch_buffer(self) -> None:
+        """Give back what is in the buffer during a pause, and what starts late here."""
         while True:
-            await anyio.sleep(HELD_CHECK)
-            now = time.monotonic()
-            self._pace.learn_starts(self._started - started, now - then, len(self._held.heap))
-            started, then = self._started, now
-            if self._held.heap:
-                await self._hand_back_stuck()
+            self._held_watched = bool(self._buffer.heap)
+            with anyio.move_on_after(BUFFER_CHECK_INTERVAL if self._held_watched else None):
+                await self._held.wait()
+            self._held = anyio.Event()
+            try:
+                if self.is_paused:
+                    await self._give_back_paused()
+                elif self._buffer.heap:
+                    await self._share()
+            except AsyncMQError as error:
+                logger.warning(
+                    "queue %s: could not ask who waits for jobs: %s", self._subjects.queue, error
+                )
 
-    async def _hand_back_stuck(self) -> None:
-        stuck = self._held.pop_stuck(self._pace, self._concurrency, self._quiet)
-        if stuck and any(self._puller.outstanding(tier_name(priority)) for priority in self._tiers):
-            await self._puller.withdraw()  # or what is given back comes right back
-            stuck += self._held.pop_stuck(self._pace, self._concurrency, self._quiet)
-        await self._give_back(stuck)
-        if stuck:
-            self._look()
+    async def _give_back_paused(self) -> None:
+        await self._hand_back.give_back_all()
+        if self._pause_doubtful:
+            self._pause_doubtful = False
+            await self.refresh_pause()
 
-    async def _hand_back(self, delivery: Delivery) -> None:
-        try:
-            attempt: Attempt | Verdict = self._lifecycle.open(delivery)
-            if isinstance(attempt, Attempt) and delivery.deliveries > 1:
-                # The lease may have lapsed while this process was stopped. The server takes a late NAK for one of whoever has the job now.
-                attempt = await self._lifecycle.verify(attempt)
-            if isinstance(attempt, Attempt):
-                await self._lifecycle.hand_back(attempt)
-            else:
-                leave(delivery, attempt)
-        except InvalidJob:  # so says whoever has a slot for it
-            delivery.nak()
-        except AsyncMQError as error:
-            logger.warning(
-                "%s: not handed back, it comes back when its lease is over: %s",
-                delivery.subject,
-                error,
-            )
-            delivery.abandon()
+    async def _share(self) -> None:
+        self._measure(time.monotonic())
+        free = self._concurrency - self.busy
+        rate = self._throughput.expected_rate(self._concurrency)
+        is_late = partial(_is_late, free, rate)
+        if await self._hand_back.share(is_late, self._tiers, self._puller):
+            self.refill()
+
+
+def _is_late(free: int, rate: float, place: int, held_seconds: float, deliveries: int) -> bool:
+    return starts_late(place - free, held_seconds, deliveries, rate)

@@ -1,6 +1,7 @@
-"""How many jobs a worker asks for, and of which tiers. Pure functions of values.
+"""How many jobs a worker fetches ahead, of which tiers, and which of them start late. Pure.
 
-A worker asks for what it can start, and for a round trip's worth more while its jobs are shorter than a round trip.
+Every estimate decays with a half-life of 100 ms, so nothing that was measured lasts. No decision
+is taken here that another one cannot undo: see "Pull policy" in docs/architecture.md.
 """
 
 import math
@@ -10,25 +11,37 @@ from typing import Final
 
 __all__ = [
     "MAX_PREFETCH",
-    "Pace",
+    "Throughput",
     "TierView",
-    "prefetch_target",
-    "should_hand_back",
-    "slots_are_rare",
+    "starts_late",
     "tiers_to_ask",
 ]
 
 MAX_PREFETCH: Final = 512
-RARE: Final = 0.05
-MAX_HOLD: Final = 0.25
-SMOOTHING: Final = 0.2
+FIRST_PREFETCH: Final = 4
+GROWTH: Final = 2
+"""The prefetch grows by this factor at most with each pull that the server has answered."""
+MAX_REFILL_SECONDS: Final = 0.1
+"""A container with a CPU limit stands still for up to this long, and gets no answer meanwhile."""
+MIN_PREFETCH_SECONDS: Final = 0.01
+"""If there is a prefetch it is worth this many seconds of starts, to save pulls."""
+MAX_PREFETCH_SECONDS: Final = 2 * MAX_REFILL_SECONDS
+"""The prefetch is worth no more than this many seconds of starts."""
+RATE_HALF_LIFE: Final = 0.1
+REFILL_SMOOTHING: Final = 0.2
+LATE_SECONDS: Final = 2 * MAX_PREFETCH_SECONDS
+"""A job that starts here within this time stays here: twice what a full prefetch takes."""
+MAX_HOLD_SECONDS: Final = 2 * LATE_SECONDS
+MIN_HOLD_SECONDS: Final = 0.05
+MAX_DOUBLINGS: Final = 7
 
 
 @dataclass(frozen=True, slots=True)
 class TierView:
-    """What the worker knows of a tier: credit the server holds for it, jobs that wait behind its last delivery, and jobs in hand.
+    """What the worker knows of a tier.
 
-    `held`: those of this tier and of higher ones; jobs of lower tiers in hand do not keep it from being asked.
+    `outstanding`: credit that the server holds. `pending`: jobs that wait behind the last delivery.
+    `held`: buffered jobs of this tier and of higher ones; those of lower tiers take no room from it.
     """
 
     priority: int
@@ -38,68 +51,70 @@ class TierView:
 
 
 @dataclass(slots=True)
-class Pace:
-    """How fast jobs go, in seconds.
+class Throughput:
+    """How fast jobs start here, how fast the server answers, and how far ahead to fetch."""
 
-    Moving averages: how long a job takes, and how long the server takes to answer a pull that it can serve. `start_seconds`: lately, how
-    long it took from the start of one held job to that of the next; 0 while none are held. It has in it what a job costs beside its task.
-    """
-
-    job_seconds: float = math.inf
+    rate: float = 0.0
+    """Starts per second, weighted by age: a start counts half after each `RATE_HALF_LIFE`."""
+    still_seconds: float = 0.0
+    """For how long all slots have been taken and nothing has started."""
     refill_seconds: float = 0.001
-    start_seconds: float = 0.0
+    """Moving average of the time until a pull that the server can serve brings a job.
 
-    def learn_job(self, seconds: float) -> None:
-        """Take in the duration of one more job."""
-        self.job_seconds = (
-            seconds
-            if math.isinf(self.job_seconds)
-            else self.job_seconds + SMOOTHING * (seconds - self.job_seconds)
-        )
+    At most `MAX_REFILL_SECONDS`, so the prefetch is worth `MAX_PREFETCH_SECONDS` at most.
+    """
+    prefetch: int = 0
+    """How many jobs to hold beyond the free slots, as last decided."""
+    may_grow: bool = False
+    """Whether a pull was answered since the prefetch last grew."""
+
+    def learn_starts(self, started: int, seconds: float, *, full: bool) -> None:
+        """Take in how many jobs have started in the last `seconds`. `full`: no slot is free."""
+        kept = 0.5 ** (seconds / RATE_HALF_LIFE)
+        self.rate = self.rate * kept + (1.0 - kept) * started / seconds
+        self.still_seconds = self.still_seconds + seconds if full and not started else 0.0
 
     def learn_refill(self, seconds: float) -> None:
         """Take in the answer time of one more pull."""
-        self.refill_seconds += SMOOTHING * (min(seconds, 0.1) - self.refill_seconds)
+        seconds = min(seconds, MAX_REFILL_SECONDS)
+        self.refill_seconds += REFILL_SMOOTHING * (seconds - self.refill_seconds)
+        self.may_grow = True
 
-    def learn_starts(self, started: int, seconds: float, held: int) -> None:
-        """Take in how many jobs have started in the last `seconds`, and how many are held now."""
-        if not held:
-            self.start_seconds = 0.0
-        elif started:
-            self.start_seconds = seconds / started
+    def expected_rate(self, concurrency: int) -> float:
+        """Return the starts per second to expect. That no slot became free is evidence too."""
+        if self.still_seconds * self.rate > concurrency:
+            return concurrency / self.still_seconds
+        return self.rate
 
+    def decide_prefetch(self, concurrency: int) -> int:
+        """Return how many jobs to hold beyond the free slots, and remember it."""
+        wanted = self._wanted_prefetch(concurrency)
+        if wanted <= self.prefetch:
+            self.prefetch = wanted
+        elif self.may_grow:
+            self.prefetch = min(wanted, max(FIRST_PREFETCH, GROWTH * self.prefetch))
+            self.may_grow = False
+        return self.prefetch
 
-def _slot_seconds(concurrency: int, pace: Pace, quiet: float = 0.0) -> float:
-    """Return how long it takes until a slot becomes free, and then the next one.
+    def _wanted_prefetch(self, concurrency: int) -> int:
+        """Return twice what starts while a pull is answered (Little's law), or in 10 ms.
 
-    `quiet`: for so many seconds all slots have been taken and none became free. That is evidence as well: the next one takes as long again.
-    """
-    usual = 0.0 if math.isinf(pace.job_seconds) else pace.job_seconds / max(1, concurrency)
-    return max(usual, quiet)
-
-
-def prefetch_target(concurrency: int, pace: Pace, quiet: float = 0.0) -> int:
-    """Return how many jobs to hold beyond the free slots: as many as start while a pull is answered (Little's law), twice over.
-
-    Jobs of a millisecond: a few per slot. Jobs much longer than a round trip: none, so that nothing is hostage here while another
-    worker idles. `quiet`: see `_slot_seconds`.
-    """
-    if math.isinf(pace.job_seconds):
-        return 0
-    started_meanwhile = pace.refill_seconds / max(
-        _slot_seconds(concurrency, pace, quiet), 1e-5 / concurrency
-    )
-    if started_meanwhile < 0.5:
-        return 0
-    return min(MAX_PREFETCH, math.ceil(2 * started_meanwhile))
+        None if less than half a job starts meanwhile: a job that is long beside a round trip must
+        not wait here while another worker idles.
+        """
+        rate = self.expected_rate(concurrency)
+        if rate * self.refill_seconds < 0.5:
+            return 0
+        seconds = max(2 * self.refill_seconds, MIN_PREFETCH_SECONDS)
+        return min(MAX_PREFETCH, math.ceil(rate * seconds))
 
 
 def tiers_to_ask(tiers: Sequence[TierView], wanted: int, capacity: int) -> list[tuple[int, int]]:
     """Return (priority, count) for each pull to send. `tiers` in the order in which they run.
 
-    `wanted`: jobs the worker could take in now if it held none. `capacity`: likewise if it ran none either; small refills are put off
-    until a third of it is wanted, to save round trips. Every tier gets credit down to the first that is known to have jobs waiting: what
-    is below it must not come.
+    `wanted`: jobs the worker could take now if it held none. `capacity`: likewise if it also ran
+    none. A small refill waits until a third of the capacity is wanted, to save round trips. Every
+    tier gets credit down to the first that has jobs waiting: nothing below it must come.
     """
     pulls: list[tuple[int, int]] = []
     for tier in tiers:
@@ -111,24 +126,12 @@ def tiers_to_ask(tiers: Sequence[TierView], wanted: int, capacity: int) -> list[
     return pulls
 
 
-def slots_are_rare(concurrency: int, pace: Pace, quiet: float) -> bool:
-    """Return whether no slot can be expected for a job that is held. `quiet`: see `_slot_seconds`."""
-    return _slot_seconds(concurrency, pace, quiet) > RARE
+def starts_late(place: int, held_seconds: float, deliveries: int, rate: float) -> bool:
+    """Return whether another worker that waits should get a buffered job.
 
-
-def should_hand_back(
-    held_seconds: float, pace: Pace, concurrency: int, position: int, quiet: float = 0.0
-) -> bool:
-    """Return whether another worker should get a job that is held for a slot.
-
-    At once where slots become free rarely; otherwise when its turn is still far off, or has not come because others passed it by. Jobs that
-    move up as expected stay, however many are held: to give them back costs far more than to run them. `quiet`: see `_slot_seconds`.
+    `place`: how many start before it, less the free slots. `rate`: expected starts per second.
+    A job is held longer each time it is delivered, so that none goes to and fro.
     """
-    if held_seconds <= 0:
+    if held_seconds < MIN_HOLD_SECONDS * 2 ** min(deliveries - 1, MAX_DOUBLINGS):
         return False
-    until_start = max(_slot_seconds(concurrency, pace, quiet), pace.start_seconds) * (position + 1)
-    return (
-        slots_are_rare(concurrency, pace, quiet)
-        or until_start > MAX_HOLD
-        or held_seconds > 2 * MAX_HOLD
-    )
+    return place + 1 > rate * LATE_SECONDS or held_seconds > MAX_HOLD_SECONDS

@@ -5,21 +5,25 @@ import importlib
 import importlib.util
 import logging
 import os
+import pkgutil
 import signal
 import sys
 import threading
 from collections.abc import Awaitable, Callable, Iterable
+from types import ModuleType
 from typing import Final
 
 import anyio
 
-from asyncmq_nats.exceptions import sole_error
+from asyncmq_nats._concurrency import open_task_group
+from asyncmq_nats._logging import get_logger
+from asyncmq_nats.exceptions import TaskModuleError
 from asyncmq_nats.runtime.runner import Runner
 from asyncmq_nats.runtime.supervisor import parent_is_gone
 
 __all__ = ["import_tasks", "run_program", "run_until_signalled"]
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 TASK_THREAD: Final = "AnyIO worker thread"
 YOUNG: Final = 5_000
@@ -29,14 +33,31 @@ THREAD_ENDS: Final = 0.2
 
 
 def import_tasks(modules: Iterable[str]) -> None:
-    """Import the modules that register tasks (AsyncMQ `autodiscover_tasks`). One that fails is logged, and the others are imported."""
-    for module in modules:
-        try:
-            importlib.import_module(module)
-        except Exception:
-            logger.exception(
-                "task module %s could not be imported: its tasks are unknown to this worker", module
-            )
+    """Import the modules that register tasks (AsyncMQ `autodiscover_tasks`); of a package, every module in it.
+
+    Raises:
+        TaskModuleError: one cannot be imported.
+    """
+    for name in modules:
+        module = _import_module(name)
+        for path in getattr(module, "__path__", ()):
+            _import_all_in(path, name)
+
+
+def _import_all_in(path: str, package: str) -> None:
+    for found in pkgutil.iter_modules([path], f"{package}."):
+        if found.name.endswith(".__main__"):  # a program
+            continue
+        module = _import_module(found.name)
+        for inner in getattr(module, "__path__", ()):
+            _import_all_in(inner, found.name)
+
+
+def _import_module(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except Exception as problem:
+        raise TaskModuleError(name, problem) from problem
 
 
 def run_program(main: Callable[[], Awaitable[None]]) -> None:
@@ -65,12 +86,11 @@ def _end_with_stuck_threads() -> None:
 
 async def run_until_signalled(runner: Runner) -> None:
     """Run a worker until SIGINT or SIGTERM, then let it stop in order. A second signal ends the process at once."""
-    with sole_error():
-        async with anyio.create_task_group() as group:
-            group.start_soon(_stop_on_signal, runner)
-            group.start_soon(_stop_when_orphaned, runner)
-            await runner.run()
-            group.cancel_scope.cancel()
+    async with open_task_group() as group:
+        group.start_soon(_stop_on_signal, runner)
+        group.start_soon(_stop_when_orphaned, runner)
+        await runner.run()
+        group.cancel_scope.cancel()
 
 
 async def _stop_when_orphaned(runner: Runner) -> None:

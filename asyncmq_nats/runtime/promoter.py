@@ -1,45 +1,114 @@
-"""Released jobs become ready: each worker runs one promoter, none of them leads, and any number gives the same result.
+"""Released jobs become ready: each worker runs a promoter, and any number gives the same result.
 
-A released record is delivered by the server's timer, or at once. The promoter waits the last fraction of a second, writes the job to its
-tier expecting nothing there, and removes the record. What is repeated changes nothing: the message id is that of the record.
+The server's timers release jobs a little early, so a promoter waits out the rest. What is due is
+written to its tier and removed by callbacks, many records at a time; what has to be looked at
+first is read many at a time; the rest, such as ticks, is left to some tasks. The rule is in
+`transitions/promote.py`.
 """
 
 import heapq
 import itertools
-import logging
-import math
 import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Final
 
 import anyio
 import anyio.lowlevel
 from anyio.abc import TaskStatus
 
-from asyncmq_nats.backends.base import Backend, Delivery, Expect, Record, Write
-from asyncmq_nats.exceptions import AsyncMQError, InvalidJob, WriteRefused
-from asyncmq_nats.jobs import Job
+from asyncmq_nats._concurrency import open_task_group
+from asyncmq_nats._logging import get_logger
+from asyncmq_nats.backends.base import Backend, Delivery, Record, Settled
+from asyncmq_nats.exceptions import (
+    AsyncMQError,
+    BackendError,
+    InvalidJob,
+    PayloadTooLarge,
+    TooManyPriorities,
+    WriteRefused,
+)
 from asyncmq_nats.states import Place
 from asyncmq_nats.store.commit import FAREWELL
+from asyncmq_nats.store.secret import QueueSecret
 from asyncmq_nats.store.topology import DEFAULT_PRIORITY, QueueAssets
 from asyncmq_nats.transitions.add import Additions
-from asyncmq_nats.transitions.repeat import Repeatables
-from asyncmq_nats.wire.codec import dump_json, load_json
-from asyncmq_nats.wire.keys import PROMOTER, QueueSubjects, decode_token, fit_token, is_token
+from asyncmq_nats.transitions.promote import (
+    Finding,
+    Released,
+    finish_rerun,
+    judge,
+    order_of,
+    promotion,
+    promotion_id,
+    read_released,
+    refusal_outcome,
+)
+from asyncmq_nats.transitions.tick import TickEnd, Ticker, read_fire
+from asyncmq_nats.wire.codec import load_json
+from asyncmq_nats.wire.keys import PROMOTER, Kind, QueueSubjects, fit_token
 
 __all__ = ["Promoter"]
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
-CREDIT: Final = 512
-PULL: Final = 30.0
-HANDS: Final = 64
-"""Promotions under way at a time."""
-HELD_TOO_LONG: Final = 2.0
+PULL_WAIT: Final = 30.0
+CREDIT_LIMITS: Final = (16, 512)
+"""Fewest and most records that are in hand or asked for at a time."""
+SLOW_PROMOTION: Final = 0.5
+"""A due record that was in hand for so many seconds, a quarter of its lease, halves the credit."""
+MAX_IN_FLIGHT: Final = 128
+"""Promotions that are written and not yet confirmed."""
+TASKS: Final = 32
+"""Tasks for what cannot be done by callbacks."""
+CHECK_BATCH: Final = 64
+CHECK_LEAD: Final = 0.015
+"""A record that was in hand for a while is looked at so many seconds before it is due."""
+CHECK_AFTER: Final = 0.05
+"""Time in hand, in seconds, in which anything may have become of a record."""
 REMEMBERED: Final = 60.0
-"""A record that was released so long ago may have been promoted more than two minutes ago: its message id may be forgotten."""
+"""Half of the time for which the server knows a message id: an older record is looked at."""
 LONGEST_WAIT: Final = 0.7
-"""No fresh delivery waits longer than this: timers are set up to 0.4 s early, and a tick without a timer is due within 0.6 s."""
+"""No fresh delivery waits longer: timers are set up to 0.4 s early, and a tick without a timer is
+due within 0.6 s."""
+
+
+class Held:
+    """A record in hand. `released`: what it says; `None` for a tick, or if it is malformed."""
+
+    __slots__ = (
+        "checked",
+        "delivery",
+        "due",
+        "fire",
+        "message_id",
+        "plan",
+        "problem",
+        "ready",
+        "released",
+    )
+
+    def __init__(self, delivery: Delivery, *, fire: bool) -> None:
+        self.delivery = delivery
+        self.fire = fire
+        self.plan = False
+        """Whether it is a flow whose producer died."""
+        self.released: Released | None = None
+        self.problem: InvalidJob | None = None
+        self.message_id = ""
+        self.due = 0.0
+        """When it is to be promoted, by the monotonic clock."""
+        self.checked = True
+        """Whether there is no need to look what has become of it."""
+        self.ready = 0
+        """Sequence of the ready message."""
+
+    @property
+    def needs_no_check(self) -> bool:
+        """Whether what carries it out looks for itself what has become of it."""
+        return self.problem is not None or self.plan
 
 
 class Promoter:
@@ -49,257 +118,409 @@ class Promoter:
         self._backend = backend
         self._subjects = subjects
         self._assets = assets
-        self._repeatables = Repeatables(backend, subjects, assets)
+        self._queue_secret = QueueSecret(backend, subjects)
         self._additions = Additions(backend, subjects, assets)
-        self._dependencies = self._additions.dependencies
-        self._due: list[tuple[float, int, float, Delivery]] = []
+        self._ticker = Ticker(backend, subjects, assets, self._queue_secret)
+        self._secret = b""
+        self._waiting: list[tuple[float, int, Held]] = []
+        """A heap: when to begin with each record in hand that nothing is done with yet."""
         self._order = itertools.count()
+        self._in_flight: set[Held] = set()
+        self._credit = CREDIT_LIMITS[1]
+        self._halved_at = 0.0
+        self._work: deque[tuple[Callable[[], Awaitable[None]], Sequence[Held]]] = deque()
+        self._idle: list[anyio.Event] = []
         self._wake = anyio.Event()
-        self._lapsed = anyio.Event()
-        self._hands: list[anyio.CancelScope] = []
-        self._idle_hands: list[anyio.Event] = []
+        self._ask = anyio.Event()
+        self._scopes: list[anyio.CancelScope] = []
         self._stopping = False
 
     async def run(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
         """Promote until cancelled. Started when the first pull is out."""
-        puller = self._backend.puller(self._subjects.bucket_log, self._on_delivery, self._on_lapse)
+        self._secret = await self._queue_secret.get()
+        puller = self._backend.puller(
+            self._subjects.bucket_log, self._on_delivery, lambda _: self._ask.set()
+        )
         try:
-            async with anyio.create_task_group() as group:
+            async with open_task_group() as group:
                 try:
-                    for _ in range(HANDS):
-                        group.start_soon(self._promote_due)
+                    for _ in range(TASKS):
+                        group.start_soon(self._do_work)
                     group.start_soon(self._watch_time)
-                    await puller.request(PROMOTER, CREDIT, wait=PULL)
+                    await puller.request(PROMOTER, self._credit, wait=PULL_WAIT)
                     task_status.started()
                     while True:
-                        self._lapsed = anyio.Event()
-                        missing = CREDIT - puller.outstanding(PROMOTER) - len(self._due)
-                        if missing > CREDIT // 2 or (
-                            missing > 0 and puller.outstanding(PROMOTER) == 0
-                        ):
-                            await puller.request(PROMOTER, missing, wait=PULL)
-                        await self._lapsed.wait()
+                        self._ask = anyio.Event()
+                        outstanding = puller.outstanding(PROMOTER)
+                        missing = self._credit - outstanding - self._in_hand
+                        if missing > self._credit // 2 or (missing > 0 and outstanding == 0):
+                            await puller.request(PROMOTER, missing, wait=PULL_WAIT)
+                        await self._ask.wait()
                 finally:
-                    self._stopping = True
-                    for hand in self._hands:
-                        hand.deadline = anyio.current_time() + FAREWELL
-                    for idle in self._idle_hands:
-                        idle.set()
+                    self._stop()
         finally:
             with anyio.CancelScope(shield=True):
                 await puller.close()
-                for _, _, _, delivery in self._due:
-                    delivery.nak()
+                for _, _, held in self._waiting:
+                    held.delivery.nak()
+                for held in self._in_flight:  # otherwise their leases would be extended
+                    held.delivery.abandon()
+
+    @property
+    def _in_hand(self) -> int:
+        return len(self._waiting) + len(self._in_flight)
+
+    def _stop(self) -> None:
+        """Begin nothing more, and let what is under way end, unless the server is gone."""
+        self._stopping = True
+        for scope in self._scopes:
+            scope.deadline = anyio.current_time() + FAREWELL
+        self._wake_all()
+
+    def _wake_all(self) -> None:
+        while self._idle:
+            self._idle.pop().set()
 
     # -- what arrives
 
-    def _on_lapse(self, _: str) -> None:
-        self._lapsed.set()
-
     def _on_delivery(self, delivery: Delivery) -> None:
+        if not delivery.body:  # a delete marker
+            delivery.ack()
+            return
+        key = self._subjects.parse(delivery.subject)
+        held = Held(delivery, fire=key.kind is Kind.FIRE)
         arrived = time.monotonic()
-        heapq.heappush(
-            self._due, (arrived + self._wait(delivery), next(self._order), arrived, delivery)
-        )
-        self._lapsed.set()
-        self._wake.set()
-
-    def _wait(self, delivery: Delivery) -> float:
-        """Return how long the job must still wait.
-
-        Only the server's clock matters: the record's time stamp is that of the moment in which it was released. A record that was delivered
-        to another promoter before, or that nobody fetched for a while, has spent some of its time since.
-        """
+        run_at: float | None = None
+        held.plan = key.kind is Kind.PLAN_DUE
         try:
-            data = load_json(delivery.body) if delivery.body else {}
-        except InvalidJob:
-            return 0.0
-        run_at = data.get("at" if self._subjects.is_fire(delivery.subject) else "delay_until")
-        if not isinstance(run_at, int | float) or math.isnan(run_at):
+            if held.plan:
+                pass
+            elif held.fire:
+                run_at = read_fire(delivery.body).run_at
+            else:
+                released = read_released(key.token, delivery.body)
+                held.released, run_at = released, released.run_at
+        except InvalidJob as problem:
+            held.problem = problem
+        wait = self._wait(delivery, run_at)
+        held.due = arrived + wait
+        held.checked = held.needs_no_check or not self._is_doubtful(held, wait)
+        self._push(held.due if held.checked else max(arrived, held.due - CHECK_LEAD), held)
+
+    def _wait(self, delivery: Delivery, run_at: float | None) -> float:
+        """Return how many seconds the record must still wait.
+
+        Only the server's clock matters: the record's time stamp is that of the moment in which it
+        was released. A record that was delivered before, or that nobody fetched for a while, has
+        spent some of its time since.
+        """
+        if run_at is None:
             return 0.0
         now = self._backend.now()
         fresh = delivery.deliveries == 1 and now - delivery.time <= LONGEST_WAIT
         return min(max(run_at - (delivery.time if fresh else now), 0.0), LONGEST_WAIT)
 
+    def _is_doubtful(self, held: Held, wait: float) -> bool:
+        """Return whether to look first what has become of a record, or of its job.
+
+        A tick that is old is looked at by the ticker.
+        """
+        old = self._is_old(held)
+        return (wait > CHECK_AFTER and not old) if held.fire else (wait > CHECK_AFTER or old)
+
+    def _is_old(self, held: Held) -> bool:
+        """Return whether its job may have gone on, or ended, although the record is there."""
+        delivery, released = held.delivery, held.released
+        return (
+            delivery.deliveries > 1
+            or self._backend.now() - delivery.time > REMEMBERED
+            or (released is not None and (released.custom_id or released.order > (0, 0)))
+        )
+
+    def _push(self, at: float, held: Held) -> None:
+        heapq.heappush(self._waiting, (at, next(self._order), held))
+        self._wake.set()
+
+    # -- what is due
+
     async def _watch_time(self) -> None:
-        """Wake one hand for each record whose time has come."""
+        """Begin with each record when its time has come."""
         while True:
             self._wake = anyio.Event()
-            now = time.monotonic()
-            ready = sum(entry[0] <= now for entry in heapq.nsmallest(HANDS, self._due))
-            for _ in range(min(ready, len(self._idle_hands))):
-                self._idle_hands.pop().set()
-            timeout = self._due[0][0] - now if self._due and not ready else None
-            if ready:
-                await anyio.lowlevel.checkpoint()
+            self._begin_due()
+            full = len(self._in_flight) >= MAX_IN_FLIGHT
+            timeout = None if full or not self._waiting else self._waiting[0][0] - time.monotonic()
             with anyio.move_on_after(timeout):
                 await self._wake.wait()
+            await anyio.lowlevel.checkpoint()
 
-    async def _promote_due(self) -> None:
-        """One hand: one promotion after the other, until stopped.
+    def _begin_due(self) -> None:
+        now, doubtful = time.monotonic(), list[Held]()
+        while (
+            self._waiting
+            and self._waiting[0][0] <= now
+            and len(self._in_flight) < MAX_IN_FLIGHT
+            and not self._stopping
+        ):
+            _, _, held = heapq.heappop(self._waiting)
+            self._in_flight.add(held)
+            if held.checked:
+                self._begin(held)
+            else:
+                doubtful.append(held)
+        for start in range(0, len(doubtful), CHECK_BATCH):
+            batch = doubtful[start : start + CHECK_BATCH]
+            self._give(partial(self._check, batch), batch)
 
-        Shielded for a while: stopping a worker does not tear a promotion, unless the server is gone. Then another promoter repeats it.
+    def _begin(self, held: Held) -> None:
+        if held.problem is not None:
+            self._give(partial(self._pass_on, held), [held])
+        elif held.plan:
+            self._give(partial(self._carry_out_plan, held), [held])
+        elif held.released is not None and held.released.waits:
+            self._give(partial(self._link, held), [held])
+        elif held.released is None:
+            self._give(partial(self._fire, held), [held])
+        elif not self._assets.is_declared(held.released.priority):
+            self._give(partial(self._declare, held), [held])
+        else:
+            self._promote(held, held.released)
+
+    async def _carry_out_plan(self, held: Held) -> None:
+        """Add a flow whose producer died while it did so."""
+        await self._additions.plans.carry_out_plan(held.delivery)
+        self._discard(held)
+
+    async def _link(self, held: Held) -> None:
+        """Go on with a job whose producer died while it wrote the edges to its parents."""
+        for ended in await self._additions.plans.links.link(held.delivery):
+            await self._additions.dependencies.release(ended)
+        held.delivery.ack()
+        self._finish(held)
+
+    def _promote(self, held: Held, released: Released) -> None:
+        held.message_id = promotion_id(self._secret, held.delivery.sequence, held.delivery.time)
+        write = promotion(
+            self._subjects, released.token, released.priority, released.body, held.message_id
+        )
+        try:
+            self._backend.send(
+                self._subjects.ready_log,
+                write,
+                partial(self._on_written, held),
+                timeout=self._backend.settings.publish_timeout,
+            )
+        except AsyncMQError as error:
+            self._give(partial(self._on_refused, held, released, error), [held])
+
+    def _on_written(self, held: Held, result: Settled) -> None:
+        if isinstance(result, int):
+            held.ready = result
+            self._discard(held)
+        elif held.released is not None:
+            self._give(partial(self._on_refused, held, held.released, result), [held])
+
+    def _discard(self, held: Held) -> None:
+        self._backend.discard(
+            self._subjects.bucket_log, held.delivery.sequence, partial(self._on_removed, held)
+        )
+
+    def _on_removed(self, held: Held, result: bool | BackendError) -> None:
+        if result is True:
+            held.delivery.ack()
+            self._finish(held)
+        else:
+            self._give(partial(self._on_absent, held, result), [held])
+
+    def _finish(self, held: Held) -> None:
+        """Let go of a record that is taken care of."""
+        self._in_flight.discard(held)
+        now, (fewest, most) = time.monotonic(), CREDIT_LIMITS
+        if now - held.due <= SLOW_PROMOTION:
+            self._credit = min(self._credit + 1, most)
+        elif now > self._halved_at + SLOW_PROMOTION:
+            self._credit, self._halved_at = max(self._credit // 2, fewest), now
+        if self._waiting and len(self._in_flight) < MAX_IN_FLIGHT // 2:
+            self._wake.set()
+        if self._in_hand < self._credit // 2:
+            self._ask.set()
+        if self._stopping and not self._in_flight:
+            self._wake_all()
+
+    # -- what needs a task
+
+    def _give(self, work: Callable[[], Awaitable[None]], records: Sequence[Held]) -> None:
+        """Have a task do some work. May be called by the backend: it must not block."""
+        self._work.append((work, records))
+        if self._idle:
+            self._idle.pop().set()
+
+    async def _do_work(self) -> None:
+        """Do one piece of work after the other, until stopped.
+
+        Shielded for a while: stopping a worker does not tear a promotion, unless the server is
+        gone. Then another promoter repeats it.
         """
-        with anyio.CancelScope(shield=True) as hand:
-            self._hands.append(hand)
-            while not self._stopping:
-                if not self._due or self._due[0][0] > time.monotonic():
+        with anyio.CancelScope(shield=True) as scope:
+            self._scopes.append(scope)
+            while self._work or not self._stopping or self._in_flight:
+                if not self._work:
                     idle = anyio.Event()
-                    self._idle_hands.append(idle)
+                    self._idle.append(idle)
                     await idle.wait()
                     continue
-                due, _, arrived, delivery = heapq.heappop(self._due)
-                self._wake.set()  # the watch is now for the one after it
-                kept = due > arrived or time.monotonic() - arrived > HELD_TOO_LONG
+                work, records = self._work.popleft()
                 try:
-                    await self._promote_guarded(delivery, kept=kept)
-                except anyio.get_cancelled_exc_class():
-                    delivery.abandon()  # otherwise its lease would be extended
-                    raise
-                self._lapsed.set()
+                    await work()
+                except AsyncMQError as error:
+                    for held in records:
+                        self._put_off(held, error)
 
-    async def _promote_guarded(self, delivery: Delivery, *, kept: bool) -> None:
-        try:
+    def _put_off(self, held: Held, error: AsyncMQError) -> None:
+        subject = held.delivery.subject
+        logger.warning("%.200r: not promoted now, tried again: %s", subject, error)
+        held.delivery.nak(1.0)
+        self._finish(held)
+
+    async def _check(self, batch: Sequence[Held]) -> None:
+        """Look what has become of some records, in one read; go on with those that are current."""
+        subjects, filters = self._subjects, list[str]()
+        for held in batch:
+            filters.append(held.delivery.subject)
+            if held.released is not None and self._is_old(held):
+                token = held.released.token
+                filters += [subjects.later(token, Place.DELAYED), subjects.ends(token)]
+        found: dict[tuple[bool, str], list[Record]] = {}
+        for record in await self._backend.last(subjects.bucket_log, *filters):
+            name = subjects.is_fire(record.subject), subjects.token(record.subject)
+            found.setdefault(name, []).append(record)
+        for held in batch:
+            records = found.get((held.fire, subjects.token(held.delivery.subject)), [])
             try:
-                if self._subjects.is_plan_due(delivery.subject):
-                    await self._additions.plans.carry_out_plan(delivery)
-                    await self._remove(delivery)
-                elif self._subjects.is_fire(delivery.subject):
-                    await self._fire(delivery)
-                else:
-                    await self._promote(delivery, kept=kept)
-            except InvalidJob as problem:
-                logger.error("%.200r: %s", delivery.subject, problem)
-                await self._pass_on(delivery)
-        except AsyncMQError as error:
-            logger.warning("%.200r: not promoted now, tried again: %s", delivery.subject, error)
-            delivery.nak(1.0)
+                await self._act_on(held, records)
+            except AsyncMQError as error:
+                self._put_off(held, error)
 
-    async def _fire(self, delivery: Delivery) -> None:
-        if not delivery.body or await self._repeatables.fire(delivery):
+    async def _act_on(self, held: Held, records: Sequence[Record]) -> None:
+        """Go on with a record that was looked at, or let go of it."""
+        delivery, finding = held.delivery, Finding.GONE
+        if held.released is not None:
+            finding = judge(self._subjects, held.released, delivery.sequence, records)
+        elif any(record.sequence == delivery.sequence for record in records):
+            finding = Finding.CURRENT
+        if finding is Finding.RERUN and held.released is not None:
+            token = held.released.token
+            await finish_rerun(self._backend, self._subjects, token, records)
+            finding = Finding.CURRENT
+        if finding is Finding.CURRENT:
+            held.checked = True
+            if held.due <= time.monotonic():
+                self._begin(held)
+            else:
+                self._in_flight.discard(held)
+                self._push(held.due, held)
+        elif finding is Finding.GONE:
+            # It cannot be delivered again. Or a replica was asked that has yet to hear of it.
+            delivery.nak(0.05)
+            self._finish(held)
+        else:
+            if finding is Finding.ENDED and held.released is not None:
+                # The process that ended it may have died before it told those who wait for it.
+                await self._additions.dependencies.release(held.released.token)
+            self._discard(held)
+
+    async def _declare(self, held: Held) -> None:
+        """Promote to a priority that this process does not know yet."""
+        released = held.released
+        assert released is not None
+        try:
+            await self._assets.declare_tier(released.priority)
+        except TooManyPriorities as error:
+            logger.error(
+                "job %s runs with priority %d instead of %d: %s",
+                released.token,
+                DEFAULT_PRIORITY,
+                released.priority,
+                error,
+            )
+            released.priority = DEFAULT_PRIORITY
+        self._promote(held, released)
+
+    async def _on_refused(self, held: Held, released: Released, error: AsyncMQError) -> None:
+        if isinstance(error, PayloadTooLarge):
+            await self._record_failure(released.token, error)
+        elif not isinstance(error, WriteRefused):
+            raise error
+        elif await self._is_older_there(released):  # its acknowledgement is on the way
+            held.delivery.nak(min(0.01 * 2 ** min(held.delivery.deliveries, 10), 1.0))
+            self._finish(held)
+            return
+        self._discard(held)
+
+    async def _is_older_there(self, released: Released) -> bool:
+        """Return whether what refused a promotion is of an earlier attempt, or gone by now."""
+        records = await self._backend.last(
+            self._subjects.ready_log, self._subjects.ready_any(released.token)
+        )
+        if not records or order_of(records[-1].body) < released.order:
+            return True
+        # A foreign job that was put off: we leave no time in ready jobs.
+        return load_json(records[-1].body).get("delay_until") is not None
+
+    async def _on_absent(self, held: Held, result: bool | BackendError) -> None:
+        """Let go of a record that was not there when it was to be removed."""
+        if isinstance(result, BackendError):
+            raise result
+        if held.ready and held.released is not None:
+            await self._take_back(held.released.token, held.ready)
+        held.delivery.ack()
+        self._finish(held)
+
+    async def _take_back(self, token: str, sequence: int) -> None:
+        """Remove what was made ready, if the job was cancelled before: its record had gone."""
+        records = await self._backend.last(self._subjects.bucket_log, self._subjects.ends(token))
+        if any(not r.marker and self._subjects.outcome_state(r.subject) for r in records):
+            await self._backend.delete(self._subjects.ready_log, sequence)
+
+    async def _pass_on(self, held: Held) -> None:
+        """Make ready what is not a job, for a worker to record as failed. A malformed tick goes."""
+        delivery = held.delivery
+        logger.error("%.200r: %s", delivery.subject, held.problem)
+        if not held.fire:
+            token = fit_token(self._subjects.token(delivery.subject))
+            message_id = promotion_id(self._secret, delivery.sequence, delivery.time)
+            write = promotion(self._subjects, token, DEFAULT_PRIORITY, delivery.body, message_id)
+            try:
+                await self._backend.write(self._subjects.ready_log, write)
+            except PayloadTooLarge as error:
+                await self._record_failure(token, error)
+            except WriteRefused:
+                logger.debug("%.200r was passed on before", delivery.subject)
+        self._discard(held)
+
+    async def _record_failure(self, token: str, error: AsyncMQError) -> None:
+        """Record a job as failed that no ready message can hold."""
+        logger.error("job %s failed: %s", token, error)
+        backend = self._backend
+        write = refusal_outcome(
+            self._subjects, token, str(error), backend.now(), backend.settings.failed_ttl
+        )
+        with suppress(WriteRefused):  # it has ended, or another worker knows better
+            await backend.write(self._subjects.bucket_log, write)
+
+    async def _fire(self, held: Held) -> None:
+        delivery = held.delivery
+        try:
+            end = await self._ticker.fire(delivery, trusted=not self._is_old(held))
+        except InvalidJob as problem:
+            held.problem = problem
+            await self._pass_on(held)
+            return
+        if end is TickEnd.REMOVE:
+            self._discard(held)
+            return
+        if end is TickEnd.ACK:
             delivery.ack()
         else:
             delivery.nak(0.05)
-
-    # -- one record
-
-    async def _promote(self, delivery: Delivery, *, kept: bool) -> None:
-        """Make a job ready. `kept`: the record was in hand for a while, in which anything may have become of it."""
-        if not delivery.body:  # a delete marker
-            delivery.ack()
-            return
-        token = self._subjects.token(delivery.subject)
-        if not is_token(token):
-            raise InvalidJob("its key has no token that can be an id")
-        job = Job.decode(delivery.body, job_id=decode_token(token), created_at=delivery.time)
-        old = self._backend.now() - delivery.time > REMEMBERED
-        doubtful = kept or old or delivery.deliveries > 1 or job.order > (0, 0) or job.custom_id
-        if (doubtful and not await self._is_current(delivery, token)) or (
-            await self._link(delivery, job)
-        ):
-            return
-        await self._assets.declare_tier(job.priority)
-        subject, body = self._subjects.ready(job.priority, token), _ready_body(delivery.body, job)
-        write = Write(
-            subject, body, Expect(self._subjects.ready_any(token)), message_id=_message_id(delivery)
-        )
-        sequence = 0
-        try:
-            sequence = await self._backend.write(self._subjects.ready_log, write)
-        except WriteRefused:
-            if await self._older_attempt_is_there(token, job):
-                delivery.nak(
-                    min(0.01 * 2 ** min(delivery.deliveries, 10), 1.0)
-                )  # its ack is on the way
-                return
-        if not await self._remove(delivery) and sequence:
-            await self._take_back(token, sequence)
-
-    async def _link(self, delivery: Delivery, job: Job) -> bool:
-        """Go on with a job that waits for others: its producer died. Return whether it does."""
-        if job.waits_for_others:
-            for ended in await self._additions.plans.links.link(delivery):
-                await self._dependencies.release(ended)
-            delivery.ack()
-        return job.waits_for_others
-
-    async def _take_back(self, token: str, sequence: int) -> None:
-        """Remove what was made ready, if the job was cancelled before it was: somebody had removed the record by then."""
-        records = await self._backend.last(self._subjects.bucket_log, self._subjects.ends(token))
-        if any(
-            not record.marker and self._subjects.outcome_state(record.subject) for record in records
-        ):
-            await self._backend.delete(self._subjects.ready_log, sequence)
-
-    async def _pass_on(self, delivery: Delivery) -> None:
-        """Make ready what is not a job, for a worker to record as failed, so that it is not lost. A tick that is malformed goes."""
-        if not self._subjects.is_fire(delivery.subject):
-            token = fit_token(self._subjects.token(delivery.subject))
-            subject = self._subjects.ready(DEFAULT_PRIORITY, token)
-            write = Write(
-                subject,
-                delivery.body,
-                Expect(self._subjects.ready_any(token)),
-                message_id=_message_id(delivery),
-            )
-            with suppress(WriteRefused):  # it was passed on before
-                await self._backend.write(self._subjects.ready_log, write)
-        await self._remove(delivery)
-
-    async def _is_current(self, delivery: Delivery, token: str) -> bool:
-        """Return whether the record is still there, and the job has not ended or gone on; if not, let go of the record."""
-        subjects = self._subjects
-        records = await self._backend.last(
-            subjects.bucket_log, subjects.later_all(token), subjects.done_all(token)
-        )
-        live = [record for record in records if not record.marker]
-        ended = any(subjects.outcome_state(record.subject) for record in live)
-        superseded = any(
-            record.subject == delivery.subject and record.sequence > delivery.sequence
-            for record in records
-        )
-        if ended or superseded or any(self._is_later_attempt(record, delivery) for record in live):
-            if ended:  # whoever ended it may not have come to this
-                await self._dependencies.release(token)
-            await self._remove(delivery)
-            return False
-        if not any(record.sequence == delivery.sequence for record in live):
-            # Promoted, removed or cancelled: it cannot be delivered again. Or a replica was asked that has yet to hear of it: then it is.
-            delivery.nak(0.05)
-            return False
-        return True
-
-    def _is_later_attempt(self, record: Record, delivery: Delivery) -> bool:
-        delayed = self._subjects.is_later(record.subject, Place.DELAYED)
-        return delayed and Job.decode(record.body).order > Job.decode(delivery.body).order
-
-    async def _older_attempt_is_there(self, token: str, job: Job) -> bool:
-        records = await self._backend.last(
-            self._subjects.ready_log, self._subjects.ready_any(token)
-        )
-        if not records:
-            return True
-        there = Job.decode(records[-1].body)
-        return (
-            there.order < job.order or there.delay_until is not None
-        )  # a foreign job that was put off: we leave no time in ready jobs
-
-    async def _remove(self, delivery: Delivery) -> bool:
-        """Remove the record. Return whether it was there."""
-        was_there = await self._backend.delete(self._subjects.bucket_log, delivery.sequence)
-        delivery.ack()
-        return was_there
-
-
-def _message_id(delivery: Delivery) -> str:
-    """Return an id for the promotion of this record: another promoter may have made it ready, and the job may have ended since."""
-    return f"released.{delivery.sequence}.{delivery.time}"
-
-
-def _ready_body(body: bytes, job: Job) -> bytes:
-    """Return the body for the ready message: without the time that has come, which would only be looked at again."""
-    if job.delay_until is None:
-        return body
-    data = load_json(body)
-    data.pop("delay_until", None)
-    return dump_json(data)
+        self._finish(held)

@@ -4,19 +4,20 @@ A permit is for one start. A worker leases as many as it has free slots, and ask
 jobs. What is leased and not used yet counts against the bucket's size, so idle workers cannot save up a burst.
 """
 
-import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from asyncmq_nats.backends.base import Backend, Expect, Write
-from asyncmq_nats.exceptions import WriteRefused
+from asyncmq_nats._logging import Throttle, get_logger
+from asyncmq_nats.backends.base import Backend, Expect, Record, Write
+from asyncmq_nats.exceptions import InvalidJob, WriteRefused
 from asyncmq_nats.wire.codec import dump_json, load_json
 from asyncmq_nats.wire.keys import QueueSubjects
 
 __all__ = ["LEASE", "Bucket", "Limit", "RateLimiter", "lease"]
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 LEASE: Final = 10.0
 """Permits of a worker that is silent for so long are taken back."""
@@ -58,12 +59,29 @@ class Bucket:
 
     @classmethod
     def decode(cls, body: bytes) -> "Bucket":
-        """Return the bucket of a record."""
+        """Return the bucket of a record.
+
+        Raises:
+            InvalidJob: it is malformed.
+        """
         data: dict[str, Any] = load_json(body)
-        return cls(
-            float(data["tokens"]),
-            float(data["at"]),
-            {worker: (int(n), float(end)) for worker, (n, end) in data["leased"].items()},
+        try:
+            bucket = cls(
+                float(data["tokens"]),
+                float(data["at"]),
+                {worker: (int(n), float(end)) for worker, (n, end) in data["leased"].items()},
+            )
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+            raise InvalidJob(f"no token bucket: {error!r}") from None
+        numbers = (bucket.tokens, bucket.at, *(end for _, end in bucket.leased.values()))
+        if not all(map(math.isfinite, numbers)):
+            raise InvalidJob("no token bucket: a number is not finite")
+        return bucket
+
+    def is_plausible(self, now: float) -> bool:
+        """Return whether workers can have written it: nothing in it is of a time that is far off."""
+        return self.at <= now + LEASE and all(
+            count >= 0 and end <= now + 2 * LEASE for count, end in self.leased.values()
         )
 
 
@@ -113,6 +131,7 @@ class RateLimiter:
         self._ends_at = 0.0
         self._held = 0
         self._recorded = 0
+        self._malformed = Throttle()
 
     @property
     def blocks(self) -> bool:
@@ -164,4 +183,20 @@ class RateLimiter:
 
     async def _look(self) -> tuple[int, Bucket | None]:
         records = await self._backend.last(self._log, self._key)
-        return (records[0].sequence, Bucket.decode(records[0].body)) if records else (0, None)
+        return (records[0].sequence, self._bucket_of(records[0])) if records else (0, None)
+
+    def _bucket_of(self, record: Record) -> Bucket | None:
+        """Return the bucket of a record; `None`, for a new one, if it is malformed."""
+        if record.marker:
+            return None
+        try:
+            bucket = Bucket.decode(record.body)
+            if bucket.is_plausible(self._backend.now()):
+                return bucket
+            problem = "it is of another time"
+        except InvalidJob as error:
+            problem = str(error)
+        if times := self._malformed.note():
+            text = "%s: the record of the rate limit is malformed and made again (%d times): %s"
+            logger.warning(text, self._log, times, problem)
+        return None

@@ -1,40 +1,52 @@
-"""Which task runs for which id, and how its arguments become what its annotations say."""
+"""Which task runs for which id, and how it is called."""
 
+import functools
 import inspect
-import logging
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from functools import cache, partial
-from typing import Any
+import sys
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, field
+from types import CodeType
+from typing import Any, Final
 
 from anyio import CapacityLimiter, to_thread
-from pydantic import ConfigDict, validate_call
-from pydantic.errors import PydanticUserError
 
+from asyncmq_nats._concurrency import is_async
+from asyncmq_nats._logging import get_logger
 from asyncmq_nats.context import JobContext
-from asyncmq_nats.exceptions import TaskNotFound
+from asyncmq_nats.exceptions import InvalidArgument, TaskNotFound
 from asyncmq_nats.jobs import Backoff, JobHead, new_job
 from asyncmq_nats.retries import BackoffFunction
 from asyncmq_nats.runtime.processes import run_in_process
+from asyncmq_nats.wire.arguments import Arguments, write_by_class
 from asyncmq_nats.wire.keys import check_queue_name
 
 __all__ = ["TASK_REGISTRY", "RegisteredTask", "TaskRegistry"]
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
+
+ASYNCMQ_KEYS: Final = {
+    "func": "function",
+    "queue": "queue",
+    "retries": "retries",
+    "ttl": "ttl",
+    "progress_enabled": "progress",
+}
+"""The keys of AsyncMQ's registry, and our names."""
 
 
-@dataclass(frozen=True, slots=True)
-class RegisteredTask:
+@dataclass(frozen=True, slots=True, eq=False)
+class RegisteredTask(Mapping[str, Any]):
     """A function that workers run, and what its jobs get when their producer does not say.
 
-    `call` validates the arguments against the annotations and calls the function; for an async one it returns the coroutine.
+    Also a mapping with the keys of AsyncMQ's registry: `func`, `queue`, `retries`, `ttl`, `progress_enabled`.
     """
 
     id: str
     function: Callable[..., Any]
-    call: Callable[..., Any]
-    is_async: bool
+    arguments: Arguments = field(repr=False)
     queue: str
+    is_async: bool = False
+    """Whether calling it returns at once, so that it needs no thread."""
     retries: int = 0
     ttl: float | None = None
     backoff: float | Backoff | None = None
@@ -42,41 +54,69 @@ class RegisteredTask:
     timeout: float | None = None
     progress: bool = False
     process: bool = False
-    names: tuple[str, ...] = ()
-    """Of the positional arguments, if all of them can be given by name."""
+    validate: bool = True
 
     async def run(self, job: JobHead, threads: CapacityLimiter, context: JobContext) -> Any:
         """Run the task on the job's arguments: an async function here, a sync one in a thread, a `process` one in a process.
 
-        `threads` bounds the threads and processes.
+        `threads` bounds the threads and processes. What a sync function returns is awaited here, if it can be.
         """
-        args, kwargs = self._arguments(job)
-        if self.progress:
-            kwargs = kwargs | {"report_progress": context.report_progress}
         if self.process:
-            return await run_in_process(self.function, args, kwargs, threads)
+            return await run_in_process(
+                self.function,
+                job.job_id,
+                (job.args, job.kwargs),
+                threads,
+                validate=self.validate,
+            )
         if self.is_async:
-            return await self.call(*args, **kwargs)
-        return await to_thread.run_sync(
-            partial(self.call, *args, **kwargs), abandon_on_cancel=True, limiter=threads
+            return await self._call(job, context)
+        result = await to_thread.run_sync(
+            self._call_in_thread, job, context, abandon_on_cancel=True, limiter=threads
         )
+        if isinstance(result, _Raised):
+            raise result.error
+        return await result if inspect.isawaitable(result) else result
 
-    def _arguments(self, job: JobHead) -> tuple[list[Any], dict[str, Any]]:
-        """Return the job's arguments, by name where that is possible: an error of pydantic then tells the name, not the position."""
-        args, kwargs = job.args, job.kwargs
-        if len(args) > len(self.names) or (
-            kwargs and not kwargs.keys().isdisjoint(self.names[: len(args)])
-        ):
-            return args, kwargs
-        named = dict(zip(self.names, args, strict=False))
-        return [], named | kwargs if kwargs else named
+    def _call_in_thread(self, job: JobHead, context: JobContext) -> Any:
+        try:
+            return self._call(job, context)
+        except GeneratorExit as error:
+            # Carried out as a value: thrown into a coroutine, it would close all that await it.
+            return _Raised(error)
+
+    def _call(self, job: JobHead, context: JobContext) -> Any:
+        args, kwargs = self.arguments.read(job.args, job.kwargs)
+        if self.progress:
+            kwargs["report_progress"] = context.report_progress
+        return self.function(*args, **kwargs)
+
+    # -- as AsyncMQ has it
+
+    def __getitem__(self, key: str) -> Any:
+        return getattr(self, ASYNCMQ_KEYS[key])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(ASYNCMQ_KEYS)
+
+    def __len__(self) -> int:
+        return len(ASYNCMQ_KEYS)
+
+    __hash__ = object.__hash__
 
 
-class TaskRegistry(Mapping[str, RegisteredTask]):
+@dataclass(frozen=True, slots=True)
+class _Raised:
+    error: BaseException
+
+
+class TaskRegistry(MutableMapping[str, RegisteredTask]):
     """Tasks by id. A worker runs the tasks of one registry, by default those of `@task`."""
 
     def __init__(self) -> None:
         self._tasks: dict[str, RegisteredTask] = {}
+        self._runs: dict[str, list[object]] = {}
+        """The runs of its modules in which each task was registered."""
 
     def register(
         self,
@@ -90,28 +130,22 @@ class TaskRegistry(Mapping[str, RegisteredTask]):
         timeout: float | None = None,
         progress: bool = False,
         process: bool = False,
+        validate: bool = True,
     ) -> RegisteredTask:
         """Add a function under its name, or `module.function`.
 
         Raises:
+            InvalidArgument: it has no name, and is given none; or it cannot run in a process.
             ValueError: another function has that name already, or what its jobs get is not valid.
         """
         check_queue_name(queue)
-        call = getattr(function, "__call__", None)  # noqa: B004
-        is_async = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(call)
-        if process and (progress or is_async):
-            raise ValueError(
-                f"{function.__qualname__}: process=True is for sync functions, and without progress"
-            )
-        # A process that was spawned knows its main module by another name.
-        task_id = (
-            name or f"{function.__module__.replace('__mp_main__', '__main__')}.{function.__name__}"
-        )
-        known = self._tasks.get(task_id)
-        if known is not None and not _is_same(known.function, function):
-            raise ValueError(
-                f"task {task_id!r} is registered already, for {known.function!r}: give one of them a name= of its own"
-            )
+        if not callable(function):
+            raise InvalidArgument("a task must be a function", function)
+        runs_here = is_async(function)
+        if process:
+            _check_process(function, progress=progress, runs_here=runs_here)
+        task_id = name or _name_of(function)
+        self._check_identity(task_id, function)
         backoff_function = backoff if callable(backoff) else None
         job = new_job(
             task_id=task_id,
@@ -123,8 +157,10 @@ class TaskRegistry(Mapping[str, RegisteredTask]):
         entry = RegisteredTask(
             id=task_id,
             function=function,
-            call=_validated(function),
-            is_async=is_async,
+            arguments=Arguments(
+                function, validate=validate, supplied=("report_progress",) if progress else ()
+            ),
+            is_async=runs_here,
             queue=queue,
             retries=job.max_retries,
             ttl=job.ttl,
@@ -133,24 +169,78 @@ class TaskRegistry(Mapping[str, RegisteredTask]):
             timeout=job.timeout,
             progress=progress,
             process=process,
-            names=_positional_names(function),
+            validate=validate,
         )
         self._tasks[task_id] = entry
+        self._runs[task_id] = _runs_of_modules(function)
         return entry
 
-    def find(self, task_id: str) -> RegisteredTask:
+    def _check_identity(self, task_id: str, function: Callable[..., Any]) -> None:
+        known = self._tasks.get(task_id)
+        if known is None or _is_same(known.function, function):
+            return
+        if _origins(known.function) == _origins(function) and (
+            _is_interactive(function)
+            or [*map(id, self._runs.get(task_id, ()))] != [*map(id, _runs_of_modules(function))]
+        ):
+            return  # one of its modules was loaded again
+        raise ValueError(
+            f"task {task_id!r} is registered already, for {known.function!r}: give each function "
+            "a name= of its own (those of one factory, or of a decorator without functools.wraps, "
+            "have one name)"
+        )
+
+    def find(self, task_id: str, queue: str | None = None) -> RegisteredTask:
         """Return the task with that id.
+
+        Args:
+            task_id: what a job names.
+            queue: only a task of this queue will do; `None`: of any.
 
         Raises:
             TaskNotFound: there is none.
         """
-        try:
-            return self._tasks[task_id]
-        except KeyError:
-            raise TaskNotFound(task_id, list(self._tasks)) from None
+        entry = self._tasks.get(task_id)
+        if entry is None or queue not in (None, entry.queue):
+            known = [each.id for each in self._tasks.values() if queue in (None, each.queue)]
+            raise TaskNotFound(task_id, known, None if entry is None else (entry.queue, str(queue)))
+        return entry
+
+    def write(
+        self, task_id: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> tuple[list[Any], dict[str, Any]]:
+        """Return the arguments of a call as plain data that arrives equal (docs/arguments.md).
+
+        By the annotations of the task, if it is in this registry; otherwise by the classes of the values.
+
+        Raises:
+            NotSerializable: one would not arrive equal; the message names it.
+        """
+        entry = self._tasks.get(task_id) if isinstance(task_id, str) else None
+        if entry is None:
+            return write_by_class(args, kwargs, task_id)
+        return entry.arguments.write(args, kwargs, task_id)
 
     def __getitem__(self, task_id: str) -> RegisteredTask:
         return self._tasks[task_id]
+
+    def __setitem__(self, task_id: str, entry: Mapping[str, Any]) -> None:
+        """Add a task of `register`, or a dict with AsyncMQ's keys, whatever was there before."""
+        self._tasks.pop(task_id, None)
+        if isinstance(entry, RegisteredTask):
+            self._tasks[task_id] = entry
+            return
+        self.register(
+            entry["func"],
+            name=task_id,
+            queue=entry.get("queue", "default"),
+            retries=entry.get("retries", 0),
+            ttl=entry.get("ttl"),
+            progress=entry.get("progress_enabled", False),
+        )
+
+    def __delitem__(self, task_id: str) -> None:
+        del self._tasks[task_id]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tasks)
@@ -163,53 +253,103 @@ TASK_REGISTRY = TaskRegistry()
 """The registry of `@task` (AsyncMQ `TASK_REGISTRY`)."""
 
 
-def _validated(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the function with its arguments turned into what the annotations say, or as it is where pydantic knows no way."""
+def _check_process(function: Callable[..., Any], *, progress: bool, runs_here: bool) -> None:
+    if progress or runs_here:
+        raise ValueError(
+            f"{_describe(function)}: process=True is for sync functions, and without progress"
+        )
+    if "<locals>" in _origin(function)[1] or not hasattr(function, "__qualname__"):
+        raise InvalidArgument(
+            "a task with process=True must be a function of a module: its process finds it by name",
+            function,
+        )
+
+
+def _name_of(function: Callable[..., Any]) -> str:
+    name, module = getattr(function, "__name__", None), getattr(function, "__module__", None)
+    if not name or not module or name == "<lambda>":
+        raise InvalidArgument("a task without a name of its own needs one: name='…'", function)
+    # A process that was spawned knows its main module by another name.
+    return f"{module.replace('__mp_main__', '__main__')}.{name}"
+
+
+def _describe(function: Callable[..., Any]) -> str:
+    return getattr(function, "__qualname__", None) or repr(function)
+
+
+def _code(function: Any) -> CodeType | None:
+    return getattr(function, "__code__", None)
+
+
+def _origin(function: Any) -> tuple[str, str]:
+    """Return where a function was defined: its module, and its name there; of an object, those of its class."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    named = function if hasattr(function, "__qualname__") else type(function)
+    return named.__module__, named.__qualname__
+
+
+def _parts(function: Any) -> list[Any]:
+    """Return the function, and those that it took along when it was defined, such as the one it decorates."""
+    parts = [function]
+    for part in parts:  # it grows meanwhile
+        inner = [part.func] if isinstance(part, functools.partial) else _captured(part)
+        parts += [value for value in inner if callable(value) and value not in parts]
+    return parts
+
+
+def _origins(function: Any) -> list[tuple[str, str]]:
+    return [_origin(part) for part in _parts(function)]
+
+
+def _runs_of_modules(function: Any) -> list[object]:
+    """Return what are other objects after one of the function's modules was loaded again."""
+    modules = [sys.modules.get(module) for module, _ in _origins(function)]
+    return [getattr(module, "__spec__", None) or module for module in modules]
+
+
+def _is_interactive(function: Any) -> bool:
+    module = sys.modules.get(_origin(function)[0])
+    return module is not None and module.__name__ == "__main__" and not hasattr(module, "__file__")
+
+
+def _is_same(one: Any, other: Any, seen: frozenset[tuple[int, int]] = frozenset()) -> bool:
+    """Return whether two functions do the same: one function, or one definition that was run twice with the same values.
+
+    `seen`: what is being compared already, for functions that name themselves.
+    """
+    if one is other or (id(one), id(other)) in seen:
+        return True
+    if isinstance(one, functools.partial) and isinstance(other, functools.partial):
+        return _is_same(one.func, other.func) and (one.args, one.keywords) == (
+            other.args,
+            other.keywords,
+        )
+    if _code(one) is None or _code(one) is not _code(other):
+        return False
+    seen |= {(id(one), id(other))}
+    pairs = zip(_captured(one), _captured(other), strict=True)
+    return all(_is_same(a, b, seen) or _is_equal(a, b) for a, b in pairs)
+
+
+def _is_equal(one: Any, other: Any) -> bool:
     try:
-        validated: Callable[..., Any] = validate_call(
-            config=ConfigDict(arbitrary_types_allowed=True)
-        )(function)
-    except PydanticUserError:
-        return function
-    except NameError:  # an annotation names what is defined later, or for type checkers only
-        return _validated_later(function)
-    return validated
+        return hash(one) == hash(other) and type(one) is type(other) and bool(one == other)
+    except Exception:  # it can be changed: another one is another one
+        return False
 
 
-def _validated_later(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the function, validated from its first call on, if its annotations have a meaning by then."""
-
-    @cache
-    def resolve() -> Callable[..., Any]:
-        try:
-            return validate_call(config=ConfigDict(arbitrary_types_allowed=True))(function)
-        except (PydanticUserError, NameError) as problem:
-            logger.warning(
-                "task %s: its arguments stay plain data, since its annotations cannot be read: %s",
-                function.__qualname__,
-                problem,
-            )
-            return function
-
-    return lambda *args, **kwargs: resolve()(*args, **kwargs)
+def _captured(function: Any) -> list[Any]:
+    """Return the values that a function took along when it was defined."""
+    if _code(function) is None:
+        return []
+    cells = [_content(cell) for cell in function.__closure__ or ()]
+    named = function.__kwdefaults__ or {}
+    return [*cells, *(function.__defaults__ or ()), *named.values()]
 
 
-def _positional_names(function: Callable[..., Any]) -> tuple[str, ...]:
-    parameters = inspect.signature(function, follow_wrapped=False).parameters.values()
-    if any(
-        parameter.kind in (parameter.POSITIONAL_ONLY, parameter.VAR_POSITIONAL)
-        for parameter in parameters
-    ):
-        return ()
-    return tuple(
-        parameter.name
-        for parameter in parameters
-        if parameter.kind is parameter.POSITIONAL_OR_KEYWORD
-    )
-
-
-def _is_same(one: Callable[..., Any], other: Callable[..., Any]) -> bool:
-    """Return whether these are one function, perhaps imported twice (a reload, or `__main__` of a spawned process)."""
-    return one is other or (
-        one.__qualname__ == other.__qualname__ and one.__module__ == other.__module__
-    )
+def _content(cell: Any) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not yet set: a function that names itself
+        return None

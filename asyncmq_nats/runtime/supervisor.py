@@ -3,7 +3,6 @@
 A child is this very program run again, with a variable in its environment that says so: what the program prepares, its children have too.
 """
 
-import logging
 import os
 import signal
 import subprocess
@@ -15,9 +14,13 @@ from typing import Final
 import anyio
 from anyio.abc import Process
 
+from asyncmq_nats._concurrency import open_task_group
+from asyncmq_nats._logging import get_logger
+from asyncmq_nats.exceptions import InvalidArgument
+
 __all__ = ["is_child", "parent_is_gone", "supervise"]
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 PARENT: Final = "ASYNCMQ_NATS_PARENT"
 LIVED_LONG: Final = 5.0
@@ -41,17 +44,33 @@ async def supervise(processes: int) -> int:
     """Run this program so many times until SIGINT or SIGTERM, which is passed on; a second one kills. Return the exit code for the parent.
 
     A child that ends is started again, at once if it lived for some seconds, otherwise after a growing delay.
+
+    Raises:
+        InvalidArgument: the program was read from standard input or typed in, so it cannot be run again.
     """
+    if not _can_run_again():
+        raise InvalidArgument(
+            "several processes run the program again, so it must be a file or a module: "
+            "write it into a file, or use processes=1 with a program from standard input",
+            processes,
+        )
     supervisor = _Supervisor(
         [sys.executable, *sys.orig_argv[1:]], os.environ | {PARENT: str(os.getpid())}
     )
-    async with anyio.create_task_group() as group:
+    async with open_task_group() as group:
         for number in range(processes):
             group.start_soon(supervisor.keep_running, number)
         group.start_soon(supervisor.pass_signals_on)
         await supervisor.wait(processes)
         group.cancel_scope.cancel()
     return supervisor.exit_code
+
+
+def _can_run_again() -> bool:
+    if sys.argv[:1] not in ([], [""], ["-"]):
+        return True
+    program = getattr(sys.modules["__main__"], "__file__", None)  # of standard input "<stdin>"
+    return bool(program and os.path.isfile(program))
 
 
 class _Supervisor:

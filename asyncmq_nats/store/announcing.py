@@ -1,18 +1,20 @@
 """Events: of what leaves no record of its own, told to whoever listens, at most once; and all of them to the listeners of this process."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
-from anyio.abc import TaskGroup
-
+from asyncmq_nats._concurrency import Spawner
 from asyncmq_nats.backends.base import Backend, Write
-from asyncmq_nats.events import PREFIX, STARTED, event_emitter, read_event
+from asyncmq_nats.events import PREFIX, PROGRESS, STARTED, event_emitter, read_event
+from asyncmq_nats.exceptions import InvalidJob
 from asyncmq_nats.jobs import Job
 from asyncmq_nats.states import State
-from asyncmq_nats.wire.codec import dump_json, splice
+from asyncmq_nats.wire.codec import dump_json, load_json, splice
 from asyncmq_nats.wire.keys import QueueSubjects, encode_token
 
-__all__ = ["WorkerEvents", "announce"]
+__all__ = ["WorkerEvents", "announce", "without_large"]
+
+TRUNCATED: Final = {"truncated": True}
 
 
 async def announce(
@@ -20,8 +22,27 @@ async def announce(
 ) -> None:
     """Tell that something happened to a job. `what`: one of the words in `events.ANNOUNCED`."""
     fields = {"id": job_id, "job_id": job_id, **data}
-    backend.signal(subjects.event(what, encode_token(job_id)), dump_json(fields))
+    body = dump_json(fields)
+    if len(body) > backend.max_body:
+        body = without_large(body, backend.max_body)
+    backend.signal(subjects.event(what, encode_token(job_id)), body)
     await event_emitter.emit(PREFIX + what, fields | {"queue": subjects.queue})
+
+
+def without_large(body: bytes, limit: int) -> bytes:
+    """Return the event without its largest members, so that it has `limit` bytes at most."""
+    try:
+        members = load_json(body)
+    except InvalidJob:
+        return b'{"truncated":true}'
+    sizes = {name: len(dump_json(value)) for name, value in members.items()}
+    size = len(body)
+    for name in sorted(sizes, key=sizes.__getitem__, reverse=True):
+        if size + 64 <= limit:
+            break
+        size -= sizes[name]
+        del members[name]
+    return dump_json(members | TRUNCATED)
 
 
 class WorkerEvents:
@@ -33,16 +54,25 @@ class WorkerEvents:
         self._start = b'"active_since":%r,"worker":' + dump_json(worker).replace(b"%", b"%%")
 
     def tell_start(
-        self, group: TaskGroup, token: str, body: bytes, at: float, job: Callable[[], Job]
+        self, spawner: Spawner, token: str, body: bytes, at: float, job: Callable[[], Job]
     ) -> None:
         """Tell that an attempt began. `body`: the job as it came; `job`: all of it, read if a listener here wants it."""
         # The job's own bytes, with what is new spliced in: no second encoding.
-        self._backend.signal(self._subjects.event(STARTED, token), splice(body, self._start % at))
+        data = splice(body, self._start % at)
+        if len(data) > self._backend.max_body:
+            data = without_large(data, self._backend.max_body)
+        self._backend.signal(self._subjects.event(STARTED, token), data)
         if event_emitter.listens() and event_emitter.listens(PREFIX + STARTED):
-            data = job().to_dict() | {"queue": self._subjects.queue, "status": State.ACTIVE}
-            group.start_soon(event_emitter.emit, PREFIX + STARTED, data)
+            fields = job().to_dict() | {"queue": self._subjects.queue, "status": State.ACTIVE}
+            spawner.spawn(event_emitter.emit, PREFIX + STARTED, fields)
 
-    def tell_end(self, group: TaskGroup, token: str, write: Write) -> None:
+    def tell_progress(self, spawner: Spawner, data: dict[str, Any]) -> None:
+        """Tell the listeners of this process how far a job is; the signal tells all others."""
+        if event_emitter.listens(PREFIX + PROGRESS):
+            told = data | {"queue": self._subjects.queue}
+            spawner.spawn(event_emitter.emit, PREFIX + PROGRESS, told)
+
+    def tell_end(self, spawner: Spawner, token: str, write: Write) -> None:
         """Tell the listeners of this process what became of an attempt; the server tells all others."""
         if not event_emitter.listens():
             return
@@ -52,4 +82,4 @@ class WorkerEvents:
             write.body,
         )
         if event is not None and event_emitter.listens(event.name):
-            group.start_soon(event_emitter.emit, event.name, event.data)
+            spawner.spawn(event_emitter.emit, event.name, event.data)

@@ -6,12 +6,16 @@ from typing import Final, TypeVar
 
 import anyio
 
-__all__ = ["FAREWELL", "LAG", "LOOKS", "look_for", "pause_after_refusal"]
+from asyncmq_nats.backends.base import Backend
+
+__all__ = ["FAREWELL", "LAG", "LOOKS", "look_for", "looks", "pause_after_refusal"]
 
 Found = TypeVar("Found")
 
 LOOKS: Final = (0.0, 0.0, 0.1)
-"""Pauses (seconds) before each look for a job that may not exist."""
+"""Pauses (seconds) before each look for a job that may not exist, where a replica may answer that lags behind."""
+LOOKS_AT_ONE_SERVER: Final = (0.0, 0.0, 0.0)
+"""The same on a single server: a job that is not seen in one look moved during it. It cannot do so in three in a row."""
 LAG: Final = (0.0, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
 """Pauses (seconds) before each look for what is known to be there: a read may be answered by a replica that has yet to hear of it."""
 
@@ -19,10 +23,16 @@ FAREWELL: Final = 5.0
 """How long each step of a worker's stopping may take that needs the server: it may be gone."""
 
 
+def looks(backend: Backend) -> Sequence[float]:
+    """Return the pauses before each look for a job that may not exist."""
+    return LOOKS if backend.reads_may_lag else LOOKS_AT_ONE_SERVER
+
+
 async def look_for(look: Callable[[], Awaitable[Found]], pauses: Sequence[float] = LOOKS) -> Found:
     """Look for a job until it is found, or has been missed often enough not to exist. Return what the last look returned."""
     for pause in pauses[:-1]:
-        await anyio.sleep(pause)
+        if pause:
+            await anyio.sleep(pause)
         if found := await look():
             return found
     await anyio.sleep(pauses[-1])

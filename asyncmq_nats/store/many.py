@@ -3,10 +3,9 @@
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from typing import Final, TypeVar
 
-import anyio
-
+from asyncmq_nats._concurrency import open_task_group
 from asyncmq_nats.backends.base import Backend, Record
-from asyncmq_nats.exceptions import AsyncMQError, sole_error
+from asyncmq_nats.exceptions import AsyncMQError
 
 __all__ = ["FILTERS_PER_READ", "for_each", "read_many", "split_filters"]
 
@@ -61,9 +60,8 @@ async def for_each(
                 group.cancel_scope.cancel()
                 return
 
-    with sole_error():
-        async with anyio.create_task_group() as group:
-            for _ in range(min(limit, len(items))):
-                group.start_soon(work)
+    async with open_task_group() as group:
+        for _ in range(min(limit, len(items))):
+            group.start_soon(work)
     if errors:
         raise errors[0]

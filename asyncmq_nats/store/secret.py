@@ -1,45 +1,75 @@
-"""The secret of a queue: message ids made with it cannot be guessed by producers that only publish."""
+"""The secret of a queue, and the ids made with it that only the queue's own processes can tell."""
 
 import os
+from functools import partial
+from hashlib import blake2b
+from typing import Final
 
-from asyncmq_nats.backends.base import Backend, Expect, Write
-from asyncmq_nats.exceptions import InvalidJob, WriteRefused
-from asyncmq_nats.wire.codec import dump_json, load_json
+from asyncmq_nats._logging import get_logger
+from asyncmq_nats.backends.base import Backend, Expect, Record, Write
+from asyncmq_nats.exceptions import WriteRefused
+from asyncmq_nats.store.commit import LAG, look_for
 from asyncmq_nats.wire.keys import QueueSubjects
 
-__all__ = ["QueueSecret"]
+__all__ = ["QueueSecret", "keyed_id"]
+
+logger = get_logger(__name__)
+
+SECRET_BYTES: Final = 32
+ID_BYTES: Final = 16
+
+
+def keyed_id(secret: bytes, *parts: str) -> str:
+    """Return an id that is the same in every process of the queue, and that nobody else can tell.
+
+    For message ids: the server drops a write under an id that it knows, so a stranger who can
+    guess one makes a job vanish by writing first.
+    """
+    return blake2b("\0".join(parts).encode(), key=secret, digest_size=ID_BYTES).hexdigest()
 
 
 class QueueSecret:
-    """Reads the secret of one queue, and makes it when there is none."""
+    """The random bytes `queue.secret` of one queue, made by the first process that asks.
 
-    def __init__(self, backend: Backend, keys: QueueSubjects) -> None:
+    The key has two tokens, so no event is made of it.
+    """
+
+    def __init__(self, backend: Backend, subjects: QueueSubjects) -> None:
         self._backend = backend
-        self._keys = keys
+        self._subjects = subjects
         self._secret = b""
 
     async def get(self) -> bytes:
-        """Return the secret."""
+        """Return the secret. It is read once.
+
+        Raises:
+            BackendError: it cannot be read or stored.
+        """
         while not self._secret:
-            self._secret = await self._read() or await self._make()
+            record = await self._read()
+            if record is not None and len(record.body) >= SECRET_BYTES:
+                self._secret = record.body[:64]
+            else:
+                await self._make(record)
         return self._secret
 
-    async def _read(self) -> bytes:
-        records = await self._backend.last(self._keys.bucket_log, self._keys.secret)
-        if not records or records[0].marker:
-            return b""
+    async def _make(self, malformed: Record | None) -> None:
+        """Store a secret, unless another process does."""
+        key, secret = self._subjects.secret, os.urandom(SECRET_BYTES).hex().encode()
+        if malformed is not None:
+            logger.warning("%s is too short to be a secret: it is replaced", key)
+        expect = Expect(key, 0 if malformed is None else malformed.sequence)
         try:
-            return str(load_json(records[0].body).get("secret", "")).encode()
-        except InvalidJob:
-            return b""
+            await self._backend.write(self._subjects.bucket_log, Write(key, secret, expect))
+        except WriteRefused:  # another process was faster: a replica may not know it yet
+            await look_for(partial(self._is_other_than, malformed), LAG)
+        else:
+            self._secret = secret
 
-    async def _make(self) -> bytes:
-        secret = os.urandom(32).hex()
-        write = Write(
-            self._keys.secret, dump_json({"secret": secret}), Expect(self._keys.secret, 0)
-        )
-        try:
-            await self._backend.write(self._keys.bucket_log, write)
-        except WriteRefused:  # another process was faster
-            return await self._read()
-        return secret.encode()
+    async def _read(self) -> Record | None:
+        records = await self._backend.last(self._subjects.bucket_log, self._subjects.secret)
+        return records[0] if records else None
+
+    async def _is_other_than(self, malformed: Record | None) -> bool:
+        record = await self._read()
+        return record is not None and (malformed is None or record.sequence > malformed.sequence)

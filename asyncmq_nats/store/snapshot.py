@@ -12,7 +12,7 @@ from asyncmq_nats.store.commit import LAG
 from asyncmq_nats.wire.codec import load_json
 from asyncmq_nats.wire.keys import Key, Kind, QueueSubjects
 
-__all__ = ["Snapshot", "group_by_job", "read_end", "read_snapshot"]
+__all__ = ["Snapshot", "count_reruns", "group_by_job", "read_end", "read_snapshot"]
 
 
 @dataclass(slots=True)
@@ -29,6 +29,8 @@ class Snapshot:
     edges: list[Record] = field(default_factory=list)
     """Children that wait for this job, except those of its own flow."""
     later: dict[Place, Record] = field(default_factory=dict)
+    last_later: int = 0
+    """Sequence of the last record of the job in transit, 0 if there is none."""
     last_end: int = 0
     """Sequence of the last record about the end of the job, 0 if there is none."""
 
@@ -42,14 +44,22 @@ class Snapshot:
         """Whether the job has an outcome."""
         return self.outcome is not None
 
-    def ended_since(self, reruns: int) -> bool:
-        """Return whether it has an outcome of this run or a later one; see `Job.reruns`."""
-        return self.outcome is not None and _reruns(self.outcome.body) >= reruns
-
     @property
     def exists(self) -> bool:
         """Whether there is a job: a claim or an edge alone is none."""
         return self.ended or bool(self.later)
+
+    def ended_since(self, reruns: int) -> bool:
+        """Return whether it has an outcome of this run or a later one; see `Job.reruns`."""
+        return self.outcome is not None and count_reruns(self.outcome.body) >= reruns
+
+    @property
+    def is_rerun(self) -> bool:
+        """Whether a record is of a later run than the outcome: a retry by hand is under way."""
+        if self.outcome is None:
+            return False
+        reruns = count_reruns(self.outcome.body)
+        return any(count_reruns(record.body) > reruns for record in self.later.values())
 
     @classmethod
     def of(cls, token: str, records: Sequence[Record], keys: QueueSubjects) -> "Snapshot":
@@ -61,6 +71,8 @@ class Snapshot:
                 continue
             if keys.is_done(record.subject):
                 snapshot.last_end = max(snapshot.last_end, record.sequence)
+            else:
+                snapshot.last_later = max(snapshot.last_later, record.sequence)
             if not record.marker:
                 snapshot._take(record, key)
         return snapshot
@@ -82,9 +94,10 @@ async def read_snapshot(backend: Backend, keys: QueueSubjects, token: str) -> Sn
     return Snapshot.of(token, records, keys)
 
 
-def _reruns(body: bytes) -> int:
+def count_reruns(body: bytes) -> int:
+    """Return how often a job was retried by hand; 0 for a body that is not a job."""
     try:
-        reruns = load_json(body).get("reruns", 0)
+        reruns = load_json(body).get("reruns")
     except InvalidJob:
         return 0
     return reruns if isinstance(reruns, int) else 0

@@ -3,17 +3,34 @@
 from typing import Final
 
 from asyncmq_nats._concurrency import Turns
+from asyncmq_nats._logging import get_logger
 from asyncmq_nats.backends.base import Backend, Consumer, Log, Write
 from asyncmq_nats.exceptions import AssetMissing, TooManyPriorities
 from asyncmq_nats.states import OUTCOMES, Place
-from asyncmq_nats.wire.keys import PROMOTER, QueueSubjects, counter_name, tier_name, tier_priority
+from asyncmq_nats.wire.keys import (
+    INDEXED,
+    PROMOTER,
+    QueueSubjects,
+    counter_name,
+    tier_name,
+    tier_priority,
+)
 
-__all__ = ["DEFAULT_PRIORITY", "MAX_TIERS", "TIER_SIGNAL", "QueueAssets"]
+__all__ = ["DEFAULT_PRIORITY", "LATEST_PAUSE", "MAX_TIERS", "TIER_SIGNAL", "QueueAssets"]
+
+logger = get_logger(__name__)
+
+logger = get_logger(__name__)
 
 DEFAULT_PRIORITY: Final = 5
 MAX_TIERS: Final = 256
 PROMOTER_LEASE: Final = 2.0
 """A released job or a tick whose promoter died is taken up by another one after so many seconds."""
+LOOK_LIMIT: Final = 50_000
+"""Ready jobs whose priority is looked at each time."""
+LOOK_PAGE: Final = 1_000
+LATEST_PAUSE: Final = 32_503_680_000.0
+"""The year 3000: a pause without an end."""
 TIER_SIGNAL: Final = "tier"
 """Control signal: a tier was made, or is wanted; the body is its priority."""
 
@@ -27,6 +44,11 @@ class QueueAssets:
         self._tiers: set[int] = set()
         self._logs_declared = False
         self._counters_declared = False
+        self._looked_at = 0
+        """Sequence of the last ready job whose priority was looked at."""
+        self._seen_priorities: set[int] = set()
+        self._told_of_too_many = False
+        self._incarnation = ""
         self._lock = Turns()
 
     async def declare(self) -> None:
@@ -47,23 +69,21 @@ class QueueAssets:
     async def declare_all(self) -> None:
         """Make sure that the counters and the promoter exist as well: what workers and readers need."""
         await self.declare()
-        if self._counters_declared:
-            return
+        if not self._counters_declared:
+            await self.declare_counters()
+            self._counters_declared = True
+
+    async def declare_counters(self) -> None:
+        """Make sure that the bucket, which is there, has its counters and the promoter's consumer: reads make no log."""
         log, subjects = self._subjects.bucket_log, self._subjects
-        for place in Place:
-            await self._backend.declare_consumer(
-                log, Consumer(counter_name(f"later_{place}"), (subjects.place(place),))
-            )
-        for state in OUTCOMES:
-            await self._backend.declare_consumer(
-                log, Consumer(counter_name(f"done_{state}"), (subjects.outcomes(state),))
-            )
+        filters = {f"later_{place}": subjects.place(place) for place in Place}
+        filters |= {f"done_{state}": subjects.outcomes(state) for state in OUTCOMES}
+        filters |= {f"index_{state}": subjects.indexed(state) for state in INDEXED}
+        for word, filter in filters.items():
+            await self._backend.declare_consumer(log, Consumer(counter_name(word), (filter,)))
         lease = min(PROMOTER_LEASE, self._backend.settings.stalled_after)
-        await self._backend.declare_consumer(
-            log,
-            Consumer(PROMOTER, (subjects.place(Place.RELEASED), subjects.fire("*")), lease=lease),
-        )
-        self._counters_declared = True
+        places = subjects.place(Place.RELEASED), subjects.fire("*")
+        await self._backend.declare_consumer(log, Consumer(PROMOTER, places, lease=lease))
 
     async def declare_tier(self, priority: int) -> None:
         """Make sure that a priority has its consumer, and tell the running workers of a new one. It is born paused while the queue is.
@@ -90,6 +110,10 @@ class QueueAssets:
                         self._subjects.control(TIER_SIGNAL), str(priority).encode()
                     )
                 self._tiers.add(priority)
+
+    def is_declared(self, priority: int) -> bool:
+        """Return whether this process knows that the priority has its consumer."""
+        return priority in self._tiers
 
     def _tier(self, priority: int, paused_until: float | None = None) -> Consumer:
         lease = self._backend.settings.stalled_after
@@ -124,7 +148,13 @@ class QueueAssets:
             return None
         if not records or records[0].marker:
             return None
-        until = float(records[0].body)
+        try:
+            until = float(records[0].body[:100])
+        except ValueError:
+            text = "queue %s: its pause record is malformed and passed over: %.100r"
+            logger.warning(text, self._subjects.queue, records[0].body[:100])
+            return None
+        until = min(until, LATEST_PAUSE)  # the server takes no later time
         return until if until > self._backend.now() and await self.is_paused() else None
 
     async def is_paused(self) -> bool:
@@ -150,26 +180,59 @@ class QueueAssets:
     async def find_orphans(self) -> list[int]:
         """Declare the tiers of ready jobs that have none, which no worker would ever see, and return their priorities.
 
-        They come from producers that may not declare consumers. Looked for only when the log holds more than its tiers know of.
+        They come from producers that may not declare consumers. Looked for only when the log holds more than its tiers know of, among
+        what is new since the last look, and `LOOK_LIMIT` records at most: anybody may add jobs of priorities that are none.
         """
-        before = await self._backend.count(self._subjects.ready_log)
+        log = self._subjects.ready_log
+        before = await self._backend.count(log)
         known = 0
         for priority in await self.list_tiers():
-            state = await self._backend.look_up(self._subjects.ready_log, tier_name(priority))
+            state = await self._backend.look_up(log, tier_name(priority))
             known += 0 if state is None else state.pending + state.leased
         # Counted before and after: jobs come and go while the tiers are asked.
-        if min(before, await self._backend.count(self._subjects.ready_log)) <= known:
+        if min(before, await self._backend.count(log)) <= known:
             return []
-        subjects = await self._backend.list_subjects(
-            self._subjects.ready_log, self._subjects.all_ready
-        )
-        wanted = {
-            tier for subject in subjects if (tier := self._subjects.tier_of(subject)) is not None
-        }
-        missing = sorted(wanted - set(await self.list_tiers()))
-        for priority in missing:
+        await self._read_priorities()
+        tiers = await self.list_tiers()
+        room = MAX_TIERS - len(tiers)
+        missing = sorted(self._seen_priorities - set(tiers))
+        for priority in missing[:room]:
             await self.declare_tier(priority)
-        return missing
+        if len(missing) > room:
+            self._warn_of_too_many(missing[room])
+        self._seen_priorities.clear()
+        return missing[:room]
+
+    async def _read_priorities(self) -> None:
+        """Note the priorities of the ready jobs that were not looked at before."""
+        log = self._subjects.ready_log
+        if await self._backend.last_sequence(log) < self._looked_at:
+            self._looked_at = 0  # the log was lost, and made again
+        for _ in range(LOOK_LIMIT // LOOK_PAGE):
+            page = await self._backend.page(
+                log,
+                self._subjects.all_ready,
+                from_sequence=self._looked_at + 1,
+                limit=LOOK_PAGE,
+                mostly=True,
+            )
+            tiers = {self._subjects.tier_of(record.subject) for record in page}
+            self._seen_priorities |= {tier for tier in tiers if tier is not None}
+            if page:
+                self._looked_at = page[-1].sequence
+            if len(page) < LOOK_PAGE:
+                break
+
+    def _warn_of_too_many(self, priority: int) -> None:
+        if not self._told_of_too_many:
+            self._told_of_too_many = True
+            logger.warning(
+                "queue %s has jobs of more than %d priorities: those of priority %d, and of each later one that has no "
+                "tier, are not run",
+                self._subjects.queue,
+                MAX_TIERS,
+                priority,
+            )
 
     async def list_tiers(self) -> list[int]:
         """Return the priorities that have a consumer, the first to run first."""
@@ -179,10 +242,27 @@ class QueueAssets:
             return []
         return sorted(priority for name in names if (priority := tier_priority(name)) is not None)
 
+    async def restore_lost(self) -> bool:
+        """Declare again what is gone, as when a server came back without its store.
+
+        Return whether the bucket has lost all it had since the last call.
+        """
+        logs = (self._subjects.ready_log, self._subjects.bucket_log)
+        found = [await self._backend.incarnation(log) for log in logs]
+        lost = self._incarnation not in ("", found[1])
+        if lost or None in found:
+            logger.error("queue %s: its streams were gone and are made again", self._subjects.queue)
+            self.forget()
+            await self.declare_all()
+            found = [await self._backend.incarnation(log) for log in logs]
+        self._incarnation = found[1] or ""
+        return lost
+
     def forget(self) -> None:
         """Declare everything anew when next asked: something was found missing."""
         self._logs_declared = self._counters_declared = False
         self._tiers.clear()
+        self._looked_at = 0
 
     @property
     def ready_log(self) -> Log:
@@ -202,4 +282,5 @@ class QueueAssets:
             (self._subjects.all_bucket,),
             timers=True,
             republish=self._subjects.republish_bucket,
+            ballast=self._subjects.ballast,
         )

@@ -8,7 +8,7 @@ from typing import Any, Final
 from asyncmq_nats._concurrency import Turns
 from asyncmq_nats.backends.base import Backend, Expect, Write
 from asyncmq_nats.events import DUPLICATED
-from asyncmq_nats.exceptions import AssetMissing, InvalidFlow, WriteRefused
+from asyncmq_nats.exceptions import AssetMissing, InvalidFlow, StreamBusy, WriteRefused
 from asyncmq_nats.jobs import Job
 from asyncmq_nats.jobs import check_size as check_size_of
 from asyncmq_nats.states import Place
@@ -145,7 +145,13 @@ class Additions:
             job.custom_id or job.delay_until is not None or job.depends_on for job in jobs
         )
         batch = await self._batch(jobs, in_bucket=in_bucket)
-        await self._write_again_when_missing(batch.writes, priorities)
+        try:
+            await self._write_again_when_missing(batch.writes, priorities)
+        except StreamBusy:  # strangers can keep batches of the ready log open, not of the bucket
+            if in_bucket:
+                raise
+            batch = await self._batch(jobs, in_bucket=True)
+            await self._write_again_when_missing(batch.writes, priorities)
         await self._finish_batch(batch)
 
     async def add_linked(self, jobs: Sequence[Job]) -> None:
@@ -359,7 +365,9 @@ class Additions:
         what = f"job {job.job_id!r} of task {job.task_id!r}"
         if job.depends_on and len(job.depends_on) > NARROW_LIMIT:
             what += f", which depends on {len(job.depends_on):,} jobs (each id counts),"
-        check_size_of(body, what, self._backend.max_body)
+        check_size_of(
+            body, what, self._backend.max_body, self._backend.settings.max_job_payload_bytes
+        )
         return body
 
     async def is_duplicate(self, job_id: str) -> bool:

@@ -7,7 +7,8 @@ from typing import Any, Final
 
 import anyio
 
-from asyncmq_nats._arguments import build_job
+from asyncmq_nats._arguments import WriteArguments, build_job, write_plainly
+from asyncmq_nats._concurrency import open_task_group
 from asyncmq_nats.events import DUPLICATED
 from asyncmq_nats.exceptions import AsyncMQError, BulkAddFailed, WriteRefused
 from asyncmq_nats.jobs import Job
@@ -42,7 +43,7 @@ KEYS: Final = frozenset(
 
 
 def build_entries(
-    now: float, entries: Iterable[Mapping[str, Any]]
+    now: float, entries: Iterable[Mapping[str, Any]], write: WriteArguments = write_plainly
 ) -> tuple[list[Job], dict[int, Window]]:
     """Return the jobs that the entries of `add_bulk` stand for, and the deduplication windows by index. `now`: Unix seconds.
 
@@ -55,7 +56,7 @@ def build_entries(
         fields = _checked_entry(entry, index)
         with _blaming(index):
             window = take_window(fields)
-            jobs.append(build_job(now, **fields))
+            jobs.append(build_job(now, write=write, **fields))
         if window is not None:
             windows[index] = window
     return jobs, windows
@@ -120,7 +121,7 @@ async def add_many(additions: Additions, jobs: Sequence[Job]) -> list[str]:
             except AsyncMQError as error:
                 errors.update(dict.fromkeys(range(first, first + len(batch)), error))
 
-    async with anyio.create_task_group() as group:
+    async with open_task_group() as group:
         for first, batch in batches:
             group.start_soon(add_batch, first, batch)
     if len(errors) == len(jobs) and errors:
@@ -161,7 +162,7 @@ async def _without_existing(additions: Additions, batch: Sequence[Job]) -> list[
         if await additions.is_duplicate(job_id):
             existing.add(job_id)
 
-    async with anyio.create_task_group() as group:
+    async with open_task_group() as group:
         for job_id in {job.job_id for job in batch if job.custom_id}:
             group.start_soon(look_up, job_id)
     seen: set[str] = set()

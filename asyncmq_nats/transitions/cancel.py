@@ -1,6 +1,7 @@
 """Transitions that a person or a program asks for, rather than a worker: retry, remove."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 from typing import Final
 
 from asyncmq_nats.backends.base import Backend, Expect, Record, Write
@@ -14,9 +15,10 @@ from asyncmq_nats.exceptions import (
 from asyncmq_nats.jobs import Job
 from asyncmq_nats.states import Place, State
 from asyncmq_nats.store.commit import pause_after_refusal
+from asyncmq_nats.store.snapshot import Snapshot, count_reruns, read_snapshot
 from asyncmq_nats.store.topology import QueueAssets
-from asyncmq_nats.transitions.claim import AFTERLIFE, Claim
-from asyncmq_nats.transitions.finish import OUTCOME_FIELDS
+from asyncmq_nats.transitions.claim import CLAIM_TTL, Claim
+from asyncmq_nats.transitions.deliver import OUTCOME_FIELDS
 from asyncmq_nats.transitions.release import MARKER_TTL, Dependencies
 from asyncmq_nats.wire.codec import dump_json, load_json
 from asyncmq_nats.wire.keys import QueueSubjects, decode_token, encode_token, tier_name
@@ -49,7 +51,7 @@ class Administration:
             records = await self._backend.last(
                 self._subjects.bucket_log, self._subjects.later(token, place)
             )
-            if any(is_delayed(record, self._subjects, self._backend.now()) for record in records):
+            if any(self._is_delayed(record) for record in records):
                 return await self._backend.delete(self._subjects.bucket_log, records[0].sequence)
         return False
 
@@ -76,108 +78,97 @@ class Administration:
         return await self._backend.delete(self._subjects.bucket_log, records[0].sequence)
 
     async def cancel(self, job_id: str) -> bool:
-        """End a job that has not ended as cancelled, wherever it is. Return whether there was one. A worker that runs it must be told."""
+        """End a job that has not ended as cancelled, wherever it is. Return whether there was one.
+
+        One write records the outcome; what is left of the job is deleted afterwards. A worker
+        that runs it must be told.
+        """
         token, written = encode_token(job_id), b""
         while True:
-            bucket, ready = await self._read_all(token)
-            ended = next(
-                (
-                    record
-                    for record in bucket
-                    if not record.marker and self._subjects.outcome_state(record.subject)
-                ),
-                None,
-            )
-            if ended is not None and ended.body != written:
+            snapshot = await read_snapshot(self._backend, self._subjects, token)
+            if snapshot.outcome is not None and snapshot.outcome.body != written:
                 return False
-            if ended is None:
-                writes = self._cancellation(token, bucket, ready)
-                if not writes:
+            if snapshot.outcome is None:
+                ready = await self._read_ready(token)
+                if not snapshot.later and not ready:
                     return False
+                writes = self._cancellation(snapshot, ready)
                 written = writes[0].body
                 try:
                     await self._dependencies.write_and_sweep(*writes)
-                except WriteRefused:  # it moved or ended meanwhile, or this was stored and its confirmation lost: look again
+                except WriteRefused:  # it moved or ended, or the confirmation of this was lost
                     await pause_after_refusal()
                     continue
-            await self._finish_cancellation(token, _reruns(written))
+            await self._finish_cancellation(snapshot, count_reruns(written))
             if b'"wide"' in written:
                 await self._dependencies.forget(token)
             return True
 
-    async def _read_all(self, token: str) -> tuple[list[Record], list[Record]]:
-        """Return all records of a job: those in the bucket, and the ready one."""
+    async def _read_ready(self, token: str) -> list[Record]:
         subjects = self._subjects
-        bucket = await self._backend.last(
-            subjects.bucket_log, subjects.later_all(token), subjects.done_all(token)
-        )
-        return bucket, await self._backend.last(subjects.ready_log, subjects.ready_any(token))
+        return await self._backend.last(subjects.ready_log, subjects.ready_any(token))
 
-    def _cancellation(
-        self, token: str, bucket: Sequence[Record], ready: Sequence[Record]
-    ) -> list[Write]:
-        """Return the writes that cancel a job, its outcome first; none if there is no job."""
-        subjects = self._subjects
-        live = [record for record in bucket if not record.marker]
-        later = [record for record in live if not subjects.is_done(record.subject)]
-        sources = later + list(ready)
-        if not sources:
-            return []
-        last = max(
-            (record.sequence for record in bucket if subjects.is_done(record.subject)), default=0
-        )
-        removed = [
-            record for record in live if record in later or subjects.is_claim(record.subject)
-        ]
-        outcome = self._cancelled(token, sources[0].body, Expect(subjects.done_all(token), last))
-        reminder = self._reminder(token, outcome.body, live)
-        kept = {write.subject for write in reminder}
-        # Each marker expects what it removes, as whoever moves that does: on a cluster, they would not see each other otherwise.
-        markers = [
-            _marker(record.subject, Expect(record.subject, record.sequence))
-            for record in removed
-            if record.subject not in kept
-        ]
-        return [outcome, *reminder, *markers]
+    def _cancellation(self, snapshot: Snapshot, ready: Sequence[Record]) -> list[Write]:
+        """Return the writes that cancel a job: its outcome, and a reminder if others wait for it."""
+        source = next(iter([*snapshot.later.values(), *ready]))
+        outcome = self._cancelled(snapshot.token, source.body, snapshot.fence)
+        reminder = self._reminder(snapshot, outcome.body)
+        delayed = snapshot.later.get(Place.DELAYED)
+        if reminder:
+            return [outcome, *reminder, *self._markers(snapshot, {w.subject for w in reminder})]
+        if delayed is not None:
+            # Its timer goes with the same message: the job cannot become due any more.
+            outcome = replace(outcome, removes=delayed.subject)
+        return [outcome]
 
-    async def _finish_cancellation(self, token: str, reruns: int) -> None:
-        """Tell those who wait for a job that was cancelled, and remove what is left of it; but not what was made of it by a retry since."""
-        subjects = self._subjects
+    @staticmethod
+    def _markers(snapshot: Snapshot, kept: Collection[str]) -> list[Write]:
+        """Return the writes that remove a job in transit inside a batch.
+
+        Each expects what it removes: on a cluster, a promoter that moves it is then noticed.
+        """
+        return [
+            Write(r.subject, b"", Expect(r.subject, r.sequence), ttl=MARKER_TTL, marker=True)
+            for r in snapshot.later.values()
+            if r.subject not in kept
+        ]
+
+    async def _finish_cancellation(self, snapshot: Snapshot, reruns: int) -> None:
+        """Tell the children of a cancelled job, and delete what is left of it.
+
+        What a retry by hand has made of it since stays.
+        """
+        subjects, token = self._subjects, snapshot.token
         try:
             await self._dependencies.release(token)
         except BackendError:
             key = subjects.outcome(token, State.CANCELLED)
-            if any(
-                not record.marker for record in await self._backend.last(subjects.bucket_log, key)
-            ):
+            if any(not r.marker for r in await self._backend.last(subjects.bucket_log, key)):
                 raise
         for log, filter in (
             (subjects.bucket_log, subjects.later_all(token)),
             (subjects.ready_log, subjects.ready_any(token)),
         ):
             for record in await self._backend.last(log, filter):
-                if not record.marker and _reruns(record.body) <= reruns:
+                if not record.marker and count_reruns(record.body) <= reruns:
                     await self._backend.delete(log, record.sequence)
+        if snapshot.claim is not None:
+            await self._backend.delete(subjects.bucket_log, snapshot.claim.sequence)
 
-    def _reminder(self, token: str, outcome: bytes, records: Sequence[Record]) -> list[Write]:
-        """Return the write that has a promoter tell those who wait for the job, if any do, should this process not come to that.
+    def _reminder(self, snapshot: Snapshot, outcome: bytes) -> list[Write]:
+        """Return the write that has a promoter tell the children, should this process die first.
 
-        To a promoter it is a job that is released, with a chosen id, so that it looks whether the job has ended.
+        To a promoter it is a released job with a chosen id: it looks whether the job has ended.
+        Outcome and reminder are one batch, the only one of a cancellation: only for a parent.
         """
         job = load_json(outcome)
-        if not job.get("children") and not any(
-            self._subjects.is_edge(record.subject) for record in records
-        ):
+        if not job.get("children") and not snapshot.edges:
             return []
-        key = self._subjects.later(token, Place.RELEASED)
-        there = next((record.sequence for record in records if record.subject == key), 0)
-        return [
-            Write(
-                key,
-                dump_json(job | {"custom_id": True, "retries": 0, "reruns": 0}),
-                Expect(key, there),
-            )
-        ]
+        there = snapshot.later.get(Place.RELEASED)
+        key = self._subjects.later(snapshot.token, Place.RELEASED)
+        expect = Expect(key, 0 if there is None else there.sequence)
+        body = dump_json(job | {"custom_id": True, "retries": 0, "reruns": 0})
+        return [Write(key, body, expect)]
 
     async def remove(self, job_id: str) -> bool:
         """Remove a job that is not running, in any state. Return whether it was removed."""
@@ -218,86 +209,81 @@ class Administration:
         }
         subject = self._subjects.outcome(token, State.CANCELLED)
         return Write(
-            subject, dump_json(job), expect, ttl=self._backend.settings.failed_ttl, beside=True
+            subject,
+            dump_json(job),
+            expect,
+            ttl=self._backend.settings.failed_ttl,
+            beside=True,
+            index=self._subjects.index(token, State.CANCELLED),
         )
 
     async def rerun(self, job_id: str) -> bool:
-        """Release a job that ended badly, or that is delayed, as if it were new. Return whether it was in such a state."""
-        token, subjects = encode_token(job_id), self._subjects
-        released = subjects.later(token, Place.RELEASED)
-        for _ in range(10):
-            records = await self._backend.last(
-                subjects.bucket_log, subjects.later_all(token), subjects.done_all(token)
-            )
-            done = [record for record in records if subjects.is_done(record.subject)]
-            outcome = next(
-                (
-                    r
-                    for r in done
-                    if not r.marker
-                    and subjects.outcome_state(r.subject) not in (None, State.COMPLETED)
-                ),
-                None,
-            )
-            delayed = next(
-                (
-                    record
-                    for record in records
-                    if is_delayed(record, self._subjects, self._backend.now())
-                ),
-                None,
-            )
-            if outcome is not None:
-                expect = Expect(subjects.done_all(token), max(record.sequence for record in done))
-                # What a worker of an earlier attempt says of its end, or says again, comes to this claim.
-                claim = Claim.on_all_until(await self._backend.last_sequence(subjects.ready_log))
-                writes = [
-                    Write(released, self._renewed(outcome.body), expect, beside=True),
-                    _marker(outcome.subject),
-                ]
-                writes.append(Write(subjects.claim(token), claim.encode(), ttl=AFTERLIFE))
-            elif delayed is not None:
-                expect = Expect(delayed.subject, delayed.sequence)
-                writes = [
-                    Write(
-                        released,
-                        self._renewed(delayed.body),
-                        expect,
-                        removes=None if delayed.subject == released else delayed.subject,
-                    )
-                ]
-            else:
-                return False
+        """Release a job that ended badly, or that is delayed, as if it were new.
+
+        Return whether it was in such a state, and was not retried by another caller.
+        """
+        token = encode_token(job_id)
+        for _ in range(20):
+            snapshot = await read_snapshot(self._backend, self._subjects, token)
             try:
-                await self._dependencies.write_and_sweep(*writes)
-            except WriteRefused:  # it moved meanwhile: look again
-                continue
-            return True
+                if snapshot.ended:
+                    return await self._rerun_ended(snapshot)
+                delayed = [r for r in snapshot.later.values() if self._is_delayed(r)]
+                return bool(delayed) and await self._rerun_delayed(token, delayed[0])
+            except WriteRefused:  # it moved, or another caller retries it
+                await pause_after_refusal()
         return False
+
+    async def _rerun_ended(self, snapshot: Snapshot) -> bool:
+        """Void what earlier workers may still write, release the job, then delete the outcome.
+
+        The released record is the transaction: a promoter that finds it beside the outcome of an
+        earlier run finishes the rerun. It expects nothing new in transit: one caller releases it.
+        """
+        if snapshot.outcome is None or snapshot.state is State.COMPLETED:
+            return False
+        log, subjects = self._subjects.bucket_log, self._subjects
+        released = not snapshot.is_rerun
+        if released:
+            if snapshot.claim is None or not Claim.decode(snapshot.claim.body).voids_all:
+                await self._void_earlier_runs(snapshot)
+            key = subjects.later(snapshot.token, Place.RELEASED)
+            expect = Expect(subjects.later_all(snapshot.token), snapshot.last_later)
+            body = self._renewed(snapshot.outcome.body)
+            await self._backend.write(log, Write(key, body, expect, beside=True))
+        await self._backend.delete(log, snapshot.outcome.sequence)
+        return released
+
+    async def _void_earlier_runs(self, snapshot: Snapshot) -> None:
+        subjects = self._subjects
+        claim = Claim.on_all_until(await self._backend.last_sequence(subjects.ready_log))
+        key = subjects.claim(snapshot.token)
+        write = Write(key, claim.encode(), snapshot.fence, ttl=CLAIM_TTL)
+        await self._backend.write(subjects.bucket_log, write)
+
+    async def _rerun_delayed(self, token: str, delayed: Record) -> bool:
+        released = self._subjects.later(token, Place.RELEASED)
+        write = Write(
+            released,
+            self._renewed(delayed.body),
+            Expect(delayed.subject, delayed.sequence),
+            removes=None if delayed.subject == released else delayed.subject,
+        )
+        await self._backend.write(self._subjects.bucket_log, write)
+        return True
+
+    def _is_delayed(self, record: Record) -> bool:
+        return is_delayed(record, self._subjects, self._backend.now())
 
     def _renewed(self, body: bytes) -> bytes:
         """Return a job as it was when it was new: only its errors tell what was. Its time to live begins now."""
         data = load_json(body)
-        for name in (*OUTCOME_FIELDS, "delay_until"):
+        for name in (*OUTCOME_FIELDS, "delay_until", "put_off_since", "put_off_reason"):
             data.pop(name, None)
         return dump_json(
             data
             | {"retries": 0, "reruns": data.get("reruns", 0) + 1, "created_at": self._backend.now()}
         )
-
-
-def _marker(subject: str, expect: Expect | None = None) -> Write:
-    """Return the write that removes a record inside a batch; the marker itself goes a second later."""
-    return Write(subject, b"", expect, ttl=MARKER_TTL, marker=True)
-
-
-def _reruns(body: bytes) -> int:
-    """Return how often a job was retried by hand; 0 for what is not a job."""
-    try:
-        reruns = load_json(body).get("reruns")
-    except InvalidJob:
-        return 0
-    return reruns if isinstance(reruns, int) else 0
 
 
 def is_delayed(record: Record, subjects: QueueSubjects, now: float) -> bool:

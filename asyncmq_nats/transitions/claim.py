@@ -1,19 +1,106 @@
-"""One delivery of a job to a worker, its claim on the job, and what became of it."""
+"""One delivery of a job to a worker, and the claim that a redelivery needs.
 
-import logging
+The first delivery of a job is trusted: nothing is read before it runs. A redelivery is checked
+against what is stored. A claim makes the server reject what an earlier worker writes later.
+"""
+
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 from typing import Final
 
+from asyncmq_nats._logging import get_logger
 from asyncmq_nats.backends.base import Delivery, Write
 from asyncmq_nats.exceptions import InvalidJob
 from asyncmq_nats.jobs import Job, JobHead
 from asyncmq_nats.wire.codec import dump_json, load_json
 
-__all__ = ["AFTERLIFE", "Attempt", "Claim", "FollowUps", "Verdict", "leave"]
+__all__ = ["CLAIM_TTL", "Attempt", "Claim", "Disposition", "FollowUps", "settle_delivery"]
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
+
+CLAIM_TTL: Final = 86_400.0
+"""Seconds after which a claim goes by itself. Only a job that runs longer loses its protection."""
+LAST_DELIVERY: Final = 2**31
+"""No message is delivered this often."""
+
+
+class Disposition(Enum):
+    """What to do with a delivery that is not run, or whose result was rejected."""
+
+    ACK = auto()
+    """The job has an outcome, or goes on elsewhere: acknowledge the message."""
+    ABANDON = auto()
+    """Another worker has the job: do nothing, an ack would take the message from that worker."""
+
+
+def settle_delivery(delivery: Delivery, disposition: Disposition) -> None:
+    """Acknowledge a delivery, or let its lease run out."""
+    if disposition is Disposition.ACK:
+        delivery.ack()
+    else:
+        delivery.abandon()
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """The record with which a worker says that it runs a job, or that it has handed it back."""
+
+    worker: str
+    message: int
+    """Sequence of the ready message. A claim on an earlier message is void."""
+    delivery: int
+    stalls: int
+    """How often a worker was lost while it ran the job for certain: it had a claim."""
+    released: bool = False
+    """Handed back: the end of this worker is no loss of the job."""
+    suspected: bool = False
+    """A worker without a claim was lost: the job may have run in it."""
+
+    @classmethod
+    def on_all_until(cls, message: int) -> "Claim":
+        """Return the claim that voids every delivery of this message and of earlier ones."""
+        return cls("", message, LAST_DELIVERY, stalls=0, released=True)
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Orders claims and deliveries: the later one has the job."""
+        return self.message, self.delivery
+
+    @property
+    def voids_all(self) -> bool:
+        """Whether it is the claim of a retry by hand."""
+        return self.delivery == LAST_DELIVERY
+
+    @property
+    def disposition(self) -> Disposition:
+        """What to do with an earlier delivery."""
+        return Disposition.ACK if self.voids_all else Disposition.ABANDON
+
+    def encode(self) -> bytes:
+        """Return the record."""
+        data = {
+            "worker": self.worker,
+            "message": self.message,
+            "delivery": self.delivery,
+            "stalls": self.stalls,
+            "released": self.released,
+        }
+        return dump_json(data | {"suspected": True} if self.suspected else data)
+
+    @classmethod
+    def decode(cls, body: bytes) -> "Claim":
+        """Return the claim of a record. A malformed record claims nothing."""
+        try:
+            data = load_json(body)
+        except InvalidJob:
+            data = {}
+        message, delivery, stalls = (data.get(name) for name in ("message", "delivery", "stalls"))
+        if not (isinstance(message, int) and isinstance(delivery, int) and isinstance(stalls, int)):
+            logger.warning("malformed claim ignored: %.200r", body)
+            return cls("", 0, 0, 0)
+        worker, released = str(data.get("worker")), data.get("released") is True
+        return cls(worker, message, delivery, stalls, released, data.get("suspected") is True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,22 +121,27 @@ class Attempt:
     delivery: Delivery
     token: str
     head: JobHead
+    body: bytes = field(default=b"", repr=False)
     expect: int = 0
-    """Sequence of the last record about the job's end: 0 on a first delivery, the claim's on a redelivery."""
-    claimed: bool = False
-    leftovers: tuple[str, ...] = ()
-    """Records of the job in transit, to be removed together with the end of the attempt."""
+    """Sequence of the last record about the end of the job. 0 on a first delivery."""
+    claim_sequence: int = 0
+    """Sequence of the claim on the job, 0 if there is none. Deleted with the end of the job."""
+    claim_sent: bool = False
+    leftovers: dict[str, int] = field(default_factory=dict)
+    """Records of the job in transit, key → sequence: deleted with the end of the attempt."""
+    stalls: int = 0
+    suspected: bool = False
+    lost: bool = False
+    """Whether the worker of an earlier delivery was lost and may have run the job."""
     awaited: bool = False
-    """Whether other jobs were seen to wait for this one."""
-    companions: tuple[Write, ...] = ()
-    """What is committed together with the outcome: follow-up jobs."""
+    """Whether edges to this job were seen: its end has to be told to children."""
     follow_ups: FollowUps | None = None
     """Jobs that are added with its result."""
-    make_companions: Callable[[], Awaitable[FollowUps]] | None = field(default=None, repr=False)
-    """Makes them anew, since what they expect of other jobs may have changed."""
+    prepare_again: Callable[[], Awaitable[FollowUps]] | None = field(default=None, repr=False)
+    """Prepares those again that are a batch: what they expect of other jobs may have changed."""
     started_at: float = 0.0
-    body: bytes = field(default=b"", repr=False)
-    _job: Job | None = field(default=None, repr=False)
+    known: Job | None = field(default=None, repr=False)
+    """All of the job, once it was read."""
 
     @property
     def job(self) -> Job:
@@ -58,92 +150,32 @@ class Attempt:
         Raises:
             InvalidJob: a part that is not needed to run it is malformed.
         """
-        if self._job is None:
-            self._job = replace(Job.decode(self.body), stalls=self.head.stalls)
-        return self._job
+        if self.known is None:
+            self.known = replace(Job.decode(self.body), stalls=self.stalls)
+        return self.known
 
     @property
     def order(self) -> tuple[int, int]:
-        """Which of two attempts at a job is the later one."""
+        """Orders attempts and claims: the later one has the job."""
         return self.delivery.sequence, self.delivery.deliveries
 
-    def count_stalls(self, claim: "Claim | None") -> int:
-        """Return how often the job's worker was lost, now that it is delivered again. A claim that was released is no loss."""
-        if claim is None or claim.message != self.delivery.sequence:
-            return 1
-        return claim.stalls + (0 if claim.released else 1)
-
-
-AFTERLIFE: Final = 86_400.0
-"""For so long (seconds) a claim outlasts its attempt, if the job goes on."""
-LAST_DELIVERY: Final = 2**31
-"""No message is delivered so often."""
-
-
-@dataclass(frozen=True, slots=True)
-class Claim:
-    """A worker's word that it runs a job that was delivered before."""
-
-    worker: str
-    message: int
-    """Sequence of the ready message: a claim on an earlier one is void."""
-    delivery: int
-    stalls: int
-    released: bool = False
-
-    @classmethod
-    def on_all_until(cls, message: int) -> "Claim":
-        """Return the claim that takes the job from whoever has a delivery of this message or of an earlier one: it has begun anew."""
-        return cls("", message, LAST_DELIVERY, stalls=0, released=True)
-
     @property
-    def order(self) -> tuple[int, int]:
-        """Which of two claims, or of a claim and a delivery, is the later one."""
-        return self.message, self.delivery
+    def losses(self) -> int:
+        """How many workers were lost while they ran the job, the one that may have run it too."""
+        return self.stalls + self.suspected
 
-    @property
-    def verdict(self) -> "Verdict":
-        """What is to be done with an earlier delivery."""
-        return Verdict.DONE if self.delivery == LAST_DELIVERY else Verdict.STALE
+    def count_losses(self, claim: Claim | None, now: float, lease: float) -> None:
+        """Take over the losses that a redelivery finds. `lease`: seconds, `now`: server time."""
+        message, deliveries = self.order
+        if claim is None or claim.message != message:
+            # A lease cannot have run out before the message is as old as a lease: it was a NAK.
+            self.suspected = self.lost = now - self.delivery.time >= lease
+            return
+        unclaimed = deliveries - claim.delivery > 1  # a delivery without a claim came between
+        self.stalls = claim.stalls + (not claim.released)
+        self.suspected = claim.suspected or (claim.released and unclaimed)
+        self.lost = not claim.released or unclaimed
 
-    def encode(self) -> bytes:
-        """Return the record."""
-        return dump_json(
-            {
-                "worker": self.worker,
-                "message": self.message,
-                "delivery": self.delivery,
-                "stalls": self.stalls,
-                "released": self.released,
-            }
-        )
-
-    @classmethod
-    def decode(cls, body: bytes) -> "Claim":
-        """Return the claim of a record; one that is malformed claims nothing."""
-        try:
-            data = load_json(body)
-        except InvalidJob:
-            data = {}
-        message, delivery, stalls = (data.get(name) for name in ("message", "delivery", "stalls"))
-        if not (isinstance(message, int) and isinstance(delivery, int) and isinstance(stalls, int)):
-            logger.warning("a claim is malformed, and passed over: %.200r", body)
-            return cls("", 0, 0, 0)
-        return cls(str(data.get("worker")), message, delivery, stalls, data.get("released") is True)
-
-
-class Verdict(Enum):
-    """What became of a delivery that was not run, or of a write that was refused."""
-
-    DONE = auto()
-    """The job has its outcome, or goes on elsewhere: the message may go."""
-    STALE = auto()
-    """Another worker is in charge: touch nothing."""
-
-
-def leave(delivery: Delivery, verdict: Verdict) -> None:
-    """Let go of a delivery that is not run, or that has been."""
-    if verdict is Verdict.DONE:
-        delivery.ack()
-    else:
-        delivery.abandon()
+    def claim(self, worker: str, *, released: bool = False) -> Claim:
+        """Return the claim of this attempt."""
+        return Claim(worker, *self.order, self.stalls, released, self.suspected)

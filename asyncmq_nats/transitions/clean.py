@@ -1,140 +1,207 @@
-"""Removing many jobs at once: clean, drain, obliterate."""
+"""Removing many jobs at once: clean, drain, obliterate. In steps: each holds the stream for a short time only.
 
+One purge by filter would be one call, but the server holds the stream for as long as it takes: 46 s for a million records.
+"""
+
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import suppress
 from math import inf
+from typing import Final
 
-from asyncmq_nats.backends.base import Backend
+from asyncmq_nats.backends.base import Backend, Expect, Record, Write
+from asyncmq_nats.exceptions import AssetMissing, WriteRefused
 from asyncmq_nats.states import OUTCOMES, Place, State
+from asyncmq_nats.store.pages import JobLists, Source
+from asyncmq_nats.store.reads import Inspection
 from asyncmq_nats.store.topology import QueueAssets
-from asyncmq_nats.wire.keys import QueueSubjects, decode_token, tier_name
-
-__all__ = ["Cleanup"]
-
 from asyncmq_nats.transitions.cancel import PLACES_OF, is_delayed
 from asyncmq_nats.transitions.waits import Waits
+from asyncmq_nats.wire.keys import INDEXED, QueueSubjects, decode_token
+
+__all__ = ["Cleanup", "Progress"]
+
+STEP: Final = 2_000
+"""Records that are read and removed at a time."""
+
+PURGE_STEP: Final = 100_000
+"""Sequences that are purged at a time: the server is busy with the stream meanwhile."""
+
+Progress = Callable[[int], None]
+"""Told how many jobs have been removed so far."""
 
 
 class Cleanup:
     """Removes many jobs of one queue."""
 
-    def __init__(self, backend: Backend, subjects: QueueSubjects, assets: QueueAssets) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        subjects: QueueSubjects,
+        assets: QueueAssets,
+        inspection: Inspection,
+        lists: JobLists,
+    ) -> None:
         self._backend = backend
         self._subjects = subjects
         self._assets = assets
+        self._inspection = inspection
+        self._lists = lists
 
-    async def clean(self, state: State, older_than: float | None) -> int:
-        """Remove the jobs that came to a state before a time (Unix seconds), or all of them; return how many.
+    async def clean_jobs(
+        self,
+        state: State,
+        older_than: float = inf,
+        limit: int = 0,
+        progress: Progress | None = None,
+    ) -> list[str]:
+        """Remove up to `limit` (0: any number of) jobs that came to a state before a time, the oldest first; return their ids.
 
-        For outcomes one look-up and one purge, whatever their number. A job that waits is removed record by record, since those that run
-        are in the same tier.
+        Jobs that run stay.
         """
-        if state in (State.WAITING, State.ACTIVE):
-            return len(await self.clean_jobs(state, inf if older_than is None else older_than, 0))
-        filters = (
-            [self._subjects.outcomes(state)]
-            if state in OUTCOMES
-            else [self._subjects.place(p) for p in PLACES_OF[state]]
-        )
-        removed = sum([await self._purge(filter, older_than) for filter in filters])
-        if state is State.WAITING_CHILDREN:
-            await Waits(self._backend, self._subjects).remove_orphans()
-        return removed
+        ids: list[str] = []
+        for source in await self._sources(state):
+            async for step in self._steps(source, older_than, limit or STEP):
+                wanted = step[: limit - len(ids)] if limit else step
+                ids += await self._remove(source, wanted)
+                if progress is not None:
+                    progress(len(ids))
+                if limit and len(ids) >= limit:
+                    return ids
+        if state in INDEXED:
+            await self._remove_entries(state, older_than)
+        return ids
 
-    async def _purge(self, filter: str, older_than: float | None) -> int:
-        before = None
-        if older_than is not None:
-            end = (
-                await self._backend.last_sequence(self._subjects.bucket_log) + 1
-            )  # what comes after this is too young
-            before = (
-                await self._backend.first_since(self._subjects.bucket_log, filter, older_than)
-                or end
+    async def clean(
+        self, state: State, older_than: float = inf, progress: Progress | None = None
+    ) -> None:
+        """Remove the jobs that came to a state before a time; those that run stay.
+
+        Outcomes are purged by filter, `PURGE_STEP` sequences at a time: their ids are not asked for.
+        """
+        if state not in OUTCOMES:
+            await self.clean_jobs(state, older_than, progress=progress)
+            if state is State.WAITING_CHILDREN:
+                await Waits(self._backend, self._subjects).remove_orphans()
+            return
+        log, removed = self._subjects.bucket_log, 0
+        try:
+            oldest = await self._backend.page(log, ">", limit=1, mostly=True)
+            end = await self._first_sequence_since(log, older_than)
+        except AssetMissing:
+            return
+        filters = [self._subjects.outcomes(state)]
+        filters += [self._subjects.indexed(state)] if state in INDEXED else []
+        start = oldest[0].sequence if oldest else end
+        while start < end:
+            start = min(end, start + PURGE_STEP)
+            purged = [await self._backend.purge(log, filter, before=start) for filter in filters]
+            removed += purged[0]
+            if progress is not None:
+                progress(removed)
+
+    async def _first_sequence_since(self, log: str, time: float) -> int:
+        """Return the sequence from which on all records are as young as `time`: it grows with the time."""
+        first, end = 1, await self._backend.last_sequence(log) + 1
+        while first < end and time != inf:
+            middle = (first + end) // 2
+            page = await self._backend.page(log, ">", from_sequence=middle, limit=1, mostly=True)
+            if page and page[0].time < time:
+                first = page[0].sequence + 1
+            else:
+                end = middle
+        return end
+
+    async def _sources(self, state: State) -> list[Source]:
+        if state is State.ACTIVE:
+            return []
+        if state in OUTCOMES or state is State.WAITING:
+            return await self._lists.sources(state)
+        # Of a released job its time decides what it is: see `drain`.
+        return [await self._lists.place(place) for place in PLACES_OF[state]]
+
+    async def _steps(
+        self, source: Source, older_than: float, limit: int = STEP
+    ) -> AsyncIterator[list[Record]]:
+        """Yield the records of a source that are old enough, oldest first: the sequence grows with the time."""
+        after: int | None = None
+        size = min(limit, STEP)
+        while True:
+            records = await self._lists.read_records(source, after, size, descending=False)
+            old = [record for record in records if record.time < older_than and not record.marker]
+            if old:
+                yield old
+            if len(records) < size or records[-1].time >= older_than:
+                return
+            after = records[-1].sequence
+
+    async def _remove(self, source: Source, records: Sequence[Record]) -> list[str]:
+        """Remove records of a source, and return the ids of their jobs; those that a worker has got meanwhile stay."""
+        if source.tier is not None:
+            # Asked for each step: the tier goes on delivering.
+            tier = await self._inspection.tier(self._subjects.split_ready(records[0].subject)[0])
+            records = [record for record in records if record.sequence > tier.delivered_sequence]
+        sequences = [record.sequence for record in records]
+        removed = set(await self._backend.delete_many(source.log, sequences))
+        return [
+            decode_token(self._subjects.parse(record.subject).token)
+            for record in records
+            if record.sequence in removed
+        ]
+
+    async def _remove_entries(self, state: State, older_than: float) -> None:
+        """Remove the index entries of outcomes that were removed."""
+        total = await self._inspection.count(f"index_{state}")
+        filter = self._subjects.indexed(state)
+        entries = Source("", self._subjects.bucket_log, filter, total, total)
+        async for step in self._steps(entries, older_than):
+            await self._backend.delete_many(
+                self._subjects.bucket_log, [record.sequence for record in step]
             )
-        return await self._backend.purge(self._subjects.bucket_log, filter, before=before)
 
-    async def _drain_tiers(self, older_than: float = inf, limit: int = 0) -> list[str]:
-        """Remove the jobs that wait to be run and that no worker has, at most `limit` (0: all); return their ids."""
-        log = self._subjects.ready_log
-        removed: list[str] = []
-        for priority in await self._assets.list_tiers():
-            tier = await self._backend.look_up(log, tier_name(priority))
-            start = 1 if tier is None else tier.delivered_sequence + 1
-            while page := await self._backend.page(
-                log, self._subjects.tier(priority), from_sequence=start, limit=500, mostly=True
-            ):
-                for record in page:
-                    if limit and len(removed) == limit:
-                        return removed
-                    if record.time < older_than and await self._backend.delete(
-                        log, record.sequence
-                    ):
-                        removed.append(decode_token(self._subjects.split_ready(record.subject)[1]))
-                start = page[-1].sequence + 1
-        return removed
-
-    async def drain(self, *, include_delayed: bool) -> list[str]:
+    async def drain(self, *, include_delayed: bool, progress: Progress | None = None) -> list[str]:
         """Remove the jobs that wait to be run, and if wished those that are delayed; return their ids. Jobs that run stay."""
-        removed = await self._drain_tiers()
-        if not include_delayed:
-            return removed + await self._remove_released()
-        for place in (Place.RELEASED, Place.DELAYED):
-            removed += await self._remove_matching(self._subjects.place(place))
-        return removed
-
-    async def _remove_released(self) -> list[str]:
-        """Remove the jobs that are about to become ready, and leave those that were released a little before their time."""
-        log, filter, start = self._subjects.bucket_log, self._subjects.place(Place.RELEASED), 1
         ids: list[str] = []
-        while page := await self._backend.page(log, filter, from_sequence=start, limit=500):
-            due = [
-                record
-                for record in page
-                if not record.marker and not is_delayed(record, self._subjects, self._backend.now())
-            ]
-            removed = [record for record in due if await self._backend.delete(log, record.sequence)]
-            ids += [decode_token(self._subjects.token(record.subject)) for record in removed]
-            start = page[-1].sequence + 1
+        places = (Place.RELEASED, Place.DELAYED) if include_delayed else (Place.RELEASED,)
+        tiers = [
+            source for source in await self._lists.sources(State.WAITING) if source.tier is not None
+        ]
+        for source in [*tiers, *[await self._lists.place(place) for place in places]]:
+            async for step in self._steps(source, inf):
+                wanted = step if include_delayed else [r for r in step if not self._is_early(r)]
+                ids += await self._remove(source, wanted) if wanted else []
+                if progress is not None:
+                    progress(len(ids))
         return ids
 
-    async def _remove_matching(self, filter: str) -> list[str]:
-        ids: list[str] = []
-        start = 1
-        while page := await self._backend.page(
-            self._subjects.bucket_log, filter, from_sequence=start, limit=1000, mostly=True
-        ):
-            ids += [
-                decode_token(self._subjects.token(record.subject))
-                for record in page
-                if not record.marker
-            ]
-            start = page[-1].sequence + 1
-        await self._backend.purge(self._subjects.bucket_log, filter, before=start)
-        return ids
-
-    async def clean_jobs(self, state: State, older_than: float, limit: int) -> list[str]:
-        """Remove up to `limit` (0: any number of) jobs that came to a state before a time, the oldest first; return their ids."""
-        filters = (
-            [self._subjects.outcomes(state)]
-            if state in OUTCOMES
-            else [self._subjects.place(p) for p in PLACES_OF.get(state, ())]
+    def _is_early(self, record: Record) -> bool:
+        """Return whether a job was released a little before its time."""
+        return self._subjects.is_later(record.subject, Place.RELEASED) and is_delayed(
+            record, self._subjects, self._backend.now()
         )
-        ids = await self._drain_tiers(older_than, limit) if state is State.WAITING else []
-        for filter in filters:
-            start = 1
-            while page := await self._backend.page(
-                self._subjects.bucket_log, filter, from_sequence=start, limit=1000, mostly=True
-            ):
-                old = [record for record in page if record.time < older_than and not record.marker]
-                old = old[: limit - len(ids)] if limit else old
-                if not old:
-                    break
-                ids += [decode_token(self._subjects.token(record.subject)) for record in old]
-                start = old[-1].sequence + 1
-                await self._backend.purge(self._subjects.bucket_log, filter, before=start)
-        if state is State.WAITING_CHILDREN:
-            await Waits(self._backend, self._subjects).remove_orphans()
-        return ids
 
-    async def obliterate(self) -> None:
-        """Remove everything of the queue: all jobs, repeatables, windows, a pause. Its assets stay, for the workers that run."""
-        await self._backend.purge(self._subjects.ready_log, self._subjects.all_ready)
-        await self._backend.purge(self._subjects.bucket_log, self._subjects.all_bucket)
+    async def read_ids(self) -> list[str]:
+        """Return the ids of all jobs."""
+        ids: dict[str, None] = {}
+        for state in State:
+            async for records in self._lists.read_raw(state):
+                keys = [self._subjects.parse(r.subject) for r in records if not r.marker]
+                ids |= dict.fromkeys(decode_token(key.token) for key in keys)
+        return list(ids)
+
+    async def obliterate(self) -> bool:
+        """Remove everything of the queue: all jobs, repeatables, windows, a pause. Return whether there was a queue.
+
+        Its assets stay, for the workers that run, and so does its secret: they make ids with it.
+        """
+        found, log, key = False, self._subjects.bucket_log, self._subjects.secret
+        secrets: list[Record] = []
+        with suppress(AssetMissing):
+            secrets = await self._backend.last(log, key)
+        for each in (self._subjects.ready_log, log):
+            with suppress(AssetMissing):
+                await self._backend.purge(each, ">")
+                found = True
+        for secret in secrets:
+            with suppress(WriteRefused):  # a worker was faster
+                await self._backend.write(log, Write(key, secret.body, Expect(key)))
+        return found

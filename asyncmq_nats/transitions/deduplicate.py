@@ -1,18 +1,21 @@
-"""Windows in which a second job with the same key is not added. Constant cost: one record a key, no scan, no lock.
+"""Windows in which a second job with the same key is not added.
 
-The key's record names its owner and is written in one batch with the owner, expecting what was read. A window without a `ttl` is over when
-its owner has ended, which is looked up when someone asks.
+Constant cost: one record a key, no scan, no lock. The record names the owner, and carries it until
+it is stored: window by compare-and-set, then the job, then the window without the job. A producer
+that finds a job in a window which is not stored stores it, so none is lost. A window without a
+`ttl` is over when its owner has ended, which is looked up when a producer asks.
 """
 
-import logging
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Final
 
+from asyncmq_nats._logging import get_logger
 from asyncmq_nats.backends.base import Backend, Expect, Record, Write
 from asyncmq_nats.events import DEBOUNCED, DEDUPLICATED
-from asyncmq_nats.exceptions import WriteRefused
+from asyncmq_nats.exceptions import AsyncMQError, ConnectionLost, Unconfirmed, WriteRefused
 from asyncmq_nats.jobs import Job
 from asyncmq_nats.states import Place
 from asyncmq_nats.store.commit import look_for, pause_after_refusal
@@ -23,7 +26,7 @@ from asyncmq_nats.wire.keys import QueueSubjects, encode_token
 
 __all__ = ["Deduplicator", "Window", "parse_window", "take_window"]
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 LONGEST: Final = 10 * 365 * 86_400
 """The longest window, in seconds."""
@@ -94,28 +97,55 @@ class Deduplicator:
 
     async def add(self, job: Job, window: Window) -> str:
         """Add the job, or return the id of the owner of the window; see `Queue.add`."""
-        job, refused = replace(job, deduplication={"id": window.id}), False
+        job = replace(job, deduplication={"id": window.id})
+        self._additions.first_write(job)  # is it sound?
+        refused = False
         while True:
             if job.custom_id and await self._additions.is_duplicate(job.job_id):
                 return job.job_id
             record = await self._read(window.id)
             owner = None if record is None else await self._live_owner(record)
-            if refused and owner == job.job_id:  # it was added, and the confirmation lost
-                return owner
             try:
-                if record is not None and owner is not None:
-                    await self._hit(job, window, record, owner)
-                    await self._announce(job, window, owner)
+                if record is None or owner is None:
+                    await self._open(job, window, 0 if record is None else record.sequence)
+                    return job.job_id
+                if refused and owner == job.job_id:  # it was added, and the confirmation lost
                     return owner
-                claim = self._claim(window, job.job_id, 0 if record is None else record.sequence)
-                await self._backend.write(
-                    self._log, claim, *await self._additions.writes_of(job, in_bucket=True)
-                )
+                await self._hit(job, window, record, owner)
+                await self._announce(job, window, owner)
             except WriteRefused:  # another producer was faster, or the owner moved on: look again
                 refused = True
                 await pause_after_refusal()
                 continue
-            return job.job_id
+            return owner
+
+    async def _open(self, job: Job, window: Window, replaced: int) -> None:
+        """Open a window in the place of a record with that sequence, and store its owner."""
+        opened = self._claim(window, job.job_id, replaced, job)
+        sequence = await self._backend.write(self._log, opened)
+        try:
+            await self._additions.add(job)
+        except (ConnectionLost, Unconfirmed):  # the next producer that asks stores it
+            raise
+        except AsyncMQError:
+            # Not a removal, which producers need no permission for otherwise.
+            over = dump_json({"job_id": job.job_id, "until": 0.0})
+            expect = Expect(opened.subject, sequence)
+            with suppress(WriteRefused):  # another producer has stored it, or opened its own
+                await self._backend.write(
+                    self._log, Write(opened.subject, over, expect, ttl=MARKER_TTL)
+                )
+            raise
+        self._let_go(opened, sequence)
+
+    def _let_go(self, opened: Write, sequence: int) -> None:
+        """Take the owner out of its window: it is stored. Not awaited: it may be repeated."""
+        data = load_json(opened.body)
+        del data["job"]
+        expect = Expect(opened.subject, sequence)
+        settled = replace(opened, body=dump_json(data), expect=expect)
+        timeout = self._backend.settings.publish_timeout
+        self._backend.send(self._log, settled, lambda _: None, timeout=timeout)
 
     async def _announce(self, job: Job, window: Window, owner: str) -> None:
         await self._additions.announce(DEBOUNCED, owner, debounce_id=window.id)
@@ -123,38 +153,38 @@ class Deduplicator:
             DEDUPLICATED, owner, deduplication_id=window.id, deduplicated_job_id=job.job_id
         )
 
-    def _claim(self, window: Window, owner: str, sequence: int) -> Write:
+    def _claim(self, window: Window, owner: str, replaced: int, job: Job | None = None) -> Write:
         key = self._subjects.deduplication(encode_token(window.id))
         until = None if window.ttl is None else self._backend.now() + window.ttl
+        data: dict[str, Any] = {"job_id": owner, "until": until}
+        if job is not None:
+            data["job"] = load_json(job.encode())
         # The server removes it some time after its end at the earliest; `until` is exact.
         ttl = None if window.ttl is None else window.ttl + 1
-        return Write(
-            key, dump_json({"job_id": owner, "until": until}), Expect(key, sequence), ttl=ttl
-        )
+        return Write(key, dump_json(data), Expect(key, replaced), ttl=ttl)
 
     async def _hit(self, job: Job, window: Window, record: Record, owner: str) -> None:
-        """Swap the owner's payload, if that is wished and it is still delayed, and begin the window anew, if that is."""
-        writes = (
-            [self._claim(window, owner, record.sequence)]
-            if window.extend and window.ttl is not None
-            else []
-        )
+        """Replace the owner if that is wished and it is still delayed, then extend the window."""
         if window.replace:
             keys = [
                 self._subjects.later(encode_token(owner), place)
                 for place in (Place.DELAYED, Place.RELEASED)
             ]
-            for record in await self._backend.last(self._log, *keys):
-                if not record.marker and Job.decode(record.body).is_early(
+            for delayed in await self._backend.last(self._log, *keys):
+                if not delayed.marker and Job.decode(delayed.body).is_early(
                     self._backend.now()
                 ):  # it is released a little before its time
-                    writes += self._swapped(job, owner, record)
+                    await self._backend.write(self._log, *self._swapped(job, owner, delayed))
                     break
-        if writes:
-            await self._backend.write(self._log, *writes)
+        if window.extend and window.ttl is not None:
+            await self._backend.write(self._log, self._claim(window, owner, record.sequence))
 
     def _swapped(self, job: Job, owner: str, record: Record) -> list[Write]:
-        """Return the writes that put the job in the place of one that is delayed, and give it that one's id."""
+        """Return the writes that put the job in the place of one that is delayed, under its id.
+
+        One write; or if it is released already, in its last moments, a batch with a marker over
+        that record: the promoter that has it in hand must not see a moment without either.
+        """
         run_at, token = (
             job.delay_until or float(load_json(record.body)["delay_until"]),
             encode_token(owner),
@@ -177,8 +207,8 @@ class Deduplicator:
 
     async def remove(self, key: str) -> bool:
         """End a window. Return whether there was one."""
-        record = await self._read(key)
-        return record is not None and await self._backend.delete(self._log, record.sequence)
+        subject = self._subjects.deduplication(encode_token(key))
+        return await self._backend.purge(self._log, subject) > 0
 
     async def _read(self, key: str) -> Record | None:
         records = await self._backend.last(
@@ -187,19 +217,33 @@ class Deduplicator:
         return records[0] if records else None
 
     async def _live_owner(self, record: Record) -> str | None:
+        """Return the owner of a window, stored if it was not; `None` if the window is over."""
         try:
             data = load_json(record.body)
             owner, until = (
                 str(data["job_id"]),
                 data["until"] if data["until"] is None else float(data["until"]),
             )
+            job = None if data.get("job") is None else Job.from_dict(data["job"])
         except (ValueError, TypeError, KeyError) as problem:
             logger.warning("%.200r is malformed, and no window: %r", record.subject, problem)
             return None
+        if until is not None and until <= self._backend.now():
+            return None
+        if job is not None:
+            await self._carry_out(record, job)
         if until is not None:
-            return owner if until > self._backend.now() else None
+            return owner
         token = encode_token(owner)
         ends = await self._backend.last(self._log, self._subjects.ends(token))
         if any(not end.marker and self._subjects.outcome_state(end.subject) for end in ends):
             return None
         return owner if await look_for(partial(self._additions.exists, owner)) else None
+
+    async def _carry_out(self, record: Record, job: Job) -> None:
+        """Store the owner of a window, unless it is: its producer may have died before it did."""
+        if not await look_for(partial(self._additions.exists, job.job_id)):
+            await self._additions.add(job)
+        until = load_json(record.body)["until"]
+        ttl = None if until is None else until - self._backend.now() + 1
+        self._let_go(Write(record.subject, record.body, ttl=ttl), record.sequence)

@@ -1,193 +1,79 @@
-"""Every transition of a job, and the only writer of its records.
+"""The end of an attempt: complete, fail, expire, retry, postpone.
 
-The rules, explained in `docs/architecture.md`: 1. destination first, then source; 2. the first delivery trusts, a redelivery verifies and
-claims; 3. what ends an attempt is fenced, and the first outcome wins.
+What ends an attempt is one write, and the server rejects it if another worker has the job. After
+it is confirmed, the claim and other leftovers are deleted, children are told, and the message is
+acknowledged last: a crash in between is repeated by the redelivery.
 """
 
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, Final
+from typing import Any
 
+from asyncmq_nats._logging import get_logger
 from asyncmq_nats.backends.base import Backend, Delivery, Expect, Record, Settled, Write
-from asyncmq_nats.events import STALLED
-from asyncmq_nats.exceptions import (
-    BackendError,
-    InvalidJob,
-    NotSerializable,
-    PayloadTooLarge,
-    WriteRefused,
-)
-from asyncmq_nats.jobs import WIRE_VERSION, Job, JobHead
+from asyncmq_nats.exceptions import BackendError, InvalidJob, PayloadTooLarge, WriteRefused
+from asyncmq_nats.jobs import Job
 from asyncmq_nats.retries import Failure, add_failure
 from asyncmq_nats.states import OUTCOMES, Place, State
-from asyncmq_nats.store.announcing import announce
 from asyncmq_nats.store.commit import pause_after_refusal
+from asyncmq_nats.store.progress import ProgressReports
+from asyncmq_nats.store.snapshot import Snapshot, read_snapshot
 from asyncmq_nats.store.topology import QueueAssets
-from asyncmq_nats.transitions.add import Additions
-from asyncmq_nats.transitions.claim import AFTERLIFE, Attempt, Claim, Verdict, leave
-from asyncmq_nats.transitions.follow_up import FollowUpJobs
-from asyncmq_nats.transitions.release import MARKER_TTL, delayed_write
+from asyncmq_nats.transitions.claim import Attempt, Disposition
+from asyncmq_nats.transitions.deliver import Deliveries
+from asyncmq_nats.transitions.release import delayed_write
 from asyncmq_nats.wire.codec import dump_json, load_json, splice
-from asyncmq_nats.wire.keys import (
-    LONGEST_TOKEN,
-    QueueSubjects,
-    decode_token,
-    encode_token,
-    fit_token,
-    is_token,
-)
+from asyncmq_nats.wire.keys import QueueSubjects, decode_token, encode_token, fit_token
 
 __all__ = ["Lifecycle"]
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
-SettleEnd = Callable[[Write, Settled], None]
-"""Learns whether the write that ends an attempt was confirmed or refused."""
+OnSettled = Callable[[Write, Settled], None]
+"""Called when the write that ends an attempt was confirmed or rejected. Must not block."""
+MIN_PUT_OFF_SECONDS = 1.0
+MAX_PUT_OFF_SECONDS = 60.0
+"""How long a job that cannot be run here is put off at a time."""
+MAX_REASON_LENGTH = 2_000
+PUT_OFF_FIELDS = ("put_off_since", "put_off_reason")
+ARGUMENT_FIELDS = (
+    "v",
+    "args",
+    "kwargs",
+    "parent_results",
+    "errors",
+    "error_traceback",
+    "backoff",
+    "priority",
+    "retries",
+    "depends_on",
+    "parents",
+)
+"""Fields that an outcome can do without."""
+MAX_REJECTIONS = 20
+"""How often the end of an attempt is written again after it was rejected."""
 
-OUR_JOBS: Final = b'{"v":1,"id":"'
-"""What the jobs begin with that this library writes."""
-OUTCOME_FIELDS: Final = (
-    "status", "result", "last_error", "error_traceback", "active_since", "finished_at", "worker", "stalls",
-    "follow_ups",
-)  # fmt: skip
-"""What a job has only because of what became of it."""
 
-
-class Lifecycle:
-    """The transitions of the jobs of one queue."""
+class Lifecycle(Deliveries):
+    """The transitions of the jobs of one queue that a worker makes."""
 
     def __init__(
         self, backend: Backend, subjects: QueueSubjects, assets: QueueAssets, worker: str = ""
     ) -> None:
-        self._backend = backend
-        self._subjects = subjects
-        self._assets = assets
-        self._settings = backend.settings
-        self._additions = Additions(backend, subjects, assets)
-        self.dependencies = self._additions.dependencies
-        self._follow_ups = FollowUpJobs(backend, assets, self._additions)
-        self._worker = worker
+        super().__init__(backend, subjects, assets, worker)
+        self.progress = ProgressReports(self._send_progress)
+        self.on_progress: Callable[[bytes], None] = lambda report: None
+        """Told of each progress report that was sent."""
         self._worker_json = dump_json(worker)
 
     def now(self) -> float:
         """Return the server's time."""
         return self._backend.now()
 
-    # -- begin
-
-    def open(self, delivery: Delivery) -> Attempt:
-        """Return the attempt that a delivery stands for. If it is not the first one of its job, `verify` it.
-
-        Raises:
-            InvalidJob: the message is not a job; `reject` it.
-        """
-        body, token = delivery.body, delivery.subject.rpartition(".")[2]
-        if not is_token(token):
-            raise InvalidJob(
-                f"its id, the last token of its subject, must be UTF-8 and at most {LONGEST_TOKEN:,} bytes"
-            )
-        if body.startswith(OUR_JOBS):
-            try:
-                return Attempt(delivery, token, JobHead.decode(body), body=body)
-            except InvalidJob:  # others may begin like this too, and leave out what we do not
-                pass
-        body = self._as_ours(delivery, token)
-        return Attempt(delivery, token, JobHead.decode(body), body=body)
-
-    def _as_ours(self, delivery: Delivery, token: str) -> bytes:
-        """Return a job of a foreign producer as we would have written it: id and priority of the subject, all that must be there."""
-        Job.decode(delivery.body)
-        data = load_json(delivery.body)
-        for name in OUTCOME_FIELDS:
-            data.pop(name, None)
-        priority, _ = self._subjects.split_ready(delivery.subject)
-        known = {"v": data.pop("v", WIRE_VERSION), "id": decode_token(token), "priority": priority}
-        try:
-            return dump_json(
-                known
-                | {"created_at": delivery.time}
-                | {key: value for key, value in data.items() if key not in known}
-            )
-        except NotSerializable as error:  # 1e999 is a number of JSON, and infinite when read
-            raise InvalidJob(str(error)) from None
-
-    async def verify(self, attempt: Attempt) -> Attempt | Verdict:
-        """Rule 2: find out what an earlier delivery came to, and claim the job if it came to nothing; or return why it is not to be run."""
-        token, subjects = attempt.token, self._subjects
-        while True:
-            records = await self._backend.last(
-                subjects.bucket_log, subjects.later_all(token), subjects.done_all(token)
-            )
-            done = [
-                record
-                for record in records
-                if not subjects.is_later(record.subject, Place.RELEASED) and self._is_done(record)
-            ]
-            edges = any(subjects.is_edge(record.subject) for record in done)
-            ended = [
-                record
-                for record in done
-                if not record.marker and subjects.outcome_state(record.subject)
-            ]
-            if ended:
-                await self._follow_ups.carry_out_again(ended[0].body, load_json(attempt.body))
-                if edges or attempt.head.children:
-                    await self.dependencies.release(token)
-                return Verdict.DONE
-            later = [
-                record for record in records if not self._is_done(record) and not record.marker
-            ]
-            if any(_order(record) > attempt.job.order for record in later):
-                return Verdict.DONE
-            claim = next(
-                (
-                    Claim.decode(r.body)
-                    for r in done
-                    if subjects.is_claim(r.subject) and not r.marker
-                ),
-                None,
-            )
-            if claim is not None and claim.order >= attempt.order:
-                return claim.verdict
-            ours = Claim(self._worker, *attempt.order, stalls=attempt.count_stalls(claim))
-            last = max((record.sequence for record in done), default=0)
-            write = Write(
-                subjects.claim(token), ours.encode(), Expect(subjects.done_all(token), last)
-            )
-            try:
-                sequence = await self._backend.write(subjects.bucket_log, write)
-            except WriteRefused:
-                await pause_after_refusal()
-                continue
-            if (
-                claim is None
-                or claim.message != attempt.delivery.sequence
-                or ours.stalls > claim.stalls
-            ):
-                await announce(
-                    self._backend, subjects, STALLED, attempt.head.job_id, stalls=ours.stalls
-                )
-            leftovers = tuple(record.subject for record in later)
-            head = replace(attempt.head, stalls=ours.stalls)
-            return Attempt(
-                attempt.delivery,
-                token,
-                head,
-                sequence,
-                claimed=True,
-                leftovers=leftovers,
-                awaited=edges,
-                body=attempt.body,
-            )
-
-    def _is_done(self, record: Record) -> bool:
-        return self._subjects.is_done(record.subject)
-
     # -- end
 
-    async def complete(self, attempt: Attempt, result: Any, settle: SettleEnd) -> None:
+    async def complete(self, attempt: Attempt, result: Any, settle: OnSettled) -> None:
         """Record the result. `settle` learns of the confirmation or the refusal; see `settled`.
 
         Raises:
@@ -195,10 +81,10 @@ class Lifecycle:
             PayloadTooLarge: the outcome is too large for the server.
         """
         write = self._completed(attempt, result)
-        if attempt.claimed or attempt.companions:
-            await self._write_claimed(attempt, write, settle)
+        if attempt.follow_ups is not None and attempt.follow_ups.batch:
+            await self._write_batch(write, attempt.follow_ups.batch, settle)
         else:
-            self._backend.send(self._subjects.bucket_log, write, partial(settle, write))
+            self._send(write, settle)
 
     async def accompany(self, attempt: Attempt, follow_ups: Sequence[Job], result: Any) -> None:
         """Have the jobs that a task added while it ran added with its result; see `follow_up.py`.
@@ -210,11 +96,10 @@ class Lifecycle:
         if follow_ups or attempt.head.repeat_every is not None:
             prepare = partial(self._follow_ups.prepare, attempt.job, follow_ups, result)
             attempt.follow_ups = await prepare()
-            attempt.companions = attempt.follow_ups.batch
-            if attempt.companions:
-                attempt.make_companions = prepare
+            if attempt.follow_ups.batch:
+                attempt.prepare_again = prepare
 
-    async def fail(self, attempt: Attempt, failure: Failure, settle: SettleEnd) -> None:
+    async def fail(self, attempt: Attempt, failure: Failure, settle: OnSettled) -> None:
         """Record a failure for good."""
         job = add_failure(attempt.job, failure)
         fields = {
@@ -223,44 +108,58 @@ class Lifecycle:
             "last_error": failure.error,
             "error_traceback": failure.traceback,
         }
-        await self._write_claimed(
-            attempt, self._outcome(attempt, State.FAILED, fields, "the failure"), settle
-        )
+        self._send(self._outcome(attempt, State.FAILED, fields, "the failure"), settle)
 
-    async def expire(self, attempt: Attempt, settle: SettleEnd) -> None:
+    async def expire(self, attempt: Attempt, settle: OnSettled) -> None:
         """Record that the job's time to live was over before it started."""
         error = f"its time to live of {attempt.head.ttl:g} s was over before this attempt started"
-        await self._write_claimed(
-            attempt,
-            self._outcome(attempt, State.EXPIRED, {"last_error": error}, "the expiry"),
-            settle,
-        )
+        outcome = self._outcome(attempt, State.EXPIRED, {"last_error": error}, "the expiry")
+        self._send(outcome, settle)
 
     async def retry(
-        self, attempt: Attempt, failure: Failure, delay: float, settle: SettleEnd
+        self, attempt: Attempt, failure: Failure, delay: float, settle: OnSettled
     ) -> None:
         """Schedule the next attempt, `delay` seconds from now."""
-        job = replace(add_failure(attempt.job, failure), stalls=0, status=State.WAITING)
+        job = add_failure(attempt.job, failure)
+        run_at = self._backend.now() + delay if delay > 0 else None
+        await self._reschedule(attempt, _fields_of_next(job), run_at, settle)
+
+    async def postpone(self, attempt: Attempt, settle: OnSettled) -> None:
+        """Move a ready job whose time is still to come to where delayed jobs wait."""
         await self._reschedule(
-            attempt, job, self._backend.now() + delay if delay > 0 else None, settle
+            attempt, _fields_of_next(attempt.job), attempt.head.delay_until, settle
         )
 
-    async def postpone(self, attempt: Attempt, settle: SettleEnd) -> None:
-        """Move a ready job whose time is still to come to where delayed jobs wait."""
-        await self._reschedule(attempt, attempt.job, attempt.head.delay_until, settle)
+    async def put_off(self, attempt: Attempt, reason: str, settle: OnSettled) -> float | None:
+        """Delay a job that this worker cannot run, but another may; no retry is counted.
 
-    async def _reschedule(
-        self, attempt: Attempt, job: Job, run_at: float | None, settle: SettleEnd
-    ) -> None:
-        data = load_json(attempt.body)
-        data |= {
+        Return by how many seconds: they grow with the time for which it has been put off. `None`:
+        that was `unknown_task_timeout`, and nothing was written.
+        """
+        job, now = attempt.job, self._backend.now()
+        since = now if job.put_off_since is None else min(job.put_off_since, now)
+        left = since + self._settings.unknown_task_timeout - now
+        if left <= 0:
+            return None
+        delay = min(max(MIN_PUT_OFF_SECONDS, now - since), MAX_PUT_OFF_SECONDS, left)
+        fields = {
             "id": job.job_id,
             "created_at": job.created_at,
-            "priority": job.priority,
-            "retries": job.retries,
-            "errors": job.errors,
+            "priority": self._subjects.split_ready(attempt.delivery.subject)[0],
+            "put_offs": job.put_offs + 1,
+            "put_off_since": since,
+            "put_off_reason": reason[:MAX_REASON_LENGTH],
         }
-        data["delay_until"] = run_at
+        await self._reschedule(attempt, fields, now + delay, settle)
+        return delay
+
+    async def _reschedule(
+        self, attempt: Attempt, fields: dict[str, Any], run_at: float | None, settle: OnSettled
+    ) -> None:
+        data = load_json(attempt.body)
+        for name in PUT_OFF_FIELDS:  # it was run since
+            data.pop(name, None)
+        data |= fields | {"delay_until": run_at}
         expect = self._fence(attempt)
         if run_at is None:
             write = Write(
@@ -277,7 +176,7 @@ class Lifecycle:
                 (run_at, self._backend.now()),
                 expect,
             )
-        await self._write_claimed(attempt, write, settle)
+        self._send(write, settle)
 
     async def reject(self, delivery: Delivery, problem: InvalidJob) -> None:
         """Record a message that is not a job as failed, with what it was, so that it is neither lost nor delivered for ever."""
@@ -292,35 +191,22 @@ class Lifecycle:
             dump_json(record),
             ttl=self._settings.failed_ttl,
             beside=True,
+            index=self._subjects.index(token, State.FAILED),
         )
         while True:
-            records = await self._backend.last(
-                self._subjects.bucket_log, self._subjects.done_all(token)
-            )
-            live = [record for record in records if not record.marker]
-            if any(self._subjects.outcome_state(record.subject) for record in live):
-                logger.warning(
-                    "%.200r: not a job, and there is an outcome already: dropped", delivery.subject
-                )
+            snapshot = await read_snapshot(self._backend, self._subjects, token)
+            if snapshot.ended:
+                logger.warning("%.200r: not a job, and there is an outcome: dropped", token)
                 break
-            last = max((record.sequence for record in records), default=0)
-            claims = [
-                Write(r.subject, b"", ttl=MARKER_TTL, marker=True)
-                for r in live
-                if self._subjects.is_claim(r.subject)
-            ]
             try:
-                await self._backend.write(
-                    self._subjects.bucket_log,
-                    replace(write, expect=Expect(self._subjects.done_all(token), last)),
-                    *claims,
-                )
-            except (
-                WriteRefused
-            ):  # something was added, or a replica was asked that lags behind: look again
+                fenced = replace(write, expect=snapshot.fence)
+                await self._backend.write(self._subjects.bucket_log, fenced)
+            except WriteRefused:  # something was added, or a replica lags behind
                 await pause_after_refusal()
                 continue
-            if any(self._subjects.is_edge(record.subject) for record in live):
+            if snapshot.claim is not None:
+                self._backend.discard(self._subjects.bucket_log, snapshot.claim.sequence)
+            if snapshot.edges:
                 await self.dependencies.release(token)
             break
         delivery.ack()
@@ -334,22 +220,27 @@ class Lifecycle:
         members += b'"status":"completed","result":%b,"active_since":%r,"finished_at":%r,"worker":%b' % (
             dump_json(result, what), attempt.started_at, self._backend.now(), self._worker_json,
         )  # fmt: skip
-        if attempt.head.stalls:
-            members += b',"stalls":%d' % attempt.head.stalls
+        if attempt.stalls:
+            members += b',"stalls":%d' % attempt.stalls
         record = splice(attempt.body, members)
         if len(record) > self._backend.max_body:
             raise PayloadTooLarge(what, len(record), self._backend.max_body)
         subject = self._subjects.outcome(attempt.token, State.COMPLETED)
         return Write(
-            subject, record, self._fence(attempt), ttl=self._settings.completed_ttl, beside=True
+            subject,
+            record,
+            self._fence(attempt),
+            ttl=self._settings.completed_ttl,
+            beside=True,
+            when_full=partial(without_arguments, record),
         )
 
     def _outcome(self, attempt: Attempt, state: State, fields: dict[str, Any], what: str) -> Write:
         """Return the write of an outcome other than a result."""
         fields = {"status": state, **fields, "active_since": attempt.started_at or None}
         fields |= {"finished_at": self._backend.now(), "worker": self._worker}
-        if attempt.head.stalls:
-            fields["stalls"] = attempt.head.stalls
+        if attempt.stalls:
+            fields["stalls"] = attempt.stalls
         record = dump_json(load_json(attempt.body) | fields, what)
         if len(record) > self._backend.max_body:
             record = dump_json(
@@ -364,54 +255,54 @@ class Lifecycle:
             )
         subject = self._subjects.outcome(attempt.token, state)
         return Write(
-            subject, record, self._fence(attempt), ttl=self._settings.failed_ttl, beside=True
+            subject,
+            record,
+            self._fence(attempt),
+            ttl=self._settings.failed_ttl,
+            beside=True,
+            index=self._subjects.index(attempt.token, state),
+            when_full=partial(without_arguments, record),
         )
 
     def _fence(self, attempt: Attempt) -> Expect:
         return Expect(self._subjects.done_all(attempt.token), attempt.expect)
 
-    async def _write_claimed(self, attempt: Attempt, write: Write, settle: SettleEnd) -> None:
-        """Write the end of an attempt, together with the removal of its claim and of what is left of it in transit."""
+    def _send(self, write: Write, settle: OnSettled) -> None:
+        self._backend.send(self._subjects.bucket_log, write, partial(settle, write))
+
+    async def _write_batch(
+        self, write: Write, follow_ups: Sequence[Write], settle: OnSettled
+    ) -> None:
+        """Write an outcome and its many follow-ups, which do not fit into it, in one batch."""
         try:
-            settle(
-                write,
-                await self._backend.write(
-                    self._subjects.bucket_log, write, *self._removals(attempt, write)
-                ),
-            )
+            settle(write, await self._backend.write(self._subjects.bucket_log, write, *follow_ups))
         except PayloadTooLarge:
             raise
         except BackendError as error:
             settle(write, error)
 
-    def _removals(self, attempt: Attempt, write: Write) -> list[Write]:
-        outcome = self._subjects.outcome_state(write.subject)
-        companions = list(attempt.companions) if outcome is State.COMPLETED else []
-        if not attempt.claimed:
-            return companions
-        leftovers = [
-            Write(subject, b"", ttl=MARKER_TTL, marker=True)
-            for subject in attempt.leftovers
-            if subject != write.subject
-        ]
-        claim = self._subjects.claim(attempt.token)
-        if outcome is not None:
-            return [*companions, Write(claim, b"", ttl=MARKER_TTL, marker=True), *leftovers]
-        # Beside a retry a claim stays, void for its message: what a worker of this one that was frozen says of its end comes to it.
-        stays = Claim(self._worker, *attempt.order, stalls=attempt.head.stalls, released=True)
-        return [*leftovers, Write(claim, stays.encode(), ttl=AFTERLIFE)]
-
     # -- for the tasks that run
 
     def report_progress(self, job: Job, progress: float, data: Any) -> None:
-        """Store how far a running job is, and tell whoever listens. Sent, not confirmed: a later report tells more."""
-        token = encode_token(job.job_id)
-        body = dump_json(
-            {"id": job.job_id, "progress": progress, "data": data}, "the progress data"
-        )
+        """Store how far a running job is, and tell its listeners.
+
+        Sent, not confirmed; from any thread.
+
+        Raises:
+            NotSerializable: the data is not JSON.
+            PayloadTooLarge: it does not fit into a message.
+        """
+        what = "the progress data"
+        body = dump_json({"id": job.job_id, "progress": progress, "data": data}, what)
+        if len(body) > self._backend.max_body:
+            raise PayloadTooLarge(what, len(body), self._backend.max_body)
+        self.progress.report(encode_token(job.job_id), body)
+
+    def _send_progress(self, token: str, body: bytes) -> None:
         write = Write(self._subjects.progress(token), body, ttl=self._settings.progress_ttl)
         self._backend.send(self._subjects.bucket_log, write, lambda _: None)
         self._backend.signal(self._subjects.event("progress", token), body)
+        self.on_progress(body)
 
     async def results_of_parents(self, job: Job) -> dict[str, Any]:
         """Return the results of the jobs that a job depends on, by id; those that did not complete are left out."""
@@ -446,49 +337,61 @@ class Lifecycle:
         """Return whether the job has ended as cancelled."""
         return bool(await self.cancelled_among([job_id]))
 
-    # -- after a refusal
+    # -- after the write
 
-    async def settled(self, attempt: Attempt, write: Write, result: Settled) -> Verdict:
-        """Decide what a confirmed or refused end of an attempt means; a write that may be repeated is repeated here (rule 3)."""
-        verdict: Verdict | None = None
-        edges: list[Record] = []
-        ours = isinstance(result, int)
-        for times in range(20):
+    def clean_up(self, attempt: Attempt, write: Write) -> None:
+        """Delete the claim and the leftovers of an attempt whose end is confirmed.
+
+        Sent, not awaited: a claim that stays goes after a day, and means nothing beside an outcome.
+        """
+        log, ended = self._subjects.bucket_log, self._subjects.outcome_state(write.subject)
+        for key, sequence in attempt.leftovers.items():
+            if key != write.subject:
+                self._backend.discard(log, sequence)
+        # After a retry a claim stays if an earlier worker may still be frozen: it voids the
+        # outcome that this worker writes when it wakes up.
+        if attempt.claim_sequence and (ended or attempt.delivery.deliveries == 1):
+            self._backend.discard(log, attempt.claim_sequence)
+
+    def has_sequel(self, attempt: Attempt, write: Write) -> bool:
+        """Return whether follow-ups are to be added, or children told, of this end."""
+        if not (attempt.awaited or attempt.head.children or attempt.follow_ups):
+            return False
+        return self._subjects.outcome_state(write.subject) is not None
+
+    async def settled(self, attempt: Attempt, write: Write, result: Settled) -> Disposition:
+        """Decide what a confirmed or rejected end of an attempt means, and finish it.
+
+        A rejected write is written again if the attempt still has the job.
+        """
+        disposition: Disposition | None = None
+        edges, ours = list[Record](), isinstance(result, int)
+        for rejections in range(MAX_REJECTIONS):
             if not isinstance(result, WriteRefused):
                 break
-            if times:
+            if rejections:
                 await pause_after_refusal()
-            records = await self._backend.last(
-                self._subjects.bucket_log, self._subjects.done_all(attempt.token)
-            )
-            edges = [record for record in records if self._subjects.is_edge(record.subject)]
-            attempt.awaited = bool(edges)
-            attempt.claimed |= any(
-                self._subjects.is_claim(record.subject) and not record.marker for record in records
-            )
-            verdict = self._judge(attempt, write.body, records)
-            ended = any(
-                self._subjects.outcome_state(record.subject) and not record.marker
-                for record in records
-            )
-            if verdict is Verdict.DONE and ended:
-                ours = any(record.body == write.body for record in records)
+            snapshot = await read_snapshot(self._backend, self._subjects, attempt.token)
+            disposition, edges = self._judge_end(attempt, write, snapshot), snapshot.edges
+            if disposition is Disposition.ACK and snapshot.outcome is not None:
+                ours = snapshot.outcome.body == write.body
                 break
-            if verdict is not None:
-                return verdict
-            attempt.expect = max((record.sequence for record in records), default=0)
+            if disposition is not None:
+                return disposition
+            self._expect(attempt, snapshot)
             write = replace(write, expect=self._fence(attempt))
             result = await self._write_again(attempt, write)
-        if isinstance(result, BackendError) and verdict is not Verdict.DONE:
+        if isinstance(result, BackendError) and disposition is not Disposition.ACK:
             logger.error(
-                "job %s: its end could not be recorded, it will be delivered again: %s",
+                "job %s: could not record its outcome; it will be delivered again: %s",
                 attempt.head.job_id,
                 result,
             )
-            return Verdict.STALE
-        if self._subjects.outcome_state(write.subject) is not None:
+            return Disposition.ABANDON
+        self.clean_up(attempt, write)
+        if self.has_sequel(attempt, write):
             await self._follow(attempt, write, result, edges, ours=ours or isinstance(result, int))
-        return Verdict.DONE
+        return Disposition.ACK
 
     async def _follow(
         self,
@@ -499,7 +402,7 @@ class Lifecycle:
         *,
         ours: bool,
     ) -> None:
-        """Do what follows an outcome: its follow-ups are added, and its children are told."""
+        """Do what follows an outcome: add its follow-ups, tell its children."""
         completed = self._subjects.outcome_state(write.subject) is State.COMPLETED
         if ours and completed and attempt.follow_ups is not None:
             await self._follow_ups.carry_out(attempt.follow_ups)
@@ -510,71 +413,49 @@ class Lifecycle:
                 known = [Record(write.subject, write.body, result, 0.0), *edges]
             await self.dependencies.release(attempt.token, known)
 
-    async def _write_again(self, attempt: Attempt, write: Write) -> Settled:
-        if attempt.make_companions is not None:
-            attempt.companions = (await attempt.make_companions()).batch
-        try:
-            return await self._backend.write(
-                self._subjects.bucket_log, write, *self._removals(attempt, write)
+    def _judge_end(self, attempt: Attempt, write: Write, snapshot: Snapshot) -> Disposition | None:
+        if snapshot.outcome is not None and snapshot.outcome.body != write.body:
+            logger.warning(
+                "job %s already has a different outcome; discarding this worker's result",
+                attempt.head.job_id,
             )
+        if snapshot.ended:
+            attempt.awaited = bool(snapshot.edges)
+        return self.judge(attempt, snapshot)
+
+    @staticmethod
+    def _expect(attempt: Attempt, snapshot: Snapshot) -> None:
+        attempt.expect = snapshot.last_end
+        attempt.awaited = bool(snapshot.edges)
+        if snapshot.claim is not None:
+            attempt.claim_sequence = snapshot.claim.sequence
+
+    async def _write_again(self, attempt: Attempt, write: Write) -> Settled:
+        batch: tuple[Write, ...] = ()
+        if attempt.prepare_again is not None:
+            attempt.follow_ups = await attempt.prepare_again()
+            if self._subjects.outcome_state(write.subject) is State.COMPLETED:
+                batch = attempt.follow_ups.batch
+        try:
+            return await self._backend.write(self._subjects.bucket_log, write, *batch)
         except BackendError as error:
             return error
 
-    def _judge(self, attempt: Attempt, body: bytes, records: Sequence[Record]) -> Verdict | None:
-        """Return what the records that refused a write say about it; `None`: it may be written again, expecting them."""
-        for record in records:
-            if record.marker:
-                continue
-            if self._subjects.outcome_state(record.subject) is not None:
-                if record.body != body:
-                    logger.warning(
-                        "job %s ended otherwise meanwhile: this worker's end of it is dropped",
-                        attempt.head.job_id,
-                    )
-                return Verdict.DONE
-            if (
-                self._subjects.is_claim(record.subject)
-                and (claim := Claim.decode(record.body)).order > attempt.order
-            ):
-                logger.warning(
-                    "job %s was taken over by another worker: this worker's end of it is dropped",
-                    attempt.head.job_id,
-                )
-                return claim.verdict
-        return None
 
-    # -- hand back
-
-    async def hand_back(self, attempt: Attempt) -> None:
-        """Give a job that did not end back to the queue, without counting it as stalled."""
-        claim = Claim(
-            self._worker, *attempt.order, stalls=attempt.head.stalls, released=True
-        ).encode()
-        subjects, verdict = self._subjects, None
-        while verdict is None:
-            try:
-                await self._backend.write(
-                    subjects.bucket_log,
-                    Write(
-                        subjects.claim(attempt.token), claim, self._fence(attempt), ttl=AFTERLIFE
-                    ),
-                )
-            except WriteRefused:  # another worker is in charge, the job has ended, or there is a claim of an earlier message
-                records = await self._backend.last(
-                    subjects.bucket_log, subjects.done_all(attempt.token)
-                )
-                verdict = self._judge(attempt, claim, records)
-                attempt.expect = max((record.sequence for record in records), default=0)
-                await pause_after_refusal()
-            else:
-                attempt.delivery.nak()
-                return
-        leave(attempt.delivery, verdict)
+def without_arguments(record: bytes) -> bytes:
+    """Return an outcome as a full store takes it: without what an outcome can do without."""
+    data = load_json(record)
+    for name in ARGUMENT_FIELDS:
+        data.pop(name, None)
+    return dump_json(data | {"truncated": True, "max_retries": 0})
 
 
-def _order(record: Record) -> tuple[int, int]:
-    """Return which attempt a record in transit is of; junk is of none."""
-    try:
-        return Job.decode(record.body).order
-    except InvalidJob:
-        return -1, -1
+def _fields_of_next(job: Job) -> dict[str, Any]:
+    """Return what the next attempt has to know of this one."""
+    return {
+        "id": job.job_id,
+        "created_at": job.created_at,
+        "priority": job.priority,
+        "retries": job.retries,
+        "errors": job.errors,
+    }

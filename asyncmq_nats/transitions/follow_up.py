@@ -60,9 +60,10 @@ class FollowUpJobs:
     def _next_run(self, job: Job) -> Job:
         now = self._backend.now()
         try:
-            run_at = now + parse_every(job.repeat_every or 0.0)
+            every = parse_every(job.repeat_every or 0.0)
         except (TypeError, ValueError) as error:
             raise InvalidJob(f"repeat_every: {error}") from None
+        run_at = now + max(every, self._backend.settings.min_repeat_interval)
         again = replace(
             job, job_id=new_job_id(), created_at=now, delay_until=run_at, custom_id=False
         )
@@ -71,7 +72,7 @@ class FollowUpJobs:
             retries=0,
             errors=[],
             stalls=0,
-            depends_on=None,
+            depends_on=[],
             parent_results={},
             children=[],
             wide_children={},

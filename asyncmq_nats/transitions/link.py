@@ -255,9 +255,9 @@ class Links:
             if parked is None:
                 await self._park_again(token, job, record)
             elif b'"linking"' not in parked.body:
-                job = replace(job, depends_on=None)  # all edges are there
+                job = replace(job, depends_on=[])  # all edges are there
         else:
-            job = replace(job, depends_on=None)
+            job = replace(job, depends_on=[])
         await self._backend.delete(self._log, record.sequence)
         return await self._connect_again(token, job) if job.depends_on else []
 

@@ -6,13 +6,13 @@ server releases it and a promoter goes on. Such a record leaves its place by a w
 the timer; another one is written where it goes, and then deleted.
 """
 
-import logging
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Final
 
 from asyncmq_nats._concurrency import KeyedTurns
+from asyncmq_nats._logging import get_logger
 from asyncmq_nats.backends.base import Backend, Expect, Record, Timer, Write
 from asyncmq_nats.events import READY
 from asyncmq_nats.exceptions import InvalidJob, TooManyPriorities, WriteRefused
@@ -31,7 +31,7 @@ from asyncmq_nats.wire.keys import QueueSubjects, decode_token, encode_token
 
 __all__ = ["LINK_TIMEOUT", "ParkedJobs", "blame", "linking_body", "parked_body"]
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 LINK_TIMEOUT: Final = 30.0
 """Seconds after which a promoter goes on with a job whose producer has not written all edges."""
@@ -332,7 +332,14 @@ class ParkedJobs:
         }
         body = dump_json({name: data[name] for name in data if name != "linking"} | fields)
         ttl = self._backend.settings.failed_ttl
-        return Write(self._keys.outcome(token, State.FAILED), body, expect, ttl=ttl, beside=True)
+        return Write(
+            self._keys.outcome(token, State.FAILED),
+            body,
+            expect,
+            ttl=ttl,
+            beside=True,
+            index=self._keys.index(token, State.FAILED),
+        )
 
     # -- its edges are there
 

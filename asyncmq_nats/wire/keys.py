@@ -10,6 +10,7 @@ from asyncmq_nats.exceptions import InvalidJobId, InvalidQueueName
 from asyncmq_nats.states import OUTCOMES, Place, State
 
 __all__ = [
+    "INDEXED",
     "LONGEST_TOKEN",
     "PRIORITIES",
     "PROMOTER",
@@ -34,6 +35,8 @@ ESCAPED: Final = re.compile(r"(?:%[0-9A-Fa-f]{2})+")
 STAND_IN: Final = re.compile("%h[0-9a-f]{64}")
 PLACES: Final = {str(place): place for place in Place}
 ENDS: Final = {str(state): state for state in OUTCOMES}
+INDEXED: Final = (State.FAILED, State.EXPIRED, State.CANCELLED)
+"""Outcomes with an index entry, `index.<state>.<id>.entry`. The state comes first: the server finds a few among a million at once."""
 PROMOTER: Final = "promoter"
 TIER: Final = "tier_"
 TIER_NAME: Final = re.compile(TIER + "(-?[0-9]+)")
@@ -151,6 +154,7 @@ class Kind(StrEnum):
     WAIT = "wait"
     PLAN = "plan"
     PLAN_DUE = "plan due"
+    INDEX = "index"
     OTHER = "other"
 
 
@@ -308,6 +312,19 @@ class QueueSubjects:
         """Return the key of the claim on a job that was delivered again."""
         return f"{self._done}{token}.claim"
 
+    def index(self, token: str, state: State) -> str:
+        """Return the key of the index entry of an outcome: `completed` ones, the many, have none."""
+        return f"{self._bucket_key}index.{state}.{token}.entry"
+
+    def indexed(self, state: State) -> str:
+        """Return the filter for the index entries of a state in `INDEXED`."""
+        return f"{self._bucket_key}index.{state}.*.entry"
+
+    def indexed_key(self, entry: str) -> str:
+        """Return the key of the outcome that an index entry stands for."""
+        state, token, _ = entry[len(self._bucket_key) + len("index.") :].split(".")
+        return f"{self._done}{token}.{state}"
+
     def done_all(self, token: str) -> str:
         """Return the filter for all that is known of the job's end: outcome, claim, dependents."""
         return f"{self._done}{token}.>"
@@ -364,6 +381,11 @@ class QueueSubjects:
         return f"{self._bucket_key}queue.limit"
 
     @property
+    def ballast(self) -> str:
+        """The key of the record that makes room for outcomes when the store is full."""
+        return f"{self._bucket_key}queue.ballast"
+
+    @property
     def pause(self) -> str:
         """The key that says until when the queue is paused."""
         return f"{self._bucket_key}queue.pause"
@@ -412,6 +434,8 @@ def _parse_bucket_key(words: list[str]) -> Key:
             return Key(Kind.CLAIM, token)
         case ["done", token, "awaited", child]:
             return Key(Kind.EDGE, token, child=child)
+        case ["index", word, token, "entry"] if word in ENDS:
+            return Key(Kind.INDEX, token)
         case _:
             return _parse_other_key(words)
 

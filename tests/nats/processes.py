@@ -13,6 +13,7 @@ from typing import Any, Final, TypeVar
 import anyio
 
 from asyncmq_nats.backends.nats.embedded.server import EmbeddedServer
+from tests.receiver import PATIENCE
 
 __all__ = [
     "PATIENCE",
@@ -29,7 +30,6 @@ __all__ = [
 T = TypeVar("T")
 MakeServer = Callable[[str], EmbeddedServer]
 """Starts a server with that configuration."""
-PATIENCE: Final = 15.0
 PROGRAM: Final = Path(__file__).parent / "programs" / "worker.py"
 RUNS_QUEUE: Final = " runs queue "
 """What a worker logs once it takes jobs."""

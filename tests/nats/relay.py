@@ -76,6 +76,7 @@ async def relaying(server: EmbeddedServer) -> AsyncIterator[Relay]:
     listener = await anyio.create_tcp_listener(local_host="127.0.0.1")
     async with listener, anyio.create_task_group() as group:
         group.start_soon(listener.serve, serve)
-        relay.url = f"nats://127.0.0.1:{listener.extra(SocketAttribute.local_port)}"
+        port = listener.extra(SocketAttribute.local_port)
+        relay.url = server.url.replace(f":{server.port}", f":{port}")
         yield relay
         group.cancel_scope.cancel()

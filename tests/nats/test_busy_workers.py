@@ -10,7 +10,6 @@ import anyio
 import nats.errors
 import pytest
 
-from asyncmq_nats.backends.nats.backend import NATSBackend
 from asyncmq_nats.backends.nats.embedded.server import EmbeddedServer
 from asyncmq_nats.exceptions import JobFailed
 from asyncmq_nats.queues import Queue
@@ -25,7 +24,7 @@ TIER = "CONSUMER.INFO.amq_fleet.tier_5"
 @pytest.fixture
 def settings() -> Settings:
     # A lease longer than any test: a job that comes back earlier was handed back. One stall would end it.
-    return Settings(stalled_after=60, max_stalls=1, shutdown_timeout=10, heartbeat_interval=0.5)
+    return Settings(stalled_after=600, max_stalls=1, shutdown_timeout=60, heartbeat_interval=0.5)
 
 
 def most_within(times: Sequence[float], span: float) -> int:
@@ -53,7 +52,7 @@ async def test_a_foreign_client_gets_nothing_of_a_paused_queue(
 async def test_a_pause_survives_a_restart_of_the_server(
     fleet: Fleet, queue: Queue, server: EmbeddedServer
 ) -> None:
-    with anyio.fail_after(30):
+    with anyio.fail_after(2 * PATIENCE):
         worker = await fleet.start("first")
         await queue.pause()
         server.kill()
@@ -65,7 +64,7 @@ async def test_a_pause_survives_a_restart_of_the_server(
         await anyio.sleep(0.3)
         assert not fleet.watched.count_runs()
         await queue.resume()
-        assert await queue.wait_for(job_id, timeout=5) == 1
+        assert await queue.wait_for(job_id, timeout=PATIENCE) == 1
         assert not worker.ended
 
 
@@ -106,7 +105,7 @@ async def test_worker_processes_together_keep_to_a_limit_also_when_one_dies(
 ) -> None:
     limit, interval, jobs = 20, 0.5, 120
     await queue.add_bulk([{"task_id": "stamp", "args": ["job"]}] * jobs)
-    with anyio.fail_after(30):
+    with anyio.fail_after(2 * PATIENCE):
         programs = await fleet.start_all(
             "a", "b", "c", concurrency=20, rate_limit=f"{limit}/{interval}"
         )
@@ -139,7 +138,7 @@ async def test_workers_without_permits_hold_no_jobs(
 
 
 async def test_a_job_goes_to_the_worker_that_is_free(fleet: Fleet, queue: Queue) -> None:
-    with anyio.fail_after(20):
+    with anyio.fail_after(2 * PATIENCE):
         await fleet.start_all("a", "b", concurrency=2)
         for number in range(3):
             await queue.add("wait", [f"long {number}", "go"])
@@ -151,7 +150,7 @@ async def test_a_job_goes_to_the_worker_that_is_free(fleet: Fleet, queue: Queue)
 
 
 async def test_a_worker_that_comes_later_gets_its_share(fleet: Fleet, queue: Queue) -> None:
-    with anyio.fail_after(20):
+    with anyio.fail_after(2 * PATIENCE):
         await fleet.start("first", concurrency=50)
         await queue.add_bulk([{"task_id": "wait", "args": ["job", "go"]}] * 100)
         await fleet.watched.begun("job", times=50)
@@ -161,9 +160,15 @@ async def test_a_worker_that_comes_later_gets_its_share(fleet: Fleet, queue: Que
     assert Counter(fleet.watched.runs("job")) == {"first": 50, "second": 50}
 
 
-async def test_jobs_that_were_handed_back_rest_on_the_server(
-    fleet: Fleet, queue: Queue, server: EmbeddedServer
+async def count_deliveries(server: EmbeddedServer) -> int:
+    async with plain_client(server.url) as client:
+        return int((await Streams(client).call(TIER))["delivered"]["consumer_seq"])
+
+
+async def test_jobs_that_one_worker_cannot_start_soon_go_to_another(
+    fleet: Fleet, queue: Queue
 ) -> None:
+    """A long job takes the only slot while short ones were fetched ahead."""
     await queue.add_bulk(
         [{"task_id": "unnoted"}] * 300
         + [{"task_id": "wait", "args": ["long", "go"]}]
@@ -171,47 +176,76 @@ async def test_jobs_that_were_handed_back_rest_on_the_server(
     )
     await fleet.start("first", concurrency=1)
     await fleet.watched.begun("long")
-    async with plain_client(server.url) as client:
-        streams = Streams(client)
-
-        async def deliveries() -> int:
-            return int((await streams.call(TIER))["delivered"]["consumer_seq"])
-
-        await anyio.sleep(0.5)
-        before = await deliveries()
-        await anyio.sleep(0.5)
-        assert await deliveries() == before
+    await fleet.start("second", concurrency=1)
+    await eventually(queue.queue_stats, lambda stats: stats["completed"] == 400)
     fleet.watched.say("go")
     await eventually(queue.queue_stats, lambda stats: stats["completed"] == 401)
     assert {job["stalls"] for job in await queue.get_jobs("completed")} == {0}
 
 
+async def test_a_worker_that_is_alone_gets_each_job_once(
+    fleet: Fleet, queue: Queue, server: EmbeddedServer
+) -> None:
+    """Also when a long job takes its only slot: what it has fetched stays where it is."""
+    await queue.add_bulk(
+        [{"task_id": "unnoted"}] * 300
+        + [{"task_id": "wait", "args": ["long", "go"]}]
+        + [{"task_id": "unnoted"}] * 100
+    )
+    await fleet.start("first", concurrency=1)
+    await fleet.watched.begun("long")
+    await anyio.sleep(1.0)  # time enough to give back what waits for the slot
+    fleet.watched.say("go")
+    await eventually(queue.queue_stats, lambda stats: stats["completed"] == 401)
+    assert await count_deliveries(server) == 401
+
+
+@pytest.mark.parametrize("concurrency", [1, 10, 100])
+async def test_a_worker_held_to_a_fifth_of_a_core_gets_each_job_once(
+    concurrency: int, fleet: Fleet, queue: Queue, server: EmbeddedServer
+) -> None:
+    """As a container with a limit is: it stands still for 80 ms of each 100."""
+    await queue.add_bulk([{"task_id": "unnoted"}] * 1000)
+    worker = await fleet.start("first", concurrency=concurrency)
+    with anyio.fail_after(40):
+        while (await queue.queue_stats())["completed"] < 1000:
+            worker.freeze()
+            await anyio.sleep(0.08)
+            worker.send(signal.SIGCONT)
+            await anyio.sleep(0.02)
+    assert await count_deliveries(server) == 1000
+
+
 async def test_an_urgent_job_starts_soon_in_a_backlog(fleet: Fleet, queue: Queue) -> None:
     await queue.add_bulk([{"task_id": "stamp", "args": ["backlog", 0.01], "priority": 9}] * 2000)
-    late: list[float] = []
-    with anyio.fail_after(30):
-        await fleet.start("first", concurrency=10)
+    before: list[int] = []
+    slots = 10
+    with anyio.fail_after(2 * PATIENCE):
+        await fleet.start("first", concurrency=slots)
         await fleet.watched.stamped("backlog", 100)
         for number in range(10):
             added = time.time()
             await queue.wait_for(await queue.add("stamp", [f"urgent {number}"], priority=0))
-            late.append(fleet.watched.stamps(f"urgent {number}")[0][0] - added)
+            started = fleet.watched.stamps(f"urgent {number}")[0][0]
+            before.append(sum(added < at < started for at, _ in fleet.watched.stamps("backlog")))
         assert (await queue.queue_stats())["waiting"] > 0
-    print(f"urgent jobs started after {', '.join(f'{seconds * 1000:.1f}' for seconds in late)} ms")
-    assert sorted(late)[5] < 0.1
+    print(f"jobs of the backlog that started before an urgent one: {before}")
+    assert sorted(before)[5] <= 3 * slots
 
 
 # -- stopping
 
 
 async def test_twenty_jobs_finish_and_the_backlog_stays(fleet: Fleet, queue: Queue) -> None:
-    jobs = await queue.add_bulk([{"task_id": "stamp", "args": ["job", 0.7]}] * 60)
-    with anyio.fail_after(20):
+    jobs = await queue.add_bulk([{"task_id": "wait", "args": ["job", "go"]}] * 60)
+    with anyio.fail_after(2 * PATIENCE):
         worker = await fleet.start("first", concurrency=20)
-        await fleet.watched.stamped("job", 20)
+        await fleet.watched.begun("job", times=20)
         worker.send(signal.SIGTERM)
+        await worker.logged("stopping")
+        fleet.watched.say("go")
         assert await worker.wait() == 0
-    assert len(fleet.watched.stamps("job")) == 20
+    assert fleet.watched.runs("job") == ["first"] * 20
     stats = await queue.queue_stats()
     assert (stats["completed"], stats["failed"], stats["waiting"] + stats["active"]) == (20, 0, 40)
     done = await queue.get_jobs("completed")
@@ -222,20 +256,16 @@ async def test_twenty_jobs_finish_and_the_backlog_stays(fleet: Fleet, queue: Que
 async def test_twenty_jobs_that_do_not_finish_run_elsewhere_at_once(
     fleet: Fleet, queue: Queue
 ) -> None:
-    jobs = await queue.add_bulk([{"task_id": "stamp", "args": ["job", 3.0]}] * 20)
-    with anyio.fail_after(20):
+    jobs = await queue.add_bulk([{"task_id": "wait", "args": ["job", "go"]}] * 20)
+    with anyio.fail_after(2 * PATIENCE):
         first = await fleet.start("first", concurrency=20, asyncmq_nats_shutdown_timeout=0.3)
-        await fleet.watched.stamped("job", 20)
+        await fleet.watched.begun("job", times=20)
         await fleet.start("second", concurrency=20)
-        signalled = time.time()
         first.send(signal.SIGTERM)
-        stamps = await fleet.watched.stamped("job", 40)
+        await fleet.watched.begun("job", times=40)  # long before their leases end
         assert await first.wait() == 0
-        results = {await queue.wait_for(job_id) for job_id in jobs}
-    assert first.pid not in results
-    took = stamps[-1][0] - signalled
-    print(f"all 20 ran again {took:.2f} s after SIGTERM, of which 0.3 s is the shutdown timeout")
-    assert took < 0.3 + 1.0
+        fleet.watched.say("go")
+        assert {await queue.wait_for(job_id) for job_id in jobs} == {"second"}
     assert {job["stalls"] for job in await queue.get_jobs("completed")} == {0}
 
 
@@ -247,7 +277,9 @@ async def test_a_task_in_a_process_gets_what_its_annotations_say(
 ) -> None:
     worker = await fleet.start("first", concurrency=2)
     results = [
-        await queue.wait_for(await queue.add("add_days", ["2026-02-27", str(days)]), timeout=15)
+        await queue.wait_for(
+            await queue.add("add_days", ["2026-02-27", str(days)]), timeout=PATIENCE
+        )
         for days in (1, 2)
     ]
     assert [day for day, _ in results] == ["2026-02-28", "2026-03-01"]
@@ -263,17 +295,17 @@ async def test_what_a_task_in_a_process_raises_fails_its_job(fleet: Fleet, queue
     ):
         job_id = await queue.add(task)
         with pytest.raises(JobFailed, match=error):
-            await queue.wait_for(job_id, timeout=15)
+            await queue.wait_for(job_id, timeout=PATIENCE)
     bad = await queue.add("add_days", ["no day", 1])
     with pytest.raises(JobFailed, match="day"):
-        await queue.wait_for(bad, timeout=15)
-    assert await queue.wait_for(await queue.add("brief", [1]), timeout=15) == 1
+        await queue.wait_for(bad, timeout=PATIENCE)
+    assert await queue.wait_for(await queue.add("brief", [1]), timeout=PATIENCE) == 1
 
 
 @pytest.mark.parametrize("reason", ["cancelled", "timeout", "stopped"])
 async def test_a_task_in_a_process_is_killed(reason: str, fleet: Fleet, queue: Queue) -> None:
     worker = await fleet.start("first", asyncmq_nats_shutdown_timeout=0.2)
-    job_id = await queue.add("spin", ["job"], timeout=4 if reason == "timeout" else None)
+    job_id = await queue.add("spin", ["job"], timeout=15 if reason == "timeout" else None)
     ((_, pid),) = await fleet.watched.stamped("job")
     assert alive(pid)
     if reason == "cancelled":
@@ -287,7 +319,7 @@ async def test_a_task_in_a_process_is_killed(reason: str, fleet: Fleet, queue: Q
         return
     state = await eventually(lambda: queue.get_job_state(job_id), lambda state: state != "active")
     assert state == ("cancelled" if reason == "cancelled" else "failed")
-    assert await queue.wait_for(await queue.add("brief", [1]), timeout=15) == 1
+    assert await queue.wait_for(await queue.add("brief", [1]), timeout=PATIENCE) == 1
 
 
 # -- several processes
@@ -305,7 +337,7 @@ async def start_processes(
 async def test_worker_processes_share_the_jobs_and_stop_on_a_signal(
     fleet: Fleet, queue: Queue
 ) -> None:
-    with anyio.fail_after(30):
+    with anyio.fail_after(2 * PATIENCE):
         parent, pids = await start_processes(fleet, queue, concurrency=2)
         assert parent.pid not in pids
         jobs = await queue.add_bulk([{"task_id": "stamp", "args": ["job", 0.3]}] * 4)
@@ -320,7 +352,7 @@ async def test_worker_processes_share_the_jobs_and_stop_on_a_signal(
 
 
 async def test_a_worker_process_that_dies_is_started_again(fleet: Fleet, queue: Queue) -> None:
-    with anyio.fail_after(30):
+    with anyio.fail_after(2 * PATIENCE):
         parent, pids = await start_processes(fleet, queue)
         lost = min(pids)
         os.kill(lost, signal.SIGKILL)
@@ -334,7 +366,7 @@ async def test_a_worker_process_that_dies_is_started_again(fleet: Fleet, queue: 
 
 
 async def test_worker_processes_stop_when_their_parent_is_gone(fleet: Fleet, queue: Queue) -> None:
-    with anyio.fail_after(30):
+    with anyio.fail_after(2 * PATIENCE):
         parent, pids = await start_processes(fleet, queue)
         parent.kill()
         await holds(lambda: not any(alive(pid) for pid in pids))
@@ -343,14 +375,14 @@ async def test_worker_processes_stop_when_their_parent_is_gone(fleet: Fleet, que
 
 
 async def test_a_second_signal_ends_all_processes_at_once(fleet: Fleet, queue: Queue) -> None:
-    with anyio.fail_after(30):
+    with anyio.fail_after(2 * PATIENCE):
         parent, pids = await start_processes(fleet, queue)
         await queue.add("wait", ["job", "never"])
         await fleet.watched.begun("job")
         parent.send(signal.SIGTERM)
         await parent.logged("stopping")
         parent.send(signal.SIGTERM)
-        with anyio.fail_after(5):
+        with anyio.fail_after(PATIENCE / 2):  # half of what a stop waits for the job
             assert await parent.wait() != 0
         assert not any(alive(pid) for pid in pids)
 
@@ -359,7 +391,7 @@ async def test_a_second_signal_ends_all_processes_at_once(fleet: Fleet, queue: Q
 async def test_a_parent_that_is_told_to_stop_while_it_starts_stops(
     delay: float, fleet: Fleet, queue: Queue
 ) -> None:
-    with anyio.fail_after(30):
+    with anyio.fail_after(2 * PATIENCE):
         parent = fleet.launch("parent", processes=2)
         await anyio.sleep(delay)
         parent.send(signal.SIGTERM)
@@ -370,14 +402,9 @@ async def test_a_parent_that_is_told_to_stop_while_it_starts_stops(
 # -- the list of workers
 
 
-async def test_a_worker_that_was_killed_is_not_listed_for_long(
-    fleet: Fleet, queue: Queue, nats_backend: NATSBackend
-) -> None:
+async def test_a_worker_that_was_killed_is_not_listed_for_long(fleet: Fleet, queue: Queue) -> None:
     worker = await fleet.start("first", concurrency=4)
     (entry,) = await queue.list_workers()
     assert (entry.pid, entry.concurrency, entry.queue) == (worker.pid, 4, "fleet")
     worker.kill()
-    killed = time.monotonic()
     await eventually(queue.list_workers, lambda workers: workers == [])
-    # The server looks for what is over every so often.
-    assert time.monotonic() - killed < 3 * nats_backend.settings.heartbeat_interval + 3

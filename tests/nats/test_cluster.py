@@ -72,7 +72,8 @@ async def settle(queue: Queue, ended: int) -> dict[str, int]:
     )
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.slow
+@pytest.mark.timeout(480)
 async def test_children_are_told_of_parents_that_end_while_they_are_added(
     backends: list[Backend],
 ) -> None:
@@ -102,7 +103,8 @@ async def test_children_are_told_of_parents_that_end_while_they_are_added(
         ) | {"completed": 1600}
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.slow
+@pytest.mark.timeout(480)
 async def test_of_a_cancellation_and_the_failure_of_a_parent_one_wins(
     backends: list[Backend], cluster: Cluster
 ) -> None:
@@ -124,7 +126,7 @@ async def test_of_a_cancellation_and_the_failure_of_a_parent_one_wins(
     assert len(set(ended)) == len(ended) == 80
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(480)
 async def test_what_was_added_is_found_at_once_on_every_server(backends: list[Backend]) -> None:
     queues = [Queue("fleet", backend) for backend in backends]
     for number in range(60):
@@ -171,7 +173,8 @@ async def test_a_repetition_is_told_from_what_another_one_wrote(
     assert await here.write("notes", Write("notes.c", b"")) == 3  # the stream takes more
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.slow
+@pytest.mark.timeout(480)
 @pytest.mark.parametrize("stream", ["amq_fleet", BUCKET])
 async def test_the_loss_of_a_leader_loses_no_job(
     fleet: Fleet, cluster: Cluster, stream: str
@@ -180,7 +183,7 @@ async def test_the_loss_of_a_leader_loses_no_job(
     done = anyio.Event()
     async with NATSBackend(cluster.urls, settings=SETTINGS) as backend:
         queue = Queue("fleet", backend)
-        await queue.queue_stats()
+        await queue._assets.declare_all()
         workers = await fleet.start_all("first", "second", concurrency=5)
 
         async def produce(producer: int) -> None:

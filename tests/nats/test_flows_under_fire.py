@@ -17,7 +17,7 @@ from asyncmq_nats.flow import FlowProducer
 from asyncmq_nats.jobs import Job
 from asyncmq_nats.queues import Queue
 from asyncmq_nats.settings import Settings
-from tests.nats.processes import PROGRAM, Fleet, eventually
+from tests.nats.processes import PATIENCE, PROGRAM, Fleet, eventually
 from tests.running import wait_until_done
 
 SEEDS = [11, 12, 13]
@@ -51,7 +51,7 @@ class Graph:
                     task_id="node",
                     job_id=f"node-{number}",
                     args=args,
-                    depends_on=depends_on,
+                    depends_on=depends_on or [],
                     max_retries=RETRIES,
                     backoff=backoff,
                 )
@@ -68,6 +68,7 @@ class Graph:
         return states
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", SEEDS)
 async def test_random_graphs_run_in_order_while_workers_are_killed(
     seed: int, fleet: Fleet, queue: Queue, nats_backend: NATSBackend
@@ -83,7 +84,7 @@ async def test_random_graphs_run_in_order_while_workers_are_killed(
             f"amq.fleet.event.{word}.*",
             lambda signal: ends.update([signal.subject.rpartition(".")[2]]),
         )
-    with anyio.fail_after(50):
+    with anyio.fail_after(2 * PATIENCE):
         workers = await fleet.start_all("a", "b", "c", asyncmq_nats_tasks="graph_tasks")
         losses = 0
         for graph in graphs:
@@ -141,12 +142,13 @@ def check_order(lines: list[str], parents: dict[int, list[int]]) -> int:
 MESSAGES = (0, 1, FLOW // 2, FLOW + 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["flow", "add"])
 async def test_of_what_a_killed_producer_adds_all_runs_or_nothing_is_there(
     way: str, server: EmbeddedServer, nats_backend: NATSBackend, fleet: Fleet
 ) -> None:
     """The producer dies after 0, 1, 2, … messages; workers finish what it began."""
-    with anyio.fail_after(58):
+    with anyio.fail_after(2 * PATIENCE):
         for number in MESSAGES:
             await Queue(f"flow_{number}", nats_backend).queue_stats()
         producers = [start_producer(server.url, number, way) for number in MESSAGES]
@@ -185,7 +187,7 @@ def start_producer(url: str, kill_after: int, way: str) -> "subprocess.Popen[byt
 async def test_a_killed_attempt_adds_no_follow_up(fleet: Fleet, queue: Queue) -> None:
     """The first worker is killed after it has added a follow-up, the second completes: there is one follow-up, and not two."""
     job_id = await queue.add("follow", ["word"])
-    with anyio.fail_after(30):
+    with anyio.fail_after(2 * PATIENCE):
         first = await fleet.start("first", asyncmq_nats_tasks="follow_tasks")
         await fleet.watched.begun("follow")
         first.kill()
@@ -194,7 +196,7 @@ async def test_a_killed_attempt_adds_no_follow_up(fleet: Fleet, queue: Queue) ->
         await fleet.start("second", asyncmq_nats_tasks="follow_tasks")
         await fleet.watched.begun("follow", 2)
         fleet.watched.say("word")
-        assert await queue.wait_for(job_id, timeout=20) == "second"
+        assert await queue.wait_for(job_id, timeout=PATIENCE) == "second"
         await wait_until_done(queue)
     stats = await queue.queue_stats()
     assert stats == dict.fromkeys(stats, 0) | {"completed": 2}

@@ -12,7 +12,7 @@ from asyncmq_nats.backends.nats.backend import NATSBackend
 from asyncmq_nats.backends.nats.embedded.server import EmbeddedServer
 from asyncmq_nats.queues import Queue
 from asyncmq_nats.runtime.registry import TaskRegistry
-from tests.nats.processes import eventually
+from tests.nats.processes import PATIENCE, eventually
 from tests.nats.streams import Streams, plain_client
 
 runs: list[str] = []
@@ -38,7 +38,7 @@ async def foreign(server: EmbeddedServer) -> AsyncIterator[Client]:
 async def running(queue: Queue, nats_backend: NATSBackend) -> AsyncIterator[Queue]:
     """The queue with a worker."""
     runs.clear()
-    with anyio.fail_after(30):
+    with anyio.fail_after(2 * PATIENCE):
         async with anyio.create_task_group() as group:
             queue = Queue("fleet", nats_backend, registry=registry)
             await group.start(queue.run)
@@ -105,7 +105,7 @@ async def test_job_published_before_any_worker_ran_waits(
     await publish(foreign, "order-1", b'{"task": "echo"}')
     assert (await queue.queue_stats())["waiting"] == 1
     assert await queue.get_job_state("order-1") == "waiting"
-    with anyio.fail_after(10):
+    with anyio.fail_after(2 * PATIENCE):
         async with anyio.create_task_group() as group:
             await group.start(Queue("fleet", nats_backend, registry=registry).run)
             assert await queue.wait_for("order-1") == "nothing"

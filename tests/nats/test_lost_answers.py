@@ -20,11 +20,12 @@ from tests.receiver import until
 from tests.running import PATIENCE, make_queue, running, wait_until_done
 
 BUCKET = rb"PUB \$KV\.amq_work_scheduler"
+READY = rb"PUB amq\.work\.ready"
 
 
 @pytest.fixture
 def settings() -> Settings:
-    return Settings(stalled_after=30, publish_timeout=10, shutdown_timeout=0.1)
+    return Settings(stalled_after=600, publish_timeout=10, shutdown_timeout=0.1)
 
 
 @pytest.fixture
@@ -172,7 +173,7 @@ async def test_a_write_that_is_not_awaited_is_told_from_others_by_its_body(
 
     async def write() -> None:
         await (
-            notes.write("notes", Write("notes.a", b"", marker=True, ttl=60))
+            notes.write("notes", Write("notes.a", b"another", ttl=60))
             if foreign
             else stored(notes, "notes.a")
         )
@@ -228,29 +229,30 @@ async def add_custom_flow(queue: Queue) -> None:
 
 
 @pytest.mark.parametrize(
-    ("add", "jobs"),
+    ("add", "jobs", "lost"),
     [
-        (add_delayed, 1),
-        (add_deduplicated, 1),
-        (add_custom, 1),
-        (add_in_bulk, 2),
-        (add_flow, 2),
-        (add_custom_flow, 2),
+        (add_delayed, 1, BUCKET),
+        (add_deduplicated, 1, READY),
+        (add_custom, 1, BUCKET),
+        (add_in_bulk, 2, BUCKET),
+        (add_flow, 2, BUCKET),
+        (add_custom_flow, 2, BUCKET),
     ],
 )
 async def test_a_job_that_has_run_meanwhile_does_not_run_again(
     add: Callable[[Queue], Awaitable[None]],
     jobs: int,
+    lost: bytes,
     nats_backend: NATSBackend,
     distant: NATSBackend,
     relay: Relay,
 ) -> None:
     runs = Runs()
     near, far = (make_queue(backend, note=runs.__call__) for backend in (nats_backend, distant))
-    await far.queue_stats()
+    await far._assets.declare_all()
     later = Later()
     async with running(near):
-        relay.lose_answer(BUCKET)
+        relay.lose_answer(lost)
         with anyio.fail_after(PATIENCE):
             async with anyio.create_task_group() as group:
                 group.start_soon(later.run, lambda: add(far))
@@ -271,7 +273,7 @@ async def test_a_flow_of_chosen_ids_that_has_moved_on_is_not_refused(
         await free.wait()
 
     near, far = (make_queue(backend, note=note) for backend in (nats_backend, distant))
-    await far.queue_stats()
+    await far._assets.declare_all()
     with anyio.fail_after(PATIENCE):
         async with running(near):
             relay.lose_answer(BUCKET)
@@ -318,7 +320,7 @@ async def test_a_job_that_was_not_cancelled_is_not_reported_as_cancelled(
     """The first sending was lost, and the repetition refused by a marker: of whoever moved the job."""
     near, far = (make_queue(backend) for backend in (nats_backend, distant))
     job_id = await near.add("note", delay=3600)
-    await far.queue_stats()
+    await far._assets.declare_all()
     later = Later()
     relay.lose_request(rb"PUB \$KV\.amq_work_scheduler\.done")
     with anyio.fail_after(PATIENCE):

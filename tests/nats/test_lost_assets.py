@@ -8,10 +8,9 @@ import pytest
 from asyncmq_nats.backends.nats.embedded.server import EmbeddedServer
 from asyncmq_nats.queues import Queue
 from asyncmq_nats.settings import Settings
-from tests.nats.processes import Fleet, eventually
+from tests.nats.processes import PATIENCE, Fleet, eventually
 from tests.nats.streams import Streams, plain_client
 
-PATIENCE = 15.0
 LOG_LIMIT = 200
 """Lines a worker may log about one loss: it must not chase the server."""
 
@@ -47,7 +46,7 @@ async def test_worker_and_producer_get_over_the_loss(
     what: str, fleet: Fleet, queue: Queue, server: EmbeddedServer
 ) -> None:
     worker = await fleet.start("first")
-    assert await queue.wait_for(await queue.add("brief", [1]), timeout=5) == 1
+    assert await queue.wait_for(await queue.add("brief", [1]), timeout=PATIENCE) == 1
     await delete(server, what)
     started = time.monotonic()
     with anyio.fail_after(PATIENCE):
@@ -70,7 +69,7 @@ async def test_worker_that_idles_without_its_stream_keeps_quiet(
     fleet: Fleet, queue: Queue, server: EmbeddedServer
 ) -> None:
     worker = await fleet.start("first")
-    assert await queue.wait_for(await queue.add("brief", [1]), timeout=5) == 1
+    assert await queue.wait_for(await queue.add("brief", [1]), timeout=PATIENCE) == 1
     await delete(server, "STREAM.DELETE.amq_fleet")
     await anyio.sleep(2.0)
     assert len(worker.log.splitlines()) < LOG_LIMIT
@@ -84,6 +83,6 @@ async def test_counters_in_memory_come_back_after_a_restart(
     before = await queue.queue_stats()
     server.kill()
     server.start()
-    with anyio.fail_after(3):
+    with anyio.fail_after(PATIENCE):
         assert await queue.queue_stats() == before
     assert before["waiting"] == before["delayed"] == 1

@@ -2,7 +2,7 @@
 
 import re
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
@@ -25,7 +25,8 @@ from asyncmq_nats.settings import Settings
 from tests.nats.processes import MakeServer, holds
 from tests.nats.streams import Streams, plain_client
 
-SOON = 3.0
+SOON = 15.0
+"""Half of what an unconfirmed write is repeated for: a refusal is told before."""
 USERS = """
 authorization {
   users: [
@@ -45,7 +46,7 @@ async def guarded(make_server: MakeServer) -> EmbeddedServer:
     """A server with users, on which the owner has declared the queue."""
     server = make_server(USERS)
     async with login(server, "owner") as backend:
-        await Queue("fleet", backend).queue_stats()
+        await Queue("fleet", backend)._assets.declare_all()
     return server
 
 
@@ -79,7 +80,8 @@ async def ageing(server: EmbeddedServer, version: str) -> AsyncIterator[str]:
     listener = await anyio.create_tcp_listener(local_host="127.0.0.1")
     async with listener, anyio.create_task_group() as group:
         group.start_soon(listener.serve, relay)
-        yield f"nats://127.0.0.1:{listener.extra(SocketAttribute.local_port)}"
+        port = listener.extra(SocketAttribute.local_port)
+        yield server.url.replace(f":{server.port}", f":{port}")
         group.cancel_scope.cancel()
 
 
@@ -259,6 +261,39 @@ async def test_queue_that_was_never_declared_is_an_error_with_declare_false(
             pytest.raises(AssetMissing, match=r"amq_fleet.*start a worker"),
         ):
             await Queue("fleet", backend).add("brief", [1])
+
+
+# -- one error, and never a group of them
+
+REFUSED_CALLS: dict[str, Callable[[Queue], Awaitable[object]]] = {
+    "queue_stats": lambda queue: queue.queue_stats(),
+    "count": lambda queue: queue.count(),
+    "get_job": lambda queue: queue.get_job("some"),
+    "list_jobs": lambda queue: queue.list_jobs("waiting"),
+    "list_delayed": lambda queue: queue.list_delayed(),
+    "list_repeatables": lambda queue: queue.list_repeatables(),
+    "add_bulk": lambda queue: queue.add_bulk([{"task_id": "brief", "job_id": "a"}] * 3),
+    "add_many": lambda queue: queue.add_bulk([{"task_id": "brief"}] * 2500),
+    "add_delayed": lambda queue: queue.add("brief", [1], delay=5),
+    "pause": lambda queue: queue.pause(),
+    "resume": lambda queue: queue.resume(),
+    "cancel_job": lambda queue: queue.cancel_job("some"),
+    "retry_job": lambda queue: queue.retry_job("some"),
+    "remove_job": lambda queue: queue.remove_job("some"),
+    "drain": lambda queue: queue.drain(),
+    "clean": lambda queue: queue.clean("completed"),
+    "obliterate": lambda queue: queue.obliterate(force=True),
+    "list_workers": lambda queue: queue.list_workers(),
+    "wait_for": lambda queue: queue.wait_for("some"),
+    "run": lambda queue: queue.run(),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED_CALLS)
+async def test_what_is_refused_is_one_error(name: str, guarded: EmbeddedServer) -> None:
+    async with login(guarded, "guest") as backend:
+        with anyio.fail_after(3 * SOON), pytest.raises(PermissionRefused):
+            await REFUSED_CALLS[name](Queue("fleet", backend))
 
 
 # -- streams that are there already

@@ -18,7 +18,7 @@ from asyncmq_nats.context import current_job
 from asyncmq_nats.exceptions import Fail, Retry, Unconfirmed
 from asyncmq_nats.queues import Queue
 from asyncmq_nats.settings import Settings
-from tests.nats.processes import Fleet, eventually, freeze, holds
+from tests.nats.processes import PATIENCE, Fleet, eventually, freeze, holds
 from tests.nats.streams import Streams, plain_client
 from tests.running import make_queue, outcome, running
 
@@ -32,6 +32,7 @@ def settings() -> Settings:
     return Settings(stalled_after=1.0, shutdown_timeout=5.0)
 
 
+@pytest.mark.slow
 async def test_killed_server_loses_nothing_and_nobody_is_restarted(
     fleet: Fleet, queue: Queue, server: EmbeddedServer
 ) -> None:
@@ -57,7 +58,7 @@ async def test_killed_server_loses_nothing_and_nobody_is_restarted(
 
     workers = await fleet.start_all("first", "second", concurrency=5)
     silences = []
-    with anyio.fail_after(55):
+    with anyio.fail_after(2 * PATIENCE):
         async with anyio.create_task_group() as group:
             for producer in range(PRODUCERS):
                 group.start_soon(produce, producer)
@@ -97,7 +98,7 @@ async def impatient_queue(server: EmbeddedServer) -> AsyncIterator[Queue]:
         servers=server.url, settings=Settings(publish_timeout=1.5, stalled_after=20)
     ) as backend:
         queue = Queue("fleet", backend)
-        await queue.queue_stats()
+        await queue._assets.declare_all()
         yield queue
 
 
@@ -123,9 +124,9 @@ async def test_add_that_cannot_be_confirmed_raises_in_time(
     job_id: str | None, told: str, impatient_queue: Queue, server: EmbeddedServer
 ) -> None:
     started = time.monotonic()
-    with frozen(server), anyio.fail_after(10), pytest.raises(Unconfirmed, match=told):
+    with frozen(server), anyio.fail_after(2 * PATIENCE), pytest.raises(Unconfirmed, match=told):
         await impatient_queue.add("brief", [1], job_id=job_id)
-    assert 1.0 < time.monotonic() - started < 5.0
+    assert 1.0 < time.monotonic() - started < 15.0  # half of the default
 
 
 async def test_unconfirmed_adds_can_be_repeated_under_their_job_ids(
@@ -147,7 +148,7 @@ async def test_unconfirmed_adds_can_be_repeated_under_their_job_ids(
             if len(confirmed) >= ORDERS // 2:
                 half.set()
 
-    with anyio.fail_after(30):
+    with anyio.fail_after(2 * PATIENCE):
         await fleet.start("first", asyncmq_nats_stalled_after=20)
         async with anyio.create_task_group() as group:
             for number in range(ORDERS):

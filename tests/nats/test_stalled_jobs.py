@@ -10,10 +10,11 @@ from asyncmq_nats.backends.nats.backend import NATSBackend
 from asyncmq_nats.backends.nats.embedded.server import EmbeddedServer
 from asyncmq_nats.queues import Queue
 from asyncmq_nats.settings import Settings
-from tests.nats.processes import Fleet, eventually
+from tests.nats.processes import PATIENCE, Fleet, eventually
 from tests.nats.streams import Streams, plain_client
 
-DROPPED = "this worker's end of it is dropped"
+CLAIMS = "KV_amq_fleet_scheduler"
+DROPPED = "discarding this worker's result"
 
 
 @pytest.fixture
@@ -29,16 +30,18 @@ async def nothing_is_left(server: EmbeddedServer) -> None:
         assert await streams.keys("later") == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first_does", ["succeeds", "fails", "retries"])
 @pytest.mark.parametrize("second", ["has ended", "still runs"])
 async def test_worker_paused_beyond_its_lease_has_no_say(
     first_does: str, second: str, fleet: Fleet, queue: Queue, server: EmbeddedServer
 ) -> None:
     watched, args = fleet.watched, ["job", "first", "second", first_does != "succeeds"]
-    with anyio.fail_after(30):
+    with anyio.fail_after(2 * PATIENCE):
         first = await fleet.start("first")
         job_id = await queue.add("disagree", args, retries=3 if first_does == "retries" else 0)
         await watched.begun("job")
+        await eventually(lambda: queue.backend.last(CLAIMS, "$KV.*.done.*.claim"), bool)
         first.freeze()
         watched.say("first")
         second_worker = await fleet.start("second")
@@ -65,11 +68,12 @@ async def test_worker_paused_beyond_its_lease_has_no_say(
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tasks", [["block"], ["last", "last_in_thread"]])
 async def test_task_that_outlasts_its_lease_runs_once(
     tasks: list[str], fleet: Fleet, queue: Queue, settings: Settings
 ) -> None:
-    with anyio.fail_after(30):
+    with anyio.fail_after(2 * PATIENCE):
         await fleet.start_all("first", "second")
         jobs = {task: await queue.add(task, [3 * settings.stalled_after]) for task in tasks}
         results = {task: await queue.wait_for(job_id) for task, job_id in jobs.items()}
@@ -90,7 +94,7 @@ async def test_job_that_kills_its_workers_ends_as_failed(
             await worker.wait()
             worker = await fleet.start("next")
 
-    with anyio.fail_after(30):
+    with anyio.fail_after(2 * PATIENCE):
         async with anyio.create_task_group() as group:
             await group.start(keep_one_running)
             job_id = await queue.add("kill")

@@ -10,7 +10,7 @@ from asyncmq_nats.backends.nats.backend import NATSBackend
 from asyncmq_nats.backends.nats.embedded.server import EmbeddedServer
 from asyncmq_nats.queues import Queue
 from asyncmq_nats.settings import Settings
-from tests.nats.processes import Fleet, eventually
+from tests.nats.processes import PATIENCE, Fleet, eventually
 from tests.nats.streams import Streams, plain_client
 
 JOBS = 1000
@@ -23,6 +23,7 @@ def settings() -> Settings:
     return Settings(stalled_after=1.5)
 
 
+@pytest.mark.slow
 async def test_jobs_of_killed_workers_run_elsewhere_and_end_once(
     fleet: Fleet, queue: Queue, server: EmbeddedServer, nats_backend: NATSBackend
 ) -> None:
@@ -35,7 +36,7 @@ async def test_jobs_of_killed_workers_run_elsewhere_and_end_once(
         [{"task_id": "brief", "args": [number, 0.06]} for number in range(JOBS)]
     )
     workers = await fleet.start_all("a", "b", "c", concurrency=3)
-    with anyio.fail_after(50):
+    with anyio.fail_after(2 * PATIENCE):
         for _ in range(LOSSES):
             await anyio.sleep(1.0)
             lost = random.randrange(3)

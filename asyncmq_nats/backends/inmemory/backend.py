@@ -5,9 +5,8 @@ One process, one event loop at a time, one store per instance. Where the twin an
 """
 
 import asyncio
-import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from functools import partial
 from itertools import count
@@ -17,11 +16,13 @@ from weakref import WeakSet
 import anyio
 
 from asyncmq_nats._concurrency import Home
+from asyncmq_nats._logging import get_logger
 from asyncmq_nats.backends.base import (
     Consumer,
     ConsumerState,
     Delivery,
     Log,
+    OnRemoved,
     Puller,
     Record,
     Settle,
@@ -40,7 +41,7 @@ from asyncmq_nats.settings import settings as environment
 
 __all__ = ["InMemoryBackend"]
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 class InMemorySubscription:
@@ -65,7 +66,10 @@ class InMemorySubscription:
     def arrive(self, signal: Signal) -> None:
         """Take a signal."""
         if self.active:
-            self._on_signal(signal)
+            try:
+                self._on_signal(signal)
+            except Exception:  # a signal of a stranger must not end what it is for
+                logger.exception("a callback for signals on %.200s failed", signal.subject)
 
 
 class InMemoryBackend:
@@ -104,9 +108,25 @@ class InMemoryBackend:
         """See `Backend`."""
         await self.close()
 
+    async def ping(self) -> float:
+        """See `Backend`."""
+        begun = time.monotonic()
+        await self._give_way()
+        return time.monotonic() - begun
+
+    @property
+    def is_full(self) -> bool:
+        """See `Backend`."""
+        return False
+
     def now(self) -> float:
         """See `Backend`."""
         return time.time()
+
+    @property
+    def reads_may_lag(self) -> bool:
+        """See `Backend`."""
+        return False
 
     @property
     def max_body(self) -> int:
@@ -121,6 +141,12 @@ class InMemoryBackend:
             self._logs[log.name] = StoredLog(log, self._agenda, self._send_signal)
         else:
             warn_of_difference("log", existing.declaration, log)
+
+    async def incarnation(self, name: str) -> str | None:
+        """See `Backend`."""
+        await self._give_way()
+        log = self._logs.get(name)
+        return None if log is None else log.incarnation
 
     async def delete_log(self, name: str) -> bool:
         """See `Backend`."""
@@ -172,7 +198,7 @@ class InMemoryBackend:
         await self._give_way()
         return self._find_log(log).write(writes)
 
-    def send(self, log: str, write: Write, settle: Settle) -> None:
+    def send(self, log: str, write: Write, settle: Settle, *, timeout: float | None = None) -> None:
         """See `Backend`."""
         settled: Settled
         try:
@@ -198,10 +224,24 @@ class InMemoryBackend:
         from_sequence: int = 1,
         limit: int = 100,
         mostly: bool = False,
+        index: str | None = None,
     ) -> list[Record]:
         """See `Backend`."""
         await self._give_way()
         return self._find_log(log).page(filter, from_sequence, limit)
+
+    async def page_back(
+        self,
+        log: str,
+        filter: str,
+        *,
+        before: int | None = None,
+        limit: int = 100,
+        index: str | None = None,
+    ) -> list[Record]:
+        """See `Backend`."""
+        await self._give_way()
+        return self._find_log(log).page_back(filter, before, limit)
 
     async def count(self, log: str) -> int:
         """See `Backend`."""
@@ -210,14 +250,6 @@ class InMemoryBackend:
     async def list_subjects(self, log: str, filter: str) -> list[str]:
         """See `Backend`."""
         return [record.subject for record in await self.last(log, filter)]
-
-    async def first_since(self, log: str, filter: str, time: float) -> int | None:
-        """See `Backend`."""
-        await self._give_way()
-        return next(
-            (record.sequence for record in self._find_log(log).find(filter) if record.time >= time),
-            None,
-        )
 
     async def last_sequence(self, log: str) -> int:
         """See `Backend`."""
@@ -228,6 +260,22 @@ class InMemoryBackend:
         """See `Backend`."""
         await self._give_way()
         return self._find_log(log).delete(sequence)
+
+    def discard(self, log: str, sequence: int, on_removed: OnRemoved | None = None) -> None:
+        """See `Backend`."""
+        removed: bool | BackendError
+        try:
+            removed = self._find_log(log).delete(sequence)
+        except BackendError as error:
+            removed = error
+        if on_removed is not None:
+            asyncio.get_running_loop().call_soon(on_removed, removed)
+
+    async def delete_many(self, log: str, sequences: Sequence[int]) -> list[int]:
+        """See `Backend`."""
+        await self._give_way()
+        stored = self._find_log(log)
+        return [sequence for sequence in sequences if stored.delete(sequence)]
 
     async def purge(
         self, log: str, filter: str, *, before: int | None = None, keep: int | None = None

@@ -4,12 +4,12 @@ Nothing calls a user of the backend from inside a method of it: every delivery a
 """
 
 import asyncio
-import logging
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from functools import partial
 
+from asyncmq_nats._logging import get_logger
 from asyncmq_nats.backends.base import Consumer, ConsumerState, Delivery, Record
 from asyncmq_nats.backends.filters import matches
 from asyncmq_nats.backends.inmemory.timers import Agenda, Alarm
@@ -17,7 +17,7 @@ from asyncmq_nats.exceptions import AssetMissing
 
 __all__ = ["Counter", "Cursor", "InMemoryPuller"]
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 class Counter:
@@ -121,6 +121,7 @@ class Cursor:
             leased=len(self._leases),
             delivered_sequence=self._delivered_sequence,
             paused=self.paused_until > time.time(),
+            waiting_pulls=len(self._waiting),
         )
 
     def pause(self, until: float) -> None:

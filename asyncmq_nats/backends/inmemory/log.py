@@ -46,6 +46,7 @@ class StoredLog:
         self, declaration: Log, agenda: Agenda, signal: Callable[[str, bytes], object]
     ) -> None:
         self.declaration = declaration
+        self.incarnation = f"{id(self)}-{time.time()}"
         self.consumers: dict[str, Counter | Cursor] = {}
         self._agenda = agenda
         self._signal = signal
@@ -82,6 +83,8 @@ class StoredLog:
         for write in writes:
             if write.removes is not None:
                 self._drop(self._subjects.get(write.removes))
+            if write.index is not None:
+                self._store(Write(write.index, b"", ttl=write.ttl))
             self._store(write)
         return self._sequence
 
@@ -96,9 +99,18 @@ class StoredLog:
 
     def page(self, pattern: str, from_sequence: int, limit: int) -> list[Record]:
         """Return up to `limit` matching records from a sequence on."""
+        start = bisect_left(self._order, from_sequence)
+        return self._take(pattern, range(start, len(self._order)), limit)
+
+    def page_back(self, pattern: str, before: int | None, limit: int) -> list[Record]:
+        """Return up to `limit` matching records below a sequence, the newest first."""
+        end = len(self._order) if before is None else bisect_left(self._order, before)
+        return self._take(pattern, range(end - 1, -1, -1), limit)
+
+    def _take(self, pattern: str, indexes: range, limit: int) -> list[Record]:
         page: list[Record] = []
         match = compile_filter(pattern).match
-        for index in range(bisect_left(self._order, from_sequence), len(self._order)):
+        for index in indexes:
             if len(page) >= limit:
                 break
             stored = self._records.get(self._order[index])
@@ -203,7 +215,8 @@ class StoredLog:
         self._drop(self._subjects.get(write.subject))
         self._sequence += 1
         now = time.time()
-        record = Record(write.subject, write.body, self._sequence, now, write.marker)
+        marker = write.marker and write.subject.startswith("$KV.")
+        record = Record(write.subject, write.body, self._sequence, now, marker)
         stored = self._records[record.sequence] = Stored(record, write.timer)
         self._order.append(record.sequence)
         self._subjects.set(record.subject, stored)

@@ -3,19 +3,21 @@
 import asyncio
 import os
 import time
-from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final, Self
 
 from anyio import CancelScope, to_thread
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription as NatsSubscription
 
-from asyncmq_nats._concurrency import Home, Turns
+from asyncmq_nats._concurrency import Home, Turns, open_task_group
+from asyncmq_nats._logging import Throttle, get_logger
 from asyncmq_nats.backends.base import (
     Consumer,
     ConsumerState,
     Delivery,
     Log,
+    OnRemoved,
     Puller,
     Record,
     Settle,
@@ -23,7 +25,7 @@ from asyncmq_nats.backends.base import (
     Subscription,
     Write,
 )
-from asyncmq_nats.backends.nats.connection import Connection
+from asyncmq_nats.backends.nats.connection import Connection, Reply
 from asyncmq_nats.backends.nats.embedded.server import EmbeddedServer
 from asyncmq_nats.backends.nats.errors import (
     CONSUMER_MISSING,
@@ -35,15 +37,23 @@ from asyncmq_nats.backends.nats.lease_keeper import LeaseKeeper
 from asyncmq_nats.backends.nats.options import connect_options, server_addresses
 from asyncmq_nats.backends.nats.puller import NATSPuller
 from asyncmq_nats.backends.nats.reader import Reader
+from asyncmq_nats.backends.nats.room import Ballasts, Fills
 from asyncmq_nats.backends.nats.streams import Assets, format_time
 from asyncmq_nats.backends.nats.writer import BATCH_LIMIT, Writer
-from asyncmq_nats.exceptions import AssetMissing, BackendError, Unconfirmed
-from asyncmq_nats.settings import Settings, parse_servers
+from asyncmq_nats.exceptions import AssetMissing, BackendError, PayloadTooLarge, Unconfirmed
+from asyncmq_nats.settings import Settings, mask_login, parse_servers
 from asyncmq_nats.settings import settings as environment
 
 __all__ = ["NATSBackend"]
 
+logger = get_logger(__name__)
+
 SUBJECTS_PAGE: Final = 100_000
+DELETES_AT_ONCE: Final = 1_000
+NO_MESSAGE: Final = (b"10037", b"10043", b"10057")
+"""Codes of an answer that a message is not there."""
+FILTERS_AT_ONCE: Final = 200
+"""Filters of one request: each has up to some 1,100 bytes, and a request must fit into a message."""
 MISSING: Final = (STREAM_MISSING, CONSUMER_MISSING)
 
 
@@ -79,8 +89,11 @@ class NATSBackend:
         self._life: AsyncGenerator[None, None]
         self._reader: Reader
         self._writer: Writer
+        self._fills: Fills
         self._assets = Assets(self.settings, declare=declare)
         self._keeper: LeaseKeeper
+        self._dropped_signals = Throttle()
+        self._incarnations: dict[str, str | None] = {}
         self._embedded: EmbeddedServer | None = None
 
     @classmethod
@@ -100,16 +113,21 @@ class NATSBackend:
         """
         server = EmbeddedServer(store_dir)
         server.start()
+        logins = ("user", "password", "token", "user_credentials", "nkeys_seed")
+        options = dict.fromkeys(logins) | options  # those of the settings are for other servers
         backend = cls(server.url, settings=settings, **options)
         backend._embedded = server
         return backend
 
     @property
     def url(self) -> str:
-        """The address of the embedded server, or of the servers, for other processes to connect to."""
+        """The address of the embedded server, for other processes to connect to: with its token.
+
+        Of other servers, their addresses without what is before an `@`: log it as you like.
+        """
         if self._embedded is not None:
             return self._embedded.url
-        return ",".join(server_addresses(self.settings, self._options))
+        return ",".join(map(mask_login, server_addresses(self.settings, self._options)))
 
     # -- life
 
@@ -139,13 +157,16 @@ class NATSBackend:
         await anext(life)
         try:
             await connection.open()
-            reader = Reader(connection, self.settings.publish_timeout)
+            reader = Reader(connection, self.settings.request_patience)
             writer = Writer(connection, self.settings.publish_timeout, reader.last)
             await writer.open()
         except BaseException:
             await life.aclose()
             raise
-        self._assets.use(connection)
+        ballasts = Ballasts(connection, self.write, self.last, self.delete, lambda: writer.is_full)
+        writer.on_full = ballasts.release_all
+        self._fills = Fills(connection)
+        self._assets.use(connection, ballasts, self._fills)
         self._reader, self._writer, self._keeper = reader, writer, keeper
         self._connection, self._life = connection, life
 
@@ -182,8 +203,28 @@ class NATSBackend:
             raise BackendError("not connected: connect() first")
         return self._connection
 
+    async def ping(self) -> float:
+        connection = await self._open_connection()
+        begun = time.monotonic()
+        with mapped_errors(connection.servers):
+            try:
+                async with asyncio.timeout(self.settings.connect_timeout):
+                    await connection.client.barrier()
+            except TimeoutError:
+                raise Unconfirmed("a ping", self.settings.connect_timeout, read=True) from None
+        return time.monotonic() - begun
+
+    @property
+    def is_full(self) -> bool:
+        return self._connection is not None and self._writer.is_full
+
     def now(self) -> float:
         return self._connection.now() if self._connection is not None else time.time()
+
+    @property
+    def reads_may_lag(self) -> bool:
+        connection = self._connection
+        return connection is None or connection.client.is_clustered or bool(self.settings.domain)
 
     @property
     def max_body(self) -> int:
@@ -196,6 +237,15 @@ class NATSBackend:
     async def declare_log(self, log: Log) -> None:
         await self._open_connection()
         await self._assets.declare_log(log)
+
+    async def incarnation(self, name: str) -> str | None:
+        connection = await self._open_connection()
+        answer = await connection.call(f"STREAM.INFO.{name}")
+        created = str(answer["created"]) if self._found(name, answer) else None
+        if self._incarnations.setdefault(name, created) != created:
+            self._incarnations[name] = created
+            self._assets.forget(name)  # nothing that was declared is there any more
+        return created
 
     async def delete_log(self, name: str) -> bool:
         connection = await self._open_connection()
@@ -240,6 +290,7 @@ class NATSBackend:
             info["num_ack_pending"],
             info["delivered"]["stream_seq"],
             info.get("paused", False),
+            info.get("num_waiting", 0),
         )
 
     async def pause(self, log: str, consumer: str, until: float) -> None:
@@ -260,19 +311,25 @@ class NATSBackend:
                 f"{len(writes)} writes in one batch: at least 1 and at most {BATCH_LIMIT} are possible"
             )
         await self._open_connection()
+        await self._fills.check(log, sum(len(write.body) for write in writes))
         try:
             return await self._writer.write(log, writes)
         except AssetMissing:
             self._assets.forget(log)
             raise
 
-    def send(self, log: str, write: Write, settle: Settle) -> None:
+    def send(self, log: str, write: Write, settle: Settle, *, timeout: float | None = None) -> None:
         self._require_connection()
-        self._writer.send(log, write, settle)
+        self._writer.send(log, write, settle, timeout)
 
     async def last(self, log: str, *filters: str) -> list[Record]:
         await self._open_connection()
-        return await self._reader.last(log, *filters)
+        if len(filters) <= FILTERS_AT_ONCE:
+            return await self._reader.last(log, *filters)
+        found: dict[int, Record] = {}
+        for part in batched(filters, FILTERS_AT_ONCE):
+            found |= {record.sequence: record for record in await self._reader.last(log, *part)}
+        return [found[sequence] for sequence in sorted(found)]
 
     async def latest(self, log: str, filter: str) -> Record | None:
         await self._open_connection()
@@ -286,15 +343,27 @@ class NATSBackend:
         from_sequence: int = 1,
         limit: int = 100,
         mostly: bool = False,
+        index: str | None = None,
     ) -> list[Record]:
         await self._open_connection()
         return await self._reader.page(
-            log, filter, from_sequence=from_sequence, limit=limit, mostly=mostly
+            log, filter, from_sequence=from_sequence, limit=limit, mostly=mostly, index=index
         )
 
-    async def first_since(self, log: str, filter: str, time: float) -> int | None:
+    async def page_back(
+        self,
+        log: str,
+        filter: str,
+        *,
+        before: int | None = None,
+        limit: int = 100,
+        index: str | None = None,
+    ) -> list[Record]:
         await self._open_connection()
-        return await self._reader.first_since(log, filter, time)
+        if before is None:
+            newest = await self._reader.latest(log, ">")
+            before = 1 if newest is None else newest.sequence + 1
+        return await self._reader.page_back(log, filter, before=before, limit=limit, index=index)
 
     async def count(self, log: str) -> int:
         connection = await self._open_connection()
@@ -338,20 +407,75 @@ class NATSBackend:
             raise api_error(log, answer["error"])
         return in_doubt or bool(answer.get("success", False))
 
+    def discard(self, log: str, sequence: int, on_removed: OnRemoved | None = None) -> None:
+        connection = self._require_connection()
+        subject, body = f"STREAM.MSG.DELETE.{log}", b'{"seq":%d,"no_erase":true}' % sequence
+        if on_removed is None:
+            if connection.client.is_connected:
+                connection.call_unheard(subject, body)
+            return
+
+        def on_reply(reply: Reply | None) -> None:
+            if reply is not None and b'"success":true' in reply.body:
+                on_removed(True)
+            else:  # an error, or no answer: then it may be gone by this
+                connection.background.run(
+                    self._delete_again(log, sequence, on_removed, in_doubt=reply is None)
+                )
+
+        connection.ask(connection.api_prefix + subject, body, on_reply)
+
+    async def _delete_again(
+        self, log: str, sequence: int, on_removed: OnRemoved, *, in_doubt: bool
+    ) -> None:
+        removed: bool | BackendError
+        try:
+            removed = await self.delete(log, sequence) or in_doubt
+        except BackendError as error:
+            removed = error
+        on_removed(removed)
+
+    async def delete_many(self, log: str, sequences: Sequence[int]) -> list[int]:
+        connection = await self._open_connection()
+        subject = f"{connection.api_prefix}STREAM.MSG.DELETE.{log}"
+        left = iter(sequences)
+        removed: list[int] = []
+
+        async def delete_some() -> None:
+            for sequence in left:
+                body = b'{"seq":%d,"no_erase":true}' % sequence
+                try:
+                    (reply,) = await connection.collect(subject, body, timeout=5.0, finished=bool)
+                    gone = b'"success":true' in reply.body
+                    if not gone and not any(code in reply.body for code in NO_MESSAGE):
+                        gone = await self.delete(log, sequence)
+                except TimeoutError:
+                    await self.delete(log, sequence)
+                    gone = True  # by this, or by the first request, whose answer was lost
+                if gone:
+                    removed.append(sequence)
+
+        async with open_task_group() as group:
+            for _ in range(min(DELETES_AT_ONCE, len(sequences))):
+                group.start_soon(delete_some)
+        return sorted(removed)
+
     async def purge(
         self, log: str, filter: str, *, before: int | None = None, keep: int | None = None
     ) -> int:
+        everything = filter == ">" and before is None and keep is None
         if before is not None and before <= 1:  # the server takes 0 for "no limit"
             return 0
         only = (
             await self._only_record(log, filter, before)
-            if keep is None and ("*" in filter or ">" in filter)
+            if keep is None and ("*" in filter or ">" in filter) and not everything
             else None
         )
         if only is not None:
             return int(await self.delete(log, only.sequence))
         connection = await self._open_connection()
-        payload: dict[str, Any] = {"filter": filter}
+        # Without a filter the server drops its files, with one it looks at each record.
+        payload: dict[str, Any] = {} if everything else {"filter": filter}
         if before is not None:
             payload["seq"] = before
         elif keep:
@@ -366,7 +490,7 @@ class NATSBackend:
         """
         page = [
             record
-            for record in await self.page(log, filter, limit=2)
+            for record in await self.page(log, filter, limit=2, mostly=True)
             if before is None or record.sequence < before
         ]
         return page[0] if len(page) == 1 else None
@@ -400,33 +524,41 @@ class NATSBackend:
 
     async def publish(self, subject: str, body: bytes = b"") -> None:
         connection = await self._open_connection()
-        with mapped_errors(connection.servers):
-            await connection.client.publish(subject, body)
+        connection.post(subject, body)
+        await connection.client.make_room()
 
     def signal(self, subject: str, body: bytes = b"") -> None:
-        client = self._require_connection().client
-        if client.is_connected:
-            client.post(subject.encode(), body)
+        connection = self._require_connection()
+        if not connection.client.is_connected:
+            return
+        try:
+            connection.post(subject, body)
+        except PayloadTooLarge as error:
+            if times := self._dropped_signals.note():
+                logger.warning("%d signals were not sent: %s", times, error)
 
     async def subscribe(self, subject: str, on_signal: Callable[[Signal], None]) -> Subscription:
         connection = await self._open_connection()
 
         async def on_message(msg: Msg) -> None:
-            on_signal(Signal(msg.subject, msg.data, msg.reply))
+            try:
+                on_signal(Signal(msg.subject, msg.data, msg.reply))
+            except Exception:  # a signal of a stranger must not end what it is for
+                logger.exception("a callback for signals on %.200s failed", subject)
 
         with mapped_errors(connection.servers):
             interest = _Interest(
                 connection, await connection.client.subscribe(subject, cb=on_message)
             )
             try:
-                async with asyncio.timeout(self.settings.publish_timeout):
+                async with asyncio.timeout(self.settings.request_patience):
                     await (
                         connection.client.barrier()
                     )  # interest is known to the server when this returns
             except TimeoutError:
                 await interest.unsubscribe()
                 raise Unconfirmed(
-                    f"the subscription to {subject}", self.settings.publish_timeout, read=True
+                    f"the subscription to {subject}", self.settings.request_patience, read=True
                 ) from None
         return interest
 
@@ -439,6 +571,12 @@ class NATSBackend:
         except TimeoutError:
             return None
         return None if reply.status == "503" else reply.body
+
+
+def batched(values: Sequence[str], size: int) -> Iterator[Sequence[str]]:
+    """Yield the values in parts of up to `size`."""
+    for first in range(0, len(values), size):
+        yield values[first : first + size]
 
 
 async def _live(connection: Connection, keeper: LeaseKeeper) -> AsyncGenerator[None, None]:

@@ -7,35 +7,53 @@ Every exception of nats-py ends here or in `errors.py`; none reaches the user.
 import asyncio
 import itertools
 import json
-import logging
 import re
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import datetime
 from typing import Any, Final, NamedTuple
 
 import nats.errors
 
-from asyncmq_nats.backends.nats._client.client import DirectClient, parse_headers, status_of
-from asyncmq_nats.backends.nats.errors import NO_JETSTREAM, NO_PEERS, api_error, mapped_errors
+from asyncmq_nats._logging import Throttle, get_logger
+from asyncmq_nats.backends.nats._client.client import (
+    MAX_CONTROL_LINE,
+    DirectClient,
+    parse_headers,
+    status_of,
+)
+from asyncmq_nats.backends.nats.errors import (
+    NO_JETSTREAM,
+    NO_PEERS,
+    api_error,
+    is_full,
+    mapped_errors,
+)
 from asyncmq_nats.exceptions import (
     BackendError,
     ConnectionFailed,
     ConnectionLost,
+    PayloadTooLarge,
     PermissionRefused,
     ServerUnsuitable,
     Unconfirmed,
 )
-from asyncmq_nats.settings import Settings
+from asyncmq_nats.settings import Settings, mask_login
 
 __all__ = ["ANSWER_SIZE", "Connection", "Reply", "parse_time", "patience_with"]
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 OLDEST_SERVER: Final = (2, 12, 2)
 ANSWER_SIZE: Final = 4 * 1024 * 1024
 """Bytes that what is asked for at once may have, if messages are not larger: the server disconnects a client for which 64 MiB wait."""
 REQUEST_TIMEOUT: Final = 5.0
+ANSWER_TIMEOUT: Final = 2.0
+"""How long `Connection.ask` waits for an answer."""
+
+LONG_CALL_TIMEOUT: Final = 600.0
+"""A purge takes as long as there is to remove."""
+LONG_CALLS: Final = ("STREAM.PURGE", "STREAM.DELETE")
 CLOCK_LIFETIME: Final = 60.0
 REFUSED: Final = re.compile(
     r'permissions violation for (?:publish|subscription) to "(.+?)"', re.IGNORECASE
@@ -71,6 +89,7 @@ class Connection:
         self._requests: dict[bytes, tuple[str, asyncio.Future[None]]] = {}
         self._tokens = itertools.count(1)
         self._inbox = ""
+        self._slow = Throttle()
         self._offset = time.time() - time.monotonic()
         self._offset_until = 0.0
         self._offset_precision = float("inf")
@@ -92,7 +111,7 @@ class Connection:
     @property
     def servers(self) -> str:
         """The addresses, for messages: without passwords."""
-        return ", ".join(server.rpartition("@")[2] for server in self._options["servers"])
+        return ", ".join(mask_login(server) for server in self._options["servers"])
 
     async def open(self) -> None:
         """Connect, and make sure the server can do what we need.
@@ -228,16 +247,21 @@ class Connection:
     async def collect(
         self,
         subject: str,
-        body: bytes,
+        body: bytes | Sequence[bytes],
         *,
         timeout: float,
         finished: Callable[[list[Reply]], bool],
         headers: bytes = b"",
+        patient: bool = False,
     ) -> list[Reply]:
         """Send a request and return its replies, as soon as `finished` says that they are complete. `headers`: as on the wire.
 
+        `body`: several make as many requests, whose replies come together.
+        `patient`: go on waiting while the connection stays, for `LONG_CALL_TIMEOUT` at most.
+
         Raises:
             TimeoutError: they did not become so in time, or the connection was lost meanwhile and is there again: repeat it.
+            PayloadTooLarge: the server would not take the request.
             PermissionRefused: this user may not send it.
         """
         replies: list[Reply] = []
@@ -250,17 +274,72 @@ class Connection:
 
         number = str(next(self._tokens))
         token = number.encode()
-        with mapped_errors(self.servers):
-            self._client.post(subject.encode(), body, (self._inbox + number).encode(), headers)
+        for one in (body,) if isinstance(body, bytes) else body:
+            self.post(subject, one, (self._inbox + number).encode(), headers)
         self._collectors[token], self._requests[token] = on_reply, (subject, done)
         # Not `asyncio.timeout`, which takes as long as all the rest of this.
         timer = asyncio.get_running_loop().call_later(timeout, _give_up, done)
+        if patient:
+            timer.cancel()
+            self.background.run(self._watch_long_call(done, timeout))
         try:
             await done
         finally:
             timer.cancel()
             del self._collectors[token], self._requests[token]
         return replies
+
+    def call_unheard(self, subject: str, body: bytes) -> None:
+        """Call the JetStream API without waiting for its answer, which is dropped."""
+        self._client.post((self._api + subject).encode(), body, (self._inbox + "0").encode())
+
+    def ask(self, subject: str, body: bytes, on_reply: Callable[[Reply | None], None]) -> None:
+        """Send a request and return at once; `on_reply` gets the first reply, or `None` after 2 s.
+
+        Unlike `collect` it makes no task wait: for requests of which there are thousands a second.
+        """
+        number = str(next(self._tokens))
+        token = number.encode()
+
+        def settle(reply: Reply | None) -> None:
+            if self._collectors.pop(token, None) is not None:
+                timer.cancel()
+                on_reply(reply)
+
+        timer = asyncio.get_running_loop().call_later(ANSWER_TIMEOUT, settle, None)
+        self._collectors[token] = settle
+        try:
+            self._client.post(subject.encode(), body, (self._inbox + number).encode())
+        except nats.errors.Error as error:
+            logger.debug("%s: not sent: %r", subject, error)
+
+    async def _watch_long_call(self, done: "asyncio.Future[None]", timeout: float) -> None:
+        """Give a call up that is not answered, once its connection is lost: its server may still be at it."""
+        end = time.monotonic() + LONG_CALL_TIMEOUT
+        while not done.done():
+            await asyncio.wait([done], timeout=timeout)
+            if not self._client.is_connected or time.monotonic() > end:
+                _give_up(done)
+
+    def post(
+        self, subject: str, body: bytes = b"", reply: bytes = b"", headers: bytes = b""
+    ) -> None:
+        """Send a message. `headers`: as on the wire.
+
+        Raises:
+            PayloadTooLarge: the server would end the connection for it.
+            ConnectionLost, ConnectionFailed: it cannot be sent.
+        """
+        with mapped_errors(self.servers):
+            try:
+                self._client.post(subject.encode(), body, reply, headers)
+            except nats.errors.MaxPayloadError:
+                size, most = len(headers) + len(body), self._client.max_payload
+                if size > most:
+                    raise PayloadTooLarge(f"the message for {subject:.100}", size, most) from None
+                size = len(subject.encode()) + len(reply)
+                text = f"the subject {subject:.100}"
+                raise PayloadTooLarge(text, size, MAX_CONTROL_LINE) from None
 
     def _interrupt_requests(self) -> None:
         for _, done in self._requests.values():
@@ -273,7 +352,7 @@ class Connection:
                 done.set_exception(PermissionRefused(f"publishing to {subject}", text))
 
     async def call(self, subject: str, payload: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """Call the JetStream API and return its answer, errors as the key `error`. Repeated for `publish_timeout`: calls are idempotent.
+        """Call the JetStream API and return its answer, errors as the key `error`. Repeated for `request_timeout`: calls are idempotent.
 
         Raises:
             PermissionRefused: the server forbids it.
@@ -282,17 +361,14 @@ class Connection:
         """
         body = b"" if payload is None else json.dumps(payload).encode()
         begun = time.monotonic()
-        deadline = begun + self._settings.publish_timeout
+        is_long = subject.startswith(LONG_CALLS)
+        deadline = begun + self._settings.request_patience
         tries = silent = 0
         while True:
             left = deadline - time.monotonic()
             sent = time.monotonic()
             # What counts what it removes is not sent twice in haste.
-            patience = (
-                REQUEST_TIMEOUT
-                if subject.startswith(("STREAM.PURGE", "STREAM.DELETE"))
-                else patience_with(tries)
-            )
+            patience = REQUEST_TIMEOUT if is_long else patience_with(tries)
             tries += 1
             try:
                 reply = (
@@ -301,12 +377,14 @@ class Connection:
                         body,
                         timeout=min(patience, max(left, 0.1)),
                         finished=bool,
+                        # In a cluster, the server that was at it may be gone while the connection stays.
+                        patient=is_long and not self._client.is_clustered,
                     )
                 )[0]
             except TimeoutError:
                 if time.monotonic() >= deadline:
                     raise Unconfirmed(
-                        f"JetStream API {subject}", self._settings.publish_timeout
+                        f"JetStream API {subject}", self._settings.request_patience
                     ) from None
                 continue
             if reply.status == "503":
@@ -330,6 +408,8 @@ class Connection:
         """Return whether an error of the API is one of a server, or of a cluster, that is about to be ready."""
         if error.get("err_code") == NO_PEERS:
             return waited < self._settings.connect_timeout
+        if is_full(error):
+            return False
         return error.get("code") == 503 and error.get("err_code") not in NO_JETSTREAM
 
     async def require(
@@ -348,7 +428,10 @@ class Connection:
         if refused is not None:
             for hook in list(self.on_refusal):
                 hook(refused[1], str(error))
-        if self._client.is_connected:
+        if isinstance(error, nats.errors.SlowConsumerError):
+            if times := self._slow.note():
+                logger.warning("%s: %d messages were lost, their reader is slow", error, times)
+        elif self._client.is_connected:
             logger.warning("NATS connection to %s: %s", self.servers, error)
 
     async def _on_disconnected(self) -> None:

@@ -11,8 +11,8 @@ from asyncmq_nats.exceptions import (
     BackendError,
     ConnectionFailed,
     ConnectionLost,
-    PayloadTooLarge,
     ServerUnsuitable,
+    StorageFull,
     WriteRefused,
 )
 
@@ -24,6 +24,8 @@ __all__ = [
     "STREAM_EXISTS",
     "STREAM_MISSING",
     "api_error",
+    "is_full",
+    "is_out_of_batches",
     "is_transient",
     "mapped_errors",
     "write_error",
@@ -43,6 +45,12 @@ TOO_MANY_CONSUMERS: Final = 10026
 BATCH_INCOMPLETE: Final = 10176
 TOO_MANY_BATCHES: Final = (10210, 10211)
 REMOVES_REFUSED: Final = 10212
+TOO_MANY_REQUESTS: Final = 10167
+STORE_FAILED: Final = 10077
+NO_RESOURCES: Final = 10023
+FULL: Final = (10002, 10028, 10047)
+"""An account or a server has as much in its memory or file store as it may."""
+MAX_BYTES_REQUIRED: Final = 10113
 NO_PEERS: Final = 10005
 NO_CLUSTER: Final = 10074
 
@@ -52,8 +60,6 @@ def mapped_errors(servers: str) -> Iterator[None]:
     """Turn what nats-py raises inside the block into our errors."""
     try:
         yield
-    except nats.errors.MaxPayloadError as error:
-        raise PayloadTooLarge("message", 0, 0) from error
     except (nats.errors.ConnectionClosedError, nats.errors.ConnectionDrainingError) as error:
         raise ConnectionLost(servers) from error
     except nats.errors.OutboundBufferLimitError as error:
@@ -79,6 +85,13 @@ def api_error(subject: str, error: Mapping[str, Any]) -> BackendError:
         )
     if code in WRONG_LAST_SEQUENCE:
         return WriteRefused(subject, text)
+    if code == MAX_BYTES_REQUIRED:
+        return BackendError(
+            f"{subject}: {text}; set ASYNCMQ_NATS_READY_MAX_BYTES and ASYNCMQ_NATS_BUCKET_MAX_BYTES "
+            "(docs/outages.md says to what)"
+        )
+    if is_full(error):
+        return StorageFull(subject, f"{text} (code {code})")
     return BackendError(f"{subject}: {text} (code {code})")
 
 
@@ -90,13 +103,36 @@ def write_error(log: str, error: Mapping[str, Any]) -> BackendError:
     return api_error(log, error)
 
 
+def is_full(error: Mapping[str, Any]) -> bool:
+    """Return whether a store, an account or a stream has no room (nats-server 2.12 to 2.15).
+
+    `insufficient resources` is the word for a full store too. A stream at its limit says which one.
+    """
+    code, text = error.get("err_code"), str(error.get("description", ""))
+    return (
+        code in FULL
+        or code == NO_RESOURCES
+        or (code == STORE_FAILED and ("maximum" in text or "limits" in text or "space" in text))
+    )
+
+
+def is_out_of_batches(error: Mapping[str, Any]) -> bool:
+    """Return whether the stream, or the server, may have too many open batches.
+
+    The refusal of a batch's first message has no reply; its commit is answered with "incomplete".
+    """
+    return error.get("err_code") in (BATCH_INCOMPLETE, *TOO_MANY_BATCHES)
+
+
 def is_transient(error: Mapping[str, Any]) -> bool:
     """Return whether the same write may succeed a moment later.
 
-    No leader yet, too many open batches, a batch torn by a reconnect, or its first sending is still on its way to the replicas.
+    No leader yet, too many open batches or writes, a batch torn by a reconnect, or its first
+    sending is still on its way to the replicas.
     """
     return error.get("code") == 503 or error.get("err_code") in (
         BATCH_INCOMPLETE,
         DUPLICATE_UNDER_WAY,
+        TOO_MANY_REQUESTS,
         *TOO_MANY_BATCHES,
     )

@@ -4,7 +4,6 @@ A task that blocks the worker's event loop must not lose its lease: its job woul
 """
 
 import asyncio
-import logging
 import threading
 from collections.abc import Mapping
 from contextlib import suppress
@@ -14,9 +13,11 @@ import nats
 import nats.errors
 from nats.aio.client import Client
 
+from asyncmq_nats._logging import get_logger
+
 __all__ = ["LeaseKeeper"]
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 SHORTEST_LEASE: Final = 2.0
 """That of the promoter."""

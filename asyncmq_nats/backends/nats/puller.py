@@ -6,7 +6,6 @@ nats-py's `fetch` makes a uuid, a task and a timer per message; this makes one o
 import asyncio
 import itertools
 import json
-import logging
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from typing import Final
 
 import nats.errors
 
+from asyncmq_nats._logging import get_logger
 from asyncmq_nats.backends.base import Delivery
 from asyncmq_nats.backends.nats._client.client import parse_headers, status_of
 from asyncmq_nats.backends.nats.connection import ANSWER_SIZE, Connection
@@ -21,7 +21,7 @@ from asyncmq_nats.backends.nats.lease_keeper import LeaseKeeper
 
 __all__ = ["NATSPuller"]
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 NANOSECONDS: Final = 1_000_000_000
 HEARTBEAT: Final = 5.0

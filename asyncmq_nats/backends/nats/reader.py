@@ -3,8 +3,9 @@
 import asyncio
 import itertools
 import json
+import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 from asyncmq_nats.backends.base import Record
@@ -16,12 +17,20 @@ from asyncmq_nats.backends.nats.connection import (
     parse_time,
     patience_with,
 )
-from asyncmq_nats.backends.nats.streams import format_time
+from asyncmq_nats.backends.nats.writer import is_key
 from asyncmq_nats.exceptions import AssetMissing, BackendError, Unconfirmed
 
 __all__ = ["Reader"]
 
-PROBE: Final = 64
+PROBE: Final = 48
+"""Records that are read at first."""
+WINDOW: Final = 500
+"""Records that are read at once."""
+SCAN_LIMIT: Final = 2_000
+"""Records that are passed over before the server is asked where the next match is."""
+SCAN_LIMIT_AFTER_HOP: Final = 250
+SPAN_GROWTH: Final = 8
+"""How much further each look back for a match goes."""
 MOST_LAST: Final = 1024
 """The server's own limit for the last records of several subjects."""
 READS_AT_ONCE: Final = 32
@@ -57,37 +66,130 @@ class Reader:
         return records
 
     async def page(
-        self, log: str, filter: str, *, from_sequence: int, limit: int, mostly: bool = False
+        self,
+        log: str,
+        filter: str,
+        *,
+        from_sequence: int,
+        limit: int,
+        mostly: bool = False,
+        index: str | None = None,
     ) -> list[Record]:
         """See `Backend.page`.
 
-        For a filter with wildcards, the server counts what matches before it sends the first record: half a second at a million. It does
-        not when everything is asked for. So where most records may match, everything is read as long as they do, and the others are passed
-        over here.
+        For a filter with wildcards, the server counts all matches before it sends the first record: half a second at a million. It does
+        not when everything is asked for, so where most records may match, all are read and the others are passed over here.
         """
+        at = max(1, from_sequence)
+        if not mostly:
+            payload = {"seq": at, "next_by_subj": filter, "batch": limit}
+            return await self._get(log, payload) or []
         found: list[Record] = []
-        at, dense, width = max(1, from_sequence), mostly, min(limit, PROBE)
-        match = compile_filter(filter).match
-        while dense:
-            window = await self._get(log, {"seq": at, "batch": width}) or []
+        match, vain, patience, width = compile_filter(filter).match, 0, SCAN_LIMIT, PROBE
+        if at == 1:
+            at = await self._first_from(log, ">", 1) or 1
+        while True:
+            window = await self._run(log, at, at + width)
             matching = [record for record in window if match(record.subject)]
             found += matching
-            if len(window) < width or len(found) == limit:
+            if len(found) >= limit:
+                return found[:limit]
+            at += width
+            vain = 0 if 2 * len(matching) >= len(window) else vain + len(window)
+            hop: int | None = at
+            if not window:
+                hop = await self._first_from(log, ">", at)
+            elif vain >= patience:
+                hop = await self._first_from(log, index or filter, at)
+                vain, patience = 0, SCAN_LIMIT_AFTER_HOP
+            if hop is None:
                 return found
-            at, dense, width = (
-                window[-1].sequence + 1,
-                2 * len(matching) >= width,
-                limit - len(found),
-            )
-        return found + (
-            await self._get(log, {"seq": at, "next_by_subj": filter, "batch": limit - len(found)})
-            or []
-        )
+            at, width = hop, _next_width(limit - len(found), window, matching)
 
-    async def first_since(self, log: str, filter: str, time: float) -> int | None:
-        """See `Backend.first_since`."""
-        records = await self._get(log, {"start_time": format_time(time), "next_by_subj": filter})
+    async def page_back(
+        self,
+        log: str,
+        filter: str,
+        *,
+        before: int,
+        limit: int,
+        index: str | None = None,
+    ) -> list[Record]:
+        """See `Backend.page_back`. The server reads forwards only: windows of sequences are read, from the end."""
+        found: list[Record] = []
+        match, end, vain, span = compile_filter(filter).match, before, 0, min(limit, PROBE)
+        patience = SCAN_LIMIT
+        while end > 1 and len(found) < limit:
+            start = max(1, end - span)
+            window = await self._run(log, start, end)
+            matching = [record for record in reversed(window) if match(record.subject)]
+            found += matching
+            end = start
+            vain = 0 if 2 * len(matching) >= len(window) else vain + len(window)
+            if not window:
+                end = await self._end_of_matches(log, ">", end)
+            elif vain >= patience and end > 1 and len(found) < limit:
+                # What an index entry stands for comes just after it.
+                end = min(end, PROBE + await self._end_of_matches(log, index or filter, end))
+                vain, patience = 0, SCAN_LIMIT_AFTER_HOP
+            span = _next_width(limit - len(found), window, matching)
+        return found[:limit]
+
+    async def _run(self, log: str, start: int, end: int) -> list[Record]:
+        """Return the records from sequence `start` to below `end`.
+
+        Each is asked for by its number: for a batch, the server counts what comes after it, half a second at a million, unless it is in the
+        newer half of the log, or nothing was ever removed.
+        """
+        subject = f"{self._connection.api_prefix}DIRECT.GET.{log}"
+        requests = [b'{"seq":%d}' % sequence for sequence in range(start, end)]
+        deadline = time.monotonic() + self._timeout
+        for attempt in itertools.count():
+            left = deadline - time.monotonic()
+            try:
+                async with self._turns:
+                    replies = await self._connection.collect(
+                        subject,
+                        requests,
+                        timeout=min(patience_with(attempt), max(left, 0.1)),
+                        finished=lambda replies: (
+                            len(replies) == len(requests) or replies[-1].status == "503"
+                        ),
+                    )
+            except TimeoutError:
+                if time.monotonic() >= deadline:
+                    raise Unconfirmed(f"the reading of {log}", self._timeout, read=True) from None
+                continue
+            if replies[-1].status != "503":
+                found = [_record(reply) for reply in replies if not reply.status]
+                return sorted(found, key=lambda record: record.sequence)
+            await self._ask(log, {"last_by_subj": ">"}, bool)  # raises, or it can be read by now
+        raise AssertionError("counted for ever")
+
+    async def _first_from(self, log: str, filter: str, sequence: int) -> int | None:
+        """Return the sequence of the first match from `sequence` on."""
+        records = await self._get(log, {"seq": sequence, "next_by_subj": filter})
         return records[0].sequence if records else None
+
+    async def _end_of_matches(self, log: str, filter: str, before: int) -> int:
+        """Return a sequence just above the last match below `before`; 1 if there is none. Gallops, then halves."""
+        end, step = before, SCAN_LIMIT
+        while True:
+            start = max(1, end - step)
+            first = await self._first_from(log, filter, start)
+            if first is not None and first < end:
+                break
+            if start == 1:
+                return 1
+            end, step = start, step * SPAN_GROWTH
+        while end - first > PROBE:
+            middle = (first + end) // 2
+            found = await self._first_from(log, filter, middle)
+            if found is None or found >= end:
+                end = middle
+            else:
+                first = found
+        return end
 
     async def _get(self, log: str, payload: Mapping[str, Any]) -> list[Record] | None:
         """Return the records of a direct get; `None` if they are too many for one answer.
@@ -152,6 +254,18 @@ class Reader:
         )
 
 
+def _next_width(missing: int, window: Sequence[Record], matching: Sequence[Record]) -> int:
+    """Return how many sequences to read next: as many as should hold the `missing` matches, by what the last ones held.
+
+    Bounded also by their size: the server disconnects a client for which 64 MiB wait.
+    """
+    if not window:
+        return PROBE
+    share = max(len(matching) / len(window), 0.1)
+    size = max(len(record.body) for record in window) + 500
+    return max(8, min(WINDOW, ANSWER_SIZE // size, max(PROBE, math.ceil(missing / share))))
+
+
 def _is_status(replies: list[Reply]) -> bool:
     return bool(replies[-1].status)
 
@@ -163,5 +277,6 @@ def _record(reply: Reply) -> Record:
         reply.body,
         int(headers["Nats-Sequence"]),
         parse_time(headers["Nats-Time-Stamp"]),
-        "KV-Operation" in headers,
+        # Anybody may put the header on a ready job, which is never a delete marker.
+        "KV-Operation" in headers and is_key(headers["Nats-Subject"]),
     )

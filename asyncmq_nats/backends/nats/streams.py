@@ -1,10 +1,10 @@
 """Streams and consumers: made when missing, and never changed when they exist with other settings."""
 
-import logging
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any, Final
 
+from asyncmq_nats._logging import get_logger
 from asyncmq_nats.backends.base import Consumer, Log
 from asyncmq_nats.backends.nats.connection import Connection
 from asyncmq_nats.backends.nats.errors import (
@@ -15,13 +15,14 @@ from asyncmq_nats.backends.nats.errors import (
     TOO_MANY_CONSUMERS,
     api_error,
 )
+from asyncmq_nats.backends.nats.room import Ballasts, Fills
 from asyncmq_nats.backends.nats.writer import is_key
 from asyncmq_nats.exceptions import AssetMissing, BackendError
 from asyncmq_nats.settings import Settings
 
 __all__ = ["Assets", "consumer_config", "stream_config"]
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 NANOSECONDS: Final = 1_000_000_000
 MAX_CONSUMERS: Final = 300
@@ -43,6 +44,7 @@ def stream_config(log: Log, settings: Settings) -> dict[str, Any]:
         "discard": "old",
         "allow_direct": True,
         "allow_atomic": True,
+        **_limits(log, settings),
     }
     if log.timers:
         # discard-new is refused together with schedules; without limits discard-old never discards.
@@ -55,6 +57,23 @@ def stream_config(log: Log, settings: Settings) -> dict[str, Any]:
     if log.republish is not None:
         config["republish"] = {"src": log.republish[0], "dest": log.republish[1]}
     return config
+
+
+def _limits(log: Log, settings: Settings) -> dict[str, Any]:
+    """Return what the settings say of size, compression and place."""
+    limits: dict[str, Any] = {}
+    if log.work_queue and settings.ready_max_bytes is not None:
+        # A full stream refuses new jobs. The server takes discard-new only without schedules.
+        limits |= {"max_bytes": settings.ready_max_bytes, "discard": "new"}
+    elif not log.work_queue:
+        size = settings.workers_max_bytes if log.republish is None else settings.bucket_max_bytes
+        limits |= {} if size is None else {"max_bytes": size}
+    if settings.compression != "none" and settings.storage == "file":
+        limits["compression"] = settings.compression
+    placement = {"cluster": settings.placement_cluster, "tags": list(settings.placement_tags)}
+    if any(placement.values()):
+        limits["placement"] = {key: value for key, value in placement.items() if value}
+    return limits
 
 
 def consumer_config(consumer: Consumer) -> dict[str, Any]:
@@ -84,6 +103,8 @@ class Assets:
 
     def __init__(self, settings: Settings, *, declare: bool) -> None:
         self._connection: Connection
+        self._ballasts: Ballasts
+        self._fills: Fills
         self._settings = settings
         self._declare = declare
         self._logs: dict[str, Log] = {}
@@ -91,15 +112,16 @@ class Assets:
         self._consumers: dict[tuple[str, str], Consumer] = {}
         self._declared: set[tuple[str, str]] = set()
 
-    def use(self, connection: Connection) -> None:
+    def use(self, connection: Connection, ballasts: Ballasts, fills: Fills) -> None:
         """Declare over this connection from now on, and nothing on the word of the one before: its server may have lost its store."""
-        self._connection = connection
+        self._connection, self._ballasts, self._fills = connection, ballasts, fills
         self._declared_logs.clear()
         self._declared.clear()
 
     async def declare_log(self, log: Log) -> None:
         """See `Backend.declare_log`."""
         self._logs[log.name] = log
+        self._ballasts.note(log)
         if not self._declare or log.name in self._declared_logs:
             return
         wanted = stream_config(log, self._settings)
@@ -109,7 +131,10 @@ class Assets:
                 raise api_error(log.name, answer["error"])
             answer = await self._connection.require(f"STREAM.INFO.{log.name}")
         warn_of_difference(f"stream {log.name}", wanted, answer["config"])
+        self._fills.learn(log.name, answer["config"])
         self._declared_logs.add(log.name)
+        if answer.get("did_create"):
+            await self._ballasts.lay(log)
 
     async def declare_consumer(self, log: str, consumer: Consumer) -> None:
         """See `Backend.declare_consumer`."""

@@ -1,47 +1,68 @@
 """Writes to a stream: headers, atomic batches, and repetition until confirmed without ever writing twice.
 
 What was sent and not confirmed is in one table. A reconnect sends the whole table again, so does a confirmation that is overdue.
-A write that is awaited has a message id of its own, in a batch its first message: by that the server knows a repetition, also when what was
+A write that is awaited has a random message id of its own, in a batch its first message: by that the server knows a repetition, also when what was
 written is gone again and all that it expects holds once more.
 """
 
 import asyncio
 import itertools
 import json
-import logging
+import os
 import random
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any, Final
 
 import nats.errors
 
+from asyncmq_nats._logging import Throttle, get_logger
 from asyncmq_nats.backends.base import Expect, Record, Settle, Settled, Write
+from asyncmq_nats.backends.nats.budget import Budget, Load
 from asyncmq_nats.backends.nats.connection import Connection
-from asyncmq_nats.backends.nats.errors import STREAM_MISSING, is_transient, write_error
+from asyncmq_nats.backends.nats.errors import (
+    STREAM_MISSING,
+    is_full,
+    is_out_of_batches,
+    is_transient,
+    write_error,
+)
 from asyncmq_nats.exceptions import (
     AssetMissing,
     BackendError,
     ConnectionLost,
     PayloadTooLarge,
     PermissionRefused,
+    StorageFull,
+    StreamBusy,
     Unconfirmed,
     WriteRefused,
 )
 
 __all__ = ["BATCH_LIMIT", "Writer", "encode_headers", "is_key"]
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 BATCH_LIMIT: Final = 1000
 RESEND_AFTER: Final = 2.0
 SWEEP_EVERY: Final = 0.25
 HEADER_ROOM: Final = 1024
 """The server counts headers as payload."""
+LONGEST_HEADERS: Final = 8 * 1024
+"""Ids have up to 1,024 bytes, and headers name a few."""
+FULL_PATIENCE: Final = 1.0
+"""How long (seconds) an awaited write is repeated while the store is full: it may be for a moment."""
+BATCH_PATIENCE: Final = 3.0
+"""How long (seconds) to try again when a stream has too many open batches: ours end within less."""
+FULL_SIGHT: Final = 5.0
+"""How long (seconds) after the last refusal the store counts as full."""
 ERROR: Final = b'"error"'
 SEQUENCE: Final = b'"seq":'
+
+BATCH_LINES: Final = "Nats-Batch-Id: " + "x" * 60 + "\r\nNats-Batch-Sequence: 1000\r\n"
+"""As long as what a batch adds to the headers of a write."""
 
 Last = Callable[[str, str], Awaitable[list[Record]]]
 
@@ -93,6 +114,19 @@ def encode_headers(write: Write, more: str = "", indent: int = 0) -> bytes:
     return f"{lines}\r\n".encode() if len(lines) > 10 else b""
 
 
+def new_message_id() -> str:
+    """Return an id for a write or a batch that nobody can guess.
+
+    Readers of events see the ids of what was stored: under the next one of a series, a stranger
+    could write first, and the server would take our write for a repetition.
+    """
+    return os.urandom(12).hex()
+
+
+def _nothing() -> None:
+    """Do nothing."""
+
+
 @dataclass(slots=True)
 class Unsettled:
     """Writes on their way: one message, or a batch."""
@@ -104,6 +138,8 @@ class Unsettled:
     token: bytes = b""
     sent_at: float = 0.0
     sendings: int = 0
+    full_since: float = 0.0
+    begun: float = field(default_factory=time.monotonic)
 
 
 class Writer:
@@ -116,11 +152,14 @@ class Writer:
         self._last = last
         self._table: dict[bytes, Unsettled] = {}
         self._tokens = itertools.count(1)
-        self._batches = itertools.count(1)
-        self._ids = itertools.count(1)
         self._inbox = self._client.new_inbox().encode() + b"."
-        self._prefix = self._inbox.split(b".")[-2].decode()
         self._size_limit = self._client.max_payload - HEADER_ROOM
+        self._budget = Budget()
+        self._full_at = float("-inf")
+        self._ends_in_wait: set[bytes] = set()
+        self.on_full: Callable[[], None] = _nothing
+        """Called when the end of a job found no room. Must not block."""
+        self._full_warnings = Throttle(interval=30.0)
         self._sweeping = False
         connection.on_reconnect.append(self._resend_all)
         connection.on_refusal.append(self._on_forbidden)
@@ -137,26 +176,40 @@ class Writer:
             if not future.done():
                 future.set_result(result)
 
+        if self._ends_in_wait:  # they go first: the end of a job makes room
+            raise StorageFull(log, "the ends of jobs that run here wait for room")
         first, *others = writes
         if first.message_id is None:
-            first = replace(first, message_id=f"{self._prefix}.{next(self._ids)}")
-        self._submit(Unsettled(log, (first, *others), settle, time.monotonic() + self._timeout))
-        await self._client.make_room()
-        result = await future
+            first = replace(first, message_id=new_message_id())
+        entry = Unsettled(log, (first, *others), settle, time.monotonic() + self._timeout)
+        load = Load(bool(others), len(writes), sum(len(write.body) for write in writes))
+        try:
+            await self._budget.take(load, self._timeout)
+        except TimeoutError:
+            raise Unconfirmed(f"the write to {first.subject}", self._timeout) from None
+        try:
+            self._submit(entry)
+            await self._client.make_room()
+            result = await future
+        finally:
+            self._table.pop(entry.token, None)  # cancelled: the caller repeats it, if anyone
+            self._budget.release(load)
         if isinstance(result, BackendError):
             raise result
         return result
 
-    def send(self, log: str, write: Write, settle: Settle) -> None:
+    @property
+    def is_full(self) -> bool:
+        """Whether a write to a bucket found no room a moment ago."""
+        return time.monotonic() < self._full_at + FULL_SIGHT
+
+    def send(self, log: str, write: Write, settle: Settle, timeout: float | None = None) -> None:
         """See `Backend.send`."""
-        self._submit(Unsettled(log, (write,), settle, float("inf")))
+        deadline = float("inf") if timeout is None else time.monotonic() + timeout
+        self._submit(Unsettled(log, (write,), settle, deadline))
 
     def _submit(self, entry: Unsettled) -> None:
-        for write in entry.writes:
-            if len(write.body) > self._size_limit:
-                raise PayloadTooLarge(
-                    f"the body for {write.subject}", len(write.body), self._size_limit
-                )
+        self._check_sizes(entry.writes)
         entry.token = b"%d" % next(self._tokens)
         self._table[entry.token] = entry
         if not self._sweeping:
@@ -164,10 +217,22 @@ class Writer:
             self._connection.background.run(self._sweep())
         self._transmit(entry)
 
+    def _check_sizes(self, writes: Sequence[Write]) -> None:
+        most = self._client.max_payload
+        for write in writes:
+            size = len(write.body)
+            if size + LONGEST_HEADERS > most:
+                room = most - max(HEADER_ROOM, len(encode_headers(write, BATCH_LINES)))
+                if size > room:
+                    raise PayloadTooLarge(f"the body for {write.subject}", size, room)
+
     def _transmit(self, entry: Unsettled) -> None:
         entry.sent_at = time.monotonic()
         entry.sendings += 1
         try:
+            for write in entry.writes:
+                if write.index is not None:
+                    self._post_index_entry(write.index, write.ttl)
             if len(entry.writes) == 1:
                 write = entry.writes[0]
                 self._client.post(
@@ -178,28 +243,39 @@ class Writer:
                 )
             else:
                 self._transmit_batch(entry.writes, self._inbox + entry.token)
+        except nats.errors.MaxPayloadError:  # another server of the cluster, with a lower limit
+            subject, most = entry.writes[0].subject, self._client.max_payload
+            text = (
+                f"the write to {subject} is larger than this server's max_payload of {most:,} bytes"
+            )
+            self._finish(entry, BackendError(text))
         except nats.errors.Error as error:
             if self._client.is_closed:
                 self._finish(entry, ConnectionLost(self._connection.servers))
             else:
                 logger.debug("%s: sending again later: %s", entry.log, error)
 
+    def _post_index_entry(self, subject: str, ttl: float | None) -> None:
+        # Unconfirmed: on one connection a stream stores in order, so it is there if what follows is.
+        self._client.post(subject.encode(), b"", b"", encode_headers(Write(subject, b"", ttl=ttl)))
+
     def _transmit_batch(self, writes: Sequence[Write], reply: bytes) -> None:
         # One flush, without awaiting the first message's answer. Only the last message has a reply subject: a refused first message
         # makes the batch "incomplete" there, which is repeated; a batch id is never used twice.
-        batch_id = f"{self._prefix}{next(self._batches)}"
+        batch_id = new_message_id()
         mixed_up = self._connection.mixes_up_expectations
+        messages: list[tuple[bytes, bytes, bytes, bytes]] = []
         for number, write in enumerate(writes, 1):
             last = number == len(writes)
             more = f"Nats-Batch-Id: {batch_id}\r\nNats-Batch-Sequence: {number}\r\n" + (
                 "Nats-Batch-Commit: 1\r\n" if last else ""
             )
-            self._client.post(
-                write.subject.encode(),
-                write.body,
-                reply if last else b"",
-                encode_headers(write, more, number * mixed_up),
-            )
+            headers = encode_headers(write, more, number * mixed_up)
+            messages.append((write.subject.encode(), write.body, reply if last else b"", headers))
+        if not all(self._client.takes(*message) for message in messages):
+            raise nats.errors.MaxPayloadError
+        for message in messages:
+            self._client.post(*message)
 
     def _on_reply(self, subject: bytes, _: bytes, body: bytes, __: bytes | None) -> None:
         entry = self._table.get(subject[len(self._inbox) :])
@@ -239,7 +315,15 @@ class Writer:
         )
 
     def _on_refusal(self, entry: Unsettled, error: dict[str, Any]) -> None:
-        if is_transient(error):
+        if is_full(error):
+            self._on_full(entry, error)
+        elif (
+            is_out_of_batches(error)
+            and not is_key(entry.writes[0].subject)  # strangers cannot reach a bucket
+            and time.monotonic() > entry.begun + BATCH_PATIENCE
+        ):
+            self._finish(entry, StreamBusy(entry.log))
+        elif is_transient(error):
             entry.sent_at = time.monotonic() - RESEND_AFTER + random.uniform(0.0, 0.3)
         else:
             refused = write_error(entry.log, error)
@@ -247,6 +331,28 @@ class Writer:
                 self._connection.background.run(self._settle_repetition(entry, refused))
             else:
                 self._finish(entry, refused)
+
+    def _on_full(self, entry: Unsettled, error: dict[str, Any]) -> None:
+        """Store less, if the write says how; have an awaited write end soon, and repeat any other."""
+        now = time.monotonic()
+        entry.full_since = entry.full_since or now
+        full = write_error(entry.log, error)
+        if times := self._full_warnings.note():
+            logger.error("%s (%d writes refused)", full, times)
+        first, awaited = entry.writes[0], entry.deadline < float("inf")
+        if is_key(first.subject):
+            self._full_at = now
+        if not awaited:
+            self._ends_in_wait.add(entry.token)
+            self.on_full()
+        if len(entry.writes) == 1 and first.when_full is not None:
+            smaller = first.when_full()
+            entry.writes = (replace(first, body=min(first.body, smaller, key=len), when_full=None),)
+            self._transmit(entry)
+        elif awaited and now - entry.full_since >= FULL_PATIENCE:
+            self._finish(entry, full)
+        else:
+            entry.sent_at = now - RESEND_AFTER + random.uniform(0.2, 0.5)
 
     async def _settle_repetition(self, entry: Unsettled, refused: BackendError) -> None:
         """Settle a repetition that was refused: what refused it may be our own first sending."""
@@ -293,6 +399,7 @@ class Writer:
     def _finish(self, entry: Unsettled, result: Settled) -> None:
         if self._table.pop(entry.token, None) is None:
             return
+        self._ends_in_wait.discard(entry.token)
         try:
             entry.settle(result)
         except Exception:
@@ -318,7 +425,10 @@ class Writer:
                     if now >= entry.deadline:
                         self._finish(
                             entry,
-                            Unconfirmed(f"the write to {entry.writes[0].subject}", self._timeout),
+                            Unconfirmed(
+                                f"the write to {entry.writes[0].subject}",
+                                entry.deadline - entry.begun,
+                            ),
                         )
                     elif self._connection.client.is_connected:
                         self._transmit(entry)

@@ -11,13 +11,17 @@ from contextlib import suppress
 from typing import Final
 
 from nats.aio.client import Client
-from nats.errors import ConnectionClosedError, OutboundBufferLimitError
+from nats.errors import ConnectionClosedError, MaxPayloadError, OutboundBufferLimitError
 
 from asyncmq_nats.backends.nats._client.parser import DirectParser, Handler
 
 __all__ = ["DirectClient", "parse_headers", "status_of"]
 
 PING: Final = b"PING\r\n"
+MAX_CONTROL_LINE: Final = 4096
+"""Bytes of a command that nats-server takes by default; it ends the connection for a longer one."""
+SIZES_ROOM: Final = 32
+"""Bytes of a command's line that are its name, its sizes and the blanks between."""
 
 
 class DirectClient(Client):
@@ -47,12 +51,17 @@ class DirectClient(Client):
         self._direct.pop(number, None)
 
     def post(self, subject: bytes, body: bytes, reply: bytes = b"", headers: bytes = b"") -> None:
-        """Queue a message; it is on its way with the next turn of the event loop. `headers`: as on the wire. The subject is not validated.
+        """Queue a message; it is on its way with the next turn of the event loop.
+
+        `headers`: as on the wire. The subject is not validated.
 
         Raises:
             ConnectionClosedError: the client was closed.
+            MaxPayloadError: it is too large, or its subjects are too long: the server would end the connection.
             OutboundBufferLimitError: disconnected, and as much is waiting to be sent as may.
         """
+        if not self.takes(subject, body, reply, headers):
+            raise MaxPayloadError
         if headers:
             command = b"HPUB %b %b %d %d\r\n%b%b\r\n" % (
                 subject,
@@ -75,6 +84,13 @@ class DirectClient(Client):
         queue = self._flush_queue
         if connected and queue is not None and queue.empty():
             queue.put_nowait(asyncio.get_running_loop().create_future())
+
+    def takes(self, subject: bytes, body: bytes, reply: bytes = b"", headers: bytes = b"") -> bool:
+        """Return whether the server takes a message of these sizes. Headers count as payload."""
+        return (
+            len(headers) + len(body) <= self._max_payload
+            and len(subject) + len(reply) <= MAX_CONTROL_LINE - SIZES_ROOM
+        )
 
     async def make_room(self) -> None:
         """Wait while more is queued than should be."""

@@ -6,6 +6,7 @@ Starts and stops a process; never speaks NATS.
 import atexit
 import os
 import re
+import secrets
 import shutil
 import subprocess
 import sys
@@ -32,6 +33,12 @@ LOCK_TIMEOUT = 2.0
 """How long a server may take to leave a store, whose program was killed a moment ago."""
 POLL_INTERVAL = 0.005
 LOG_LINES_SHOWN = 10
+TOKEN_FILE = "nats-server.token"
+COMMENT = re.compile(r"^\s*(#|//).*$", re.MULTILINE)
+OWN_LOGINS = re.compile(
+    r"(?:^|[\s,;{}])(authorization|accounts|operator|include|cluster|gateway|leafnodes)\b"
+)
+"""Words of a configuration that says by itself who may connect, or of one server among several."""
 LISTENING = re.compile(rb"Listening for client connections on 127\.0\.0\.1:(\d+)")
 READY = b"Server is ready"
 
@@ -40,8 +47,10 @@ class EmbeddedServer:
     """A nats-server process with JetStream that listens on 127.0.0.1 only.
 
     `store_dir` holds its data, log and configuration; without one a temporary directory is used, and removed by `stop`.
+    Clients need the token in `url`: other users of this machine cannot connect, nor read the files. It is kept in the store.
     `port` -1 takes any free one. Once known, the port is kept: `kill` or `stop` and then `start` serve the same address again.
     `config` is the *text* of a server configuration to add; address, port and store stay ours, and it must not set `log_file`.
+    If it has users, accounts or a cluster of its own, there is no token.
 
     Methods may be called from any thread; they block, for some 10 ms as a rule. A server that still runs when the interpreter
     exits is stopped, and so is one whose parent dies of a signal (not on Windows).
@@ -58,6 +67,7 @@ class EmbeddedServer:
         self._config = config
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
         self._process: subprocess.Popen[bytes] | None = None
+        self._token = ""
         self._watchdog: Watchdog | None = None
         self._lock = threading.RLock()
 
@@ -68,8 +78,9 @@ class EmbeddedServer:
 
     @property
     def url(self) -> str:
-        """Address for clients."""
-        return f"nats://{HOST}:{self._port}"
+        """Address for clients, with the token: whoever has it can do everything."""
+        login = f"{self._token}@" if self._token else ""
+        return f"nats://{login}{HOST}:{self._port}"
 
     @property
     def pid(self) -> int | None:
@@ -142,13 +153,19 @@ class EmbeddedServer:
         self.stop()
 
     def _launch(self, program: str, store: Path) -> None:
+        config = self._config or ""
+        self._token = (
+            "" if OWN_LOGINS.search(COMMENT.sub("", config)) else self._token or _read_token(store)
+        )
+        if self._token:
+            config += f'\nauthorization {{ token: "{self._token}" }}\n'
+        config_path = store / "nats-server.conf"
+        _write_private(config_path, config)
+        # The token is in the file: other users see the arguments of a process.
         command = [program, "-a", HOST, "-p", str(self._port), "-js", "-sd", str(store)]
-        if self._config is not None:
-            config_path = store / "nats-server.conf"
-            config_path.write_text(self._config, encoding="utf-8")
-            command += ["-c", str(config_path)]
+        command += ["-c", str(config_path)]
         log_path = store / "nats-server.log"
-        with log_path.open("ab") as log:
+        with open(log_path, "ab", opener=_open_private) as log:
             _lock_store(log, store)
             log.truncate(0)
             # A session of its own: Ctrl-C in a terminal must not end the server before the application has handed its jobs back.
@@ -158,17 +175,41 @@ class EmbeddedServer:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                umask=0o077 if sys.platform != "win32" else -1,  # the store is for this user only
             )
         self._watchdog = Watchdog(self._process.pid)
         self._port = _wait_until_ready(self._process, log_path)
 
     def _make_store(self) -> Path:
         if self._store_dir is not None:
-            self._store_dir.mkdir(parents=True, exist_ok=True)
+            self._store_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
             return self._store_dir
         if self._temporary is None:
             self._temporary = tempfile.TemporaryDirectory(prefix="asyncmq-nats-")
         return Path(self._temporary.name)
+
+
+def _open_private(path: str, flags: int) -> int:
+    """Open a file that only this user may read; an existing one becomes so."""
+    descriptor = os.open(path, flags, 0o600)
+    if sys.platform != "win32":
+        os.fchmod(descriptor, 0o600)
+    return descriptor
+
+
+def _write_private(path: Path, text: str) -> None:
+    with open(path, "w", encoding="utf-8", opener=_open_private) as file:
+        file.write(text)
+
+
+def _read_token(store: Path) -> str:
+    """Return the token of this store, made when first needed: the address outlasts a restart."""
+    path = store / TOKEN_FILE
+    token = path.read_text("utf-8").strip() if path.exists() else ""
+    if re.fullmatch("[0-9a-f]{32,}", token) is None:
+        token = secrets.token_hex(16)
+    _write_private(path, token)
+    return token
 
 
 def _find_program() -> str:
@@ -193,7 +234,7 @@ def _lock_store(log: IO[bytes], store: Path) -> None:
         except BlockingIOError as error:
             if time.monotonic() > deadline:
                 raise BackendError(
-                    f"another nats-server already serves the store {store}: connect to that one ({log.name} has its address), or stop it"
+                    f"another nats-server already serves the store {store}: connect to that one (its port is in {log.name}, its token in {store / TOKEN_FILE}), or stop it"
                 ) from error
             time.sleep(POLL_INTERVAL)
         else:

@@ -1,0 +1,80 @@
+"""How much one process has under way to the server: batches, messages and bytes. Decides nothing else.
+
+The server refuses the 51st open batch of a stream (10210), and more than 10,000 messages that it
+has not stored yet (10167). A bound here makes callers take turns in order, instead of by luck.
+"""
+
+import asyncio
+from collections import deque
+from typing import Final, NamedTuple
+
+__all__ = ["Budget", "Load"]
+
+MAX_BATCHES: Final = 32
+MAX_MESSAGES: Final = 8_000
+MAX_BYTES: Final = 32 * 1024 * 1024
+
+
+class Load(NamedTuple):
+    """What one write takes."""
+
+    batches: int
+    messages: int
+    size: int
+    """In bytes."""
+
+
+class Budget:
+    """The room of one connection. A load that is larger than all of it goes alone."""
+
+    def __init__(self) -> None:
+        self._batches = self._messages = self._size = 0
+        self._waiting: deque[tuple[asyncio.Future[None], Load]] = deque()
+
+    async def take(self, load: Load, timeout: float) -> None:
+        """Take room for a load, first come, first served; `release` it.
+
+        Raises:
+            TimeoutError: there was none within `timeout` seconds.
+        """
+        if not self._waiting and self._fits(load):
+            self._add(load)
+            return
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append((turn, load))
+        try:
+            async with asyncio.timeout(timeout):
+                await turn
+        except BaseException:
+            if turn.done() and not turn.cancelled():
+                self.release(load)
+            else:
+                self._waiting.remove((turn, load))
+                self._admit()
+            raise
+
+    def release(self, load: Load) -> None:
+        """Give the room back."""
+        self._batches -= load.batches
+        self._messages -= load.messages
+        self._size -= load.size
+        self._admit()
+
+    def _admit(self) -> None:
+        while self._waiting and self._fits(self._waiting[0][1]):
+            turn, load = self._waiting.popleft()
+            self._add(load)
+            if not turn.done():
+                turn.set_result(None)
+
+    def _fits(self, load: Load) -> bool:
+        return not self._messages or (
+            self._batches + load.batches <= MAX_BATCHES
+            and self._messages + load.messages <= MAX_MESSAGES
+            and self._size + load.size <= MAX_BYTES
+        )
+
+    def _add(self, load: Load) -> None:
+        self._batches += load.batches
+        self._messages += load.messages
+        self._size += load.size

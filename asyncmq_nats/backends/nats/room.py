@@ -1,0 +1,138 @@
+"""Room on the server: a reserve for outcomes, and how full the streams are that discard old records.
+
+A worker acknowledges a job after its outcome is stored. In a store that is full to the last byte
+no outcome fits, so nothing would be acknowledged and nothing would become free. Hence each bucket
+has a ballast, a record of zeros: it is deleted when a write is refused for lack of room.
+"""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from asyncmq_nats._logging import get_logger
+from asyncmq_nats.backends.base import Expect, Log, Record, Write
+from asyncmq_nats.backends.nats.connection import Connection
+from asyncmq_nats.exceptions import AsyncMQError, StorageFull, WriteRefused
+
+__all__ = ["Ballasts", "Fills"]
+
+logger = get_logger(__name__)
+
+BALLAST_SIZE: Final = 128 * 1024
+"""Room for some 250 outcomes. Each lets go of a job, whose room the next outcome takes."""
+RELAY_AFTER: Final = 30.0
+"""How long (seconds) nothing was refused before a ballast is laid again."""
+FILL_LIFETIME: Final = 1.0
+FULL_FOR_JOBS: Final = 0.9
+"""A stream that discards old records takes no new jobs beyond; the rest is for outcomes."""
+
+SendWrite = Callable[[str, Write], Awaitable[int]]
+ReadLast = Callable[..., Awaitable[list[Record]]]
+Delete = Callable[[str, int], Awaitable[bool]]
+
+
+class Ballasts:
+    """The ballast records of the logs that one connection uses."""
+
+    def __init__(
+        self,
+        connection: Connection,
+        write: SendWrite,
+        read: ReadLast,
+        delete: Delete,
+        is_full: Callable[[], bool],
+    ) -> None:
+        self._connection = connection
+        self._write = write
+        self._read = read
+        self._delete = delete
+        self._is_full = is_full
+        self._subjects: dict[str, str] = {}
+        self._releasing = False
+
+    async def lay(self, log: Log) -> None:
+        """Write the ballast of a log, unless it is there or there is no room for it."""
+        if log.ballast is None:
+            return
+        self._subjects[log.name] = log.ballast
+        try:
+            size = min(BALLAST_SIZE, self._connection.client.max_payload // 4)
+            await self._write(log.name, Write(log.ballast, bytes(size), Expect(log.ballast)))
+        except (WriteRefused, StorageFull):
+            pass
+        except AsyncMQError as error:
+            logger.warning("%s: no reserve for outcomes in a full store: %s", log.name, error)
+
+    def note(self, log: Log) -> None:
+        """Remember that a log may have a ballast."""
+        if log.ballast is not None:
+            self._subjects[log.name] = log.ballast
+
+    def release_all(self) -> None:
+        """Delete the ballasts soon, and lay them again when there is room. Does not block."""
+        if self._subjects and not self._releasing:
+            self._releasing = True
+            self._connection.background.run(self._release_and_lay())
+
+    async def _release_and_lay(self) -> None:
+        try:
+            for log, subject in list(self._subjects.items()):
+                for record in await self._read(log, subject):
+                    if await self._delete(log, record.sequence):
+                        logger.warning("%s: the reserve for outcomes is in use", log)
+            quiet_since = time.monotonic()
+            while time.monotonic() < quiet_since + RELAY_AFTER:
+                await asyncio.sleep(1.0)
+                if self._is_full():
+                    quiet_since = time.monotonic()
+        finally:
+            self._releasing = False
+        for log, subject in list(self._subjects.items()):
+            await self.lay(Log(log, (subject,), ballast=subject))
+
+
+@dataclass(slots=True)
+class Fill:
+    """How full a stream is."""
+
+    limit: int
+    size: int
+    read_at: float
+
+
+class Fills:
+    """How full the streams are that have a limit and discard old records: jobs, if nothing stops it."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._fills: dict[str, Fill] = {}
+
+    def learn(self, log: str, config: Mapping[str, Any]) -> None:
+        """Take note of the configuration of a stream."""
+        limit = config.get("max_bytes", -1)
+        if limit > 0 and config.get("discard") == "old":
+            self._fills.setdefault(log, Fill(limit, 0, float("-inf")))
+        else:
+            self._fills.pop(log, None)
+
+    async def check(self, log: str, size: int) -> None:
+        """Make sure that a stream has room for so many bytes more.
+
+        Raises:
+            StorageFull: it would have to discard old records for them.
+        """
+        fill = self._fills.get(log)
+        if fill is None:
+            return
+        if time.monotonic() > fill.read_at + FILL_LIFETIME:
+            fill.read_at = time.monotonic()
+            state = (await self._connection.require(f"STREAM.INFO.{log}"))["state"]
+            fill.size = state["bytes"]
+        if fill.size + size > FULL_FOR_JOBS * fill.limit:
+            raise StorageFull(
+                log,
+                f"it has {fill.size:,} of its {fill.limit:,} bytes, and a tenth is for outcomes",
+            )
+        fill.size += size

@@ -1,0 +1,77 @@
+"""Confirms the ends of attempts: outcome → confirmed → children told → acknowledged.
+
+The only place that counts attempts whose end is not confirmed yet.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+from asyncmq_nats._concurrency import Spawner
+from asyncmq_nats._logging import get_logger
+from asyncmq_nats.backends.base import Settled, Write
+from asyncmq_nats.exceptions import AsyncMQError
+from asyncmq_nats.store.announcing import WorkerEvents
+from asyncmq_nats.transitions.claim import Attempt, Disposition, settle_delivery
+from asyncmq_nats.transitions.finish import Lifecycle, OnSettled
+
+__all__ = ["Completer"]
+
+logger = get_logger(__name__)
+
+
+class Completer:
+    """Settles the attempts of one worker. `on_change` is called when one is settled."""
+
+    def __init__(
+        self,
+        lifecycle: Lifecycle,
+        events: WorkerEvents,
+        spawner: Spawner,
+        on_change: Callable[[], None],
+    ) -> None:
+        self._lifecycle = lifecycle
+        self._events = events
+        self._spawner = spawner
+        self._on_change = on_change
+        self._stopped = False
+        self.pending = 0
+        """Attempts that have started and whose end is not confirmed."""
+
+    def stop(self) -> None:
+        """Resolve nothing more: the worker has ended. What comes is left to its lease."""
+        self._stopped = True
+
+    def begin(self, attempt: Attempt) -> OnSettled:
+        """Count an attempt that starts, and return what its final write is to call."""
+        self.pending += 1
+        return partial(self._on_settled, attempt)
+
+    def finish(self) -> None:
+        """Count an attempt as settled: called directly for one without a final write."""
+        self.pending -= 1
+        self._on_change()
+
+    def _on_settled(self, attempt: Attempt, write: Write, result: Settled) -> None:
+        """Take the answer of the server. Called by the backend: must not block."""
+        if isinstance(result, int) and not self._lifecycle.has_sequel(attempt, write):
+            if attempt.claim_sequence or attempt.leftovers:
+                self._lifecycle.clean_up(attempt, write)
+            attempt.delivery.ack()
+            self.finish()
+            self._events.tell_end(self._spawner, attempt.token, write)
+        elif self._stopped:
+            attempt.delivery.abandon()
+        else:
+            self._spawner.spawn(self._resolve, attempt, write, result)
+
+    async def _resolve(self, attempt: Attempt, write: Write, result: Settled) -> None:
+        try:
+            disposition = await self._lifecycle.settled(attempt, write, result)
+            settle_delivery(attempt.delivery, disposition)
+            if disposition is Disposition.ACK:
+                self._events.tell_end(self._spawner, attempt.token, write)
+        except AsyncMQError as error:
+            logger.error("job %s: %s", attempt.head.job_id, error)
+            attempt.delivery.abandon()
+        finally:
+            self.finish()

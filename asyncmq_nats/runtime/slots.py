@@ -1,0 +1,378 @@
+"""The slots of a worker: each delivery runs in an asyncio task and a context of its own.
+
+Takes deliveries while slots are free, runs them, and passes what became of them to the completer.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from contextlib import suppress
+from contextvars import Context, copy_context
+from dataclasses import replace
+from functools import partial
+from typing import Any, Final
+
+import anyio
+
+from asyncmq_nats._concurrency import Spawner, running_task
+from asyncmq_nats._logging import get_logger
+from asyncmq_nats.backends.base import Backend, Delivery
+from asyncmq_nats.context import JobContext, running_job
+from asyncmq_nats.exceptions import (
+    AsyncMQError,
+    InvalidArgument,
+    InvalidJob,
+    JobNotFound,
+    NewerJob,
+    NotSerializable,
+    PayloadTooLarge,
+    TaskNotFound,
+    TooManyPriorities,
+)
+from asyncmq_nats.jobs import WIRE_VERSION, Job
+from asyncmq_nats.retries import Failure, RetryLimits, retry_delay
+from asyncmq_nats.runtime.completer import Completer
+from asyncmq_nats.runtime.executor import Running, execute
+from asyncmq_nats.runtime.fetcher import Fetcher
+from asyncmq_nats.runtime.registry import TaskRegistry
+from asyncmq_nats.runtime.suspects import Suspects
+from asyncmq_nats.store.announcing import WorkerEvents
+from asyncmq_nats.store.commit import FAREWELL, look_for
+from asyncmq_nats.transitions.claim import Attempt, settle_delivery
+from asyncmq_nats.transitions.finish import Lifecycle, OnSettled
+from asyncmq_nats.wire.keys import QueueSubjects
+
+__all__ = ["Slots"]
+
+logger = get_logger(__name__)
+
+INVALID_RESULT: Final = (
+    NotSerializable,
+    PayloadTooLarge,
+    JobNotFound,
+    InvalidArgument,
+    InvalidJob,
+    TooManyPriorities,
+)
+"""Errors of a result or of a follow-up job: another attempt would end in the same way."""
+MARK_AFTER: Final = 1.0
+"""Seconds after which a job that runs is claimed, so that the loss of its worker is a stall."""
+
+
+class Slots:
+    """Runs the jobs of one worker. `on_change` is called when a job has ended."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        subjects: QueueSubjects,
+        lifecycle: Lifecycle,
+        registry: TaskRegistry,
+        concurrency: int,
+        events: WorkerEvents,
+        spawner: Spawner,
+        on_change: Callable[[], None],
+        *,
+        any_task: bool = False,
+    ) -> None:
+        self._backend = backend
+        self._subjects = subjects
+        self._lifecycle = lifecycle
+        self._registry = registry
+        self._tasks_of = None if any_task else subjects.queue
+        self._events = events
+        self._spawner = spawner
+        self._on_change = on_change
+        self._threads = anyio.CapacityLimiter(concurrency)
+        self._suspects = Suspects(
+            backend.settings.max_stalls, lambda: not self.running, time.monotonic
+        )
+        self._context: Context
+        self._loop: asyncio.AbstractEventLoop
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._timer: asyncio.TimerHandle | None = None
+        self._is_open = False
+        self._ending = False
+        self._is_cancelled: Callable[[], int] = lambda: 0
+        self.running: dict[Running, None] = {}
+        self.fetcher: Fetcher
+        self.completer: Completer
+
+    def open(self) -> None:
+        """Begin to run what the fetcher has. Called by the task of the worker."""
+        self._loop = asyncio.get_running_loop()
+        self._context = copy_context()
+        self._is_cancelled = running_task().cancelling
+        self._is_open = True
+        self._lifecycle.progress.attach()
+        self.fill()
+
+    # -- take
+
+    def fill(self) -> None:
+        """Start jobs while slots are free. May be called from any callback."""
+        if not self._is_open:
+            return
+        while self.fetcher.has_free_slot and (suspect := self._suspects.next()) is not None:
+            self.fetcher.occupy()
+            self._spawn(self._run_suspect(suspect))
+        if not self._suspects.holds_others:
+            while (delivery := self.fetcher.take()) is not None:
+                self._spawn(self._run_delivery(delivery))
+        if self._timer is None and (wait := self._suspects.wait) is not None:
+            self._timer = self._loop.call_later(max(wait, 0.01), self._on_timer)
+
+    def _on_timer(self) -> None:
+        self._timer = None
+        self.fill()
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        # A task and a context of its own: what a job leaves behind reaches no other job.
+        task = self._loop.create_task(work, context=self._context.copy())
+        self._tasks.add(task)
+        task.add_done_callback(self._on_done)
+
+    def _on_done(self, task: "asyncio.Task[None]") -> None:
+        self._tasks.discard(task)
+        self.fetcher.release()
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.error("a delivery failed in the worker itself", exc_info=error)
+        self.fill()
+        self._on_change()
+
+    # -- stop
+
+    async def hand_back_suspects(self) -> None:
+        """Return the suspects that wait in line to the queue."""
+        for attempt in self._suspects.clear():
+            try:
+                await self._lifecycle.hand_back(attempt)
+            except AsyncMQError as error:
+                logger.warning("job %s: not handed back: %s", attempt.head.job_id, error)
+                attempt.delivery.abandon()
+
+    def cancel_running(self) -> None:
+        """Cancel the jobs that run; they are handed back."""
+        for running in list(self.running):
+            running.cancel()
+
+    async def end(self, timeout: float) -> None:
+        """Cancel every task that is left, and wait for their ends, `timeout` seconds at most."""
+        self._is_open, self._ending = False, True
+        if self._timer is not None:
+            self._timer.cancel()
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks, timeout=timeout)
+        for attempt in self._suspects.clear():
+            attempt.delivery.abandon()
+
+    def _is_ending(self) -> bool:
+        # The second: `asyncio.run` cancels every task when its main function has ended.
+        return self._ending or bool(self._is_cancelled())
+
+    def mark_long_runs(self) -> None:
+        """Claim the jobs that have run for a while: see `Deliveries.mark_running`."""
+        latest = self._backend.now() - MARK_AFTER
+        for running in self.running:
+            attempt = running.attempt
+            if attempt.started_at <= latest and not attempt.claim_sent:
+                self._lifecycle.mark_running(attempt)
+
+    # -- one delivery
+
+    async def _run_delivery(self, delivery: Delivery) -> None:
+        try:
+            try:
+                attempt = self._lifecycle.open(delivery)
+                if delivery.deliveries == 1 or await self._may_run_again(attempt):
+                    await self._start(attempt)
+            except InvalidJob as problem:
+                await self._reject(delivery, problem)
+        except AsyncMQError as error:
+            logger.error(
+                "%.200r: not run now, it will be delivered again: %s", delivery.subject, error
+            )
+            delivery.abandon()
+        except anyio.get_cancelled_exc_class():  # the worker ends
+            delivery.abandon()
+            raise
+
+    async def _may_run_again(self, attempt: Attempt) -> bool:
+        """Check a redelivery. Return whether it is to be run now: a suspect waits in line."""
+        disposition = await self._lifecycle.inspect(attempt)
+        if disposition is not None:
+            settle_delivery(attempt.delivery, disposition)
+            return False
+        if attempt.lost and not self._is_lost_for_good(attempt):
+            self._suspects.enter(attempt)
+            return False
+        return True
+
+    async def _run_suspect(self, attempt: Attempt) -> None:
+        try:
+            if not await self._lifecycle.claim(attempt):
+                if await self._may_run_again(attempt):
+                    await self._start(attempt)
+            elif self.fetcher.is_paused:  # a claim takes a while
+                await self._lifecycle.hand_back(attempt)
+            else:
+                await self._start(attempt)
+        except InvalidJob as problem:
+            await self._reject(attempt.delivery, problem)
+        except AsyncMQError as error:
+            logger.error("job %s: not run now: %s", attempt.head.job_id, error)
+            attempt.delivery.abandon()
+        except anyio.get_cancelled_exc_class():
+            attempt.delivery.abandon()
+            raise
+        finally:
+            self._suspects.leave(attempt)
+
+    async def _reject(self, delivery: Delivery, problem: InvalidJob) -> None:
+        logger.error("%.200r: %s", delivery.subject, problem)
+        await self._lifecycle.reject(delivery, problem)
+
+    async def _start(self, attempt: Attempt) -> None:
+        on_settled = self.completer.begin(attempt)
+        try:
+            await self._run_or_end(attempt, on_settled)
+        except InvalidJob as problem:  # the malformed part was not needed to run it
+            await self._reject(attempt.delivery, problem)
+            self.completer.finish()
+        except AsyncMQError:  # it has no final write
+            attempt.delivery.abandon()
+            self.completer.finish()
+            raise
+
+    def _is_lost_for_good(self, attempt: Attempt) -> bool:
+        return attempt.stalls > 0 and attempt.losses >= self._backend.settings.max_stalls
+
+    async def _run_or_end(self, attempt: Attempt, on_settled: OnSettled) -> None:
+        head, now = attempt.head, self._backend.now()
+        if self._is_lost_for_good(attempt):
+            error = (
+                f"stalled: its worker was lost {attempt.losses} times while it ran "
+                "(the limit is max_stalls)"
+            )
+            attempt.stalls, attempt.suspected = attempt.losses, False
+            await self._lifecycle.fail(attempt, Failure(error, "", now), on_settled)
+        elif head.is_expired(now):
+            await self._lifecycle.expire(attempt, on_settled)
+        elif head.delay_until is not None and head.delay_until > now:
+            await self._lifecycle.postpone(attempt, on_settled)
+        else:
+            await self._run_if_known(attempt, on_settled)
+
+    async def _run_if_known(self, attempt: Attempt, on_settled: OnSettled) -> None:
+        try:
+            if attempt.head.v > WIRE_VERSION:
+                raise NewerJob(attempt.head.v, WIRE_VERSION)
+            self._registry.find(attempt.head.task_id, self._tasks_of)
+        except (NewerJob, TaskNotFound) as problem:
+            await self._put_off(attempt, problem, on_settled)
+        else:
+            attempt.started_at = self._backend.now()
+            await self._run(attempt, on_settled)
+
+    async def _put_off(
+        self, attempt: Attempt, problem: NewerJob | TaskNotFound, on_settled: OnSettled
+    ) -> None:
+        """Leave a job that this worker cannot run to one that can, for a while; then it fails."""
+        try:
+            delay = await self._lifecycle.put_off(attempt, str(problem), on_settled)
+        except (NotSerializable, PayloadTooLarge):  # it cannot be written again as it came
+            delay = None
+        if delay is not None:
+            logger.warning("job %s is put off for %g s: %s", attempt.head.job_id, delay, problem)
+        elif isinstance(problem, NewerJob):
+            raise problem  # to be recorded with its body
+        else:
+            failure = replace(Failure.of(problem, self._backend.now()), final=True)
+            await self._report_failure(attempt, failure, on_settled)
+
+    async def _run(self, attempt: Attempt, on_settled: OnSettled) -> None:
+        context = JobContext(
+            attempt.head.job_id,
+            self._subjects.queue,
+            attempt,
+            self._lifecycle,
+            _write=self._registry.write,
+        )
+        running = Running(attempt, context, running_task())
+        self.running[running] = None
+        running_job.set(context)
+        self._events.tell_start(
+            self._spawner, attempt.token, attempt.body, attempt.started_at, lambda: attempt.job
+        )
+        try:
+            result, failure = await execute(
+                running, self._registry, self._threads, self._backend.now, self._is_ending
+            )
+        except anyio.get_cancelled_exc_class():  # the worker ends, not the job
+            with anyio.move_on_after(FAREWELL, shield=True), suppress(AsyncMQError):
+                await self._give_up(attempt, cancelled=False)
+            raise
+        finally:
+            del self.running[running]
+        self._lifecycle.progress.finish(attempt.token)
+        if running.gave_in:
+            await self._give_up(attempt, cancelled=running.cancelled)
+        elif failure is not None:
+            await self._report_failure(attempt, failure, on_settled)
+        else:
+            await self._report_result(attempt, result, context.follow_ups, on_settled)
+
+    async def _give_up(self, attempt: Attempt, *, cancelled: bool) -> None:
+        """Leave a job that was cancelled or did not finish in time.
+
+        A cancelled one that was retried by hand since is handed back.
+        """
+        is_cancelled = partial(self._lifecycle.is_cancelled, attempt.head.job_id)
+        if cancelled and await look_for(is_cancelled):
+            attempt.delivery.ack()
+        else:
+            await self._lifecycle.hand_back(attempt)
+        self.completer.finish()
+
+    async def _report_result(
+        self,
+        attempt: Attempt,
+        result: Any,
+        follow_ups: Sequence[Job],
+        on_settled: OnSettled,
+    ) -> None:
+        try:
+            if follow_ups or attempt.head.repeat_every is not None:
+                await self._lifecycle.accompany(attempt, follow_ups, result)
+            await self._lifecycle.complete(attempt, result, on_settled)
+        except INVALID_RESULT as error:
+            logger.warning(
+                "job %s (%s) failed: %s", attempt.head.job_id, attempt.head.task_id, error
+            )
+            failure = Failure(f"{type(error).__name__}: {error}", "", self._backend.now())
+            await self._lifecycle.fail(attempt, failure, on_settled)
+
+    async def _report_failure(
+        self, attempt: Attempt, failure: Failure, on_settled: OnSettled
+    ) -> None:
+        job = attempt.job
+        task = self._registry.get(job.task_id)
+        function = None if task is None else task.backoff_function
+        settings = self._backend.settings
+        limits = RetryLimits(settings.max_retries_limit, settings.min_retry_delay)
+        delay = retry_delay(job, failure, function, limits)
+        if delay is not None:
+            logger.info(
+                "job %s (%s) is retried in %g s: %s", job.job_id, job.task_id, delay, failure.error
+            )
+            try:
+                await self._lifecycle.retry(attempt, failure, delay, on_settled)
+            except (NotSerializable, PayloadTooLarge) as error:
+                logger.warning("job %s (%s) cannot be retried: %s", job.job_id, job.task_id, error)
+            else:
+                return
+        logger.warning("job %s (%s) failed: %s", job.job_id, job.task_id, failure.error)
+        await self._lifecycle.fail(attempt, failure, on_settled)

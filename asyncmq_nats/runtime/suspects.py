@@ -1,0 +1,88 @@
+"""Jobs that may have killed a worker run one at a time, so that the one that does it is found.
+
+A job that was lost with its worker runs again with no other suspect beside it. The run whose loss
+would end it as failed begins alone: nothing else runs in this worker.
+"""
+
+from collections import deque
+from collections.abc import Callable
+from typing import Final
+
+from asyncmq_nats.transitions.claim import Attempt
+
+__all__ = ["Suspects"]
+
+PROBATION: Final = 1.0
+"""Seconds that a suspect has to survive before the next one starts beside it."""
+LAST_PROBATION: Final = 5.0
+"""Likewise for the last run of a suspect, in which nothing at all starts beside it."""
+
+
+class Suspects:
+    """The line of suspects of one worker. `now`: monotonic seconds.
+
+    `is_alone` says whether no other job runs.
+    """
+
+    def __init__(
+        self, max_stalls: int, is_alone: Callable[[], bool], now: Callable[[], float]
+    ) -> None:
+        self._max_stalls = max_stalls
+        self._is_alone = is_alone
+        self._now = now
+        self._line: deque[Attempt] = deque()
+        self._current: Attempt | None = None
+        self._free_at = 0.0
+        self._exclusive = False
+        self._waiting_since = 0.0
+
+    def __len__(self) -> int:
+        return len(self._line)
+
+    def enter(self, attempt: Attempt) -> None:
+        """Put a suspect at the end of the line."""
+        self._line.append(attempt)
+
+    def next(self) -> Attempt | None:
+        """Take the next suspect out of the line if it may start now."""
+        if not self._line or self._is_occupied:
+            return None
+        attempt, now = self._line[0], self._now()
+        exclusive = attempt.losses + 1 >= self._max_stalls
+        if exclusive and not self._is_alone():
+            self._waiting_since = self._waiting_since or now
+            if now - self._waiting_since < LAST_PROBATION:
+                return None
+        self._waiting_since = 0.0
+        self._current, self._exclusive = self._line.popleft(), exclusive
+        self._free_at = now + (LAST_PROBATION if exclusive else PROBATION)
+        return self._current
+
+    def leave(self, attempt: Attempt) -> None:
+        """Note that a suspect has ended."""
+        if attempt is self._current:
+            self._current, self._exclusive, self._free_at = None, False, 0.0
+
+    @property
+    def holds_others(self) -> bool:
+        """Whether no other job may start now: a last run waits for its turn, or has begun."""
+        return self._waiting_since > 0 or (self._exclusive and self._is_occupied)
+
+    @property
+    def wait(self) -> float | None:
+        """Seconds after which `next` should be asked again, if no job ends before; else `None`."""
+        if self._waiting_since:
+            return max(0.0, self._waiting_since + LAST_PROBATION - self._now())
+        if self._line or self._exclusive:
+            return max(0.0, self._free_at - self._now()) if self._current else 0.0
+        return None
+
+    def clear(self) -> list[Attempt]:
+        """Take out all that wait."""
+        attempts = list(self._line)
+        self._line.clear()
+        return attempts
+
+    @property
+    def _is_occupied(self) -> bool:
+        return self._current is not None and self._now() < self._free_at

@@ -1,0 +1,267 @@
+"""From a delivery to an attempt, and back to the queue.
+
+`parse_delivery` reads the message; `inspect_redelivery` finds out what earlier deliveries did;
+`claim` voids them; `hand_back` returns a job that did not end.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from math import isfinite
+from typing import Any
+
+from asyncmq_nats._logging import get_logger
+from asyncmq_nats.backends.base import Backend, Delivery, Expect, Record, Write
+from asyncmq_nats.events import STALLED
+from asyncmq_nats.exceptions import (
+    BackendError,
+    InvalidJob,
+    NewerJob,
+    NotSerializable,
+    WriteRefused,
+)
+from asyncmq_nats.jobs import WIRE_VERSION, Job, JobHead
+from asyncmq_nats.store.announcing import announce
+from asyncmq_nats.store.commit import pause_after_refusal
+from asyncmq_nats.store.snapshot import Snapshot, read_snapshot
+from asyncmq_nats.store.topology import QueueAssets
+from asyncmq_nats.transitions.add import Additions
+from asyncmq_nats.transitions.claim import (
+    CLAIM_TTL,
+    Attempt,
+    Claim,
+    Disposition,
+    settle_delivery,
+)
+from asyncmq_nats.transitions.follow_up import FollowUpJobs
+from asyncmq_nats.wire.codec import dump_json, load_json
+from asyncmq_nats.wire.keys import LONGEST_TOKEN, QueueSubjects, decode_token, is_token
+
+__all__ = ["OUTCOME_FIELDS", "Deliveries"]
+
+logger = get_logger(__name__)
+
+OUR_JOBS: bytes = b'{"v":1,"id":"'
+"""How every job begins that this library writes."""
+OUTCOME_FIELDS = (
+    "status",
+    "result",
+    "last_error",
+    "error_traceback",
+    "active_since",
+    "finished_at",
+    "worker",
+    "stalls",
+    "follow_ups",
+)
+"""Fields that only an outcome has."""
+
+
+class Deliveries:
+    """What a worker does with the deliveries of one queue before they run, or instead."""
+
+    def __init__(
+        self, backend: Backend, subjects: QueueSubjects, assets: QueueAssets, worker: str = ""
+    ) -> None:
+        self._backend = backend
+        self._subjects = subjects
+        self._assets = assets
+        self._settings = backend.settings
+        self._additions = Additions(backend, subjects, assets)
+        self.dependencies = self._additions.dependencies
+        self._follow_ups = FollowUpJobs(backend, assets, self._additions)
+        self._worker = worker
+
+    def open(self, delivery: Delivery) -> Attempt:
+        """Return the attempt that a delivery stands for. Check a redelivery with `inspect`.
+
+        The head of a job of a newer version of the format says so: `put_off` that one.
+
+        Raises:
+            InvalidJob: the message is not a job; `reject` it.
+        """
+        token = delivery.subject.rpartition(".")[2]
+        if not is_token(token):
+            raise InvalidJob(
+                "its id, the last token of its subject, must be UTF-8 and at most "
+                f"{LONGEST_TOKEN:,} bytes"
+            )
+        try:
+            return self._open_known(delivery, token)
+        except NewerJob as problem:
+            return _as_newer(delivery, token, problem.version)
+
+    def _open_known(self, delivery: Delivery, token: str) -> Attempt:
+        body = delivery.body
+        if body.startswith(OUR_JOBS):
+            try:
+                head = JobHead.decode(body)
+            except NewerJob:
+                raise
+            except InvalidJob:  # a foreign job may begin the same way and lack our fields
+                pass
+            else:
+                if head.job_id == decode_token(token):
+                    return Attempt(delivery, token, head, body)
+        body = self._normalize(delivery, token)
+        return Attempt(delivery, token, JobHead.decode(body), body)
+
+    def _normalize(self, delivery: Delivery, token: str) -> bytes:
+        """Return a foreign job as this library writes it: id and priority of the subject win."""
+        data = load_json(delivery.body)
+        if isinstance(version := data.get("v"), int) and version > WIRE_VERSION:
+            raise NewerJob(version, WIRE_VERSION)
+        Job.decode(delivery.body)
+        for name in OUTCOME_FIELDS:
+            data.pop(name, None)
+        priority, _ = self._subjects.split_ready(delivery.subject)
+        known = {"v": data.pop("v", WIRE_VERSION), "id": decode_token(token), "priority": priority}
+        rest = {key: value for key, value in data.items() if key not in known}
+        try:
+            return dump_json(known | {"created_at": delivery.time} | rest)
+        except NotSerializable as error:  # 1e999 is valid JSON and infinite when read
+            raise InvalidJob(str(error)) from None
+
+    # -- redeliveries
+
+    async def inspect(self, attempt: Attempt) -> Disposition | None:
+        """Find out what earlier deliveries of the job did; `None`: it is to be run.
+
+        `attempt.lost` says whether a worker was lost while it may have run the job: then it needs
+        a claim before it runs.
+        """
+        snapshot = await read_snapshot(self._backend, self._subjects, attempt.token)
+        if snapshot.outcome is not None:
+            job = load_json(attempt.body)
+            await self._follow_ups.carry_out_again(snapshot.outcome.body, job)
+            if snapshot.edges or attempt.head.children:
+                await self.dependencies.release(attempt.token)
+            return Disposition.ACK
+        if any(_order(record) > attempt.job.order for record in snapshot.later.values()):
+            return Disposition.ACK  # its retry was scheduled; only the ack was lost
+        claim = None if snapshot.claim is None else Claim.decode(snapshot.claim.body)
+        if claim is not None and claim.order >= attempt.order:
+            return claim.disposition
+        self._take(attempt, snapshot, claim)
+        return None
+
+    def _take(self, attempt: Attempt, snapshot: Snapshot, claim: Claim | None) -> None:
+        attempt.count_losses(claim, self._backend.now(), self._settings.stalled_after)
+        if attempt.known is not None:
+            attempt.known = replace(attempt.known, stalls=attempt.stalls)
+        attempt.expect = snapshot.last_end
+        attempt.claim_sequence = 0 if snapshot.claim is None else snapshot.claim.sequence
+        attempt.awaited = bool(snapshot.edges)
+        attempt.leftovers = {record.subject: record.sequence for record in snapshot.later.values()}
+
+    async def claim(self, attempt: Attempt) -> bool:
+        """Claim a job that is about to run. Return whether nothing has changed since `inspect`."""
+        if not await self._write_claim(attempt, released=False):
+            return False
+        if attempt.stalls and attempt.lost:
+            job_id, stalls = attempt.head.job_id, attempt.stalls
+            await announce(self._backend, self._subjects, STALLED, job_id, stalls=stalls)
+        return True
+
+    async def _write_claim(self, attempt: Attempt, *, released: bool) -> bool:
+        claim = attempt.claim(self._worker, released=released)
+        expect = Expect(self._subjects.done_all(attempt.token), attempt.expect)
+        key = self._subjects.claim(attempt.token)
+        try:
+            sequence = await self._backend.write(
+                self._subjects.bucket_log, Write(key, claim.encode(), expect, ttl=CLAIM_TTL)
+            )
+        except WriteRefused:
+            return False
+        attempt.expect = attempt.claim_sequence = sequence
+        return True
+
+    def mark_running(self, attempt: Attempt) -> None:
+        """Claim a job that has run for a while, so that the loss of this worker counts as a stall.
+
+        Sent, not awaited. An outcome that passes it on the way is confirmed by a second try.
+        """
+        claim = attempt.claim(self._worker)
+        expect = Expect(self._subjects.done_all(attempt.token), attempt.expect)
+
+        def on_settled(result: int | BackendError) -> None:
+            if isinstance(result, int):
+                attempt.expect = attempt.claim_sequence = result
+
+        attempt.claim_sent = True
+        key = self._subjects.claim(attempt.token)
+        write = Write(key, claim.encode(), expect, ttl=CLAIM_TTL)
+        self._backend.send(self._subjects.bucket_log, write, on_settled)
+
+    async def verify(self, attempt: Attempt) -> Attempt | Disposition:
+        """Do `inspect`, and `claim` the job if a worker was lost with it."""
+        while True:
+            disposition = await self.inspect(attempt)
+            if disposition is not None:
+                return disposition
+            if not attempt.lost or await self.claim(attempt):
+                return attempt
+            await pause_after_refusal()
+
+    # -- hand back
+
+    async def hand_back(self, attempt: Attempt) -> None:
+        """Return a job that did not end to the queue. It does not count as stalled."""
+        while not await self._write_claim(attempt, released=True):
+            snapshot = await read_snapshot(self._backend, self._subjects, attempt.token)
+            disposition = self.judge(attempt, snapshot)
+            if disposition is not None:
+                settle_delivery(attempt.delivery, disposition)
+                return
+            attempt.expect = snapshot.last_end
+            await pause_after_refusal()
+        attempt.delivery.nak()
+
+    def judge(self, attempt: Attempt, snapshot: Snapshot) -> Disposition | None:
+        """Return what the records that refused a write say about the attempt.
+
+        `None`: it still has the job, and may write again, expecting what was read.
+        """
+        if snapshot.ended:
+            return Disposition.ACK
+        claim = None if snapshot.claim is None else Claim.decode(snapshot.claim.body)
+        if claim is not None and claim.order > attempt.order:
+            logger.warning(
+                "job %s: another worker has claimed it; discarding this worker's result",
+                attempt.head.job_id,
+            )
+            return claim.disposition
+        return None
+
+
+def _order(record: Record) -> tuple[int, int]:
+    """Return which attempt a record in transit is of; junk is of none."""
+    try:
+        return Job.decode(record.body).order
+    except InvalidJob:
+        return -1, -1
+
+
+def _as_newer(delivery: Delivery, token: str, version: int) -> Attempt:
+    """Return the attempt at a job of a newer version, with what can be read of it.
+
+    Its body is kept as it is.
+    """
+    job_id = decode_token(token)
+    try:
+        job = Job.decode(delivery.body, job_id=job_id, created_at=delivery.time)
+    except InvalidJob:
+        job = _as_known(load_json(delivery.body), job_id, delivery.time)
+    head = JobHead(job.task_id, job_id, job.created_at, children=job.children, v=version)
+    return Attempt(delivery, token, head, delivery.body, known=job)
+
+
+def _as_known(data: Mapping[str, Any], job_id: str, created_at: float) -> Job:
+    """Return what is needed of a newer job that cannot be read: how long it has been put off."""
+    since, times = data.get("put_off_since"), data.get("put_offs")
+    return Job(
+        task_id="?",
+        job_id=job_id,
+        created_at=created_at,
+        put_offs=times if isinstance(times, int) and times >= 0 else 0,
+        put_off_since=float(since) if isinstance(since, float) and isfinite(since) else None,
+    )

@@ -1,0 +1,263 @@
+"""A tick is due: its job is made, and the next tick is planned.
+
+Four single writes, in this order: the job, the next tick (which expects the fire as it was
+delivered), the removal of the fire, the acknowledgement. A crash in between is repeated by the
+redelivery: the job's id is that of the planned time, so it is made once. Each change of a
+definition touches a fire that is there, so one of the two is refused.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from enum import Enum, auto
+from typing import Final
+
+from asyncmq_nats._logging import get_logger
+from asyncmq_nats.backends.base import Backend, Delivery, Expect, Record, Write
+from asyncmq_nats.exceptions import InvalidJob, TooManyPriorities, WriteRefused
+from asyncmq_nats.jobs import Job
+from asyncmq_nats.schedules import missed_ticks, next_run, next_run_after
+from asyncmq_nats.store.secret import QueueSecret, keyed_id
+from asyncmq_nats.store.topology import DEFAULT_PRIORITY, QueueAssets
+from asyncmq_nats.transitions.definition import (
+    Definition,
+    Tick,
+    decode_definition,
+    fingerprint,
+    job_of,
+    next_tick_write,
+)
+from asyncmq_nats.wire.codec import dump_json
+from asyncmq_nats.wire.keys import QueueSubjects, encode_token
+
+__all__ = ["TickEnd", "Ticker", "read_fire"]
+
+logger = get_logger(__name__)
+
+CATCH_UP: Final = 30.0
+"""Ticks that were late because a worker died are all made up for, if they are no later."""
+HICCUP: Final = 3.0
+"""More seconds are an outage. Ticks that were late because a process or a server was busy are all
+made up for."""
+MAX_CACHED: Final = 10_000
+"""Definitions that a process keeps parsed."""
+
+read_fire: Final = Tick.decode
+
+
+class TickEnd(Enum):
+    """What is to be done with a fire that was carried out."""
+
+    ACK = auto()
+    """The next tick has taken its place."""
+    REMOVE = auto()
+    """Remove it, then acknowledge."""
+    UNSEEN = auto()
+    """It is not there: it cannot be delivered again; or a replica has yet to hear of it."""
+
+
+class Ticker:
+    """Carries out the ticks of one queue."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        subjects: QueueSubjects,
+        assets: QueueAssets,
+        secret: QueueSecret,
+    ) -> None:
+        self._backend = backend
+        self._subjects = subjects
+        self._assets = assets
+        self._secret = secret
+        self._log = subjects.bucket_log
+        self._definitions: dict[tuple[str, str], tuple[Definition, bytes]] = {}
+        """By id and fingerprint, with the record's body."""
+
+    async def fire(self, delivery: Delivery, *, trusted: bool) -> TickEnd:
+        """Make the job of a tick that is due, and plan the next one.
+
+        What was changed, paused or removed meanwhile makes none.
+
+        Args:
+            delivery: of `fire.<rid>`.
+            trusted: it is a fresh first delivery, so the fire is there, and its definition is the
+                one it was planned with.
+
+        Raises:
+            InvalidJob: it is no tick.
+        """
+        tick, rid = Tick.decode(delivery.body), self._subjects.rid(delivery.subject)
+        known = self._definitions.get((rid, tick.of)) if trusted else None
+        if known is None:
+            found = await self._look_up(delivery, rid, tick)
+            if isinstance(found, TickEnd):
+                return found
+            known = found
+        definition, now = known[0], self._backend.now()
+        due = due_times(definition, tick, now, again=delivery.deliveries > 1)
+        if definition.overlap == "skip" and due:
+            # The first one: a repetition after a crash comes to the same job.
+            due = [] if await self._is_unfinished(tick.last) else due[:1]
+        jobs = [job_of(definition, at, now) for at in due]
+        await self._make(jobs, again=not trusted)
+        return await self._plan_next(delivery, known, tick, due, now)
+
+    async def _look_up(
+        self, delivery: Delivery, rid: str, tick: Tick
+    ) -> tuple[Definition, bytes] | TickEnd:
+        """Return the definition, or what is to be done with a fire that makes no job."""
+        subjects, token = self._subjects, encode_token(rid)
+        keys = subjects.repeat(token), subjects.tick(token), subjects.fire(token)
+        records = {
+            record.subject: record
+            for record in await self._backend.last(self._log, *keys)
+            if not record.marker
+        }
+        stored, planned, fire = (records.get(key) for key in keys)
+        if fire is None or fire.sequence != delivery.sequence:
+            return TickEnd.ACK if fire and fire.sequence > delivery.sequence else TickEnd.UNSEEN
+        if stored is None:
+            return TickEnd.REMOVE
+        definition = self._parse(rid, stored)
+        if definition is None or definition.paused or definition.finished:
+            return TickEnd.REMOVE
+        if tick.of not in ("", fingerprint(stored.body)):  # it was planned before a change
+            return TickEnd.REMOVE
+        if delivery.deliveries > 1 and planned is not None and _is_after(planned, tick):
+            return TickEnd.REMOVE  # its worker died after it had planned the next one
+        return definition, stored.body
+
+    def _parse(self, rid: str, stored: Record) -> Definition | None:
+        name = rid, fingerprint(stored.body)
+        known = self._definitions.get(name)
+        if known is not None:
+            return known[0]
+        try:
+            definition = decode_definition(stored.body, rid)
+        except InvalidJob as problem:
+            logger.warning("%.200r is passed over: %s", stored.subject, problem)
+            return None
+        if len(self._definitions) >= MAX_CACHED:
+            self._definitions.clear()
+        self._definitions[name] = definition, stored.body
+        return definition
+
+    async def _is_unfinished(self, job_id: str | None) -> bool:
+        """Return whether a job is there and has not ended."""
+        if job_id is None:
+            return False
+        token, subjects = encode_token(job_id), self._subjects
+        records = [
+            record
+            for record in await self._backend.last(
+                self._log, subjects.ends(token), subjects.later_all(token)
+            )
+            if not record.marker
+        ]
+        if any(subjects.outcome_state(record.subject) for record in records):
+            return False
+        if any(not subjects.is_claim(record.subject) for record in records):
+            return True
+        return bool(await self._backend.last(subjects.ready_log, subjects.ready_any(token)))
+
+    # -- jobs
+
+    async def _make(self, jobs: Sequence[Job], *, again: bool) -> None:
+        """Make the jobs of a tick. `again`: they may be there, or have ended."""
+        if again and jobs:
+            existing = await self._existing([encode_token(job.job_id) for job in jobs])
+            jobs = [job for job in jobs if encode_token(job.job_id) not in existing]
+        for job in jobs:
+            priority, token = await self._tier_of(job), encode_token(job.job_id)
+            write = Write(
+                self._subjects.ready(priority, token),
+                job.encode(),
+                Expect(self._subjects.ready_any(token)),
+                message_id=keyed_id(await self._secret.get(), "tick", job.job_id),
+            )
+            try:
+                await self._backend.write(self._subjects.ready_log, write)
+            except WriteRefused:
+                logger.debug("job %s of a repeatable is there already", job.job_id)
+
+    async def _tier_of(self, job: Job) -> int:
+        try:
+            await self._assets.declare_tier(job.priority)
+        except TooManyPriorities as error:
+            logger.error("job %s runs with priority %d: %s", job.job_id, DEFAULT_PRIORITY, error)
+            return DEFAULT_PRIORITY
+        return job.priority
+
+    async def _existing(self, tokens: Sequence[str]) -> set[str]:
+        subjects, filters = self._subjects, list[str]()
+        for token in tokens:
+            filters += [subjects.ends(token), subjects.later_all(token)]
+        bucket = await self._backend.last(self._log, *filters)
+        ready = await self._backend.last(
+            subjects.ready_log, *(subjects.ready_any(token) for token in tokens)
+        )
+        found = [record for record in [*bucket, *ready] if not record.marker]
+        return {subjects.token(record.subject) for record in found}
+
+    # -- the next tick
+
+    async def _plan_next(
+        self,
+        delivery: Delivery,
+        known: tuple[Definition, bytes],
+        tick: Tick,
+        due: Sequence[float],
+        now: float,
+    ) -> TickEnd:
+        """Plan the tick after those that were due at `now`: one that has come since is that tick."""
+        definition, body = known
+        rid = definition.rid
+        last = job_of(definition, due[-1], now).job_id if due else tick.last
+        at = following(definition, tick, due, now)
+        planned = definition.plan(at, body, runs=tick.runs + len(due), last=last)
+        expect = Expect(delivery.subject, delivery.sequence)
+        if definition.is_done(planned):
+            ended = replace(definition, finished=True, left=planned)
+            key = self._subjects.repeat(encode_token(rid))
+            write = Write(key, dump_json(ended), expect)
+        else:
+            write = next_tick_write(self._subjects, rid, planned, now, expect)
+        try:
+            await self._backend.write(self._log, write)
+        except WriteRefused:
+            logger.debug("repeatable %s was changed, or its tick was carried out elsewhere", rid)
+            return TickEnd.ACK
+        return TickEnd.ACK if write.subject == delivery.subject else TickEnd.REMOVE
+
+
+def _is_after(record: Record, tick: Tick) -> bool:
+    try:
+        return Tick.decode(record.body).at > tick.at
+    except InvalidJob:
+        return False
+
+
+def due_times(definition: Definition, tick: Tick, now: float, *, again: bool) -> list[float]:
+    """Return the planned times for which a tick makes jobs. `again`: a worker died with it in hand.
+
+    All after a short delay. After an outage, as the definition says: by default one.
+    """
+    schedule, late = definition.schedule, now - tick.run_at
+    if late <= (CATCH_UP if again else HICCUP):
+        # With jitter, `now` may be later than the planned time by nearly an interval.
+        due = missed_ticks(schedule, tick.at, tick.at + max(late, 0.0))
+    elif definition.catch_up == "all":
+        due = missed_ticks(schedule, tick.at, now)
+    else:
+        due = [] if definition.catch_up == "none" else [tick.at]
+    if schedule.end is not None:
+        due = [at for at in due if at <= schedule.end]
+    return due if definition.limit is None else due[: max(0, definition.limit - tick.runs)]
+
+
+def following(definition: Definition, tick: Tick, due: Sequence[float], now: float) -> float:
+    """Return the planned time of the tick after those that were carried out."""
+    last = due[-1] if due else tick.at
+    if definition.catch_up == "all" and due:  # what is left is carried out next
+        return next_run(definition.schedule, last)
+    return next_run_after(definition.schedule, last, now)

@@ -1,0 +1,57 @@
+"""The commands for development: `nox -s fast`, `nox -s check`, `nox -s lowest`.
+
+`fast` and `check` run in the environment that nox is in: `pip install -e '.[dev]'` has all they need.
+"""
+
+import re
+import tomllib
+from pathlib import Path
+
+import nox
+
+nox.options.sessions = ["fast"]
+nox.options.default_venv_backend = "none"
+nox.options.reuse_existing_virtualenvs = True
+
+
+def check_style(session: nox.Session) -> None:
+    session.run("ruff", "format", "--check", ".")
+    session.run("ruff", "check", ".")
+    session.run("lint-imports")
+    session.run("mypy")
+
+
+@nox.session
+def fast(session: nox.Session) -> None:
+    """Check style, types and imports, and run the tests that need no server."""
+    check_style(session)
+    session.run("pytest", "-m", "not server and not slow", *session.posargs)
+
+
+@nox.session
+def check(session: nox.Session) -> None:
+    """Check everything."""
+    check_style(session)
+    session.run("pytest", *session.posargs)
+
+
+@nox.session(venv_backend="virtualenv")
+def lowest(session: nox.Session) -> None:
+    """Run all tests with the oldest versions of the dependencies that pyproject.toml allows."""
+    session.install("-e", ".[dev]")
+    session.install(*lowest_versions())
+    session.run("pytest", *session.posargs)
+
+
+def lowest_versions() -> list[str]:
+    """Return the requirements with `>=` made `==`; of two for one package, the higher one.
+
+    pytest's plugin in anyio needs a younger anyio than the library does.
+    """
+    project = tomllib.loads(Path("pyproject.toml").read_text())["project"]
+    tests = [line for line in project["optional-dependencies"]["dev"] if line.startswith("anyio")]
+    lowest: dict[str, str] = {}
+    for line in [*project["dependencies"], *tests]:
+        name, version = re.fullmatch(r"([\w-]+)>=([\d.]+)", line).groups()
+        lowest[name] = version
+    return [f"{name}=={version}" for name, version in lowest.items()]
