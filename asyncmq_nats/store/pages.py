@@ -81,7 +81,7 @@ class JobLists:
             return [await self._outcomes(state)]
         found = await self._tiers(state) if state in (State.WAITING, State.ACTIVE) else []
         places = [place for place, shown in PLACE_STATES.items() if shown is state]
-        if state in (State.WAITING, State.DELAYED):
+        if state in (State.WAITING, State.DELAYED, State.WAITING_CHILDREN):
             places.append(Place.RELEASED)
         return found + [await self.place(place) for place in places]
 

@@ -78,19 +78,19 @@ class Inspection:
         return counts
 
     async def _count_early(self, counts: dict[State, int]) -> None:
-        """Count those as delayed that were released early. For the server this is a search: where there are many jobs, they are waiting."""
+        """Count released jobs as what they are: delayed if released early, or still waiting for others.
+
+        For the server this is a search: where there are many jobs, they are waiting.
+        """
         with suppress(AssetMissing):
             page = await self._backend.page(
                 self._subjects.bucket_log, self._subjects.place(Place.RELEASED), limit=PAGE_SIZE
             )
-            early = sum(
-                job.status is State.DELAYED
-                for record in page
-                if (job := self.job_in_bucket(record)) is not None
-            )
-            early = min(early, counts[State.WAITING])
-            counts[State.WAITING] -= early
-            counts[State.DELAYED] += early
+            for record in page:
+                job = self.job_in_bucket(record)
+                if job is not None and job.status is not State.WAITING and counts[State.WAITING]:
+                    counts[State.WAITING] -= 1
+                    counts[job.status] += 1
 
     async def tier(self, priority: int) -> ConsumerState:
         """Return the state of a tier's consumer; nothing if there is none."""
