@@ -29,7 +29,11 @@ async def test_run_worker_repeats_what_it_is_given(
 
     registered = {"task_id": "tick", "every": 0.2, "args": [7], "kwargs": {}}
     queue = make_queue(backend, tick=tick)
-    monkeypatch.setattr(Queue.__init__, "__kwdefaults__", Queue.__init__.__kwdefaults__ | {"registry": queue._registry})
+    monkeypatch.setattr(
+        Queue.__init__,
+        "__kwdefaults__",
+        Queue.__init__.__kwdefaults__ | {"registry": queue._registry},
+    )
     with anyio.fail_after(PATIENCE):
         async with anyio.create_task_group() as group:
             group.start_soon(run_worker, "work", backend, 1, None, 1.0, [registered])
@@ -61,7 +65,11 @@ async def test_the_drain_event_ends_a_worker_after_what_runs(
     backend: Backend, two_jobs: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     queue, started, release = two_jobs
-    monkeypatch.setattr(Queue.__init__, "__kwdefaults__", Queue.__init__.__kwdefaults__ | {"registry": queue._registry})
+    monkeypatch.setattr(
+        Queue.__init__,
+        "__kwdefaults__",
+        Queue.__init__.__kwdefaults__ | {"registry": queue._registry},
+    )
     first, second = await queue.add("hold"), await queue.add("hold")
     drain = anyio.Event()
     with anyio.fail_after(PATIENCE):

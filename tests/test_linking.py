@@ -77,7 +77,7 @@ async def run_what_can(queue: Queue) -> None:
 
 async def know_secret(queue: Queue) -> None:
     """Have what is made once in a queue made, so that it is not among the writes that are counted."""
-    await queue._assets.declare_all()
+    await queue._assets.declare()
     await queue._additions.dependencies.parked.secret.get()
 
 
@@ -365,6 +365,11 @@ async def test_a_job_whose_producer_died_waits_for_its_parents_while_no_worker_i
     await until(lambda: live(backend, "later.child.released"), lambda found: len(found) == 1)
     assert await queue.get_job_state("child") == "waiting-children"
     assert [job["id"] for job in await queue.get_jobs("waiting-children")] == ["child"]
+    stats = await queue.queue_stats()
+    assert stats == dict.fromkeys(stats, 0) | {"waiting-children": 1, "delayed": 1}
+    await queue.drain()
+    await queue.clean("waiting")
+    assert await queue.get_job_state("child") == "waiting-children"
     async with running(queue):
         await until(lambda: live(backend, "later.child.parked"), lambda found: len(found) == 1)
         await until(lambda: live(backend, "later.child.released"), lambda found: not found)
@@ -537,7 +542,7 @@ async def test_junk_in_a_child_does_not_hurt_its_parent(members: bytes, backend:
 )
 async def test_junk_in_a_parent_does_not_hurt_the_worker(members: bytes, backend: Backend) -> None:
     queue = queue_of(backend)
-    await queue._assets.declare_all()
+    await queue._assets.declare()
     body = b'{"v":1,"id":"parent","task":"echo","created_at":1,%b}' % members
     await backend.write("amq_work", Write("amq.work.ready.5.parent", body))
     async with running(queue):

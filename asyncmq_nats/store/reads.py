@@ -78,20 +78,19 @@ class Inspection:
         return counts
 
     async def _count_early(self, counts: dict[State, int]) -> None:
-        """Count those as delayed that were released early, and those that wait for others as such.
+        """Count released jobs as what they are: delayed if released early, or still waiting for others.
 
-        For the server this is a search: where there are many jobs, all count as waiting.
+        For the server this is a search: where there are many jobs, they are waiting.
         """
         with suppress(AssetMissing):
             page = await self._backend.page(
                 self._subjects.bucket_log, self._subjects.place(Place.RELEASED), limit=PAGE_SIZE
             )
-            jobs = [self.job_in_bucket(record) for record in page]
-            for state in (State.DELAYED, State.WAITING_CHILDREN):
-                found = sum(job is not None and job.status is state for job in jobs)
-                found = min(found, counts[State.WAITING])
-                counts[State.WAITING] -= found
-                counts[state] += found
+            for record in page:
+                job = self.job_in_bucket(record)
+                if job is not None and job.status is not State.WAITING and counts[State.WAITING]:
+                    counts[State.WAITING] -= 1
+                    counts[job.status] += 1
 
     async def tier(self, priority: int) -> ConsumerState:
         """Return the state of a tier's consumer; nothing if there is none."""

@@ -9,7 +9,8 @@ from math import inf
 from typing import Final
 
 from asyncmq_nats.backends.base import Backend, Expect, Record, Write
-from asyncmq_nats.exceptions import AssetMissing, WriteRefused
+from asyncmq_nats.exceptions import AssetMissing, InvalidJob, WriteRefused
+from asyncmq_nats.jobs import Job
 from asyncmq_nats.states import OUTCOMES, Place, State
 from asyncmq_nats.store.pages import JobLists, Source
 from asyncmq_nats.store.reads import Inspection
@@ -60,16 +61,18 @@ class Cleanup:
         """
         ids: list[str] = []
         for source in await self._sources(state):
+            if limit and len(ids) >= limit:
+                break
             async for step in self._steps(source, older_than, limit or STEP):
                 wanted = step[: limit - len(ids)] if limit else step
                 ids += await self._remove(source, wanted)
                 if progress is not None:
                     progress(len(ids))
                 if limit and len(ids) >= limit:
-                    return ids
-        if state in INDEXED:
+                    break
+        if state in INDEXED and not (limit and len(ids) >= limit):
             await self._remove_entries(state, older_than)
-        if state is State.WAITING_CHILDREN:
+        if state is State.WAITING_CHILDREN and ids:
             await Waits(self._backend, self._subjects).remove_orphans()
         return ids
 
@@ -127,7 +130,11 @@ class Cleanup:
         size = min(limit, STEP)
         while True:
             records = await self._lists.read_records(source, after, size, descending=False)
-            old = [record for record in records if record.time < older_than and not record.marker]
+            old = [
+                record
+                for record in records
+                if record.time < older_than and not record.marker and not self._waits(record)
+            ]
             if old:
                 yield old
             if len(records) < size or records[-1].time >= older_than:
@@ -172,6 +179,15 @@ class Cleanup:
                 if progress is not None:
                     progress(len(ids))
         return ids
+
+    def _waits(self, record: Record) -> bool:
+        """Return whether a job was released that waits for others: a promoter parks it again."""
+        if not self._subjects.is_later(record.subject, Place.RELEASED):
+            return False
+        try:
+            return Job.decode(record.body).waits_for_others
+        except InvalidJob:
+            return False
 
     def _is_early(self, record: Record) -> bool:
         """Return whether a job was released a little before its time."""

@@ -150,7 +150,7 @@ async def test_of_what_a_killed_producer_adds_all_runs_or_nothing_is_there(
     """The producer dies after 0, 1, 2, … messages; workers finish what it began."""
     with anyio.fail_after(2 * PATIENCE):
         for number in MESSAGES:
-            await Queue(f"flow_{number}", nats_backend).queue_stats()
+            await Queue(f"flow_{number}", nats_backend)._assets.declare()
         producers = [start_producer(server.url, number, way) for number in MESSAGES]
         for producer in producers:
             assert await anyio.to_thread.run_sync(producer.wait, 40) == -signal.SIGKILL

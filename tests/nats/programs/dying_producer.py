@@ -50,7 +50,7 @@ async def main() -> None:
     backend = NATSBackend()
     await backend.connect()
     queue = Queue(QUEUE, backend)
-    await queue.queue_stats()
+    await queue._assets.declare()
     await queue._additions.dependencies.parked.secret.get()
     root = Job(task_id="unnoted", max_retries=0)
     children = [
