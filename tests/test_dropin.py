@@ -13,6 +13,8 @@ from asyncmq_nats.tasks import task
 from asyncmq_nats.workers import Worker, list_workers, run_worker
 from tests.running import PATIENCE, make_queue, running
 
+KEYWORDS = dict(Queue.__init__.__kwdefaults__ or {})
+
 
 async def echo(value: Any = None) -> Any:
     return value
@@ -32,7 +34,7 @@ async def test_run_worker_repeats_what_it_is_given(
     monkeypatch.setattr(
         Queue.__init__,
         "__kwdefaults__",
-        Queue.__init__.__kwdefaults__ | {"registry": queue._registry},
+        KEYWORDS | {"registry": queue._registry},
     )
     with anyio.fail_after(PATIENCE):
         async with anyio.create_task_group() as group:
@@ -68,7 +70,7 @@ async def test_the_drain_event_ends_a_worker_after_what_runs(
     monkeypatch.setattr(
         Queue.__init__,
         "__kwdefaults__",
-        Queue.__init__.__kwdefaults__ | {"registry": queue._registry},
+        KEYWORDS | {"registry": queue._registry},
     )
     first, second = await queue.add("hold"), await queue.add("hold")
     drain = anyio.Event()

@@ -477,7 +477,7 @@ async def test_wait_for_cannot_miss_an_outcome(backend: Backend, twin: Backend) 
 async def test_wait_for_sees_an_outcome_whose_event_is_lost(
     backend: Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("asyncmq_nats.queues.READ_AGAIN", 0.1)
+    monkeypatch.setattr("asyncmq_nats.store.waiters.LOOK_INTERVAL", 0.1)
     queue = queue_of(backend)
     subscribe = backend.subscribe
 

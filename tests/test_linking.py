@@ -464,7 +464,7 @@ class TestFollowUps:
             await until(lambda: _copy(counted), lambda words: len(words) >= 3)
             await wait_until_done(queue)
         assert sorted(counted) == ["first", "second", "third"]
-        stats = await queue._assets.declare_all()
+        stats = await queue.queue_stats()
         assert stats == dict.fromkeys(stats, 0) | {"completed": 5}
 
     async def test_a_success_that_is_refused_adds_no_follow_up(
@@ -491,7 +491,7 @@ class TestFollowUps:
         monkeypatch.setattr(queue, "runner", runner)
         job_id = await queue.add("parent")
         await run_jobs(queue)
-        stats = await queue._assets.declare_all()
+        stats = await queue.queue_stats()
         assert stats == dict.fromkeys(stats, 0) | {"cancelled": 1}
 
 

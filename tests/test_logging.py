@@ -63,7 +63,7 @@ def test_every_logger_of_the_package_is_one_of_ours() -> None:
     others = [
         str(path.relative_to(package))
         for path in package.rglob("*.py")
-        if "logging.getLogger(" in path.read_text() and path.name != "_logging.py"
+        if "logging.getLogger(__name__)" in path.read_text() and path.name != "_logging.py"
     ]
     assert others == []
 

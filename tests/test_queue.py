@@ -787,7 +787,7 @@ async def test_wait_for_waits_through_retries(backend: Backend) -> None:
 @pytest.fixture
 def _no_second_look(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the look now and then, an event that is missed is missed for ever."""
-    monkeypatch.setattr("asyncmq_nats.queues.READ_AGAIN", 3600)
+    monkeypatch.setattr("asyncmq_nats.store.waiters.LOOK_INTERVAL", 3600)
 
 
 @pytest.mark.usefixtures("_no_second_look")

@@ -193,7 +193,7 @@ def limiter(backend: Backend, worker: str, limit: Limit) -> RateLimiter:
 
 
 async def test_workers_share_the_permits(backend: Backend, twin: Backend) -> None:
-    await make_queue(backend).queue_stats()
+    await make_queue(backend)._assets.declare_all()
     limit = Limit(10, 60.0)
     one, other = limiter(backend, "one", limit), limiter(twin, "other", limit)
     assert await one.acquire(6) == 0
@@ -205,7 +205,7 @@ async def test_workers_share_the_permits(backend: Backend, twin: Backend) -> Non
 
 
 async def test_workers_that_race_get_no_permit_twice(backend: Backend, twin: Backend) -> None:
-    await make_queue(backend).queue_stats()
+    await make_queue(backend)._assets.declare_all()
     limiters = [
         limiter(handle, f"worker {number}", Limit(10, 600.0))
         for number, handle in enumerate([backend, twin] * 4)
@@ -219,7 +219,7 @@ async def test_workers_that_race_get_no_permit_twice(backend: Backend, twin: Bac
 async def test_a_busy_worker_says_that_its_permits_were_used(
     backend: Backend, twin: Backend
 ) -> None:
-    await make_queue(backend).queue_stats()
+    await make_queue(backend)._assets.declare_all()
     limit = Limit(5, 0.05)
     one, other = limiter(backend, "one", limit), limiter(twin, "other", limit)
     await one.acquire(5)
@@ -236,7 +236,7 @@ async def test_a_busy_worker_says_that_its_permits_were_used(
 async def test_a_worker_that_was_silent_has_no_permits(
     backend: Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    await make_queue(backend).queue_stats()
+    await make_queue(backend)._assets.declare_all()
     one = limiter(backend, "one", Limit(5, 1.0))
     await one.acquire(5)
     later = backend.now() + LEASE

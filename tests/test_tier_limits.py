@@ -6,6 +6,7 @@ import anyio
 import pytest
 
 from asyncmq_nats.backends.base import Backend, Write
+from asyncmq_nats.backends.nats.embedded.server import EmbeddedServer
 from asyncmq_nats.store.topology import MAX_TIERS
 from tests.running import PATIENCE, make_queue, running
 
@@ -57,14 +58,14 @@ async def test_names_that_are_no_priority_are_looked_at_once(
     assert sum(read) == 1
 
 
-async def test_a_ready_job_with_a_header_of_delete_markers_is_a_job(backend: Backend) -> None:
-    if not hasattr(backend, "url"):
-        pytest.skip("headers are a thing of the server")
+async def test_a_ready_job_with_a_header_of_delete_markers_is_a_job(
+    server: EmbeddedServer, nats_backend: Backend
+) -> None:
     import nats
 
-    queue = make_queue(backend, echo=echo)
+    queue = make_queue(nats_backend, echo=echo)
     await queue._assets.declare_all()
-    client = await nats.connect(backend.url)
+    client = await nats.connect(server.url)
     await client.jetstream().publish(
         "amq.work.ready.5.marked", b'{"task":"echo"}', headers={"KV-Operation": "DEL"}
     )

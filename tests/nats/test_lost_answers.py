@@ -25,7 +25,7 @@ READY = rb"PUB amq\.work\.ready"
 
 @pytest.fixture
 def settings() -> Settings:
-    return Settings(stalled_after=600, publish_timeout=10, shutdown_timeout=0.1)
+    return Settings(stalled_after=600, publish_timeout=40, shutdown_timeout=0.1)
 
 
 @pytest.fixture

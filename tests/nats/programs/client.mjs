@@ -12,7 +12,8 @@ const { jetstream } = load("@nats-io/jetstream");
 const { Kvm } = load("@nats-io/kv");
 
 const [server, queue] = process.argv.slice(2);
-const client = await connect({ servers: server });
+const url = new URL(server);  // an embedded server has a token in its address
+const client = await connect({ servers: url.host, token: url.username || undefined });
 const ids = [randomUUID(), randomUUID(), randomUUID()];
 const seen = Object.fromEntries(ids.map((id) => [id, []]));
 let results = {};
