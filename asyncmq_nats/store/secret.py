@@ -7,7 +7,7 @@ from typing import Final
 
 from asyncmq_nats._logging import get_logger
 from asyncmq_nats.backends.base import Backend, Expect, Record, Write
-from asyncmq_nats.exceptions import WriteRefused
+from asyncmq_nats.exceptions import StorageFull, WriteRefused
 from asyncmq_nats.store.commit import LAG, look_for
 from asyncmq_nats.wire.keys import QueueSubjects
 
@@ -61,6 +61,11 @@ class QueueSecret:
         expect = Expect(key, 0 if malformed is None else malformed.sequence)
         try:
             await self._backend.write(self._subjects.bucket_log, Write(key, secret, expect))
+        except StorageFull as error:
+            # Its own secret makes this process's ids unguessable. Another process has another
+            # one: then only what a write expects refuses a repetition.
+            logger.warning("queue %s: its secret is not stored: %s", self._subjects.queue, error)
+            self._secret = secret
         except WriteRefused:  # another process was faster: a replica may not know it yet
             await look_for(partial(self._is_other_than, malformed), LAG)
         else:
