@@ -99,9 +99,13 @@ class CountingBackend(NATSBackend):
         self._count(writes)
         return await super().write(log, *writes)
 
-    def send(self, log: str, write: Any, settle: Any) -> None:
+    def send(self, log: str, write: Any, settle: Any, **options: Any) -> None:
         self._count([write])
-        super().send(log, write, settle)
+        super().send(log, write, settle, **options)
+
+    def discard(self, log: str, *sequence: Any, **options: Any) -> None:
+        self.counts["deletes"] += 1
+        super().discard(log, *sequence, **options)  # type: ignore[misc]
 
     async def delete(self, log: str, *sequence: Any, **options: Any) -> Any:
         self.counts["deletes"] += 1

@@ -29,7 +29,13 @@ from tests.running import (
 
 @pytest.fixture
 def settings() -> Settings:
-    return Settings(stalled_after=1.0, max_stalls=2, shutdown_timeout=0.1, publish_timeout=10)
+    return Settings(
+        stalled_after=1.0,
+        max_stalls=2,
+        shutdown_timeout=0.1,
+        publish_timeout=10,
+        unknown_task_timeout=0,
+    )
 
 
 async def echo(value: Any = None) -> Any:
@@ -432,7 +438,7 @@ async def test_b29_a_look_costs_the_same_for_any_number_of_jobs(
 class TestB30:
     @pytest.fixture
     def settings(self) -> Settings:
-        return Settings(completed_ttl=1)
+        return Settings(completed_ttl=1, unknown_task_timeout=0)
 
     async def test_b30_outcomes_are_not_kept_for_ever(self, backend: Backend) -> None:
         queue = make_queue(backend, echo=echo)

@@ -316,7 +316,7 @@ async def test_a_job_whose_producer_died_is_stored_by_the_next_producer(
     backend: Backend, twin: Backend, monkeypatch: pytest.MonkeyPatch, window: dict[str, Any]
 ) -> None:
     queue, other = queue_of(backend), queue_of(twin)
-    await queue.queue_stats()
+    await queue._assets.declare_all()
 
     async def dies(_: Any) -> str:
         raise ConnectionLost("nats://nowhere")
@@ -343,7 +343,7 @@ async def test_a_job_that_cannot_be_added_opens_no_window(backend: Backend) -> N
 
 async def test_a_window_makes_no_batch(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
     queue, real, sizes = queue_of(backend), backend.write, list[int]()
-    await queue.queue_stats()
+    await queue._assets.declare_all()
 
     async def write(log: str, *writes: Write) -> int:
         sizes.append(len(writes))

@@ -490,7 +490,7 @@ async def test_a_message_id_that_can_be_told_from_events_takes_no_job(
     queue: Queue, backend: Backend, starts: Starts
 ) -> None:
     """A write under the message id of a promotion makes the server drop that promotion."""
-    await queue.queue_stats()
+    await queue._assets.declare_all()
     ids = [await queue.add("note", [number], delay=0.6) for number in range(5)]
     for job_id in ids:
         await when_released(queue, job_id)
@@ -511,7 +511,7 @@ async def test_the_secret_of_a_queue_is_one_and_tells_nothing(
     backend: Backend, twin: Backend
 ) -> None:
     queue = make_queue(backend)
-    await queue.queue_stats()
+    await queue._assets.declare_all()
     told: list[str] = []
     subscription = await backend.subscribe("amq.>", lambda signal: told.append(signal.subject))
     secrets = [QueueSecret(handle, queue._subjects) for handle in (backend, twin) * 3]
@@ -526,7 +526,7 @@ async def test_the_secret_of_a_queue_is_one_and_tells_nothing(
 
 async def test_a_malformed_secret_is_replaced(backend: Backend) -> None:
     queue = make_queue(backend)
-    await queue.queue_stats()
+    await queue._assets.declare_all()
     await backend.write("KV_amq_work_scheduler", Write(queue._subjects.secret, b"1234"))
     first, second = (QueueSecret(backend, queue._subjects) for _ in range(2))
     assert len(await first.get()) >= 32
@@ -566,7 +566,7 @@ def test_a_promotion_id_depends_on_all_it_is_made_of() -> None:
 async def test_every_released_record_ends_in_an_outcome(
     queue: Queue, backend: Backend, body: bytes
 ) -> None:
-    await queue.queue_stats()
+    await queue._assets.declare_all()
     key = "$KV.amq_work_scheduler.later.bad.released"
     async with running(queue):
         await backend.write("KV_amq_work_scheduler", Write(key, body))
@@ -582,7 +582,7 @@ async def test_every_released_record_ends_in_an_outcome(
 async def test_a_job_of_one_priority_too_many_runs_all_the_same(
     queue: Queue, backend: Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    await queue.queue_stats()
+    await queue._assets.declare_all()
     monkeypatch.setattr("asyncmq_nats.store.topology.MAX_TIERS", 1)
     body = b'{"task":"echo","args":["ran"],"priority":7}'
     async with running(queue):

@@ -66,27 +66,27 @@ async def working(queue: Queue) -> AsyncIterator[None]:
 # -- the examples
 
 
-async def test_the_examples_of_the_protocol(nats_backend: NATSBackend) -> None:
+async def test_the_examples_of_the_protocol(
+    server: EmbeddedServer, nats_backend: NATSBackend
+) -> None:
     publish, custom_id = runnable("docs/protocol.md", "python")
     queue = Queue(QUEUE, nats_backend, registry=registry)
     async with working(queue):
         assert (
-            await run_block(
-                publish.replace("examples", QUEUE), ASYNCMQ_NATS_SERVERS=nats_backend.url
-            )
+            await run_block(publish.replace("examples", QUEUE), ASYNCMQ_NATS_SERVERS=server.url)
             == "3\n"
         )
-        assert await run_block(custom_id, ASYNCMQ_NATS_SERVERS=nats_backend.url) == ""
+        assert await run_block(custom_id, ASYNCMQ_NATS_SERVERS=server.url) == ""
         assert await queue.wait_for("invoice-7", timeout=PATIENCE) == 2
 
 
-async def test_a_job_with_an_id_of_its_own_is_stored_once(nats_backend: NATSBackend) -> None:
+async def test_a_job_with_an_id_of_its_own_is_stored_once(
+    server: EmbeddedServer, nats_backend: NATSBackend
+) -> None:
     custom_id = runnable("docs/protocol.md", "python")[1]
     await Queue(QUEUE, nats_backend)._assets.declare_all()
-    assert await run_block(custom_id, ASYNCMQ_NATS_SERVERS=nats_backend.url) == ""
-    assert (
-        await run_block(custom_id, ASYNCMQ_NATS_SERVERS=nats_backend.url) == "it is there already\n"
-    )
+    assert await run_block(custom_id, ASYNCMQ_NATS_SERVERS=server.url) == ""
+    assert await run_block(custom_id, ASYNCMQ_NATS_SERVERS=server.url) == "it is there already\n"
 
 
 # -- the permissions
@@ -236,10 +236,12 @@ async def add(
 
 
 @pytest.fixture
-async def stream(nats_backend: NATSBackend) -> AsyncIterator[JetStreamContext]:
+async def stream(
+    server: EmbeddedServer, nats_backend: NATSBackend
+) -> AsyncIterator[JetStreamContext]:
     """nats-py, connected to the server of `nats_backend`, where the queue exists."""
     await Queue(QUEUE, nats_backend)._assets.declare_all()
-    client = await nats.connect(nats_backend.url)
+    client = await nats.connect(server.url)
     yield client.jetstream()
     await client.close()
 
@@ -387,11 +389,11 @@ async def test_outcomes_have_the_fields_of_the_table(
 
 
 async def test_the_events_of_a_retried_job(
-    nats_backend: NATSBackend, stream: JetStreamContext
+    server: EmbeddedServer, nats_backend: NATSBackend, stream: JetStreamContext
 ) -> None:
     queue = Queue(QUEUE, nats_backend, registry=registry)
     events: asyncio.Queue[Msg] = asyncio.Queue()
-    client = await nats.connect(nats_backend.url)
+    client = await nats.connect(server.url)
     await client.subscribe(f"amq.{QUEUE}.event.*.again", cb=events.put)
     await client._flush_pending(force_flush=True)
     await client.flush()
@@ -430,9 +432,11 @@ async def test_an_edge_and_a_parked_job_are_as_described(
     assert (await read(stream, f"done.{child}.completed"))["parent_results"] == {parent: 2}
 
 
-async def test_the_start_of_an_attempt_is_an_event(nats_backend: NATSBackend) -> None:
+async def test_the_start_of_an_attempt_is_an_event(
+    server: EmbeddedServer, nats_backend: NATSBackend
+) -> None:
     queue = Queue(QUEUE, nats_backend, registry=registry)
-    client = await nats.connect(nats_backend.url)
+    client = await nats.connect(server.url)
     started = await client.subscribe(f"amq.{QUEUE}.event.started.*")
     await client._flush_pending(force_flush=True)
     await client.flush()
