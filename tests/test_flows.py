@@ -517,3 +517,22 @@ async def test_a_write_that_is_refused_for_ever_is_an_error(
     monkeypatch.setattr(backend, "write", refuse)
     with pytest.raises(BackendError):
         await producer.add_flow("work", [job()])
+
+
+async def test_an_outcome_without_its_arguments_still_tells_the_children(
+    backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("asyncmq_nats.jobs.RESERVE", 500)
+
+    async def refuse(value: str) -> None:
+        raise ValueError("no " * 500)
+
+    queue = queue_of(backend, refuse=refuse)
+    root = job("refuse", args=["x" * (backend.max_body - 1_200)])
+    child = job("echo", root, on_parent_failure="fail")
+    await FlowProducer(backend).add_flow("work", [root, child])
+    await run_jobs(queue)
+    found = await queue.get_job(root.job_id)
+    assert found is not None
+    assert "xxx" not in str(found)
+    assert await queue.get_job_state(child.job_id) == "failed"

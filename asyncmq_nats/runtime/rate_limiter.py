@@ -104,7 +104,7 @@ def lease(
     if granted < 0:
         tokens = min(tokens - granted, float(limit.starts))
     else:
-        tokens -= granted
+        tokens = max(0.0, tokens - granted)
     keeps = held + granted
     leased = others | ({worker: (keeps, now + LEASE)} if keeps > 0 else {})
     wait = (

@@ -37,6 +37,8 @@ MAX_PUT_OFF_SECONDS = 60.0
 """How long a job that cannot be run here is put off at a time."""
 MAX_REASON_LENGTH = 2_000
 PUT_OFF_FIELDS = ("put_off_since", "put_off_reason")
+KEPT_WHEN_TRUNCATED = ("id", "task", "children", "wide_children")
+"""What an outcome keeps of a job that is too large for it: its children are told from it."""
 ARGUMENT_FIELDS = (
     "v",
     "args",
@@ -241,18 +243,12 @@ class Lifecycle(Deliveries):
         fields |= {"finished_at": self._backend.now(), "worker": self._worker}
         if attempt.stalls:
             fields["stalls"] = attempt.stalls
-        record = dump_json(load_json(attempt.body) | fields, what)
+        data = load_json(attempt.body)
+        record = dump_json(data | fields, what)
         if len(record) > self._backend.max_body:
-            record = dump_json(
-                {
-                    "id": attempt.head.job_id,
-                    "task": attempt.head.task_id,
-                    "truncated": True,
-                    "max_retries": 0,
-                }
-                | fields,
-                what,
-            )
+            kept = {name: data[name] for name in KEPT_WHEN_TRUNCATED if name in data}
+            kept |= {"truncated": True, "max_retries": 0}
+            record = dump_json(kept | fields, what)
         subject = self._subjects.outcome(attempt.token, state)
         return Write(
             subject,
