@@ -803,11 +803,15 @@ class Queue:
 
     async def remove_repeatable(self, job_def: Mapping[str, Any] | str) -> bool:
         """Remove a repeatable, given as its `job_def` or by name. Return whether it was there. Jobs it has added stay."""
-        return await self._unless_missing(self._repeatables.remove(repeatable_id(job_def)), False)
+        return await self._unless_missing(
+            self._repeatables.remove(repeatable_id(job_def, self._registry.write)), False
+        )
 
     async def pause_repeatable(self, job_def: Mapping[str, Any] | str) -> bool:
         """Have a repeatable add no more jobs. Return whether it was there."""
-        return await self._unless_missing(self._repeatables.pause(repeatable_id(job_def)), False)
+        return await self._unless_missing(
+            self._repeatables.pause(repeatable_id(job_def, self._registry.write)), False
+        )
 
     async def resume_repeatable(self, job_def: Mapping[str, Any] | str) -> float:
         """Let a paused repeatable go on, as its `catch_up` says, and return its next run.
@@ -817,7 +821,7 @@ class Queue:
         Raises:
             KeyError: there is no such repeatable (as AsyncMQ).
         """
-        rid = repeatable_id(job_def)
+        rid = repeatable_id(job_def, self._registry.write)
         try:
             return await self._repeatables.resume(rid)
         except AssetMissing:

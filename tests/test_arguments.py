@@ -647,3 +647,15 @@ def test_what_is_accepted_without_an_annotation_arrives_equal(value: Any) -> Non
     except NotSerializable:
         return
     assert arguments.read(Job.decode(body).args, {}) == ([value], {})
+
+
+async def test_a_repeatable_is_found_by_the_arguments_that_it_was_made_of(
+    backend: Backend,
+) -> None:
+    registry = TaskRegistry()
+    echo_task("TwoNames", registry)
+    queue = Queue("work", backend, registry=registry)
+    made_of = {"task_id": "echo", "every": 3600, "args": [TwoNames(reading="Ada")]}
+    await queue.upsert_repeatable(**made_of)  # type: ignore[arg-type]
+    assert await queue.remove_repeatable(made_of)
+    assert await queue.list_repeatables() == []

@@ -11,7 +11,13 @@ from typing import Any, Final, Literal
 from pydantic import ConfigDict, Field, TypeAdapter
 from pydantic.dataclasses import dataclass as validated
 
-from asyncmq_nats._arguments import checked_args, checked_mapping
+from asyncmq_nats._arguments import (
+    WriteArguments,
+    checked_args,
+    checked_call,
+    checked_mapping,
+    write_plainly,
+)
 from asyncmq_nats.backends.base import Expect, Timer, Write
 from asyncmq_nats.exceptions import InvalidArgument, InvalidJob
 from asyncmq_nats.jobs import LATEST, Job, new_job
@@ -252,7 +258,7 @@ def _checked_jitter(jitter: float | None, schedule: Schedule) -> float:
     return float(jitter)
 
 
-def repeatable_id(job_def: Mapping[str, Any] | str) -> str:
+def repeatable_id(job_def: Mapping[str, Any] | str, write: WriteArguments = write_plainly) -> str:
     """Return the id of a repeatable that is given by its name or by a dict.
 
     The dict is that of `RepeatableInfo`, or has the parameters that it was made of.
@@ -275,7 +281,9 @@ def repeatable_id(job_def: Mapping[str, Any] | str) -> str:
         for key in ("start", "end", "overlap", "catch_up", "limit", "jitter")
         if key in fields
     }
-    args, kwargs = fields.pop("args", None), fields.pop("kwargs", None)
+    args, kwargs = checked_call(
+        write, task_id, fields.pop("args", None), fields.pop("kwargs", None)
+    )
     defaults = {"retries": 0, "ttl": None, "priority": 5, "backoff": None, "timeout": None}
     job = defaults | {key: value for key, value in fields.items() if key in defaults}
     return make_definition(task_id, args, kwargs, job, **rhythm, **options, name=None).rid
