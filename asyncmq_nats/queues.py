@@ -891,6 +891,8 @@ class Queue:
     async def obliterate(self, *, force: bool = False) -> list[str]:
         """Remove everything: jobs in all states, repeatables, windows, a pause; return the ids of the jobs.
 
+        With `force`, jobs that run are cancelled first.
+
         Raises:
             RuntimeError: jobs are active, and not `force`: they run, or a stopping worker handed them back and no other has fetched them.
         """
@@ -900,6 +902,9 @@ class Queue:
                 f"queue {self.name!r} has {counts[State.ACTIVE]} active jobs: wait for them, or pass force=True"
             )
         ids = await self._cleanup.read_ids()
+        # What runs would store its next attempt after all else is gone.
+        for job in await self.list_jobs(State.ACTIVE) if counts[State.ACTIVE] else ():
+            await self.cancel_job(job["id"])
         if await self._cleanup.obliterate():
             await self._controls.resume()
         return ids

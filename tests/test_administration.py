@@ -367,6 +367,40 @@ async def test_obliterate_spares_a_queue_with_jobs_that_run_unless_forced(backen
         assert await queue.wait_for(await queue.add("echo", ["on"]), timeout=PATIENCE) == "on"
 
 
+@pytest.mark.parametrize("options", [{"retries": 1_000}, {"repeat_every": 0.05}])
+async def test_a_forced_obliterate_ends_what_runs(
+    backend: Backend, options: dict[str, Any]
+) -> None:
+    starts: list[str] = []
+    third, ended = anyio.Event(), anyio.Event()
+
+    async def last() -> None:
+        starts.append(current_job().id)
+        if len(starts) < 3:
+            if "retries" in options:
+                raise ValueError("again")
+            return
+        third.set()
+        try:
+            await anyio.sleep(PATIENCE)
+        finally:
+            ended.set()
+
+    queue = queue_of(backend, last=last)
+    async with running(queue):
+        await queue.add("last", backoff=0, **options)
+        with anyio.fail_after(PATIENCE):
+            await third.wait()
+        removed = await queue.obliterate(force=True)
+        assert starts[-1] in removed
+        with anyio.fail_after(PATIENCE):
+            await ended.wait()
+        assert await queue.wait_for(await queue.add("echo", ["on"]), timeout=PATIENCE) == "on"
+        await anyio.sleep(0.3)
+        assert len(starts) == 3
+        assert (await queue.queue_stats())["completed"] == 1
+
+
 # -- lists
 
 
