@@ -76,7 +76,11 @@ async def test_killed_server_loses_nothing_and_nobody_is_restarted(
         produced = time.monotonic()
         await eventually(
             queue.queue_stats,
-            lambda stats: stats["completed"] + stats["failed"] >= len(ids) and not stats["active"],
+            # A copy of a job that a crash had released twice is dropped when it comes to a worker.
+            lambda stats: (
+                stats["completed"] + stats["failed"] >= len(ids)
+                and not (stats["active"] or stats["waiting"])
+            ),
             within=30,
         )
         print(f"{len(ids)} jobs, done {time.monotonic() - produced:.2f} s after the last one")
