@@ -53,9 +53,9 @@ async def wait_until_done(queue: Queue) -> None:
             pause = min(1.2 * pause, 0.1)  # many jobs: counting them is work as well
 
 
-async def only(queue: Queue, **counts: int) -> None:
+async def only(queue: Queue, *, within: float = PATIENCE, **counts: int) -> None:
     """Wait until the queue has these jobs and no others: an acknowledgement may be on its way."""
-    await until(queue.queue_stats, lambda stats: stats == dict.fromkeys(stats, 0) | counts)
+    await until(queue.queue_stats, lambda stats: stats == dict.fromkeys(stats, 0) | counts, within)
 
 
 async def outcome(queue: Queue, job_id: str) -> dict[str, Any]:
