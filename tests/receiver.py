@@ -67,9 +67,26 @@ class Receiver:
         return rest
 
 
-async def until(read: Callable[[], Awaitable[T]], condition: Callable[[T], bool]) -> T:
-    """Read until the condition holds, and return what was read. For what the server does a moment after it was told."""
-    with anyio.fail_after(PATIENCE):
-        while not condition(value := await read()):  # noqa: ASYNC110  no event says that the server is done
-            await anyio.sleep(0.01)
-    return value
+async def until(
+    read: Callable[[], Awaitable[T]], condition: Callable[[T], bool], within: float = PATIENCE
+) -> T:
+    """Read until the condition holds, and return the value: no event says that a server is done."""
+    value: T | None = None
+    pause = 0.01
+    try:
+        with anyio.fail_after(within):
+            while True:
+                if condition(value := await read()):
+                    return value
+                await anyio.sleep(pause)
+                pause = min(1.2 * pause, 0.05)
+    except TimeoutError as error:
+        error.add_note(f"The last value: {value!r}")
+        raise
+
+
+async def holds(condition: Callable[[], bool], within: float = PATIENCE) -> None:
+    """Wait until the condition holds, where no event tells the test."""
+    with anyio.fail_after(within):
+        while not condition():  # noqa: ASYNC110
+            await anyio.sleep(0.005)

@@ -14,7 +14,7 @@ from asyncmq_nats.runtime.registry import TaskRegistry
 from asyncmq_nats.transitions.finish import Lifecycle
 from asyncmq_nats.workers import Worker
 from tests.receiver import PATIENCE as PATIENCE
-from tests.receiver import Receiver
+from tests.receiver import Receiver, until
 
 
 @asynccontextmanager
@@ -51,6 +51,11 @@ async def wait_until_done(queue: Queue) -> None:
             empty = 0 if busy else empty + 1
             await anyio.sleep(pause)
             pause = min(1.2 * pause, 0.1)  # many jobs: counting them is work as well
+
+
+async def only(queue: Queue, *, within: float = PATIENCE, **counts: int) -> None:
+    """Wait until the queue has these jobs and no others: an acknowledgement may be on its way."""
+    await until(queue.queue_stats, lambda stats: stats == dict.fromkeys(stats, 0) | counts, within)
 
 
 async def outcome(queue: Queue, job_id: str) -> dict[str, Any]:

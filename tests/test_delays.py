@@ -17,7 +17,7 @@ from asyncmq_nats.store.secret import QueueSecret
 from asyncmq_nats.transitions.claim import Attempt
 from asyncmq_nats.transitions.finish import Lifecycle
 from asyncmq_nats.transitions.promote import promotion_id
-from tests.receiver import Receiver, until
+from tests.receiver import Receiver, holds, until
 from tests.running import PATIENCE, make_queue, outcome, race, running, wait_until_done
 
 HOUR = 3600.0
@@ -418,9 +418,7 @@ async def test_what_reaches_a_promoter_late_is_not_made_ready_again(
         async with anyio.create_task_group() as group:
             await group.start(other.run)
             other._on_delivery(late)
-            with anyio.fail_after(PATIENCE):
-                while other._in_hand:  # noqa: ASYNC110  no event says that it has let go
-                    await anyio.sleep(0.005)
+            await holds(lambda: not other._in_hand)
             group.cancel_scope.cancel()
         await wait_until_done(queue)
     assert starts.runs == 1

@@ -18,7 +18,7 @@ from asyncmq_nats.runtime.registry import TaskRegistry
 from asyncmq_nats.settings import Settings
 from asyncmq_nats.tasks import task
 from asyncmq_nats.transitions.bulk import add_many
-from tests.receiver import Receiver, until
+from tests.receiver import Receiver, holds, until
 from tests.running import PATIENCE, make_queue, outcome, race, run_jobs, running
 
 POLICIES = [("wait", "waiting-children"), ("fail", "failed"), ("run", "completed")]
@@ -480,9 +480,7 @@ class TestLosses:
             ended.append((write, result))
 
         await lifecycle.fail(attempt, Failure("no", "", backend.now()), settle)
-        with anyio.fail_after(PATIENCE):
-            while not ended:  # noqa: ASYNC110  the answer comes by a plain callback
-                await anyio.sleep(0.005)
+        await holds(lambda: bool(ended))  # the answer comes by a plain callback
         await lifecycle.settled(attempt, *ended[0])
         assert told == [[child]]
         assert await queue.get_job_state(child) == "failed"
@@ -677,8 +675,10 @@ async def test_a_job_repeats_after_each_success(backend: Backend) -> None:
             await enough.wait()
     assert runs[0] == job_id
     assert len(set(runs)) == len(runs) >= 3
-    stats = await queue.queue_stats()
-    assert stats["waiting"] + stats["delayed"] + stats["active"] == 1
+    await until(
+        lambda: queue.get_job_count_by_types("waiting", "delayed", "active"),
+        lambda count: count == 1,
+    )
 
 
 async def test_a_job_that_fails_repeats_no_more(backend: Backend) -> None:

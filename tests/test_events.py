@@ -19,6 +19,7 @@ from asyncmq_nats.jobs import Job
 from asyncmq_nats.queues import Queue
 from asyncmq_nats.settings import Settings
 from asyncmq_nats.store import announcing
+from tests.receiver import holds
 from tests.running import PATIENCE, lose_worker, make_queue, outcome, race, run_jobs, running
 
 
@@ -377,9 +378,7 @@ async def test_listeners_hear_of_the_jobs_of_this_process(backend: Backend, emit
     queue = queue_of(backend, flaky=flaky)
     job_id = await queue.add("flaky", retries=1)
     await run_jobs(queue)
-    with anyio.fail_after(PATIENCE):
-        while len(calls) < 4:  # noqa: ASYNC110  the callbacks run in threads
-            await anyio.sleep(0.005)
+    await holds(lambda: len(calls) >= 4)  # the callbacks run in threads
     assert sorted(name for name, _ in calls) == [
         "job:completed",
         "job:retrying",
@@ -400,9 +399,7 @@ async def test_listeners_hear_of_other_ends(
     queue = queue_of(backend)
     job_id = await queue.add(task_id, ttl=0.000001 if name == "job:expired" else None)
     await run_jobs(queue)
-    with anyio.fail_after(PATIENCE):
-        while not calls:  # noqa: ASYNC110  the callbacks run in threads
-            await anyio.sleep(0.005)
+    await holds(lambda: bool(calls))  # the callbacks run in threads
     assert [(event, data["id"]) for event, data in calls] == [(name, job_id)]
 
 

@@ -22,7 +22,7 @@ from asyncmq_nats.store.topology import QueueAssets
 from asyncmq_nats.transitions.claim import Attempt
 from asyncmq_nats.transitions.finish import Lifecycle
 from asyncmq_nats.wire.keys import QueueSubjects, tier_name
-from tests.receiver import Receiver, until
+from tests.receiver import Receiver, holds, until
 from tests.running import PATIENCE, make_queue
 
 
@@ -130,9 +130,7 @@ async def hold(fetcher: Fetcher, backend: Backend, count: int) -> Delivery:
 async def looked_often(fetcher: Fetcher) -> None:
     """Wait until the fetcher has asked several times whether others wait."""
     hand_back = fetcher._hand_back
-    with anyio.fail_after(PATIENCE):
-        while hand_back._pause < MAX_LOOK_SECONDS:  # noqa: ASYNC110
-            await anyio.sleep(0.01)
+    await holds(lambda: hand_back._pause >= MAX_LOOK_SECONDS)
 
 
 async def test_short_jobs_are_fetched_ahead_within_bounds(backend: Backend) -> None:
@@ -243,9 +241,7 @@ async def test_two_workers_without_a_slot_do_not_pass_jobs_to_and_fro(
                 fetcher._hand_back._pause == MAX_LOOK_SECONDS for fetcher in held
             )
 
-        with anyio.fail_after(PATIENCE):
-            while not at_rest():  # noqa: ASYNC110
-                await anyio.sleep(0.01)
+        await holds(at_rest)
         assert max(entry[2] for entry in one._buffer.heap + other._buffer.heap) <= 3
 
 

@@ -20,7 +20,7 @@ from asyncmq_nats.store.snapshot import Snapshot
 from asyncmq_nats.transitions.claim import Attempt, Claim, Disposition
 from asyncmq_nats.transitions.finish import Lifecycle
 from asyncmq_nats.wire.keys import encode_token
-from tests.receiver import Receiver, until
+from tests.receiver import Receiver, holds, until
 from tests.running import PATIENCE, make_queue, outcome, run_jobs, running, wait_until_done
 
 BUCKET = "KV_amq_work_scheduler"
@@ -220,9 +220,7 @@ class Frozen:
             await self.lifecycle.fail(self.attempt, failure, lambda *end: told.append(end))
         else:
             await self.lifecycle.retry(self.attempt, failure, 3600.0, lambda *end: told.append(end))
-        with anyio.fail_after(PATIENCE):
-            while not told:  # noqa: ASYNC110  the backend calls back
-                await anyio.sleep(0.005)
+        await holds(lambda: bool(told))  # the backend calls back
         ((write, result),) = told
         return (
             await self.lifecycle.settled(self.attempt, write, result)

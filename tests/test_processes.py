@@ -17,6 +17,8 @@ from asyncmq_nats.exceptions import InvalidArgument, JobFailed
 from asyncmq_nats.queues import Queue
 from asyncmq_nats.runtime.registry import TaskRegistry
 from asyncmq_nats.tasks import task
+from tests.nats.processes import alive
+from tests.receiver import holds
 from tests.running import PATIENCE, outcome, running
 
 REGISTRY = TaskRegistry()
@@ -165,32 +167,21 @@ async def test_a_cancelled_task_is_killed_with_what_it_started(
     path = tmp_path / "pids"
     async with running(queue):
         job_id = await wait_for_ever.enqueue(path, backend=queue.backend)
-        with anyio.fail_after(SLOW):
-            while not path.exists() or " " not in path.read_text():  # noqa: ASYNC110
-                await anyio.sleep(0.01)
-            pids = [int(pid) for pid in path.read_text().split()]
-            assert await queue.cancel_job(job_id)
-            assert (await outcome(queue, job_id))["status"] == "cancelled"
-            while any(_is_running(pid) for pid in pids):  # noqa: ASYNC110
-                await anyio.sleep(0.01)
-
-
-def _is_running(pid: int) -> bool:
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return False
-    return state != "Z"
+        await holds(lambda: path.exists() and " " in path.read_text(), SLOW)
+        pids = [int(pid) for pid in path.read_text().split()]
+        assert await queue.cancel_job(job_id)
+        assert (await outcome(queue, job_id))["status"] == "cancelled"
+        await holds(lambda: not any(alive(pid) for pid in pids), SLOW)
 
 
 async def test_a_stopped_worker_leaves_no_process(queue: Queue) -> None:
     async with running(queue):
         pid = await queue.wait_for(await write.enqueue(0, backend=queue.backend), timeout=SLOW)
-        assert _is_running(pid)  # it is kept for the next task
+        assert alive(pid)  # it is kept for the next task
         assert pid == await queue.wait_for(
             await write.enqueue(0, backend=queue.backend), timeout=SLOW
         )
-    assert not _is_running(pid)
+    assert not alive(pid)
 
 
 async def test_the_function_that_was_registered_is_the_one_that_runs(queue: Queue) -> None:

@@ -13,7 +13,7 @@ from asyncmq_nats.queues import Queue
 from asyncmq_nats.runtime.rate_limiter import LEASE, Bucket, Limit, RateLimiter, lease
 from asyncmq_nats.wire.keys import QueueSubjects
 from tests.receiver import until
-from tests.running import PATIENCE, make_queue, outcome, running
+from tests.running import PATIENCE, make_queue, only, outcome, running
 
 NOW = 1_800_000_000.0
 
@@ -329,7 +329,7 @@ async def test_workers_that_wait_for_permits_hold_no_jobs(backend: Backend) -> N
     queue = limited(backend, 5, 600.0, nothing=nothing)
     await queue.add_bulk([{"task_id": "nothing"}] * 30)
     async with running(queue):
-        await until(queue.queue_stats, lambda stats: stats["completed"] == 5)
+        await only(queue, waiting=25, completed=5)
         for _ in range(20):
             stats = await queue.queue_stats()
             assert (stats["waiting"], stats["active"], stats["completed"]) == (25, 0, 5)

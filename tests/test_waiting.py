@@ -10,6 +10,7 @@ from asyncmq_nats.backends.base import Backend, Signal, Subscription
 from asyncmq_nats.exceptions import JobNotFound
 from asyncmq_nats.queues import Queue
 from asyncmq_nats.store import waiters
+from tests.receiver import holds
 from tests.running import PATIENCE, make_queue, race, running
 
 
@@ -32,13 +33,9 @@ async def test_each_gets_the_result_of_its_own_job(backend: Backend, count: int)
             results.extend(await wait_for_all(queue, ids))
 
         group.start_soon(wait)
-        with anyio.fail_after(PATIENCE):
-            while len(queue._waiters._crowd().waiting) < count:  # noqa: ASYNC110  nothing tells of it
-                await anyio.sleep(0.01)
+        await holds(lambda: len(queue._waiters._crowd().waiting) >= count)
         async with running(queue):
-            with anyio.fail_after(PATIENCE):
-                while not results:  # noqa: ASYNC110
-                    await anyio.sleep(0.01)
+            await holds(lambda: bool(results))
     assert results == list(range(count))
     crowd = queue._waiters._crowd()
     assert (crowd.waiting, crowd.by_token, crowd.shared, crowd.leader) == ({}, {}, [], None)
@@ -85,9 +82,7 @@ class TestLostEvents:
         async with anyio.create_task_group() as group:
             for job_id in ids:
                 group.start_soon(wait, job_id)
-            with anyio.fail_after(PATIENCE):
-                while len(queue._waiters._crowd().waiting) < 8:  # noqa: ASYNC110
-                    await anyio.sleep(0.01)
+            await holds(lambda: len(queue._waiters._crowd().waiting) >= 8)
             for job_id in ids:
                 assert await queue.remove_delayed(job_id)
         assert sorted(found) == sorted(ids)

@@ -20,7 +20,7 @@ from asyncmq_nats.runtime.registry import TASK_REGISTRY, TaskRegistry
 from asyncmq_nats.settings import Settings
 from asyncmq_nats.tasks import task
 from asyncmq_nats.workers import Worker, run_worker
-from tests.receiver import until
+from tests.receiver import holds, until
 from tests.running import (
     PATIENCE,
     lose_worker,
@@ -583,13 +583,13 @@ class TestLeases:
         queue = make_queue(backend, wait=wait, echo=echo)
         job_id = await queue.add("wait")
         async with running(queue) as worker:
-            await eventually(lambda: runs == [1])
+            await holds(lambda: runs == [1])
             runner = worker._runner
             assert runner is not None
             [run] = runner._slots.running
             first = run.attempt.delivery
             first.abandon()  # its lease is not extended any more
-            await eventually(lambda: run.attempt.delivery is not first)
+            await holds(lambda: run.attempt.delivery is not first)
             assert await queue.wait_for(await queue.add("echo", ["on"]), timeout=PATIENCE) == "on"
             go.set()
             assert await queue.wait_for(job_id, timeout=PATIENCE) == "once"
@@ -641,12 +641,6 @@ class TestStallLimit:
                 await queue.wait_for(job_id, timeout=PATIENCE)
             assert await queue.wait_for(await queue.add("echo", ["on"]), timeout=PATIENCE) == "on"
         assert runs == []
-
-
-async def eventually(holds: Callable[[], bool]) -> None:
-    with anyio.fail_after(PATIENCE):
-        while not holds():  # noqa: ASYNC110  nothing tells of what happens inside a worker
-            await anyio.sleep(0.01)
 
 
 # -- ways to run

@@ -5,15 +5,14 @@ import signal
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, TypeVar
-
-import anyio
+from typing import Any, Final
 
 from asyncmq_nats.backends.nats.embedded.server import EmbeddedServer
-from tests.receiver import PATIENCE
+from tests.receiver import PATIENCE, holds
+from tests.receiver import until as eventually
 
 __all__ = [
     "PATIENCE",
@@ -27,7 +26,6 @@ __all__ = [
     "holds",
 ]
 
-T = TypeVar("T")
 MakeServer = Callable[[str], EmbeddedServer]
 """Starts a server with that configuration."""
 PROGRAM: Final = Path(__file__).parent / "programs" / "worker.py"
@@ -39,7 +37,7 @@ def alive(pid: int) -> bool:
     """Return whether the process runs; one that has ended and that nobody has waited for does not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
+    except OSError:
         return False
 
 
@@ -180,22 +178,3 @@ class Fleet:
         """Kill what still runs."""
         for program in self.programs:
             program.kill()
-
-
-async def holds(condition: Callable[[], bool], within: float = PATIENCE) -> None:
-    """Wait until the condition holds: what other processes do, no event tells this one."""
-    with anyio.fail_after(within):
-        while not condition():  # noqa: ASYNC110
-            await anyio.sleep(0.01)
-
-
-async def eventually(
-    read: Callable[[], Awaitable[T]], condition: Callable[[T], bool], within: float = PATIENCE
-) -> T:
-    """Read now and then until the condition holds, and return what was read."""
-    value = await read()
-    with anyio.fail_after(within):
-        while not condition(value):
-            await anyio.sleep(0.03)
-            value = await read()
-    return value

@@ -9,6 +9,8 @@ from typing import Any
 import nats
 from nats.aio.client import Client
 
+from tests.receiver import until
+
 __all__ = ["Streams", "plain_client"]
 
 
@@ -51,6 +53,14 @@ class Streams:
             f"STREAM.INFO.{self.bucket}", {"subjects_filter": f"$KV.{self.bucket[3:]}.{place}.>"}
         )
         return [subject.split(".", 2)[2] for subject in info["state"].get("subjects") or {}]
+
+    async def nothing_is_left(self) -> None:
+        """Wait until no job is ready, nor on its way to become so: no more can run.
+
+        A job that moves is written where it goes before it is deleted where it was.
+        """
+        await until(lambda: self.keys("later"), lambda keys: keys == [])
+        await until(self.count_ready, lambda count: count == 0)
 
     async def count_outcomes(self) -> Counter[str]:
         """Return how many outcomes there are of each kind."""

@@ -13,7 +13,7 @@ from asyncmq_nats.backends.nats.backend import NATSBackend
 from asyncmq_nats.backends.nats.embedded.server import EmbeddedServer
 from asyncmq_nats.queues import Queue
 from asyncmq_nats.settings import Settings
-from tests.nats.processes import MakeServer
+from tests.nats.processes import MakeServer, eventually
 from tests.nats.streams import plain_client
 from tests.running import make_queue, outcome, running
 
@@ -138,9 +138,9 @@ async def test_a_long_id_ends_and_the_worker_goes_on(
     queue = echoing(owner)
     async with running(queue), stranger(guarded) as client:
         await client.publish(f"amq.work.ready.5.{'x' * length}", b'{"task": "echo"}')
-        with anyio.fail_after(15):
-            while await queue.get_job_count_by_types("waiting", "active"):  # noqa: ASYNC110
-                await anyio.sleep(0.05)
+        await eventually(
+            lambda: queue.get_job_count_by_types("waiting", "active"), lambda count: count == 0, 15
+        )
         assert await queue.wait_for(await queue.add("echo", [7]), timeout=10) == 7
     assert "disconnected" not in caplog.text
 
@@ -160,9 +160,7 @@ async def test_a_header_makes_no_marker_of_a_ready_job(
         headers = {"KV-Operation": operation}
         await client.publish("amq.work.ready.5.marked", b'{"task": "note"}', headers=headers)
         await client.flush()
-    with anyio.fail_after(5):
-        while await queue.get_job("marked") is None:  # noqa: ASYNC110
-            await anyio.sleep(0.01)
+    await eventually(lambda: queue.get_job("marked"), lambda job: job is not None)
     assert [job["id"] for job in await queue.list_jobs("waiting")] == ["marked"]
     assert await queue.cancel_job("marked")
     async with running(queue):
