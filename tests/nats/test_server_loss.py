@@ -76,7 +76,8 @@ async def test_killed_server_loses_nothing_and_nobody_is_restarted(
         produced = time.monotonic()
         await eventually(
             queue.queue_stats,
-            # A copy of a job that a crash had released twice is dropped when it comes to a worker.
+            # A released record counts as waiting until a promoter finds that its job has ended:
+            # the crash may have taken the removal that followed its promotion.
             lambda stats: (
                 stats["completed"] + stats["failed"] >= len(ids)
                 and not (stats["active"] or stats["waiting"])
