@@ -6,10 +6,12 @@ from typing import Any
 import anyio
 import pytest
 
-from asyncmq_nats.backends.base import Backend
+from asyncmq_nats.backends.base import Backend, Write
 from asyncmq_nats.context import current_job
 from asyncmq_nats.queues import Queue, list_queues
 from asyncmq_nats.settings import Settings
+from asyncmq_nats.states import Place
+from asyncmq_nats.wire.codec import dump_json
 from tests.receiver import until
 from tests.running import PATIENCE, make_queue, outcome, run_jobs, running, wait_until_done
 
@@ -257,6 +259,38 @@ async def test_a_job_that_was_handed_back_is_active_and_can_be_cancelled(backend
         await queue.obliterate()
     assert await queue.cancel_job(job_id)
     assert await queue.queue_stats() == EMPTY | {"cancelled": 1}
+
+
+async def test_a_job_that_leaves_no_room_for_its_outcome_can_be_cancelled_and_not_retried(
+    backend: Backend, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of another program: what is added by this library leaves room."""
+    queue = queue_of(backend)
+    await queue._assets.declare_all()
+    body = dump_json({"id": "large", "task": "echo", "args": ["x" * (backend.max_body - 60)]})
+    ready = queue._subjects.ready(5, "large")
+    await backend.write(queue._subjects.ready_log, Write(ready, body))
+    assert await queue.cancel_job("large")
+    job = await queue.get_job("large")
+    assert job is not None
+    assert (job["status"], job["task"], job["args"]) == ("cancelled", "echo", [])
+    assert not await queue.retry_job("large")
+    assert "its arguments were not kept" in caplog.text
+    assert await queue.get_job_state("large") == "cancelled"
+
+
+@pytest.mark.parametrize("body", [b"junk", b"[]", b'{"v":1,"id":"bad"}'])
+async def test_a_released_record_that_is_no_job_is_removed_as_any_other(
+    backend: Backend, body: bytes
+) -> None:
+    """While no worker runs, whose promoter would make it ready."""
+    queue = queue_of(backend)
+    await queue._assets.declare_all()
+    released = queue._subjects.later("bad", Place.RELEASED)
+    await backend.write(queue._subjects.bucket_log, Write(released, body))
+    assert not await queue.remove_delayed("bad")
+    assert not await queue.retry_job("bad")
+    assert await queue.drain() == ["bad"]
 
 
 async def test_a_removed_job_may_be_added_again(backend: Backend) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import anyio
 import pytest
 
-from asyncmq_nats.backends.base import Backend, Write
+from asyncmq_nats.backends.base import Backend, Record, Write
 from asyncmq_nats.exceptions import ConnectionLost, JobNotFound, WriteRefused
 from asyncmq_nats.queues import Queue
 from tests.receiver import until
@@ -330,6 +330,38 @@ async def test_a_job_whose_producer_died_is_stored_by_the_next_producer(
     assert await other.count() == 1
     await run_jobs(other)
     assert await other.get_job_result(owner) == "first"
+
+
+@pytest.mark.parametrize("delay", [None, 3600])
+async def test_an_owner_that_is_still_in_its_window_costs_a_hit_no_more_reads(
+    backend: Backend, monkeypatch: pytest.MonkeyPatch, delay: float | None
+) -> None:
+    queue, real, reads = queue_of(backend), backend.last, list[str]()
+    await queue._assets.declare_all()
+
+    async def last(log: str, *filters: str) -> list[Record]:
+        reads.append(log)
+        return await real(log, *filters)
+
+    monkeypatch.setattr(backend, "last", last)
+
+    async def is_taken_out() -> bool:
+        (record,) = await real(queue._subjects.bucket_log, queue._subjects.deduplication("settled"))
+        return b'"job":' not in record.body
+
+    async def count_reads(key: str) -> int:
+        reads.clear()
+        await queue.add("echo", deduplication={"id": key})
+        return len(reads)
+
+    with monkeypatch.context() as patch:  # the write that takes the owner out is on its way
+        patch.setattr(backend, "send", lambda *_, **__: None)
+        await queue.add("echo", delay=delay, deduplication={"id": "on its way"})
+        assert await count_reads("on its way") == (3 if delay is None else 2)
+    await queue.add("echo", delay=delay, deduplication={"id": "settled"})
+    await until(is_taken_out, bool)
+    assert await count_reads("settled") == (3 if delay is None else 2)
+    assert (await queue.queue_stats())["waiting" if delay is None else "delayed"] == 2
 
 
 async def test_a_job_that_cannot_be_added_opens_no_window(backend: Backend) -> None:

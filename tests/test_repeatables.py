@@ -16,7 +16,10 @@ from asyncmq_nats.jobs import Backoff
 from asyncmq_nats.queues import Queue
 from asyncmq_nats.runtime.control import list_workers
 from asyncmq_nats.settings import Settings
+from asyncmq_nats.store.records import delayed_write
+from asyncmq_nats.store.secret import QueueSecret
 from asyncmq_nats.transitions.repeat import repeatable_id
+from asyncmq_nats.transitions.tick import Ticker
 from asyncmq_nats.workers import Worker
 from tests.receiver import holds, until
 from tests.running import PATIENCE, make_queue, outcome, race, running
@@ -606,9 +609,11 @@ async def test_a_series_whose_end_is_past_makes_no_job(queue: Queue, backend: Ba
 
 async def test_a_series_makes_as_many_jobs_as_its_limit(queue: Queue, ticks: Ticks) -> None:
     fields: dict[str, Any] = {"every": 0.15, "limit": 3, "name": "report"}
-    await queue.upsert_repeatable("tick", **fields)
+    first = await queue.upsert_repeatable("tick", **fields)
     async with running(queue):
         await ticks.wait_for(1)
+        # The job is made before the next tick is planned: a pause in between forgets the job.
+        await until(queue.list_repeatables, lambda found: (found[0].next_run or 0) > first)
         await queue.pause_repeatable("report")
         await queue.resume_repeatable("report")  # the count goes on
         await ticks.wait_for(3)
@@ -651,6 +656,29 @@ async def test_no_run_begins_while_the_last_one_is_unfinished(backend: Backend) 
         assert len(await queue.get_jobs()) == 2
         free.set()
         await holds(lambda: len(starts) >= 3)
+
+
+async def test_a_last_run_that_is_retried_while_it_is_looked_for_is_unfinished(
+    backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queue, real = make_queue(backend, tick=lambda: None), backend.last
+    subjects, job_id = queue._subjects, await queue.add("tick")
+
+    async def last(log: str, *filters: str) -> list[Record]:
+        found = await real(log, *filters)
+        if log == subjects.bucket_log:  # read before the retry, and the other log after it
+            (ready,) = await real(subjects.ready_log, subjects.ready_any(job_id))
+            patch.undo()
+            run_at = backend.now() + 3600
+            retry = delayed_write(subjects, job_id, ready.body, (run_at, backend.now()))
+            await backend.write(log, retry)
+            await backend.delete(subjects.ready_log, ready.sequence)
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(backend, "last", last)
+        ticker = Ticker(backend, subjects, queue._assets, QueueSecret(backend, subjects))
+        assert await ticker._is_unfinished(job_id)
 
 
 @pytest.mark.parametrize(("catch_up", "made"), [("none", 0), (None, 1), ("one", 1), ("all", 11)])

@@ -1,17 +1,21 @@
 """Constructors of records that more than one transition writes."""
 
-from typing import Final
+from collections.abc import Mapping
+from typing import Any, Final
 
 from asyncmq_nats.backends.base import Expect, Timer, Write
 from asyncmq_nats.states import Place
+from asyncmq_nats.wire.codec import dump_json
 from asyncmq_nats.wire.keys import QueueSubjects
 
-__all__ = ["LEAD", "MARKER_TTL", "delayed_write"]
+__all__ = ["LEAD", "MARKER_TTL", "delayed_write", "outcome_body"]
 
 LEAD: Final = 0.4
 """Seconds by which a timer is early: the server looks at its timers every 0.25 s. The promoter waits out the rest."""
 MARKER_TTL: Final = 1.0
 """Seconds that a delete marker lives."""
+KEPT_WHEN_TRUNCATED: Final = ("id", "task", "reruns", "children", "wide_children")
+"""What an outcome keeps of a job that is too large for it: its children are told from it."""
 
 
 def delayed_write(
@@ -37,3 +41,18 @@ def delayed_write(
         return Write(subjects.later(token, Place.RELEASED), body, expect, beside=True)
     timer = Timer(run_at - LEAD, subjects.later(token, Place.RELEASED))
     return Write(subjects.later(token, Place.DELAYED), body, expect, timer=timer)
+
+
+def outcome_body(
+    job: Mapping[str, Any], fields: Mapping[str, Any], limit: int, what: str = "the outcome"
+) -> bytes:
+    """Return the body of an outcome of at most `limit` bytes: `truncated` if the job is too large.
+
+    Raises:
+        NotSerializable: a field is not JSON; `what` is how the message names it.
+    """
+    body = dump_json({**job, **fields}, what)
+    if len(body) > limit:
+        kept = {name: job[name] for name in KEPT_WHEN_TRUNCATED if name in job}
+        body = dump_json({**kept, "truncated": True, "max_retries": 0, **fields}, what)
+    return body

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import anyio
 
@@ -12,7 +13,17 @@ from asyncmq_nats.store.commit import LAG
 from asyncmq_nats.wire.codec import load_json
 from asyncmq_nats.wire.keys import Key, Kind, QueueSubjects
 
-__all__ = ["Snapshot", "count_reruns", "group_by_job", "read_end", "read_snapshot"]
+__all__ = [
+    "Snapshot",
+    "Stage",
+    "count_reruns",
+    "group_by_job",
+    "read_end",
+    "read_snapshot",
+    "read_stage",
+]
+
+Stage = Literal["unfinished", "ended"]
 
 
 @dataclass(slots=True)
@@ -92,6 +103,18 @@ async def read_snapshot(backend: Backend, keys: QueueSubjects, token: str) -> Sn
     """Read all that the bucket has of one job. On a cluster a replica may answer that lags behind."""
     records = await backend.last(keys.bucket_log, keys.later_all(token), keys.done_all(token))
     return Snapshot.of(token, records, keys)
+
+
+async def read_stage(backend: Backend, keys: QueueSubjects, token: str) -> Stage | None:
+    """Return whether a job has ended; `None` if there is none, or it moved during the two reads.
+
+    Its edges, which may be thousands, are not read.
+    """
+    records = await backend.last(keys.bucket_log, keys.later_all(token), keys.ends(token))
+    snapshot = Snapshot.of(token, records, keys)
+    if snapshot.exists:
+        return "ended" if snapshot.ended else "unfinished"
+    return "unfinished" if await backend.last(keys.ready_log, keys.ready_any(token)) else None
 
 
 def count_reruns(body: bytes) -> int:

@@ -20,8 +20,6 @@ __all__ = ["DEFAULT_PRIORITY", "LATEST_PAUSE", "MAX_TIERS", "TIER_SIGNAL", "Queu
 
 logger = get_logger(__name__)
 
-logger = get_logger(__name__)
-
 DEFAULT_PRIORITY: Final = 5
 MAX_TIERS: Final = 256
 PROMOTER_LEASE: Final = 2.0

@@ -2,8 +2,9 @@
 
 from collections.abc import Collection, Sequence
 from dataclasses import replace
-from typing import Final
+from typing import Any, Final
 
+from asyncmq_nats._logging import get_logger
 from asyncmq_nats.backends.base import Backend, Expect, Record, Write
 from asyncmq_nats.exceptions import (
     BackendError,
@@ -15,15 +16,18 @@ from asyncmq_nats.exceptions import (
 from asyncmq_nats.jobs import Job
 from asyncmq_nats.states import Place, State
 from asyncmq_nats.store.commit import pause_after_refusal
+from asyncmq_nats.store.records import MARKER_TTL, outcome_body
 from asyncmq_nats.store.snapshot import Snapshot, count_reruns, read_snapshot
 from asyncmq_nats.store.topology import QueueAssets
 from asyncmq_nats.transitions.claim import CLAIM_TTL, Claim
 from asyncmq_nats.transitions.deliver import OUTCOME_FIELDS
-from asyncmq_nats.transitions.release import MARKER_TTL, Dependencies
+from asyncmq_nats.transitions.release import Dependencies
 from asyncmq_nats.wire.codec import dump_json, load_json
 from asyncmq_nats.wire.keys import QueueSubjects, decode_token, encode_token, tier_name
 
 __all__ = ["PLACES_OF", "Administration", "is_delayed"]
+
+logger = get_logger(__name__)
 
 PLACES_OF: Final = {
     State.WAITING: (Place.RELEASED,),
@@ -201,7 +205,7 @@ class Administration:
         except InvalidJob:
             job = {"task": "?"}
         now = self._backend.now()
-        job |= {
+        fields = {
             "id": decode_token(token),
             "status": State.CANCELLED,
             "finished_at": now,
@@ -210,7 +214,7 @@ class Administration:
         subject = self._subjects.outcome(token, State.CANCELLED)
         return Write(
             subject,
-            dump_json(job),
+            outcome_body(job, fields, self._backend.max_body),
             expect,
             ttl=self._backend.settings.failed_ttl,
             beside=True,
@@ -245,12 +249,16 @@ class Administration:
         log, subjects = self._subjects.bucket_log, self._subjects
         released = not snapshot.is_rerun
         if released:
+            job = load_json(snapshot.outcome.body)
+            if job.get("truncated"):
+                text = "job %s cannot be retried: its arguments were not kept; add it again"
+                logger.warning(text, decode_token(snapshot.token))
+                return False
             if snapshot.claim is None or not Claim.decode(snapshot.claim.body).voids_all:
                 await self._void_earlier_runs(snapshot)
             key = subjects.later(snapshot.token, Place.RELEASED)
             expect = Expect(subjects.later_all(snapshot.token), snapshot.last_later)
-            body = self._renewed(snapshot.outcome.body)
-            await self._backend.write(log, Write(key, body, expect, beside=True))
+            await self._backend.write(log, Write(key, self._renewed(job), expect, beside=True))
         await self._backend.delete(log, snapshot.outcome.sequence)
         return released
 
@@ -265,7 +273,7 @@ class Administration:
         released = self._subjects.later(token, Place.RELEASED)
         write = Write(
             released,
-            self._renewed(delayed.body),
+            self._renewed(load_json(delayed.body)),
             Expect(delayed.subject, delayed.sequence),
             removes=None if delayed.subject == released else delayed.subject,
         )
@@ -275,9 +283,8 @@ class Administration:
     def _is_delayed(self, record: Record) -> bool:
         return is_delayed(record, self._subjects, self._backend.now())
 
-    def _renewed(self, body: bytes) -> bytes:
+    def _renewed(self, data: dict[str, Any]) -> bytes:
         """Return a job as it was when it was new: only its errors tell what was. Its time to live begins now."""
-        data = load_json(body)
         for name in (*OUTCOME_FIELDS, "delay_until", "put_off_since", "put_off_reason"):
             data.pop(name, None)
         return dump_json(
@@ -291,5 +298,8 @@ def is_delayed(record: Record, subjects: QueueSubjects, now: float) -> bool:
     if record.marker:
         return False
     if subjects.is_later(record.subject, Place.RELEASED):
-        return Job.decode(record.body).is_early(now)
+        try:
+            return Job.decode(record.body).is_early(now)
+        except InvalidJob:  # a promoter makes it ready, for a worker to record as failed
+            return False
     return subjects.is_later(record.subject, Place.DELAYED)

@@ -19,9 +19,10 @@ from asyncmq_nats.exceptions import AsyncMQError, ConnectionLost, Unconfirmed, W
 from asyncmq_nats.jobs import Job
 from asyncmq_nats.states import Place
 from asyncmq_nats.store.commit import look_for, pause_after_refusal
+from asyncmq_nats.store.snapshot import read_stage
 from asyncmq_nats.transitions.add import Additions
 from asyncmq_nats.transitions.release import MARKER_TTL, delayed_write
-from asyncmq_nats.wire.codec import dump_json, load_json
+from asyncmq_nats.wire.codec import dump_json, load_json, splice
 from asyncmq_nats.wire.keys import QueueSubjects, encode_token
 
 __all__ = ["Deduplicator", "Window", "parse_window", "take_window"]
@@ -104,7 +105,7 @@ class Deduplicator:
             if job.custom_id and await self._additions.is_duplicate(job.job_id):
                 return job.job_id
             record = await self._read(window.id)
-            owner = None if record is None else await self._live_owner(record)
+            owner = None if record is None else await self._live_owner(window.id, record)
             try:
                 if record is None or owner is None:
                     await self._open(job, window, 0 if record is None else record.sequence)
@@ -121,7 +122,8 @@ class Deduplicator:
 
     async def _open(self, job: Job, window: Window, replaced: int) -> None:
         """Open a window in the place of a record with that sequence, and store its owner."""
-        opened = self._claim(window, job.job_id, replaced, job)
+        until = self._end_of(window)
+        opened = self._record(window.id, job.job_id, until, replaced, job)
         sequence = await self._backend.write(self._log, opened)
         try:
             await self._additions.add(job)
@@ -136,16 +138,13 @@ class Deduplicator:
                     self._log, Write(opened.subject, over, expect, ttl=MARKER_TTL)
                 )
             raise
-        self._let_go(opened, sequence)
+        self._take_out(window.id, job.job_id, until, sequence)
 
-    def _let_go(self, opened: Write, sequence: int) -> None:
+    def _take_out(self, key: str, owner: str, until: float | None, sequence: int) -> None:
         """Take the owner out of its window: it is stored. Not awaited: it may be repeated."""
-        data = load_json(opened.body)
-        del data["job"]
-        expect = Expect(opened.subject, sequence)
-        settled = replace(opened, body=dump_json(data), expect=expect)
+        write = self._record(key, owner, until, sequence)
         timeout = self._backend.settings.publish_timeout
-        self._backend.send(self._log, settled, lambda _: None, timeout=timeout)
+        self._backend.send(self._log, write, lambda _: None, timeout=timeout)
 
     async def _announce(self, job: Job, window: Window, owner: str) -> None:
         await self._additions.announce(DEBOUNCED, owner, debounce_id=window.id)
@@ -153,15 +152,24 @@ class Deduplicator:
             DEDUPLICATED, owner, deduplication_id=window.id, deduplicated_job_id=job.job_id
         )
 
-    def _claim(self, window: Window, owner: str, replaced: int, job: Job | None = None) -> Write:
-        key = self._subjects.deduplication(encode_token(window.id))
-        until = None if window.ttl is None else self._backend.now() + window.ttl
-        data: dict[str, Any] = {"job_id": owner, "until": until}
+    def _end_of(self, window: Window) -> float | None:
+        """Return when a window ends that begins now; `None`: with its owner."""
+        return None if window.ttl is None else self._backend.now() + window.ttl
+
+    def _record(
+        self, key: str, owner: str, until: float | None, replaced: int, job: Job | None = None
+    ) -> Write:
+        """Return the record of a window, in the place of one with the sequence `replaced`.
+
+        `job`: the owner, while it may not be stored.
+        """
+        subject = self._subjects.deduplication(encode_token(key))
+        body = dump_json({"job_id": owner, "until": until})
         if job is not None:
-            data["job"] = load_json(job.encode())
+            body = splice(body, b'"job":' + job.encode())
         # The server removes it some time after its end at the earliest; `until` is exact.
-        ttl = None if window.ttl is None else window.ttl + 1
-        return Write(key, dump_json(data), Expect(key, replaced), ttl=ttl)
+        ttl = None if until is None else until - self._backend.now() + 1
+        return Write(subject, body, Expect(subject, replaced), ttl=ttl)
 
     async def _hit(self, job: Job, window: Window, record: Record, owner: str) -> None:
         """Replace the owner if that is wished and it is still delayed, then extend the window."""
@@ -177,7 +185,9 @@ class Deduplicator:
                     await self._backend.write(self._log, *self._swapped(job, owner, delayed))
                     break
         if window.extend and window.ttl is not None:
-            await self._backend.write(self._log, self._claim(window, owner, record.sequence))
+            until = self._end_of(window)
+            extended = self._record(window.id, owner, until, record.sequence)
+            await self._backend.write(self._log, extended)
 
     def _swapped(self, job: Job, owner: str, record: Record) -> list[Write]:
         """Return the writes that put the job in the place of one that is delayed, under its id.
@@ -203,7 +213,7 @@ class Deduplicator:
     async def owner(self, key: str) -> str | None:
         """Return the id of the job that owns a window, `None` if there is no such window."""
         record = await self._read(key)
-        return None if record is None else await self._live_owner(record)
+        return None if record is None else await self._live_owner(key, record)
 
     async def remove(self, key: str) -> bool:
         """End a window. Return whether there was one."""
@@ -216,7 +226,7 @@ class Deduplicator:
         )
         return records[0] if records else None
 
-    async def _live_owner(self, record: Record) -> str | None:
+    async def _live_owner(self, key: str, record: Record) -> str | None:
         """Return the owner of a window, stored if it was not; `None` if the window is over."""
         try:
             data = load_json(record.body)
@@ -230,20 +240,13 @@ class Deduplicator:
             return None
         if until is not None and until <= self._backend.now():
             return None
-        if job is not None:
-            await self._carry_out(record, job)
-        if until is not None:
+        if job is None and until is not None:
             return owner
-        token = encode_token(owner)
-        ends = await self._backend.last(self._log, self._subjects.ends(token))
-        if any(not end.marker and self._subjects.outcome_state(end.subject) for end in ends):
-            return None
-        return owner if await look_for(partial(self._additions.exists, owner)) else None
-
-    async def _carry_out(self, record: Record, job: Job) -> None:
-        """Store the owner of a window, unless it is: its producer may have died before it did."""
-        if not await look_for(partial(self._additions.exists, job.job_id)):
-            await self._additions.add(job)
-        until = load_json(record.body)["until"]
-        ttl = None if until is None else until - self._backend.now() + 1
-        self._let_go(Write(record.subject, record.body, ttl=ttl), record.sequence)
+        read = partial(read_stage, self._backend, self._subjects, encode_token(owner))
+        stage = await look_for(read)
+        if job is not None:
+            if stage is None:  # its producer may have died before it stored it
+                await self._additions.add(job)
+                stage = "unfinished"
+            self._take_out(key, owner, until, record.sequence)
+        return owner if until is not None or stage == "unfinished" else None

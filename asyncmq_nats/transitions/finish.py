@@ -18,11 +18,11 @@ from asyncmq_nats.retries import Failure, add_failure
 from asyncmq_nats.states import OUTCOMES, Place, State
 from asyncmq_nats.store.commit import pause_after_refusal
 from asyncmq_nats.store.progress import ProgressReports
+from asyncmq_nats.store.records import delayed_write, outcome_body
 from asyncmq_nats.store.snapshot import Snapshot, read_snapshot
 from asyncmq_nats.store.topology import QueueAssets
 from asyncmq_nats.transitions.claim import Attempt, Disposition
 from asyncmq_nats.transitions.deliver import Deliveries
-from asyncmq_nats.transitions.release import delayed_write
 from asyncmq_nats.wire.codec import dump_json, load_json, splice
 from asyncmq_nats.wire.keys import QueueSubjects, decode_token, encode_token, fit_token
 
@@ -37,8 +37,6 @@ MAX_PUT_OFF_SECONDS = 60.0
 """How long a job that cannot be run here is put off at a time."""
 MAX_REASON_LENGTH = 2_000
 PUT_OFF_FIELDS = ("put_off_since", "put_off_reason")
-KEPT_WHEN_TRUNCATED = ("id", "task", "children", "wide_children")
-"""What an outcome keeps of a job that is too large for it: its children are told from it."""
 ARGUMENT_FIELDS = (
     "v",
     "args",
@@ -243,12 +241,7 @@ class Lifecycle(Deliveries):
         fields |= {"finished_at": self._backend.now(), "worker": self._worker}
         if attempt.stalls:
             fields["stalls"] = attempt.stalls
-        data = load_json(attempt.body)
-        record = dump_json(data | fields, what)
-        if len(record) > self._backend.max_body:
-            kept = {name: data[name] for name in KEPT_WHEN_TRUNCATED if name in data}
-            kept |= {"truncated": True, "max_retries": 0}
-            record = dump_json(kept | fields, what)
+        record = outcome_body(load_json(attempt.body), fields, self._backend.max_body, what)
         subject = self._subjects.outcome(attempt.token, state)
         return Write(
             subject,

@@ -9,6 +9,7 @@ definition touches a fire that is there, so one of the two is refused.
 from collections.abc import Sequence
 from dataclasses import replace
 from enum import Enum, auto
+from functools import partial
 from typing import Final
 
 from asyncmq_nats._logging import get_logger
@@ -16,7 +17,9 @@ from asyncmq_nats.backends.base import Backend, Delivery, Expect, Record, Write
 from asyncmq_nats.exceptions import InvalidJob, TooManyPriorities, WriteRefused
 from asyncmq_nats.jobs import Job
 from asyncmq_nats.schedules import missed_ticks, next_run, next_run_after
+from asyncmq_nats.store.commit import look_for, looks
 from asyncmq_nats.store.secret import QueueSecret, keyed_id
+from asyncmq_nats.store.snapshot import read_stage
 from asyncmq_nats.store.topology import DEFAULT_PRIORITY, QueueAssets
 from asyncmq_nats.transitions.definition import (
     Definition,
@@ -146,19 +149,8 @@ class Ticker:
         """Return whether a job is there and has not ended."""
         if job_id is None:
             return False
-        token, subjects = encode_token(job_id), self._subjects
-        records = [
-            record
-            for record in await self._backend.last(
-                self._log, subjects.ends(token), subjects.later_all(token)
-            )
-            if not record.marker
-        ]
-        if any(subjects.outcome_state(record.subject) for record in records):
-            return False
-        if any(not subjects.is_claim(record.subject) for record in records):
-            return True
-        return bool(await self._backend.last(subjects.ready_log, subjects.ready_any(token)))
+        read = partial(read_stage, self._backend, self._subjects, encode_token(job_id))
+        return await look_for(read, looks(self._backend)) == "unfinished"
 
     # -- jobs
 
