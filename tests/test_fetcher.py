@@ -12,6 +12,7 @@ import pytest
 
 from asyncmq_nats.backends.base import Backend, ConsumerState, Delivery
 from asyncmq_nats.backends.inmemory import InMemoryBackend
+from asyncmq_nats.exceptions import ConnectionLost
 from asyncmq_nats.queues import Queue
 from asyncmq_nats.runtime.buffer import Buffer
 from asyncmq_nats.runtime.fetcher import Fetcher
@@ -309,6 +310,55 @@ class TestLateDeliveries:
             with anyio.move_on_after(0.3):
                 pytest.fail(f"delivered again: {await take_next(fetcher)}")
         delivery.ack()
+
+
+class TestStopsThatAreCutShort:
+    """The process lives on, and so does the thread that extends its leases."""
+
+    @pytest.fixture
+    def settings(self) -> Settings:
+        return Settings(stalled_after=0.5, publish_timeout=10)
+
+    async def test_what_a_stop_could_not_give_back_in_time_comes_back_after_its_lease(
+        self, backend: Backend, twin: Backend, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        jobs = await add(make_queue(backend), *[5] * 3)
+        async with fetching(backend, 3) as fetcher:
+            await until(lambda: tier(backend), lambda state: state.leased == 3)
+            monkeypatch.setattr(fetcher._puller, "close", anyio.sleep_forever)
+            with anyio.move_on_after(0.05):
+                await fetcher.stop()
+        await _come_to_another(twin, jobs)
+
+    async def test_what_comes_after_a_stop_was_cut_short_is_not_kept(
+        self, backend: Backend, twin: Backend, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        async with fetching(backend, 3) as fetcher:
+            await until(lambda: tier(backend), lambda state: state.waiting_pulls > 0)
+            monkeypatch.setattr(fetcher._puller, "close", anyio.sleep_forever)
+            with anyio.move_on_after(0.05):
+                await fetcher.stop()
+            jobs = await add(make_queue(twin), *[5] * 3)
+            await until(lambda: tier(backend), lambda state: state.leased == 3)
+        await _come_to_another(twin, jobs)
+
+    async def test_what_a_stop_without_a_connection_has_in_hand_comes_back_after_its_lease(
+        self, backend: Backend, twin: Backend, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        async def fail() -> None:
+            raise ConnectionLost("nats://gone")
+
+        jobs = await add(make_queue(backend), *[5] * 3)
+        async with fetching(backend, 3) as fetcher:
+            await until(lambda: tier(backend), lambda state: state.leased == 3)
+            monkeypatch.setattr(fetcher._tier_signals, "unsubscribe", fail)
+            await fetcher.stop()
+        await _come_to_another(twin, jobs)
+
+
+async def _come_to_another(twin: Backend, jobs: list[str]) -> None:
+    async with fetching(twin, 3) as other:
+        assert sorted(ids(await take(other, len(jobs)))) == sorted(jobs)
 
 
 async def test_nothing_is_asked_for_while_too_many_ends_are_not_confirmed(backend: Backend) -> None:
