@@ -4,7 +4,7 @@ What to ask for is decided in `prefetch`, from what `tiers` and the buffer know.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Final
 
@@ -373,6 +373,10 @@ class Fetcher:
             self.refill()
 
     # -- giving back
+
+    async def give_back(self, deliveries: Sequence[Delivery]) -> None:
+        """Give these back to the queue: they have not started."""
+        await self._hand_back.give_back(deliveries)
 
     async def _watch_buffer(self) -> None:
         """Give back what is in the buffer during a pause, and what starts late here."""
