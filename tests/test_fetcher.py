@@ -12,6 +12,7 @@ import pytest
 
 from asyncmq_nats.backends.base import Backend, ConsumerState, Delivery
 from asyncmq_nats.backends.inmemory import InMemoryBackend
+from asyncmq_nats.exceptions import ConnectionLost
 from asyncmq_nats.queues import Queue
 from asyncmq_nats.runtime.buffer import Buffer
 from asyncmq_nats.runtime.fetcher import Fetcher
@@ -114,9 +115,16 @@ async def test_a_new_tier_is_taken_from_at_once(backend: Backend, twin: Backend)
 
 def seem_fast(fetcher: Fetcher) -> None:
     """Have a fetcher take its jobs for short ones."""
-    fetcher._throughput = Throughput(rate=1e6, refill_seconds=0.1, prefetch=MAX_PREFETCH)
+    fetcher._throughput = Throughput(1e6, 0.0, 0.1, prefetch=MAX_PREFETCH, may_grow=True)
     fetcher._started = 10_000
     fetcher.refill()
+
+
+async def all_asked_for_is_here(fetcher: Fetcher) -> None:
+    """Wait until the fetcher has decided, and all that it has asked for has come."""
+    with anyio.fail_after(PATIENCE):
+        while fetcher._refill_due or fetcher._puller.outstanding(tier_name(5)):  # noqa: ASYNC110
+            await anyio.sleep(0.002)
 
 
 async def hold(fetcher: Fetcher, backend: Backend, count: int) -> Delivery:
@@ -140,8 +148,14 @@ async def test_short_jobs_are_fetched_ahead_within_bounds(backend: Backend) -> N
         seem_fast(fetcher)
         first.ack()
         fetcher.release()
-        state = await until(lambda: tier(backend), lambda state: state.leased > 2)
-        assert state.leased <= MAX_PREFETCH + 2
+        await all_asked_for_is_here(fetcher)
+        seem_fast(fetcher)
+        await all_asked_for_is_here(fetcher)
+        # The server counts the first job as leased until it has processed its ack.
+        state = await until(
+            lambda: tier(backend), lambda state: state.leased + state.pending == 899
+        )
+        assert state.leased == fetcher.busy + fetcher._buffer.counts[5] == MAX_PREFETCH + 2
 
 
 async def test_starts_make_the_prefetch_grow(backend: Backend) -> None:
@@ -292,6 +306,55 @@ class TestLateDeliveries:
             with anyio.move_on_after(0.3):
                 pytest.fail(f"delivered again: {await take_next(fetcher)}")
         delivery.ack()
+
+
+class TestStopsThatAreCutShort:
+    """The process lives on, and so does the thread that extends its leases."""
+
+    @pytest.fixture
+    def settings(self) -> Settings:
+        return Settings(stalled_after=0.5, publish_timeout=10)
+
+    async def test_what_a_stop_could_not_give_back_in_time_comes_back_after_its_lease(
+        self, backend: Backend, twin: Backend, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        jobs = await add(make_queue(backend), *[5] * 3)
+        async with fetching(backend, 3) as fetcher:
+            await until(lambda: tier(backend), lambda state: state.leased == 3)
+            monkeypatch.setattr(fetcher._puller, "close", anyio.sleep_forever)
+            with anyio.move_on_after(0.05):
+                await fetcher.stop()
+        await _come_to_another(twin, jobs)
+
+    async def test_what_comes_after_a_stop_was_cut_short_is_not_kept(
+        self, backend: Backend, twin: Backend, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        async with fetching(backend, 3) as fetcher:
+            await until(lambda: tier(backend), lambda state: state.waiting_pulls > 0)
+            monkeypatch.setattr(fetcher._puller, "close", anyio.sleep_forever)
+            with anyio.move_on_after(0.05):
+                await fetcher.stop()
+            jobs = await add(make_queue(twin), *[5] * 3)
+            await until(lambda: tier(backend), lambda state: state.leased == 3)
+        await _come_to_another(twin, jobs)
+
+    async def test_what_a_stop_without_a_connection_has_in_hand_comes_back_after_its_lease(
+        self, backend: Backend, twin: Backend, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        async def fail() -> None:
+            raise ConnectionLost("nats://gone")
+
+        jobs = await add(make_queue(backend), *[5] * 3)
+        async with fetching(backend, 3) as fetcher:
+            await until(lambda: tier(backend), lambda state: state.leased == 3)
+            monkeypatch.setattr(fetcher._tier_signals, "unsubscribe", fail)
+            await fetcher.stop()
+        await _come_to_another(twin, jobs)
+
+
+async def _come_to_another(twin: Backend, jobs: list[str]) -> None:
+    async with fetching(twin, 3) as other:
+        assert sorted(ids(await take(other, len(jobs)))) == sorted(jobs)
 
 
 async def test_nothing_is_asked_for_while_too_many_ends_are_not_confirmed(backend: Backend) -> None:

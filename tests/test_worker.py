@@ -14,11 +14,12 @@ import pytest
 
 from asyncmq_nats.backends import set_default_backend
 from asyncmq_nats.backends.base import Backend, Write
-from asyncmq_nats.exceptions import JobFailed, TaskModuleError
+from asyncmq_nats.exceptions import JobFailed, TaskModuleError, Unconfirmed
 from asyncmq_nats.queues import Queue
 from asyncmq_nats.runtime.registry import TASK_REGISTRY, TaskRegistry
 from asyncmq_nats.settings import Settings
 from asyncmq_nats.tasks import task
+from asyncmq_nats.transitions.finish import Lifecycle
 from asyncmq_nats.workers import Worker, run_worker
 from tests.receiver import holds, until
 from tests.running import (
@@ -620,6 +621,72 @@ class TestLeases:
         job = await queue.get_job(job_id)
         assert job is not None
         assert (job["stalls"], job["retries"], job["errors"]) == (1, 0, [])
+
+    async def test_suspects_that_could_not_be_handed_back_in_time_come_back_after_their_lease(
+        self, backend: Backend, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        go = anyio.Event()
+        queue = make_queue(backend, wait=go.wait)
+        jobs = [await queue.add("wait") for _ in range(3)]
+        for _ in jobs:
+            await lose_worker(queue, runs=True)
+        async with running(queue) as worker:
+            assert worker._runner is not None
+            slots = worker._runner._slots
+            await eventually(lambda: len(slots._suspects) >= 1)
+            with monkeypatch.context() as patch:
+                patch.setattr(Lifecycle, "hand_back", lambda *_: anyio.sleep_forever())
+                with anyio.move_on_after(0.05):
+                    await slots.hand_back_suspects()
+            go.set()
+            for job_id in jobs:
+                await queue.wait_for(job_id, timeout=PATIENCE)
+
+    async def test_a_fault_of_the_worker_itself_does_not_keep_its_job(
+        self, backend: Backend, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        complete, faults = Lifecycle.complete, ["a fault of ours"]
+
+        async def fail_once(self: Lifecycle, *args: Any) -> None:
+            if faults:
+                raise RuntimeError(faults.pop())
+            await complete(self, *args)
+
+        monkeypatch.setattr(Lifecycle, "complete", fail_once)
+        queue = make_queue(backend, echo=echo)
+        job_id = await queue.add("echo", ["again"])
+        async with running(queue) as worker:
+            assert await queue.wait_for(job_id, timeout=PATIENCE) == "again"
+            assert "a delivery failed in the worker itself" in caplog.text
+            assert worker._runner is not None
+            runner = worker._runner
+            await eventually(lambda: runner._completer.pending == 0)
+
+    async def test_an_attempt_whose_rejection_fails_is_not_waited_for(
+        self, backend: Backend, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        reject, faults = Lifecycle.reject, [Unconfirmed("a rejection", 1.0)]
+
+        async def fail_once(self: Lifecycle, *args: Any) -> None:
+            if faults:
+                raise faults.pop()
+            await reject(self, *args)
+
+        async def fail() -> None:
+            raise ValueError("no")
+
+        monkeypatch.setattr(Lifecycle, "reject", fail_once)
+        queue = make_queue(backend, fail=fail)
+        await queue._assets.declare_all()
+        body = b'{"v":1,"id":"x","task":"fail","args":[],"kwargs":{},"created_at":1.0,"max_retries":"many"}'
+        await backend.write("amq_work", Write("amq.work.ready.5.x", body))
+        async with running(queue) as worker:
+            with pytest.raises(JobFailed, match="max_retries"):
+                await queue.wait_for("x", timeout=PATIENCE)
+            assert worker._runner is not None
+            runner = worker._runner
+            await eventually(lambda: runner._fetcher.busy == 0)
+            assert runner._completer.pending == 0
 
 
 class TestStallLimit:

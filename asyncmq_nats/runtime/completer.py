@@ -73,5 +73,8 @@ class Completer:
         except AsyncMQError as error:
             logger.error("job %s: %s", attempt.head.job_id, error)
             attempt.delivery.abandon()
+        except BaseException:  # the worker ends, or has a fault: its lease must not be extended
+            attempt.delivery.abandon()
+            raise
         finally:
             self.finish()

@@ -10,7 +10,7 @@ import anyio
 from asyncmq_nats.context import JobContext
 from asyncmq_nats.exceptions import TaskTimeout
 from asyncmq_nats.retries import Failure
-from asyncmq_nats.runtime.registry import RegisteredTask, TaskRegistry
+from asyncmq_nats.runtime.registry import RegisteredTask
 from asyncmq_nats.transitions.claim import Attempt
 
 __all__ = ["Running", "execute"]
@@ -43,7 +43,7 @@ class Running:
 
 async def execute(
     running: Running,
-    registry: TaskRegistry,
+    entry: RegisteredTask,
     threads: anyio.CapacityLimiter,
     now: Callable[[], float],
     is_ending: Callable[[], bool],
@@ -54,7 +54,6 @@ async def execute(
     """
     head = running.attempt.head
     try:
-        entry = registry.find(head.task_id)
         if head.timeout is None:
             return await entry.run(head, threads, running.context), None
         return await _execute_in_time(entry, running, threads, head.timeout), None

@@ -4,7 +4,7 @@ What to ask for is decided in `prefetch`, from what `tiers` and the buffer know.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Final
 
@@ -91,6 +91,7 @@ class Fetcher:
         self._freed_at = self._measured_at = time.monotonic()
         self._started = 0
         self._open = False
+        self._stopped = False
         self.busy = 0
         """Slots that run a job."""
 
@@ -117,8 +118,8 @@ class Fetcher:
         if not self._open:
             return
         self._open = False
-        await self._puller.close()
         try:
+            await self._puller.close()
             await self._tier_signals.unsubscribe()
             await self._hand_back.give_back_all()
             if self._limiter is not None and self._limiter.permits:
@@ -129,6 +130,9 @@ class Fetcher:
                 self._subjects.queue,
                 error,
             )
+        finally:
+            self._stopped = True
+            self._hand_back.abandon_all()
 
     # -- pause
 
@@ -342,6 +346,9 @@ class Fetcher:
         self.refill()
 
     def _on_delivery(self, delivery: Delivery) -> None:
+        if self._stopped:  # closing the puller was cut short
+            delivery.abandon()
+            return
         priority = self._tiers.priority_of(delivery.consumer)
         now = time.monotonic()
         if self._asked_at:
@@ -366,6 +373,10 @@ class Fetcher:
             self.refill()
 
     # -- giving back
+
+    async def give_back(self, deliveries: Sequence[Delivery]) -> None:
+        """Give these back to the queue: they have not started."""
+        await self._hand_back.give_back(deliveries)
 
     async def _watch_buffer(self) -> None:
         """Give back what is in the buffer during a pause, and what starts late here."""

@@ -103,6 +103,10 @@ class HandBack:
         """Give back everything in the buffer."""
         await self.give_back(self._buffer.pop_all())
 
+    def abandon_all(self) -> None:
+        """Let the leases of everything in the buffer run out."""
+        _abandon(self._buffer.pop_all())
+
     async def give_back(self, deliveries: Sequence[Delivery]) -> None:
         """Give these back."""
         try:

@@ -34,7 +34,7 @@ from asyncmq_nats.retries import Failure, RetryLimits, retry_delay
 from asyncmq_nats.runtime.completer import Completer
 from asyncmq_nats.runtime.executor import Running, execute
 from asyncmq_nats.runtime.fetcher import Fetcher
-from asyncmq_nats.runtime.registry import TaskRegistry
+from asyncmq_nats.runtime.registry import RegisteredTask, TaskRegistry
 from asyncmq_nats.runtime.suspects import Suspects
 from asyncmq_nats.store.announcing import WorkerEvents
 from asyncmq_nats.store.commit import FAREWELL, look_for
@@ -144,12 +144,7 @@ class Slots:
 
     async def hand_back_suspects(self) -> None:
         """Return the suspects that wait in line to the queue."""
-        for attempt in self._suspects.clear():
-            try:
-                await self._lifecycle.hand_back(attempt)
-            except AsyncMQError as error:
-                logger.warning("job %s: not handed back: %s", attempt.head.job_id, error)
-                attempt.delivery.abandon()
+        await self.fetcher.give_back([attempt.delivery for attempt in self._suspects.clear()])
 
     def cancel_running(self) -> None:
         """Cancel the jobs that run; they are handed back."""
@@ -196,7 +191,7 @@ class Slots:
                 "%.200r: not run now, it will be delivered again: %s", delivery.subject, error
             )
             delivery.abandon()
-        except anyio.get_cancelled_exc_class():  # the worker ends
+        except BaseException:  # the worker ends, or has a fault: its lease must not be extended
             delivery.abandon()
             raise
 
@@ -225,7 +220,7 @@ class Slots:
         except AsyncMQError as error:
             logger.error("job %s: not run now: %s", attempt.head.job_id, error)
             attempt.delivery.abandon()
-        except anyio.get_cancelled_exc_class():
+        except BaseException:  # as above
             attempt.delivery.abandon()
             raise
         finally:
@@ -238,12 +233,12 @@ class Slots:
     async def _start(self, attempt: Attempt) -> None:
         on_settled = self.completer.begin(attempt)
         try:
-            await self._run_or_end(attempt, on_settled)
-        except InvalidJob as problem:  # the malformed part was not needed to run it
-            await self._reject(attempt.delivery, problem)
-            self.completer.finish()
-        except AsyncMQError:  # it has no final write
-            attempt.delivery.abandon()
+            try:
+                await self._run_or_end(attempt, on_settled)
+            except InvalidJob as problem:  # the malformed part was not needed to run it
+                await self._reject(attempt.delivery, problem)
+                self.completer.finish()
+        except Exception:  # it has no final write
             self.completer.finish()
             raise
 
@@ -270,12 +265,12 @@ class Slots:
         try:
             if attempt.head.v > WIRE_VERSION:
                 raise NewerJob(attempt.head.v, WIRE_VERSION)
-            self._registry.find(attempt.head.task_id, self._tasks_of)
+            entry = self._registry.find(attempt.head.task_id, self._tasks_of)
         except (NewerJob, TaskNotFound) as problem:
             await self._put_off(attempt, problem, on_settled)
         else:
             attempt.started_at = self._backend.now()
-            await self._run(attempt, on_settled)
+            await self._run(attempt, entry, on_settled)
 
     async def _put_off(
         self, attempt: Attempt, problem: NewerJob | TaskNotFound, on_settled: OnSettled
@@ -293,7 +288,7 @@ class Slots:
             failure = replace(Failure.of(problem, self._backend.now()), final=True)
             await self._report_failure(attempt, failure, on_settled)
 
-    async def _run(self, attempt: Attempt, on_settled: OnSettled) -> None:
+    async def _run(self, attempt: Attempt, entry: RegisteredTask, on_settled: OnSettled) -> None:
         context = JobContext(
             attempt.head.job_id,
             self._subjects.queue,
@@ -309,7 +304,7 @@ class Slots:
         )
         try:
             result, failure = await execute(
-                running, self._registry, self._threads, self._backend.now, self._is_ending
+                running, entry, self._threads, self._backend.now, self._is_ending
             )
         except anyio.get_cancelled_exc_class():  # the worker ends, not the job
             with anyio.move_on_after(FAREWELL, shield=True), suppress(AsyncMQError):

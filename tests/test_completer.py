@@ -1,0 +1,86 @@
+"""The ends of attempts, when the worker ends first. No server."""
+
+import anyio
+import pytest
+
+from asyncmq_nats._concurrency import Spawner
+from asyncmq_nats.backends.base import Settled, Write
+from asyncmq_nats.backends.inmemory import InMemoryBackend
+from asyncmq_nats.exceptions import WriteRefused
+from asyncmq_nats.jobs import JobHead
+from asyncmq_nats.runtime.completer import Completer
+from asyncmq_nats.store.announcing import WorkerEvents
+from asyncmq_nats.store.topology import QueueAssets
+from asyncmq_nats.transitions.claim import Attempt, Disposition
+from asyncmq_nats.transitions.finish import Lifecycle
+from asyncmq_nats.wire.keys import QueueSubjects
+from tests.receiver import PATIENCE
+
+WRITE = Write("done.a.completed", b"{}")
+
+
+class Message:
+    """A delivery that notes what was done with it."""
+
+    subject, body, consumer, pending = "amq.work.ready.5.a", b"", "tier_5", 0
+    sequence, deliveries, time = 7, 1, 0.0
+
+    def __init__(self) -> None:
+        self.ends: list[str] = []
+
+    def ack(self) -> None:
+        self.ends.append("ack")
+
+    def nak(self, delay: float = 0.0) -> None:
+        self.ends.append("nak")
+
+    def abandon(self) -> None:
+        self.ends.append("abandon")
+
+
+class World:
+    """A completer, and one attempt whose end the server has refused."""
+
+    def __init__(self) -> None:
+        backend, subjects = InMemoryBackend(), QueueSubjects("amq", "work")
+        self.lifecycle = Lifecycle(backend, subjects, QueueAssets(backend, subjects), "worker")
+        self.spawner = Spawner()
+        self.changes = 0
+        events = WorkerEvents(backend, subjects, "worker")
+        self.completer = Completer(self.lifecycle, events, self.spawner, self._on_change)
+        self.message = Message()
+        self.on_settled = self.completer.begin(Attempt(self.message, "a", JobHead("t", "a", 0.0)))
+
+    def _on_change(self) -> None:
+        self.changes += 1
+
+    def refuse(self) -> None:
+        self.on_settled(WRITE, WriteRefused("amq_work", "done.a.completed"))
+
+
+async def test_an_end_that_is_not_resolved_when_the_worker_ends_lets_its_lease_run_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    world, begun = World(), anyio.Event()
+
+    async def hang(attempt: Attempt, write: Write, result: Settled) -> Disposition:
+        begun.set()
+        await anyio.sleep_forever()
+        return Disposition.ACK
+
+    monkeypatch.setattr(world.lifecycle, "settled", hang)
+    with anyio.fail_after(PATIENCE):
+        async with anyio.create_task_group() as group:
+            group.start_soon(world.spawner.serve, group)
+            world.refuse()
+            await begun.wait()
+            group.cancel_scope.cancel()
+    assert world.message.ends == ["abandon"]
+    assert (world.completer.pending, world.changes) == (0, 1)
+
+
+async def test_an_end_that_is_refused_after_the_worker_has_ended_is_left_to_its_lease() -> None:
+    world = World()
+    world.completer.stop()
+    world.refuse()
+    assert world.message.ends == ["abandon"]
