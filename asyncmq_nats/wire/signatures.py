@@ -163,14 +163,8 @@ def _unwrapped(function: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
     while current is not None and id(current) not in seen:
         seen.add(id(current))
         yield current
-        current = (
-            None if "__signature__" in vars_of(current) else getattr(current, "__wrapped__", None)
-        )
-
-
-def vars_of(value: Any) -> Mapping[str, Any]:
-    """Return the attributes that the value itself has."""
-    return getattr(value, "__dict__", {})
+        is_last = "__signature__" in getattr(current, "__dict__", {})
+        current = None if is_last else getattr(current, "__wrapped__", None)
 
 
 def _parameters(function: Callable[..., Any]) -> Sequence[Parameter]:
