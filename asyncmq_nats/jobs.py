@@ -163,9 +163,10 @@ class JobHead:
 class Job:
     """One job, and how far it is. Times are Unix seconds, durations seconds.
 
-    `retries` counts the attempts that have failed, `max_retries` how many may follow the first. `backoff`: a number *b* waits
-    `b ** retries` before the next attempt, `None` not at all; or a `Backoff`. The names are AsyncMQ's; on the wire `task_id` is `task`
-    and `job_id` is `id`.
+    `retries` counts the attempts that have failed, `max_retries` how many may follow the first: a job
+    that failed for good has one more of the former. A job of another program that has even more runs once.
+    `backoff`: a number *b* waits `b ** retries` before the next attempt, `None` not at all; or a
+    `Backoff`. The names are AsyncMQ's; on the wire `task_id` is `task` and `job_id` is `id`.
     """
 
     task_id: str = Field(validation_alias=AliasChoices("task", "task_id"), min_length=1)
