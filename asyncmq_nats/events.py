@@ -50,11 +50,13 @@ RETRYING: Final = "job:retrying"
 HISTORY_LIMIT: Final = 2_000
 """Events that the emitter remembers."""
 STATE_OF_RECORD: Final = {
+    State.WAITING: State.WAITING,
+    Place.RELEASED: State.WAITING,
     STARTED: State.ACTIVE,
     Place.DELAYED: State.DELAYED,
     Place.PARKED: State.WAITING_CHILDREN,
 }
-"""The states of jobs in records that do not tell them."""
+"""The states of jobs in records that do not tell them, whatever else a stranger wrote there."""
 
 Listener = Callable[[dict[str, Any]], Any]
 """A function, sync or async, or an object that is called like one. It is given the job's dict."""
@@ -92,19 +94,20 @@ def read_event(queue: str, subject: str, body: bytes) -> Event | None:
     if name is None:
         return None
     job_id = decode_token(token)
-    return Event(name, job_id, queue, _complete(data, what, job_id) | {"queue": queue})
+    given = {"id": job_id, "queue": queue}
+    return Event(name, job_id, queue, _complete(data | given, what))
 
 
-def _complete(data: dict[str, Any], what: str, job_id: str) -> dict[str, Any]:
+def _complete(data: dict[str, Any], what: str) -> dict[str, Any]:
     """Return a job's record with all keys of `Job.to_dict`: AsyncMQ has them in its events. Others as they are."""
     if "task" not in data:
         return data
     state = STATE_OF_RECORD.get(what)
-    known = {} if state is None else {"status": state}
+    known = data if state is None else data | {"status": state}
     try:
-        return Job.from_dict(data | known | {"id": job_id}).to_dict() | data | known
+        return Job.from_dict(known).to_dict() | known
     except InvalidJob:
-        return data
+        return known
 
 
 def _name(what: str, data: Mapping[str, Any]) -> str | None:

@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from graphlib import CycleError, TopologicalSorter
-from typing import Final
 from uuid import UUID
 
 from asyncmq_nats.backends import default_backend
@@ -14,8 +13,6 @@ from asyncmq_nats.queues import Queue
 from asyncmq_nats.schedules import parse_every
 
 __all__ = ["FlowProducer"]
-
-BATCH: Final = 1000
 
 
 class FlowProducer:

@@ -163,9 +163,10 @@ class JobHead:
 class Job:
     """One job, and how far it is. Times are Unix seconds, durations seconds.
 
-    `retries` counts the attempts that have failed, `max_retries` how many may follow the first. `backoff`: a number *b* waits
-    `b ** retries` before the next attempt, `None` not at all; or a `Backoff`. The names are AsyncMQ's; on the wire `task_id` is `task`
-    and `job_id` is `id`.
+    `retries` counts the attempts that have failed, `max_retries` how many may follow the first: a job
+    that failed for good has one more of the former. A job of another program that has even more runs once.
+    `backoff`: a number *b* waits `b ** retries` before the next attempt, `None` not at all; or a
+    `Backoff`. The names are AsyncMQ's; on the wire `task_id` is `task` and `job_id` is `id`.
     """
 
     task_id: str = Field(validation_alias=AliasChoices("task", "task_id"), min_length=1)
@@ -270,14 +271,20 @@ class Job:
             fields["last_attempt"] = self.last_attempt or self.active_since
         if self.progress is not None:
             fields |= {"progress": self.progress, "progress_data": self.progress_data}
-        if self.errors and self.status not in OUTCOMES:
-            fields |= _last_failure(self.errors[-1])
+        if self.status not in OUTCOMES:
+            fields |= self._last_problem()
         fields["updated_at"] = self.finished_at or fields["last_attempt"] or self.created_at
         if self.status is State.COMPLETED:
             fields["completed_at"] = self.finished_at
         elif self.status in (State.FAILED, State.EXPIRED):
             fields["failed_at"] = self.finished_at
         return fields
+
+    def _last_problem(self) -> dict[str, Any]:
+        """Return why a job that is to be tried again did not complete, as one that ended has it."""
+        if self.put_off_reason is not None:
+            return {"last_error": self.put_off_reason}
+        return _last_failure(self.errors[-1]) if self.errors else {}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:

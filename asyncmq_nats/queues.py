@@ -247,10 +247,8 @@ class Queue:
         await self.backend.connect()
         built, windows = build_entries(self.backend.now(), jobs, self._registry.write)
         check_entries(self._additions, built)
-        ids, plain = (
-            [job.job_id for job in built],
-            [index for index in range(len(built)) if index not in windows],
-        )
+        ids = [job.job_id for job in built]
+        plain = [index for index in range(len(built)) if index not in windows]
         await self._assets.declare()
         try:
             await add_many(self._additions, [built[index] for index in plain])
@@ -387,8 +385,12 @@ class Queue:
 
     async def list_jobs(self, state: str, *, limit: int | None = None) -> list[dict[str, Any]]:
         """Return the jobs in a state, oldest first: all of them, or the first `limit`. An unknown state has none (as AsyncMQ)."""
+        jobs = await self._list_oldest([State(state)] if state in set(State) else [], limit)
+        return [job.to_dict() for job in jobs]
+
+    async def _list_oldest(self, states: Sequence[State], limit: int | None) -> list[Job]:
         last = -1 if limit is None else checked_number(limit, "limit") - 1
-        return await self.get_jobs([state], end=last, asc=True) if limit != 0 else []
+        return await self._lists.slice(states, 0, last, ascending=True) if limit != 0 else []
 
     async def get_jobs(
         self,
@@ -519,8 +521,8 @@ class Queue:
             TimeoutError: it has not ended within `timeout` seconds; with 0 or less: it has not ended.
         """
         if timeout not in (None, math.inf) and checked_seconds(timeout, "timeout") <= 0:
-            job = await self._look_at_end(job_id)
-            if job.status in OUTCOMES:
+            job = await self._find_ended(job_id)
+            if job is not None:
                 return _result_of(job)
         else:
             with anyio.move_on_after(timeout):
@@ -530,23 +532,23 @@ class Queue:
     async def _wait_for(self, job_id: str) -> Any:
         # Listen, then look, then wait: an outcome is either seen or heard.
         async with self._waiters.join(encode_token(job_id)) as waiter:
-            heard = False
-            while True:
-                job = await self._look_at_end(job_id, LAG if heard else ())
-                if job.status in OUTCOMES:
-                    return _result_of(job)
+            find = partial(self._find_ended, job_id)
+            job = await find()
+            while job is None:
                 heard = await self._waiters.wait(waiter)  # or it was retried by hand since
+                job = await (look_for(find, LAG) if heard else find())
+            return _result_of(job)
 
-    async def _look_at_end(self, job_id: str, pauses: Sequence[float] = ()) -> Job:
-        """Return the job as it is; or, if it has not ended, as it is after each of the pauses, until it has."""
-        for pause in (*pauses, None):
-            job = await self._inspection.find(job_id)
-            if job is None:
-                raise JobNotFound(self.name, job_id)
-            if pause is None or job.status in OUTCOMES:
-                return job
-            await anyio.sleep(pause)
-        raise AssertionError("the last pause is None")
+    async def _find_ended(self, job_id: str) -> Job | None:
+        """Return the job if it has ended.
+
+        Raises:
+            JobNotFound: there is no such job.
+        """
+        job = await self._inspection.find(job_id)
+        if job is None:
+            raise JobNotFound(self.name, job_id)
+        return job if job.status in OUTCOMES else None
 
     # -- control
 
@@ -618,13 +620,9 @@ class Queue:
 
     async def list_delayed(self, *, limit: int | None = None) -> list[DelayedInfo]:
         """Return the delayed jobs, in the order in which they were delayed: all of them, or the first `limit`."""
-        last = -1 if limit is None else checked_number(limit, "limit") - 1
-        jobs = (
-            await self._lists.slice([State.DELAYED], 0, last, ascending=True) if limit != 0 else []
-        )
         return [
             DelayedInfo(job.job_id, job.delay_until or job.created_at, job.to_dict())
-            for job in jobs
+            for job in await self._list_oldest([State.DELAYED], limit)
         ]
 
     async def remove_delayed(self, job_id: str) -> bool:
@@ -683,25 +681,20 @@ class Queue:
         Raises:
             ValueError: the schedule is malformed; the message shows where.
         """
-        job = {
-            "retries": retries,
-            "ttl": ttl,
-            "priority": priority,
-            "backoff": backoff,
-            "timeout": timeout,
-        }
-        args, kwargs = checked_call(self._registry.write, task_id, args, kwargs)
-        definition = make_definition(
+        definition = self._define(
             task_id,
             args,
             kwargs,
-            job,
+            owner=CODE,
+            retries=retries,
+            ttl=ttl,
+            priority=priority,
+            backoff=backoff,
+            timeout=timeout,
             every=every,
             cron=cron,
             timezone=timezone,
             name=name,
-            owner=CODE,
-            shortest=self.backend.settings.min_repeat_interval,
             start=start,
             end=end,
             limit=limit,
@@ -769,24 +762,19 @@ class Queue:
             ValueError: the schedule is malformed; the message shows where.
             InvalidArgument: an option has a value that it does not take.
         """
-        job = {
-            "retries": retries,
-            "ttl": ttl,
-            "priority": priority,
-            "backoff": backoff,
-            "timeout": timeout,
-        }
-        args, kwargs = checked_call(self._registry.write, task_id, args, kwargs)
-        definition = make_definition(
+        definition = self._define(
             task_id,
             args,
             kwargs,
-            job,
+            retries=retries,
+            ttl=ttl,
+            priority=priority,
+            backoff=backoff,
+            timeout=timeout,
             every=every,
             cron=cron,
             timezone=timezone,
             name=name,
-            shortest=self.backend.settings.min_repeat_interval,
             start=start,
             end=end,
             limit=limit,
@@ -796,6 +784,30 @@ class Queue:
         )
         await self._assets.declare()
         return await self._repeatables.upsert(definition)
+
+    def _define(
+        self,
+        task_id: str,
+        args: Sequence[Any] | None,
+        kwargs: Mapping[str, Any] | None,
+        *,
+        retries: int,
+        ttl: float | None,
+        priority: int,
+        backoff: float | Backoff | None,
+        timeout: float | None,
+        **options: Any,
+    ) -> Definition:
+        job = {
+            "retries": retries,
+            "ttl": ttl,
+            "priority": priority,
+            "backoff": backoff,
+            "timeout": timeout,
+        }
+        args, kwargs = checked_call(self._registry.write, task_id, args, kwargs)
+        shortest = self.backend.settings.min_repeat_interval
+        return make_definition(task_id, args, kwargs, job, shortest=shortest, **options)
 
     async def list_repeatables(self) -> list[RepeatableInfo]:
         """Return the stored repeatables with their next runs (AsyncMQ `Queue.list_repeatables`)."""
@@ -862,11 +874,8 @@ class Queue:
 
         `progress`: see `clean`.
         """
-        wanted, seconds, most = (
-            _checked_state(state),
-            checked_seconds(grace, "grace"),
-            checked_number(limit, "limit"),
-        )
+        wanted, most = _checked_state(state), checked_number(limit, "limit")
+        seconds = checked_seconds(grace, "grace")
         await self.backend.connect()
         before = self.backend.now() - seconds
         return await self._cleanup.clean_jobs(wanted, before, most, progress)

@@ -1,6 +1,7 @@
 """`@task`: functions that workers run, and that producers enqueue by calling a method of them."""
 
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from dataclasses import replace
 from functools import update_wrapper
 from typing import Any, Final, Generic, Literal, ParamSpec, Protocol, TypeVar, overload
 
@@ -46,7 +47,7 @@ class TaskWrapper(Generic[P, R]):
 
     def __init__(self, entry: RegisteredTask, registry: TaskRegistry = TASK_REGISTRY) -> None:
         update_wrapper(self, entry.function)
-        self.entry = entry
+        self.entry = replace(entry, wrapper=self)
         self.task_id = entry.id
         self._registry = registry
 
@@ -209,7 +210,9 @@ def task(
             process=process,
             validate=validate,
         )
-        return TaskWrapper(entry, registry)
+        wrapper: TaskWrapper[..., Any] = TaskWrapper(entry, registry)
+        registry[entry.id] = wrapper.entry  # AsyncMQ's registry has the wrapper, too
+        return wrapper
 
     return decorate
 

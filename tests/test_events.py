@@ -13,7 +13,7 @@ import pytest
 
 from asyncmq_nats.backends.base import Backend
 from asyncmq_nats.context import current_job
-from asyncmq_nats.events import Event, EventEmitter, event_emitter
+from asyncmq_nats.events import Event, EventEmitter, event_emitter, read_event
 from asyncmq_nats.exceptions import JobFailed, JobNotFound
 from asyncmq_nats.jobs import Job
 from asyncmq_nats.queues import Queue
@@ -645,3 +645,18 @@ async def test_listeners_may_be_objects_and_may_return_an_awaitable() -> None:
     emitter.on("job:completed", lambda data: note(data))
     await emitter.emit("job:completed", {"id": "a"})
     assert listener.heard == heard == [{"id": "a"}]
+
+
+@pytest.mark.parametrize("what", ["waiting", "started", "delayed", "failed"])
+def test_the_id_of_the_subject_wins_over_that_of_the_body(what: str) -> None:
+    event = read_event("work", f"amq.work.event.{what}.mine", b'{"task": "t", "id": "another"}')
+    assert event is not None
+    assert (event.job_id, event.data["id"]) == ("mine", "mine")
+
+
+def test_the_status_of_a_stranger_is_not_that_of_the_job() -> None:
+    body = b'{"task": "t", "status": "completed", "retries": 1}'
+    for what, status in (("waiting", "waiting"), ("released", "waiting"), ("delayed", "delayed")):
+        event = read_event("work", f"amq.work.event.{what}.a", body)
+        assert event is not None
+        assert event.data["status"] == status

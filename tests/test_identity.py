@@ -212,12 +212,12 @@ def test_what_is_no_function_is_refused(registry: TaskRegistry, value: Any) -> N
 
 
 def test_a_registered_task_has_the_keys_of_asyncmq(registry: TaskRegistry) -> None:
-    task("work", retries=2, ttl=60, progress=True, registry=registry, name="one")(one)
+    wrapped = task("work", retries=2, ttl=60, progress=True, registry=registry, name="one")(one)
     entry = registry["one"]
     assert isinstance(entry, RegisteredTask)
-    assert entry["func"] is one
+    assert (entry["func"], entry.function) == (wrapped, one)
     assert dict(entry) == {
-        "func": one, "queue": "work", "retries": 2, "ttl": 60, "progress_enabled": True,
+        "func": wrapped, "queue": "work", "retries": 2, "ttl": 60, "progress_enabled": True,
     }  # fmt: skip
     assert "queue" in entry
     assert entry.get("unknown", 7) == 7
@@ -237,3 +237,35 @@ def test_a_registry_is_cleared_and_written_like_a_dict(registry: TaskRegistry) -
     assert registry.pop("mine")["func"] is one
     with pytest.raises(KeyError):
         del registry["mine"]
+
+
+async def test_the_function_in_the_registry_can_be_enqueued(
+    backend: Backend, registry: TaskRegistry
+) -> None:
+    task("work", registry=registry, name="one")(one)
+    queue = Queue("work", backend, registry=registry)
+    job_id = await registry["one"]["func"].enqueue(7, backend=backend)
+    await run_jobs(queue)
+    assert await queue.get_job_state(job_id) == "completed"
+
+
+def test_a_task_that_is_registered_again_by_its_dict_is_the_same(registry: TaskRegistry) -> None:
+    """As AsyncMQ's tests do: they keep a copy of the registry, clear it, and put things back."""
+    wrapped = task("work", 2, 60, backoff=3, timeout=5, process=True, registry=registry)(one)
+    copies: list[dict[str, Any]] = [dict(registry[wrapped.task_id]), {"func": wrapped}]
+    for copy in copies:
+        registry.clear()
+        registry[wrapped.task_id] = copy
+        entry = registry.find(wrapped.task_id)
+        assert (entry.function, entry["func"]) == (one, wrapped)
+        assert entry.options == wrapped.entry.options
+        assert (entry.queue, entry.retries, entry.ttl) == ("work", 2, 60)
+    registry[wrapped.task_id] = {"func": wrapped, "queue": "other", "retries": 1}
+    assert (registry[wrapped.task_id].queue, registry[wrapped.task_id].retries) == ("other", 1)
+
+
+def test_a_wrapper_is_registered_as_its_function(registry: TaskRegistry) -> None:
+    wrapped = task("work", registry=registry, progress=True)(one)
+    entry = registry.register(wrapped, queue="other")
+    assert (entry.id, entry.function, entry["func"]) == (wrapped.task_id, one, wrapped)
+    assert entry.is_async is wrapped.entry.is_async

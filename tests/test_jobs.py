@@ -281,6 +281,15 @@ def test_the_dict_of_a_job_that_is_retried_says_why() -> None:
     assert (done["last_error"], done["error_traceback"]) == (None, None)
 
 
+def test_the_dict_of_a_job_that_is_put_off_says_why() -> None:
+    failure = {"attempt": 1, "error": "E: no", "traceback": "Traceback…", "at": 5.0}
+    for errors in ([], [failure]):
+        told = Job("t", retries=len(errors), errors=errors, put_off_reason="no task").to_dict()
+        assert (told["last_error"], told["error_traceback"]) == ("no task", None)
+    done = Job("t", put_off_reason="no task", status=State.FAILED, last_error="E: no").to_dict()
+    assert done["last_error"] == "E: no"
+
+
 @pytest.mark.parametrize("given", [None, []])
 def test_a_job_without_dependencies_has_an_empty_list(given: Any) -> None:
     assert Job("t", depends_on=given).depends_on == []

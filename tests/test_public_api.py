@@ -41,6 +41,7 @@ EXPORTED = [
     "Worker",
     "__version__",
     "current_job",
+    "deadline",
     "default_backend",
     "event_emitter",
     "list_queues",

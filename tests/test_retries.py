@@ -39,6 +39,13 @@ def test_as_many_retries_as_asked_for_and_no_more(retries: int) -> None:
     ]
 
 
+def test_a_job_of_a_stranger_with_more_failures_than_retries_runs_once_more() -> None:
+    job = Job("t", retries=2, max_retries=1, backoff=None)
+    assert retry_delay(job, FAILURE) is None
+    after = add_failure(job, FAILURE)
+    assert (after.retries, after.errors[-1]["attempt"]) == (3, 3)
+
+
 @pytest.mark.parametrize(
     ("backoff", "expected"),
     [

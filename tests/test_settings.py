@@ -39,12 +39,14 @@ def test_the_defaults() -> None:
 def test_the_environment_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ASYNCMQ_NATS_SERVERS", "nats://a:4222, tls://b:4222,")
     monkeypatch.setenv("ASYNCMQ_NATS_TASKS", "shop.tasks,mail.tasks")
+    monkeypatch.setenv("ASYNCMQ_NATS_PLACEMENT_TAGS", "ssd, eu")
     monkeypatch.setenv("ASYNCMQ_NATS_STALLED_AFTER", "5")
     monkeypatch.setenv("ASYNCMQ_NATS_REPLICAS", "3")
     monkeypatch.setenv("ASYNCMQ_NATS_PREFIX", "shop")
     settings = Settings()
     assert settings.servers == ("nats://a:4222", "tls://b:4222")
     assert settings.tasks == ("shop.tasks", "mail.tasks")
+    assert settings.placement_tags == ("ssd", "eu")
     assert (settings.stalled_after, settings.replicas, settings.prefix) == (5.0, 3, "shop")
 
 

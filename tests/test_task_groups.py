@@ -7,8 +7,8 @@ import anyio.lowlevel
 import pytest
 
 import asyncmq_nats
-from asyncmq_nats._concurrency import open_task_group, unwrap_single_error
-from asyncmq_nats.exceptions import AssetMissing, BackendError, WriteRefused
+from asyncmq_nats._concurrency import deadline, open_task_group, unwrap_single_error
+from asyncmq_nats.exceptions import AssetMissing, BackendError, Unconfirmed, WriteRefused
 
 
 async def fail(error: BaseException) -> None:
@@ -70,3 +70,21 @@ def test_the_package_opens_task_groups_in_one_place_only() -> None:
         if "create_task_group" in path.read_text() and path.name != "_concurrency.py"
     ]
     assert others == []
+
+
+async def test_the_nearest_of_nested_deadlines_counts() -> None:
+    for outer, inner in ((3600, 0.01), (0.01, 3600)):
+        with (
+            pytest.raises(Unconfirmed, match=r"0\.01 s"),
+            anyio.fail_after(60),
+            deadline(outer),
+            deadline(inner),
+        ):
+            await anyio.sleep_forever()
+
+
+async def test_a_deadline_that_is_kept_changes_nothing() -> None:
+    with deadline(3600):
+        await anyio.lowlevel.checkpoint()
+    with pytest.raises(ValueError, match="a fault"), deadline(3600):
+        raise ValueError("a fault")

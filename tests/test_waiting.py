@@ -105,3 +105,38 @@ class TestLostEvents:
             group.start_soon(give_up)
             group.start_soon(wait)
         assert results == ["told"]
+
+
+async def test_an_end_that_was_heard_and_is_not_seen_yet_is_looked_for_again(
+    backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A replica that lags behind may answer; only what was heard is worth more than one look."""
+    monkeypatch.setattr(waiters, "LOOK_INTERVAL", 3600)
+    queue = make_queue(backend, echo=echo)
+    job_id = await queue.add("echo", ["x"])
+    find, before = queue._inspection.find, await queue._inspection.find(job_id)
+    stale = 3
+
+    async def find_late(wanted: str) -> Any:
+        nonlocal stale
+        found = await find(wanted)
+        if found is None or found.status != "completed" or not stale:
+            return found
+        stale -= 1
+        return before
+
+    monkeypatch.setattr(queue._inspection, "find", find_late)
+    results: list[Any] = []
+
+    async def wait() -> None:
+        results.append(await queue.wait_for(job_id, PATIENCE))
+
+    with anyio.fail_after(PATIENCE):
+        async with anyio.create_task_group() as group:
+            group.start_soon(wait)
+            while not queue._waiters._crowd().leader:  # noqa: ASYNC110  nothing tells of it
+                await anyio.sleep(0.01)
+            async with running(queue):
+                while not results:  # noqa: ASYNC110
+                    await anyio.sleep(0.01)
+    assert (results, stale) == (["x"], 0)

@@ -1011,3 +1011,9 @@ async def test_a_cancellation_that_a_job_left_behind_hits_no_other_job(backend: 
     results = [await queue.get_job_result(job_id) for job_id in ids]
     assert results == ["left", "unharmed"]
     assert [await queue.get_job_state(job_id) for job_id in ids] == ["completed"] * 2
+
+
+@pytest.mark.parametrize("processes", [0, -1])
+async def test_a_worker_has_a_process_at_least(backend: Backend, processes: int) -> None:
+    with pytest.raises(ValueError, match=f"processes must be at least 1, not {processes}"):
+        Worker(make_queue(backend), processes=processes)

@@ -25,7 +25,7 @@ __all__ = ["TASK_REGISTRY", "RegisteredTask", "TaskRegistry"]
 logger = get_logger(__name__)
 
 ASYNCMQ_KEYS: Final = {
-    "func": "function",
+    "func": "called",
     "queue": "queue",
     "retries": "retries",
     "ttl": "ttl",
@@ -38,7 +38,8 @@ ASYNCMQ_KEYS: Final = {
 class RegisteredTask(Mapping[str, Any]):
     """A function that workers run, and what its jobs get when their producer does not say.
 
-    Also a mapping with the keys of AsyncMQ's registry: `func`, `queue`, `retries`, `ttl`, `progress_enabled`.
+    Also a mapping with the keys of AsyncMQ's registry: `func`, `queue`, `retries`, `ttl`,
+    `progress_enabled`. As there, `func` is the `TaskWrapper`, if `@task` made one.
     """
 
     id: str
@@ -55,6 +56,23 @@ class RegisteredTask(Mapping[str, Any]):
     progress: bool = False
     process: bool = False
     validate: bool = True
+    wrapper: Any = field(default=None, repr=False)
+    """The `TaskWrapper` of the function."""
+
+    @property
+    def called(self) -> Any:
+        """The wrapper, which has `enqueue`, or without one the function."""
+        return self.function if self.wrapper is None else self.wrapper
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What AsyncMQ's keys do not say, as keywords of `TaskRegistry.register`."""
+        return {
+            "backoff": self.backoff_function or self.backoff,
+            "timeout": self.timeout,
+            "process": self.process,
+            "validate": self.validate,
+        }
 
     async def run(self, job: JobHead, threads: CapacityLimiter, context: JobContext) -> Any:
         """Run the task on the job's arguments: an async function here, a sync one in a thread, a `process` one in a process.
@@ -132,7 +150,7 @@ class TaskRegistry(MutableMapping[str, RegisteredTask]):
         process: bool = False,
         validate: bool = True,
     ) -> RegisteredTask:
-        """Add a function under its name, or `module.function`.
+        """Add a function under its name, or `module.function`. Of a `TaskWrapper`, that is its function.
 
         Raises:
             InvalidArgument: it has no name, and is given none; or it cannot run in a process.
@@ -141,6 +159,9 @@ class TaskRegistry(MutableMapping[str, RegisteredTask]):
         check_queue_name(queue)
         if not callable(function):
             raise InvalidArgument("a task must be a function", function)
+        wrapped = _wrapped_task(function)
+        wrapper = None if wrapped is None else function
+        function = function if wrapped is None else wrapped.function
         runs_here = is_async(function)
         if process:
             _check_process(function, progress=progress, runs_here=runs_here)
@@ -170,6 +191,7 @@ class TaskRegistry(MutableMapping[str, RegisteredTask]):
             progress=progress,
             process=process,
             validate=validate,
+            wrapper=wrapper,
         )
         self._tasks[task_id] = entry
         self._runs[task_id] = _runs_of_modules(function)
@@ -230,13 +252,16 @@ class TaskRegistry(MutableMapping[str, RegisteredTask]):
         if isinstance(entry, RegisteredTask):
             self._tasks[task_id] = entry
             return
+        wrapped = _wrapped_task(entry["func"])
+        given = {**(wrapped or {}), **entry}
         self.register(
-            entry["func"],
+            given["func"],
             name=task_id,
-            queue=entry.get("queue", "default"),
-            retries=entry.get("retries", 0),
-            ttl=entry.get("ttl"),
-            progress=entry.get("progress_enabled", False),
+            queue=given.get("queue", "default"),
+            retries=given.get("retries", 0),
+            ttl=given.get("ttl"),
+            progress=given.get("progress_enabled", False),
+            **({} if wrapped is None else wrapped.options),
         )
 
     def __delitem__(self, task_id: str) -> None:
@@ -251,6 +276,12 @@ class TaskRegistry(MutableMapping[str, RegisteredTask]):
 
 TASK_REGISTRY = TaskRegistry()
 """The registry of `@task` (AsyncMQ `TASK_REGISTRY`)."""
+
+
+def _wrapped_task(function: Any) -> RegisteredTask | None:
+    """Return the task of a `TaskWrapper`; `None` for what is none."""
+    entry = getattr(function, "entry", None)
+    return entry if isinstance(entry, RegisteredTask) else None
 
 
 def _check_process(function: Callable[..., Any], *, progress: bool, runs_here: bool) -> None:

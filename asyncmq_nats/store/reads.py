@@ -196,7 +196,7 @@ class Inspection:
         try:
             data = load_json(record.body)
             data.setdefault("created_at", record.time)
-            return _with_last_error(Job.from_dict(data | {"id": decode_token(token)} | known))
+            return Job.from_dict(data | {"id": decode_token(token)} | known)
         except InvalidJob as problem:
             return new_job(
                 task_id="?",
@@ -206,21 +206,3 @@ class Inspection:
                 # of a newer version, if it was put off
                 last_error=str(data.get("put_off_reason") or problem),
             )
-
-
-def _with_last_error(job: Job) -> Job:
-    """Return a job that is to be tried again with what went wrong last, as one that has ended has it."""
-    if job.status in OUTCOMES:
-        return job
-    if job.put_off_reason is not None:
-        return replace(job, last_error=job.put_off_reason)
-    if not job.errors:
-        return job
-    last = job.errors[-1]
-    at = last.get("at")
-    return replace(
-        job,
-        last_error=str(last.get("error", "")),
-        error_traceback=str(last.get("traceback", "")),
-        last_attempt=at if isinstance(at, int | float) else None,
-    )

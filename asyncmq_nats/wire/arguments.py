@@ -6,11 +6,10 @@ What is accepted arrives equal (docs/arguments.md). Nothing here knows what a jo
 import dataclasses
 import math
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from functools import lru_cache
-from typing import Any, Final, cast
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Final
 
-from pydantic import BaseModel, ConfigDict, PydanticUserError, TypeAdapter, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic_core import (
     InitErrorDetails,
     PydanticSerializationError,
@@ -18,10 +17,9 @@ from pydantic_core import (
     to_json,
     to_jsonable_python,
 )
-from typing_extensions import TypedDict
 
 from asyncmq_nats.exceptions import NotSerializable
-from asyncmq_nats.wire.signatures import Call, Chain, Slot
+from asyncmq_nats.wire.signatures import Call, Chain, Slot, adapter_of, make_adapter
 
 __all__ = ["Arguments", "write_by_class"]
 
@@ -40,7 +38,6 @@ EXACT: Final[Mapping[Any, frozenset[type]]] = {
 """Annotations whose values JSON has itself: a value of these classes needs no trial."""
 PLAIN_BITS: Final = 8_192
 """Readers of JSON take integers of more bits than these."""
-CONFIG: Final = ConfigDict(arbitrary_types_allowed=True)
 SerializationErrors: Final = (PydanticSerializationError, ValueError, TypeError, RecursionError)
 
 
@@ -111,7 +108,7 @@ class _Shape:
         self._keys = tuple(slot.key for slot in call.slots)
         self._exact = [_exact_classes(slot.annotation) for slot in call.slots]
         self._all_exact = all(self._exact)
-        self._adapter = _adapter(title, call.slots)
+        self._adapter = make_adapter(title, {slot.key: slot.annotation for slot in call.slots})
         self._typed = any(slot.annotation is not Any for slot in call.slots)
 
     # -- write
@@ -140,7 +137,7 @@ class _Shape:
             return value
         if _holds_iterator(value):
             raise NotSerializable(what, "it can be read once only: pass a list")
-        adapter = _adapter(self._title, [slot])
+        adapter = make_adapter(self._title, {slot.key: slot.annotation})
         try:
             expected = adapter.validate_python({slot.key: value}, by_alias=True, by_name=True)
         except ValidationError as error:  # its worker may know better, if it arrives there
@@ -211,13 +208,6 @@ def _is_unicode(text: str) -> bool:
 def _json(value: Any) -> bytes:
     # `null`, since NaN is no JSON: it does not arrive equal then.
     return to_json(value, inf_nan_mode="null")
-
-
-def _adapter(title: str, slots: Sequence[Slot]) -> TypeAdapter[Any]:
-    fields = {slot.key: slot.annotation for slot in slots}
-    values = cast("Any", TypedDict)(title, fields)
-    values.__pydantic_config__ = CONFIG
-    return TypeAdapter(values)
 
 
 def _round_trip(adapter: TypeAdapter[Any], given: dict[str, Any]) -> dict[str, Any] | None:
@@ -356,19 +346,16 @@ def _by_class(value: Any, what: str) -> Any:
     if isinstance(value, list | tuple | set | frozenset | deque):
         return [_by_class(item, what) for item in value]
     try:
-        adapter = _class_adapter(cast("Hashable", kind))
-        written = None if adapter is None else _round_trip(adapter, {"value": value})
-        if written is not None:
-            return written["value"]
+        adapter = adapter_of(kind)
         if adapter is None:
             return to_jsonable_python(value)
-        raise NotSerializable(
-            what, _difference(adapter, {"value": value}, {"value": value}, Slot("value", kind))
-        )
+        given = {"value": value}
+        if (written := _round_trip(adapter, given)) is not None:
+            return written["value"]
+        reason = _difference(adapter, given, given, Slot("value", kind))
     except SerializationErrors as error:
-        if isinstance(error, NotSerializable):
-            raise
-        raise NotSerializable(what, str(error)) from None
+        reason = str(error)
+    raise NotSerializable(what, reason)
 
 
 def _mapping_by_class(value: Mapping[Any, Any], what: str) -> dict[str, Any]:
@@ -382,11 +369,3 @@ def _mapping_by_class(value: Mapping[Any, Any], what: str) -> dict[str, Any]:
             raise NotSerializable(what, f"two of its keys are written as {text!r}")
         written[text] = _by_class(item, what)
     return written
-
-
-@lru_cache(maxsize=CACHED_SHAPES)
-def _class_adapter(kind: Hashable) -> TypeAdapter[Any] | None:
-    try:
-        return _adapter("Value", [Slot("value", kind)])
-    except PydanticUserError:
-        return None

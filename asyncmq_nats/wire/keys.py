@@ -247,10 +247,6 @@ class QueueSubjects:
         """Return whether this is the key of a tick that is due."""
         return self.parse(key).kind is Kind.FIRE
 
-    def is_plan_due(self, key: str) -> bool:
-        """Return whether this is the key of a flow whose producer may have died."""
-        return self.parse(key).kind is Kind.PLAN_DUE
-
     def rid(self, key: str) -> str:
         """Return the id of the repeatable that a key is about."""
         return decode_token(self.parse(key).token)

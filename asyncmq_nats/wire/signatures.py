@@ -15,12 +15,13 @@ from typing_extensions import TypedDict
 
 from asyncmq_nats._logging import get_logger
 
-__all__ = ["Call", "Chain", "Slot"]
+__all__ = ["Call", "Chain", "Slot", "adapter_of", "make_adapter"]
 
 logger = get_logger(__name__)
 
 POSITIONAL: Final = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
 BY_NAME: Final = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
+CONFIG: Final = ConfigDict(arbitrary_types_allowed=True)
 Kind = Literal[
     "missing_argument",
     "multiple_argument_values",
@@ -163,14 +164,8 @@ def _unwrapped(function: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
     while current is not None and id(current) not in seen:
         seen.add(id(current))
         yield current
-        current = (
-            None if "__signature__" in vars_of(current) else getattr(current, "__wrapped__", None)
-        )
-
-
-def vars_of(value: Any) -> Mapping[str, Any]:
-    """Return the attributes that the value itself has."""
-    return getattr(value, "__dict__", {})
+        is_last = "__signature__" in getattr(current, "__dict__", {})
+        current = None if is_last else getattr(current, "__wrapped__", None)
 
 
 def _parameters(function: Callable[..., Any]) -> Sequence[Parameter]:
@@ -196,7 +191,7 @@ def _level(function: Callable[..., Any], supplied: frozenset[str], *, is_called:
         rest=kinds.get(Parameter.VAR_POSITIONAL),
         others=kinds.get(Parameter.VAR_KEYWORD),
         annotations={
-            name: annotation if _adapter(annotation) is not None else Any
+            name: annotation if adapter_of(annotation) is not None else Any
             for name, annotation in annotations.items()
         },
     )
@@ -274,25 +269,31 @@ def _scopes(function: Callable[..., Any]) -> Iterator[Mapping[str, Any]]:
         yield getattr(code, "__globals__", {})
 
 
-@functools.lru_cache(maxsize=1_000)
-def _adapter_of(annotation: Any) -> TypeAdapter[Any] | None:
-    values = cast("Any", TypedDict)("Value", {"value": annotation})
-    values.__pydantic_config__ = ConfigDict(arbitrary_types_allowed=True)
-    try:
-        return TypeAdapter(values)
-    except (PydanticUserError, PydanticUndefinedAnnotation):
-        return None
+def make_adapter(title: str, fields: Mapping[str, Any]) -> TypeAdapter[Any]:
+    """Return the adapter of a dict with these annotations. `title`: for messages."""
+    values = cast("Any", TypedDict)(title, dict(fields))
+    values.__pydantic_config__ = CONFIG
+    return TypeAdapter(values)
 
 
-def _adapter(annotation: Any) -> TypeAdapter[Any] | None:
+def adapter_of(annotation: Any) -> TypeAdapter[Any] | None:
+    """Return the adapter of `{"value": …}`; `None` for an annotation that pydantic does not know."""
     try:
         return _adapter_of(annotation)
     except TypeError:  # one that cannot be hashed
         return _adapter_of.__wrapped__(annotation)
 
 
+@functools.lru_cache(maxsize=1_000)
+def _adapter_of(annotation: Any) -> TypeAdapter[Any] | None:
+    try:
+        return make_adapter("Value", {"value": annotation})
+    except (PydanticUserError, PydanticUndefinedAnnotation):
+        return None
+
+
 def _can_travel(annotation: Any) -> bool:
-    adapter = _adapter(annotation)
+    adapter = adapter_of(annotation)
     if adapter is None:
         return False
     try:
