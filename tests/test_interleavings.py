@@ -401,11 +401,11 @@ async def test_a_job_that_fails_at_once_does_not_end_one_that_has_ended(
     real = links.park
     faster = make_queue(queue.backend, echo=echo)
 
-    async def slow(job: Job) -> int:
+    async def slow(job: Job, last: int) -> int:
         monkeypatch.setattr(links, "park", real)
         assert await faster.add("echo", ["ran"], job_id="mine") == "mine"
         await run_jobs(faster)
-        return await real(job)
+        return await real(job, last)
 
     monkeypatch.setattr(links, "park", slow)
     assert (

@@ -88,16 +88,21 @@ class Additions:
         return job.job_id
 
     async def _add_once(self, job: Job) -> str:
-        if job.custom_id and await self.is_duplicate(job.job_id):
-            return job.job_id
-        write = self.first_write(job)
+        last = 0
+        if job.custom_id:
+            missing = await self.plans.missing([job.job_id])
+            if not missing:
+                await self.announce(DUPLICATED, job.job_id)
+                return job.job_id
+            last = missing[job.job_id]
+        write = self.first_write(job, last=last)
         if job.depends_on:
-            return await self._add_waiting(job)
+            return await self._add_waiting(job, last)
         await self._write_again_when_missing([write], {job.priority})
         return job.job_id
 
-    async def _add_waiting(self, job: Job) -> str:
-        """Store a job that depends on others.
+    async def _add_waiting(self, job: Job, last: int) -> str:
+        """Store a job that depends on others. `last`: see `Plans.missing`.
 
         Raises:
             WriteRefused: a job with its id is there, or an earlier try stored it.
@@ -105,11 +110,12 @@ class Additions:
         known = await self.plans.links.find(job.depends_on or ())
         planned = self.plans.links.plan(job, known)
         if not planned.waits_for_others:
-            await self._write_again_when_missing([self.first_write(planned)], {job.priority})
+            write = self.first_write(planned, last=last)
+            await self._write_again_when_missing([write], {job.priority})
             return job.job_id
         self.check_size(planned)
         links, token = self.plans.links, encode_token(job.job_id)
-        sequence = await links.park(planned)
+        sequence = await links.park(planned, last)
         came = await links.connect(planned, planned.parents, known)
         if came.failed:
             await self.dependencies.release(token)
@@ -117,17 +123,8 @@ class Additions:
             await self.dependencies.parked.settle(planned, sequence, closed=came.closed)
         return job.job_id
 
-    async def writes_of(self, job: Job, *, in_bucket: bool = False) -> list[Write]:
-        """Return the writes that add a job in one batch: itself, and its edges if it waits.
-
-        Raises:
-            JobNotFound: a job that it depends on is not in this queue.
-            NotSerializable, PayloadTooLarge: as for `add`.
-        """
-        return (await self._batch([job], in_bucket=in_bucket)).writes
-
-    async def add_batch(self, jobs: Sequence[Job]) -> None:
-        """Store up to 1,000 new jobs, all or none.
+    async def add_batch(self, jobs: Sequence[Job], missing: Mapping[str, int]) -> None:
+        """Store up to 1,000 new jobs, all or none. `missing`: those with chosen ids.
 
         One batch is in one log: if any of them goes through the scheduler bucket, all of them do.
 
@@ -136,7 +133,7 @@ class Additions:
         """
         if len(jobs) == 1 and jobs[0].depends_on:
             await self._assets.declare_tier(jobs[0].priority)
-            await self._add_waiting(jobs[0])
+            await self._add_waiting(jobs[0], missing.get(jobs[0].job_id, 0))
             return
         priorities = {job.priority for job in jobs}
         for priority in priorities:
@@ -144,13 +141,13 @@ class Additions:
         in_bucket = any(
             job.custom_id or job.delay_until is not None or job.depends_on for job in jobs
         )
-        batch = await self._batch(jobs, in_bucket=in_bucket)
+        batch = await self._batch(jobs, missing, in_bucket=in_bucket)
         try:
             await self._write_again_when_missing(batch.writes, priorities)
         except StreamBusy:  # strangers can keep batches of the ready log open, not of the bucket
             if in_bucket:
                 raise
-            batch = await self._batch(jobs, in_bucket=True)
+            batch = await self._batch(jobs, missing, in_bucket=True)
             await self._write_again_when_missing(batch.writes, priorities)
         await self._finish_batch(batch)
 
@@ -168,7 +165,7 @@ class Additions:
             await self._assets.declare_tier(priority)
         jobs = tie(jobs)
         chosen = [job for job in jobs if job.custom_id]
-        await self._refuse_existing(chosen)
+        missing = await self._refuse_existing(chosen)
         if 1 < len(jobs) <= PLAN_JOBS and not chosen:
             planned = await self.plans.plan(jobs)
             for job in planned:
@@ -178,22 +175,26 @@ class Additions:
         inside = {job.job_id for job in jobs}
         rest = list(jobs)
         while rest:
-            rest = rest[await self._add_next_linked(rest, inside, priorities) :]
+            rest = rest[await self._add_next_linked(rest, inside, missing, priorities) :]
 
     async def _add_next_linked(
-        self, jobs: Sequence[Job], inside: Collection[str], priorities: Collection[int]
+        self,
+        jobs: Sequence[Job],
+        inside: Collection[str],
+        missing: Mapping[str, int],
+        priorities: Collection[int],
     ) -> int:
         """Store the first of the jobs, as many as fit into a batch; return how many."""
         more = 20
         while True:
-            more, batch = more - 1, await self._batch(jobs, inside=inside, in_bucket=True)
+            more, batch = more - 1, await self._batch(jobs, missing, inside=inside, in_bucket=True)
             try:
                 await self._write_again_when_missing(batch.writes, priorities)
             except (
                 WriteRefused
             ):  # a parent outside has ended, or a job with one of the ids is there
                 if not await self.are_stored(jobs[: batch.count]):
-                    await self._refuse_existing(jobs[: batch.count])
+                    missing = {**missing, **await self._refuse_existing(jobs[: batch.count])}
                     if not more:
                         raise
                     await pause_after_refusal()
@@ -207,14 +208,21 @@ class Additions:
         A confirmation was lost, and they have moved on since.
         """
         ours = next((job for job in jobs if not job.custom_id), None)  # nobody else has its id
-        return ours is not None and await self.exists(ours.job_id)
+        return ours is not None and await self.plans.exists(ours.job_id)
 
     # -- batches
 
     async def _batch(
-        self, jobs: Sequence[Job], *, inside: Collection[str] = (), in_bucket: bool
-    ) -> "Batch":
+        self,
+        jobs: Sequence[Job],
+        missing: Mapping[str, int],
+        *,
+        inside: Collection[str] = (),
+        in_bucket: bool,
+    ) -> Batch:
         """Return the writes that add the first of the jobs, as many as fit into a batch.
+
+        `missing`: those with chosen ids, see `Plans.missing`.
 
         Raises:
             JobNotFound: one depends on a job that is neither in this queue nor `inside`.
@@ -228,7 +236,11 @@ class Additions:
             outside = [parent for parent in planned.parents if parent not in inside]
             late = bool(planned.wide) or len(outside) > EDGES_IN_BATCH
             writes = await self._writes(
-                planned, {} if late else known, outside, in_bucket=in_bucket
+                planned,
+                {} if late else known,
+                outside,
+                last=missing.get(job.job_id, 0),
+                in_bucket=in_bucket,
             )
             if batch.writes and len(batch.writes) + len(writes) > BATCH:
                 break
@@ -256,15 +268,21 @@ class Additions:
             outside = [parent for parent in planned.parents if parent not in inside]
             # Without its edges, for which a promoter sees to them when its timer is over.
             late = bool(planned.wide) or len(outside) > EDGES_IN_BATCH
-            writes += await self._writes(planned, {} if late else known, outside, in_bucket=True)
+            writes += await self._writes(planned, {} if late else known, outside)
         return writes
 
     async def _writes(
-        self, job: Job, known: Mapping[str, Parent], outside: Sequence[str], *, in_bucket: bool
+        self,
+        job: Job,
+        known: Mapping[str, Parent],
+        outside: Sequence[str],
+        *,
+        last: int = 0,
+        in_bucket: bool = True,
     ) -> list[Write]:
         """Return the writes that add a planned job. No `known` parents: its edges are for later."""
         if not job.waits_for_others:
-            return [self.first_write(job, in_bucket=in_bucket)]
+            return [self.first_write(job, last=last, in_bucket=in_bucket)]
         self.check_size(job)
         token = encode_token(job.job_id)
         failed = [parent for parent in outside if parent in known and known[parent].state]
@@ -273,7 +291,7 @@ class Additions:
         linking = bool(outside) and not known
         parked = self.dependencies.parked
         body = linking_body(job) if linking else parked_body(job)
-        expect = Expect(self._subjects.later_all(token))
+        expect = Expect(self._subjects.later_all(token), last)
         writes = [
             *parked.waits.writes(job),
             parked.parked_write(token, body, expect, linking=linking),
@@ -281,8 +299,8 @@ class Additions:
         for parent_id in outside if known else ():
             parent = encode_token(parent_id)
             edge = self._subjects.edge(parent, token)
-            last = Expect(self._subjects.done_all(parent), known[parent_id].last)
-            writes.append(Write(edge, b"{}", last))
+            open_still = Expect(self._subjects.done_all(parent), known[parent_id].last)
+            writes.append(Write(edge, b"{}", open_still))
         return writes
 
     async def _failed_at_once(self, job: Job, token: str, parent_id: str) -> Write:
@@ -297,7 +315,7 @@ class Additions:
         data = load_json(parked_body(job))
         return self.dependencies.parked.failure(data, token, parent_id, end.fence)
 
-    async def _finish_batch(self, batch: "Batch") -> None:
+    async def _finish_batch(self, batch: Batch) -> None:
         """Write the edges that did not fit into a batch, and tell those who wait for failed jobs."""
         for job, outside in batch.late:
             came = await self.plans.links.connect(job, outside, {})
@@ -309,13 +327,19 @@ class Additions:
             if self._subjects.outcome_state(write.subject):  # failed at once, with a parent
                 await self.dependencies.release(self._subjects.token(write.subject))
 
-    async def _refuse_existing(self, jobs: Sequence[Job]) -> None:
-        existing = await self.plans.stored(jobs) if jobs else set()
+    async def _refuse_existing(self, jobs: Sequence[Job]) -> dict[str, int]:
+        """Return what `Plans.missing` says of jobs that must not exist.
+
+        Raises:
+            InvalidFlow: one of them does.
+        """
+        missing = await self.plans.missing([job.job_id for job in jobs])
         for job in jobs:
-            if job.job_id in existing:
+            if job.job_id not in missing:
                 raise InvalidFlow(
                     f"a job {job.job_id!r} exists already: each flow needs ids of its own"
                 )
+        return missing
 
     async def _write_again_when_missing(
         self, writes: Sequence[Write], priorities: Iterable[int]
@@ -337,8 +361,13 @@ class Additions:
             else self._subjects.ready_log
         )
 
-    def first_write(self, job: Job, *, in_bucket: bool = False) -> Write:
-        """Return the write that adds the job. `in_bucket`: also a job that could be run at once goes through the scheduler bucket.
+    def first_write(self, job: Job, *, last: int = 0, in_bucket: bool = False) -> Write:
+        """Return the write that adds the job.
+
+        Args:
+            job: waits for no other.
+            last: see `Plans.missing`.
+            in_bucket: also a job that could run at once goes through the scheduler bucket.
 
         Raises:
             InvalidJobId, NotSerializable, PayloadTooLarge: as for `add`.
@@ -346,7 +375,7 @@ class Additions:
         if job.custom_id:
             check_job_id(job.job_id)
         token, body = encode_token(job.job_id), self.check_size(job)
-        nothing = Expect(self._subjects.later_all(token))
+        nothing = Expect(self._subjects.later_all(token), last)
         if job.delay_until is not None:
             return delayed_write(
                 self._subjects, token, body, (job.delay_until, self._backend.now()), nothing
@@ -382,16 +411,5 @@ class Additions:
         await announce(self._backend, self._subjects, what, job_id, **data)
 
     async def exists(self, job_id: str) -> bool:
-        """Return whether the queue has a job with that id, in any state."""
-        token = encode_token(job_id)
-        # Those who wait for a job that was removed are no trace of it: it may be added again. Nor is a claim, if nothing else is there.
-        bucket = await self._backend.last(
-            self._subjects.bucket_log, self._subjects.later_all(token), self._subjects.ends(token)
-        )
-        if any(
-            not record.marker and not self._subjects.is_claim(record.subject) for record in bucket
-        ):
-            return True
-        return bool(
-            await self._backend.last(self._subjects.ready_log, self._subjects.ready_any(token))
-        )
+        """See `Plans.exists`."""
+        return await self.plans.exists(job_id)

@@ -13,12 +13,11 @@ from asyncmq_nats.events import DUPLICATED
 from asyncmq_nats.exceptions import AsyncMQError, BulkAddFailed, WriteRefused
 from asyncmq_nats.jobs import Job
 from asyncmq_nats.store.commit import LAG, look_for, pause_after_refusal
-from asyncmq_nats.transitions.add import Additions
+from asyncmq_nats.transitions.add import BATCH, Additions
 from asyncmq_nats.transitions.deduplicate import Window, take_window
 
 __all__ = ["add_many", "build_entries", "check_entries"]
 
-BATCH: Final = 1000
 BATCHES_UNDER_WAY: Final = 4
 KEYS: Final = frozenset(
     {
@@ -137,11 +136,13 @@ async def add_many(additions: Additions, jobs: Sequence[Job]) -> list[str]:
 async def _add_batch(additions: Additions, batch: Sequence[Job]) -> None:
     """Add one batch; jobs with a chosen id that exists are left out, also when one appears while this runs, and so is what is stored."""
     while True:
-        new = await _without_existing(additions, batch)
+        chosen = {job.job_id for job in batch if job.custom_id}
+        missing = await additions.plans.missing(chosen)
+        new = await _without_existing(additions, batch, chosen - missing.keys())
         if not new:
             return
         try:
-            await additions.add_batch(new)
+            await additions.add_batch(new, missing)
         except WriteRefused:
             # A repetition is refused by its own first sending, if the server stored that and was lost before it said so.
             unique = not any(job.custom_id or job.depends_on for job in new)
@@ -155,22 +156,15 @@ async def _add_batch(additions: Additions, batch: Sequence[Job]) -> None:
             return
 
 
-async def _without_existing(additions: Additions, batch: Sequence[Job]) -> list[Job]:
-    existing: set[str] = set()
-
-    async def look_up(job_id: str) -> None:
-        if await additions.is_duplicate(job_id):
-            existing.add(job_id)
-
-    async with open_task_group() as group:
-        for job_id in {job.job_id for job in batch if job.custom_id}:
-            group.start_soon(look_up, job_id)
-    seen: set[str] = set()
-    new = []
+async def _without_existing(
+    additions: Additions, batch: Sequence[Job], existing: Iterable[str]
+) -> list[Job]:
+    """Return the jobs whose ids are new; tell of the others."""
+    seen, new = set(existing), list[Job]()
     for job in batch:
         if job.job_id in seen:
             await additions.announce(DUPLICATED, job.job_id)
-        elif job.job_id not in existing:
+        else:
             new.append(job)
         seen.add(job.job_id)
     return new

@@ -19,8 +19,8 @@ from asyncmq_nats.jobs import Job
 from asyncmq_nats.states import Place
 from asyncmq_nats.store.commit import LOOKS, pause_after_refusal
 from asyncmq_nats.store.many import for_each, read_many
-from asyncmq_nats.store.snapshot import Snapshot, group_by_job, read_end, read_snapshot
-from asyncmq_nats.transitions.parked import ParkedJobs, linking_body
+from asyncmq_nats.store.snapshot import Snapshot, read_end, read_snapshot
+from asyncmq_nats.transitions.parked import ParkedJobs, linking_body, read_snapshots
 from asyncmq_nats.transitions.waits import NARROW_LIMIT, Parent, Wait, new_wide, places_of
 from asyncmq_nats.wire.codec import dump_json, load_json
 from asyncmq_nats.wire.keys import QueueSubjects, decode_token, encode_token
@@ -84,22 +84,11 @@ class Links:
             )
         }
         rest = [token for token in tokens.values() if token not in ready]
-        filters = [
-            filter
-            for each in rest
-            for filter in (self._keys.later_all(each), self._keys.ends(each))
-        ]
-        records = await read_many(self._backend, self._log, filters)
-        grouped = group_by_job(records, self._keys)
-        snapshots = {
-            token: Snapshot.of(token, grouped[token], self._keys)
-            for token in rest
-            if token in grouped
-        }
+        snapshots = await read_snapshots(self._backend, self._keys, rest)
         return {
             job_id: Parent(job_id, None) if token in ready else _parent(job_id, snapshots[token])
             for job_id, token in tokens.items()
-            if token in ready or (token in snapshots and snapshots[token].exists)
+            if token in ready or snapshots[token].exists
         }
 
     async def read_parents(self, job_ids: Collection[str]) -> dict[str, Parent]:
@@ -158,14 +147,16 @@ class Links:
 
     # -- park, and link
 
-    async def park(self, job: Job) -> int:
+    async def park(self, job: Job, last: int = 0) -> int:
         """Store a job that waits, with a timer. Return the sequence of its record.
+
+        `last`: of a record at its keys that is no job; see `Plans.missing`.
 
         Raises:
             WriteRefused: a job with its id is on its way.
         """
         token = encode_token(job.job_id)
-        expect = Expect(self._keys.later_all(token))
+        expect = Expect(self._keys.later_all(token), last)
         write = self.parked.parked_write(
             token, linking_body(job), expect, linking=True, parents=len(job.parents)
         )
@@ -253,7 +244,7 @@ class Links:
                 await self.parked.free_wide(child, child.later[Place.RELEASED], data)
                 return []
             if parked is None:
-                await self._park_again(token, job, record)
+                await self._park_again(child, job, record)
             elif b'"linking"' not in parked.body:
                 job = replace(job, depends_on=[])  # all edges are there
         else:
@@ -273,11 +264,14 @@ class Links:
         except InvalidJob:
             return False
 
-    async def _park_again(self, token: str, job: Job, record: Delivery) -> None:
-        body = load_json(record.body) | {"linking": True}
-        expect = Expect(self._keys.later_all(token), record.sequence)
+    async def _park_again(self, child: Snapshot, job: Job, record: Delivery) -> None:
+        body = dump_json(load_json(record.body) | {"linking": True})
+        expect, parents = (
+            Expect(self._keys.later_all(child.token), child.last_later),
+            job.depends_on,
+        )
         write = self.parked.parked_write(
-            token, dump_json(body), expect, linking=True, parents=len(job.depends_on or ())
+            child.token, body, expect, linking=True, parents=len(parents or ())
         )
         await self._backend.write(self._log, write)
 

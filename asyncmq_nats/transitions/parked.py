@@ -6,7 +6,7 @@ server releases it and a promoter goes on. Such a record leaves its place by a w
 the timer; another one is written where it goes, and then deleted.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Final
@@ -20,6 +20,7 @@ from asyncmq_nats.jobs import Job
 from asyncmq_nats.states import Place, State
 from asyncmq_nats.store.announcing import announce
 from asyncmq_nats.store.commit import pause_after_refusal
+from asyncmq_nats.store.many import read_many
 from asyncmq_nats.store.records import LEAD, MARKER_TTL, delayed_write
 from asyncmq_nats.store.secret import QueueSecret
 from asyncmq_nats.store.snapshot import Snapshot, group_by_job, read_end
@@ -29,7 +30,14 @@ from asyncmq_nats.transitions.waits import Parent, Wait, Waits, read_when, texts
 from asyncmq_nats.wire.codec import dump_json, load_json, splice
 from asyncmq_nats.wire.keys import QueueSubjects, decode_token, encode_token
 
-__all__ = ["LINK_TIMEOUT", "ParkedJobs", "blame", "linking_body", "parked_body"]
+__all__ = [
+    "LINK_TIMEOUT",
+    "ParkedJobs",
+    "blame",
+    "linking_body",
+    "parked_body",
+    "read_snapshots",
+]
 
 logger = get_logger(__name__)
 
@@ -58,19 +66,15 @@ class ParkedJobs:
 
     async def read(self, witness: str, children: Sequence[str]) -> dict[str, Snapshot]:
         """Read some children from a replica that knows the record at `witness`, and what is older."""
-        filters = [
-            filter
-            for child in children
-            for filter in (self._keys.later_all(child), self._keys.ends(child))
-        ]
         records = await read_when(
             self._backend,
             self._log,
-            [witness, *filters],
+            [witness, *_filters(self._keys, children)],
             lambda found: any(record.subject == witness for record in found),
         )
-        grouped = group_by_job(records, self._keys)
-        return {child: Snapshot.of(child, grouped.get(child, ()), self._keys) for child in children}
+        # The witness may be a part of the child, which is no record of it in transit.
+        told = [record for record in records if record.subject != witness]
+        return _snapshots(self._keys, children, told)
 
     def parked_write(
         self, token: str, body: bytes, expect: Expect, *, linking: bool, parents: int = 0
@@ -253,8 +257,7 @@ class ParkedJobs:
         *,
         linking: bool,
     ) -> None:
-        last = max(each.sequence for each in child.later.values())
-        expect = Expect(self._keys.later_all(child.token), last)
+        expect = Expect(self._keys.later_all(child.token), child.last_later)
         await self._backend.write(
             self._log, delayed_write(self._keys, child.token, body, times, expect)
         )
@@ -266,11 +269,10 @@ class ParkedJobs:
 
     async def hand_over(self, child: Snapshot, record: Record, data: Mapping[str, Any]) -> None:
         """Move a job from where it waits with a timer to the promoters, in one message."""
-        last = max(each.sequence for each in child.later.values())
         write = Write(
             self._keys.later(child.token, Place.RELEASED),
             dump_json(data),
-            Expect(self._keys.later_all(child.token), last),
+            Expect(self._keys.later_all(child.token), record.sequence),
             removes=record.subject,
             beside=True,
         )
@@ -360,7 +362,7 @@ class ParkedJobs:
                         write = self.parked_write(token, body, Expect(key, sequence), linking=False)
                         await self._backend.write(self._log, write)
                         return
-                    child = await self._read(token)
+                    child = (await read_snapshots(self._backend, self._keys, [token]))[token]
                     parked = child.later.get(Place.PARKED)
                     data = None if parked is None else await self._open(child, parked)
                     if parked is None or data is None or data.pop("linking", None) is None:
@@ -373,11 +375,24 @@ class ParkedJobs:
                     sequence = 0
                     await pause_after_refusal()
 
-    async def _read(self, token: str) -> Snapshot:
-        records = await self._backend.last(
-            self._log, self._keys.later_all(token), self._keys.ends(token)
-        )
-        return Snapshot.of(token, records, self._keys)
+
+async def read_snapshots(
+    backend: Backend, keys: QueueSubjects, tokens: Collection[str]
+) -> dict[str, Snapshot]:
+    """Read what the bucket has of some jobs but for the edges to their children, by token."""
+    records = await read_many(backend, keys.bucket_log, _filters(keys, tokens))
+    return _snapshots(keys, tokens, records)
+
+
+def _filters(keys: QueueSubjects, tokens: Iterable[str]) -> list[str]:
+    return [each for token in tokens for each in (keys.later_all(token), keys.ends(token))]
+
+
+def _snapshots(
+    keys: QueueSubjects, tokens: Iterable[str], records: Iterable[Record]
+) -> dict[str, Snapshot]:
+    grouped = group_by_job(records, keys)
+    return {token: Snapshot.of(token, grouped.get(token, ()), keys) for token in tokens}
 
 
 def parked_body(job: Job) -> bytes:

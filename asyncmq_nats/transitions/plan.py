@@ -19,10 +19,9 @@ from asyncmq_nats.states import Place
 from asyncmq_nats.store.commit import LAG, look_for
 from asyncmq_nats.store.many import for_each, read_many
 from asyncmq_nats.store.records import MARKER_TTL
-from asyncmq_nats.store.snapshot import Snapshot, group_by_job
 from asyncmq_nats.store.topology import QueueAssets
 from asyncmq_nats.transitions.link import Links
-from asyncmq_nats.transitions.parked import parked_body
+from asyncmq_nats.transitions.parked import parked_body, read_snapshots
 from asyncmq_nats.transitions.release import Dependencies
 from asyncmq_nats.transitions.waits import NARROW_LIMIT, new_wide, places_of
 from asyncmq_nats.wire.codec import load_json
@@ -101,28 +100,30 @@ class Plans:
 
     # -- what is there
 
-    async def stored(self, jobs: Sequence[Job]) -> set[str]:
-        """Return the ids of those of the jobs that the queue has, in any state."""
-        tokens = {encode_token(job.job_id): job.job_id for job in jobs}
-        filters = [
-            filter
-            for each in tokens
-            for filter in (self._keys.later_all(each), self._keys.ends(each))
-        ]
-        found = group_by_job(await read_many(self._backend, self._log, filters), self._keys)
-        there = {
-            token
-            for token, records in found.items()
-            if Snapshot.of(token, records, self._keys).exists
-        }
-        rest = [self._keys.ready_any(token) for token in tokens if token not in there]
-        ready = await read_many(self._backend, self._keys.ready_log, rest)
-        there |= {self._keys.token(record.subject) for record in ready}
-        return {tokens[token] for token in there}
+    async def missing(self, job_ids: Collection[str]) -> dict[str, int]:
+        """Return the ids that the queue has no job of, in any state.
+
+        Their values are what the write that adds such a job expects: the sequence of the last
+        record at its keys in transit, 0 if there is none. It is a marker, or junk.
+        """
+        ids = {encode_token(job_id): job_id for job_id in job_ids}
+        found = await read_snapshots(self._backend, self._keys, ids)
+        missing = {token: each.last_later for token, each in found.items() if not each.exists}
+        filters = [self._keys.ready_any(token) for token in missing]
+        for record in await read_many(self._backend, self._keys.ready_log, filters):
+            missing.pop(self._keys.token(record.subject), None)
+        return {ids[token]: last for token, last in missing.items()}
+
+    async def exists(self, job_id: str) -> bool:
+        """Return whether the queue has a job with that id, in any state.
+
+        What waits for a job that was removed is no trace of it, nor is a claim: it may be added.
+        """
+        return not await self.missing([job_id])
 
     async def _require_stored(self, job: Job, refused: WriteRefused) -> None:
         """Learn of a refusal: an earlier try has stored the job, or the refusal is an error."""
-        if not await look_for(partial(self.stored, [job]), LAG):
+        if not await look_for(partial(self.exists, job.job_id), LAG):
             raise refused
 
     # -- plan
@@ -168,14 +169,7 @@ class Plans:
     async def _remove_zombies(self, jobs: Sequence[Job]) -> None:
         """Remove jobs that were parked here after a promoter had added them, and they had ended."""
         tokens = [encode_token(job.job_id) for job in jobs if job.waits_for_others]
-        filters = [
-            filter
-            for token in tokens
-            for filter in (self._keys.later(token, Place.PARKED), self._keys.ends(token))
-        ]
-        found = group_by_job(await read_many(self._backend, self._log, filters), self._keys)
-        for token, records in found.items():
-            child = Snapshot.of(token, records, self._keys)
+        for child in (await read_snapshots(self._backend, self._keys, tokens)).values():
             parked = child.later.get(Place.PARKED)
             if child.ended and parked is not None:
                 await self._backend.delete(self._log, parked.sequence)
@@ -198,15 +192,13 @@ class Plans:
         for priority in {job.priority for job in jobs}:
             await self._assets.declare_tier(priority)
         inside = {job.job_id for job in jobs}
-        there = set[str]()
-        if repeated or any(job.custom_id for job in jobs):
-            there = await self.stored(jobs)
-        new = [job for job in jobs if job.job_id not in there]
+        missing = await self.missing(inside) if repeated else inside
+        new = [job for job in jobs if job.job_id in missing]
         waiting = [job for job in new if job.waits_for_others]
         outside = [job for job in waiting if set(job.parents) - inside]
         sequences = await self._park(waiting, {job.job_id for job in outside})
         if repeated:
-            await self._complete_parts([job for job in jobs if job.job_id in there])
+            await self._complete_parts([job for job in jobs if job.job_id not in missing])
         failed = await self._connect(outside, inside, sequences)
         await for_each(self._start, [job for job in new if not job.waits_for_others])
         for job_id in failed:
