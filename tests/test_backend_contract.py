@@ -340,6 +340,23 @@ async def test_a_list_is_read_in_both_orders_page_by_page(
     assert backwards == expected[::-1]
 
 
+async def test_a_match_is_found_where_a_read_ends_between_it_and_its_index_entry(
+    backend: Backend,
+) -> None:
+    """A list is read in parts of some sequences; other programs may write between the two."""
+    for start in range(0, 2_700, 900):
+        await backend.write("notes", *(Write(f"notes.b.{start + n}", b"") for n in range(900)))
+    await backend.write("notes", Write("notes.index.1", b""))
+    await backend.write("notes", *(Write(f"notes.c.{n}", b"") for n in range(3)))
+    match = await backend.write("notes", Write("notes.a.1", b""))
+    await backend.write("notes", *(Write(f"notes.d.{n}", b"") for n in range(900)))
+    for start in range(match - 2_053, match - 2_043):
+        page = await backend.page(
+            "notes", "notes.a.*", from_sequence=start, mostly=True, index="notes.index.*"
+        )
+        assert [record.sequence for record in page] == [match], start
+
+
 async def test_a_list_is_read_backwards_over_a_long_gap(backend: Backend) -> None:
     sequences = await fill(backend, lambda n: True, 6000)
     await backend.purge("notes", "notes.>", before=sequences[-3])
