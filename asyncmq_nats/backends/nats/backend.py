@@ -40,7 +40,13 @@ from asyncmq_nats.backends.nats.reader import Reader
 from asyncmq_nats.backends.nats.room import Ballasts, Fills
 from asyncmq_nats.backends.nats.streams import Assets, format_time
 from asyncmq_nats.backends.nats.writer import BATCH_LIMIT, Writer
-from asyncmq_nats.exceptions import AssetMissing, BackendError, PayloadTooLarge, Unconfirmed
+from asyncmq_nats.exceptions import (
+    AssetMissing,
+    BackendError,
+    ConnectionLost,
+    PayloadTooLarge,
+    Unconfirmed,
+)
 from asyncmq_nats.settings import Settings, mask_login, parse_servers
 from asyncmq_nats.settings import settings as environment
 
@@ -418,6 +424,8 @@ class NATSBackend:
         def on_reply(reply: Reply | None) -> None:
             if reply is not None and b'"success":true' in reply.body:
                 on_removed(True)
+            elif connection.client.is_closed:
+                on_removed(ConnectionLost(connection.servers))
             else:  # an error, or no answer: then it may be gone by this
                 connection.background.run(
                     self._delete_again(log, sequence, on_removed, in_doubt=reply is None)

@@ -9,7 +9,7 @@ import itertools
 import json
 import re
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from datetime import datetime
 from typing import Any, Final, NamedTuple
 
@@ -94,6 +94,7 @@ class Connection:
         self._offset_until = 0.0
         self._offset_precision = float("inf")
         self.on_reconnect: list[Callable[[], None]] = [self._interrupt_requests]
+        self.on_close: list[Callable[[], None]] = [self._end_requests]
         self.on_refusal: list[Callable[[str, str], None]] = [self._refuse_requests]
         """Called with a subject that this user may not publish or subscribe to, *in lower case* (nats-py 2.16), and the server's words."""
         self.background = Background()
@@ -121,7 +122,6 @@ class Connection:
             ServerUnsuitable: the server is too old, or JetStream is off.
             PermissionRefused: this user may not receive replies.
         """
-        self.background.start()
         callbacks = {
             "error_cb": self._on_error,
             "reconnected_cb": self._on_reconnected,
@@ -187,10 +187,7 @@ class Connection:
         return self._version < ((2, 12, 14) if self._version < (2, 13) else (2, 14, 4))
 
     async def close(self) -> None:
-        """Send what is pending and disconnect."""
-        for _, done in self._requests.values():
-            if not done.done():
-                done.set_exception(ConnectionLost(self.servers))
+        """Send what is pending and disconnect. What is not answered by then ends as `ConnectionLost`."""
         await self.background.stop()
         if not self._client.is_closed:
             try:
@@ -200,6 +197,8 @@ class Connection:
             except (nats.errors.Error, TimeoutError, OSError) as error:
                 logger.warning("closing the connection to %s: %s", self.servers, error)
             await self._close_client()
+        for hook in self.on_close:
+            hook()
 
     def abandon(self) -> None:
         """Disconnect without awaiting anything: the event loop of the connection runs no more."""
@@ -343,8 +342,12 @@ class Connection:
 
     def _interrupt_requests(self) -> None:
         for _, done in self._requests.values():
+            _give_up(done)
+
+    def _end_requests(self) -> None:
+        for _, done in self._requests.values():
             if not done.done():
-                done.set_exception(TimeoutError())
+                done.set_exception(ConnectionLost(self.servers))
 
     def _refuse_requests(self, refused: str, text: str) -> None:
         for subject, done in self._requests.values():
@@ -455,26 +458,25 @@ def _give_up(done: "asyncio.Future[None]") -> None:
 
 
 class Background:
-    """Tasks that serve a connection: a task group that lives from `start` to `stop`, without a block of code around it.
+    """Tasks that serve a connection until `stop`: a task group without a block of code around it.
 
     nats-py's callbacks run outside any group, and a backend has no `async with`; so the owner is this object.
     """
 
     def __init__(self) -> None:
         self._tasks: set[asyncio.Task[None]] = set()
-        self._open = False
+        self._stopped = False
 
-    def start(self) -> None:
-        """Accept tasks."""
-        self._open = True
-
-    def run(self, work: Awaitable[None]) -> None:
-        """Run the work; what it raises is logged."""
+    def run(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run the work; what it raises is logged. After `stop` it is dropped."""
+        if self._stopped:
+            work.close()
+            return
         task = asyncio.ensure_future(self._guard(work))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _guard(self, work: Awaitable[None]) -> None:
+    async def _guard(self, work: Coroutine[Any, Any, None]) -> None:
         try:
             await work
         except BackendError as error:
@@ -484,7 +486,7 @@ class Background:
 
     async def stop(self) -> None:
         """Cancel what runs and wait for it."""
-        self._open = False
+        self._stopped = True
         current = asyncio.current_task()
         tasks = [task for task in self._tasks if task is not current]
         for task in tasks:

@@ -163,6 +163,7 @@ class Writer:
         self._sweeping = False
         connection.on_reconnect.append(self._resend_all)
         connection.on_refusal.append(self._on_forbidden)
+        connection.on_close.append(self._end_all)
 
     async def open(self) -> None:
         """Listen for confirmations."""
@@ -411,6 +412,10 @@ class Writer:
         overdue = time.monotonic() - RESEND_AFTER
         for entry in self._table.values():
             entry.sent_at = min(entry.sent_at, overdue)
+
+    def _end_all(self) -> None:
+        for entry in list(self._table.values()):
+            self._finish(entry, ConnectionLost(self._connection.servers))
 
     async def _sweep(self) -> None:
         try:
