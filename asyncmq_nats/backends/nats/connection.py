@@ -10,7 +10,7 @@ import json
 import re
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any, Final, NamedTuple
 
 import nats.errors
@@ -40,7 +40,7 @@ from asyncmq_nats.exceptions import (
 )
 from asyncmq_nats.settings import Settings, mask_login
 
-__all__ = ["ANSWER_SIZE", "Connection", "Reply", "parse_time", "patience_with"]
+__all__ = ["ANSWER_SIZE", "Connection", "Reply", "format_time", "parse_time", "patience_with"]
 
 logger = get_logger(__name__)
 
@@ -88,7 +88,7 @@ class Connection:
         self._collectors: dict[bytes, Callable[[Reply], None]] = {}
         self._requests: dict[bytes, tuple[str, asyncio.Future[None]]] = {}
         self._tokens = itertools.count(1)
-        self._inbox = ""
+        self._inbox = b""
         self._slow = Throttle()
         self._offset = time.time() - time.monotonic()
         self._offset_until = 0.0
@@ -134,13 +134,13 @@ class Connection:
             reason = self._client.last_error or error
             await self._close_client()
             raise ConnectionFailed(self.servers, str(reason) or type(reason).__name__) from error
-        self._inbox = self._client.new_inbox() + "."
+        self._inbox = self._client.new_inbox().encode() + b"."
         await self._listen_for_replies()
         self._check_version()
 
     async def _listen_for_replies(self) -> None:
         refusals: list[str] = []
-        inbox = self._inbox + "*"
+        inbox = self._inbox.decode() + "*"
         self.on_refusal.append(
             lambda subject, text: refusals.append(text) if subject == inbox.lower() else None
         )
@@ -271,10 +271,9 @@ class Connection:
             if finished(replies) and not done.done():
                 done.set_result(None)
 
-        number = str(next(self._tokens))
-        token = number.encode()
+        token = b"%d" % next(self._tokens)
         for one in (body,) if isinstance(body, bytes) else body:
-            self.post(subject, one, (self._inbox + number).encode(), headers)
+            self.post(subject, one, self._inbox + token, headers)
         self._collectors[token], self._requests[token] = on_reply, (subject, done)
         # Not `asyncio.timeout`, which takes as long as all the rest of this.
         timer = asyncio.get_running_loop().call_later(timeout, _give_up, done)
@@ -290,15 +289,14 @@ class Connection:
 
     def call_unheard(self, subject: str, body: bytes) -> None:
         """Call the JetStream API without waiting for its answer, which is dropped."""
-        self._client.post((self._api + subject).encode(), body, (self._inbox + "0").encode())
+        self._client.post((self._api + subject).encode(), body, self._inbox + b"0")
 
     def ask(self, subject: str, body: bytes, on_reply: Callable[[Reply | None], None]) -> None:
         """Send a request and return at once; `on_reply` gets the first reply, or `None` after 2 s.
 
         Unlike `collect` it makes no task wait: for requests of which there are thousands a second.
         """
-        number = str(next(self._tokens))
-        token = number.encode()
+        token = b"%d" % next(self._tokens)
 
         def settle(reply: Reply | None) -> None:
             if self._collectors.pop(token, None) is not None:
@@ -308,7 +306,7 @@ class Connection:
         timer = asyncio.get_running_loop().call_later(ANSWER_TIMEOUT, settle, None)
         self._collectors[token] = settle
         try:
-            self._client.post(subject.encode(), body, (self._inbox + number).encode())
+            self._client.post(subject.encode(), body, self._inbox + token)
         except nats.errors.Error as error:
             logger.debug("%s: not sent: %r", subject, error)
 
@@ -493,6 +491,11 @@ class Background:
             task.cancel()
         if tasks:
             await asyncio.wait(tasks, timeout=2)
+
+
+def format_time(at: float) -> str:
+    """Return Unix seconds as the server writes times."""
+    return datetime.fromtimestamp(at, UTC).isoformat().replace("+00:00", "Z")
 
 
 def parse_time(stamp: str) -> float:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 from asyncmq_nats.backends.base import Record
-from asyncmq_nats.backends.filters import compile_filter
+from asyncmq_nats.backends.filters import compile_filter, is_key
 from asyncmq_nats.backends.nats.connection import (
     ANSWER_SIZE,
     Connection,
@@ -17,7 +17,6 @@ from asyncmq_nats.backends.nats.connection import (
     parse_time,
     patience_with,
 )
-from asyncmq_nats.backends.nats.writer import is_key
 from asyncmq_nats.exceptions import AssetMissing, BackendError, Unconfirmed
 
 __all__ = ["Reader"]
