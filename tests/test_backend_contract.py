@@ -23,7 +23,7 @@ from asyncmq_nats.backends.base import (
     Write,
 )
 from asyncmq_nats.exceptions import AssetMissing, BackendError, PayloadTooLarge, WriteRefused
-from tests.receiver import PATIENCE
+from tests.receiver import PATIENCE, until
 
 NOTES = Log("notes", ("notes.>",), timers=True)
 KEYS = Log("KV_keys", ("$KV.keys.>",), timers=True)
@@ -101,8 +101,9 @@ async def test_a_log_with_other_settings_stays_and_a_warning_names_the_differenc
     assert warning.levelno == logging.WARNING
     assert "notes" in warning.getMessage()
     assert "more.>" in warning.getMessage()
-    with pytest.raises(BackendError):
-        await backend.write("notes", Write("more.a", b""))
+    for writes in ([Write("more.a", b"")], [Write("notes.a", b""), Write("more.a", b"")]):
+        with pytest.raises(BackendError, match=r"does not take .?more\.a"):
+            await backend.write("notes", *writes)
 
 
 async def test_delete_log_says_whether_it_was_there(backend: Backend) -> None:
@@ -118,6 +119,32 @@ async def test_a_log_takes_its_records_and_consumers_away(backend: Backend) -> N
     await backend.declare_log(NOTES)
     assert await subjects(backend) == []
     assert await backend.list_consumers("notes") == []
+
+
+async def test_a_log_that_was_made_again_has_another_incarnation(
+    backend: Backend, twin: Backend
+) -> None:
+    first = await backend.incarnation("notes")
+    await backend.write("notes", Write("notes.a", b""))
+    assert first is not None
+    assert await backend.incarnation("notes") == await twin.incarnation("notes") == first
+    await twin.delete_log("notes")
+    assert await backend.incarnation("notes") is None
+    await twin.declare_log(NOTES)
+    assert await backend.incarnation("notes") not in (None, first)
+
+
+async def test_a_log_is_declared_again_once_its_loss_is_known(
+    backend: Backend, twin: Backend
+) -> None:
+    await backend.incarnation("notes")
+    await backend.declare_consumer("notes", Consumer("counter", ("notes.>",)))
+    await twin.delete_log("notes")
+    assert await backend.incarnation("notes") is None
+    await backend.declare_log(NOTES)
+    await backend.declare_consumer("notes", Consumer("counter", ("notes.>",)))
+    assert await twin.list_logs("") == ["notes"]
+    assert await twin.list_consumers("notes") == ["counter"]
 
 
 async def test_list_logs_goes_by_prefix_and_is_sorted(backend: Backend) -> None:
@@ -142,7 +169,12 @@ NAMES_A_LOG: dict[str, Callable[[Backend], Awaitable[object]]] = {
     "last": lambda backend: backend.last("none", "none.>"),
     "page": lambda backend: backend.page("none", "none.>"),
     "page_back": lambda backend: backend.page_back("none", "none.>"),
+    "latest": lambda backend: backend.latest("none", "none.>"),
+    "count": lambda backend: backend.count("none"),
+    "list_subjects": lambda backend: backend.list_subjects("none", "none.>"),
+    "last_sequence": lambda backend: backend.last_sequence("none"),
     "delete": lambda backend: backend.delete("none", 1),
+    "delete_many": lambda backend: backend.delete_many("none", [1, 2]),
     "purge": lambda backend: backend.purge("none", "none.>"),
 }
 
@@ -172,6 +204,17 @@ async def test_a_record_is_what_was_written(backend: Backend) -> None:
     (record,) = await backend.last("KV_keys", "$KV.keys.a")
     assert record == Record("$KV.keys.a", b"\x00body", sequence, record.time, marker=True)
     assert before - 1 < record.time < backend.now() + 1
+
+
+async def test_what_is_in_a_log_is_counted_and_listed(backend: Backend) -> None:
+    assert await backend.last_sequence("notes") == await backend.count("notes") == 0
+    assert await backend.list_subjects("notes", "notes.>") == []
+    await backend.write("notes", *(Write(f"notes.{name}", b"") for name in ("a.1", "b.1", "a.2")))
+    last = await backend.write("notes", Write("notes.b.1", b""))
+    assert sorted(await backend.list_subjects("notes", "notes.a.*")) == ["notes.a.1", "notes.a.2"]
+    assert (await backend.count("notes"), await backend.last_sequence("notes")) == (3, last)
+    await backend.delete("notes", last)
+    assert (await backend.count("notes"), await backend.last_sequence("notes")) == (2, last)
 
 
 async def test_overwrite_replaces(backend: Backend) -> None:
@@ -340,6 +383,23 @@ async def test_a_list_is_read_in_both_orders_page_by_page(
     assert backwards == expected[::-1]
 
 
+async def test_a_match_is_found_where_a_read_ends_between_it_and_its_index_entry(
+    backend: Backend,
+) -> None:
+    """A list is read in parts of some sequences; other programs may write between the two."""
+    for start in range(0, 2_700, 900):
+        await backend.write("notes", *(Write(f"notes.b.{start + n}", b"") for n in range(900)))
+    await backend.write("notes", Write("notes.index.1", b""))
+    await backend.write("notes", *(Write(f"notes.c.{n}", b"") for n in range(3)))
+    match = await backend.write("notes", Write("notes.a.1", b""))
+    await backend.write("notes", *(Write(f"notes.d.{n}", b"") for n in range(900)))
+    for start in range(match - 2_053, match - 2_043):
+        page = await backend.page(
+            "notes", "notes.a.*", from_sequence=start, mostly=True, index="notes.index.*"
+        )
+        assert [record.sequence for record in page] == [match], start
+
+
 async def test_a_list_is_read_backwards_over_a_long_gap(backend: Backend) -> None:
     sequences = await fill(backend, lambda n: True, 6000)
     await backend.purge("notes", "notes.>", before=sequences[-3])
@@ -356,8 +416,6 @@ async def test_many_records_are_removed_by_their_sequences(backend: Backend) -> 
     assert await backend.delete_many("notes", [1, *sequences, 1, 1_000_000]) == [1, *sequences]
     assert await backend.delete_many("notes", sequences) == []
     assert await backend.delete_many("notes", []) == []
-    with pytest.raises(AssetMissing):
-        await backend.delete_many("none", [1, 2])
 
 
 async def test_an_index_entry_stands_before_what_it_is_for(backend: Backend) -> None:
@@ -385,6 +443,31 @@ async def test_delete_says_whether_the_record_was_there(backend: Backend) -> Non
     assert await backend.delete("notes", sequence)
     assert not await backend.delete("notes", sequence)
     assert await subjects(backend) == []
+
+
+async def test_a_discard_tells_whether_the_record_was_there(backend: Backend) -> None:
+    sequence = await backend.write("notes", Write("notes.a", b""))
+    removed: list[bool | BackendError] = []
+    told = anyio.Event()
+
+    def on_removed(result: bool | BackendError) -> None:
+        removed.append(result)
+        told.set()
+
+    for log in ("notes", "notes", "none"):
+        told = anyio.Event()
+        backend.discard(log, sequence, on_removed)
+        assert not told.is_set()
+        with anyio.fail_after(PATIENCE):
+            await told.wait()
+    assert removed[:2] == [True, False]
+    assert isinstance(removed[2], AssetMissing)
+
+
+async def test_a_discard_that_tells_nobody_removes(backend: Backend) -> None:
+    sequence = await backend.write("notes", Write("notes.a", b""))
+    backend.discard("notes", sequence)
+    await until(lambda: backend.count("notes"), lambda count: count == 0)
 
 
 async def test_purge_removes_what_matches(backend: Backend) -> None:

@@ -4,7 +4,7 @@ import anyio
 import pytest
 
 from asyncmq_nats.backends.base import Backend, Expect, Log, Signal, Timer, Write
-from asyncmq_nats.exceptions import WriteRefused
+from asyncmq_nats.exceptions import PayloadTooLarge, WriteRefused
 from tests.receiver import PATIENCE
 
 
@@ -56,6 +56,38 @@ async def test_unsubscribing_ends_the_signals(backend: Backend) -> None:
     await backend.publish("control.a")
     await stayed.wait_for(1)
     assert left.signals == []
+
+
+async def test_a_callback_that_fails_is_logged_and_hears_the_next_signal(
+    backend: Backend, caplog: pytest.LogCaptureFixture
+) -> None:
+    listener = Listener()
+
+    def hear(signal: Signal) -> None:
+        listener.hear(signal)
+        if signal.body == b"bad":
+            raise ValueError(signal.body)
+
+    await backend.subscribe("control.a", hear)
+    await backend.publish("control.a", b"bad")
+    await backend.publish("control.a", b"good")
+    assert [signal.body for signal in await listener.wait_for(2)] == [b"bad", b"good"]
+    (record,) = caplog.records
+    assert "a callback for signals on control.a failed" in record.getMessage()
+
+
+async def test_a_signal_that_is_too_large_is_refused_or_dropped_with_a_warning(
+    backend: Backend, caplog: pytest.LogCaptureFixture
+) -> None:
+    listener, large = Listener(), b"x" * (backend.max_body + 1025)
+    await backend.subscribe("control.a", listener.hear)
+    with pytest.raises(PayloadTooLarge):
+        await backend.publish("control.a", large)
+    assert caplog.records == []
+    backend.signal("control.a", large)
+    assert "signals were not sent" in caplog.text
+    backend.signal("control.a", b"small")
+    assert [signal.body for signal in await listener.wait_for(1)] == [b"small"]
 
 
 async def test_a_request_returns_the_first_answer(backend: Backend, twin: Backend) -> None:

@@ -1,9 +1,10 @@
 """Filters of subjects, as both backends read them: `*` stands for one token, a final `>` for one or more."""
 
 import re
+from collections.abc import Iterable
 from functools import lru_cache
 
-__all__ = ["compile_filter", "matches"]
+__all__ = ["compile_filter", "is_key", "matches"]
 
 
 @lru_cache(maxsize=4096)
@@ -17,6 +18,11 @@ def compile_filter(pattern: str) -> re.Pattern[str]:
     return re.compile(r"\.".join([*expressions, ".+"] if rest else expressions) + r"\Z", re.DOTALL)
 
 
-def matches(filters: tuple[str, ...], subject: str) -> bool:
+def is_key(subject: str) -> bool:
+    """Return whether the subject, or filter, is of a KV bucket."""
+    return subject.startswith("$KV.")
+
+
+def matches(filters: Iterable[str], subject: str) -> bool:
     """Return whether any of the filters matches the subject."""
     return any(compile_filter(pattern).match(subject) is not None for pattern in filters)

@@ -10,7 +10,7 @@ import pytest
 from asyncmq_nats.backends.base import Backend, Expect, Log, Settled, Timer, Write
 from asyncmq_nats.backends.nats.backend import NATSBackend
 from asyncmq_nats.backends.nats.embedded.server import EmbeddedServer
-from asyncmq_nats.exceptions import ConnectionLost, Unconfirmed, WriteRefused
+from asyncmq_nats.exceptions import BackendError, ConnectionLost, Unconfirmed, WriteRefused
 from asyncmq_nats.flow import FlowProducer
 from asyncmq_nats.jobs import Job
 from asyncmq_nats.queues import Queue
@@ -381,3 +381,54 @@ async def test_a_subscription_ends_with_its_backend(distant: NATSBackend, relay:
             await relay.lost.wait()
             await distant.close()
     assert isinstance(later.error, ConnectionLost)
+
+
+# -- closing
+
+
+@pytest.mark.parametrize("size", [1, 2])
+async def test_a_write_under_way_ends_with_its_backend(
+    size: int, notes: NATSBackend, distant: NATSBackend, relay: Relay
+) -> None:
+    writes = [Write(f"notes.{number}", b"") for number in range(size)]
+    later = Later()
+    relay.lose_answer(rb"PUB notes\.")
+    with anyio.fail_after(PATIENCE):
+        async with anyio.create_task_group() as group:
+            group.start_soon(later.run, lambda: distant.write("notes", *writes))
+            await relay.lost.wait()
+            await distant.close()
+    assert isinstance(later.error, ConnectionLost)
+
+
+async def test_a_send_under_way_is_settled_when_its_backend_closes(
+    notes: NATSBackend, distant: NATSBackend, relay: Relay
+) -> None:
+    settled: list[Settled] = []
+    relay.lose_answer(rb"PUB notes\.")
+    distant.send("notes", Write("notes.a", b""), settled.append)
+    with anyio.fail_after(PATIENCE):
+        await relay.lost.wait()
+        await distant.close()
+    assert [type(result) for result in settled] == [ConnectionLost]
+
+
+async def test_a_removal_under_way_opens_no_closed_backend(
+    nats_backend: NATSBackend, server: EmbeddedServer
+) -> None:
+    removed: list[bool | BackendError] = []
+
+    async def is_connected() -> bool:
+        return nats_backend._require_connection().client.is_connected
+
+    async def results() -> int:
+        return len(removed)
+
+    server.kill()
+    await until(is_connected, lambda connected: not connected)
+    nats_backend.discard("notes", 1, removed.append)
+    await nats_backend.close()
+    server.start()
+    await until(results, bool)
+    assert [type(result) for result in removed] == [ConnectionLost]
+    assert nats_backend._connection is None

@@ -16,7 +16,7 @@ from weakref import WeakSet
 import anyio
 
 from asyncmq_nats._concurrency import Home
-from asyncmq_nats._logging import get_logger
+from asyncmq_nats._logging import Throttle, get_logger
 from asyncmq_nats.backends.base import (
     Consumer,
     ConsumerState,
@@ -35,7 +35,7 @@ from asyncmq_nats.backends.filters import compile_filter
 from asyncmq_nats.backends.inmemory.consumers import Counter, Cursor, InMemoryPuller
 from asyncmq_nats.backends.inmemory.log import MAX_BODY, StoredLog
 from asyncmq_nats.backends.inmemory.timers import Agenda
-from asyncmq_nats.exceptions import AssetMissing, BackendError
+from asyncmq_nats.exceptions import AssetMissing, BackendError, PayloadTooLarge
 from asyncmq_nats.settings import Settings
 from asyncmq_nats.settings import settings as environment
 
@@ -88,6 +88,7 @@ class InMemoryBackend:
         self._pullers: WeakSet[InMemoryPuller] = WeakSet()
         self._subscriptions: list[InMemorySubscription] = []
         self._inboxes = count(1)
+        self._dropped_signals = Throttle()
 
     async def connect(self) -> None:
         """See `Backend`."""
@@ -214,7 +215,8 @@ class InMemoryBackend:
 
     async def latest(self, log: str, filter: str) -> Record | None:
         """See `Backend`."""
-        return max(await self.last(log, filter), key=lambda record: record.sequence, default=None)
+        found = await self.last(log, filter)
+        return found[-1] if found else None
 
     async def page(
         self,
@@ -245,7 +247,8 @@ class InMemoryBackend:
 
     async def count(self, log: str) -> int:
         """See `Backend`."""
-        return len(await self.last(log, ">"))
+        await self._give_way()
+        return len(self._find_log(log))
 
     async def list_subjects(self, log: str, filter: str) -> list[str]:
         """See `Backend`."""
@@ -302,11 +305,15 @@ class InMemoryBackend:
     async def publish(self, subject: str, body: bytes = b"") -> None:
         """See `Backend`."""
         await self._give_way()
-        self._send_signal(subject, body)
+        self._post(subject, body)
 
     def signal(self, subject: str, body: bytes = b"") -> None:
         """See `Backend`."""
-        self._send_signal(subject, body)
+        try:
+            self._post(subject, body)
+        except PayloadTooLarge as error:
+            if times := self._dropped_signals.note():
+                logger.warning("%d signals were not sent: %s", times, error)
 
     async def subscribe(self, subject: str, on_signal: Callable[[Signal], None]) -> Subscription:
         """See `Backend`."""
@@ -329,7 +336,7 @@ class InMemoryBackend:
 
         subscription = await self.subscribe(inbox, take)
         try:
-            if self._send_signal(subject, body, inbox):
+            if self._post(subject, body, inbox):
                 with anyio.move_on_after(timeout):
                     await answered.wait()
         finally:
@@ -383,6 +390,11 @@ class InMemoryBackend:
                 f"consumer {name!r} of log {log!r} only counts: declare it with a lease to pull from it"
             )
         return consumer
+
+    def _post(self, subject: str, body: bytes, reply: str = "") -> bool:
+        if len(body) > MAX_BODY:
+            raise PayloadTooLarge(f"the message for {subject:.100}", len(body), MAX_BODY)
+        return self._send_signal(subject, body, reply)
 
     def _send_signal(self, subject: str, body: bytes, reply: str = "") -> bool:
         """Hand a signal to everyone who listens now, soon. Return whether anyone does."""

@@ -3,14 +3,14 @@
 import time
 from bisect import bisect_left
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Set
 from functools import partial
 from heapq import nlargest
 from operator import attrgetter
 from typing import Final
 
 from asyncmq_nats.backends.base import Consumer, Log, Record, Timer, Write
-from asyncmq_nats.backends.filters import compile_filter, matches
+from asyncmq_nats.backends.filters import compile_filter, is_key, matches
 from asyncmq_nats.backends.inmemory.consumers import Counter, Cursor
 from asyncmq_nats.backends.inmemory.subject_tree import SubjectTree, transform
 from asyncmq_nats.backends.inmemory.timers import Agenda, Alarm
@@ -30,11 +30,10 @@ by_sequence: Final = attrgetter("sequence")
 class Stored:
     """A record, with what will make it go."""
 
-    __slots__ = ("expiry", "record", "timer", "timer_alarm")
+    __slots__ = ("expiry", "record", "timer_alarm")
 
-    def __init__(self, record: Record, timer: Timer | None) -> None:
+    def __init__(self, record: Record) -> None:
         self.record = record
-        self.timer = timer
         self.timer_alarm: Alarm | None = None
         self.expiry: Alarm | None = None
 
@@ -66,10 +65,10 @@ class StoredLog:
     def write(self, writes: tuple[Write, ...]) -> int:
         """Write all or nothing; see `Backend.write`."""
         self._check(writes)
-        earlier: dict[str, Write] = {}
+        earlier: set[str] = set()
         for write in writes:
             self._check_expectation(write, earlier)
-            earlier[write.subject] = write
+            earlier.add(write.subject)
         self._forget_message_ids()
         known = [
             self._message_ids[name][1]
@@ -87,6 +86,9 @@ class StoredLog:
                 self._store(Write(write.index, b"", ttl=write.ttl))
             self._store(write)
         return self._sequence
+
+    def __len__(self) -> int:
+        return len(self._records)
 
     def find(self, *filters: str) -> list[Record]:
         """Return the records that match any of the filters, by sequence."""
@@ -194,7 +196,7 @@ class StoredLog:
                     f"a timer of log {self.declaration.name!r} cannot write to {target!r}"
                 )
 
-    def _check_expectation(self, write: Write, earlier: Mapping[str, Write]) -> None:
+    def _check_expectation(self, write: Write, earlier: Set[str]) -> None:
         """Compare with the log as it was before the batch. As on the server, a subject the batch wrote earlier cannot be expected."""
         if write.expect is None:
             return
@@ -215,9 +217,9 @@ class StoredLog:
         self._drop(self._subjects.get(write.subject))
         self._sequence += 1
         now = time.time()
-        marker = write.marker and write.subject.startswith("$KV.")
+        marker = write.marker and is_key(write.subject)
         record = Record(write.subject, write.body, self._sequence, now, marker)
-        stored = self._records[record.sequence] = Stored(record, write.timer)
+        stored = self._records[record.sequence] = Stored(record)
         self._order.append(record.sequence)
         self._subjects.set(record.subject, stored)
         if write.message_id is not None:

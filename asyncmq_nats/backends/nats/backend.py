@@ -25,7 +25,7 @@ from asyncmq_nats.backends.base import (
     Subscription,
     Write,
 )
-from asyncmq_nats.backends.nats.connection import Connection, Reply
+from asyncmq_nats.backends.nats.connection import Connection, Reply, format_time
 from asyncmq_nats.backends.nats.embedded.server import EmbeddedServer
 from asyncmq_nats.backends.nats.errors import (
     CONSUMER_MISSING,
@@ -38,9 +38,15 @@ from asyncmq_nats.backends.nats.options import connect_options, server_addresses
 from asyncmq_nats.backends.nats.puller import NATSPuller
 from asyncmq_nats.backends.nats.reader import Reader
 from asyncmq_nats.backends.nats.room import Ballasts, Fills
-from asyncmq_nats.backends.nats.streams import Assets, format_time
-from asyncmq_nats.backends.nats.writer import BATCH_LIMIT, Writer
-from asyncmq_nats.exceptions import AssetMissing, BackendError, PayloadTooLarge, Unconfirmed
+from asyncmq_nats.backends.nats.streams import Assets
+from asyncmq_nats.backends.nats.writer import BATCH_LIMIT, HEADER_ROOM, Writer
+from asyncmq_nats.exceptions import (
+    AssetMissing,
+    BackendError,
+    ConnectionLost,
+    PayloadTooLarge,
+    Unconfirmed,
+)
 from asyncmq_nats.settings import Settings, mask_login, parse_servers
 from asyncmq_nats.settings import settings as environment
 
@@ -228,9 +234,9 @@ class NATSBackend:
 
     @property
     def max_body(self) -> int:
-        return (
-            self._connection.client.max_payload if self._connection is not None else 1024 * 1024
-        ) - 1024
+        connection = self._connection
+        most = 1024 * 1024 if connection is None else connection.client.max_payload
+        return most - HEADER_ROOM
 
     # -- assets
 
@@ -254,25 +260,22 @@ class NATSBackend:
         return self._found(name, answer)
 
     async def list_logs(self, prefix: str) -> list[str]:
-        connection = await self._open_connection()
-        names: list[str] = []
-        while True:
-            answer = await connection.require("STREAM.NAMES", {"offset": len(names)})
-            page = answer.get("streams") or []
-            names += page
-            if not page or len(names) >= answer["total"]:
-                return sorted(name for name in names if name.startswith(prefix))
+        names = await self._list_names("STREAM.NAMES", "streams")
+        return [name for name in names if name.startswith(prefix)]
 
     async def declare_consumer(self, log: str, consumer: Consumer) -> None:
         await self._open_connection()
         await self._assets.declare_consumer(log, consumer)
 
     async def list_consumers(self, log: str) -> list[str]:
+        return await self._list_names(f"CONSUMER.NAMES.{log}", "consumers")
+
+    async def _list_names(self, subject: str, key: str) -> list[str]:
         connection = await self._open_connection()
         names: list[str] = []
         while True:
-            answer = await connection.require(f"CONSUMER.NAMES.{log}", {"offset": len(names)})
-            page = answer.get("consumers") or []
+            answer = await connection.require(subject, {"offset": len(names)})
+            page = answer.get(key) or []
             names += page
             if not page or len(names) >= answer["total"]:
                 return sorted(names)
@@ -311,7 +314,7 @@ class NATSBackend:
                 f"{len(writes)} writes in one batch: at least 1 and at most {BATCH_LIMIT} are possible"
             )
         await self._open_connection()
-        await self._fills.check(log, sum(len(write.body) for write in writes))
+        await self._fills.check(log, writes)
         try:
             return await self._writer.write(log, writes)
         except AssetMissing:
@@ -418,6 +421,8 @@ class NATSBackend:
         def on_reply(reply: Reply | None) -> None:
             if reply is not None and b'"success":true' in reply.body:
                 on_removed(True)
+            elif connection.client.is_closed:
+                on_removed(ConnectionLost(connection.servers))
             else:  # an error, or no answer: then it may be gone by this
                 connection.background.run(
                     self._delete_again(log, sequence, on_removed, in_doubt=reply is None)

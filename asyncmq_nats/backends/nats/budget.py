@@ -49,7 +49,7 @@ class Budget:
             if turn.done() and not turn.cancelled():
                 self.release(load)
             else:
-                self._waiting.remove((turn, load))
+                turn.cancel()
                 self._admit()
             raise
 
@@ -61,11 +61,15 @@ class Budget:
         self._admit()
 
     def _admit(self) -> None:
-        while self._waiting and self._fits(self._waiting[0][1]):
-            turn, load = self._waiting.popleft()
-            self._add(load)
+        """Admit waiters in order. A cancelled one takes nothing, and its task may not have run yet."""
+        while self._waiting:
+            turn, load = self._waiting[0]
             if not turn.done():
+                if not self._fits(load):
+                    return
+                self._add(load)
                 turn.set_result(None)
+            self._waiting.popleft()
 
     def _fits(self, load: Load) -> bool:
         return not self._messages or (

@@ -9,8 +9,8 @@ import itertools
 import json
 import re
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from datetime import datetime
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from datetime import UTC, datetime
 from typing import Any, Final, NamedTuple
 
 import nats.errors
@@ -40,7 +40,7 @@ from asyncmq_nats.exceptions import (
 )
 from asyncmq_nats.settings import Settings, mask_login
 
-__all__ = ["ANSWER_SIZE", "Connection", "Reply", "parse_time", "patience_with"]
+__all__ = ["ANSWER_SIZE", "Connection", "Reply", "format_time", "parse_time", "patience_with"]
 
 logger = get_logger(__name__)
 
@@ -88,12 +88,13 @@ class Connection:
         self._collectors: dict[bytes, Callable[[Reply], None]] = {}
         self._requests: dict[bytes, tuple[str, asyncio.Future[None]]] = {}
         self._tokens = itertools.count(1)
-        self._inbox = ""
+        self._inbox = b""
         self._slow = Throttle()
         self._offset = time.time() - time.monotonic()
         self._offset_until = 0.0
         self._offset_precision = float("inf")
         self.on_reconnect: list[Callable[[], None]] = [self._interrupt_requests]
+        self.on_close: list[Callable[[], None]] = [self._end_requests]
         self.on_refusal: list[Callable[[str, str], None]] = [self._refuse_requests]
         """Called with a subject that this user may not publish or subscribe to, *in lower case* (nats-py 2.16), and the server's words."""
         self.background = Background()
@@ -121,7 +122,6 @@ class Connection:
             ServerUnsuitable: the server is too old, or JetStream is off.
             PermissionRefused: this user may not receive replies.
         """
-        self.background.start()
         callbacks = {
             "error_cb": self._on_error,
             "reconnected_cb": self._on_reconnected,
@@ -134,13 +134,13 @@ class Connection:
             reason = self._client.last_error or error
             await self._close_client()
             raise ConnectionFailed(self.servers, str(reason) or type(reason).__name__) from error
-        self._inbox = self._client.new_inbox() + "."
+        self._inbox = self._client.new_inbox().encode() + b"."
         await self._listen_for_replies()
         self._check_version()
 
     async def _listen_for_replies(self) -> None:
         refusals: list[str] = []
-        inbox = self._inbox + "*"
+        inbox = self._inbox.decode() + "*"
         self.on_refusal.append(
             lambda subject, text: refusals.append(text) if subject == inbox.lower() else None
         )
@@ -187,10 +187,7 @@ class Connection:
         return self._version < ((2, 12, 14) if self._version < (2, 13) else (2, 14, 4))
 
     async def close(self) -> None:
-        """Send what is pending and disconnect."""
-        for _, done in self._requests.values():
-            if not done.done():
-                done.set_exception(ConnectionLost(self.servers))
+        """Send what is pending and disconnect. What is not answered by then ends as `ConnectionLost`."""
         await self.background.stop()
         if not self._client.is_closed:
             try:
@@ -200,6 +197,8 @@ class Connection:
             except (nats.errors.Error, TimeoutError, OSError) as error:
                 logger.warning("closing the connection to %s: %s", self.servers, error)
             await self._close_client()
+        for hook in self.on_close:
+            hook()
 
     def abandon(self) -> None:
         """Disconnect without awaiting anything: the event loop of the connection runs no more."""
@@ -272,10 +271,9 @@ class Connection:
             if finished(replies) and not done.done():
                 done.set_result(None)
 
-        number = str(next(self._tokens))
-        token = number.encode()
+        token = b"%d" % next(self._tokens)
         for one in (body,) if isinstance(body, bytes) else body:
-            self.post(subject, one, (self._inbox + number).encode(), headers)
+            self.post(subject, one, self._inbox + token, headers)
         self._collectors[token], self._requests[token] = on_reply, (subject, done)
         # Not `asyncio.timeout`, which takes as long as all the rest of this.
         timer = asyncio.get_running_loop().call_later(timeout, _give_up, done)
@@ -291,15 +289,14 @@ class Connection:
 
     def call_unheard(self, subject: str, body: bytes) -> None:
         """Call the JetStream API without waiting for its answer, which is dropped."""
-        self._client.post((self._api + subject).encode(), body, (self._inbox + "0").encode())
+        self._client.post((self._api + subject).encode(), body, self._inbox + b"0")
 
     def ask(self, subject: str, body: bytes, on_reply: Callable[[Reply | None], None]) -> None:
         """Send a request and return at once; `on_reply` gets the first reply, or `None` after 2 s.
 
         Unlike `collect` it makes no task wait: for requests of which there are thousands a second.
         """
-        number = str(next(self._tokens))
-        token = number.encode()
+        token = b"%d" % next(self._tokens)
 
         def settle(reply: Reply | None) -> None:
             if self._collectors.pop(token, None) is not None:
@@ -309,7 +306,7 @@ class Connection:
         timer = asyncio.get_running_loop().call_later(ANSWER_TIMEOUT, settle, None)
         self._collectors[token] = settle
         try:
-            self._client.post(subject.encode(), body, (self._inbox + number).encode())
+            self._client.post(subject.encode(), body, self._inbox + token)
         except nats.errors.Error as error:
             logger.debug("%s: not sent: %r", subject, error)
 
@@ -343,8 +340,12 @@ class Connection:
 
     def _interrupt_requests(self) -> None:
         for _, done in self._requests.values():
+            _give_up(done)
+
+    def _end_requests(self) -> None:
+        for _, done in self._requests.values():
             if not done.done():
-                done.set_exception(TimeoutError())
+                done.set_exception(ConnectionLost(self.servers))
 
     def _refuse_requests(self, refused: str, text: str) -> None:
         for subject, done in self._requests.values():
@@ -455,26 +456,25 @@ def _give_up(done: "asyncio.Future[None]") -> None:
 
 
 class Background:
-    """Tasks that serve a connection: a task group that lives from `start` to `stop`, without a block of code around it.
+    """Tasks that serve a connection until `stop`: a task group without a block of code around it.
 
     nats-py's callbacks run outside any group, and a backend has no `async with`; so the owner is this object.
     """
 
     def __init__(self) -> None:
         self._tasks: set[asyncio.Task[None]] = set()
-        self._open = False
+        self._stopped = False
 
-    def start(self) -> None:
-        """Accept tasks."""
-        self._open = True
-
-    def run(self, work: Awaitable[None]) -> None:
-        """Run the work; what it raises is logged."""
+    def run(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run the work; what it raises is logged. After `stop` it is dropped."""
+        if self._stopped:
+            work.close()
+            return
         task = asyncio.ensure_future(self._guard(work))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _guard(self, work: Awaitable[None]) -> None:
+    async def _guard(self, work: Coroutine[Any, Any, None]) -> None:
         try:
             await work
         except BackendError as error:
@@ -484,13 +484,18 @@ class Background:
 
     async def stop(self) -> None:
         """Cancel what runs and wait for it."""
-        self._open = False
+        self._stopped = True
         current = asyncio.current_task()
         tasks = [task for task in self._tasks if task is not current]
         for task in tasks:
             task.cancel()
         if tasks:
             await asyncio.wait(tasks, timeout=2)
+
+
+def format_time(at: float) -> str:
+    """Return Unix seconds as the server writes times."""
+    return datetime.fromtimestamp(at, UTC).isoformat().replace("+00:00", "Z")
 
 
 def parse_time(stamp: str) -> float:

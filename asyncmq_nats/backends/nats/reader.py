@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 from asyncmq_nats.backends.base import Record
-from asyncmq_nats.backends.filters import compile_filter
+from asyncmq_nats.backends.filters import compile_filter, is_key
 from asyncmq_nats.backends.nats.connection import (
     ANSWER_SIZE,
     Connection,
@@ -17,7 +17,6 @@ from asyncmq_nats.backends.nats.connection import (
     parse_time,
     patience_with,
 )
-from asyncmq_nats.backends.nats.writer import is_key
 from asyncmq_nats.exceptions import AssetMissing, BackendError, Unconfirmed
 
 __all__ = ["Reader"]
@@ -29,6 +28,8 @@ WINDOW: Final = 500
 SCAN_LIMIT: Final = 2_000
 """Records that are passed over before the server is asked where the next match is."""
 SCAN_LIMIT_AFTER_HOP: Final = 250
+INDEX_GAP: Final = 48
+"""Records of other programs that may lie between an index entry and its record."""
 SPAN_GROWTH: Final = 8
 """How much further each look back for a match goes."""
 MOST_LAST: Final = 1024
@@ -100,11 +101,13 @@ class Reader:
             if not window:
                 hop = await self._first_from(log, ">", at)
             elif vain >= patience:
-                hop = await self._first_from(log, index or filter, at)
+                # The record of an entry that was read already may still come.
+                start = at if index is None else max(1, at - INDEX_GAP)
+                hop = await self._first_from(log, index or filter, start)
                 vain, patience = 0, SCAN_LIMIT_AFTER_HOP
             if hop is None:
                 return found
-            at, width = hop, _next_width(limit - len(found), window, matching)
+            at, width = max(at, hop), _next_width(limit - len(found), window, matching)
 
     async def page_back(
         self,
@@ -129,8 +132,8 @@ class Reader:
             if not window:
                 end = await self._end_of_matches(log, ">", end)
             elif vain >= patience and end > 1 and len(found) < limit:
-                # What an index entry stands for comes just after it.
-                end = min(end, PROBE + await self._end_of_matches(log, index or filter, end))
+                # The record of an index entry comes after it.
+                end = min(end, INDEX_GAP + await self._end_of_matches(log, index or filter, end))
                 vain, patience = 0, SCAN_LIMIT_AFTER_HOP
             span = _next_width(limit - len(found), window, matching)
         return found[:limit]

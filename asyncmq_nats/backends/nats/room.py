@@ -7,7 +7,7 @@ has a ballast, a record of zeros: it is deleted when a write is refused for lack
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -52,18 +52,18 @@ class Ballasts:
         self._subjects: dict[str, str] = {}
         self._releasing = False
 
-    async def lay(self, log: Log) -> None:
+    async def lay(self, log: str) -> None:
         """Write the ballast of a log, unless it is there or there is no room for it."""
-        if log.ballast is None:
+        subject = self._subjects.get(log)
+        if subject is None:
             return
-        self._subjects[log.name] = log.ballast
         try:
             size = min(BALLAST_SIZE, self._connection.client.max_payload // 4)
-            await self._write(log.name, Write(log.ballast, bytes(size), Expect(log.ballast)))
+            await self._write(log, Write(subject, bytes(size), Expect(subject)))
         except (WriteRefused, StorageFull):
             pass
         except AsyncMQError as error:
-            logger.warning("%s: no reserve for outcomes in a full store: %s", log.name, error)
+            logger.warning("%s: no reserve for outcomes in a full store: %s", log, error)
 
     def note(self, log: Log) -> None:
         """Remember that a log may have a ballast."""
@@ -89,8 +89,8 @@ class Ballasts:
                     quiet_since = time.monotonic()
         finally:
             self._releasing = False
-        for log, subject in list(self._subjects.items()):
-            await self.lay(Log(log, (subject,), ballast=subject))
+        for log in list(self._subjects):
+            await self.lay(log)
 
 
 @dataclass(slots=True)
@@ -117,8 +117,8 @@ class Fills:
         else:
             self._fills.pop(log, None)
 
-    async def check(self, log: str, size: int) -> None:
-        """Make sure that a stream has room for so many bytes more.
+    async def check(self, log: str, writes: Sequence[Write]) -> None:
+        """Make sure that a stream has room for the writes.
 
         Raises:
             StorageFull: it would have to discard old records for them.
@@ -126,6 +126,7 @@ class Fills:
         fill = self._fills.get(log)
         if fill is None:
             return
+        size = sum(len(write.body) for write in writes)
         if time.monotonic() > fill.read_at + FILL_LIFETIME:
             fill.read_at = time.monotonic()
             state = (await self._connection.require(f"STREAM.INFO.{log}"))["state"]

@@ -1,12 +1,12 @@
 """Streams and consumers: made when missing, and never changed when they exist with other settings."""
 
 from collections.abc import Mapping
-from datetime import UTC, datetime
 from typing import Any, Final
 
 from asyncmq_nats._logging import get_logger
 from asyncmq_nats.backends.base import Consumer, Log
-from asyncmq_nats.backends.nats.connection import Connection
+from asyncmq_nats.backends.filters import is_key
+from asyncmq_nats.backends.nats.connection import Connection, format_time
 from asyncmq_nats.backends.nats.errors import (
     CONSUMER_EXISTS,
     CONSUMER_MISSING,
@@ -16,8 +16,7 @@ from asyncmq_nats.backends.nats.errors import (
     api_error,
 )
 from asyncmq_nats.backends.nats.room import Ballasts, Fills
-from asyncmq_nats.backends.nats.writer import is_key
-from asyncmq_nats.exceptions import AssetMissing, BackendError
+from asyncmq_nats.exceptions import BackendError
 from asyncmq_nats.settings import Settings
 
 __all__ = ["Assets", "consumer_config", "stream_config"]
@@ -134,7 +133,7 @@ class Assets:
         self._fills.learn(log.name, answer["config"])
         self._declared_logs.add(log.name)
         if answer.get("did_create"):
-            await self._ballasts.lay(log)
+            await self._ballasts.lay(log.name)
 
     async def declare_consumer(self, log: str, consumer: Consumer) -> None:
         """See `Backend.declare_consumer`."""
@@ -184,7 +183,7 @@ class Assets:
                 "stream %s was gone with all that was in it, and has been declared again", log
             )
         elif info["error"].get("err_code") != CONSUMER_MISSING:
-            raise AssetMissing(f"stream {log}")
+            raise api_error(log, info["error"])
         await self._create_consumer(log, consumer)
         self._declared.add((log, name))
         logger.warning("consumer %s of %s was gone and has been declared again", name, log)
@@ -215,8 +214,3 @@ def warn_of_difference(asset: str, wanted: Mapping[str, Any], found: Mapping[str
 
 def _same(found: object, wanted: object) -> bool:
     return found == wanted or (not found and not wanted)
-
-
-def format_time(at: float) -> str:
-    """Return Unix seconds as the server writes times."""
-    return datetime.fromtimestamp(at, UTC).isoformat().replace("+00:00", "Z")

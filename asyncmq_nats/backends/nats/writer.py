@@ -13,15 +13,15 @@ import random
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
 from typing import Any, Final
 
 import nats.errors
 
 from asyncmq_nats._logging import Throttle, get_logger
 from asyncmq_nats.backends.base import Expect, Record, Settle, Settled, Write
+from asyncmq_nats.backends.filters import is_key, matches
 from asyncmq_nats.backends.nats.budget import Budget, Load
-from asyncmq_nats.backends.nats.connection import Connection
+from asyncmq_nats.backends.nats.connection import Connection, format_time
 from asyncmq_nats.backends.nats.errors import (
     STREAM_MISSING,
     is_full,
@@ -41,7 +41,7 @@ from asyncmq_nats.exceptions import (
     WriteRefused,
 )
 
-__all__ = ["BATCH_LIMIT", "Writer", "encode_headers", "is_key"]
+__all__ = ["BATCH_LIMIT", "HEADER_ROOM", "Writer", "encode_headers"]
 
 logger = get_logger(__name__)
 
@@ -65,11 +65,6 @@ BATCH_LINES: Final = "Nats-Batch-Id: " + "x" * 60 + "\r\nNats-Batch-Sequence: 10
 """As long as what a batch adds to the headers of a write."""
 
 Last = Callable[[str, str], Awaitable[list[Record]]]
-
-
-def is_key(subject: str) -> bool:
-    """Return whether the subject, or filter, is of a KV bucket."""
-    return subject.startswith("$KV.")
 
 
 def _may_replace(write: Write) -> bool:
@@ -101,8 +96,7 @@ def encode_headers(write: Write, more: str = "", indent: int = 0) -> bytes:
     if write.ttl is not None:
         lines += f"Nats-TTL: {max(1, round(write.ttl))}s\r\n"
     if write.timer is not None:
-        at = datetime.fromtimestamp(write.timer.at, UTC).isoformat().replace("+00:00", "Z")
-        lines += f"Nats-Schedule: @at {at}\r\nNats-Schedule-Target: {write.timer.target}\r\n"
+        lines += f"Nats-Schedule: @at {format_time(write.timer.at)}\r\nNats-Schedule-Target: {write.timer.target}\r\n"
     if write.removes is not None:
         lines += f"Nats-Schedule-Next: purge\r\nNats-Scheduler: {write.removes}\r\n"
     if write.marker:
@@ -153,7 +147,6 @@ class Writer:
         self._table: dict[bytes, Unsettled] = {}
         self._tokens = itertools.count(1)
         self._inbox = self._client.new_inbox().encode() + b"."
-        self._size_limit = self._client.max_payload - HEADER_ROOM
         self._budget = Budget()
         self._full_at = float("-inf")
         self._ends_in_wait: set[bytes] = set()
@@ -163,6 +156,7 @@ class Writer:
         self._sweeping = False
         connection.on_reconnect.append(self._resend_all)
         connection.on_refusal.append(self._on_forbidden)
+        connection.on_close.append(self._end_all)
 
     async def open(self) -> None:
         """Listen for confirmations."""
@@ -293,26 +287,17 @@ class Writer:
         answer = await self._connection.call(f"STREAM.INFO.{entry.log}")
         if answer.get("error", {}).get("err_code") == STREAM_MISSING:
             self._finish(entry, AssetMissing(f"stream {entry.log}"))
-        elif "error" not in answer and self._foreign(entry, answer):
-            self._finish(
-                entry,
-                BackendError(
-                    f"stream {entry.log} does not take {entry.writes[0].subject}: it was made with other subjects"
-                ),
-            )
-        else:
-            entry.sent_at = time.monotonic() - RESEND_AFTER
-
-    @staticmethod
-    def _foreign(entry: Unsettled, answer: dict[str, Any]) -> bool:
-        first = entry.writes[0].subject.split(".")
-        return all(
-            any(
-                ours not in (token, "") and token not in ("*", ">")
-                for token, ours in zip(subject.split("."), first, strict=False)
-            )
-            for subject in answer["config"]["subjects"]
-        )
+            return
+        if "error" not in answer:
+            taken = answer["config"].get("subjects") or ()
+            foreign = next((w.subject for w in entry.writes if not matches(taken, w.subject)), None)
+            if foreign is not None:
+                text = (
+                    f"stream {entry.log} does not take {foreign}: it was made with other subjects"
+                )
+                self._finish(entry, BackendError(text))
+                return
+        entry.sent_at = time.monotonic() - RESEND_AFTER
 
     def _on_refusal(self, entry: Unsettled, error: dict[str, Any]) -> None:
         if is_full(error):
@@ -411,6 +396,10 @@ class Writer:
         overdue = time.monotonic() - RESEND_AFTER
         for entry in self._table.values():
             entry.sent_at = min(entry.sent_at, overdue)
+
+    def _end_all(self) -> None:
+        for entry in list(self._table.values()):
+            self._finish(entry, ConnectionLost(self._connection.servers))
 
     async def _sweep(self) -> None:
         try:
