@@ -633,7 +633,7 @@ class TestLeases:
         async with running(queue) as worker:
             assert worker._runner is not None
             slots = worker._runner._slots
-            await eventually(lambda: len(slots._suspects) >= 1)
+            await holds(lambda: len(slots._suspects) >= 1)
             with monkeypatch.context() as patch:
                 patch.setattr(Lifecycle, "hand_back", lambda *_: anyio.sleep_forever())
                 with anyio.move_on_after(0.05):
@@ -660,7 +660,7 @@ class TestLeases:
             assert "a delivery failed in the worker itself" in caplog.text
             assert worker._runner is not None
             runner = worker._runner
-            await eventually(lambda: runner._completer.pending == 0)
+            await holds(lambda: runner._completer.pending == 0)
 
     async def test_an_attempt_whose_rejection_fails_is_not_waited_for(
         self, backend: Backend, monkeypatch: pytest.MonkeyPatch
@@ -685,7 +685,7 @@ class TestLeases:
                 await queue.wait_for("x", timeout=PATIENCE)
             assert worker._runner is not None
             runner = worker._runner
-            await eventually(lambda: runner._fetcher.busy == 0)
+            await holds(lambda: runner._fetcher.busy == 0)
             assert runner._completer.pending == 0
 
 

@@ -76,7 +76,7 @@ async def test_killed_server_loses_nothing_and_nobody_is_restarted(
             done.set()
         ids = [job_id for _, job_id in added]
         produced = time.monotonic()
-        # A copy of a job that a crash had released twice is dropped when it comes to a worker.
+        # A released record counts as waiting until a promoter sees that its job has ended: a crash may take the removal.
         await only(queue, completed=len(ids), within=30)
         print(f"{len(ids)} jobs, done {time.monotonic() - produced:.2f} s after the last one")
     assert len(set(ids)) == len(ids)
