@@ -441,7 +441,7 @@ class Connection:
 
     async def _on_reconnected(self) -> None:
         logger.info("reconnected to NATS at %s", self.servers)
-        for hook in self.on_reconnect:
+        for hook in list(self.on_reconnect):
             hook()
 
 

@@ -143,6 +143,7 @@ class NATSPuller:
         self._tokens = itertools.count(1)
         self._inbox = ""
         self._listening: int | None = None
+        self._pauses: int | None = None
         self._closed = False
         self._withdrawing = False
         self._turn = asyncio.Lock()
@@ -194,7 +195,7 @@ class NATSPuller:
         if self._keeper is not None:
             await self._keeper.start()
         self._listening = await self._client.listen(self._inbox + "*", self._on_message)
-        await self._client.listen(
+        self._pauses = await self._client.listen(
             f"$JS.EVENT.ADVISORY.CONSUMER.PAUSE.{self._log}.*", self._on_pause
         )
         self._connection.background.run(self._watch())
@@ -222,22 +223,30 @@ class NATSPuller:
 
     async def close(self) -> None:
         self._closed = True
+        if self._on_reconnect in self._connection.on_reconnect:
+            self._connection.on_reconnect.remove(self._on_reconnect)
         async with self._turn:  # a withdrawal under way has more to deliver
-            if self._listening is not None and self._client.is_connected:
-                await self._stop_listening(self._listening)
-                self._listening = None
+            numbers = [each for each in (self._listening, self._pauses) if each is not None]
+            await self._stop_listening(*numbers)
+            self._listening = self._pauses = None
         self._credits.clear()
 
-    async def _stop_listening(self, number: int) -> None:
-        """The server drops the pulls of an inbox when it learns that nobody listens there. What it sent before comes before its answer."""
-        await self._wait_for_quiet(time.monotonic())
+    async def _stop_listening(self, *numbers: int) -> None:
+        """The server drops the pulls of an inbox when it learns that nobody listens there.
+
+        What it sent before comes before its answer.
+        """
         try:
-            async with asyncio.timeout(CLOSE_TIMEOUT):
-                await self._client.stop_listening(number)
+            if numbers and self._client.is_connected:
+                await self._wait_for_quiet(time.monotonic())
+                async with asyncio.timeout(CLOSE_TIMEOUT):
+                    await self._client.stop_listening(*numbers)
         except (nats.errors.Error, TimeoutError, OSError) as error:
             logger.warning(
                 "%s: what was on its way comes back when its lease is over: %r", self._log, error
             )
+        finally:
+            self._client.forget(*numbers)
 
     async def _wait_for_quiet(self, begun: float) -> None:
         """Wait until no credit is left, or none is being used.
@@ -374,7 +383,7 @@ class NATSPuller:
             await asyncio.sleep(1.0)
             now = time.monotonic()
             for consumer, credit in list(self._credits.items()):
-                if not credit.outstanding or not self._connection.client.is_connected:
+                if not credit.outstanding or not self._client.is_connected:
                     continue
                 if now > credit.lapses_at or now > credit.heard_at + 2 * self._heartbeat + GRACE:
                     self._lapse(consumer, "no heartbeat", gone=True)

@@ -144,30 +144,10 @@ class Reader:
         Each is asked for by its number: for a batch, the server counts what comes after it, half a second at a million, unless it is in the
         newer half of the log, or nothing was ever removed.
         """
-        subject = f"{self._connection.api_prefix}DIRECT.GET.{log}"
         requests = [b'{"seq":%d}' % sequence for sequence in range(start, end)]
-        deadline = time.monotonic() + self._timeout
-        for attempt in itertools.count():
-            left = deadline - time.monotonic()
-            try:
-                async with self._turns:
-                    replies = await self._connection.collect(
-                        subject,
-                        requests,
-                        timeout=min(patience_with(attempt), max(left, 0.1)),
-                        finished=lambda replies: (
-                            len(replies) == len(requests) or replies[-1].status == "503"
-                        ),
-                    )
-            except TimeoutError:
-                if time.monotonic() >= deadline:
-                    raise Unconfirmed(f"the reading of {log}", self._timeout, read=True) from None
-                continue
-            if replies[-1].status != "503":
-                found = [_record(reply) for reply in replies if not reply.status]
-                return sorted(found, key=lambda record: record.sequence)
-            await self._ask(log, {"last_by_subj": ">"}, bool)  # raises, or it can be read by now
-        raise AssertionError("counted for ever")
+        replies = await self._ask(log, requests, lambda replies: len(replies) == len(requests))
+        found = [_record(reply) for reply in replies if not reply.status]
+        return sorted(found, key=lambda record: record.sequence)
 
     async def _first_from(self, log: str, filter: str, sequence: int) -> int | None:
         """Return the sequence of the first match from `sequence` on."""
@@ -225,10 +205,15 @@ class Reader:
             payload = {**payload, "seq": found[-1].sequence + 1}  # it was cut off for its size
 
     async def _ask(
-        self, log: str, payload: Mapping[str, Any], finished: Callable[[list[Reply]], bool]
+        self,
+        log: str,
+        requests: Mapping[str, Any] | Sequence[bytes],
+        finished: Callable[[list[Reply]], bool],
     ) -> list[Reply]:
+        """Return the replies to one direct get, or to several, once `finished` says so."""
         connection = self._connection
-        subject, body = f"{connection.api_prefix}DIRECT.GET.{log}", json.dumps(payload).encode()
+        subject = f"{connection.api_prefix}DIRECT.GET.{log}"
+        body = json.dumps(requests).encode() if isinstance(requests, Mapping) else requests
         deadline = time.monotonic() + self._timeout
         for attempt in itertools.count(1):
             left = deadline - time.monotonic()
@@ -238,7 +223,7 @@ class Reader:
                         subject,
                         body,
                         timeout=min(patience_with(attempt - 1), max(left, 0.1)),
-                        finished=finished,
+                        finished=lambda replies: replies[-1].status == "503" or finished(replies),
                     )
             except TimeoutError:
                 if time.monotonic() >= deadline:

@@ -43,12 +43,18 @@ class DirectClient(Client):
         self._direct[subscription._id] = handler
         return subscription._id
 
-    async def stop_listening(self, number: int) -> None:
+    async def stop_listening(self, *numbers: int) -> None:
         """End the interest. What the server sent before it knew still reaches the handler; nothing does after the return."""
-        await self._send_unsubscribe(number)
+        for number in numbers:
+            await self._send_unsubscribe(number)
         await self.barrier()
-        self._remove_sub(number)
-        self._direct.pop(number, None)
+        self.forget(*numbers)
+
+    def forget(self, *numbers: int) -> None:
+        """End the interest of a client that is disconnected: it does not subscribe again."""
+        for number in numbers:
+            self._remove_sub(number)
+            self._direct.pop(number, None)
 
     def post(self, subject: bytes, body: bytes, reply: bytes = b"", headers: bytes = b"") -> None:
         """Queue a message; it is on its way with the next turn of the event loop.
@@ -93,9 +99,15 @@ class DirectClient(Client):
         )
 
     async def make_room(self) -> None:
-        """Wait while more is queued than should be."""
-        if self._pending_data_size > self._max_pending_size:
-            await self._flush_pending(force_flush=True)
+        """Wait while more is queued than should be, for the flush timeout at most.
+
+        Not by nats-py's `_flush_pending`, which swallows a cancellation (2.16).
+        """
+        queue, too_much = self._flush_queue, self._pending_data_size > self._max_pending_size
+        if too_much and self.is_connected and queue is not None:
+            flushed = asyncio.get_running_loop().create_future()
+            await queue.put(flushed)
+            await asyncio.wait([flushed], timeout=self._flush_timeout)
 
     async def close(self) -> None:
         """Disconnect. What was not sent before the connection was lost is dropped: nats-py would write it to the lost transport."""
