@@ -23,6 +23,7 @@ from asyncmq_nats.exceptions import (
 from asyncmq_nats.flow import FlowProducer
 from asyncmq_nats.jobs import Backoff, Job
 from asyncmq_nats.queues import Queue, list_queues
+from asyncmq_nats.search import JobFilter
 from asyncmq_nats.settings import Settings, settings
 from asyncmq_nats.states import State
 from asyncmq_nats.tasks import task
@@ -43,6 +44,7 @@ __all__ = [
     "Job",
     "JobContext",
     "JobFailed",
+    "JobFilter",
     "JobNotFound",
     "NATSBackend",
     "NotSerializable",

@@ -6,6 +6,7 @@ One class, since AsyncMQ's is one; each method is a few lines over one call belo
 import math
 from collections.abc import (
     AsyncGenerator,
+    AsyncIterator,
     Awaitable,
     Callable,
     Coroutine,
@@ -22,6 +23,7 @@ from anyio.abc import TaskStatus
 
 from asyncmq_nats._arguments import (
     build_job,
+    checked_args,
     checked_call,
     checked_mapping,
     checked_number,
@@ -39,7 +41,7 @@ from asyncmq_nats.exceptions import (
     JobFailed,
     JobNotFound,
 )
-from asyncmq_nats.jobs import Backoff, DelayedInfo, Job
+from asyncmq_nats.jobs import LATEST, Backoff, DelayedInfo, Job
 from asyncmq_nats.middleware import Hook, Hooks
 from asyncmq_nats.runtime.control import Controls, WorkerInfo, list_workers
 from asyncmq_nats.runtime.declarations import Declarations
@@ -48,13 +50,22 @@ from asyncmq_nats.runtime.rate_limiter import Limit
 from asyncmq_nats.runtime.registry import TASK_REGISTRY, TaskRegistry
 from asyncmq_nats.runtime.runner import Runner
 from asyncmq_nats.schedules import RepeatableInfo
+from asyncmq_nats.search import JobFilter
 from asyncmq_nats.states import COUNT_BUCKETS, JOB_STATES, OUTCOMES, Bucket, State
 from asyncmq_nats.store.commit import LAG, look_for, looks
 from asyncmq_nats.store.pages import JobLists
-from asyncmq_nats.store.reads import Inspection, JobPage
+from asyncmq_nats.store.reads import Inspection, JobPage, WaitingJob
+from asyncmq_nats.store.search import Found, Search
 from asyncmq_nats.store.topology import DEFAULT_PRIORITY, QueueAssets
 from asyncmq_nats.store.waiters import Waiters
 from asyncmq_nats.transitions.add import Additions
+from asyncmq_nats.transitions.apply import (
+    ACTION_STATES,
+    Action,
+    Applied,
+    apply_to_ids,
+    apply_to_matches,
+)
 from asyncmq_nats.transitions.bulk import add_many, build_entries, check_entries
 from asyncmq_nats.transitions.cancel import Administration
 from asyncmq_nats.transitions.clean import Cleanup, Progress
@@ -65,6 +76,7 @@ from asyncmq_nats.transitions.definition import (
     make_definition,
     repeatable_id,
 )
+from asyncmq_nats.transitions.edit import Edits
 from asyncmq_nats.transitions.repeat import Repeatables
 from asyncmq_nats.wire.keys import QueueSubjects, encode_token
 
@@ -73,6 +85,8 @@ __all__ = ["Queue", "list_queues"]
 logger = get_logger(__name__)
 
 EVENT_BUFFER: Final = 10_000
+RETRIED: Final = (State.FAILED, State.EXPIRED, State.CANCELLED, State.DELAYED)
+"""States in which a job can be retried by hand."""
 COUNTED_AS_TO_DO: Final = (State.WAITING, State.DELAYED, State.WAITING_CHILDREN)
 
 H = TypeVar("H", bound=Hook)
@@ -146,6 +160,8 @@ class Queue:
         self._cleanup = Cleanup(
             self.backend, self._subjects, self._assets, self._inspection, self._lists
         )
+        self._search = Search(self._lists)
+        self._edits = Edits(self.backend, self._subjects, self._assets)
         self._deduplicator = Deduplicator(self.backend, self._subjects, self._additions)
         self._repeatables = Repeatables(self.backend, self._subjects)
         self._controls = Controls(self.backend, self._subjects, self._assets)
@@ -433,6 +449,56 @@ class Queue:
         )
         return JobPage([job.to_dict() for job in jobs], cursor)
 
+    async def search(
+        self,
+        where: JobFilter | None = None,
+        *,
+        newest_first: bool = True,
+        limit: int | None = None,
+    ) -> AsyncGenerator[dict[str, Any], None]:
+        """Yield the jobs that match, one state after the other, as dicts like those of `get_job`.
+
+        The first ones come at once, and a queue of any size takes no memory. A job that moves meanwhile may be missed, or come twice.
+
+        Args:
+            where: see `JobFilter`; by default all jobs.
+            newest_first: whether the jobs that came to their state last are first.
+            limit: how many at most.
+        """
+        wanted = JobFilter() if where is None else where
+        left = math.inf if limit is None else checked_number(limit, "limit")
+        async for page in self._pages_of(wanted, wanted.states, descending=newest_first):
+            for found in page:
+                if left <= 0:
+                    return
+                left -= 1
+                yield found.job.to_dict()
+            if left <= 0:
+                return
+
+    async def _pages_of(
+        self, where: JobFilter, states: Sequence[State], *, descending: bool
+    ) -> AsyncIterator[list[Found]]:
+        running: set[str] = set()
+        if where.worker is not None and State.ACTIVE in states:
+            workers = await self.list_workers()
+            running = {
+                job_id
+                for worker in workers
+                if where.fits_worker(worker.id)
+                for job_id in worker.running
+            }
+        async for page in self._search.pages(where, states, descending=descending, running=running):
+            yield page
+
+    async def oldest_waiting(self) -> WaitingJob | None:
+        """Return the job that has waited longest to be run, and since when; `None` if none waits."""
+        found = await self._lists.oldest_waiting()
+        if found is None:
+            return None
+        job, since = found
+        return WaitingJob(job.to_dict(), since, max(0.0, self.backend.now() - since))
+
     async def get_waiting(
         self, *, start: int = 0, end: int = -1, asc: bool = False
     ) -> list[dict[str, Any]]:
@@ -647,6 +713,124 @@ class Queue:
         Return whether it was in one of these states.
         """
         return await self._find_and(self._administration.rerun, job_id)
+
+    async def promote(self, job_id: str) -> bool:
+        """Let a delayed job run now, with the attempts that it has left; `retry_job` gives it all of them anew.
+
+        Return whether it was delayed.
+        """
+        return await self._find_and(self._edits.promote, job_id)
+
+    async def reschedule(self, job_id: str, run_at: float) -> bool:
+        """Let a delayed job run at another time, in Unix seconds; one that is over is now. Return whether it was delayed.
+
+        One that the server has just released, less than half a second before its time, is left as it is, and not counted as delayed.
+        """
+        at = checked_seconds(run_at, "run_at")
+        if at > LATEST:
+            raise InvalidArgument(f"run_at must be before {LATEST:.0f}", run_at)
+        return await self._find_and(partial(self._edits.reschedule, run_at=at), job_id)
+
+    async def edit(
+        self,
+        job_id: str,
+        *,
+        args: Sequence[Any] | None = None,
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Change the arguments of a job that has not started; `None` keeps what it has.
+
+        A delayed job, one that is to be retried too, and one that waits for others can be changed at any time. One that waits to be run
+        can while the queue is paused, and is then the last of its priority.
+
+        Raises:
+            JobNotFound: there is no such job.
+            WrongState: it has started, or may be started at any moment since the queue is not paused.
+            NotSerializable: an argument would not arrive equal; the message names it.
+            PayloadTooLarge: the job would be too large.
+        """
+
+        def change(data: dict[str, Any]) -> dict[str, Any]:
+            new_args = data.get("args") if args is None else args
+            new_kwargs = data.get("kwargs") if kwargs is None else kwargs
+            written = checked_call(self._registry.write, data.get("task"), new_args, new_kwargs)
+            return data | {"args": written[0], "kwargs": written[1]}
+
+        if not await self._find_and(partial(self._edits.edit, change=change), job_id):
+            raise JobNotFound(self.name, job_id)
+
+    async def apply(
+        self,
+        jobs: JobFilter | Iterable[str],
+        action: str | Callable[[str], Awaitable[bool]],
+        *,
+        dry_run: bool = False,
+        limit: int | None = None,
+        progress: Progress | None = None,
+    ) -> Applied:
+        """Do something to all jobs that match a filter, or to those of some ids, many at a time.
+
+        Each job is met once: what comes to a state after the call has begun is not. A job may have moved on since it was found; then the
+        action does to it what it does in that state, and `remove` leaves it alone.
+
+        After an interruption the same call goes on. So that it finds none that failed again since, give it the filter's `until`: the
+        time of the first call, as `Applied.until` tells.
+
+        Args:
+            jobs: a filter, or ids. Without a state `retry` means failed and expired jobs, `promote` delayed ones, `cancel` those that
+                have not ended, `remove` all but active ones.
+            action: `retry`, `cancel`, `remove` or `promote`; or a function of an id that returns whether it did something, such as
+                `partial(queue.reschedule, run_at=…)`.
+            dry_run: only count the jobs.
+            limit: how many jobs at most, the oldest first.
+            progress: called now and then with the number of jobs so far.
+
+        Raises:
+            InvalidArgument: there is no such action, or it does nothing to jobs in that state.
+        """
+        most = None if limit is None else checked_number(limit, "limit", 1)
+        act = self._action(action)
+        if not isinstance(jobs, JobFilter):
+            ids = list(checked_args(jobs, "jobs"))[:most]
+            return await apply_to_ids(ids, act, dry_run=dry_run, progress=progress)
+        await self.backend.connect()
+        until = min(jobs.until or math.inf, self.backend.now())
+        states = jobs.states
+        if isinstance(action, str):
+            possible = ACTION_STATES[action]
+            states = possible if jobs.state is None else jobs.states
+            if action == Action.RETRY and jobs.state is not None:
+                possible = RETRIED
+            if useless := [state for state in states if state not in possible]:
+                raise InvalidArgument(
+                    f"{action} is for jobs that are {', '.join(possible)}", useless[0]
+                )
+        pages = self._pages_of(replace(jobs, until=until), states, descending=False)
+        return await apply_to_matches(
+            pages,
+            self._cleanup if action == Action.REMOVE else act,
+            until=until,
+            dry_run=dry_run,
+            limit=most,
+            progress=progress,
+        )
+
+    def _action(
+        self, action: str | Callable[[str], Awaitable[bool]]
+    ) -> Callable[[str], Awaitable[bool]]:
+        if not isinstance(action, str):
+            return action
+        known: dict[str, Callable[[str], Awaitable[bool]]] = {
+            Action.RETRY: self.retry_job,
+            Action.CANCEL: self.cancel_job,
+            Action.REMOVE: self.remove_job,
+            Action.PROMOTE: self.promote,
+        }
+        if action not in known:
+            raise InvalidArgument(
+                f"action must be one of {', '.join(Action)}, or a function", action
+            )
+        return known[action]
 
     # -- repeatables
 
