@@ -19,6 +19,7 @@ from asyncmq_nats.runtime.heartbeat import Heartbeat
 from asyncmq_nats.runtime.processes import close_processes
 from asyncmq_nats.runtime.promoter import Promoter
 from asyncmq_nats.runtime.rate_limiter import Limit, RateLimiter
+from asyncmq_nats.runtime.recorder import Recorder
 from asyncmq_nats.runtime.registry import TaskRegistry
 from asyncmq_nats.runtime.slots import Slots
 from asyncmq_nats.store.announcing import WorkerEvents
@@ -79,6 +80,16 @@ class Runner:
         self._lifecycle.on_progress = lambda body: events.tell_progress(
             self._spawner, load_json(body)
         )
+        self.recorder: Recorder | None = None
+        if backend.settings.metrics:
+            self.recorder = Recorder(
+                backend,
+                subjects.queue,
+                self.worker,
+                concurrency,
+                self._busy_seconds,
+                self._incidents,
+            )
         self._slots = Slots(
             backend,
             subjects,
@@ -89,8 +100,15 @@ class Runner:
             self._spawner,
             self._note_progress,
             any_task=any_task,
+            recorder=self.recorder,
         )
-        self._completer = Completer(self._lifecycle, events, self._spawner, self._on_settled)
+        self._completer = Completer(
+            self._lifecycle,
+            events,
+            self._spawner,
+            self._on_settled,
+            None if self.recorder is None else self.recorder.note_end,
+        )
         limiter = None if limit is None else RateLimiter(backend, subjects, limit, self.worker)
         self._fetcher = Fetcher(
             backend,
@@ -114,6 +132,7 @@ class Runner:
             self._declarations.ids,
         )
         self._lost_store = False
+        self._leases_lost = 0
         steps = (
             self._entry.beat,
             self._restore_lost,
@@ -177,11 +196,13 @@ class Runner:
                         await self._fetcher.start(self._group)
                         await self._enter_registry()
                         self._group.start_soon(self._mark_long_runs)
+                        if self.recorder is not None:
+                            self._group.start_soon(self.recorder.run, self._spawner)
                         self._slots.open()
                         serving.set()
                         await self._stop.wait()
                         await self._drain()
-                        await self._leave_registry()
+                        await self._leave()
                         self._group.cancel_scope.cancel()
                 finally:
                     self._completer.stop()
@@ -242,6 +263,30 @@ class Runner:
         await self._fetcher.refresh_pause()
         self._group.start_soon(self._heartbeat.run)
 
+    async def _leave(self) -> None:
+        async with open_task_group() as group:
+            group.start_soon(self._leave_registry)
+            if self.recorder is not None:
+                group.start_soon(self._close_recorder, self.recorder)
+
+    @staticmethod
+    async def _close_recorder(recorder: Recorder) -> None:
+        with anyio.move_on_after(FAREWELL):
+            await recorder.close()
+
+    def _busy_seconds(self) -> float:
+        now = self._backend.now()
+        return sum(now - running.attempt.started_at for running in self._slots.running)
+
+    def _incidents(self) -> dict[str, int]:
+        return {
+            "redelivered": self._slots.redelivered,
+            "lost": self._slots.lost,
+            "handed_back": self._lifecycle.handed_back,
+            "lease_lost": self._leases_lost,
+            "reconnected": self._backend.reconnects,
+        }
+
     async def _leave_registry(self) -> None:
         with anyio.move_on_after(FAREWELL) as scope:
             try:
@@ -298,5 +343,6 @@ class Runner:
                 )
                 attempt.delivery.abandon()
                 attempt.delivery = delivery
+                self._leases_lost += 1
                 return True
         return False

@@ -34,6 +34,7 @@ from asyncmq_nats.retries import Failure, RetryLimits, retry_delay
 from asyncmq_nats.runtime.completer import Completer
 from asyncmq_nats.runtime.executor import Running, execute
 from asyncmq_nats.runtime.fetcher import Fetcher
+from asyncmq_nats.runtime.recorder import UNKNOWN_TASK, Recorder
 from asyncmq_nats.runtime.registry import RegisteredTask, TaskRegistry
 from asyncmq_nats.runtime.suspects import Suspects
 from asyncmq_nats.store.announcing import WorkerEvents
@@ -74,6 +75,7 @@ class Slots:
         on_change: Callable[[], None],
         *,
         any_task: bool = False,
+        recorder: Recorder | None = None,
     ) -> None:
         self._backend = backend
         self._subjects = subjects
@@ -83,6 +85,7 @@ class Slots:
         self._events = events
         self._spawner = spawner
         self._on_change = on_change
+        self._recorder = recorder
         self._threads = anyio.CapacityLimiter(concurrency)
         self._suspects = Suspects(
             backend.settings.max_stalls, lambda: not self.running, time.monotonic
@@ -95,6 +98,10 @@ class Slots:
         self._ending = False
         self._is_cancelled: Callable[[], int] = lambda: 0
         self.running: dict[Running, None] = {}
+        self.redelivered = 0
+        """Deliveries of jobs that had been delivered before."""
+        self.lost = 0
+        """Those of them whose worker was lost."""
         self.fetcher: Fetcher
         self.completer: Completer
 
@@ -197,10 +204,12 @@ class Slots:
 
     async def _may_run_again(self, attempt: Attempt) -> bool:
         """Check a redelivery. Return whether it is to be run now: a suspect waits in line."""
+        self.redelivered += 1
         disposition = await self._lifecycle.inspect(attempt)
         if disposition is not None:
             settle_delivery(attempt.delivery, disposition)
             return False
+        self.lost += attempt.lost
         if attempt.lost and not self._is_lost_for_good(attempt):
             self._suspects.enter(attempt)
             return False
@@ -229,6 +238,8 @@ class Slots:
     async def _reject(self, delivery: Delivery, problem: InvalidJob) -> None:
         logger.error("%.200r: %s", delivery.subject, problem)
         await self._lifecycle.reject(delivery, problem)
+        if self._recorder is not None:
+            self._recorder.note_end(UNKNOWN_TASK, "failed")
 
     async def _start(self, attempt: Attempt) -> None:
         on_settled = self.completer.begin(attempt)
@@ -253,8 +264,10 @@ class Slots:
                 "(the limit is max_stalls)"
             )
             attempt.stalls, attempt.suspected = attempt.losses, False
+            attempt.end = "failed"
             await self._lifecycle.fail(attempt, Failure(error, "", now), on_settled)
         elif head.is_expired(now):
+            attempt.end = "expired"
             await self._lifecycle.expire(attempt, on_settled)
         elif head.delay_until is not None and head.delay_until > now:
             await self._lifecycle.postpone(attempt, on_settled)
@@ -312,6 +325,8 @@ class Slots:
             raise
         finally:
             del self.running[running]
+            if self._recorder is not None:
+                self._note_run(self._recorder, attempt)
         self._lifecycle.progress.finish(attempt.token)
         if running.gave_in:
             await self._give_up(attempt, cancelled=running.cancelled)
@@ -319,6 +334,11 @@ class Slots:
             await self._report_failure(attempt, failure, on_settled)
         else:
             await self._report_result(attempt, result, context.follow_ups, on_settled)
+
+    def _note_run(self, recorder: Recorder, attempt: Attempt) -> None:
+        started = attempt.started_at
+        wait, run = started - attempt.delivery.time, self._backend.now() - started
+        recorder.note_run(attempt.head.task_id, wait, run)
 
     async def _give_up(self, attempt: Attempt, *, cancelled: bool) -> None:
         """Leave a job that was cancelled or did not finish in time.
@@ -328,6 +348,8 @@ class Slots:
         is_cancelled = partial(self._lifecycle.is_cancelled, attempt.head.job_id)
         if cancelled and await look_for(is_cancelled):
             attempt.delivery.ack()
+            if self._recorder is not None:
+                self._recorder.note_end(attempt.head.task_id, "cancelled")
         else:
             await self._lifecycle.hand_back(attempt)
         self.completer.finish()
@@ -342,12 +364,14 @@ class Slots:
         try:
             if follow_ups or attempt.head.repeat_every is not None:
                 await self._lifecycle.accompany(attempt, follow_ups, result)
+            attempt.end = "completed"
             await self._lifecycle.complete(attempt, result, on_settled)
         except INVALID_RESULT as error:
             logger.warning(
                 "job %s (%s) failed: %s", attempt.head.job_id, attempt.head.task_id, error
             )
             failure = Failure(f"{type(error).__name__}: {error}", "", self._backend.now())
+            attempt.end = "failed"
             await self._lifecycle.fail(attempt, failure, on_settled)
 
     async def _report_failure(
@@ -363,6 +387,7 @@ class Slots:
             logger.info(
                 "job %s (%s) is retried in %g s: %s", job.job_id, job.task_id, delay, failure.error
             )
+            attempt.end = "retried"
             try:
                 await self._lifecycle.retry(attempt, failure, delay, on_settled)
             except (NotSerializable, PayloadTooLarge) as error:
@@ -370,4 +395,5 @@ class Slots:
             else:
                 return
         logger.warning("job %s (%s) failed: %s", job.job_id, job.task_id, failure.error)
+        attempt.end = "failed"
         await self._lifecycle.fail(attempt, failure, on_settled)
