@@ -22,6 +22,7 @@ from asyncmq_nats.exceptions import (
 )
 from asyncmq_nats.flow import FlowProducer
 from asyncmq_nats.jobs import Backoff, Job
+from asyncmq_nats.middleware import Middleware, add_middleware
 from asyncmq_nats.queues import Queue, list_queues
 from asyncmq_nats.settings import Settings, settings
 from asyncmq_nats.states import State
@@ -44,6 +45,7 @@ __all__ = [
     "JobContext",
     "JobFailed",
     "JobNotFound",
+    "Middleware",
     "NATSBackend",
     "NotSerializable",
     "PayloadTooLarge",
@@ -55,6 +57,7 @@ __all__ = [
     "Unconfirmed",
     "Worker",
     "__version__",
+    "add_middleware",
     "current_job",
     "deadline",
     "default_backend",

@@ -58,18 +58,23 @@ class Completer:
                 self._lifecycle.clean_up(attempt, write)
             attempt.delivery.ack()
             self.finish()
-            self._events.tell_end(self._spawner, attempt.token, write)
+            self._tell_end(attempt, write)
         elif self._stopped:
             attempt.delivery.abandon()
         else:
             self._spawner.spawn(self._resolve, attempt, write, result)
+
+    def _tell_end(self, attempt: Attempt, write: Write) -> None:
+        if attempt.on_end is not None:
+            attempt.on_end()
+        self._events.tell_end(self._spawner, attempt.token, write)
 
     async def _resolve(self, attempt: Attempt, write: Write, result: Settled) -> None:
         try:
             disposition = await self._lifecycle.settled(attempt, write, result)
             settle_delivery(attempt.delivery, disposition)
             if disposition is Disposition.ACK:
-                self._events.tell_end(self._spawner, attempt.token, write)
+                self._tell_end(attempt, write)
         except AsyncMQError as error:
             logger.error("job %s: %s", attempt.head.job_id, error)
             attempt.delivery.abandon()

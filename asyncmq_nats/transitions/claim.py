@@ -140,6 +140,8 @@ class Attempt:
     prepare_again: Callable[[], Awaitable[FollowUps]] | None = field(default=None, repr=False)
     """Prepares those again that are a batch: what they expect of other jobs may have changed."""
     started_at: float = 0.0
+    on_end: Callable[[], None] | None = field(default=None, repr=False)
+    """Called when its end is confirmed."""
     known: Job | None = field(default=None, repr=False)
     """All of the job, once it was read."""
 
