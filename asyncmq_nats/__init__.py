@@ -22,6 +22,7 @@ from asyncmq_nats.exceptions import (
 )
 from asyncmq_nats.flow import FlowProducer
 from asyncmq_nats.jobs import Backoff, Job
+from asyncmq_nats.middleware import Middleware, add_middleware
 from asyncmq_nats.queues import Queue, list_queues
 from asyncmq_nats.search import JobFilter
 from asyncmq_nats.settings import Settings, settings
@@ -46,6 +47,7 @@ __all__ = [
     "JobFailed",
     "JobFilter",
     "JobNotFound",
+    "Middleware",
     "NATSBackend",
     "NotSerializable",
     "PayloadTooLarge",
@@ -57,6 +59,7 @@ __all__ = [
     "Unconfirmed",
     "Worker",
     "__version__",
+    "add_middleware",
     "current_job",
     "deadline",
     "default_backend",

@@ -26,6 +26,7 @@ from asyncmq_nats._arguments import (
     checked_args,
     checked_call,
     checked_mapping,
+    checked_meta,
     checked_number,
     checked_seconds,
     job_of_payload,
@@ -42,7 +43,15 @@ from asyncmq_nats.exceptions import (
     JobNotFound,
 )
 from asyncmq_nats.jobs import LATEST, Backoff, DelayedInfo, Job
-from asyncmq_nats.middleware import Hook, Hooks
+from asyncmq_nats.middleware import (
+    AddJobs,
+    Chain,
+    Hook,
+    Hooks,
+    Lifespan,
+    Middleware,
+    checked_middleware,
+)
 from asyncmq_nats.runtime.control import Controls, WorkerInfo, list_workers
 from asyncmq_nats.runtime.declarations import Declarations
 from asyncmq_nats.runtime.program import import_tasks, run_program, run_until_signalled
@@ -69,7 +78,7 @@ from asyncmq_nats.transitions.apply import (
 from asyncmq_nats.transitions.bulk import add_many, build_entries, check_entries
 from asyncmq_nats.transitions.cancel import Administration
 from asyncmq_nats.transitions.clean import Cleanup, Progress
-from asyncmq_nats.transitions.deduplicate import Deduplicator, parse_window
+from asyncmq_nats.transitions.deduplicate import Deduplicator, Window, parse_window
 from asyncmq_nats.transitions.definition import (
     CODE,
     Definition,
@@ -118,6 +127,9 @@ class Queue:
         rate_interval: in seconds.
         registry: the tasks that `run()` knows; by default those of `@task`.
         any_task: whether `run()` runs all of them; by default those whose queue this is. `None`: as the settings say.
+        middleware: called around the jobs that this object adds and runs, within those of `add_middleware`.
+        lifespan: opened by each worker while it runs: a function that returns an async context manager, whose value its jobs have as
+            `current_job().state`. It is given those of the keywords `backend`, `worker_id` and `queue` that it takes.
 
     Raises:
         InvalidQueueName: the name cannot be part of a stream's name.
@@ -134,6 +146,8 @@ class Queue:
         *,
         registry: TaskRegistry = TASK_REGISTRY,
         any_task: bool | None = None,
+        middleware: Sequence[Middleware] = (),
+        lifespan: Lifespan | None = None,
     ) -> None:
         if backend is not None and not callable(getattr(backend, "declare_log", None)):
             raise InvalidArgument(
@@ -165,7 +179,8 @@ class Queue:
         self._deduplicator = Deduplicator(self.backend, self._subjects, self._additions)
         self._repeatables = Repeatables(self.backend, self._subjects)
         self._controls = Controls(self.backend, self._subjects, self._assets)
-        self._hooks = Hooks({"backend": self.backend, "queue": name})
+        self._hooks = Hooks({"backend": self.backend, "queue": name}, lifespan=lifespan)
+        self._middleware = [checked_middleware(each) for each in middleware]
         self._local_repeatables: list[Definition] = []
         self._waiters = Waiters(self.backend, self._subjects)
         self._registry = registry
@@ -191,6 +206,7 @@ class Queue:
         on_parent_failure: str = "wait",
         timeout: float | None = None,
         repeat_every: float | str | None = None,
+        meta: Mapping[str, str] | None = None,
     ) -> str:
         """Add one job and return its id (AsyncMQ `Queue.add`).
 
@@ -214,6 +230,7 @@ class Queue:
             on_parent_failure: when one of them fails for good, `"wait"` (it may be retried by hand), `"fail"`, or `"run"` all the same.
             timeout: how long one attempt may run, in seconds; then the task is cancelled and the attempt has failed.
             repeat_every: add the job again so many seconds, or a text such as `"5m"`, after each success.
+            meta: strings that go with the job, 8,192 bytes at most, such as the id of a request: `current_job().meta`.
 
         Raises:
             JobNotFound: a job that it depends on is not in this queue.
@@ -241,14 +258,31 @@ class Queue:
             depends_on=depends_on,
             on_parent_failure=on_parent_failure,
             repeat_every=repeat_every,
+            meta=meta,
         )
         given = deduplication if deduplication is not None else debounce
-        window = None if given is None else parse_window(given)
+        return await self._add(job, None if given is None else parse_window(given))
+
+    async def _add(self, job: Job, window: Window | None = None) -> str:
         job.encode()  # nothing is declared for what cannot be sent
+        chain = Chain.of(self.name, self._middleware)
+        if not chain.enqueues:
+            return await self._store(job, window)
+
+        async def store(jobs: Sequence[Job]) -> list[str]:
+            return [await self._store(job, window) for job in jobs]
+
+        return (await chain.enqueue([job], store))[0]
+
+    async def _store(self, job: Job, window: Window | None) -> str:
         await self._assets.declare()
         return await (
             self._additions.add(job) if window is None else self._deduplicator.add(job, window)
         )
+
+    async def _add_all(self, jobs: Sequence[Job], store: AddJobs) -> list[str]:
+        chain = Chain.of(self.name, self._middleware)
+        return await (chain.enqueue(jobs, store) if chain.enqueues and jobs else store(jobs))
 
     async def add_bulk(self, jobs: Iterable[Mapping[str, Any]]) -> list[str]:
         """Add many jobs and return their ids in order (AsyncMQ `Queue.add_bulk`).
@@ -262,6 +296,11 @@ class Queue:
         """
         await self.backend.connect()
         built, windows = build_entries(self.backend.now(), jobs, self._registry.write)
+        return await self._add_all(built, partial(self._store_bulk, windows=windows))
+
+    async def _store_bulk(
+        self, built: Sequence[Job], *, windows: Mapping[int, Window]
+    ) -> list[str]:
         check_entries(self._additions, built)
         ids = [job.job_id for job in built]
         plain = [index for index in range(len(built)) if index not in windows]
@@ -289,10 +328,7 @@ class Queue:
             InvalidJobId: no record can be kept under its id.
         """
         await self.backend.connect()
-        job = job_of_payload(payload, self.backend.now(), self._registry.write)
-        job.encode()
-        await self._assets.declare()
-        return await self._additions.add(job)
+        return await self._add(job_of_payload(payload, self.backend.now(), self._registry.write))
 
     async def send(self, payload: Mapping[str, Any]) -> str:
         """Same as `enqueue`."""
@@ -314,13 +350,17 @@ class Queue:
 
     async def add_linked(self, jobs: Sequence[Job]) -> None:
         """Add jobs that depend on each other, each after its `children`; see `FlowProducer.add_flow`."""
-        written = [self._written(job) for job in jobs]
-        await self._assets.declare()
-        await self._additions.add_linked(written)
+
+        async def store(jobs: Sequence[Job]) -> list[str]:
+            await self._assets.declare()
+            await self._additions.add_linked(jobs)
+            return [job.job_id for job in jobs]
+
+        await self._add_all([self._written(job) for job in jobs], store)
 
     def _written(self, job: Job) -> Job:
         args, kwargs = self._registry.write(job.task_id, job.args, job.kwargs)
-        return replace(job, args=args, kwargs=kwargs)
+        return replace(job, args=args, kwargs=kwargs, meta=checked_meta(job.meta))
 
     # -- run
 
@@ -336,6 +376,7 @@ class Queue:
             concurrency=self.concurrency,
             limit=None if self.rate_limit is None else Limit(self.rate_limit, self.rate_interval),
             hooks=self._hooks,
+            middleware=Chain.of(self.name, self._middleware),
             declarations=Declarations(
                 self.backend, self._subjects, {d.rid: d for d in self._local_repeatables}
             ),

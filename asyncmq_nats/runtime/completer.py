@@ -65,11 +65,16 @@ class Completer:
             self.finish()
             if self._note_end is not None and attempt.end:
                 self._note_end(attempt.head.task_id, attempt.end)
-            self._events.tell_end(self._spawner, attempt.token, write)
+            self._tell_end(attempt, write)
         elif self._stopped:
             attempt.delivery.abandon()
         else:
             self._spawner.spawn(self._resolve, attempt, write, result)
+
+    def _tell_end(self, attempt: Attempt, write: Write) -> None:
+        if attempt.on_end is not None:
+            attempt.on_end()
+        self._events.tell_end(self._spawner, attempt.token, write)
 
     async def _resolve(self, attempt: Attempt, write: Write, result: Settled) -> None:
         try:
@@ -78,7 +83,7 @@ class Completer:
             if self._note_end is not None and attempt.end and attempt.is_recorded:
                 self._note_end(attempt.head.task_id, attempt.end)
             if disposition is Disposition.ACK:
-                self._events.tell_end(self._spawner, attempt.token, write)
+                self._tell_end(attempt, write)
         except AsyncMQError as error:
             logger.error("job %s: %s", attempt.head.job_id, error)
             attempt.delivery.abandon()

@@ -10,7 +10,7 @@ from asyncmq_nats._concurrency import Spawner, all_done_before, open_task_group
 from asyncmq_nats._logging import get_logger
 from asyncmq_nats.backends.base import Backend, Delivery
 from asyncmq_nats.exceptions import AsyncMQError
-from asyncmq_nats.middleware import Hooks
+from asyncmq_nats.middleware import Chain, Hooks
 from asyncmq_nats.runtime.completer import Completer
 from asyncmq_nats.runtime.control import CANCEL, RESUME, WorkerRegistry, new_worker_id
 from asyncmq_nats.runtime.declarations import Declarations
@@ -50,6 +50,7 @@ class Runner:
         concurrency: slots; never more jobs run at a time.
         limit: of starts in the whole queue.
         hooks: called at the start and at the stop.
+        middleware: called around jobs.
         declarations: the repeatables that its code declares.
     """
 
@@ -64,6 +65,7 @@ class Runner:
         any_task: bool = False,
         limit: Limit | None = None,
         hooks: Hooks | None = None,
+        middleware: Chain | None = None,
         declarations: Declarations | None = None,
     ) -> None:
         if concurrency < 1:
@@ -100,6 +102,7 @@ class Runner:
             self._spawner,
             self._note_progress,
             any_task=any_task,
+            middleware=middleware or Chain(),
             recorder=self.recorder,
         )
         self._completer = Completer(
@@ -162,7 +165,11 @@ class Runner:
         if not await all_done_before(self._stop, self._backend.connect, self._assets.declare_all):
             task_status.started()  # the caller waits for it
             return
-        await self._hooks.start(self.worker)
+        async with self._hooks.open_lifespan(self.worker) as self._slots.state:
+            await self._hooks.start(self.worker)
+            await self._run(task_status)
+
+    async def _run(self, task_status: TaskStatus[None]) -> None:
         serving, finished = anyio.Event(), anyio.Event()
         async with open_task_group() as group:
             # Not `group.start()`: if cancelled, it waits for the child, and nothing would
@@ -238,7 +245,7 @@ class Runner:
         logger.info("worker %s has stopped", self.worker)
 
     async def _wait_until_quiet(self) -> None:
-        while self._fetcher.busy or self._completer.pending:
+        while self._fetcher.busy or self._completer.pending or self._slots.telling:
             self._progress = anyio.Event()
             await self._progress.wait()
 

@@ -144,6 +144,8 @@ class Attempt:
     """What its final write says became of it: one of `metrics.ENDS`, `""` for none of these."""
     is_recorded: bool = False
     """Whether that write was accepted, after it was rejected or had a sequel."""
+    on_end: Callable[[], None] | None = field(default=None, repr=False)
+    """Called when its end is confirmed."""
     known: Job | None = field(default=None, repr=False)
     """All of the job, once it was read."""
 
