@@ -107,17 +107,18 @@ class NATSBackend:
         cls,
         store_dir: str | os.PathLike[str] | None = None,
         *,
+        port: int = -1,
         settings: Settings | None = None,
         **options: Any,
     ) -> Self:
-        """Return a backend with a nats-server of its own on a free loopback port, which ends with `close()`, and starts again when used.
+        """Return a backend with a nats-server of its own on a loopback port, a free one by default, which ends with `close()`, and starts again when used.
 
         `store_dir` keeps the jobs over restarts; without one they go with the server. Needs the extra `embedded`.
 
         Raises:
             ServerBinaryMissing: there is no nats-server program.
         """
-        server = EmbeddedServer(store_dir)
+        server = EmbeddedServer(store_dir, port)
         server.start()
         logins = ("user", "password", "token", "user_credentials", "nkeys_seed")
         options = dict.fromkeys(logins) | options  # those of the settings are for other servers
@@ -134,6 +135,12 @@ class NATSBackend:
         if self._embedded is not None:
             return self._embedded.url
         return ",".join(map(mask_login, server_addresses(self.settings, self._options)))
+
+    @property
+    def server_pid(self) -> int | None:
+        """The process of the embedded server; `None` if there is none, or it has ended."""
+        embedded = self._embedded
+        return embedded.pid if embedded is not None and embedded.is_running else None
 
     # -- life
 
