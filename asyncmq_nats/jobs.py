@@ -48,7 +48,10 @@ LATEST: Final = 250_000_000_000.0
 def new_job_id() -> str:
     """Return a random job id: a UUID (version 4), made a little faster than by `uuid`."""
     digits = os.urandom(16).hex()
-    return f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-{'89ab'[int(digits[16], 16) & 3]}{digits[17:20]}-{digits[20:]}"
+    return (
+        f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-"
+        f"{'89ab'[int(digits[16], 16) & 3]}{digits[17:20]}-{digits[20:]}"
+    )
 
 
 def validate_custom_job_id(job_id: object) -> str:
@@ -73,7 +76,9 @@ def validate_custom_job_id(job_id: object) -> str:
 
 
 def check_size(body: bytes, what: str, max_body: int, chosen: int | None = None) -> None:
-    """Refuse a new job that leaves no room in a message of `max_body` bytes for its result or its errors: 64 KiB, or an eighth.
+    """Refuse a new job that leaves no room in a message for its result or its errors.
+
+    A message has `max_body` bytes; the room is 64 KiB, or an eighth.
 
     `chosen`: a smaller limit, that of the settings.
 

@@ -1133,7 +1133,8 @@ class Queue:
         counts = await self._inspection.count_by_state()
         if counts[State.ACTIVE] and not force:
             raise RuntimeError(
-                f"queue {self.name!r} has {counts[State.ACTIVE]} active jobs: wait for them, or pass force=True"
+                f"queue {self.name!r} has {counts[State.ACTIVE]} active jobs: "
+                "wait for them, or pass force=True"
             )
         ids = await self._cleanup.read_ids()
         # What runs would store its next attempt after all else is gone.

@@ -41,9 +41,10 @@ BackoffFunction = Callable[[int], float] | Callable[[], float]
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """What went wrong in one attempt, and when (Unix seconds). Texts are cut so that they fit into the job's record.
+    """What went wrong in one attempt, and when (Unix seconds).
 
-    `final`: no more attempts. `delay`: the task's own wish for when to try again.
+    Texts are cut so that they fit into the job's record. `final`: no more attempts. `delay`: the
+    task's own wish for when to try again.
     """
 
     error: str
@@ -91,7 +92,7 @@ def _describe(error: BaseException) -> str:
 
 
 def _cut(text: str, length: int) -> str:
-    """Return the text without what UTF-8 cannot hold (lone surrogates), its middle left out if it is longer."""
+    """Return the text without lone surrogates, its middle left out if it is longer."""
     text = text.encode("utf-8", "replace").decode()
     if len(text) <= length:
         return text
@@ -100,7 +101,10 @@ def _cut(text: str, length: int) -> str:
 
 @dataclass(frozen=True, slots=True)
 class RetryLimits:
-    """What a worker grants to a job, whatever the job says: so many retries, the later ones so many seconds apart at least."""
+    """What a worker grants to a job, whatever the job says.
+
+    So many retries, the later ones so many seconds apart at least.
+    """
 
     retries: int = 10_000
     delay: float = 1.0
@@ -126,9 +130,10 @@ def retry_delay(
     function: BackoffFunction | None = None,
     limits: RetryLimits = NO_LIMITS,
 ) -> float | None:
-    """Return how long to wait before the next attempt of a job that has just failed, 0 for at once; `None`: no more attempts.
+    """Return how long to wait before the next attempt of a job that has just failed, 0 for at once.
 
-    The task's own wish comes first, then the job's backoff, then that of its task (`function`).
+    `None`: no more attempts. The task's own wish comes first, then the job's backoff, then that of
+    its task (`function`).
     """
     if job.max_retries > limits.retries and not job.retries:
         logger.warning(

@@ -28,7 +28,7 @@ def autodiscover_tasks(backend: Backend) -> None:
 
 
 class Worker:
-    """Runs the jobs of one queue, with that queue's backend, concurrency and limits (AsyncMQ `Worker`).
+    """Runs the jobs of a queue with its backend, concurrency and limits (AsyncMQ `Worker`).
 
     Args:
         queue: a `Queue`, or the name of one on the default backend.

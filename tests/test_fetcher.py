@@ -289,7 +289,10 @@ class TestLateDeliveries:
     async def test_what_came_late_is_not_given_back_under_the_worker_that_has_it_now(
         self, backend: Backend, twin: Backend
     ) -> None:
-        """A process that was stopped beyond its leases has deliveries that are out of date: a NAK of one ends the newest."""
+        """A process that was stopped beyond its leases has deliveries that are out of date.
+
+        A NAK of one ends the newest.
+        """
         await add(make_queue(backend), 5)
         subjects = QueueSubjects(backend.settings.prefix, "work")
         lost = Receiver(backend, subjects.ready_log, extend=False)

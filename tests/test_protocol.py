@@ -1,4 +1,7 @@
-"""The wire format and the permissions of docs/protocol.md, on a real server: its examples run, its tables are true."""
+"""The wire format and the permissions of docs/protocol.md, on a real server.
+
+Its examples run, its tables are true.
+"""
 
 import asyncio
 import json

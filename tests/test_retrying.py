@@ -1,4 +1,7 @@
-"""What becomes of a job that fails: attempts and their errors, backoffs, timeouts, and retries by hand. On both backends."""
+"""What becomes of a job that fails.
+
+Attempts and their errors, backoffs, timeouts, and retries by hand. On both backends.
+"""
 
 import threading
 import time

@@ -1,4 +1,7 @@
-"""The process of tasks with `process=True`: the other end of `processes`. Nothing else imports this."""
+"""The process of tasks with `process=True`: the other end of `processes`.
+
+Nothing else imports this.
+"""
 
 import asyncio
 import importlib
@@ -27,7 +30,10 @@ OUTPUT, ERROR = 1, 2
 
 
 def main(answers: int) -> None:
-    """Run the functions that the worker names, until it is gone. `answers`: the descriptor for them."""
+    """Run the functions that the worker names, until it is gone.
+
+    `answers`: the descriptor for them.
+    """
     # The pipe of requests is nobody else's: a task that reads the standard input finds it empty.
     requests = os.fdopen(os.dup(0), "rb")
     nothing = os.open(os.devnull, os.O_RDONLY)

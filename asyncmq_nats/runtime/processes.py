@@ -1,7 +1,8 @@
 """Tasks in processes of their own: for work that would keep the interpreter busy.
 
-A process runs one task at a time and is kept for the next one. It talks to its worker by a pipe that no task sees:
-what a task and its own children write to the standard output and error goes to the worker's, line by line.
+A process runs one task at a time and is kept for the next one. It talks to its worker by a pipe
+that no task sees: what a task and its own children write to the standard output and error goes to
+the worker's, line by line.
 """
 
 import asyncio
@@ -55,8 +56,8 @@ async def run_in_process(
 ) -> Any:
     """Run a function, found again by module and name, in a process, and return its result.
 
-    On cancellation the process is killed, and what it started. The result comes back as JSON, and an
-    exception as what it says.
+    On cancellation the process is killed, and what it started. The result comes back as JSON, and
+    an exception as what it says.
 
     Raises:
         FailedElsewhere: the function raised something.
@@ -266,7 +267,7 @@ _pools: "WeakKeyDictionary[asyncio.AbstractEventLoop, list[_Child]]" = WeakKeyDi
 
 
 def _preparation() -> dict[str, Any]:
-    """Return what a process needs in order to find the functions of this one, as `multiprocessing` does."""
+    """Return what a process needs to find the functions of this one, as `multiprocessing` does."""
     data = spawn.get_preparation_data("task")
     data.pop("authkey", None)
     levels = [
@@ -293,7 +294,10 @@ def _signal_name(number: int) -> str:
 
 
 def _count_oom_kills() -> int:
-    """Return how many processes the system has killed since memory ran out; 0 where it does not say."""
+    """Return how many processes the system has killed since memory ran out.
+
+    0 where it does not say.
+    """
     with suppress(OSError, ValueError):
         for line in Path("/proc/vmstat").read_text().splitlines():
             name, _, count = line.partition(" ")

@@ -321,7 +321,7 @@ def _origin(function: Any) -> tuple[str, str]:
 
 
 def _parts(function: Any) -> list[Any]:
-    """Return the function, and those that it took along when it was defined, such as the one it decorates."""
+    """Return the function and those in its closure, such as the one that it decorates."""
     parts = [function]
     for part in parts:  # it grows meanwhile
         inner = [part.func] if isinstance(part, functools.partial) else _captured(part)

@@ -1,4 +1,7 @@
-"""A repeatable as it is stored, and its next tick. Values only: `repeat.py` and `tick.py` write them."""
+"""A repeatable as it is stored, and its next tick.
+
+Values only: `repeat.py` and `tick.py` write them.
+"""
 
 import math
 import random

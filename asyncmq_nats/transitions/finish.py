@@ -179,7 +179,10 @@ class Lifecycle(Deliveries):
         self._send(write, settle)
 
     async def reject(self, delivery: Delivery, problem: InvalidJob) -> None:
-        """Record a message that is not a job as failed, with what it was, so that it is neither lost nor delivered for ever."""
+        """Record a message that is not a job as failed, with its body.
+
+        So it is neither lost nor delivered for ever.
+        """
         token = fit_token(delivery.subject.rpartition(".")[2])
         now = self._backend.now()
         record = {
@@ -294,7 +297,10 @@ class Lifecycle(Deliveries):
         self.on_progress(body)
 
     async def results_of_parents(self, job: Job) -> dict[str, Any]:
-        """Return the results of the jobs that a job depends on, by id; those that did not complete are left out."""
+        """Return the results of the jobs that a job depends on, by id.
+
+        Those that did not complete are left out.
+        """
         return await self.dependencies.results(job)
 
     # -- for the queue

@@ -1,8 +1,8 @@
 """Follow-ups: jobs that a task adds while it runs, and its own next run if it repeats.
 
-The outcome holds them, so they exist exactly if it does. The worker stores them after the outcome is
-confirmed and before it acknowledges; the next worker, if that one dies, finds them in the outcome.
-More than fit into it are committed with it in one atomic batch.
+The outcome holds them, so they exist exactly if it does. The worker stores them after the outcome
+is confirmed and before it acknowledges; the next worker, if that one dies, finds them in the
+outcome. More than fit into it are committed with it in one atomic batch.
 """
 
 from collections.abc import Mapping, Sequence

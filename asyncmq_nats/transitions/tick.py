@@ -201,7 +201,10 @@ class Ticker:
         due: Sequence[float],
         now: float,
     ) -> TickEnd:
-        """Plan the tick after those that were due at `now`: one that has come since is that tick."""
+        """Plan the tick after those that were due at `now`.
+
+        One that has come since is that tick.
+        """
         definition, body = known
         rid = definition.rid
         last = job_of(definition, due[-1], now).job_id if due else tick.last
