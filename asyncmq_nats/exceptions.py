@@ -338,7 +338,7 @@ class ConnectionLost(BackendError, ConnectionError):
     def __init__(self, servers: str) -> None:
         super().__init__(
             f"the connection to NATS at {servers} was closed, "
-            "by close() or for good by the server: connect anew"
+            "by close() or for good by the server: connect again"
         )
 
 

@@ -103,7 +103,7 @@ def _cut(text: str, length: int) -> str:
 class RetryLimits:
     """What a worker grants to a job, whatever the job says.
 
-    So many retries, the later ones so many seconds apart at least.
+    A number of retries; the later ones are some seconds apart at least.
     """
 
     retries: int = 10_000

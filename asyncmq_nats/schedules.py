@@ -48,7 +48,7 @@ LARGEST_CHANGE: Final = 3 * 3600.0
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """A rhythm: every so many seconds, or a cron expression in a time zone (an IANA name).
+    """A rhythm: an interval in seconds, or a cron expression in a time zone (an IANA name).
 
     No run is before `start` or after `end` (Unix seconds). An interval counts from `start`.
     """

@@ -164,7 +164,7 @@ class Settings(BaseSettings):
     stalled_after: float = Field(30.0, ge=0.5)
     """A job whose worker is silent for so long is run by another one. Workers extend it every third of this."""
     max_stalls: int = Field(3, ge=1)
-    """A job whose worker was lost so many times ends as failed."""
+    """A job whose worker was lost this many times ends as failed."""
     unknown_task_timeout: float = Field(3600.0, ge=0)
     """How long a worker puts off a job whose task or format version it does not know.
 

@@ -33,8 +33,8 @@ class Worker:
     Args:
         queue: a `Queue`, or the name of one on the default backend.
         concurrency: instead of the queue's.
-        processes: `start()` runs so many worker processes, each with `concurrency` slots, and starts one again that dies. Each of them is
-            this program run anew. Needs servers that are there: an embedded one would be one per process.
+        processes: `start()` runs this many worker processes, each with `concurrency` slots, and starts one again that dies. Each of them is
+            this program run again. Needs servers that are there: an embedded one would be one per process.
 
     Raises:
         ValueError: processes is less than 1.

@@ -119,7 +119,7 @@ class Timer:
 class Write:
     """One record to be written.
 
-    `expect`: refused unless it holds. `ttl`: the record goes after so many seconds (1 at least).
+    `expect`: refused unless it holds. `ttl`: the record goes after this many seconds (1 at least).
     `timer`: see `Timer`.
     `message_id`: a second write to the log with the same one within two minutes changes nothing and
     is confirmed like the first; in a batch it is refused. Whether that or what it expects is looked
@@ -201,7 +201,7 @@ class Delivery(Protocol):
     def abandon(self) -> None:
         """Stop extending the lease without settling.
 
-        Whoever holds a newer delivery of the record decides about it.
+        The holder of a newer delivery of the record decides about it.
         """
 
 
@@ -248,7 +248,7 @@ class Subscription(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Signal:
-    """A message that is not stored: at most once, to whoever listens now.
+    """A message that is not stored: at most once, to those that listen now.
 
     `reply`: where an answer is awaited, or ''.
     """
@@ -336,9 +336,9 @@ class Backend(Protocol):
         """
 
     async def incarnation(self, name: str) -> str | None:
-        """Return what tells this log from one of the same name that was there before; `None`.
+        """Return what tells this log from one of the same name that was there before.
 
-        There is none.
+        `None`: there is no log.
         """
 
     async def delete_log(self, name: str) -> bool:
@@ -502,4 +502,4 @@ class Backend(Protocol):
     async def request(
         self, subject: str, body: bytes = b"", *, timeout: float = 1.0
     ) -> bytes | None:
-        """Send a signal and return the first answer, or `None` if nobody answers in time."""
+        """Send a signal and return the first answer, or `None` if no one answers in time."""

@@ -34,7 +34,7 @@ def main(answers: int) -> None:
 
     `answers`: the descriptor for them.
     """
-    # The pipe of requests is nobody else's: a task that reads the standard input finds it empty.
+    # The pipe of requests belongs to no one else: a task that reads the standard input finds it empty.
     requests = os.fdopen(os.dup(0), "rb")
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)

@@ -41,7 +41,7 @@ async def parent_is_gone() -> None:
 
 
 async def supervise(processes: int) -> int:
-    """Run this program so many times until SIGINT or SIGTERM, which is passed on; a second one kills. Return the exit code for the parent.
+    """Run `count` processes of this program until SIGINT or SIGTERM, which is passed on; a second one kills. Return the exit code for the parent.
 
     A child that ends is started again, at once if it lived for some seconds, otherwise after a growing delay.
 

@@ -1,4 +1,4 @@
-"""Events: of what leaves no record of its own, told to whoever listens, at most once.
+"""Events: they tell listeners, at most once, what leaves no record of its own.
 
 And all of them to the listeners of this process.
 """

@@ -52,7 +52,7 @@ async def look_for(look: Callable[[], Awaitable[Found]], pauses: Sequence[float]
 
 
 async def pause_after_refusal() -> None:
-    """Wait a little, by chance, before a write is made anew.
+    """Wait a little, by chance, before a write is repeated.
 
     Others may be doing the same, and each would refuse the others.
     """

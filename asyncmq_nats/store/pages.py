@@ -22,9 +22,9 @@ from asyncmq_nats.wire.keys import INDEXED, QueueSubjects
 __all__ = ["JobLists", "Source"]
 
 FEW: Final = 500
-"""A list of up to so many jobs is read whole: one request."""
+"""A list of up to this many jobs is read whole: one request."""
 SPARSE: Final = 10_000
-"""Up to so many matches the server counts in milliseconds before it sends the first."""
+"""The server counts up to this many matches in milliseconds before it sends the first."""
 INDEX_SLACK: Final = 32
 """Index entries that are read beyond a page.
 
@@ -257,7 +257,7 @@ class JobLists:
     async def read(self, state: State, *, descending: bool = False) -> AsyncIterator[Job]:
         """Yield the jobs in a state, by sequence.
 
-        About in the order in which they came to that state.
+        About in the order in which they reached that state.
         """
         async for source, records in self._pages(state, PAGE_SIZE, descending=descending):
             for job in self.jobs_in(source, records, state):

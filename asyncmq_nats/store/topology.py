@@ -23,7 +23,7 @@ logger = get_logger(__name__)
 DEFAULT_PRIORITY: Final = 5
 MAX_TIERS: Final = 256
 PROMOTER_LEASE: Final = 2.0
-"""A released job or a tick whose promoter died is taken up by another one after so many seconds."""
+"""A released job or a tick whose promoter died is taken up by another one after this many seconds."""
 LOOK_LIMIT: Final = 50_000
 """Ready jobs whose priority is looked at each time."""
 LOOK_PAGE: Final = 1_000
@@ -271,7 +271,7 @@ class QueueAssets:
         return lost
 
     def forget(self) -> None:
-        """Declare everything anew when next asked: something was found missing."""
+        """Declare everything again when next asked: something is missing."""
         self._logs_declared = self._counters_declared = False
         self._tiers.clear()
         self._looked_at = 0

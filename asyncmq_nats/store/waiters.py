@@ -25,7 +25,7 @@ logger = get_logger(__name__)
 OWN_SUBSCRIPTIONS: Final = 64
 """The most waiters with a subscription each.
 
-A shared one brings the outcomes of all jobs, also of those that nobody here waits for.
+A shared one brings the outcomes of all jobs, also of those that no one here waits for.
 """
 LOOK_INTERVAL: Final = 5.0
 """How long after a lost event an outcome is seen all the same, in seconds."""

@@ -87,7 +87,7 @@ class Additions:
                     continue
 
     async def _confirm(self, job: Job) -> str:
-        """Return the id of a job that was refused although nobody else can have its id.
+        """Return the id of a job that was refused although no other job can have its id.
 
         The confirmation of an earlier sending was lost.
         """
@@ -215,7 +215,7 @@ class Additions:
 
         A confirmation was lost, and they have moved on since.
         """
-        ours = next((job for job in jobs if not job.custom_id), None)  # nobody else has its id
+        ours = next((job for job in jobs if not job.custom_id), None)  # no other job has its id
         return ours is not None and await self.plans.exists(ours.job_id)
 
     # -- batches

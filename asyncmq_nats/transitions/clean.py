@@ -86,7 +86,7 @@ class Cleanup:
     async def clean(
         self, state: State, older_than: float = inf, progress: Progress | None = None
     ) -> None:
-        """Remove the jobs that came to a state before a time; those that run stay.
+        """Remove the jobs that reached a state before a time; those that run stay.
 
         Outcomes are purged by filter, `PURGE_STEP` sequences at a time: their ids are not asked
         for.

@@ -215,7 +215,7 @@ class Lifecycle(Deliveries):
         delivery.ack()
 
     def _completed(self, attempt: Attempt, result: Any) -> Write:
-        """Return the write of a result: the job as it came, byte for byte, and what it came to."""
+        """Return the write of a result: the job as it came, byte for byte, and its end."""
         what = f"the result of task {attempt.head.task_id!r}"
         members = b""
         if attempt.follow_ups is not None and attempt.follow_ups.members:
@@ -306,7 +306,7 @@ class Lifecycle(Deliveries):
     # -- for the queue
 
     async def trim(self) -> None:
-        """Remove the oldest outcomes of the kinds of which only the last so many are kept."""
+        """Remove the oldest outcomes of the kinds of which only a number is kept."""
         for state in OUTCOMES:
             keep = (
                 self._settings.completed_keep

@@ -34,7 +34,7 @@ class FollowUpJobs:
         self._additions = additions
 
     async def prepare(self, job: Job, follow_ups: Sequence[Job], result: Any) -> FollowUps:
-        """Return what is added with the success of a job. `result`: what it came to.
+        """Return what is added with the success of a job. `result`: its result.
 
         Prepare a batch again when it was refused: what it expects of other jobs may have changed.
 

@@ -81,7 +81,7 @@ class ParkedJobs:
     ) -> Write:
         """Return the write of a parked job; with a timer while its edges are being written.
 
-        `parents`: how many edges. A promoter that came too early would begin again and again.
+        `parents`: how many edges. A promoter that comes too early would begin again and again.
         """
         key = self._keys.later(token, Place.PARKED)
         if not linking:

@@ -86,7 +86,7 @@ def texts(value: object) -> list[str]:
 
 
 def new_wide(parents: int) -> str:
-    """Return a new value of `Job.wide` for so many parents."""
+    """Return a new value of `Job.wide` for this many parents."""
     return f"{os.urandom(4).hex()}.{-(-parents // NARROW_LIMIT)}"
 
 

@@ -100,7 +100,7 @@ class Arguments:
 
 
 class _Shape:
-    """One way to call a function: so many positions, and these names."""
+    """One way to call a function: a number of positions, and these names."""
 
     def __init__(self, title: str, call: Call) -> None:
         self._title = title

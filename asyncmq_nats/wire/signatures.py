@@ -99,7 +99,7 @@ class Chain:
         )
 
     def match(self, count: int, names: Sequence[str]) -> Call:
-        """Return which parameters a call with so many positions and these names is for."""
+        """Return which parameters a call with this many positions and these names is for."""
         placed, named, problems = self._match(0, count, names)
         slots = [*placed, *(named[name] for name in names)]
         filled = {slot.key for slot in slots}
@@ -158,7 +158,7 @@ class Chain:
         to_others = left if level.others is not None else ()
         placed, named, problems = self._match(number + 1, to_rest, to_others)
         if any(kind == "missing_argument" for kind, _ in problems):
-            placed = rest  # the decorator supplies one: nobody can tell which
+            placed = rest  # the decorator supplies one: no one can tell which
         return placed or rest, others | named
 
 

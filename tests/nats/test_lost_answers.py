@@ -322,7 +322,7 @@ async def test_a_job_that_was_not_cancelled_is_not_reported_as_cancelled(
 ) -> None:
     """The first sending was lost, and the repetition refused by a marker.
 
-    Of whoever moved the job.
+    The marker is of the process that moved the job.
     """
     near, far = (make_queue(backend) for backend in (nats_backend, distant))
     job_id = await near.add("note", delay=3600)

@@ -201,7 +201,7 @@ class NATSBackend:
     async def __aenter__(self) -> Self:
         try:
             await self.connect()
-        except BaseException:  # then nobody calls `__aexit__`
+        except BaseException:  # then no one calls `__aexit__`
             with CancelScope(shield=True):
                 await self.close()
             raise

@@ -477,7 +477,7 @@ class Connection:
 
 
 def patience_with(tries: int) -> float:
-    """Return how long to wait for an answer after so many tries.
+    """Return how long to wait for an answer after some tries.
 
     A cluster that has just lost a server may be silent, or slow.
     """

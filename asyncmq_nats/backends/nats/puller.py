@@ -126,7 +126,7 @@ class Credit:
                 del self.looks[token]
 
     def give_up(self, count: int | None = None) -> None:
-        """Take note that so many, or all, will not come."""
+        """Take note that this many, or all, will not come."""
         self.outstanding = 0 if count is None else max(0, self.outstanding - count)
         if not self.outstanding:
             self.looks.clear()
@@ -241,7 +241,7 @@ class NATSPuller:
         self._credits.clear()
 
     async def _stop_listening(self, *numbers: int) -> None:
-        """The server drops the pulls of an inbox when it learns that nobody listens there.
+        """The server drops the pulls of an inbox when it learns that no one listens there.
 
         What it sent before comes before its answer.
         """
@@ -260,7 +260,7 @@ class NATSPuller:
     async def _wait_for_quiet(self, begun: float) -> None:
         """Wait until no credit is left, or none is being used.
 
-        What the server is about to send when it learns that nobody listens is delivered anew, and
+        What the server is about to send when it learns that no one listens is delivered again, and
         counted as if it had been before.
         In a cluster, another server may lead the consumer: then the one that we are connected to
         drops it, until its lease is over.
@@ -400,7 +400,7 @@ class NATSPuller:
     async def _watch(self) -> None:
         """Notice credit that died in silence.
 
-        A server that forgot the pull, or a consumer deleted while nobody was told.
+        A server that forgot the pull, or a consumer deleted without a word to its clients.
         """
         while not self._closed:
             await asyncio.sleep(1.0)

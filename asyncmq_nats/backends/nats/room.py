@@ -106,7 +106,7 @@ class Fill:
 class Fills:
     """How full the streams are that have a limit and discard old records.
 
-    Jobs, if nothing stops it.
+    Without this they would discard jobs.
     """
 
     def __init__(self, connection: Connection) -> None:

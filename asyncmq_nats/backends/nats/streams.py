@@ -175,7 +175,7 @@ class Assets:
     async def restore_consumer(self, log: str, name: str) -> None:
         """Declare a consumer again that vanished, and its log if that vanished too.
 
-        Those of this process.
+        Only what this process has declared.
 
         Raises:
             AssetMissing: the log is gone, and it is not one of this process's.
@@ -199,12 +199,12 @@ class Assets:
         logger.warning("consumer %s of %s was gone and has been declared again", name, log)
 
     def forget(self, log: str) -> None:
-        """Declare the log and its consumers anew when next asked: it was deleted."""
+        """Declare the log and its consumers again when next asked: it was deleted."""
         self._declared_logs.discard(log)
         self._declared = {key for key in self._declared if key[0] != log}
 
     def forget_consumer(self, log: str, name: str) -> None:
-        """Declare the consumer anew when next asked: it was found missing."""
+        """Declare the consumer again when next asked: it is missing."""
         self._declared.discard((log, name))
 
 

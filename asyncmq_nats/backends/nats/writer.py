@@ -125,7 +125,7 @@ def encode_headers(write: Write, more: str = "", indent: int = 0) -> bytes:
 
 
 def new_message_id() -> str:
-    """Return an id for a write or a batch that nobody can guess.
+    """Return an id for a write or a batch that no one can guess.
 
     Readers of events see the ids of what was stored: under the next one of a series, a stranger
     could write first, and the server would take our write for a repetition.

@@ -154,7 +154,7 @@ class DirectClient(Client):
     async def _process_pong(self) -> None:
         """Take in the answer to a PING.
 
-        If whoever waited for it has been cancelled, nats-py's (2.16) fails, and nothing is read any
+        If the task that waited for it has been cancelled, nats-py's (2.16) fails, and nothing is read any
         more.
         """
         if self._pongs:
@@ -167,7 +167,7 @@ class DirectClient(Client):
     async def _process_connect_init(self) -> None:
         """Begin a connection.
 
-        What the one before owed is not awaited any more: whoever did asks again.
+        What the one before owed is not awaited any more: those tasks ask again.
         """
         lost = self._pongs
         await super()._process_connect_init()

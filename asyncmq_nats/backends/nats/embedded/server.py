@@ -85,7 +85,7 @@ class EmbeddedServer:
 
     @property
     def url(self) -> str:
-        """Address for clients, with the token: whoever has it can do everything."""
+        """Address for clients, with the token: its holder can do everything."""
         login = f"{self._token}@" if self._token else ""
         return f"nats://{login}{HOST}:{self._port}"
 
