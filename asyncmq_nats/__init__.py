@@ -6,6 +6,7 @@ No Redis, no Postgres, no second broker.
 from typing import TYPE_CHECKING, Any
 
 from asyncmq_nats._concurrency import deadline
+from asyncmq_nats._version import __version__
 from asyncmq_nats.backends import default_backend, set_default_backend
 from asyncmq_nats.backends.inmemory import InMemoryBackend
 from asyncmq_nats.context import JobContext, current_job
@@ -31,7 +32,7 @@ from asyncmq_nats.search import JobFilter
 from asyncmq_nats.settings import Settings, settings
 from asyncmq_nats.states import State
 from asyncmq_nats.tasks import task
-from asyncmq_nats.workers import Worker, list_workers, run_worker
+from asyncmq_nats.workers import Worker, list_workers, run_worker, stop_worker
 
 if TYPE_CHECKING:
     from asyncmq_nats.backends.nats.backend import NATSBackend
@@ -72,10 +73,9 @@ __all__ = [
     "run_worker",
     "set_default_backend",
     "settings",
+    "stop_worker",
     "task",
 ]
-
-__version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:

@@ -364,8 +364,8 @@ class Queue:
 
     # -- run
 
-    def runner(self) -> Runner:
-        """Return a worker for this queue that is not yet running."""
+    def runner(self, **options: Any) -> Runner:
+        """Return a worker for this queue that is not yet running. `options`: of `Runner`."""
         import_tasks(self.backend.settings.tasks)
         return Runner(
             self.backend,
@@ -380,6 +380,7 @@ class Queue:
             declarations=Declarations(
                 self.backend, self._subjects, {d.rid: d for d in self._local_repeatables}
             ),
+            **options,
         )
 
     async def run(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:

@@ -116,7 +116,7 @@ async def test_a_new_tier_is_taken_from_at_once(backend: Backend, twin: Backend)
 def seem_fast(fetcher: Fetcher) -> None:
     """Have a fetcher take its jobs for short ones."""
     fetcher._throughput = Throughput(1e6, 0.0, 0.1, prefetch=MAX_PREFETCH, may_grow=True)
-    fetcher._started = 10_000
+    fetcher.started = 10_000
     fetcher.refill()
 
 

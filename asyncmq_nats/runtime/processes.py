@@ -29,7 +29,7 @@ from asyncmq_nats.exceptions import ProcessDied
 from asyncmq_nats.retries import FailedElsewhere, Failure
 from asyncmq_nats.wire.codec import load_json
 
-__all__ = ["close_processes", "run_in_process"]
+__all__ = ["close_processes", "hold_processes", "run_in_process"]
 
 LENGTH: Final = struct.Struct("!Q")
 CHILD: Final = """\
@@ -85,10 +85,19 @@ async def run_in_process(
     return load_json(answer)["result"]
 
 
+def hold_processes() -> None:
+    """Count a user of the processes of this event loop: a worker that starts."""
+    loop = asyncio.get_running_loop()
+    _users[loop] = _users.get(loop, 0) + 1
+
+
 async def close_processes() -> None:
-    """End the processes that are kept for the next task. A worker does so when it stops."""
-    for child in _pools.pop(asyncio.get_running_loop(), ()):
-        await child.kill()
+    """Count a user less. With the last one, end the processes that are kept for the next task."""
+    loop = asyncio.get_running_loop()
+    _users[loop] = _users.get(loop, 1) - 1
+    if _users[loop] <= 0:
+        for child in _pools.pop(loop, ()):
+            await child.kill()
 
 
 class _Child:
@@ -264,6 +273,8 @@ class _Output:
 
 _pools: "WeakKeyDictionary[asyncio.AbstractEventLoop, list[_Child]]" = WeakKeyDictionary()
 """The idle processes of each event loop."""
+_users: "WeakKeyDictionary[asyncio.AbstractEventLoop, int]" = WeakKeyDictionary()
+"""How many workers of each event loop run."""
 
 
 def _preparation() -> dict[str, Any]:

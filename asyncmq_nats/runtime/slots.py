@@ -37,6 +37,7 @@ from asyncmq_nats.runtime.executor import Running, execute
 from asyncmq_nats.runtime.fetcher import Fetcher
 from asyncmq_nats.runtime.recorder import UNKNOWN_TASK, Recorder
 from asyncmq_nats.runtime.registry import RegisteredTask, TaskRegistry
+from asyncmq_nats.runtime.slot_group import SlotGroup
 from asyncmq_nats.runtime.suspects import Suspects
 from asyncmq_nats.store.announcing import WorkerEvents
 from asyncmq_nats.store.commit import FAREWELL, look_for
@@ -79,6 +80,7 @@ class Slots:
         on_change: Callable[[], None],
         *,
         any_task: bool = False,
+        group: SlotGroup | None = None,
         recorder: Recorder | None = None,
         middleware: Chain,
     ) -> None:
@@ -86,6 +88,7 @@ class Slots:
         self._subjects = subjects
         self._lifecycle = lifecycle
         self._registry = registry
+        self._group = group
         self._tasks_of = None if any_task else subjects.queue
         self._events = events
         self._spawner = spawner
@@ -94,7 +97,10 @@ class Slots:
         self._middleware = middleware
         self._threads = anyio.CapacityLimiter(concurrency)
         self._suspects = Suspects(
-            backend.settings.max_stalls, lambda: not self.running, time.monotonic
+            backend.settings.max_stalls,
+            lambda: not self.running if group is None else group.is_alone,
+            time.monotonic,
+            None if group is None else group.probation,
         )
         self._context: Context
         self._loop: asyncio.AbstractEventLoop
@@ -128,15 +134,66 @@ class Slots:
 
     def fill(self) -> None:
         """Start jobs while slots are free. May be called from any callback."""
-        if not self._is_open:
-            return
-        while self.fetcher.has_free_slot and (suspect := self._suspects.next()) is not None:
+        if self._group is not None:
+            self._group.fill()
+        elif self._is_open:
+            self._start_suspects()
+            if not self._suspects.holds_others:
+                while (delivery := self.fetcher.take()) is not None:
+                    self._spawn(self._run_delivery(delivery))
+            self.set_timer()
+
+    def _start_suspects(self, limit: int | None = None) -> int:
+        """Start those suspects that may start now, `limit` at most; return how many did."""
+        started = 0
+        while (
+            started != limit
+            and self.fetcher.has_free_slot
+            and (suspect := self._suspects.next()) is not None
+        ):
             self.fetcher.occupy()
             self._spawn(self._run_suspect(suspect))
-        if not self._suspects.holds_others:
-            while (delivery := self.fetcher.take()) is not None:
-                self._spawn(self._run_delivery(delivery))
-        if self._timer is None and (wait := self._suspects.wait) is not None:
+            started += 1
+        return started
+
+    # -- as a member of a group
+
+    @property
+    def is_open(self) -> bool:
+        """See `Member`."""
+        return self._is_open
+
+    @property
+    def is_running(self) -> bool:
+        """See `Member`."""
+        return bool(self.running)
+
+    @property
+    def expects_jobs(self) -> bool:
+        """See `Member`."""
+        return self.fetcher.expects_jobs
+
+    @property
+    def waits_in_line(self) -> bool:
+        """Whether a suspect waits for its turn."""
+        return bool(self._suspects)
+
+    def start_next(self) -> bool:
+        """See `Member`."""
+        if self._start_suspects(1):
+            return True
+        if self._suspects.holds_others or (delivery := self.fetcher.take()) is None:
+            return False
+        self._spawn(self._run_delivery(delivery))
+        return True
+
+    def note_free_slot(self) -> None:
+        """See `Member`."""
+        self.fetcher.note_free_slot()
+
+    def set_timer(self) -> None:
+        """See `Member`."""
+        if self._timer is None and self._is_open and (wait := self._suspects.wait) is not None:
             self._timer = self._loop.call_later(max(wait, 0.01), self._on_timer)
 
     def _on_timer(self) -> None:
