@@ -120,9 +120,11 @@ def _complete(data: dict[str, Any], what: str) -> dict[str, Any]:
 def _name(what: str, data: Mapping[str, Any]) -> str | None:
     retried = bool(data.get("retries"))
     if what == Place.RELEASED:  # a retry without a delay; all others are heard of before or after
-        return RETRYING if retried and data.get("delay_until") is None else None
+        again = retried and data.get("delay_until") is None and not data.get("snoozes")
+        return RETRYING if again else None
     if what == Place.DELAYED:
-        return RETRYING if retried else PREFIX + State.DELAYED
+        again = retried and not data.get("snoozes")
+        return RETRYING if again else PREFIX + State.DELAYED
     if what == Place.PARKED:  # written twice: while its edges are being written, and after that
         return None if data.get("linking") else PREFIX + State.WAITING_CHILDREN
     return PREFIX + what if what in (State.WAITING, *OUTCOMES, *ANNOUNCED) else None

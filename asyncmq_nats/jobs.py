@@ -229,10 +229,12 @@ class Job:
     reruns: int = Field(default=0, ge=0)
     """How often it was retried by hand."""
     put_offs: int = Field(default=0, ge=0)
-    """How often a worker put it off, since it did not know its task or its version."""
+    """How often it was put off: by a worker that did not know its task or its version, or by its task."""
     put_off_since: float | None = Field(default=None, allow_inf_nan=False)
     """When that began."""
     put_off_reason: str | None = None
+    snoozes: int = Field(default=0, ge=0)
+    """How often in a row its task has put it off by `Snooze`."""
     meta: dict[str, str] = Field(default_factory=dict)
     """What producers and middleware send along, such as the id of a request or of a trace."""
     v: int = WIRE_VERSION
@@ -402,7 +404,7 @@ JOBS: Final = TypeAdapter(Job).validator
 DICT_FIELDS: Final = (
     "args", "kwargs", "retries", "max_retries", "backoff", "ttl", "created_at", "last_attempt", "status", "result", "last_error",
     "error_traceback", "delay_until", "priority", "depends_on", "repeat_every", "deduplication", "errors", "finished_at", "worker",
-    "stalls", "timeout", "meta",
+    "stalls", "timeout", "meta", "snoozes",
 )  # fmt: skip
 OPTIONAL_FIELDS: Final[tuple[tuple[str, Any], ...]] = (
     ("parents", []),

@@ -38,6 +38,7 @@ from asyncmq_nats.events import Event, read_event
 from asyncmq_nats.exceptions import (
     AssetMissing,
     BulkAddFailed,
+    FailedAttempt,
     InvalidArgument,
     JobFailed,
     JobNotFound,
@@ -1161,5 +1162,7 @@ class Queue:
 def _result_of(job: Job) -> Any:
     """Return the outcome of a job that has ended."""
     if job.status is not State.COMPLETED:
-        raise JobFailed(job.job_id, job.status, job.last_error)
+        attempts = [FailedAttempt.read(entry) for entry in job.errors]
+        trace = job.error_traceback
+        raise JobFailed(job.job_id, job.status, job.last_error, traceback=trace, attempts=attempts)
     return job.result

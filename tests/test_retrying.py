@@ -208,7 +208,7 @@ class TestOfTasks:
             lambda retry: 1 / 0,
             lambda retry: "soon",
             lambda retry: float("nan"),
-            lambda one, two: 1.0,
+            lambda one, two, three: 1.0,
         ],
     )
     async def test_a_function_that_fails_harms_nothing(

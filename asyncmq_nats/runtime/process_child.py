@@ -66,7 +66,10 @@ def _serve(requests: BinaryIO, answers: "_Answers") -> None:
         _, end, *what = calls.get()
         result = Failure.of(problem, 0.0) if problem is not None else _call(*what)
         _flush(end)
-        answers.send("result", result)
+        if isinstance(result, Failure):
+            answers.send("failure", _portable(result))
+        else:
+            answers.send("result", result)
 
 
 def _read_calls(requests: BinaryIO, calls: "SimpleQueue[Any]") -> None:
@@ -96,6 +99,15 @@ def _call(
         return replace(Failure.of(error, 0.0), final=True)
     except BaseException as error:  # its class may be unknown in the worker
         return Failure.of(error, 0.0)
+
+
+def _portable(failure: Failure) -> tuple[Failure, bytes]:
+    """Return a failure for the worker, and beside it the exception, if it can be sent."""
+    try:
+        pickled = pickle.dumps(failure.exception)
+    except Exception:  # the user's class, or what it holds
+        pickled = b""
+    return replace(failure, exception=None), pickled
 
 
 def _find(module: str, qualname: str, *, validate: bool) -> tuple[Any, Arguments]:

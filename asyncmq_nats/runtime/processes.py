@@ -16,6 +16,7 @@ import sys
 from asyncio.subprocess import Process
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from multiprocessing import spawn
 from pathlib import Path
 from typing import Any, Final, TextIO
@@ -25,11 +26,14 @@ from weakref import WeakKeyDictionary
 import anyio
 from anyio import CapacityLimiter
 
+from asyncmq_nats._logging import get_logger
 from asyncmq_nats.exceptions import ProcessDied
 from asyncmq_nats.retries import FailedElsewhere, Failure
 from asyncmq_nats.wire.codec import load_json
 
 __all__ = ["close_processes", "hold_processes", "run_in_process"]
+
+logger = get_logger(__name__)
 
 LENGTH: Final = struct.Struct("!Q")
 CHILD: Final = """\
@@ -183,8 +187,10 @@ class _Child:
             kind, value = pickle.loads(await self._answers.readexactly(size))
             if kind == "log":
                 _log(self._job_id, value)
+            elif kind == "failure":
+                return _with_exception(*value)
             else:
-                answer: bytes | Failure = value
+                answer: bytes = value
                 return answer
 
     def _send(self, message: object) -> None:
@@ -295,6 +301,18 @@ def _log(job_id: str, record: dict[str, Any]) -> None:
         made = logging.makeLogRecord(record | {"job_id": job_id})
         made.msg = f"[job {job_id}] {made.msg}"
         logger.handle(made)
+
+
+def _with_exception(failure: Failure, pickled: bytes) -> Failure:
+    """Return a failure with what was raised in the process, if it can be made again here."""
+    if not pickled:
+        return failure
+    try:
+        error = pickle.loads(pickled)
+    except Exception as problem:  # the class is the user's code
+        logger.debug("%s stays in its process: %r", failure.kind, problem)
+        return failure
+    return replace(failure, exception=error) if isinstance(error, BaseException) else failure
 
 
 def _signal_name(number: int) -> str:

@@ -21,6 +21,7 @@ from asyncmq_nats.store.snapshot import Snapshot, count_reruns, read_snapshot
 from asyncmq_nats.store.topology import QueueAssets
 from asyncmq_nats.transitions.claim import CLAIM_TTL, Claim
 from asyncmq_nats.transitions.deliver import OUTCOME_FIELDS
+from asyncmq_nats.transitions.finish import PUT_OFF_FIELDS
 from asyncmq_nats.transitions.release import Dependencies
 from asyncmq_nats.wire.codec import dump_json, load_json
 from asyncmq_nats.wire.keys import QueueSubjects, decode_token, encode_token, tier_name
@@ -292,7 +293,7 @@ class Administration:
 
         Its time to live begins now.
         """
-        for name in (*OUTCOME_FIELDS, "delay_until", "put_off_since", "put_off_reason"):
+        for name in (*OUTCOME_FIELDS, *PUT_OFF_FIELDS, "delay_until"):
             data.pop(name, None)
         return dump_json(
             data

@@ -26,7 +26,7 @@ from asyncmq_nats.transitions.deliver import Deliveries
 from asyncmq_nats.wire.codec import dump_json, load_json, splice
 from asyncmq_nats.wire.keys import QueueSubjects, decode_token, encode_token, fit_token
 
-__all__ = ["Lifecycle"]
+__all__ = ["PUT_OFF_FIELDS", "Lifecycle"]
 
 logger = get_logger(__name__)
 
@@ -36,7 +36,8 @@ MIN_PUT_OFF_SECONDS = 1.0
 MAX_PUT_OFF_SECONDS = 60.0
 """How long a job that cannot be run here is put off at a time."""
 MAX_REASON_LENGTH = 2_000
-PUT_OFF_FIELDS = ("put_off_since", "put_off_reason")
+PUT_OFF_FIELDS = ("put_off_since", "put_off_reason", "snoozes")
+"""Fields that tell why a job waits: the next attempt drops them."""
 ARGUMENT_FIELDS = (
     "v",
     "args",
@@ -110,9 +111,15 @@ class Lifecycle(Deliveries):
         }
         self._send(self._outcome(attempt, State.FAILED, fields, "the failure"), settle)
 
-    async def expire(self, attempt: Attempt, settle: OnSettled) -> None:
-        """Record that the job's time to live was over before it started."""
-        error = f"its time to live of {attempt.head.ttl:g} s was over before this attempt started"
+    async def expire(
+        self, attempt: Attempt, settle: OnSettled, failure: Failure | None = None
+    ) -> None:
+        """Record that the job came too late: its time to live was over, or its task said so."""
+        error = (
+            f"its time to live of {attempt.head.ttl or 0:g} s was over before this attempt started"
+            if failure is None
+            else failure.error
+        )
         outcome = self._outcome(attempt, State.EXPIRED, {"last_error": error}, "the expiry")
         self._send(outcome, settle)
 
@@ -123,6 +130,13 @@ class Lifecycle(Deliveries):
         job = add_failure(attempt.job, failure)
         run_at = self._backend.now() + delay if delay > 0 else None
         await self._reschedule(attempt, _fields_of_next(job), run_at, settle)
+
+    async def snooze(self, attempt: Attempt, delay: float, settle: OnSettled) -> None:
+        """Have the job run again in `delay` seconds, as its task wishes; no retry is counted."""
+        job = attempt.job
+        fields = _fields_of_next(job) | {"put_offs": job.put_offs + 1, "snoozes": job.snoozes + 1}
+        run_at = self._backend.now() + delay if delay > 0 else None
+        await self._reschedule(attempt, fields, run_at, settle)
 
     async def postpone(self, attempt: Attempt, settle: OnSettled) -> None:
         """Move a ready job whose time is still to come to where delayed jobs wait."""
