@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, Self
 
+from asyncmq_nats._clock import Clock
 from asyncmq_nats.exceptions import BackendError
 from asyncmq_nats.settings import Settings
 
@@ -233,6 +234,10 @@ class Backend(Protocol):
     settings: Settings
     may_declare: bool
     """Whether it creates logs and consumers that are missing; if not, `declare_log` and `declare_consumer` do nothing."""
+
+    @property
+    def clock(self) -> Clock:
+        """What its workers wait by: the system's clock, but for tests."""
 
     @property
     def reads_may_lag(self) -> bool:

@@ -4,7 +4,6 @@ Takes deliveries while slots are free, runs them, and passes what became of them
 """
 
 import asyncio
-import time
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
 from contextvars import Context, copy_context
@@ -14,6 +13,7 @@ from typing import Any, Final
 
 import anyio
 
+from asyncmq_nats._clock import Cancellable
 from asyncmq_nats._concurrency import Spawner, running_task
 from asyncmq_nats._logging import get_logger
 from asyncmq_nats.backends.base import Backend, Delivery
@@ -85,12 +85,12 @@ class Slots:
         self._on_change = on_change
         self._threads = anyio.CapacityLimiter(concurrency)
         self._suspects = Suspects(
-            backend.settings.max_stalls, lambda: not self.running, time.monotonic
+            backend.settings.max_stalls, lambda: not self.running, backend.clock.monotonic
         )
         self._context: Context
         self._loop: asyncio.AbstractEventLoop
         self._tasks: set[asyncio.Task[None]] = set()
-        self._timer: asyncio.TimerHandle | None = None
+        self._timer: Cancellable | None = None
         self._is_open = False
         self._ending = False
         self._is_cancelled: Callable[[], int] = lambda: 0
@@ -120,7 +120,7 @@ class Slots:
             while (delivery := self.fetcher.take()) is not None:
                 self._spawn(self._run_delivery(delivery))
         if self._timer is None and (wait := self._suspects.wait) is not None:
-            self._timer = self._loop.call_later(max(wait, 0.01), self._on_timer)
+            self._timer = self._backend.clock.call_later(max(wait, 0.01), self._on_timer)
 
     def _on_timer(self) -> None:
         self._timer = None
@@ -304,7 +304,7 @@ class Slots:
         )
         try:
             result, failure = await execute(
-                running, entry, self._threads, self._backend.now, self._is_ending
+                running, entry, self._threads, self._backend, self._is_ending
             )
         except anyio.get_cancelled_exc_class():  # the worker ends, not the job
             with anyio.move_on_after(FAREWELL, shield=True), suppress(AsyncMQError):

@@ -4,8 +4,7 @@ import random
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Final, TypeVar
 
-import anyio
-
+from asyncmq_nats._clock import brief_pause
 from asyncmq_nats.backends.base import Backend
 
 __all__ = ["FAREWELL", "LAG", "LOOKS", "look_for", "looks", "pause_after_refusal"]
@@ -32,13 +31,13 @@ async def look_for(look: Callable[[], Awaitable[Found]], pauses: Sequence[float]
     """Look for a job until it is found, or has been missed often enough not to exist. Return what the last look returned."""
     for pause in pauses[:-1]:
         if pause:
-            await anyio.sleep(pause)
+            await brief_pause(pause)
         if found := await look():
             return found
-    await anyio.sleep(pauses[-1])
+    await brief_pause(pauses[-1])
     return await look()
 
 
 async def pause_after_refusal() -> None:
     """Wait a little, by chance, before a write is made anew: others may be doing the same, and each would refuse the others."""
-    await anyio.sleep(random.uniform(0.0, 0.01))
+    await brief_pause(random.uniform(0.0, 0.01))
