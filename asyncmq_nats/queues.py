@@ -185,6 +185,9 @@ class Queue:
         self._local_repeatables: list[Definition] = []
         self._waiters = Waiters(self.backend, self._subjects)
         self._registry = registry
+        note_queue = getattr(self.backend, "note_queue", None)
+        if note_queue is not None:  # that of tests, which runs the jobs of its queues
+            note_queue(self)
         self.any_task = self.backend.settings.any_task if any_task is None else any_task
 
     # -- add

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, Self
 
+from asyncmq_nats._clock import Clock
 from asyncmq_nats.exceptions import BackendError
 from asyncmq_nats.settings import Settings
 
@@ -279,6 +280,10 @@ class Backend(Protocol):
 
     If not, `declare_log` and `declare_consumer` do nothing.
     """
+
+    @property
+    def clock(self) -> Clock:
+        """What its workers wait by: the system's clock, but for tests."""
 
     @property
     def reads_may_lag(self) -> bool:

@@ -13,6 +13,7 @@ from anyio import CancelScope, to_thread
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription as NatsSubscription
 
+from asyncmq_nats._clock import SYSTEM_CLOCK, Clock
 from asyncmq_nats._concurrency import Home, Turns, open_task_group
 from asyncmq_nats._logging import Throttle, get_logger
 from asyncmq_nats.backends.base import (
@@ -94,6 +95,7 @@ class NATSBackend:
         **options: Any,
     ) -> None:
         self.settings = settings if settings is not None else environment
+        self.clock: Clock = SYSTEM_CLOCK
         self.may_declare = declare
         self._options: dict[str, Any] = dict(options)
         if servers is not None:
