@@ -1,4 +1,7 @@
-"""A job queue with the API of AsyncMQ's `Queue`, on NATS JetStream: no Redis, no Postgres, no second broker."""
+"""A job queue with the API of AsyncMQ's `Queue`, on NATS JetStream.
+
+No Redis, no Postgres, no second broker.
+"""
 
 from typing import TYPE_CHECKING, Any
 
@@ -11,13 +14,16 @@ from asyncmq_nats.events import Event, event_emitter
 from asyncmq_nats.exceptions import (
     AsyncMQError,
     BulkAddFailed,
+    Expired,
     Fail,
     InvalidArgument,
     JobFailed,
     JobNotFound,
     NotSerializable,
     PayloadTooLarge,
+    Reject,
     Retry,
+    Snooze,
     TaskTimeout,
     Unconfirmed,
 )
@@ -39,6 +45,7 @@ __all__ = [
     "Backoff",
     "BulkAddFailed",
     "Event",
+    "Expired",
     "Fail",
     "FlowProducer",
     "InMemoryBackend",
@@ -53,8 +60,10 @@ __all__ = [
     "NotSerializable",
     "PayloadTooLarge",
     "Queue",
+    "Reject",
     "Retry",
     "Settings",
+    "Snooze",
     "State",
     "TaskTimeout",
     "Unconfirmed",

@@ -1,11 +1,14 @@
 """`server`: a nats-server with JetStream in the foreground, for development and single machines."""
 
 import signal
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Final
 
 import anyio
 import typer
+from anyio.abc import TaskStatus
 
 from asyncmq_nats import NATSBackend
 from asyncmq_nats.cli.command import CommandFailed, Session
@@ -36,26 +39,32 @@ def server(
     if port != -1 and not 1 <= port <= 65535:
         raise CommandFailed(f"a port is a number from 1 to 65535, or -1 for a free one, not {port}")
     backend = NATSBackend.embedded(store, port=port)
-    session.output.raw(f"export NATS_URL={backend.url}")
     kept = f"keeps the jobs in {store}" if store else "forgets the jobs when it ends"
-    session.output.note(f"nats-server runs as {backend.server_pid} and {kept}")
-    if not anyio.run(_serve, backend):
+
+    def announce() -> None:
+        session.output.raw(f"export NATS_URL={backend.url}")
+        sys.stdout.flush()
+        session.output.note(f"nats-server runs as {backend.server_pid} and {kept}")
+
+    if not anyio.run(_serve, backend, announce):
         raise CommandFailed("the nats-server has ended by itself: its log says why")
 
 
-async def _serve(backend: NATSBackend) -> bool:
+async def _serve(backend: NATSBackend, announce: Callable[[], None]) -> bool:
     """Wait for a signal. Return `False` if the server has ended before."""
     stopped = False
     async with anyio.create_task_group() as group:
 
-        async def stop_on_signal() -> None:
+        async def stop_on_signal(*, task_status: TaskStatus[None]) -> None:
             nonlocal stopped
             with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+                task_status.started()
                 async for _ in signals:
                     stopped = True
                     group.cancel_scope.cancel()
 
-        group.start_soon(stop_on_signal)
+        await group.start(stop_on_signal)
+        announce()
         while backend.server_pid is not None:  # noqa: ASYNC110  the system has no event for it
             await anyio.sleep(CHECK_INTERVAL)
         group.cancel_scope.cancel()

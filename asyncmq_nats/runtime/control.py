@@ -95,7 +95,7 @@ class Controls:
         await self._backend.publish(self._subjects.control(CANCEL), job_id.encode())
 
     async def _tell_all(self, what: str, body: bytes) -> None:
-        """Signal the queue's workers and wait until each of those that are registered has answered, or some time has passed."""
+        """Signal the queue's workers and wait until each registered one has answered, or for a time."""
         workers = {worker.id for worker in await list_workers(self._backend, self._subjects.queue)}
         missing = await _tell(self._backend, self._subjects, what, body, workers, PAUSE_ANSWERS)
         if missing:

@@ -163,7 +163,9 @@ class Runner:
             partial(make_room, backend, subjects),
             self._look_for_cancelled,
         )
-        self._heartbeat = Heartbeat(self.worker, backend.settings.heartbeat_interval, steps)
+        self._heartbeat = Heartbeat(
+            self.worker, backend.settings.heartbeat_interval, steps, backend.clock
+        )
         self._progress = anyio.Event()
         self._draining = False
         self._stop = anyio.Event()
@@ -380,7 +382,7 @@ class Runner:
 
     async def _mark_long_runs(self) -> None:
         while True:
-            await anyio.sleep(MARK_INTERVAL)
+            await self._backend.clock.sleep(MARK_INTERVAL, upkeep=True)
             self._slots.mark_long_runs()
 
     def _running_ids(self) -> list[str]:

@@ -4,7 +4,6 @@ Takes deliveries while slots are free, runs them, and passes what became of them
 """
 
 import asyncio
-import time
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
 from contextvars import Context, copy_context
@@ -14,6 +13,7 @@ from typing import Any, Final
 
 import anyio
 
+from asyncmq_nats._clock import Cancellable
 from asyncmq_nats._concurrency import Spawner, running_task
 from asyncmq_nats._logging import get_logger
 from asyncmq_nats.backends.base import Backend, Delivery
@@ -31,7 +31,7 @@ from asyncmq_nats.exceptions import (
 )
 from asyncmq_nats.jobs import WIRE_VERSION, Job
 from asyncmq_nats.middleware import Chain, Ending, EndState
-from asyncmq_nats.retries import Failure, RetryLimits, retry_delay
+from asyncmq_nats.retries import Failure, RetryLimits, judge, retry_delay, snooze_delay
 from asyncmq_nats.runtime.completer import Completer
 from asyncmq_nats.runtime.executor import Running, execute
 from asyncmq_nats.runtime.fetcher import Fetcher
@@ -95,17 +95,19 @@ class Slots:
         self._on_change = on_change
         self._recorder = recorder
         self._middleware = middleware
+        settings = backend.settings
+        self._limits = RetryLimits(settings.max_retries_limit, settings.min_retry_delay)
         self._threads = anyio.CapacityLimiter(concurrency)
         self._suspects = Suspects(
-            backend.settings.max_stalls,
+            settings.max_stalls,
             lambda: not self.running if group is None else group.is_alone,
-            time.monotonic,
+            backend.clock.monotonic,
             None if group is None else group.probation,
         )
         self._context: Context
         self._loop: asyncio.AbstractEventLoop
         self._tasks: set[asyncio.Task[None]] = set()
-        self._timer: asyncio.TimerHandle | None = None
+        self._timer: Cancellable | None = None
         self._is_open = False
         self._ending = False
         self._is_cancelled: Callable[[], int] = lambda: 0
@@ -194,7 +196,7 @@ class Slots:
     def set_timer(self) -> None:
         """See `Member`."""
         if self._timer is None and self._is_open and (wait := self._suspects.wait) is not None:
-            self._timer = self._loop.call_later(max(wait, 0.01), self._on_timer)
+            self._timer = self._backend.clock.call_later(max(wait, 0.01), self._on_timer)
 
     def _on_timer(self) -> None:
         self._timer = None
@@ -382,7 +384,7 @@ class Slots:
                 running,
                 entry,
                 self._threads,
-                self._backend.now,
+                self._backend,
                 self._is_ending,
                 self._middleware,
             )
@@ -452,7 +454,13 @@ class Slots:
             return
         ending = Ending(state, attempt.started_at, self._backend.now(), result, delay=delay)
         if failure is not None:
-            ending = replace(ending, error=failure.error, traceback=failure.traceback)
+            ending = replace(
+                ending,
+                error=failure.error,
+                error_type=failure.kind or None,
+                traceback=failure.traceback,
+                exception=failure.exception,
+            )
         attempt.on_end = partial(self._on_end, context or self._context_of(attempt), ending)
 
     def _on_end(self, context: JobContext, ending: Ending) -> None:
@@ -506,7 +514,7 @@ class Slots:
             logger.warning(
                 "job %s (%s) failed: %s", attempt.head.job_id, attempt.head.task_id, error
             )
-            failure = Failure(f"{type(error).__name__}: {error}", "", self._backend.now())
+            failure = replace(Failure.of(error, self._backend.now()), traceback="")
             self._note_end(attempt, context, "failed", failure=failure)
             await self._lifecycle.fail(attempt, failure, on_settled)
 
@@ -519,10 +527,17 @@ class Slots:
     ) -> None:
         job = attempt.job
         task = self._registry.get(job.task_id)
+        if task is not None:
+            failure = judge(failure, task.retry_on, task.give_up_on)
+        if failure.end == "snoozed" and await self._snooze(attempt, failure, on_settled, context):
+            return
+        if failure.end == "expired":
+            logger.info("job %s (%s) has expired: %s", job.job_id, job.task_id, failure.error)
+            self._note_end(attempt, context, "expired", failure=failure)
+            await self._lifecycle.expire(attempt, on_settled, failure)
+            return
         function = None if task is None else task.backoff_function
-        settings = self._backend.settings
-        limits = RetryLimits(settings.max_retries_limit, settings.min_retry_delay)
-        delay = retry_delay(job, failure, function, limits)
+        delay = retry_delay(job, failure, function, self._limits)
         if delay is not None:
             logger.info(
                 "job %s (%s) is retried in %g s: %s", job.job_id, job.task_id, delay, failure.error
@@ -537,3 +552,22 @@ class Slots:
         logger.warning("job %s (%s) failed: %s", job.job_id, job.task_id, failure.error)
         self._note_end(attempt, context, "failed", failure=failure)
         await self._lifecycle.fail(attempt, failure, on_settled)
+
+    async def _snooze(
+        self,
+        attempt: Attempt,
+        failure: Failure,
+        on_settled: OnSettled,
+        context: JobContext | None,
+    ) -> bool:
+        """Have a job run again later, as its task wishes. Return whether that could be written."""
+        job = attempt.job
+        delay = snooze_delay(job, failure, self._limits)
+        logger.info("job %s (%s) is snoozed for %g s", job.job_id, job.task_id, delay)
+        self._note_end(attempt, context, "snoozed", failure=failure, delay=delay)
+        try:
+            await self._lifecycle.snooze(attempt, delay, on_settled)
+        except (NotSerializable, PayloadTooLarge) as error:  # it cannot be written again as it came
+            logger.warning("job %s (%s) cannot be snoozed: %s", job.job_id, job.task_id, error)
+            return False
+        return True

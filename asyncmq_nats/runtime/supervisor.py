@@ -49,7 +49,7 @@ async def parent_is_gone() -> None:
 
 
 async def supervise(processes: int, watched: Sequence[Path] = ()) -> int:
-    """Run this program so many times until SIGINT or SIGTERM, which is passed on; a second one kills.
+    """Run processes of this program until SIGINT or SIGTERM, which is passed on; a second one kills.
 
     A child that ends is started again, at once if it lived for some seconds, otherwise after a
     growing delay. When a Python file below `watched` changes, new children are started at once, and
