@@ -22,7 +22,9 @@ from asyncmq_nats.exceptions import (
 )
 from asyncmq_nats.flow import FlowProducer
 from asyncmq_nats.jobs import Backoff, Job
+from asyncmq_nats.middleware import Middleware, add_middleware
 from asyncmq_nats.queues import Queue, list_queues
+from asyncmq_nats.search import JobFilter
 from asyncmq_nats.settings import Settings, settings
 from asyncmq_nats.states import State
 from asyncmq_nats.tasks import task
@@ -43,7 +45,9 @@ __all__ = [
     "Job",
     "JobContext",
     "JobFailed",
+    "JobFilter",
     "JobNotFound",
+    "Middleware",
     "NATSBackend",
     "NotSerializable",
     "PayloadTooLarge",
@@ -55,6 +59,7 @@ __all__ = [
     "Unconfirmed",
     "Worker",
     "__version__",
+    "add_middleware",
     "current_job",
     "deadline",
     "default_backend",

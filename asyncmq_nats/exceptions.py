@@ -12,6 +12,7 @@
     ├── TooManyPriorities (ValueError)       more tiers than a queue may have
     ├── TaskNotFound (LookupError)           a job names a task the worker does not have
     ├── JobNotFound (LookupError)            no job with that id
+    ├── WrongState                           a job in whose state it cannot be asked for
     ├── Retry                                raised by a task: this attempt failed, try again
     ├── Fail                                 raised by a task: failed for good, no more attempts
     ├── TaskTimeout (TimeoutError)           a task ran longer than its job's timeout
@@ -72,6 +73,7 @@ __all__ = [
     "Unconfirmed",
     "VirtualTimeStuck",
     "WriteRefused",
+    "WrongState",
 ]
 
 
@@ -206,6 +208,14 @@ class JobNotFound(AsyncMQError, LookupError):
         super().__init__(
             f"queue {queue!r} has no job {job_id!r}: it was never added, was removed, or its outcome was kept no longer"
         )
+
+
+class WrongState(AsyncMQError):
+    """What was asked for cannot be done to a job in its state."""
+
+    def __init__(self, job_id: str, state: str, verb: str, reason: str) -> None:
+        self.job_id, self.state = job_id, state
+        super().__init__(f"job {job_id!r} is {state} and cannot be {verb}: {reason}")
 
 
 class JobFailed(AsyncMQError):

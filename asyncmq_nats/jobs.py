@@ -228,6 +228,8 @@ class Job:
     put_off_since: float | None = Field(default=None, allow_inf_nan=False)
     """When that began."""
     put_off_reason: str | None = None
+    meta: dict[str, str] = Field(default_factory=dict)
+    """What producers and middleware send along, such as the id of a request or of a trace."""
     v: int = WIRE_VERSION
 
     @property
@@ -395,7 +397,7 @@ JOBS: Final = TypeAdapter(Job).validator
 DICT_FIELDS: Final = (
     "args", "kwargs", "retries", "max_retries", "backoff", "ttl", "created_at", "last_attempt", "status", "result", "last_error",
     "error_traceback", "delay_until", "priority", "depends_on", "repeat_every", "deduplication", "errors", "finished_at", "worker",
-    "stalls", "timeout",
+    "stalls", "timeout", "meta",
 )  # fmt: skip
 OPTIONAL_FIELDS: Final[tuple[tuple[str, Any], ...]] = (
     ("parents", []),
@@ -413,6 +415,7 @@ OPTIONAL_FIELDS: Final[tuple[tuple[str, Any], ...]] = (
     ("errors", []),
     ("stalls", 0),
     ("on_parent_failure", "wait"),
+    ("meta", {}),
 )
 """Those that are left out when they have their default."""
 

@@ -189,6 +189,16 @@ class Settings(BaseSettings):
     min_repeat_interval: float = Field(0.05, ge=0.05)
     """The shortest interval of a repeatable and of `repeat_every`. A shorter one is refused; a job
     of another program that has one is repeated after this."""
+    metrics: bool = True
+    """Whether workers write the history of what they do, from which charts and rates are read."""
+    metrics_ttl: float = Field(7 * DAY, ge=60)
+    """How long the history is kept."""
+    metrics_max_bytes: int | None = Field(None, ge=1)
+    """Most bytes of the history; the oldest records go first. `None` is no limit."""
+    audit_ttl: float | None = Field(90 * DAY, ge=60)
+    """How long the records of what operators did are kept."""
+    audit_max_bytes: int | None = Field(None, ge=1)
+    """Most bytes of the records of what operators did; the oldest ones go first."""
     scan_interval: float = Field(1.0, gt=0)
     """Kept from AsyncMQ, without effect: nothing is polled. Workers look for what a lost signal left unseen every 30 s, whatever it is."""
     tasks: Annotated[tuple[str, ...], NoDecode] = ()

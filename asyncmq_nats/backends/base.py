@@ -44,6 +44,7 @@ class Log:
     `timers`: writes may carry a `timer` or a `ttl`. `republish`: (filter, destination): each stored record is also sent as a signal
     to the destination, in which `{{wildcard(n)}}` stands for the n-th `*` of the filter.
     `ballast`: subject of a record that a backend may keep to delete it when the store is full.
+    `max_bytes`: of a log that is no work queue; beyond, a server removes the oldest records.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Log:
     timers: bool = False
     republish: tuple[str, str] | None = None
     ballast: str | None = None
+    max_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,6 +267,14 @@ class Backend(Protocol):
 
     async def __aexit__(self, *_: object) -> None:
         """Do what `close` does."""
+
+    @property
+    def reconnects(self) -> int:
+        """How often the present connection was lost and made again."""
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether there is a connection now: it may be lost, and on its way to be made again."""
 
     def now(self) -> float:
         """Return the server's time."""

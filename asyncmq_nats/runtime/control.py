@@ -240,7 +240,9 @@ class WorkerRegistry:
 
     async def _declare(self) -> None:
         _, key = workers_bucket(self._backend.settings.prefix)
-        await self._backend.declare_log(Log(self._log, (f"{key}>",), timers=True))
+        limit = self._backend.settings.workers_max_bytes
+        log = Log(self._log, (f"{key}>",), timers=True, max_bytes=limit)
+        await self._backend.declare_log(log)
 
     async def beat(self) -> None:
         """Renew the entry, unless it was removed."""

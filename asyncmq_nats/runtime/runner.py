@@ -10,7 +10,7 @@ from asyncmq_nats._concurrency import Spawner, all_done_before, open_task_group
 from asyncmq_nats._logging import get_logger
 from asyncmq_nats.backends.base import Backend, Delivery
 from asyncmq_nats.exceptions import AsyncMQError
-from asyncmq_nats.middleware import Hooks
+from asyncmq_nats.middleware import Chain, Hooks
 from asyncmq_nats.runtime.completer import Completer
 from asyncmq_nats.runtime.control import CANCEL, RESUME, WorkerRegistry, new_worker_id
 from asyncmq_nats.runtime.declarations import Declarations
@@ -19,6 +19,7 @@ from asyncmq_nats.runtime.heartbeat import Heartbeat
 from asyncmq_nats.runtime.processes import close_processes
 from asyncmq_nats.runtime.promoter import Promoter
 from asyncmq_nats.runtime.rate_limiter import Limit, RateLimiter
+from asyncmq_nats.runtime.recorder import Recorder
 from asyncmq_nats.runtime.registry import TaskRegistry
 from asyncmq_nats.runtime.slots import Slots
 from asyncmq_nats.store.announcing import WorkerEvents
@@ -49,6 +50,7 @@ class Runner:
         concurrency: slots; never more jobs run at a time.
         limit: of starts in the whole queue.
         hooks: called at the start and at the stop.
+        middleware: called around jobs.
         declarations: the repeatables that its code declares.
     """
 
@@ -63,6 +65,7 @@ class Runner:
         any_task: bool = False,
         limit: Limit | None = None,
         hooks: Hooks | None = None,
+        middleware: Chain | None = None,
         declarations: Declarations | None = None,
     ) -> None:
         if concurrency < 1:
@@ -79,6 +82,16 @@ class Runner:
         self._lifecycle.on_progress = lambda body: events.tell_progress(
             self._spawner, load_json(body)
         )
+        self.recorder: Recorder | None = None
+        if backend.settings.metrics:
+            self.recorder = Recorder(
+                backend,
+                subjects.queue,
+                self.worker,
+                concurrency,
+                self._busy_seconds,
+                self._incidents,
+            )
         self._slots = Slots(
             backend,
             subjects,
@@ -89,8 +102,16 @@ class Runner:
             self._spawner,
             self._note_progress,
             any_task=any_task,
+            middleware=middleware or Chain(),
+            recorder=self.recorder,
         )
-        self._completer = Completer(self._lifecycle, events, self._spawner, self._on_settled)
+        self._completer = Completer(
+            self._lifecycle,
+            events,
+            self._spawner,
+            self._on_settled,
+            None if self.recorder is None else self.recorder.note_end,
+        )
         limiter = None if limit is None else RateLimiter(backend, subjects, limit, self.worker)
         self._fetcher = Fetcher(
             backend,
@@ -114,6 +135,7 @@ class Runner:
             self._declarations.ids,
         )
         self._lost_store = False
+        self._leases_lost = 0
         steps = (
             self._entry.beat,
             self._restore_lost,
@@ -145,7 +167,11 @@ class Runner:
         if not await all_done_before(self._stop, self._backend.connect, self._assets.declare_all):
             task_status.started()  # the caller waits for it
             return
-        await self._hooks.start(self.worker)
+        async with self._hooks.open_lifespan(self.worker) as self._slots.state:
+            await self._hooks.start(self.worker)
+            await self._run(task_status)
+
+    async def _run(self, task_status: TaskStatus[None]) -> None:
         serving, finished = anyio.Event(), anyio.Event()
         async with open_task_group() as group:
             # Not `group.start()`: if cancelled, it waits for the child, and nothing would
@@ -179,11 +205,13 @@ class Runner:
                         await self._fetcher.start(self._group)
                         await self._enter_registry()
                         self._group.start_soon(self._mark_long_runs)
+                        if self.recorder is not None:
+                            self._group.start_soon(self.recorder.run, self._spawner)
                         self._slots.open()
                         serving.set()
                         await self._stop.wait()
                         await self._drain()
-                        await self._leave_registry()
+                        await self._leave()
                         self._group.cancel_scope.cancel()
                 finally:
                     self._completer.stop()
@@ -219,7 +247,7 @@ class Runner:
         logger.info("worker %s has stopped", self.worker)
 
     async def _wait_until_quiet(self) -> None:
-        while self._fetcher.busy or self._completer.pending:
+        while self._fetcher.busy or self._completer.pending or self._slots.telling:
             self._progress = anyio.Event()
             await self._progress.wait()
 
@@ -243,6 +271,30 @@ class Runner:
         # Again: a signal may have passed between the first look and now.
         await self._fetcher.refresh_pause()
         self._group.start_soon(self._heartbeat.run)
+
+    async def _leave(self) -> None:
+        async with open_task_group() as group:
+            group.start_soon(self._leave_registry)
+            if self.recorder is not None:
+                group.start_soon(self._close_recorder, self.recorder)
+
+    @staticmethod
+    async def _close_recorder(recorder: Recorder) -> None:
+        with anyio.move_on_after(FAREWELL):
+            await recorder.close()
+
+    def _busy_seconds(self) -> float:
+        now = self._backend.now()
+        return sum(now - running.attempt.started_at for running in self._slots.running)
+
+    def _incidents(self) -> dict[str, int]:
+        return {
+            "redelivered": self._slots.redelivered,
+            "lost": self._slots.lost,
+            "handed_back": self._lifecycle.handed_back,
+            "lease_lost": self._leases_lost,
+            "reconnected": self._backend.reconnects,
+        }
 
     async def _leave_registry(self) -> None:
         with anyio.move_on_after(FAREWELL) as scope:
@@ -300,5 +352,6 @@ class Runner:
                 )
                 attempt.delivery.abandon()
                 attempt.delivery = delivery
+                self._leases_lost += 1
                 return True
         return False

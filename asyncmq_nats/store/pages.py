@@ -7,6 +7,7 @@ read as they stand; of a short one, the server knows where its few are.
 from bisect import bisect_left
 from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import Final
 
 from asyncmq_nats.backends.base import Backend, ConsumerState, Record
@@ -72,6 +73,11 @@ class JobLists:
         self._subjects = subjects
         self._assets = assets
         self._inspection = inspection
+
+    @property
+    def logs(self) -> tuple[str, str]:
+        """The logs that the jobs are in."""
+        return self._subjects.ready_log, self._subjects.bucket_log
 
     # -- sources
 
@@ -142,7 +148,7 @@ class JobLists:
             while True:
                 wanted = limit - len(jobs)
                 records = await self.read_records(source, sequence, wanted, descending=descending)
-                jobs += self._jobs(source, records, state)
+                jobs += self.jobs_in(source, records, state)
                 if len(records) < wanted:
                     break
                 sequence = records[-1].sequence
@@ -151,7 +157,7 @@ class JobLists:
             sequence = None
         return jobs, None
 
-    def _jobs(self, source: Source, records: Iterable[Record], state: State) -> list[Job]:
+    def jobs_in(self, source: Source, records: Iterable[Record], state: State) -> list[Job]:
         """Return the jobs in records of a source that are in that state: a released one is delayed or waits."""
         if source.tier is not None:
             return [self._inspection.ready_job(record, source.tier) for record in records]
@@ -239,7 +245,7 @@ class JobLists:
     async def read(self, state: State, *, descending: bool = False) -> AsyncIterator[Job]:
         """Yield the jobs in a state, by sequence: about in the order in which they came to that state."""
         async for source, records in self._pages(state, PAGE_SIZE, descending=descending):
-            for job in self._jobs(source, records, state):
+            for job in self.jobs_in(source, records, state):
                 yield job
 
     async def read_raw(self, state: State) -> AsyncIterator[list[Record]]:
@@ -250,8 +256,8 @@ class JobLists:
     async def read_due(self) -> AsyncIterator[Job]:
         """Yield the delayed jobs whose time has come and that no promoter has moved on yet."""
         source = await self.place(Place.RELEASED)
-        async for records in self._source_pages(source, PAGE_SIZE, descending=False):
-            for job in self._jobs(source, records, State.WAITING):
+        async for records in self.source_pages(source, PAGE_SIZE, descending=False):
+            for job in self.jobs_in(source, records, State.WAITING):
                 if job.delay_until is not None:
                     yield job
 
@@ -260,12 +266,13 @@ class JobLists:
     ) -> AsyncIterator[tuple[Source, list[Record]]]:
         sources = await self.sources(state)
         for source in reversed(sources) if descending else sources:
-            async for records in self._source_pages(source, first_limit, descending=descending):
+            async for records in self.source_pages(source, first_limit, descending=descending):
                 yield source, records
 
-    async def _source_pages(
+    async def source_pages(
         self, source: Source, first_limit: int, *, descending: bool
     ) -> AsyncIterator[list[Record]]:
+        """Yield the records of a source page by page, markers included; the first page is small."""
         after: int | None = None
         limit = max(1, min(first_limit, PAGE_SIZE))
         while True:
@@ -274,6 +281,36 @@ class JobLists:
             if len(records) < limit:
                 return
             after, limit = records[-1].sequence, PAGE_SIZE
+
+    # -- by time
+
+    async def first_sequence_since(self, log: str, time: float) -> int:
+        """Return the sequence from which on all records are as young as `time`: it grows with the time.
+
+        Raises:
+            AssetMissing: there is no such log.
+        """
+        first, end = 1, await self._backend.last_sequence(log) + 1
+        while first < end and time != inf:
+            middle = (first + end) // 2
+            page = await self._backend.page(log, ">", from_sequence=middle, limit=1, mostly=True)
+            if page and page[0].time < time:
+                first = page[0].sequence + 1
+            else:
+                end = middle
+        return end
+
+    async def oldest_waiting(self) -> tuple[Job, float] | None:
+        """Return the job that has waited longest to be run, and when that began (Unix seconds)."""
+        oldest: tuple[Job, float] | None = None
+        for source in await self.sources(State.WAITING):
+            for record in await self.read_records(source, None, FEW, descending=False):
+                if oldest is not None and record.time >= oldest[1]:
+                    break
+                if found := self.jobs_in(source, [record], State.WAITING):
+                    oldest = found[0], record.time
+                    break
+        return oldest
 
     async def slice(
         self, states: Sequence[State], start: int, end: int, *, ascending: bool
@@ -302,10 +339,10 @@ class JobLists:
         async for source, records in self._pages(state, first, descending=not ascending):
             if source.tier is not None or state in OUTCOMES:  # each record is a job of the state
                 live = [record for record in records if not record.marker]
-                found = self._jobs(source, live[skip:], state)
+                found = self.jobs_in(source, live[skip:], state)
                 skip -= min(skip, len(live))
             else:
-                found = self._jobs(source, records, state)
+                found = self.jobs_in(source, records, state)
                 skip, found = skip - min(skip, len(found)), found[skip:]
             jobs += found
             if wanted is not None and len(jobs) >= wanted:

@@ -21,7 +21,7 @@ from asyncmq_nats.wire.keys import (
     tier_name,
 )
 
-__all__ = ["PAGE_SIZE", "PLACE_STATES", "Inspection", "JobPage"]
+__all__ = ["PAGE_SIZE", "PLACE_STATES", "Inspection", "JobPage", "WaitingJob"]
 
 PAGE_SIZE: Final = 500
 SMALL_QUEUE: Final = 5_000
@@ -36,6 +36,15 @@ class JobPage:
 
     jobs: list[dict[str, Any]]
     cursor: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class WaitingJob:
+    """A job that waits to be run: since when (Unix seconds), and for how long (seconds)."""
+
+    job: dict[str, Any]
+    since: float
+    age: float
 
 
 class Inspection:

@@ -281,4 +281,5 @@ class QueueAssets:
             timers=True,
             republish=self._subjects.republish_bucket,
             ballast=self._subjects.ballast,
+            max_bytes=self._backend.settings.bucket_max_bytes,
         )

@@ -35,6 +35,7 @@ KEYS: Final = frozenset(
         "depends_on",
         "on_parent_failure",
         "repeat_every",
+        "meta",
         "deduplication",
         "debounce",
     }

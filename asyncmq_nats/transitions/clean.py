@@ -65,7 +65,7 @@ class Cleanup:
                 break
             async for step in self._steps(source, older_than, limit or STEP):
                 wanted = step[: limit - len(ids)] if limit else step
-                ids += await self._remove(source, wanted)
+                ids += await self.remove_records(source, wanted)
                 if progress is not None:
                     progress(len(ids))
                 if limit and len(ids) >= limit:
@@ -73,8 +73,12 @@ class Cleanup:
         if state in INDEXED and not (limit and len(ids) >= limit):
             await self._remove_entries(state, older_than)
         if state is State.WAITING_CHILDREN and ids:
-            await Waits(self._backend, self._subjects).remove_orphans()
+            await self.remove_orphans()
         return ids
+
+    async def remove_orphans(self) -> None:
+        """Remove the parts of jobs with many parents that were removed."""
+        await Waits(self._backend, self._subjects).remove_orphans()
 
     async def clean(
         self, state: State, older_than: float = inf, progress: Progress | None = None
@@ -89,7 +93,7 @@ class Cleanup:
         log, removed = self._subjects.bucket_log, 0
         try:
             oldest = await self._backend.page(log, ">", limit=1, mostly=True)
-            end = await self._first_sequence_since(log, older_than)
+            end = await self._lists.first_sequence_since(log, older_than)
         except AssetMissing:
             return
         filters = [self._subjects.outcomes(state)]
@@ -101,18 +105,6 @@ class Cleanup:
             removed += purged[0]
             if progress is not None:
                 progress(removed)
-
-    async def _first_sequence_since(self, log: str, time: float) -> int:
-        """Return the sequence from which on all records are as young as `time`: it grows with the time."""
-        first, end = 1, await self._backend.last_sequence(log) + 1
-        while first < end and time != inf:
-            middle = (first + end) // 2
-            page = await self._backend.page(log, ">", from_sequence=middle, limit=1, mostly=True)
-            if page and page[0].time < time:
-                first = page[0].sequence + 1
-            else:
-                end = middle
-        return end
 
     async def _sources(self, state: State) -> list[Source]:
         if state is State.ACTIVE:
@@ -141,7 +133,7 @@ class Cleanup:
                 return
             after = records[-1].sequence
 
-    async def _remove(self, source: Source, records: Sequence[Record]) -> list[str]:
+    async def remove_records(self, source: Source, records: Sequence[Record]) -> list[str]:
         """Remove records of a source, and return the ids of their jobs; those that a worker has got meanwhile stay."""
         if source.tier is not None:
             # Asked for each step: the tier goes on delivering.
@@ -175,7 +167,7 @@ class Cleanup:
         for source in [*tiers, *[await self._lists.place(place) for place in places]]:
             async for step in self._steps(source, inf):
                 wanted = step if include_delayed else [r for r in step if not self._is_early(r)]
-                ids += await self._remove(source, wanted) if wanted else []
+                ids += await self.remove_records(source, wanted) if wanted else []
                 if progress is not None:
                     progress(len(ids))
         return ids

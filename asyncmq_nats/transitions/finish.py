@@ -378,8 +378,9 @@ class Lifecycle(Deliveries):
             )
             return Disposition.ABANDON
         self.clean_up(attempt, write)
+        attempt.is_recorded = ours = ours or isinstance(result, int)
         if self.has_sequel(attempt, write):
-            await self._follow(attempt, write, result, edges, ours=ours or isinstance(result, int))
+            await self._follow(attempt, write, result, edges, ours=ours)
         return Disposition.ACK
 
     async def _follow(

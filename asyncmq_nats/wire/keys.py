@@ -17,6 +17,7 @@ __all__ = [
     "Key",
     "Kind",
     "QueueSubjects",
+    "audit_bucket",
     "check_job_id",
     "check_queue_name",
     "counter_name",
@@ -24,6 +25,7 @@ __all__ = [
     "encode_token",
     "fit_token",
     "is_token",
+    "metrics_bucket",
     "tier_name",
     "tier_priority",
     "workers_bucket",
@@ -124,6 +126,16 @@ def counter_name(word: str) -> str:
 def workers_bucket(prefix: str) -> tuple[str, str]:
     """Return the log of the worker registry, and what its keys begin with."""
     return f"KV_{prefix}_workers", f"$KV.{prefix}_workers."
+
+
+def metrics_bucket(prefix: str) -> tuple[str, str]:
+    """Return the log of the history of what workers did, and what its keys begin with."""
+    return f"KV_{prefix}_metrics", f"$KV.{prefix}_metrics."
+
+
+def audit_bucket(prefix: str) -> tuple[str, str]:
+    """Return the log of what operators did, and what its keys begin with."""
+    return f"KV_{prefix}_audit", f"$KV.{prefix}_audit."
 
 
 def check_queue_name(name: object) -> str:

@@ -123,6 +123,16 @@ class InMemoryBackend:
         """See `Backend`."""
         return False
 
+    @property
+    def reconnects(self) -> int:
+        """See `Backend`."""
+        return 0
+
+    @property
+    def is_connected(self) -> bool:
+        """See `Backend`."""
+        return self._home.loop is not None
+
     def now(self) -> float:
         """See `Backend`."""
         return self._agenda.now()

@@ -226,6 +226,14 @@ class NATSBackend:
     def is_full(self) -> bool:
         return self._connection is not None and self._writer.is_full
 
+    @property
+    def reconnects(self) -> int:
+        return 0 if self._connection is None else self._connection.reconnects
+
+    @property
+    def is_connected(self) -> bool:
+        return self._connection is not None and self._connection.client.is_connected
+
     def now(self) -> float:
         return self._connection.now() if self._connection is not None else time.time()
 

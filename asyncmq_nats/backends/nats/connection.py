@@ -94,6 +94,8 @@ class Connection:
         self._offset_until = 0.0
         self._offset_precision = float("inf")
         self.on_reconnect: list[Callable[[], None]] = [self._interrupt_requests]
+        self.reconnects = 0
+        """How often this connection was made again."""
         self.on_close: list[Callable[[], None]] = [self._end_requests]
         self.on_refusal: list[Callable[[str, str], None]] = [self._refuse_requests]
         """Called with a subject that this user may not publish or subscribe to, *in lower case* (nats-py 2.16), and the server's words."""
@@ -440,6 +442,7 @@ class Connection:
             logger.warning("disconnected from NATS at %s; reconnecting", self.servers)
 
     async def _on_reconnected(self) -> None:
+        self.reconnects += 1
         logger.info("reconnected to NATS at %s", self.servers)
         for hook in list(self.on_reconnect):
             hook()

@@ -64,9 +64,8 @@ def _limits(log: Log, settings: Settings) -> dict[str, Any]:
     if log.work_queue and settings.ready_max_bytes is not None:
         # A full stream refuses new jobs. The server takes discard-new only without schedules.
         limits |= {"max_bytes": settings.ready_max_bytes, "discard": "new"}
-    elif not log.work_queue:
-        size = settings.workers_max_bytes if log.republish is None else settings.bucket_max_bytes
-        limits |= {} if size is None else {"max_bytes": size}
+    elif log.max_bytes is not None:
+        limits["max_bytes"] = log.max_bytes
     if settings.compression != "none" and settings.storage == "file":
         limits["compression"] = settings.compression
     placement = {"cluster": settings.placement_cluster, "tags": list(settings.placement_tags)}
