@@ -10,8 +10,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final
 
-import anyio
-
 from asyncmq_nats._concurrency import Spawner
 from asyncmq_nats._logging import Throttle, get_logger
 from asyncmq_nats.backends.base import Backend, Settled, Write
@@ -127,7 +125,8 @@ class Recorder:
         self.begin()
         while True:
             now = self._backend.now()
-            await anyio.sleep(INTERVAL - now % INTERVAL + 0.001)
+            rest = INTERVAL - now % INTERVAL + 0.001
+            await self._backend.clock.sleep(rest, upkeep=True)
             for write in self.take():
                 self._send(spawner, write)
 
