@@ -43,7 +43,8 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "asyncmq_nats"
 ARCHITECTURE = ROOT / "docs" / "architecture.md"
 SERVER_APIS = ("CONSUMER", "STREAM")
-DOCUMENTS = [*sorted(ROOT.glob("[A-Z]*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+SETTINGS = ROOT / "docs" / "settings.md"
+DOCUMENTS = [*sorted(ROOT.glob("[A-Z]*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"^```(\w+) run\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 PYTHON = re.compile(r"^```python.*?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 CALL = re.compile(r"(?<![\w$])([A-Za-z][\w.]*)\(([^()]*)\)")
@@ -91,7 +92,7 @@ def test_every_class_function_and_constant_in_the_architecture_is_there() -> Non
 
 
 def test_every_setting_has_one_row_in_the_table() -> None:
-    table = (ROOT / "README.md").read_text()
+    table = SETTINGS.read_text()
     rows = "".join(re.findall(r"^\| (`ASYNCMQ_NATS_[^|]*) \|", table, re.MULTILINE))
     assert sorted(re.findall(r"`ASYNCMQ_NATS_(\w+)`", rows)) == sorted(
         name.upper() for name in Settings.model_fields
@@ -100,7 +101,7 @@ def test_every_setting_has_one_row_in_the_table() -> None:
 
 def test_every_default_in_the_table_is_right() -> None:
     rows = re.findall(
-        r"^\| `ASYNCMQ_NATS_(\w+)` \| `([^`]*)` \|", (ROOT / "README.md").read_text(), re.MULTILINE
+        r"^\| `ASYNCMQ_NATS_(\w+)` \| `([^`]*)` \|", SETTINGS.read_text(), re.MULTILINE
     )
     assert len(rows) > 10
     for name, shown in rows:
@@ -183,7 +184,8 @@ def test_python_in_a_document_can_be_read_and_imports_what_is_there(document: Pa
 
 
 def test_a_connection_takes_the_options_in_the_text() -> None:
-    (source,) = PYTHON.findall((ROOT / "README.md").read_text().partition("### Connections")[2])
+    sources = PYTHON.findall(SETTINGS.read_text().partition("## Connections")[2])
+    (source,) = [each for each in sources if "NATSBackend(" in each]
     made = [
         node
         for node in ast.walk(ast.parse(source))
