@@ -6,6 +6,7 @@ One class, since AsyncMQ's is one; each method is a few lines over one call belo
 import math
 from collections.abc import (
     AsyncGenerator,
+    AsyncIterator,
     Awaitable,
     Callable,
     Coroutine,
@@ -22,8 +23,10 @@ from anyio.abc import TaskStatus
 
 from asyncmq_nats._arguments import (
     build_job,
+    checked_args,
     checked_call,
     checked_mapping,
+    checked_meta,
     checked_number,
     checked_seconds,
     job_of_payload,
@@ -35,12 +38,21 @@ from asyncmq_nats.events import Event, read_event
 from asyncmq_nats.exceptions import (
     AssetMissing,
     BulkAddFailed,
+    FailedAttempt,
     InvalidArgument,
     JobFailed,
     JobNotFound,
 )
-from asyncmq_nats.jobs import Backoff, DelayedInfo, Job
-from asyncmq_nats.middleware import Hook, Hooks
+from asyncmq_nats.jobs import LATEST, Backoff, DelayedInfo, Job
+from asyncmq_nats.middleware import (
+    AddJobs,
+    Chain,
+    Hook,
+    Hooks,
+    Lifespan,
+    Middleware,
+    checked_middleware,
+)
 from asyncmq_nats.runtime.control import Controls, WorkerInfo, list_workers
 from asyncmq_nats.runtime.declarations import Declarations
 from asyncmq_nats.runtime.program import import_tasks, run_program, run_until_signalled
@@ -48,23 +60,33 @@ from asyncmq_nats.runtime.rate_limiter import Limit
 from asyncmq_nats.runtime.registry import TASK_REGISTRY, TaskRegistry
 from asyncmq_nats.runtime.runner import Runner
 from asyncmq_nats.schedules import RepeatableInfo
+from asyncmq_nats.search import JobFilter
 from asyncmq_nats.states import COUNT_BUCKETS, JOB_STATES, OUTCOMES, Bucket, State
 from asyncmq_nats.store.commit import LAG, look_for, looks
 from asyncmq_nats.store.pages import JobLists
-from asyncmq_nats.store.reads import Inspection, JobPage
+from asyncmq_nats.store.reads import Inspection, JobPage, WaitingJob
+from asyncmq_nats.store.search import Found, Search
 from asyncmq_nats.store.topology import DEFAULT_PRIORITY, QueueAssets
 from asyncmq_nats.store.waiters import Waiters
 from asyncmq_nats.transitions.add import Additions
+from asyncmq_nats.transitions.apply import (
+    ACTION_STATES,
+    Action,
+    Applied,
+    apply_to_ids,
+    apply_to_matches,
+)
 from asyncmq_nats.transitions.bulk import add_many, build_entries, check_entries
 from asyncmq_nats.transitions.cancel import Administration
 from asyncmq_nats.transitions.clean import Cleanup, Progress
-from asyncmq_nats.transitions.deduplicate import Deduplicator, parse_window
+from asyncmq_nats.transitions.deduplicate import Deduplicator, Window, parse_window
 from asyncmq_nats.transitions.definition import (
     CODE,
     Definition,
     make_definition,
     repeatable_id,
 )
+from asyncmq_nats.transitions.edit import Edits
 from asyncmq_nats.transitions.repeat import Repeatables
 from asyncmq_nats.wire.keys import QueueSubjects, encode_token
 
@@ -73,6 +95,8 @@ __all__ = ["Queue", "list_queues"]
 logger = get_logger(__name__)
 
 EVENT_BUFFER: Final = 10_000
+RETRIED: Final = (State.FAILED, State.EXPIRED, State.CANCELLED, State.DELAYED)
+"""States in which a job can be retried by hand."""
 COUNTED_AS_TO_DO: Final = (State.WAITING, State.DELAYED, State.WAITING_CHILDREN)
 
 H = TypeVar("H", bound=Hook)
@@ -104,6 +128,9 @@ class Queue:
         rate_interval: in seconds.
         registry: the tasks that `run()` knows; by default those of `@task`.
         any_task: whether `run()` runs all of them; by default those whose queue this is. `None`: as the settings say.
+        middleware: called around the jobs that this object adds and runs, within those of `add_middleware`.
+        lifespan: opened by each worker while it runs: a function that returns an async context manager, whose value its jobs have as
+            `current_job().state`. It is given those of the keywords `backend`, `worker_id` and `queue` that it takes.
 
     Raises:
         InvalidQueueName: the name cannot be part of a stream's name.
@@ -120,6 +147,8 @@ class Queue:
         *,
         registry: TaskRegistry = TASK_REGISTRY,
         any_task: bool | None = None,
+        middleware: Sequence[Middleware] = (),
+        lifespan: Lifespan | None = None,
     ) -> None:
         if backend is not None and not callable(getattr(backend, "declare_log", None)):
             raise InvalidArgument(
@@ -146,10 +175,13 @@ class Queue:
         self._cleanup = Cleanup(
             self.backend, self._subjects, self._assets, self._inspection, self._lists
         )
+        self._search = Search(self._lists)
+        self._edits = Edits(self.backend, self._subjects, self._assets)
         self._deduplicator = Deduplicator(self.backend, self._subjects, self._additions)
         self._repeatables = Repeatables(self.backend, self._subjects)
         self._controls = Controls(self.backend, self._subjects, self._assets)
-        self._hooks = Hooks({"backend": self.backend, "queue": name})
+        self._hooks = Hooks({"backend": self.backend, "queue": name}, lifespan=lifespan)
+        self._middleware = [checked_middleware(each) for each in middleware]
         self._local_repeatables: list[Definition] = []
         self._waiters = Waiters(self.backend, self._subjects)
         self._registry = registry
@@ -175,6 +207,7 @@ class Queue:
         on_parent_failure: str = "wait",
         timeout: float | None = None,
         repeat_every: float | str | None = None,
+        meta: Mapping[str, str] | None = None,
     ) -> str:
         """Add one job and return its id (AsyncMQ `Queue.add`).
 
@@ -192,12 +225,13 @@ class Queue:
                 raised `Unconfirmed` can be repeated safely.
             deduplication: `{"id", "ttl", "extend", "replace"}`: while a job added under that id has not ended, or for `ttl` seconds,
                 no other one is added: its id is returned. With `replace`, one that is still delayed gets the new task, arguments, delay.
-                With `extend`, each call starts the `ttl` anew.
+                With `extend`, each call restarts the `ttl`.
             debounce: AsyncMQ's older name for `deduplication`.
             depends_on: ids of jobs of this queue that must complete first; their results are in `current_job().parent_results()`.
             on_parent_failure: when one of them fails for good, `"wait"` (it may be retried by hand), `"fail"`, or `"run"` all the same.
             timeout: how long one attempt may run, in seconds; then the task is cancelled and the attempt has failed.
-            repeat_every: add the job again so many seconds, or a text such as `"5m"`, after each success.
+            repeat_every: add the job again this many seconds, or a text such as `"5m"`, after each success.
+            meta: strings that go with the job, 8,192 bytes at most, such as the id of a request: `current_job().meta`.
 
         Raises:
             JobNotFound: a job that it depends on is not in this queue.
@@ -225,14 +259,31 @@ class Queue:
             depends_on=depends_on,
             on_parent_failure=on_parent_failure,
             repeat_every=repeat_every,
+            meta=meta,
         )
         given = deduplication if deduplication is not None else debounce
-        window = None if given is None else parse_window(given)
+        return await self._add(job, None if given is None else parse_window(given))
+
+    async def _add(self, job: Job, window: Window | None = None) -> str:
         job.encode()  # nothing is declared for what cannot be sent
+        chain = Chain.of(self.name, self._middleware)
+        if not chain.enqueues:
+            return await self._store(job, window)
+
+        async def store(jobs: Sequence[Job]) -> list[str]:
+            return [await self._store(job, window) for job in jobs]
+
+        return (await chain.enqueue([job], store))[0]
+
+    async def _store(self, job: Job, window: Window | None) -> str:
         await self._assets.declare()
         return await (
             self._additions.add(job) if window is None else self._deduplicator.add(job, window)
         )
+
+    async def _add_all(self, jobs: Sequence[Job], store: AddJobs) -> list[str]:
+        chain = Chain.of(self.name, self._middleware)
+        return await (chain.enqueue(jobs, store) if chain.enqueues and jobs else store(jobs))
 
     async def add_bulk(self, jobs: Iterable[Mapping[str, Any]]) -> list[str]:
         """Add many jobs and return their ids in order (AsyncMQ `Queue.add_bulk`).
@@ -246,6 +297,11 @@ class Queue:
         """
         await self.backend.connect()
         built, windows = build_entries(self.backend.now(), jobs, self._registry.write)
+        return await self._add_all(built, partial(self._store_bulk, windows=windows))
+
+    async def _store_bulk(
+        self, built: Sequence[Job], *, windows: Mapping[int, Window]
+    ) -> list[str]:
         check_entries(self._additions, built)
         ids = [job.job_id for job in built]
         plain = [index for index in range(len(built)) if index not in windows]
@@ -273,10 +329,7 @@ class Queue:
             InvalidJobId: no record can be kept under its id.
         """
         await self.backend.connect()
-        job = job_of_payload(payload, self.backend.now(), self._registry.write)
-        job.encode()
-        await self._assets.declare()
-        return await self._additions.add(job)
+        return await self._add(job_of_payload(payload, self.backend.now(), self._registry.write))
 
     async def send(self, payload: Mapping[str, Any]) -> str:
         """Same as `enqueue`."""
@@ -298,18 +351,22 @@ class Queue:
 
     async def add_linked(self, jobs: Sequence[Job]) -> None:
         """Add jobs that depend on each other, each after its `children`; see `FlowProducer.add_flow`."""
-        written = [self._written(job) for job in jobs]
-        await self._assets.declare()
-        await self._additions.add_linked(written)
+
+        async def store(jobs: Sequence[Job]) -> list[str]:
+            await self._assets.declare()
+            await self._additions.add_linked(jobs)
+            return [job.job_id for job in jobs]
+
+        await self._add_all([self._written(job) for job in jobs], store)
 
     def _written(self, job: Job) -> Job:
         args, kwargs = self._registry.write(job.task_id, job.args, job.kwargs)
-        return replace(job, args=args, kwargs=kwargs)
+        return replace(job, args=args, kwargs=kwargs, meta=checked_meta(job.meta))
 
     # -- run
 
-    def runner(self) -> Runner:
-        """Return a worker for this queue that is not yet running."""
+    def runner(self, **options: Any) -> Runner:
+        """Return a worker for this queue that is not yet running. `options`: of `Runner`."""
         import_tasks(self.backend.settings.tasks)
         return Runner(
             self.backend,
@@ -320,9 +377,11 @@ class Queue:
             concurrency=self.concurrency,
             limit=None if self.rate_limit is None else Limit(self.rate_limit, self.rate_interval),
             hooks=self._hooks,
+            middleware=Chain.of(self.name, self._middleware),
             declarations=Declarations(
                 self.backend, self._subjects, {d.rid: d for d in self._local_repeatables}
             ),
+            **options,
         )
 
     async def run(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
@@ -423,7 +482,7 @@ class Queue:
             state: such as `failed`.
             after: the `cursor` of the page before, read in the same order; `None` for the first page.
             limit: how many jobs at most.
-            newest_first: whether the jobs that came to the state last are first.
+            newest_first: whether the jobs that reached the state last are first.
 
         Raises:
             InvalidArgument: there is no such state, or the cursor is none of this state.
@@ -432,6 +491,56 @@ class Queue:
             _checked_state(state), after, checked_number(limit, "limit", 1), descending=newest_first
         )
         return JobPage([job.to_dict() for job in jobs], cursor)
+
+    async def search(
+        self,
+        where: JobFilter | None = None,
+        *,
+        newest_first: bool = True,
+        limit: int | None = None,
+    ) -> AsyncGenerator[dict[str, Any], None]:
+        """Yield the jobs that match, one state after the other, as dicts like those of `get_job`.
+
+        The first ones come at once, and a queue of any size takes no memory. A job that moves meanwhile may be missed, or come twice.
+
+        Args:
+            where: see `JobFilter`; by default all jobs.
+            newest_first: whether the jobs that reached their state last are first.
+            limit: how many at most.
+        """
+        wanted = JobFilter() if where is None else where
+        left = math.inf if limit is None else checked_number(limit, "limit")
+        async for page in self._pages_of(wanted, wanted.states, descending=newest_first):
+            for found in page:
+                if left <= 0:
+                    return
+                left -= 1
+                yield found.job.to_dict()
+            if left <= 0:
+                return
+
+    async def _pages_of(
+        self, where: JobFilter, states: Sequence[State], *, descending: bool
+    ) -> AsyncIterator[list[Found]]:
+        running: set[str] = set()
+        if where.worker is not None and State.ACTIVE in states:
+            workers = await self.list_workers()
+            running = {
+                job_id
+                for worker in workers
+                if where.fits_worker(worker.id)
+                for job_id in worker.running
+            }
+        async for page in self._search.pages(where, states, descending=descending, running=running):
+            yield page
+
+    async def oldest_waiting(self) -> WaitingJob | None:
+        """Return the job that has waited longest to be run, and since when; `None` if none waits."""
+        found = await self._lists.oldest_waiting()
+        if found is None:
+            return None
+        job, since = found
+        return WaitingJob(job.to_dict(), since, max(0.0, self.backend.now() - since))
 
     async def get_waiting(
         self, *, start: int = 0, end: int = -1, asc: bool = False
@@ -642,11 +751,129 @@ class Queue:
         ]
 
     async def retry_job(self, job_id: str) -> bool:
-        """Run a failed, expired, cancelled or delayed job again, or now, with all its retries and its time to live anew.
+        """Run a failed, expired, cancelled or delayed job again, or now, with all its retries and a new time to live.
 
         Return whether it was in one of these states.
         """
         return await self._find_and(self._administration.rerun, job_id)
+
+    async def promote(self, job_id: str) -> bool:
+        """Let a delayed job run now, with the attempts that it has left; `retry_job` gives it all of them again.
+
+        Return whether it was delayed.
+        """
+        return await self._find_and(self._edits.promote, job_id)
+
+    async def reschedule(self, job_id: str, run_at: float) -> bool:
+        """Let a delayed job run at another time, in Unix seconds; one that is over is now. Return whether it was delayed.
+
+        One that the server has just released, less than half a second before its time, is left as it is, and not counted as delayed.
+        """
+        at = checked_seconds(run_at, "run_at")
+        if at > LATEST:
+            raise InvalidArgument(f"run_at must be before {LATEST:.0f}", run_at)
+        return await self._find_and(partial(self._edits.reschedule, run_at=at), job_id)
+
+    async def edit(
+        self,
+        job_id: str,
+        *,
+        args: Sequence[Any] | None = None,
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Change the arguments of a job that has not started; `None` keeps what it has.
+
+        A delayed job, one that is to be retried too, and one that waits for others can be changed at any time. One that waits to be run
+        can while the queue is paused, and is then the last of its priority.
+
+        Raises:
+            JobNotFound: there is no such job.
+            WrongState: it has started, or may be started at any moment since the queue is not paused.
+            NotSerializable: an argument would not arrive equal; the message names it.
+            PayloadTooLarge: the job would be too large.
+        """
+
+        def change(data: dict[str, Any]) -> dict[str, Any]:
+            new_args = data.get("args") if args is None else args
+            new_kwargs = data.get("kwargs") if kwargs is None else kwargs
+            written = checked_call(self._registry.write, data.get("task"), new_args, new_kwargs)
+            return data | {"args": written[0], "kwargs": written[1]}
+
+        if not await self._find_and(partial(self._edits.edit, change=change), job_id):
+            raise JobNotFound(self.name, job_id)
+
+    async def apply(
+        self,
+        jobs: JobFilter | Iterable[str],
+        action: str | Callable[[str], Awaitable[bool]],
+        *,
+        dry_run: bool = False,
+        limit: int | None = None,
+        progress: Progress | None = None,
+    ) -> Applied:
+        """Do something to all jobs that match a filter, or to those of some ids, many at a time.
+
+        Each job is met once: what reaches a state after the call has begun is not. A job may have moved on since it was found; then the
+        action does to it what it does in that state, and `remove` leaves it alone.
+
+        After an interruption the same call goes on. So that it finds none that failed again since, give it the filter's `until`: the
+        time of the first call, as `Applied.until` tells.
+
+        Args:
+            jobs: a filter, or ids. Without a state `retry` means failed and expired jobs, `promote` delayed ones, `cancel` those that
+                have not ended, `remove` all but active ones.
+            action: `retry`, `cancel`, `remove` or `promote`; or a function of an id that returns whether it did something, such as
+                `partial(queue.reschedule, run_at=…)`.
+            dry_run: only count the jobs.
+            limit: how many jobs at most, the oldest first.
+            progress: called now and then with the number of jobs so far.
+
+        Raises:
+            InvalidArgument: there is no such action, or it does nothing to jobs in that state.
+        """
+        most = None if limit is None else checked_number(limit, "limit", 1)
+        act = self._action(action)
+        if not isinstance(jobs, JobFilter):
+            ids = list(checked_args(jobs, "jobs"))[:most]
+            return await apply_to_ids(ids, act, dry_run=dry_run, progress=progress)
+        await self.backend.connect()
+        until = min(jobs.until or math.inf, self.backend.now())
+        states = jobs.states
+        if isinstance(action, str):
+            possible = ACTION_STATES[action]
+            states = possible if jobs.state is None else jobs.states
+            if action == Action.RETRY and jobs.state is not None:
+                possible = RETRIED
+            if useless := [state for state in states if state not in possible]:
+                raise InvalidArgument(
+                    f"{action} is for jobs that are {', '.join(possible)}", useless[0]
+                )
+        pages = self._pages_of(replace(jobs, until=until), states, descending=False)
+        return await apply_to_matches(
+            pages,
+            self._cleanup if action == Action.REMOVE else act,
+            until=until,
+            dry_run=dry_run,
+            limit=most,
+            progress=progress,
+        )
+
+    def _action(
+        self, action: str | Callable[[str], Awaitable[bool]]
+    ) -> Callable[[str], Awaitable[bool]]:
+        if not isinstance(action, str):
+            return action
+        known: dict[str, Callable[[str], Awaitable[bool]]] = {
+            Action.RETRY: self.retry_job,
+            Action.CANCEL: self.cancel_job,
+            Action.REMOVE: self.remove_job,
+            Action.PROMOTE: self.promote,
+        }
+        if action not in known:
+            raise InvalidArgument(
+                f"action must be one of {', '.join(Action)}, or a function", action
+            )
+        return known[action]
 
     # -- repeatables
 
@@ -752,11 +979,11 @@ class Queue:
             start: Unix seconds before which it does not run; an interval counts from there.
             end: Unix seconds after which it does not run.
             limit: how many jobs it adds at most.
-            jitter: each run is later by chance, by up to so many seconds, but before the next one.
+            jitter: each run is later by chance, by up to this many seconds, but before the next one.
             overlap: `"skip"` adds no job while the last one has not ended.
             catch_up: what becomes of the runs that were missed in an outage or a pause: `"one"` of
                 them is made up for, or `"all"`, or `"none"`. By default one after an outage, and
-                none after a pause: then the series begins anew.
+                none after a pause: then the series starts again.
 
         Raises:
             ValueError: the schedule is malformed; the message shows where.
@@ -852,7 +1079,7 @@ class Queue:
 
         Args:
             state: such as `completed`.
-            older_than: only those that came to that state before, in Unix seconds: for outcomes, that ended before.
+            older_than: only those that reached that state before, in Unix seconds: for outcomes, that ended before.
             progress: called after each step with the number of jobs removed so far.
 
         Raises:
@@ -870,7 +1097,7 @@ class Queue:
         *,
         progress: Progress | None = None,
     ) -> list[str]:
-        """Remove the jobs that came to a state more than `grace` seconds ago, at most `limit` (0: all), and return their ids.
+        """Remove the jobs that reached a state more than `grace` seconds ago, at most `limit` (0: all), and return their ids.
 
         `progress`: see `clean`.
         """
@@ -908,7 +1135,8 @@ class Queue:
         counts = await self._inspection.count_by_state()
         if counts[State.ACTIVE] and not force:
             raise RuntimeError(
-                f"queue {self.name!r} has {counts[State.ACTIVE]} active jobs: wait for them, or pass force=True"
+                f"queue {self.name!r} has {counts[State.ACTIVE]} active jobs: "
+                "wait for them, or pass force=True"
             )
         ids = await self._cleanup.read_ids()
         # What runs would store its next attempt after all else is gone.
@@ -932,7 +1160,9 @@ class Queue:
 
 
 def _result_of(job: Job) -> Any:
-    """Return what a job that has ended came to."""
+    """Return the outcome of a job that has ended."""
     if job.status is not State.COMPLETED:
-        raise JobFailed(job.job_id, job.status, job.last_error)
+        attempts = [FailedAttempt.read(entry) for entry in job.errors]
+        trace = job.error_traceback
+        raise JobFailed(job.job_id, job.status, job.last_error, traceback=trace, attempts=attempts)
     return job.result

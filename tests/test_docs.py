@@ -1,4 +1,7 @@
-"""The documents: their examples run, their links lead somewhere, and what they say of names is true."""
+"""The documents.
+
+Their examples run, their links lead somewhere, and what they say of names is true.
+"""
 
 import ast
 import importlib
@@ -156,7 +159,7 @@ def takes(function: Any, keywords: set[str]) -> bool:
     )
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/coming-from-asyncmq.md"])
+@pytest.mark.parametrize("document", ["docs/calls.md", "docs/coming-from-asyncmq.md"])
 def test_what_is_called_in_the_text_is_there_and_takes_its_keywords(document: str) -> None:
     assert len(calls(document)) > 10
     for name, arguments in calls(document):
@@ -168,7 +171,8 @@ def test_what_is_called_in_the_text_is_there_and_takes_its_keywords(document: st
 
 
 def test_every_name_in_the_table_of_uses_is_there() -> None:
-    table = (ROOT / "README.md").read_text().partition("| to | call |\n")[2].partition("\n\n")[0]
+    page = (ROOT / "docs" / "calls.md").read_text()
+    table = page.partition("| to | call |\n")[2].partition("\n\n")[0]
     names = [name for name in SPAN.findall(table) if re.fullmatch(r"\w+", name)]
     assert len(names) > 20
     assert [name for name in names if not any(hasattr(owner, name) for owner in OWNED_BY)] == []
@@ -359,6 +363,4 @@ async def run_block(source: str, **environment: str) -> str:
 @pytest.mark.usefixtures("server")
 async def test_the_example_of_the_readme() -> None:
     (source,) = runnable("README.md", "python")
-    result, stats = (await run_block(source)).splitlines()
-    assert result == "sent to ada@example.org"
-    assert "'completed': 1" in stats
+    assert await run_block(source) == "sent to ada@example.org\n"

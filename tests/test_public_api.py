@@ -28,6 +28,7 @@ EXPORTED = [
     "Job",
     "JobContext",
     "JobFailed",
+    "JobFilter",
     "JobNotFound",
     "NATSBackend",
     "NotSerializable",

@@ -1,14 +1,16 @@
-"""One run of a task: its time limit, how it is interrupted, and what it came to."""
+"""One run of a task: its time limit, how it is interrupted, and its end."""
 
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import anyio
 
 from asyncmq_nats.context import JobContext
 from asyncmq_nats.exceptions import TaskTimeout
+from asyncmq_nats.middleware import Chain
 from asyncmq_nats.retries import Failure
 from asyncmq_nats.runtime.registry import RegisteredTask
 from asyncmq_nats.transitions.claim import Attempt
@@ -47,6 +49,7 @@ async def execute(
     threads: anyio.CapacityLimiter,
     now: Callable[[], float],
     is_ending: Callable[[], bool],
+    middleware: Chain,
 ) -> tuple[Any, Failure | None]:
     """Run the task of a job, and return its result or what went wrong: neither if it gave in to an interruption.
 
@@ -55,8 +58,10 @@ async def execute(
     head = running.attempt.head
     try:
         if head.timeout is None:
-            return await entry.run(head, threads, running.context), None
-        return await _execute_in_time(entry, running, threads, head.timeout), None
+            if not middleware.runs:
+                return await entry.run(head, threads, running.context), None
+            return await _execute(entry, running, threads, middleware), None
+        return await _execute_in_time(entry, running, threads, head.timeout, middleware), None
     except anyio.get_cancelled_exc_class() as error:
         if is_ending():
             raise
@@ -85,11 +90,22 @@ def _ends_worker(error: BaseException) -> bool:
         return True
 
 
+async def _execute(
+    entry: RegisteredTask, running: Running, threads: anyio.CapacityLimiter, middleware: Chain
+) -> Any:
+    run = partial(entry.run, running.attempt.head, threads, running.context)
+    return await middleware.run(running.context, run)
+
+
 async def _execute_in_time(
-    entry: RegisteredTask, running: Running, threads: anyio.CapacityLimiter, timeout: float
+    entry: RegisteredTask,
+    running: Running,
+    threads: anyio.CapacityLimiter,
+    timeout: float,
+    middleware: Chain,
 ) -> Any:
     with anyio.move_on_after(timeout) as scope:
-        result = await entry.run(running.attempt.head, threads, running.context)
+        result = await _execute(entry, running, threads, middleware)
         if not scope.cancel_called:  # else it went on in spite of it
             return result
     running.context.cancel_requested = True

@@ -1,6 +1,7 @@
-"""Removing many jobs at once: clean, drain, obliterate. In steps: each holds the stream for a short time only.
+"""Removing many jobs at once: clean, drain, obliterate.
 
-One purge by filter would be one call, but the server holds the stream for as long as it takes: 46 s for a million records.
+In steps: each holds the stream for a short time only. One purge by filter would be one call, but
+the server holds the stream for as long as it takes: 46 s for a million records.
 """
 
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -55,7 +56,9 @@ class Cleanup:
         limit: int = 0,
         progress: Progress | None = None,
     ) -> list[str]:
-        """Remove up to `limit` (0: any number of) jobs that came to a state before a time, the oldest first; return their ids.
+        """Remove up to `limit` (0: all) jobs that reached a state before a time; return their ids.
+
+        The oldest go first.
 
         Jobs that run stay.
         """
@@ -65,7 +68,7 @@ class Cleanup:
                 break
             async for step in self._steps(source, older_than, limit or STEP):
                 wanted = step[: limit - len(ids)] if limit else step
-                ids += await self._remove(source, wanted)
+                ids += await self.remove_records(source, wanted)
                 if progress is not None:
                     progress(len(ids))
                 if limit and len(ids) >= limit:
@@ -73,15 +76,20 @@ class Cleanup:
         if state in INDEXED and not (limit and len(ids) >= limit):
             await self._remove_entries(state, older_than)
         if state is State.WAITING_CHILDREN and ids:
-            await Waits(self._backend, self._subjects).remove_orphans()
+            await self.remove_orphans()
         return ids
+
+    async def remove_orphans(self) -> None:
+        """Remove the parts of jobs with many parents that were removed."""
+        await Waits(self._backend, self._subjects).remove_orphans()
 
     async def clean(
         self, state: State, older_than: float = inf, progress: Progress | None = None
     ) -> None:
-        """Remove the jobs that came to a state before a time; those that run stay.
+        """Remove the jobs that reached a state before a time; those that run stay.
 
-        Outcomes are purged by filter, `PURGE_STEP` sequences at a time: their ids are not asked for.
+        Outcomes are purged by filter, `PURGE_STEP` sequences at a time: their ids are not asked
+        for.
         """
         if state not in OUTCOMES:
             await self.clean_jobs(state, older_than, progress=progress)
@@ -89,7 +97,7 @@ class Cleanup:
         log, removed = self._subjects.bucket_log, 0
         try:
             oldest = await self._backend.page(log, ">", limit=1, mostly=True)
-            end = await self._first_sequence_since(log, older_than)
+            end = await self._lists.first_sequence_since(log, older_than)
         except AssetMissing:
             return
         filters = [self._subjects.outcomes(state)]
@@ -102,18 +110,6 @@ class Cleanup:
             if progress is not None:
                 progress(removed)
 
-    async def _first_sequence_since(self, log: str, time: float) -> int:
-        """Return the sequence from which on all records are as young as `time`: it grows with the time."""
-        first, end = 1, await self._backend.last_sequence(log) + 1
-        while first < end and time != inf:
-            middle = (first + end) // 2
-            page = await self._backend.page(log, ">", from_sequence=middle, limit=1, mostly=True)
-            if page and page[0].time < time:
-                first = page[0].sequence + 1
-            else:
-                end = middle
-        return end
-
     async def _sources(self, state: State) -> list[Source]:
         if state is State.ACTIVE:
             return []
@@ -125,7 +121,10 @@ class Cleanup:
     async def _steps(
         self, source: Source, older_than: float, limit: int = STEP
     ) -> AsyncIterator[list[Record]]:
-        """Yield the records of a source that are old enough, oldest first: the sequence grows with the time."""
+        """Yield the records of a source that are old enough, oldest first.
+
+        The sequence grows with the time.
+        """
         after: int | None = None
         size = min(limit, STEP)
         while True:
@@ -141,8 +140,11 @@ class Cleanup:
                 return
             after = records[-1].sequence
 
-    async def _remove(self, source: Source, records: Sequence[Record]) -> list[str]:
-        """Remove records of a source, and return the ids of their jobs; those that a worker has got meanwhile stay."""
+    async def remove_records(self, source: Source, records: Sequence[Record]) -> list[str]:
+        """Remove records of a source, and return the ids of their jobs.
+
+        Those that a worker has got meanwhile stay.
+        """
         if source.tier is not None:
             # Asked for each step: the tier goes on delivering.
             tier = await self._inspection.tier(self._subjects.split_ready(records[0].subject)[0])
@@ -166,7 +168,10 @@ class Cleanup:
             )
 
     async def drain(self, *, include_delayed: bool, progress: Progress | None = None) -> list[str]:
-        """Remove the jobs that wait to be run, and if wished those that are delayed; return their ids. Jobs that run stay."""
+        """Remove the jobs that wait to be run, and if wished those that are delayed.
+
+        Return their ids. Jobs that run stay.
+        """
         ids: list[str] = []
         places = (Place.RELEASED, Place.DELAYED) if include_delayed else (Place.RELEASED,)
         tiers = [
@@ -175,7 +180,7 @@ class Cleanup:
         for source in [*tiers, *[await self._lists.place(place) for place in places]]:
             async for step in self._steps(source, inf):
                 wanted = step if include_delayed else [r for r in step if not self._is_early(r)]
-                ids += await self._remove(source, wanted) if wanted else []
+                ids += await self.remove_records(source, wanted) if wanted else []
                 if progress is not None:
                     progress(len(ids))
         return ids
@@ -205,9 +210,10 @@ class Cleanup:
         return list(ids)
 
     async def obliterate(self) -> bool:
-        """Remove everything of the queue: all jobs, repeatables, windows, a pause. Return whether there was a queue.
+        """Remove everything of the queue: all jobs, repeatables, windows, a pause.
 
-        Its assets stay, for the workers that run, and so does its secret: they make ids with it.
+        Return whether there was a queue. Its assets stay, for the workers that run, and so does its
+        secret: they make ids with it.
         """
         found, log, key = False, self._subjects.bucket_log, self._subjects.secret
         secrets: list[Record] = []

@@ -19,7 +19,7 @@ CONTROLS: Final = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\r")
 
 
 class Terminal:
-    """An interactive bash. Closing it hangs up, as a window that is closed does."""
+    """An interactive bash."""
 
     def __init__(self, folder: Path, environment: Mapping[str, str]) -> None:
         self._process = subprocess.Popen(
@@ -71,11 +71,14 @@ class Terminal:
         assert found, f"not printed: {pattern}\n{self._output[start:]}"
 
     def close(self) -> None:
-        """Hang up."""
+        """End what runs, by Ctrl-C, and the shell. A hang-up alone does not end a nats-server."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        self._process.terminate()
-        self._process.wait(PATIENCE)
+        self.type("\x03\nexit\n")
+        try:
+            self._process.wait(PATIENCE)
+        finally:
+            self._process.kill()
         self._reader.join(PATIENCE)
         self._process.stdin.close()
         self._process.stdout.close()

@@ -1,4 +1,7 @@
-"""`NATSBackend`: the seam on JetStream. A log is a stream, a record a message, a consumer a durable pull consumer."""
+"""`NATSBackend`: the seam on JetStream.
+
+A log is a stream, a record a message, a consumer a durable pull consumer.
+"""
 
 import asyncio
 import os
@@ -59,7 +62,10 @@ DELETES_AT_ONCE: Final = 1_000
 NO_MESSAGE: Final = (b"10037", b"10043", b"10057")
 """Codes of an answer that a message is not there."""
 FILTERS_AT_ONCE: Final = 200
-"""Filters of one request: each has up to some 1,100 bytes, and a request must fit into a message."""
+"""Filters of one request.
+
+Each has up to some 1,100 bytes, and a request must fit into a message.
+"""
 MISSING: Final = (STREAM_MISSING, CONSUMER_MISSING)
 
 
@@ -67,10 +73,13 @@ class NATSBackend:
     """A queue's store on a NATS server with JetStream, version 2.12.2 or newer.
 
     Args:
-        servers: one address, several with commas between, or a list; `None` takes `ASYNCMQ_NATS_SERVERS`.
+        servers: one address, several with commas between, or a list; `None` takes
+            `ASYNCMQ_NATS_SERVERS`.
         settings: instead of those from the environment.
-        declare: `False` never creates a stream or a consumer, for producers whose permissions end at publishing.
-        options: for `nats.connect`: `tls`, `user`, `password`, `token`, `user_credentials`, `nkeys_seed`, … They win over settings.
+        declare: `False` never creates a stream or a consumer, for producers whose permissions end
+            at publishing.
+        options: for `nats.connect`: `tls`, `user`, `password`, `token`, `user_credentials`,
+            `nkeys_seed`, … They win over settings.
 
     Raises:
         ValueError: servers has no address.
@@ -110,9 +119,12 @@ class NATSBackend:
         settings: Settings | None = None,
         **options: Any,
     ) -> Self:
-        """Return a backend with a nats-server of its own on a free loopback port, which ends with `close()`, and starts again when used.
+        """Return a backend with a nats-server of its own on a free loopback port.
 
-        `store_dir` keeps the jobs over restarts; without one they go with the server. Needs the extra `embedded`.
+        The server ends with `close()`, and starts again when the backend is used.
+
+        `store_dir` keeps the jobs over restarts; without one they go with the server. Needs the
+        extra `embedded`.
 
         Raises:
             ServerBinaryMissing: there is no nats-server program.
@@ -189,7 +201,7 @@ class NATSBackend:
     async def __aenter__(self) -> Self:
         try:
             await self.connect()
-        except BaseException:  # then nobody calls `__aexit__`
+        except BaseException:  # then no one calls `__aexit__`
             with CancelScope(shield=True):
                 await self.close()
             raise
@@ -223,6 +235,14 @@ class NATSBackend:
     @property
     def is_full(self) -> bool:
         return self._connection is not None and self._writer.is_full
+
+    @property
+    def reconnects(self) -> int:
+        return 0 if self._connection is None else self._connection.reconnects
+
+    @property
+    def is_connected(self) -> bool:
+        return self._connection is not None and self._connection.client.is_connected
 
     def now(self) -> float:
         return self._connection.now() if self._connection is not None else time.time()
@@ -311,7 +331,8 @@ class NATSBackend:
     async def write(self, log: str, *writes: Write) -> int:
         if not 1 <= len(writes) <= BATCH_LIMIT:
             raise BackendError(
-                f"{len(writes)} writes in one batch: at least 1 and at most {BATCH_LIMIT} are possible"
+                f"{len(writes)} writes in one batch: "
+                f"at least 1 and at most {BATCH_LIMIT} are possible"
             )
         await self._open_connection()
         await self._fills.check(log, writes)
@@ -491,7 +512,8 @@ class NATSBackend:
     async def _only_record(self, log: str, filter: str, before: int | None) -> Record | None:
         """Return the record that a purge by a wildcard would remove, if it is one only.
 
-        nats-server (2.15.1, `filestore.PurgeEx`) then tells its consumers the filter instead of the subject, and their counts go wrong.
+        nats-server (2.15.1, `filestore.PurgeEx`) then tells its consumers the filter instead of the
+        subject, and their counts go wrong.
         """
         page = [
             record
@@ -585,9 +607,10 @@ def batched(values: Sequence[str], size: int) -> Iterator[Sequence[str]]:
 
 
 async def _live(connection: Connection, keeper: LeaseKeeper) -> AsyncGenerator[None, None]:
-    """Close the connection when this is closed: by the backend, or by `asyncio.run` and its like, when they end the event loop.
+    """Close the connection when this is closed.
 
-    They close every asynchronous generator while the loop still runs, and nothing else that somebody left open.
+    By the backend, or by `asyncio.run` and its like, when they end the event loop. They close every
+    asynchronous generator while the loop still runs, and nothing else that somebody left open.
     """
     try:
         yield

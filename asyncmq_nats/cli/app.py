@@ -1,0 +1,99 @@
+"""The program: all groups together, its exit codes, and errors in one line."""
+
+import inspect
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Any, Final
+
+import typer
+from typer.main import get_command
+
+import asyncmq_nats
+from asyncmq_nats.cli import command as commands
+from asyncmq_nats.cli import queue
+from asyncmq_nats.cli.output import Output
+from asyncmq_nats.exceptions import AsyncMQError
+
+__all__ = ["GROUPS", "make_app", "run"]
+
+GROUPS: Final = (queue.group,)
+
+DONE, FAILED, INTERRUPTED = 0, 1, 130
+
+HELP: Final = """Look at job queues on NATS JetStream, and steer them.
+
+Which server: --server, or NATS_URL, ASYNCMQ_NATS_SERVERS, or a context of the `nats` tool.
+"""
+
+
+def make_app() -> typer.Typer:
+    """Return the application with all its groups."""
+    app = typer.Typer(
+        name="asyncmq-nats",
+        help=HELP,
+        no_args_is_help=True,
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+
+    def root(ctx: typer.Context, **_: Any) -> None:
+        if ctx.params.get("verbose"):
+            commands.log_verbosely()
+
+    parameters = [
+        inspect.Parameter("ctx", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context),
+        *commands.connection_parameters(hidden=False),
+    ]
+    root.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    root.__annotations__ = {each.name: each.annotation for each in parameters}
+    app.callback()(root)
+    app.command("version")(_show_version)
+    for group in GROUPS:
+        app.add_typer(group)
+    return app
+
+
+def _show_version() -> None:
+    """Print the version of asyncmq-nats."""
+    typer.echo(asyncmq_nats.__version__)
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command line and return its exit code; see `cli.main`."""
+    try:
+        program = os.path.basename(sys.argv[0])
+        name = "asyncmq-nats" if program in ("__main__.py", "") else program
+        code = get_command(make_app()).main(list(arguments), name, standalone_mode=False)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader, such as `head`, has enough. Python would complain when it flushes at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return DONE
+    except typer.TyperException as error:
+        Output().error(f"{error.format_message()} (see --help)")
+        return error.exit_code
+    except (KeyboardInterrupt, typer.Abort):
+        return INTERRUPTED
+    except Exception as error:  # one line for a person; -v has the rest
+        return _report(error)
+    return code if isinstance(code, int) else DONE
+
+
+def _report(error: Exception) -> int:
+    if commands.shows_tracebacks():
+        traceback.print_exc()
+    elif isinstance(error, AsyncMQError | ValueError | OSError):
+        Output().error(_describe(error))
+    else:
+        Output().error(f"{type(error).__name__}: {error} (-v shows where)")
+    return FAILED
+
+
+def _describe(error: Exception) -> str:
+    problems = getattr(error, "errors", None)
+    if callable(problems):  # pydantic tells of each value in several lines
+        return "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in problems())
+    return str(error) or type(error).__name__

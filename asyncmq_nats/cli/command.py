@@ -1,0 +1,255 @@
+"""What every command shares: the session with its connection, the options of it, confirmation, completion.
+
+    group = make_group("queue", "Queues: look at them, pause, clean, move.")
+
+    @command(group, "ls")
+    async def list_all(session: Session, as_json: AsJson = False) -> None:
+        '''List the queues.'''
+
+The function is async; its first parameter is the session, the rest is what Typer makes options of.
+"""
+
+import functools
+import inspect
+import logging
+import sys
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from typing import Annotated, Any, Final, TypeVar
+
+import anyio
+import typer
+
+from asyncmq_nats import NATSBackend, Queue, list_queues
+from asyncmq_nats.cli.connection import ConnectionOptions, make_backend
+from asyncmq_nats.cli.output import Output
+from asyncmq_nats.exceptions import AsyncMQError
+
+__all__ = [
+    "AsJson",
+    "AsNames",
+    "CommandFailed",
+    "DryRun",
+    "Force",
+    "QueueName",
+    "Session",
+    "command",
+    "make_group",
+    "require_queue",
+]
+
+F = TypeVar("F", bound=Callable[..., Awaitable[None]])
+
+COMPLETION_TIMEOUT: Final = 1.0
+"""Seconds that the completion of a queue's name may take."""
+
+
+class CommandFailed(AsyncMQError):
+    """What a command was to do could not be done; the message says why."""
+
+
+class Session:
+    """One run of a command: its connection, made when first asked for, and what it prints."""
+
+    def __init__(self, options: ConnectionOptions, output: Output) -> None:
+        self.options = options
+        self.output = output
+        self._backend: NATSBackend | None = None
+
+    @property
+    def backend(self) -> NATSBackend:
+        """The backend that the options name; it connects when first used."""
+        if self._backend is None:
+            self._backend = make_backend(self.options)
+        return self._backend
+
+    def queue(self, name: str, **options: Any) -> Queue:
+        """Return a queue on that backend, whether it exists or not."""
+        return Queue(name, self.backend, **options)
+
+    async def close(self) -> None:
+        """End the connection."""
+        if self._backend is not None:
+            await self._backend.close()
+
+
+# -- options that many commands have
+
+
+def _complete_queues(ctx: typer.Context, incomplete: str) -> list[str]:
+    """Return the queues that begin so; none if no server answers in time."""
+
+    async def read() -> list[str]:
+        backend = make_backend(_connection_options(ctx))
+        try:
+            return await list_queues(backend)
+        finally:
+            await backend.close()
+
+    async def read_in_time() -> list[str]:
+        with anyio.move_on_after(COMPLETION_TIMEOUT):
+            return await read()
+        return []
+
+    with suppress(AsyncMQError, ValueError, OSError):  # a completion never complains
+        return [name for name in anyio.run(read_in_time) if name.startswith(incomplete)]
+    return []
+
+
+QueueName = Annotated[
+    str, typer.Argument(metavar="QUEUE", help="Name of the queue.", autocompletion=_complete_queues)
+]
+AsJson = Annotated[bool, typer.Option("--json", "-j", help="Print JSON, for programs.")]
+AsNames = Annotated[bool, typer.Option("--names", "-n", help="Print names only, one a line.")]
+Force = Annotated[bool, typer.Option("--force", "-f", help="Do not ask for confirmation.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")]
+
+CONNECTION: Final = {
+    "server": (("--server", "-s"), "URL", "Servers, with commas between."),
+    "context": (("--context",), "NAME", "A context of the `nats` tool."),
+    "timeout": (("--timeout",), "TIME", "How long to wait for answers, as in 5s."),
+    "prefix": (("--prefix",), "WORD", "First token of all subjects and names."),
+}
+"""The options of the connection: their names, what they take, their help."""
+
+
+def connection_parameters(*, hidden: bool) -> list[inspect.Parameter]:
+    """Return the parameters that make Typer take the options of the connection, and `-v`.
+
+    They may stand before and after the command.
+    """
+    found = [
+        _keyword(
+            name, str | None, None, typer.Option(*flags, metavar=metavar, help=help, hidden=hidden)
+        )
+        for name, (flags, metavar, help) in CONNECTION.items()
+    ]
+    verbose = typer.Option(
+        "--verbose", "-v", help="Log what happens; errors with their traceback.", hidden=hidden
+    )
+    return [*found, _keyword("verbose", bool, False, verbose)]
+
+
+def _keyword(name: str, kind: Any, default: Any, option: Any) -> inspect.Parameter:
+    annotation = Annotated[kind, option]
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation
+    )
+
+
+def _given(ctx: typer.Context) -> list[dict[str, Any]]:
+    """Return what was given to the command, to its group, and before both."""
+    at: Any = ctx
+    given = []
+    while at is not None:
+        given.append(at.params)
+        at = at.parent
+    return given
+
+
+def _connection_options(ctx: typer.Context) -> ConnectionOptions:
+    """Return what was given of the connection, after the command or before it."""
+    options = ConnectionOptions()
+    for values in _given(ctx):
+        options = options.or_else(
+            ConnectionOptions(**{name: values.get(name) for name in CONNECTION})
+        )
+    return options
+
+
+# -- groups and commands
+
+
+def make_group(name: str, help: str) -> typer.Typer:
+    """Return a group of commands."""
+    return typer.Typer(name=name, help=help, no_args_is_help=True, rich_markup_mode=None)
+
+
+def command(group: typer.Typer, name: str, **options: Any) -> Callable[[F], F]:
+    """Make an async function a command. `options`: of `Typer.command`."""
+
+    def register(function: F) -> F:
+        own = list(inspect.signature(function).parameters.values())[1:]
+        context = inspect.Parameter(
+            "ctx", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context
+        )
+
+        @functools.wraps(function)
+        def call(ctx: typer.Context, **values: Any) -> None:
+            given = {each.name: values[each.name] for each in own}
+            start(ctx, functools.partial(function, **given))
+
+        call.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+            [context, *own, *connection_parameters(hidden=True)]
+        )
+        call.__annotations__ = {
+            each.name: each.annotation
+            for each in (context, *own, *connection_parameters(hidden=True))
+        }
+        group.command(name, **options)(call)
+        return function
+
+    return register
+
+
+def start(ctx: typer.Context, act: Callable[[Session], Awaitable[None]]) -> None:
+    """Run a command with its session."""
+    if any(values.get("verbose") for values in _given(ctx)):
+        log_verbosely()
+    session = Session(_connection_options(ctx), Output())
+
+    async def run() -> None:
+        try:
+            await act(session)
+        finally:
+            with anyio.CancelScope(shield=True):
+                await session.close()
+
+    anyio.run(run)
+
+
+def log_verbosely() -> None:
+    """Show the log of this library on stderr, and have errors shown with their tracebacks."""
+    global _verbose
+    _verbose = True
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("asyncmq_nats").setLevel(logging.INFO)
+
+
+_verbose = False
+
+
+def shows_tracebacks() -> bool:
+    """Return whether `-v` was given in this process."""
+    return _verbose
+
+
+# -- steps that many commands have
+
+
+async def require_queue(session: Session, name: str) -> Queue:
+    """Return a queue that exists.
+
+    Raises:
+        CommandFailed: there is none of that name.
+    """
+    queue = session.queue(name)
+    names = await list_queues(session.backend)
+    if name not in names:
+        known = ", ".join(names[:10]) or "none"
+        raise CommandFailed(f"there is no queue {name!r} (queues here: {known})")
+    return queue
+
+
+def confirm(question: str, *, force: bool) -> None:
+    """Ask whether to go on.
+
+    Raises:
+        CommandFailed: the answer is no; or no one can be asked, and not `force`.
+    """
+    if force:
+        return
+    if not sys.stdin.isatty():
+        raise CommandFailed(f"{question} Nobody can answer here: add --force to do it")
+    if not typer.confirm(question, err=True):
+        raise CommandFailed("nothing was done")

@@ -1,0 +1,169 @@
+"""Which server the commands speak to: options, `NATS_*`, `ASYNCMQ_NATS_*`, contexts of the `nats` tool.
+
+Each value is taken from the first that has it: an option; a context that was asked for (`--context`);
+`ASYNCMQ_NATS_*`; `NATS_*`; the context in `NATS_CONTEXT`. The context that `nats context select` chose
+counts only if none of these names a server: a login is not sent to a server that it is not for.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from asyncmq_nats import NATSBackend, Settings
+from asyncmq_nats.exceptions import AsyncMQError
+from asyncmq_nats.schedules import parse_every
+
+__all__ = ["ConnectionOptions", "ContextUnusable", "make_backend", "resolve"]
+
+VARIABLES: Final = {
+    "NATS_URL": "servers",
+    "NATS_CREDS": "credentials",
+    "NATS_NKEY": "nkey_seed",
+    "NATS_USER": "user",
+    "NATS_PASSWORD": "password",
+    "NATS_TOKEN": "token",
+    "NATS_CERT": "tls_cert",
+    "NATS_KEY": "tls_key",
+    "NATS_CA": "tls_ca",
+    "NATS_JS_DOMAIN": "domain",
+}
+CONTEXT_FIELDS: Final = {
+    "url": "servers",
+    "creds": "credentials",
+    "nkey": "nkey_seed",
+    "user": "user",
+    "password": "password",
+    "token": "token",
+    "cert": "tls_cert",
+    "key": "tls_key",
+    "ca": "tls_ca",
+    "jetstream_domain": "domain",
+}
+UNREAD_FIELDS: Final = ("nsc", "jetstream_api_prefix", "socks_proxy", "user_jwt", "user_seed")
+"""Members of a context without which the connection would be another one."""
+PATHS: Final = ("credentials", "nkey_seed", "tls_cert", "tls_key", "tls_ca")
+OWN_PREFIX: Final = "ASYNCMQ_NATS_"
+
+
+class ContextUnusable(AsyncMQError):
+    """A context of the `nats` tool that cannot be read, or not be followed."""
+
+
+@dataclass(frozen=True, slots=True)
+class ConnectionOptions:
+    """What was given on the command line. `timeout`: seconds, or a text such as `5s`."""
+
+    server: str | None = None
+    context: str | None = None
+    timeout: str | None = None
+    prefix: str | None = None
+
+    def or_else(self, other: "ConnectionOptions") -> "ConnectionOptions":
+        """Return these, and those of the other where these have none."""
+        return ConnectionOptions(
+            self.server or other.server,
+            self.context or other.context,
+            self.timeout or other.timeout,
+            self.prefix or other.prefix,
+        )
+
+
+def resolve(
+    options: ConnectionOptions, environment: Mapping[str, str] | None = None
+) -> tuple[Settings, dict[str, Any]]:
+    """Return the settings, and what else `nats.connect` is given.
+
+    Raises:
+        ContextUnusable: a context that is asked for is not there, or needs what this library has not.
+        ValueError: a value is malformed.
+    """
+    env = os.environ if environment is None else environment
+    chosen, extra = _read_context(options.context, env) if options.context else ({}, {})
+    own = {name: value for name in Settings.model_fields if (value := _own(env, name))}
+    general = {field: env[name] for name, field in VARIABLES.items() if env.get(name)}
+    chosen = general | own | chosen
+    if not options.context and env.get("NATS_CONTEXT"):
+        found, extra = _read_context(env["NATS_CONTEXT"], env)
+        chosen = found | chosen
+    if options.server:
+        chosen["servers"] = options.server
+    elif "servers" not in chosen and (selected := _selected_context(env)):
+        found, extra = _read_context(selected, env)
+        chosen = found | chosen
+    # What is in `own` the settings read by themselves, lists and numbers too.
+    values = {name: value for name, value in chosen.items() if own.get(name) != value}
+    if options.prefix:
+        values["prefix"] = options.prefix
+    timeout = options.timeout or env.get("NATS_TIMEOUT")
+    if timeout:
+        seconds = parse_every(timeout)
+        values |= {"connect_timeout": seconds, "request_timeout": seconds}
+    return Settings(**values), extra
+
+
+def _own(env: Mapping[str, str], name: str) -> str | None:
+    return env.get(OWN_PREFIX + name.upper()) or env.get((OWN_PREFIX + name).lower())
+
+
+def make_backend(options: ConnectionOptions) -> NATSBackend:
+    """Return a backend that is not connected yet.
+
+    Raises:
+        ContextUnusable, ValueError: as for `resolve`.
+    """
+    settings, extra = resolve(options)
+    return NATSBackend(settings=settings, **extra)
+
+
+# -- contexts of the `nats` tool
+
+
+def _context_folder(env: Mapping[str, str]) -> Path:
+    home = env.get("XDG_CONFIG_HOME") or os.path.join(env.get("HOME", "~"), ".config")
+    return Path(home).expanduser() / "nats"
+
+
+def _selected_context(env: Mapping[str, str]) -> str | None:
+    try:
+        return (_context_folder(env) / "context.txt").read_text().strip() or None
+    except OSError:
+        return None
+
+
+def _read_context(name: str, env: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the settings in a context, and what else `nats.connect` is given."""
+    data = _load_context(name, env)
+    unread = [field for field in UNREAD_FIELDS if data.get(field)]
+    if unread:
+        raise ContextUnusable(
+            f"context {name!r} has {', '.join(unread)}, which is not supported here: "
+            "make a context with url and creds, nkey, user or token"
+        )
+    found = {field: str(data[key]) for key, field in CONTEXT_FIELDS.items() if data.get(key)}
+    for field in found.keys() & PATHS:
+        found[field] = os.path.expandvars(os.path.expanduser(found[field]))
+    extra: dict[str, Any] = {}
+    if data.get("inbox_prefix"):
+        extra["inbox_prefix"] = str(data["inbox_prefix"])
+    if data.get("tls_first"):
+        extra["tls_handshake_first"] = True
+    return found, extra
+
+
+def _load_context(name: str, env: Mapping[str, str]) -> dict[str, Any]:
+    path = _context_folder(env) / "context" / f"{name}.json"
+    try:
+        data = json.loads(path.read_text())
+    except OSError as error:
+        raise ContextUnusable(
+            f"context {name!r} cannot be read: {error.strerror}: {path}; "
+            "`nats context ls` lists them"
+        ) from error
+    except ValueError as error:
+        raise ContextUnusable(f"context {name!r} is no JSON: {error}: {path}") from error
+    if not isinstance(data, dict):
+        raise ContextUnusable(f"context {name!r} is no JSON object: {path}")
+    return data

@@ -1,0 +1,104 @@
+"""Jobs that match a filter, found page by page.
+
+The first ones at once, never a whole queue in memory.
+"""
+
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Final
+
+from asyncmq_nats.backends.base import Record
+from asyncmq_nats.exceptions import AssetMissing
+from asyncmq_nats.jobs import Job
+from asyncmq_nats.search import JobFilter
+from asyncmq_nats.states import State
+from asyncmq_nats.store.pages import JobLists, Source
+
+__all__ = ["Found", "Search"]
+
+FIRST_PAGE: Final = 100
+"""Records of the first page of each list: a small answer is a fast one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A job, and the record that it was found in."""
+
+    source: Source
+    record: Record
+    job: Job
+
+
+class Search:
+    """The search in one queue."""
+
+    def __init__(self, lists: JobLists) -> None:
+        self._lists = lists
+
+    async def pages(
+        self,
+        where: JobFilter,
+        states: Sequence[State],
+        *,
+        descending: bool,
+        running: Collection[str] = (),
+    ) -> AsyncIterator[list[Found]]:
+        """Yield what matches, a list for each page that was read; many of them may be empty.
+
+        `states`: where to look, in this order. `running`: see `JobFilter.matches`.
+        """
+        bounds = await self._bounds(where)
+        for state in states:
+            sources = [bounds.within(source) for source in await self._lists.sources(state)]
+            for source in reversed(sources) if descending else sources:
+                async for records in self._lists.source_pages(
+                    source, FIRST_PAGE, descending=descending
+                ):
+                    yield self._matching(source, records, state, where, running)
+
+    def _matching(
+        self,
+        source: Source,
+        records: Sequence[Record],
+        state: State,
+        where: JobFilter,
+        running: Collection[str],
+    ) -> list[Found]:
+        jobs = (
+            (record, job)
+            for record in records
+            if not record.marker and where.may_match(record.subject, record.body)
+            for job in self._lists.jobs_in(source, [record], state)
+        )
+        return [
+            Found(source, record, job)
+            for record, job in jobs
+            if where.matches(job, record.time, running)
+        ]
+
+    async def _bounds(self, where: JobFilter) -> "_Bounds":
+        """Return the sequences between which the records of the times that are meant are."""
+        first: dict[str, int] = {}
+        last: dict[str, int] = {}
+        for log in self._lists.logs if (where.since, where.until) != (None, None) else ():
+            with suppress(AssetMissing):
+                if where.since is not None:
+                    first[log] = await self._lists.first_sequence_since(log, where.since)
+                if where.until is not None:
+                    last[log] = await self._lists.first_sequence_since(log, where.until) - 1
+        return _Bounds(first, last)
+
+
+@dataclass(frozen=True, slots=True)
+class _Bounds:
+    """The first and the last sequence of each log that matter."""
+
+    first: Mapping[str, int]
+    last: Mapping[str, int]
+
+    def within(self, source: Source) -> Source:
+        """Return the part of a source that is within."""
+        lasts = [end for end in (source.last, self.last.get(source.log)) if end is not None]
+        first = max(source.first, self.first.get(source.log, 1))
+        return replace(source, first=first, last=min(lasts, default=None))

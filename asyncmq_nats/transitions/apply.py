@@ -1,0 +1,121 @@
+"""The same change to all jobs that match a filter, or to those of some ids."""
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Final
+
+from asyncmq_nats.states import OUTCOMES, State
+from asyncmq_nats.store.many import for_each
+from asyncmq_nats.store.search import Found
+from asyncmq_nats.transitions.clean import Cleanup, Progress
+
+__all__ = ["ACTION_STATES", "Action", "Applied", "apply_to_ids", "apply_to_matches"]
+
+ACTIONS_UNDER_WAY: Final = 32
+
+
+class Action(StrEnum):
+    """What can be done to many jobs at once."""
+
+    RETRY = "retry"
+    CANCEL = "cancel"
+    REMOVE = "remove"
+    PROMOTE = "promote"
+
+
+ACTION_STATES: Final[dict[str, tuple[State, ...]]] = {
+    Action.RETRY: (State.FAILED, State.EXPIRED),
+    Action.CANCEL: (State.WAITING, State.ACTIVE, State.DELAYED, State.WAITING_CHILDREN),
+    Action.REMOVE: (State.WAITING, State.DELAYED, State.WAITING_CHILDREN, *OUTCOMES),
+    Action.PROMOTE: (State.DELAYED,),
+}
+"""Where the jobs are looked for when the filter names no state."""
+
+
+@dataclass(frozen=True, slots=True)
+class Applied:
+    """What became of `Queue.apply`.
+
+    `matched`: jobs that were meant. `done`: those that it was done to; the others had moved on, or
+    could not. `until`: the time before which they reached their state (Unix seconds): with it as
+    the filter's `until`, a run that was interrupted goes on, and finds none that reached it since.
+    """
+
+    matched: int
+    done: int
+    until: float | None = None
+
+
+Act = Callable[[str], Awaitable[bool]]
+
+
+@dataclass(slots=True)
+class _Tally:
+    progress: Progress | None
+    matched: int = 0
+    done: int = 0
+    wide: bool = False
+    """Whether one of them has many parents, of which more is stored elsewhere."""
+
+    async def act(self, act: Act, job_ids: Sequence[str]) -> None:
+        async def act_on(job_id: str) -> None:
+            was_done = await act(job_id)  # first: `+=` reads its left side before it awaits
+            self.done += was_done
+
+        await for_each(act_on, job_ids, limit=ACTIONS_UNDER_WAY)
+        self.count(len(job_ids))
+
+    def count(self, matched: int) -> None:
+        self.matched += matched
+        if self.progress is not None and matched:
+            self.progress(self.matched)
+
+
+async def apply_to_ids(
+    job_ids: Iterable[str], act: Act, *, dry_run: bool, progress: Progress | None
+) -> Applied:
+    """Do something to some jobs, each once."""
+    tally, ids = _Tally(progress), list(dict.fromkeys(job_ids))
+    if dry_run:
+        return Applied(len(ids), 0)
+    for start in range(0, len(ids), ACTIONS_UNDER_WAY):
+        await tally.act(act, ids[start : start + ACTIONS_UNDER_WAY])
+    return Applied(tally.matched, tally.done)
+
+
+async def apply_to_matches(
+    pages: AsyncIterator[list[Found]],
+    act: Act | Cleanup,
+    *,
+    until: float,
+    dry_run: bool,
+    limit: int | None,
+    progress: Progress | None,
+) -> Applied:
+    """Do something to what a search finds; to remove the jobs, give the `Cleanup`.
+
+    It removes the very records that were found: a job that has been retried since stays.
+    """
+    tally = _Tally(progress)
+    async for page in pages:
+        found = page if limit is None else page[: limit - tally.matched]
+        if dry_run:
+            tally.count(len(found))
+        elif isinstance(act, Cleanup):
+            await _remove(act, found, tally)
+        elif found:
+            await tally.act(act, [each.job.job_id for each in found])
+        if limit is not None and tally.matched >= limit:
+            break
+    if isinstance(act, Cleanup) and tally.wide:
+        await act.remove_orphans()
+    return Applied(tally.matched, tally.done, until)
+
+
+async def _remove(cleanup: Cleanup, found: Sequence[Found], tally: _Tally) -> None:
+    tally.wide |= any(each.job.wide for each in found)
+    if found:  # a page is of one source
+        removed = await cleanup.remove_records(found[0].source, [each.record for each in found])
+        tally.done += len(removed)
+        tally.count(len(found))

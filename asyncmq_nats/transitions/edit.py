@@ -1,0 +1,216 @@
+"""A job that has not started is changed by hand.
+
+Run now, run at another time, run with other arguments. Each change is one write in the place of the
+record that was read, and expects that record: a job that moves meanwhile is read again, and is
+neither lost nor there twice.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+from asyncmq_nats._logging import get_logger
+from asyncmq_nats.backends.base import Backend, Expect, Record, Timer, Write
+from asyncmq_nats.exceptions import WriteRefused, WrongState
+from asyncmq_nats.jobs import Job, check_size
+from asyncmq_nats.states import Place, State
+from asyncmq_nats.store.commit import pause_after_refusal
+from asyncmq_nats.store.records import LEAD, delayed_write
+from asyncmq_nats.store.snapshot import Snapshot, read_end, read_snapshot
+from asyncmq_nats.store.topology import QueueAssets
+from asyncmq_nats.transitions.cancel import is_delayed
+from asyncmq_nats.transitions.claim import CLAIM_TTL, Claim
+from asyncmq_nats.wire.codec import dump_json, load_json
+from asyncmq_nats.wire.keys import QueueSubjects, decode_token, encode_token, tier_name
+
+__all__ = ["Edits"]
+
+logger = get_logger(__name__)
+
+MAX_TRIES: Final = 50
+"""Refused writes after which a job is said to move too fast."""
+
+NOT_STARTED: Final = "only a job that has not started can be"
+BEING_ADDED: Final = "it is being added at this moment; try again"
+BEING_MADE_READY: Final = "it is being made ready at this moment; try again"
+MAY_START: Final = "it may be started at any moment: pause the queue first"
+
+Change = Callable[[dict[str, Any]], dict[str, Any]]
+"""Returns the members of a job as they are to be, from those that it has."""
+
+
+class Edits:
+    """Changes of the jobs of one queue that have not started."""
+
+    def __init__(self, backend: Backend, subjects: QueueSubjects, assets: QueueAssets) -> None:
+        self._backend = backend
+        self._subjects = subjects
+        self._assets = assets
+        self._log = subjects.bucket_log
+
+    # -- when it runs
+
+    async def promote(self, job_id: str) -> bool:
+        """Let a delayed job run now, with the attempts that it has left.
+
+        Return whether it was delayed.
+        """
+        return await self._change_delayed(encode_token(job_id), None)
+
+    async def reschedule(self, job_id: str, run_at: float) -> bool:
+        """Let a delayed job run at another time (Unix seconds). Return whether it was delayed."""
+        return await self._change_delayed(encode_token(job_id), run_at)
+
+    async def _change_delayed(self, token: str, run_at: float | None) -> bool:
+        for _ in range(MAX_TRIES):
+            snapshot = await read_snapshot(self._backend, self._subjects, token)
+            delayed = snapshot.later.get(Place.DELAYED)
+            if delayed is None or snapshot.ended:
+                return await self._change_released(snapshot, run_at)
+            try:
+                sequence = await self._backend.write(self._log, self._moved(delayed, run_at))
+            except WriteRefused:  # its time has come, or it was cancelled or changed
+                await pause_after_refusal()
+            else:
+                return not await self._undo_if_ended(token, sequence)
+        return False
+
+    async def _undo_if_ended(self, token: str, sequence: int) -> bool:
+        """Remove what was written if the job was cancelled at that moment; return whether it was.
+
+        A leader that has yet to apply a cancellation takes both writes.
+        """
+        end = await read_end(self._backend, self._subjects, token)
+        if not end.ended or end.is_rerun:
+            return False
+        await self._backend.delete(self._log, sequence)
+        return True
+
+    async def _change_released(self, snapshot: Snapshot, run_at: float | None) -> bool:
+        """Judge a job that the server has released, some tenths of a second before its time.
+
+        A promoter has it in hand: nothing can be promised of it any more, but that it runs now.
+        """
+        released = snapshot.later.get(Place.RELEASED)
+        if released is None or snapshot.ended:
+            return False
+        return run_at is None and is_delayed(released, self._subjects, self._backend.now())
+
+    def _moved(self, delayed: Record, run_at: float | None) -> Write:
+        """Return the write that lets a delayed job run at another time, or now.
+
+        It takes the timer with it, so the job cannot become due twice.
+        """
+        data, token = load_json(delayed.body), self._subjects.token(delayed.subject)
+        expect, now = Expect(delayed.subject, delayed.sequence), self._backend.now()
+        if run_at is not None and run_at - LEAD > now:
+            body = dump_json(data | {"delay_until": run_at})
+            return delayed_write(self._subjects, token, body, (run_at, now), expect)
+        data.pop("delay_until", None)
+        key = self._subjects.later(token, Place.RELEASED)
+        return Write(key, dump_json(data), expect, removes=delayed.subject, beside=True)
+
+    # -- what it is called with
+
+    async def edit(self, job_id: str, change: Change) -> bool:
+        """Change the members of a job that has not started. Return whether there was such a job.
+
+        Raises:
+            WrongState: it has started, or may be started at any moment: the queue is not paused.
+            PayloadTooLarge: what it would be is too large for the server.
+        """
+        token = encode_token(job_id)
+        for _ in range(MAX_TRIES):
+            snapshot = await read_snapshot(self._backend, self._subjects, token)
+            if snapshot.ended and not snapshot.is_rerun:
+                raise WrongState(job_id, str(snapshot.state), "edited", NOT_STARTED)
+            try:
+                return await self._edit_there(job_id, snapshot, change)
+            except WriteRefused:  # it moved, or another caller changed it
+                await pause_after_refusal()
+        raise WrongState(job_id, "moving", "edited", NOT_STARTED)
+
+    async def _edit_there(self, job_id: str, snapshot: Snapshot, change: Change) -> bool:
+        """Change a job where it is. Return whether it is anywhere.
+
+        Raises:
+            WriteRefused: it has moved.
+        """
+        delayed, parked = (snapshot.later.get(place) for place in (Place.DELAYED, Place.PARKED))
+        if delayed is not None or parked is not None:
+            record = delayed or parked
+            assert record is not None
+            sequence = await self._backend.write(self._log, self._rewritten(record, change))
+            return not await self._undo_if_ended(snapshot.token, sequence)
+        if snapshot.later.get(Place.RELEASED) is not None:
+            raise WrongState(job_id, State.WAITING, "edited", BEING_MADE_READY)
+        ready = await self._backend.last(
+            self._subjects.ready_log, self._subjects.ready_any(snapshot.token)
+        )
+        if ready:
+            await self._edit_ready(job_id, ready[-1], change)
+        return bool(ready)
+
+    def _rewritten(self, record: Record, change: Change) -> Write:
+        """Return the write that changes a delayed or a parked job in its place, its timer kept."""
+        data = load_json(record.body)
+        if "linking" in data:
+            job_id = decode_token(self._subjects.token(record.subject))
+            raise WrongState(job_id, State.WAITING_CHILDREN, "edited", BEING_ADDED)
+        body = self._checked_body(change(data), record)
+        expect = Expect(record.subject, record.sequence)
+        released = self._subjects.later(self._subjects.token(record.subject), Place.RELEASED)
+        if self._subjects.is_later(record.subject, Place.DELAYED):
+            run_at = float(data.get("delay_until") or record.time)
+            return Write(record.subject, body, expect, timer=Timer(run_at - LEAD, released))
+        return Write(record.subject, body, expect)
+
+    def _checked_body(self, data: Mapping[str, Any], record: Record) -> bytes:
+        body = dump_json(data)
+        job = Job.decode(body)
+        what = f"job {decode_token(self._subjects.token(record.subject))!r} of task {job.task_id!r}"
+        limit = self._backend.settings.max_job_payload_bytes
+        check_size(body, what, self._backend.max_body, limit)
+        return body
+
+    async def _edit_ready(self, job_id: str, ready: Record, change: Change) -> None:
+        """Change a job that a worker could fetch: only while the server gives out nothing.
+
+        The new message takes the place of the old one in one write, last in its tier. Should the
+        queue have been resumed at that very moment, and a worker have got the old one, a claim
+        makes the server refuse its outcome.
+        """
+        priority, token = self._subjects.split_ready(ready.subject)
+        if await self._is_delivered(priority, ready):
+            raise WrongState(job_id, State.ACTIVE, "edited", NOT_STARTED)
+        if not await self._is_held_back(priority):
+            raise WrongState(job_id, State.WAITING, "edited", MAY_START)
+        body = self._checked_body(change(load_json(ready.body)), ready)
+        write = Write(ready.subject, body, Expect(ready.subject, ready.sequence))
+        await self._backend.write(self._subjects.ready_log, write)
+        if await self._is_delivered(priority, ready):
+            logger.warning("job %s may have started while it was edited: it runs again", job_id)
+            await self._void(token, ready.sequence)
+
+    async def _is_delivered(self, priority: int, ready: Record) -> bool:
+        tier = await self._backend.look_up(self._subjects.ready_log, tier_name(priority))
+        return tier is not None and tier.delivered_sequence >= ready.sequence
+
+    async def _is_held_back(self, priority: int) -> bool:
+        tier = await self._backend.look_up(self._subjects.ready_log, tier_name(priority))
+        return tier is None or tier.paused
+
+    async def _void(self, token: str, sequence: int) -> None:
+        """Have the server refuse what a worker makes of a message, or of an earlier one."""
+        claim = Claim.on_all_until(sequence)
+        while True:
+            end = await read_end(self._backend, self._subjects, token)
+            if end.ended:
+                return
+            key = self._subjects.claim(token)
+            try:
+                write = Write(key, claim.encode(), end.fence, ttl=CLAIM_TTL)
+                await self._backend.write(self._log, write)
+            except WriteRefused:
+                await pause_after_refusal()
+            else:
+                return
