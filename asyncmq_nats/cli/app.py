@@ -12,13 +12,13 @@ from typer.main import get_command
 
 import asyncmq_nats
 from asyncmq_nats.cli import command as commands
-from asyncmq_nats.cli import queue
+from asyncmq_nats.cli import outbox, queue
 from asyncmq_nats.cli.output import Output
 from asyncmq_nats.exceptions import AsyncMQError
 
 __all__ = ["GROUPS", "make_app", "run"]
 
-GROUPS: Final = (queue.group,)
+GROUPS: Final = (queue.group, outbox.group)
 
 DONE, FAILED, INTERRUPTED = 0, 1, 130
 
