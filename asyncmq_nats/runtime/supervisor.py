@@ -18,11 +18,13 @@ from asyncmq_nats._concurrency import open_task_group
 from asyncmq_nats._logging import get_logger
 from asyncmq_nats.exceptions import InvalidArgument
 
-__all__ = ["is_child", "parent_is_gone", "supervise"]
+__all__ = ["PROCESS_NUMBER", "is_child", "parent_is_gone", "supervise"]
 
 logger = get_logger(__name__)
 
 PARENT: Final = "ASYNCMQ_NATS_PARENT"
+PROCESS_NUMBER: Final = "ASYNCMQ_NATS_PROCESS"
+"""In the environment of a child its number, from 0: added to the ports of health and metrics."""
 LIVED_LONG: Final = 5.0
 LONGEST_DELAY: Final = 10.0
 PARENT_CHECK: Final = 1.0
@@ -99,7 +101,7 @@ class _Supervisor:
             # A session of its own: Ctrl-C in a terminal reaches the parent only, which passes it on once.
             async with await anyio.open_process(
                 self._command,
-                env=self._environment,
+                env={**self._environment, PROCESS_NUMBER: str(number)},
                 stdin=subprocess.DEVNULL,
                 stdout=None,
                 stderr=None,
