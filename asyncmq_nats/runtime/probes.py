@@ -137,14 +137,22 @@ _servers: "WeakKeyDictionary[asyncio.AbstractEventLoop, dict[int, ProbeServer]]"
 """The open ports of each event loop."""
 
 
-async def open_ports(settings: Settings, probe: Probe) -> Callable[[], Awaitable[None]]:
-    """Show a worker at the ports of the settings. Return what is to be awaited when it ends.
+async def open_ports(settings: Settings, probe: Probe) -> Callable[[], None]:
+    """Show a worker at the ports of the settings. Return what is to be called when it ends.
 
     Raises:
         InvalidArgument: a port cannot be listened on.
     """
     shown: list[tuple[int, ProbeServer]] = []
     servers = _servers.setdefault(asyncio.get_running_loop(), {})
+
+    def leave() -> None:
+        for port, server in shown:
+            server.probes.remove(probe)
+            if not server.probes:
+                server.close()
+                servers.pop(port, None)
+
     for port in {settings.health_port, settings.metrics_port} - {None}:
         assert port is not None
         number = port + int(os.environ.get(PROCESS_NUMBER, "0"))
@@ -155,18 +163,12 @@ async def open_ports(settings: Settings, probe: Probe) -> Callable[[], Awaitable
                 await server.open(settings.probe_host, number)
             except InvalidArgument:
                 del servers[number]
+                leave()
                 raise
         server.shows_health |= port == settings.health_port
         server.shows_metrics |= port == settings.metrics_port
         server.probes.append(probe)
         shown.append((number, server))
-
-    async def leave() -> None:
-        for port, server in shown:
-            server.probes.remove(probe)
-            if not server.probes:
-                server.close()
-                servers.pop(port, None)
 
     return leave
 

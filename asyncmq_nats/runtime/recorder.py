@@ -10,8 +10,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final
 
-import anyio
-
 from asyncmq_nats._concurrency import Spawner
 from asyncmq_nats._logging import Throttle, get_logger
 from asyncmq_nats.backends.base import Backend, Settled, Write
@@ -94,7 +92,10 @@ class Recorder:
     # -- on the path of every job
 
     def note_run(self, task: str, wait: float, run: float) -> None:
-        """Count an attempt that ran: how long it had waited before, and how long it ran, in seconds."""
+        """Count an attempt that ran.
+
+        How long it had waited before, and how long it ran, in seconds.
+        """
         metrics = self._current.get(task) or self._begin(task)
         metrics.wait.add(wait if wait > 0 else 0.0)
         metrics.run.add(run if run > 0 else 0.0)
@@ -126,7 +127,7 @@ class Recorder:
         self.begin()
         while True:
             now = self._backend.now()
-            await anyio.sleep(INTERVAL - now % INTERVAL + 0.001)
+            await self._backend.clock.sleep(INTERVAL - now % INTERVAL + 0.001, upkeep=True)
             for write in self.take():
                 self._send(spawner, write)
 

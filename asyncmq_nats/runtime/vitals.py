@@ -1,7 +1,8 @@
 """What a worker shows of itself: its health, its counts, and where these can be read."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -22,6 +23,7 @@ from asyncmq_nats.runtime.promoter import Promoter
 from asyncmq_nats.runtime.pulse import Pulse
 from asyncmq_nats.runtime.recorder import Recorder
 from asyncmq_nats.runtime.slots import Slots
+from asyncmq_nats.runtime.supervisor import is_child
 from asyncmq_nats.states import State
 from asyncmq_nats.store.pages import JobLists
 from asyncmq_nats.store.reads import Inspection
@@ -32,6 +34,8 @@ __all__ = ["Vitals", "WorkerParts"]
 
 logger = get_logger(__name__)
 
+PORT_INTERVAL: Final = 0.5
+"""Seconds between two tries to open a port that another process of this program has."""
 FILE_INTERVAL: Final = 2.0
 """Seconds between two writes of the health file."""
 
@@ -98,22 +102,43 @@ class Vitals:
             InvalidArgument: a port cannot be listened on, or the extra `prometheus` is missing.
         """
         settings = self._backend.settings
-        leave: Callable[[], Awaitable[None]] | None = None
-        if settings.health_port is not None or settings.metrics_port is not None:
-            leave = await open_ports(settings, self._probe())
         path = None if settings.health_file is None else Path(settings.health_file)
         try:
             async with open_task_group() as group:
                 group.start_soon(self._pulse.run)
                 if path is not None:
                     group.start_soon(self._keep_file, path)
+                if settings.health_port is not None or settings.metrics_port is not None:
+                    await group.start(self._show, self._probe())
                 task_status.started()
         finally:
             if path is not None:
                 remove_health_file(path)
-            if leave is not None:
-                with anyio.CancelScope(shield=True):
-                    await leave()
+
+    async def _show(self, probe: Probe, *, task_status: TaskStatus[None]) -> None:
+        """Show it at the ports until cancelled. Started when they are open."""
+        settings = self._backend.settings
+        try:
+            leave = await open_ports(settings, probe)
+        except InvalidArgument as problem:
+            if not is_child():
+                raise
+            # The process that this one replaces has the port until it has finished its jobs.
+            logger.info("worker %s shows its health later: %s", self._worker, problem)
+            task_status.started()
+            leave = await self._open_later(probe)
+        else:
+            task_status.started()
+        try:
+            await anyio.sleep_forever()
+        finally:
+            leave()
+
+    async def _open_later(self, probe: Probe) -> Callable[[], None]:
+        while True:
+            await anyio.sleep(PORT_INTERVAL)
+            with suppress(InvalidArgument):
+                return await open_ports(self._backend.settings, probe)
 
     async def _keep_file(self, path: Path) -> None:
         while True:
