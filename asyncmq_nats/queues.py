@@ -53,6 +53,8 @@ from asyncmq_nats.schedules import RepeatableInfo
 from asyncmq_nats.search import JobFilter
 from asyncmq_nats.states import COUNT_BUCKETS, JOB_STATES, OUTCOMES, Bucket, State
 from asyncmq_nats.store.commit import LAG, look_for, looks
+from asyncmq_nats.store.flows import Flow, read_flow
+from asyncmq_nats.store.overview import Overview, QueueInfo
 from asyncmq_nats.store.pages import JobLists
 from asyncmq_nats.store.reads import Inspection, JobPage, WaitingJob
 from asyncmq_nats.store.search import Found, Search
@@ -87,6 +89,8 @@ logger = get_logger(__name__)
 EVENT_BUFFER: Final = 10_000
 RETRIED: Final = (State.FAILED, State.EXPIRED, State.CANCELLED, State.DELAYED)
 """States in which a job can be retried by hand."""
+REPEATED: Final = ("args", "kwargs", "retries", "ttl", "backoff", "priority", "timeout")
+"""What a repeatable has of the parameters of its jobs."""
 COUNTED_AS_TO_DO: Final = (State.WAITING, State.DELAYED, State.WAITING_CHILDREN)
 
 H = TypeVar("H", bound=Hook)
@@ -157,6 +161,9 @@ class Queue:
         self._inspection = Inspection(self.backend, self._subjects, self._assets)
         self._administration = Administration(self.backend, self._subjects, self._assets)
         self._lists = JobLists(self.backend, self._subjects, self._assets, self._inspection)
+        self._overview = Overview(
+            self.backend, self._subjects, self._assets, self._inspection, self._lists
+        )
         self._cleanup = Cleanup(
             self.backend, self._subjects, self._assets, self._inspection, self._lists
         )
@@ -367,6 +374,17 @@ class Queue:
             str(state): count for state, count in (await self._inspection.count_by_state()).items()
         }
 
+    async def info(self) -> QueueInfo | None:
+        """Return all there is to know of the queue as a whole; `None` if it does not exist."""
+        return await self._overview.read()
+
+    async def rates(self, period: float = 60.0) -> dict[str, float]:
+        """Return how many jobs a second ended in each way during the last `period` seconds.
+
+        Read from the outcomes, at most 5,000 of each; what was removed since is not counted.
+        """
+        return await self._overview.rates(checked_seconds(period, "period"))
+
     async def get_job_counts(self, *types: str) -> dict[str, int]:
         """Return the number of jobs for each of the given states, by default AsyncMQ's eight; asking for `waiting` adds `paused`."""
         counts = await self.queue_stats()
@@ -388,6 +406,11 @@ class Queue:
         """Return the job as a dict with AsyncMQ's keys, and ours beside them, or `None`."""
         job = await self._inspection.find(job_id)
         return None if job is None else job.to_dict()
+
+    async def get_flow(self, job_id: str, *, limit: int = 1000) -> Flow | None:
+        """Return a job and those that it depends on, and these on, up to `limit` jobs; `None` if there is no such job."""
+        most = checked_number(limit, "limit", 1)
+        return await read_flow(self.backend, self._subjects, self._inspection, job_id, most)
 
     async def get_job_state(self, job_id: str) -> str | None:
         """Return the state of the job, or `None` if there is no such job."""
@@ -996,6 +1019,22 @@ class Queue:
     async def list_repeatables(self) -> list[RepeatableInfo]:
         """Return the stored repeatables with their next runs (AsyncMQ `Queue.list_repeatables`)."""
         return await self._unless_missing(self._repeatables.read_all(), [])
+
+    async def run_repeatable(self, job_def: Mapping[str, Any] | str) -> str:
+        """Add one job of a repeatable now, beside its series, which goes on as planned. Return the job's id.
+
+        Raises:
+            KeyError: there is no such repeatable.
+        """
+        rid = repeatable_id(job_def, self._registry.write)
+        for info in await self.list_repeatables():
+            if info.job_def["id"] == rid:
+                given = {name: info.job_def[name] for name in REPEATED if name in info.job_def}
+                backoff = given.get("backoff")
+                if isinstance(backoff, Mapping):
+                    given["backoff"] = Backoff(**backoff)
+                return await self.add(info.job_def["task_id"], **given)
+        raise KeyError(f"no repeatable {rid!r}")
 
     async def remove_repeatable(self, job_def: Mapping[str, Any] | str) -> bool:
         """Remove a repeatable, given as its `job_def` or by name. Return whether it was there. Jobs it has added stay."""

@@ -34,6 +34,7 @@ __all__ = [
     "QueueName",
     "Session",
     "command",
+    "complete_queues",
     "make_group",
     "require_queue",
 ]
@@ -76,7 +77,7 @@ class Session:
 # -- options that many commands have
 
 
-def _complete_queues(ctx: typer.Context, incomplete: str) -> list[str]:
+def complete_queues(ctx: typer.Context, incomplete: str) -> list[str]:
     """Return the queues that begin so; none if no server answers in time."""
 
     async def read() -> list[str]:
@@ -97,7 +98,7 @@ def _complete_queues(ctx: typer.Context, incomplete: str) -> list[str]:
 
 
 QueueName = Annotated[
-    str, typer.Argument(metavar="QUEUE", help="Name of the queue.", autocompletion=_complete_queues)
+    str, typer.Argument(metavar="QUEUE", help="Name of the queue.", autocompletion=complete_queues)
 ]
 AsJson = Annotated[bool, typer.Option("--json", "-j", help="Print JSON, for programs.")]
 AsNames = Annotated[bool, typer.Option("--names", "-n", help="Print names only, one a line.")]
