@@ -18,6 +18,7 @@ __all__ = [
     "Output",
     "duration",
     "instant",
+    "interval",
     "number",
     "plain_json",
     "size",
@@ -52,6 +53,16 @@ def duration(seconds: float | None) -> str:
     if days < 1:
         return f"{hours}h{minutes % 60:02d}m"
     return f"{days}d{hours % 24:02d}h"
+
+
+def interval(seconds: float) -> str:
+    """Return an interval exactly, as it may be typed: `1h30m`, `0.5s`."""
+    text, left = "", seconds
+    for unit, length in (("d", 86_400.0), ("h", 3600.0), ("m", 60.0)):
+        if left >= length:
+            text += f"{int(left // length)}{unit}"
+            left %= length
+    return text + (f"{left:g}s" if left or not text else "")
 
 
 def size(count: int) -> str:

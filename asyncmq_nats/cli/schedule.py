@@ -16,7 +16,7 @@ from asyncmq_nats.cli.command import (
     make_group,
     require_queue,
 )
-from asyncmq_nats.cli.output import duration, instant, plain_json
+from asyncmq_nats.cli.output import duration, instant, interval, plain_json
 from asyncmq_nats.cli.values import parse_duration, parse_future, parse_keywords, parse_value
 from asyncmq_nats.schedules import RepeatableInfo, upcoming_runs
 
@@ -61,14 +61,14 @@ Keywords = Annotated[
 
 ENGLISH: Final = Options()
 ENGLISH.use_24hour_time_format = True
-ENGLISH.casing_type = CasingTypeEnum.LowerCase
+ENGLISH.casing_type = CasingTypeEnum.Sentence
 
 
 def describe(job_def: dict[str, Any]) -> str:
     """Return a rhythm in words: `every 5m`, or what a cron expression means."""
     cron = job_def.get("cron")
     if cron is None:
-        return f"every {duration(job_def['every'])}"
+        return f"Every {interval(job_def['every'])}"
     zone = job_def.get("timezone") or "UTC"
     return f"{describe_cron(cron)} ({zone})"
 
