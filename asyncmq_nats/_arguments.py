@@ -17,6 +17,7 @@ __all__ = [
     "checked_args",
     "checked_call",
     "checked_mapping",
+    "checked_meta",
     "checked_number",
     "checked_seconds",
     "job_of_payload",
@@ -24,7 +25,12 @@ __all__ = [
 ]
 
 NOT_IN_PAYLOADS: Final = ("delay", "debounce", "jobId")
-"""Parameters of `add` that a job as a dict does not have: left out silently, they would be missed."""
+"""Parameters of `add` that a job as a dict does not have.
+
+Left out silently, they would be missed.
+"""
+META_LIMIT: Final = 8_192
+"""How many bytes (UTF-8) the names and values of a job's `meta` may have together."""
 FIELDS: Final = frozenset({field.name for field in fields(Job)} | {"id", "task"})
 
 
@@ -56,6 +62,7 @@ def build_job(
     depends_on: Sequence[str] | None = None,
     on_parent_failure: str = "wait",
     repeat_every: float | str | None = None,
+    meta: Mapping[str, str] | None = None,
 ) -> Job:
     """Return a new job from the parameters of `Queue.add`. `now`: Unix seconds.
 
@@ -85,6 +92,7 @@ def build_job(
         depends_on=checked_args(depends_on, "depends_on"),
         on_parent_failure=on_parent_failure,
         repeat_every=None if repeat_every is None else parse_every(repeat_every),
+        meta=checked_meta(meta),
     )
 
 
@@ -110,7 +118,9 @@ def checked_call(
 def job_of_payload(
     payload: Mapping[str, Any], now: float, write: WriteArguments = write_plainly
 ) -> Job:
-    """Return a new job from what `Queue.enqueue` is given: a dict of `Job.to_dict`, or of what `Job` takes. `now`: Unix seconds.
+    """Return a new job from what `Queue.enqueue` is given.
+
+    A dict of `Job.to_dict`, or of what `Job` takes. `now`: Unix seconds.
 
     Raises:
         InvalidArgument: it is no dict, has no task, or a value of the wrong kind.
@@ -130,6 +140,7 @@ def job_of_payload(
         "status": State.WAITING,
         "custom_id": given.get("id", given.get("job_id")) is not None,
     }
+    values["meta"] = checked_meta(values.get("meta"))
     task_id = values.get("task", values.get("task_id", ""))
     values["args"], values["kwargs"] = checked_call(
         write, task_id, values.get("args"), values.get("kwargs")
@@ -138,7 +149,9 @@ def job_of_payload(
 
 
 def checked_args(args: object, name: str) -> list[Any]:
-    """Return a list of what is in a list, a tuple, or what yields its items in order; of nothing, if it is `None`.
+    """Return a list of what is in a list, a tuple, or what yields its items in order.
+
+    Of nothing, if it is `None`.
 
     Raises:
         InvalidArgument: it is none of these. A text is one argument, not its letters.
@@ -163,6 +176,30 @@ def checked_mapping(value: object, name: str) -> dict[str, Any]:
     if isinstance(value, Mapping):
         return dict(value)
     raise InvalidArgument(f"{name} must be a dict", value)
+
+
+def checked_meta(value: object) -> dict[str, str]:
+    """Return the `meta` of a job: a dict of strings, of 8,192 bytes at most; none is an empty one.
+
+    Raises:
+        InvalidArgument: it is none, or larger.
+    """
+    if value is None:
+        return {}
+    meta: dict[Any, Any] = checked_mapping(value, "meta")
+    size = 0
+    for name, text in meta.items():
+        if not isinstance(name, str) or not isinstance(text, str):
+            raise InvalidArgument("meta must be a dict of strings", {name: text})
+        try:
+            size += len(name.encode()) + len(text.encode())
+        except UnicodeEncodeError:
+            raise InvalidArgument("meta must be of valid Unicode", {name: text}) from None
+    if size > META_LIMIT:
+        raise InvalidArgument(
+            f"meta must have {META_LIMIT:,} bytes at most, names and values together", size
+        )
+    return meta
 
 
 def checked_seconds(value: object, name: str) -> float:

@@ -1,7 +1,7 @@
 """What a task can know of the job it runs for: `current_job()`."""
 
 from collections.abc import Generator, Mapping, Sequence
-from contextvars import ContextVar
+from contextvars import Context, ContextVar, copy_context
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -59,7 +59,12 @@ class JobContext:
     """Whether the job was cancelled, or the worker wants it back. For sync tasks to ask now and then: no thread can be interrupted."""
     follow_ups: list[Job] = field(default_factory=list, repr=False)
     """The jobs that were added so far."""
+    state: Any = field(default=None, repr=False)
+    """What the worker's lifespan yielded; see `Queue(lifespan=…)`."""
     _write: WriteArguments = field(default=write_plainly, repr=False)
+    origins: list[Context] | None = field(default=None, repr=False)
+    """The context of each call of `add`, for the middleware; `None` if there is none."""
+    _notes: dict[str, Any] | None = field(default=None, repr=False)
 
     @property
     def job(self) -> Job:
@@ -75,6 +80,23 @@ class JobContext:
     def attempt(self) -> int:
         """The number of this attempt: 1 for the first."""
         return self.job.retries + 1
+
+    @property
+    def snoozes(self) -> int:
+        """How often in a row the task has put the job off by `Snooze` before this run."""
+        return self.job.snoozes
+
+    @property
+    def meta(self) -> Mapping[str, str]:
+        """What was sent along with the job, such as the id of a request or of a trace."""
+        return self.job.meta
+
+    @property
+    def notes(self) -> dict[str, Any]:
+        """What a middleware keeps from the start of the run to its end. Stored nowhere."""
+        if self._notes is None:
+            self._notes = {}
+        return self._notes
 
     def report_progress(self, progress: float, data: Any = None) -> _Awaitable:
         """Store how far the job is, and tell its listeners. May be awaited, or called from a thread.
@@ -106,10 +128,12 @@ class JobContext:
         *,
         timeout: float | None = None,
         on_parent_failure: str = "wait",
+        meta: Mapping[str, str] | None = None,
     ) -> str:
         """Add a follow-up job to the same queue and return its id; see `Queue.add`.
 
         It is committed together with this job's outcome, or, when this attempt fails or its worker dies, not at all.
+        Without a `meta` of its own it has that of this job.
 
         Raises:
             InvalidFlow: it has 900 follow-ups already.
@@ -133,9 +157,12 @@ class JobContext:
             timeout=timeout,
             depends_on=depends_on,
             on_parent_failure=on_parent_failure,
+            meta=self.job.meta if meta is None else meta,
         )
         job.encode()  # not JSON? Then say so here
         self.follow_ups.append(job)
+        if self.origins is not None:
+            self.origins.append(copy_context())
         return job.job_id
 
     async def parent_results(self) -> dict[str, Any]:

@@ -1,18 +1,212 @@
-"""What else happens when a worker starts and stops."""
+"""What happens around jobs, and around the life of a worker: middleware, hooks, lifespan."""
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, Final, Literal, Protocol
 
+import anyio
+from anyio.abc import TaskStatus
+
+from asyncmq_nats._concurrency import open_task_group
 from asyncmq_nats._logging import get_logger
+from asyncmq_nats.context import JobContext
+from asyncmq_nats.exceptions import InvalidArgument
+from asyncmq_nats.jobs import Job
 
-__all__ = ["Hook", "Hooks"]
+__all__ = [
+    "AddJobs",
+    "Chain",
+    "EndState",
+    "Ending",
+    "Hook",
+    "Hooks",
+    "Lifespan",
+    "Middleware",
+    "RunTask",
+    "add_middleware",
+    "checked_middleware",
+    "remove_middleware",
+]
 
 logger = get_logger(__name__)
 
+AddJobs = Callable[[Sequence[Job]], Awaitable[list[str]]]
+"""Adds the jobs, by the next middleware or for good, and returns their ids in order."""
+RunTask = Callable[[], Awaitable[Any]]
+"""Runs the task, by the next middleware or for good, and returns its result."""
+
+
+EndState = Literal["completed", "failed", "expired", "cancelled", "retrying", "snoozed"]
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """How an attempt at a job ended."""
+
+    state: EndState
+    """What became of the job. `retrying` and `snoozed`: it will run again."""
+    started_at: float
+    """When the attempt began (Unix seconds, the server's); 0 if it did not."""
+    ended_at: float
+    result: Any = None
+    error: str | None = None
+    """What went wrong, in one line: `ValueError: not an address`."""
+    error_type: str | None = None
+    """The class of the exception: `ValueError`, `smtplib.SMTPException`."""
+    traceback: str | None = None
+    exception: BaseException | None = None
+    """The exception itself, if there is one, and it was raised in this process or could be sent from its own."""
+    delay: float | None = None
+    """Seconds until the job runs again."""
+
+
+class Middleware(Protocol):
+    """What happens around each job. Derive from it, and override what you need.
+
+    The first one that was added is the outermost: its `enqueue` and `run` begin first and end
+    last; `end` is called in the opposite order. Those of `add_middleware` are outside those of
+    `Queue(middleware=…)`. A worker has those that were added when it starts.
+    """
+
+    async def enqueue(self, queue: str, jobs: Sequence[Job], add: AddJobs) -> list[str]:
+        """Do something around the addition of jobs: call `add`, once, and return the ids.
+
+        `jobs` are one, those of `add_bulk`, or those of a flow. Pass on as many, changed by
+        `dataclasses.replace` if wished; their ids stay. To refuse them, raise an error.
+
+        Jobs that a task adds by `current_job().add` come one by one when it has returned, each in
+        the context (`contextvars`) of its call; `add` then returns at once, since they are stored
+        with the result. What the server adds, repeats of a job, comes by no middleware.
+        """
+        return await add(jobs)
+
+    async def run(self, context: JobContext, call: RunTask) -> Any:
+        """Do something around each run of a task: `await call()`, and return its result.
+
+        It runs in the task and the context of the job, within its timeout. What it raises, the
+        job has raised; cancellation passes through it.
+        """
+        return await call()
+
+    async def end(self, context: JobContext, ending: Ending) -> None:
+        """Do something when the end of an attempt is stored. What it raises is logged.
+
+        Also called for jobs that end without a run: expired, or given up after their workers were
+        lost. Not called when a worker hands a job back. At most once: not if the worker dies.
+        """
+        return  # a body, so that a subclass need not have one
+
+
+OVERRIDABLE: Final = ("enqueue", "run", "end")
+_added: list[tuple[str | None, Middleware]] = []
+"""Those of `add_middleware`, and the queue of each; `None`: of all."""
+
+
+def add_middleware(middleware: Middleware, queue: str | None = None) -> None:
+    """Have a middleware called for the jobs of a queue, or of all queues, in this process.
+
+    Raises:
+        InvalidArgument: it has no method `enqueue`, `run` or `end`.
+    """
+    _added.append((queue, checked_middleware(middleware)))
+
+
+def remove_middleware(middleware: Middleware) -> None:
+    """Undo `add_middleware`. Workers that run keep it."""
+    _added[:] = [entry for entry in _added if entry[1] is not middleware]
+
+
+def checked_middleware(middleware: Middleware) -> Middleware:
+    """Return a middleware.
+
+    Raises:
+        InvalidArgument: it has no async method `enqueue`, `run` or `end`.
+    """
+    methods = [getattr(middleware, name, None) for name in OVERRIDABLE]
+    if isinstance(middleware, type) or not any(map(inspect.iscoroutinefunction, methods)):
+        raise InvalidArgument(
+            "a middleware must be an object with an async method enqueue, run or end", middleware
+        )
+    return middleware
+
+
+def _overrides(middleware: Middleware, name: str) -> bool:
+    """Return whether it does something there: one that does not derive from `Middleware` may lack a method."""
+    method = getattr(type(middleware), name, None)
+    return method is not None and method is not getattr(Middleware, name)
+
+
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """The middleware of one queue: those that do something in each place, outermost first."""
+
+    queue: str = ""
+    enqueues: tuple[Middleware, ...] = ()
+    runs: tuple[Middleware, ...] = ()
+    ends: tuple[Middleware, ...] = ()
+
+    @classmethod
+    def of(cls, queue: str, own: Sequence[Middleware] = ()) -> "Chain":
+        """Return what there is now for a queue. `own`: that of its `Queue` object."""
+        if not _added and not own:
+            return cls(queue)
+        members = [*(each for name, each in _added if name in (None, queue)), *own]
+        of = {name: tuple(m for m in members if _overrides(m, name)) for name in OVERRIDABLE}
+        return cls(queue, of["enqueue"], of["run"], of["end"])
+
+    async def enqueue(self, jobs: Sequence[Job], store: AddJobs) -> list[str]:
+        """Add jobs through all of them.
+
+        Raises:
+            InvalidArgument: one passes on another number of jobs, or returns no list of ids.
+        """
+        count = len(jobs)
+
+        async def add(given: Sequence[Job]) -> list[str]:
+            if len(given) != count:
+                problem = f"a middleware must pass on as many jobs as it was given ({count})"
+                raise InvalidArgument(problem, len(given))
+            return await store(given)
+
+        call: AddJobs = add
+        for middleware in reversed(self.enqueues):
+            call = partial(_enqueue, middleware, self.queue, call)
+        return await call(jobs)
+
+    async def run(self, context: JobContext, call: RunTask) -> Any:
+        """Run a task within all of them."""
+        for middleware in reversed(self.runs):
+            call = partial(middleware.run, context, call)
+        return await call()
+
+    async def end(self, context: JobContext, ending: Ending) -> None:
+        """Tell all of them how an attempt ended, the innermost first."""
+        for middleware in reversed(self.ends):
+            try:
+                await middleware.end(context, ending)
+            except Exception:
+                text = "job %s: the end of its middleware %r failed"
+                logger.exception(text, context.id, middleware)
+
+
+async def _enqueue(
+    middleware: Middleware, queue: str, add: AddJobs, jobs: Sequence[Job]
+) -> list[str]:
+    ids: object = await middleware.enqueue(queue, jobs, add)
+    if not isinstance(ids, list) or len(ids) != len(jobs):
+        raise InvalidArgument(f"{middleware!r}.enqueue must return the ids of add(jobs)", ids)
+    return ids
+
+
+# -- the life of a worker
+
 Hook = Callable[..., Any]
 """A function, sync or async, or an object that is called like one. It is given those of the keywords `backend`, `worker_id` and `queue` that it takes."""
+Lifespan = Callable[..., AbstractAsyncContextManager[Any]]
+"""Returns an async context manager, of what a worker's jobs have as `current_job().state`. It is given keywords as a hook is."""
 
 
 @dataclass(slots=True)
@@ -22,6 +216,38 @@ class Hooks:
     given: dict[str, Any] = field(default_factory=dict)
     on_startup: list[Hook] = field(default_factory=list)
     on_shutdown: list[Hook] = field(default_factory=list)
+    lifespan: Lifespan | None = None
+
+    @asynccontextmanager
+    async def open_lifespan(self, worker: str) -> AsyncIterator[Any]:
+        """Hold the lifespan open inside the block, whose value it yielded. Without one: `None`.
+
+        It lives in a task of its own: cancellation of the worker does not cut its end short.
+        """
+        if self.lifespan is None:
+            yield None
+            return
+        closing = anyio.Event()
+        async with open_task_group() as group:
+            try:
+                yield await group.start(self._hold_lifespan, worker, closing)
+            finally:
+                closing.set()
+
+    async def _hold_lifespan(
+        self, worker: str, closing: anyio.Event, *, task_status: TaskStatus[Any]
+    ) -> None:
+        assert self.lifespan is not None
+        try:
+            with anyio.CancelScope() as scope:
+                async with self.lifespan(**self._keywords(self.lifespan, worker)) as state:
+                    scope.shield = True
+                    task_status.started(state)
+                    await closing.wait()
+        except Exception:
+            if not closing.is_set():  # it could not begin, or something in it has failed
+                raise
+            logger.exception("worker %s: the end of its lifespan failed", worker)
 
     async def start(self, worker: str) -> None:
         """Call what was registered for the start, in order; an error ends the worker before it runs a job."""
@@ -37,10 +263,13 @@ class Hooks:
                 logger.exception("worker %s: shutdown hook %r failed", worker, hook)
 
     async def _call(self, hook: Hook, worker: str) -> None:
-        given = self.given | {"worker_id": worker}
-        result = hook(**{name: given[name] for name in _taken_names(hook, given)})
+        result = hook(**self._keywords(hook, worker))
         if inspect.isawaitable(result):
             await result
+
+    def _keywords(self, hook: Hook, worker: str) -> Mapping[str, Any]:
+        given = self.given | {"worker_id": worker}
+        return {name: given[name] for name in _taken_names(hook, given)}
 
 
 def _taken_names(hook: Hook, names: Iterable[str]) -> list[str]:

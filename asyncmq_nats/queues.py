@@ -27,6 +27,7 @@ from asyncmq_nats._arguments import (
     checked_args,
     checked_call,
     checked_mapping,
+    checked_meta,
     checked_number,
     checked_seconds,
     job_of_payload,
@@ -38,13 +39,22 @@ from asyncmq_nats.events import Event, read_event
 from asyncmq_nats.exceptions import (
     AssetMissing,
     BulkAddFailed,
+    FailedAttempt,
     InvalidArgument,
     JobFailed,
     JobNotFound,
     QueueNotPaused,
 )
 from asyncmq_nats.jobs import LATEST, Backoff, DelayedInfo, Job
-from asyncmq_nats.middleware import Hook, Hooks
+from asyncmq_nats.middleware import (
+    AddJobs,
+    Chain,
+    Hook,
+    Hooks,
+    Lifespan,
+    Middleware,
+    checked_middleware,
+)
 from asyncmq_nats.runtime.control import Controls, WorkerInfo, list_workers
 from asyncmq_nats.runtime.declarations import Declarations
 from asyncmq_nats.runtime.program import import_tasks, run_program, run_until_signalled
@@ -80,7 +90,7 @@ from asyncmq_nats.transitions.archive import (
 from asyncmq_nats.transitions.bulk import add_many, build_entries, check_entries
 from asyncmq_nats.transitions.cancel import Administration
 from asyncmq_nats.transitions.clean import Cleanup, Progress
-from asyncmq_nats.transitions.deduplicate import Deduplicator, parse_window
+from asyncmq_nats.transitions.deduplicate import Deduplicator, Window, parse_window
 from asyncmq_nats.transitions.definition import (
     CODE,
     Definition,
@@ -141,6 +151,9 @@ class Queue:
         rate_interval: in seconds.
         registry: the tasks that `run()` knows; by default those of `@task`.
         any_task: whether `run()` runs all of them; by default those whose queue this is. `None`: as the settings say.
+        middleware: called around the jobs that this object adds and runs, within those of `add_middleware`.
+        lifespan: opened by each worker while it runs: a function that returns an async context manager, whose value its jobs have as
+            `current_job().state`. It is given those of the keywords `backend`, `worker_id` and `queue` that it takes.
 
     Raises:
         InvalidQueueName: the name cannot be part of a stream's name.
@@ -157,6 +170,8 @@ class Queue:
         *,
         registry: TaskRegistry = TASK_REGISTRY,
         any_task: bool | None = None,
+        middleware: Sequence[Middleware] = (),
+        lifespan: Lifespan | None = None,
     ) -> None:
         if backend is not None and not callable(getattr(backend, "declare_log", None)):
             raise InvalidArgument(
@@ -191,10 +206,14 @@ class Queue:
         self._deduplicator = Deduplicator(self.backend, self._subjects, self._additions)
         self._repeatables = Repeatables(self.backend, self._subjects)
         self._controls = Controls(self.backend, self._subjects, self._assets)
-        self._hooks = Hooks({"backend": self.backend, "queue": name})
+        self._hooks = Hooks({"backend": self.backend, "queue": name}, lifespan=lifespan)
+        self._middleware = [checked_middleware(each) for each in middleware]
         self._local_repeatables: list[Definition] = []
         self._waiters = Waiters(self.backend, self._subjects)
         self._registry = registry
+        note_queue = getattr(self.backend, "note_queue", None)
+        if note_queue is not None:  # that of tests, which runs the jobs of its queues
+            note_queue(self)
         self.any_task = self.backend.settings.any_task if any_task is None else any_task
 
     # -- add
@@ -217,6 +236,7 @@ class Queue:
         on_parent_failure: str = "wait",
         timeout: float | None = None,
         repeat_every: float | str | None = None,
+        meta: Mapping[str, str] | None = None,
     ) -> str:
         """Add one job and return its id (AsyncMQ `Queue.add`).
 
@@ -234,12 +254,13 @@ class Queue:
                 raised `Unconfirmed` can be repeated safely.
             deduplication: `{"id", "ttl", "extend", "replace"}`: while a job added under that id has not ended, or for `ttl` seconds,
                 no other one is added: its id is returned. With `replace`, one that is still delayed gets the new task, arguments, delay.
-                With `extend`, each call starts the `ttl` anew.
+                With `extend`, each call restarts the `ttl`.
             debounce: AsyncMQ's older name for `deduplication`.
             depends_on: ids of jobs of this queue that must complete first; their results are in `current_job().parent_results()`.
             on_parent_failure: when one of them fails for good, `"wait"` (it may be retried by hand), `"fail"`, or `"run"` all the same.
             timeout: how long one attempt may run, in seconds; then the task is cancelled and the attempt has failed.
-            repeat_every: add the job again so many seconds, or a text such as `"5m"`, after each success.
+            repeat_every: add the job again this many seconds, or a text such as `"5m"`, after each success.
+            meta: strings that go with the job, 8,192 bytes at most, such as the id of a request: `current_job().meta`.
 
         Raises:
             JobNotFound: a job that it depends on is not in this queue.
@@ -267,14 +288,31 @@ class Queue:
             depends_on=depends_on,
             on_parent_failure=on_parent_failure,
             repeat_every=repeat_every,
+            meta=meta,
         )
         given = deduplication if deduplication is not None else debounce
-        window = None if given is None else parse_window(given)
+        return await self._add(job, None if given is None else parse_window(given))
+
+    async def _add(self, job: Job, window: Window | None = None) -> str:
         job.encode()  # nothing is declared for what cannot be sent
+        chain = Chain.of(self.name, self._middleware)
+        if not chain.enqueues:
+            return await self._store(job, window)
+
+        async def store(jobs: Sequence[Job]) -> list[str]:
+            return [await self._store(job, window) for job in jobs]
+
+        return (await chain.enqueue([job], store))[0]
+
+    async def _store(self, job: Job, window: Window | None) -> str:
         await self._assets.declare()
         return await (
             self._additions.add(job) if window is None else self._deduplicator.add(job, window)
         )
+
+    async def _add_all(self, jobs: Sequence[Job], store: AddJobs) -> list[str]:
+        chain = Chain.of(self.name, self._middleware)
+        return await (chain.enqueue(jobs, store) if chain.enqueues and jobs else store(jobs))
 
     async def add_bulk(self, jobs: Iterable[Mapping[str, Any]]) -> list[str]:
         """Add many jobs and return their ids in order (AsyncMQ `Queue.add_bulk`).
@@ -288,6 +326,11 @@ class Queue:
         """
         await self.backend.connect()
         built, windows = build_entries(self.backend.now(), jobs, self._registry.write)
+        return await self._add_all(built, partial(self._store_bulk, windows=windows))
+
+    async def _store_bulk(
+        self, built: Sequence[Job], *, windows: Mapping[int, Window]
+    ) -> list[str]:
         check_entries(self._additions, built)
         ids = [job.job_id for job in built]
         plain = [index for index in range(len(built)) if index not in windows]
@@ -315,10 +358,21 @@ class Queue:
             InvalidJobId: no record can be kept under its id.
         """
         await self.backend.connect()
-        job = job_of_payload(payload, self.backend.now(), self._registry.write)
-        job.encode()
+        return await self._add(job_of_payload(payload, self.backend.now(), self._registry.write))
+
+    async def enqueue_bulk(self, payloads: Iterable[Mapping[str, Any]]) -> list[str]:
+        """Add many jobs given as dicts, each as by `enqueue`, and return their ids in order; in batches, as by `add_bulk`.
+
+        Raises:
+            InvalidArgument, InvalidJobId, NotSerializable, PayloadTooLarge: one of them is refused; nothing was added.
+            BulkAddFailed: of more than 1,000, some were added and some were not; it says which.
+        """
+        await self.backend.connect()
+        now = self.backend.now()
+        jobs = [job_of_payload(payload, now, self._registry.write) for payload in payloads]
+        check_entries(self._additions, jobs)
         await self._assets.declare()
-        return await self._additions.add(job)
+        return await add_many(self._additions, jobs)
 
     async def send(self, payload: Mapping[str, Any]) -> str:
         """Same as `enqueue`."""
@@ -340,18 +394,22 @@ class Queue:
 
     async def add_linked(self, jobs: Sequence[Job]) -> None:
         """Add jobs that depend on each other, each after its `children`; see `FlowProducer.add_flow`."""
-        written = [self._written(job) for job in jobs]
-        await self._assets.declare()
-        await self._additions.add_linked(written)
+
+        async def store(jobs: Sequence[Job]) -> list[str]:
+            await self._assets.declare()
+            await self._additions.add_linked(jobs)
+            return [job.job_id for job in jobs]
+
+        await self._add_all([self._written(job) for job in jobs], store)
 
     def _written(self, job: Job) -> Job:
         args, kwargs = self._registry.write(job.task_id, job.args, job.kwargs)
-        return replace(job, args=args, kwargs=kwargs)
+        return replace(job, args=args, kwargs=kwargs, meta=checked_meta(job.meta))
 
     # -- run
 
-    def runner(self) -> Runner:
-        """Return a worker for this queue that is not yet running."""
+    def runner(self, **options: Any) -> Runner:
+        """Return a worker for this queue that is not yet running. `options`: of `Runner`."""
         import_tasks(self.backend.settings.tasks)
         return Runner(
             self.backend,
@@ -362,9 +420,11 @@ class Queue:
             concurrency=self.concurrency,
             limit=None if self.rate_limit is None else Limit(self.rate_limit, self.rate_interval),
             hooks=self._hooks,
+            middleware=Chain.of(self.name, self._middleware),
             declarations=Declarations(
                 self.backend, self._subjects, {d.rid: d for d in self._local_repeatables}
             ),
+            **options,
         )
 
     async def run(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
@@ -481,7 +541,7 @@ class Queue:
             state: such as `failed`.
             after: the `cursor` of the page before, read in the same order; `None` for the first page.
             limit: how many jobs at most.
-            newest_first: whether the jobs that came to the state last are first.
+            newest_first: whether the jobs that reached the state last are first.
 
         Raises:
             InvalidArgument: there is no such state, or the cursor is none of this state.
@@ -504,7 +564,7 @@ class Queue:
 
         Args:
             where: see `JobFilter`; by default all jobs.
-            newest_first: whether the jobs that came to their state last are first.
+            newest_first: whether the jobs that reached their state last are first.
             limit: how many at most.
         """
         wanted = JobFilter() if where is None else where
@@ -750,14 +810,14 @@ class Queue:
         ]
 
     async def retry_job(self, job_id: str) -> bool:
-        """Run a failed, expired, cancelled or delayed job again, or now, with all its retries and its time to live anew.
+        """Run a failed, expired, cancelled or delayed job again, or now, with all its retries and a new time to live.
 
         Return whether it was in one of these states.
         """
         return await self._find_and(self._administration.rerun, job_id)
 
     async def promote(self, job_id: str) -> bool:
-        """Let a delayed job run now, with the attempts that it has left; `retry_job` gives it all of them anew.
+        """Let a delayed job run now, with the attempts that it has left; `retry_job` gives it all of them again.
 
         Return whether it was delayed.
         """
@@ -812,7 +872,7 @@ class Queue:
     ) -> Applied:
         """Do something to all jobs that match a filter, or to those of some ids, many at a time.
 
-        Each job is met once: what comes to a state after the call has begun is not. A job may have moved on since it was found; then the
+        Each job is met once: what reaches a state after the call has begun is not. A job may have moved on since it was found; then the
         action does to it what it does in that state, and `remove` leaves it alone.
 
         After an interruption the same call goes on. So that it finds none that failed again since, give it the filter's `until`: the
@@ -1070,11 +1130,11 @@ class Queue:
             start: Unix seconds before which it does not run; an interval counts from there.
             end: Unix seconds after which it does not run.
             limit: how many jobs it adds at most.
-            jitter: each run is later by chance, by up to so many seconds, but before the next one.
+            jitter: each run is later by chance, by up to this many seconds, but before the next one.
             overlap: `"skip"` adds no job while the last one has not ended.
             catch_up: what becomes of the runs that were missed in an outage or a pause: `"one"` of
                 them is made up for, or `"all"`, or `"none"`. By default one after an outage, and
-                none after a pause: then the series begins anew.
+                none after a pause: then the series starts again.
 
         Raises:
             ValueError: the schedule is malformed; the message shows where.
@@ -1186,7 +1246,7 @@ class Queue:
 
         Args:
             state: such as `completed`.
-            older_than: only those that came to that state before, in Unix seconds: for outcomes, that ended before.
+            older_than: only those that reached that state before, in Unix seconds: for outcomes, that ended before.
             progress: called after each step with the number of jobs removed so far.
 
         Raises:
@@ -1204,7 +1264,7 @@ class Queue:
         *,
         progress: Progress | None = None,
     ) -> list[str]:
-        """Remove the jobs that came to a state more than `grace` seconds ago, at most `limit` (0: all), and return their ids.
+        """Remove the jobs that reached a state more than `grace` seconds ago, at most `limit` (0: all), and return their ids.
 
         `progress`: see `clean`.
         """
@@ -1242,7 +1302,8 @@ class Queue:
         counts = await self._inspection.count_by_state()
         if counts[State.ACTIVE] and not force:
             raise RuntimeError(
-                f"queue {self.name!r} has {counts[State.ACTIVE]} active jobs: wait for them, or pass force=True"
+                f"queue {self.name!r} has {counts[State.ACTIVE]} active jobs: "
+                "wait for them, or pass force=True"
             )
         ids = await self._cleanup.read_ids()
         # What runs would store its next attempt after all else is gone.
@@ -1277,7 +1338,9 @@ async def _each(
 
 
 def _result_of(job: Job) -> Any:
-    """Return what a job that has ended came to."""
+    """Return the outcome of a job that has ended."""
     if job.status is not State.COMPLETED:
-        raise JobFailed(job.job_id, job.status, job.last_error)
+        attempts = [FailedAttempt.read(entry) for entry in job.errors]
+        trace = job.error_traceback
+        raise JobFailed(job.job_id, job.status, job.last_error, traceback=trace, attempts=attempts)
     return job.result

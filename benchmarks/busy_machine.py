@@ -48,7 +48,7 @@ from asyncmq_nats.tasks import TaskRegistry
 HOG_SECONDS: Final = 4.0
 WATCH_SECONDS: Final = 12.0
 """How long a run with hogs is watched: the load, and what comes after it."""
-MAX_JOBS: Final = 40_000
+MAX_JOBS: Final = 200_000
 SAMPLE_SECONDS: Final = 0.1
 RATE_WINDOW_SECONDS: Final = 0.5
 DRAIN_SECONDS: Final = 120.0

@@ -18,6 +18,9 @@ __all__ = ["Completer"]
 
 logger = get_logger(__name__)
 
+NoteEnd = Callable[[str, str], None]
+"""Told the task and what became of an attempt, once that is confirmed."""
+
 
 class Completer:
     """Settles the attempts of one worker. `on_change` is called when one is settled."""
@@ -28,8 +31,10 @@ class Completer:
         events: WorkerEvents,
         spawner: Spawner,
         on_change: Callable[[], None],
+        note_end: NoteEnd | None = None,
     ) -> None:
         self._lifecycle = lifecycle
+        self._note_end = note_end
         self._events = events
         self._spawner = spawner
         self._on_change = on_change
@@ -58,18 +63,27 @@ class Completer:
                 self._lifecycle.clean_up(attempt, write)
             attempt.delivery.ack()
             self.finish()
-            self._events.tell_end(self._spawner, attempt.token, write)
+            if self._note_end is not None and attempt.end:
+                self._note_end(attempt.head.task_id, attempt.end)
+            self._tell_end(attempt, write)
         elif self._stopped:
             attempt.delivery.abandon()
         else:
             self._spawner.spawn(self._resolve, attempt, write, result)
 
+    def _tell_end(self, attempt: Attempt, write: Write) -> None:
+        if attempt.on_end is not None:
+            attempt.on_end()
+        self._events.tell_end(self._spawner, attempt.token, write)
+
     async def _resolve(self, attempt: Attempt, write: Write, result: Settled) -> None:
         try:
             disposition = await self._lifecycle.settled(attempt, write, result)
             settle_delivery(attempt.delivery, disposition)
+            if self._note_end is not None and attempt.end and attempt.is_recorded:
+                self._note_end(attempt.head.task_id, attempt.end)
             if disposition is Disposition.ACK:
-                self._events.tell_end(self._spawner, attempt.token, write)
+                self._tell_end(attempt, write)
         except AsyncMQError as error:
             logger.error("job %s: %s", attempt.head.job_id, error)
             attempt.delivery.abandon()

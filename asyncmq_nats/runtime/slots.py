@@ -4,7 +4,6 @@ Takes deliveries while slots are free, runs them, and passes what became of them
 """
 
 import asyncio
-import time
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
 from contextvars import Context, copy_context
@@ -14,6 +13,7 @@ from typing import Any, Final
 
 import anyio
 
+from asyncmq_nats._clock import Cancellable
 from asyncmq_nats._concurrency import Spawner, running_task
 from asyncmq_nats._logging import get_logger
 from asyncmq_nats.backends.base import Backend, Delivery
@@ -30,11 +30,14 @@ from asyncmq_nats.exceptions import (
     TooManyPriorities,
 )
 from asyncmq_nats.jobs import WIRE_VERSION, Job
-from asyncmq_nats.retries import Failure, RetryLimits, retry_delay
+from asyncmq_nats.middleware import Chain, Ending, EndState
+from asyncmq_nats.retries import Failure, RetryLimits, judge, retry_delay, snooze_delay
 from asyncmq_nats.runtime.completer import Completer
 from asyncmq_nats.runtime.executor import Running, execute
 from asyncmq_nats.runtime.fetcher import Fetcher
+from asyncmq_nats.runtime.recorder import UNKNOWN_TASK, Recorder
 from asyncmq_nats.runtime.registry import RegisteredTask, TaskRegistry
+from asyncmq_nats.runtime.slot_group import SlotGroup
 from asyncmq_nats.runtime.suspects import Suspects
 from asyncmq_nats.store.announcing import WorkerEvents
 from asyncmq_nats.store.commit import FAREWELL, look_for
@@ -58,6 +61,9 @@ INVALID_RESULT: Final = (
 MARK_AFTER: Final = 1.0
 """Seconds after which a job that runs is claimed, so that the loss of its worker is a stall."""
 
+RECORDED_AS: Final = {"retrying": "retried", "snoozed": ""}
+"""Ends of attempts whose name in the metrics (`metrics.ENDS`) is another; `""` for none."""
+
 
 class Slots:
     """Runs the jobs of one worker. `on_change` is called when a job has ended."""
@@ -74,27 +80,46 @@ class Slots:
         on_change: Callable[[], None],
         *,
         any_task: bool = False,
+        group: SlotGroup | None = None,
+        recorder: Recorder | None = None,
+        middleware: Chain,
     ) -> None:
         self._backend = backend
         self._subjects = subjects
         self._lifecycle = lifecycle
         self._registry = registry
+        self._group = group
         self._tasks_of = None if any_task else subjects.queue
         self._events = events
         self._spawner = spawner
         self._on_change = on_change
+        self._recorder = recorder
+        self._middleware = middleware
+        settings = backend.settings
+        self._limits = RetryLimits(settings.max_retries_limit, settings.min_retry_delay)
         self._threads = anyio.CapacityLimiter(concurrency)
         self._suspects = Suspects(
-            backend.settings.max_stalls, lambda: not self.running, time.monotonic
+            settings.max_stalls,
+            lambda: not self.running if group is None else group.is_alone,
+            backend.clock.monotonic,
+            None if group is None else group.probation,
         )
         self._context: Context
         self._loop: asyncio.AbstractEventLoop
         self._tasks: set[asyncio.Task[None]] = set()
-        self._timer: asyncio.TimerHandle | None = None
+        self._timer: Cancellable | None = None
         self._is_open = False
         self._ending = False
         self._is_cancelled: Callable[[], int] = lambda: 0
         self.running: dict[Running, None] = {}
+        self.redelivered = 0
+        """Deliveries of jobs that had been delivered before."""
+        self.lost = 0
+        """Those of them whose worker was lost."""
+        self.telling = 0
+        """Attempts of whose end the middleware is being told."""
+        self.state: Any = None
+        """What the lifespan of the worker yielded."""
         self.fetcher: Fetcher
         self.completer: Completer
 
@@ -111,16 +136,67 @@ class Slots:
 
     def fill(self) -> None:
         """Start jobs while slots are free. May be called from any callback."""
-        if not self._is_open:
-            return
-        while self.fetcher.has_free_slot and (suspect := self._suspects.next()) is not None:
+        if self._group is not None:
+            self._group.fill()
+        elif self._is_open:
+            self._start_suspects()
+            if not self._suspects.holds_others:
+                while (delivery := self.fetcher.take()) is not None:
+                    self._spawn(self._run_delivery(delivery))
+            self.set_timer()
+
+    def _start_suspects(self, limit: int | None = None) -> int:
+        """Start those suspects that may start now, `limit` at most; return how many did."""
+        started = 0
+        while (
+            started != limit
+            and self.fetcher.has_free_slot
+            and (suspect := self._suspects.next()) is not None
+        ):
             self.fetcher.occupy()
             self._spawn(self._run_suspect(suspect))
-        if not self._suspects.holds_others:
-            while (delivery := self.fetcher.take()) is not None:
-                self._spawn(self._run_delivery(delivery))
-        if self._timer is None and (wait := self._suspects.wait) is not None:
-            self._timer = self._loop.call_later(max(wait, 0.01), self._on_timer)
+            started += 1
+        return started
+
+    # -- as a member of a group
+
+    @property
+    def is_open(self) -> bool:
+        """See `Member`."""
+        return self._is_open
+
+    @property
+    def is_running(self) -> bool:
+        """See `Member`."""
+        return bool(self.running)
+
+    @property
+    def expects_jobs(self) -> bool:
+        """See `Member`."""
+        return self.fetcher.expects_jobs
+
+    @property
+    def waits_in_line(self) -> bool:
+        """Whether a suspect waits for its turn."""
+        return bool(self._suspects)
+
+    def start_next(self) -> bool:
+        """See `Member`."""
+        if self._start_suspects(1):
+            return True
+        if self._suspects.holds_others or (delivery := self.fetcher.take()) is None:
+            return False
+        self._spawn(self._run_delivery(delivery))
+        return True
+
+    def note_free_slot(self) -> None:
+        """See `Member`."""
+        self.fetcher.note_free_slot()
+
+    def set_timer(self) -> None:
+        """See `Member`."""
+        if self._timer is None and self._is_open and (wait := self._suspects.wait) is not None:
+            self._timer = self._backend.clock.call_later(max(wait, 0.01), self._on_timer)
 
     def _on_timer(self) -> None:
         self._timer = None
@@ -197,10 +273,12 @@ class Slots:
 
     async def _may_run_again(self, attempt: Attempt) -> bool:
         """Check a redelivery. Return whether it is to be run now: a suspect waits in line."""
+        self.redelivered += 1
         disposition = await self._lifecycle.inspect(attempt)
         if disposition is not None:
             settle_delivery(attempt.delivery, disposition)
             return False
+        self.lost += attempt.lost
         if attempt.lost and not self._is_lost_for_good(attempt):
             self._suspects.enter(attempt)
             return False
@@ -229,6 +307,8 @@ class Slots:
     async def _reject(self, delivery: Delivery, problem: InvalidJob) -> None:
         logger.error("%.200r: %s", delivery.subject, problem)
         await self._lifecycle.reject(delivery, problem)
+        if self._recorder is not None:
+            self._recorder.note_end(UNKNOWN_TASK, "failed")
 
     async def _start(self, attempt: Attempt) -> None:
         on_settled = self.completer.begin(attempt)
@@ -253,8 +333,11 @@ class Slots:
                 "(the limit is max_stalls)"
             )
             attempt.stalls, attempt.suspected = attempt.losses, False
-            await self._lifecycle.fail(attempt, Failure(error, "", now), on_settled)
+            failure = Failure(error, "", now)
+            self._note_end(attempt, None, "failed", failure=failure)
+            await self._lifecycle.fail(attempt, failure, on_settled)
         elif head.is_expired(now):
+            self._note_end(attempt, None, "expired")
             await self._lifecycle.expire(attempt, on_settled)
         elif head.delay_until is not None and head.delay_until > now:
             await self._lifecycle.postpone(attempt, on_settled)
@@ -289,13 +372,7 @@ class Slots:
             await self._report_failure(attempt, failure, on_settled)
 
     async def _run(self, attempt: Attempt, entry: RegisteredTask, on_settled: OnSettled) -> None:
-        context = JobContext(
-            attempt.head.job_id,
-            self._subjects.queue,
-            attempt,
-            self._lifecycle,
-            _write=self._registry.write,
-        )
+        context = self._context_of(attempt)
         running = Running(attempt, context, running_task())
         self.running[running] = None
         running_job.set(context)
@@ -304,7 +381,12 @@ class Slots:
         )
         try:
             result, failure = await execute(
-                running, entry, self._threads, self._backend.now, self._is_ending
+                running,
+                entry,
+                self._threads,
+                self._backend,
+                self._is_ending,
+                self._middleware,
             )
         except anyio.get_cancelled_exc_class():  # the worker ends, not the job
             with anyio.move_on_after(FAREWELL, shield=True), suppress(AsyncMQError):
@@ -312,13 +394,92 @@ class Slots:
             raise
         finally:
             del self.running[running]
+            if self._recorder is not None:
+                self._note_run(self._recorder, attempt)
         self._lifecycle.progress.finish(attempt.token)
         if running.gave_in:
+            self._note_end(attempt, context, "cancelled")
             await self._give_up(attempt, cancelled=running.cancelled)
-        elif failure is not None:
-            await self._report_failure(attempt, failure, on_settled)
+            return
+        if failure is None and context.follow_ups and self._middleware.enqueues:
+            failure = await self._pass_on_follow_ups(context)
+        if failure is not None:
+            await self._report_failure(attempt, failure, on_settled, context)
         else:
-            await self._report_result(attempt, result, context.follow_ups, on_settled)
+            await self._report_result(attempt, result, context, on_settled)
+
+    def _context_of(self, attempt: Attempt) -> JobContext:
+        return JobContext(
+            attempt.head.job_id,
+            self._subjects.queue,
+            attempt,
+            self._lifecycle,
+            state=self.state,
+            _write=self._registry.write,
+            origins=[] if self._middleware.enqueues else None,
+        )
+
+    # -- middleware
+
+    async def _pass_on_follow_ups(self, context: JobContext) -> Failure | None:
+        """Pass the jobs that a task added through the middleware. Return why that failed."""
+        passed: list[Job] = []
+
+        async def take(jobs: Sequence[Job]) -> list[str]:
+            passed.extend(jobs)
+            return [job.job_id for job in jobs]
+
+        try:
+            for job, origin in zip(context.follow_ups, context.origins or (), strict=True):
+                adding = self._middleware.enqueue([job], take)
+                await self._loop.create_task(adding, context=origin)
+        except Exception as error:  # that of a middleware is the task's
+            return Failure.of(error, self._backend.now())
+        context.follow_ups = passed
+        return None
+
+    def _note_end(
+        self,
+        attempt: Attempt,
+        context: JobContext | None,
+        state: EndState,
+        *,
+        result: Any = None,
+        failure: Failure | None = None,
+        delay: float | None = None,
+    ) -> None:
+        """Say how an attempt ends: metrics and middleware are told when its end is confirmed."""
+        attempt.end = RECORDED_AS.get(state, state)
+        if not self._middleware.ends:
+            return
+        ending = Ending(state, attempt.started_at, self._backend.now(), result, delay=delay)
+        if failure is not None:
+            ending = replace(
+                ending,
+                error=failure.error,
+                error_type=failure.kind or None,
+                traceback=failure.traceback,
+                exception=failure.exception,
+            )
+        attempt.on_end = partial(self._on_end, context or self._context_of(attempt), ending)
+
+    def _on_end(self, context: JobContext, ending: Ending) -> None:
+        self.telling += 1
+        self._spawner.spawn(self._tell_end, context, ending)
+
+    async def _tell_end(self, context: JobContext, ending: Ending) -> None:
+        try:
+            await self._middleware.end(context, ending)
+        finally:
+            self.telling -= 1
+            self._on_change()
+
+    # -- what became of an attempt
+
+    def _note_run(self, recorder: Recorder, attempt: Attempt) -> None:
+        started = attempt.started_at
+        wait, run = started - attempt.delivery.time, self._backend.now() - started
+        recorder.note_run(attempt.head.task_id, wait, run)
 
     async def _give_up(self, attempt: Attempt, *, cancelled: bool) -> None:
         """Leave a job that was cancelled or did not finish in time.
@@ -328,6 +489,10 @@ class Slots:
         is_cancelled = partial(self._lifecycle.is_cancelled, attempt.head.job_id)
         if cancelled and await look_for(is_cancelled):
             attempt.delivery.ack()
+            if self._recorder is not None:
+                self._recorder.note_end(attempt.head.task_id, "cancelled")
+            if attempt.on_end is not None:
+                attempt.on_end()
         else:
             await self._lifecycle.hand_back(attempt)
         self.completer.finish()
@@ -336,9 +501,11 @@ class Slots:
         self,
         attempt: Attempt,
         result: Any,
-        follow_ups: Sequence[Job],
+        context: JobContext,
         on_settled: OnSettled,
     ) -> None:
+        follow_ups = context.follow_ups
+        self._note_end(attempt, context, "completed", result=result)
         try:
             if follow_ups or attempt.head.repeat_every is not None:
                 await self._lifecycle.accompany(attempt, follow_ups, result)
@@ -347,22 +514,35 @@ class Slots:
             logger.warning(
                 "job %s (%s) failed: %s", attempt.head.job_id, attempt.head.task_id, error
             )
-            failure = Failure(f"{type(error).__name__}: {error}", "", self._backend.now())
+            failure = replace(Failure.of(error, self._backend.now()), traceback="")
+            self._note_end(attempt, context, "failed", failure=failure)
             await self._lifecycle.fail(attempt, failure, on_settled)
 
     async def _report_failure(
-        self, attempt: Attempt, failure: Failure, on_settled: OnSettled
+        self,
+        attempt: Attempt,
+        failure: Failure,
+        on_settled: OnSettled,
+        context: JobContext | None = None,
     ) -> None:
         job = attempt.job
         task = self._registry.get(job.task_id)
+        if task is not None:
+            failure = judge(failure, task.retry_on, task.give_up_on)
+        if failure.end == "snoozed" and await self._snooze(attempt, failure, on_settled, context):
+            return
+        if failure.end == "expired":
+            logger.info("job %s (%s) has expired: %s", job.job_id, job.task_id, failure.error)
+            self._note_end(attempt, context, "expired", failure=failure)
+            await self._lifecycle.expire(attempt, on_settled, failure)
+            return
         function = None if task is None else task.backoff_function
-        settings = self._backend.settings
-        limits = RetryLimits(settings.max_retries_limit, settings.min_retry_delay)
-        delay = retry_delay(job, failure, function, limits)
+        delay = retry_delay(job, failure, function, self._limits)
         if delay is not None:
             logger.info(
                 "job %s (%s) is retried in %g s: %s", job.job_id, job.task_id, delay, failure.error
             )
+            self._note_end(attempt, context, "retrying", failure=failure, delay=delay)
             try:
                 await self._lifecycle.retry(attempt, failure, delay, on_settled)
             except (NotSerializable, PayloadTooLarge) as error:
@@ -370,4 +550,24 @@ class Slots:
             else:
                 return
         logger.warning("job %s (%s) failed: %s", job.job_id, job.task_id, failure.error)
+        self._note_end(attempt, context, "failed", failure=failure)
         await self._lifecycle.fail(attempt, failure, on_settled)
+
+    async def _snooze(
+        self,
+        attempt: Attempt,
+        failure: Failure,
+        on_settled: OnSettled,
+        context: JobContext | None,
+    ) -> bool:
+        """Have a job run again later, as its task wishes. Return whether that could be written."""
+        job = attempt.job
+        delay = snooze_delay(job, failure, self._limits)
+        logger.info("job %s (%s) is snoozed for %g s", job.job_id, job.task_id, delay)
+        self._note_end(attempt, context, "snoozed", failure=failure, delay=delay)
+        try:
+            await self._lifecycle.snooze(attempt, delay, on_settled)
+        except (NotSerializable, PayloadTooLarge) as error:  # it cannot be written again as it came
+            logger.warning("job %s (%s) cannot be snoozed: %s", job.job_id, job.task_id, error)
+            return False
+        return True

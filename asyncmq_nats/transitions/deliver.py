@@ -70,6 +70,8 @@ class Deliveries:
         self.dependencies = self._additions.dependencies
         self._follow_ups = FollowUpJobs(backend, assets, self._additions)
         self._worker = worker
+        self.handed_back = 0
+        """Jobs that were returned to the queue."""
 
     def open(self, delivery: Delivery) -> Attempt:
         """Return the attempt that a delivery stands for. Check a redelivery with `inspect`.
@@ -215,6 +217,7 @@ class Deliveries:
             attempt.expect = snapshot.last_end
             await pause_after_refusal()
         attempt.delivery.nak()
+        self.handed_back += 1
 
     def judge(self, attempt: Attempt, snapshot: Snapshot) -> Disposition | None:
         """Return what the records that refused a write say about the attempt.

@@ -5,11 +5,9 @@ a flow. Whoever finds the record carries it out; what is there already is left a
 are stored before those that they wait for, so that no end is missed.
 """
 
-import hmac
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from hashlib import sha256
 from typing import Any, Final
 
 from asyncmq_nats.backends.base import Backend, Delivery, Expect, Timer, Write
@@ -19,6 +17,7 @@ from asyncmq_nats.states import Place
 from asyncmq_nats.store.commit import LAG, look_for
 from asyncmq_nats.store.many import for_each, read_many
 from asyncmq_nats.store.records import MARKER_TTL
+from asyncmq_nats.store.secret import keyed_id
 from asyncmq_nats.store.topology import QueueAssets
 from asyncmq_nats.transitions.link import Links
 from asyncmq_nats.transitions.parked import parked_body, read_snapshots
@@ -152,7 +151,7 @@ class Plans:
             sequence = await self._backend.write(
                 self._log, Write(key, record, Expect(key, 0), timer=due)
             )
-        except WriteRefused:  # nobody else has this key: its confirmation was lost
+        except WriteRefused:  # no other job has this key: its confirmation was lost
             found = await look_for(partial(self._backend.last, self._log, key), LAG)
             if not found:
                 raise
@@ -270,8 +269,7 @@ class Plans:
 
     async def _message_id(self, job: Job) -> str:
         """Return an id that each try has, and no stranger: he may know the job from an event."""
-        secret = await self._dependencies.parked.secret.get()
-        return hmac.new(secret, f"planned {job.job_id}".encode(), sha256).hexdigest()[:32]
+        return keyed_id(await self._dependencies.parked.secret.get(), "planned", job.job_id)
 
 
 def outside_of(jobs: Sequence[Job], inside: Collection[str]) -> list[str]:

@@ -1,0 +1,246 @@
+"""Counts what becomes of a worker's jobs, and writes it to the history.
+
+Counting is a few additions per job. Writing is a task of its own that no job waits for: what cannot
+be written is logged.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Final
+
+from asyncmq_nats._concurrency import Spawner
+from asyncmq_nats._logging import Throttle, get_logger
+from asyncmq_nats.backends.base import Backend, Settled, Write
+from asyncmq_nats.exceptions import AssetMissing, AsyncMQError, BackendError
+from asyncmq_nats.metrics import TaskMetrics
+from asyncmq_nats.store.history import STEPS, history_key, history_log, history_ttl
+from asyncmq_nats.wire.codec import dump_json
+from asyncmq_nats.wire.keys import metrics_bucket
+
+__all__ = ["UNKNOWN_TASK", "Recorder"]
+
+logger = get_logger(__name__)
+
+UNKNOWN_TASK: Final = "?"
+"""Stands for the tasks that a worker does not know: anybody may add jobs with any name."""
+MOST_TASKS: Final = 2_000
+"""Tasks that are counted apart; more can only be names that strangers made up."""
+INTERVAL: Final = STEPS[0]
+WARNING_INTERVAL: Final = 600.0
+
+
+@dataclass(slots=True)
+class _Stretch:
+    """What happened in one step of the history so far, as this worker saw it."""
+
+    start: int
+    written: bool = True
+    slot_seconds: float = 0.0
+    busy_seconds: float = 0.0
+    tasks: dict[str, TaskMetrics] = field(default_factory=dict)
+    incidents: dict[str, int] = field(default_factory=dict)
+
+    def add(self, other: "_Stretch") -> None:
+        self.written = False
+        self.slot_seconds += other.slot_seconds
+        self.busy_seconds += other.busy_seconds
+        for task, metrics in other.tasks.items():
+            self.tasks.setdefault(task, TaskMetrics()).merge(metrics)
+        for name, count in other.incidents.items():
+            self.incidents[name] = self.incidents.get(name, 0) + count
+
+
+class Recorder:
+    """The counts of one worker.
+
+    Args:
+        backend: of the queue.
+        queue: its name.
+        worker: the id of the worker.
+        slots: how many it has.
+        busy_seconds: how long the attempts that run now have run so far, together.
+        incidents: counts since the start of the worker, by the words of `metrics.INCIDENTS`.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        queue: str,
+        worker: str,
+        slots: int,
+        busy_seconds: Callable[[], float],
+        incidents: Callable[[], Mapping[str, int]],
+    ) -> None:
+        self._backend = backend
+        self._queue = queue
+        self._worker = worker
+        self._slots = slots
+        self._running_seconds = busy_seconds
+        self.incidents = incidents
+        self._log, _ = metrics_bucket(backend.settings.prefix)
+        self._current: dict[str, TaskMetrics] = {}
+        self._totals: dict[str, TaskMetrics] = {}
+        self._ended_seconds = 0.0
+        self._told_seconds = 0.0
+        self._told_incidents: dict[str, int] = {}
+        self._taken_at = 0.0
+        self._stretches: dict[int, _Stretch] = {}
+        self._warnings = Throttle(WARNING_INTERVAL)
+
+    # -- on the path of every job
+
+    def note_run(self, task: str, wait: float, run: float) -> None:
+        """Count an attempt that ran.
+
+        How long it had waited before, and how long it ran, in seconds.
+        """
+        metrics = self._current.get(task) or self._begin(task)
+        metrics.wait.add(wait if wait > 0 else 0.0)
+        metrics.run.add(run if run > 0 else 0.0)
+        self._ended_seconds += run
+
+    def note_end(self, task: str, end: str) -> None:
+        """Count what became of an attempt: one of `metrics.ENDS`."""
+        metrics = self._current.get(task) or self._begin(task)
+        setattr(metrics, end, getattr(metrics, end) + 1)
+
+    def _begin(self, task: str) -> TaskMetrics:
+        known = task in self._totals or len(self._totals) + len(self._current) < MOST_TASKS
+        return self._current.setdefault(task if known else UNKNOWN_TASK, TaskMetrics())
+
+    # -- since the start of the worker
+
+    def totals(self) -> dict[str, TaskMetrics]:
+        """Return what was counted since the worker started, by task."""
+        totals: dict[str, TaskMetrics] = {}
+        for part in (self._totals, self._current):
+            for task, metrics in part.items():
+                totals.setdefault(task, TaskMetrics()).merge(metrics)
+        return totals
+
+    # -- the history
+
+    async def run(self, spawner: Spawner) -> None:
+        """Write a record at the end of each ten seconds, by the server's clock, until cancelled."""
+        self.begin()
+        while True:
+            now = self._backend.now()
+            rest = INTERVAL - now % INTERVAL + 0.001
+            await self._backend.clock.sleep(rest, upkeep=True)
+            for write in self.take():
+                self._send(spawner, write)
+
+    def begin(self) -> None:
+        """Count slots from now on."""
+        self._taken_at = self._backend.now()
+
+    async def close(self) -> None:
+        """Write what was counted since the last record, and wait until it is stored.
+
+        What cannot be written is logged.
+        """
+        try:
+            for write in self.take(closing=True):
+                try:
+                    await self._backend.write(self._log, write)
+                except AssetMissing:
+                    await self._backend.declare_log(history_log(self._backend.settings))
+                    await self._backend.write(self._log, write)
+        except AsyncMQError as error:
+            self._warn(error)
+
+    def take(self, *, closing: bool = False) -> list[Write]:
+        """Return the writes of what was counted since the last call, which is forgotten here."""
+        taken, now = self._take_current(), self._backend.now()
+        middle = (self._taken_at + now) / 2
+        taken.slot_seconds = self._slots * max(0.0, now - self._taken_at)
+        self._taken_at = now
+        writes: list[Write] = []
+        for step in STEPS:
+            start = math.floor(middle / step) * step
+            stretch = self._stretches.get(step)
+            if stretch is None or stretch.start != start:
+                if stretch is not None and not stretch.written:  # its last part was idle
+                    writes.append(self._write(step, stretch))
+                stretch = self._stretches[step] = _Stretch(start)
+            stretch.add(taken)
+            # The slots of an idle worker are worth one write per step.
+            if step == INTERVAL or taken.tasks or taken.incidents or closing:
+                writes.append(self._write(step, stretch))
+        return writes
+
+    def _take_current(self) -> _Stretch:
+        busy = self._ended_seconds + self._running_seconds()
+        incidents = dict(self.incidents())
+        told = self._told_incidents
+        taken = _Stretch(
+            0,
+            busy_seconds=max(0.0, busy - self._told_seconds),
+            tasks=self._current,
+            incidents={n: new for n, c in incidents.items() if (new := c - told.get(n, 0)) > 0},
+        )
+        for task, metrics in self._current.items():
+            self._totals.setdefault(task, TaskMetrics()).merge(metrics)
+        self._current, self._told_seconds, self._told_incidents = {}, busy, incidents
+        return taken
+
+    def _write(self, step: int, stretch: _Stretch) -> Write:
+        stretch.written = True
+        settings = self._backend.settings
+        body = self._encode(step, stretch)
+        if len(body) > self._backend.max_body // 4:
+            body = self._encode(step, stretch, coarse=True)
+        if len(body) > self._backend.max_body:
+            total = TaskMetrics()
+            for metrics in stretch.tasks.values():
+                total.merge(metrics)
+            body = self._encode(step, stretch, {UNKNOWN_TASK: total}, coarse=True)
+        key = history_key(settings.prefix, self._queue, self._worker, stretch.start, step)
+        return Write(key, body, ttl=history_ttl(step, settings))
+
+    def _encode(
+        self,
+        step: int,
+        stretch: _Stretch,
+        tasks: Mapping[str, TaskMetrics] | None = None,
+        *,
+        coarse: bool = False,
+    ) -> bytes:
+        shown = stretch.tasks if tasks is None else tasks
+        data: dict[str, Any] = {
+            "v": 1,
+            "queue": self._queue,
+            "worker": self._worker,
+            "start": stretch.start,
+            "step": step,
+            "slots": self._slots,
+            "slot_seconds": round(stretch.slot_seconds, 3),
+            "busy_seconds": round(stretch.busy_seconds, 3),
+            "tasks": {task: metrics.to_dict(coarse=coarse) for task, metrics in shown.items()},
+        }
+        if stretch.incidents:
+            data["incidents"] = stretch.incidents
+        return dump_json(data)
+
+    def _send(self, spawner: Spawner, write: Write) -> None:
+        self._backend.send(self._log, write, partial(self._on_settled, spawner, write))
+
+    def _on_settled(self, spawner: Spawner, write: Write, result: Settled) -> None:
+        if isinstance(result, AssetMissing):
+            spawner.spawn(self._declare_and_write, write)
+        elif isinstance(result, BackendError):
+            self._warn(result)
+
+    async def _declare_and_write(self, write: Write) -> None:
+        try:
+            await self._backend.declare_log(history_log(self._backend.settings))
+            await self._backend.write(self._log, write)
+        except AsyncMQError as error:
+            self._warn(error)
+
+    def _warn(self, error: AsyncMQError) -> None:
+        if times := self._warnings.note():
+            text = "worker %s: the history was not written (%d times), jobs go on: %s"
+            logger.warning(text, self._worker, times, error)
