@@ -34,7 +34,7 @@ from asyncmq_nats._arguments import (
 )
 from asyncmq_nats._logging import Throttle, get_logger
 from asyncmq_nats.backends import default_backend
-from asyncmq_nats.backends.base import Backend, Signal
+from asyncmq_nats.backends.base import Backend, Difference, Signal
 from asyncmq_nats.events import Event, read_event
 from asyncmq_nats.exceptions import (
     AssetMissing,
@@ -65,6 +65,7 @@ from asyncmq_nats.schedules import RepeatableInfo
 from asyncmq_nats.search import JobFilter
 from asyncmq_nats.states import COUNT_BUCKETS, JOB_STATES, OUTCOMES, Bucket, State
 from asyncmq_nats.store.commit import LAG, look_for, looks
+from asyncmq_nats.store.configuration import Configurations
 from asyncmq_nats.store.flows import Flow, read_flow
 from asyncmq_nats.store.overview import Overview, QueueInfo
 from asyncmq_nats.store.pages import JobLists
@@ -209,6 +210,7 @@ class Queue:
         self._hooks = Hooks({"backend": self.backend, "queue": name}, lifespan=lifespan)
         self._middleware = [checked_middleware(each) for each in middleware]
         self._local_repeatables: list[Definition] = []
+        self._configurations = Configurations(self.backend, self._subjects, self._assets)
         self._waiters = Waiters(self.backend, self._subjects)
         self._registry = registry
         note_queue = getattr(self.backend, "note_queue", None)
@@ -783,6 +785,49 @@ class Queue:
         """Likewise after their last job, the last one registered first."""
         self._hooks.on_shutdown.append(hook)
         return hook
+
+    # -- settings on the server
+
+    async def configure(self, *, reset: Iterable[str] = (), **values: Any) -> list[Difference]:
+        """Store settings of this queue on the server, and change there what they change.
+
+        They win over the settings of all processes: running workers take them up at their next
+        heartbeat. `None` for a time to live is for ever, for a size or a number no limit.
+
+        Args:
+            reset: names of settings that are the processes' matter again.
+            values: `stalled_after`, `completed_ttl`, `failed_ttl`, `completed_keep`, `failed_keep`,
+                `replicas`, `ready_max_bytes`, `bucket_max_bytes`, `compression`,
+                `placement_cluster`, `placement_tags`, as in `Settings`.
+
+        Returns:
+            What was changed on the server.
+
+        Raises:
+            InvalidArgument: a value is none of that setting, or too small for what is stored.
+            PermissionRefused: this login may not change the queue's assets.
+        """
+        return await self._configurations.store(values, reset)
+
+    async def get_configuration(self) -> dict[str, Any]:
+        """Return the settings that `configure` has stored; the others are those of each process."""
+        return await self._configurations.read()
+
+    async def apply_settings(self) -> list[Difference]:
+        """Change on the server what differs from the settings in force, and return what was changed.
+
+        These are the settings of this process and, instead of them, what `configure` has stored.
+        What cannot be changed on a live server (`find_drift` tells) stays.
+
+        Raises:
+            InvalidArgument: a size is too small for what is stored.
+            PermissionRefused: this login may not change the queue's assets.
+        """
+        return await self._configurations.apply()
+
+    async def find_drift(self) -> list[Difference]:
+        """Return what of this queue on the server differs from the settings in force."""
+        return await self._configurations.compare()
 
     # -- delayed jobs
 

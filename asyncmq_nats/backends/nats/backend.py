@@ -20,6 +20,7 @@ from asyncmq_nats.backends.base import (
     Consumer,
     ConsumerState,
     Delivery,
+    Difference,
     Log,
     LogState,
     OnRemoved,
@@ -273,6 +274,23 @@ class NATSBackend:
     async def declare_log(self, log: Log) -> None:
         await self._open_connection()
         await self._assets.declare_log(log)
+
+    async def compare(
+        self, log: Log, consumers: Sequence[Consumer], settings: Settings
+    ) -> list[Difference]:
+        await self._open_connection()
+        return await self._assets.compare(log, consumers, settings)
+
+    async def change(
+        self, log: Log, consumers: Sequence[Consumer], settings: Settings
+    ) -> list[Difference]:
+        await self._open_connection()
+        return await self._assets.change(log, consumers, settings)
+
+    async def stored_bytes(self, log: str) -> int:
+        connection = await self._open_connection()
+        answer = await connection.call(f"STREAM.INFO.{log}")
+        return int(answer["state"]["bytes"]) if self._found(log, answer) else 0
 
     async def incarnation(self, name: str) -> str | None:
         connection = await self._open_connection()
