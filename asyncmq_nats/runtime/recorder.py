@@ -127,7 +127,8 @@ class Recorder:
         self.begin()
         while True:
             now = self._backend.now()
-            await self._backend.clock.sleep(INTERVAL - now % INTERVAL + 0.001, upkeep=True)
+            rest = INTERVAL - now % INTERVAL + 0.001
+            await self._backend.clock.sleep(rest, upkeep=True)
             for write in self.take():
                 self._send(spawner, write)
 

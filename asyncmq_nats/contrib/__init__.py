@@ -1,0 +1,1 @@
+"""Programs around the queue, each with an extra of its own. They use only what is public."""
