@@ -12,7 +12,7 @@ from typer.main import get_command
 
 import asyncmq_nats
 from asyncmq_nats.cli import command as commands
-from asyncmq_nats.cli import queue, server, worker
+from asyncmq_nats.cli import outbox, queue, server, worker
 from asyncmq_nats.cli.output import Output
 from asyncmq_nats.exceptions import AsyncMQError
 
@@ -21,6 +21,7 @@ __all__ = ["GROUPS", "make_app", "run"]
 GROUPS: Final = (
     queue.group,
     worker.group,
+    outbox.group,
 )
 
 DONE, FAILED, INTERRUPTED = 0, 1, 130
