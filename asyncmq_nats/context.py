@@ -9,7 +9,7 @@ from asyncmq_nats._arguments import WriteArguments, build_job, write_plainly
 from asyncmq_nats.exceptions import InvalidFlow
 from asyncmq_nats.jobs import Backoff, Job
 
-__all__ = ["JobContext", "JobServices", "current_job", "running_job"]
+__all__ = ["JobContext", "JobLogLine", "JobServices", "current_job", "running_job"]
 
 MOST_FOLLOW_UPS = 900
 
@@ -25,6 +25,16 @@ class _Awaitable:
 DONE = _Awaitable()
 
 
+@dataclass(frozen=True, slots=True)
+class JobLogLine:
+    """A line that a task kept with its job. `at`: Unix seconds by the server's clock."""
+
+    at: float
+    level: str
+    message: str
+    attempt: int
+
+
 class JobServices(Protocol):
     """What a worker does for the tasks that it runs."""
 
@@ -33,6 +43,9 @@ class JobServices(Protocol):
 
     def report_progress(self, job: Job, progress: float, data: Any) -> None:
         """Store how far a job is. Called from any thread; must not block."""
+
+    def keep_line(self, job_id: str, line: "JobLogLine") -> None:
+        """Keep a line with a job. Called from any thread; must not block."""
 
     async def results_of_parents(self, job: Job) -> dict[str, Any]:
         """Return the results of the jobs that a job depends on, by id."""
@@ -59,6 +72,8 @@ class JobContext:
     """Whether the job was cancelled, or the worker wants it back. For sync tasks to ask now and then: no thread can be interrupted."""
     follow_ups: list[Job] = field(default_factory=list, repr=False)
     """The jobs that were added so far."""
+    worker: str = ""
+    """The id of the worker that runs it."""
     state: Any = field(default=None, repr=False)
     """What the worker's lifespan yielded; see `Queue(lifespan=…)`."""
     _write: WriteArguments = field(default=write_plainly, repr=False)
@@ -113,6 +128,15 @@ class JobContext:
             raise ValueError(f"progress must be between 0 and 1, not {progress}")
         self._services.report_progress(self.job, float(progress), data)
         return DONE
+
+    def log(self, message: object, level: str = "INFO") -> None:
+        """Keep a line with the job; see `Queue.job_logs`. May be called from a thread.
+
+        The last `Settings.job_log_lines` lines of each attempt are kept, each up to 2,000
+        characters, in all up to 128 KiB. They are written twice a second, and before the outcome.
+        """
+        line = JobLogLine(self._services.now(), level, str(message), self.attempt)
+        self._services.keep_line(self.id, line)
 
     def add(
         self,

@@ -35,6 +35,7 @@ from asyncmq_nats._arguments import (
 from asyncmq_nats._logging import Throttle, get_logger
 from asyncmq_nats.backends import default_backend
 from asyncmq_nats.backends.base import Backend, Difference, Signal
+from asyncmq_nats.context import JobLogLine
 from asyncmq_nats.events import Event, read_event
 from asyncmq_nats.exceptions import (
     AssetMissing,
@@ -67,6 +68,7 @@ from asyncmq_nats.states import COUNT_BUCKETS, JOB_STATES, OUTCOMES, Bucket, Sta
 from asyncmq_nats.store.commit import LAG, look_for, looks
 from asyncmq_nats.store.configuration import Configurations
 from asyncmq_nats.store.flows import Flow, read_flow
+from asyncmq_nats.store.job_logs import read_job_logs
 from asyncmq_nats.store.overview import Overview, QueueInfo
 from asyncmq_nats.store.pages import JobLists
 from asyncmq_nats.store.reads import Inspection, JobPage, WaitingJob
@@ -482,6 +484,14 @@ class Queue:
         """Return the number of jobs that are still to be started: waiting, delayed, or waiting for others."""
         counts = await self._inspection.count_by_state()
         return sum(counts[state] for state in COUNTED_AS_TO_DO)
+
+    async def job_logs(self, job_id: str) -> list[JobLogLine]:
+        """Return the lines that a job's attempts kept by `current_job().log`, in order.
+
+        Also while it runs: they are written twice a second. None if it kept none, they are too old
+        (`Settings.job_log_ttl`), or there is no such job.
+        """
+        return await read_job_logs(self.backend, self._subjects, job_id)
 
     async def get_job(self, job_id: str) -> dict[str, Any] | None:
         """Return the job as a dict with AsyncMQ's keys, and ours beside them, or `None`."""
