@@ -9,6 +9,7 @@ import anyio
 
 from asyncmq_nats._arguments import WriteArguments, build_job, write_plainly
 from asyncmq_nats._concurrency import open_task_group
+from asyncmq_nats.calls import Call, written
 from asyncmq_nats.events import DUPLICATED
 from asyncmq_nats.exceptions import AsyncMQError, BulkAddFailed, WriteRefused
 from asyncmq_nats.jobs import Job
@@ -43,7 +44,10 @@ KEYS: Final = frozenset(
 
 
 def build_entries(
-    now: float, entries: Iterable[Mapping[str, Any]], write: WriteArguments = write_plainly
+    now: float,
+    entries: Iterable[Mapping[str, Any] | Call[Any]],
+    write: WriteArguments = write_plainly,
+    queue: str = "",
 ) -> tuple[list[Job], dict[int, Window]]:
     """Return the jobs of the entries of `add_bulk`, and the deduplication windows by index.
 
@@ -56,10 +60,15 @@ def build_entries(
     jobs: list[Job] = []
     windows: dict[int, Window] = {}
     for index, entry in enumerate(entries):
-        fields = _checked_entry(entry, index)
         with _blaming(index):
+            if isinstance(entry, Call):
+                entry.require_queue(queue)
+                fields = entry.fields | {"deduplication": entry.deduplication}
+            else:
+                fields = _checked_entry(entry, index)
             window = take_window(fields)
-            jobs.append(build_job(now, write=write, **fields))
+            plain = isinstance(entry, Call)
+            jobs.append(build_job(now, write=written if plain else write, **fields))
         if window is not None:
             windows[index] = window
     return jobs, windows
