@@ -8,6 +8,7 @@ import anyio
 
 from asyncmq_nats._arguments import WriteArguments, build_job, write_plainly
 from asyncmq_nats._concurrency import open_task_group
+from asyncmq_nats.calls import Call, written
 from asyncmq_nats.events import DUPLICATED
 from asyncmq_nats.exceptions import AsyncMQError, BulkAddFailed, WriteRefused
 from asyncmq_nats.jobs import Job
@@ -42,7 +43,10 @@ KEYS: Final = frozenset(
 
 
 def build_entries(
-    now: float, entries: Iterable[Mapping[str, Any]], write: WriteArguments = write_plainly
+    now: float,
+    entries: Iterable[Mapping[str, Any] | Call[Any]],
+    write: WriteArguments = write_plainly,
+    queue: str = "",
 ) -> tuple[list[Job], dict[int, Window]]:
     """Return the jobs of the entries of `add_bulk`, and the deduplication windows by index.
 
@@ -55,10 +59,14 @@ def build_entries(
     jobs: list[Job] = []
     windows: dict[int, Window] = {}
     for index, entry in enumerate(entries):
-        fields = _checked_entry(entry, index)
+        is_call = isinstance(entry, Call)
+        fields = {} if is_call else _checked_entry(entry, index)
         try:
+            if isinstance(entry, Call):
+                entry.require_queue(queue)
+                fields = entry.fields | {"deduplication": entry.deduplication}
             window = take_window(fields)
-            jobs.append(build_job(now, write=write, **fields))
+            jobs.append(build_job(now, write=written if is_call else write, **fields))
         except (ValueError, TypeError) as error:
             error.add_note(_note(index))
             raise
