@@ -1,4 +1,7 @@
-"""What AsyncMQ 0.10.1 gets wrong and we must not, numbered as in the list of its bugs: a test for each row, on both backends."""
+"""What AsyncMQ 0.10.1 gets wrong and we must not, numbered as in the list of its bugs.
+
+A test for each row, on both backends.
+"""
 
 import sys
 from collections.abc import Callable
@@ -324,6 +327,10 @@ class CountingPuller:
     def __init__(self, inner: Puller, requests: list[str]) -> None:
         self._inner = inner
         self._requests = requests
+
+    @property
+    def silent_for(self) -> float:
+        return self._inner.silent_for
 
     def outstanding(self, consumer: str) -> int:
         return self._inner.outstanding(consumer)

@@ -1,4 +1,4 @@
-"""One run of a task: its time limit, how it is interrupted, and what it came to."""
+"""One run of a task: its time limit, how it is interrupted, and its end."""
 
 import asyncio
 from collections.abc import Callable

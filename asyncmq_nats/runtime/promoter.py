@@ -57,14 +57,14 @@ PULL_WAIT: Final = 30.0
 CREDIT_LIMITS: Final = (16, 512)
 """Fewest and most records that are in hand or asked for at a time."""
 SLOW_PROMOTION: Final = 0.5
-"""A due record that was in hand for so many seconds, a quarter of its lease, halves the credit."""
+"""A due record that was in hand for this many seconds, a quarter of its lease, halves the credit."""
 MAX_IN_FLIGHT: Final = 128
 """Promotions that are written and not yet confirmed."""
 TASKS: Final = 32
 """Tasks for what cannot be done by callbacks."""
 CHECK_BATCH: Final = 64
 CHECK_LEAD: Final = 0.015
-"""A record that was in hand for a while is looked at so many seconds before it is due."""
+"""A record that was in hand for a while is checked this many seconds before it is due."""
 CHECK_AFTER: Final = 0.05
 """Time in hand, in seconds, in which anything may have become of a record."""
 REMEMBERED: Final = 60.0
@@ -167,6 +167,11 @@ class Promoter:
                     held.delivery.abandon()
 
     @property
+    def overdue(self) -> float:
+        """For how many seconds the first record in hand waits whose time has come."""
+        return max(0.0, self._monotonic() - self._waiting[0][0]) if self._waiting else 0.0
+
+    @property
     def _in_hand(self) -> int:
         return len(self._waiting) + len(self._in_flight)
 
@@ -211,7 +216,7 @@ class Promoter:
         """Return how many seconds the record must still wait.
 
         Only the server's clock matters: the record's time stamp is that of the moment in which it
-        was released. A record that was delivered before, or that nobody fetched for a while, has
+        was released. A record that was delivered before, or that no promoter fetched for a while, has
         spent some of its time since.
         """
         if run_at is None:

@@ -25,6 +25,8 @@ logger = get_logger(__name__)
 
 UNKNOWN_TASK: Final = "?"
 """Stands for the tasks that a worker does not know: anybody may add jobs with any name."""
+MOST_TASKS: Final = 2_000
+"""Tasks that are counted apart; more can only be names that strangers made up."""
 INTERVAL: Final = STEPS[0]
 WARNING_INTERVAL: Final = 600.0
 
@@ -76,7 +78,7 @@ class Recorder:
         self._worker = worker
         self._slots = slots
         self._running_seconds = busy_seconds
-        self._incidents = incidents
+        self.incidents = incidents
         self._log, _ = metrics_bucket(backend.settings.prefix)
         self._current: dict[str, TaskMetrics] = {}
         self._totals: dict[str, TaskMetrics] = {}
@@ -90,20 +92,23 @@ class Recorder:
     # -- on the path of every job
 
     def note_run(self, task: str, wait: float, run: float) -> None:
-        """Count an attempt that ran: how long it had waited before, and how long it ran, in seconds."""
-        metrics = self._current.get(task)
-        if metrics is None:
-            metrics = self._current[task] = TaskMetrics()
+        """Count an attempt that ran.
+
+        How long it had waited before, and how long it ran, in seconds.
+        """
+        metrics = self._current.get(task) or self._begin(task)
         metrics.wait.add(wait if wait > 0 else 0.0)
         metrics.run.add(run if run > 0 else 0.0)
         self._ended_seconds += run
 
     def note_end(self, task: str, end: str) -> None:
         """Count what became of an attempt: one of `metrics.ENDS`."""
-        metrics = self._current.get(task)
-        if metrics is None:
-            metrics = self._current[task] = TaskMetrics()
+        metrics = self._current.get(task) or self._begin(task)
         setattr(metrics, end, getattr(metrics, end) + 1)
+
+    def _begin(self, task: str) -> TaskMetrics:
+        known = task in self._totals or len(self._totals) + len(self._current) < MOST_TASKS
+        return self._current.setdefault(task if known else UNKNOWN_TASK, TaskMetrics())
 
     # -- since the start of the worker
 
@@ -168,7 +173,7 @@ class Recorder:
 
     def _take_current(self) -> _Stretch:
         busy = self._ended_seconds + self._running_seconds()
-        incidents = dict(self._incidents())
+        incidents = dict(self.incidents())
         told = self._told_incidents
         taken = _Stretch(
             0,

@@ -27,7 +27,10 @@ Stage = Literal["unfinished", "ended"]
 
 @dataclass(slots=True)
 class Snapshot:
-    """The records of one job in the bucket. Markers are counted in `last_end` and left out elsewhere."""
+    """The records of one job in the bucket.
+
+    Markers are counted in `last_end` and left out elsewhere.
+    """
 
     token: str
     end_filter: str
@@ -99,7 +102,10 @@ class Snapshot:
 
 
 async def read_snapshot(backend: Backend, keys: QueueSubjects, token: str) -> Snapshot:
-    """Read all that the bucket has of one job. On a cluster a replica may answer that lags behind."""
+    """Read all that the bucket has of one job.
+
+    On a cluster a replica may answer that lags behind.
+    """
     records = await backend.last(keys.bucket_log, keys.later_all(token), keys.done_all(token))
     return Snapshot.of(token, records, keys)
 

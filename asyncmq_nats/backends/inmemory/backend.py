@@ -400,7 +400,8 @@ class InMemoryBackend:
         consumer = self._find_consumer(log, name)
         if not isinstance(consumer, Cursor):
             raise BackendError(
-                f"consumer {name!r} of log {log!r} only counts: declare it with a lease to pull from it"
+                f"consumer {name!r} of log {log!r} only counts: "
+                "declare it with a lease to pull from it"
             )
         return consumer
 
@@ -432,7 +433,7 @@ def _settle(settle: Settle, settled: Settled) -> None:
 
 
 def warn_of_difference(kind: str, existing: Log | Consumer, wanted: Log | Consumer) -> None:
-    """Log what differs between what exists and what was declared, a pause apart, which comes and goes."""
+    """Log how what exists differs from what was declared. A pause is no difference."""
     names = [field.name for field in fields(wanted) if field.name != "paused_until"]
     differences = [
         f"{name}: {getattr(existing, name)!r} instead of {getattr(wanted, name)!r}"

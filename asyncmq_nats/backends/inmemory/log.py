@@ -157,7 +157,8 @@ class StoredLog:
     def _check_alone(self, declaration: Consumer) -> None:
         if declaration.lease is None:
             raise BackendError(
-                f"consumer {declaration.name!r} only counts, and {self.declaration.name!r} is a work queue: count its tiers"
+                f"consumer {declaration.name!r} only counts, and {self.declaration.name!r} is a work queue: "
+                "count its tiers"
             )
         for other in self.consumers.values():
             if any(
@@ -166,13 +167,15 @@ class StoredLog:
                 for two in other.declaration.filters
             ):
                 raise BackendError(
-                    f"consumers {declaration.name!r} and {other.declaration.name!r} of a work queue overlap"
+                    f"consumers {declaration.name!r} and {other.declaration.name!r} "
+                    "of a work queue overlap"
                 )
 
     def _check(self, writes: tuple[Write, ...]) -> None:
         if not 1 <= len(writes) <= MAX_BATCH:
             raise BackendError(
-                f"{len(writes)} writes in one batch: at least 1 and at most {MAX_BATCH:,} are possible"
+                f"{len(writes)} writes in one batch: "
+                f"at least 1 and at most {MAX_BATCH:,} are possible"
             )
         if len({write.subject for write in writes}) < len(writes):
             raise BackendError(
@@ -183,7 +186,8 @@ class StoredLog:
                 raise PayloadTooLarge(f"the body for {write.subject!r}", len(write.body), MAX_BODY)
             if not matches(self.declaration.subjects, write.subject):
                 raise BackendError(
-                    f"log {self.declaration.name!r} does not take {write.subject!r}: declare it with such subjects"
+                    f"log {self.declaration.name!r} does not take {write.subject!r}: "
+                    "declare it with such subjects"
                 )
             if (write.timer is not None or write.ttl is not None) and not self.declaration.timers:
                 raise BackendError(f"log {self.declaration.name!r} was declared without timers")
