@@ -142,6 +142,15 @@ class NATSBackend:
         backend._embedded = server
         return backend
 
+    def copy(self) -> Self:
+        """Return another backend on the same servers, not connected, for another event loop.
+
+        It uses an embedded server too, and leaves its life to this one.
+        """
+        given = {"servers": self.url} if self._embedded is not None else {}
+        options = self._options | given
+        return type(self)(settings=self.settings, declare=self.may_declare, **options)
+
     @property
     def url(self) -> str:
         """The address of the embedded server, for other processes to connect to: with its token.
