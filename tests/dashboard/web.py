@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import anyio
 import anyio.to_thread
-import httpx
+import httpx2 as httpx
 import uvicorn
 from selenium import webdriver
 from selenium.common.exceptions import StaleElementReferenceException
