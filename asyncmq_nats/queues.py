@@ -334,6 +334,20 @@ class Queue:
         await self.backend.connect()
         return await self._add(job_of_payload(payload, self.backend.now(), self._registry.write))
 
+    async def enqueue_bulk(self, payloads: Iterable[Mapping[str, Any]]) -> list[str]:
+        """Add many jobs given as dicts, each as by `enqueue`, and return their ids in order; in batches, as by `add_bulk`.
+
+        Raises:
+            InvalidArgument, InvalidJobId, NotSerializable, PayloadTooLarge: one of them is refused; nothing was added.
+            BulkAddFailed: of more than 1,000, some were added and some were not; it says which.
+        """
+        await self.backend.connect()
+        now = self.backend.now()
+        jobs = [job_of_payload(payload, now, self._registry.write) for payload in payloads]
+        check_entries(self._additions, jobs)
+        await self._assets.declare()
+        return await add_many(self._additions, jobs)
+
     async def send(self, payload: Mapping[str, Any]) -> str:
         """Same as `enqueue`."""
         return await self.enqueue(payload)

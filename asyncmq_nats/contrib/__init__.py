@@ -1,1 +1,1 @@
-"""Programs around the queue, each with an extra of its own. They use only what is public."""
+"""Programs and bridges around the queue, each with an extra. They use only what is public."""

@@ -167,6 +167,11 @@ class Promoter:
                     held.delivery.abandon()
 
     @property
+    def overdue(self) -> float:
+        """For how many seconds the first record in hand waits whose time has come."""
+        return max(0.0, self._monotonic() - self._waiting[0][0]) if self._waiting else 0.0
+
+    @property
     def _in_hand(self) -> int:
         return len(self._waiting) + len(self._in_flight)
 

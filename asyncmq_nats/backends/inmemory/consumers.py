@@ -331,6 +331,11 @@ class InMemoryPuller:
         self._cursors: dict[str, Cursor] = {}
         self._closed = False
 
+    @property
+    def silent_for(self) -> float:
+        """See `Puller`."""
+        return 0.0
+
     def outstanding(self, consumer: str) -> int:
         """See `Puller`."""
         return self._outstanding.get(consumer, 0)
