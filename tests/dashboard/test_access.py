@@ -117,7 +117,9 @@ async def test_an_action_from_elsewhere_is_refused(
 async def test_a_trusted_origin_may_act(memory: InMemoryBackend) -> None:
     app = make_app(memory, trusted_origins=["https://jobs.example.org"])
     async with client_of(app) as client:
-        answer = await post(client, "/queues/work/pause", Origin="https://jobs.example.org")
+        answer = await post(
+            client, "/queues/work/pause", headers={"Origin": "https://jobs.example.org"}
+        )
         assert answer.status_code == 204
     assert await Queue("work", memory).is_paused()
 
@@ -140,7 +142,7 @@ async def test_a_viewer_looks_and_does_nothing(memory: InMemoryBackend) -> None:
         assert page.status_code == 200
         assert "Remove" not in page.text
         for path in ACTIONS:
-            answer = await post(client, path, {"name": "work"}, **basic("vic", "see"))
+            answer = await post(client, path, {"name": "work"}, headers=basic("vic", "see"))
             assert answer.status_code == 403
             assert "viewers look only" in answer.text
         assert (
@@ -148,7 +150,7 @@ async def test_a_viewer_looks_and_does_nothing(memory: InMemoryBackend) -> None:
             in (await client.get("/queues/work/jobs/one", headers=basic("ada", "right"))).text
         )
         assert (
-            await post(client, "/queues/work/pause", **basic("ada", "right"))
+            await post(client, "/queues/work/pause", headers=basic("ada", "right"))
         ).status_code == 204
     assert await Queue("work", memory).count() == 1
 
@@ -190,7 +192,7 @@ async def test_basic_login_refuses_a_stranger(
             answer = await client.get(path, headers=headers)
             assert answer.status_code == 401
             assert answer.headers["WWW-Authenticate"].startswith("Basic")
-        assert (await post(client, "/queues/work/pause", **headers)).status_code == 401
+        assert (await post(client, "/queues/work/pause", headers=headers)).status_code == 401
     assert not await Queue("work", memory).is_paused()
 
 
@@ -285,7 +287,9 @@ async def test_a_login_of_ones_own(memory: InMemoryBackend) -> None:
     async with client_of(make_app(memory, login=HookLogin(by_header))) as client:
         assert (await client.get("/")).status_code == 403
         assert (await client.get("/", headers={"X-User": "mia"})).status_code == 200
-        assert (await post(client, "/queues/work/pause", **{"X-User": "mia"})).status_code == 403
+        assert (
+            await post(client, "/queues/work/pause", headers={"X-User": "mia"})
+        ).status_code == 403
     away = HookLogin(lambda _: None, login_url="https://id.example.org")
     async with client_of(make_app(memory, login=away)) as client:
         assert (await client.get("/")).headers["location"] == "https://id.example.org"

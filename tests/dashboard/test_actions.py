@@ -29,7 +29,7 @@ async def succeed(*_: Any, **__: Any) -> str:
 
 @pytest.fixture
 def settings() -> Settings:
-    return Settings(heartbeat_interval=0.5)
+    return Settings(heartbeat_interval=0.5, unknown_task_timeout=0)
 
 
 @pytest.fixture
