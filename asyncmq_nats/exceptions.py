@@ -13,6 +13,7 @@
     ├── TaskNotFound (LookupError)           a job names a task the worker does not have
     ├── JobNotFound (LookupError)            no job with that id
     ├── WrongState                           a job in whose state it cannot be asked for
+    ├── QueueNotPaused                       what workers must not do meanwhile
     ├── Retry                                raised by a task: this attempt failed, try again
     ├── Fail                                 raised by a task: failed for good, no more attempts
     │   └── Reject                           the same: this job is refused
@@ -69,6 +70,7 @@ __all__ = [
     "PayloadTooLarge",
     "PermissionRefused",
     "ProcessDied",
+    "QueueNotPaused",
     "Reject",
     "Retry",
     "ServerBinaryMissing",
@@ -230,6 +232,16 @@ class WrongState(AsyncMQError):
     def __init__(self, job_id: str, state: str, verb: str, reason: str) -> None:
         self.job_id, self.state = job_id, state
         super().__init__(f"job {job_id!r} is {state} and cannot be {verb}: {reason}")
+
+
+class QueueNotPaused(AsyncMQError):
+    """A queue whose workers may start the jobs that something else is to be done to."""
+
+    def __init__(self, queue: str, what: str) -> None:
+        super().__init__(
+            f"queue {queue!r} is not paused, so its workers may start the jobs that are {what}: "
+            "pause it first"
+        )
 
 
 @dataclass(frozen=True, slots=True)

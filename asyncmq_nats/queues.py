@@ -6,6 +6,7 @@ One class, since AsyncMQ's is one; each method is a few lines over one call belo
 import math
 from collections.abc import (
     AsyncGenerator,
+    AsyncIterable,
     AsyncIterator,
     Awaitable,
     Callable,
@@ -42,6 +43,7 @@ from asyncmq_nats.exceptions import (
     InvalidArgument,
     JobFailed,
     JobNotFound,
+    QueueNotPaused,
 )
 from asyncmq_nats.jobs import LATEST, Backoff, DelayedInfo, Job
 from asyncmq_nats.middleware import (
@@ -63,6 +65,8 @@ from asyncmq_nats.schedules import RepeatableInfo
 from asyncmq_nats.search import JobFilter
 from asyncmq_nats.states import COUNT_BUCKETS, JOB_STATES, OUTCOMES, Bucket, State
 from asyncmq_nats.store.commit import LAG, look_for, looks
+from asyncmq_nats.store.flows import Flow, read_flow
+from asyncmq_nats.store.overview import Overview, QueueInfo
 from asyncmq_nats.store.pages import JobLists
 from asyncmq_nats.store.reads import Inspection, JobPage, WaitingJob
 from asyncmq_nats.store.search import Found, Search
@@ -76,6 +80,13 @@ from asyncmq_nats.transitions.apply import (
     apply_to_ids,
     apply_to_matches,
 )
+from asyncmq_nats.transitions.archive import (
+    FORMAT,
+    Imported,
+    Importer,
+    export_jobs,
+    split_line,
+)
 from asyncmq_nats.transitions.bulk import add_many, build_entries, check_entries
 from asyncmq_nats.transitions.cancel import Administration
 from asyncmq_nats.transitions.clean import Cleanup, Progress
@@ -87,6 +98,7 @@ from asyncmq_nats.transitions.definition import (
     repeatable_id,
 )
 from asyncmq_nats.transitions.edit import Edits
+from asyncmq_nats.transitions.move import MOVABLE, Moved, Mover, Side
 from asyncmq_nats.transitions.repeat import Repeatables
 from asyncmq_nats.wire.keys import QueueSubjects, encode_token
 
@@ -97,6 +109,17 @@ logger = get_logger(__name__)
 EVENT_BUFFER: Final = 10_000
 RETRIED: Final = (State.FAILED, State.EXPIRED, State.CANCELLED, State.DELAYED)
 """States in which a job can be retried by hand."""
+REPEATED: Final = ("args", "kwargs", "retries", "ttl", "backoff", "priority", "timeout")
+"""What a repeatable has of the parameters of its jobs."""
+IMPORT_BATCH: Final = 500
+EXPORT_ORDER: Final = (
+    *OUTCOMES,
+    State.DELAYED,
+    State.WAITING,
+    State.ACTIVE,
+    State.WAITING_CHILDREN,
+)
+"""Those that others wait for come first."""
 COUNTED_AS_TO_DO: Final = (State.WAITING, State.DELAYED, State.WAITING_CHILDREN)
 
 H = TypeVar("H", bound=Hook)
@@ -172,6 +195,9 @@ class Queue:
         self._inspection = Inspection(self.backend, self._subjects, self._assets)
         self._administration = Administration(self.backend, self._subjects, self._assets)
         self._lists = JobLists(self.backend, self._subjects, self._assets, self._inspection)
+        self._overview = Overview(
+            self.backend, self._subjects, self._assets, self._inspection, self._lists
+        )
         self._cleanup = Cleanup(
             self.backend, self._subjects, self._assets, self._inspection, self._lists
         )
@@ -427,6 +453,17 @@ class Queue:
             str(state): count for state, count in (await self._inspection.count_by_state()).items()
         }
 
+    async def info(self) -> QueueInfo | None:
+        """Return all there is to know of the queue as a whole; `None` if it does not exist."""
+        return await self._overview.read()
+
+    async def rates(self, period: float = 60.0) -> dict[str, float]:
+        """Return how many jobs a second ended in each way during the last `period` seconds.
+
+        Read from the outcomes, at most 5,000 of each; what was removed since is not counted.
+        """
+        return await self._overview.rates(checked_seconds(period, "period"))
+
     async def get_job_counts(self, *types: str) -> dict[str, int]:
         """Return the number of jobs for each of the given states, by default AsyncMQ's eight; asking for `waiting` adds `paused`."""
         counts = await self.queue_stats()
@@ -448,6 +485,11 @@ class Queue:
         """Return the job as a dict with AsyncMQ's keys, and ours beside them, or `None`."""
         job = await self._inspection.find(job_id)
         return None if job is None else job.to_dict()
+
+    async def get_flow(self, job_id: str, *, limit: int = 1000) -> Flow | None:
+        """Return a job and those that it depends on, and these on, up to `limit` jobs; `None` if there is no such job."""
+        most = checked_number(limit, "limit", 1)
+        return await read_flow(self.backend, self._subjects, self._inspection, job_id, most)
 
     async def get_job_state(self, job_id: str) -> str | None:
         """Return the state of the job, or `None` if there is no such job."""
@@ -892,6 +934,98 @@ class Queue:
             )
         return known[action]
 
+    async def move(
+        self,
+        target: "Queue",
+        where: JobFilter | None = None,
+        *,
+        progress: Progress | None = None,
+    ) -> Moved:
+        """Move jobs to another queue, on this or on another server. Each runs here or there, never in both.
+
+        Pause this queue first if jobs wait in it. A job keeps its id, its arguments, its attempts and its time; one that has ended keeps its
+        outcome, with a time to live that begins anew. Those that run, that wait for others, or that others wait for stay, and so do those
+        whose id the other queue has. Whoever waits here for a job that is moved is told that it was cancelled. Interrupted, the same call
+        goes on.
+
+        Args:
+            target: the other queue.
+            where: which jobs; by default all that can be moved.
+            progress: called now and then with the number of jobs so far.
+
+        Raises:
+            QueueNotPaused: jobs that wait are meant, and this queue is not paused.
+            InvalidArgument: it is the same queue, or jobs in a state are meant in which none can be moved.
+        """
+        wanted = JobFilter() if where is None else where
+        if target.name == self.name and target.backend is self.backend:
+            raise InvalidArgument("target must be another queue", target.name)
+        states = MOVABLE if wanted.state is None else wanted.states
+        if fixed := [state for state in states if state not in MOVABLE]:
+            raise InvalidArgument(f"only jobs that are {', '.join(MOVABLE)} can be moved", fixed[0])
+        waiting = (await self.queue_stats())[State.WAITING] if State.WAITING in states else 0
+        if waiting and not await self.is_paused():
+            raise QueueNotPaused(self.name, "moved")
+        await target._assets.declare()
+        held = JobFilter(state=State.DELAYED)
+        mover = Mover(self._side(), target._side())
+        return await mover.move(
+            self._pages_of(wanted, states, descending=False),
+            target._pages_of(held, held.states, descending=False),
+            progress or (lambda _: None),
+        )
+
+    def _side(self) -> Side:
+        return Side(self._additions, self._administration, self._subjects)
+
+    async def export(self) -> AsyncGenerator[dict[str, Any], None]:
+        """Yield the queue as dicts that can be written as lines of JSON: each job with all that is stored of it, and the repeatables.
+
+        Pause the queue and let its workers finish for an exact copy: what moves meanwhile may come twice or not at all.
+        """
+        await self.backend.connect()
+        yield {"format": FORMAT, "queue": self.name, "at": self.backend.now()}
+        pages = self._pages_of(JobFilter(), EXPORT_ORDER, descending=False)
+        async for line in export_jobs(pages):
+            yield line
+        for info in await self.list_repeatables():
+            yield {"repeatable": info.job_def, "paused": info.paused}
+
+    async def import_jobs(
+        self,
+        lines: Iterable[Mapping[str, Any]] | AsyncIterable[Mapping[str, Any]],
+        *,
+        progress: Progress | None = None,
+    ) -> Imported:
+        """Add what `export` yielded, of this queue or of another. What is there already stays: after an interruption the same call goes on.
+
+        Jobs that ran when they were exported run again; those that had ended keep their outcome, with a time to live that begins anew.
+
+        Raises:
+            InvalidArgument: a line is none of an export.
+        """
+        await self._assets.declare()
+        importer, batch = Importer(self._additions, progress), list[tuple[State, dict[str, Any]]]()
+        async for line in _each(lines):
+            entry = split_line(checked_mapping(line, "a line of an export"))
+            if entry is not None:
+                batch.append(entry)
+            elif "repeatable" in line:
+                await self._import_repeatable(line)
+            if len(batch) >= IMPORT_BATCH:
+                await importer.add(batch)
+                batch = []
+        await importer.add(batch)
+        return await importer.finish()
+
+    async def _import_repeatable(self, line: Mapping[str, Any]) -> None:
+        fields = {key: value for key, value in line["repeatable"].items() if key != "id"}
+        if fields.get("cron") is None:
+            fields.pop("timezone", None)
+        await self.upsert_repeatable(**fields)
+        if line.get("paused"):
+            await self.pause_repeatable(line["repeatable"]["id"])
+
     # -- repeatables
 
     def add_repeatable(
@@ -1057,6 +1191,22 @@ class Queue:
         """Return the stored repeatables with their next runs (AsyncMQ `Queue.list_repeatables`)."""
         return await self._unless_missing(self._repeatables.read_all(), [])
 
+    async def run_repeatable(self, job_def: Mapping[str, Any] | str) -> str:
+        """Add one job of a repeatable now, beside its series, which goes on as planned. Return the job's id.
+
+        Raises:
+            KeyError: there is no such repeatable.
+        """
+        rid = repeatable_id(job_def, self._registry.write)
+        for info in await self.list_repeatables():
+            if info.job_def["id"] == rid:
+                given = {name: info.job_def[name] for name in REPEATED if name in info.job_def}
+                backoff = given.get("backoff")
+                if isinstance(backoff, Mapping):
+                    given["backoff"] = Backoff(**backoff)
+                return await self.add(info.job_def["task_id"], **given)
+        raise KeyError(f"no repeatable {rid!r}")
+
     async def remove_repeatable(self, job_def: Mapping[str, Any] | str) -> bool:
         """Remove a repeatable, given as its `job_def` or by name. Return whether it was there. Jobs it has added stay."""
         return await self._unless_missing(
@@ -1174,6 +1324,17 @@ class Queue:
     async def remove_deduplication_key(self, deduplication_id: str) -> bool:
         """End a deduplication window. Return whether there was one."""
         return await self._unless_missing(self._deduplicator.remove(deduplication_id), False)
+
+
+async def _each(
+    lines: Iterable[Mapping[str, Any]] | AsyncIterable[Mapping[str, Any]],
+) -> AsyncIterator[Mapping[str, Any]]:
+    if isinstance(lines, AsyncIterable):
+        async for line in lines:
+            yield line
+    else:
+        for line in lines:
+            yield line
 
 
 def _result_of(job: Job) -> Any:

@@ -57,6 +57,16 @@ class Additions:
         Those of this process that wait for the same job take turns.
         """
 
+    @property
+    def backend(self) -> Backend:
+        """Where the jobs are."""
+        return self._backend
+
+    @property
+    def subjects(self) -> QueueSubjects:
+        """The names of the queue."""
+        return self._subjects
+
     async def add(self, job: Job) -> str:
         """Store a new job where it belongs and return its id.
 

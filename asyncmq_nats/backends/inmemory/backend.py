@@ -23,6 +23,7 @@ from asyncmq_nats.backends.base import (
     ConsumerState,
     Delivery,
     Log,
+    LogState,
     OnRemoved,
     Puller,
     Record,
@@ -262,6 +263,14 @@ class InMemoryBackend:
         """See `Backend`."""
         await self._give_way()
         return len(self._find_log(log))
+
+    async def describe_log(self, log: str) -> LogState | None:
+        """See `Backend`."""
+        await self._give_way()
+        found = self._logs.get(log)
+        if found is None:
+            return None
+        return LogState(len(found), found.size, found.sequence)
 
     async def list_subjects(self, log: str, filter: str) -> list[str]:
         """See `Backend`."""

@@ -21,6 +21,7 @@ from asyncmq_nats.backends.base import (
     ConsumerState,
     Delivery,
     Log,
+    LogState,
     OnRemoved,
     Puller,
     Record,
@@ -401,6 +402,25 @@ class NATSBackend:
     async def count(self, log: str) -> int:
         connection = await self._open_connection()
         return int((await connection.require(f"STREAM.INFO.{log}"))["state"]["messages"])
+
+    async def describe_log(self, log: str) -> LogState | None:
+        connection = await self._open_connection()
+        answer = await connection.call(f"STREAM.INFO.{log}")
+        if not self._found(log, answer):
+            return None
+        state, config = answer["state"], answer["config"]
+        replicas = (answer.get("cluster") or {}).get("replicas") or []
+        behind = [each for each in replicas if each.get("offline") or not each.get("current")]
+        limit = int(config.get("max_bytes") or -1)
+        return LogState(
+            records=int(state["messages"]),
+            bytes=int(state["bytes"]),
+            last_sequence=int(state["last_seq"]),
+            replicas=int(config.get("num_replicas") or 1),
+            replicas_behind=len(behind),
+            storage=str(config.get("storage") or "file"),
+            max_bytes=None if limit < 0 else limit,
+        )
 
     async def list_subjects(self, log: str, filter: str) -> list[str]:
         connection = await self._open_connection()
