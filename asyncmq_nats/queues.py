@@ -185,6 +185,9 @@ class Queue:
         self._local_repeatables: list[Definition] = []
         self._waiters = Waiters(self.backend, self._subjects)
         self._registry = registry
+        note_queue = getattr(self.backend, "note_queue", None)
+        if note_queue is not None:  # that of tests, which runs the jobs of its queues
+            note_queue(self)
         self.any_task = self.backend.settings.any_task if any_task is None else any_task
 
     # -- add
@@ -330,6 +333,20 @@ class Queue:
         """
         await self.backend.connect()
         return await self._add(job_of_payload(payload, self.backend.now(), self._registry.write))
+
+    async def enqueue_bulk(self, payloads: Iterable[Mapping[str, Any]]) -> list[str]:
+        """Add many jobs given as dicts, each as by `enqueue`, and return their ids in order; in batches, as by `add_bulk`.
+
+        Raises:
+            InvalidArgument, InvalidJobId, NotSerializable, PayloadTooLarge: one of them is refused; nothing was added.
+            BulkAddFailed: of more than 1,000, some were added and some were not; it says which.
+        """
+        await self.backend.connect()
+        now = self.backend.now()
+        jobs = [job_of_payload(payload, now, self._registry.write) for payload in payloads]
+        check_entries(self._additions, jobs)
+        await self._assets.declare()
+        return await add_many(self._additions, jobs)
 
     async def send(self, payload: Mapping[str, Any]) -> str:
         """Same as `enqueue`."""

@@ -18,7 +18,7 @@ logger = get_logger(__name__)
 
 DAY = 86_400.0
 ENV_PREFIX: Final = "ASYNCMQ_NATS_"
-NOT_SETTINGS: Final = re.compile(r"PARENT|SERVICE_(HOST|PORT.*)|PORT(_\d+_.*)?")
+NOT_SETTINGS: Final = re.compile(r"PARENT|PROCESS|SERVICE_(HOST|PORT.*)|PORT(_\d+_.*)?")
 """Variables with our prefix that our supervisor sets, or Kubernetes for a service of that name."""
 SCHEMES: Final = ("nats", "tls", "ws", "wss")
 LOGIN: Final = re.compile(r"(?<=//)[^\s,]*@|(?:(?<=^)|(?<=[\s,'\"]))[^/\s,]+@")
@@ -193,6 +193,16 @@ class Settings(BaseSettings):
     min_repeat_interval: float = Field(0.05, ge=0.05)
     """The shortest interval of a repeatable and of `repeat_every`. A shorter one is refused; a job
     of another program that has one is repeated after this."""
+    health_port: int | None = Field(None, ge=1, le=65_535)
+    """Port at which a worker answers probes: `/livez`, `/readyz`. Each process of several has the next one."""
+    metrics_port: int | None = Field(None, ge=1, le=65_535)
+    """Port at which Prometheus reads a worker's metrics, `/metrics`; may be the same. Needs the extra `prometheus`."""
+    probe_host: str = "0.0.0.0"
+    """Address of this machine on which both ports are open."""
+    health_file: str | None = None
+    """Path of a file that a worker writes every two seconds while it is healthy, for probes that look at its time."""
+    loop_block_warning: float | None = Field(1.0, ge=0.1)
+    """Seconds for which a task may block the event loop before a warning names it; `None` warns of nothing."""
     metrics: bool = True
     """Whether workers write the history of what they do, from which charts and rates are read."""
     metrics_ttl: float = Field(7 * DAY, ge=60)

@@ -455,8 +455,8 @@ def test_the_first_late_jobs_of_each_tier_are_taken_out() -> None:
     def is_late(place: int, held_seconds: float, deliveries: int) -> bool:
         return place >= 1
 
-    assert jobs.count_late(is_late) == {0: 1, 5: 4}
-    taken = jobs.pop_late(is_late, {5: 2, 7: 3})
+    assert jobs.count_late(is_late, 1.0) == {0: 1, 5: 4}
+    taken = jobs.pop_late(is_late, 1.0, {5: 2, 7: 3})
     assert [job.sequence for job in taken] == [1, 3]
     assert jobs.counts == {0: 2, 5: 2}
     assert [jobs.pop().sequence for _ in range(4)] == [4, 8, 6, 7]

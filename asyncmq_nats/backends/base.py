@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, Self
 
+from asyncmq_nats._clock import Clock
 from asyncmq_nats.exceptions import BackendError
 from asyncmq_nats.settings import Settings
 
@@ -212,6 +213,10 @@ class Puller(Protocol):
     delivery.
     """
 
+    @property
+    def silent_for(self) -> float:
+        """For how many seconds the server has not answered a request of this puller; 0 if it has."""
+
     def outstanding(self, consumer: str) -> int:
         """Return the credit that the server still holds for this consumer."""
 
@@ -279,6 +284,10 @@ class Backend(Protocol):
 
     If not, `declare_log` and `declare_consumer` do nothing.
     """
+
+    @property
+    def clock(self) -> Clock:
+        """What its workers wait by: the system's clock, but for tests."""
 
     @property
     def reads_may_lag(self) -> bool:

@@ -12,13 +12,17 @@ from typer.main import get_command
 
 import asyncmq_nats
 from asyncmq_nats.cli import command as commands
-from asyncmq_nats.cli import queue
+from asyncmq_nats.cli import outbox, queue, server, worker
 from asyncmq_nats.cli.output import Output
 from asyncmq_nats.exceptions import AsyncMQError
 
 __all__ = ["GROUPS", "make_app", "run"]
 
-GROUPS: Final = (queue.group,)
+GROUPS: Final = (
+    queue.group,
+    worker.group,
+    outbox.group,
+)
 
 DONE, FAILED, INTERRUPTED = 0, 1, 130
 
@@ -51,6 +55,7 @@ def make_app() -> typer.Typer:
     root.__annotations__ = {each.name: each.annotation for each in parameters}
     app.callback()(root)
     app.command("version")(_show_version)
+    server.register(app)
     for group in GROUPS:
         app.add_typer(group)
     return app

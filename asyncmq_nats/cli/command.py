@@ -34,6 +34,8 @@ __all__ = [
     "QueueName",
     "Session",
     "command",
+    "connection_options",
+    "connection_parameters",
     "make_group",
     "require_queue",
 ]
@@ -80,7 +82,7 @@ def _complete_queues(ctx: typer.Context, incomplete: str) -> list[str]:
     """Return the queues that begin so; none if no server answers in time."""
 
     async def read() -> list[str]:
-        backend = make_backend(_connection_options(ctx))
+        backend = make_backend(connection_options(ctx))
         try:
             return await list_queues(backend)
         finally:
@@ -147,7 +149,7 @@ def _given(ctx: typer.Context) -> list[dict[str, Any]]:
     return given
 
 
-def _connection_options(ctx: typer.Context) -> ConnectionOptions:
+def connection_options(ctx: typer.Context) -> ConnectionOptions:
     """Return what was given of the connection, after the command or before it."""
     options = ConnectionOptions()
     for values in _given(ctx):
@@ -196,7 +198,7 @@ def start(ctx: typer.Context, act: Callable[[Session], Awaitable[None]]) -> None
     """Run a command with its session."""
     if any(values.get("verbose") for values in _given(ctx)):
         log_verbosely()
-    session = Session(_connection_options(ctx), Output())
+    session = Session(connection_options(ctx), Output())
 
     async def run() -> None:
         try:

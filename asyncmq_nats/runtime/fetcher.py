@@ -3,7 +3,6 @@
 What to ask for is decided in `prefetch`, from what `tiers` and the buffer know.
 """
 
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Final
@@ -92,7 +91,9 @@ class Fetcher:
         self._held = anyio.Event()
         self._held_watched = False
         self._asked_at = 0.0
-        self._freed_at = self._measured_at = time.monotonic()
+        self._clock = backend.clock
+        self._monotonic = backend.clock.monotonic
+        self._freed_at = self._measured_at = self._monotonic()
         self._measured_started = 0
         self._open = False
         self._stopped = False
@@ -175,6 +176,11 @@ class Fetcher:
         """Whether nothing may start now."""
         return self._paused_until > 0 and self._paused_until > self._backend.now()
 
+    @property
+    def silent_for(self) -> float:
+        """For how many seconds the server has not answered a pull; 0 if it has."""
+        return self._puller.silent_for if self._open else 0.0
+
     # -- for the slots
 
     def take(self) -> Delivery | None:
@@ -212,11 +218,11 @@ class Fetcher:
         permitted = self._limiter is None or self._limiter.permits > 0
         if not self._open or not permitted or self.is_paused:
             return False
-        return self._tiers.may_have_jobs(time.monotonic())
+        return self._tiers.may_have_jobs(self._monotonic())
 
     def note_free_slot(self) -> None:
-        """Decide anew how much to ask for: a slot is free that other queues have, too."""
-        self._freed_at = time.monotonic()
+        """Decide again how much to ask for: a slot is free that other queues have, too."""
+        self._freed_at = self._monotonic()
         self.refill()
 
     @property
@@ -240,7 +246,7 @@ class Fetcher:
         """Whether jobs of a higher tier are asked for, and there are some or may be."""
         if len(self._tiers.known) == 1:
             return False
-        return self._tiers.better_may_come(self._buffer.heap[0][0], time.monotonic())
+        return self._tiers.better_may_come(self._buffer.heap[0][0], self._monotonic())
 
     def _tell_startable(self) -> None:
         if self._buffer.heap and self.busy < self._concurrency:
@@ -261,28 +267,28 @@ class Fetcher:
             if priority not in self._tiers.known:
                 state = await self._backend.look_up(self._subjects.ready_log, tier_name(priority))
                 pending = state.pending if state is not None else 0
-                self._tiers.add(priority, pending, time.monotonic())
+                self._tiers.add(priority, pending, self._monotonic())
 
     def _on_tier(self, signal: Signal) -> None:
         body = signal.body
         if body.removeprefix(b"-").isdigit() and len(body) <= LONGEST_PRIORITY:
             # Known at once, with a job on its way: nothing of a lower tier must start before it.
-            self._tiers.add(int(body), 1, time.monotonic())
+            self._tiers.add(int(body), 1, self._monotonic())
             self._new_tiers.add(int(body))
             self._tier_heard.set()
 
     async def _keep_tiers(self) -> None:
         """Declare tiers that a signal names; every 30 s look for those of which none was heard."""
-        search_at = time.monotonic() + TIER_SEARCH_INTERVAL
+        search_at = self._monotonic() + TIER_SEARCH_INTERVAL
         while True:
-            with anyio.move_on_after(search_at - time.monotonic()):
+            with self._clock.move_on_after(search_at - self._monotonic(), upkeep=True):
                 await self._tier_heard.wait()
             self._tier_heard = anyio.Event()
             while self._new_tiers:
                 await self._add_tier(self._new_tiers.pop())
-            if time.monotonic() >= search_at:
+            if self._monotonic() >= search_at:
                 await self._search_tiers()
-                search_at = time.monotonic() + TIER_SEARCH_INTERVAL
+                search_at = self._monotonic() + TIER_SEARCH_INTERVAL
             self.refill()
 
     async def _add_tier(self, priority: int) -> None:
@@ -313,7 +319,7 @@ class Fetcher:
     async def _ask_when_needed(self) -> None:
         wait: float | None = None
         while True:
-            with anyio.move_on_after(wait):
+            with self._clock.move_on_after(wait, upkeep=self.is_paused):
                 await self._refill.wait()
             self._refill, self._refill_due = anyio.Event(), False
             self._tell_startable()
@@ -326,7 +332,7 @@ class Fetcher:
             if not self._open:
                 continue
             if self._limiter is None:  # also during a pause: the server is the one that resumes
-                self._measure(time.monotonic())
+                self._measure(self._monotonic())
                 prefetch = self._throughput.decide_prefetch(self._concurrency)
                 await self._ask(self.busy + self._free_slots + prefetch)
             elif not self._limiter.blocks and not self.is_paused:
@@ -365,7 +371,7 @@ class Fetcher:
         room = capacity - self.busy
         if room <= 0 or self._pending() > UNSETTLED_PER_SLOT * self._concurrency + UNSETTLED:
             return
-        now = time.monotonic()
+        now = self._monotonic()
         tiers = self._tiers.view(now, self._buffer.counts)
         pulls = tiers_to_ask(tiers, room, capacity)
         lowest = max(
@@ -397,7 +403,7 @@ class Fetcher:
         self._asked_at = 0.0
         tier = self._tiers.known.get(self._tiers.priority_of(consumer))
         if tier is not None:
-            tier.on_lapse(time.monotonic())
+            tier.on_lapse(self._monotonic())
         self.refill()
 
     def _on_delivery(self, delivery: Delivery) -> None:
@@ -405,7 +411,7 @@ class Fetcher:
             delivery.abandon()
             return
         priority = self._tiers.priority_of(delivery.consumer)
-        now = time.monotonic()
+        now = self._monotonic()
         if self._asked_at:
             self._throughput.learn_refill(now - self._asked_at)
             self._asked_at = 0.0
@@ -437,7 +443,8 @@ class Fetcher:
         """Give back what is in the buffer during a pause, and what starts late here."""
         while True:
             self._held_watched = bool(self._buffer.heap)
-            with anyio.move_on_after(BUFFER_CHECK_INTERVAL if self._held_watched else None):
+            wait = BUFFER_CHECK_INTERVAL if self._held_watched else None
+            with self._clock.move_on_after(wait, upkeep=True):
                 await self._held.wait()
             self._held = anyio.Event()
             try:
@@ -457,7 +464,7 @@ class Fetcher:
             await self.refresh_pause()
 
     async def _share(self) -> None:
-        self._measure(time.monotonic())
+        self._measure(self._monotonic())
         free = self._free_slots
         rate = self._throughput.expected_rate(self._concurrency)
         is_late = partial(_is_late, free, rate)

@@ -8,7 +8,6 @@ first is read many at a time; the rest, such as ticks, is left to some tasks. Th
 
 import heapq
 import itertools
-import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
@@ -125,6 +124,7 @@ class Promoter:
         self._waiting: list[tuple[float, int, Held]] = []
         """A heap: when to begin with each record in hand that nothing is done with yet."""
         self._order = itertools.count()
+        self._monotonic = backend.clock.monotonic
         self._in_flight: set[Held] = set()
         self._credit = CREDIT_LIMITS[1]
         self._halved_at = 0.0
@@ -167,6 +167,11 @@ class Promoter:
                     held.delivery.abandon()
 
     @property
+    def overdue(self) -> float:
+        """For how many seconds the first record in hand waits whose time has come."""
+        return max(0.0, self._monotonic() - self._waiting[0][0]) if self._waiting else 0.0
+
+    @property
     def _in_hand(self) -> int:
         return len(self._waiting) + len(self._in_flight)
 
@@ -189,7 +194,7 @@ class Promoter:
             return
         key = self._subjects.parse(delivery.subject)
         held = Held(delivery, fire=key.kind is Kind.FIRE)
-        arrived = time.monotonic()
+        arrived = self._monotonic()
         run_at: float | None = None
         held.plan = key.kind is Kind.PLAN_DUE
         try:
@@ -249,13 +254,13 @@ class Promoter:
             self._wake = anyio.Event()
             self._begin_due()
             full = len(self._in_flight) >= MAX_IN_FLIGHT
-            timeout = None if full or not self._waiting else self._waiting[0][0] - time.monotonic()
-            with anyio.move_on_after(timeout):
+            timeout = None if full or not self._waiting else self._waiting[0][0] - self._monotonic()
+            with self._backend.clock.move_on_after(timeout):
                 await self._wake.wait()
             await anyio.lowlevel.checkpoint()
 
     def _begin_due(self) -> None:
-        now, doubtful = time.monotonic(), list[Held]()
+        now, doubtful = self._monotonic(), list[Held]()
         while (
             self._waiting
             and self._waiting[0][0] <= now
@@ -335,7 +340,7 @@ class Promoter:
     def _finish(self, held: Held) -> None:
         """Let go of a record that is taken care of."""
         self._in_flight.discard(held)
-        now, (fewest, most) = time.monotonic(), CREDIT_LIMITS
+        now, (fewest, most) = self._monotonic(), CREDIT_LIMITS
         if now - held.due <= SLOW_PROMOTION:
             self._credit = min(self._credit + 1, most)
         elif now > self._halved_at + SLOW_PROMOTION:
@@ -414,7 +419,7 @@ class Promoter:
             finding = Finding.CURRENT
         if finding is Finding.CURRENT:
             held.checked = True
-            if held.due <= time.monotonic():
+            if held.due <= self._monotonic():
                 self._begin(held)
             else:
                 self._in_flight.discard(held)

@@ -25,6 +25,7 @@ from asyncmq_nats.runtime.recorder import Recorder
 from asyncmq_nats.runtime.registry import TaskRegistry
 from asyncmq_nats.runtime.slot_group import SlotGroup
 from asyncmq_nats.runtime.slots import Slots
+from asyncmq_nats.runtime.vitals import Vitals, WorkerParts
 from asyncmq_nats.states import State
 from asyncmq_nats.store.announcing import WorkerEvents
 from asyncmq_nats.store.commit import FAREWELL
@@ -163,7 +164,12 @@ class Runner:
             partial(make_room, backend, subjects),
             self._look_for_cancelled,
         )
-        self._heartbeat = Heartbeat(self.worker, backend.settings.heartbeat_interval, steps)
+        self._heartbeat = Heartbeat(
+            self.worker, backend.settings.heartbeat_interval, steps, backend.clock
+        )
+        self._promoter = Promoter(backend, subjects, assets)
+        parts = WorkerParts(self._slots, self._fetcher, self._promoter, self.recorder)
+        self.vitals = Vitals(backend, subjects, assets, self.worker, concurrency, parts)
         self._progress = anyio.Event()
         self._draining = False
         self._stop = anyio.Event()
@@ -247,14 +253,15 @@ class Runner:
                 try:
                     async with open_task_group() as self._group:
                         self._group.start_soon(self._spawner.serve, self._group)
-                        promoter = Promoter(self._backend, self._subjects, self._assets)
-                        await self._group.start(promoter.run)
+                        await self._group.start(self.vitals.run)
+                        await self._group.start(self._promoter.run)
                         await self._fetcher.start(self._group)
                         await self._enter_registry()
                         self._group.start_soon(self._mark_long_runs)
                         if self.recorder is not None:
                             self._group.start_soon(self.recorder.run, self._spawner)
                         self._slots.open()
+                        self.vitals.taking = True
                         serving.set()
                         await self._stop.wait()
                         await self._drain()
@@ -274,7 +281,7 @@ class Runner:
 
         Then cancel and hand back the rest as well.
         """
-        self._draining = True
+        self._draining, self.vitals.taking = True, False
         with anyio.move_on_after(FAREWELL):
             await self._fetcher.stop()
             await self._slots.hand_back_suspects()
@@ -380,7 +387,7 @@ class Runner:
 
     async def _mark_long_runs(self) -> None:
         while True:
-            await anyio.sleep(MARK_INTERVAL)
+            await self._backend.clock.sleep(MARK_INTERVAL, upkeep=True)
             self._slots.mark_long_runs()
 
     def _running_ids(self) -> list[str]:

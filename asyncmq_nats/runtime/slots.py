@@ -4,7 +4,6 @@ Takes deliveries while slots are free, runs them, and passes what became of them
 """
 
 import asyncio
-import time
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
 from contextvars import Context, copy_context
@@ -14,6 +13,7 @@ from typing import Any, Final
 
 import anyio
 
+from asyncmq_nats._clock import Cancellable
 from asyncmq_nats._concurrency import Spawner, running_task
 from asyncmq_nats._logging import get_logger
 from asyncmq_nats.backends.base import Backend, Delivery
@@ -101,13 +101,13 @@ class Slots:
         self._suspects = Suspects(
             settings.max_stalls,
             lambda: not self.running if group is None else group.is_alone,
-            time.monotonic,
+            backend.clock.monotonic,
             None if group is None else group.probation,
         )
         self._context: Context
         self._loop: asyncio.AbstractEventLoop
         self._tasks: set[asyncio.Task[None]] = set()
-        self._timer: asyncio.TimerHandle | None = None
+        self._timer: Cancellable | None = None
         self._is_open = False
         self._ending = False
         self._is_cancelled: Callable[[], int] = lambda: 0
@@ -196,7 +196,7 @@ class Slots:
     def set_timer(self) -> None:
         """See `Member`."""
         if self._timer is None and self._is_open and (wait := self._suspects.wait) is not None:
-            self._timer = self._loop.call_later(max(wait, 0.01), self._on_timer)
+            self._timer = self._backend.clock.call_later(max(wait, 0.01), self._on_timer)
 
     def _on_timer(self) -> None:
         self._timer = None
@@ -384,7 +384,7 @@ class Slots:
                 running,
                 entry,
                 self._threads,
-                self._backend.now,
+                self._backend,
                 self._is_ending,
                 self._middleware,
             )

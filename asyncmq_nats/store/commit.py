@@ -7,8 +7,7 @@ import random
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Final, TypeVar
 
-import anyio
-
+from asyncmq_nats._clock import brief_pause
 from asyncmq_nats.backends.base import Backend
 
 __all__ = ["FAREWELL", "LAG", "LOOKS", "look_for", "looks", "pause_after_refusal"]
@@ -44,10 +43,10 @@ async def look_for(look: Callable[[], Awaitable[Found]], pauses: Sequence[float]
     """
     for pause in pauses[:-1]:
         if pause:
-            await anyio.sleep(pause)
+            await brief_pause(pause)
         if found := await look():
             return found
-    await anyio.sleep(pauses[-1])
+    await brief_pause(pauses[-1])
     return await look()
 
 
@@ -56,4 +55,4 @@ async def pause_after_refusal() -> None:
 
     Others may be doing the same, and each would refuse the others.
     """
-    await anyio.sleep(random.uniform(0.0, 0.01))
+    await brief_pause(random.uniform(0.0, 0.01))

@@ -4,8 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-import anyio
-
+from asyncmq_nats._clock import brief_pause
 from asyncmq_nats.backends.base import Backend, Expect, Record
 from asyncmq_nats.exceptions import InvalidJob
 from asyncmq_nats.states import Place, State
@@ -149,7 +148,7 @@ async def read_end(backend: Backend, keys: QueueSubjects, token: str) -> Snapsho
     latest: Record | None = None
     records: list[Record] = []
     for pause in LAG:
-        await anyio.sleep(pause)
+        await brief_pause(pause)
         latest = await backend.latest(keys.bucket_log, keys.done_all(token))
         filters = [keys.ends(token), keys.later_all(token)]
         if latest is not None:

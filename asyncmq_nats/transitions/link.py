@@ -10,8 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
-import anyio
-
+from asyncmq_nats._clock import brief_pause
 from asyncmq_nats._concurrency import KeyedTurns
 from asyncmq_nats.backends.base import Backend, Delivery, Expect, Write
 from asyncmq_nats.exceptions import InvalidJob, JobNotFound, WriteRefused
@@ -65,7 +64,7 @@ class Links:
         for pause in LOOKS:
             if not missing:
                 break
-            await anyio.sleep(pause)
+            await brief_pause(pause)
             found |= await self._find(missing)
             missing = [job_id for job_id in missing if job_id not in found]
         if missing:

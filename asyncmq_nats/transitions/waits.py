@@ -17,8 +17,7 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any, Final
 
-import anyio
-
+from asyncmq_nats._clock import brief_pause
 from asyncmq_nats._concurrency import KeyedTurns
 from asyncmq_nats.backends.base import Backend, Expect, Record, Write
 from asyncmq_nats.exceptions import InvalidJob, WriteRefused
@@ -116,7 +115,7 @@ async def read_when(
     """Return the last records of the filters, read again while a replica lags behind `seen`."""
     records: list[Record] = []
     for pause in LAG:
-        await anyio.sleep(pause)
+        await brief_pause(pause)
         records = await backend.last(log, *filters)
         if seen(records):
             break

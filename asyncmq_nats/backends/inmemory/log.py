@@ -1,6 +1,5 @@
 """A log of the in-memory backend: its records, their subjects, what makes them go, and what is refused."""
 
-import time
 from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Set
@@ -45,7 +44,7 @@ class StoredLog:
         self, declaration: Log, agenda: Agenda, signal: Callable[[str, bytes], object]
     ) -> None:
         self.declaration = declaration
-        self.incarnation = f"{id(self)}-{time.time()}"
+        self.incarnation = f"{id(self)}-{agenda.now()}"
         self.consumers: dict[str, Counter | Cursor] = {}
         self._agenda = agenda
         self._signal = signal
@@ -147,7 +146,7 @@ class StoredLog:
         if self.declaration.work_queue:
             self._check_alone(declaration)
         consumer = (
-            Counter(declaration)
+            Counter(declaration, self._agenda)
             if declaration.lease is None
             else Cursor(declaration, declaration.lease, self._agenda, self._acked)
         )
@@ -220,7 +219,7 @@ class StoredLog:
     def _store(self, write: Write) -> None:
         self._drop(self._subjects.get(write.subject))
         self._sequence += 1
-        now = time.time()
+        now = self._agenda.now()
         marker = write.marker and is_key(write.subject)
         record = Record(write.subject, write.body, self._sequence, now, marker)
         stored = self._records[record.sequence] = Stored(record)
@@ -268,7 +267,7 @@ class StoredLog:
             self.delete(sequence)
 
     def _forget_message_ids(self) -> None:
-        horizon = time.time() - DUPLICATE_WINDOW
+        horizon = self._agenda.now() - DUPLICATE_WINDOW
         while self._message_ids and next(iter(self._message_ids.values()))[0] <= horizon:
             self._message_ids.popitem(last=False)
 

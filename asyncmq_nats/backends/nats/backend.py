@@ -13,6 +13,7 @@ from anyio import CancelScope, to_thread
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription as NatsSubscription
 
+from asyncmq_nats._clock import SYSTEM_CLOCK, Clock
 from asyncmq_nats._concurrency import Home, Turns, open_task_group
 from asyncmq_nats._logging import Throttle, get_logger
 from asyncmq_nats.backends.base import (
@@ -94,6 +95,7 @@ class NATSBackend:
         **options: Any,
     ) -> None:
         self.settings = settings if settings is not None else environment
+        self.clock: Clock = SYSTEM_CLOCK
         self.may_declare = declare
         self._options: dict[str, Any] = dict(options)
         if servers is not None:
@@ -116,6 +118,7 @@ class NATSBackend:
         cls,
         store_dir: str | os.PathLike[str] | None = None,
         *,
+        port: int = -1,
         settings: Settings | None = None,
         **options: Any,
     ) -> Self:
@@ -123,13 +126,13 @@ class NATSBackend:
 
         The server ends with `close()`, and starts again when the backend is used.
 
-        `store_dir` keeps the jobs over restarts; without one they go with the server. Needs the
-        extra `embedded`.
+        `store_dir` keeps the jobs over restarts; without one they go with the server. `port`: -1
+        takes a free one. Needs the extra `embedded`.
 
         Raises:
             ServerBinaryMissing: there is no nats-server program.
         """
-        server = EmbeddedServer(store_dir)
+        server = EmbeddedServer(store_dir, port)
         server.start()
         logins = ("user", "password", "token", "user_credentials", "nkeys_seed")
         options = dict.fromkeys(logins) | options  # those of the settings are for other servers
@@ -146,6 +149,12 @@ class NATSBackend:
         if self._embedded is not None:
             return self._embedded.url
         return ",".join(map(mask_login, server_addresses(self.settings, self._options)))
+
+    @property
+    def server_pid(self) -> int | None:
+        """The process of the embedded server; `None` if there is none, or it has ended."""
+        embedded = self._embedded
+        return embedded.pid if embedded is not None and embedded.is_running else None
 
     # -- life
 

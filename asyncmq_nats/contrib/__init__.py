@@ -1,0 +1,1 @@
+"""Programs and bridges around the queue, each with an extra. They use only what is public."""
