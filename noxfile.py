@@ -1,6 +1,7 @@
 """The commands for development: `nox -s fast`, `nox -s check`, `nox -s lowest`.
 
-`fast` and `check` run in the environment that nox is in: `pip install -e '.[dev]'` has all they need.
+`fast` and `check` run in the environment that nox is in: `pip install -e '.[dev]'` has all they
+need.
 """
 
 import re

@@ -1,8 +1,12 @@
-"""A job queue with the API of AsyncMQ's `Queue`, on NATS JetStream: no Redis, no Postgres, no second broker."""
+"""A job queue with the API of AsyncMQ's `Queue`, on NATS JetStream.
+
+No Redis, no Postgres, no second broker.
+"""
 
 from typing import TYPE_CHECKING, Any
 
 from asyncmq_nats._concurrency import deadline
+from asyncmq_nats._version import __version__
 from asyncmq_nats.backends import default_backend, set_default_backend
 from asyncmq_nats.backends.inmemory import InMemoryBackend
 from asyncmq_nats.context import JobContext, current_job
@@ -10,13 +14,16 @@ from asyncmq_nats.events import Event, event_emitter
 from asyncmq_nats.exceptions import (
     AsyncMQError,
     BulkAddFailed,
+    Expired,
     Fail,
     InvalidArgument,
     JobFailed,
     JobNotFound,
     NotSerializable,
     PayloadTooLarge,
+    Reject,
     Retry,
+    Snooze,
     TaskTimeout,
     Unconfirmed,
 )
@@ -28,7 +35,7 @@ from asyncmq_nats.search import JobFilter
 from asyncmq_nats.settings import Settings, settings
 from asyncmq_nats.states import State
 from asyncmq_nats.tasks import task
-from asyncmq_nats.workers import Worker, list_workers, run_worker
+from asyncmq_nats.workers import Worker, list_workers, run_worker, stop_worker
 
 if TYPE_CHECKING:
     from asyncmq_nats.backends.nats.backend import NATSBackend
@@ -38,6 +45,7 @@ __all__ = [
     "Backoff",
     "BulkAddFailed",
     "Event",
+    "Expired",
     "Fail",
     "FlowProducer",
     "InMemoryBackend",
@@ -52,8 +60,10 @@ __all__ = [
     "NotSerializable",
     "PayloadTooLarge",
     "Queue",
+    "Reject",
     "Retry",
     "Settings",
+    "Snooze",
     "State",
     "TaskTimeout",
     "Unconfirmed",
@@ -69,10 +79,9 @@ __all__ = [
     "run_worker",
     "set_default_backend",
     "settings",
+    "stop_worker",
     "task",
 ]
-
-__version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:

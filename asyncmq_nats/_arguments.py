@@ -25,7 +25,10 @@ __all__ = [
 ]
 
 NOT_IN_PAYLOADS: Final = ("delay", "debounce", "jobId")
-"""Parameters of `add` that a job as a dict does not have: left out silently, they would be missed."""
+"""Parameters of `add` that a job as a dict does not have.
+
+Left out silently, they would be missed.
+"""
 META_LIMIT: Final = 8_192
 """How many bytes (UTF-8) the names and values of a job's `meta` may have together."""
 FIELDS: Final = frozenset({field.name for field in fields(Job)} | {"id", "task"})
@@ -115,7 +118,9 @@ def checked_call(
 def job_of_payload(
     payload: Mapping[str, Any], now: float, write: WriteArguments = write_plainly
 ) -> Job:
-    """Return a new job from what `Queue.enqueue` is given: a dict of `Job.to_dict`, or of what `Job` takes. `now`: Unix seconds.
+    """Return a new job from what `Queue.enqueue` is given.
+
+    A dict of `Job.to_dict`, or of what `Job` takes. `now`: Unix seconds.
 
     Raises:
         InvalidArgument: it is no dict, has no task, or a value of the wrong kind.
@@ -144,7 +149,9 @@ def job_of_payload(
 
 
 def checked_args(args: object, name: str) -> list[Any]:
-    """Return a list of what is in a list, a tuple, or what yields its items in order; of nothing, if it is `None`.
+    """Return a list of what is in a list, a tuple, or what yields its items in order.
+
+    Of nothing, if it is `None`.
 
     Raises:
         InvalidArgument: it is none of these. A text is one argument, not its letters.

@@ -57,7 +57,8 @@ class Home:
             return False
         if left is not None and left.is_running() and not self.is_elsewhere:
             raise BackendError(
-                "this backend serves an event loop that still runs in another thread: use one backend per event loop"
+                "this backend serves an event loop that still runs in another thread: "
+                "use one backend per event loop"
             )
         self.loop, self._process = loop, os.getpid()
         return left is not None
@@ -73,7 +74,10 @@ class Home:
 
 
 class Turns:
-    """A lock for the tasks of an event loop. Each loop has its own: one that ended with its tasks half way holds up no other."""
+    """A lock for the tasks of an event loop.
+
+    Each loop has its own: one that ended with its tasks half way holds up no other.
+    """
 
     def __init__(self) -> None:
         self._locks: WeakKeyDictionary[asyncio.AbstractEventLoop, Lock] = WeakKeyDictionary()
@@ -149,7 +153,10 @@ class KeyedTurns:
 
 
 def is_async(function: Any) -> bool:
-    """Return whether calling it returns at once: a coroutine function, or an object that is called like one."""
+    """Return whether calling it returns at once.
+
+    A coroutine function, or an object that is called like one.
+    """
     called = getattr(function, "__call__", None)  # noqa: B004
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(called)
 
@@ -215,7 +222,8 @@ def _rank(error: BaseException) -> int:
 def deadline(seconds: float) -> Iterator[None]:
     """Give all calls inside the block that many seconds together.
 
-    `with deadline(2.0): job_id = await queue.add(…)`; the nearest of nested deadlines counts. What was written when the time is over may or may not have been stored; it is not repeated.
+    `with deadline(2.0): job_id = await queue.add(…)`; the nearest of nested deadlines counts. What
+    was written when the time is over may or may not have been stored; it is not repeated.
 
     Raises:
         Unconfirmed: the time is over. It is a `TimeoutError`.
@@ -227,7 +235,10 @@ def deadline(seconds: float) -> Iterator[None]:
 
 
 async def all_done_before(stop: Event, *steps: Callable[[], Awaitable[object]]) -> bool:
-    """Take the steps in turn, and return whether all were done when `stop` was set; what is not done then is cancelled."""
+    """Take the steps in turn, and return whether all were done when `stop` was set.
+
+    What is not done then is cancelled.
+    """
     done = 0
 
     async def cancel(scope: CancelScope) -> None:

@@ -48,7 +48,10 @@ def get_logger(name: str) -> logging.Logger:
 
 
 class Throttle:
-    """Counts events of one kind, and says when to log them: the first at once, then now and then."""
+    """Counts events of one kind, and says when to log them.
+
+    The first at once, then now and then.
+    """
 
     def __init__(self, interval: float = WARNING_INTERVAL) -> None:
         self._interval = interval

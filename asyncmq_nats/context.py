@@ -82,6 +82,11 @@ class JobContext:
         return self.job.retries + 1
 
     @property
+    def snoozes(self) -> int:
+        """How often in a row the task has put the job off by `Snooze` before this run."""
+        return self.job.snoozes
+
+    @property
     def meta(self) -> Mapping[str, str]:
         """What was sent along with the job, such as the id of a request or of a trace."""
         return self.job.meta

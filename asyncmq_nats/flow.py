@@ -22,11 +22,12 @@ class FlowProducer:
         self.backend = backend if backend is not None else default_backend()
 
     async def add_flow(self, queue: str, jobs: Sequence[Job]) -> list[str]:
-        """Add jobs whose `depends_on` name each other, or jobs that are in the queue, and return their ids in the order given.
+        """Add jobs that depend on each other, or on jobs in the queue. Return their ids in order.
 
-        Up to 1,000 writes (a job is one, and so is each dependency on a job outside the flow) are all or nothing. A larger flow is added in
-        such parts, each job after those that wait for it: should the producer die between two parts, the jobs of the later ones are
-        missing, and those that wait for them wait for ever.
+        Up to 1,000 writes (a job is one, and so is each dependency on a job outside the flow) are
+        all or nothing. A larger flow is added in
+        such parts, each job after those that wait for it: should the producer die between two
+        parts, the jobs of the later ones are missing, and those that wait for them wait for ever.
 
         Raises:
             InvalidFlow: two jobs have one id, or they depend on each other in a circle.

@@ -48,7 +48,10 @@ LATEST: Final = 250_000_000_000.0
 def new_job_id() -> str:
     """Return a random job id: a UUID (version 4), made a little faster than by `uuid`."""
     digits = os.urandom(16).hex()
-    return f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-{'89ab'[int(digits[16], 16) & 3]}{digits[17:20]}-{digits[20:]}"
+    return (
+        f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-"
+        f"{'89ab'[int(digits[16], 16) & 3]}{digits[17:20]}-{digits[20:]}"
+    )
 
 
 def validate_custom_job_id(job_id: object) -> str:
@@ -73,7 +76,9 @@ def validate_custom_job_id(job_id: object) -> str:
 
 
 def check_size(body: bytes, what: str, max_body: int, chosen: int | None = None) -> None:
-    """Refuse a new job that leaves no room in a message of `max_body` bytes for its result or its errors: 64 KiB, or an eighth.
+    """Refuse a new job that leaves no room in a message for its result or its errors.
+
+    A message has `max_body` bytes; the room is 64 KiB, or an eighth.
 
     `chosen`: a smaller limit, that of the settings.
 
@@ -224,10 +229,12 @@ class Job:
     reruns: int = Field(default=0, ge=0)
     """How often it was retried by hand."""
     put_offs: int = Field(default=0, ge=0)
-    """How often a worker put it off, since it did not know its task or its version."""
+    """How often it was put off: by a worker that did not know its task or its version, or by its task."""
     put_off_since: float | None = Field(default=None, allow_inf_nan=False)
     """When that began."""
     put_off_reason: str | None = None
+    snoozes: int = Field(default=0, ge=0)
+    """How often in a row its task has put it off by `Snooze`."""
     meta: dict[str, str] = Field(default_factory=dict)
     """What producers and middleware send along, such as the id of a request or of a trace."""
     v: int = WIRE_VERSION
@@ -397,7 +404,7 @@ JOBS: Final = TypeAdapter(Job).validator
 DICT_FIELDS: Final = (
     "args", "kwargs", "retries", "max_retries", "backoff", "ttl", "created_at", "last_attempt", "status", "result", "last_error",
     "error_traceback", "delay_until", "priority", "depends_on", "repeat_every", "deduplication", "errors", "finished_at", "worker",
-    "stalls", "timeout", "meta",
+    "stalls", "timeout", "meta", "snoozes",
 )  # fmt: skip
 OPTIONAL_FIELDS: Final[tuple[tuple[str, Any], ...]] = (
     ("parents", []),

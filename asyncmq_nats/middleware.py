@@ -54,7 +54,11 @@ class Ending:
     result: Any = None
     error: str | None = None
     """What went wrong, in one line: `ValueError: not an address`."""
+    error_type: str | None = None
+    """The class of the exception: `ValueError`, `smtplib.SMTPException`."""
     traceback: str | None = None
+    exception: BaseException | None = None
+    """The exception itself, if there is one, and it was raised in this process or could be sent from its own."""
     delay: float | None = None
     """Seconds until the job runs again."""
 

@@ -38,6 +38,7 @@ from asyncmq_nats.events import Event, read_event
 from asyncmq_nats.exceptions import (
     AssetMissing,
     BulkAddFailed,
+    FailedAttempt,
     InvalidArgument,
     JobFailed,
     JobNotFound,
@@ -184,6 +185,9 @@ class Queue:
         self._local_repeatables: list[Definition] = []
         self._waiters = Waiters(self.backend, self._subjects)
         self._registry = registry
+        note_queue = getattr(self.backend, "note_queue", None)
+        if note_queue is not None:  # that of tests, which runs the jobs of its queues
+            note_queue(self)
         self.any_task = self.backend.settings.any_task if any_task is None else any_task
 
     # -- add
@@ -224,12 +228,12 @@ class Queue:
                 raised `Unconfirmed` can be repeated safely.
             deduplication: `{"id", "ttl", "extend", "replace"}`: while a job added under that id has not ended, or for `ttl` seconds,
                 no other one is added: its id is returned. With `replace`, one that is still delayed gets the new task, arguments, delay.
-                With `extend`, each call starts the `ttl` anew.
+                With `extend`, each call restarts the `ttl`.
             debounce: AsyncMQ's older name for `deduplication`.
             depends_on: ids of jobs of this queue that must complete first; their results are in `current_job().parent_results()`.
             on_parent_failure: when one of them fails for good, `"wait"` (it may be retried by hand), `"fail"`, or `"run"` all the same.
             timeout: how long one attempt may run, in seconds; then the task is cancelled and the attempt has failed.
-            repeat_every: add the job again so many seconds, or a text such as `"5m"`, after each success.
+            repeat_every: add the job again this many seconds, or a text such as `"5m"`, after each success.
             meta: strings that go with the job, 8,192 bytes at most, such as the id of a request: `current_job().meta`.
 
         Raises:
@@ -378,8 +382,8 @@ class Queue:
 
     # -- run
 
-    def runner(self) -> Runner:
-        """Return a worker for this queue that is not yet running."""
+    def runner(self, **options: Any) -> Runner:
+        """Return a worker for this queue that is not yet running. `options`: of `Runner`."""
         import_tasks(self.backend.settings.tasks)
         return Runner(
             self.backend,
@@ -394,6 +398,7 @@ class Queue:
             declarations=Declarations(
                 self.backend, self._subjects, {d.rid: d for d in self._local_repeatables}
             ),
+            **options,
         )
 
     async def run(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
@@ -494,7 +499,7 @@ class Queue:
             state: such as `failed`.
             after: the `cursor` of the page before, read in the same order; `None` for the first page.
             limit: how many jobs at most.
-            newest_first: whether the jobs that came to the state last are first.
+            newest_first: whether the jobs that reached the state last are first.
 
         Raises:
             InvalidArgument: there is no such state, or the cursor is none of this state.
@@ -517,7 +522,7 @@ class Queue:
 
         Args:
             where: see `JobFilter`; by default all jobs.
-            newest_first: whether the jobs that came to their state last are first.
+            newest_first: whether the jobs that reached their state last are first.
             limit: how many at most.
         """
         wanted = JobFilter() if where is None else where
@@ -763,14 +768,14 @@ class Queue:
         ]
 
     async def retry_job(self, job_id: str) -> bool:
-        """Run a failed, expired, cancelled or delayed job again, or now, with all its retries and its time to live anew.
+        """Run a failed, expired, cancelled or delayed job again, or now, with all its retries and a new time to live.
 
         Return whether it was in one of these states.
         """
         return await self._find_and(self._administration.rerun, job_id)
 
     async def promote(self, job_id: str) -> bool:
-        """Let a delayed job run now, with the attempts that it has left; `retry_job` gives it all of them anew.
+        """Let a delayed job run now, with the attempts that it has left; `retry_job` gives it all of them again.
 
         Return whether it was delayed.
         """
@@ -825,7 +830,7 @@ class Queue:
     ) -> Applied:
         """Do something to all jobs that match a filter, or to those of some ids, many at a time.
 
-        Each job is met once: what comes to a state after the call has begun is not. A job may have moved on since it was found; then the
+        Each job is met once: what reaches a state after the call has begun is not. A job may have moved on since it was found; then the
         action does to it what it does in that state, and `remove` leaves it alone.
 
         After an interruption the same call goes on. So that it finds none that failed again since, give it the filter's `until`: the
@@ -991,11 +996,11 @@ class Queue:
             start: Unix seconds before which it does not run; an interval counts from there.
             end: Unix seconds after which it does not run.
             limit: how many jobs it adds at most.
-            jitter: each run is later by chance, by up to so many seconds, but before the next one.
+            jitter: each run is later by chance, by up to this many seconds, but before the next one.
             overlap: `"skip"` adds no job while the last one has not ended.
             catch_up: what becomes of the runs that were missed in an outage or a pause: `"one"` of
                 them is made up for, or `"all"`, or `"none"`. By default one after an outage, and
-                none after a pause: then the series begins anew.
+                none after a pause: then the series starts again.
 
         Raises:
             ValueError: the schedule is malformed; the message shows where.
@@ -1091,7 +1096,7 @@ class Queue:
 
         Args:
             state: such as `completed`.
-            older_than: only those that came to that state before, in Unix seconds: for outcomes, that ended before.
+            older_than: only those that reached that state before, in Unix seconds: for outcomes, that ended before.
             progress: called after each step with the number of jobs removed so far.
 
         Raises:
@@ -1109,7 +1114,7 @@ class Queue:
         *,
         progress: Progress | None = None,
     ) -> list[str]:
-        """Remove the jobs that came to a state more than `grace` seconds ago, at most `limit` (0: all), and return their ids.
+        """Remove the jobs that reached a state more than `grace` seconds ago, at most `limit` (0: all), and return their ids.
 
         `progress`: see `clean`.
         """
@@ -1147,7 +1152,8 @@ class Queue:
         counts = await self._inspection.count_by_state()
         if counts[State.ACTIVE] and not force:
             raise RuntimeError(
-                f"queue {self.name!r} has {counts[State.ACTIVE]} active jobs: wait for them, or pass force=True"
+                f"queue {self.name!r} has {counts[State.ACTIVE]} active jobs: "
+                "wait for them, or pass force=True"
             )
         ids = await self._cleanup.read_ids()
         # What runs would store its next attempt after all else is gone.
@@ -1171,7 +1177,9 @@ class Queue:
 
 
 def _result_of(job: Job) -> Any:
-    """Return what a job that has ended came to."""
+    """Return the outcome of a job that has ended."""
     if job.status is not State.COMPLETED:
-        raise JobFailed(job.job_id, job.status, job.last_error)
+        attempts = [FailedAttempt.read(entry) for entry in job.errors]
+        trace = job.error_traceback
+        raise JobFailed(job.job_id, job.status, job.last_error, traceback=trace, attempts=attempts)
     return job.result

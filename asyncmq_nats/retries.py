@@ -2,32 +2,41 @@
 
 import math
 import traceback as tracebacks
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from inspect import signature
-from typing import Any, Final
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from inspect import Parameter, signature
+from typing import Any, Final, Literal
 
 from pydantic import ValidationError
 
 from asyncmq_nats._logging import get_logger
-from asyncmq_nats.exceptions import Fail, Retry
+from asyncmq_nats.exceptions import Expired, Fail, InvalidArgument, Retry, Snooze
 from asyncmq_nats.jobs import MAX_DELAY, Job, backoff_delay
 
 __all__ = [
     "BackoffFunction",
+    "ErrorTypes",
     "FailedElsewhere",
     "Failure",
     "RetryLimits",
     "add_failure",
     "backoff_delay",
+    "checked_errors",
+    "judge",
     "retry_delay",
+    "snooze_delay",
 ]
 
 logger = get_logger(__name__)
 
 MAX_ERROR: Final = 2_000
 MAX_TRACEBACK: Final = 4_000
-MAX_ERRORS: Final = 10
+MAX_ERRORS: Final = 100
+"""The attempts of which a job keeps what went wrong."""
+FULL_ERRORS: Final = 5
+"""The last ones, with all of the message and the traceback."""
+SHORT_ERROR: Final = 120
+"""What is kept of the message of an earlier attempt, in characters."""
 
 IN_DOUBT: Final = 1.5
 """The backoff when a task's own function fails: that of `@task`."""
@@ -35,15 +44,22 @@ IN_DOUBT: Final = 1.5
 QUICK_RETRIES: Final = 10
 """The number of retries that may follow at once."""
 
-BackoffFunction = Callable[[int], float] | Callable[[], float]
-"""Given the number of the retry (1, 2, …), or nothing, the seconds to wait before it."""
+BackoffFunction = (
+    Callable[[int], float] | Callable[[], float] | Callable[[int, BaseException], float]
+)
+"""Given the number of the retry (1, 2, …) and the exception, or the number, or nothing: the seconds to wait before it."""
+ErrorTypes = type[BaseException] | Sequence[type[BaseException]]
 
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """What went wrong in one attempt, and when (Unix seconds). Texts are cut so that they fit into the job's record.
+    """What went wrong in one attempt, and when (Unix seconds).
 
-    `final`: no more attempts. `delay`: the task's own wish for when to try again.
+    Texts are cut so that they fit into the job's record.
+    `final`: no more attempts. `delay`: the task's own wish for when to try again. `end`: what
+    becomes of the job, other than by retries. `kind`: the class of the exception.
+    `lineage`: the names of its class and of its bases, when the `exception` itself stayed in the
+    process that raised it.
     """
 
     error: str
@@ -51,21 +67,49 @@ class Failure:
     at: float
     final: bool = False
     delay: float | None = None
+    end: Literal["failed", "expired", "snoozed"] = "failed"
+    kind: str = ""
+    lineage: tuple[str, ...] = ()
+    exception: BaseException | None = field(default=None, repr=False, compare=False)
 
     @classmethod
     def of(cls, error: BaseException, at: float) -> "Failure":
         """Return the failure that an exception stands for."""
         if isinstance(error, FailedElsewhere):
             return replace(error.failure, at=at)
-        delay = error.delay if isinstance(error, Retry) else None
+        cause = _sole(error)
         trace = "".join(tracebacks.format_exception(error))
-        return cls(
+        failure = cls(
             _cut(_describe(error), MAX_ERROR),
             _cut(trace, MAX_TRACEBACK),
             at,
-            isinstance(error, Fail),
-            delay,
+            isinstance(cause, Fail),
+            cause.delay if isinstance(cause, Retry) else None,
+            kind=_cut(_name(type(cause)), SHORT_ERROR),
+            lineage=tuple(map(_name, type(cause).__mro__)),
+            exception=cause,
         )
+        if isinstance(cause, Snooze):
+            return replace(failure, end="snoozed", delay=cause.seconds)
+        return replace(failure, end="expired") if isinstance(cause, Expired) else failure
+
+    def is_one_of(self, types: Sequence[type[BaseException]]) -> bool:
+        """Return whether it is an exception of one of these classes."""
+        if self.exception is not None:
+            return isinstance(self.exception, tuple(types))
+        return any(_name(each) in self.lineage for each in types)
+
+
+def _sole(error: BaseException) -> BaseException:
+    """Return the one exception of a group that holds no other: a task group raises nothing else."""
+    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+        error = error.exceptions[0]
+    return error
+
+
+def _name(kind: type) -> str:
+    module = kind.__module__.replace("__mp_main__", "__main__")
+    return kind.__qualname__ if module == "builtins" else f"{module}.{kind.__qualname__}"
 
 
 class FailedElsewhere(Exception):
@@ -91,7 +135,7 @@ def _describe(error: BaseException) -> str:
 
 
 def _cut(text: str, length: int) -> str:
-    """Return the text without what UTF-8 cannot hold (lone surrogates), its middle left out if it is longer."""
+    """Return the text without lone surrogates, its middle left out if it is longer."""
     text = text.encode("utf-8", "replace").decode()
     if len(text) <= length:
         return text
@@ -100,7 +144,10 @@ def _cut(text: str, length: int) -> str:
 
 @dataclass(frozen=True, slots=True)
 class RetryLimits:
-    """What a worker grants to a job, whatever the job says: so many retries, the later ones so many seconds apart at least."""
+    """What a worker grants to a job, whatever the job says.
+
+    A number of retries; the later ones are some seconds apart at least.
+    """
 
     retries: int = 10_000
     delay: float = 1.0
@@ -117,7 +164,60 @@ def add_failure(job: Job, failure: Failure) -> Job:
         "traceback": failure.traceback,
         "at": failure.at,
     }
-    return replace(job, retries=job.retries + 1, errors=[*job.errors, entry][-MAX_ERRORS:])
+    if failure.kind:
+        entry["type"] = failure.kind
+    errors = [*job.errors, entry][-MAX_ERRORS:]
+    if len(errors) > FULL_ERRORS:
+        earlier = -FULL_ERRORS
+        errors[:earlier] = [_shortened(each) for each in errors[:earlier]]
+    return replace(job, retries=job.retries + 1, errors=errors)
+
+
+def _shortened(entry: Mapping[str, Any]) -> dict[str, Any]:
+    error = _cut(str(entry.get("error", "")), SHORT_ERROR)
+    return {**entry, "error": error, "traceback": ""}
+
+
+def checked_errors(types: ErrorTypes | None, name: str) -> tuple[type[BaseException], ...] | None:
+    """Return the classes of exceptions that `@task` was given, in a tuple.
+
+    Raises:
+        InvalidArgument: one is no class of an exception.
+    """
+    if types is None:
+        return None
+    given = (types,) if isinstance(types, type) else types
+    if not isinstance(given, list | tuple | set | frozenset):
+        raise InvalidArgument(f"{name} must be a class of exceptions, or a tuple of them", types)
+    for each in given:
+        if not (isinstance(each, type) and issubclass(each, BaseException)):
+            raise InvalidArgument(f"{name} must be a class of exceptions, or a tuple of them", each)
+    return tuple(given)
+
+
+def judge(
+    failure: Failure,
+    retry_on: Sequence[type[BaseException]] | None,
+    give_up_on: Sequence[type[BaseException]] | None,
+) -> Failure:
+    """Return the failure as its task wants it treated.
+
+    `give_up_on`: these exceptions are final. `retry_on`: all others are. What a task says itself,
+    by `Retry` or `Snooze`, comes first.
+    """
+    if failure.final or failure.end != "failed" or failure.is_one_of((Retry,)):
+        return failure
+    if give_up_on is not None and failure.is_one_of(give_up_on):
+        return replace(failure, final=True)
+    if retry_on is not None and not failure.is_one_of(retry_on):
+        return replace(failure, final=True)
+    return failure
+
+
+def snooze_delay(job: Job, failure: Failure, limits: "RetryLimits") -> float:
+    """Return how long to wait before a job runs again that its task has put off."""
+    least = limits.delay if job.snoozes >= QUICK_RETRIES else 0.0
+    return min(max(least, failure.delay or 0.0), MAX_DELAY)
 
 
 def retry_delay(
@@ -126,9 +226,10 @@ def retry_delay(
     function: BackoffFunction | None = None,
     limits: RetryLimits = NO_LIMITS,
 ) -> float | None:
-    """Return how long to wait before the next attempt of a job that has just failed, 0 for at once; `None`: no more attempts.
+    """Return how long to wait before the next attempt of a job that has just failed, 0 for at once.
 
-    The task's own wish comes first, then the job's backoff, then that of its task (`function`).
+    `None`: no more attempts. The task's own wish comes first, then the job's backoff, then that of
+    its task (`function`).
     """
     if job.max_retries > limits.retries and not job.retries:
         logger.warning(
@@ -145,13 +246,15 @@ def retry_delay(
     elif job.backoff is not None:
         wished = backoff_delay(job.backoff, retry)
     else:
-        wished = 0.0 if function is None else _ask(function, retry)
+        wished = 0.0 if function is None else _ask(function, retry, failure)
     return min(max(limits.delay if retry > QUICK_RETRIES else 0.0, wished), MAX_DELAY)
 
 
-def _ask(function: Callable[..., Any], retry: int) -> float:
+def _ask(function: Callable[..., Any], retry: int, failure: Failure) -> float:
     try:
-        seconds = float(function(retry) if signature(function).parameters else function())
+        error = failure.exception or FailedElsewhere(failure)
+        given = (retry, error)[: _count_taken(function)]
+        seconds = float(function(*given))
         if not math.isfinite(seconds):
             raise ValueError(f"{seconds} is no delay")
     except Exception as error:  # the user's code, like the task itself
@@ -163,3 +266,15 @@ def _ask(function: Callable[..., Any], retry: int) -> float:
         )
         return backoff_delay(IN_DOUBT, retry)
     return seconds
+
+
+def _count_taken(function: Callable[..., Any]) -> int:
+    """Return how many of two positions a function is given: the second one only if it must have it."""
+    parameters = signature(function).parameters.values()
+    required = [
+        each
+        for each in parameters
+        if each.default is Parameter.empty
+        and each.kind in (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
+    ]
+    return 2 if len(required) >= 2 else min(len(parameters), 1)

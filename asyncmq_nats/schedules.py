@@ -48,7 +48,7 @@ LARGEST_CHANGE: Final = 3 * 3600.0
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """A rhythm: every so many seconds, or a cron expression in a time zone (an IANA name).
+    """A rhythm: an interval in seconds, or a cron expression in a time zone (an IANA name).
 
     No run is before `start` or after `end` (Unix seconds). An interval counts from `start`.
     """
@@ -157,13 +157,14 @@ def _parse_text(text: str) -> float:
         at = part.end()
     if at < len(text) or not text.strip():
         raise ValueError(
-            f"every={text!r} is not an interval such as '90', '5m' or '1h30m':{_point_at(text, at, at + 1)}"
+            f"every={text!r} is not an interval such as "
+            f"'90', '5m' or '1h30m':{_point_at(text, at, at + 1)}"
         )
     return seconds
 
 
 def check_cron(expression: str) -> None:
-    """Check a cron expression of five fields, or six with the seconds last, or an alias such as `@daily`.
+    """Check a cron expression: five fields, six with the seconds last, or an alias like `@daily`.
 
     Raises:
         ValueError: it is malformed or never comes true; the message points at the field.
@@ -172,12 +173,14 @@ def check_cron(expression: str) -> None:
     if expression.strip().startswith("@"):
         if not croniter.is_valid(expression.strip()):
             raise ValueError(
-                f"cron {expression!r} is not a known alias (@hourly, @daily, @weekly, @monthly, @yearly)"
+                f"cron {expression!r} is not a known alias "
+                "(@hourly, @daily, @weekly, @monthly, @yearly)"
             )
         return
     if len(fields) not in (5, 6):
         raise ValueError(
-            f"cron {expression!r} has {len(fields)} fields: five (minute hour day month weekday) or six (and second) are needed"
+            f"cron {expression!r} has {len(fields)} fields: "
+            "five (minute hour day month weekday) or six (and second) are needed"
             + _point_at(expression, len(expression), len(expression) + 1)
         )
     for index, field in enumerate(fields):
@@ -191,7 +194,8 @@ def check_cron(expression: str) -> None:
         except (CroniterError, ValueError, KeyError) as error:
             pointer = _point_at(expression, field.start(), field.end())
             raise ValueError(
-                f"cron {expression!r}: {field[0]!r} is not a valid {FIELDS[index]} ({error}){pointer}"
+                f"cron {expression!r}: {field[0]!r} is not a valid "
+                f"{FIELDS[index]} ({error}){pointer}"
             ) from None
     try:
         _times(expression, datetime(2024, 1, 1)).get_next(datetime)
@@ -214,7 +218,10 @@ def _check_steps(field: str, index: int) -> None:
 
 
 def _times(expression: str, start: datetime) -> croniter:
-    """Return the times of an expression. Croniter takes a range of one value, such as `5-5`, for every value."""
+    """Return the times of an expression.
+
+    Croniter takes a range of one value, such as `5-5`, for every value.
+    """
     return croniter(
         ONE_VALUE.sub(
             lambda match: match[1] if _is_same(match[1], match[2]) else match[0], expression
@@ -236,7 +243,10 @@ def _point_at(text: str, start: int, end: int) -> str:
 
 
 def next_run(schedule: Schedule, after: float) -> float:
-    """Return the first time after `after` (Unix seconds). An interval counts from `after`: pass the planned time, so that none drifts."""
+    """Return the first time after `after` (Unix seconds).
+
+    An interval counts from `after`: pass the planned time, so that none drifts.
+    """
     if schedule.every is not None:
         return after + schedule.every
     return _next_cron(str(schedule.cron), _zone(schedule.timezone), after)
@@ -283,12 +293,15 @@ def _series(schedule: Schedule, planned: float, now: float) -> Iterator[float]:
 def _next_cron(expression: str, zone: ZoneInfo, after: float) -> float:
     """Return the next time of a cron expression by the wall clock of a zone.
 
-    A time that the clock skips in spring comes later by as much as it skips, once. A time that it shows twice in autumn counts once, the
-    first time, unless the hour is a wildcard: what runs every few minutes goes on through both hours.
+    A time that the clock skips in spring comes later by as much as it skips, once. A time that it
+    shows twice in autumn counts once, the
+    first time, unless the hour is a wildcard: what runs every few minutes goes on through both
+    hours.
     Kept for a while: many repeatables have the same expression, and it takes a third of a ms.
     """
     hour = "*" if expression == "@hourly" else [*expression.split(), ""][1]
-    # Near a change of the clock, the times to come are to be looked for by what it shows before and by what it shows after the change.
+    # Near a change of the clock, the times to come are to be looked for by what it shows before and
+    # by what it shows after the change.
     around = {
         datetime.fromtimestamp(at, zone).utcoffset()
         for at in (after - LARGEST_CHANGE, after, after + LARGEST_CHANGE)
@@ -319,7 +332,10 @@ def _first_after(
 
 
 def _moments(wall: datetime, zone: ZoneInfo, *, twice: bool) -> list[float]:
-    """Return when the clock shows this: the first time, or both; for what it never shows, when it would have without the change."""
+    """Return when the clock shows this: the first time, or both.
+
+    For what it never shows, when it would have without the change.
+    """
     first, second = (wall.replace(tzinfo=zone, fold=fold).timestamp() for fold in (0, 1))
     return [first, second] if twice and second > first else [first]
 
@@ -333,7 +349,10 @@ def _zone(name: str) -> ZoneInfo:
 
 
 def definition_id(definition: dict[str, Any]) -> str:
-    """Return a stable id for a definition without a name: the same definition has the same id in every process."""
+    """Return a stable id for a definition without a name.
+
+    The same definition has the same id in every process.
+    """
     given = {key: value for key, value in definition.items() if value is not None}
     plain = load_json(dump_json(given, "the arguments of a repeatable job"))
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:24]

@@ -24,8 +24,8 @@ class JobFilter:
         state: one state, or several.
         task: the name of the task; `*` and `?` stand for any letters and any letter.
         text: found in the id, the task, the arguments, the error or the result, in any case.
-        since: Unix seconds; jobs that came to their state then or later: for outcomes, that ended.
-        until: Unix seconds; jobs that came to their state before.
+        since: Unix seconds; jobs that reached their state then or later: for outcomes, that ended.
+        until: Unix seconds; jobs that reached their state before.
         worker: id of the worker that ran the job, or runs it; as `task`, with `*` and `?`.
 
     Raises:
@@ -72,7 +72,7 @@ class JobFilter:
 
         Args:
             job: the job, as it was found.
-            at: when it came to its state, in Unix seconds.
+            at: when it reached its state, in Unix seconds.
             running: ids of jobs that the workers that are meant run now.
         """
         return (

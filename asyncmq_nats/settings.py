@@ -19,7 +19,7 @@ logger = get_logger(__name__)
 DAY = 86_400.0
 ENV_PREFIX: Final = "ASYNCMQ_NATS_"
 NOT_SETTINGS: Final = re.compile(r"PARENT|SERVICE_(HOST|PORT.*)|PORT(_\d+_.*)?")
-"""Variables with our prefix that are set by our supervisor, or by Kubernetes for a service of that name."""
+"""Variables with our prefix that our supervisor sets, or Kubernetes for a service of that name."""
 SCHEMES: Final = ("nats", "tls", "ws", "wss")
 LOGIN: Final = re.compile(r"(?<=//)[^\s,]*@|(?:(?<=^)|(?<=[\s,'\"]))[^/\s,]+@")
 HOW_TO_WRITE: Final = (
@@ -66,7 +66,8 @@ def parse_servers(value: object) -> tuple[Address, ...]:
     for server in servers:
         if (problem := _find_problem(server)) is not None:
             raise ValueError(
-                f"{mask_login(repr(server))} is no address of a NATS server: {problem}; {HOW_TO_WRITE}"
+                f"{mask_login(repr(server))} is no address of a NATS server: "
+                f"{problem}; {HOW_TO_WRITE}"
             )
     return tuple(Address(server) for server in servers)
 
@@ -163,9 +164,12 @@ class Settings(BaseSettings):
     stalled_after: float = Field(30.0, ge=0.5)
     """A job whose worker is silent for so long is run by another one. Workers extend it every third of this."""
     max_stalls: int = Field(3, ge=1)
-    """A job whose worker was lost so many times ends as failed."""
+    """A job whose worker was lost this many times ends as failed."""
     unknown_task_timeout: float = Field(3600.0, ge=0)
-    """How long a worker puts off a job whose task, or whose version of the format, it does not know; then the job fails. For rolling deploys."""
+    """How long a worker puts off a job whose task or format version it does not know.
+
+    Then the job fails. For rolling deploys.
+    """
     any_task: bool = False
     """Whether workers run every task they know; by default those of their own queue only."""
     max_retries_limit: int = Field(10_000, ge=0)
@@ -205,7 +209,7 @@ class Settings(BaseSettings):
     """Modules a worker imports before it starts, so that their tasks are registered; of a package, all modules. In the environment separated by commas."""
 
     max_job_payload_bytes: int | None = Field(None, ge=0)
-    """How large a new job may be, beside what the server takes (AsyncMQ `max_job_payload_bytes`)."""
+    """How large a new job may be, within what the server takes (AsyncMQ has the name too)."""
     _backend: Any = PrivateAttr(None)
 
     @property

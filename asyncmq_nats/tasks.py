@@ -12,7 +12,7 @@ from asyncmq_nats.context import DONE
 from asyncmq_nats.exceptions import InvalidArgument
 from asyncmq_nats.jobs import Backoff
 from asyncmq_nats.queues import Queue
-from asyncmq_nats.retries import BackoffFunction
+from asyncmq_nats.retries import BackoffFunction, ErrorTypes
 from asyncmq_nats.runtime.registry import TASK_REGISTRY, RegisteredTask, TaskRegistry
 from asyncmq_nats.store.topology import DEFAULT_PRIORITY
 from asyncmq_nats.wire.arguments import Arguments
@@ -151,13 +151,13 @@ class _ProgressDecorator(Protocol):
 def task(
     queue: str, retries: int = ..., ttl: float | None = ..., progress: Literal[False] = ..., *,
     backoff: float | Backoff | BackoffFunction | None = ..., timeout: float | None = ..., process: bool = ..., validate: bool = ...,
-    name: str | None = ..., registry: TaskRegistry = ...,
+    name: str | None = ..., registry: TaskRegistry = ..., retry_on: ErrorTypes | None = ..., give_up_on: ErrorTypes | None = ...,
 ) -> _Decorator: ...
 @overload
 def task(
     queue: str, retries: int = ..., ttl: float | None = ..., progress: bool = ..., *,
     backoff: float | Backoff | BackoffFunction | None = ..., timeout: float | None = ..., process: bool = ..., validate: bool = ...,
-    name: str | None = ..., registry: TaskRegistry = ...,
+    name: str | None = ..., registry: TaskRegistry = ..., retry_on: ErrorTypes | None = ..., give_up_on: ErrorTypes | None = ...,
 ) -> _ProgressDecorator: ...
 # fmt: on
 
@@ -174,6 +174,8 @@ def task(
     validate: bool = True,
     name: str | None = None,
     registry: TaskRegistry = TASK_REGISTRY,
+    retry_on: ErrorTypes | None = None,
+    give_up_on: ErrorTypes | None = None,
 ) -> _Decorator | _ProgressDecorator:
     """Make a function a task (AsyncMQ `task`).
 
@@ -181,13 +183,16 @@ def task(
         queue: the name of the queue that `enqueue` adds to.
         retries: for the jobs that `enqueue` adds; see `Queue.add`.
         ttl: likewise.
-        backoff: likewise; also a function that is given the number of the retry (1, 2, …) and returns seconds.
+        backoff: likewise; also a function that is given the number of the retry (1, 2, …), and if it takes two arguments the exception,
+            and returns seconds.
         timeout: likewise.
         progress: the function is given `report_progress(share, data=None)`, a share from 0 to 1; in async functions it may be awaited.
         process: run it in a process of its own, for work that keeps the processor busy; sync functions only.
         validate: make the arguments what the annotations say; without, the function is given plain data.
         name: the id of the task, instead of `module.function`.
         registry: where workers find it.
+        retry_on: the class of exceptions, or several, after which a job is retried; after all others it is not.
+        give_up_on: those after which it is not.
 
     Raises:
         InvalidArgument: `enqueue` could not give one of its parameters, or it has no name.
@@ -209,6 +214,8 @@ def task(
             progress=progress,
             process=process,
             validate=validate,
+            retry_on=retry_on,
+            give_up_on=give_up_on,
         )
         wrapper: TaskWrapper[..., Any] = TaskWrapper(entry, registry)
         registry[entry.id] = wrapper.entry  # AsyncMQ's registry has the wrapper, too

@@ -1,8 +1,10 @@
-"""Who gets which job, and when: order, urgent jobs, sharing, rate limit, pause, shutdown. Workers are processes of their own.
+"""Who gets which job, and when: order, urgent jobs, sharing, rate limit, pause, shutdown.
 
-    python benchmarks/flow.py [order urgent free share limit pause stop]
+Workers are processes of their own. python benchmarks/flow.py [order urgent free share limit pause
+stop]
 
-A row is a promise, what was measured and the target. Run it on a machine that has nothing else to do.
+A row is a promise, what was measured and the target. Run it on a machine that has nothing else to
+do.
 """
 
 import argparse
@@ -120,7 +122,10 @@ def row(promise: str, measured: str, target: str) -> None:
 
 
 def milliseconds(values: Sequence[float]) -> str:
-    return f"p50 {statistics.median(values) * 1000:.1f}, p95 {quantile(values, 0.95) * 1000:.1f}, max {max(values) * 1000:.1f} ms"
+    return (
+        f"p50 {statistics.median(values) * 1000:.1f}, "
+        f"p95 {quantile(values, 0.95) * 1000:.1f}, max {max(values) * 1000:.1f} ms"
+    )
 
 
 # -- what is measured
@@ -198,7 +203,10 @@ async def share(backend: NATSBackend) -> None:
             starts = await completed(queue, 100)
     pids = Counter(pid for _, pid in starts)
     seconds = starts[-1][0] - starts[0][0]
-    measured = f"{pids[first.pid]} + {100 - pids[first.pid]} jobs, last start {seconds:.2f} s after the first"
+    measured = (
+        f"{pids[first.pid]} + {100 - pids[first.pid]} jobs, "
+        f"last start {seconds:.2f} s after the first"
+    )
     row("100 jobs of 1 s, a second worker 0.2 s later", measured, "50 + 50")
 
 
@@ -265,7 +273,10 @@ async def stop(backend: NATSBackend) -> None:
     took, stats = time.time() - signalled, await queue.queue_stats()
     stalls = sum(job["stalls"] for job in await queue.get_jobs("completed"))
     left = stats["waiting"] + stats["active"]
-    measured = f"{stats['completed']} completed, {left} left, exit {code} after {took:.2f} s, {stalls} stalls"
+    measured = (
+        f"{stats['completed']} completed, {left} left, "
+        f"exit {code} after {took:.2f} s, {stalls} stalls"
+    )
     row("SIGTERM, 20 running jobs of 2 s, 20 waiting", measured, "20, 20, 0, 0")
 
     queue = Queue("again", backend)

@@ -2,8 +2,9 @@
 
 python benchmarks/large_queues.py [--sizes 1000,100000,1000000] [--no-clean]
 
-Each size is a queue of so many completed jobs and 100 failed ones between them. Runs on older releases too: what they lack is left out.
-Server CPU is what the server used meanwhile, in milliseconds.
+Each size is a queue of so many completed jobs and 100 failed ones between them. Runs on older
+releases too: what they lack is left out. Server CPU is what the server used meanwhile, in
+milliseconds.
 """
 
 import argparse
@@ -27,7 +28,10 @@ TICKS = os.sysconf("SC_CLK_TCK")
 
 
 class Filling:
-    """Writes records as workers and producers do, as fast as they go: pipelined, a bounded number under way."""
+    """Writes records as workers and producers do, as fast as they go.
+
+    Pipelined, a bounded number under way.
+    """
 
     def __init__(self, backend: NATSBackend) -> None:
         self._backend = backend
@@ -53,7 +57,8 @@ class Filling:
 
 def job_body(number: int, job_id: str, state: str) -> bytes:
     return (
-        b'{"v":1,"id":"%b","task":"tasks.send","args":[%d],"kwargs":{},"created_at":%.3f,"retries":0,'
+        b'{"v":1,"id":"%b","task":"tasks.send","args":[%d],'
+        b'"kwargs":{},"created_at":%.3f,"retries":0,'
         b'"max_retries":0,"priority":5,"status":"%b","result":%d,"finished_at":%.3f}'
     ) % (job_id.encode(), number, time.time(), state.encode(), number, time.time())
 

@@ -44,11 +44,13 @@ async def spread(backend: NATSBackend, jobs: int) -> None:
         group.cancel_scope.cancel()
     late = [seconds * 1000 for seconds in started]
     print(
-        f"{jobs} jobs with delays of 0.05 to 3 s: late by p50 {quantile(late, 0.5):.1f} ms, p95 {quantile(late, 0.95):.1f} ms, ",
+        f"{jobs} jobs with delays of 0.05 to 3 s: "
+        f"late by p50 {quantile(late, 0.5):.1f} ms, p95 {quantile(late, 0.95):.1f} ms, ",
         end="",
     )
     print(
-        f"max {max(late):.1f} ms; early: {sum(value < -0.5 for value in late)} (earliest {min(late):.2f} ms)"
+        f"max {max(late):.1f} ms; "
+        f"early: {sum(value < -0.5 for value in late)} (earliest {min(late):.2f} ms)"
     )
 
 
@@ -72,7 +74,8 @@ async def burst(backend: NATSBackend, jobs: int) -> None:
         group.cancel_scope.cancel()
     late = [seconds * 1000 for seconds in started]
     print(
-        f"{jobs:,} jobs due at one instant: all started within {taken:.2f} s, {jobs / taken:,.0f} jobs/s; "
+        f"{jobs:,} jobs due at one instant: "
+        f"all started within {taken:.2f} s, {jobs / taken:,.0f} jobs/s; "
         f"late by p50 {quantile(late, 0.5):.1f} ms, p95 {quantile(late, 0.95):.1f} ms; early: ",
         end="",
     )

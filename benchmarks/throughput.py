@@ -1,9 +1,12 @@
-"""Jobs per second: adding one by one, concurrently and in bulk, and running no-op jobs, each beside plain nats-py doing the same traffic.
+"""Jobs per second.
 
-    python benchmarks/throughput.py [--jobs 10000] [--rounds 3]
+Adding one by one, concurrently and in bulk, and running no-op jobs, each beside plain nats-py doing
+the same traffic. python benchmarks/throughput.py [--jobs 10000] [--rounds 3]
 
-Every figure is compared within a round, so that a noisy machine shifts both sides; the table shows medians. The raw loop is the least
-that any queue on JetStream must do: pull requests into one callback, parse, publish one record through a reply inbox of its own, ack.
+Every figure is compared within a round, so that a noisy machine shifts both sides; the table shows
+medians. The raw loop is the least
+that any queue on JetStream must do: pull requests into one callback, parse, publish one record
+through a reply inbox of its own, ack.
 """
 
 import argparse
@@ -143,7 +146,10 @@ class Raw:
                     group.start_soon(self.add, number)
 
     async def process(self, jobs: int, in_hand: int) -> None:  # noqa: C901  one loop of callbacks over one state
-        """Pull, parse, publish a record, ack when it is confirmed: until `jobs` are acknowledged."""
+        """Pull, parse, publish a record, ack when it is confirmed.
+
+        Until `jobs` are acknowledged.
+        """
         finished = anyio.Event()
         acks: dict[str, str] = {}
         state = {"left": jobs, "asked": 0}
@@ -211,7 +217,10 @@ async def add_concurrently(
 
 
 async def process(queue: Queue, jobs: int) -> None:
-    """Start a worker in this process, run the backlog, and stop the worker: then every outcome is confirmed, and every job acknowledged."""
+    """Start a worker in this process, run the backlog, and stop the worker.
+
+    Then every outcome is confirmed, and every job acknowledged.
+    """
     runner = queue.runner()
     countdown.start(jobs)
     async with anyio.create_task_group() as group:
@@ -274,7 +283,10 @@ async def measure_processing(
 
 
 async def check_results(queue: Queue, jobs: int) -> None:
-    """Make sure that each job has ended, and that nothing of it is left: acknowledgements are not confirmed."""
+    """Make sure that each job has ended, and that nothing of it is left.
+
+    Acknowledgements are not confirmed.
+    """
     stats: dict[str, int] = {}
     with anyio.fail_after(5):
         while stats != dict.fromkeys(stats, 0) | {"completed": jobs}:

@@ -1,6 +1,6 @@
-"""A producer without asyncmq-nats: one publish adds a job, one subscription follows it. See docs/protocol.md.
+"""A producer without asyncmq-nats: one publish adds a job, one subscription follows it.
 
-    python examples/plain_nats_producer.py [text]
+See docs/protocol.md. python examples/plain_nats_producer.py [text]
 
 Needs nats-py only, and a worker: python examples/worker.py
 """
@@ -59,7 +59,10 @@ async def main(text: str) -> int:
 
 
 async def connect() -> Client:
-    """Connect to one of the servers. Left alone, nats-py would try for ever, and print each failure with a traceback."""
+    """Connect to one of the servers.
+
+    Left alone, nats-py would try for ever, and print each failure with a traceback.
+    """
     client, failures = Client(), []
 
     async def note(error: Exception) -> None:

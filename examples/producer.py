@@ -1,10 +1,12 @@
-"""A producer: adds jobs at a steady pace, waits for their results and prints them, until SIGTERM or Ctrl-C.
+"""A producer.
 
-    ASYNCMQ_NATS_SERVERS   addresses of the NATS servers (nats://127.0.0.1:4222)
+Adds jobs at a steady pace, waits for their results and prints them, until SIGTERM or Ctrl-C.
+ASYNCMQ_NATS_SERVERS   addresses of the NATS servers (nats://127.0.0.1:4222)
     INTERVAL               seconds between two jobs (0.5)
     JOBS                   end after so many (0: never)
 
-When asked to stop, it adds no more and waits up to five seconds for the results that are outstanding.
+When asked to stop, it adds no more and waits up to five seconds for the results that are
+outstanding.
 """
 
 import itertools

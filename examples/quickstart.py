@@ -1,7 +1,7 @@
 """Every kind of job there is, added, run and shown: python examples/quickstart.py
 
-Starts a nats-server of its own, or uses the one in ASYNCMQ_NATS_SERVERS, where others may run it too. Ends with 0 if every job came to
-what it should.
+Starts a nats-server of its own, or uses the one in ASYNCMQ_NATS_SERVERS, where others may run it
+too. Ends with 0 if every job came to what it should.
 """
 
 import logging
@@ -88,7 +88,10 @@ class Added:
 
 
 class Progress:
-    """One line that is written again and again on a terminal; a few lines one after the other elsewhere."""
+    """One line that is written again and again on a terminal.
+
+    A few lines one after the other elsewhere.
+    """
 
     def __init__(self, total: int) -> None:
         self.done = 0
@@ -202,7 +205,8 @@ async def show() -> int:
         added, bulk = await add_jobs(queue)
         job_ids = [*(entry.job_id for entry in added), *bulk]
         print(
-            f"{len(job_ids)} jobs added in {time.perf_counter() - started:.2f} s; a worker runs them, {CONCURRENCY} at a time\n"
+            f"{len(job_ids)} jobs added in {time.perf_counter() - started:.2f} s; "
+            f"a worker runs them, {CONCURRENCY} at a time\n"
         )
         started = time.perf_counter()
         async with anyio.create_task_group() as group:

@@ -4,7 +4,8 @@
     CONCURRENCY            jobs at a time (10)
     LOG_LEVEL              DEBUG, INFO, WARNING or ERROR (INFO)
 
-When asked to stop, it takes no more jobs, lets those that run finish for ASYNCMQ_NATS_SHUTDOWN_TIMEOUT seconds, and hands the rest back.
+When asked to stop, it takes no more jobs, lets those that run finish for
+ASYNCMQ_NATS_SHUTDOWN_TIMEOUT seconds, and hands the rest back.
 """
 
 import logging

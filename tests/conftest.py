@@ -107,7 +107,10 @@ async def backend(make_backend: Callable[[], Backend]) -> AsyncIterator[Backend]
 
 @pytest.fixture
 async def twin(make_backend: Callable[[], Backend], backend: Backend) -> AsyncIterator[Backend]:
-    """A second connected handle on the store of `backend`, as another process would have; in memory the same object."""
+    """A second connected handle on the store of `backend`, as another process would have.
+
+    In memory the same object.
+    """
     connected = make_backend()
     if connected is backend:
         yield backend

@@ -1,4 +1,7 @@
-"""What the tests of queues and workers have in common: a worker that runs while a block does, and patience with a bound."""
+"""What the tests of queues and workers have in common.
+
+A worker that runs while a block does, and patience with a bound.
+"""
 
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -43,7 +46,10 @@ async def run_jobs(queue: Queue) -> None:
 
 
 async def wait_until_done(queue: Queue) -> None:
-    """Wait until no job is waiting, active or delayed. No event says so: it is read, twice, since a job that moves may be overlooked."""
+    """Wait until no job is waiting, active or delayed.
+
+    No event says so: it is read, twice, since a job that moves may be overlooked.
+    """
     empty, pause = 0, 0.005
     with anyio.fail_after(2 * PATIENCE):
         while empty < 2:

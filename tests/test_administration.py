@@ -1,4 +1,7 @@
-"""Cleaning up and looking through a queue: clean, remove, drain, obliterate, the getters, retention; on both backends."""
+"""Cleaning up and looking through a queue.
+
+Clean, remove, drain, obliterate, the getters, retention; on both backends.
+"""
 
 from collections.abc import Awaitable, Callable
 from typing import Any

@@ -1,4 +1,7 @@
-"""What travels and as what: the tables of docs/arguments.md, and the promise that what is accepted arrives equal."""
+"""What travels and as what.
+
+The tables of docs/arguments.md, and the promise that what is accepted arrives equal.
+"""
 
 import json
 import re

@@ -1,4 +1,7 @@
-"""What AsyncMQ 0.10.1 gets wrong and we must not, numbered as in the list of its bugs: a test for each row, on both backends."""
+"""What AsyncMQ 0.10.1 gets wrong and we must not, numbered as in the list of its bugs.
+
+A test for each row, on both backends.
+"""
 
 import sys
 from collections.abc import Callable

@@ -1,4 +1,7 @@
-"""What the seam promises of credit, pullers and pauses, for every backend. See `test_backend_contract.py`."""
+"""What the seam promises of credit, pullers and pauses, for every backend.
+
+See `test_backend_contract.py`.
+"""
 
 import time
 from functools import partial
@@ -241,7 +244,8 @@ async def test_credit_lapses_with_its_consumer_which_is_declared_again(
     await twin.delete_log("jobs")
     await twin.declare_log(JOBS)
     await add(twin, "1.a")
-    # A server that says nothing when the stream goes is noticed by its silence: two heartbeats, some grace and a look, 13 s in all.
+    # A server that says nothing when the stream goes is noticed by its silence: two heartbeats,
+    # some grace and a look, 13 s in all.
     await receiver.wait_for(lambda: "one" in receiver.lapses, patience=20)
     assert receiver.puller.outstanding("one") == 0
     with anyio.fail_after(PATIENCE):

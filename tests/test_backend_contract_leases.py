@@ -1,4 +1,7 @@
-"""What the seam promises of consumers, deliveries and leases, for every backend. See `test_backend_contract.py`."""
+"""What the seam promises of consumers, deliveries and leases, for every backend.
+
+See `test_backend_contract.py`.
+"""
 
 import time
 from dataclasses import replace

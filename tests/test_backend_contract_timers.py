@@ -1,4 +1,7 @@
-"""What the seam promises of what happens in time, and of counting it, for every backend. See `test_backend_contract.py`."""
+"""What the seam promises of what happens in time, and of counting it, for every backend.
+
+See `test_backend_contract.py`.
+"""
 
 import pytest
 
@@ -214,8 +217,8 @@ async def test_counter_counts_overwrites_deletions_purges_and_timers(backend: Ba
 @pytest.mark.parametrize("filter", ["notes.1.>", "notes.*.parked", "notes.1.parked", "notes.1.*"])
 async def test_counter_counts_the_purge_of_a_single_record(backend: Backend, filter: str) -> None:
     await backend.declare_consumer("notes", Consumer("counter", ("notes.*.parked",)))
-    # nats-server 2.15.1 forgets to count what a filter with wildcards removes if that is exactly one record. It finds that out by itself
-    # if it counts more than the log has, hence the others.
+    # nats-server 2.15.1 forgets to count what a filter with wildcards removes if that is exactly
+    # one record. It finds that out by itself if it counts more than the log has, hence the others.
     await backend.write(
         "notes",
         *(Write(f"notes.{number}.delayed", b"") for number in range(2, 9)),

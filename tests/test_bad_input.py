@@ -1,4 +1,7 @@
-"""What a user may get wrong, on both backends: a clear error, nothing added or declared, and no harm to anybody else."""
+"""What a user may get wrong, on both backends.
+
+A clear error, nothing added or declared, and no harm to anybody else.
+"""
 
 import math
 from collections.abc import Callable

@@ -1,4 +1,8 @@
-"""docker-compose.yml: that compose accepts it, that it fits the repository, and that its services work together, as plain processes."""
+"""docker-compose.yml.
+
+That compose accepts it, that it fits the repository, and that its services work together, as plain
+processes.
+"""
 
 import os
 import re
@@ -28,7 +32,10 @@ JOBS = 12
 
 
 def compose_command() -> list[str] | None:
-    """Return the command of docker compose, the plugin or the program of old; `None` without either."""
+    """Return the command of docker compose, the plugin or the program of old.
+
+    `None` without either.
+    """
     if (
         shutil.which("docker")
         and subprocess.run(["docker", "compose", "version"], capture_output=True).returncode == 0

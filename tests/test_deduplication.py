@@ -1,4 +1,7 @@
-"""`deduplication`: windows in which a second job with the same key is not added; on both backends."""
+"""`deduplication`: windows in which a second job with the same key is not added.
+
+On both backends.
+"""
 
 from collections.abc import Awaitable, Callable
 from typing import Any

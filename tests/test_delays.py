@@ -1,4 +1,7 @@
-"""Jobs for later: added, listed, removed, taken out, run by hand, and never early. On both backends."""
+"""Jobs for later: added, listed, removed, taken out, run by hand, and never early.
+
+On both backends.
+"""
 
 import time
 from collections.abc import AsyncIterator
@@ -59,7 +62,10 @@ def queue(backend: Backend, starts: Starts) -> Queue:
 
 
 async def when_released(queue: Queue, job_id: str) -> None:
-    """Wait until the server has released a delayed job, which it does a little early: a worker waits for the rest of its time."""
+    """Wait until the server has released a delayed job, which it does a little early.
+
+    A worker waits for the rest of its time.
+    """
     key = f"$KV.amq_{queue.name}_scheduler.later.{job_id}.released"
     await until(lambda: queue.backend.last(f"KV_amq_{queue.name}_scheduler", key), bool)
 
@@ -403,7 +409,10 @@ async def test_a_promoter_that_cannot_begin_says_so_and_ends(
 async def test_what_reaches_a_promoter_late_is_not_made_ready_again(
     queue: Queue, backend: Backend, starts: Starts, monkeypatch: pytest.MonkeyPatch, forgotten: bool
 ) -> None:
-    """It was on its way to a process that stood still, and is a first delivery to it. `forgotten`: for so long that no message id helps."""
+    """It was on its way to a process that stood still, and is a first delivery to it.
+
+    `forgotten`: for so long that no message id helps.
+    """
     await queue._assets.declare_all()
     job_id = await queue.add("note", delay=0.01)
     (late,) = await Receiver(backend, "KV_amq_work_scheduler").pull("promoter")

@@ -1,4 +1,7 @@
-"""Jobs that wait for others: `depends_on`, results of parents, parents that fail, follow-ups; on both backends."""
+"""Jobs that wait for others: `depends_on`, results of parents, parents that fail, follow-ups.
+
+On both backends.
+"""
 
 from collections.abc import Sequence
 from functools import partial

@@ -1,4 +1,7 @@
-"""The documents: their examples run, their links lead somewhere, and what they say of names is true."""
+"""The documents.
+
+Their examples run, their links lead somewhere, and what they say of names is true.
+"""
 
 import ast
 import importlib

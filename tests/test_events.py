@@ -1,4 +1,7 @@
-"""Events: those of a queue from any process, those of this process's workers, and `wait_for`; on both backends."""
+"""Events: those of a queue from any process, those of this process's workers, and `wait_for`.
+
+On both backends.
+"""
 
 import functools
 import logging
@@ -326,7 +329,10 @@ async def test_a_slow_reader_loses_events_and_hinders_nobody(
 
 @pytest.fixture
 def emitted() -> Any:
-    """What the callbacks that the test registers with `listen` were called with; they are removed again."""
+    """What the callbacks that the test registers with `listen` were called with.
+
+    They are removed again.
+    """
     calls: list[tuple[str, dict[str, Any]]] = []
     registered: list[tuple[str, Callable[..., Any]]] = []
 

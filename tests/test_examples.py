@@ -1,4 +1,7 @@
-"""Each example, run as a user would: a program of its own. worker.py and producer.py together are in test_compose.py."""
+"""Each example, run as a user would: a program of its own.
+
+worker.py and producer.py together are in test_compose.py.
+"""
 
 import os
 import re

@@ -20,6 +20,7 @@ from asyncmq_nats.exceptions import (
     InvalidQueueName,
     JobFailed,
     JobNotFound,
+    LoopRunning,
     NotSerializable,
     PayloadTooLarge,
     PermissionRefused,
@@ -30,6 +31,7 @@ from asyncmq_nats.exceptions import (
     TaskTimeout,
     TooManyPriorities,
     Unconfirmed,
+    VirtualTimeStuck,
     WriteRefused,
 )
 
@@ -101,6 +103,8 @@ DRAWN = re.compile(r"^ {4}([│├└─ ]+)(\w+)(?: +\(([\w, ]+)\))?", re.MULTI
             ["publishing", "denied", "declare=False"],
         ),
         (AssetMissing("stream x"), LookupError, ["stream x", "declare"]),
+        (LoopRunning("enqueue()", "await it"), RuntimeError, ["enqueue()", "await it"]),
+        (VirtualTimeStuck("a job waits"), RuntimeError, ["a job waits"]),
         (ServerBinaryMissing(), RuntimeError, ["asyncmq-nats[embedded]"]),
         (Retry("busy", delay=2), AsyncMQError, ["busy"]),
         (Fail("hopeless"), AsyncMQError, ["hopeless"]),
@@ -130,7 +134,7 @@ def test_the_drawn_tree_is_the_real_one() -> None:
 
 
 def test_every_error_is_exported() -> None:
-    assert sorted(EVERY) == sorted(exceptions.__all__)
+    assert sorted([*EVERY, "FailedAttempt"]) == sorted(exceptions.__all__)
 
 
 @pytest.mark.parametrize("name", sorted(set(EVERY) - {"AsyncMQError", "BackendError"}))

@@ -116,7 +116,7 @@ async def test_a_new_tier_is_taken_from_at_once(backend: Backend, twin: Backend)
 def seem_fast(fetcher: Fetcher) -> None:
     """Have a fetcher take its jobs for short ones."""
     fetcher._throughput = Throughput(1e6, 0.0, 0.1, prefetch=MAX_PREFETCH, may_grow=True)
-    fetcher._started = 10_000
+    fetcher.started = 10_000
     fetcher.refill()
 
 
@@ -289,7 +289,10 @@ class TestLateDeliveries:
     async def test_what_came_late_is_not_given_back_under_the_worker_that_has_it_now(
         self, backend: Backend, twin: Backend
     ) -> None:
-        """A process that was stopped beyond its leases has deliveries that are out of date: a NAK of one ends the newest."""
+        """A process that was stopped beyond its leases has deliveries that are out of date.
+
+        A NAK of one ends the newest.
+        """
         await add(make_queue(backend), 5)
         subjects = QueueSubjects(backend.settings.prefix, "work")
         lost = Receiver(backend, subjects.ready_log, extend=False)
@@ -452,8 +455,8 @@ def test_the_first_late_jobs_of_each_tier_are_taken_out() -> None:
     def is_late(place: int, held_seconds: float, deliveries: int) -> bool:
         return place >= 1
 
-    assert jobs.count_late(is_late) == {0: 1, 5: 4}
-    taken = jobs.pop_late(is_late, {5: 2, 7: 3})
+    assert jobs.count_late(is_late, 1.0) == {0: 1, 5: 4}
+    taken = jobs.pop_late(is_late, 1.0, {5: 2, 7: 3})
     assert [job.sequence for job in taken] == [1, 3]
     assert jobs.counts == {0: 2, 5: 2}
     assert [jobs.pop().sequence for _ in range(4)] == [4, 8, 6, 7]

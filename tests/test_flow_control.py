@@ -1,4 +1,7 @@
-"""Order, pause, cancel and the list of workers, as a user of one process sees them. On both backends."""
+"""Order, pause, cancel and the list of workers, as a user of one process sees them.
+
+On both backends.
+"""
 
 import random
 import threading
@@ -29,7 +32,10 @@ from tests.running import (
 
 @pytest.fixture
 def settings() -> Settings:
-    """A lease so long that only a hand-back explains a second delivery; heartbeats in which a missed signal is made up for."""
+    """A lease so long that only a hand-back explains a second delivery.
+
+    Heartbeats in which a missed signal is made up for.
+    """
     return Settings(
         stalled_after=600, publish_timeout=10, shutdown_timeout=0.1, heartbeat_interval=0.5
     )
@@ -497,7 +503,10 @@ async def test_a_cancel_that_was_not_heard_is_seen_at_the_next_heartbeat(
 
 
 async def test_a_sync_task_is_told_that_it_was_cancelled(backend: Backend) -> None:
-    """Nothing can interrupt a thread. Its job is cancelled and its slot free, and the task may look."""
+    """Nothing can interrupt a thread.
+
+    Its job is cancelled and its slot free, and the task may look.
+    """
     started, finished, told = threading.Event(), threading.Event(), threading.Event()
 
     def work() -> str:

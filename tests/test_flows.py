@@ -335,7 +335,10 @@ async def test_of_a_larger_flow_nothing_runs_before_all_of_it_is_there(
 async def test_a_bulk_whose_confirmation_was_lost_is_no_error(
     backend: Backend, monkeypatch: pytest.MonkeyPatch, stored: bool
 ) -> None:
-    """The server stored it and refuses the repetition. It never has a part: killed in the middle, it writes the rest when it is back."""
+    """The server stored it and refuses the repetition.
+
+    It never has a part: killed in the middle, it writes the rest when it is back.
+    """
     real, sizes = backend.write, list[int]()
 
     async def write(log: str, *writes: Write) -> int:
@@ -400,7 +403,10 @@ async def test_a_large_bulk_says_what_was_added(
 def watch_writes(
     backend: Backend, monkeypatch: pytest.MonkeyPatch, *, fail_at: int | None = None
 ) -> list[tuple[Write, ...]]:
-    """Return a list that grows with each write of jobs; that of the number `fail_at` is not sent."""
+    """Return a list that grows with each write of jobs.
+
+    That of the number `fail_at` is not sent.
+    """
     batches: list[tuple[Write, ...]] = []
     write = backend.write
 

@@ -394,7 +394,10 @@ def _with_parent(body: bytes) -> bytes:
 async def test_a_job_that_fails_at_once_does_not_end_one_that_has_ended(
     queue: Queue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two producers with one id: what the slower one would write was made before the faster one's job ran."""
+    """Two producers with one id.
+
+    What the slower one would write was made before the faster one's job ran.
+    """
     parent = await queue.add("fail")
     await run_jobs(queue)
     links = queue._additions.plans.links

@@ -1,4 +1,7 @@
-"""One event loop after another in one process: `asyncio.run` for each script, request or test, with a backend of the module."""
+"""One event loop after another in one process.
+
+`asyncio.run` for each script, request or test, with a backend of the module.
+"""
 
 import asyncio
 import gc

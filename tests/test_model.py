@@ -1,4 +1,7 @@
-"""Random programs, run on both backends and on a model of a few lines: what a user can see is the same after every step."""
+"""Random programs, run on both backends and on a model of a few lines.
+
+What a user can see is the same after every step.
+"""
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
@@ -60,7 +63,10 @@ STEPS: st.SearchStrategy[Step] = st.one_of(
 
 @dataclass
 class ModelJob:
-    """What the model knows of a job. `attempts` counts those since it was new, or made new by hand."""
+    """What the model knows of a job.
+
+    `attempts` counts those since it was new, or made new by hand.
+    """
 
     plan: Plan
     token: int
@@ -234,7 +240,8 @@ def _expected(job: ModelJob) -> dict[str, Any]:
 
 names = count()
 PROGRAMS = st.lists(STEPS, min_size=1, max_size=20)
-# Programs are short enough to be read as they are, and a failing one waits: to shrink it would take minutes.
+# Programs are short enough to be read as they are, and a failing one waits: to shrink it would take
+# minutes.
 PHASES = [Phase.explicit, Phase.reuse, Phase.generate]
 
 

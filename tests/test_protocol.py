@@ -1,4 +1,7 @@
-"""The wire format and the permissions of docs/protocol.md, on a real server: its examples run, its tables are true."""
+"""The wire format and the permissions of docs/protocol.md, on a real server.
+
+Its examples run, its tables are true.
+"""
 
 import asyncio
 import json
@@ -377,7 +380,7 @@ async def test_outcomes_have_the_fields_of_the_table(
     good, bad, late, unwanted = [await read(stream, key) for key in keys]
     assert (good["status"], good["result"], good["mine"]) == ("completed", 2, {"kept": True})
     assert (bad["status"], bad["last_error"], bad["retries"]) == ("failed", "ValueError: no", 1)
-    assert set(bad["errors"][0]) == {"attempt", "error", "traceback", "at"}
+    assert set(bad["errors"][0]) == {"attempt", "type", "error", "traceback", "at"}
     assert {"error_traceback"} <= set(bad)
     assert late["status"] == "expired"
     assert "time to live" in late["last_error"]

@@ -1,4 +1,7 @@
-"""A job that this worker cannot run, but another may: put off with growing delays, then failed. And whose tasks a worker runs."""
+"""A job that this worker cannot run, but another may: put off with growing delays, then failed.
+
+And whose tasks a worker runs.
+"""
 
 import json
 from typing import Any

@@ -1,4 +1,7 @@
-"""A rate limit holds for the whole queue, over all its workers: the arithmetic of permits, and the workers that live by it."""
+"""A rate limit holds for the whole queue, over all its workers.
+
+The arithmetic of permits, and the workers that live by it.
+"""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -22,7 +25,10 @@ NOW = 1_800_000_000.0
 
 @dataclass
 class Hand:
-    """A worker as the bucket sees it: how many permits it has, and when the bucket takes them back."""
+    """A worker as the bucket sees it.
+
+    How many permits it has, and when the bucket takes them back.
+    """
 
     held: int = 0
     ends: float = 0.0
@@ -39,7 +45,10 @@ class World:
     starts: list[float] = field(default_factory=list)
 
     def act(self, worker: str, wanted: int, use: int, pause: float) -> None:
-        """Let time pass; then a worker asks for permits, and starts jobs with some of those it has."""
+        """Let time pass.
+
+        Then a worker asks for permits, and starts jobs with some of those it has.
+        """
         self.now += pause
         hand = self.hands.setdefault(worker, Hand())
         if self.now >= hand.ends:
@@ -118,7 +127,10 @@ def test_no_permit_is_held_that_the_bucket_does_not_count(
 def test_who_asks_again_after_the_wait_gets_the_whole_allowance(
     limit: Limit, slots: int, late: float
 ) -> None:
-    """Even if each time it is late, by a share of the interval: what came meanwhile is in the bucket."""
+    """Even if each time it is late, by a share of the interval.
+
+    What came meanwhile is in the bucket.
+    """
     world = World(limit)
     while world.now < NOW + 20 * limit.interval:
         world.bucket, granted, wait = lease(world.bucket, limit, "a", 0, slots, world.now)

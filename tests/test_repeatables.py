@@ -70,7 +70,10 @@ async def make_due(queue: Queue, at: float) -> None:
 
 
 async def planned_of(queue: Queue) -> list[int]:
-    """Return the planned times of the jobs that were made, in milliseconds and in order: the ids have them."""
+    """Return the planned times of the jobs that were made, in milliseconds and in order.
+
+    The ids have them.
+    """
     return sorted(int(job["id"].rpartition("-")[2]) for job in await queue.get_jobs())
 
 

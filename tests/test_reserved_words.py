@@ -1,4 +1,7 @@
-"""A job's id can be any word, also one of ours: through every public operation, on both backends."""
+"""A job's id can be any word, also one of ours.
+
+Through every public operation, on both backends.
+"""
 
 from collections.abc import Awaitable, Callable
 

@@ -1,4 +1,7 @@
-"""What becomes of a job that fails: attempts and their errors, backoffs, timeouts, and retries by hand. On both backends."""
+"""What becomes of a job that fails.
+
+Attempts and their errors, backoffs, timeouts, and retries by hand. On both backends.
+"""
 
 import threading
 import time
@@ -205,7 +208,7 @@ class TestOfTasks:
             lambda retry: 1 / 0,
             lambda retry: "soon",
             lambda retry: float("nan"),
-            lambda one, two: 1.0,
+            lambda one, two, three: 1.0,
         ],
     )
     async def test_a_function_that_fails_harms_nothing(

@@ -1,4 +1,7 @@
-"""When a repeatable job runs next: what is understood, what is refused and where, and what clocks that change do to it."""
+"""When a repeatable job runs next.
+
+What is understood, what is refused and where, and what clocks that change do to it.
+"""
 
 import math
 import subprocess
@@ -312,7 +315,8 @@ def test_an_interval_has_no_time_zone() -> None:
             "2026-03-29T00:00",
             ["03-29 00:30 +0000", "03-30 00:30 +0200"],
         ),
-        # Those that are skipped run later each, also those that are late themselves when the next one is asked for.
+        # Those that are skipped run later each, also those that are late themselves when the next
+        # one is asked for.
         (
             "10,50 2 * * *",
             "Europe/Berlin",
@@ -450,7 +454,10 @@ MOMENTS = st.sampled_from(
 
 
 def all_ticks(cron: str, zone: ZoneInfo, start: datetime, end: datetime) -> list[float]:
-    """Return the ticks of a span of what a clock shows, by the letter of the rule: each time it shows, then when that is."""
+    """Return the ticks of a span of what a clock shows, by the letter of the rule.
+
+    Each time it shows, then when that is.
+    """
     found: set[float] = set()
     for wall in iter_walls(cron, start, end):
         first, second = (wall.replace(tzinfo=zone, fold=fold).timestamp() for fold in (0, 1))
@@ -614,5 +621,6 @@ def test_the_id_is_that_of_every_process_and_version() -> None:
         check=True,
         env={"PYTHONHASHSEED": "7"},
     )
-    # A fixed value: an id that changes with a release would make a second series of every repeatable in store.
+    # A fixed value: an id that changes with a release would make a second series of every
+    # repeatable in store.
     assert other.stdout.strip() == definition_id(DEFINITION) == "c1187105f3e42d3be76e5552"

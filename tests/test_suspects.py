@@ -1,4 +1,7 @@
-"""The line of suspects: one at a time, and the last run of one begins alone. No server, no clock."""
+"""The line of suspects: one at a time, and the last run of one begins alone.
+
+No server, no clock.
+"""
 
 import pytest
 

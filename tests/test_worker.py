@@ -1,4 +1,7 @@
-"""What workers promise: slots, failures, retries, order, and stopping without losing anything. On both backends."""
+"""What workers promise: slots, failures, retries, order, and stopping without losing anything.
+
+On both backends.
+"""
 
 import asyncio
 import threading
@@ -191,7 +194,10 @@ async def test_a_task_that_cancels_itself_fails(backend: Backend) -> None:
         await anyio.sleep_forever()
 
     async def use_timeouts() -> str:
-        """Both kinds keep count of cancellations: one that is left over from the job before would confuse them."""
+        """Both kinds keep count of cancellations.
+
+        One that is left over from the job before would confuse them.
+        """
         with anyio.move_on_after(0.01) as scope:
             await anyio.sleep_forever()
         assert scope.cancelled_caught
@@ -572,7 +578,10 @@ class TestLeases:
     async def test_a_job_whose_lease_lapses_while_its_worker_lives_is_not_run_beside_itself(
         self, backend: Backend
     ) -> None:
-        """A stopped process, or one that got no time: the server takes the worker for lost and gives it its own job again."""
+        """A stopped process, or one that got no time.
+
+        The server takes the worker for lost and gives it its own job again.
+        """
         runs: list[int] = []
         go = anyio.Event()
 

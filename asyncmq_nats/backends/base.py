@@ -1,10 +1,12 @@
 """The seam: a log of subjects. Bytes, subjects, sequences and leases live here, and never a job.
 
-A *log* is an ordered set of records. A record has a subject, a body, a sequence (1, 2, 3, … per log, never reused) and the time the server
-stored it. **A log keeps the last record of each subject**: a new write to a subject replaces the one before it (at once, but for
+A *log* is an ordered set of records. A record has a subject, a body, a sequence (1, 2, 3, … per
+log, never reused) and the time the server stored it. **A log keeps the last record of each
+subject**: a new write to a subject replaces the one before it (at once, but for
 `Write.beside`).
 A *filter* is a subject in which `*` stands for one token and a final `>` for one or more.
-`tests/test_backend_contract.py` states every promise made here, for both backends. Terms of NATS: log = stream, write = publish.
+`tests/test_backend_contract.py` states every promise made here, for both backends. Terms of NATS:
+log = stream, write = publish.
 
 All times are Unix seconds by the *server's* clock, all durations seconds.
 """
@@ -13,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, Self
 
+from asyncmq_nats._clock import Clock
 from asyncmq_nats.exceptions import BackendError
 from asyncmq_nats.settings import Settings
 
@@ -39,9 +42,11 @@ __all__ = [
 class Log:
     """Declaration of a log.
 
-    `work_queue`: a record is removed when a consumer's delivery of it is acknowledged; consumers' filters must not overlap.
-    `timers`: writes may carry a `timer` or a `ttl`. `republish`: (filter, destination): each stored record is also sent as a signal
-    to the destination, in which `{{wildcard(n)}}` stands for the n-th `*` of the filter.
+    `work_queue`: a record is removed when a consumer's delivery of it is acknowledged; consumers'
+    filters must not overlap.
+    `timers`: writes may carry a `timer` or a `ttl`. `republish`: (filter, destination): each stored
+    record is also sent as a signal to the destination, in which `{{wildcard(n)}}` stands for the
+    n-th `*` of the filter.
     `ballast`: subject of a record that a backend may keep to delete it when the store is full.
     `max_bytes`: of a log that is no work queue; beyond, a server removes the oldest records.
     """
@@ -57,10 +62,13 @@ class Log:
 
 @dataclass(frozen=True, slots=True)
 class Consumer:
-    """Declaration of a consumer: a cursor over the records of a log that match any of `filters`, oldest first.
+    """Declaration of a consumer.
 
-    With a `lease` (seconds) it is pulled from, and a delivery that is neither settled nor extended for so long is delivered again.
-    Without one it only counts: nothing is ever delivered, and `ConsumerState.pending` is the number of matching records.
+    A cursor over the records of a log that match any of `filters`, oldest first. With a `lease`
+    (seconds) it is pulled from, and a delivery that is neither settled nor extended for so long is
+    delivered again.
+    Without one it only counts: nothing is ever delivered, and `ConsumerState.pending` is the number
+    of matching records.
     """
 
     name: str
@@ -73,7 +81,8 @@ class Consumer:
 class ConsumerState:
     """What a consumer knows, at a cost that does not depend on the number of records.
 
-    `pending`: matching records never delivered yet. `leased`: delivered and not settled. `delivered_sequence`: the highest one delivered.
+    `pending`: matching records never delivered yet. `leased`: delivered and not settled.
+    `delivered_sequence`: the highest one delivered.
     `paused`: whether it delivers nothing at present. `waiting_pulls`: requests of all pullers that
     wait for records.
     """
@@ -87,7 +96,10 @@ class ConsumerState:
 
 @dataclass(slots=True)  # frozen ones take four times as long to make, and each job needs one
 class Expect:
-    """Condition of a write: the last record that matches `filter` has `sequence` (0: there is none)."""
+    """Condition of a write.
+
+    The last record that matches `filter` has `sequence` (0: there is none).
+    """
 
     filter: str
     sequence: int = 0
@@ -95,7 +107,10 @@ class Expect:
 
 @dataclass(frozen=True, slots=True)
 class Timer:
-    """At time `at` the body is written to `target` and the record that carries the timer goes. Up to 0.25 s late, never early."""
+    """At time `at` the body is written to `target` and the record that carries the timer goes.
+
+    Up to 0.25 s late, never early.
+    """
 
     at: float
     target: str
@@ -105,16 +120,22 @@ class Timer:
 class Write:
     """One record to be written.
 
-    `expect`: refused unless it holds. `ttl`: the record goes after so many seconds (1 at least). `timer`: see `Timer`.
-    `message_id`: a second write to the log with the same one within two minutes changes nothing and is confirmed like the first; in a batch
-    it is refused. Whether that or what it expects is looked at first is open.
-    `removes`: subject of a record with a timer that is removed with this write. Only for such a record: some servers refuse one without a
-    timer.
-    `marker`: the record says that its subject was deleted (a KV delete marker); give it a `ttl`, it counts as a record while it lives.
-    `index`: subject of an empty record, an index entry, that is stored just before this one, with the same `ttl`. Should this one be
-    refused, the entry may be there without it; never the other way round.
-    `when_full`: makes a smaller body, which is stored instead when the store has no room for `body`.
-    `beside`: a record that is there may stay beside this one until it is removed by its sequence. For a subject whose older record somebody
+    `expect`: refused unless it holds. `ttl`: the record goes after this many seconds (1 at least).
+    `timer`: see `Timer`.
+    `message_id`: a second write to the log with the same one within two minutes changes nothing and
+    is confirmed like the first; in a batch it is refused. Whether that or what it expects is looked
+    at first is open.
+    `removes`: subject of a record with a timer that is removed with this write. Only for such a
+    record: some servers refuse one without a timer.
+    `marker`: the record says that its subject was deleted (a KV delete marker); give it a `ttl`, it
+    counts as a record while it lives.
+    `index`: subject of an empty record, an index entry, that is stored just before this one, with
+    the same `ttl`. Should this one be refused, the entry may be there without it; never the other
+    way round.
+    `when_full`: makes a smaller body, which is stored instead when the store has no room for
+    `body`.
+    `beside`: a record that is there may stay beside this one until it is removed by its sequence.
+    For a subject whose older record somebody
     else may be removing right now: some servers then take the new one for the old one.
     """
 
@@ -135,7 +156,8 @@ class Write:
 class Record:
     """One record as stored. `time`: when the server stored it.
 
-    `marker`: only a record of a KV bucket (`$KV.…`) is one: on other subjects strangers set headers.
+    `marker`: only a record of a KV bucket (`$KV.…`) is one: on other subjects strangers set
+    headers.
     """
 
     subject: str
@@ -148,7 +170,8 @@ class Record:
 class Delivery(Protocol):
     """A record on lease to one puller.
 
-    The lease is extended, also while the event loop is blocked, until the delivery is settled (`ack`, `nak`) or abandoned.
+    The lease is extended, also while the event loop is blocked, until the delivery is settled
+    (`ack`, `nak`) or abandoned.
     """
 
     subject: str
@@ -165,19 +188,29 @@ class Delivery(Protocol):
         """When the server stored the record."""
 
     def ack(self) -> None:
-        """Settle: done with it; in a work queue the record goes. Sent, not confirmed; accepted even when the lease has run out."""
+        """Settle: done with it; in a work queue the record goes.
+
+        Sent, not confirmed; accepted even when the lease has run out.
+        """
 
     def nak(self, delay: float = 0.0) -> None:
-        """Settle: give it back, to be delivered again, to anyone, after `delay`. Sent, not confirmed."""
+        """Settle: give it back, to be delivered again, to anyone, after `delay`.
+
+        Sent, not confirmed.
+        """
 
     def abandon(self) -> None:
-        """Stop extending the lease without settling: whoever holds a newer delivery of the record decides about it."""
+        """Stop extending the lease without settling.
+
+        The holder of a newer delivery of the record decides about it.
+        """
 
 
 class Puller(Protocol):
     """Deliveries against credit, from any number of consumers of one log, into one callback.
 
-    Credit is what was requested and neither delivered nor given up by the server. No credit, no delivery.
+    Credit is what was requested and neither delivered nor given up by the server. No credit, no
+    delivery.
     """
 
     def outstanding(self, consumer: str) -> int:
@@ -186,20 +219,24 @@ class Puller(Protocol):
     async def request(self, consumer: str, count: int, *, wait: float) -> None:
         """Ask for up to `count` records, for `wait` seconds at most (0: only what is there now).
 
-        Credit that lapses, because the time is over or the consumer, the connection or the server is gone, is taken off
-        `outstanding` and `on_lapse(consumer)` is called. A consumer that vanished is declared again.
+        Credit that lapses, because the time is over or the consumer, the connection or the server
+        is gone, is taken off
+        `outstanding` and `on_lapse(consumer)` is called. A consumer that vanished is declared
+        again.
         """
 
     async def withdraw(self) -> None:
-        """Take all credit back: what was on its way has been delivered when this returns, and nothing more comes until more is requested.
+        """Take all credit back.
 
-        `on_lapse` is not called.
+        What was on its way has been delivered when this returns, and nothing more comes until more
+        is requested. `on_lapse` is not called.
         """
 
     async def close(self) -> None:
-        """Take no more deliveries: what was on its way has been delivered when this returns, and nothing is afterwards.
+        """Take no more deliveries.
 
-        What is in hand is extended until it is settled or abandoned; `on_lapse` is not called any more.
+        What was on its way has been delivered when this returns, and nothing is afterwards. What is
+        in hand is extended until it is settled or abandoned; `on_lapse` is not called any more.
         """
 
 
@@ -212,7 +249,10 @@ class Subscription(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Signal:
-    """A message that is not stored: at most once, to whoever listens now. `reply`: where an answer is awaited, or ''."""
+    """A message that is not stored: at most once, to those that listen now.
+
+    `reply`: where an answer is awaited, or ''.
+    """
 
     subject: str
     body: bytes
@@ -227,14 +267,23 @@ OnRemoved = Callable[[bool | BackendError], None]
 
 
 class Backend(Protocol):
-    """A store of logs. Made without I/O; connects on first use or by `connect`; one event loop at a time, another when that has ended.
+    """A store of logs.
 
-    Every method may raise `ConnectionFailed`, `ServerUnsuitable` or `PermissionRefused`, and `AssetMissing` where it names an asset.
+    Made without I/O; connects on first use or by `connect`; one event loop at a time, another when
+    that has ended. Every method may raise `ConnectionFailed`, `ServerUnsuitable` or
+    `PermissionRefused`, and `AssetMissing` where it names an asset.
     """
 
     settings: Settings
     may_declare: bool
-    """Whether it creates logs and consumers that are missing; if not, `declare_log` and `declare_consumer` do nothing."""
+    """Whether it creates logs and consumers that are missing.
+
+    If not, `declare_log` and `declare_consumer` do nothing.
+    """
+
+    @property
+    def clock(self) -> Clock:
+        """What its workers wait by: the system's clock, but for tests."""
 
     @property
     def reads_may_lag(self) -> bool:
@@ -244,7 +293,10 @@ class Backend(Protocol):
         """Connect, unless connected."""
 
     async def close(self) -> None:
-        """Let go of everything. Unsettled deliveries fall back to the log when their leases run out."""
+        """Let go of everything.
+
+        Unsettled deliveries fall back to the log when their leases run out.
+        """
 
     async def ping(self) -> float:
         """Ask the server whether it is there; return how long the answer took, in seconds.
@@ -255,7 +307,10 @@ class Backend(Protocol):
 
     @property
     def is_full(self) -> bool:
-        """Whether a write to a bucket (`$KV.…`) was refused a moment ago: the server has no room."""
+        """Whether a write to a bucket (`$KV.…`) was refused a moment ago.
+
+        The server has no room.
+        """
 
     async def __aenter__(self) -> Self:
         """Do what `connect` does."""
@@ -279,10 +334,17 @@ class Backend(Protocol):
         """Return the largest body a write may have, in bytes."""
 
     async def declare_log(self, log: Log) -> None:
-        """Make sure the log exists. One that exists with other settings stays as it is; a warning is logged that names the difference."""
+        """Make sure the log exists.
+
+        One that exists with other settings stays as it is; a warning is logged that names the
+        difference.
+        """
 
     async def incarnation(self, name: str) -> str | None:
-        """Return what tells this log from one of the same name that was there before; `None`: there is none."""
+        """Return what tells this log from one of the same name that was there before.
+
+        `None`: there is no log.
+        """
 
     async def delete_log(self, name: str) -> bool:
         """Remove the log, its records and its consumers. Return whether it was there."""
@@ -303,13 +365,17 @@ class Backend(Protocol):
         """Have the server deliver nothing of the consumer until then. Leases in hand go on."""
 
     async def resume(self, log: str, consumer: str) -> None:
-        """End a pause, and serve the credit that was requested before or during it. The same happens when the time of a pause is over."""
+        """End a pause, and serve the credit that was requested before or during it.
+
+        The same happens when the time of a pause is over.
+        """
 
     async def write(self, log: str, *writes: Write) -> int:
-        """Write all or nothing; at most 1,000 writes, each of another subject. Return the sequence of the last one.
+        """Write all or nothing; at most 1,000 writes, each of another subject.
 
-        Repeated until it is confirmed or `settings.publish_timeout` is over. A repetition within two minutes never writes twice, whatever
-        became of what was written, and is confirmed.
+        Return the sequence of the last one. Repeated until it is confirmed or
+        `settings.publish_timeout` is over. A repetition within two minutes never writes twice,
+        whatever became of what was written, and is confirmed.
 
         Raises:
             WriteRefused: an expectation does not hold.
@@ -323,14 +389,21 @@ class Backend(Protocol):
         """Like `write` for one write, but return at once, and tell `settle` later.
 
         Repeated until confirmed, for `timeout` seconds at most; then `settle` gets `Unconfirmed`.
-        A repetition never writes twice while what the write expects does not hold again. Connect before.
+        A repetition never writes twice while what the write expects does not hold again. Connect
+        before.
         """
 
     async def last(self, log: str, *filters: str) -> list[Record]:
-        """Return the last record of every subject that matches any of the filters, markers included, by sequence."""
+        """Return the last record of each subject that matches any of the filters, by sequence.
+
+        Markers are included.
+        """
 
     async def latest(self, log: str, filter: str) -> Record | None:
-        """Return the matching record with the highest sequence, `None` if there is none: what an `Expect` of this filter has to name."""
+        """Return the matching record with the highest sequence, `None` if there is none.
+
+        What an `Expect` of this filter has to name.
+        """
 
     async def page(
         self,
@@ -342,7 +415,7 @@ class Backend(Protocol):
         mostly: bool = False,
         index: str | None = None,
     ) -> list[Record]:
-        """Return up to `limit` matching records whose sequence is `from_sequence` or higher, by sequence.
+        """Return up to `limit` matching records from the sequence `from_sequence` on, by sequence.
 
         `mostly`: a hint that most of the records there may match.
         `index`: filter of index entries; a hint that each match has one just before it.
@@ -372,7 +445,11 @@ class Backend(Protocol):
         """Return the highest sequence given out so far, 0 in a log that never had a record."""
 
     async def delete(self, log: str, sequence: int) -> bool:
-        """Remove one record. Return whether it was there, or may have been: the answer to a first try was lost, and now it is not."""
+        """Remove one record.
+
+        Return whether it was there, or may have been: the answer to a first try was lost, and now
+        it is not.
+        """
 
     def discard(self, log: str, sequence: int, on_removed: OnRemoved | None = None) -> None:
         """Like `delete`, but return at once, and tell `on_removed` later. Connect before.
@@ -381,12 +458,18 @@ class Backend(Protocol):
         """
 
     async def delete_many(self, log: str, sequences: Sequence[int]) -> list[int]:
-        """Remove many records, many at a time. Return the sequences of those that were there, or may have been, in order."""
+        """Remove many records, many at a time.
+
+        Return the sequences of those that were there, or may have been, in order.
+        """
 
     async def purge(
         self, log: str, filter: str, *, before: int | None = None, keep: int | None = None
     ) -> int:
-        """Remove the matching records, those below sequence `before` or all but the last `keep`; return how many."""
+        """Remove the matching records, those below sequence `before` or all but the last `keep`.
+
+        Return how many.
+        """
 
     def puller(
         self,
@@ -396,7 +479,10 @@ class Backend(Protocol):
         *,
         extend: bool = True,
     ) -> Puller:
-        """Return a puller. The callbacks must not block. `extend=False` leaves the leases to run out."""
+        """Return a puller. The callbacks must not block.
+
+        `extend=False` leaves the leases to run out.
+        """
 
     async def publish(self, subject: str, body: bytes = b"") -> None:
         """Send a signal.
@@ -408,13 +494,17 @@ class Backend(Protocol):
     def signal(self, subject: str, body: bytes = b"") -> None:
         """Send a signal without waiting for room. Connect before.
 
-        Dropped while there is no connection; dropped with a warning if the server would not take it.
+        Dropped while there is no connection; dropped with a warning if the server would not take
+        it.
         """
 
     async def subscribe(self, subject: str, on_signal: Callable[[Signal], None]) -> Subscription:
-        """Call `on_signal` for every signal whose subject matches, from now on. What it raises is logged."""
+        """Call `on_signal` for every signal whose subject matches, from now on.
+
+        What it raises is logged.
+        """
 
     async def request(
         self, subject: str, body: bytes = b"", *, timeout: float = 1.0
     ) -> bytes | None:
-        """Send a signal and return the first answer, or `None` if nobody answers in time."""
+        """Send a signal and return the first answer, or `None` if no one answers in time."""

@@ -1,4 +1,7 @@
-"""Filters of subjects, as both backends read them: `*` stands for one token, a final `>` for one or more."""
+"""Filters of subjects, as both backends read them.
+
+`*` stands for one token, a final `>` for one or more.
+"""
 
 import re
 from collections.abc import Iterable
@@ -9,7 +12,10 @@ __all__ = ["compile_filter", "is_key", "matches"]
 
 @lru_cache(maxsize=4096)
 def compile_filter(pattern: str) -> re.Pattern[str]:
-    """Return an expression that matches the subjects the filter matches; its groups are what stands for each `*`."""
+    """Return an expression that matches the subjects the filter matches.
+
+    Its groups are what stands for each `*`.
+    """
     tokens = pattern.split(".")
     rest = tokens[-1] == ">"
     expressions = [

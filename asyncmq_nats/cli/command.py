@@ -245,7 +245,7 @@ def confirm(question: str, *, force: bool) -> None:
     """Ask whether to go on.
 
     Raises:
-        CommandFailed: the answer is no; or there is nobody to ask, and not `force`.
+        CommandFailed: the answer is no; or no one can be asked, and not `force`.
     """
     if force:
         return

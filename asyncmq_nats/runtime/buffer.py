@@ -1,7 +1,6 @@
 """The jobs that a worker has fetched and has no slot for yet. No I/O."""
 
 import heapq
-import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -35,15 +34,15 @@ class Buffer:
         self.counts[entry[0]] -= 1
         return entry[4]
 
-    def count_late(self, is_late: Late) -> Counter[int]:
+    def count_late(self, is_late: Late, now: float) -> Counter[int]:
         """Return by priority how many jobs start late."""
-        return Counter(entry[0] for entry in self._find_late(is_late))
+        return Counter(entry[0] for entry in self._find_late(is_late, now))
 
-    def pop_late(self, is_late: Late, limits: dict[int, int]) -> list[Delivery]:
+    def pop_late(self, is_late: Late, now: float, limits: dict[int, int]) -> list[Delivery]:
         """Take out the first jobs that start late, of each priority as many as its limit says."""
         chosen: set[int] = set()
         left = dict(limits)
-        for entry in self._find_late(is_late):
+        for entry in self._find_late(is_late, now):
             if left.get(entry[0], 0) > 0:
                 left[entry[0]] -= 1
                 chosen.add(id(entry))
@@ -52,8 +51,7 @@ class Buffer:
         self.counts = Counter(entry[0] for entry in self.heap)
         return [entry[4] for entry in ordered if id(entry) in chosen]
 
-    def _find_late(self, is_late: Late) -> list[Entry]:
-        now = time.monotonic()
+    def _find_late(self, is_late: Late, now: float) -> list[Entry]:
         return [
             entry
             for place, entry in enumerate(sorted(self.heap))

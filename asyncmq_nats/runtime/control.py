@@ -6,14 +6,17 @@ What is read here others may have written: what is malformed is a warning and en
 import math
 import os
 import socket
+import sys
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
 import anyio
 
 from asyncmq_nats._logging import Throttle, get_logger
+from asyncmq_nats._version import __version__
 from asyncmq_nats.backends.base import Backend, Log, Record, Signal, Subscription, Write
 from asyncmq_nats.exceptions import (
     AssetMissing,
@@ -33,12 +36,15 @@ __all__ = [
     "FOREVER",
     "PAUSE",
     "RESUME",
+    "STOP",
     "Controls",
     "WorkerInfo",
     "WorkerRegistry",
     "list_workers",
+    "measure_memory",
     "new_worker_id",
     "parse_pause",
+    "stop_worker",
 ]
 
 logger = get_logger(__name__)
@@ -46,11 +52,14 @@ logger = get_logger(__name__)
 PAUSE: Final = "pause"
 RESUME: Final = "resume"
 CANCEL: Final = "cancel"
+STOP: Final = "stop"
 FOREVER: Final = LATEST_PAUSE
 PAUSE_ANSWERS: Final = 2.0
 """How long to wait for the workers' word that they start nothing more."""
 MAX_SHOWN_JOBS: Final = 100
 """Ids of running jobs in the entry of a worker."""
+STOP_ANSWER_TIMEOUT: Final = 1.0
+STOP_TRIES: Final = 3
 
 _malformed = Throttle()
 
@@ -86,32 +95,65 @@ class Controls:
         await self._backend.publish(self._subjects.control(CANCEL), job_id.encode())
 
     async def _tell_all(self, what: str, body: bytes) -> None:
-        """Signal the queue's workers and wait until each of those that are registered has answered, or some time has passed."""
-        missing = {worker.id for worker in await list_workers(self._backend, self._subjects.queue)}
-        answered = anyio.Event()
-        inbox = self._subjects.control(f"answer.{encode_token(os.urandom(6).hex())}")
+        """Signal the queue's workers and wait until each registered one has answered, or for a time."""
+        workers = {worker.id for worker in await list_workers(self._backend, self._subjects.queue)}
+        missing = await _tell(self._backend, self._subjects, what, body, workers, PAUSE_ANSWERS)
+        if missing:
+            logger.warning(
+                "queue %s: no answer to %s from %s",
+                self._subjects.queue,
+                what,
+                ", ".join(sorted(missing)),
+            )
 
-        def on_answer(signal: Signal) -> None:
-            missing.discard(signal.body.decode(errors="replace"))
-            if not missing:
-                answered.set()
 
-        subscription = await self._backend.subscribe(inbox, on_answer)
-        try:
-            await self._backend.publish(self._subjects.control(what), body + b" " + inbox.encode())
-            if missing:
-                with anyio.move_on_after(PAUSE_ANSWERS):
-                    await answered.wait()
-            if missing:
-                logger.warning(
-                    "queue %s: no answer to %s from %s",
-                    self._subjects.queue,
-                    what,
-                    ", ".join(sorted(missing)),
-                )
-        finally:
-            with anyio.CancelScope(shield=True):
-                await subscription.unsubscribe()
+async def _tell(
+    backend: Backend,
+    subjects: QueueSubjects,
+    what: str,
+    body: bytes,
+    workers: set[str],
+    timeout: float,
+) -> set[str]:
+    """Signal the queue's workers; return those of `workers` that have not answered in time."""
+    missing = set(workers)
+    answered = anyio.Event()
+    inbox = subjects.control(f"answer.{encode_token(os.urandom(6).hex())}")
+
+    def on_answer(signal: Signal) -> None:
+        missing.discard(signal.body.decode(errors="replace"))
+        if not missing:
+            answered.set()
+
+    subscription = await backend.subscribe(inbox, on_answer)
+    try:
+        await backend.publish(subjects.control(what), body + b" " + inbox.encode())
+        if missing:
+            with anyio.move_on_after(timeout):
+                await answered.wait()
+        return missing
+    finally:
+        with anyio.CancelScope(shield=True):
+            await subscription.unsubscribe()
+
+
+async def stop_worker(backend: Backend, worker: str) -> bool:
+    """Have a worker stop in order, as by SIGTERM; a supervisor does not start it again.
+
+    Return whether it has answered that it stops: what runs may still take `shutdown_timeout`.
+    A worker of several queues stops as a whole. `False`: there is no such worker, or it is silent.
+    """
+    for _ in range(STOP_TRIES):  # a signal is lost while its worker reconnects
+        entries = [entry for entry in await list_workers(backend) if entry.id == worker]
+        if not entries:
+            return False
+        if entries[0].stopping:
+            return True
+        subjects = QueueSubjects(backend.settings.prefix, entries[0].queue)
+        body = encode_token(worker).encode()
+        if not await _tell(backend, subjects, STOP, body, {worker}, STOP_ANSWER_TIMEOUT):
+            return True
+    return False
 
 
 def parse_pause(text: str, answers: str) -> tuple[float, str] | None:
@@ -125,9 +167,13 @@ def parse_pause(text: str, answers: str) -> tuple[float, str] | None:
         end = float(until)
     except ValueError:
         return None
+    return None if math.isnan(end) else (min(end, FOREVER), _checked_inbox(inbox, answers))
+
+
+def _checked_inbox(inbox: str, answers: str) -> str:
     token = inbox.removeprefix(answers)
     sound = token != inbox and token.isalnum() and token.isascii()
-    return None if math.isnan(end) else (min(end, FOREVER), inbox if sound else "")
+    return inbox if sound else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +190,14 @@ class WorkerInfo:
     running: tuple[str, ...]
     repeatables: tuple[str, ...] | None = None
     """Ids of the repeatables that its code declares; `None` if its release does not tell."""
+    version: str | None = None
+    """Its version of this library; `None` if its release does not tell."""
+    busy: int = 0
+    """How many jobs run: `running` names a hundred at most."""
+    memory: int | None = None
+    """Bytes of memory of its process; `None` if that is not known."""
+    stopping: bool = False
+    """Whether it was told to stop and finishes what runs."""
 
 
 async def list_workers(backend: Backend, queue: str | None = None) -> list[WorkerInfo]:
@@ -185,7 +239,28 @@ def _worker_of(record: Record) -> WorkerInfo | None:
         float(data["since"]),
         tuple(running),
         tuple(data["repeatables"]) if isinstance(data.get("repeatables"), list) else None,
+        data["version"] if isinstance(data.get("version"), str) else None,
+        data["busy"] if isinstance(data.get("busy"), int) else len(running),
+        data["memory"] if isinstance(data.get("memory"), int) else None,
+        data.get("stopping") is True,
     )
+
+
+def measure_memory() -> int | None:
+    """Return the bytes of memory that this process has now; `None` where that cannot be read.
+
+    Where there is no `/proc`, the most that it has had.
+    """
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except (OSError, ValueError, IndexError):
+        if sys.platform == "win32":
+            return None
+        import resource
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def new_worker_id() -> str:
@@ -204,15 +279,20 @@ class WorkerRegistry:
         concurrency: int,
         running: Callable[[], list[str]],
         repeatables: Sequence[str] = (),
+        *,
+        is_stopping: Callable[[], bool] = lambda: False,
+        has_siblings: bool = False,
     ) -> None:
+        """`has_siblings`: the worker serves other queues too, and has an entry for each."""
         self._backend = backend
         self._subjects = subjects
         self._worker = worker
+        self._is_stopping = is_stopping
         self._concurrency = concurrency
         self._running = running
         self._repeatables = list(repeatables)
         self._log, key = workers_bucket(backend.settings.prefix)
-        self._key = key + encode_token(worker)
+        self._key = key + encode_token(f"{worker}/{subjects.queue}" if has_siblings else worker)
         self._subscriptions: list[Subscription] = []
         self._since = 0.0
         self._writing = anyio.Lock()
@@ -251,6 +331,9 @@ class WorkerRegistry:
             "queue": self._subjects.queue,
             "concurrency": self._concurrency,
             "host": socket.gethostname(),
+            "version": __version__,
+            "memory": measure_memory(),
+            "stopping": self._is_stopping(),
         }
         entry |= {"pid": os.getpid(), "since": self._since}
         entry["repeatables"] = self._repeatables
@@ -264,7 +347,9 @@ class WorkerRegistry:
                 await self._write(entry)
 
     async def _write(self, entry: dict[str, Any]) -> None:
-        running = self._running()[:MAX_SHOWN_JOBS]
+        running = self._running()
+        entry["busy"] = len(running)
+        running = running[:MAX_SHOWN_JOBS]
         body = dump_json(entry | {"running": running})
         while running and len(body) > self._backend.max_body:
             running = running[: len(running) // 2]
@@ -306,3 +391,15 @@ class WorkerRegistry:
                 self._backend.signal(inbox, self._worker.encode())
 
         await self.listen(PAUSE, on_pause)
+
+    async def listen_for_stop(self, stop: Callable[[], None]) -> None:
+        """Call `stop` at the signal that names this worker, then answer it."""
+
+        def on_stop(text: str) -> None:
+            worker, _, inbox = text.partition(" ")
+            if worker == encode_token(self._worker):
+                stop()
+                if inbox := _checked_inbox(inbox, self._subjects.control("answer.")):
+                    self._backend.signal(inbox, self._worker.encode())
+
+        await self.listen(STOP, on_stop)

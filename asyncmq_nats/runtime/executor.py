@@ -1,4 +1,4 @@
-"""One run of a task: its time limit, how it is interrupted, and what it came to."""
+"""One run of a task: its time limit, how it is interrupted, and its end."""
 
 import asyncio
 from collections.abc import Callable
@@ -8,6 +8,8 @@ from typing import Any
 
 import anyio
 
+from asyncmq_nats._clock import Clock
+from asyncmq_nats.backends.base import Backend
 from asyncmq_nats.context import JobContext
 from asyncmq_nats.exceptions import TaskTimeout
 from asyncmq_nats.middleware import Chain
@@ -47,7 +49,7 @@ async def execute(
     running: Running,
     entry: RegisteredTask,
     threads: anyio.CapacityLimiter,
-    now: Callable[[], float],
+    backend: Backend,
     is_ending: Callable[[], bool],
     middleware: Chain,
 ) -> tuple[Any, Failure | None]:
@@ -61,18 +63,18 @@ async def execute(
             if not middleware.runs:
                 return await entry.run(head, threads, running.context), None
             return await _execute(entry, running, threads, middleware), None
-        return await _execute_in_time(entry, running, threads, head.timeout, middleware), None
+        return await _execute_in_time(entry, running, threads, backend.clock, middleware), None
     except anyio.get_cancelled_exc_class() as error:
         if is_ending():
             raise
         running.gave_in = running.interrupted
         return None, None if running.interrupted else Failure.of(
-            error, now()
+            error, backend.now()
         )  # otherwise the task has cancelled itself
     except BaseException as error:  # more than `Exception`: `sys.exit()`, or a panic in an extension, is the task's end and not the worker's
         if _ends_worker(error):
             raise
-        return None, Failure.of(error, now())
+        return None, Failure.of(error, backend.now())
     finally:
         while (
             running.slot.cancelling() and not is_ending()
@@ -101,10 +103,11 @@ async def _execute_in_time(
     entry: RegisteredTask,
     running: Running,
     threads: anyio.CapacityLimiter,
-    timeout: float,
+    clock: Clock,
     middleware: Chain,
 ) -> Any:
-    with anyio.move_on_after(timeout) as scope:
+    timeout = running.attempt.head.timeout or 0.0
+    with clock.move_on_after(timeout) as scope:
         result = await _execute(entry, running, threads, middleware)
         if not scope.cancel_called:  # else it went on in spite of it
             return result

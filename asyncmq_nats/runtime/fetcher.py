@@ -3,7 +3,6 @@
 What to ask for is decided in `prefetch`, from what `tiers` and the buffer know.
 """
 
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Final
@@ -18,6 +17,7 @@ from asyncmq_nats.runtime.buffer import Buffer
 from asyncmq_nats.runtime.handback import HandBack
 from asyncmq_nats.runtime.prefetch import Throughput, starts_late, tiers_to_ask
 from asyncmq_nats.runtime.rate_limiter import LEASE, RateLimiter
+from asyncmq_nats.runtime.slot_group import Member, SlotGroup
 from asyncmq_nats.runtime.tiers import FRESH_SECONDS, Tiers
 from asyncmq_nats.store.topology import TIER_SIGNAL, QueueAssets
 from asyncmq_nats.transitions.finish import Lifecycle
@@ -53,6 +53,7 @@ class Fetcher:
         adopt: Callable[[Delivery], bool] = lambda _: False,
         on_startable: Callable[[], None] = lambda: None,
         pending: Callable[[], int] = lambda: 0,
+        group: SlotGroup | None = None,
     ) -> None:
         """Fetch for one worker.
 
@@ -66,6 +67,7 @@ class Fetcher:
             adopt: asked whether a redelivered job runs here already: then it needs no slot.
             on_startable: called when a job may start.
             pending: returns how many attempts have started whose end is not confirmed.
+            group: of the queues of the worker, if there are several.
         """
         self._backend = backend
         self._subjects = subjects
@@ -75,6 +77,7 @@ class Fetcher:
         self._adopt = adopt
         self._on_startable = on_startable
         self._pending = pending
+        self._group = group
         self._paused_until = 0.0
         self._pause_signals = 0
         self._pause_doubtful = False
@@ -88,12 +91,19 @@ class Fetcher:
         self._held = anyio.Event()
         self._held_watched = False
         self._asked_at = 0.0
-        self._freed_at = self._measured_at = time.monotonic()
-        self._started = 0
+        self._clock = backend.clock
+        self._monotonic = backend.clock.monotonic
+        self._freed_at = self._measured_at = self._monotonic()
+        self._measured_started = 0
         self._open = False
         self._stopped = False
         self.busy = 0
         """Slots that run a job."""
+        self.member: Member | None = None
+        """The slots of this queue in its group."""
+        self._group_started = 0
+        self.started = 0
+        """How many jobs have started."""
 
     async def start(self, group: TaskGroup) -> None:
         """Begin to ask for jobs; the loops run in the group."""
@@ -172,6 +182,8 @@ class Fetcher:
         """Return the next job to run, if one may start and a slot is free: the slot is taken."""
         if self.busy >= self._concurrency or not self._may_start:
             return None
+        if self._group is not None and self._group.limit(1) < 1:
+            return None
         self.occupy()
         if self._limiter is not None:
             self._limiter.use()
@@ -181,12 +193,37 @@ class Fetcher:
     @property
     def has_free_slot(self) -> bool:
         """Whether a slot is free."""
-        return self.busy < self._concurrency
+        return self._free_slots > 0
+
+    @property
+    def _free_slots(self) -> int:
+        free = self._concurrency - self.busy
+        return free if self._group is None else self._group.limit(free)
 
     def occupy(self) -> None:
         """Take a slot."""
         self.busy += 1
-        self._started += 1
+        self.started += 1
+        if self._group is not None:
+            self._group.occupy()
+
+    @property
+    def expects_jobs(self) -> bool:
+        """Whether jobs wait at the server that may start here, as far as is known."""
+        permitted = self._limiter is None or self._limiter.permits > 0
+        if not self._open or not permitted or self.is_paused:
+            return False
+        return self._tiers.may_have_jobs(self._monotonic())
+
+    def note_free_slot(self) -> None:
+        """Decide again how much to ask for: a slot is free that other queues have, too."""
+        self._freed_at = self._monotonic()
+        self.refill()
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing runs here and nothing was fetched."""
+        return not self.busy and not self._buffer.heap
 
     @property
     def _may_start(self) -> bool:
@@ -204,7 +241,7 @@ class Fetcher:
         """Whether jobs of a higher tier are asked for, and there are some or may be."""
         if len(self._tiers.known) == 1:
             return False
-        return self._tiers.better_may_come(self._buffer.heap[0][0], time.monotonic())
+        return self._tiers.better_may_come(self._buffer.heap[0][0], self._monotonic())
 
     def _tell_startable(self) -> None:
         if self._buffer.heap and self.busy < self._concurrency:
@@ -213,8 +250,9 @@ class Fetcher:
     def release(self) -> None:
         """Note that a slot is free again."""
         self.busy -= 1
-        self._freed_at = time.monotonic()
-        self.refill()
+        if self._group is not None and self.member is not None:
+            self._group.release(self.member)
+        self.note_free_slot()
 
     # -- tiers
 
@@ -224,28 +262,28 @@ class Fetcher:
             if priority not in self._tiers.known:
                 state = await self._backend.look_up(self._subjects.ready_log, tier_name(priority))
                 pending = state.pending if state is not None else 0
-                self._tiers.add(priority, pending, time.monotonic())
+                self._tiers.add(priority, pending, self._monotonic())
 
     def _on_tier(self, signal: Signal) -> None:
         body = signal.body
         if body.removeprefix(b"-").isdigit() and len(body) <= LONGEST_PRIORITY:
             # Known at once, with a job on its way: nothing of a lower tier must start before it.
-            self._tiers.add(int(body), 1, time.monotonic())
+            self._tiers.add(int(body), 1, self._monotonic())
             self._new_tiers.add(int(body))
             self._tier_heard.set()
 
     async def _keep_tiers(self) -> None:
         """Declare tiers that a signal names; every 30 s look for those of which none was heard."""
-        search_at = time.monotonic() + TIER_SEARCH_INTERVAL
+        search_at = self._monotonic() + TIER_SEARCH_INTERVAL
         while True:
-            with anyio.move_on_after(search_at - time.monotonic()):
+            with self._clock.move_on_after(search_at - self._monotonic(), upkeep=True):
                 await self._tier_heard.wait()
             self._tier_heard = anyio.Event()
             while self._new_tiers:
                 await self._add_tier(self._new_tiers.pop())
-            if time.monotonic() >= search_at:
+            if self._monotonic() >= search_at:
                 await self._search_tiers()
-                search_at = time.monotonic() + TIER_SEARCH_INTERVAL
+                search_at = self._monotonic() + TIER_SEARCH_INTERVAL
             self.refill()
 
     async def _add_tier(self, priority: int) -> None:
@@ -276,34 +314,45 @@ class Fetcher:
     async def _ask_when_needed(self) -> None:
         wait: float | None = None
         while True:
-            with anyio.move_on_after(wait):
+            with self._clock.move_on_after(wait, upkeep=self.is_paused):
                 await self._refill.wait()
             self._refill, self._refill_due = anyio.Event(), False
             self._tell_startable()
             wait = FRESH_SECONDS if self._tiers.may_become_stale else None
+            if self._group is not None and self._group.slots is not None:
+                self._on_startable()  # other queues wait for what is known of this one
+                wait = FRESH_SECONDS if self.expects_jobs else wait
             if self.is_paused:
                 wait = min(self._paused_until - self._backend.now(), TIER_SEARCH_INTERVAL)
             if not self._open:
                 continue
             if self._limiter is None:  # also during a pause: the server is the one that resumes
-                self._measure(time.monotonic())
+                self._measure(self._monotonic())
                 prefetch = self._throughput.decide_prefetch(self._concurrency)
-                await self._ask(self._concurrency + prefetch)
+                await self._ask(self.busy + self._free_slots + prefetch)
             elif not self._limiter.blocks and not self.is_paused:
                 wait = await self._ask_within_limit(self._limiter) or wait
 
     def _measure(self, now: float) -> None:
         """Tell the throughput what has started since the last time."""
         if now - self._measured_at >= MEASURE_INTERVAL:
+            started = self.started - self._measured_started
+            if self._group is not None and self._group.slots is not None:
+                # The slots are shared: each start in them makes room for a job of this queue, too.
+                started = self._group.started - self._group_started
+                self._group_started = self._group.started
             self._throughput.learn_starts(
-                self._started, now - self._measured_at, full=self.busy >= self._concurrency
+                started, now - self._measured_at, full=not self.has_free_slot
             )
-            self._started, self._measured_at = 0, now
+            self._measured_started, self._measured_at = self.started, now
 
     async def _ask_within_limit(self, limiter: RateLimiter) -> float | None:
         """Ask for as many jobs as there are permits; return how long to wait for more permits."""
         try:
-            wait = await limiter.acquire(self._concurrency - self.busy - limiter.permits)
+            wanted = self._concurrency - self.busy - limiter.permits
+            if self._group is not None:  # a permit is kept while other queues have the slots
+                wanted = max(0, self._free_slots - limiter.permits)
+            wait = await limiter.acquire(wanted)
         except AsyncMQError as error:
             logger.warning("queue %s: no permits now: %s", self._subjects.queue, error)
             return 1.0
@@ -317,13 +366,19 @@ class Fetcher:
         room = capacity - self.busy
         if room <= 0 or self._pending() > UNSETTLED_PER_SLOT * self._concurrency + UNSETTLED:
             return
-        now = time.monotonic()
+        now = self._monotonic()
         tiers = self._tiers.view(now, self._buffer.counts)
         pulls = tiers_to_ask(tiers, room, capacity)
         lowest = max(
             [priority for priority, _ in pulls]
             + [tier.priority for tier in tiers if tier.outstanding],
             default=0,
+        )
+        queues_wait = (
+            self._group is not None
+            and self._group.is_strict
+            and self.member is not None
+            and not self._group.is_last(self.member)
         )
         for priority, count in pulls:
             tier = self._tiers.known[priority]
@@ -332,7 +387,8 @@ class Fetcher:
                 tier.heard = now
                 # Tiers answer in any order, and a job of a lower one must know whether a higher
                 # one has jobs: so look first, by a pull that does not wait.
-                if priority < lowest and tier.empty < self._freed_at:
+                # So must a job of a queue that comes after this one.
+                if (priority < lowest or queues_wait) and tier.empty < self._freed_at:
                     tier.looked, wait = now, 0.0
             if tier.pending and not self._asked_at:
                 self._asked_at = now
@@ -342,7 +398,7 @@ class Fetcher:
         self._asked_at = 0.0
         tier = self._tiers.known.get(self._tiers.priority_of(consumer))
         if tier is not None:
-            tier.on_lapse(time.monotonic())
+            tier.on_lapse(self._monotonic())
         self.refill()
 
     def _on_delivery(self, delivery: Delivery) -> None:
@@ -350,7 +406,7 @@ class Fetcher:
             delivery.abandon()
             return
         priority = self._tiers.priority_of(delivery.consumer)
-        now = time.monotonic()
+        now = self._monotonic()
         if self._asked_at:
             self._throughput.learn_refill(now - self._asked_at)
             self._asked_at = 0.0
@@ -382,7 +438,8 @@ class Fetcher:
         """Give back what is in the buffer during a pause, and what starts late here."""
         while True:
             self._held_watched = bool(self._buffer.heap)
-            with anyio.move_on_after(BUFFER_CHECK_INTERVAL if self._held_watched else None):
+            wait = BUFFER_CHECK_INTERVAL if self._held_watched else None
+            with self._clock.move_on_after(wait, upkeep=True):
                 await self._held.wait()
             self._held = anyio.Event()
             try:
@@ -402,8 +459,8 @@ class Fetcher:
             await self.refresh_pause()
 
     async def _share(self) -> None:
-        self._measure(time.monotonic())
-        free = self._concurrency - self.busy
+        self._measure(self._monotonic())
+        free = self._free_slots
         rate = self._throughput.expected_rate(self._concurrency)
         is_late = partial(_is_late, free, rate)
         if await self._hand_back.share(is_late, self._tiers, self._puller):

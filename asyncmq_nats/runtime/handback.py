@@ -3,7 +3,6 @@
 A worker that is alone gives nothing back: a job that comes again costs more than one that waits.
 """
 
-import time
 from collections.abc import Iterable, Sequence
 from typing import Final
 
@@ -39,6 +38,7 @@ class HandBack:
         self._log = log
         self._lifecycle = lifecycle
         self._buffer = buffer
+        self._monotonic = backend.clock.monotonic
         self._look_at = 0.0
         self._pause = LOOK_SECONDS
         self._given: dict[int, int] = {}
@@ -46,8 +46,8 @@ class HandBack:
 
     async def share(self, is_late: Late, tiers: Tiers, puller: Puller) -> bool:
         """Give jobs that start late here to workers that wait. Return whether credit changed."""
-        late = self._buffer.count_late(is_late)
-        now = time.monotonic()
+        now = self._monotonic()
+        late = self._buffer.count_late(is_late, now)
         if not late or now < self._look_at:
             if not late:
                 self._calm_down()
@@ -71,7 +71,7 @@ class HandBack:
             for priority, count in waiting.items()
         }
         self._given = limits
-        await self.give_back(self._buffer.pop_late(is_late, limits))
+        await self.give_back(self._buffer.pop_late(is_late, self._monotonic(), limits))
         return True
 
     def _choose(self, priorities: list[int]) -> list[int]:

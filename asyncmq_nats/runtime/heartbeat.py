@@ -3,8 +3,7 @@
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Final
 
-import anyio
-
+from asyncmq_nats._clock import SYSTEM_CLOCK, Clock
 from asyncmq_nats._logging import Throttle, get_logger
 from asyncmq_nats.exceptions import AsyncMQError, ConnectionLost
 
@@ -20,8 +19,11 @@ Step = Callable[[], Awaitable[object]]
 class Heartbeat:
     """The steps of one worker's heartbeat. A step that fails does not keep the others from their turn."""
 
-    def __init__(self, worker: str, interval: float, steps: Sequence[Step]) -> None:
+    def __init__(
+        self, worker: str, interval: float, steps: Sequence[Step], clock: Clock = SYSTEM_CLOCK
+    ) -> None:
         self._worker = worker
+        self._clock = clock
         self._interval = interval
         self._steps = [(step, Throttle(WARNING_INTERVAL)) for step in steps]
 
@@ -32,7 +34,7 @@ class Heartbeat:
             ConnectionLost: the connection was closed for good.
         """
         while True:
-            await anyio.sleep(self._interval)
+            await self._clock.sleep(self._interval)
             await self.beat()
 
     async def beat(self) -> None:

@@ -41,7 +41,8 @@ class TierView:
     """What the worker knows of a tier.
 
     `outstanding`: credit that the server holds. `pending`: jobs that wait behind the last delivery.
-    `held`: buffered jobs of this tier and of higher ones; those of lower tiers take no room from it.
+    `held`: buffered jobs of this tier and of higher ones; those of lower tiers take no room from
+    it.
     """
 
     priority: int

@@ -1,4 +1,7 @@
-"""The process of tasks with `process=True`: the other end of `processes`. Nothing else imports this."""
+"""The process of tasks with `process=True`: the other end of `processes`.
+
+Nothing else imports this.
+"""
 
 import asyncio
 import importlib
@@ -27,8 +30,11 @@ OUTPUT, ERROR = 1, 2
 
 
 def main(answers: int) -> None:
-    """Run the functions that the worker names, until it is gone. `answers`: the descriptor for them."""
-    # The pipe of requests is nobody else's: a task that reads the standard input finds it empty.
+    """Run the functions that the worker names, until it is gone.
+
+    `answers`: the descriptor for them.
+    """
+    # The pipe of requests belongs to no one else: a task that reads the standard input finds it empty.
     requests = os.fdopen(os.dup(0), "rb")
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)
@@ -60,7 +66,10 @@ def _serve(requests: BinaryIO, answers: "_Answers") -> None:
         _, end, *what = calls.get()
         result = Failure.of(problem, 0.0) if problem is not None else _call(*what)
         _flush(end)
-        answers.send("result", result)
+        if isinstance(result, Failure):
+            answers.send("failure", _portable(result))
+        else:
+            answers.send("result", result)
 
 
 def _read_calls(requests: BinaryIO, calls: "SimpleQueue[Any]") -> None:
@@ -90,6 +99,15 @@ def _call(
         return replace(Failure.of(error, 0.0), final=True)
     except BaseException as error:  # its class may be unknown in the worker
         return Failure.of(error, 0.0)
+
+
+def _portable(failure: Failure) -> tuple[Failure, bytes]:
+    """Return a failure for the worker, and beside it the exception, if it can be sent."""
+    try:
+        pickled = pickle.dumps(failure.exception)
+    except Exception:  # the user's class, or what it holds
+        pickled = b""
+    return replace(failure, exception=None), pickled
 
 
 def _find(module: str, qualname: str, *, validate: bool) -> tuple[Any, Arguments]:

@@ -1,7 +1,8 @@
 """Tasks in processes of their own: for work that would keep the interpreter busy.
 
-A process runs one task at a time and is kept for the next one. It talks to its worker by a pipe that no task sees:
-what a task and its own children write to the standard output and error goes to the worker's, line by line.
+A process runs one task at a time and is kept for the next one. It talks to its worker by a pipe
+that no task sees: what a task and its own children write to the standard output and error goes to
+the worker's, line by line.
 """
 
 import asyncio
@@ -15,6 +16,7 @@ import sys
 from asyncio.subprocess import Process
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from multiprocessing import spawn
 from pathlib import Path
 from typing import Any, Final, TextIO
@@ -24,11 +26,14 @@ from weakref import WeakKeyDictionary
 import anyio
 from anyio import CapacityLimiter
 
+from asyncmq_nats._logging import get_logger
 from asyncmq_nats.exceptions import ProcessDied
 from asyncmq_nats.retries import FailedElsewhere, Failure
 from asyncmq_nats.wire.codec import load_json
 
-__all__ = ["close_processes", "run_in_process"]
+__all__ = ["close_processes", "hold_processes", "run_in_process"]
+
+logger = get_logger(__name__)
 
 LENGTH: Final = struct.Struct("!Q")
 CHILD: Final = """\
@@ -55,8 +60,8 @@ async def run_in_process(
 ) -> Any:
     """Run a function, found again by module and name, in a process, and return its result.
 
-    On cancellation the process is killed, and what it started. The result comes back as JSON, and an
-    exception as what it says.
+    On cancellation the process is killed, and what it started. The result comes back as JSON, and
+    an exception as what it says.
 
     Raises:
         FailedElsewhere: the function raised something.
@@ -84,10 +89,19 @@ async def run_in_process(
     return load_json(answer)["result"]
 
 
+def hold_processes() -> None:
+    """Count a user of the processes of this event loop: a worker that starts."""
+    loop = asyncio.get_running_loop()
+    _users[loop] = _users.get(loop, 0) + 1
+
+
 async def close_processes() -> None:
-    """End the processes that are kept for the next task. A worker does so when it stops."""
-    for child in _pools.pop(asyncio.get_running_loop(), ()):
-        await child.kill()
+    """Count a user less. With the last one, end the processes that are kept for the next task."""
+    loop = asyncio.get_running_loop()
+    _users[loop] = _users.get(loop, 1) - 1
+    if _users[loop] <= 0:
+        for child in _pools.pop(loop, ()):
+            await child.kill()
 
 
 class _Child:
@@ -173,8 +187,10 @@ class _Child:
             kind, value = pickle.loads(await self._answers.readexactly(size))
             if kind == "log":
                 _log(self._job_id, value)
+            elif kind == "failure":
+                return _with_exception(*value)
             else:
-                answer: bytes | Failure = value
+                answer: bytes = value
                 return answer
 
     def _send(self, message: object) -> None:
@@ -263,10 +279,12 @@ class _Output:
 
 _pools: "WeakKeyDictionary[asyncio.AbstractEventLoop, list[_Child]]" = WeakKeyDictionary()
 """The idle processes of each event loop."""
+_users: "WeakKeyDictionary[asyncio.AbstractEventLoop, int]" = WeakKeyDictionary()
+"""How many workers of each event loop run."""
 
 
 def _preparation() -> dict[str, Any]:
-    """Return what a process needs in order to find the functions of this one, as `multiprocessing` does."""
+    """Return what a process needs to find the functions of this one, as `multiprocessing` does."""
     data = spawn.get_preparation_data("task")
     data.pop("authkey", None)
     levels = [
@@ -285,6 +303,18 @@ def _log(job_id: str, record: dict[str, Any]) -> None:
         logger.handle(made)
 
 
+def _with_exception(failure: Failure, pickled: bytes) -> Failure:
+    """Return a failure with what was raised in the process, if it can be made again here."""
+    if not pickled:
+        return failure
+    try:
+        error = pickle.loads(pickled)
+    except Exception as problem:  # the class is the user's code
+        logger.debug("%s stays in its process: %r", failure.kind, problem)
+        return failure
+    return replace(failure, exception=error) if isinstance(error, BaseException) else failure
+
+
 def _signal_name(number: int) -> str:
     try:
         return signal.Signals(number).name
@@ -293,7 +323,10 @@ def _signal_name(number: int) -> str:
 
 
 def _count_oom_kills() -> int:
-    """Return how many processes the system has killed since memory ran out; 0 where it does not say."""
+    """Return how many processes the system has killed since memory ran out.
+
+    0 where it does not say.
+    """
     with suppress(OSError, ValueError):
         for line in Path("/proc/vmstat").read_text().splitlines():
             name, _, count = line.partition(" ")

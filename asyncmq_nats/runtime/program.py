@@ -11,17 +11,16 @@ import sys
 import threading
 from collections.abc import Awaitable, Callable, Iterable
 from types import ModuleType
-from typing import Final
+from typing import Final, Protocol
 
 import anyio
 
 from asyncmq_nats._concurrency import open_task_group
 from asyncmq_nats._logging import get_logger
 from asyncmq_nats.exceptions import TaskModuleError
-from asyncmq_nats.runtime.runner import Runner
 from asyncmq_nats.runtime.supervisor import parent_is_gone
 
-__all__ = ["import_tasks", "run_program", "run_until_signalled"]
+__all__ = ["Runnable", "import_tasks", "run_program", "run_until_signalled"]
 
 logger = get_logger(__name__)
 
@@ -60,8 +59,20 @@ def _import_module(name: str) -> ModuleType:
         raise TaskModuleError(name, problem) from problem
 
 
-def run_program(main: Callable[[], Awaitable[None]]) -> None:
+class Runnable(Protocol):
+    """What runs until it is told to stop: a runner, or a crew of them."""
+
+    async def run(self) -> None:
+        """Run until `stop`."""
+
+    def stop(self) -> None:
+        """Begin to stop."""
+
+
+def run_program(main: Callable[[], Awaitable[int | None]]) -> None:
     """Run the coroutine function to its end, on uvloop where it is installed. The garbage collector is set for many short-lived objects.
+
+    What it returns, if it is not 0, is the exit code of the program.
 
     If then a task still runs in a thread, which nothing can cancel, the process ends: its job was handed back, and another worker runs it.
     """
@@ -69,11 +80,13 @@ def run_program(main: Callable[[], Awaitable[None]]) -> None:
     gc.freeze()
     gc.set_threshold(YOUNG)
     fast = sys.platform != "win32" and importlib.util.find_spec("uvloop") is not None
-    anyio.run(main, backend_options={"use_uvloop": fast})
-    _end_with_stuck_threads()
+    code = anyio.run(main, backend_options={"use_uvloop": fast}) or 0
+    _end_with_stuck_threads(code)
+    if code:
+        sys.exit(code)
 
 
-def _end_with_stuck_threads() -> None:
+def _end_with_stuck_threads(code: int) -> None:
     stuck = [thread for thread in threading.enumerate() if thread.name == TASK_THREAD]
     for thread in stuck:
         thread.join(THREAD_ENDS)
@@ -81,10 +94,10 @@ def _end_with_stuck_threads() -> None:
         logger.warning("a task that was handed back still runs in a thread: ending the process")
         logging.shutdown()
         sys.stdout.flush()
-        os._exit(0)  # at a normal exit, Python would wait for the thread
+        os._exit(code)  # at a normal exit, Python would wait for the thread
 
 
-async def run_until_signalled(runner: Runner) -> None:
+async def run_until_signalled(runner: Runnable) -> None:
     """Run a worker until SIGINT or SIGTERM, then let it stop in order. A second signal ends the process at once."""
     async with open_task_group() as group:
         group.start_soon(_stop_on_signal, runner)
@@ -93,13 +106,13 @@ async def run_until_signalled(runner: Runner) -> None:
         group.cancel_scope.cancel()
 
 
-async def _stop_when_orphaned(runner: Runner) -> None:
+async def _stop_when_orphaned(runner: Runnable) -> None:
     await parent_is_gone()
     logger.warning("the process that started this worker is gone: stopping")
     runner.stop()
 
 
-async def _stop_on_signal(runner: Runner) -> None:
+async def _stop_on_signal(runner: Runnable) -> None:
     with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
         stopping = False
         async for number in signals:

@@ -8,7 +8,6 @@ first is read many at a time; the rest, such as ticks, is left to some tasks. Th
 
 import heapq
 import itertools
-import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
@@ -58,14 +57,14 @@ PULL_WAIT: Final = 30.0
 CREDIT_LIMITS: Final = (16, 512)
 """Fewest and most records that are in hand or asked for at a time."""
 SLOW_PROMOTION: Final = 0.5
-"""A due record that was in hand for so many seconds, a quarter of its lease, halves the credit."""
+"""A due record that was in hand for this many seconds, a quarter of its lease, halves the credit."""
 MAX_IN_FLIGHT: Final = 128
 """Promotions that are written and not yet confirmed."""
 TASKS: Final = 32
 """Tasks for what cannot be done by callbacks."""
 CHECK_BATCH: Final = 64
 CHECK_LEAD: Final = 0.015
-"""A record that was in hand for a while is looked at so many seconds before it is due."""
+"""A record that was in hand for a while is checked this many seconds before it is due."""
 CHECK_AFTER: Final = 0.05
 """Time in hand, in seconds, in which anything may have become of a record."""
 REMEMBERED: Final = 60.0
@@ -125,6 +124,7 @@ class Promoter:
         self._waiting: list[tuple[float, int, Held]] = []
         """A heap: when to begin with each record in hand that nothing is done with yet."""
         self._order = itertools.count()
+        self._monotonic = backend.clock.monotonic
         self._in_flight: set[Held] = set()
         self._credit = CREDIT_LIMITS[1]
         self._halved_at = 0.0
@@ -189,7 +189,7 @@ class Promoter:
             return
         key = self._subjects.parse(delivery.subject)
         held = Held(delivery, fire=key.kind is Kind.FIRE)
-        arrived = time.monotonic()
+        arrived = self._monotonic()
         run_at: float | None = None
         held.plan = key.kind is Kind.PLAN_DUE
         try:
@@ -211,7 +211,7 @@ class Promoter:
         """Return how many seconds the record must still wait.
 
         Only the server's clock matters: the record's time stamp is that of the moment in which it
-        was released. A record that was delivered before, or that nobody fetched for a while, has
+        was released. A record that was delivered before, or that no promoter fetched for a while, has
         spent some of its time since.
         """
         if run_at is None:
@@ -249,13 +249,13 @@ class Promoter:
             self._wake = anyio.Event()
             self._begin_due()
             full = len(self._in_flight) >= MAX_IN_FLIGHT
-            timeout = None if full or not self._waiting else self._waiting[0][0] - time.monotonic()
-            with anyio.move_on_after(timeout):
+            timeout = None if full or not self._waiting else self._waiting[0][0] - self._monotonic()
+            with self._backend.clock.move_on_after(timeout):
                 await self._wake.wait()
             await anyio.lowlevel.checkpoint()
 
     def _begin_due(self) -> None:
-        now, doubtful = time.monotonic(), list[Held]()
+        now, doubtful = self._monotonic(), list[Held]()
         while (
             self._waiting
             and self._waiting[0][0] <= now
@@ -335,7 +335,7 @@ class Promoter:
     def _finish(self, held: Held) -> None:
         """Let go of a record that is taken care of."""
         self._in_flight.discard(held)
-        now, (fewest, most) = time.monotonic(), CREDIT_LIMITS
+        now, (fewest, most) = self._monotonic(), CREDIT_LIMITS
         if now - held.due <= SLOW_PROMOTION:
             self._credit = min(self._credit + 1, most)
         elif now > self._halved_at + SLOW_PROMOTION:
@@ -414,7 +414,7 @@ class Promoter:
             finding = Finding.CURRENT
         if finding is Finding.CURRENT:
             held.checked = True
-            if held.due <= time.monotonic():
+            if held.due <= self._monotonic():
                 self._begin(held)
             else:
                 self._in_flight.discard(held)

@@ -1,7 +1,9 @@
-"""A rate limit for a whole queue: one token bucket in one record, changed by compare-and-set, from which workers lease permits.
+"""A rate limit for a whole queue.
 
-A permit is for one start. A worker leases as many as it has free slots, and asks for jobs against permits only, so one that waits holds no
-jobs. What is leased and not used yet counts against the bucket's size, so idle workers cannot save up a burst.
+One token bucket in one record, changed by compare-and-set, from which workers lease permits. A
+permit is for one start. A worker leases as many as it has free slots, and asks for jobs against
+permits only, so one that waits holds no jobs. What is leased and not used yet counts against the
+bucket's size, so idle workers cannot save up a burst.
 """
 
 import math
@@ -23,7 +25,7 @@ LEASE: Final = 10.0
 """Permits of a worker that is silent for so long are taken back."""
 SHORTEST_WAIT: Final = 0.005
 GRAIN: Final = 0.01
-"""Permits are leased for at least so many seconds' worth at a time, to keep contention low at high rates."""
+"""A lease has permits for at least this many seconds: contention stays low at high rates."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +43,10 @@ class Limit:
 
 @dataclass(frozen=True, slots=True)
 class Bucket:
-    """Permits there are, as of `at` (Unix seconds), and those that are leased: worker → (count, when the lease ends)."""
+    """Permits there are, as of `at` (Unix seconds), and those that are leased.
+
+    Worker → (count, when the lease ends).
+    """
 
     tokens: float
     at: float
@@ -79,7 +84,10 @@ class Bucket:
         return bucket
 
     def is_plausible(self, now: float) -> bool:
-        """Return whether workers can have written it: nothing in it is of a time that is far off."""
+        """Return whether workers can have written it.
+
+        Nothing in it is of a time that is far off.
+        """
         return self.at <= now + LEASE and all(
             count >= 0 and end <= now + 2 * LEASE for count, end in self.leased.values()
         )
@@ -88,7 +96,9 @@ class Bucket:
 def lease(
     bucket: Bucket | None, limit: Limit, worker: str, held: int, wanted: int, now: float
 ) -> tuple[Bucket, int, float]:
-    """Return the bucket after a worker with `held` unused permits asked for `wanted` more, how many it got, and the wait for the next.
+    """Return the bucket after a request for permits, the number granted, and the wait for the next.
+
+    The worker has `held` unused permits and asks for `wanted` more.
 
     A worker that asks for a negative number gives permits back.
     """
@@ -140,7 +150,10 @@ class RateLimiter:
 
     @property
     def permits(self) -> int:
-        """Leased and not used yet. A worker that was silent for longer than its lease has none: others have got them since."""
+        """Leased and not used yet.
+
+        A worker that was silent for longer than its lease has none: others have got them since.
+        """
         return self._held if self._held and self._backend.now() < self._ends_at else 0
 
     def use(self) -> None:
@@ -148,10 +161,14 @@ class RateLimiter:
         self._held -= 1
 
     async def acquire(self, wanted: int) -> float:
-        """Lease up to `wanted` more permits, or give some back if it is negative; return how long to wait for more, 0 if all were there."""
+        """Lease up to `wanted` more permits, or give some back if it is negative.
+
+        Return how long to wait for more, 0 if all were there.
+        """
         self._held = self.permits
         renew = self._held > 0 and self._backend.now() > self._renew_at
-        # Who wants no more has to say that permits were used: what is on record as leased is kept from the others.
+        # Who wants no more has to say that permits were used: what is on record as leased is kept
+        # from the others.
         report = renew or (wanted == 0 and self._held < self._recorded)
         if wanted == 0 and not report:
             return 0.0

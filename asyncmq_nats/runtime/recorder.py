@@ -92,7 +92,10 @@ class Recorder:
     # -- on the path of every job
 
     def note_run(self, task: str, wait: float, run: float) -> None:
-        """Count an attempt that ran: how long it had waited before, and how long it ran, in seconds."""
+        """Count an attempt that ran.
+
+        How long it had waited before, and how long it ran, in seconds.
+        """
         metrics = self._current.get(task)
         if metrics is None:
             metrics = self._current[task] = TaskMetrics()

@@ -15,7 +15,7 @@ from asyncmq_nats._logging import get_logger
 from asyncmq_nats.context import JobContext
 from asyncmq_nats.exceptions import InvalidArgument, TaskNotFound
 from asyncmq_nats.jobs import Backoff, JobHead, new_job
-from asyncmq_nats.retries import BackoffFunction
+from asyncmq_nats.retries import BackoffFunction, ErrorTypes, checked_errors
 from asyncmq_nats.runtime.processes import run_in_process
 from asyncmq_nats.wire.arguments import Arguments, write_by_class
 from asyncmq_nats.wire.keys import check_queue_name
@@ -56,6 +56,10 @@ class RegisteredTask(Mapping[str, Any]):
     progress: bool = False
     process: bool = False
     validate: bool = True
+    retry_on: tuple[type[BaseException], ...] | None = None
+    """The only exceptions after which a job is retried; `None`: any."""
+    give_up_on: tuple[type[BaseException], ...] | None = None
+    """The exceptions after which it is not."""
     wrapper: Any = field(default=None, repr=False)
     """The `TaskWrapper` of the function."""
 
@@ -72,6 +76,8 @@ class RegisteredTask(Mapping[str, Any]):
             "timeout": self.timeout,
             "process": self.process,
             "validate": self.validate,
+            "retry_on": self.retry_on,
+            "give_up_on": self.give_up_on,
         }
 
     async def run(self, job: JobHead, threads: CapacityLimiter, context: JobContext) -> Any:
@@ -149,6 +155,8 @@ class TaskRegistry(MutableMapping[str, RegisteredTask]):
         progress: bool = False,
         process: bool = False,
         validate: bool = True,
+        retry_on: ErrorTypes | None = None,
+        give_up_on: ErrorTypes | None = None,
     ) -> RegisteredTask:
         """Add a function under its name, or `module.function`. Of a `TaskWrapper`, that is its function.
 
@@ -191,6 +199,8 @@ class TaskRegistry(MutableMapping[str, RegisteredTask]):
             progress=progress,
             process=process,
             validate=validate,
+            retry_on=checked_errors(retry_on, "retry_on"),
+            give_up_on=checked_errors(give_up_on, "give_up_on"),
             wrapper=wrapper,
         )
         self._tasks[task_id] = entry
@@ -321,7 +331,7 @@ def _origin(function: Any) -> tuple[str, str]:
 
 
 def _parts(function: Any) -> list[Any]:
-    """Return the function, and those that it took along when it was defined, such as the one it decorates."""
+    """Return the function and those in its closure, such as the one that it decorates."""
     parts = [function]
     for part in parts:  # it grows meanwhile
         inner = [part.func] if isinstance(part, functools.partial) else _captured(part)

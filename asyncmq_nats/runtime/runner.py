@@ -1,5 +1,7 @@
 """A worker on one queue: start, drain, stop. Its parts run jobs; this one owns their lifetimes."""
 
+from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from typing import Final
 
@@ -16,14 +18,17 @@ from asyncmq_nats.runtime.control import CANCEL, RESUME, WorkerRegistry, new_wor
 from asyncmq_nats.runtime.declarations import Declarations
 from asyncmq_nats.runtime.fetcher import Fetcher
 from asyncmq_nats.runtime.heartbeat import Heartbeat
-from asyncmq_nats.runtime.processes import close_processes
+from asyncmq_nats.runtime.processes import close_processes, hold_processes
 from asyncmq_nats.runtime.promoter import Promoter
 from asyncmq_nats.runtime.rate_limiter import Limit, RateLimiter
 from asyncmq_nats.runtime.recorder import Recorder
 from asyncmq_nats.runtime.registry import TaskRegistry
+from asyncmq_nats.runtime.slot_group import SlotGroup
 from asyncmq_nats.runtime.slots import Slots
+from asyncmq_nats.states import State
 from asyncmq_nats.store.announcing import WorkerEvents
 from asyncmq_nats.store.commit import FAREWELL
+from asyncmq_nats.store.reads import Inspection
 from asyncmq_nats.store.topology import QueueAssets
 from asyncmq_nats.transitions.finish import Lifecycle
 from asyncmq_nats.transitions.make_room import make_room
@@ -52,6 +57,9 @@ class Runner:
         hooks: called at the start and at the stop.
         middleware: called around jobs.
         declarations: the repeatables that its code declares.
+        worker: its id; that of the whole worker, if this is one of several queues.
+        group: those queues.
+        on_stop_signal: called when another program asks the worker to stop; by default `stop`.
     """
 
     def __init__(
@@ -67,10 +75,15 @@ class Runner:
         hooks: Hooks | None = None,
         middleware: Chain | None = None,
         declarations: Declarations | None = None,
+        worker: str | None = None,
+        group: SlotGroup | None = None,
+        has_siblings: bool = False,
+        on_stop_signal: Callable[[], None] | None = None,
     ) -> None:
         if concurrency < 1:
             raise ValueError(f"concurrency must be at least 1, not {concurrency}")
-        self.worker = new_worker_id()
+        self.worker = worker or new_worker_id()
+        self._on_stop_signal = on_stop_signal or self.stop
         self._backend = backend
         self._subjects = subjects
         self._assets = assets
@@ -102,6 +115,7 @@ class Runner:
             self._spawner,
             self._note_progress,
             any_task=any_task,
+            group=group,
             middleware=middleware or Chain(),
             recorder=self.recorder,
         )
@@ -123,8 +137,11 @@ class Runner:
             adopt=self._renew_lease,
             on_startable=self._slots.fill,
             pending=lambda: self._completer.pending,
+            group=group,
         )
         self._slots.fetcher, self._slots.completer = self._fetcher, self._completer
+        if group is not None:
+            self._fetcher.member = self._slots
         self._declarations = declarations or Declarations(backend, subjects, {})
         self._entry = WorkerRegistry(
             backend,
@@ -133,6 +150,8 @@ class Runner:
             concurrency,
             self._running_ids,
             self._declarations.ids,
+            is_stopping=self._stop_is_set,
+            has_siblings=has_siblings,
         )
         self._lost_store = False
         self._leases_lost = 0
@@ -144,7 +163,9 @@ class Runner:
             partial(make_room, backend, subjects),
             self._look_for_cancelled,
         )
-        self._heartbeat = Heartbeat(self.worker, backend.settings.heartbeat_interval, steps)
+        self._heartbeat = Heartbeat(
+            self.worker, backend.settings.heartbeat_interval, steps, backend.clock
+        )
         self._progress = anyio.Event()
         self._draining = False
         self._stop = anyio.Event()
@@ -155,6 +176,35 @@ class Runner:
     def stop(self) -> None:
         """Begin to stop: take no more jobs, finish those that run."""
         self._stop.set()
+
+    def _stop_is_set(self) -> bool:
+        return self._stop.is_set()
+
+    @property
+    def slots(self) -> Slots:
+        """Where its jobs run."""
+        return self._slots
+
+    @property
+    def queue(self) -> str:
+        """The name of its queue."""
+        return self._subjects.queue
+
+    @property
+    def started(self) -> int:
+        """How many jobs it has started."""
+        return self._fetcher.started
+
+    async def has_work(self) -> bool:
+        """Return whether a job runs here, or waits to be run by any worker.
+
+        Jobs that are delayed do not count, nor those of a paused queue.
+        """
+        busy = not self._fetcher.is_idle or self._completer.pending or self._slots.waits_in_line
+        if busy or self._fetcher.is_paused:
+            return bool(busy)
+        inspection = Inspection(self._backend, self._subjects, self._assets)
+        return (await inspection.count_by_state())[State.WAITING] > 0
 
     async def run(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
         """Run jobs until `stop` or cancellation.
@@ -193,6 +243,7 @@ class Runner:
 
     async def _serve(self, serving: anyio.Event, finished: anyio.Event) -> None:
         """Run all loops, shielded from outside cancellation: `stop` ends them in order."""
+        hold_processes()
         try:
             with anyio.CancelScope(shield=True):
                 try:
@@ -229,6 +280,8 @@ class Runner:
         with anyio.move_on_after(FAREWELL):
             await self._fetcher.stop()
             await self._slots.hand_back_suspects()
+        if self._slots.running:
+            self._group.start_soon(self._show_stopping)
         timeout = self._backend.settings.shutdown_timeout
         with anyio.move_on_after(timeout):
             await self._wait_until_quiet()
@@ -266,6 +319,7 @@ class Runner:
         await self._entry.listen_for_pause(self._fetcher.pause)
         await self._entry.listen(RESUME, lambda _: self._fetcher.resume())
         await self._entry.listen(CANCEL, self._on_cancel)
+        await self._entry.listen_for_stop(self._on_stop_signal)
         # Again: a signal may have passed between the first look and now.
         await self._fetcher.refresh_pause()
         self._group.start_soon(self._heartbeat.run)
@@ -303,6 +357,10 @@ class Runner:
         if scope.cancelled_caught:
             self._log_leaving("no answer")
 
+    async def _show_stopping(self) -> None:
+        with suppress(AsyncMQError):  # the next heartbeat does so as well
+            await self._entry.beat()
+
     def _log_leaving(self, reason: str) -> None:
         logger.warning(
             "worker %s: could not deregister (%s); its entry expires after three heartbeats",
@@ -324,7 +382,7 @@ class Runner:
 
     async def _mark_long_runs(self) -> None:
         while True:
-            await anyio.sleep(MARK_INTERVAL)
+            await self._backend.clock.sleep(MARK_INTERVAL, upkeep=True)
             self._slots.mark_long_runs()
 
     def _running_ids(self) -> list[str]:

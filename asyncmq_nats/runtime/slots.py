@@ -4,7 +4,6 @@ Takes deliveries while slots are free, runs them, and passes what became of them
 """
 
 import asyncio
-import time
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
 from contextvars import Context, copy_context
@@ -14,6 +13,7 @@ from typing import Any, Final
 
 import anyio
 
+from asyncmq_nats._clock import Cancellable
 from asyncmq_nats._concurrency import Spawner, running_task
 from asyncmq_nats._logging import get_logger
 from asyncmq_nats.backends.base import Backend, Delivery
@@ -31,12 +31,13 @@ from asyncmq_nats.exceptions import (
 )
 from asyncmq_nats.jobs import WIRE_VERSION, Job
 from asyncmq_nats.middleware import Chain, Ending, EndState
-from asyncmq_nats.retries import Failure, RetryLimits, retry_delay
+from asyncmq_nats.retries import Failure, RetryLimits, judge, retry_delay, snooze_delay
 from asyncmq_nats.runtime.completer import Completer
 from asyncmq_nats.runtime.executor import Running, execute
 from asyncmq_nats.runtime.fetcher import Fetcher
 from asyncmq_nats.runtime.recorder import UNKNOWN_TASK, Recorder
 from asyncmq_nats.runtime.registry import RegisteredTask, TaskRegistry
+from asyncmq_nats.runtime.slot_group import SlotGroup
 from asyncmq_nats.runtime.suspects import Suspects
 from asyncmq_nats.store.announcing import WorkerEvents
 from asyncmq_nats.store.commit import FAREWELL, look_for
@@ -79,6 +80,7 @@ class Slots:
         on_change: Callable[[], None],
         *,
         any_task: bool = False,
+        group: SlotGroup | None = None,
         recorder: Recorder | None = None,
         middleware: Chain,
     ) -> None:
@@ -86,20 +88,26 @@ class Slots:
         self._subjects = subjects
         self._lifecycle = lifecycle
         self._registry = registry
+        self._group = group
         self._tasks_of = None if any_task else subjects.queue
         self._events = events
         self._spawner = spawner
         self._on_change = on_change
         self._recorder = recorder
         self._middleware = middleware
+        settings = backend.settings
+        self._limits = RetryLimits(settings.max_retries_limit, settings.min_retry_delay)
         self._threads = anyio.CapacityLimiter(concurrency)
         self._suspects = Suspects(
-            backend.settings.max_stalls, lambda: not self.running, time.monotonic
+            settings.max_stalls,
+            lambda: not self.running if group is None else group.is_alone,
+            backend.clock.monotonic,
+            None if group is None else group.probation,
         )
         self._context: Context
         self._loop: asyncio.AbstractEventLoop
         self._tasks: set[asyncio.Task[None]] = set()
-        self._timer: asyncio.TimerHandle | None = None
+        self._timer: Cancellable | None = None
         self._is_open = False
         self._ending = False
         self._is_cancelled: Callable[[], int] = lambda: 0
@@ -128,16 +136,67 @@ class Slots:
 
     def fill(self) -> None:
         """Start jobs while slots are free. May be called from any callback."""
-        if not self._is_open:
-            return
-        while self.fetcher.has_free_slot and (suspect := self._suspects.next()) is not None:
+        if self._group is not None:
+            self._group.fill()
+        elif self._is_open:
+            self._start_suspects()
+            if not self._suspects.holds_others:
+                while (delivery := self.fetcher.take()) is not None:
+                    self._spawn(self._run_delivery(delivery))
+            self.set_timer()
+
+    def _start_suspects(self, limit: int | None = None) -> int:
+        """Start those suspects that may start now, `limit` at most; return how many did."""
+        started = 0
+        while (
+            started != limit
+            and self.fetcher.has_free_slot
+            and (suspect := self._suspects.next()) is not None
+        ):
             self.fetcher.occupy()
             self._spawn(self._run_suspect(suspect))
-        if not self._suspects.holds_others:
-            while (delivery := self.fetcher.take()) is not None:
-                self._spawn(self._run_delivery(delivery))
-        if self._timer is None and (wait := self._suspects.wait) is not None:
-            self._timer = self._loop.call_later(max(wait, 0.01), self._on_timer)
+            started += 1
+        return started
+
+    # -- as a member of a group
+
+    @property
+    def is_open(self) -> bool:
+        """See `Member`."""
+        return self._is_open
+
+    @property
+    def is_running(self) -> bool:
+        """See `Member`."""
+        return bool(self.running)
+
+    @property
+    def expects_jobs(self) -> bool:
+        """See `Member`."""
+        return self.fetcher.expects_jobs
+
+    @property
+    def waits_in_line(self) -> bool:
+        """Whether a suspect waits for its turn."""
+        return bool(self._suspects)
+
+    def start_next(self) -> bool:
+        """See `Member`."""
+        if self._start_suspects(1):
+            return True
+        if self._suspects.holds_others or (delivery := self.fetcher.take()) is None:
+            return False
+        self._spawn(self._run_delivery(delivery))
+        return True
+
+    def note_free_slot(self) -> None:
+        """See `Member`."""
+        self.fetcher.note_free_slot()
+
+    def set_timer(self) -> None:
+        """See `Member`."""
+        if self._timer is None and self._is_open and (wait := self._suspects.wait) is not None:
+            self._timer = self._backend.clock.call_later(max(wait, 0.01), self._on_timer)
 
     def _on_timer(self) -> None:
         self._timer = None
@@ -325,7 +384,7 @@ class Slots:
                 running,
                 entry,
                 self._threads,
-                self._backend.now,
+                self._backend,
                 self._is_ending,
                 self._middleware,
             )
@@ -395,7 +454,13 @@ class Slots:
             return
         ending = Ending(state, attempt.started_at, self._backend.now(), result, delay=delay)
         if failure is not None:
-            ending = replace(ending, error=failure.error, traceback=failure.traceback)
+            ending = replace(
+                ending,
+                error=failure.error,
+                error_type=failure.kind or None,
+                traceback=failure.traceback,
+                exception=failure.exception,
+            )
         attempt.on_end = partial(self._on_end, context or self._context_of(attempt), ending)
 
     def _on_end(self, context: JobContext, ending: Ending) -> None:
@@ -449,7 +514,7 @@ class Slots:
             logger.warning(
                 "job %s (%s) failed: %s", attempt.head.job_id, attempt.head.task_id, error
             )
-            failure = Failure(f"{type(error).__name__}: {error}", "", self._backend.now())
+            failure = replace(Failure.of(error, self._backend.now()), traceback="")
             self._note_end(attempt, context, "failed", failure=failure)
             await self._lifecycle.fail(attempt, failure, on_settled)
 
@@ -462,10 +527,17 @@ class Slots:
     ) -> None:
         job = attempt.job
         task = self._registry.get(job.task_id)
+        if task is not None:
+            failure = judge(failure, task.retry_on, task.give_up_on)
+        if failure.end == "snoozed" and await self._snooze(attempt, failure, on_settled, context):
+            return
+        if failure.end == "expired":
+            logger.info("job %s (%s) has expired: %s", job.job_id, job.task_id, failure.error)
+            self._note_end(attempt, context, "expired", failure=failure)
+            await self._lifecycle.expire(attempt, on_settled, failure)
+            return
         function = None if task is None else task.backoff_function
-        settings = self._backend.settings
-        limits = RetryLimits(settings.max_retries_limit, settings.min_retry_delay)
-        delay = retry_delay(job, failure, function, limits)
+        delay = retry_delay(job, failure, function, self._limits)
         if delay is not None:
             logger.info(
                 "job %s (%s) is retried in %g s: %s", job.job_id, job.task_id, delay, failure.error
@@ -480,3 +552,22 @@ class Slots:
         logger.warning("job %s (%s) failed: %s", job.job_id, job.task_id, failure.error)
         self._note_end(attempt, context, "failed", failure=failure)
         await self._lifecycle.fail(attempt, failure, on_settled)
+
+    async def _snooze(
+        self,
+        attempt: Attempt,
+        failure: Failure,
+        on_settled: OnSettled,
+        context: JobContext | None,
+    ) -> bool:
+        """Have a job run again later, as its task wishes. Return whether that could be written."""
+        job = attempt.job
+        delay = snooze_delay(job, failure, self._limits)
+        logger.info("job %s (%s) is snoozed for %g s", job.job_id, job.task_id, delay)
+        self._note_end(attempt, context, "snoozed", failure=failure, delay=delay)
+        try:
+            await self._lifecycle.snooze(attempt, delay, on_settled)
+        except (NotSerializable, PayloadTooLarge) as error:  # it cannot be written again as it came
+            logger.warning("job %s (%s) cannot be snoozed: %s", job.job_id, job.task_id, error)
+            return False
+        return True

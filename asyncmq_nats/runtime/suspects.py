@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Final
 
+from asyncmq_nats.runtime.slot_group import Probation
 from asyncmq_nats.transitions.claim import Attempt
 
 __all__ = ["Suspects"]
@@ -19,22 +20,23 @@ LAST_PROBATION: Final = 5.0
 
 
 class Suspects:
-    """The line of suspects of one worker. `now`: monotonic seconds.
+    """The line of suspects of one queue in a worker. `now`: monotonic seconds.
 
-    `is_alone` says whether no other job runs.
+    `is_alone` says whether no other job runs in the worker.
     """
 
     def __init__(
-        self, max_stalls: int, is_alone: Callable[[], bool], now: Callable[[], float]
+        self,
+        max_stalls: int,
+        is_alone: Callable[[], bool],
+        now: Callable[[], float],
+        probation: Probation | None = None,
     ) -> None:
         self._max_stalls = max_stalls
         self._is_alone = is_alone
         self._now = now
         self._line: deque[Attempt] = deque()
-        self._current: Attempt | None = None
-        self._free_at = 0.0
-        self._exclusive = False
-        self._waiting_since = 0.0
+        self._probation = probation or Probation()
 
     def __len__(self) -> int:
         return len(self._line)
@@ -47,34 +49,37 @@ class Suspects:
         """Take the next suspect out of the line if it may start now."""
         if not self._line or self._is_occupied:
             return None
-        attempt, now = self._line[0], self._now()
+        attempt, now, probation = self._line[0], self._now(), self._probation
         exclusive = attempt.losses + 1 >= self._max_stalls
         if exclusive and not self._is_alone():
-            self._waiting_since = self._waiting_since or now
-            if now - self._waiting_since < LAST_PROBATION:
+            probation.waiting_since = probation.waiting_since or now
+            if now - probation.waiting_since < LAST_PROBATION:
                 return None
-        self._waiting_since = 0.0
-        self._current, self._exclusive = self._line.popleft(), exclusive
-        self._free_at = now + (LAST_PROBATION if exclusive else PROBATION)
-        return self._current
+        probation.waiting_since = 0.0
+        probation.current, probation.exclusive = self._line.popleft(), exclusive
+        probation.free_at = now + (LAST_PROBATION if exclusive else PROBATION)
+        return attempt
 
     def leave(self, attempt: Attempt) -> None:
         """Note that a suspect has ended."""
-        if attempt is self._current:
-            self._current, self._exclusive, self._free_at = None, False, 0.0
+        if attempt is self._probation.current:
+            self._probation.current, self._probation.exclusive = None, False
+            self._probation.free_at = 0.0
 
     @property
     def holds_others(self) -> bool:
         """Whether no other job may start now: a last run waits for its turn, or has begun."""
-        return self._waiting_since > 0 or (self._exclusive and self._is_occupied)
+        probation = self._probation
+        return probation.waiting_since > 0 or (probation.exclusive and self._is_occupied)
 
     @property
     def wait(self) -> float | None:
         """Seconds after which `next` should be asked again, if no job ends before; else `None`."""
-        if self._waiting_since:
-            return max(0.0, self._waiting_since + LAST_PROBATION - self._now())
-        if self._line or self._exclusive:
-            return max(0.0, self._free_at - self._now()) if self._current else 0.0
+        probation = self._probation
+        if probation.waiting_since:
+            return max(0.0, probation.waiting_since + LAST_PROBATION - self._now())
+        if self._line or probation.exclusive:
+            return max(0.0, probation.free_at - self._now()) if probation.current else 0.0
         return None
 
     def clear(self) -> list[Attempt]:
@@ -85,4 +90,5 @@ class Suspects:
 
     @property
     def _is_occupied(self) -> bool:
-        return self._current is not None and self._now() < self._free_at
+        probation = self._probation
+        return probation.current is not None and self._now() < probation.free_at

@@ -89,6 +89,12 @@ class Tiers:
             for priority, tier in self.known.items()
         )
 
+    def may_have_jobs(self, now: float) -> bool:
+        """Return whether jobs of any tier wait at the server, or may do so."""
+        return any(
+            tier.may_have_jobs(now, self.credit(priority)) for priority, tier in self.known.items()
+        )
+
     def view(self, now: float, held: Mapping[int, int]) -> list[TierView]:
         """Return what to decide by, first the tier that runs first. `held`: jobs by priority."""
         views: list[TierView] = []

@@ -1,4 +1,7 @@
-"""Events: of what leaves no record of its own, told to whoever listens, at most once; and all of them to the listeners of this process."""
+"""Events: they tell listeners, at most once, what leaves no record of its own.
+
+And all of them to the listeners of this process.
+"""
 
 from collections.abc import Callable
 from typing import Any, Final
@@ -56,7 +59,10 @@ class WorkerEvents:
     def tell_start(
         self, spawner: Spawner, token: str, body: bytes, at: float, job: Callable[[], Job]
     ) -> None:
-        """Tell that an attempt began. `body`: the job as it came; `job`: all of it, read if a listener here wants it."""
+        """Tell that an attempt began.
+
+        `body`: the job as it came; `job`: all of it, read if a listener here wants it.
+        """
         # The job's own bytes, with what is new spliced in: no second encoding.
         data = splice(body, self._start % at)
         if len(data) > self._backend.max_body:
@@ -73,7 +79,10 @@ class WorkerEvents:
             spawner.spawn(event_emitter.emit, PREFIX + PROGRESS, told)
 
     def tell_end(self, spawner: Spawner, token: str, write: Write) -> None:
-        """Tell the listeners of this process what became of an attempt; the server tells all others."""
+        """Tell the listeners of this process what became of an attempt.
+
+        The server tells all others.
+        """
         if not event_emitter.listens():
             return
         event = read_event(

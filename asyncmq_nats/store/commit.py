@@ -1,11 +1,13 @@
-"""When to look or to write again: jobs move while one looks for them, replicas lag behind their leader, and others write as well."""
+"""When to look or to write again.
+
+Jobs move while one looks for them, replicas lag behind their leader, and others write as well.
+"""
 
 import random
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Final, TypeVar
 
-import anyio
-
+from asyncmq_nats._clock import brief_pause
 from asyncmq_nats.backends.base import Backend
 
 __all__ = ["FAREWELL", "LAG", "LOOKS", "look_for", "looks", "pause_after_refusal"]
@@ -13,11 +15,17 @@ __all__ = ["FAREWELL", "LAG", "LOOKS", "look_for", "looks", "pause_after_refusal
 Found = TypeVar("Found")
 
 LOOKS: Final = (0.0, 0.0, 0.1)
-"""Pauses (seconds) before each look for a job that may not exist, where a replica may answer that lags behind."""
+"""Pauses (seconds) before each read for a job that may not exist: a replica may lag behind."""
 LOOKS_AT_ONE_SERVER: Final = (0.0, 0.0, 0.0)
-"""The same on a single server: a job that is not seen in one look moved during it. It cannot do so in three in a row."""
+"""The same on a single server: a job that is not seen in one look moved during it.
+
+It cannot do so in three in a row.
+"""
 LAG: Final = (0.0, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
-"""Pauses (seconds) before each look for what is known to be there: a read may be answered by a replica that has yet to hear of it."""
+"""Pauses (seconds) before each look for what is known to be there.
+
+A read may be answered by a replica that has yet to hear of it.
+"""
 
 FAREWELL: Final = 5.0
 """How long each step of a worker's stopping may take that needs the server: it may be gone."""
@@ -29,16 +37,22 @@ def looks(backend: Backend) -> Sequence[float]:
 
 
 async def look_for(look: Callable[[], Awaitable[Found]], pauses: Sequence[float] = LOOKS) -> Found:
-    """Look for a job until it is found, or has been missed often enough not to exist. Return what the last look returned."""
+    """Look for a job until it is found, or has been missed often enough not to exist.
+
+    Return what the last look returned.
+    """
     for pause in pauses[:-1]:
         if pause:
-            await anyio.sleep(pause)
+            await brief_pause(pause)
         if found := await look():
             return found
-    await anyio.sleep(pauses[-1])
+    await brief_pause(pauses[-1])
     return await look()
 
 
 async def pause_after_refusal() -> None:
-    """Wait a little, by chance, before a write is made anew: others may be doing the same, and each would refuse the others."""
-    await anyio.sleep(random.uniform(0.0, 0.01))
+    """Wait a little, by chance, before a write is repeated.
+
+    Others may be doing the same, and each would refuse the others.
+    """
+    await brief_pause(random.uniform(0.0, 0.01))

@@ -1,8 +1,8 @@
-"""The history of what workers did: where its records are, how long they stay, and how they are read.
+"""The history of what workers did.
 
-A worker writes one record each ten seconds, and rewrites those of the running minute and of the
-running ten minutes. So a chart of any length reads few records. Nothing here decides anything
-about a job, and no job waits for it.
+Where its records are, how long they stay, and how they are read. A worker writes one record each
+ten seconds, and rewrites those of the running minute and of the running ten minutes. So a chart of
+any length reads few records. Nothing here decides anything about a job, and no job waits for it.
 """
 
 import math
@@ -30,7 +30,10 @@ BLOCKS_AT_ONCE: Final = 8
 
 @dataclass(frozen=True, slots=True)
 class HistoryRecord:
-    """One record, as it was written. `start`: Unix seconds by the server's clock; `data`: see docs/protocol.md."""
+    """One record, as it was written.
+
+    `start`: Unix seconds by the server's clock; `data`: see docs/protocol.md.
+    """
 
     queue: str
     worker: str

@@ -44,7 +44,10 @@ async def for_each(
     *,
     limit: int = CALLS_UNDER_WAY,
 ) -> None:
-    """Call with each of the items, at most `limit` at a time. The first error cancels the others."""
+    """Call with each of the items, at most `limit` at a time.
+
+    The first error cancels the others.
+    """
     if len(items) == 1:
         await call(items[0])
         return

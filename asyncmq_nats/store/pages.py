@@ -1,7 +1,8 @@
 """Lists of jobs, read page by page. A page costs the same in a queue of ten jobs and of a million.
 
-A state is one or more *sources*: stretches of a log's sequences that match one filter. Most records of a long list match, so they are
-read as they stand; of a short one, the server knows where its few are.
+A state is one or more *sources*: stretches of a log's sequences that match one filter. Most records
+of a long list match, so they are read as they stand; of a short one, the server knows where its few
+are.
 """
 
 from bisect import bisect_left
@@ -21,11 +22,14 @@ from asyncmq_nats.wire.keys import INDEXED, QueueSubjects
 __all__ = ["JobLists", "Source"]
 
 FEW: Final = 500
-"""A list of up to so many jobs is read whole: one request."""
+"""A list of up to this many jobs is read whole: one request."""
 SPARSE: Final = 10_000
-"""Up to so many matches the server counts in milliseconds before it sends the first."""
+"""The server counts up to this many matches in milliseconds before it sends the first."""
 INDEX_SLACK: Final = 32
-"""Index entries that are read beyond a page: an entry may stand in another order than its outcome, or for none."""
+"""Index entries that are read beyond a page.
+
+An entry may stand in another order than its outcome, or for none.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +138,9 @@ class JobLists:
     async def read_page(
         self, state: State, after: str | None, limit: int, *, descending: bool
     ) -> tuple[list[Job], str | None]:
-        """Return the next jobs of a state after a cursor, and the cursor to go on with; `None` when these were the last.
+        """Return the next jobs of a state after a cursor, and the cursor to go on with.
+
+        `None` when these were the last.
 
         Raises:
             InvalidArgument: the cursor is not one of this state.
@@ -158,7 +164,10 @@ class JobLists:
         return jobs, None
 
     def jobs_in(self, source: Source, records: Iterable[Record], state: State) -> list[Job]:
-        """Return the jobs in records of a source that are in that state: a released one is delayed or waits."""
+        """Return the jobs in records of a source that are in that state.
+
+        A released one is delayed or waits.
+        """
         if source.tier is not None:
             return [self._inspection.ready_job(record, source.tier) for record in records]
         jobs = [self._inspection.job_in_bucket(record) for record in records]
@@ -167,7 +176,10 @@ class JobLists:
     async def read_records(
         self, source: Source, after: int | None, limit: int, *, descending: bool
     ) -> list[Record]:
-        """Return the next records of a source after a sequence, markers included; fewer than `limit` when there are no more."""
+        """Return the next records of a source after a sequence, markers included.
+
+        Fewer than `limit` when there are no more.
+        """
         if not source.total:
             return []
         try:
@@ -215,7 +227,7 @@ class JobLists:
     async def _read_indexed(
         self, source: Source, after: int | None, limit: int, *, descending: bool
     ) -> list[Record]:
-        """Read a page of outcomes by the keys that their index entries name, more when some of these are gone."""
+        """Read a page of outcomes by the keys in their index entries, more when some are gone."""
         assert source.index is not None
         entries = await self._backend.last(source.log, source.index)
         keys = [self._subjects.indexed_key(entry.subject) for entry in entries]
@@ -243,13 +255,19 @@ class JobLists:
     # -- all of a list
 
     async def read(self, state: State, *, descending: bool = False) -> AsyncIterator[Job]:
-        """Yield the jobs in a state, by sequence: about in the order in which they came to that state."""
+        """Yield the jobs in a state, by sequence.
+
+        About in the order in which they reached that state.
+        """
         async for source, records in self._pages(state, PAGE_SIZE, descending=descending):
             for job in self.jobs_in(source, records, state):
                 yield job
 
     async def read_raw(self, state: State) -> AsyncIterator[list[Record]]:
-        """Yield the records of the jobs in a state, page by page; of jobs that were released, all."""
+        """Yield the records of the jobs in a state, page by page.
+
+        Of jobs that were released, all.
+        """
         async for _, records in self._pages(state, PAGE_SIZE, descending=False):
             yield records
 
@@ -285,7 +303,9 @@ class JobLists:
     # -- by time
 
     async def first_sequence_since(self, log: str, time: float) -> int:
-        """Return the sequence from which on all records are as young as `time`: it grows with the time.
+        """Return the sequence from which on all records are as young as `time`.
+
+        It grows with the time.
 
         Raises:
             AssetMissing: there is no such log.
@@ -315,7 +335,10 @@ class JobLists:
     async def slice(
         self, states: Sequence[State], start: int, end: int, *, ascending: bool
     ) -> list[Job]:
-        """Return the jobs from index `start` to `end` (included; -1: to the last), newest first unless `ascending`; state after state."""
+        """Return the jobs from index `start` to `end` (included; -1: to the last), state after state.
+
+        Newest first unless `ascending`.
+        """
         jobs: list[Job] = []
         skip, wanted = start, None if end < 0 else end - start + 1
         for state in states:
@@ -329,7 +352,7 @@ class JobLists:
     async def _slice_state(
         self, state: State, skip: int, wanted: int | None, *, ascending: bool
     ) -> tuple[list[Job], int]:
-        """Return up to `wanted` jobs after the first `skip`, and how many are left to be skipped in the states after this one."""
+        """Return up to `wanted` jobs after the first `skip`, and the rest of `skip` for later states."""
         if skip and state in OUTCOMES and wanted is not None:
             (source,) = await self.sources(state)
             if source.total > SPARSE and 2 * skip > source.total:

@@ -59,7 +59,10 @@ class ProgressReports:
             self._call_in_loop(*call)
 
     def finish(self, token: str) -> None:
-        """Send the last report of a job that has ended, if it was not sent; call it before the outcome."""
+        """Send the last report of a job that has ended, if it was not sent.
+
+        Call it before the outcome.
+        """
         with self._lock:
             job = self._jobs.pop(token, None)
         if job is not None and job.pending is not None:

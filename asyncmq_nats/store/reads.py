@@ -1,4 +1,7 @@
-"""Counts of a queue's jobs, and one job. Counting costs the same for ten jobs and for ten million. Lists are in `pages.py`."""
+"""Counts of a queue's jobs, and one job. Counting costs the same for ten jobs and for ten million.
+
+Lists are in `pages.py`.
+"""
 
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -32,7 +35,10 @@ PLACE_STATES: Final = {Place.DELAYED: State.DELAYED, Place.PARKED: State.WAITING
 
 @dataclass(frozen=True, slots=True)
 class JobPage:
-    """A page of a list: the jobs as dicts, and the cursor of the next page; `None` when this was the last."""
+    """A page of a list: the jobs as dicts, and the cursor of the next page.
+
+    `None` when this was the last.
+    """
 
     jobs: list[dict[str, Any]]
     cursor: str | None
@@ -60,7 +66,8 @@ class Inspection:
     async def count_by_state(self) -> dict[State, int]:
         """Return how many jobs are in each state; zeros if there is no such queue.
 
-        The states are counted one after the other: a job that moves meanwhile may be counted twice or not at all.
+        The states are counted one after the other: a job that moves meanwhile may be counted twice
+        or not at all.
         """
         counts: dict[State, int] = dict.fromkeys(State, 0)
 
@@ -87,9 +94,10 @@ class Inspection:
         return counts
 
     async def _count_early(self, counts: dict[State, int]) -> None:
-        """Count released jobs as what they are: delayed if released early, or still waiting for others.
+        """Count released jobs as what they are.
 
-        For the server this is a search: where there are many jobs, they are waiting.
+        Delayed if released early, or still waiting for others. For the server this is a search:
+        where there are many jobs, they are waiting.
         """
         with suppress(AssetMissing):
             page = await self._backend.page(
@@ -109,11 +117,17 @@ class Inspection:
         return NOTHING
 
     async def count(self, counter: str) -> int:
-        """Return how many records a counter counts. `counter`: such as `done_failed`; see `counter_name`."""
+        """Return how many records a counter counts.
+
+        `counter`: such as `done_failed`; see `counter_name`.
+        """
         return await self.count_or_none(counter) or 0
 
     async def count_or_none(self, counter: str) -> int | None:
-        """Same as `count`; `None` when there is no such counter, and this process may not make it."""
+        """Same as `count`.
+
+        `None` when there is no such counter, and this process may not make it.
+        """
         log, name = self._subjects.bucket_log, counter_name(counter)
         try:
             state = await self._backend.look_up(log, name)
@@ -131,7 +145,10 @@ class Inspection:
         return await look_for(partial(self._find, encode_token(job_id)), looks(self._backend))
 
     async def _find(self, token: str) -> Job | None:
-        """Look at both places in turn: a job is written where it goes before it is removed where it was."""
+        """Look at both places in turn.
+
+        A job is written where it goes before it is removed where it was.
+        """
         try:
             job, progress = await self._find_in_bucket(token)
         except AssetMissing:  # a server that came back empty: new jobs are in the ready log already
@@ -184,7 +201,10 @@ class Inspection:
         return self._decode(record, token, status=state, priority=priority)
 
     def job_in_bucket(self, record: Record) -> Job | None:
-        """Return the job in a record of the bucket; `None` for markers, claims, edges and what is no job."""
+        """Return the job in a record of the bucket.
+
+        `None` for markers, claims, edges and what is no job.
+        """
         if record.marker:
             return None
         key = self._subjects.parse(record.subject)

@@ -11,7 +11,10 @@ from asyncmq_nats.wire.keys import QueueSubjects
 __all__ = ["LEAD", "MARKER_TTL", "delayed_write", "outcome_body"]
 
 LEAD: Final = 0.4
-"""Seconds by which a timer is early: the server looks at its timers every 0.25 s. The promoter waits out the rest."""
+"""Seconds by which a timer is early: the server looks at its timers every 0.25 s.
+
+The promoter waits out the rest.
+"""
 MARKER_TTL: Final = 1.0
 """Seconds that a delete marker lives."""
 KEPT_WHEN_TRUNCATED: Final = ("id", "task", "reruns", "children", "wide_children")

@@ -1,4 +1,7 @@
-"""Jobs that match a filter, found page by page: the first ones at once, never a whole queue in memory."""
+"""Jobs that match a filter, found page by page.
+
+The first ones at once, never a whole queue in memory.
+"""
 
 from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from contextlib import suppress

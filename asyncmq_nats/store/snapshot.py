@@ -4,8 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-import anyio
-
+from asyncmq_nats._clock import brief_pause
 from asyncmq_nats.backends.base import Backend, Expect, Record
 from asyncmq_nats.exceptions import InvalidJob
 from asyncmq_nats.states import Place, State
@@ -28,7 +27,10 @@ Stage = Literal["unfinished", "ended"]
 
 @dataclass(slots=True)
 class Snapshot:
-    """The records of one job in the bucket. Markers are counted in `last_end` and left out elsewhere."""
+    """The records of one job in the bucket.
+
+    Markers are counted in `last_end` and left out elsewhere.
+    """
 
     token: str
     end_filter: str
@@ -100,7 +102,10 @@ class Snapshot:
 
 
 async def read_snapshot(backend: Backend, keys: QueueSubjects, token: str) -> Snapshot:
-    """Read all that the bucket has of one job. On a cluster a replica may answer that lags behind."""
+    """Read all that the bucket has of one job.
+
+    On a cluster a replica may answer that lags behind.
+    """
     records = await backend.last(keys.bucket_log, keys.later_all(token), keys.done_all(token))
     return Snapshot.of(token, records, keys)
 
@@ -143,7 +148,7 @@ async def read_end(backend: Backend, keys: QueueSubjects, token: str) -> Snapsho
     latest: Record | None = None
     records: list[Record] = []
     for pause in LAG:
-        await anyio.sleep(pause)
+        await brief_pause(pause)
         latest = await backend.latest(keys.bucket_log, keys.done_all(token))
         filters = [keys.ends(token), keys.later_all(token)]
         if latest is not None:

@@ -23,7 +23,7 @@ logger = get_logger(__name__)
 DEFAULT_PRIORITY: Final = 5
 MAX_TIERS: Final = 256
 PROMOTER_LEASE: Final = 2.0
-"""A released job or a tick whose promoter died is taken up by another one after so many seconds."""
+"""A released job or a tick whose promoter died is taken up by another one after this many seconds."""
 LOOK_LIMIT: Final = 50_000
 """Ready jobs whose priority is looked at each time."""
 LOOK_PAGE: Final = 1_000
@@ -65,14 +65,20 @@ class QueueAssets:
             self._logs_declared = True
 
     async def declare_all(self) -> None:
-        """Make sure that the counters and the promoter exist as well: what workers and readers need."""
+        """Make sure that the counters and the promoter exist as well.
+
+        What workers and readers need.
+        """
         await self.declare()
         if not self._counters_declared:
             await self.declare_counters()
             self._counters_declared = True
 
     async def declare_counters(self) -> None:
-        """Make sure that the bucket, which is there, has its counters and the promoter's consumer: reads make no log."""
+        """Make sure that the bucket, which is there, has its counters and the promoter's consumer.
+
+        Reads make no log.
+        """
         log, subjects = self._subjects.bucket_log, self._subjects
         filters = {f"later_{place}": subjects.place(place) for place in Place}
         filters |= {f"done_{state}": subjects.outcomes(state) for state in OUTCOMES}
@@ -84,7 +90,9 @@ class QueueAssets:
         await self._backend.declare_consumer(log, Consumer(PROMOTER, places, lease=lease))
 
     async def declare_tier(self, priority: int) -> None:
-        """Make sure that a priority has its consumer, and tell the running workers of a new one. It is born paused while the queue is.
+        """Make sure that a priority has its consumer, and tell the running workers of a new one.
+
+        It is born paused while the queue is.
 
         Raises:
             TooManyPriorities: the queue has 256 already.
@@ -125,7 +133,8 @@ class QueueAssets:
     async def _declare_tier(self, priority: int) -> None:
         paused = await self.read_pause()
         await self._backend.declare_consumer(self._subjects.ready_log, self._tier(priority, paused))
-        # A pause or its end and this tier may have passed each other. What comes after the last look finds the tier.
+        # A pause or its end and this tier may have passed each other. What comes after the last
+        # look finds the tier.
         while (until := await self.read_pause()) != paused:
             if until is None:
                 await self._backend.resume(self._subjects.ready_log, tier_name(priority))
@@ -138,7 +147,8 @@ class QueueAssets:
     async def read_pause(self) -> float | None:
         """Return until when the queue is paused (Unix seconds), `None` if it is not.
 
-        The server's word counts, which is the default tier's state: another program may have resumed the consumers.
+        The server's word counts, which is the default tier's state: another program may have
+        resumed the consumers.
         """
         try:
             records = await self._backend.last(self._subjects.bucket_log, self._subjects.pause)
@@ -176,10 +186,13 @@ class QueueAssets:
             )
 
     async def find_orphans(self) -> list[int]:
-        """Declare the tiers of ready jobs that have none, which no worker would ever see, and return their priorities.
+        """Declare the tiers of ready jobs that have none, and return their priorities.
 
-        They come from producers that may not declare consumers. Looked for only when the log holds more than its tiers know of, among
-        what is new since the last look, and `LOOK_LIMIT` records at most: anybody may add jobs of priorities that are none.
+        Without a tier, no worker would ever see the job.
+
+        They come from producers that may not declare consumers. Looked for only when the log holds
+        more than its tiers know of, among what is new since the last look, and `LOOK_LIMIT` records
+        at most: anybody may add jobs of priorities that are none.
         """
         log = self._subjects.ready_log
         before = await self._backend.count(log)
@@ -225,7 +238,8 @@ class QueueAssets:
         if not self._told_of_too_many:
             self._told_of_too_many = True
             logger.warning(
-                "queue %s has jobs of more than %d priorities: those of priority %d, and of each later one that has no "
+                "queue %s has jobs of more than %d priorities: "
+                "those of priority %d, and of each later one that has no "
                 "tier, are not run",
                 self._subjects.queue,
                 MAX_TIERS,
@@ -257,7 +271,7 @@ class QueueAssets:
         return lost
 
     def forget(self) -> None:
-        """Declare everything anew when next asked: something was found missing."""
+        """Declare everything again when next asked: something is missing."""
         self._logs_declared = self._counters_declared = False
         self._tiers.clear()
         self._looked_at = 0

@@ -1,4 +1,7 @@
-"""Those in this process who wait for the end of a job: told by signals, and by one look for all of them."""
+"""Those in this process who wait for the end of a job.
+
+Told by signals, and by one look for all of them.
+"""
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator, Sequence
@@ -20,7 +23,10 @@ __all__ = ["Waiter", "Waiters"]
 logger = get_logger(__name__)
 
 OWN_SUBSCRIPTIONS: Final = 64
-"""The most waiters with a subscription each. A shared one brings the outcomes of all jobs, also of those that nobody here waits for."""
+"""The most waiters with a subscription each.
+
+A shared one brings the outcomes of all jobs, also of those that no one here waits for.
+"""
 LOOK_INTERVAL: Final = 5.0
 """How long after a lost event an outcome is seen all the same, in seconds."""
 FULL_LOOKS: Final = 50
@@ -81,7 +87,7 @@ class Waiters:
                     await self._stop_sharing(crowd)
 
     async def wait(self, waiter: Waiter) -> bool:
-        """Return when the waiter was told of an end, which is returned, or is to look for itself."""
+        """Return whether the waiter was told of an end; if not, it has to read for itself."""
         crowd = self._crowd()
         while not (waiter.heard or waiter.looks):
             if crowd.leader is None:
@@ -93,7 +99,10 @@ class Waiters:
         return heard
 
     async def _lead(self, crowd: "_Crowd", leader: Waiter) -> None:
-        """Wait, and look for all others too, until told of one's own end; then it is another's turn."""
+        """Wait, and look for all others too, until told of one's own end.
+
+        Then it is another's turn.
+        """
         crowd.leader = leader
         try:
             while not leader.woken.is_set():
@@ -174,7 +183,10 @@ class _Crowd:
             del self.by_token[waiter.token]
 
     def appoint(self, last: Waiter) -> None:
-        """Have another one lead, if none does: the one that came last, since it will probably stay longest."""
+        """Have another one lead, if none does.
+
+        The one that came last, since it will probably stay longest.
+        """
         successor = next((each for each in reversed(self.waiting) if each is not last), None)
         if self.leader is None and successor is not None:
             successor.wake()

@@ -52,10 +52,15 @@ class Additions:
         self.dependencies = Dependencies(backend, subjects, assets)
         self.plans = Plans(backend, subjects, assets, self.dependencies, self.first_write)
         self.refused = Turns()
-        """Held to repeat an addition that was refused: those of this process that wait for the same job take turns."""
+        """Held to repeat an addition that was refused.
+
+        Those of this process that wait for the same job take turns.
+        """
 
     async def add(self, job: Job) -> str:
-        """Store a new job where it belongs and return its id: the existing one if the producer chose an id that exists.
+        """Store a new job where it belongs and return its id.
+
+        The existing one if the producer chose an id that exists.
 
         Raises:
             InvalidJobId: no record can be kept under its id.
@@ -82,7 +87,10 @@ class Additions:
                     continue
 
     async def _confirm(self, job: Job) -> str:
-        """Return the id of a job that was refused although nobody else can have its id: the confirmation of an earlier sending was lost."""
+        """Return the id of a job that was refused although no other job can have its id.
+
+        The confirmation of an earlier sending was lost.
+        """
         if not await look_for(partial(self.are_stored, [job]), LAG):
             raise WriteRefused(self._subjects.bucket_log, f"job {job.job_id!r}")
         return job.job_id
@@ -207,7 +215,7 @@ class Additions:
 
         A confirmation was lost, and they have moved on since.
         """
-        ours = next((job for job in jobs if not job.custom_id), None)  # nobody else has its id
+        ours = next((job for job in jobs if not job.custom_id), None)  # no other job has its id
         return ours is not None and await self.plans.exists(ours.job_id)
 
     # -- batches
@@ -316,7 +324,7 @@ class Additions:
         return self.dependencies.parked.failure(data, token, parent_id, end.fence)
 
     async def _finish_batch(self, batch: Batch) -> None:
-        """Write the edges that did not fit into a batch, and tell those who wait for failed jobs."""
+        """Write the edges that did not fit into a batch, and release what waits for failed jobs."""
         for job, outside in batch.late:
             came = await self.plans.links.connect(job, outside, {})
             if came.failed:
@@ -400,7 +408,10 @@ class Additions:
         return body
 
     async def is_duplicate(self, job_id: str) -> bool:
-        """Return whether the queue has a job with that id; if so, tell that it was added once more."""
+        """Return whether the queue has a job with that id.
+
+        If so, tell that it was added once more.
+        """
         duplicate = await self.exists(job_id)
         if duplicate:
             await self.announce(DUPLICATED, job_id)

@@ -38,8 +38,8 @@ class Applied:
     """What became of `Queue.apply`.
 
     `matched`: jobs that were meant. `done`: those that it was done to; the others had moved on, or
-    could not. `until`: the time before which they came to their state (Unix seconds): with it as the
-    filter's `until`, a run that was interrupted goes on, and finds none that came to it since.
+    could not. `until`: the time before which they reached their state (Unix seconds): with it as
+    the filter's `until`, a run that was interrupted goes on, and finds none that reached it since.
     """
 
     matched: int

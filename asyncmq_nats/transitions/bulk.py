@@ -45,10 +45,13 @@ KEYS: Final = frozenset(
 def build_entries(
     now: float, entries: Iterable[Mapping[str, Any]], write: WriteArguments = write_plainly
 ) -> tuple[list[Job], dict[int, Window]]:
-    """Return the jobs that the entries of `add_bulk` stand for, and the deduplication windows by index. `now`: Unix seconds.
+    """Return the jobs of the entries of `add_bulk`, and the deduplication windows by index.
+
+    `now`: Unix seconds.
 
     Raises:
-        ValueError, TypeError: an entry is malformed; what is wrong with a value says a note of the error in which entry.
+        ValueError, TypeError: an entry is malformed; what is wrong with a value says a note of the
+            error in which entry.
     """
     jobs: list[Job] = []
     windows: dict[int, Window] = {}
@@ -100,7 +103,9 @@ def _checked_entry(entry: Mapping[str, Any], index: int) -> dict[str, Any]:
 
 
 async def add_many(additions: Additions, jobs: Sequence[Job]) -> list[str]:
-    """Add the jobs and return their ids in order. Up to 1,000 are all or nothing; more go in batches of 1,000, each all or nothing.
+    """Add the jobs and return their ids in order.
+
+    Up to 1,000 are all or nothing; more go in batches of 1,000, each all or nothing.
 
     Raises:
         BulkAddFailed: of more than 1,000, some batches were added and some were not; it says which.
@@ -135,7 +140,11 @@ async def add_many(additions: Additions, jobs: Sequence[Job]) -> list[str]:
 
 
 async def _add_batch(additions: Additions, batch: Sequence[Job]) -> None:
-    """Add one batch; jobs with a chosen id that exists are left out, also when one appears while this runs, and so is what is stored."""
+    """Add one batch.
+
+    Jobs with a chosen id that exists are left out, also when one appears while this runs, and so is
+    what is stored.
+    """
     while True:
         chosen = {job.job_id for job in batch if job.custom_id}
         missing = await additions.plans.missing(chosen)
@@ -145,7 +154,8 @@ async def _add_batch(additions: Additions, batch: Sequence[Job]) -> None:
         try:
             await additions.add_batch(new, missing)
         except WriteRefused:
-            # A repetition is refused by its own first sending, if the server stored that and was lost before it said so.
+            # A repetition is refused by its own first sending, if the server stored that and was
+            # lost before it said so.
             unique = not any(job.custom_id or job.depends_on for job in new)
             if await look_for(partial(additions.are_stored, new), LAG if unique else LAG[:1]):
                 return

@@ -21,6 +21,7 @@ from asyncmq_nats.store.snapshot import Snapshot, count_reruns, read_snapshot
 from asyncmq_nats.store.topology import QueueAssets
 from asyncmq_nats.transitions.claim import CLAIM_TTL, Claim
 from asyncmq_nats.transitions.deliver import OUTCOME_FIELDS
+from asyncmq_nats.transitions.finish import PUT_OFF_FIELDS
 from asyncmq_nats.transitions.release import Dependencies
 from asyncmq_nats.wire.codec import dump_json, load_json
 from asyncmq_nats.wire.keys import QueueSubjects, decode_token, encode_token, tier_name
@@ -62,7 +63,8 @@ class Administration:
     async def take_due(self, jobs: Sequence[Job]) -> list[Job]:
         """Remove released jobs, and return those that were still there to be removed.
 
-        One whose removal is in doubt is the last that is returned: it may run as well, but what has been taken is not lost.
+        One whose removal is in doubt is the last that is returned: it may run as well, but what has
+        been taken is not lost.
         """
         taken = []
         for job in jobs:
@@ -113,7 +115,10 @@ class Administration:
         return await self._backend.last(subjects.ready_log, subjects.ready_any(token))
 
     def _cancellation(self, snapshot: Snapshot, ready: Sequence[Record]) -> list[Write]:
-        """Return the writes that cancel a job: its outcome, and a reminder if others wait for it."""
+        """Return the writes that cancel a job.
+
+        Its outcome, and a reminder if others wait for it.
+        """
         source = next(iter([*snapshot.later.values(), *ready]))
         outcome = self._cancelled(snapshot.token, source.body, snapshot.fence)
         reminder = self._reminder(snapshot, outcome.body)
@@ -284,8 +289,11 @@ class Administration:
         return is_delayed(record, self._subjects, self._backend.now())
 
     def _renewed(self, data: dict[str, Any]) -> bytes:
-        """Return a job as it was when it was new: only its errors tell what was. Its time to live begins now."""
-        for name in (*OUTCOME_FIELDS, "delay_until", "put_off_since", "put_off_reason"):
+        """Return a job as it was when it was new: only its errors tell what was.
+
+        Its time to live begins now.
+        """
+        for name in (*OUTCOME_FIELDS, *PUT_OFF_FIELDS, "delay_until"):
             data.pop(name, None)
         return dump_json(
             data
@@ -294,7 +302,10 @@ class Administration:
 
 
 def is_delayed(record: Record, subjects: QueueSubjects, now: float) -> bool:
-    """Return whether a record in transit is of a job that is delayed: jobs are released a little before their time."""
+    """Return whether a record in transit is of a job that is delayed.
+
+    Jobs are released a little before their time.
+    """
     if record.marker:
         return False
     if subjects.is_later(record.subject, Place.RELEASED):

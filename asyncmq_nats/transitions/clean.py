@@ -1,6 +1,7 @@
-"""Removing many jobs at once: clean, drain, obliterate. In steps: each holds the stream for a short time only.
+"""Removing many jobs at once: clean, drain, obliterate.
 
-One purge by filter would be one call, but the server holds the stream for as long as it takes: 46 s for a million records.
+In steps: each holds the stream for a short time only. One purge by filter would be one call, but
+the server holds the stream for as long as it takes: 46 s for a million records.
 """
 
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -55,7 +56,9 @@ class Cleanup:
         limit: int = 0,
         progress: Progress | None = None,
     ) -> list[str]:
-        """Remove up to `limit` (0: any number of) jobs that came to a state before a time, the oldest first; return their ids.
+        """Remove up to `limit` (0: all) jobs that reached a state before a time; return their ids.
+
+        The oldest go first.
 
         Jobs that run stay.
         """
@@ -83,9 +86,10 @@ class Cleanup:
     async def clean(
         self, state: State, older_than: float = inf, progress: Progress | None = None
     ) -> None:
-        """Remove the jobs that came to a state before a time; those that run stay.
+        """Remove the jobs that reached a state before a time; those that run stay.
 
-        Outcomes are purged by filter, `PURGE_STEP` sequences at a time: their ids are not asked for.
+        Outcomes are purged by filter, `PURGE_STEP` sequences at a time: their ids are not asked
+        for.
         """
         if state not in OUTCOMES:
             await self.clean_jobs(state, older_than, progress=progress)
@@ -117,7 +121,10 @@ class Cleanup:
     async def _steps(
         self, source: Source, older_than: float, limit: int = STEP
     ) -> AsyncIterator[list[Record]]:
-        """Yield the records of a source that are old enough, oldest first: the sequence grows with the time."""
+        """Yield the records of a source that are old enough, oldest first.
+
+        The sequence grows with the time.
+        """
         after: int | None = None
         size = min(limit, STEP)
         while True:
@@ -134,7 +141,10 @@ class Cleanup:
             after = records[-1].sequence
 
     async def remove_records(self, source: Source, records: Sequence[Record]) -> list[str]:
-        """Remove records of a source, and return the ids of their jobs; those that a worker has got meanwhile stay."""
+        """Remove records of a source, and return the ids of their jobs.
+
+        Those that a worker has got meanwhile stay.
+        """
         if source.tier is not None:
             # Asked for each step: the tier goes on delivering.
             tier = await self._inspection.tier(self._subjects.split_ready(records[0].subject)[0])
@@ -158,7 +168,10 @@ class Cleanup:
             )
 
     async def drain(self, *, include_delayed: bool, progress: Progress | None = None) -> list[str]:
-        """Remove the jobs that wait to be run, and if wished those that are delayed; return their ids. Jobs that run stay."""
+        """Remove the jobs that wait to be run, and if wished those that are delayed.
+
+        Return their ids. Jobs that run stay.
+        """
         ids: list[str] = []
         places = (Place.RELEASED, Place.DELAYED) if include_delayed else (Place.RELEASED,)
         tiers = [
@@ -197,9 +210,10 @@ class Cleanup:
         return list(ids)
 
     async def obliterate(self) -> bool:
-        """Remove everything of the queue: all jobs, repeatables, windows, a pause. Return whether there was a queue.
+        """Remove everything of the queue: all jobs, repeatables, windows, a pause.
 
-        Its assets stay, for the workers that run, and so does its secret: they make ids with it.
+        Return whether there was a queue. Its assets stay, for the workers that run, and so does its
+        secret: they make ids with it.
         """
         found, log, key = False, self._subjects.bucket_log, self._subjects.secret
         secrets: list[Record] = []

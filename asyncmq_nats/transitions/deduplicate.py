@@ -48,7 +48,8 @@ def parse_window(window: Mapping[str, Any]) -> Window:
 
     Raises:
         TypeError: it is no mapping, or `ttl` is no number.
-        ValueError: the id is empty, or `ttl` is 0 or less or longer than ten years, or a key is unknown.
+        ValueError: the id is empty, or `ttl` is 0 or less or longer than ten years, or a key is
+            unknown.
     """
     if not isinstance(window, Mapping):
         raise TypeError(
@@ -57,7 +58,8 @@ def parse_window(window: Mapping[str, Any]) -> Window:
     unknown = sorted(str(key) for key in window.keys() - {"id", "ttl", "extend", "replace"})
     if unknown:
         raise ValueError(
-            f"deduplication has unknown keys: {', '.join(unknown)} (known: id, ttl, extend, replace)"
+            f"deduplication has unknown keys: {', '.join(unknown)} "
+            "(known: id, ttl, extend, replace)"
         )
     key, ttl = window.get("id"), window.get("ttl")
     if not isinstance(key, str) or not key.strip():

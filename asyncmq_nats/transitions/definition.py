@@ -1,4 +1,7 @@
-"""A repeatable as it is stored, and its next tick. Values only: `repeat.py` and `tick.py` write them."""
+"""A repeatable as it is stored, and its next tick.
+
+Values only: `repeat.py` and `tick.py` write them.
+"""
 
 import math
 import random
@@ -46,7 +49,7 @@ __all__ = [
 
 LEAD: Final = 0.3
 NO_TIMER_BELOW: Final = 0.6
-"""A tick that is due within so many seconds has no timer, which would be late: a promoter waits."""
+"""A tick that is due within this many seconds has no timer, which would be late: a promoter waits."""
 MARKER_TTL: Final = 1.0
 CODE: Final = "code"
 """Owner of what is declared in code, by `Queue.add_repeatable`."""

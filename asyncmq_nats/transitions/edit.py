@@ -1,7 +1,8 @@
-"""A job that has not started is changed by hand: run now, run at another time, run with other arguments.
+"""A job that has not started is changed by hand.
 
-Each change is one write in the place of the record that was read, and expects that record: a job
-that moves meanwhile is read again, and is neither lost nor there twice.
+Run now, run at another time, run with other arguments. Each change is one write in the place of the
+record that was read, and expects that record: a job that moves meanwhile is read again, and is
+neither lost nor there twice.
 """
 
 from collections.abc import Callable, Mapping
@@ -49,7 +50,10 @@ class Edits:
     # -- when it runs
 
     async def promote(self, job_id: str) -> bool:
-        """Let a delayed job run now, with the attempts that it has left. Return whether it was delayed."""
+        """Let a delayed job run now, with the attempts that it has left.
+
+        Return whether it was delayed.
+        """
         return await self._change_delayed(encode_token(job_id), None)
 
     async def reschedule(self, job_id: str, run_at: float) -> bool:

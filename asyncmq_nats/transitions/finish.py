@@ -26,7 +26,7 @@ from asyncmq_nats.transitions.deliver import Deliveries
 from asyncmq_nats.wire.codec import dump_json, load_json, splice
 from asyncmq_nats.wire.keys import QueueSubjects, decode_token, encode_token, fit_token
 
-__all__ = ["Lifecycle"]
+__all__ = ["PUT_OFF_FIELDS", "Lifecycle"]
 
 logger = get_logger(__name__)
 
@@ -36,7 +36,8 @@ MIN_PUT_OFF_SECONDS = 1.0
 MAX_PUT_OFF_SECONDS = 60.0
 """How long a job that cannot be run here is put off at a time."""
 MAX_REASON_LENGTH = 2_000
-PUT_OFF_FIELDS = ("put_off_since", "put_off_reason")
+PUT_OFF_FIELDS = ("put_off_since", "put_off_reason", "snoozes")
+"""Fields that tell why a job waits: the next attempt drops them."""
 ARGUMENT_FIELDS = (
     "v",
     "args",
@@ -110,9 +111,15 @@ class Lifecycle(Deliveries):
         }
         self._send(self._outcome(attempt, State.FAILED, fields, "the failure"), settle)
 
-    async def expire(self, attempt: Attempt, settle: OnSettled) -> None:
-        """Record that the job's time to live was over before it started."""
-        error = f"its time to live of {attempt.head.ttl:g} s was over before this attempt started"
+    async def expire(
+        self, attempt: Attempt, settle: OnSettled, failure: Failure | None = None
+    ) -> None:
+        """Record that the job came too late: its time to live was over, or its task said so."""
+        error = (
+            f"its time to live of {attempt.head.ttl or 0:g} s was over before this attempt started"
+            if failure is None
+            else failure.error
+        )
         outcome = self._outcome(attempt, State.EXPIRED, {"last_error": error}, "the expiry")
         self._send(outcome, settle)
 
@@ -123,6 +130,13 @@ class Lifecycle(Deliveries):
         job = add_failure(attempt.job, failure)
         run_at = self._backend.now() + delay if delay > 0 else None
         await self._reschedule(attempt, _fields_of_next(job), run_at, settle)
+
+    async def snooze(self, attempt: Attempt, delay: float, settle: OnSettled) -> None:
+        """Have the job run again in `delay` seconds, as its task wishes; no retry is counted."""
+        job = attempt.job
+        fields = _fields_of_next(job) | {"put_offs": job.put_offs + 1, "snoozes": job.snoozes + 1}
+        run_at = self._backend.now() + delay if delay > 0 else None
+        await self._reschedule(attempt, fields, run_at, settle)
 
     async def postpone(self, attempt: Attempt, settle: OnSettled) -> None:
         """Move a ready job whose time is still to come to where delayed jobs wait."""
@@ -179,7 +193,10 @@ class Lifecycle(Deliveries):
         self._send(write, settle)
 
     async def reject(self, delivery: Delivery, problem: InvalidJob) -> None:
-        """Record a message that is not a job as failed, with what it was, so that it is neither lost nor delivered for ever."""
+        """Record a message that is not a job as failed, with its body.
+
+        So it is neither lost nor delivered for ever.
+        """
         token = fit_token(delivery.subject.rpartition(".")[2])
         now = self._backend.now()
         record = {
@@ -212,7 +229,7 @@ class Lifecycle(Deliveries):
         delivery.ack()
 
     def _completed(self, attempt: Attempt, result: Any) -> Write:
-        """Return the write of a result: the job as it came, byte for byte, and what it came to."""
+        """Return the write of a result: the job as it came, byte for byte, and its end."""
         what = f"the result of task {attempt.head.task_id!r}"
         members = b""
         if attempt.follow_ups is not None and attempt.follow_ups.members:
@@ -294,13 +311,16 @@ class Lifecycle(Deliveries):
         self.on_progress(body)
 
     async def results_of_parents(self, job: Job) -> dict[str, Any]:
-        """Return the results of the jobs that a job depends on, by id; those that did not complete are left out."""
+        """Return the results of the jobs that a job depends on, by id.
+
+        Those that did not complete are left out.
+        """
         return await self.dependencies.results(job)
 
     # -- for the queue
 
     async def trim(self) -> None:
-        """Remove the oldest outcomes of the kinds of which only the last so many are kept."""
+        """Remove the oldest outcomes of the kinds of which only a number is kept."""
         for state in OUTCOMES:
             keep = (
                 self._settings.completed_keep

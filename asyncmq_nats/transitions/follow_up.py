@@ -1,8 +1,8 @@
 """Follow-ups: jobs that a task adds while it runs, and its own next run if it repeats.
 
-The outcome holds them, so they exist exactly if it does. The worker stores them after the outcome is
-confirmed and before it acknowledges; the next worker, if that one dies, finds them in the outcome.
-More than fit into it are committed with it in one atomic batch.
+The outcome holds them, so they exist exactly if it does. The worker stores them after the outcome
+is confirmed and before it acknowledges; the next worker, if that one dies, finds them in the
+outcome. More than fit into it are committed with it in one atomic batch.
 """
 
 from collections.abc import Mapping, Sequence
@@ -34,7 +34,7 @@ class FollowUpJobs:
         self._additions = additions
 
     async def prepare(self, job: Job, follow_ups: Sequence[Job], result: Any) -> FollowUps:
-        """Return what is added with the success of a job. `result`: what it came to.
+        """Return what is added with the success of a job. `result`: its result.
 
         Prepare a batch again when it was refused: what it expects of other jobs may have changed.
 

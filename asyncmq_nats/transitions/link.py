@@ -10,8 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
-import anyio
-
+from asyncmq_nats._clock import brief_pause
 from asyncmq_nats._concurrency import KeyedTurns
 from asyncmq_nats.backends.base import Backend, Delivery, Expect, Write
 from asyncmq_nats.exceptions import InvalidJob, JobNotFound, WriteRefused
@@ -65,7 +64,7 @@ class Links:
         for pause in LOOKS:
             if not missing:
                 break
-            await anyio.sleep(pause)
+            await brief_pause(pause)
             found |= await self._find(missing)
             missing = [job_id for job_id in missing if job_id not in found]
         if missing:
@@ -73,7 +72,10 @@ class Links:
         return found
 
     async def _find(self, job_ids: Sequence[str]) -> dict[str, Parent]:
-        """Look in the tiers first: most parents wait to be run, and jobs go from there to the bucket."""
+        """Look in the tiers first.
+
+        Most parents wait to be run, and jobs go from there to the bucket.
+        """
         tokens = {job_id: encode_token(job_id) for job_id in job_ids}
         ready = {
             self._keys.token(record.subject)
@@ -309,5 +311,8 @@ def _is_over(parent: Parent, job: Job) -> bool:
 
 
 def _decides(parent: Parent, job: Job) -> bool:
-    """Return whether what has become of a parent changes the job; else it waits for a retry of it."""
+    """Return whether what has become of a parent changes the job.
+
+    Else it waits for a retry of it.
+    """
     return parent.completed or (parent.state is not None and job.on_parent_failure != "wait")

@@ -65,7 +65,7 @@ class ParkedJobs:
         self.waits = Waits(backend, keys)
 
     async def read(self, witness: str, children: Sequence[str]) -> dict[str, Snapshot]:
-        """Read some children from a replica that knows the record at `witness`, and what is older."""
+        """Read some children from a replica that has the record `witness`, and all before it."""
         records = await read_when(
             self._backend,
             self._log,
@@ -81,7 +81,7 @@ class ParkedJobs:
     ) -> Write:
         """Return the write of a parked job; with a timer while its edges are being written.
 
-        `parents`: how many edges. A promoter that came too early would begin again and again.
+        `parents`: how many edges. A promoter that comes too early would begin again and again.
         """
         key = self._keys.later(token, Place.PARKED)
         if not linking:
@@ -211,7 +211,10 @@ class ParkedJobs:
         await self.waits.remove(child.token)
 
     async def _open(self, child: Snapshot, parked: Record) -> dict[str, Any] | None:
-        """Return the parked job; `None` if it has gone on or is junk. What is left over is deleted."""
+        """Return the parked job; `None` if it has gone on or is junk.
+
+        What is left over is deleted.
+        """
         try:
             data = load_json(parked.body)
             order = Job.decode(parked.body).order
@@ -307,7 +310,10 @@ class ParkedJobs:
             return False
 
     async def _take_back(self, token: str, sequence: int) -> None:
-        """Remove what was made ready if the job was cancelled: its parked record was gone by then."""
+        """Remove what was made ready if the job was cancelled.
+
+        Its parked record was gone by then.
+        """
         records = await self._backend.last(self._log, self._keys.ends(token))
         if Snapshot.of(token, records, self._keys).ended:
             await self._backend.delete(self._keys.ready_log, sequence)

@@ -151,7 +151,7 @@ class Plans:
             sequence = await self._backend.write(
                 self._log, Write(key, record, Expect(key, 0), timer=due)
             )
-        except WriteRefused:  # nobody else has this key: its confirmation was lost
+        except WriteRefused:  # no other job has this key: its confirmation was lost
             found = await look_for(partial(self._backend.last, self._log, key), LAG)
             if not found:
                 raise

@@ -31,7 +31,7 @@ __all__ = ["MARKER_TTL", "Dependencies", "delayed_write"]
 CHILDREN_PER_READ: Final = 100
 """Each needs two filters."""
 DELETES: Final = 20
-"""More records than this are removed by a purge, and more markers are left to their time to live."""
+"""Above this number, records are removed by a purge, and markers by their time to live."""
 
 
 class Dependencies:
@@ -94,7 +94,10 @@ class Dependencies:
         return failed
 
     def _children(self, data: dict[str, Any], edges: Sequence[Record]) -> dict[str, str]:
-        """Return the tokens of the children; of those with many parents with the part of this one."""
+        """Return the tokens of the children.
+
+        Of those with many parents with the part of this one.
+        """
         places = data.get("wide_children")
         places = places if isinstance(places, dict) else {}
         children = {

@@ -211,7 +211,7 @@ class Repeatables:
     async def resume(self, rid: str) -> float:
         """Let a paused series go on and return its next run; `inf` if none is to come.
 
-        It begins anew from now, or with what was missed, as its `catch_up` says. One that is not
+        It starts again from now, or with what was missed, as its `catch_up` says. One that is not
         paused is left alone.
 
         Raises:

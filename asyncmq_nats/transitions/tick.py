@@ -99,7 +99,7 @@ class Ticker:
         definition, now = known[0], self._backend.now()
         due = due_times(definition, tick, now, again=delivery.deliveries > 1)
         if definition.overlap == "skip" and due:
-            # The first one: a repetition after a crash comes to the same job.
+            # The first one: a repetition after a crash makes the same job.
             due = [] if await self._is_unfinished(tick.last) else due[:1]
         jobs = [job_of(definition, at, now) for at in due]
         await self._make(jobs, again=not trusted)
@@ -201,7 +201,10 @@ class Ticker:
         due: Sequence[float],
         now: float,
     ) -> TickEnd:
-        """Plan the tick after those that were due at `now`: one that has come since is that tick."""
+        """Plan the tick after those that were due at `now`.
+
+        One that has come since is that tick.
+        """
         definition, body = known
         rid = definition.rid
         last = job_of(definition, due[-1], now).job_id if due else tick.last

@@ -17,8 +17,7 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any, Final
 
-import anyio
-
+from asyncmq_nats._clock import brief_pause
 from asyncmq_nats._concurrency import KeyedTurns
 from asyncmq_nats.backends.base import Backend, Expect, Record, Write
 from asyncmq_nats.exceptions import InvalidJob, WriteRefused
@@ -86,7 +85,7 @@ def texts(value: object) -> list[str]:
 
 
 def new_wide(parents: int) -> str:
-    """Return a new value of `Job.wide` for so many parents."""
+    """Return a new value of `Job.wide` for this many parents."""
     return f"{os.urandom(4).hex()}.{-(-parents // NARROW_LIMIT)}"
 
 
@@ -116,7 +115,7 @@ async def read_when(
     """Return the last records of the filters, read again while a replica lags behind `seen`."""
     records: list[Record] = []
     for pause in LAG:
-        await anyio.sleep(pause)
+        await brief_pause(pause)
         records = await backend.last(log, *filters)
         if seen(records):
             break
@@ -270,7 +269,10 @@ class Waits:
         await self._backend.purge(self._log, self._keys.wait_all(child))
 
     async def remove_orphans(self) -> None:
-        """Remove the parts of children that are not waiting any more. Costs as much as there are."""
+        """Remove the parts of children that are not waiting any more.
+
+        Costs as much as there are.
+        """
         subjects = await self._backend.list_subjects(self._log, self._keys.wait_all("*"))
         children = {self._keys.token(subject) for subject in subjects}
         filters = [self._keys.later_all(child) for child in children]

@@ -1,4 +1,4 @@
-"""How a call of a task is written as JSON and read again, by the annotations of the function that is called.
+"""How the arguments of a task are written as JSON and read again, by its annotations.
 
 What is accepted arrives equal (docs/arguments.md). Nothing here knows what a job is.
 """
@@ -100,7 +100,7 @@ class Arguments:
 
 
 class _Shape:
-    """One way to call a function: so many positions, and these names."""
+    """One way to call a function: a number of positions, and these names."""
 
     def __init__(self, title: str, call: Call) -> None:
         self._title = title
@@ -211,7 +211,7 @@ def _json(value: Any) -> bytes:
 
 
 def _round_trip(adapter: TypeAdapter[Any], given: dict[str, Any]) -> dict[str, Any] | None:
-    """Return the values as plain data of which the adapter makes what it makes of them, or `None`."""
+    """Return plain data that the adapter reads as it reads the values, or `None`."""
     if _holds_iterator(given):
         return None
     for of_expected, by_alias in ((False, True), (False, False), (True, True)):
@@ -326,10 +326,13 @@ def _are_same_fields(one: Any, other: Any) -> bool:
 def write_by_class(
     args: Sequence[Any], kwargs: Mapping[str, Any], task_id: str
 ) -> tuple[list[Any], dict[str, Any]]:
-    """Return the arguments as plain data, written by their classes: what is annotated is known to the worker only.
+    """Return the arguments as plain data, written by their classes.
+
+    What is annotated is known to the worker only.
 
     Raises:
-        NotSerializable: a value does not arrive equal even where its own class is the annotation; the message names it.
+        NotSerializable: a value does not arrive equal even where its own class is the annotation;
+            the message names it.
     """
     return (
         [_by_class(arg, f"argument {i} of task {task_id!r}") for i, arg in enumerate(args)],

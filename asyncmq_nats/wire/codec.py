@@ -15,15 +15,15 @@ LONGEST_NUMBER: Final = 4_000
 DEEP: Final = 100
 """Readers of JSON take values in some 200 lists and objects, one in the other, writers more."""
 ROOM: Final = 8
-"""So many more lists and objects may be put around a value later, as around a result that is handed to a child."""
+"""Levels of nesting that may be put around a value later, as around a result for a child."""
 
 
 def dump_json(value: Any, what: str = "the value") -> bytes:
     """Return the value as JSON, dates, UUIDs, enums, dataclasses and models included.
 
     Raises:
-        NotSerializable: JSON cannot hold it, or it could be written but not read. NaN and infinities are no JSON: other languages' readers
-            stop at them.
+        NotSerializable: JSON cannot hold it, or it could be written but not read. NaN and
+            infinities are no JSON: other languages' readers stop at them.
     """
     try:
         body = to_json(value)
@@ -46,7 +46,10 @@ def _read_back(body: bytes, what: str) -> None:
 
 
 def splice(body: bytes, members: bytes) -> bytes:
-    """Return the JSON object `body` with members it does not have yet appended; what it has stays as it is, byte for byte."""
+    """Return the JSON object `body` with members it does not have yet appended.
+
+    What it has stays as it is, byte for byte.
+    """
     return b"%b,%b}" % (body.rstrip()[:-1], members)
 
 

@@ -1,4 +1,7 @@
-"""Every subject, key, asset name and header, spelled once. The reference for other languages is `docs/protocol.md`."""
+"""Every subject, key, asset name and header, spelled once.
+
+The reference for other languages is `docs/protocol.md`.
+"""
 
 import re
 from dataclasses import dataclass
@@ -38,7 +41,10 @@ STAND_IN: Final = re.compile("%h[0-9a-f]{64}")
 PLACES: Final = {str(place): place for place in Place}
 ENDS: Final = {str(state): state for state in OUTCOMES}
 INDEXED: Final = (State.FAILED, State.EXPIRED, State.CANCELLED)
-"""Outcomes with an index entry, `index.<state>.<id>.entry`. The state comes first: the server finds a few among a million at once."""
+"""Outcomes with an index entry, `index.<state>.<id>.entry`.
+
+The state comes first: the server finds a few among a million at once.
+"""
 PROMOTER: Final = "promoter"
 TIER: Final = "tier_"
 TIER_NAME: Final = re.compile(TIER + "(-?[0-9]+)")
@@ -46,13 +52,19 @@ COUNTER: Final = "count_"
 PRIORITIES: Final = 10**200
 """Priorities are integers below this and above its negative."""
 LONGEST_TOKEN: Final = 1024
-"""In bytes. A subject has to fit into a line of NATS's protocol (4,096 bytes by default), and some have two tokens."""
+"""In bytes.
+
+A subject has to fit into a line of NATS's protocol (4,096 bytes by default), and some have two
+tokens.
+"""
 
 
 def encode_token(text: str) -> str:
-    """Return the text as one subject token: `.`, `*`, `>`, `%`, white space and control characters percent-encoded as UTF-8.
+    """Return the text as one subject token.
 
-    What no token can hold (nothing, more than `LONGEST_TOKEN` bytes, a lone surrogate) gets one that stands for it: see `fit_token`.
+    `.`, `*`, `>`, `%`, white space and control characters percent-encoded as UTF-8. What no token
+    can hold (nothing, more than `LONGEST_TOKEN` bytes, a lone surrogate) gets one that stands for
+    it: see `fit_token`.
 
     Raises:
         TypeError: it is no text.
@@ -79,7 +91,10 @@ def is_token(token: str) -> bool:
 
 
 def fit_token(token: str) -> str:
-    """Return the token, or if no job can have it, what stands for it: something can be kept under that, such as what a foreign job was."""
+    """Return the token, or if no job can have it, what stands for it.
+
+    Something can be kept under that, such as what a foreign job was.
+    """
     if is_token(token) or STAND_IN.fullmatch(token):
         return token
     return f"%h{sha256(token.encode('utf-8', 'surrogatepass')).hexdigest()}"
@@ -184,12 +199,18 @@ SINGLE_KINDS: Final = {
 }
 """Kinds whose keys are `<kind>.<token>`."""
 PLAN_MARK: Final = "%p"
-"""Begins the token of a plan that is due: no encoded id begins so, a `%` is followed by two digits."""
+"""Begins the token of a plan that is due.
+
+No encoded id begins so, a `%` is followed by two digits.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """A key, read. `token`: of the job, the repeatable, the window or the plan; of an edge's parent."""
+    """A key, read.
+
+    `token`: of the job, the repeatable, the window or the plan; of an edge's parent.
+    """
 
     kind: Kind
     token: str
@@ -291,7 +312,10 @@ class QueueSubjects:
         return int(priority), token
 
     def tier_of(self, subject: str) -> int | None:
-        """Return the priority of a ready subject, `None` if it is none as we write them: no tier can match that."""
+        """Return the priority of a ready subject, `None` if it is none as we write them.
+
+        No tier can match that.
+        """
         word = subject[len(self._ready) :].partition(".")[0][:210]
         priority = tier_priority(TIER + word)
         return priority if str(priority) == word and abs(int(word)) < PRIORITIES else None
@@ -321,7 +345,10 @@ class QueueSubjects:
         return f"{self._done}{token}.claim"
 
     def index(self, token: str, state: State) -> str:
-        """Return the key of the index entry of an outcome: `completed` ones, the many, have none."""
+        """Return the key of the index entry of an outcome.
+
+        `completed` ones, the many, have none.
+        """
         return f"{self._bucket_key}index.{state}.{token}.entry"
 
     def indexed(self, state: State) -> str:
@@ -342,7 +369,7 @@ class QueueSubjects:
         return f"{self._done}*.{state}"
 
     def ends(self, token: str) -> str:
-        """Return the filter for what is known of the job's end, the edges to those who wait for it left out."""
+        """Return the filter for what is known of the job's end, without the edges to its children."""
         return f"{self._done}{token}.*"
 
     def edge(self, parent: str, child: str) -> str:

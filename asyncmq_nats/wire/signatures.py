@@ -1,4 +1,7 @@
-"""Which parameter each argument of a call is for: by the function that is called, then by those that it wraps."""
+"""Which parameter each argument of a call is for.
+
+By the function that is called, then by those that it wraps.
+"""
 
 import functools
 import inspect
@@ -41,7 +44,7 @@ class Slot:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """The arguments of a call in order, what is wrong with it, and what pydantic's `Field` supplies."""
+    """The arguments of a call in order, its problem, and what pydantic's `Field` supplies."""
 
     slots: tuple[Slot, ...]
     problems: tuple[tuple[Kind, str | int], ...] = ()
@@ -69,7 +72,8 @@ class _Level:
 class Chain:
     """A function, and the functions that it wraps (`functools.wraps`), outermost first.
 
-    What is called is the outermost one. An argument that it takes as `*args` or `**kwargs` is for the one that it wraps.
+    What is called is the outermost one. An argument that it takes as `*args` or `**kwargs` is for
+    the one that it wraps.
     """
 
     def __init__(self, function: Callable[..., Any], supplied: frozenset[str]) -> None:
@@ -95,7 +99,7 @@ class Chain:
         )
 
     def match(self, count: int, names: Sequence[str]) -> Call:
-        """Return which parameters a call with so many positions and these names is for."""
+        """Return which parameters a call with this many positions and these names is for."""
         placed, named, problems = self._match(0, count, names)
         slots = [*placed, *(named[name] for name in names)]
         filled = {slot.key for slot in slots}
@@ -143,7 +147,7 @@ class Chain:
     def _pass_on(
         self, number: int, surplus: int, left: Sequence[str]
     ) -> tuple[list[Slot], dict[str, Slot]]:
-        """Match what a function takes as `*args` and `**kwargs` with the parameters of the one that it wraps."""
+        """Match the `*args` and `**kwargs` of a function with the parameters of the one it wraps."""
         level = self._levels[number]
         start = len(level.positional)
         rest = [_rest_slot(level, level.rest, f"{start + i}") for i in range(surplus)]
@@ -154,7 +158,7 @@ class Chain:
         to_others = left if level.others is not None else ()
         placed, named, problems = self._match(number + 1, to_rest, to_others)
         if any(kind == "missing_argument" for kind, _ in problems):
-            placed = rest  # the decorator supplies one: nobody can tell which
+            placed = rest  # the decorator supplies one: no one can tell which
         return placed or rest, others | named
 
 
@@ -261,7 +265,7 @@ def _resolved(function: Callable[..., Any], annotation: Any) -> Any:
 
 
 def _scopes(function: Callable[..., Any]) -> Iterator[Mapping[str, Any]]:
-    """Return the globals of the function, and of the one that it wraps, whose annotations it may have."""
+    """Return the globals of the function and of the one it wraps: it may have its annotations."""
     while isinstance(function, functools.partial):
         function = function.func
     for each in (function, inspect.unwrap(function)):
@@ -277,7 +281,10 @@ def make_adapter(title: str, fields: Mapping[str, Any]) -> TypeAdapter[Any]:
 
 
 def adapter_of(annotation: Any) -> TypeAdapter[Any] | None:
-    """Return the adapter of `{"value": …}`; `None` for an annotation that pydantic does not know."""
+    """Return the adapter of `{"value": …}`.
+
+    `None` for an annotation that pydantic does not know.
+    """
     try:
         return _adapter_of(annotation)
     except TypeError:  # one that cannot be hashed

@@ -18,7 +18,10 @@ SIZE = 3
 
 
 class Cluster:
-    """Servers that replicate what is stored. Each keeps its port and its store when it is killed and started again."""
+    """Servers that replicate what is stored.
+
+    Each keeps its port and its store when it is killed and started again.
+    """
 
     def __init__(self, directory: Path) -> None:
         routes = free_ports(SIZE)
@@ -26,7 +29,10 @@ class Cluster:
         self.servers = [
             EmbeddedServer(
                 directory / f"server-{number}",
-                config=f'server_name: server-{number}\ncluster {{ name: test, listen: "127.0.0.1:{port}", routes: [{listed}] }}\n',
+                config=(
+                    f"server_name: server-{number}\n"
+                    f'cluster {{ name: test, listen: "127.0.0.1:{port}", routes: [{listed}] }}\n'
+                ),
             )
             for number, port in enumerate(routes)
         ]

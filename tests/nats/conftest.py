@@ -33,7 +33,10 @@ def queue(nats_backend: NATSBackend) -> Queue:
 
 @pytest.fixture
 def make_server(server: EmbeddedServer, tmp_path: Path) -> Iterator[MakeServer]:
-    """Maker of a server with a configuration of its own; `server` is there to skip where there is no nats-server."""
+    """Maker of a server with a configuration of its own.
+
+    `server` is there to skip where there is no nats-server.
+    """
     servers: list[EmbeddedServer] = []
 
     def make(config: str) -> EmbeddedServer:

@@ -34,7 +34,10 @@ RUNS_QUEUE: Final = " runs queue "
 
 
 def alive(pid: int) -> bool:
-    """Return whether the process runs; one that has ended and that nobody has waited for does not."""
+    """Return whether the process runs.
+
+    One that has ended and that nobody has waited for does not.
+    """
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
@@ -42,7 +45,10 @@ def alive(pid: int) -> bool:
 
 
 def freeze(pid: int) -> None:
-    """Stop this child process until it is sent SIGCONT. Its threads stand still when this returns: the signal alone only asks for it."""
+    """Stop this child process until it is sent SIGCONT.
+
+    Its threads stand still when this returns: the signal alone only asks for it.
+    """
     os.kill(pid, signal.SIGSTOP)
     os.waitid(os.P_PID, pid, os.WSTOPPED)
 
@@ -103,12 +109,12 @@ class Watched:
     notes: Path
 
     def runs(self, name: str) -> list[str]:
-        """Return the names of the workers that have begun the body that notes under this name, in order."""
+        """Return the names of the workers that have begun the body of this name, in order."""
         path = self.notes / f"{name}.runs"
         return path.read_text().split() if path.exists() else []
 
     def stamps(self, name: str) -> list[tuple[float, int]]:
-        """Return when, and in which process, each body has begun that stamps under this name, in order."""
+        """Return the time and the process of each start of the body of this name, in order."""
         path = self.notes / f"{name}.stamps"
         lines = path.read_text().splitlines() if path.exists() else []
         return sorted((float(at), int(pid)) for at, pid in (line.split() for line in lines))
@@ -135,7 +141,10 @@ class Watched:
 
 @dataclass
 class Fleet:
-    """Worker programs of one queue on one server, and what they noted down. All are dead after `stop`."""
+    """Worker programs of one queue on one server, and what they noted down.
+
+    All are dead after `stop`.
+    """
 
     url: str
     directory: Path
@@ -149,7 +158,10 @@ class Fleet:
         self.watched = Watched(self.directory / "notes")
 
     def launch(self, name: str, **environment: Any) -> Program:
-        """Start a worker of that name and return at once. Keyword arguments are added to its environment, in capitals."""
+        """Start a worker of that name and return at once.
+
+        Keyword arguments are added to its environment, in capitals.
+        """
         own = {
             "ASYNCMQ_NATS_SERVERS": self.url,
             "QUEUE": self.queue,

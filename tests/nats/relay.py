@@ -11,7 +11,10 @@ from asyncmq_nats.backends.nats.embedded.server import EmbeddedServer
 
 
 class Relay:
-    """Passes everything on, until what it is to lose comes by: then nothing any more, until it cuts its clients, who connect anew."""
+    """Passes everything on, until what it is to lose comes by.
+
+    Then nothing any more, until it cuts its clients, who connect anew.
+    """
 
     def __init__(self) -> None:
         self.url = ""

@@ -1,4 +1,7 @@
-"""Flow control with real servers and worker processes: what the server enforces, what signals do, who gets which job."""
+"""Flow control with real servers and worker processes.
+
+What the server enforces, what signals do, who gets which job.
+"""
 
 import os
 import signal
@@ -24,7 +27,8 @@ TIER = "CONSUMER.INFO.amq_fleet.tier_5"
 
 @pytest.fixture
 def settings() -> Settings:
-    # A lease longer than any test: a job that comes back earlier was handed back. One stall would end it.
+    # A lease longer than any test: a job that comes back earlier was handed back. One stall would
+    # end it.
     return Settings(stalled_after=600, max_stalls=1, shutdown_timeout=60, heartbeat_interval=0.5)
 
 

@@ -1,4 +1,8 @@
-"""Three replicas: what is expected of a record that is still on its way to them, reads that lag behind, and the loss of a server."""
+"""Three replicas.
+
+What is expected of a record that is still on its way to them, reads that lag behind, and the loss
+of a server.
+"""
 
 import random
 from collections.abc import AsyncIterator, Iterator
@@ -60,7 +64,10 @@ def fleet(cluster: Cluster, tmp_path: Path) -> Iterator[Fleet]:
 
 
 async def settle(queue: Queue, ended: int) -> dict[str, int]:
-    """Wait until so many jobs have ended and none is left, and return the counts: those of a cluster lag behind a little."""
+    """Wait until so many jobs have ended and none is left, and return the counts.
+
+    Those of a cluster lag behind a little.
+    """
     return await eventually(
         queue.queue_stats,
         lambda stats: (
@@ -77,7 +84,10 @@ async def settle(queue: Queue, ended: int) -> dict[str, int]:
 async def test_children_are_told_of_parents_that_end_while_they_are_added(
     backends: list[Backend],
 ) -> None:
-    """The edge and the outcome are on their way at the same time: neither is applied yet when the other is checked."""
+    """The edge and the outcome are on their way at the same time.
+
+    Neither is applied yet when the other is checked.
+    """
 
     async def nap(seconds: float) -> float:
         await anyio.sleep(seconds)

@@ -1,4 +1,7 @@
-"""Every way to log in, by settings and by the environment of a worker program; and a prefix keeps deployments apart."""
+"""Every way to log in, by settings and by the environment of a worker program.
+
+And a prefix keeps deployments apart.
+"""
 
 import os
 import shutil
@@ -20,7 +23,7 @@ SOON = 15.0
 
 
 async def run_a_job(server: EmbeddedServer, settings: Settings, directory: Path) -> None:
-    """Have a producer of these settings and a worker program of the same ones in its environment run a job."""
+    """Run a job: the producer has these settings, and a worker program in its environment."""
     changed = settings.model_dump(exclude_unset=True)
     environment = {f"ASYNCMQ_NATS_{name.upper()}": str(value) for name, value in changed.items()}
     fleet = Fleet(server.url, directory, environment=environment)
@@ -81,7 +84,7 @@ async def test_nkey(make_server: MakeServer, tmp_path: Path) -> None:
 
 @pytest.fixture
 def certificates(tmp_path: Path) -> Path:
-    """A directory with a certificate authority, and certificates for the server (127.0.0.1) and for a client signed by it."""
+    """A directory with a certificate authority, and its certificates for the server and a client."""
     if shutil.which("openssl") is None:
         pytest.skip("no openssl program")
     directory = tmp_path / "certificates"
@@ -107,7 +110,10 @@ def certificates(tmp_path: Path) -> Path:
         "/CN=test authority",
     )
     for name, usage in (("server", "serverAuth"), ("client", "clientAuth")):
-        extensions = f"basicConstraints=CA:FALSE\nsubjectAltName=IP:127.0.0.1\nextendedKeyUsage={usage}\nauthorityKeyIdentifier=keyid\n"
+        extensions = (
+            "basicConstraints=CA:FALSE\nsubjectAltName=IP:127.0.0.1\n"
+            f"extendedKeyUsage={usage}\nauthorityKeyIdentifier=keyid\n"
+        )
         (directory / f"{name}.ext").write_text(extensions)
         openssl(
             "req",
@@ -225,7 +231,7 @@ def test_the_address_is_known_without_what_a_login_needs() -> None:
 
 
 async def test_credentials_of_an_account(tmp_path: Path) -> None:
-    """A file of the form that the account's tools write, looked at and given to nats-py, which reads the rest."""
+    """A file as the account's tools write it, checked here and then read by nats-py."""
     nkeys = pytest.importorskip("nkeys")
     seed = nkeys.encode_seed(os.urandom(32), nkeys.PREFIX_BYTE_USER).decode()
     (tmp_path / "app.creds").write_text(

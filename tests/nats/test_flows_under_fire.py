@@ -1,4 +1,7 @@
-"""Flows while workers and producers are killed: jobs run after their parents and end once, and a flow is there as a whole or not at all."""
+"""Flows while workers and producers are killed.
+
+Jobs run after their parents and end once, and a flow is there as a whole or not at all.
+"""
 
 import os
 import random
@@ -105,7 +108,8 @@ async def test_random_graphs_run_in_order_while_workers_are_killed(
             lambda count: count == sum(state != "waiting-children" for state in expected.values()),
             within=30,
         )
-        # A job whose worker was lost after it had ended is delivered once more, and nothing comes of it.
+        # A job whose worker was lost after it had ended is delivered once more, and nothing comes
+        # of it.
         await eventually(
             lambda: queue.get_job_count_by_types("waiting", "active", "delayed"),
             lambda count: count == 0,
@@ -122,7 +126,8 @@ async def test_random_graphs_run_in_order_while_workers_are_killed(
     )
     stalls = sum(job["stalls"] > 0 for job in await queue.get_jobs())
     print(
-        f"seed {seed}: {len(expected)} jobs, {Counter(expected.values())}, {losses} workers killed: {runs} runs, {stalls} stalled"
+        f"seed {seed}: {len(expected)} jobs, {Counter(expected.values())}, "
+        f"{losses} workers killed: {runs} runs, {stalls} stalled"
     )
 
 
@@ -179,7 +184,10 @@ def start_producer(url: str, kill_after: int, way: str) -> "subprocess.Popen[byt
 
 
 async def test_a_killed_attempt_adds_no_follow_up(fleet: Fleet, queue: Queue) -> None:
-    """The first worker is killed after it has added a follow-up, the second completes: there is one follow-up, and not two."""
+    """The first worker is killed after it has added a follow-up, the second completes.
+
+    There is one follow-up, and not two.
+    """
     job_id = await queue.add("follow", ["word"])
     with anyio.fail_after(2 * PATIENCE):
         first = await fleet.start("first", asyncmq_nats_tasks="follow_tasks")

@@ -1,4 +1,7 @@
-"""Jobs from producers without this library: one publish of the wire format is enough, and what is not a job ends and does not loop."""
+"""Jobs from producers without this library.
+
+One publish of the wire format is enough, and what is not a job ends and does not loop.
+"""
 
 import json
 import time

@@ -1,4 +1,7 @@
-"""Jobs, results and pages of more bytes than the server holds for a client that is slow: it would disconnect it, and jobs would stall."""
+"""Jobs, results and pages of more bytes than the server holds for a client that is slow.
+
+It would disconnect it, and jobs would stall.
+"""
 
 import anyio
 import pytest

@@ -1,4 +1,7 @@
-"""Looking into a queue, and cleaning it, with many outcomes; `benchmarks/large_queues.py` measures more of them."""
+"""Looking into a queue, and cleaning it, with many outcomes.
+
+`benchmarks/large_queues.py` measures more of them.
+"""
 
 import time
 from collections.abc import Awaitable, Callable
@@ -98,5 +101,6 @@ async def test_cleaning_removes_what_is_old_and_no_more(
             taken.append(time.perf_counter() - started)
             assert (await queue.queue_stats())["completed"] == left
     print(
-        f"clean of {MANY // 2:,} outcomes: {taken[0] * 1000:.0f} ms by age, {taken[1] * 1000:.0f} ms of all"
+        f"clean of {MANY // 2:,} outcomes: "
+        f"{taken[0] * 1000:.0f} ms by age, {taken[1] * 1000:.0f} ms of all"
     )

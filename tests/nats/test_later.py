@@ -1,4 +1,7 @@
-"""Delayed jobs and repeatables with real processes: workers that are killed, servers that restart, clocks that are wrong."""
+"""Delayed jobs and repeatables with real processes.
+
+Workers that are killed, servers that restart, clocks that are wrong.
+"""
 
 import itertools
 import json
@@ -24,7 +27,7 @@ from tests.nats.streams import Streams, plain_client
 TICKS_FOR = float(os.environ.get("TICKS_FOR", "8"))
 """How many seconds a series is watched while workers are killed."""
 COARSE = 0.02
-"""Times of files are those of the kernel's last tick, clocks of servers are known to a part of a round trip."""
+"""The kernel's tick bounds the times of files, a round trip what is known of server clocks."""
 
 
 @pytest.fixture
@@ -60,7 +63,10 @@ async def wait_until(moment: float) -> None:
 
 
 def started_at(fleet: Fleet, name: str) -> float:
-    """Return when the body that notes under this name ran last, by a clock that no program can shift: that of the file system."""
+    """Return when the body of this name ran last, by the clock of the file system.
+
+    No program can shift that.
+    """
     return (fleet.watched.notes / f"{name}.runs").stat().st_mtime
 
 
@@ -109,7 +115,8 @@ async def test_each_tick_makes_one_job_while_a_worker_is_killed_again_and_again(
     assert len(ticks) == round((ticks[-1] - ticks[0]) / 500) + 1 >= TICKS_FOR / 0.5 - 5
     runs = len(fleet.watched.runs("7"))
     print(
-        f"{kills} kills, {len(ticks)} ticks in {(ticks[-1] - ticks[0]) / 1000:.1f} s, none doubled or lost; bodies ran {runs} times"
+        f"{kills} kills, {len(ticks)} ticks in {(ticks[-1] - ticks[0]) / 1000:.1f} s, "
+        f"none doubled or lost; bodies ran {runs} times"
     )
     assert runs >= len(ticks)
 
@@ -154,7 +161,8 @@ async def test_a_server_that_is_killed_forgets_no_delayed_job(
     assert fleet.watched.count_runs() == {str(number): 1 for number in due}
     late = [started_at(fleet, str(number)) - at for number, at in due.items()]
     print(
-        f"earliest {min(late):.3f} s, those due after the restart at most {max(late[30:]):.3f} s late"
+        f"earliest {min(late):.3f} s, "
+        f"those due after the restart at most {max(late[30:]):.3f} s late"
     )
     assert min(late) > -COARSE
 
@@ -246,7 +254,10 @@ async def seconds(call: Any) -> float:
 # -- clocks that are wrong
 
 
-SHIFT = "import os, time\nright, by = time.time, float(os.environ['CLOCK_SHIFT'])\ntime.time = lambda: right() + by\n"
+SHIFT = (
+    "import os, time\nright, by = time.time, float(os.environ['CLOCK_SHIFT'])\n"
+    "time.time = lambda: right() + by\n"
+)
 PRODUCER = """
 import anyio, json, sys, time
 from asyncmq_nats.backends.nats.backend import NATSBackend
@@ -276,7 +287,10 @@ def shifted(tmp_path: Path) -> str:
 
 
 def produce(fleet: Fleet, shifted: str, shift: float, first: int) -> dict[str, Sequence[float]]:
-    """Run a producer whose clock is wrong; return between which times each job is due, by the right clock."""
+    """Run a producer whose clock is wrong.
+
+    Return between which times each job is due, by the right clock.
+    """
     environment = {
         **os.environ,
         "ASYNCMQ_NATS_SERVERS": fleet.url,

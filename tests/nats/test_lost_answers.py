@@ -1,4 +1,7 @@
-"""What was stored, and its confirmation lost with the connection, is not stored again: whatever has become of it meanwhile."""
+"""What was stored, and its confirmation lost with the connection, is not stored again.
+
+Whatever has become of it meanwhile.
+"""
 
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -71,7 +74,7 @@ async def write_losing(
     *,
     deaf: bool = False,
 ) -> Later:
-    """Make a call whose first write, or its answer, is lost, do something else, and let the call end."""
+    """Lose the first write of a call, or its answer, do something else, and let the call end."""
     (relay.lose_request if deaf else relay.lose_answer)(rb"PUB notes\.")
     later = Later()
     with anyio.fail_after(PATIENCE):
@@ -317,7 +320,10 @@ async def test_a_job_that_another_promoter_made_ready_and_that_has_run_does_not_
 async def test_a_job_that_was_not_cancelled_is_not_reported_as_cancelled(
     nats_backend: NATSBackend, distant: NATSBackend, relay: Relay
 ) -> None:
-    """The first sending was lost, and the repetition refused by a marker: of whoever moved the job."""
+    """The first sending was lost, and the repetition refused by a marker.
+
+    The marker is of the process that moved the job.
+    """
     near, far = (make_queue(backend) for backend in (nats_backend, distant))
     job_id = await near.add("note", delay=3600)
     await far._assets.declare_all()

@@ -57,7 +57,8 @@ async def test_worker_and_producer_get_over_the_loss(
         await ends_as(4, await queue.add("brief", [4], delay=0.2), queue)
         await ends_as(5, await queue.add("brief", [5], priority=1), queue)
     print(
-        f"{what}: ready job after {at_once:.2f} s, delayed job after {time.monotonic() - started:.2f} s, log {len(worker.log.splitlines())}"
+        f"{what}: ready job after {at_once:.2f} s, "
+        f"delayed job after {time.monotonic() - started:.2f} s, log {len(worker.log.splitlines())}"
     )
     # An outcome is there a moment before its message is acknowledged.
     stats = await eventually(

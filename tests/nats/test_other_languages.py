@@ -1,4 +1,7 @@
-"""A client in JavaScript, with the @nats-io packages, adds jobs, follows events and reads a result. Skipped where there is no Node.js."""
+"""A client in JavaScript, with the @nats-io packages, adds jobs, follows events and reads a result.
+
+Skipped where there is no Node.js.
+"""
 
 import json
 import os

@@ -1,4 +1,7 @@
-"""What a server will not do: each refusal is an error that says so and what to do, and comes at once."""
+"""What a server will not do.
+
+Each refusal is an error that says so and what to do, and comes at once.
+"""
 
 import re
 import time

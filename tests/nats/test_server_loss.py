@@ -1,4 +1,7 @@
-"""The server dies and comes back on its store, or freezes: producers and workers go on, and what was confirmed is there."""
+"""The server dies and comes back on its store, or freezes.
+
+Producers and workers go on, and what was confirmed is there.
+"""
 
 import itertools
 import os
@@ -76,21 +79,23 @@ async def test_killed_server_loses_nothing_and_nobody_is_restarted(
             done.set()
         ids = [job_id for _, job_id in added]
         produced = time.monotonic()
-        # A released record counts as waiting until a promoter sees that its job has ended: a crash may take the removal.
+        # A released record counts as waiting until a promoter sees that its job has ended: a crash
+        # may take the removal.
         await only(queue, completed=len(ids), within=30)
         print(f"{len(ids)} jobs, done {time.monotonic() - produced:.2f} s after the last one")
     assert len(set(ids)) == len(ids)
     assert {job["id"] for job in await queue.get_jobs("completed")} == set(ids)
     runs = fleet.watched.count_runs()
     print(
-        f"silences {[round(s, 2) for s in silences]}; noted bodies {len(runs)}, ran {runs.total()} times, at most {max(runs.values())}"
+        f"silences {[round(s, 2) for s in silences]}; "
+        f"noted bodies {len(runs)}, ran {runs.total()} times, at most {max(runs.values())}"
     )
     assert not any(worker.ended for worker in workers)
 
 
 @pytest.fixture
 async def impatient_queue(server: EmbeddedServer) -> AsyncIterator[Queue]:
-    """The queue of a producer that waits 1.5 s for a confirmation, all of its assets declared, with leases that outlast that."""
+    """The queue of a producer that waits 1.5 s for a confirmation; its leases outlast that."""
     async with NATSBackend(
         servers=server.url, settings=Settings(publish_timeout=1.5, stalled_after=20)
     ) as backend:
@@ -167,7 +172,10 @@ async def test_unconfirmed_adds_can_be_repeated_under_their_job_ids(
 async def test_a_server_that_was_killed_brings_nothing_back(
     nats_backend: NATSBackend, server: EmbeddedServer
 ) -> None:
-    """What was removed stays so, also where one record had replaced another: records that a limit removed come back by themselves."""
+    """What was removed stays so, also where one record had replaced another.
+
+    Records that a limit removed come back by themselves.
+    """
 
     failures: list[str] = []
 

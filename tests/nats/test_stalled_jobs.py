@@ -1,4 +1,7 @@
-"""A job whose worker falls silent goes to another one, whose word then stands; a worker that is only slow keeps its job."""
+"""A job whose worker falls silent goes to another one, whose word then stands.
+
+A worker that is only slow keeps its job.
+"""
 
 import signal
 

@@ -1,4 +1,7 @@
-"""A worker program that is told to stop: what runs may finish, the rest goes to others at once, and nothing counts as stalled."""
+"""A worker program that is told to stop.
+
+What runs may finish, the rest goes to others at once, and nothing counts as stalled.
+"""
 
 import signal
 import socket
@@ -186,7 +189,10 @@ async def stop_soon(worker: Worker) -> None:
 async def test_what_is_not_answered_does_not_hold_up_a_stop(
     queue: Queue, nats_backend: NATSBackend, server: EmbeddedServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every write is repeated for 30 s by default. A worker that has to stop does not wait for that."""
+    """Every write is repeated for 30 s by default.
+
+    A worker that has to stop does not wait for that.
+    """
     monkeypatch.setattr(runner, "FAREWELL", 0.3)
     nats_backend.settings = Settings(shutdown_timeout=0.2)
     started = anyio.Event()

@@ -1,4 +1,7 @@
-"""What somebody may do who may only publish to `ready.*.*`: his message ends, and nothing else does."""
+"""What somebody may do who may only publish to `ready.*.*`.
+
+His message ends, and nothing else does.
+"""
 
 import json
 from collections.abc import AsyncIterator

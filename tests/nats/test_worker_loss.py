@@ -20,7 +20,8 @@ LOSSES = 5
 
 @pytest.fixture
 def settings() -> Settings:
-    # Not a multiple of the interval between the losses: a job must not come back just when the next worker dies, again and again.
+    # Not a multiple of the interval between the losses: a job must not come back just when the next
+    # worker dies, again and again.
     return Settings(stalled_after=1.5)
 
 
@@ -57,6 +58,7 @@ async def test_jobs_of_killed_workers_run_elsewhere_and_end_once(
     runs = fleet.watched.count_runs()
     stalls = Counter(job["stalls"] for job in completed)
     print(
-        f"{JOBS} jobs: bodies ran {runs.total()} times, at most {max(runs.values())} times; jobs by stalls: {dict(stalls)}"
+        f"{JOBS} jobs: bodies ran {runs.total()} times, "
+        f"at most {max(runs.values())} times; jobs by stalls: {dict(stalls)}"
     )
     assert len(runs) == JOBS

@@ -6,6 +6,7 @@ import pytest
 from tests.test_docs import run_block, runnable
 
 PRINTS = [
+    ["ConnectionResetError | the server hung up | 6"],
     ["send {'from': 'web'} completed None"],
     ["open", "closed"],
 ]

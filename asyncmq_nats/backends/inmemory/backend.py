@@ -15,6 +15,7 @@ from weakref import WeakSet
 
 import anyio
 
+from asyncmq_nats._clock import SYSTEM_CLOCK, Clock
 from asyncmq_nats._concurrency import Home
 from asyncmq_nats._logging import Throttle, get_logger
 from asyncmq_nats.backends.base import (
@@ -56,6 +57,7 @@ class InMemorySubscription:
         self.match = compile_filter(subject).match
         self._on_signal = on_signal
         self._leave = leave
+        self.loop = asyncio.get_running_loop()
         self.active = True
 
     async def unsubscribe(self) -> None:
@@ -78,11 +80,12 @@ class InMemoryBackend:
     Where a server would have to answer, a method gives way to other tasks first and then does its work at once: cancelled, it did nothing.
     """
 
-    def __init__(self, settings: Settings | None = None) -> None:
+    def __init__(self, settings: Settings | None = None, *, clock: Clock = SYSTEM_CLOCK) -> None:
         self.settings = settings or environment
+        self.clock = clock
         self.may_declare = True
         self._home = Home()
-        self._agenda = Agenda()
+        self._agenda = Agenda(clock)
         self._logs: dict[str, StoredLog] = {}
         self._declared: dict[tuple[str, str], Consumer] = {}
         self._pullers: WeakSet[InMemoryPuller] = WeakSet()
@@ -132,7 +135,7 @@ class InMemoryBackend:
 
     def now(self) -> float:
         """See `Backend`."""
-        return time.time()
+        return self._agenda.now()
 
     @property
     def reads_may_lag(self) -> bool:
@@ -397,7 +400,8 @@ class InMemoryBackend:
         consumer = self._find_consumer(log, name)
         if not isinstance(consumer, Cursor):
             raise BackendError(
-                f"consumer {name!r} of log {log!r} only counts: declare it with a lease to pull from it"
+                f"consumer {name!r} of log {log!r} only counts: "
+                "declare it with a lease to pull from it"
             )
         return consumer
 
@@ -408,14 +412,12 @@ class InMemoryBackend:
 
     def _send_signal(self, subject: str, body: bytes, reply: str = "") -> bool:
         """Hand a signal to everyone who listens now, soon. Return whether anyone does."""
-        if self._agenda.loop is None:
-            return False
         listeners = [
             subscription for subscription in self._subscriptions if subscription.match(subject)
         ]
-        for listener in listeners:
-            self._agenda.loop.call_soon(listener.arrive, Signal(subject, body, reply))
-        return bool(listeners)
+        signal = Signal(subject, body, reply)
+        sent = [self._agenda.soon(each.arrive, signal, loop=each.loop) for each in listeners]
+        return any(sent)
 
     def _leave(self, subscription: InMemorySubscription) -> None:
         if subscription in self._subscriptions:
@@ -431,7 +433,7 @@ def _settle(settle: Settle, settled: Settled) -> None:
 
 
 def warn_of_difference(kind: str, existing: Log | Consumer, wanted: Log | Consumer) -> None:
-    """Log what differs between what exists and what was declared, a pause apart, which comes and goes."""
+    """Log how what exists differs from what was declared. A pause is no difference."""
     names = [field.name for field in fields(wanted) if field.name != "paused_until"]
     differences = [
         f"{name}: {getattr(existing, name)!r} instead of {getattr(wanted, name)!r}"

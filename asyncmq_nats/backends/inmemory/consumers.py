@@ -4,7 +4,6 @@ Nothing calls a user of the backend from inside a method of it: every delivery a
 """
 
 import asyncio
-import time
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from functools import partial
@@ -23,8 +22,9 @@ logger = get_logger(__name__)
 class Counter:
     """A consumer without a lease: how many records match."""
 
-    def __init__(self, declaration: Consumer) -> None:
+    def __init__(self, declaration: Consumer, agenda: Agenda) -> None:
         self.declaration = declaration
+        self._agenda = agenda
         self.paused_until = declaration.paused_until or 0.0
         self._count = 0
 
@@ -44,7 +44,7 @@ class Counter:
             pending=self._count,
             leased=0,
             delivered_sequence=0,
-            paused=self.paused_until > time.time(),
+            paused=self.paused_until > self._agenda.now(),
         )
 
     def pause(self, until: float) -> None:
@@ -89,6 +89,7 @@ class Cursor:
         self._lease = lease
         self._agenda = agenda
         self._on_ack = on_ack
+        self.lock = agenda.lock
         # Not dicts: to find the first item of one whose first items were removed takes longer and longer.
         self._undelivered: OrderedDict[int, Record] = OrderedDict()
         self._returned: OrderedDict[int, None] = OrderedDict()
@@ -120,7 +121,7 @@ class Cursor:
             pending=len(self._undelivered),
             leased=len(self._leases),
             delivered_sequence=self._delivered_sequence,
-            paused=self.paused_until > time.time(),
+            paused=self.paused_until > self._agenda.now(),
             waiting_pulls=len(self._waiting),
         )
 
@@ -128,14 +129,17 @@ class Cursor:
         """Deliver nothing until then; an `until` of 0 is a resume. Either way what waits is served when the pause is over."""
         self.paused_until = until
         self._agenda.cancel(self._resumption)
-        self._resumption = self._agenda.at(until, self._wake) if until > time.time() else None
+        self._resumption = (
+            self._agenda.at(until, self._wake) if until > self._agenda.now() else None
+        )
         self._wake()
 
     def request(self, request: Request, wait: float) -> None:
         """Serve the request as records come, for so long."""
         self._waiting.append(request)
         if wait > 0:
-            request.alarm = self._agenda.at(time.time() + wait, partial(self._lapse, request))
+            end = self._agenda.now() + wait
+            request.alarm = self._agenda.at(end, partial(self._lapse, request), upkeep=True)
         else:
             self._immediate.append(request)
         self._wake()
@@ -177,7 +181,9 @@ class Cursor:
         self._deadlines.pop(sequence, None)
         self._agenda.cancel(lease.alarm)
         if delay > 0:
-            lease.alarm = self._agenda.at(time.time() + delay, partial(self._return, sequence))
+            lease.alarm = self._agenda.at(
+                self._agenda.now() + delay, partial(self._return, sequence)
+            )
         else:
             self._return(sequence)
 
@@ -206,7 +212,7 @@ class Cursor:
             or self._leases[sequence].alarm is not None
         ):
             return
-        self._deadlines[sequence] = time.time() + self._lease
+        self._deadlines[sequence] = self._agenda.now() + self._lease
         self._watch()
 
     def _watch(self) -> None:
@@ -215,19 +221,18 @@ class Cursor:
 
     def _expire(self) -> None:
         self._expiry = None
-        now = time.time()
+        now = self._agenda.now()
         while self._deadlines and next(iter(self._deadlines.values())) <= now:
             self._return(self._deadlines.popitem(last=False)[0])
         self._watch()
 
     def _wake(self) -> None:
-        if self._waiting and not self._serving_soon and self._agenda.loop is not None:
-            self._serving_soon = True
-            self._agenda.loop.call_soon(self._serve)
+        if self._waiting and not self._serving_soon:
+            self._serving_soon = self._agenda.soon(self._serve)
 
     def _serve(self) -> None:
         self._serving_soon = False
-        if self.paused_until <= time.time():
+        if self.paused_until <= self._agenda.now():
             while self._waiting and (lease := self._take()) is not None:
                 request = self._waiting.popleft()
                 request.count -= 1
@@ -258,13 +263,12 @@ class Cursor:
         if not puller.extend:
             self._let_run_out(lease.record.sequence)
         delivery = InMemoryDelivery(self, lease.record, lease.deliveries, len(self._undelivered))
-        if self._agenda.loop is not None:
-            self._agenda.loop.call_soon(puller.arrive, delivery)
+        self._agenda.soon(puller.arrive, delivery, loop=puller.loop)
 
     def _lapse(self, request: Request) -> None:
         self._waiting.remove(request)
-        if self._agenda.loop is not None:
-            self._agenda.loop.call_soon(request.puller.lapse, self.declaration.name, request.count)
+        puller = request.puller
+        self._agenda.soon(puller.lapse, self.declaration.name, request.count, loop=puller.loop)
 
 
 class InMemoryDelivery:
@@ -293,15 +297,18 @@ class InMemoryDelivery:
 
     def ack(self) -> None:
         """See `Delivery`."""
-        self._cursor.ack(self.sequence)
+        with self._cursor.lock:
+            self._cursor.ack(self.sequence)
 
     def nak(self, delay: float = 0.0) -> None:
         """See `Delivery`."""
-        self._cursor.nak(self.sequence, delay)
+        with self._cursor.lock:
+            self._cursor.nak(self.sequence, delay)
 
     def abandon(self) -> None:
         """See `Delivery`."""
-        self._cursor.abandon(self.sequence, self.deliveries)
+        with self._cursor.lock:
+            self._cursor.abandon(self.sequence, self.deliveries)
 
 
 class InMemoryPuller:
@@ -316,6 +323,7 @@ class InMemoryPuller:
         extend: bool,
     ) -> None:
         self.extend = extend
+        self.loop = asyncio.get_running_loop()
         self._find = find
         self._on_delivery = on_delivery
         self._on_lapse = on_lapse
@@ -340,7 +348,8 @@ class InMemoryPuller:
             logger.warning("%s: no deliveries: %s", consumer, error)
             asyncio.get_running_loop().call_soon(self.lapse, consumer, count)
         else:
-            cursor.request(Request(self, count), wait)
+            with cursor.lock:
+                cursor.request(Request(self, count), wait)
 
     async def close(self) -> None:
         """See `Puller`. What was on its way still arrives."""
@@ -350,7 +359,8 @@ class InMemoryPuller:
     async def withdraw(self) -> None:
         """See `Puller`."""
         for cursor in self._cursors.values():
-            cursor.withdraw(self)
+            with cursor.lock:
+                cursor.withdraw(self)
         for _ in range(2):  # turns of the event loop in which scheduled deliveries arrive
             await asyncio.sleep(0)
         self._outstanding.clear()
@@ -360,7 +370,8 @@ class InMemoryPuller:
         self._closed = True
         self._outstanding.clear()
         for cursor in self._cursors.values():
-            cursor.withdraw(self)
+            with cursor.lock:
+                cursor.withdraw(self)
 
     def arrive(self, delivery: InMemoryDelivery) -> None:
         """Take a delivery."""

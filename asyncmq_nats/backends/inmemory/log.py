@@ -1,6 +1,5 @@
 """A log of the in-memory backend: its records, their subjects, what makes them go, and what is refused."""
 
-import time
 from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Set
@@ -45,7 +44,7 @@ class StoredLog:
         self, declaration: Log, agenda: Agenda, signal: Callable[[str, bytes], object]
     ) -> None:
         self.declaration = declaration
-        self.incarnation = f"{id(self)}-{time.time()}"
+        self.incarnation = f"{id(self)}-{agenda.now()}"
         self.consumers: dict[str, Counter | Cursor] = {}
         self._agenda = agenda
         self._signal = signal
@@ -147,7 +146,7 @@ class StoredLog:
         if self.declaration.work_queue:
             self._check_alone(declaration)
         consumer = (
-            Counter(declaration)
+            Counter(declaration, self._agenda)
             if declaration.lease is None
             else Cursor(declaration, declaration.lease, self._agenda, self._acked)
         )
@@ -158,7 +157,8 @@ class StoredLog:
     def _check_alone(self, declaration: Consumer) -> None:
         if declaration.lease is None:
             raise BackendError(
-                f"consumer {declaration.name!r} only counts, and {self.declaration.name!r} is a work queue: count its tiers"
+                f"consumer {declaration.name!r} only counts, and {self.declaration.name!r} is a work queue: "
+                "count its tiers"
             )
         for other in self.consumers.values():
             if any(
@@ -167,13 +167,15 @@ class StoredLog:
                 for two in other.declaration.filters
             ):
                 raise BackendError(
-                    f"consumers {declaration.name!r} and {other.declaration.name!r} of a work queue overlap"
+                    f"consumers {declaration.name!r} and {other.declaration.name!r} "
+                    "of a work queue overlap"
                 )
 
     def _check(self, writes: tuple[Write, ...]) -> None:
         if not 1 <= len(writes) <= MAX_BATCH:
             raise BackendError(
-                f"{len(writes)} writes in one batch: at least 1 and at most {MAX_BATCH:,} are possible"
+                f"{len(writes)} writes in one batch: "
+                f"at least 1 and at most {MAX_BATCH:,} are possible"
             )
         if len({write.subject for write in writes}) < len(writes):
             raise BackendError(
@@ -184,7 +186,8 @@ class StoredLog:
                 raise PayloadTooLarge(f"the body for {write.subject!r}", len(write.body), MAX_BODY)
             if not matches(self.declaration.subjects, write.subject):
                 raise BackendError(
-                    f"log {self.declaration.name!r} does not take {write.subject!r}: declare it with such subjects"
+                    f"log {self.declaration.name!r} does not take {write.subject!r}: "
+                    "declare it with such subjects"
                 )
             if (write.timer is not None or write.ttl is not None) and not self.declaration.timers:
                 raise BackendError(f"log {self.declaration.name!r} was declared without timers")
@@ -216,7 +219,7 @@ class StoredLog:
     def _store(self, write: Write) -> None:
         self._drop(self._subjects.get(write.subject))
         self._sequence += 1
-        now = time.time()
+        now = self._agenda.now()
         marker = write.marker and is_key(write.subject)
         record = Record(write.subject, write.body, self._sequence, now, marker)
         stored = self._records[record.sequence] = Stored(record)
@@ -264,7 +267,7 @@ class StoredLog:
             self.delete(sequence)
 
     def _forget_message_ids(self) -> None:
-        horizon = time.time() - DUPLICATE_WINDOW
+        horizon = self._agenda.now() - DUPLICATE_WINDOW
         while self._message_ids and next(iter(self._message_ids.values()))[0] <= horizon:
             self._message_ids.popitem(last=False)
 

@@ -13,7 +13,10 @@ WILDCARD: Final = re.compile(r"\{\{\s*wildcard\((\d+)\)\s*\}\}", re.IGNORECASE)
 
 
 def transform(pattern: str, destination: str, subject: str) -> str | None:
-    """Return the destination with what each wildcard of the pattern stands for, or `None` if the subject does not match."""
+    """Return the destination with the tokens that the wildcards of the pattern stand for.
+
+    `None`: the subject does not match.
+    """
     match = compile_filter(pattern).match(subject)
     return match and WILDCARD.sub(lambda wildcard: str(match[int(wildcard[1])]), destination)
 

@@ -2,10 +2,12 @@
 
 import asyncio
 import heapq
-import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from itertools import count
-from typing import Final
+from typing import Any, Final
+
+from asyncmq_nats._clock import SYSTEM_CLOCK, Cancellable, Clock
 
 __all__ = ["Agenda", "Alarm"]
 
@@ -26,11 +28,14 @@ class Alarm:
 class Agenda:
     """Alarms by time. They ring while it is started, in order, never early and never from inside `at`."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Clock = SYSTEM_CLOCK) -> None:
+        self.clock = clock
+        self.lock: AbstractContextManager[object] = nullcontext()
+        """Held while its records change, where several threads may do so."""
         self._heap: list[tuple[float, int, Alarm]] = []
         self._ties = count()
         self._cancelled = 0
-        self._handle: asyncio.TimerHandle | None = None
+        self._handle: Cancellable | None = None
         self._handle_at = 0.0
         self.loop: asyncio.AbstractEventLoop | None = None
 
@@ -45,8 +50,24 @@ class Agenda:
             self._handle.cancel()
         self.loop = self._handle = None
 
-    def at(self, when: float, call: Callable[[], None]) -> Alarm:
-        """Have `call` called at Unix time `when`."""
+    def now(self) -> float:
+        """Return the time, in Unix seconds."""
+        return self.clock.time()
+
+    def soon(
+        self, call: Callable[..., object], *args: Any, loop: asyncio.AbstractEventLoop | None = None
+    ) -> bool:
+        """Have `call` called soon. Return whether it will be: not while no event loop is served.
+
+        `loop`: the one it belongs to, where several are served; here there is one.
+        """
+        if self.loop is None:
+            return False
+        self.loop.call_soon(call, *args)
+        return True
+
+    def at(self, when: float, call: Callable[[], None], *, upkeep: bool = False) -> Alarm:
+        """Have `call` called at Unix time `when`. `upkeep`: see `Clock`."""
         alarm = Alarm(call)
         heapq.heappush(self._heap, (when, next(self._ties), alarm))
         self._arm()
@@ -73,13 +94,12 @@ class Agenda:
                 return
             self._handle.cancel()
         self._handle_at = first
-        self._handle = self.loop.call_later(
-            min(max(first - time.time(), 0.0), LONGEST_SLEEP), self._ring
-        )
+        delay = min(max(first - self.now(), 0.0), LONGEST_SLEEP)
+        self._handle = self.clock.call_later(delay, self._ring)
 
     def _ring(self) -> None:
         self._handle = None
-        now = time.time()
+        now = self.now()
         while self._heap and self._heap[0][0] <= now:
             alarm = heapq.heappop(self._heap)[2]
             call, alarm.call = alarm.call, None

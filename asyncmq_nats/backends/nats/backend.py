@@ -1,4 +1,7 @@
-"""`NATSBackend`: the seam on JetStream. A log is a stream, a record a message, a consumer a durable pull consumer."""
+"""`NATSBackend`: the seam on JetStream.
+
+A log is a stream, a record a message, a consumer a durable pull consumer.
+"""
 
 import asyncio
 import os
@@ -10,6 +13,7 @@ from anyio import CancelScope, to_thread
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription as NatsSubscription
 
+from asyncmq_nats._clock import SYSTEM_CLOCK, Clock
 from asyncmq_nats._concurrency import Home, Turns, open_task_group
 from asyncmq_nats._logging import Throttle, get_logger
 from asyncmq_nats.backends.base import (
@@ -59,7 +63,10 @@ DELETES_AT_ONCE: Final = 1_000
 NO_MESSAGE: Final = (b"10037", b"10043", b"10057")
 """Codes of an answer that a message is not there."""
 FILTERS_AT_ONCE: Final = 200
-"""Filters of one request: each has up to some 1,100 bytes, and a request must fit into a message."""
+"""Filters of one request.
+
+Each has up to some 1,100 bytes, and a request must fit into a message.
+"""
 MISSING: Final = (STREAM_MISSING, CONSUMER_MISSING)
 
 
@@ -67,10 +74,13 @@ class NATSBackend:
     """A queue's store on a NATS server with JetStream, version 2.12.2 or newer.
 
     Args:
-        servers: one address, several with commas between, or a list; `None` takes `ASYNCMQ_NATS_SERVERS`.
+        servers: one address, several with commas between, or a list; `None` takes
+            `ASYNCMQ_NATS_SERVERS`.
         settings: instead of those from the environment.
-        declare: `False` never creates a stream or a consumer, for producers whose permissions end at publishing.
-        options: for `nats.connect`: `tls`, `user`, `password`, `token`, `user_credentials`, `nkeys_seed`, … They win over settings.
+        declare: `False` never creates a stream or a consumer, for producers whose permissions end
+            at publishing.
+        options: for `nats.connect`: `tls`, `user`, `password`, `token`, `user_credentials`,
+            `nkeys_seed`, … They win over settings.
 
     Raises:
         ValueError: servers has no address.
@@ -85,6 +95,7 @@ class NATSBackend:
         **options: Any,
     ) -> None:
         self.settings = settings if settings is not None else environment
+        self.clock: Clock = SYSTEM_CLOCK
         self.may_declare = declare
         self._options: dict[str, Any] = dict(options)
         if servers is not None:
@@ -110,9 +121,12 @@ class NATSBackend:
         settings: Settings | None = None,
         **options: Any,
     ) -> Self:
-        """Return a backend with a nats-server of its own on a free loopback port, which ends with `close()`, and starts again when used.
+        """Return a backend with a nats-server of its own on a free loopback port.
 
-        `store_dir` keeps the jobs over restarts; without one they go with the server. Needs the extra `embedded`.
+        The server ends with `close()`, and starts again when the backend is used.
+
+        `store_dir` keeps the jobs over restarts; without one they go with the server. Needs the
+        extra `embedded`.
 
         Raises:
             ServerBinaryMissing: there is no nats-server program.
@@ -189,7 +203,7 @@ class NATSBackend:
     async def __aenter__(self) -> Self:
         try:
             await self.connect()
-        except BaseException:  # then nobody calls `__aexit__`
+        except BaseException:  # then no one calls `__aexit__`
             with CancelScope(shield=True):
                 await self.close()
             raise
@@ -319,7 +333,8 @@ class NATSBackend:
     async def write(self, log: str, *writes: Write) -> int:
         if not 1 <= len(writes) <= BATCH_LIMIT:
             raise BackendError(
-                f"{len(writes)} writes in one batch: at least 1 and at most {BATCH_LIMIT} are possible"
+                f"{len(writes)} writes in one batch: "
+                f"at least 1 and at most {BATCH_LIMIT} are possible"
             )
         await self._open_connection()
         await self._fills.check(log, writes)
@@ -499,7 +514,8 @@ class NATSBackend:
     async def _only_record(self, log: str, filter: str, before: int | None) -> Record | None:
         """Return the record that a purge by a wildcard would remove, if it is one only.
 
-        nats-server (2.15.1, `filestore.PurgeEx`) then tells its consumers the filter instead of the subject, and their counts go wrong.
+        nats-server (2.15.1, `filestore.PurgeEx`) then tells its consumers the filter instead of the
+        subject, and their counts go wrong.
         """
         page = [
             record
@@ -593,9 +609,10 @@ def batched(values: Sequence[str], size: int) -> Iterator[Sequence[str]]:
 
 
 async def _live(connection: Connection, keeper: LeaseKeeper) -> AsyncGenerator[None, None]:
-    """Close the connection when this is closed: by the backend, or by `asyncio.run` and its like, when they end the event loop.
+    """Close the connection when this is closed.
 
-    They close every asynchronous generator while the loop still runs, and nothing else that somebody left open.
+    By the backend, or by `asyncio.run` and its like, when they end the event loop. They close every
+    asynchronous generator while the loop still runs, and nothing else that somebody left open.
     """
     try:
         yield

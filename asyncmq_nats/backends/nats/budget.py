@@ -1,7 +1,8 @@
-"""How much one process has under way to the server: batches, messages and bytes. Decides nothing else.
+"""How much one process has under way to the server: batches, messages and bytes.
 
-The server refuses the 51st open batch of a stream (10210), and more than 10,000 messages that it
-has not stored yet (10167). A bound here makes callers take turns in order, instead of by luck.
+Decides nothing else. The server refuses the 51st open batch of a stream (10210), and more than
+10,000 messages that it has not stored yet (10167). A bound here makes callers take turns in order,
+instead of by luck.
 """
 
 import asyncio
@@ -61,7 +62,10 @@ class Budget:
         self._admit()
 
     def _admit(self) -> None:
-        """Admit waiters in order. A cancelled one takes nothing, and its task may not have run yet."""
+        """Admit waiters in order.
+
+        A cancelled one takes nothing, and its task may not have run yet.
+        """
         while self._waiting:
             turn, load = self._waiting[0]
             if not turn.done():

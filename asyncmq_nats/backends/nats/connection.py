@@ -1,6 +1,7 @@
-"""One NATS connection with a reply inbox of our own: requests, JetStream API calls, direct gets, and the server's clock.
+"""One NATS connection with a reply inbox of our own.
 
-nats-py creates a future, a task and a uuid for a request; one wildcard subscription and a dict of callbacks is ten times as fast.
+Requests, JetStream API calls, direct gets, and the server's clock. nats-py creates a future, a task
+and a uuid for a request; one wildcard subscription and a dict of callbacks is ten times as fast.
 Every exception of nats-py ends here or in `errors.py`; none reaches the user.
 """
 
@@ -46,7 +47,10 @@ logger = get_logger(__name__)
 
 OLDEST_SERVER: Final = (2, 12, 2)
 ANSWER_SIZE: Final = 4 * 1024 * 1024
-"""Bytes that what is asked for at once may have, if messages are not larger: the server disconnects a client for which 64 MiB wait."""
+"""Bytes that what is asked for at once may have, if messages are not larger.
+
+The server disconnects a client for which 64 MiB wait.
+"""
 REQUEST_TIMEOUT: Final = 5.0
 ANSWER_TIMEOUT: Final = 2.0
 """How long `Connection.ask` waits for an answer."""
@@ -78,7 +82,10 @@ class Reply(NamedTuple):
 
 
 class Connection:
-    """A connected client, its reply inbox, and what was learnt of the server. `options`: of `nats.connect`."""
+    """A connected client, its reply inbox, and what was learnt of the server.
+
+    `options`: of `nats.connect`.
+    """
 
     def __init__(self, settings: Settings, options: Mapping[str, Any]) -> None:
         self._settings = settings
@@ -98,7 +105,10 @@ class Connection:
         """How often this connection was made again."""
         self.on_close: list[Callable[[], None]] = [self._end_requests]
         self.on_refusal: list[Callable[[str, str], None]] = [self._refuse_requests]
-        """Called with a subject that this user may not publish or subscribe to, *in lower case* (nats-py 2.16), and the server's words."""
+        """Called with a subject that this user may not use, and the server's words.
+
+        nats-py 2.16 gives the subject *in lower case*.
+        """
         self.background = Background()
 
     @property
@@ -162,12 +172,14 @@ class Connection:
         if self._version < OLDEST_SERVER:
             raise ServerUnsuitable(
                 f"nats-server {'.'.join(map(str, self._version))} at {self.servers} is too old",
-                "it lacks message schedules and atomic batches, or (2.12.1) a read beside a write can lock a stream for good: "
+                "it lacks message schedules and atomic batches, "
+                "or (2.12.1) a read beside a write can lock a stream for good: "
                 f"upgrade it to {'.'.join(map(str, OLDEST_SERVER))} or newer",
             )
         if self.mixes_up_expectations and self._settings.replicas > 1:
             logger.warning(
-                "nats-server %d.%d.%d at %s does not see what batches expect that are on their way to its replicas: jobs may wait "
+                "nats-server %d.%d.%d at %s does not see what batches expect "
+                "that are on their way to its replicas: jobs may wait "
                 "for others for ever; upgrade it to 2.12.14, 2.14.4 or newer",
                 *self._version,
                 self.servers,
@@ -180,16 +192,20 @@ class Connection:
 
     @property
     def mixes_up_expectations(self) -> bool:
-        """Whether the server takes what one write of a batch expects for what another one does (nats-server#8377).
+        """Whether the server confuses the expectations of the writes of a batch (nats-server#8377).
 
-        Before 2.12.14 and 2.14.4 it remembers each filter as a place in a buffer, into which the next write of the batch is read. Where the
-        next filter is at the same place, it is taken for the one before, and its expectation is refused, or not looked at. So there each
-        filter of a batch is at a place of its own, by as many blanks before it.
+        Before 2.12.14 and 2.14.4 it remembers each filter as a place in a buffer, into which the
+        next write of the batch is read. Where the next filter is at the same place, it is taken for
+        the one before, and its expectation is refused, or not looked at. So there each filter of a
+        batch is at a place of its own, by as many blanks before it.
         """
         return self._version < ((2, 12, 14) if self._version < (2, 13) else (2, 14, 4))
 
     async def close(self) -> None:
-        """Send what is pending and disconnect. What is not answered by then ends as `ConnectionLost`."""
+        """Send what is pending and disconnect.
+
+        What is not answered by then ends as `ConnectionLost`.
+        """
         await self.background.stop()
         if not self._client.is_closed:
             try:
@@ -221,7 +237,10 @@ class Connection:
         return time.monotonic() + self._offset
 
     def learn_time(self, stamp: str, sent: float, received: float) -> None:
-        """Take the offset of the clocks from a server time stamp that was made between `sent` and `received` (monotonic seconds)."""
+        """Take the offset of the clocks from a time stamp of the server.
+
+        It was made between `sent` and `received` (monotonic seconds).
+        """
         round_trip = received - sent
         if round_trip > self._offset_precision and received < self._offset_until:
             return
@@ -229,7 +248,8 @@ class Connection:
         wrong = time.time() - time.monotonic() - offset
         if abs(wrong) > 1 and abs(offset - self._offset) > 1:
             logger.warning(
-                "the clock of this machine is %.1f s off the clock of the NATS server; the server's is used",
+                "the clock of this machine is %.1f s off the clock of the NATS server; "
+                "the server's is used",
                 wrong,
             )
         self._offset, self._offset_precision, self._offset_until = (
@@ -255,13 +275,15 @@ class Connection:
         headers: bytes = b"",
         patient: bool = False,
     ) -> list[Reply]:
-        """Send a request and return its replies, as soon as `finished` says that they are complete. `headers`: as on the wire.
+        """Send a request and return its replies, as soon as `finished` says that they are complete.
 
-        `body`: several make as many requests, whose replies come together.
+        `headers`: as on the wire. `body`: several make as many requests, whose replies come
+        together.
         `patient`: go on waiting while the connection stays, for `LONG_CALL_TIMEOUT` at most.
 
         Raises:
-            TimeoutError: they did not become so in time, or the connection was lost meanwhile and is there again: repeat it.
+            TimeoutError: they did not become so in time, or the connection was lost meanwhile and
+                is there again: repeat it.
             PayloadTooLarge: the server would not take the request.
             PermissionRefused: this user may not send it.
         """
@@ -313,7 +335,10 @@ class Connection:
             logger.debug("%s: not sent: %r", subject, error)
 
     async def _watch_long_call(self, done: "asyncio.Future[None]", timeout: float) -> None:
-        """Give a call up that is not answered, once its connection is lost: its server may still be at it."""
+        """Give a call up that is not answered, once its connection is lost.
+
+        Its server may still be at it.
+        """
         end = time.monotonic() + LONG_CALL_TIMEOUT
         while not done.done():
             await asyncio.wait([done], timeout=timeout)
@@ -355,7 +380,9 @@ class Connection:
                 done.set_exception(PermissionRefused(f"publishing to {subject}", text))
 
     async def call(self, subject: str, payload: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """Call the JetStream API and return its answer, errors as the key `error`. Repeated for `request_timeout`: calls are idempotent.
+        """Call the JetStream API and return its answer, errors as the key `error`.
+
+        Repeated for `request_timeout`: calls are idempotent.
 
         Raises:
             PermissionRefused: the server forbids it.
@@ -380,7 +407,8 @@ class Connection:
                         body,
                         timeout=min(patience, max(left, 0.1)),
                         finished=bool,
-                        # In a cluster, the server that was at it may be gone while the connection stays.
+                        # In a cluster, the server that was at it may be gone while the connection
+                        # stays.
                         patient=is_long and not self._client.is_clustered,
                     )
                 )[0]
@@ -408,7 +436,7 @@ class Connection:
             return answer
 
     def _may_pass(self, error: Mapping[str, Any], waited: float) -> bool:
-        """Return whether an error of the API is one of a server, or of a cluster, that is about to be ready."""
+        """Return whether the error says that a server or a cluster is about to be ready."""
         if error.get("err_code") == NO_PEERS:
             return waited < self._settings.connect_timeout
         if is_full(error):
@@ -449,7 +477,10 @@ class Connection:
 
 
 def patience_with(tries: int) -> float:
-    """Return how long to wait for an answer after so many tries: a cluster that has just lost a server may be silent, or slow."""
+    """Return how long to wait for an answer after some tries.
+
+    A cluster that has just lost a server may be silent, or slow.
+    """
     return min(2.0**tries, REQUEST_TIMEOUT)
 
 
@@ -461,7 +492,8 @@ def _give_up(done: "asyncio.Future[None]") -> None:
 class Background:
     """Tasks that serve a connection until `stop`: a task group without a block of code around it.
 
-    nats-py's callbacks run outside any group, and a backend has no `async with`; so the owner is this object.
+    nats-py's callbacks run outside any group, and a backend has no `async with`; so the owner is
+    this object.
     """
 
     def __init__(self) -> None:

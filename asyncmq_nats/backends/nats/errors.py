@@ -80,13 +80,15 @@ def api_error(subject: str, error: Mapping[str, Any]) -> BackendError:
     if code in (NO_PEERS, NO_CLUSTER):
         return ServerUnsuitable(
             f"{subject}: {text}",
-            "set ASYNCMQ_NATS_REPLICAS to no more than the servers of the cluster, and start them all",
+            "set ASYNCMQ_NATS_REPLICAS to no more than the servers of the cluster, "
+            "and start them all",
         )
     if code in WRONG_LAST_SEQUENCE:
         return WriteRefused(subject, text)
     if code == MAX_BYTES_REQUIRED:
         return BackendError(
-            f"{subject}: {text}; set ASYNCMQ_NATS_READY_MAX_BYTES and ASYNCMQ_NATS_BUCKET_MAX_BYTES "
+            f"{subject}: {text}; "
+            "set ASYNCMQ_NATS_READY_MAX_BYTES and ASYNCMQ_NATS_BUCKET_MAX_BYTES "
             "(docs/outages.md says to what)"
         )
     if is_full(error):

@@ -46,7 +46,7 @@ class LeaseKeeper:
         self._held.pop(reply, None)
 
     async def start(self) -> None:
-        """Start the thread, unless it runs, and wait until it is connected (or failed to, which it goes on trying)."""
+        """Start the thread, unless it runs, and wait for its first attempt to connect."""
         if self._thread is None:
             self._thread = threading.Thread(
                 target=self._run, name="asyncmq-nats-leases", daemon=True

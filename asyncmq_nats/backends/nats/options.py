@@ -1,7 +1,7 @@
 """What `nats.connect` is given: the settings and the user's options.
 
-The files and the package that a login needs are looked at before it is tried: nats-py (2.16) tries again for ever without one, and reads a
-credentials file that is something else for ever.
+The files and the package that a login needs are looked at before it is tried: nats-py (2.16) tries
+again for ever without one, and reads a credentials file that is something else for ever.
 """
 
 import importlib.util
@@ -24,7 +24,10 @@ LOGINS: Final = {
     "nkeys_seed": ("ASYNCMQ_NATS_NKEY_SEED", (rb"\bS[A-Z2-7]{57}\b",)),
     "nkeys_seed_str": ("", ()),
 }
-"""The options that need the package nkeys: the variables that set them, and what their files have in them."""
+"""The options that need the package nkeys.
+
+The variables that set them, and what their files have in them.
+"""
 
 
 def server_addresses(settings: Settings, options: Mapping[str, Any]) -> list[str]:
@@ -33,10 +36,13 @@ def server_addresses(settings: Settings, options: Mapping[str, Any]) -> list[str
 
 
 def connect_options(settings: Settings, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the keyword arguments of `nats.connect`: ours, then those of the settings, then the user's, who wins.
+    """Return the keyword arguments of `nats.connect`.
+
+    Ours, then those of the settings, then the user's, who wins.
 
     Raises:
-        BackendError: a file that they name cannot be used, or the package is missing that a login needs.
+        BackendError: a file that they name cannot be used, or the package is missing that a login
+            needs.
     """
     chosen: dict[str, Any] = {
         "max_reconnect_attempts": -1,

@@ -26,7 +26,7 @@ logger = get_logger(__name__)
 NANOSECONDS: Final = 1_000_000_000
 HEARTBEAT: Final = 5.0
 CLUSTER_HEARTBEAT: Final = 1.0
-"""In a cluster, the server that leads the consumer may be lost while the connection to another one stays: then pulls die in silence."""
+"""In a cluster the leader of the consumer may be lost without a word to its clients."""
 GRACE: Final = 2.0
 CLOSE_TIMEOUT: Final = 5.0
 OVERHEAD: Final = 16 * 1024
@@ -36,7 +36,10 @@ QUIET: Final = 0.05
 BRIEF: Final = 0.02
 """Likewise one that is alone, since the pull was sent."""
 RESTORE_AFTER: Final = 0.25
-"""A consumer that is not there, and that we cannot declare, is answered at once: without a pause, pull and answer chase each other."""
+"""A consumer that is not there, and that we cannot declare, is answered at once.
+
+Without a pause, pull and answer chase each other.
+"""
 NAK: Final = b"-NAK"
 
 Declare = Callable[[str], Awaitable[None]]
@@ -58,8 +61,8 @@ class NATSDelivery:
     )
 
     def __init__(self, subject: str, reply: bytes, body: bytes, puller: "NATSPuller") -> None:
-        # $JS.ACK.<stream>.<consumer>.<deliveries>.<stream seq>.<consumer seq>.<time>.<pending>, or with <domain>.<account> before the
-        # stream and a token at the end.
+        # $JS.ACK.<stream>.<consumer>.<deliveries>.<stream seq>.<consumer seq>.<time>.<pending>, or
+        # with <domain>.<account> before the stream and a token at the end.
         tokens = reply.split(b".")
         first = 3 if len(tokens) == 9 else 5
         self.subject = subject
@@ -90,7 +93,10 @@ class NATSDelivery:
 
 @dataclass(slots=True)
 class Look:
-    """A pull that does not wait: how many it may still bring, after the pulls before it have brought `behind`."""
+    """A pull that does not wait.
+
+    How many it may still bring, after the pulls before it have brought `behind`.
+    """
 
     count: int
     behind: int
@@ -98,7 +104,10 @@ class Look:
 
 @dataclass(slots=True)
 class Credit:
-    """What the server still owes one consumer's pulls. `looks`: those of them that do not wait, by token."""
+    """What the server still owes one consumer's pulls.
+
+    `looks`: those of them that do not wait, by token.
+    """
 
     outstanding: int = 0
     lapses_at: float = 0.0
@@ -117,7 +126,7 @@ class Credit:
                 del self.looks[token]
 
     def give_up(self, count: int | None = None) -> None:
-        """Take note that so many, or all, will not come."""
+        """Take note that this many, or all, will not come."""
         self.outstanding = 0 if count is None else max(0, self.outstanding - count)
         if not self.outstanding:
             self.looks.clear()
@@ -232,7 +241,7 @@ class NATSPuller:
         self._credits.clear()
 
     async def _stop_listening(self, *numbers: int) -> None:
-        """The server drops the pulls of an inbox when it learns that nobody listens there.
+        """The server drops the pulls of an inbox when it learns that no one listens there.
 
         What it sent before comes before its answer.
         """
@@ -251,8 +260,10 @@ class NATSPuller:
     async def _wait_for_quiet(self, begun: float) -> None:
         """Wait until no credit is left, or none is being used.
 
-        What the server is about to send when it learns that nobody listens is delivered anew, and counted as if it had been before.
-        In a cluster, another server may lead the consumer: then the one that we are connected to drops it, until its lease is over.
+        What the server is about to send when it learns that no one listens is delivered again, and
+        counted as if it had been before.
+        In a cluster, another server may lead the consumer: then the one that we are connected to
+        drops it, until its lease is over.
         """
         quiet, since = (QUIET, begun) if self._client.is_clustered else (BRIEF, 0.0)
         while any(credit.outstanding for credit in self._credits.values()):
@@ -332,7 +343,10 @@ class NATSPuller:
             )
 
     def _pull_the_rest(self, credit: Credit, consumer: str, token: str, count: int) -> None:
-        """Go on with a pull that the server has ended for the size of what it brought; all of that has been read by now."""
+        """Go on with a pull that the server has ended for the size of what it brought.
+
+        All of that has been read by now.
+        """
         look = credit.looks.pop(token, None)
         credit.give_up(count)
         if not self._closed and not self._withdrawing:
@@ -343,7 +357,10 @@ class NATSPuller:
             )
 
     def _on_pause(self, subject: bytes, _: bytes, body: bytes, __: bytes | None) -> None:
-        """A consumer was paused or resumed. The server wakes pulls that wait only when a new one comes, so send a small one."""
+        """A consumer was paused or resumed.
+
+        The server wakes pulls that wait only when a new one comes, so send a small one.
+        """
         consumer = subject.decode().rpartition(".")[2]
         if (
             not self._closed
@@ -353,7 +370,10 @@ class NATSPuller:
             self._connection.background.run(self.request(consumer, 1, wait=0.0))
 
     def _lapse(self, consumer: str, reason: str, *, gone: bool) -> None:
-        """Give up all credit of a consumer; when the consumer itself may be gone, declare it again first."""
+        """Give up all credit of a consumer.
+
+        When the consumer itself may be gone, declare it again first.
+        """
         credit = self._credits.get(consumer)
         if credit is None or credit.outstanding == 0:
             return
@@ -378,7 +398,10 @@ class NATSPuller:
             self._on_lapse(consumer)
 
     async def _watch(self) -> None:
-        """Notice credit that died in silence: a server that forgot the pull, or a consumer deleted while nobody was told."""
+        """Notice credit that died in silence.
+
+        A server that forgot the pull, or a consumer deleted without a word to its clients.
+        """
         while not self._closed:
             await asyncio.sleep(1.0)
             now = time.monotonic()

@@ -78,8 +78,9 @@ class Reader:
     ) -> list[Record]:
         """See `Backend.page`.
 
-        For a filter with wildcards, the server counts all matches before it sends the first record: half a second at a million. It does
-        not when everything is asked for, so where most records may match, all are read and the others are passed over here.
+        For a filter with wildcards, the server counts all matches before it sends the first record:
+        half a second at a million. It does not when everything is asked for, so where most records
+        may match, all are read and the others are passed over here.
         """
         at = max(1, from_sequence)
         if not mostly:
@@ -118,7 +119,10 @@ class Reader:
         limit: int,
         index: str | None = None,
     ) -> list[Record]:
-        """See `Backend.page_back`. The server reads forwards only: windows of sequences are read, from the end."""
+        """See `Backend.page_back`.
+
+        The server reads forwards only: windows of sequences are read, from the end.
+        """
         found: list[Record] = []
         match, end, vain, span = compile_filter(filter).match, before, 0, min(limit, PROBE)
         patience = SCAN_LIMIT
@@ -141,8 +145,8 @@ class Reader:
     async def _run(self, log: str, start: int, end: int) -> list[Record]:
         """Return the records from sequence `start` to below `end`.
 
-        Each is asked for by its number: for a batch, the server counts what comes after it, half a second at a million, unless it is in the
-        newer half of the log, or nothing was ever removed.
+        Each is asked for by its number: for a batch, the server counts what comes after it, half a
+        second at a million, unless it is in the newer half of the log, or nothing was ever removed.
         """
         requests = [b'{"seq":%d}' % sequence for sequence in range(start, end)]
         replies = await self._ask(log, requests, lambda replies: len(replies) == len(requests))
@@ -155,7 +159,10 @@ class Reader:
         return records[0].sequence if records else None
 
     async def _end_of_matches(self, log: str, filter: str, before: int) -> int:
-        """Return a sequence just above the last match below `before`; 1 if there is none. Gallops, then halves."""
+        """Return a sequence just above the last match below `before`; 1 if there is none.
+
+        Gallops, then halves.
+        """
         end, step = before, SCAN_LIMIT
         while True:
             start = max(1, end - step)
@@ -231,21 +238,24 @@ class Reader:
                 continue
             if replies[-1].status != "503":
                 return replies
-            # No such stream, or none of its servers takes reads yet: it was just made, or has no leader.
+            # No such stream, or none of its servers takes reads yet: it was just made, or has no
+            # leader.
             if "error" in await connection.call(f"STREAM.INFO.{log}") and attempt > 1:
                 raise AssetMissing(f"stream {log}")
             if time.monotonic() >= deadline:
                 break
             await asyncio.sleep(min(0.01 * attempt, 0.2))
         raise BackendError(
-            f"stream {log} does not answer direct gets at {connection.servers}: is it healthy, and is allow_direct on?"
+            f"stream {log} does not answer direct gets at {connection.servers}: "
+            "is it healthy, and is allow_direct on?"
         )
 
 
 def _next_width(missing: int, window: Sequence[Record], matching: Sequence[Record]) -> int:
-    """Return how many sequences to read next: as many as should hold the `missing` matches, by what the last ones held.
+    """Return how many sequences to read next.
 
-    Bounded also by their size: the server disconnects a client for which 64 MiB wait.
+    As many as should hold the `missing` matches, by what the last ones held. Bounded also by their
+    size: the server disconnects a client for which 64 MiB wait.
     """
     if not window:
         return PROBE

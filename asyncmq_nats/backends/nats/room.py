@@ -1,7 +1,8 @@
-"""Room on the server: a reserve for outcomes, and how full the streams are that discard old records.
+"""Room on the server.
 
-A worker acknowledges a job after its outcome is stored. In a store that is full to the last byte
-no outcome fits, so nothing would be acknowledged and nothing would become free. Hence each bucket
+A reserve for outcomes, and how full the streams are that discard old records. A worker acknowledges
+a job after its outcome is stored. In a store that is full to the last byte no outcome fits, so
+nothing would be acknowledged and nothing would become free. Hence each bucket
 has a ballast, a record of zeros: it is deleted when a write is refused for lack of room.
 """
 
@@ -103,7 +104,10 @@ class Fill:
 
 
 class Fills:
-    """How full the streams are that have a limit and discard old records: jobs, if nothing stops it."""
+    """How full the streams are that have a limit and discard old records.
+
+    Without this they would discard jobs.
+    """
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection

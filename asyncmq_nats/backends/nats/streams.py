@@ -1,4 +1,7 @@
-"""Streams and consumers: made when missing, and never changed when they exist with other settings."""
+"""Streams and consumers.
+
+Made when missing, and never changed when they exist with other settings.
+"""
 
 from collections.abc import Mapping
 from typing import Any, Final
@@ -36,8 +39,9 @@ def stream_config(log: Log, settings: Settings) -> dict[str, Any]:
         "retention": "workqueue" if log.work_queue else "limits",
         "storage": settings.storage,
         "num_replicas": settings.replicas,
-        # One, too, in a bucket, but for moments: each write there replaces what it finds (see `encode_headers`), and the server must not be
-        # faster, since what a limit removes may come back.
+        # One, too, in a bucket, but for moments: each write there replaces what it finds (see
+        # `encode_headers`), and the server must not be faster, since what a limit removes may come
+        # back.
         "max_msgs_per_subject": 8 if all(map(is_key, log.subjects)) else 1,
         "max_consumers": MAX_CONSUMERS,
         "discard": "old",
@@ -86,7 +90,8 @@ def consumer_config(consumer: Consumer) -> dict[str, Any]:
     else:
         config["filter_subjects"] = list(consumer.filters)
     if consumer.lease is None:
-        # A counter: never pulled from, so its pending messages are the matching ones. One replica, in memory: made again when lost.
+        # A counter: never pulled from, so its pending messages are the matching ones. One replica,
+        # in memory: made again when lost.
         return config | {"ack_policy": "none", "mem_storage": True, "num_replicas": 1}
     config |= {
         "ack_policy": "explicit",
@@ -111,7 +116,10 @@ class Assets:
         self._declared: set[tuple[str, str]] = set()
 
     def use(self, connection: Connection, ballasts: Ballasts, fills: Fills) -> None:
-        """Declare over this connection from now on, and nothing on the word of the one before: its server may have lost its store."""
+        """Declare over this connection from now on, and nothing on the word of the one before.
+
+        Its server may have lost its store.
+        """
         self._connection, self._ballasts, self._fills = connection, ballasts, fills
         self._declared_logs.clear()
         self._declared.clear()
@@ -156,7 +164,8 @@ class Assets:
             return
         if answer["error"].get("err_code") == TOO_MANY_CONSUMERS:
             raise BackendError(
-                f"stream {log} has as many consumers as it may have ({MAX_CONSUMERS}): {answer['error']['description']}"
+                f"stream {log} has as many consumers as it may have ({MAX_CONSUMERS}): "
+                f"{answer['error']['description']}"
             )
         if answer["error"].get("err_code") not in CONSUMER_EXISTS:
             raise api_error(subject, answer["error"])
@@ -164,7 +173,9 @@ class Assets:
         warn_of_difference(f"consumer {consumer.name} of {log}", wanted, info["config"])
 
     async def restore_consumer(self, log: str, name: str) -> None:
-        """Declare a consumer again that vanished, and its log if that vanished too: those of this process.
+        """Declare a consumer again that vanished, and its log if that vanished too.
+
+        Only what this process has declared.
 
         Raises:
             AssetMissing: the log is gone, and it is not one of this process's.
@@ -188,17 +199,20 @@ class Assets:
         logger.warning("consumer %s of %s was gone and has been declared again", name, log)
 
     def forget(self, log: str) -> None:
-        """Declare the log and its consumers anew when next asked: it was deleted."""
+        """Declare the log and its consumers again when next asked: it was deleted."""
         self._declared_logs.discard(log)
         self._declared = {key for key in self._declared if key[0] != log}
 
     def forget_consumer(self, log: str, name: str) -> None:
-        """Declare the consumer anew when next asked: it was found missing."""
+        """Declare the consumer again when next asked: it is missing."""
         self._declared.discard((log, name))
 
 
 def warn_of_difference(asset: str, wanted: Mapping[str, Any], found: Mapping[str, Any]) -> None:
-    """Log what of an existing asset is not as wanted. It is never changed silently: others may rely on it."""
+    """Log what of an existing asset is not as wanted.
+
+    It is never changed silently: others may rely on it.
+    """
     different = {
         key: (found.get(key), value)
         for key, value in wanted.items()

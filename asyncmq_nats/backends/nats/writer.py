@@ -1,8 +1,11 @@
-"""Writes to a stream: headers, atomic batches, and repetition until confirmed without ever writing twice.
+"""Writes to a stream.
 
-What was sent and not confirmed is in one table. A reconnect sends the whole table again, so does a confirmation that is overdue.
-A write that is awaited has a random message id of its own, in a batch its first message: by that the server knows a repetition, also when what was
-written is gone again and all that it expects holds once more.
+Headers, atomic batches, and repetition until confirmed without ever writing twice. What was sent
+and not confirmed is in one table. A reconnect sends the whole table again, so does a confirmation
+that is overdue.
+A write that is awaited has a random message id of its own, in a batch its first message: by that
+the server knows a repetition, also when what was written is gone again and all that it expects
+holds once more.
 """
 
 import asyncio
@@ -53,7 +56,10 @@ HEADER_ROOM: Final = 1024
 LONGEST_HEADERS: Final = 8 * 1024
 """Ids have up to 1,024 bytes, and headers name a few."""
 FULL_PATIENCE: Final = 1.0
-"""How long (seconds) an awaited write is repeated while the store is full: it may be for a moment."""
+"""How long (seconds) an awaited write is repeated while the store is full.
+
+It may be for a moment.
+"""
 BATCH_PATIENCE: Final = 3.0
 """How long (seconds) to try again when a stream has too many open batches: ours end within less."""
 FULL_SIGHT: Final = 5.0
@@ -68,7 +74,10 @@ Last = Callable[[str, str], Awaitable[list[Record]]]
 
 
 def _may_replace(write: Write) -> bool:
-    """Return whether a record may be there that has to go: not if the write expects nothing at its subject."""
+    """Return whether a record may be there that has to go.
+
+    Not if the write expects nothing at its subject.
+    """
     expect = write.expect
     if write.removes is not None:  # with a roll-up, servers before 2.14 do not remove the timer
         return False
@@ -87,7 +96,10 @@ def _encode_expectation(expect: Expect, subject: str, indent: int) -> str:
 
 
 def encode_headers(write: Write, more: str = "", indent: int = 0) -> bytes:
-    """Return what the write asks for as headers on the wire, `more` lines after it. `indent`: see `Connection.mixes_up_expectations`."""
+    """Return what the write asks for as headers on the wire, `more` lines after it.
+
+    `indent`: see `Connection.mixes_up_expectations`.
+    """
     lines = "NATS/1.0\r\n"
     if write.message_id is not None:
         lines += f"Nats-Msg-Id: {write.message_id}\r\n"
@@ -96,20 +108,24 @@ def encode_headers(write: Write, more: str = "", indent: int = 0) -> bytes:
     if write.ttl is not None:
         lines += f"Nats-TTL: {max(1, round(write.ttl))}s\r\n"
     if write.timer is not None:
-        lines += f"Nats-Schedule: @at {format_time(write.timer.at)}\r\nNats-Schedule-Target: {write.timer.target}\r\n"
+        lines += (
+            f"Nats-Schedule: @at {format_time(write.timer.at)}\r\n"
+            f"Nats-Schedule-Target: {write.timer.target}\r\n"
+        )
     if write.removes is not None:
         lines += f"Nats-Schedule-Next: purge\r\nNats-Scheduler: {write.removes}\r\n"
     if write.marker:
         lines += "KV-Operation: DEL\r\n"
     if not write.beside and is_key(write.subject) and _may_replace(write):
-        # A record that is replaced by the limit of one per subject comes back after a crash of the server, once its successor is deleted.
+        # A record that is replaced by the limit of one per subject comes back after a crash of the
+        # server, once its successor is deleted.
         lines += "Nats-Rollup: sub\r\n"
     lines += more
     return f"{lines}\r\n".encode() if len(lines) > 10 else b""
 
 
 def new_message_id() -> str:
-    """Return an id for a write or a batch that nobody can guess.
+    """Return an id for a write or a batch that no one can guess.
 
     Readers of events see the ids of what was stored: under the next one of a series, a stranger
     could write first, and the server would take our write for a repetition.
@@ -250,12 +266,14 @@ class Writer:
                 logger.debug("%s: sending again later: %s", entry.log, error)
 
     def _post_index_entry(self, subject: str, ttl: float | None) -> None:
-        # Unconfirmed: on one connection a stream stores in order, so it is there if what follows is.
+        # Unconfirmed: on one connection a stream stores in order, so it is there if what follows
+        # is.
         self._client.post(subject.encode(), b"", b"", encode_headers(Write(subject, b"", ttl=ttl)))
 
     def _transmit_batch(self, writes: Sequence[Write], reply: bytes) -> None:
-        # One flush, without awaiting the first message's answer. Only the last message has a reply subject: a refused first message
-        # makes the batch "incomplete" there, which is repeated; a batch id is never used twice.
+        # One flush, without awaiting the first message's answer. Only the last message has a reply
+        # subject: a refused first message makes the batch "incomplete" there, which is repeated; a
+        # batch id is never used twice.
         batch_id = new_message_id()
         mixed_up = self._connection.mixes_up_expectations
         messages: list[tuple[bytes, bytes, bytes, bytes]] = []
@@ -318,7 +336,10 @@ class Writer:
                 self._finish(entry, refused)
 
     def _on_full(self, entry: Unsettled, error: dict[str, Any]) -> None:
-        """Store less, if the write says how; have an awaited write end soon, and repeat any other."""
+        """Store less, if the write says how.
+
+        Have an awaited write end soon, and repeat any other.
+        """
         now = time.monotonic()
         entry.full_since = entry.full_since or now
         full = write_error(entry.log, error)
@@ -353,8 +374,9 @@ class Writer:
     async def _find_stored(self, entry: Unsettled, message_id: str) -> int | None:
         """Ask under which sequence a message id is stored; `None` if it is not.
 
-        By a publish that is never stored, since it asks for a roll-up that there is not: servers look at that after they have looked for
-        duplicates, and before they propose it to replicas; a single one looks at what a message expects before.
+        By a publish that is never stored, since it asks for a roll-up that there is not: servers
+        look at that after they have looked for duplicates, and before they propose it to replicas;
+        a single one looks at what a message expects before.
         """
         headers = f"NATS/1.0\r\nNats-Msg-Id: {message_id}\r\nNats-Rollup: none\r\n\r\n".encode()
         subject = entry.writes[0].subject

@@ -1,4 +1,4 @@
-"""A producer that is killed when `KILL_AFTER` messages of what it adds are on their way to the server.
+"""A producer that is killed when `KILL_AFTER` of its messages are on their way to the server.
 
 It adds a flow of `JOBS` jobs, or if `WAY` is `add` a job that depends on `JOBS` - 1 others.
 """
@@ -40,7 +40,7 @@ def post_and_die(self: DirectClient, subject: bytes, *args: Any) -> None:
 
 
 def die(client: Any) -> None:
-    """Hand what is buffered to the operating system, which sends it whatever becomes of this process."""
+    """Hand what is buffered to the operating system, which sends it after this process is gone."""
     if client._pending:
         client._transport.writelines(client._pending[:])
     os.kill(os.getpid(), signal.SIGKILL)

@@ -1,4 +1,7 @@
-"""The task of the graphs that `test_flows_under_fire.py` runs. Workers import it by `ASYNCMQ_NATS_TASKS`."""
+"""The task of the graphs that `test_flows_under_fire.py` runs.
+
+Workers import it by `ASYNCMQ_NATS_TASKS`.
+"""
 
 import os
 from pathlib import Path
@@ -12,7 +15,10 @@ TRACE = Path(os.environ["NOTES"]) / "trace"
 
 
 def trace(word: str, number: int) -> None:
-    """Append a line. A short line is appended as a whole, so the lines are in the order in which things happened."""
+    """Append a line.
+
+    A short line is appended as a whole, so the lines are in the order in which things happened.
+    """
     with TRACE.open("a") as lines:
         lines.write(f"{word} {number}\n")
 

@@ -1,7 +1,8 @@
-"""A worker program as a user would write one: tasks, and `queue.start()`. The tests run it as a process of its own.
+"""A worker program as a user would write one: tasks, and `queue.start()`.
 
-`QUEUE`, `CONCURRENCY`, `PROCESSES` and `RATE_LIMIT` (`<starts>/<seconds>`) say what to run, `WORKER` is its name, `NOTES` a directory in
-which tasks leave traces and wait for each other. Everything else is the library's own environment.
+The tests run it as a process of its own. `QUEUE`, `CONCURRENCY`, `PROCESSES` and `RATE_LIMIT`
+(`<starts>/<seconds>`) say what to run, `WORKER` is its name, `NOTES` a directory in which tasks
+leave traces and wait for each other. Everything else is the library's own environment.
 """
 
 import logging
@@ -24,7 +25,10 @@ NOTES = Path(os.environ["NOTES"])
 
 
 def note(name: str) -> None:
-    """Leave a trace of one run: a line in the file `<name>.runs`. Appending a short line is atomic."""
+    """Leave a trace of one run: a line in the file `<name>.runs`.
+
+    Appending a short line is atomic.
+    """
     with (NOTES / f"{name}.runs").open("a") as runs:
         runs.write(f"{WORKER}\n")
 

@@ -1,8 +1,9 @@
 """nats-py's client with two shortcuts for the path that every job takes.
 
-Per message, nats-py makes a `Msg`, parses its headers, passes a queue and awaits a callback; per publish it validates and encodes header by
-header. `listen` hands the raw bytes to a function (see `parser`); `post` queues raw bytes. Connecting, reconnecting and flushing stay
-nats-py's. (Built on names of nats-py 2.16 that begin with `_`; the contract tests notice when they change.)
+Per message, nats-py makes a `Msg`, parses its headers, passes a queue and awaits a callback; per
+publish it validates and encodes header by header. `listen` hands the raw bytes to a function (see
+`parser`); `post` queues raw bytes. Connecting, reconnecting and flushing stay nats-py's. (Built on
+names of nats-py 2.16 that begin with `_`; the contract tests notice when they change.)
 """
 
 import asyncio
@@ -38,13 +39,20 @@ class DirectClient(Client):
         return bool(self._server_info.get("cluster"))
 
     async def listen(self, subject: str, handler: Handler) -> int:
-        """Call the handler for every message on the subject, until `stop_listening` with the number that is returned."""
+        """Call the handler for every message on the subject.
+
+        Return a number for `stop_listening`.
+        """
         subscription = await self.subscribe(subject)
         self._direct[subscription._id] = handler
         return subscription._id
 
     async def stop_listening(self, *numbers: int) -> None:
-        """End the interest. What the server sent before it knew still reaches the handler; nothing does after the return."""
+        """End the interest.
+
+        What the server sent before it knew still reaches the handler; nothing does after the
+        return.
+        """
         for number in numbers:
             await self._send_unsubscribe(number)
         await self.barrier()
@@ -63,7 +71,8 @@ class DirectClient(Client):
 
         Raises:
             ConnectionClosedError: the client was closed.
-            MaxPayloadError: it is too large, or its subjects are too long: the server would end the connection.
+            MaxPayloadError: it is too large, or its subjects are too long: the server would end the
+                connection.
             OutboundBufferLimitError: disconnected, and as much is waiting to be sent as may.
         """
         if not self.takes(subject, body, reply, headers):
@@ -110,7 +119,11 @@ class DirectClient(Client):
             await asyncio.wait([flushed], timeout=self._flush_timeout)
 
     async def close(self) -> None:
-        """Disconnect. What was not sent before the connection was lost is dropped: nats-py would write it to the lost transport."""
+        """Disconnect.
+
+        What was not sent before the connection was lost is dropped: nats-py would write it to the
+        lost transport.
+        """
         if self._flush_queue is None:  # it never began to connect: its options were refused
             return
         if not self.is_connected:
@@ -123,7 +136,8 @@ class DirectClient(Client):
             self._status = Client.CLOSED  # so that no task reconnects, should the loop run again
             writer = getattr(self._transport, "_bare_io_writer", None)
             if writer is not None:
-                # The transport closes its own socket, for which the loop has to run again; the server is told now.
+                # The transport closes its own socket, for which the loop has to run again; the
+                # server is told now.
                 with suppress(OSError), writer.get_extra_info("socket").dup() as twin:
                     twin.shutdown(socket.SHUT_RDWR)
                 with suppress(RuntimeError):  # it was closed, and never will
@@ -131,13 +145,17 @@ class DirectClient(Client):
 
     @property
     def is_reading(self) -> bool:
-        """Whether what the server sends is taken in. No more, once `asyncio.run` has cancelled the tasks that are left at its end."""
+        """Whether what the server sends is taken in.
+
+        No more, once `asyncio.run` has cancelled the tasks that are left at its end.
+        """
         return self._reading_task is not None and not self._reading_task.done()
 
     async def _process_pong(self) -> None:
         """Take in the answer to a PING.
 
-        If whoever waited for it has been cancelled, nats-py's (2.16) fails, and nothing is read any more.
+        If the task that waited for it has been cancelled, nats-py's (2.16) fails, and nothing is read any
+        more.
         """
         if self._pongs:
             answered = self._pongs.pop(0)
@@ -147,7 +165,10 @@ class DirectClient(Client):
             self._pings_outstanding = 0
 
     async def _process_connect_init(self) -> None:
-        """Begin a connection. What the one before owed is not awaited any more: whoever did asks again."""
+        """Begin a connection.
+
+        What the one before owed is not awaited any more: those tasks ask again.
+        """
         lost = self._pongs
         await super()._process_connect_init()
         for pong in lost:
@@ -159,9 +180,10 @@ class DirectClient(Client):
             pong.cancel()
 
     async def barrier(self) -> None:
-        """Return when the server has processed all that was sent before; if the connection is lost, that of the next one.
+        """Return when the server has processed all that was sent before.
 
-        nats-py's `flush` alone does not do that: it writes its PING past the commands that are still queued (2.16), waits ten seconds for a
+        If the connection is lost, that of the next one. nats-py's `flush` alone does not do that:
+        it writes its PING past the commands that are still queued (2.16), waits ten seconds for a
         PONG that went with the connection, and for nothing while there is none.
 
         Raises:

@@ -1,7 +1,10 @@
-"""A parser of NATS's protocol that hands whole messages to functions, without a copy of what follows them and without a coroutine for each.
+"""A parser of NATS's protocol that hands whole messages to functions.
 
-nats-py's cuts every message off the front of its buffer twice, after matching up to seven expressions. Here what was read is looked through
-once. All that is no message stays nats-py's business.
+It copies nothing of what follows a message, and makes no coroutine.
+
+nats-py's cuts every message off the front of its buffer twice, after matching up to seven
+expressions. Here what was read is looked through once. All that is no message stays nats-py's
+business.
 """
 
 from collections.abc import Callable, Mapping
@@ -20,7 +23,11 @@ Handler = Callable[[bytes, bytes, bytes, bytes | None], None]
 
 
 class DirectParser(Parser):
-    """The parser of one client. `handlers`: who takes the messages of a subscription, by its number; the others are the client's."""
+    """The parser of one client.
+
+    `handlers`: who takes the messages of a subscription, by its number; the others are the
+    client's.
+    """
 
     def __init__(self, client: Client, handlers: Mapping[int, Handler]) -> None:
         self._handlers = handlers
@@ -33,7 +40,11 @@ class DirectParser(Parser):
         self._resets += 1
 
     async def parse(self, data: bytes = b"") -> None:
-        """Take in what was read. `buf` keeps what is not complete yet, `needed` how long it has to become to be looked at again."""
+        """Take in what was read.
+
+        `buf` keeps what is not complete yet, `needed` how long it has to become to be looked at
+        again.
+        """
         if self.buf:
             self.buf += data
             if len(self.buf) < self.needed:
@@ -77,7 +88,7 @@ class DirectParser(Parser):
 
 
 def _sizes(words: list[bytes]) -> tuple[int, int, int]:
-    """Return the number of the subscription, the size of headers and body together, and that of the headers."""
+    """Return the number of the subscription, the size of the message, and that of its headers."""
     try:
         return int(words[2]), int(words[-1]), int(words[-2]) if words[0] == b"HMSG" else 0
     except (ValueError, IndexError):

@@ -46,14 +46,18 @@ READY = b"Server is ready"
 class EmbeddedServer:
     """A nats-server process with JetStream that listens on 127.0.0.1 only.
 
-    `store_dir` holds its data, log and configuration; without one a temporary directory is used, and removed by `stop`.
-    Clients need the token in `url`: other users of this machine cannot connect, nor read the files. It is kept in the store.
-    `port` -1 takes any free one. Once known, the port is kept: `kill` or `stop` and then `start` serve the same address again.
-    `config` is the *text* of a server configuration to add; address, port and store stay ours, and it must not set `log_file`.
-    If it has users, accounts or a cluster of its own, there is no token.
+    `store_dir` holds its data, log and configuration; without one a temporary directory is used,
+    and removed by `stop`. Clients need the token in `url`: other users of this machine cannot
+    connect, nor read the files. It is kept in the store.
+    `port` -1 takes any free one. Once known, the port is kept: `kill` or `stop` and then `start`
+    serve the same address again.
+    `config` is the *text* of a server configuration to add; address, port and store stay ours, and
+    it must not set `log_file`. If it has users, accounts or a cluster of its own, there is no
+    token.
 
-    Methods may be called from any thread; they block, for some 10 ms as a rule. A server that still runs when the interpreter
-    exits is stopped, and so is one whose parent dies of a signal (not on Windows).
+    Methods may be called from any thread; they block, for some 10 ms as a rule. A server that still
+    runs when the interpreter exits is stopped, and so is one whose parent dies of a signal (not on
+    Windows).
     """
 
     def __init__(
@@ -73,12 +77,15 @@ class EmbeddedServer:
 
     @property
     def port(self) -> int:
-        """The port it listens on, or did before it was stopped; -1 before the first start of a server on a free port."""
+        """The port it listens on, or did before it was stopped.
+
+        -1 before the first start of a server on a free port.
+        """
         return self._port
 
     @property
     def url(self) -> str:
-        """Address for clients, with the token: whoever has it can do everything."""
+        """Address for clients, with the token: its holder can do everything."""
         login = f"{self._token}@" if self._token else ""
         return f"nats://{login}{HOST}:{self._port}"
 
@@ -93,7 +100,8 @@ class EmbeddedServer:
 
         Raises:
             ServerBinaryMissing: no nats-server program was found.
-            BackendError: the server ended or was not ready in time, with the last lines of its log; or another process serves the store.
+            BackendError: the server ended or was not ready in time, with the last lines of its log;
+                or another process serves the store.
         """
         with self._lock:
             if self._process is not None and self._process.poll() is None:
@@ -110,7 +118,10 @@ class EmbeddedServer:
                 raise
 
     def stop(self) -> None:
-        """Ask the server to end, insist after 5 s, and remove the store if it is a temporary one. Does nothing if nothing was started."""
+        """Ask the server to end, insist after 5 s, and remove the store if it is a temporary one.
+
+        Does nothing if nothing was started.
+        """
         with self._lock:
             self._dismiss_watchdog()
             process, self._process = self._process, None
@@ -127,7 +138,10 @@ class EmbeddedServer:
             atexit.unregister(self.stop)
 
     def kill(self) -> None:
-        """End the server at once, as a crash would (SIGKILL). The store stays, for `start` to go on with."""
+        """End the server at once, as a crash would (SIGKILL).
+
+        The store stays, for `start` to go on with.
+        """
         with self._lock:
             self._dismiss_watchdog()
             process, self._process = self._process, None
@@ -168,7 +182,8 @@ class EmbeddedServer:
         with open(log_path, "ab", opener=_open_private) as log:
             _lock_store(log, store)
             log.truncate(0)
-            # A session of its own: Ctrl-C in a terminal must not end the server before the application has handed its jobs back.
+            # A session of its own: Ctrl-C in a terminal must not end the server before the
+            # application has handed its jobs back.
             self._process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
@@ -213,7 +228,8 @@ def _read_token(store: Path) -> str:
 
 
 def _find_program() -> str:
-    # The scripts directory comes first: a program run by its path, without an activated environment, does not have it on its PATH.
+    # The scripts directory comes first: a program run by its path, without an activated
+    # environment, does not have it on its PATH.
     program = shutil.which("nats-server", path=sysconfig.get_path("scripts")) or shutil.which(
         "nats-server"
     )
@@ -223,9 +239,10 @@ def _find_program() -> str:
 
 
 def _lock_store(log: IO[bytes], store: Path) -> None:
-    """Refuse a store that is being served: two servers on one store corrupt it, and nats-server does not look.
+    """Refuse a store that is being served.
 
-    The lock is on the log file, which the server inherits as its stderr; so the lock lives exactly as long as the server does.
+    Two servers on one store corrupt it, and nats-server does not look. The lock is on the log file,
+    which the server inherits as its stderr; so the lock lives exactly as long as the server does.
     """
     deadline = time.monotonic() + LOCK_TIMEOUT
     while sys.platform != "win32":
@@ -234,7 +251,8 @@ def _lock_store(log: IO[bytes], store: Path) -> None:
         except BlockingIOError as error:
             if time.monotonic() > deadline:
                 raise BackendError(
-                    f"another nats-server already serves the store {store}: connect to that one (its port is in {log.name}, its token in {store / TOKEN_FILE}), or stop it"
+                    f"another nats-server already serves the store {store}: connect to that one "
+                    f"(its port is in {log.name}, its token in {store / TOKEN_FILE}), or stop it"
                 ) from error
             time.sleep(POLL_INTERVAL)
         else:

@@ -1,4 +1,7 @@
-"""A process that ends another one when this one dies, even of SIGKILL: a shell that reads from a pipe, of which it sees the end then."""
+"""A process that ends another one when this one dies, even of SIGKILL.
+
+A shell that reads from a pipe, of which it sees the end then.
+"""
 
 import os
 import shutil
@@ -14,9 +17,10 @@ SCRIPT: Final = 'read -r _ || kill "$0"'
 
 
 class Watchdog:
-    """Sends SIGTERM to a child process when this process has died. `dismiss` it before the child is waited for: its id may be used again.
+    """Sends SIGTERM to a child process when this process has died.
 
-    Where there is no POSIX shell it does nothing.
+    `dismiss` it before the child is waited for: its id may be used again. Where there is no POSIX
+    shell it does nothing.
     """
 
     def __init__(self, pid: int) -> None:
@@ -28,7 +32,8 @@ class Watchdog:
         read_end, self._pipe = os.pipe()  # neither is inherited by programs that are started
         _held.add(self._pipe)
         try:
-            # A session of its own: Ctrl-C in a terminal is not for it. It holds no file and no directory of this process.
+            # A session of its own: Ctrl-C in a terminal is not for it. It holds no file and no
+            # directory of this process.
             self._process = subprocess.Popen(
                 [shell, "-c", SCRIPT, str(pid)],
                 stdin=read_end,
