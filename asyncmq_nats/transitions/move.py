@@ -176,11 +176,8 @@ async def write_outcome(additions: Additions, data: dict[str, Any], state: State
     Raises:
         WriteRefused: it has.
     """
-    keys, token, settings = (
-        additions.subjects,
-        encode_token(str(data["id"])),
-        additions.backend.settings,
-    )
+    keys, token = additions.subjects, encode_token(str(data["id"]))
+    settings = additions.settings
     completed = state is State.COMPLETED
     write = Write(
         keys.outcome(token, state),
