@@ -3,7 +3,7 @@
 python benchmarks/failed_jobs.py
 
 Prints the terminal session that docs/troubleshooting-session.md shows: each command, what it printed, and
-how long all of its process took. `--jobs` says how many jobs fail; a quarter of them is of the task.
+how long all of its process took, and its CPU time. `--jobs` says how many jobs fail; a quarter of them is of the task.
 """
 
 import argparse
@@ -16,6 +16,7 @@ from pathlib import Path
 
 import anyio
 
+import asyncmq_nats
 from asyncmq_nats import JobFilter, NATSBackend, Queue
 
 BROKEN = """from asyncmq_nats import task
@@ -33,6 +34,9 @@ async def mail(address: str) -> None:
 FIXED = BROKEN.replace('order["total"]', 'order["amount"]')
 
 
+PACKAGES = str(Path(asyncmq_nats.__file__).parents[1])
+
+
 class Terminal:
     """Runs commands in one directory, and prints what a person would see."""
 
@@ -42,7 +46,7 @@ class Terminal:
         self._env = os.environ | {"NATS_URL": url, "PYTHONPATH": paths, "COLUMNS": "110"}
 
     def run(self, line: str) -> str:
-        began = time.perf_counter()
+        began, before = time.perf_counter(), os.times()
         done = subprocess.run(
             [sys.executable, "-m", "asyncmq_nats", *line.split()],
             env=self._env,
@@ -51,11 +55,12 @@ class Terminal:
             text=True,
             check=False,
         )
-        seconds = time.perf_counter() - began
+        seconds, after = time.perf_counter() - began, os.times()
+        cpu = after.children_user + after.children_system
+        cpu -= before.children_user + before.children_system
         shown = "".join(line.rstrip() + "\n" for line in (done.stdout + done.stderr).splitlines())
-        print(
-            f"$ amq {line}\n{shown.replace(str(self._directory), '/srv/shop')}[{seconds:.1f} s]\n"
-        )
+        shown = shown.replace(str(self._directory), "/srv/shop").replace(PACKAGES, "/srv/lib")
+        print(f"$ amq {line}\n{shown}[{seconds:.1f} s, CPU {cpu:.1f} s]\n", flush=True)
         return done.stdout
 
     def start_worker(self) -> subprocess.Popen[str]:

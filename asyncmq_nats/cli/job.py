@@ -194,6 +194,22 @@ async def show_result(
     session.output.json(await session.queue(queue).wait_for(job_id, patience))
 
 
+@command(group, "logs")
+async def show_logs(
+    session: Session, queue: QueueName, job_id: JobId, as_json: AsJson = False
+) -> None:
+    """Show the lines that a task kept with its job, by `current_job().log` or a log handler."""
+    lines = await session.queue(queue).job_logs(job_id)
+    if as_json:
+        session.output.json(lines)
+        return
+    if not lines:
+        await _find(session, queue, job_id)  # is there such a job?
+    for line in lines:
+        text = f"{instant(line.at)} {line.level:<7} {line.message}"
+        session.output.line(text if line.attempt == 1 else f"{text} (attempt {line.attempt})")
+
+
 # -- add and run
 
 

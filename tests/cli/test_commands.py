@@ -13,7 +13,7 @@ from typing import Any
 import anyio
 import pytest
 
-from asyncmq_nats import NATSBackend
+from asyncmq_nats import NATSBackend, current_job
 from asyncmq_nats.cli import permissions
 from asyncmq_nats.cli.app import run
 from tests.cli.amq import Amq
@@ -293,6 +293,19 @@ async def test_a_job_is_tried_here_and_left_as_it_is(
     assert "return 1 / value" in bad.out
     assert bad.err.splitlines()[-1] == "error: ZeroDivisionError: division by zero"
     await only(queue, waiting=2)
+
+
+async def test_lines_of_a_job_are_shown(amq: Amq, nats_backend: NATSBackend) -> None:
+    async def tell() -> None:
+        current_job().log("halfway")
+
+    queue = make_queue(nats_backend, "mail", tell=tell)
+    job_id = await queue.add("tell")
+    await run_jobs(queue)
+    assert re.search(r"INFO +halfway$", (await amq.ok(f"job logs mail {job_id}")).out.strip())
+    (line,) = (await amq.ok(f"job logs mail {job_id} --json")).json
+    assert (line["message"], line["attempt"]) == ("halfway", 1)
+    assert "has no job" in await amq.fails("job logs mail nothing")
 
 
 # -- schedules, flows, events
