@@ -98,7 +98,8 @@ class JobContext:
     @property
     def attempt(self) -> int:
         """The number of this attempt: 1 for the first."""
-        return self.job.retries + 1
+        retries = self._source.head.retries
+        return (retries if isinstance(retries, int) else self.job.retries) + 1
 
     @property
     def snoozes(self) -> int:

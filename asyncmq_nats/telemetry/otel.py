@@ -129,10 +129,12 @@ class OpenTelemetryMiddleware(Middleware):
         attributes = self._attributes("process", context.queue)
         attributes["asyncmq.task"] = context.task_id
         span = self._tracer.start_span(
-            f"process {context.queue}", parent, SpanKind.CONSUMER, links=links
+            f"process {context.queue}",
+            parent,
+            SpanKind.CONSUMER,
+            attributes | _of_run(context),
+            links=links,
         )
-        if span.is_recording():
-            span.set_attributes(attributes | _of_run(context))
         token = contexts.attach(trace.set_span_in_context(span, sender))
         context.notes[NOTE] = contexts.get_current()
         begun = time.perf_counter()
@@ -161,12 +163,11 @@ class OpenTelemetryMiddleware(Middleware):
             f"settle {context.queue}",
             parent,
             SpanKind.CLIENT,
+            attributes | {"asyncmq.state": ending.state} | _of_run(context),
             start_time=int((now - seconds) * NANOSECONDS),
         )
-        if span.is_recording():
-            span.set_attributes(attributes | {"asyncmq.state": ending.state} | _of_run(context))
-            if ending.state == "failed":
-                span.set_status(Status(StatusCode.ERROR, ending.error))
+        if ending.state == "failed":
+            span.set_status(Status(StatusCode.ERROR, ending.error))
         span.end()
         self._operation_seconds.record(seconds, attributes)
 
