@@ -3,9 +3,10 @@
 from collections.abc import Generator, Mapping, Sequence
 from contextvars import Context, ContextVar, copy_context
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, overload
 
 from asyncmq_nats._arguments import WriteArguments, build_job, write_plainly
+from asyncmq_nats.calls import Call
 from asyncmq_nats.exceptions import InvalidFlow
 from asyncmq_nats.jobs import Backoff, Job, JobHead
 
@@ -146,6 +147,9 @@ class JobContext:
         line = JobLogLine(self._services.now(), level, str(message), self.attempt)
         self._services.keep_line(self.id, line)
 
+    @overload
+    def add(self, task_id: Call[Any], /) -> str: ...
+    @overload
     def add(
         self,
         task_id: str,
@@ -161,8 +165,25 @@ class JobContext:
         timeout: float | None = None,
         on_parent_failure: str = "wait",
         meta: Mapping[str, str] | None = None,
+    ) -> str: ...
+
+    def add(
+        self,
+        task_id: str | Call[Any],
+        args: Sequence[Any] | None = None,
+        kwargs: Mapping[str, Any] | None = None,
+        retries: int = 0,
+        ttl: float | None = None,
+        backoff: float | Backoff | None = None,
+        priority: int = 5,
+        delay: float | None = None,
+        depends_on: Sequence[str] | None = None,
+        *,
+        timeout: float | None = None,
+        on_parent_failure: str = "wait",
+        meta: Mapping[str, str] | None = None,
     ) -> str:
-        """Add a follow-up job to the same queue and return its id; see `Queue.add`.
+        """Add a follow-up job to the same queue and return its id; see `Queue.add`. It may be given as the `call` of a task, alone.
 
         It is committed together with this job's outcome, or, when this attempt fails or its worker dies, not at all.
         Without a `meta` of its own it has that of this job.
@@ -175,8 +196,12 @@ class JobContext:
             raise InvalidFlow(
                 f"a job can have {MOST_FOLLOW_UPS} follow-ups at most: add one that adds the others"
             )
+        now = self._services.now()
+        if isinstance(task_id, Call):
+            task_id.require_queue(self.queue)
+            return self._add(task_id.follow_up(now, self.job.meta))
         job = build_job(
-            self._services.now(),
+            now,
             write=self._write,
             task_id=task_id,
             args=args,
@@ -191,6 +216,9 @@ class JobContext:
             on_parent_failure=on_parent_failure,
             meta=self.meta if meta is None else meta,
         )
+        return self._add(job)
+
+    def _add(self, job: Job) -> str:
         job.encode()  # not JSON? Then say so here
         self.follow_ups.append(job)
         if self.origins is not None:

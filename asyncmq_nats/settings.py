@@ -123,6 +123,8 @@ class Settings(BaseSettings):
     """Addresses of the NATS servers; in the environment separated by commas."""
     prefix: str = Field("amq", pattern=r"^[A-Za-z0-9_-]{1,32}$")
     """First token of every subject and asset name."""
+    apply: bool = False
+    """Whether workers, when they start, change what the server has of their queues to these settings."""
     replicas: int = Field(1, ge=1, le=5)
     """Replicas of the streams this process creates."""
     storage: Literal["file", "memory"] = "file"

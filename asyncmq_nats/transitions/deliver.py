@@ -65,7 +65,6 @@ class Deliveries:
         self._backend = backend
         self._subjects = subjects
         self._assets = assets
-        self._settings = backend.settings
         self._additions = Additions(backend, subjects, assets)
         self.dependencies = self._additions.dependencies
         self._follow_ups = FollowUpJobs(backend, assets, self._additions)
@@ -147,7 +146,7 @@ class Deliveries:
         return None
 
     def _take(self, attempt: Attempt, snapshot: Snapshot, claim: Claim | None) -> None:
-        attempt.count_losses(claim, self._backend.now(), self._settings.stalled_after)
+        attempt.count_losses(claim, self._backend.now(), self._assets.settings.stalled_after)
         if attempt.known is not None:
             attempt.known = replace(attempt.known, stalls=attempt.stalls)
         attempt.expect = snapshot.last_end

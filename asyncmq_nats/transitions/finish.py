@@ -155,7 +155,7 @@ class Lifecycle(Deliveries):
         """
         job, now = attempt.job, self._backend.now()
         since = now if job.put_off_since is None else min(job.put_off_since, now)
-        left = since + self._settings.unknown_task_timeout - now
+        left = since + self._assets.settings.unknown_task_timeout - now
         if left <= 0:
             return None
         delay = min(max(MIN_PUT_OFF_SECONDS, now - since), MAX_PUT_OFF_SECONDS, left)
@@ -209,7 +209,7 @@ class Lifecycle(Deliveries):
         write = Write(
             self._subjects.outcome(token, State.FAILED),
             dump_json(record),
-            ttl=self._settings.failed_ttl,
+            ttl=self._assets.settings.failed_ttl,
             beside=True,
             index=self._subjects.index(token, State.FAILED),
         )
@@ -250,7 +250,7 @@ class Lifecycle(Deliveries):
             subject,
             record,
             self._fence(attempt),
-            ttl=self._settings.completed_ttl,
+            ttl=self._assets.settings.completed_ttl,
             beside=True,
             when_full=partial(without_arguments, record),
         )
@@ -267,7 +267,7 @@ class Lifecycle(Deliveries):
             subject,
             record,
             self._fence(attempt),
-            ttl=self._settings.failed_ttl,
+            ttl=self._assets.settings.failed_ttl,
             beside=True,
             index=self._subjects.index(attempt.token, state),
             when_full=partial(without_arguments, record),
@@ -308,7 +308,7 @@ class Lifecycle(Deliveries):
         self.progress.report(encode_token(job.job_id), body)
 
     def _send_progress(self, token: str, body: bytes) -> None:
-        write = Write(self._subjects.progress(token), body, ttl=self._settings.progress_ttl)
+        write = Write(self._subjects.progress(token), body, ttl=self._assets.settings.progress_ttl)
         self._backend.send(self._subjects.bucket_log, write, lambda _: None)
         self._backend.signal(self._subjects.event("progress", token), body)
         self.on_progress(body)
@@ -336,9 +336,9 @@ class Lifecycle(Deliveries):
         """Remove the oldest outcomes of the kinds of which only a number is kept."""
         for state in OUTCOMES:
             keep = (
-                self._settings.completed_keep
+                self._assets.settings.completed_keep
                 if state is State.COMPLETED
-                else self._settings.failed_keep
+                else self._assets.settings.failed_keep
             )
             if keep is not None:
                 await self._backend.purge(

@@ -426,6 +426,11 @@ class QueueSubjects:
         return f"{self._bucket_key}queue.pause"
 
     @property
+    def configuration(self) -> str:
+        """The key of the settings that the queue keeps for all its workers."""
+        return f"{self._bucket_key}queue.config"
+
+    @property
     def secret(self) -> str:
         """The key of the secret that message ids are made with."""
         return f"{self._bucket_key}queue.secret"
