@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from functools import partial
 from typing import Annotated, Any, Final
 
@@ -176,6 +177,21 @@ async def _find(session: Session, queue: str, job_id: str) -> dict[str, Any]:
     if job is None:
         raise JobNotFound(queue, job_id)
     return job
+
+
+@command(group, "logs")
+async def show_logs(
+    session: Session, queue: QueueName, job_id: JobId, as_json: AsJson = False
+) -> None:
+    """Show the lines that the attempts of a job kept by `current_job().log`."""
+    await _find(session, queue, job_id)
+    lines = await session.queue(queue).job_logs(job_id)
+    if as_json:
+        session.output.json([asdict(line) for line in lines])
+        return
+    for line in lines:
+        shown = f"{instant(line.at)}  attempt {line.attempt}  {line.level}  {line.message}"
+        session.output.text(shown)
 
 
 @command(group, "result")
