@@ -56,6 +56,13 @@ def closed() -> Iterator[None]:
 
 
 @pytest.fixture
+def server(server: EmbeddedServer) -> Iterator[EmbeddedServer]:
+    """A server that outlives the connections to it."""
+    yield server
+    sync.close()
+
+
+@pytest.fixture
 def virtual() -> Iterator[VirtualBackend]:
     with virtual_backend() as backend:
         yield backend
