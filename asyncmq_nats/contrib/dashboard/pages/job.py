@@ -70,6 +70,7 @@ async def show(request: Request) -> Response:
         "now": now,
         "moments": timeline(job, now),
         "parents": await _states(site, queue, job),
+        "children": await _children(site, queue, job_id),
         "runs_on": [w for w in await all_workers(site) if job_id in w.running],
         "actions": possible_actions(job["status"]),
         "editable": _editable(job, paused=paused),
@@ -98,6 +99,16 @@ async def _states(site: Site, queue: Queue, job: Mapping[str, Any]) -> list[tupl
 
     found = await for_all(ids[:SHOWN_PARENTS], read)
     return [(each, found.get(each, "")) for each in ids]
+
+
+async def _children(site: Site, queue: Queue, job_id: str) -> list[str]:
+    """Return some of the jobs that wait for this one, or did."""
+
+    async def read() -> list[str]:
+        flow = await queue.get_flow(job_id, limit=1)
+        return [] if flow is None else flow.awaited_by[:SHOWN_PARENTS]
+
+    return await site.reads.get(("children", queue.name, job_id), read)
 
 
 def timeline(job: Mapping[str, Any], now: float) -> list[Moment]:

@@ -1,0 +1,42 @@
+"""The server: whether it answers, and what each queue takes of it."""
+
+from time import perf_counter, time
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+import asyncmq_nats
+from asyncmq_nats.contrib.dashboard.pages.summaries import for_all
+from asyncmq_nats.contrib.dashboard.site import Site, site_of
+from asyncmq_nats.queues import Queue
+from asyncmq_nats.settings import mask_login
+
+__all__ = ["show"]
+
+
+async def show(request: Request) -> Response:
+    """Show how fast the server answers, and the streams of each queue."""
+    site = site_of(request)
+    start = perf_counter()
+    await site.backend.connect()
+    await site.backend.ping()
+    answered = perf_counter() - start
+    names = await site.list_queues()
+    found = await site.reads.get("infos", lambda: for_all(names, lambda name: _info(site, name)))
+    settings = site.backend.settings
+    context = {
+        "section": "server",
+        "answered": answered,
+        "servers": [mask_login(each) for each in settings.servers],
+        "prefix": settings.prefix,
+        "version": asyncmq_nats.__version__,
+        "clock": site.backend.now() - time(),
+        "max_body": site.backend.max_body,
+        "is_full": site.backend.is_full,
+        "infos": [found[name] for name in names if found.get(name) is not None],
+    }
+    return site.page(request, "server.html", context)
+
+
+async def _info(site: Site, name: str) -> object:
+    return await Queue(name, site.backend).info()
