@@ -10,6 +10,7 @@ from collections.abc import (
     AsyncIterator,
     Awaitable,
     Callable,
+    Collection,
     Coroutine,
     Iterable,
     Mapping,
@@ -34,8 +35,10 @@ from asyncmq_nats._arguments import (
 )
 from asyncmq_nats._logging import Throttle, get_logger
 from asyncmq_nats.backends import default_backend
-from asyncmq_nats.backends.base import Backend, Signal
-from asyncmq_nats.events import Event, read_event
+from asyncmq_nats.backends.base import Backend, Difference, Signal
+from asyncmq_nats.calls import Call, written
+from asyncmq_nats.context import JobLogLine
+from asyncmq_nats.events import PREFIX, Event, read_event
 from asyncmq_nats.exceptions import (
     AssetMissing,
     BulkAddFailed,
@@ -65,7 +68,9 @@ from asyncmq_nats.schedules import RepeatableInfo
 from asyncmq_nats.search import JobFilter
 from asyncmq_nats.states import COUNT_BUCKETS, JOB_STATES, OUTCOMES, Bucket, State
 from asyncmq_nats.store.commit import LAG, look_for, looks
+from asyncmq_nats.store.configuration import Configurations
 from asyncmq_nats.store.flows import Flow, read_flow
+from asyncmq_nats.store.job_logs import read_job_logs
 from asyncmq_nats.store.overview import Overview, QueueInfo
 from asyncmq_nats.store.pages import JobLists
 from asyncmq_nats.store.reads import Inspection, JobPage, WaitingJob
@@ -120,6 +125,10 @@ EXPORT_ORDER: Final = (
     State.WAITING_CHILDREN,
 )
 """Those that others wait for come first."""
+ENDS: Final = frozenset(PREFIX + state for state in OUTCOMES)
+"""The events that are the last one of a job."""
+LAST_EVENT_TIMEOUT: Final = 0.5
+"""How long the events of a job are waited for that has ended already, in seconds."""
 COUNTED_AS_TO_DO: Final = (State.WAITING, State.DELAYED, State.WAITING_CHILDREN)
 
 H = TypeVar("H", bound=Hook)
@@ -209,6 +218,7 @@ class Queue:
         self._hooks = Hooks({"backend": self.backend, "queue": name}, lifespan=lifespan)
         self._middleware = [checked_middleware(each) for each in middleware]
         self._local_repeatables: list[Definition] = []
+        self._configurations = Configurations(self.backend, self._subjects, self._assets)
         self._waiters = Waiters(self.backend, self._subjects)
         self._registry = registry
         note_queue = getattr(self.backend, "note_queue", None)
@@ -293,6 +303,17 @@ class Queue:
         given = deduplication if deduplication is not None else debounce
         return await self._add(job, None if given is None else parse_window(given))
 
+    async def add_call(self, call: Call[Any]) -> str:
+        """Add one job, given as the `call` of a task, and return its id; see `add`.
+
+        Raises:
+            InvalidArgument: the call is for another queue.
+        """
+        call.require_queue(self.name)
+        window = None if call.deduplication is None else parse_window(call.deduplication)
+        await self.backend.connect()
+        return await self._add(build_job(self.backend.now(), write=written, **call.fields), window)
+
     async def _add(self, job: Job, window: Window | None = None) -> str:
         job.encode()  # nothing is declared for what cannot be sent
         chain = Chain.of(self.name, self._middleware)
@@ -314,10 +335,10 @@ class Queue:
         chain = Chain.of(self.name, self._middleware)
         return await (chain.enqueue(jobs, store) if chain.enqueues and jobs else store(jobs))
 
-    async def add_bulk(self, jobs: Iterable[Mapping[str, Any]]) -> list[str]:
+    async def add_bulk(self, jobs: Iterable[Mapping[str, Any] | Call[Any]]) -> list[str]:
         """Add many jobs and return their ids in order (AsyncMQ `Queue.add_bulk`).
 
-        Each is a mapping with `task_id` and any of the other parameters of `add`. Up to 1,000 writes (a job is one, and so is each
+        Each is a mapping with `task_id` and any of the other parameters of `add`, or the `call` of a task. Up to 1,000 writes (a job is one, and so is each
         dependency) are all or none; more go in such batches. Entries with a deduplication window are added one by one, after the others.
 
         Raises:
@@ -325,7 +346,7 @@ class Queue:
             BulkAddFailed: of more than 1,000, some were added and some were not; it says which.
         """
         await self.backend.connect()
-        built, windows = build_entries(self.backend.now(), jobs, self._registry.write)
+        built, windows = build_entries(self.backend.now(), jobs, self._registry.write, self.name)
         return await self._add_all(built, partial(self._store_bulk, windows=windows))
 
     async def _store_bulk(
@@ -392,15 +413,19 @@ class Queue:
             else await self.enqueue_delayed(payload, run_at)
         )
 
-    async def add_linked(self, jobs: Sequence[Job]) -> None:
-        """Add jobs that depend on each other, each after its `children`; see `FlowProducer.add_flow`."""
+    async def add_linked(self, jobs: Sequence[Job], *, plain: Collection[str] = ()) -> None:
+        """Add jobs that depend on each other, each after its `children`; see `FlowProducer.add_flow`.
+
+        `plain`: the ids of those whose arguments are plain data already.
+        """
 
         async def store(jobs: Sequence[Job]) -> list[str]:
             await self._assets.declare()
             await self._additions.add_linked(jobs)
             return [job.job_id for job in jobs]
 
-        await self._add_all([self._written(job) for job in jobs], store)
+        given = [job if job.job_id in plain else self._written(job) for job in jobs]
+        await self._add_all(given, store)
 
     def _written(self, job: Job) -> Job:
         args, kwargs = self._registry.write(job.task_id, job.args, job.kwargs)
@@ -480,6 +505,14 @@ class Queue:
         """Return the number of jobs that are still to be started: waiting, delayed, or waiting for others."""
         counts = await self._inspection.count_by_state()
         return sum(counts[state] for state in COUNTED_AS_TO_DO)
+
+    async def job_logs(self, job_id: str) -> list[JobLogLine]:
+        """Return the lines that a job's attempts kept by `current_job().log`, in order.
+
+        Also while it runs: they are written twice a second. None if it kept none, they are too old
+        (`Settings.job_log_ttl`), or there is no such job.
+        """
+        return await read_job_logs(self.backend, self._subjects, job_id)
 
     async def get_job(self, job_id: str) -> dict[str, Any] | None:
         """Return the job as a dict with AsyncMQ's keys, and ours beside them, or `None`."""
@@ -649,36 +682,35 @@ class Queue:
         """Return nothing: jobs of every priority are `waiting` (the name is AsyncMQ's)."""
         return await self.get_jobs([Bucket.PRIORITIZED], start=start, end=end, asc=asc)
 
-    async def events(self, *names: str) -> AsyncGenerator[Event, None]:
+    async def events(self, *names: str, job_id: str | None = None) -> AsyncGenerator[Event, None]:
         """Yield what happens to the jobs of this queue from now on, in whatever process; with names, only such events (see `Event`).
 
-        At most once: while the connection is down, or this reader is 10,000 events behind, events are lost.
+        With a `job_id` only what happens to that job, until it has ended. At most once: while the connection is down, or this reader is
+        10,000 events behind, events are lost.
         """
-        send, receive = anyio.create_memory_object_stream[Event](EVENT_BUFFER)
-        losses = Throttle()
-
-        def warn_of_losses(count: int) -> None:
-            if count:
-                text = "queue %s: a reader of events is too slow, %d events are lost"
-                logger.warning(text, self.name, count)
-
-        def hear(signal: Signal) -> None:
-            event = read_event(self.name, signal.subject, signal.body)
-            if event is not None and (not names or event.name in names):
-                try:
-                    send.send_nowait(event)
-                except anyio.WouldBlock:
-                    warn_of_losses(losses.note())
-
-        with send, receive:
-            subscription = await self.backend.subscribe(self._subjects.event("*", "*"), hear)
+        last = frozenset() if job_id is None else ENDS
+        inbox = _Inbox(self.name, frozenset(names) | last if names else frozenset())
+        token = "*" if job_id is None else encode_token(job_id)
+        with inbox.send, inbox.receive:
+            subscription = await self.backend.subscribe(
+                self._subjects.event("*", token), inbox.hear
+            )
             try:
-                async for event in receive:
-                    yield event
+                patience = None if job_id is None else await self._patience_for(job_id)
+                while (event := await inbox.next(patience)) is not None:
+                    if not names or event.name in names:
+                        yield event
+                    if event.name in last:
+                        break
             finally:
-                warn_of_losses(losses.take())
+                inbox.warn_of_losses(inbox.losses.take())
                 with anyio.CancelScope(shield=True):
                     await subscription.unsubscribe()
+
+    async def _patience_for(self, job_id: str) -> float | None:
+        """Return how long to wait for each event of a job: for ever, unless it has ended."""
+        job = await self._inspection.find(job_id)  # after listening: its end is heard or seen
+        return None if job is not None and job.status not in OUTCOMES else LAST_EVENT_TIMEOUT
 
     async def wait_for(self, job_id: str, timeout: float | None = None) -> Any:
         """Wait until the job ends and return its result.
@@ -783,6 +815,49 @@ class Queue:
         """Likewise after their last job, the last one registered first."""
         self._hooks.on_shutdown.append(hook)
         return hook
+
+    # -- settings on the server
+
+    async def configure(self, *, reset: Iterable[str] = (), **values: Any) -> list[Difference]:
+        """Store settings of this queue on the server, and change there what they change.
+
+        They win over the settings of all processes: running workers take them up at their next
+        heartbeat. `None` for a time to live is for ever, for a size or a number no limit.
+
+        Args:
+            reset: names of settings that are the processes' matter again.
+            values: `stalled_after`, `completed_ttl`, `failed_ttl`, `completed_keep`, `failed_keep`,
+                `replicas`, `ready_max_bytes`, `bucket_max_bytes`, `compression`,
+                `placement_cluster`, `placement_tags`, as in `Settings`.
+
+        Returns:
+            What was changed on the server.
+
+        Raises:
+            InvalidArgument: a value is none of that setting, or too small for what is stored.
+            PermissionRefused: this login may not change the queue's assets.
+        """
+        return await self._configurations.store(values, reset)
+
+    async def get_configuration(self) -> dict[str, Any]:
+        """Return the settings that `configure` has stored; the others are those of each process."""
+        return await self._configurations.read()
+
+    async def apply_settings(self) -> list[Difference]:
+        """Change on the server what differs from the settings in force, and return what was changed.
+
+        These are the settings of this process and, instead of them, what `configure` has stored.
+        What cannot be changed on a live server (`find_drift` tells) stays.
+
+        Raises:
+            InvalidArgument: a size is too small for what is stored.
+            PermissionRefused: this login may not change the queue's assets.
+        """
+        return await self._configurations.apply()
+
+    async def find_drift(self) -> list[Difference]:
+        """Return what of this queue on the server differs from the settings in force."""
+        return await self._configurations.compare()
 
     # -- delayed jobs
 
@@ -1335,6 +1410,34 @@ async def _each(
     else:
         for line in lines:
             yield line
+
+
+class _Inbox:
+    """The events that a reader has yet to read. `names`: only these; none means all."""
+
+    def __init__(self, queue: str, names: Collection[str]) -> None:
+        self._queue = queue
+        self._names = names
+        self.losses = Throttle()
+        self.send, self.receive = anyio.create_memory_object_stream[Event](EVENT_BUFFER)
+
+    def hear(self, signal: Signal) -> None:
+        event = read_event(self._queue, signal.subject, signal.body)
+        if event is not None and (not self._names or event.name in self._names):
+            try:
+                self.send.send_nowait(event)
+            except anyio.WouldBlock:
+                self.warn_of_losses(self.losses.note())
+
+    def warn_of_losses(self, count: int) -> None:
+        if count:
+            text = "queue %s: a reader of events is too slow, %d events are lost"
+            logger.warning(text, self._queue, count)
+
+    async def next(self, timeout: float | None) -> Event | None:
+        with anyio.move_on_after(timeout):
+            return await self.receive.receive()
+        return None
 
 
 def _result_of(job: Job) -> Any:

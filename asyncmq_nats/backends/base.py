@@ -13,7 +13,7 @@ All times are Unix seconds by the *server's* clock, all durations seconds.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 from asyncmq_nats._clock import Clock
 from asyncmq_nats.exceptions import BackendError
@@ -76,6 +76,20 @@ class Consumer:
     filters: tuple[str, ...]
     lease: float | None = None
     paused_until: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """What of a log or a consumer on the server is not as declared, in the words of the server.
+
+    `can_change`: whether it can be changed while the queue is in use.
+    """
+
+    asset: str
+    key: str
+    found: Any
+    wanted: Any
+    can_change: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -360,6 +374,22 @@ class Backend(Protocol):
         One that exists with other settings stays as it is; a warning is logged that names the
         difference.
         """
+
+    async def compare(
+        self, log: Log, consumers: Sequence[Consumer], settings: Settings
+    ) -> list[Difference]:
+        """Return what of the log and of these consumers differs from the settings.
+
+        What is not there does not differ.
+        """
+
+    async def change(
+        self, log: Log, consumers: Sequence[Consumer], settings: Settings
+    ) -> list[Difference]:
+        """Change what differs and can be changed; return what was changed."""
+
+    async def stored_bytes(self, log: str) -> int:
+        """Return the bytes of the records of a log; 0 where that is not known."""
 
     async def incarnation(self, name: str) -> str | None:
         """Return what tells this log from one of the same name that was there before.

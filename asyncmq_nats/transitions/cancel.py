@@ -223,7 +223,7 @@ class Administration:
             subject,
             outcome_body(job, fields, self._backend.max_body),
             expect,
-            ttl=self._backend.settings.failed_ttl,
+            ttl=self._assets.settings.failed_ttl,
             beside=True,
             index=self._subjects.index(token, State.CANCELLED),
         )

@@ -22,6 +22,7 @@ from asyncmq_nats.backends.base import (
     Consumer,
     ConsumerState,
     Delivery,
+    Difference,
     Log,
     LogState,
     OnRemoved,
@@ -156,6 +157,41 @@ class InMemoryBackend:
             self._logs[log.name] = StoredLog(log, self._agenda, self._send_signal)
         else:
             warn_of_difference("log", existing.declaration, log)
+
+    async def compare(
+        self, log: Log, consumers: Sequence[Consumer], settings: Settings
+    ) -> list[Difference]:
+        """See `Backend`."""
+        await self._give_way()
+        stored = self._logs.get(log.name)
+        found = [] if stored is None else [(c, stored.consumers.get(c.name)) for c in consumers]
+        return [
+            Difference(
+                f"consumer {wanted.name} of {log.name}",
+                "lease",
+                cursor.declaration.lease,
+                wanted.lease,
+                True,
+            )
+            for wanted, cursor in found
+            if cursor is not None and cursor.declaration.lease != wanted.lease
+        ]
+
+    async def change(
+        self, log: Log, consumers: Sequence[Consumer], settings: Settings
+    ) -> list[Difference]:
+        """See `Backend`."""
+        differences = await self.compare(log, consumers, settings)
+        for wanted in consumers if differences else ():
+            cursor = self._find_log(log.name).consumers.get(wanted.name)
+            if isinstance(cursor, Cursor) and wanted.lease is not None:
+                cursor.change_lease(wanted.lease)
+        return differences
+
+    async def stored_bytes(self, log: str) -> int:
+        """See `Backend`."""
+        await self._give_way()
+        return 0
 
     async def incarnation(self, name: str) -> str | None:
         """See `Backend`."""

@@ -20,6 +20,7 @@ from asyncmq_nats.backends.base import (
     Consumer,
     ConsumerState,
     Delivery,
+    Difference,
     Log,
     LogState,
     OnRemoved,
@@ -140,6 +141,15 @@ class NATSBackend:
         backend = cls(server.url, settings=settings, **options)
         backend._embedded = server
         return backend
+
+    def copy(self) -> Self:
+        """Return another backend on the same servers, not connected, for another event loop.
+
+        It uses an embedded server too, and leaves its life to this one.
+        """
+        given = {"servers": self.url} if self._embedded is not None else {}
+        options = self._options | given
+        return type(self)(settings=self.settings, declare=self.may_declare, **options)
 
     @property
     def url(self) -> str:
@@ -273,6 +283,23 @@ class NATSBackend:
     async def declare_log(self, log: Log) -> None:
         await self._open_connection()
         await self._assets.declare_log(log)
+
+    async def compare(
+        self, log: Log, consumers: Sequence[Consumer], settings: Settings
+    ) -> list[Difference]:
+        await self._open_connection()
+        return await self._assets.compare(log, consumers, settings)
+
+    async def change(
+        self, log: Log, consumers: Sequence[Consumer], settings: Settings
+    ) -> list[Difference]:
+        await self._open_connection()
+        return await self._assets.change(log, consumers, settings)
+
+    async def stored_bytes(self, log: str) -> int:
+        connection = await self._open_connection()
+        answer = await connection.call(f"STREAM.INFO.{log}")
+        return int(answer["state"]["bytes"]) if self._found(log, answer) else 0
 
     async def incarnation(self, name: str) -> str | None:
         connection = await self._open_connection()
