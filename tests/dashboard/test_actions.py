@@ -8,6 +8,7 @@ import anyio
 import httpx2 as httpx
 import pytest
 
+from asyncmq_nats import current_job
 from asyncmq_nats.audit import read_audit
 from asyncmq_nats.backends.base import Backend
 from asyncmq_nats.contrib.dashboard.redaction import HIDDEN
@@ -487,3 +488,15 @@ async def test_prometheus_is_answered(queue: Queue, client: httpx.AsyncClient) -
     answer = await client.get("/metrics/prometheus")
     assert answer.headers["content-type"].startswith("text/plain")
     assert 'queue="work"' in answer.text
+
+
+async def test_the_log_of_a_job_is_shown(queue: Queue, client: httpx.AsyncClient) -> None:
+    async def chat() -> None:
+        current_job().log("half <b>done</b>", level="WARNING")
+
+    chatty = make_queue(queue.backend, chat=chat)
+    await chatty.add("chat", job_id="chatty")
+    await run_jobs(chatty)
+    page = await client.get("/queues/work/jobs/chatty")
+    assert "WARNING half" in words_of(page)
+    assert "half &lt;b&gt;done" in page.text

@@ -21,6 +21,8 @@ from asyncmq_nats.tasks import list_tasks
 
 __all__ = ["Moment", "act", "edit", "job_id_of", "reschedule", "show", "show_edit", "timeline"]
 
+MAX_LINES: Final = 500
+"""Lines of a job's log that its page shows."""
 SHOWN_PARENTS: Final = 50
 """Parents whose state is looked up."""
 
@@ -62,6 +64,7 @@ async def show(request: Request) -> Response:
     job = site.redactor.job(queue.name, found, _parameters(str(found["task"])))
     now = site.backend.now()
     paused = await site.share("paused", queue, queue.is_paused)
+    logs = await site.reads.get(("logs", queue.name, job_id), lambda: queue.job_logs(job_id))
     context = {
         "section": "queues",
         "watch": (f"job:{queue.name}:{job_id}", version_of(found)),
@@ -71,6 +74,10 @@ async def show(request: Request) -> Response:
         "moments": timeline(job, now),
         "parents": await _states(site, queue, job),
         "children": await _children(site, queue, job_id),
+        "logs": [
+            site.redactor.log_line(queue.name, job["task"], each) for each in logs[-MAX_LINES:]
+        ],
+        "logs_cut": len(logs) if len(logs) > MAX_LINES else 0,
         "runs_on": [w for w in await all_workers(site) if job_id in w.running],
         "actions": possible_actions(job["status"]),
         "editable": _editable(job, paused=paused),

@@ -58,6 +58,7 @@ async def show(request: Request) -> Response:
         "watch": (f"queue:{queue.name}", version_of(summary)),
         "queue": summary,
         "info": info,
+        "configuration": await site.share("configuration", queue, queue.get_configuration),
         "charts": link(request, "queues", queue.name, "history"),
         "states": [str(state) for state in JOB_STATES],
         "schedules": coming[:SOONEST],

@@ -308,7 +308,7 @@
     const words = data.unit === "s" ? inSeconds : shorten;
     const axis = { stroke: colour("muted"), grid: { stroke: colour("line"), width: 1 }, ticks: { show: false }, font: "11px system-ui, sans-serif" };
     const options = {
-      width: Math.max(200, element.clientWidth), height: Number(element.dataset.height || 180),
+      width: Math.max(160, $(".plot", element).clientWidth), height: Number(element.dataset.height || 180),
       cursor: { points: { size: 6 } }, legend: { live: true },
       scales: { y: { range: (_, low, high) => [0, Math.max(high || 0, data.unit === "s" ? 0.001 : 1) * 1.1] } },
       axes: [{ ...axis, values: clock }, { ...axis, size: 56, values: (_, ticks) => ticks.map(words) }],
