@@ -14,6 +14,7 @@ import asyncmq_nats
 from asyncmq_nats.cli import command as commands
 from asyncmq_nats.cli import (
     config,
+    dashboard,
     events,
     flow,
     job,
@@ -76,6 +77,7 @@ def make_app() -> typer.Typer:
     for name, function in COMMANDS:
         commands.command(app, name)(function)
     server.register(app)
+    dashboard.register(app)
     for group in GROUPS:
         app.add_typer(group)
     return app
