@@ -134,6 +134,7 @@ def test_links_lead_somewhere(document: Path) -> None:
 OWNED_BY: tuple[Any, ...] = (
     *(asyncmq_nats, context, exceptions, flow, jobs, queues, tasks, workers, events.event_emitter),
     *(NATSBackend, Queue, tasks.TaskWrapper, workers.Worker, flow.FlowProducer, context.JobContext),
+    asyncmq_nats.JobHandle,
 )
 """What the names in the text belong to."""
 OF_ASYNCMQ = {"backend.enqueue"}

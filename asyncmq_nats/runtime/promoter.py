@@ -508,7 +508,7 @@ class Promoter:
         logger.error("job %s failed: %s", token, error)
         backend = self._backend
         write = refusal_outcome(
-            self._subjects, token, str(error), backend.now(), backend.settings.failed_ttl
+            self._subjects, token, str(error), backend.now(), self._assets.settings.failed_ttl
         )
         with suppress(WriteRefused):  # it has ended, or another worker knows better
             await backend.write(self._subjects.bucket_log, write)

@@ -11,7 +11,7 @@ from anyio.abc import TaskGroup, TaskStatus
 from asyncmq_nats._concurrency import Spawner, all_done_before, open_task_group
 from asyncmq_nats._logging import get_logger
 from asyncmq_nats.backends.base import Backend, Delivery
-from asyncmq_nats.exceptions import AsyncMQError
+from asyncmq_nats.exceptions import AsyncMQError, BackendError, InvalidArgument
 from asyncmq_nats.middleware import Chain, Hooks
 from asyncmq_nats.runtime.completer import Completer
 from asyncmq_nats.runtime.control import CANCEL, RESUME, WorkerRegistry, new_worker_id
@@ -29,6 +29,7 @@ from asyncmq_nats.runtime.vitals import Vitals, WorkerParts
 from asyncmq_nats.states import State
 from asyncmq_nats.store.announcing import WorkerEvents
 from asyncmq_nats.store.commit import FAREWELL
+from asyncmq_nats.store.configuration import Configurations
 from asyncmq_nats.store.reads import Inspection
 from asyncmq_nats.store.topology import QueueAssets
 from asyncmq_nats.transitions.finish import Lifecycle
@@ -143,6 +144,7 @@ class Runner:
         self._slots.fetcher, self._slots.completer = self._fetcher, self._completer
         if group is not None:
             self._fetcher.member = self._slots
+        self._configurations = Configurations(backend, subjects, assets)
         self._declarations = declarations or Declarations(backend, subjects, {})
         self._entry = WorkerRegistry(
             backend,
@@ -163,6 +165,7 @@ class Runner:
             self._declarations.retire,
             partial(make_room, backend, subjects),
             self._look_for_cancelled,
+            self._configurations.refresh,
         )
         self._heartbeat = Heartbeat(
             self.worker, backend.settings.heartbeat_interval, steps, backend.clock
@@ -216,7 +219,9 @@ class Runner:
         Either way, jobs that run may finish for `shutdown_timeout`; the rest is handed back.
         """
         # The server may not be there yet.
-        if not await all_done_before(self._stop, self._backend.connect, self._assets.declare_all):
+        configure = self._take_configuration
+        steps = self._backend.connect, self._assets.declare_all, configure
+        if not await all_done_before(self._stop, *steps):
             task_status.started()  # the caller waits for it
             return
         async with self._hooks.open_lifespan(self.worker) as self._slots.state:
@@ -244,6 +249,16 @@ class Runner:
                     self._stop.set()
                     await finished.wait()
                     await self._hooks.stop(self.worker)
+
+    async def _take_configuration(self) -> None:
+        """Use the settings that the queue keeps; change the server to those in force, if told to."""
+        await self._configurations.refresh()
+        if self._backend.settings.apply:
+            try:
+                await self._configurations.apply()
+            except (BackendError, InvalidArgument) as error:
+                text = "queue %s: its settings are not applied: %s"
+                logger.warning(text, self._subjects.queue, error)
 
     async def _serve(self, serving: anyio.Event, finished: anyio.Event) -> None:
         """Run all loops, shielded from outside cancellation: `stop` ends them in order."""

@@ -111,7 +111,6 @@
   function refresh() { window.htmx.trigger(document.body, "refresh"); }
 
   // What a person opened, ticked or wrote stays when the page is brought up to date.
-  window.Idiomorph.defaults.ignoreActiveValue = true;
   window.Idiomorph.defaults.callbacks.beforeAttributeUpdated = (name, node) =>
     !((name === "open" && node instanceof HTMLDetailsElement) || (name === "checked" && node.matches(".pick, .pick-state, #pick-all")));
   window.Idiomorph.defaults.callbacks.beforeNodeMorphed = (node) =>
