@@ -60,7 +60,7 @@ def build_entries(
     windows: dict[int, Window] = {}
     for index, entry in enumerate(entries):
         is_call = isinstance(entry, Call)
-        fields = {} if is_call else _checked_entry(entry, index)
+        fields = {} if isinstance(entry, Call) else _checked_entry(entry, index)
         try:
             if isinstance(entry, Call):
                 entry.require_queue(queue)

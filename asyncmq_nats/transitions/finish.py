@@ -66,7 +66,7 @@ class Lifecycle(Deliveries):
     ) -> None:
         super().__init__(backend, subjects, assets, worker)
         self.progress = ProgressReports(self._send_progress)
-        self.logs = JobLogs(self._send_lines, self._settings.job_log_lines)
+        self.logs = JobLogs(self._send_lines, self._assets.settings.job_log_lines)
         self.on_progress: Callable[[bytes], None] = lambda report: None
         """Told of each progress report that was sent."""
         self._worker_json = dump_json(worker)
@@ -320,7 +320,7 @@ class Lifecycle(Deliveries):
 
     def _send_lines(self, token: str, attempt: int, body: bytes) -> None:
         key = self._subjects.job_log(token, attempt)
-        write = Write(key, body, ttl=self._settings.job_log_ttl)
+        write = Write(key, body, ttl=self._assets.settings.job_log_ttl)
         self._backend.send(self._subjects.bucket_log, write, lambda _: None)
 
     async def results_of_parents(self, job: Job) -> dict[str, Any]:
