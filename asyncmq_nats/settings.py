@@ -18,7 +18,7 @@ logger = get_logger(__name__)
 
 DAY = 86_400.0
 ENV_PREFIX: Final = "ASYNCMQ_NATS_"
-NOT_SETTINGS: Final = re.compile(r"PARENT|SERVICE_(HOST|PORT.*)|PORT(_\d+_.*)?")
+NOT_SETTINGS: Final = re.compile(r"PARENT|PROCESS|SERVICE_(HOST|PORT.*)|PORT(_\d+_.*)?")
 """Variables with our prefix that our supervisor sets, or Kubernetes for a service of that name."""
 SCHEMES: Final = ("nats", "tls", "ws", "wss")
 LOGIN: Final = re.compile(r"(?<=//)[^\s,]*@|(?:(?<=^)|(?<=[\s,'\"]))[^/\s,]+@")
@@ -123,6 +123,8 @@ class Settings(BaseSettings):
     """Addresses of the NATS servers; in the environment separated by commas."""
     prefix: str = Field("amq", pattern=r"^[A-Za-z0-9_-]{1,32}$")
     """First token of every subject and asset name."""
+    apply: bool = False
+    """Whether workers, when they start, change what the server has of their queues to these settings."""
     replicas: int = Field(1, ge=1, le=5)
     """Replicas of the streams this process creates."""
     storage: Literal["file", "memory"] = "file"
@@ -193,6 +195,22 @@ class Settings(BaseSettings):
     min_repeat_interval: float = Field(0.05, ge=0.05)
     """The shortest interval of a repeatable and of `repeat_every`. A shorter one is refused; a job
     of another program that has one is repeated after this."""
+    job_log_level: Literal["DEBUG", "INFO"] = "DEBUG"
+    """Level of the lines that a worker logs when a job starts and when it has completed."""
+    job_log_lines: int = Field(200, ge=0, le=10_000)
+    """Lines of `current_job().log(…)` that are kept of each attempt, the last ones."""
+    job_log_ttl: float = Field(7 * DAY, ge=1)
+    """How long these lines are kept."""
+    health_port: int | None = Field(None, ge=1, le=65_535)
+    """Port at which a worker answers probes: `/livez`, `/readyz`. Each process of several has the next one."""
+    metrics_port: int | None = Field(None, ge=1, le=65_535)
+    """Port at which Prometheus reads a worker's metrics, `/metrics`; may be the same. Needs the extra `prometheus`."""
+    probe_host: str = "0.0.0.0"
+    """Address of this machine on which both ports are open."""
+    health_file: str | None = None
+    """Path of a file that a worker writes every two seconds while it is healthy, for probes that look at its time."""
+    loop_block_warning: float | None = Field(1.0, ge=0.1)
+    """Seconds for which a task may block the event loop before a warning names it; `None` warns of nothing."""
     metrics: bool = True
     """Whether workers write the history of what they do, from which charts and rates are read."""
     metrics_ttl: float = Field(7 * DAY, ge=60)

@@ -24,8 +24,10 @@ __all__ = [
     "Worker",
     "WorkerInfo",
     "autodiscover_tasks",
+    "import_tasks",
     "list_workers",
     "run_worker",
+    "start_processes",
     "stop_worker",
 ]
 
@@ -244,6 +246,24 @@ def _read_watched(reload: bool | Iterable[str]) -> list[Path]:
     if isinstance(reload, bool):
         return [Path.cwd()] if reload else []
     return [Path(path) for path in reload]
+
+
+def start_processes(processes: int = 1, *, reload: bool | Iterable[str] = False) -> bool:
+    """Run this program in so many processes until SIGTERM, as `Worker.start` does.
+
+    Return `False` at once in such a process: go on there. Otherwise return `True` when all have
+    ended, or end the program with their exit code. Called before anything else is imported, it
+    starts code again that could not even be imported.
+    """
+    if is_child():
+        return False
+    watched = _read_watched(reload)
+
+    async def run() -> int:
+        return await supervise(processes, watched)
+
+    run_program(run)
+    return True
 
 
 async def run_worker(

@@ -328,6 +328,10 @@ class CountingPuller:
         self._inner = inner
         self._requests = requests
 
+    @property
+    def silent_for(self) -> float:
+        return self._inner.silent_for
+
     def outstanding(self, consumer: str) -> int:
         return self._inner.outstanding(consumer)
 

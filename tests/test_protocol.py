@@ -190,6 +190,8 @@ async def use_as_reader(queue: Queue) -> None:
 
 
 async def use_as_admin(queue: Queue) -> None:
+    assert await queue.configure(stalled_after=45, ready_max_bytes=10**8)
+    assert await queue.configure(reset=["stalled_after", "ready_max_bytes"])
     assert await queue.remove_repeatable("clock")
     await queue.upsert_repeatable("tasks.count_words", every=3600, args=["tick"], name="hourly")
     await queue.pause_repeatable("hourly")

@@ -13,7 +13,7 @@ All times are Unix seconds by the *server's* clock, all durations seconds.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 from asyncmq_nats._clock import Clock
 from asyncmq_nats.exceptions import BackendError
@@ -26,6 +26,7 @@ __all__ = [
     "Delivery",
     "Expect",
     "Log",
+    "LogState",
     "OnRemoved",
     "Puller",
     "Record",
@@ -78,6 +79,20 @@ class Consumer:
 
 
 @dataclass(frozen=True, slots=True)
+class Difference:
+    """What of a log or a consumer on the server is not as declared, in the words of the server.
+
+    `can_change`: whether it can be changed while the queue is in use.
+    """
+
+    asset: str
+    key: str
+    found: Any
+    wanted: Any
+    can_change: bool
+
+
+@dataclass(frozen=True, slots=True)
 class ConsumerState:
     """What a consumer knows, at a cost that does not depend on the number of records.
 
@@ -92,6 +107,22 @@ class ConsumerState:
     delivered_sequence: int
     paused: bool = False
     waiting_pulls: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class LogState:
+    """How large a log is, and how it is kept. `max_bytes`: its limit; `None` is none.
+
+    `storage`: `file` or `memory`. `replicas_behind`: replicas that are not up to date, or away.
+    """
+
+    records: int
+    bytes: int
+    last_sequence: int
+    replicas: int = 1
+    replicas_behind: int = 0
+    storage: str = "memory"
+    max_bytes: int | None = None
 
 
 @dataclass(slots=True)  # frozen ones take four times as long to make, and each job needs one
@@ -212,6 +243,10 @@ class Puller(Protocol):
     Credit is what was requested and neither delivered nor given up by the server. No credit, no
     delivery.
     """
+
+    @property
+    def silent_for(self) -> float:
+        """For how many seconds the server has not answered a request of this puller; 0 if it has."""
 
     def outstanding(self, consumer: str) -> int:
         """Return the credit that the server still holds for this consumer."""
@@ -340,6 +375,22 @@ class Backend(Protocol):
         difference.
         """
 
+    async def compare(
+        self, log: Log, consumers: Sequence[Consumer], settings: Settings
+    ) -> list[Difference]:
+        """Return what of the log and of these consumers differs from the settings.
+
+        What is not there does not differ.
+        """
+
+    async def change(
+        self, log: Log, consumers: Sequence[Consumer], settings: Settings
+    ) -> list[Difference]:
+        """Change what differs and can be changed; return what was changed."""
+
+    async def stored_bytes(self, log: str) -> int:
+        """Return the bytes of the records of a log; 0 where that is not known."""
+
     async def incarnation(self, name: str) -> str | None:
         """Return what tells this log from one of the same name that was there before.
 
@@ -437,6 +488,9 @@ class Backend(Protocol):
 
     async def count(self, log: str) -> int:
         """Return the number of records."""
+
+    async def describe_log(self, log: str) -> LogState | None:
+        """Return how large the log is and how it is kept; `None`: there is none."""
 
     async def list_subjects(self, log: str, filter: str) -> list[str]:
         """Return the subjects that have a record. Costs as much as there are."""

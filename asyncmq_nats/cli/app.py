@@ -12,13 +12,34 @@ from typer.main import get_command
 
 import asyncmq_nats
 from asyncmq_nats.cli import command as commands
-from asyncmq_nats.cli import outbox, queue
+from asyncmq_nats.cli import (
+    config,
+    events,
+    flow,
+    job,
+    outbox,
+    permissions,
+    queue,
+    schedule,
+    server,
+    worker,
+)
 from asyncmq_nats.cli.output import Output
 from asyncmq_nats.exceptions import AsyncMQError
 
 __all__ = ["GROUPS", "make_app", "run"]
 
-GROUPS: Final = (queue.group, outbox.group)
+GROUPS: Final = (
+    queue.group,
+    job.group,
+    schedule.group,
+    flow.group,
+    worker.group,
+    outbox.group,
+    config.group,
+)
+COMMANDS: Final = (("events", events.follow), ("permissions", permissions.grant))
+"""Commands that are in no group."""
 
 DONE, FAILED, INTERRUPTED = 0, 1, 130
 
@@ -51,6 +72,9 @@ def make_app() -> typer.Typer:
     root.__annotations__ = {each.name: each.annotation for each in parameters}
     app.callback()(root)
     app.command("version")(_show_version)
+    for name, function in COMMANDS:
+        commands.command(app, name)(function)
+    server.register(app)
     for group in GROUPS:
         app.add_typer(group)
     return app

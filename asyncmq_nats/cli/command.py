@@ -34,6 +34,9 @@ __all__ = [
     "QueueName",
     "Session",
     "command",
+    "complete_queues",
+    "connection_options",
+    "connection_parameters",
     "make_group",
     "require_queue",
 ]
@@ -76,11 +79,11 @@ class Session:
 # -- options that many commands have
 
 
-def _complete_queues(ctx: typer.Context, incomplete: str) -> list[str]:
+def complete_queues(ctx: typer.Context, incomplete: str) -> list[str]:
     """Return the queues that begin so; none if no server answers in time."""
 
     async def read() -> list[str]:
-        backend = make_backend(_connection_options(ctx))
+        backend = make_backend(connection_options(ctx))
         try:
             return await list_queues(backend)
         finally:
@@ -97,7 +100,7 @@ def _complete_queues(ctx: typer.Context, incomplete: str) -> list[str]:
 
 
 QueueName = Annotated[
-    str, typer.Argument(metavar="QUEUE", help="Name of the queue.", autocompletion=_complete_queues)
+    str, typer.Argument(metavar="QUEUE", help="Name of the queue.", autocompletion=complete_queues)
 ]
 AsJson = Annotated[bool, typer.Option("--json", "-j", help="Print JSON, for programs.")]
 AsNames = Annotated[bool, typer.Option("--names", "-n", help="Print names only, one a line.")]
@@ -147,7 +150,7 @@ def _given(ctx: typer.Context) -> list[dict[str, Any]]:
     return given
 
 
-def _connection_options(ctx: typer.Context) -> ConnectionOptions:
+def connection_options(ctx: typer.Context) -> ConnectionOptions:
     """Return what was given of the connection, after the command or before it."""
     options = ConnectionOptions()
     for values in _given(ctx):
@@ -196,7 +199,7 @@ def start(ctx: typer.Context, act: Callable[[Session], Awaitable[None]]) -> None
     """Run a command with its session."""
     if any(values.get("verbose") for values in _given(ctx)):
         log_verbosely()
-    session = Session(_connection_options(ctx), Output())
+    session = Session(connection_options(ctx), Output())
 
     async def run() -> None:
         try:

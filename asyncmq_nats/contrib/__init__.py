@@ -1,1 +1,1 @@
-"""Bridges to other libraries, each with an extra of its own; the rest of the package imports none of them."""
+"""Programs and bridges around the queue, each with an extra. They use only what is public."""

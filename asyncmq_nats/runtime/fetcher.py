@@ -176,6 +176,11 @@ class Fetcher:
         """Whether nothing may start now."""
         return self._paused_until > 0 and self._paused_until > self._backend.now()
 
+    @property
+    def silent_for(self) -> float:
+        """For how many seconds the server has not answered a pull; 0 if it has."""
+        return self._puller.silent_for if self._open else 0.0
+
     # -- for the slots
 
     def take(self) -> Delivery | None:

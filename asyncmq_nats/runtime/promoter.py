@@ -167,6 +167,11 @@ class Promoter:
                     held.delivery.abandon()
 
     @property
+    def overdue(self) -> float:
+        """For how many seconds the first record in hand waits whose time has come."""
+        return max(0.0, self._monotonic() - self._waiting[0][0]) if self._waiting else 0.0
+
+    @property
     def _in_hand(self) -> int:
         return len(self._waiting) + len(self._in_flight)
 
@@ -503,7 +508,7 @@ class Promoter:
         logger.error("job %s failed: %s", token, error)
         backend = self._backend
         write = refusal_outcome(
-            self._subjects, token, str(error), backend.now(), backend.settings.failed_ttl
+            self._subjects, token, str(error), backend.now(), self._assets.settings.failed_ttl
         )
         with suppress(WriteRefused):  # it has ended, or another worker knows better
             await backend.write(self._subjects.bucket_log, write)

@@ -10,8 +10,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final
 
-import anyio
-
 from asyncmq_nats._concurrency import Spawner
 from asyncmq_nats._logging import Throttle, get_logger
 from asyncmq_nats.backends.base import Backend, Settled, Write
@@ -27,6 +25,8 @@ logger = get_logger(__name__)
 
 UNKNOWN_TASK: Final = "?"
 """Stands for the tasks that a worker does not know: anybody may add jobs with any name."""
+MOST_TASKS: Final = 2_000
+"""Tasks that are counted apart; more can only be names that strangers made up."""
 INTERVAL: Final = STEPS[0]
 WARNING_INTERVAL: Final = 600.0
 
@@ -78,7 +78,7 @@ class Recorder:
         self._worker = worker
         self._slots = slots
         self._running_seconds = busy_seconds
-        self._incidents = incidents
+        self.incidents = incidents
         self._log, _ = metrics_bucket(backend.settings.prefix)
         self._current: dict[str, TaskMetrics] = {}
         self._totals: dict[str, TaskMetrics] = {}
@@ -96,19 +96,19 @@ class Recorder:
 
         How long it had waited before, and how long it ran, in seconds.
         """
-        metrics = self._current.get(task)
-        if metrics is None:
-            metrics = self._current[task] = TaskMetrics()
+        metrics = self._current.get(task) or self._begin(task)
         metrics.wait.add(wait if wait > 0 else 0.0)
         metrics.run.add(run if run > 0 else 0.0)
         self._ended_seconds += run
 
     def note_end(self, task: str, end: str) -> None:
         """Count what became of an attempt: one of `metrics.ENDS`."""
-        metrics = self._current.get(task)
-        if metrics is None:
-            metrics = self._current[task] = TaskMetrics()
+        metrics = self._current.get(task) or self._begin(task)
         setattr(metrics, end, getattr(metrics, end) + 1)
+
+    def _begin(self, task: str) -> TaskMetrics:
+        known = task in self._totals or len(self._totals) + len(self._current) < MOST_TASKS
+        return self._current.setdefault(task if known else UNKNOWN_TASK, TaskMetrics())
 
     # -- since the start of the worker
 
@@ -127,7 +127,8 @@ class Recorder:
         self.begin()
         while True:
             now = self._backend.now()
-            await anyio.sleep(INTERVAL - now % INTERVAL + 0.001)
+            rest = INTERVAL - now % INTERVAL + 0.001
+            await self._backend.clock.sleep(rest, upkeep=True)
             for write in self.take():
                 self._send(spawner, write)
 
@@ -172,7 +173,7 @@ class Recorder:
 
     def _take_current(self) -> _Stretch:
         busy = self._ended_seconds + self._running_seconds()
-        incidents = dict(self._incidents())
+        incidents = dict(self.incidents())
         told = self._told_incidents
         taken = _Stretch(
             0,

@@ -11,7 +11,7 @@ from anyio.abc import TaskGroup, TaskStatus
 from asyncmq_nats._concurrency import Spawner, all_done_before, open_task_group
 from asyncmq_nats._logging import get_logger
 from asyncmq_nats.backends.base import Backend, Delivery
-from asyncmq_nats.exceptions import AsyncMQError
+from asyncmq_nats.exceptions import AsyncMQError, BackendError, InvalidArgument
 from asyncmq_nats.middleware import Chain, Hooks
 from asyncmq_nats.runtime.completer import Completer
 from asyncmq_nats.runtime.control import CANCEL, RESUME, WorkerRegistry, new_worker_id
@@ -25,9 +25,11 @@ from asyncmq_nats.runtime.recorder import Recorder
 from asyncmq_nats.runtime.registry import TaskRegistry
 from asyncmq_nats.runtime.slot_group import SlotGroup
 from asyncmq_nats.runtime.slots import Slots
+from asyncmq_nats.runtime.vitals import Vitals, WorkerParts
 from asyncmq_nats.states import State
 from asyncmq_nats.store.announcing import WorkerEvents
 from asyncmq_nats.store.commit import FAREWELL
+from asyncmq_nats.store.configuration import Configurations
 from asyncmq_nats.store.reads import Inspection
 from asyncmq_nats.store.topology import QueueAssets
 from asyncmq_nats.transitions.finish import Lifecycle
@@ -142,6 +144,7 @@ class Runner:
         self._slots.fetcher, self._slots.completer = self._fetcher, self._completer
         if group is not None:
             self._fetcher.member = self._slots
+        self._configurations = Configurations(backend, subjects, assets)
         self._declarations = declarations or Declarations(backend, subjects, {})
         self._entry = WorkerRegistry(
             backend,
@@ -162,10 +165,14 @@ class Runner:
             self._declarations.retire,
             partial(make_room, backend, subjects),
             self._look_for_cancelled,
+            self._configurations.refresh,
         )
         self._heartbeat = Heartbeat(
             self.worker, backend.settings.heartbeat_interval, steps, backend.clock
         )
+        self._promoter = Promoter(backend, subjects, assets)
+        parts = WorkerParts(self._slots, self._fetcher, self._promoter, self.recorder)
+        self.vitals = Vitals(backend, subjects, assets, self.worker, concurrency, parts)
         self._progress = anyio.Event()
         self._draining = False
         self._stop = anyio.Event()
@@ -212,7 +219,9 @@ class Runner:
         Either way, jobs that run may finish for `shutdown_timeout`; the rest is handed back.
         """
         # The server may not be there yet.
-        if not await all_done_before(self._stop, self._backend.connect, self._assets.declare_all):
+        configure = self._take_configuration
+        steps = self._backend.connect, self._assets.declare_all, configure
+        if not await all_done_before(self._stop, *steps):
             task_status.started()  # the caller waits for it
             return
         async with self._hooks.open_lifespan(self.worker) as self._slots.state:
@@ -241,6 +250,16 @@ class Runner:
                     await finished.wait()
                     await self._hooks.stop(self.worker)
 
+    async def _take_configuration(self) -> None:
+        """Use the settings that the queue keeps; change the server to those in force, if told to."""
+        await self._configurations.refresh()
+        if self._backend.settings.apply:
+            try:
+                await self._configurations.apply()
+            except (BackendError, InvalidArgument) as error:
+                text = "queue %s: its settings are not applied: %s"
+                logger.warning(text, self._subjects.queue, error)
+
     async def _serve(self, serving: anyio.Event, finished: anyio.Event) -> None:
         """Run all loops, shielded from outside cancellation: `stop` ends them in order."""
         hold_processes()
@@ -249,14 +268,15 @@ class Runner:
                 try:
                     async with open_task_group() as self._group:
                         self._group.start_soon(self._spawner.serve, self._group)
-                        promoter = Promoter(self._backend, self._subjects, self._assets)
-                        await self._group.start(promoter.run)
+                        await self._group.start(self.vitals.run)
+                        await self._group.start(self._promoter.run)
                         await self._fetcher.start(self._group)
                         await self._enter_registry()
                         self._group.start_soon(self._mark_long_runs)
                         if self.recorder is not None:
                             self._group.start_soon(self.recorder.run, self._spawner)
                         self._slots.open()
+                        self.vitals.taking = True
                         serving.set()
                         await self._stop.wait()
                         await self._drain()
@@ -276,7 +296,7 @@ class Runner:
 
         Then cancel and hand back the rest as well.
         """
-        self._draining = True
+        self._draining, self.vitals.taking = True, False
         with anyio.move_on_after(FAREWELL):
             await self._fetcher.stop()
             await self._slots.hand_back_suspects()

@@ -22,11 +22,20 @@ from asyncmq_nats._concurrency import open_task_group
 from asyncmq_nats._logging import get_logger
 from asyncmq_nats.exceptions import InvalidArgument
 
-__all__ = ["FINISHED", "RECYCLED", "is_child", "parent_is_gone", "supervise"]
+__all__ = [
+    "FINISHED",
+    "PROCESS_NUMBER",
+    "RECYCLED",
+    "is_child",
+    "parent_is_gone",
+    "supervise",
+]
 
 logger = get_logger(__name__)
 
 PARENT: Final = "ASYNCMQ_NATS_PARENT"
+PROCESS_NUMBER: Final = "ASYNCMQ_NATS_PROCESS"
+"""In the environment of a child its number, from 0: added to the ports of health and metrics."""
 FINISHED: Final = 78
 """Exit code of a child that is not started again: its queues are empty, or it was stopped by id."""
 RECYCLED: Final = 79
@@ -133,7 +142,7 @@ class _Supervisor:
         delay = 0.0
         while not self._stopping.is_set():
             changed = self._changed
-            child = self._current[number] = await group.start(self._live)
+            child = self._current[number] = await group.start(self._live, number)
             logger.info("worker process %d runs as %d", number, child.process.pid)
             if changed.is_set():  # while it was being started: it may have read the old code
                 child.end()
@@ -166,12 +175,12 @@ class _Supervisor:
                 for event in (self._stopping, changed):
                     group.start_soon(_cancel_when_set, event, group)
 
-    async def _live(self, *, task_status: TaskStatus[_Child]) -> None:
+    async def _live(self, number: int, *, task_status: TaskStatus[_Child]) -> None:
         """Run one process to its end."""
         # A session of its own: Ctrl-C in a terminal reaches the parent only, which passes it on once.
         async with await anyio.open_process(
             self._command,
-            env=self._environment,
+            env={**self._environment, PROCESS_NUMBER: str(number)},
             stdin=subprocess.DEVNULL,
             stdout=None,
             stderr=None,

@@ -4,7 +4,7 @@ from typing import Final
 
 from asyncmq_nats._concurrency import Turns
 from asyncmq_nats._logging import get_logger
-from asyncmq_nats.backends.base import Backend, Consumer, Log, Write
+from asyncmq_nats.backends.base import Backend, Consumer, Difference, Log, Write
 from asyncmq_nats.exceptions import AssetMissing, TooManyPriorities
 from asyncmq_nats.states import OUTCOMES, Place
 from asyncmq_nats.wire.keys import (
@@ -24,6 +24,8 @@ DEFAULT_PRIORITY: Final = 5
 MAX_TIERS: Final = 256
 PROMOTER_LEASE: Final = 2.0
 """A released job or a tick whose promoter died is taken up by another one after this many seconds."""
+SHORTEST_LIVE_LEASE: Final = 2.0
+"""A queue in use is given no shorter lease: running workers extend theirs every 0.7 s."""
 LOOK_LIMIT: Final = 50_000
 """Ready jobs whose priority is looked at each time."""
 LOOK_PAGE: Final = 1_000
@@ -39,6 +41,8 @@ class QueueAssets:
     def __init__(self, backend: Backend, subjects: QueueSubjects) -> None:
         self._backend = backend
         self._subjects = subjects
+        self.settings = backend.settings
+        """Those of the process, and what the queue keeps instead: see `configuration`."""
         self._tiers: set[int] = set()
         self._logs_declared = False
         self._counters_declared = False
@@ -85,9 +89,13 @@ class QueueAssets:
         filters |= {f"index_{state}": subjects.indexed(state) for state in INDEXED}
         for word, filter in filters.items():
             await self._backend.declare_consumer(log, Consumer(counter_name(word), (filter,)))
-        lease = min(PROMOTER_LEASE, self._backend.settings.stalled_after)
-        places = subjects.place(Place.RELEASED), subjects.fire("*")
-        await self._backend.declare_consumer(log, Consumer(PROMOTER, places, lease=lease))
+        await self._backend.declare_consumer(log, self._promoter)
+
+    @property
+    def _promoter(self) -> Consumer:
+        lease = min(PROMOTER_LEASE, self.settings.stalled_after)
+        places = self._subjects.place(Place.RELEASED), self._subjects.fire("*")
+        return Consumer(PROMOTER, places, lease=lease)
 
     async def declare_tier(self, priority: int) -> None:
         """Make sure that a priority has its consumer, and tell the running workers of a new one.
@@ -122,7 +130,7 @@ class QueueAssets:
         return priority in self._tiers
 
     def _tier(self, priority: int, paused_until: float | None = None) -> Consumer:
-        lease = self._backend.settings.stalled_after
+        lease = self.settings.stalled_after
         return Consumer(
             tier_name(priority),
             (self._subjects.tier(priority),),
@@ -270,6 +278,26 @@ class QueueAssets:
         self._incarnation = found[1] or ""
         return lost
 
+    async def compare(self) -> list[Difference]:
+        """Return what of the queue's assets differs from the settings in force."""
+        tiers = [self._tier(priority) for priority in await self.list_tiers()]
+        return [
+            *await self._backend.compare(self.ready_log, tiers, self.settings),
+            *await self._backend.compare(self.bucket_log, [self._promoter], self.settings),
+        ]
+
+    async def change(self) -> list[Difference]:
+        """Change of the queue's assets what differs and can be changed; return what was changed."""
+        is_safe = self.settings.stalled_after >= SHORTEST_LIVE_LEASE
+        priorities = await self.list_tiers() if is_safe else []
+        tiers = [self._tier(priority) for priority in priorities]
+        return [
+            *await self._backend.change(self.ready_log, tiers, self.settings),
+            *await self._backend.change(
+                self.bucket_log, [self._promoter] if is_safe else [], self.settings
+            ),
+        ]
+
     def forget(self) -> None:
         """Declare everything again when next asked: something is missing."""
         self._logs_declared = self._counters_declared = False
@@ -295,5 +323,5 @@ class QueueAssets:
             timers=True,
             republish=self._subjects.republish_bucket,
             ballast=self._subjects.ballast,
-            max_bytes=self._backend.settings.bucket_max_bytes,
+            max_bytes=self.settings.bucket_max_bytes,
         )

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import anyio
 
-from asyncmq_nats.context import JobContext, running_job
+from asyncmq_nats.context import JobContext, JobLogLine, running_job
 from asyncmq_nats.exceptions import InvalidArgument
 from asyncmq_nats.jobs import Job, JobHead, new_job
 from asyncmq_nats.runtime.registry import TASK_REGISTRY, RegisteredTask
@@ -30,6 +30,7 @@ class _Services:
 
     parents: Mapping[str, Any]
     reports: list[tuple[float, Any]] = field(default_factory=list)
+    lines: list[JobLogLine] = field(default_factory=list)
 
     def now(self) -> float:
         backend = settings.backend
@@ -37,6 +38,9 @@ class _Services:
 
     def report_progress(self, job: Job, progress: float, data: Any) -> None:
         self.reports.append((progress, data))
+
+    def keep_line(self, job_id: str, line: JobLogLine) -> None:
+        self.lines.append(line)
 
     async def results_of_parents(self, job: Job) -> dict[str, Any]:
         return dict(self.parents)
@@ -50,6 +54,8 @@ class RunningJob:
     """What `current_job()` returns."""
     reports: list[tuple[float, Any]]
     """The progress that was reported: share and data."""
+    lines: Sequence[JobLogLine] = ()
+    """What was kept by `current_job().log`."""
 
     @property
     def follow_ups(self) -> Sequence[Job]:
@@ -67,6 +73,8 @@ def job_context(
     parent_results: Mapping[str, Any] | None = None,
     job_id: str | None = None,
     queue: str | None = None,
+    meta: Mapping[str, str] | None = None,
+    state: Any = None,
 ) -> Iterator[RunningJob]:
     """Have `current_job()` return a job inside the block, for code that is called by a task.
 
@@ -78,6 +86,8 @@ def job_context(
         parent_results: what `current_job().parent_results()` returns, by the ids of the parents.
         job_id: the id of the job; by default a random one.
         queue: the name of the queue; by default the task's, or `test`.
+        meta: what was sent along with the job.
+        state: what the worker's lifespan yielded: `current_job().state`.
 
     Raises:
         InvalidArgument: attempt is less than 1.
@@ -94,13 +104,16 @@ def job_context(
         retries=attempt - 1,
         max_retries=max(attempt - 1, 0 if entry is None else entry.retries),
         depends_on=list(parents),
+        meta=dict(meta or {}),
     )
     services = _Services(parents)
     name = queue or ("test" if entry is None else entry.queue)
-    context = JobContext(job.job_id, name, _Source(job), services, _write=TASK_REGISTRY.write)
+    context = JobContext(
+        job.job_id, name, _Source(job), services, state=state, _write=TASK_REGISTRY.write
+    )
     token = running_job.set(context)
     try:
-        yield RunningJob(context, services.reports)
+        yield RunningJob(context, services.reports, services.lines)
     finally:
         running_job.reset(token)
 
@@ -111,6 +124,8 @@ async def run_task(
     attempt: int = 1,
     parent_results: Mapping[str, Any] | None = None,
     job_id: str | None = None,
+    meta: Mapping[str, str] | None = None,
+    state: Any = None,
     **kwargs: Any,
 ) -> R:
     """Run a task as a worker runs it, and return what it returns.
@@ -125,6 +140,8 @@ async def run_task(
         attempt: the number of the attempt, 1 for the first.
         parent_results: what `current_job().parent_results()` returns, by the ids of the parents.
         job_id: the id of the job; by default a random one.
+        meta: what was sent along with the job.
+        state: what the worker's lifespan yielded.
         kwargs: its arguments by name.
 
     Raises:
@@ -133,7 +150,13 @@ async def run_task(
     entry = task.entry
     written = entry.arguments.write(args, kwargs, entry.id)
     with job_context(
-        task, *written, attempt=attempt, parent_results=parent_results, job_id=job_id
+        task,
+        *written,
+        attempt=attempt,
+        parent_results=parent_results,
+        job_id=job_id,
+        meta=meta,
+        state=state,
     ) as running:
         head = JobHead.decode(running.context.job.encode())
         result: R = await _here(entry).run(head, anyio.CapacityLimiter(1), running.context)

@@ -339,7 +339,7 @@ class ParkedJobs:
             "finished_at": self._backend.now(),
         }
         body = dump_json({name: data[name] for name in data if name != "linking"} | fields)
-        ttl = self._backend.settings.failed_ttl
+        ttl = self._assets.settings.failed_ttl
         return Write(
             self._keys.outcome(token, State.FAILED),
             body,

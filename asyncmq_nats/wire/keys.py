@@ -426,6 +426,11 @@ class QueueSubjects:
         return f"{self._bucket_key}queue.pause"
 
     @property
+    def configuration(self) -> str:
+        """The key of the settings that the queue keeps for all its workers."""
+        return f"{self._bucket_key}queue.config"
+
+    @property
     def secret(self) -> str:
         """The key of the secret that message ids are made with."""
         return f"{self._bucket_key}queue.secret"
@@ -437,6 +442,10 @@ class QueueSubjects:
     def progress(self, token: str) -> str:
         """Return the key of how far a running job is."""
         return f"{self._bucket_key}progress.{token}"
+
+    def job_log(self, token: str, attempt: int | str) -> str:
+        """Return the key of the lines that an attempt kept; the attempt may be `*`."""
+        return f"{self._bucket_key}log.{token}.{attempt}.lines"
 
     # -- signals
 

@@ -163,7 +163,7 @@ async def test_edits_and_starts_that_meet_lose_nothing(backend: Backend, twin: B
     notes = Notes()
     queue = make_queue(backend, concurrency=5, note=notes.note)
     other = Queue("work", twin)
-    told: dict[int, int] = {}
+    told = dict.fromkeys(range(20), 0)
     for number in range(20):
         await queue.add("note", [[number, 0]], delay=0.5 + number / 100, job_id=f"n-{number}")
 

@@ -76,8 +76,11 @@ async def test_what_a_task_raises_is_raised() -> None:
 
 
 def test_code_that_asks_for_the_job_is_given_one() -> None:
-    with job_context("work.task", attempt=3, parent_results={"a": 1}) as running:
+    with job_context(
+        "work.task", attempt=3, parent_results={"a": 1}, meta={"request": "7"}, state="pool"
+    ) as running:
         job = current_job()
+        assert (job.meta, job.state) == ({"request": "7"}, "pool")
         assert (job.attempt, job.task_id, job.job.depends_on) == (3, "work.task", ["a"])
         job.report_progress(0.25, "a quarter")
         job.add("work.next", [1], delay=5)

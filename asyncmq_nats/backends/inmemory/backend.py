@@ -22,7 +22,9 @@ from asyncmq_nats.backends.base import (
     Consumer,
     ConsumerState,
     Delivery,
+    Difference,
     Log,
+    LogState,
     OnRemoved,
     Puller,
     Record,
@@ -156,6 +158,41 @@ class InMemoryBackend:
         else:
             warn_of_difference("log", existing.declaration, log)
 
+    async def compare(
+        self, log: Log, consumers: Sequence[Consumer], settings: Settings
+    ) -> list[Difference]:
+        """See `Backend`."""
+        await self._give_way()
+        stored = self._logs.get(log.name)
+        found = [] if stored is None else [(c, stored.consumers.get(c.name)) for c in consumers]
+        return [
+            Difference(
+                f"consumer {wanted.name} of {log.name}",
+                "lease",
+                cursor.declaration.lease,
+                wanted.lease,
+                True,
+            )
+            for wanted, cursor in found
+            if cursor is not None and cursor.declaration.lease != wanted.lease
+        ]
+
+    async def change(
+        self, log: Log, consumers: Sequence[Consumer], settings: Settings
+    ) -> list[Difference]:
+        """See `Backend`."""
+        differences = await self.compare(log, consumers, settings)
+        for wanted in consumers if differences else ():
+            cursor = self._find_log(log.name).consumers.get(wanted.name)
+            if isinstance(cursor, Cursor) and wanted.lease is not None:
+                cursor.change_lease(wanted.lease)
+        return differences
+
+    async def stored_bytes(self, log: str) -> int:
+        """See `Backend`."""
+        await self._give_way()
+        return 0
+
     async def incarnation(self, name: str) -> str | None:
         """See `Backend`."""
         await self._give_way()
@@ -262,6 +299,14 @@ class InMemoryBackend:
         """See `Backend`."""
         await self._give_way()
         return len(self._find_log(log))
+
+    async def describe_log(self, log: str) -> LogState | None:
+        """See `Backend`."""
+        await self._give_way()
+        found = self._logs.get(log)
+        if found is None:
+            return None
+        return LogState(len(found), found.size, found.sequence)
 
     async def list_subjects(self, log: str, filter: str) -> list[str]:
         """See `Backend`."""

@@ -6,6 +6,7 @@ Nothing calls a user of the backend from inside a method of it: every delivery a
 import asyncio
 from collections import OrderedDict, deque
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 from asyncmq_nats._logging import get_logger
@@ -124,6 +125,16 @@ class Cursor:
             paused=self.paused_until > self._agenda.now(),
             waiting_pulls=len(self._waiting),
         )
+
+    def change_lease(self, lease: float) -> None:
+        """Have leases last so long from now on, also those that run out."""
+        difference, self._lease = lease - self._lease, lease
+        self.declaration = replace(self.declaration, lease=lease)
+        for sequence in self._deadlines:
+            self._deadlines[sequence] += difference
+        self._agenda.cancel(self._expiry)
+        self._expiry = None
+        self._watch()
 
     def pause(self, until: float) -> None:
         """Deliver nothing until then; an `until` of 0 is a resume. Either way what waits is served when the pause is over."""
@@ -330,6 +341,11 @@ class InMemoryPuller:
         self._outstanding: dict[str, int] = {}
         self._cursors: dict[str, Cursor] = {}
         self._closed = False
+
+    @property
+    def silent_for(self) -> float:
+        """See `Puller`."""
+        return 0.0
 
     def outstanding(self, consumer: str) -> int:
         """See `Puller`."""

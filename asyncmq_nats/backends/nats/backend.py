@@ -20,7 +20,9 @@ from asyncmq_nats.backends.base import (
     Consumer,
     ConsumerState,
     Delivery,
+    Difference,
     Log,
+    LogState,
     OnRemoved,
     Puller,
     Record,
@@ -118,6 +120,7 @@ class NATSBackend:
         cls,
         store_dir: str | os.PathLike[str] | None = None,
         *,
+        port: int = -1,
         settings: Settings | None = None,
         **options: Any,
     ) -> Self:
@@ -125,19 +128,28 @@ class NATSBackend:
 
         The server ends with `close()`, and starts again when the backend is used.
 
-        `store_dir` keeps the jobs over restarts; without one they go with the server. Needs the
-        extra `embedded`.
+        `store_dir` keeps the jobs over restarts; without one they go with the server. `port`: -1
+        takes a free one. Needs the extra `embedded`.
 
         Raises:
             ServerBinaryMissing: there is no nats-server program.
         """
-        server = EmbeddedServer(store_dir)
+        server = EmbeddedServer(store_dir, port)
         server.start()
         logins = ("user", "password", "token", "user_credentials", "nkeys_seed")
         options = dict.fromkeys(logins) | options  # those of the settings are for other servers
         backend = cls(server.url, settings=settings, **options)
         backend._embedded = server
         return backend
+
+    def copy(self) -> Self:
+        """Return another backend on the same servers, not connected, for another event loop.
+
+        It uses an embedded server too, and leaves its life to this one.
+        """
+        given = {"servers": self.url} if self._embedded is not None else {}
+        options = self._options | given
+        return type(self)(settings=self.settings, declare=self.may_declare, **options)
 
     @property
     def url(self) -> str:
@@ -148,6 +160,12 @@ class NATSBackend:
         if self._embedded is not None:
             return self._embedded.url
         return ",".join(map(mask_login, server_addresses(self.settings, self._options)))
+
+    @property
+    def server_pid(self) -> int | None:
+        """The process of the embedded server; `None` if there is none, or it has ended."""
+        embedded = self._embedded
+        return embedded.pid if embedded is not None and embedded.is_running else None
 
     # -- life
 
@@ -265,6 +283,23 @@ class NATSBackend:
     async def declare_log(self, log: Log) -> None:
         await self._open_connection()
         await self._assets.declare_log(log)
+
+    async def compare(
+        self, log: Log, consumers: Sequence[Consumer], settings: Settings
+    ) -> list[Difference]:
+        await self._open_connection()
+        return await self._assets.compare(log, consumers, settings)
+
+    async def change(
+        self, log: Log, consumers: Sequence[Consumer], settings: Settings
+    ) -> list[Difference]:
+        await self._open_connection()
+        return await self._assets.change(log, consumers, settings)
+
+    async def stored_bytes(self, log: str) -> int:
+        connection = await self._open_connection()
+        answer = await connection.call(f"STREAM.INFO.{log}")
+        return int(answer["state"]["bytes"]) if self._found(log, answer) else 0
 
     async def incarnation(self, name: str) -> str | None:
         connection = await self._open_connection()
@@ -394,6 +429,25 @@ class NATSBackend:
     async def count(self, log: str) -> int:
         connection = await self._open_connection()
         return int((await connection.require(f"STREAM.INFO.{log}"))["state"]["messages"])
+
+    async def describe_log(self, log: str) -> LogState | None:
+        connection = await self._open_connection()
+        answer = await connection.call(f"STREAM.INFO.{log}")
+        if not self._found(log, answer):
+            return None
+        state, config = answer["state"], answer["config"]
+        replicas = (answer.get("cluster") or {}).get("replicas") or []
+        behind = [each for each in replicas if each.get("offline") or not each.get("current")]
+        limit = int(config.get("max_bytes") or -1)
+        return LogState(
+            records=int(state["messages"]),
+            bytes=int(state["bytes"]),
+            last_sequence=int(state["last_seq"]),
+            replicas=int(config.get("num_replicas") or 1),
+            replicas_behind=len(behind),
+            storage=str(config.get("storage") or "file"),
+            max_bytes=None if limit < 0 else limit,
+        )
 
     async def list_subjects(self, log: str, filter: str) -> list[str]:
         connection = await self._open_connection()

@@ -157,7 +157,13 @@ class NATSPuller:
         self._withdrawing = False
         self._turn = asyncio.Lock()
         self._client = connection.client
+        self._unanswered_since: float | None = None
         connection.on_reconnect.append(self._on_reconnect)
+
+    @property
+    def silent_for(self) -> float:
+        since = self._unanswered_since
+        return 0.0 if since is None else time.monotonic() - since
 
     def outstanding(self, consumer: str) -> int:
         credit = self._credits.get(consumer)
@@ -185,6 +191,8 @@ class NATSPuller:
         credit.outstanding += count
         credit.lapses_at = max(credit.lapses_at, now + wait + GRACE)
         credit.heard_at = now
+        if self._unanswered_since is None:
+            self._unanswered_since = now
         if wait > 2 * self._heartbeat:
             payload["idle_heartbeat"] = int(self._heartbeat * NANOSECONDS)
         subject = f"{self._connection.api_prefix}CONSUMER.MSG.NEXT.{self._log}.{consumer}"
@@ -278,6 +286,7 @@ class NATSPuller:
     # -- deliveries
 
     def _on_message(self, subject: bytes, reply: bytes, body: bytes, headers: bytes | None) -> None:
+        self._unanswered_since = None
         if not reply.startswith(b"$JS.ACK."):
             self._on_status(subject.decode(), headers)
             return

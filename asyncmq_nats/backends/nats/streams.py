@@ -3,11 +3,11 @@
 Made when missing, and never changed when they exist with other settings.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from asyncmq_nats._logging import get_logger
-from asyncmq_nats.backends.base import Consumer, Log
+from asyncmq_nats.backends.base import Consumer, Difference, Log
 from asyncmq_nats.backends.filters import is_key
 from asyncmq_nats.backends.nats.connection import Connection, format_time
 from asyncmq_nats.backends.nats.errors import (
@@ -101,6 +101,22 @@ def consumer_config(consumer: Consumer) -> dict[str, Any]:
     return config
 
 
+CHANGEABLE: Final = ("num_replicas", "max_bytes", "discard", "compression", "placement", "ack_wait")
+"""What the server changes in place; all else needs a new stream."""
+DEFAULTS: Final = {"max_bytes": -1, "discard": "old", "compression": "none", "placement": None}
+"""What a stream has that was made without these: unlike a declaration, a comparison tells of them."""
+
+
+def _find_differences(
+    asset: str, wanted: Mapping[str, Any], found: Mapping[str, Any]
+) -> list[Difference]:
+    return [
+        Difference(asset, key, found.get(key), value, key in CHANGEABLE)
+        for key, value in wanted.items()
+        if not _same(found.get(key), value)
+    ]
+
+
 class Assets:
     """Declares streams and consumers, each once per connection."""
 
@@ -156,9 +172,7 @@ class Assets:
         payload: dict[str, Any] = {"stream_name": log, "config": wanted, "action": "create"}
         if consumer.paused_until is not None:
             payload["config"] = wanted | {"pause_until": format_time(consumer.paused_until)}
-        subject = f"CONSUMER.CREATE.{log}.{consumer.name}"
-        if len(consumer.filters) == 1:
-            subject += "." + consumer.filters[0]
+        subject = _create_subject(log, consumer)
         answer = await self._connection.call(subject, payload)
         if "error" not in answer:
             return
@@ -171,6 +185,59 @@ class Assets:
             raise api_error(subject, answer["error"])
         info = await self._connection.require(f"CONSUMER.INFO.{log}.{consumer.name}")
         warn_of_difference(f"consumer {consumer.name} of {log}", wanted, info["config"])
+
+    async def compare(
+        self, log: Log, consumers: Sequence[Consumer], settings: Settings
+    ) -> list[Difference]:
+        """See `Backend.compare`."""
+        return [
+            difference
+            for _, _, differences in await self._examine(log, consumers, settings)
+            for difference in differences
+        ]
+
+    async def change(
+        self, log: Log, consumers: Sequence[Consumer], settings: Settings
+    ) -> list[Difference]:
+        """See `Backend.change`."""
+        changed: list[Difference] = []
+        for subject, found, differences in await self._examine(log, consumers, settings):
+            todo = [each for each in differences if each.can_change]
+            if todo:
+                config = {**found, **{each.key: each.wanted for each in todo}}
+                payload: dict[str, Any] = config
+                if subject.startswith("CONSUMER"):
+                    payload = {"stream_name": log.name, "config": config, "action": "update"}
+                await self._connection.require(subject, payload)
+                changed += todo
+        if changed:
+            self._fills.learn(log.name, stream_config(log, settings))
+        return changed
+
+    async def _examine(
+        self, log: Log, consumers: Sequence[Consumer], settings: Settings
+    ) -> list[tuple[str, dict[str, Any], list[Difference]]]:
+        """Return for each asset that is there: what changes it, its configuration, differences."""
+        info = await self._connection.call(f"STREAM.INFO.{log.name}")
+        if info.get("error", {}).get("err_code") == STREAM_MISSING:
+            return []
+        if "error" in info:
+            raise api_error(log.name, info["error"])
+        wanted = DEFAULTS | stream_config(log, settings)
+        found = info["config"]
+        differences = _find_differences(f"stream {log.name}", wanted, found)
+        examined = [(f"STREAM.UPDATE.{log.name}", found, differences)]
+        for consumer in consumers:
+            info = await self._connection.call(f"CONSUMER.INFO.{log.name}.{consumer.name}")
+            if "error" in info:
+                if info["error"].get("err_code") == CONSUMER_MISSING:
+                    continue
+                raise api_error(log.name, info["error"])
+            asset = f"consumer {consumer.name} of {log.name}"
+            differences = _find_differences(asset, consumer_config(consumer), info["config"])
+            subject = _create_subject(log.name, consumer)
+            examined.append((subject, info["config"], differences))
+        return examined
 
     async def restore_consumer(self, log: str, name: str) -> None:
         """Declare a consumer again that vanished, and its log if that vanished too.
@@ -206,6 +273,11 @@ class Assets:
     def forget_consumer(self, log: str, name: str) -> None:
         """Declare the consumer again when next asked: it is missing."""
         self._declared.discard((log, name))
+
+
+def _create_subject(log: str, consumer: Consumer) -> str:
+    subject = f"CONSUMER.CREATE.{log}.{consumer.name}"
+    return f"{subject}.{consumer.filters[0]}" if len(consumer.filters) == 1 else subject
 
 
 def warn_of_difference(asset: str, wanted: Mapping[str, Any], found: Mapping[str, Any]) -> None:

@@ -95,6 +95,12 @@ class EmbeddedServer:
         process = self._process
         return None if process is None else process.pid
 
+    @property
+    def is_running(self) -> bool:
+        """Whether the process runs."""
+        process = self._process
+        return process is not None and process.poll() is None
+
     def start(self) -> None:
         """Start the server and wait until it takes connections. Does nothing if it runs.
 

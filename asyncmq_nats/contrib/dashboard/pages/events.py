@@ -1,0 +1,158 @@
+"""What happens now: pages that are brought up to date, and the page of events."""
+
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
+from functools import partial
+from time import monotonic
+from typing import Any, Final
+
+import anyio
+from anyio.abc import ObjectReceiveStream, ObjectSendStream
+from sse_starlette import EventSourceResponse
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+from asyncmq_nats import deadline
+from asyncmq_nats.contrib.dashboard.pages.summaries import (
+    all_workers,
+    summaries,
+    summarize,
+    version_of,
+)
+from asyncmq_nats.contrib.dashboard.site import Site, job_link, link, site_of
+from asyncmq_nats.events import Event
+from asyncmq_nats.exceptions import AsyncMQError
+from asyncmq_nats.queues import Queue
+
+__all__ = ["show", "stream", "watch"]
+
+EVENTS: Final = (
+    "waiting", "delayed", "waiting-children", "started", "progress", "retrying", "completed",
+    "failed", "expired", "cancelled", "ready", "stalled", "duplicated", "debounced", "deduplicated",
+)  # fmt: skip
+QUIET: Final = ("progress", "waiting", "started")
+"""Events that are not shown at first: there are many of them."""
+STREAM_SECONDS: Final = 600.0
+"""A stream ends after so long; the browser asks again, and then its login is looked at anew."""
+BATCH_SECONDS: Final = 0.5
+"""Events are sent together so often."""
+MAX_BATCH: Final = 50
+"""Events that are sent together at most; the number of the others is told."""
+READ_SECONDS: Final = 8.0
+
+
+# -- pages that are brought up to date
+
+
+async def watch(request: Request) -> Response:
+    """Tell a browser whenever what it shows has changed (server-sent events)."""
+    site = site_of(request)
+    read = await _reader_of(site, request.query_params.get("topic", ""))
+    seen = request.query_params.get("seen", "")
+    return EventSourceResponse(_changes(site, read, seen), ping=15)
+
+
+async def _reader_of(site: Site, topic: str) -> Callable[[], Awaitable[Any]]:
+    what, _, rest = topic.partition(":")
+    if what == "queues":
+        return lambda: summaries(site)
+    if what == "workers":
+        return lambda: all_workers(site)
+    if what in ("queue", "job"):
+        name, _, job_id = rest.partition(":")
+        queue = await site.find_queue(name)
+        if what == "queue":
+            return lambda: summarize(site, queue)
+        return lambda: site.reads.get(("job", name, job_id), lambda: queue.get_job(job_id))
+    raise HTTPException(404, "There is nothing to watch under this topic.")
+
+
+async def _changes(
+    site: Site, read: Callable[[], Awaitable[Any]], seen: str
+) -> AsyncIterator[dict[str, Any]]:
+    end = monotonic() + STREAM_SECONDS
+    while monotonic() < end:
+        try:
+            with deadline(READ_SECONDS):
+                version = version_of(await read())
+        except AsyncMQError:
+            version = seen  # the server is away: the page stays as it is
+        if version != seen:
+            yield {"event": "changed", "data": version}
+        seen = version
+        await anyio.sleep(site.refresh)
+
+
+# -- events
+
+
+async def show(request: Request) -> Response:
+    """Show events as they happen, of one queue or of all."""
+    site = site_of(request)
+    names = await site.list_queues()
+    chosen = request.query_params.get("queue", "")
+    if chosen and chosen not in names:
+        raise HTTPException(404, f"There is no queue {chosen!r}.")
+    context = {
+        "section": "events",
+        "queues": names,
+        "chosen": chosen,
+        "events": EVENTS,
+        "quiet": QUIET,
+        "source": link(request, "events", "live", queue=chosen),
+    }
+    return site.page(request, "events.html", context)
+
+
+async def stream(request: Request) -> Response:
+    """Send the events of one queue, or of all, as rows of a table (server-sent events)."""
+    site = site_of(request)
+    chosen = request.query_params.get("queue", "")
+    names = [chosen] if chosen else await site.list_queues()
+    queues = [await site.find_queue(name) for name in names]
+    send, receive = anyio.create_memory_object_stream[dict[str, Any]]()
+    sender = partial(_send_rows, request, site, queues, send)
+    return EventSourceResponse(_all_of(receive), data_sender_callable=sender, ping=15)
+
+
+async def _all_of(rows: ObjectReceiveStream[dict[str, Any]]) -> AsyncIterator[dict[str, Any]]:
+    """Yield all rows; the stream is closed when the browser has gone, too."""
+    async with rows:
+        async for row in rows:
+            yield row
+
+
+async def _send_rows(
+    request: Request, site: Site, queues: list[Queue], rows: ObjectSendStream[dict[str, Any]]
+) -> None:
+    """Read events of the queues, and send them on a few times a second, the newest of them."""
+    heard: deque[Event] = deque(maxlen=MAX_BATCH)
+    count = 0
+
+    async def listen(queue: Queue) -> None:
+        nonlocal count
+        async with aclosing(queue.events()) as events:
+            async for event in events:
+                heard.append(event)
+                count += 1
+
+    async with rows, anyio.create_task_group() as group:
+        for queue in queues:
+            group.start_soon(listen, queue)
+        for _ in range(int(STREAM_SECONDS / BATCH_SECONDS)):
+            await anyio.sleep(BATCH_SECONDS)
+            if heard:
+                text = _render(request, site, list(heard), count - len(heard))
+                heard.clear()
+                count = 0
+                await rows.send({"event": "events", "data": text})
+        group.cancel_scope.cancel()
+
+
+def _render(request: Request, site: Site, events: list[Event], left: int) -> str:
+    text = site.templates.get_template("_events.html").render(
+        events=events[::-1], left=left, now=site.backend.now(), job_link=partial(job_link, request)
+    )
+    return " ".join(text.split("\n"))

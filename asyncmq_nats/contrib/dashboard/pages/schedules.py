@@ -1,0 +1,276 @@
+"""Repeated jobs: what runs when, and the form that creates or changes one."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, Final
+from urllib.parse import unquote
+
+from starlette.datastructures import FormData
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+from asyncmq_nats.contrib.dashboard import words
+from asyncmq_nats.contrib.dashboard.pages.jobs import (
+    known_tasks,
+    read_arguments,
+    read_number,
+    read_task,
+)
+from asyncmq_nats.contrib.dashboard.pages.summaries import for_all
+from asyncmq_nats.contrib.dashboard.redaction import restore_hidden
+from asyncmq_nats.contrib.dashboard.site import Site, job_link, link, site_of, text_of
+from asyncmq_nats.exceptions import InvalidArgument
+from asyncmq_nats.queues import Queue
+from asyncmq_nats.schedules import RepeatableInfo, make_schedule, next_run
+
+__all__ = ["pause", "remove", "resume", "run_now", "save", "show", "show_all", "show_form"]
+
+NEXT_RUNS: Final = 3
+JOB_FIELDS: Final = ("retries", "ttl", "priority", "backoff", "timeout")
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A schedule as it is shown. `runs`: the next times, in Unix seconds."""
+
+    queue: str
+    id: str
+    name: str
+    task: str
+    rhythm: str
+    in_words: str
+    timezone: str
+    runs: list[float]
+    paused: bool
+    definition: dict[str, Any]
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it will not run again."""
+        return not self.paused and not self.runs
+
+
+def _row(site: Site, queue: str, info: RepeatableInfo) -> Row:
+    given = info.job_def
+    every, cron = given.get("every"), given.get("cron")
+    definition = dict(given)
+    shown = site.redactor.job(queue, given | {"task": given["task_id"]})
+    definition |= {"args": shown["args"], "kwargs": shown["kwargs"]}
+    return Row(
+        queue=queue,
+        id=str(given["id"]),
+        name=str(given.get("name") or ""),
+        task=str(given["task_id"]),
+        rhythm=str(cron) if cron else words.duration(every),
+        in_words=words.cron_in_words(cron) if cron else words.every_in_words(every),
+        timezone=str(given.get("timezone") or ""),
+        runs=_next_runs(info),
+        paused=info.paused,
+        definition=definition,
+    )
+
+
+def _next_runs(info: RepeatableInfo) -> list[float]:
+    """Return the next times at which it runs, by its rhythm alone."""
+    given = info.job_def
+    if info.next_run is None:
+        return []
+    runs = [info.next_run]
+    try:
+        schedule = make_schedule(given.get("every"), given.get("cron"), given.get("timezone"))
+        while len(runs) < NEXT_RUNS:
+            at = next_run(schedule, runs[-1])
+            if given.get("end") is not None and at > given["end"]:
+                break
+            runs.append(at)
+    except ValueError:  # of another release
+        pass
+    return runs
+
+
+async def show_all(request: Request) -> Response:
+    """Show the schedules of all queues."""
+    return await _show(request, site_of(request), None)
+
+
+async def show(request: Request) -> Response:
+    """Show the schedules of one queue."""
+    site = site_of(request)
+    return await _show(request, site, (await site.queue(request)).name)
+
+
+async def _show(request: Request, site: Site, chosen: str | None) -> Response:
+    names = await site.list_queues()
+
+    async def read(name: str) -> list[Row]:
+        queue = Queue(name, site.backend)
+        found = await site.share("schedules", queue, queue.list_repeatables)
+        return [_row(site, name, info) for info in found]
+
+    by_queue = await for_all([chosen] if chosen else names, read)
+    rows = [row for name in names for row in by_queue.get(name, [])]
+    rows.sort(key=lambda row: (row.runs[0] if row.runs else float("inf"), row.queue, row.id))
+    context = {
+        "section": "queues" if chosen else "schedules",
+        "chosen": chosen,
+        "rows": rows,
+        "queues": names,
+        "watch": ("queues", ""),
+    }
+    return site.page(request, "schedules.html", context)
+
+
+async def _find(site: Site, queue: Queue, rid: str) -> RepeatableInfo | None:
+    found = await queue.list_repeatables()
+    return next((each for each in found if str(each.job_def["id"]) == rid), None)
+
+
+async def show_form(request: Request) -> Response:
+    """Show the form that creates a schedule, or changes the one of `?name=`."""
+    site = site_of(request)
+    queue = await site.queue(request)
+    rid = request.query_params.get("name", "")
+    info = await _find(site, queue, rid) if rid else None
+    if rid and info is None:
+        raise HTTPException(404, f"Queue {queue.name} has no schedule {rid!r}.")
+    row = None if info is None else _row(site, queue.name, info)
+    given = {} if row is None else row.definition
+    context = {
+        "section": "schedules",
+        "queue": queue,
+        "row": row,
+        "given": {name: value for name, value in given.items() if value is not None},
+        "args": json.dumps(given.get("args", []), ensure_ascii=False),
+        "kwargs": json.dumps(given.get("kwargs", {}), ensure_ascii=False),
+        "tasks": await known_tasks(site, queue),
+    }
+    return site.page(request, "schedule.html", context)
+
+
+async def save(request: Request) -> Response:
+    """Create a schedule, or change one."""
+    site = site_of(request)
+    queue = await site.queue(request)
+    form = await request.form()
+    name, rid = text_of(form, "name"), text_of(form, "id")
+    info = await _find(site, queue, rid or name) if rid or name else None
+    if rid and info is None:
+        raise InvalidArgument("this schedule was removed meanwhile: reload the page", rid)
+    if info is not None and not rid:
+        raise InvalidArgument("there is a schedule of that name: change that one", name)
+    args, kwargs = read_arguments(form)
+    stored: Mapping[str, Any] = {} if info is None else info.job_def
+    args = restore_hidden(args, stored.get("args"))
+    kwargs = restore_hidden(kwargs, stored.get("kwargs"))
+    if info is not None and not stored.get("name"):
+        raise InvalidArgument(
+            "a schedule without a name cannot be changed: create a named one", rid
+        )
+    if not name:
+        raise InvalidArgument("give the schedule a name, by which it can be changed later", name)
+    at = await queue.upsert_repeatable(
+        read_task(form), args=args, kwargs=kwargs, name=name, **_rhythm(form), **_options(form)
+    )
+    changed = "schedule.change" if info is not None else "schedule.create"
+    await site.record(request, changed, queue.name, name)
+    said = f"Schedule {name} is stored"
+    said += "." if at == float("inf") else f"; it runs next at {words.iso_time(at)[:19]} UTC."
+    return await site.done(request, said, to=link(request, "queues", queue.name, "schedules"))
+
+
+def _rhythm(form: FormData) -> dict[str, Any]:
+    every, cron, timezone = (text_of(form, field) for field in ("every", "cron", "timezone"))
+    return {
+        "every": every or None,
+        "cron": cron or None,
+        "timezone": (timezone or None) if cron else None,
+    }
+
+
+def _options(form: FormData) -> dict[str, Any]:
+    options: dict[str, Any] = {
+        "retries": read_number(form, "retries", int) or 0,
+        "ttl": read_number(form, "ttl", float),
+        "timeout": read_number(form, "timeout", float),
+        "backoff": read_number(form, "backoff", float),
+        "limit": read_number(form, "limit", int),
+        "jitter": read_number(form, "jitter", float),
+        "overlap": text_of(form, "overlap") or "allow",
+        "catch_up": text_of(form, "catch_up") or None,
+        "start": _time(form, "start"),
+        "end": _time(form, "end"),
+    }
+    priority = read_number(form, "priority", int)
+    return options | ({} if priority is None else {"priority": priority})
+
+
+def _time(form: FormData, name: str) -> float | None:
+    """Return a time that was written as a date and a time of day in UTC, in Unix seconds."""
+    text = text_of(form, name)
+    if not text:
+        return None
+    try:
+        return datetime.fromisoformat(text).replace(tzinfo=UTC).timestamp()
+    except ValueError:
+        raise InvalidArgument(f"{name} must be a time such as 2027-01-31T08:00", text) from None
+
+
+# -- actions
+
+
+def _rid(request: Request) -> str:
+    return unquote(str(request.path_params["name"]))
+
+
+def _gone(rid: str) -> InvalidArgument:
+    return InvalidArgument("there is no such schedule any more", rid)
+
+
+async def pause(request: Request) -> Response:
+    """Have the schedule add no more jobs."""
+    site = site_of(request)
+    queue, rid = await site.queue(request), _rid(request)
+    if not await queue.pause_repeatable(rid):
+        raise _gone(rid)
+    await site.record(request, "schedule.pause", queue.name, rid)
+    return await site.done(request, f"Schedule {rid} is paused.")
+
+
+async def resume(request: Request) -> Response:
+    """Let a paused schedule go on."""
+    site = site_of(request)
+    queue, rid = await site.queue(request), _rid(request)
+    try:
+        await queue.resume_repeatable(rid)
+    except KeyError:
+        raise _gone(rid) from None
+    await site.record(request, "schedule.resume", queue.name, rid)
+    return await site.done(request, f"Schedule {rid} goes on.")
+
+
+async def remove(request: Request) -> Response:
+    """Remove the schedule; the jobs that it has added stay."""
+    site = site_of(request)
+    queue, rid = await site.queue(request), _rid(request)
+    if not await queue.remove_repeatable(rid):
+        raise _gone(rid)
+    await site.record(request, "schedule.remove", queue.name, rid)
+    return await site.done(request, f"Schedule {rid} was removed.")
+
+
+async def run_now(request: Request) -> Response:
+    """Add the job of a schedule now, beside its runs."""
+    site = site_of(request)
+    queue, rid = await site.queue(request), _rid(request)
+    info = await _find(site, queue, rid)
+    if info is None:
+        raise _gone(rid)
+    given = info.job_def
+    options = {field: given[field] for field in JOB_FIELDS if given.get(field) is not None}
+    job_id = await queue.add(given["task_id"], given["args"], given["kwargs"], **options)
+    await site.record(request, "schedule.run", queue.name, rid, job=job_id)
+    said = f"Job {job_id} of schedule {rid} was added."
+    return await site.done(request, said, to=job_link(request, queue.name, job_id))

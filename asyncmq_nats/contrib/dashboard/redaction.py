@@ -1,0 +1,129 @@
+"""What of a job is shown: values under keys that look like secrets are not. Pure."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from asyncmq_nats.exceptions import InvalidArgument
+
+__all__ = ["HIDDEN", "SECRET_KEYS", "Redactor", "Shown", "restore_hidden"]
+
+HIDDEN: Final = "••••••"
+"""Stands for what is not shown."""
+SECRET_KEYS: Final = (
+    "password", "passwd", "passphrase", "secret", "token", "apikey", "authorization", "cookie",
+    "credential", "privatekey", "accesskey", "signature", "cardnumber", "cvv", "iban", "ssn",
+)  # fmt: skip
+"""A key that contains one of these, whatever its case, dashes and underscores, is hidden."""
+MAX_DEPTH: Final = 50
+"""Deeper values are hidden."""
+FIELDS: Final = ("args", "kwargs", "result", "progress_data", "deduplication")
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """Where a value is shown: one field of a job."""
+
+    queue: str
+    task: str
+    field: str
+    """`args`, `kwargs`, `result`, `progress_data`, `deduplication`, `error` or `traceback`."""
+
+
+Hook = Callable[[Any, Shown], Any]
+
+
+class Redactor:
+    """Hides secrets in jobs.
+
+    Args:
+        keys: patterns; a value under a key that contains one is hidden.
+        hook: called with each field of a job, after the patterns, and where it is shown; returns
+            what to show. It sees errors and tracebacks too.
+
+    Raises:
+        InvalidArgument: a pattern has neither letters nor digits.
+    """
+
+    def __init__(self, keys: Iterable[str] = SECRET_KEYS, hook: Hook | None = None) -> None:
+        self._patterns = tuple(_plain(key) for key in keys)
+        if not all(self._patterns):
+            raise InvalidArgument("a pattern of keys to hide needs letters or digits", list(keys))
+        self._hook = hook
+
+    def job(
+        self, queue: str, job: Mapping[str, Any], names: tuple[str, ...] = ()
+    ) -> dict[str, Any]:
+        """Return the job as it may be shown. `names`: the parameters of its task, if known."""
+        task = str(job.get("task", ""))
+        shown = dict(job)
+        for field in FIELDS:
+            if job.get(field) is not None:
+                value = self.hide(job[field])
+                if field == "args" and isinstance(value, list):
+                    value = self._hide_named(value, names)
+                shown[field] = self._ask(value, Shown(queue, task, field))
+        for field, what in (("last_error", "error"), ("error_traceback", "traceback")):
+            if job.get(field) is not None:
+                shown[field] = self._ask(job[field], Shown(queue, task, what))
+        if job.get("errors"):
+            shown["errors"] = [self._failure(each, queue, task) for each in job["errors"]]
+        return shown
+
+    def hide(self, value: Any, depth: int = 0) -> Any:
+        """Return a value without what is under a secret key."""
+        if depth > MAX_DEPTH:
+            return HIDDEN
+        if isinstance(value, Mapping):
+            return {
+                key: HIDDEN if self.is_secret(str(key)) else self.hide(each, depth + 1)
+                for key, each in value.items()
+            }
+        if isinstance(value, list | tuple):
+            return [self.hide(each, depth + 1) for each in value]
+        return value
+
+    def is_secret(self, key: str) -> bool:
+        """Return whether what is under this key is hidden."""
+        plain = _plain(key)
+        return any(pattern in plain for pattern in self._patterns)
+
+    def _hide_named(self, args: list[Any], names: tuple[str, ...]) -> list[Any]:
+        secret = {index for index, name in enumerate(names) if self.is_secret(name)}
+        return [HIDDEN if index in secret else value for index, value in enumerate(args)]
+
+    def _failure(self, failure: Any, queue: str, task: str) -> Any:
+        if not isinstance(failure, Mapping):
+            return self.hide(failure)
+        return dict(failure) | {
+            field: self._ask(failure[field], Shown(queue, task, field))
+            for field in ("error", "traceback")
+            if field in failure
+        }
+
+    def _ask(self, value: Any, where: Shown) -> Any:
+        return value if self._hook is None else self._hook(value, where)
+
+
+def _plain(key: str) -> str:
+    return "".join(char for char in key.lower() if char.isalnum())
+
+
+def restore_hidden(edited: Any, stored: Any) -> Any:
+    """Return edited arguments with what was hidden in the form as it is stored.
+
+    Raises:
+        InvalidArgument: something is hidden that is not stored at that place.
+    """
+    if edited == HIDDEN:
+        if stored is None:
+            raise InvalidArgument("a hidden value can only stay where it was", edited)
+        return stored
+    if isinstance(edited, dict):
+        known = stored if isinstance(stored, dict) else {}
+        return {key: restore_hidden(value, known.get(key)) for key, value in edited.items()}
+    if isinstance(edited, list):
+        items = stored if isinstance(stored, list) else []
+        items = items + [None] * (len(edited) - len(items))
+        return [restore_hidden(value, items[index]) for index, value in enumerate(edited)]
+    return edited

@@ -1,0 +1,104 @@
+"""Whether the event loop of a worker runs, and which task holds it up.
+
+A task of the loop beats four times a second. A thread looks at the beats: only it can say, while
+the loop is blocked, what blocks it.
+"""
+
+import asyncio
+import sys
+import threading
+import time
+from collections.abc import Callable
+from types import FrameType
+from typing import Any, Final
+
+import anyio
+
+from asyncmq_nats._logging import get_logger
+
+__all__ = ["Pulse"]
+
+logger = get_logger(__name__)
+
+BEAT: Final = 0.25
+"""Seconds between two beats."""
+SHORTEST_LOOK: Final = 0.05
+WATCHER: Final = "asyncmq-nats loop watcher"
+
+Describe = Callable[["asyncio.Task[Any] | None"], str | None]
+"""Says what runs in a task; `None`: no job."""
+
+
+class Pulse:
+    """The beats of one event loop.
+
+    Args:
+        worker: named in warnings.
+        limit: seconds without a beat that are worth a warning; `None`: there is no thread.
+        describe: says which job runs in a task of the loop. Called in the thread.
+    """
+
+    def __init__(self, worker: str, limit: float | None, describe: Describe) -> None:
+        self._worker = worker
+        self._limit = limit
+        self._describe = describe
+        self._beat_at = time.monotonic()
+        self._stopped = threading.Event()
+
+    @property
+    def age(self) -> float:
+        """Seconds since the last beat. May be read from any thread."""
+        return time.monotonic() - self._beat_at
+
+    async def run(self) -> None:
+        """Beat until cancelled."""
+        self._beat_at = time.monotonic()
+        if self._limit is not None:
+            args = (asyncio.get_running_loop(), threading.get_ident(), self._limit)
+            threading.Thread(target=self._watch, args=args, name=WATCHER, daemon=True).start()
+        try:
+            while True:
+                await anyio.sleep(BEAT)
+                self._beat_at = time.monotonic()
+        finally:
+            self._stopped.set()
+
+    def _watch(self, loop: asyncio.AbstractEventLoop, thread: int, limit: float) -> None:
+        """Warn once of each time in which the loop is blocked, from a thread."""
+        pause = max(SHORTEST_LOOK, min(limit / 4, BEAT))
+        warned_at = 0.0
+        while True:
+            slept = time.monotonic()
+            if self._stopped.wait(pause):
+                return
+            # A process that stood still has no news of its loop.
+            stood_still = time.monotonic() - slept > pause + limit / 2
+            beat = self._beat_at
+            if not stood_still and beat != warned_at and time.monotonic() - beat > limit + BEAT:
+                warned_at = beat
+                self._warn(loop, thread, time.monotonic() - beat)
+
+    def _warn(self, loop: asyncio.AbstractEventLoop, thread: int, seconds: float) -> None:
+        try:
+            task = asyncio.current_task(loop)
+            what = self._describe(task)
+        except RuntimeError:  # what is looked through changes: so the loop runs
+            return
+        if task is None:  # it waits for its turn on a busy machine
+            return
+        logger.warning(
+            "worker %s: the event loop has been blocked for %.1f s by %s%s: "
+            "leases, heartbeats and all other jobs wait; use a sync task, or process=True",
+            self._worker,
+            seconds,
+            what or f"task {task.get_name()!r}",
+            _place(sys._current_frames().get(thread)),
+        )
+
+
+def _place(frame: FrameType | None) -> str:
+    """Return where a thread is."""
+    if frame is None:
+        return ""
+    code = frame.f_code
+    return f", at {code.co_filename}:{frame.f_lineno} in {code.co_name}"

@@ -1,0 +1,199 @@
+"""The settings that a queue keeps on the server, and what there differs from the settings in force.
+
+Who decides: what was stored by `Queue.configure` (the record `queue.config`) wins over the settings
+of any process. Without that, the server stays as the first process made it, until a process applies
+its own settings (`ASYNCMQ_NATS_APPLY=true` at the start of a worker): the last one to start decides.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Final
+
+from pydantic import ValidationError
+
+from asyncmq_nats._logging import Throttle, get_logger
+from asyncmq_nats.backends.base import Backend, Difference, Expect, Write
+from asyncmq_nats.exceptions import AssetMissing, InvalidArgument, InvalidJob, WriteRefused
+from asyncmq_nats.settings import Settings
+from asyncmq_nats.store.topology import SHORTEST_LIVE_LEASE, QueueAssets
+from asyncmq_nats.wire.codec import dump_json, load_json
+from asyncmq_nats.wire.keys import QueueSubjects
+
+__all__ = ["CONFIGURABLE", "Configurations"]
+
+logger = get_logger(__name__)
+
+CONFIGURABLE: Final = (
+    "stalled_after",
+    "completed_ttl",
+    "failed_ttl",
+    "completed_keep",
+    "failed_keep",
+    "replicas",
+    "ready_max_bytes",
+    "bucket_max_bytes",
+    "compression",
+    "placement_cluster",
+    "placement_tags",
+)
+"""Settings that a queue can keep on the server, for all its workers."""
+WRITE_TRIES: Final = 10
+
+
+class Configurations:
+    """Reads, stores and applies the configuration of one queue."""
+
+    def __init__(self, backend: Backend, subjects: QueueSubjects, assets: QueueAssets) -> None:
+        self._backend = backend
+        self._subjects = subjects
+        self._assets = assets
+        self._malformed = Throttle()
+
+    async def read(self) -> dict[str, Any]:
+        """Return the settings that are stored; none if there is no such queue."""
+        return (await self._read())[1]
+
+    async def refresh(self) -> None:
+        """Have this process use what is stored: its workers call this at each heartbeat."""
+        stored = await self.read()
+        settings = self._backend.settings.model_copy(update=stored)
+        if settings != self._assets.settings:
+            names = [
+                name for name in CONFIGURABLE if _differ(settings, self._assets.settings, name)
+            ]
+            shown = ", ".join(f"{name}={getattr(settings, name)!r}" for name in names)
+            logger.info("queue %s: settings in force now: %s", self._subjects.queue, shown)
+            self._assets.settings = settings
+
+    async def store(self, values: Mapping[str, Any], reset: Iterable[str]) -> list[Difference]:
+        """Store these settings, forget those in `reset`, and apply the outcome.
+
+        Return what was changed on the server.
+
+        Raises:
+            InvalidArgument: a value is none of that setting, or the server could not take it.
+        """
+        checked, reset = check_values(values), check_names(reset)
+        await self._assets.declare()
+        for _ in range(WRITE_TRIES):
+            sequence, stored = await self._read()
+            wanted = {name: value for name, value in stored.items() if name not in reset} | checked
+            await self._check_room(wanted)
+            write = Write(
+                self._subjects.configuration,
+                dump_json(wanted),
+                Expect(self._subjects.configuration, sequence),
+            )
+            try:
+                await self._backend.write(self._subjects.bucket_log, write)
+            except WriteRefused:
+                continue  # somebody else has changed it
+            break
+        await self.refresh()
+        return await self.apply()
+
+    async def apply(self) -> list[Difference]:
+        """Change on the server what differs from the settings in force and can be changed.
+
+        Return what was changed.
+        """
+        await self.refresh()
+        await self._check_room({})
+        changed = await self._assets.change()
+        for each in changed:
+            logger.info(
+                "%s: %s changed from %r to %r", each.asset, each.key, each.found, each.wanted
+            )
+        return changed
+
+    async def compare(self) -> list[Difference]:
+        """Return what of the queue's assets differs from the settings in force."""
+        await self.refresh()
+        return await self._assets.compare()
+
+    async def _check_room(self, update: Mapping[str, Any]) -> None:
+        """Refuse sizes below what is stored: at its limit, the bucket would discard delayed jobs.
+
+        Raises:
+            InvalidArgument: a size is too small.
+        """
+        settings = self._assets.settings.model_copy(update=dict(update))
+        for name, log in (
+            ("ready_max_bytes", self._subjects.ready_log),
+            ("bucket_max_bytes", self._subjects.bucket_log),
+        ):
+            limit = getattr(settings, name)
+            if limit is None:
+                continue
+            used = await self._backend.stored_bytes(log)
+            if used > limit * 0.9:
+                raise InvalidArgument(
+                    f"{name} must leave a tenth free, and {log} has {used:,} bytes already: "
+                    f"at least {int(used / 0.9) + 1:,}",
+                    limit,
+                )
+
+    async def _read(self) -> tuple[int, dict[str, Any]]:
+        try:
+            records = await self._backend.last(
+                self._subjects.bucket_log, self._subjects.configuration
+            )
+        except AssetMissing:
+            return 0, {}
+        if not records or records[0].marker:
+            return (records[0].sequence if records else 0), {}
+        return records[0].sequence, self._decode(records[0].body)
+
+    def _decode(self, body: bytes) -> dict[str, Any]:
+        """Return the settings of a record. What is malformed, or of a newer version, is left out."""
+        found: dict[str, Any] = {}
+        try:
+            data = load_json(body)
+            for name in CONFIGURABLE:
+                if name in data:
+                    found |= check_values({name: data[name]})
+        except (InvalidJob, InvalidArgument, TypeError) as problem:
+            if times := self._malformed.note():
+                text = "queue %s: its configuration is malformed (%d times): %s"
+                logger.warning(text, self._subjects.queue, times, problem)
+        return found
+
+
+def check_values(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values as the settings have them; texts are read as the environment is.
+
+    Raises:
+        InvalidArgument: a name is none that a queue can keep, or a value none of that setting.
+    """
+    check_names(values)
+    checked: dict[str, Any] = {}
+    for name, value in values.items():
+        given = None if value == "none" and name != "compression" else value
+        try:
+            checked[name] = getattr(Settings.model_validate({name: given}), name)
+        except ValidationError as error:
+            raise InvalidArgument(f"{name}: {error.errors()[0]['msg']}", value) from None
+    lease = checked.get("stalled_after", SHORTEST_LIVE_LEASE)
+    if lease < SHORTEST_LIVE_LEASE:
+        raise InvalidArgument(
+            f"stalled_after of a live queue is at least {SHORTEST_LIVE_LEASE:g} s: "
+            "running workers extend their leases every 0.7 s",
+            lease,
+        )
+    return checked
+
+
+def check_names(names: Iterable[str]) -> list[str]:
+    """Return the names of settings that a queue can keep.
+
+    Raises:
+        InvalidArgument: one is another.
+    """
+    names = list(names)
+    for name in names:
+        if name not in CONFIGURABLE:
+            raise InvalidArgument(f"a queue can keep the settings {', '.join(CONFIGURABLE)}", name)
+    return names
+
+
+def _differ(one: Settings, other: Settings, name: str) -> bool:
+    return bool(getattr(one, name) != getattr(other, name))

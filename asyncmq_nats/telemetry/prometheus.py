@@ -1,0 +1,219 @@
+"""Queues and workers in the text format of Prometheus. Needs the extra `prometheus`.
+
+`render_queues` is for a web application; a worker has a port of its own (`Settings.metrics_port`).
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, Protocol
+
+from prometheus_client import generate_latest
+from prometheus_client.metrics_core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
+from prometheus_client.registry import Collector
+
+from asyncmq_nats._concurrency import open_task_group
+from asyncmq_nats.metrics import ENDS, INCIDENTS, Histogram, TaskMetrics
+
+__all__ = [
+    "BOUNDS",
+    "CONTENT_TYPE",
+    "QueueGauges",
+    "QueueSource",
+    "WorkerCounts",
+    "read_queue",
+    "render",
+    "render_queues",
+]
+
+CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
+BOUNDS: Final = (
+    *(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5),
+    *(1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 900.0, 3600.0),
+)
+"""Upper bounds of the buckets of both histograms, in seconds."""
+INCIDENT_NAMES: Final = {
+    "redelivered": ("redeliveries", "Deliveries of jobs that had been delivered before."),
+    "lost": ("lost_workers", "Jobs that were delivered again since their worker was lost."),
+    "handed_back": ("handbacks", "Jobs that were returned to the queue before they ended."),
+    "lease_lost": ("lost_leases", "Leases that ran out although the worker ran the job."),
+    "reconnected": ("reconnects", "Times that the connection was lost and made again."),
+}
+
+
+class QueueSource(Protocol):
+    """What is asked of a `Queue`."""
+
+    name: str
+
+    async def queue_stats(self) -> dict[str, int]:
+        """Return how many jobs are in each state."""
+
+    async def oldest_waiting(self) -> Any:
+        """Return the job that has waited longest, with its `age` in seconds, or `None`."""
+
+    async def is_paused(self) -> bool:
+        """Return whether the queue is paused."""
+
+    async def list_workers(self) -> Sequence[Any]:
+        """Return the running workers, each with its `concurrency`."""
+
+
+@dataclass(frozen=True, slots=True)
+class QueueGauges:
+    """What a queue is like now. `oldest_waiting`: seconds, 0 if no job waits."""
+
+    queue: str
+    counts: Mapping[str, int]
+    oldest_waiting: float
+    paused: bool
+    workers: int
+    slots: int
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerCounts:
+    """What a worker has done since it started. `incidents`: by the words of `metrics.INCIDENTS`."""
+
+    queue: str
+    slots: int
+    busy: int
+    tasks: Mapping[str, TaskMetrics] = field(default_factory=dict)
+    incidents: Mapping[str, int] = field(default_factory=dict)
+
+
+async def read_queue(queue: QueueSource) -> QueueGauges:
+    """Return what a queue is like now. Costs the same for any number of jobs."""
+    workers, oldest = await queue.list_workers(), await queue.oldest_waiting()
+    return QueueGauges(
+        queue.name,
+        await queue.queue_stats(),
+        0.0 if oldest is None else oldest.age,
+        await queue.is_paused(),
+        len(workers),
+        sum(worker.concurrency for worker in workers),
+    )
+
+
+async def render_queues(queues: Iterable[QueueSource]) -> bytes:
+    """Return what the queues are like now, for a page that Prometheus reads.
+
+    The counters of jobs are at the workers' own ports.
+    """
+    found: dict[str, QueueGauges] = {}
+
+    async def read(queue: QueueSource) -> None:
+        found[queue.name] = await read_queue(queue)
+
+    async with open_task_group() as group:
+        for queue in queues:
+            group.start_soon(read, queue)
+    return render([found[name] for name in sorted(found)])
+
+
+def render(queues: Sequence[QueueGauges] = (), workers: Sequence[WorkerCounts] = ()) -> bytes:
+    """Return queues and workers in the text format of Prometheus."""
+    return generate_latest(_Collector(queues, workers))
+
+
+class _Collector(Collector):
+    """Makes the metrics of one answer."""
+
+    def __init__(self, queues: Sequence[QueueGauges], workers: Sequence[WorkerCounts]) -> None:
+        self._queues = queues
+        self._workers = workers
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield all metrics that have a sample."""
+        if self._queues:
+            yield from _queue_metrics(self._queues)
+        if self._workers:
+            yield from _worker_metrics(_by_queue(self._workers))
+
+
+def _by_queue(workers: Iterable[WorkerCounts]) -> list[WorkerCounts]:
+    """Return one entry per queue: a series may be there once."""
+    found: dict[str, WorkerCounts] = {}
+    for worker in workers:
+        known = found.get(worker.queue, WorkerCounts(worker.queue, 0, 0))
+        tasks: dict[str, TaskMetrics] = {}
+        for part in (known.tasks, worker.tasks):
+            for task, metrics in part.items():
+                tasks.setdefault(task, TaskMetrics()).merge(metrics)
+        incidents = {
+            name: known.incidents.get(name, 0) + worker.incidents.get(name, 0) for name in INCIDENTS
+        }
+        found[worker.queue] = WorkerCounts(
+            worker.queue, known.slots + worker.slots, known.busy + worker.busy, tasks, incidents
+        )
+    return list(found.values())
+
+
+def _gauge(name: str, text: str, labels: Sequence[str] = ("queue",)) -> GaugeMetricFamily:
+    return GaugeMetricFamily(f"asyncmq_{name}", text, labels=labels)
+
+
+def _queue_metrics(queues: Sequence[QueueGauges]) -> Iterator[Metric]:
+    jobs = _gauge("jobs", "Jobs by queue and state.", ("queue", "state"))
+    oldest = _gauge("oldest_waiting_seconds", "How long the oldest waiting job waits; 0: none.")
+    paused = _gauge("queue_paused", "Whether the queue is paused.")
+    workers = _gauge("workers", "Running workers of the queue.")
+    slots = _gauge("slots", "Slots of all its running workers.")
+    for queue in queues:
+        for state, count in queue.counts.items():
+            jobs.add_metric((queue.queue, state), count)
+        labels = (queue.queue,)
+        oldest.add_metric(labels, queue.oldest_waiting)
+        paused.add_metric(labels, int(queue.paused))
+        workers.add_metric(labels, queue.workers)
+        slots.add_metric(labels, queue.slots)
+    yield from (jobs, oldest, paused, workers, slots)
+
+
+def _worker_metrics(workers: Sequence[WorkerCounts]) -> Iterator[Metric]:
+    slots = _gauge("worker_slots", "Slots of this worker.")
+    busy = _gauge("worker_slots_busy", "Slots of this worker that run a job.")
+    incidents = {
+        name: CounterMetricFamily(f"asyncmq_{word}", text, labels=("queue",))
+        for name, (word, text) in INCIDENT_NAMES.items()
+    }
+    for worker in workers:
+        slots.add_metric((worker.queue,), worker.slots)
+        busy.add_metric((worker.queue,), worker.busy)
+        for name, metric in incidents.items():
+            metric.add_metric((worker.queue,), worker.incidents.get(name, 0))
+    yield from (slots, busy, *incidents.values())
+    yield from _job_metrics(workers)
+
+
+def _job_metrics(workers: Sequence[WorkerCounts]) -> Iterator[Metric]:
+    labels = ("queue", "task")
+    ends = {
+        end: CounterMetricFamily(f"asyncmq_jobs_{end}", f"Attempts that were {end}.", labels=labels)
+        for end in ENDS
+    }
+    wait = HistogramMetricFamily(
+        "asyncmq_job_wait_seconds", "From when a job could run until it started.", labels=labels
+    )
+    run = HistogramMetricFamily(
+        "asyncmq_job_run_seconds", "How long an attempt ran.", labels=labels
+    )
+    for worker in workers:
+        for task, metrics in worker.tasks.items():
+            key = (worker.queue, task)
+            for end, metric in ends.items():
+                metric.add_metric(key, getattr(metrics, end))
+            wait.add_metric(key, *_buckets(metrics.wait))
+            run.add_metric(key, *_buckets(metrics.run))
+    yield from (*ends.values(), wait, run)
+
+
+def _buckets(histogram: Histogram) -> tuple[list[tuple[str, float]], float]:
+    """Return the counts up to each bound, and the sum, as Prometheus wants them."""
+    counts = zip(BOUNDS, histogram.count_below(BOUNDS), strict=True)
+    found: list[tuple[str, float]] = [(str(bound), count) for bound, count in counts]
+    return [*found, ("+Inf", histogram.count)], histogram.total

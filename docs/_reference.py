@@ -1,0 +1,72 @@
+"""Writes a page of the reference for each public module, so that a new module is never forgotten."""
+
+import ast
+import pkgutil
+from pathlib import Path
+from typing import Final
+
+import asyncmq_nats
+
+FIRST: Final = ("queues", "tasks", "workers", "flow", "context", "jobs", "schedules", "events")
+"""The modules that a reader wants first, in this order; then the others by name."""
+NO_PAGE: Final = frozenset({"cli", "pytest_plugin"})
+"""Programs and plugins: they have pages of their own."""
+BELOW: Final = ("backends", "backends.base", "backends.inmemory", "backends.nats")
+"""The modules below the top level that users import."""
+INTERNAL: Final = frozenset({"backends", "runtime", "store", "transitions", "wire"})
+"""Packages that are not public as such."""
+
+
+def public_modules() -> list[str]:
+    """Return the names of the public modules, without that of the package."""
+    found = [
+        module.name
+        for module in pkgutil.iter_modules(asyncmq_nats.__path__)
+        if not module.name.startswith("_") and module.name not in INTERNAL | NO_PAGE
+    ]
+    rest = sorted(set(found) - set(FIRST))
+    return [name for name in FIRST if name in found] + rest + list(BELOW)
+
+
+def write_reference(folder: Path) -> None:
+    """Write a page for each public module, and remove those of modules that are gone."""
+    folder.mkdir(parents=True, exist_ok=True)
+    pages = {
+        f"{number:02}-{name.replace('.', '-')}.rst": _page(f"asyncmq_nats.{name}")
+        for number, name in enumerate(public_modules(), 1)
+    }
+    pages["00-asyncmq_nats.rst"] = _exports()
+    for path in folder.glob("*.rst"):
+        if path.name not in pages:
+            path.unlink()
+    for name, text in pages.items():
+        path = folder / name
+        if not path.is_file() or path.read_text() != text:
+            path.write_text(text)
+
+
+def _page(module: str) -> str:
+    return f"{module}\n{'=' * len(module)}\n\n.. automodule:: {module}\n   :members:\n"
+
+
+def _exports() -> str:
+    """Return the page of the package: where each of its names is described."""
+    rows = "".join(
+        f"* :py:obj:`~{module}.{name}` from ``{module}``\n" for name, module in _origins().items()
+    )
+    return (
+        "asyncmq_nats\n============\n\n.. automodule:: asyncmq_nats\n   :no-members:\n\n"
+        f"It exports:\n\n{rows}"
+    )
+
+
+def _origins() -> dict[str, str]:
+    """Return the module from which `asyncmq_nats` takes each of its names."""
+    source = Path(str(asyncmq_nats.__file__)).read_text()
+    origins = {
+        alias.name: str(node.module)
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    return {name: origins[name] for name in asyncmq_nats.__all__ if name in origins}
