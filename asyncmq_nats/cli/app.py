@@ -12,7 +12,7 @@ from typer.main import get_command
 
 import asyncmq_nats
 from asyncmq_nats.cli import command as commands
-from asyncmq_nats.cli import outbox, queue, server, worker
+from asyncmq_nats.cli import config, doctor, outbox, queue, server, worker
 from asyncmq_nats.cli.output import Output
 from asyncmq_nats.exceptions import AsyncMQError
 
@@ -23,6 +23,8 @@ GROUPS: Final = (
     worker.group,
     outbox.group,
 )
+
+queue.group.add_typer(config.group)
 
 DONE, FAILED, INTERRUPTED = 0, 1, 130
 
@@ -55,7 +57,8 @@ def make_app() -> typer.Typer:
     root.__annotations__ = {each.name: each.annotation for each in parameters}
     app.callback()(root)
     app.command("version")(_show_version)
-    server.register(app)
+    for single in (server, doctor):
+        single.register(app)
     for group in GROUPS:
         app.add_typer(group)
     return app

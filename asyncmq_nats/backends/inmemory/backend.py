@@ -24,9 +24,11 @@ from asyncmq_nats.backends.base import (
     Delivery,
     Difference,
     Log,
+    LogFacts,
     OnRemoved,
     Puller,
     Record,
+    ServerFacts,
     Settle,
     Settled,
     Signal,
@@ -156,6 +158,21 @@ class InMemoryBackend:
             self._logs[log.name] = StoredLog(log, self._agenda, self._send_signal)
         else:
             warn_of_difference("log", existing.declaration, log)
+
+    async def describe_server(self) -> ServerFacts | None:
+        """See `Backend`."""
+        await self._give_way()
+        return None
+
+    async def describe_log(self, log: str) -> LogFacts | None:
+        """See `Backend`."""
+        count = await self.count(log) if log in self._logs else None
+        return None if count is None else LogFacts(log, count, 0, None, 1, log)
+
+    async def find_refused(self, publish: Sequence[str], subscribe: Sequence[str]) -> list[str]:
+        """See `Backend`."""
+        await self._give_way()
+        return []
 
     async def compare(
         self, log: Log, consumers: Sequence[Consumer], settings: Settings
