@@ -9,6 +9,7 @@ from asyncmq_nats._concurrency import deadline
 from asyncmq_nats._version import __version__
 from asyncmq_nats.backends import default_backend, set_default_backend
 from asyncmq_nats.backends.inmemory import InMemoryBackend
+from asyncmq_nats.calls import Call
 from asyncmq_nats.context import JobContext, current_job
 from asyncmq_nats.events import Event, event_emitter
 from asyncmq_nats.exceptions import (
@@ -28,6 +29,7 @@ from asyncmq_nats.exceptions import (
     Unconfirmed,
 )
 from asyncmq_nats.flow import FlowProducer
+from asyncmq_nats.handles import JobHandle
 from asyncmq_nats.jobs import Backoff, Job
 from asyncmq_nats.middleware import Middleware, add_middleware
 from asyncmq_nats.queues import Queue, list_queues
@@ -44,6 +46,7 @@ __all__ = [
     "AsyncMQError",
     "Backoff",
     "BulkAddFailed",
+    "Call",
     "Event",
     "Expired",
     "Fail",
@@ -54,6 +57,7 @@ __all__ = [
     "JobContext",
     "JobFailed",
     "JobFilter",
+    "JobHandle",
     "JobNotFound",
     "Middleware",
     "NATSBackend",

@@ -3,13 +3,14 @@
 from collections.abc import Generator, Mapping, Sequence
 from contextvars import Context, ContextVar, copy_context
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, overload
 
 from asyncmq_nats._arguments import WriteArguments, build_job, write_plainly
+from asyncmq_nats.calls import Call
 from asyncmq_nats.exceptions import InvalidFlow
-from asyncmq_nats.jobs import Backoff, Job
+from asyncmq_nats.jobs import Backoff, Job, JobHead
 
-__all__ = ["JobContext", "JobServices", "current_job", "running_job"]
+__all__ = ["JobContext", "JobLogLine", "JobServices", "current_job", "running_job"]
 
 MOST_FOLLOW_UPS = 900
 
@@ -25,6 +26,16 @@ class _Awaitable:
 DONE = _Awaitable()
 
 
+@dataclass(frozen=True, slots=True)
+class JobLogLine:
+    """A line that a task kept with its job. `at`: Unix seconds by the server's clock."""
+
+    at: float
+    level: str
+    message: str
+    attempt: int
+
+
 class JobServices(Protocol):
     """What a worker does for the tasks that it runs."""
 
@@ -33,6 +44,9 @@ class JobServices(Protocol):
 
     def report_progress(self, job: Job, progress: float, data: Any) -> None:
         """Store how far a job is. Called from any thread; must not block."""
+
+    def keep_line(self, job_id: str, line: "JobLogLine") -> None:
+        """Keep a line with a job. Called from any thread; must not block."""
 
     async def results_of_parents(self, job: Job) -> dict[str, Any]:
         """Return the results of the jobs that a job depends on, by id."""
@@ -44,6 +58,10 @@ class JobSource(Protocol):
     @property
     def job(self) -> Job:
         """All of the job."""
+
+    @property
+    def head(self) -> JobHead | Job:
+        """What is known of it before all of it is read."""
 
 
 @dataclass(slots=True)
@@ -59,6 +77,8 @@ class JobContext:
     """Whether the job was cancelled, or the worker wants it back. For sync tasks to ask now and then: no thread can be interrupted."""
     follow_ups: list[Job] = field(default_factory=list, repr=False)
     """The jobs that were added so far."""
+    worker: str = ""
+    """The id of the worker that runs it."""
     state: Any = field(default=None, repr=False)
     """What the worker's lifespan yielded; see `Queue(lifespan=…)`."""
     _write: WriteArguments = field(default=write_plainly, repr=False)
@@ -74,12 +94,13 @@ class JobContext:
     @property
     def task_id(self) -> str:
         """The id of the task."""
-        return self.job.task_id
+        return self._source.head.task_id
 
     @property
     def attempt(self) -> int:
         """The number of this attempt: 1 for the first."""
-        return self.job.retries + 1
+        retries = self._source.head.retries
+        return (retries if isinstance(retries, int) else self.job.retries) + 1
 
     @property
     def snoozes(self) -> int:
@@ -89,7 +110,10 @@ class JobContext:
     @property
     def meta(self) -> Mapping[str, str]:
         """What was sent along with the job, such as the id of a request or of a trace."""
-        return self.job.meta
+        meta = self._source.head.meta
+        if not isinstance(meta, dict):  # none, or what another program wrote
+            return {}
+        return {key: value for key, value in meta.items() if isinstance(value, str)}
 
     @property
     def notes(self) -> dict[str, Any]:
@@ -114,6 +138,18 @@ class JobContext:
         self._services.report_progress(self.job, float(progress), data)
         return DONE
 
+    def log(self, message: object, level: str = "INFO") -> None:
+        """Keep a line with the job; see `Queue.job_logs`. May be called from a thread.
+
+        The last `Settings.job_log_lines` lines of each attempt are kept, each up to 2,000
+        characters, in all up to 128 KiB. They are written twice a second, and before the outcome.
+        """
+        line = JobLogLine(self._services.now(), level, str(message), self.attempt)
+        self._services.keep_line(self.id, line)
+
+    @overload
+    def add(self, task_id: Call[Any], /) -> str: ...
+    @overload
     def add(
         self,
         task_id: str,
@@ -129,8 +165,25 @@ class JobContext:
         timeout: float | None = None,
         on_parent_failure: str = "wait",
         meta: Mapping[str, str] | None = None,
+    ) -> str: ...
+
+    def add(
+        self,
+        task_id: str | Call[Any],
+        args: Sequence[Any] | None = None,
+        kwargs: Mapping[str, Any] | None = None,
+        retries: int = 0,
+        ttl: float | None = None,
+        backoff: float | Backoff | None = None,
+        priority: int = 5,
+        delay: float | None = None,
+        depends_on: Sequence[str] | None = None,
+        *,
+        timeout: float | None = None,
+        on_parent_failure: str = "wait",
+        meta: Mapping[str, str] | None = None,
     ) -> str:
-        """Add a follow-up job to the same queue and return its id; see `Queue.add`.
+        """Add a follow-up job to the same queue and return its id; see `Queue.add`. It may be given as the `call` of a task, alone.
 
         It is committed together with this job's outcome, or, when this attempt fails or its worker dies, not at all.
         Without a `meta` of its own it has that of this job.
@@ -143,8 +196,12 @@ class JobContext:
             raise InvalidFlow(
                 f"a job can have {MOST_FOLLOW_UPS} follow-ups at most: add one that adds the others"
             )
+        now = self._services.now()
+        if isinstance(task_id, Call):
+            task_id.require_queue(self.queue)
+            return self._add(task_id.follow_up(now, self.job.meta))
         job = build_job(
-            self._services.now(),
+            now,
             write=self._write,
             task_id=task_id,
             args=args,
@@ -157,8 +214,11 @@ class JobContext:
             timeout=timeout,
             depends_on=depends_on,
             on_parent_failure=on_parent_failure,
-            meta=self.job.meta if meta is None else meta,
+            meta=self.meta if meta is None else meta,
         )
+        return self._add(job)
+
+    def _add(self, job: Job) -> str:
         job.encode()  # not JSON? Then say so here
         self.follow_ups.append(job)
         if self.origins is not None:

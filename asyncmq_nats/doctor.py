@@ -314,7 +314,7 @@ async def _examine_permissions(queue: Queue, role: Role) -> list[Finding]:
 async def _examine_logs(queue: Queue, facts: ServerFacts | None) -> list[Finding]:
     prefix, subject = queue.backend.settings.prefix, f"queue {queue.name}"
     names = [f"{prefix}_{queue.name}", f"KV_{prefix}_{queue.name}_scheduler"]
-    logs = [await queue.backend.describe_log(name) for name in names]
+    logs = [await queue.backend.examine_log(name) for name in names]
     missing = [name for name, log in zip(names, logs, strict=True) if log is None]
     if len(missing) == len(names):
         return [Finding(Level.INFO, "streams", subject, "it does not exist yet")]

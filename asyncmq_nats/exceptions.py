@@ -3,6 +3,8 @@
     AsyncMQError
     ├── InvalidQueueName (ValueError)        a name no queue can have
     ├── InvalidArgument (ValueError, TypeError)  a value that a method does not take
+    │   └── InvalidCall                      arguments that the task would refuse
+    ├── InvalidResult (ValueError)           a result that is not what its task's annotation says
     ├── InvalidJobId (ValueError)            a custom job id AsyncMQ would refuse
     ├── InvalidJob (ValueError)              bytes that are not a job of the wire format
     │   └── NewerJob                         a job of a newer version of the format
@@ -13,6 +15,7 @@
     ├── TaskNotFound (LookupError)           a job names a task the worker does not have
     ├── JobNotFound (LookupError)            no job with that id
     ├── WrongState                           a job in whose state it cannot be asked for
+    ├── QueueNotPaused                       what workers must not do meanwhile
     ├── Retry                                raised by a task: this attempt failed, try again
     ├── Fail                                 raised by a task: failed for good, no more attempts
     │   └── Reject                           the same: this job is refused
@@ -57,10 +60,12 @@ __all__ = [
     "Fail",
     "FailedAttempt",
     "InvalidArgument",
+    "InvalidCall",
     "InvalidFlow",
     "InvalidJob",
     "InvalidJobId",
     "InvalidQueueName",
+    "InvalidResult",
     "JobFailed",
     "JobNotFound",
     "LoopRunning",
@@ -69,6 +74,7 @@ __all__ = [
     "PayloadTooLarge",
     "PermissionRefused",
     "ProcessDied",
+    "QueueNotPaused",
     "Reject",
     "Retry",
     "ServerBinaryMissing",
@@ -113,6 +119,28 @@ class InvalidArgument(AsyncMQError, ValueError, TypeError):
         except Exception:  # that of a huge integer, or of the user's own class
             shown = f"this {type(value).__name__}"
         super().__init__(f"{problem}, not {shown if len(shown) <= 80 else shown[:80] + '…'}")
+
+
+class InvalidCall(InvalidArgument):
+    """A call that its task would refuse in the worker."""
+
+    def __init__(self, task_id: str, problems: str) -> None:
+        self.task_id = task_id
+        super(InvalidArgument, self).__init__(
+            f"task {task_id!r} would refuse this call: {problems}; "
+            "if its workers know better, use options(validate=False)"
+        )
+
+
+class InvalidResult(AsyncMQError, ValueError):
+    """A result that is not what the annotation of its task says."""
+
+    def __init__(self, job_id: str, task: str, problems: str) -> None:
+        self.job_id = job_id
+        super().__init__(
+            f"the result of job {job_id!r} is not what task {task} says that it returns: "
+            f"{problems}; Queue.wait_for returns it as it is"
+        )
 
 
 class InvalidQueueName(AsyncMQError, ValueError):
@@ -230,6 +258,16 @@ class WrongState(AsyncMQError):
     def __init__(self, job_id: str, state: str, verb: str, reason: str) -> None:
         self.job_id, self.state = job_id, state
         super().__init__(f"job {job_id!r} is {state} and cannot be {verb}: {reason}")
+
+
+class QueueNotPaused(AsyncMQError):
+    """A queue whose workers may start the jobs that something else is to be done to."""
+
+    def __init__(self, queue: str, what: str) -> None:
+        super().__init__(
+            f"queue {queue!r} is not paused, so its workers may start the jobs that are {what}: "
+            "pause it first"
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,12 +3,15 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from graphlib import CycleError, TopologicalSorter
+from typing import Any
 from uuid import UUID
 
+from asyncmq_nats._arguments import build_job
 from asyncmq_nats.backends import default_backend
 from asyncmq_nats.backends.base import Backend
-from asyncmq_nats.exceptions import InvalidFlow
-from asyncmq_nats.jobs import Job
+from asyncmq_nats.calls import Call, written
+from asyncmq_nats.exceptions import InvalidArgument, InvalidFlow
+from asyncmq_nats.jobs import Job, new_job_id
 from asyncmq_nats.queues import Queue
 from asyncmq_nats.schedules import parse_every
 
@@ -21,8 +24,10 @@ class FlowProducer:
     def __init__(self, backend: Backend | None = None) -> None:
         self.backend = backend if backend is not None else default_backend()
 
-    async def add_flow(self, queue: str, jobs: Sequence[Job]) -> list[str]:
+    async def add_flow(self, queue: str, jobs: Sequence[Job | Call[Any]]) -> list[str]:
         """Add jobs that depend on each other, or on jobs in the queue. Return their ids in order.
+
+        A job may be the `call` of a task; its `depends_on` may have other calls of the flow.
 
         Up to 1,000 writes (a job is one, and so is each dependency on a job outside the flow) are
         all or nothing. A larger flow is added in
@@ -31,16 +36,49 @@ class FlowProducer:
 
         Raises:
             InvalidFlow: two jobs have one id, or they depend on each other in a circle.
+            InvalidArgument: a call is for another queue, or waits for one that is not in the flow.
             JobNotFound: one depends on a job that is neither in the flow nor in the queue.
             ValueError: the `repeat_every` of one is no interval.
         """
-        for job in jobs:
+        await self.backend.connect()
+        built = _build(jobs, queue, self.backend.now())
+        for job in built:
             if job.repeat_every is not None:
                 parse_every(job.repeat_every)
-        flow = [replace(job, retries=0, custom_id=not _is_random(job.job_id)) for job in jobs]
+        flow = [replace(job, retries=0, custom_id=not _is_random(job.job_id)) for job in built]
         order = _children_first({job.job_id: job for job in flow}, flow)
-        await Queue(queue, self.backend).add_linked(order)
-        return [job.job_id for job in jobs]
+        plain = {
+            job.job_id for job, given in zip(built, jobs, strict=True) if isinstance(given, Call)
+        }
+        await Queue(queue, self.backend).add_linked(order, plain=plain)
+        return [job.job_id for job in built]
+
+
+def _build(jobs: Sequence[Job | Call[Any]], queue: str, now: float) -> list[Job]:
+    """Return the jobs of a flow, each call as a job with an id."""
+    ids: dict[int, str] = {}
+    for call in jobs:
+        if isinstance(call, Call):
+            call.require_queue(queue)
+            if call.deduplication is not None:
+                raise InvalidArgument("a job of a flow takes no deduplication", call.deduplication)
+            if id(call) in ids:
+                raise InvalidFlow("a call is twice in the flow: make one for each job")
+            ids[id(call)] = call.job_id or new_job_id()
+    return [_job_of(job, ids, now) if isinstance(job, Call) else job for job in jobs]
+
+
+def _job_of(call: Call[Any], ids: Mapping[int, str], now: float) -> Job:
+    parents = [call.depends_on] if isinstance(call.depends_on, str) else call.depends_on or ()
+    names = []
+    for parent in parents:
+        if isinstance(parent, Call) and id(parent) not in ids:
+            raise InvalidArgument(
+                "depends_on: a call that is waited for must be in the flow", parent
+            )
+        names.append(ids[id(parent)] if isinstance(parent, Call) else parent)
+    job = build_job(now, write=written, **replace(call, depends_on=names).fields)
+    return replace(job, job_id=ids[id(call)])
 
 
 def _is_random(job_id: str) -> bool:

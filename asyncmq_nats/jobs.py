@@ -34,6 +34,7 @@ __all__ = [
     "check_size",
     "new_job",
     "new_job_id",
+    "size_limit",
     "validate_custom_job_id",
 ]
 
@@ -75,19 +76,22 @@ def validate_custom_job_id(job_id: object) -> str:
     return job_id
 
 
+def size_limit(max_body: int, chosen: int | None = None) -> int:
+    """Return how many bytes a new job may have: 64 KiB or an eighth is left for its outcome.
+
+    `max_body`: bytes of a message; `chosen`: a smaller limit, that of the settings.
+    """
+    limit = max_body - min(RESERVE, max_body // 8)
+    return limit if chosen is None else min(limit, chosen)
+
+
 def check_size(body: bytes, what: str, max_body: int, chosen: int | None = None) -> None:
-    """Refuse a new job that leaves no room in a message for its result or its errors.
-
-    A message has `max_body` bytes; the room is 64 KiB, or an eighth.
-
-    `chosen`: a smaller limit, that of the settings.
+    """Refuse a new job that is larger than `size_limit` allows.
 
     Raises:
         PayloadTooLarge: it is too large.
     """
-    limit = max_body - min(RESERVE, max_body // 8)
-    if chosen is not None:
-        limit = min(limit, chosen)
+    limit = size_limit(max_body, chosen)
     if len(body) > limit:
         raise PayloadTooLarge(what, len(body), limit)
 
@@ -141,6 +145,8 @@ class JobHead:
     repeat_every: float | str | None = None
     children: list[str] | None = None
     stalls: int = 0
+    retries: Any = 0
+    meta: Any = None
     v: int = WIRE_VERSION
 
     def is_expired(self, now: float) -> bool:

@@ -6,14 +6,17 @@ One class, since AsyncMQ's is one; each method is a few lines over one call belo
 import math
 from collections.abc import (
     AsyncGenerator,
+    AsyncIterable,
     AsyncIterator,
     Awaitable,
     Callable,
+    Collection,
     Coroutine,
     Iterable,
     Mapping,
     Sequence,
 )
+from contextlib import aclosing
 from dataclasses import replace
 from functools import partial
 from typing import Any, Final, TypeVar
@@ -34,7 +37,9 @@ from asyncmq_nats._arguments import (
 from asyncmq_nats._logging import Throttle, get_logger
 from asyncmq_nats.backends import default_backend
 from asyncmq_nats.backends.base import Backend, Difference, Signal
-from asyncmq_nats.events import Event, read_event
+from asyncmq_nats.calls import Call, written
+from asyncmq_nats.context import JobLogLine
+from asyncmq_nats.events import PREFIX, Event, read_event
 from asyncmq_nats.exceptions import (
     AssetMissing,
     BulkAddFailed,
@@ -42,6 +47,7 @@ from asyncmq_nats.exceptions import (
     InvalidArgument,
     JobFailed,
     JobNotFound,
+    QueueNotPaused,
 )
 from asyncmq_nats.jobs import LATEST, Backoff, DelayedInfo, Job
 from asyncmq_nats.middleware import (
@@ -64,6 +70,9 @@ from asyncmq_nats.search import JobFilter
 from asyncmq_nats.states import COUNT_BUCKETS, JOB_STATES, OUTCOMES, Bucket, State
 from asyncmq_nats.store.commit import LAG, look_for, looks
 from asyncmq_nats.store.configuration import Configurations
+from asyncmq_nats.store.flows import Flow, read_flow
+from asyncmq_nats.store.job_logs import read_job_logs
+from asyncmq_nats.store.overview import Overview, QueueInfo
 from asyncmq_nats.store.pages import JobLists
 from asyncmq_nats.store.reads import Inspection, JobPage, WaitingJob
 from asyncmq_nats.store.search import Found, Search
@@ -77,6 +86,13 @@ from asyncmq_nats.transitions.apply import (
     apply_to_ids,
     apply_to_matches,
 )
+from asyncmq_nats.transitions.archive import (
+    FORMAT,
+    Imported,
+    Importer,
+    export_jobs,
+    split_line,
+)
 from asyncmq_nats.transitions.bulk import add_many, build_entries, check_entries
 from asyncmq_nats.transitions.cancel import Administration
 from asyncmq_nats.transitions.clean import Cleanup, Progress
@@ -88,6 +104,7 @@ from asyncmq_nats.transitions.definition import (
     repeatable_id,
 )
 from asyncmq_nats.transitions.edit import Edits
+from asyncmq_nats.transitions.move import MOVABLE, Moved, Mover, Side
 from asyncmq_nats.transitions.repeat import Repeatables
 from asyncmq_nats.wire.keys import QueueSubjects, encode_token
 
@@ -98,6 +115,21 @@ logger = get_logger(__name__)
 EVENT_BUFFER: Final = 10_000
 RETRIED: Final = (State.FAILED, State.EXPIRED, State.CANCELLED, State.DELAYED)
 """States in which a job can be retried by hand."""
+REPEATED: Final = ("args", "kwargs", "retries", "ttl", "backoff", "priority", "timeout")
+"""What a repeatable has of the parameters of its jobs."""
+IMPORT_BATCH: Final = 500
+EXPORT_ORDER: Final = (
+    *OUTCOMES,
+    State.DELAYED,
+    State.WAITING,
+    State.ACTIVE,
+    State.WAITING_CHILDREN,
+)
+"""Those that others wait for come first."""
+ENDS: Final = frozenset(PREFIX + state for state in OUTCOMES)
+"""The events that are the last one of a job."""
+LAST_EVENT_TIMEOUT: Final = 0.5
+"""How long the events of a job are waited for that has ended already, in seconds."""
 COUNTED_AS_TO_DO: Final = (State.WAITING, State.DELAYED, State.WAITING_CHILDREN)
 
 H = TypeVar("H", bound=Hook)
@@ -173,6 +205,9 @@ class Queue:
         self._inspection = Inspection(self.backend, self._subjects, self._assets)
         self._administration = Administration(self.backend, self._subjects, self._assets)
         self._lists = JobLists(self.backend, self._subjects, self._assets, self._inspection)
+        self._overview = Overview(
+            self.backend, self._subjects, self._assets, self._inspection, self._lists
+        )
         self._cleanup = Cleanup(
             self.backend, self._subjects, self._assets, self._inspection, self._lists
         )
@@ -269,6 +304,17 @@ class Queue:
         given = deduplication if deduplication is not None else debounce
         return await self._add(job, None if given is None else parse_window(given))
 
+    async def add_call(self, call: Call[Any]) -> str:
+        """Add one job, given as the `call` of a task, and return its id; see `add`.
+
+        Raises:
+            InvalidArgument: the call is for another queue.
+        """
+        call.require_queue(self.name)
+        window = None if call.deduplication is None else parse_window(call.deduplication)
+        await self.backend.connect()
+        return await self._add(build_job(self.backend.now(), write=written, **call.fields), window)
+
     async def _add(self, job: Job, window: Window | None = None) -> str:
         job.encode()  # nothing is declared for what cannot be sent
         chain = Chain.of(self.name, self._middleware)
@@ -290,10 +336,10 @@ class Queue:
         chain = Chain.of(self.name, self._middleware)
         return await (chain.enqueue(jobs, store) if chain.enqueues and jobs else store(jobs))
 
-    async def add_bulk(self, jobs: Iterable[Mapping[str, Any]]) -> list[str]:
+    async def add_bulk(self, jobs: Iterable[Mapping[str, Any] | Call[Any]]) -> list[str]:
         """Add many jobs and return their ids in order (AsyncMQ `Queue.add_bulk`).
 
-        Each is a mapping with `task_id` and any of the other parameters of `add`. Up to 1,000 writes (a job is one, and so is each
+        Each is a mapping with `task_id` and any of the other parameters of `add`, or the `call` of a task. Up to 1,000 writes (a job is one, and so is each
         dependency) are all or none; more go in such batches. Entries with a deduplication window are added one by one, after the others.
 
         Raises:
@@ -301,7 +347,7 @@ class Queue:
             BulkAddFailed: of more than 1,000, some were added and some were not; it says which.
         """
         await self.backend.connect()
-        built, windows = build_entries(self.backend.now(), jobs, self._registry.write)
+        built, windows = build_entries(self.backend.now(), jobs, self._registry.write, self.name)
         return await self._add_all(built, partial(self._store_bulk, windows=windows))
 
     async def _store_bulk(
@@ -368,15 +414,19 @@ class Queue:
             else await self.enqueue_delayed(payload, run_at)
         )
 
-    async def add_linked(self, jobs: Sequence[Job]) -> None:
-        """Add jobs that depend on each other, each after its `children`; see `FlowProducer.add_flow`."""
+    async def add_linked(self, jobs: Sequence[Job], *, plain: Collection[str] = ()) -> None:
+        """Add jobs that depend on each other, each after its `children`; see `FlowProducer.add_flow`.
+
+        `plain`: the ids of those whose arguments are plain data already.
+        """
 
         async def store(jobs: Sequence[Job]) -> list[str]:
             await self._assets.declare()
             await self._additions.add_linked(jobs)
             return [job.job_id for job in jobs]
 
-        await self._add_all([self._written(job) for job in jobs], store)
+        given = [job if job.job_id in plain else self._written(job) for job in jobs]
+        await self._add_all(given, store)
 
     def _written(self, job: Job) -> Job:
         args, kwargs = self._registry.write(job.task_id, job.args, job.kwargs)
@@ -429,6 +479,17 @@ class Queue:
             str(state): count for state, count in (await self._inspection.count_by_state()).items()
         }
 
+    async def info(self) -> QueueInfo | None:
+        """Return all there is to know of the queue as a whole; `None` if it does not exist."""
+        return await self._overview.read()
+
+    async def rates(self, period: float = 60.0) -> dict[str, float]:
+        """Return how many jobs a second ended in each way during the last `period` seconds.
+
+        Read from the outcomes, at most 5,000 of each; what was removed since is not counted.
+        """
+        return await self._overview.rates(checked_seconds(period, "period"))
+
     async def get_job_counts(self, *types: str) -> dict[str, int]:
         """Return the number of jobs for each of the given states, by default AsyncMQ's eight; asking for `waiting` adds `paused`."""
         counts = await self.queue_stats()
@@ -446,10 +507,23 @@ class Queue:
         counts = await self._inspection.count_by_state()
         return sum(counts[state] for state in COUNTED_AS_TO_DO)
 
+    async def job_logs(self, job_id: str) -> list[JobLogLine]:
+        """Return the lines that a job's attempts kept by `current_job().log`, in order.
+
+        Also while it runs: they are written twice a second. None if it kept none, they are too old
+        (`Settings.job_log_ttl`), or there is no such job.
+        """
+        return await read_job_logs(self.backend, self._subjects, job_id)
+
     async def get_job(self, job_id: str) -> dict[str, Any] | None:
         """Return the job as a dict with AsyncMQ's keys, and ours beside them, or `None`."""
         job = await self._inspection.find(job_id)
         return None if job is None else job.to_dict()
+
+    async def get_flow(self, job_id: str, *, limit: int = 1000) -> Flow | None:
+        """Return a job and those that it depends on, and these on, up to `limit` jobs; `None` if there is no such job."""
+        most = checked_number(limit, "limit", 1)
+        return await read_flow(self.backend, self._subjects, self._inspection, job_id, most)
 
     async def get_job_state(self, job_id: str) -> str | None:
         """Return the state of the job, or `None` if there is no such job."""
@@ -529,18 +603,19 @@ class Queue:
         """
         wanted = JobFilter() if where is None else where
         left = math.inf if limit is None else checked_number(limit, "limit")
-        async for page in self._pages_of(wanted, wanted.states, descending=newest_first):
-            for found in page:
+        async with aclosing(
+            self._pages_of(wanted, wanted.states, descending=newest_first)
+        ) as pages:
+            async for page in pages:
+                for found in page[: None if left == math.inf else int(left)]:
+                    yield found.job.to_dict()
+                left -= len(page)
                 if left <= 0:
                     return
-                left -= 1
-                yield found.job.to_dict()
-            if left <= 0:
-                return
 
     async def _pages_of(
         self, where: JobFilter, states: Sequence[State], *, descending: bool
-    ) -> AsyncIterator[list[Found]]:
+    ) -> AsyncGenerator[list[Found], None]:
         running: set[str] = set()
         if where.worker is not None and State.ACTIVE in states:
             workers = await self.list_workers()
@@ -609,36 +684,35 @@ class Queue:
         """Return nothing: jobs of every priority are `waiting` (the name is AsyncMQ's)."""
         return await self.get_jobs([Bucket.PRIORITIZED], start=start, end=end, asc=asc)
 
-    async def events(self, *names: str) -> AsyncGenerator[Event, None]:
+    async def events(self, *names: str, job_id: str | None = None) -> AsyncGenerator[Event, None]:
         """Yield what happens to the jobs of this queue from now on, in whatever process; with names, only such events (see `Event`).
 
-        At most once: while the connection is down, or this reader is 10,000 events behind, events are lost.
+        With a `job_id` only what happens to that job, until it has ended. At most once: while the connection is down, or this reader is
+        10,000 events behind, events are lost.
         """
-        send, receive = anyio.create_memory_object_stream[Event](EVENT_BUFFER)
-        losses = Throttle()
-
-        def warn_of_losses(count: int) -> None:
-            if count:
-                text = "queue %s: a reader of events is too slow, %d events are lost"
-                logger.warning(text, self.name, count)
-
-        def hear(signal: Signal) -> None:
-            event = read_event(self.name, signal.subject, signal.body)
-            if event is not None and (not names or event.name in names):
-                try:
-                    send.send_nowait(event)
-                except anyio.WouldBlock:
-                    warn_of_losses(losses.note())
-
-        with send, receive:
-            subscription = await self.backend.subscribe(self._subjects.event("*", "*"), hear)
+        last = frozenset() if job_id is None else ENDS
+        inbox = _Inbox(self.name, frozenset(names) | last if names else frozenset())
+        token = "*" if job_id is None else encode_token(job_id)
+        with inbox.send, inbox.receive:
+            subscription = await self.backend.subscribe(
+                self._subjects.event("*", token), inbox.hear
+            )
             try:
-                async for event in receive:
-                    yield event
+                patience = None if job_id is None else await self._patience_for(job_id)
+                while (event := await inbox.next(patience)) is not None:
+                    if not names or event.name in names:
+                        yield event
+                    if event.name in last:
+                        break
             finally:
-                warn_of_losses(losses.take())
+                inbox.warn_of_losses(inbox.losses.take())
                 with anyio.CancelScope(shield=True):
                     await subscription.unsubscribe()
+
+    async def _patience_for(self, job_id: str) -> float | None:
+        """Return how long to wait for each event of a job: for ever, unless it has ended."""
+        job = await self._inspection.find(job_id)  # after listening: its end is heard or seen
+        return None if job is not None and job.status not in OUTCOMES else LAST_EVENT_TIMEOUT
 
     async def wait_for(self, job_id: str, timeout: float | None = None) -> Any:
         """Wait until the job ends and return its result.
@@ -921,15 +995,17 @@ class Queue:
                 raise InvalidArgument(
                     f"{action} is for jobs that are {', '.join(possible)}", useless[0]
                 )
-        pages = self._pages_of(replace(jobs, until=until), states, descending=False)
-        return await apply_to_matches(
-            pages,
-            self._cleanup if action == Action.REMOVE else act,
-            until=until,
-            dry_run=dry_run,
-            limit=most,
-            progress=progress,
-        )
+        async with aclosing(
+            self._pages_of(replace(jobs, until=until), states, descending=False)
+        ) as pages:
+            return await apply_to_matches(
+                pages,
+                self._cleanup if action == Action.REMOVE else act,
+                until=until,
+                dry_run=dry_run,
+                limit=most,
+                progress=progress,
+            )
 
     def _action(
         self, action: str | Callable[[str], Awaitable[bool]]
@@ -947,6 +1023,98 @@ class Queue:
                 f"action must be one of {', '.join(Action)}, or a function", action
             )
         return known[action]
+
+    async def move(
+        self,
+        target: "Queue",
+        where: JobFilter | None = None,
+        *,
+        progress: Progress | None = None,
+    ) -> Moved:
+        """Move jobs to another queue, on this or on another server. Each runs here or there, never in both.
+
+        Pause this queue first if jobs wait in it. A job keeps its id, its arguments, its attempts and its time; one that has ended keeps its
+        outcome, with a time to live that begins anew. Those that run, that wait for others, or that others wait for stay, and so do those
+        whose id the other queue has. Whoever waits here for a job that is moved is told that it was cancelled. Interrupted, the same call
+        goes on.
+
+        Args:
+            target: the other queue.
+            where: which jobs; by default all that can be moved.
+            progress: called now and then with the number of jobs so far.
+
+        Raises:
+            QueueNotPaused: jobs that wait are meant, and this queue is not paused.
+            InvalidArgument: it is the same queue, or jobs in a state are meant in which none can be moved.
+        """
+        wanted = JobFilter() if where is None else where
+        if target.name == self.name and target.backend is self.backend:
+            raise InvalidArgument("target must be another queue", target.name)
+        states = MOVABLE if wanted.state is None else wanted.states
+        if fixed := [state for state in states if state not in MOVABLE]:
+            raise InvalidArgument(f"only jobs that are {', '.join(MOVABLE)} can be moved", fixed[0])
+        waiting = (await self.queue_stats())[State.WAITING] if State.WAITING in states else 0
+        if waiting and not await self.is_paused():
+            raise QueueNotPaused(self.name, "moved")
+        await target._assets.declare()
+        held = JobFilter(state=State.DELAYED)
+        mover = Mover(self._side(), target._side())
+        return await mover.move(
+            self._pages_of(wanted, states, descending=False),
+            target._pages_of(held, held.states, descending=False),
+            progress or (lambda _: None),
+        )
+
+    def _side(self) -> Side:
+        return Side(self._additions, self._administration, self._subjects)
+
+    async def export(self) -> AsyncGenerator[dict[str, Any], None]:
+        """Yield the queue as dicts that can be written as lines of JSON: each job with all that is stored of it, and the repeatables.
+
+        Pause the queue and let its workers finish for an exact copy: what moves meanwhile may come twice or not at all.
+        """
+        await self.backend.connect()
+        yield {"format": FORMAT, "queue": self.name, "at": self.backend.now()}
+        pages = self._pages_of(JobFilter(), EXPORT_ORDER, descending=False)
+        async for line in export_jobs(pages):
+            yield line
+        for info in await self.list_repeatables():
+            yield {"repeatable": info.job_def, "paused": info.paused}
+
+    async def import_jobs(
+        self,
+        lines: Iterable[Mapping[str, Any]] | AsyncIterable[Mapping[str, Any]],
+        *,
+        progress: Progress | None = None,
+    ) -> Imported:
+        """Add what `export` yielded, of this queue or of another. What is there already stays: after an interruption the same call goes on.
+
+        Jobs that ran when they were exported run again; those that had ended keep their outcome, with a time to live that begins anew.
+
+        Raises:
+            InvalidArgument: a line is none of an export.
+        """
+        await self._assets.declare()
+        importer, batch = Importer(self._additions, progress), list[tuple[State, dict[str, Any]]]()
+        async for line in _each(lines):
+            entry = split_line(checked_mapping(line, "a line of an export"))
+            if entry is not None:
+                batch.append(entry)
+            elif "repeatable" in line:
+                await self._import_repeatable(line)
+            if len(batch) >= IMPORT_BATCH:
+                await importer.add(batch)
+                batch = []
+        await importer.add(batch)
+        return await importer.finish()
+
+    async def _import_repeatable(self, line: Mapping[str, Any]) -> None:
+        fields = {key: value for key, value in line["repeatable"].items() if key != "id"}
+        if fields.get("cron") is None:
+            fields.pop("timezone", None)
+        await self.upsert_repeatable(**fields)
+        if line.get("paused"):
+            await self.pause_repeatable(line["repeatable"]["id"])
 
     # -- repeatables
 
@@ -1113,6 +1281,22 @@ class Queue:
         """Return the stored repeatables with their next runs (AsyncMQ `Queue.list_repeatables`)."""
         return await self._unless_missing(self._repeatables.read_all(), [])
 
+    async def run_repeatable(self, job_def: Mapping[str, Any] | str) -> str:
+        """Add one job of a repeatable now, beside its series, which goes on as planned. Return the job's id.
+
+        Raises:
+            KeyError: there is no such repeatable.
+        """
+        rid = repeatable_id(job_def, self._registry.write)
+        for info in await self.list_repeatables():
+            if info.job_def["id"] == rid:
+                given = {name: info.job_def[name] for name in REPEATED if name in info.job_def}
+                backoff = given.get("backoff")
+                if isinstance(backoff, Mapping):
+                    given["backoff"] = Backoff(**backoff)
+                return await self.add(info.job_def["task_id"], **given)
+        raise KeyError(f"no repeatable {rid!r}")
+
     async def remove_repeatable(self, job_def: Mapping[str, Any] | str) -> bool:
         """Remove a repeatable, given as its `job_def` or by name. Return whether it was there. Jobs it has added stay."""
         return await self._unless_missing(
@@ -1230,6 +1414,45 @@ class Queue:
     async def remove_deduplication_key(self, deduplication_id: str) -> bool:
         """End a deduplication window. Return whether there was one."""
         return await self._unless_missing(self._deduplicator.remove(deduplication_id), False)
+
+
+async def _each(
+    lines: Iterable[Mapping[str, Any]] | AsyncIterable[Mapping[str, Any]],
+) -> AsyncIterator[Mapping[str, Any]]:
+    if isinstance(lines, AsyncIterable):
+        async for line in lines:
+            yield line
+    else:
+        for line in lines:
+            yield line
+
+
+class _Inbox:
+    """The events that a reader has yet to read. `names`: only these; none means all."""
+
+    def __init__(self, queue: str, names: Collection[str]) -> None:
+        self._queue = queue
+        self._names = names
+        self.losses = Throttle()
+        self.send, self.receive = anyio.create_memory_object_stream[Event](EVENT_BUFFER)
+
+    def hear(self, signal: Signal) -> None:
+        event = read_event(self._queue, signal.subject, signal.body)
+        if event is not None and (not self._names or event.name in self._names):
+            try:
+                self.send.send_nowait(event)
+            except anyio.WouldBlock:
+                self.warn_of_losses(self.losses.note())
+
+    def warn_of_losses(self, count: int) -> None:
+        if count:
+            text = "queue %s: a reader of events is too slow, %d events are lost"
+            logger.warning(text, self._queue, count)
+
+    async def next(self, timeout: float | None) -> Event | None:
+        with anyio.move_on_after(timeout):
+            return await self.receive.receive()
+        return None
 
 
 def _result_of(job: Job) -> Any:

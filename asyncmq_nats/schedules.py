@@ -27,6 +27,7 @@ __all__ = [
     "next_run",
     "next_run_after",
     "parse_every",
+    "upcoming_runs",
 ]
 
 FIELDS: Final = ("minute", "hour", "day of month", "month", "day of week", "second")
@@ -261,6 +262,28 @@ def first_run(schedule: Schedule, now: float) -> float:
         at = next_run(schedule, max(start - 0.001, now))  # `start` itself counts
         return at if at >= start else next_run(schedule, at)
     return start if start >= now else next_run_after(schedule, start, now)
+
+
+def upcoming_runs(info: RepeatableInfo, count: int, now: float) -> list[float]:
+    """Return the next `count` runs of a stored repeatable in Unix seconds, fewer if it ends before.
+
+    Of one that is paused, when it would run if it were resumed now.
+    """
+    definition = info.job_def
+    cron = definition.get("cron")
+    schedule = make_schedule(
+        None if cron is not None else definition.get("every"),
+        cron,
+        definition.get("timezone") if cron is not None else None,
+        start=definition.get("start"),
+        end=definition.get("end"),
+    )
+    runs: list[float] = []
+    at = first_run(schedule, now) if info.next_run is None else info.next_run
+    while len(runs) < count and math.isfinite(at) and not is_over(schedule, at):
+        runs.append(at)
+        at = next_run(schedule, at)
+    return runs
 
 
 def is_over(schedule: Schedule, at: float) -> bool:

@@ -195,6 +195,12 @@ class Settings(BaseSettings):
     min_repeat_interval: float = Field(0.05, ge=0.05)
     """The shortest interval of a repeatable and of `repeat_every`. A shorter one is refused; a job
     of another program that has one is repeated after this."""
+    job_log_level: Literal["DEBUG", "INFO"] = "DEBUG"
+    """Level of the lines that a worker logs when a job starts and when it has completed."""
+    job_log_lines: int = Field(200, ge=0, le=10_000)
+    """Lines of `current_job().log(…)` that are kept of each attempt, the last ones."""
+    job_log_ttl: float = Field(7 * DAY, ge=1)
+    """How long these lines are kept."""
     health_port: int | None = Field(None, ge=1, le=65_535)
     """Port at which a worker answers probes: `/livez`, `/readyz`. Each process of several has the next one."""
     metrics_port: int | None = Field(None, ge=1, le=65_535)

@@ -1,26 +1,31 @@
 """`@task`: functions that workers run, and that producers enqueue by calling a method of them."""
 
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from dataclasses import replace
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import update_wrapper
+from inspect import ismethod, signature
+from types import EllipsisType
 from typing import Any, Final, Generic, Literal, ParamSpec, Protocol, TypeVar, overload
 
 from asyncmq_nats._concurrency import call_either
 from asyncmq_nats.backends import default_backend
 from asyncmq_nats.backends.base import Backend
+from asyncmq_nats.calls import Call
 from asyncmq_nats.context import DONE
 from asyncmq_nats.exceptions import InvalidArgument
+from asyncmq_nats.handles import JobHandle
 from asyncmq_nats.jobs import Backoff
 from asyncmq_nats.queues import Queue
 from asyncmq_nats.retries import BackoffFunction, ErrorTypes
 from asyncmq_nats.runtime.registry import TASK_REGISTRY, RegisteredTask, TaskRegistry
 from asyncmq_nats.store.topology import DEFAULT_PRIORITY
-from asyncmq_nats.wire.arguments import Arguments
+from asyncmq_nats.wire.arguments import Results
 
-__all__ = ["TASK_REGISTRY", "TaskRegistry", "TaskWrapper", "list_tasks", "task"]
+__all__ = ["TASK_REGISTRY", "TaskOptions", "TaskRegistry", "TaskWrapper", "list_tasks", "task"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
+F = TypeVar("F", bound=Callable[..., Any])
 
 OUR_KEYWORDS: Final = frozenset(
     {
@@ -33,16 +38,85 @@ OUR_KEYWORDS: Final = frozenset(
         "repeat_every",
     }
 )
-"""The keywords of `enqueue`: a task cannot be given arguments of these names by it."""
+"""The keywords of `enqueue`, except those of which the task has a parameter of that name."""
 QUEUES: Final = "_asyncmq_nats_queues"
 """The attribute of a backend that keeps its queues, so that they go with it."""
+
+
+@dataclass(frozen=True, slots=True)
+class TaskOptions(Generic[P, R]):
+    """A task with options for its jobs: `send.options(delay=60).enqueue("ada@…")`. All arguments are the task's."""
+
+    _task: "TaskWrapper[P, R]"
+    _queue: Queue | str | None = None
+    _backend: Backend | None = None
+    _validate: bool = True
+    _fields: Mapping[str, Any] = field(default_factory=dict)
+
+    async def enqueue(self, *args: P.args, **kwargs: P.kwargs) -> JobHandle[R]:
+        """Add a job that runs the task with these arguments, and return its id, a `str` that knows its job.
+
+        Raises:
+            InvalidCall: the task would refuse the arguments.
+            AsyncMQError: as for `Queue.add`.
+        """
+        call = self.call(*args, **kwargs)  # before a connection is made
+        queue = self._resolve_queue()
+        return self._task.handle(await queue.add_call(call), queue)
+
+    def call(self, *args: P.args, **kwargs: P.kwargs) -> Call[R]:
+        """Return the call as a value, for `add_bulk`, flows and follow-ups.
+
+        Raises:
+            InvalidCall: the task would refuse the arguments.
+            NotSerializable: one would not arrive equal.
+        """
+        entry, queue = self._task.entry, self._queue
+        written, named = entry.arguments.write(args, kwargs, entry.id)
+        if self._validate:
+            entry.arguments.check(written, named, entry.id)
+        name = queue.name if isinstance(queue, Queue) else queue or entry.queue
+        declared: dict[str, Any] = {
+            "retries": entry.retries,
+            "ttl": entry.ttl,
+            "backoff": entry.backoff,
+            "timeout": entry.timeout,
+        }
+        return Call(entry.id, name, written, named, **{**declared, **self._fields})
+
+    def _resolve_queue(self) -> Queue:
+        if isinstance(self._queue, Queue):
+            return self._queue
+        return self._task.queue(self._backend, self._queue)
+
+
+def _enqueue_of_asyncmq(  # its signature, for those who look
+    self: Any,
+    *args: Any,
+    backend: Backend | None = None,
+    delay: float = 0,
+    priority: int = DEFAULT_PRIORITY,
+    depends_on: Sequence[str] | None = None,
+    on_parent_failure: str = "wait",
+    repeat_every: float | str | None = None,
+    job_id: str | None = None,
+    **kwargs: Any,
+) -> Any: ...
+
+
+def _with_signature_of(model: Callable[..., Any]) -> Callable[[F], F]:
+    def copy_signature(function: F) -> F:
+        vars(function)["__signature__"] = signature(model)
+        return function
+
+    return copy_signature
 
 
 class TaskWrapper(Generic[P, R]):
     """A function that is a task. Awaiting a call runs it here; `enqueue` has a worker run it (AsyncMQ `TaskWrapper`).
 
-    Type checkers check the arguments of a call, and those of `enqueue` where it is given none of its own keywords: a signature cannot
-    have both. Of a task with `progress=True` they check none, since a parameter is not given by the caller.
+    Type checkers check the arguments of a call, of `call`, of `options(…).enqueue` and of `enqueue` where it is given none of its own
+    keywords: a signature cannot have both. Of a task with `progress=True` they check none, since a parameter is not given by the caller.
     """
 
     def __init__(self, entry: RegisteredTask, registry: TaskRegistry = TASK_REGISTRY) -> None:
@@ -50,6 +124,8 @@ class TaskWrapper(Generic[P, R]):
         self.entry = replace(entry, wrapper=self)
         self.task_id = entry.id
         self._registry = registry
+        self._keywords = OUR_KEYWORDS - entry.arguments.names
+        self._results = Results(entry.function, validate=entry.validate)
 
     async def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Run the function here; a sync one in a thread."""
@@ -61,69 +137,126 @@ class TaskWrapper(Generic[P, R]):
     # One overload for each keyword that may be the first of those that are given, and one for none.
     # fmt: off
     @overload
-    async def enqueue(self, *args: P.args, **kwargs: P.kwargs) -> str: ...
+    async def enqueue(self, *args: P.args, **kwargs: P.kwargs) -> JobHandle[R]: ...
     @overload
     async def enqueue(
         self, *args: Any, backend: Backend | None, delay: float = ..., priority: int = ..., depends_on: Sequence[str] | None = ...,
         on_parent_failure: str = ..., repeat_every: float | str | None = ..., job_id: str | None = ..., **kwargs: Any,
-    ) -> str: ...
+    ) -> JobHandle[R]: ...
     @overload
     async def enqueue(
         self, *args: Any, delay: float, priority: int = ..., depends_on: Sequence[str] | None = ..., on_parent_failure: str = ...,
         repeat_every: float | str | None = ..., job_id: str | None = ..., **kwargs: Any,
-    ) -> str: ...
+    ) -> JobHandle[R]: ...
     @overload
     async def enqueue(
         self, *args: Any, priority: int, depends_on: Sequence[str] | None = ..., on_parent_failure: str = ...,
         repeat_every: float | str | None = ..., job_id: str | None = ..., **kwargs: Any,
-    ) -> str: ...
+    ) -> JobHandle[R]: ...
     @overload
     async def enqueue(
         self, *args: Any, depends_on: Sequence[str] | None, on_parent_failure: str = ..., repeat_every: float | str | None = ...,
         job_id: str | None = ..., **kwargs: Any,
-    ) -> str: ...
+    ) -> JobHandle[R]: ...
     @overload
-    async def enqueue(self, *args: Any, repeat_every: float | str | None, job_id: str | None = ..., **kwargs: Any) -> str: ...
+    async def enqueue(
+        self, *args: Any, repeat_every: float | str | None, job_id: str | None = ..., **kwargs: Any
+    ) -> JobHandle[R]: ...
     @overload
-    async def enqueue(self, *args: Any, job_id: str | None, **kwargs: Any) -> str: ...
+    async def enqueue(self, *args: Any, job_id: str | None, **kwargs: Any) -> JobHandle[R]: ...
     # fmt: on
 
-    async def enqueue(
-        self,
-        *args: Any,  # to a type checker, `P` might have one of these names, of another type
-        backend: Any = None,
-        delay: Any = 0,
-        priority: Any = DEFAULT_PRIORITY,
-        depends_on: Any = None,
-        on_parent_failure: Any = "wait",
-        repeat_every: Any = None,
-        job_id: Any = None,
-        **kwargs: Any,
-    ) -> str:
-        """Add a job that runs the task with these arguments, on the task's queue, and return its id.
+    @_with_signature_of(_enqueue_of_asyncmq)
+    async def enqueue(self, *args: Any, **kwargs: Any) -> JobHandle[R]:
+        """Add a job that runs the task with these arguments, on the task's queue, and return its id, a `str` that knows its job.
 
-        `backend`, `delay`, `priority`, `depends_on`, `on_parent_failure`, `repeat_every` and `job_id` are as for `Queue.add`; `@task`
-        refuses a function that has a parameter of one of these names.
+        `backend`, `delay`, `priority`, `depends_on`, `on_parent_failure`, `repeat_every` and `job_id` are as for `Queue.add`, except those of
+        which the task has a parameter of that name: then the parameter is meant. `options` has them all, and takes no name from the task.
+
+        Raises:
+            InvalidCall: the task would refuse the arguments.
+            AsyncMQError: as for `Queue.add`.
         """
-        entry = self.entry
-        return await _queue(entry.queue, backend, self._registry).add(
-            entry.id,
-            args,
-            kwargs,
-            retries=entry.retries,
-            ttl=entry.ttl,
-            backoff=entry.backoff,
-            timeout=entry.timeout,
-            priority=priority,
-            delay=delay or None,
-            job_id=job_id,
-            depends_on=depends_on,
-            on_parent_failure=on_parent_failure,
-            repeat_every=repeat_every,
-        )
+        given = {name: kwargs.pop(name) for name in self._keywords & kwargs.keys()}
+        if "delay" in given:
+            given["delay"] = given["delay"] or None
+        backend = given.pop("backend", None)
+        options: TaskOptions[..., R] = TaskOptions(self, None, backend, True, given)
+        return await options.enqueue(*args, **kwargs)
 
     delay = enqueue
     send = enqueue
+
+    def options(
+        self,
+        *,
+        queue: Queue | str | None = None,
+        backend: Backend | None = None,
+        delay: float | None = None,
+        priority: int = DEFAULT_PRIORITY,
+        retries: int | None = None,
+        backoff: float | Backoff | EllipsisType | None = ...,
+        ttl: float | EllipsisType | None = ...,
+        timeout: float | EllipsisType | None = ...,
+        job_id: str | None = None,
+        deduplication: Mapping[str, Any] | None = None,
+        depends_on: "Sequence[str | Call[Any]] | None" = None,
+        on_parent_failure: Literal["wait", "fail", "run"] = "wait",
+        repeat_every: float | str | None = None,
+        meta: Mapping[str, str] | None = None,
+        validate: bool = True,
+    ) -> TaskOptions[P, R]:
+        """Return the task with options for the jobs that its `enqueue` adds, and for its `call`.
+
+        Args:
+            queue: another queue than the task's, by name or with its backend; its workers must run the task (`any_task`).
+            backend: by default that of `queue`, or the default backend.
+            delay: as for `Queue.add`, like priority, job_id, deduplication, on_parent_failure, repeat_every and meta.
+            priority: see `Queue.add`.
+            retries: instead of those of `@task`, like backoff, ttl and timeout; `None` as there.
+            backoff: see `retries`.
+            ttl: see `retries`.
+            timeout: see `retries`.
+            job_id: see `Queue.add`.
+            deduplication: see `Queue.add`.
+            depends_on: ids of jobs; in a flow also other calls of it.
+            on_parent_failure: see `Queue.add`.
+            repeat_every: see `Queue.add`.
+            meta: see `Queue.add`.
+            validate: whether arguments that the task would refuse are refused here; by the task's worker, if not.
+
+        Raises:
+            InvalidArgument: the queue and the backend do not belong together.
+        """
+        if isinstance(queue, Queue) and backend not in (None, queue.backend):
+            raise InvalidArgument("options(queue=…) has a backend already: give no other", backend)
+        fields: dict[str, Any] = {
+            "delay": delay,
+            "priority": priority,
+            "job_id": job_id,
+            "deduplication": deduplication,
+            "depends_on": depends_on,
+            "on_parent_failure": on_parent_failure,
+            "repeat_every": repeat_every,
+            "meta": meta,
+        }
+        declared = {"backoff": backoff, "ttl": ttl, "timeout": timeout}
+        fields |= {name: value for name, value in declared.items() if value is not ...}
+        if retries is not None:
+            fields["retries"] = retries
+        return TaskOptions(self, queue, backend, validate, fields)
+
+    def call(self, *args: P.args, **kwargs: P.kwargs) -> Call[R]:
+        """Return a call of the task as a value, for `add_bulk`, flows and follow-ups; see `TaskOptions.call`."""
+        return TaskOptions(self).call(*args, **kwargs)
+
+    def queue(self, backend: Backend | None = None, name: str | None = None) -> Queue:
+        """Return the queue to which `enqueue` adds, by default that of `@task` on the default backend."""
+        return _queue(name or self.entry.queue, backend, self._registry)
+
+    def handle(self, job_id: str, queue: Queue | None = None) -> JobHandle[R]:
+        """Return the handle of a job of this task of which you know the id. No I/O: it need not exist."""
+        return JobHandle(job_id, queue or self.queue(), self._results)
 
 
 class _Decorator(Protocol):
@@ -195,14 +328,14 @@ def task(
         give_up_on: those after which it is not.
 
     Raises:
-        InvalidArgument: `enqueue` could not give one of its parameters, or it has no name.
+        InvalidArgument: it has no name, or is a method of a class.
         ValueError: another function has its name.
     """
     if callable(queue):
         raise InvalidArgument("@task needs the name of a queue: @task(queue='email')", queue)
 
     def decorate(function: Callable[..., Any], /) -> TaskWrapper[..., Any]:
-        _check_names(function)
+        _refuse_method(function)
         entry = registry.register(
             function,
             queue=queue,
@@ -234,12 +367,15 @@ def list_tasks() -> dict[str, RegisteredTask]:
     return dict(TASK_REGISTRY)
 
 
-def _check_names(function: Callable[..., Any]) -> None:
-    names = Arguments(function).names
-    if taken := sorted(names & OUR_KEYWORDS):
+def _refuse_method(function: Callable[..., Any]) -> None:
+    owner = getattr(function, "__qualname__", "").rpartition(".")[0]
+    code = getattr(function, "__code__", None)
+    if ismethod(function) or code is None or not owner or owner.endswith("<locals>"):
+        return
+    if code.co_varnames[:1] == ("self",):
         raise InvalidArgument(
-            f"a task cannot have a parameter {taken[0]!r}, since enqueue() has one of that name: "
-            "rename it, or register the function by TaskRegistry.register and add by Queue.add",
+            "@task cannot decorate a method, whose object a job cannot carry: "
+            "make a task of the bound method, task('queue')(mailer.send), or use a staticmethod",
             function,
         )
 

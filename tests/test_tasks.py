@@ -22,7 +22,7 @@ from pydantic import BaseModel, Field
 from asyncmq_nats.backends import set_default_backend
 from asyncmq_nats.backends.base import Backend
 from asyncmq_nats.backends.inmemory import InMemoryBackend
-from asyncmq_nats.exceptions import InvalidArgument, JobFailed
+from asyncmq_nats.exceptions import InvalidArgument, InvalidCall, JobFailed
 from asyncmq_nats.queues import Queue
 from asyncmq_nats.runtime.registry import TASK_REGISTRY, TaskRegistry
 from asyncmq_nats.tasks import OUR_KEYWORDS, QUEUES, TaskWrapper, list_tasks, task
@@ -294,7 +294,7 @@ async def test_any_number_of_arguments_is_passed_on(
         ([0], {}, "number.*greater than 0"),
     ],
 )
-async def test_an_argument_of_the_wrong_kind_fails_the_job_by_name(
+async def test_an_argument_of_the_wrong_kind_is_refused_or_fails_the_job_by_name(
     backend: Backend, registry: TaskRegistry, args: list[Any], kwargs: dict[str, Any], told: str
 ) -> None:
     ran: list[int] = []
@@ -305,8 +305,13 @@ async def test_an_argument_of_the_wrong_kind_fails_the_job_by_name(
     ) -> None:
         ran.append(number)
 
-    with pytest.raises(JobFailed, match=told):
-        await run(backend, registry, careful, *args, **kwargs)
+    with pytest.raises(InvalidCall, match=told):
+        await careful.enqueue(*args, **kwargs, backend=backend)
+    unchecked = careful.options(backend=backend, validate=False)
+    job_id = await unchecked.enqueue(*args, **kwargs)
+    async with running(Queue("work", backend, registry=registry)):
+        with pytest.raises(JobFailed, match=told):
+            await job_id.result(PATIENCE)
     assert ran == []
 
 
@@ -368,19 +373,27 @@ async def test_what_a_function_returns_is_awaited(
 
 
 @pytest.mark.parametrize("name", sorted(OUR_KEYWORDS))
-def test_a_parameter_that_enqueue_could_not_give_is_refused(
-    registry: TaskRegistry, name: str
+async def test_a_parameter_of_a_task_may_have_the_name_of_one_of_enqueue(
+    backend: Backend, registry: TaskRegistry, name: str
 ) -> None:
     scope: dict[str, Any] = {}
-    exec(f"async def remind(user, {name}=0): ...\nasync def named(*, {name}): ...", scope)
-    for function in (scope["remind"], scope["named"], plain_decorator(scope["remind"])):
-        with pytest.raises(InvalidArgument, match=rf"parameter {name!r}.*rename it"):
-            task("work", registry=registry)(function)
-    assert len(registry) == 0
-    registry.register(scope["remind"], queue="work", name="remind")  # Queue.add can give it
+    exec(f"async def remind(user, {name}='mine'): return [user, {name}]", scope)
+    remind = task("work", name="remind", registry=registry)(scope["remind"])
+    set_default_backend(backend)
+    try:
+        ids = [
+            await remind.enqueue("ada", **{name: "yours"}),
+            await remind.options(backend=backend, priority=4).enqueue("ada", **{name: "yours"}),
+            await remind.enqueue("ada"),
+        ]
+        async with running(Queue("work", backend, registry=registry)):
+            results = [await job_id.result(PATIENCE) for job_id in ids]
+    finally:
+        set_default_backend(None)
+    assert results == [["ada", "yours"], ["ada", "yours"], ["ada", "mine"]]
 
 
-def test_the_names_that_are_refused_are_those_of_enqueue() -> None:
+def test_the_keywords_are_those_of_enqueue() -> None:
     parameters = inspect.signature(TaskWrapper.enqueue).parameters
     assert {*parameters} - {"self", "args", "kwargs"} == OUR_KEYWORDS
 

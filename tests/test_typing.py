@@ -1,5 +1,7 @@
 """What type checkers make of the public names: read by mypy in its normal run, never executed."""
 
+# pyright: standard, reportUnnecessaryTypeIgnoreComment=error
+
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import aclosing
 from datetime import date
@@ -7,6 +9,7 @@ from typing import TYPE_CHECKING, Any, assert_type
 
 from asyncmq_nats import InMemoryBackend, Queue, Worker, task
 from asyncmq_nats.events import Event, event_emitter
+from asyncmq_nats.handles import JobHandle
 from asyncmq_nats.tasks import TaskWrapper
 
 if TYPE_CHECKING:
@@ -46,9 +49,9 @@ if TYPE_CHECKING:
         await count("three", "four")  # type: ignore[call-arg]
 
     async def add() -> None:
-        assert_type(await send.enqueue("ada", on=date(2030, 1, 1)), str)
-        assert_type(await count.delay(text="three"), str)
-        assert_type(await count.send("three", backend=None), str)
+        assert_type(await send.enqueue("ada", on=date(2030, 1, 1)), JobHandle[str])
+        assert_type(await count.delay(text="three"), JobHandle[int])
+        assert_type(await count.send("three", backend=None), JobHandle[int])
         await send.enqueue(
             "ada",
             backend=backend,

@@ -1,9 +1,14 @@
 """Where jobs are stored, and which backend a queue takes when it is given none."""
 
+from contextvars import ContextVar
+
 from asyncmq_nats.backends.base import Backend
 from asyncmq_nats.settings import settings
 
-__all__ = ["default_backend", "set_default_backend"]
+__all__ = ["backend_of_context", "default_backend", "set_default_backend"]
+
+backend_of_context: ContextVar[Backend | None] = ContextVar("asyncmq_nats_backend", default=None)
+"""The default backend where this is set: in the event loop of `asyncmq_nats.sync`."""
 
 
 def default_backend() -> Backend:
@@ -11,7 +16,10 @@ def default_backend() -> Backend:
 
     Unless one was set, it is a `NATSBackend` of the settings, one for this process.
     """
-    chosen: Backend | None = settings.backend
+    chosen: Backend | None = backend_of_context.get()
+    if chosen is not None:
+        return chosen
+    chosen = settings.backend
     if chosen is None:
         # Only here: a user of the in-memory backend loads no nats-py.
         from asyncmq_nats.backends.nats.backend import NATSBackend

@@ -26,6 +26,7 @@ __all__ = [
     "Delivery",
     "Expect",
     "Log",
+    "LogState",
     "OnRemoved",
     "Puller",
     "Record",
@@ -152,6 +153,22 @@ class ConsumerState:
     delivered_sequence: int
     paused: bool = False
     waiting_pulls: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class LogState:
+    """How large a log is, and how it is kept. `max_bytes`: its limit; `None` is none.
+
+    `storage`: `file` or `memory`. `replicas_behind`: replicas that are not up to date, or away.
+    """
+
+    records: int
+    bytes: int
+    last_sequence: int
+    replicas: int = 1
+    replicas_behind: int = 0
+    storage: str = "memory"
+    max_bytes: int | None = None
 
 
 @dataclass(slots=True)  # frozen ones take four times as long to make, and each job needs one
@@ -407,8 +424,8 @@ class Backend(Protocol):
     async def describe_server(self) -> ServerFacts | None:
         """Return what the server tells of itself; `None` if there is no server."""
 
-    async def describe_log(self, log: str) -> LogFacts | None:
-        """Return what the server tells of a log; `None` if there is no such log."""
+    async def examine_log(self, log: str) -> LogFacts | None:
+        """Return how the server holds a log, its replicas too; `None` if there is no such log."""
 
     async def find_refused(self, publish: Sequence[str], subscribe: Sequence[str]) -> list[str]:
         """Return those subjects that this login may not publish or subscribe to. No effects."""
@@ -526,6 +543,9 @@ class Backend(Protocol):
 
     async def count(self, log: str) -> int:
         """Return the number of records."""
+
+    async def describe_log(self, log: str) -> LogState | None:
+        """Return how large the log is and how it is kept; `None`: there is none."""
 
     async def list_subjects(self, log: str, filter: str) -> list[str]:
         """Return the subjects that have a record. Costs as much as there are."""

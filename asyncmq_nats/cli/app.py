@@ -12,7 +12,22 @@ from typer.main import get_command
 
 import asyncmq_nats
 from asyncmq_nats.cli import command as commands
-from asyncmq_nats.cli import config, doctor, outbox, queue, server, worker
+from asyncmq_nats.cli import (
+    config,
+    dashboard,
+    doctor,
+    events,
+    flow,
+    job,
+    outbox,
+    permissions,
+    queue,
+    queue_config,
+    schedule,
+    server,
+    worker,
+)
+from asyncmq_nats.cli.command import Session
 from asyncmq_nats.cli.output import Output
 from asyncmq_nats.exceptions import AsyncMQError
 
@@ -20,11 +35,17 @@ __all__ = ["GROUPS", "make_app", "run"]
 
 GROUPS: Final = (
     queue.group,
+    job.group,
+    schedule.group,
+    flow.group,
     worker.group,
     outbox.group,
+    config.group,
 )
+COMMANDS: Final = (("events", events.follow), ("permissions", permissions.grant))
+"""Commands that are in no group."""
 
-queue.group.add_typer(config.group)
+queue.group.add_typer(queue_config.group)
 
 DONE, FAILED, INTERRUPTED = 0, 1, 130
 
@@ -56,17 +77,19 @@ def make_app() -> typer.Typer:
     root.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     root.__annotations__ = {each.name: each.annotation for each in parameters}
     app.callback()(root)
-    app.command("version")(_show_version)
-    for single in (server, doctor):
-        single.register(app)
+    commands.command(app, "version")(show_version)
+    for name, function in COMMANDS:
+        commands.command(app, name)(function)
+    for program in (server, dashboard, doctor):
+        program.register(app)
     for group in GROUPS:
         app.add_typer(group)
     return app
 
 
-def _show_version() -> None:
+async def show_version(session: Session) -> None:
     """Print the version of asyncmq-nats."""
-    typer.echo(asyncmq_nats.__version__)
+    session.output.raw(asyncmq_nats.__version__)
 
 
 def run(arguments: Sequence[str]) -> int:

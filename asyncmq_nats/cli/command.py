@@ -34,6 +34,7 @@ __all__ = [
     "QueueName",
     "Session",
     "command",
+    "complete_queues",
     "connection_options",
     "connection_parameters",
     "make_group",
@@ -69,6 +70,10 @@ class Session:
         """Return a queue on that backend, whether it exists or not."""
         return Queue(name, self.backend, **options)
 
+    def elsewhere(self, server: str) -> "Session":
+        """Return a session with another server, all else alike."""
+        return Session(ConnectionOptions(server=server).or_else(self.options), self.output)
+
     async def close(self) -> None:
         """End the connection."""
         if self._backend is not None:
@@ -78,7 +83,7 @@ class Session:
 # -- options that many commands have
 
 
-def _complete_queues(ctx: typer.Context, incomplete: str) -> list[str]:
+def complete_queues(ctx: typer.Context, incomplete: str) -> list[str]:
     """Return the queues that begin so; none if no server answers in time."""
 
     async def read() -> list[str]:
@@ -99,7 +104,7 @@ def _complete_queues(ctx: typer.Context, incomplete: str) -> list[str]:
 
 
 QueueName = Annotated[
-    str, typer.Argument(metavar="QUEUE", help="Name of the queue.", autocompletion=_complete_queues)
+    str, typer.Argument(metavar="QUEUE", help="Name of the queue.", autocompletion=complete_queues)
 ]
 AsJson = Annotated[bool, typer.Option("--json", "-j", help="Print JSON, for programs.")]
 AsNames = Annotated[bool, typer.Option("--names", "-n", help="Print names only, one a line.")]

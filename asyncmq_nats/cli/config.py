@@ -1,82 +1,44 @@
-"""`queue config`: the settings that a queue keeps on the server, for all its workers."""
+"""`config`: what this command line, and a worker started like it, would use."""
 
-from typing import Annotated
+import os
+from typing import Any
 
-import typer
-
-from asyncmq_nats.cli.command import (
-    AsJson,
-    CommandFailed,
-    QueueName,
-    Session,
-    command,
-    make_group,
-    require_queue,
-)
+from asyncmq_nats import Settings
+from asyncmq_nats.cli.command import AsJson, Session, command, make_group
+from asyncmq_nats.cli.connection import describe_sources
+from asyncmq_nats.cli.output import plain_json
 
 __all__ = ["group"]
 
-group = make_group("config", "Settings that a queue keeps on the server, for all its workers.")
+group = make_group("config", "The settings that are in force here.")
 
 
-@command(group, "get")
-async def get(session: Session, queue: QueueName, as_json: AsJson = False) -> None:
-    """Show what is stored, and what on the server differs from the settings in force."""
-    found = await require_queue(session, queue)
-    stored, drift = await found.get_configuration(), await found.find_drift()
+@command(group, "show")
+async def show(session: Session, as_json: AsJson = False) -> None:
+    """Show each setting, its value, and where that comes from. Secrets are masked."""
+    settings = session.backend.settings
+    values = settings.model_dump(mode="json")
+    sources = describe_sources(session.options, os.environ)
     if as_json:
-        rows = [
-            {
-                "asset": each.asset,
-                "key": each.key,
-                "found": each.found,
-                "wanted": each.wanted,
-                "can_change": each.can_change,
-            }
-            for each in drift
+        rows: list[dict[str, Any]] = [
+            {"name": name, "value": value, "source": sources.get(name, "default")}
+            for name, value in values.items()
         ]
-        session.output.json({"stored": stored, "drift": rows})
+        session.output.json(rows)
         return
-    session.output.fields({name: _shown(value) for name, value in stored.items()})
-    if not stored:
-        session.output.note("nothing is stored: the settings are those of each process")
-    for each in drift:
-        session.output.note(
-            f"{each.asset}: {each.key} is {each.found!r}, the settings say {each.wanted!r}"
-            + ("" if each.can_change else " (cannot be changed in place)")
-        )
+    session.output.table(
+        ["setting", "value", "from"],
+        [
+            [name, _shown(value), sources.get(name, "default")]
+            for name, value in values.items()
+            if name in Settings.model_fields
+        ],
+    )
 
 
-@command(group, "set")
-async def set_values(
-    session: Session,
-    queue: QueueName,
-    values: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="NAME=VALUE...", help="As in stalled_after=60; NAME= takes it back."
-        ),
-    ],
-) -> None:
-    """Store settings, and change the server at once. Running workers follow at their heartbeat."""
-    found = await require_queue(session, queue)
-    reset: list[str] = []
-    given: dict[str, str] = {}
-    for word in values:
-        name, equals, value = word.partition("=")
-        if not equals:
-            raise CommandFailed(f"settings are written as NAME=VALUE, not {word!r}")
-        if value:
-            given[name] = value
-        else:
-            reset.append(name)
-    for each in await found.configure(reset=reset, **given):
-        session.output.line(f"{each.asset}: {each.key} {each.found!r} → {each.wanted!r}")
-    stored = await found.get_configuration()
-    session.output.fields({name: _shown(value) for name, value in stored.items()})
-
-
-def _shown(value: object) -> str:
-    if isinstance(value, tuple | list):
+def _shown(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, list):
         return ",".join(map(str, value))
-    return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+    return value if isinstance(value, str) else plain_json(value)

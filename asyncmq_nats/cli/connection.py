@@ -7,8 +7,8 @@ counts only if none of these names a server: a login is not sent to a server tha
 
 import json
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,7 +16,7 @@ from asyncmq_nats import NATSBackend, Settings
 from asyncmq_nats.exceptions import AsyncMQError
 from asyncmq_nats.schedules import parse_every
 
-__all__ = ["ConnectionOptions", "ContextUnusable", "make_backend", "resolve"]
+__all__ = ["ConnectionOptions", "ContextUnusable", "describe_sources", "make_backend", "resolve"]
 
 VARIABLES: Final = {
     "NATS_URL": "servers",
@@ -71,6 +71,48 @@ class ConnectionOptions:
         )
 
 
+@dataclass(slots=True)
+class _Found:
+    """Values by setting, and where each is from: the first that has one counts."""
+
+    values: dict[str, str] = field(default_factory=dict)
+    sources: dict[str, str] = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def take(self, values: Mapping[str, str], source: Callable[[str], str]) -> None:
+        for name, value in values.items():
+            if name not in self.values:
+                self.values[name], self.sources[name] = value, source(name)
+
+    def take_context(self, name: str, env: Mapping[str, str]) -> None:
+        values, extra = _read_context(name, env)
+        self.take(values, lambda _: f"context {name}")
+        self.extra = extra | self.extra
+
+
+def _find(options: ConnectionOptions, env: Mapping[str, str]) -> _Found:
+    found = _Found()
+    if options.server:
+        found.take({"servers": options.server}, lambda _: "--server")
+    if options.prefix:
+        found.take({"prefix": options.prefix}, lambda _: "--prefix")
+    if options.context:
+        found.take_context(options.context, env)
+    own = {name: value for name in Settings.model_fields if (value := _own(env, name))}
+    found.take(own, lambda name: OWN_PREFIX + name.upper())
+    general = {name: variable for variable, name in VARIABLES.items() if env.get(variable)}
+    found.take({name: env[variable] for name, variable in general.items()}, general.__getitem__)
+    if not options.context and env.get("NATS_CONTEXT"):
+        found.take_context(env["NATS_CONTEXT"], env)
+    if "servers" not in found.values and (selected := _selected_context(env)):
+        found.take_context(selected, env)
+    if timeout := options.timeout or env.get("NATS_TIMEOUT"):
+        source = "--timeout" if options.timeout else "NATS_TIMEOUT"
+        for name in ("connect_timeout", "request_timeout"):
+            found.values[name], found.sources[name] = str(parse_every(timeout)), source
+    return found
+
+
 def resolve(
     options: ConnectionOptions, environment: Mapping[str, str] | None = None
 ) -> tuple[Settings, dict[str, Any]]:
@@ -80,28 +122,19 @@ def resolve(
         ContextUnusable: a context that is asked for is not there, or needs what this library has not.
         ValueError: a value is malformed.
     """
-    env = os.environ if environment is None else environment
-    chosen, extra = _read_context(options.context, env) if options.context else ({}, {})
-    own = {name: value for name in Settings.model_fields if (value := _own(env, name))}
-    general = {field: env[name] for name, field in VARIABLES.items() if env.get(name)}
-    chosen = general | own | chosen
-    if not options.context and env.get("NATS_CONTEXT"):
-        found, extra = _read_context(env["NATS_CONTEXT"], env)
-        chosen = found | chosen
-    if options.server:
-        chosen["servers"] = options.server
-    elif "servers" not in chosen and (selected := _selected_context(env)):
-        found, extra = _read_context(selected, env)
-        chosen = found | chosen
-    # What is in `own` the settings read by themselves, lists and numbers too.
-    values = {name: value for name, value in chosen.items() if own.get(name) != value}
-    if options.prefix:
-        values["prefix"] = options.prefix
-    timeout = options.timeout or env.get("NATS_TIMEOUT")
-    if timeout:
-        seconds = parse_every(timeout)
-        values |= {"connect_timeout": seconds, "request_timeout": seconds}
-    return Settings(**values), extra
+    found = _find(options, os.environ if environment is None else environment)
+    # What is from our own variables the settings read by themselves, lists and numbers too.
+    given: dict[str, Any] = {
+        name: value
+        for name, value in found.values.items()
+        if not found.sources[name].startswith(OWN_PREFIX)
+    }
+    return Settings(**given), found.extra
+
+
+def describe_sources(options: ConnectionOptions, environment: Mapping[str, str]) -> dict[str, str]:
+    """Return where the value of each setting is from; of those that are left out, the default."""
+    return _find(options, environment).sources
 
 
 def _own(env: Mapping[str, str], name: str) -> str | None:
@@ -133,18 +166,18 @@ def _selected_context(env: Mapping[str, str]) -> str | None:
         return None
 
 
-def _read_context(name: str, env: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, Any]]:
+def _read_context(context: str, env: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the settings in a context, and what else `nats.connect` is given."""
-    data = _load_context(name, env)
-    unread = [field for field in UNREAD_FIELDS if data.get(field)]
+    data = _load_context(context, env)
+    unread = [key for key in UNREAD_FIELDS if data.get(key)]
     if unread:
         raise ContextUnusable(
-            f"context {name!r} has {', '.join(unread)}, which is not supported here: "
+            f"context {context!r} has {', '.join(unread)}, which is not supported here: "
             "make a context with url and creds, nkey, user or token"
         )
-    found = {field: str(data[key]) for key, field in CONTEXT_FIELDS.items() if data.get(key)}
-    for field in found.keys() & PATHS:
-        found[field] = os.path.expandvars(os.path.expanduser(found[field]))
+    found = {name: str(data[key]) for key, name in CONTEXT_FIELDS.items() if data.get(key)}
+    for name in found.keys() & PATHS:
+        found[name] = os.path.expandvars(os.path.expanduser(found[name]))
     extra: dict[str, Any] = {}
     if data.get("inbox_prefix"):
         extra["inbox_prefix"] = str(data["inbox_prefix"])

@@ -1,9 +1,9 @@
 """What commands print: tables for people, JSON for programs, names for pipes. Results go to stdout, all else to stderr."""
 
-import json
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
+from math import isfinite
 from typing import Any, Final
 
 from pydantic_core import to_json
@@ -18,8 +18,10 @@ __all__ = [
     "Output",
     "duration",
     "instant",
+    "interval",
     "number",
     "plain_json",
+    "size",
 ]
 
 WIDE: Final = 100_000
@@ -53,9 +55,27 @@ def duration(seconds: float | None) -> str:
     return f"{days}d{hours % 24:02d}h"
 
 
+def interval(seconds: float) -> str:
+    """Return an interval exactly, as it may be typed: `1h30m`, `0.5s`."""
+    text, left = "", seconds
+    for unit, length in (("d", 86_400.0), ("h", 3600.0), ("m", 60.0)):
+        if left >= length:
+            text += f"{int(left // length)}{unit}"
+            left %= length
+    return text + (f"{left:g}s" if left or not text else "")
+
+
+def size(count: int) -> str:
+    """Return a number of bytes in a larger unit: `1.2 MiB`."""
+    value, units = float(count), ["B", "KiB", "MiB", "GiB", "TiB"]
+    while value >= 1024 and len(units) > 1:
+        value, units = value / 1024, units[1:]
+    return f"{value:,.0f} {units[0]}" if units[0] == "B" else f"{value:,.1f} {units[0]}"
+
+
 def instant(time: float | None) -> str:
     """Return a time as UTC to the second: `2026-01-31 12:00:00`."""
-    if time is None:
+    if time is None or not isfinite(time):
         return "-"
     try:
         return datetime.fromtimestamp(time, UTC).strftime("%Y-%m-%d %H:%M:%S")
@@ -92,6 +112,19 @@ class Output:
     def json(self, value: Any) -> None:
         """Print a value as indented JSON."""
         self.raw(plain_json(value, indent=2))
+
+    def json_line(self, value: Any) -> None:
+        """Print a value as JSON on one line, and at once: a program reads it while this one runs."""
+        self.raw(plain_json(value))
+        sys.stdout.flush()
+
+    async def stream_json(self, values: AsyncIterator[Any]) -> None:
+        """Print values as a JSON array, each as soon as it is there, on a line of its own."""
+        before = "[\n"
+        async for value in values:
+            sys.stdout.write(before + plain_json(value))
+            before = ",\n"
+        sys.stdout.write("[]\n" if before == "[\n" else "\n]\n")
 
     def raw(self, text: str) -> None:
         """Print a text as it is."""
@@ -151,11 +184,3 @@ def make_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
 
 def _cell(value: str) -> Text:
     return Text(escape_controls(value), style=STYLES.get(value, ""))
-
-
-def load_json_argument(text: str) -> Any:
-    """Return the value of a JSON text; what is no JSON is a text."""
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text

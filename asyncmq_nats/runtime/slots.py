@@ -35,6 +35,7 @@ from asyncmq_nats.retries import Failure, RetryLimits, judge, retry_delay, snooz
 from asyncmq_nats.runtime.completer import Completer
 from asyncmq_nats.runtime.executor import Running, execute
 from asyncmq_nats.runtime.fetcher import Fetcher
+from asyncmq_nats.runtime.job_lines import JobLines
 from asyncmq_nats.runtime.recorder import UNKNOWN_TASK, Recorder
 from asyncmq_nats.runtime.registry import RegisteredTask, TaskRegistry
 from asyncmq_nats.runtime.slot_group import SlotGroup
@@ -96,6 +97,7 @@ class Slots:
         self._recorder = recorder
         self._middleware = middleware
         settings = backend.settings
+        self._lines = JobLines(subjects.queue, lifecycle.worker, settings.job_log_level)
         self._limits = RetryLimits(settings.max_retries_limit, settings.min_retry_delay)
         self._threads = anyio.CapacityLimiter(concurrency)
         self._suspects = Suspects(
@@ -130,6 +132,7 @@ class Slots:
         self._is_cancelled = running_task().cancelling
         self._is_open = True
         self._lifecycle.progress.attach()
+        self._lifecycle.logs.attach()
         self.fill()
 
     # -- take
@@ -334,6 +337,7 @@ class Slots:
             )
             attempt.stalls, attempt.suspected = attempt.losses, False
             failure = Failure(error, "", now)
+            self._lines.failed(attempt.job, failure)
             self._note_end(attempt, None, "failed", failure=failure)
             await self._lifecycle.fail(attempt, failure, on_settled)
         elif head.is_expired(now):
@@ -376,6 +380,7 @@ class Slots:
         running = Running(attempt, context, running_task())
         self.running[running] = None
         running_job.set(context)
+        self._lines.started(attempt)
         self._events.tell_start(
             self._spawner, attempt.token, attempt.body, attempt.started_at, lambda: attempt.job
         )
@@ -396,6 +401,7 @@ class Slots:
             del self.running[running]
             if self._recorder is not None:
                 self._note_run(self._recorder, attempt)
+            self._lifecycle.logs.finish(attempt.token)
         self._lifecycle.progress.finish(attempt.token)
         if running.gave_in:
             self._note_end(attempt, context, "cancelled")
@@ -414,6 +420,7 @@ class Slots:
             self._subjects.queue,
             attempt,
             self._lifecycle,
+            worker=self._lifecycle.worker,
             state=self.state,
             _write=self._registry.write,
             origins=[] if self._middleware.enqueues else None,
@@ -510,11 +517,10 @@ class Slots:
             if follow_ups or attempt.head.repeat_every is not None:
                 await self._lifecycle.accompany(attempt, follow_ups, result)
             await self._lifecycle.complete(attempt, result, on_settled)
+            self._lines.completed(attempt, self._backend.now())
         except INVALID_RESULT as error:
-            logger.warning(
-                "job %s (%s) failed: %s", attempt.head.job_id, attempt.head.task_id, error
-            )
             failure = replace(Failure.of(error, self._backend.now()), traceback="")
+            self._lines.failed(attempt.job, failure)
             self._note_end(attempt, context, "failed", failure=failure)
             await self._lifecycle.fail(attempt, failure, on_settled)
 
@@ -539,9 +545,7 @@ class Slots:
         function = None if task is None else task.backoff_function
         delay = retry_delay(job, failure, function, self._limits)
         if delay is not None:
-            logger.info(
-                "job %s (%s) is retried in %g s: %s", job.job_id, job.task_id, delay, failure.error
-            )
+            self._lines.retried(job, failure, delay)
             self._note_end(attempt, context, "retrying", failure=failure, delay=delay)
             try:
                 await self._lifecycle.retry(attempt, failure, delay, on_settled)
@@ -549,7 +553,7 @@ class Slots:
                 logger.warning("job %s (%s) cannot be retried: %s", job.job_id, job.task_id, error)
             else:
                 return
-        logger.warning("job %s (%s) failed: %s", job.job_id, job.task_id, failure.error)
+        self._lines.failed(job, failure)
         self._note_end(attempt, context, "failed", failure=failure)
         await self._lifecycle.fail(attempt, failure, on_settled)
 

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import anyio
 
-from asyncmq_nats.context import JobContext, running_job
+from asyncmq_nats.context import JobContext, JobLogLine, running_job
 from asyncmq_nats.exceptions import InvalidArgument
 from asyncmq_nats.jobs import Job, JobHead, new_job
 from asyncmq_nats.runtime.registry import TASK_REGISTRY, RegisteredTask
@@ -23,6 +23,10 @@ R = TypeVar("R")
 class _Source:
     job: Job
 
+    @property
+    def head(self) -> Job:
+        return self.job
+
 
 @dataclass(slots=True)
 class _Services:
@@ -30,6 +34,7 @@ class _Services:
 
     parents: Mapping[str, Any]
     reports: list[tuple[float, Any]] = field(default_factory=list)
+    lines: list[JobLogLine] = field(default_factory=list)
 
     def now(self) -> float:
         backend = settings.backend
@@ -37,6 +42,9 @@ class _Services:
 
     def report_progress(self, job: Job, progress: float, data: Any) -> None:
         self.reports.append((progress, data))
+
+    def keep_line(self, job_id: str, line: JobLogLine) -> None:
+        self.lines.append(line)
 
     async def results_of_parents(self, job: Job) -> dict[str, Any]:
         return dict(self.parents)
@@ -50,6 +58,8 @@ class RunningJob:
     """What `current_job()` returns."""
     reports: list[tuple[float, Any]]
     """The progress that was reported: share and data."""
+    lines: Sequence[JobLogLine] = ()
+    """What was kept by `current_job().log`."""
 
     @property
     def follow_ups(self) -> Sequence[Job]:
@@ -107,7 +117,7 @@ def job_context(
     )
     token = running_job.set(context)
     try:
-        yield RunningJob(context, services.reports)
+        yield RunningJob(context, services.reports, services.lines)
     finally:
         running_job.reset(token)
 

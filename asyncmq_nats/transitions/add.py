@@ -8,9 +8,15 @@ from typing import Any, Final
 from asyncmq_nats._concurrency import Turns
 from asyncmq_nats.backends.base import Backend, Expect, Write
 from asyncmq_nats.events import DUPLICATED
-from asyncmq_nats.exceptions import AssetMissing, InvalidFlow, StreamBusy, WriteRefused
-from asyncmq_nats.jobs import Job
-from asyncmq_nats.jobs import check_size as check_size_of
+from asyncmq_nats.exceptions import (
+    AssetMissing,
+    InvalidFlow,
+    PayloadTooLarge,
+    StreamBusy,
+    WriteRefused,
+)
+from asyncmq_nats.jobs import Job, size_limit
+from asyncmq_nats.settings import Settings
 from asyncmq_nats.states import Place
 from asyncmq_nats.store.announcing import announce
 from asyncmq_nats.store.commit import LAG, look_for, pause_after_refusal
@@ -56,6 +62,21 @@ class Additions:
 
         Those of this process that wait for the same job take turns.
         """
+
+    @property
+    def backend(self) -> Backend:
+        """Where the jobs are."""
+        return self._backend
+
+    @property
+    def subjects(self) -> QueueSubjects:
+        """The names of the queue."""
+        return self._subjects
+
+    @property
+    def settings(self) -> Settings:
+        """The settings that hold for the queue."""
+        return self._assets.settings
 
     async def add(self, job: Job) -> str:
         """Store a new job where it belongs and return its id.
@@ -380,17 +401,25 @@ class Additions:
         Raises:
             InvalidJobId, NotSerializable, PayloadTooLarge: as for `add`.
         """
-        if job.custom_id:
-            check_job_id(job.job_id)
-        token, body = encode_token(job.job_id), self.check_size(job)
+        body, token = self.check(job), encode_token(job.job_id)
+        if not (job.custom_id or in_bucket) and job.delay_until is None:
+            return Write(self._subjects.ready(job.priority, token), body, message_id=job.job_id)
         nothing = Expect(self._subjects.later_all(token), last)
         if job.delay_until is not None:
             return delayed_write(
                 self._subjects, token, body, (job.delay_until, self._backend.now()), nothing
             )
-        if job.custom_id or in_bucket:
-            return Write(self._subjects.later(token, Place.RELEASED), body, nothing)
-        return Write(self._subjects.ready(job.priority, token), body, message_id=job.job_id)
+        return Write(self._subjects.later(token, Place.RELEASED), body, nothing)
+
+    def check(self, job: Job) -> bytes:
+        """Return the record of a job, before anything is written.
+
+        Raises:
+            InvalidJobId, NotSerializable, PayloadTooLarge: as for `add`.
+        """
+        if job.custom_id:
+            check_job_id(job.job_id)
+        return self.check_size(job)
 
     def check_size(self, job: Job) -> bytes:
         """Return the record of a job.
@@ -399,12 +428,12 @@ class Additions:
             NotSerializable, PayloadTooLarge: as for `add`.
         """
         body = parked_body(job)
-        what = f"job {job.job_id!r} of task {job.task_id!r}"
-        if job.depends_on and len(job.depends_on) > NARROW_LIMIT:
-            what += f", which depends on {len(job.depends_on):,} jobs (each id counts),"
-        check_size_of(
-            body, what, self._backend.max_body, self._backend.settings.max_job_payload_bytes
-        )
+        limit = size_limit(self._backend.max_body, self._backend.settings.max_job_payload_bytes)
+        if len(body) > limit:
+            what = f"job {job.job_id!r} of task {job.task_id!r}"
+            if job.depends_on and len(job.depends_on) > NARROW_LIMIT:
+                what += f", which depends on {len(job.depends_on):,} jobs (each id counts),"
+            raise PayloadTooLarge(what, len(body), limit)
         return body
 
     async def is_duplicate(self, job_id: str) -> bool:

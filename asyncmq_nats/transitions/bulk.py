@@ -1,7 +1,6 @@
 """Many jobs at once: what a bulk entry means, and batches that are all or nothing."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Final
 
@@ -9,6 +8,7 @@ import anyio
 
 from asyncmq_nats._arguments import WriteArguments, build_job, write_plainly
 from asyncmq_nats._concurrency import open_task_group
+from asyncmq_nats.calls import Call, written
 from asyncmq_nats.events import DUPLICATED
 from asyncmq_nats.exceptions import AsyncMQError, BulkAddFailed, WriteRefused
 from asyncmq_nats.jobs import Job
@@ -43,7 +43,10 @@ KEYS: Final = frozenset(
 
 
 def build_entries(
-    now: float, entries: Iterable[Mapping[str, Any]], write: WriteArguments = write_plainly
+    now: float,
+    entries: Iterable[Mapping[str, Any] | Call[Any]],
+    write: WriteArguments = write_plainly,
+    queue: str = "",
 ) -> tuple[list[Job], dict[int, Window]]:
     """Return the jobs of the entries of `add_bulk`, and the deduplication windows by index.
 
@@ -56,10 +59,17 @@ def build_entries(
     jobs: list[Job] = []
     windows: dict[int, Window] = {}
     for index, entry in enumerate(entries):
-        fields = _checked_entry(entry, index)
-        with _blaming(index):
+        is_call = isinstance(entry, Call)
+        fields = {} if isinstance(entry, Call) else _checked_entry(entry, index)
+        try:
+            if isinstance(entry, Call):
+                entry.require_queue(queue)
+                fields = entry.fields | {"deduplication": entry.deduplication}
             window = take_window(fields)
-            jobs.append(build_job(now, write=write, **fields))
+            jobs.append(build_job(now, write=written if is_call else write, **fields))
+        except (ValueError, TypeError) as error:
+            error.add_note(_note(index))
+            raise
         if window is not None:
             windows[index] = window
     return jobs, windows
@@ -72,24 +82,22 @@ def check_entries(additions: Additions, jobs: Sequence[Job]) -> None:
         InvalidJobId, NotSerializable, PayloadTooLarge: one cannot; a note of the error says which.
     """
     for index, job in enumerate(jobs):
-        with _blaming(index):
-            additions.first_write(job)
+        try:
+            additions.check(job)
+        except (ValueError, TypeError) as error:
+            error.add_note(_note(index))
+            raise
 
 
-@contextmanager
-def _blaming(index: int) -> Iterator[None]:
-    try:
-        yield
-    except (ValueError, TypeError) as error:
-        error.add_note(f"in job {index} of add_bulk")
-        raise
+def _note(index: int) -> str:
+    return f"in job {index} of add_bulk"
 
 
 def _checked_entry(entry: Mapping[str, Any], index: int) -> dict[str, Any]:
     if not isinstance(entry, Mapping):
         raise TypeError(f"job {index} must be a mapping, not {type(entry).__name__}")
-    unknown = sorted(str(key) for key in entry if key not in KEYS)
-    if unknown:
+    if not entry.keys() <= KEYS:
+        unknown = sorted(str(key) for key in entry if key not in KEYS)
         raise ValueError(
             f"job {index} has unknown keys: {', '.join(unknown)} (known: {', '.join(sorted(KEYS))})"
         )

@@ -83,10 +83,10 @@ class Administration:
             return False
         return await self._backend.delete(self._subjects.bucket_log, records[0].sequence)
 
-    async def cancel(self, job_id: str) -> bool:
+    async def cancel(self, job_id: str, reason: str = "cancelled") -> bool:
         """End a job that has not ended as cancelled, wherever it is. Return whether there was one.
 
-        One write records the outcome; what is left of the job is deleted afterwards. A worker
+        `reason`: its error. One write records the outcome; what is left of the job is deleted afterwards. A worker
         that runs it must be told.
         """
         token, written = encode_token(job_id), b""
@@ -98,7 +98,7 @@ class Administration:
                 ready = await self._read_ready(token)
                 if not snapshot.later and not ready:
                     return False
-                writes = self._cancellation(snapshot, ready)
+                writes = self._cancellation(snapshot, ready, reason)
                 written = writes[0].body
                 try:
                     await self._dependencies.write_and_sweep(*writes)
@@ -110,17 +110,25 @@ class Administration:
                 await self._dependencies.forget(token)
             return True
 
+    async def finish_cancel(self, job_id: str) -> None:
+        """Do what is left to do of a cancellation whose process died. Repeatable."""
+        snapshot = await read_snapshot(self._backend, self._subjects, encode_token(job_id))
+        if snapshot.outcome is not None and snapshot.state is State.CANCELLED:
+            await self._finish_cancellation(snapshot, count_reruns(snapshot.outcome.body))
+
     async def _read_ready(self, token: str) -> list[Record]:
         subjects = self._subjects
         return await self._backend.last(subjects.ready_log, subjects.ready_any(token))
 
-    def _cancellation(self, snapshot: Snapshot, ready: Sequence[Record]) -> list[Write]:
+    def _cancellation(
+        self, snapshot: Snapshot, ready: Sequence[Record], reason: str
+    ) -> list[Write]:
         """Return the writes that cancel a job.
 
         Its outcome, and a reminder if others wait for it.
         """
         source = next(iter([*snapshot.later.values(), *ready]))
-        outcome = self._cancelled(snapshot.token, source.body, snapshot.fence)
+        outcome = self._cancelled(snapshot.token, source.body, snapshot.fence, reason)
         reminder = self._reminder(snapshot, outcome.body)
         delayed = snapshot.later.get(Place.DELAYED)
         if reminder:
@@ -204,7 +212,7 @@ class Administration:
         tier = await self._backend.look_up(self._subjects.ready_log, tier_name(priority))
         return tier is not None and ready.sequence <= tier.delivered_sequence
 
-    def _cancelled(self, token: str, body: bytes, expect: Expect) -> Write:
+    def _cancelled(self, token: str, body: bytes, expect: Expect, reason: str) -> Write:
         try:
             job = load_json(body)
         except InvalidJob:
@@ -214,7 +222,7 @@ class Administration:
             "id": decode_token(token),
             "status": State.CANCELLED,
             "finished_at": now,
-            "last_error": "cancelled",
+            "last_error": reason,
         }
         subject = self._subjects.outcome(token, State.CANCELLED)
         return Write(

@@ -101,7 +101,7 @@ class Deduplicator:
     async def add(self, job: Job, window: Window) -> str:
         """Add the job, or return the id of the owner of the window; see `Queue.add`."""
         job = replace(job, deduplication={"id": window.id})
-        self._additions.first_write(job)  # is it sound?
+        self._additions.check(job)
         refused = False
         while True:
             if job.custom_id and await self._additions.is_duplicate(job.job_id):

@@ -68,7 +68,7 @@ class Deliveries:
         self._additions = Additions(backend, subjects, assets)
         self.dependencies = self._additions.dependencies
         self._follow_ups = FollowUpJobs(backend, assets, self._additions)
-        self._worker = worker
+        self.worker = worker
         self.handed_back = 0
         """Jobs that were returned to the queue."""
 
@@ -164,7 +164,7 @@ class Deliveries:
         return True
 
     async def _write_claim(self, attempt: Attempt, *, released: bool) -> bool:
-        claim = attempt.claim(self._worker, released=released)
+        claim = attempt.claim(self.worker, released=released)
         expect = Expect(self._subjects.done_all(attempt.token), attempt.expect)
         key = self._subjects.claim(attempt.token)
         try:
@@ -181,7 +181,7 @@ class Deliveries:
 
         Sent, not awaited. An outcome that passes it on the way is confirmed by a second try.
         """
-        claim = attempt.claim(self._worker)
+        claim = attempt.claim(self.worker)
         expect = Expect(self._subjects.done_all(attempt.token), attempt.expect)
 
         def on_settled(result: int | BackendError) -> None:

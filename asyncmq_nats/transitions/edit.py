@@ -31,7 +31,9 @@ MAX_TRIES: Final = 50
 
 NOT_STARTED: Final = "only a job that has not started can be"
 BEING_ADDED: Final = "it is being added at this moment; try again"
-BEING_MADE_READY: Final = "it is being made ready at this moment; try again"
+BEING_MADE_READY: Final = (
+    "a worker is about to make it ready, and none may run: try again, or cancel it"
+)
 MAY_START: Final = "it may be started at any moment: pause the queue first"
 
 Change = Callable[[dict[str, Any]], dict[str, Any]]

@@ -12,11 +12,13 @@ from typing import Any
 
 from asyncmq_nats._logging import get_logger
 from asyncmq_nats.backends.base import Backend, Delivery, Expect, Record, Settled, Write
+from asyncmq_nats.context import JobLogLine
 from asyncmq_nats.exceptions import BackendError, InvalidJob, PayloadTooLarge, WriteRefused
 from asyncmq_nats.jobs import Job
 from asyncmq_nats.retries import Failure, add_failure
 from asyncmq_nats.states import OUTCOMES, Place, State
 from asyncmq_nats.store.commit import pause_after_refusal
+from asyncmq_nats.store.job_logs import JobLogs, cut_line
 from asyncmq_nats.store.progress import ProgressReports
 from asyncmq_nats.store.records import delayed_write, outcome_body
 from asyncmq_nats.store.snapshot import Snapshot, read_snapshot
@@ -64,6 +66,7 @@ class Lifecycle(Deliveries):
     ) -> None:
         super().__init__(backend, subjects, assets, worker)
         self.progress = ProgressReports(self._send_progress)
+        self.logs = JobLogs(self._send_lines, self._assets.settings.job_log_lines)
         self.on_progress: Callable[[bytes], None] = lambda report: None
         """Told of each progress report that was sent."""
         self._worker_json = dump_json(worker)
@@ -201,7 +204,7 @@ class Lifecycle(Deliveries):
         now = self._backend.now()
         record = {
             "v": 1, "id": decode_token(token), "task": "?", "created_at": delivery.time, "status": State.FAILED, "last_error": str(problem),
-            "finished_at": now, "worker": self._worker, "body": delivery.body[:100_000].decode("utf-8", "replace"),
+            "finished_at": now, "worker": self.worker, "body": delivery.body[:100_000].decode("utf-8", "replace"),
         }  # fmt: skip
         write = Write(
             self._subjects.outcome(token, State.FAILED),
@@ -255,7 +258,7 @@ class Lifecycle(Deliveries):
     def _outcome(self, attempt: Attempt, state: State, fields: dict[str, Any], what: str) -> Write:
         """Return the write of an outcome other than a result."""
         fields = {"status": state, **fields, "active_since": attempt.started_at or None}
-        fields |= {"finished_at": self._backend.now(), "worker": self._worker}
+        fields |= {"finished_at": self._backend.now(), "worker": self.worker}
         if attempt.stalls:
             fields["stalls"] = attempt.stalls
         record = outcome_body(load_json(attempt.body), fields, self._backend.max_body, what)
@@ -309,6 +312,16 @@ class Lifecycle(Deliveries):
         self._backend.send(self._subjects.bucket_log, write, lambda _: None)
         self._backend.signal(self._subjects.event("progress", token), body)
         self.on_progress(body)
+
+    def keep_line(self, job_id: str, line: JobLogLine) -> None:
+        """Keep a line with a running job. From any thread."""
+        line = replace(line, level=line.level[:20], message=cut_line(line.message))
+        self.logs.add(encode_token(job_id), line)
+
+    def _send_lines(self, token: str, attempt: int, body: bytes) -> None:
+        key = self._subjects.job_log(token, attempt)
+        write = Write(key, body, ttl=self._assets.settings.job_log_ttl)
+        self._backend.send(self._subjects.bucket_log, write, lambda _: None)
 
     async def results_of_parents(self, job: Job) -> dict[str, Any]:
         """Return the results of the jobs that a job depends on, by id.

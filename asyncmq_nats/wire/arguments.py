@@ -7,7 +7,8 @@ import dataclasses
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Final
+from functools import cached_property
+from typing import Any, Final, cast
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic_core import (
@@ -18,10 +19,17 @@ from pydantic_core import (
     to_jsonable_python,
 )
 
-from asyncmq_nats.exceptions import NotSerializable
-from asyncmq_nats.wire.signatures import Call, Chain, Slot, adapter_of, make_adapter
+from asyncmq_nats.exceptions import InvalidCall, InvalidResult, NotSerializable
+from asyncmq_nats.wire.signatures import (
+    Call,
+    Chain,
+    Slot,
+    adapter_of,
+    make_adapter,
+    return_annotation,
+)
 
-__all__ = ["Arguments", "write_by_class"]
+__all__ = ["Arguments", "Results", "write_by_class"]
 
 CACHED_SHAPES: Final = 256
 """Shapes (a number of positions, and names) that are kept per task; `**kwargs` has any number."""
@@ -88,6 +96,15 @@ class Arguments:
             return list(args), dict(kwargs)
         return self._shape(len(args), tuple(kwargs)).read(args, kwargs)
 
+    def check(self, args: Sequence[Any], kwargs: Mapping[str, Any], task_id: str) -> None:
+        """See that `read` takes these arguments, which are plain data already.
+
+        Raises:
+            InvalidCall: it does not; the message says why.
+        """
+        if self._validate:
+            self._shape(len(args), tuple(kwargs)).check(args, kwargs, task_id)
+
     def _shape(self, count: int, names: tuple[str, ...]) -> "_Shape":
         shape = self._shapes.get((count, names))
         if shape is None:
@@ -153,6 +170,23 @@ class _Shape:
     def read(
         self, args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> tuple[list[Any], dict[str, Any]]:
+        given = self._validated(args, kwargs)
+        values = [given[key] for key in self._keys]
+        named = dict(zip(kwargs, values[len(args) :], strict=True))
+        for name, make in self._call.defaults:
+            named[name] = make()
+        return values[: len(args)], named
+
+    def check(self, args: Sequence[Any], kwargs: Mapping[str, Any], task_id: str) -> None:
+        values = (*args, *kwargs.values())
+        if self._all_exact and not self._call.problems and all(map(_is_plain, values, self._exact)):
+            return
+        try:
+            self._validated(args, kwargs)
+        except ValidationError as error:
+            raise InvalidCall(task_id, _all_messages(error)) from None
+
+    def _validated(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         given = dict(zip(self._keys, (*args, *kwargs.values()), strict=True))
         if self._call.problems:
             raise ValidationError.from_exception_data(
@@ -163,15 +197,43 @@ class _Shape:
                 ],
             )
         if self._all_exact:
-            given = self._adapter.validate_python(given)
-        elif self._typed:
+            return cast("dict[str, Any]", self._adapter.validate_python(given))
+        if self._typed:
             # By JSON: strict models take a text for a date there, and `Json[...]` its text.
             given = self._adapter.validate_json(_json(given), by_alias=True, by_name=True)
-        values = [given[key] for key in self._keys]
-        named = dict(zip(kwargs, values[len(args) :], strict=True))
-        for name, make in self._call.defaults:
-            named[name] = make()
-        return values[: len(args)], named
+        return given
+
+
+class Results:
+    """What a function returns: read by whoever waits for it, as its annotation says.
+
+    Args:
+        function: the one that is called, whatever it wraps.
+        validate: whether the annotation counts.
+    """
+
+    def __init__(self, function: Callable[..., Any], *, validate: bool = True) -> None:
+        self._function = function
+        self._title = getattr(function, "__qualname__", type(function).__qualname__)
+        self._validate = validate
+
+    @cached_property
+    def _adapter(self) -> TypeAdapter[Any] | None:
+        annotation = return_annotation(self._function) if self._validate else Any
+        return None if annotation is Any else adapter_of(annotation)
+
+    def read(self, value: Any, job_id: str) -> Any:
+        """Return the result of a job, made of the plain data of its outcome.
+
+        Raises:
+            InvalidResult: it is not what the function returns.
+        """
+        if self._adapter is None:
+            return value
+        try:
+            return self._adapter.validate_json(_json({"value": value}))["value"]
+        except ValidationError as error:
+            raise InvalidResult(job_id, self._title, _all_messages(error)) from None
 
 
 def _shown(slot: Slot) -> str:
@@ -264,6 +326,12 @@ def _tell(expected: Any, arrived: Any) -> str:
     if there != here:
         return f"a {here} would arrive as {there}"
     return f"the {here} would arrive with another value"
+
+
+def _all_messages(error: ValidationError) -> str:
+    problems = error.errors(include_url=False, include_input=False, include_context=False)
+    told = [f"{'.'.join(str(part) for part in p['loc'])}: {p['msg']}" for p in problems[:5]]
+    return "; ".join(told)
 
 
 def _first_message(error: ValidationError) -> str:

@@ -443,6 +443,10 @@ class QueueSubjects:
         """Return the key of how far a running job is."""
         return f"{self._bucket_key}progress.{token}"
 
+    def job_log(self, token: str, attempt: int | str) -> str:
+        """Return the key of the lines that an attempt kept; the attempt may be `*`."""
+        return f"{self._bucket_key}log.{token}.{attempt}.lines"
+
     # -- signals
 
     def event(self, what: str, token: str) -> str:

@@ -6,7 +6,7 @@ By the function that is called, then by those that it wraps.
 import functools
 import inspect
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from inspect import Parameter
 from typing import Annotated, Any, Final, Literal, Optional, cast
@@ -18,7 +18,7 @@ from typing_extensions import TypedDict
 
 from asyncmq_nats._logging import get_logger
 
-__all__ = ["Call", "Chain", "Slot", "adapter_of", "make_adapter"]
+__all__ = ["Call", "Chain", "Slot", "adapter_of", "make_adapter", "return_annotation"]
 
 logger = get_logger(__name__)
 
@@ -240,6 +240,23 @@ def _annotation(function: Callable[..., Any], parameter: Parameter) -> Any:
         annotation = Optional[annotation]  # noqa: UP045  of any annotation, also a special form
     if isinstance(parameter.default, FieldInfo):
         annotation = Annotated[annotation, parameter.default]
+    return annotation
+
+
+def return_annotation(function: Callable[..., Any]) -> Any:
+    """Return what a function says that it returns; `Any` if it does not say. Of a coroutine, what that returns."""
+    for each in _unwrapped(function):
+        try:
+            annotation = inspect.signature(each, follow_wrapped=False).return_annotation
+        except (ValueError, TypeError):  # one that is written in C and does not say
+            continue
+        if annotation is not inspect.Signature.empty:
+            break
+    else:
+        return Any
+    annotation = _resolved(function, annotation)
+    if typing.get_origin(annotation) in (Awaitable, Coroutine):
+        annotation = (typing.get_args(annotation) or (Any,))[-1]
     return annotation
 
 

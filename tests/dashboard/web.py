@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import anyio
 import anyio.to_thread
-import httpx
+import httpx2 as httpx
 import uvicorn
 from selenium import webdriver
 from selenium.common.exceptions import StaleElementReferenceException
@@ -48,10 +48,13 @@ def words_of(response: httpx.Response) -> str:
 
 
 async def post(
-    client: httpx.AsyncClient, path: str, data: Mapping[str, Any] | None = None, **headers: str
+    client: httpx.AsyncClient,
+    path: str,
+    data: Mapping[str, Any] | None = None,
+    headers: Mapping[str, str] | None = None,
 ) -> httpx.Response:
     """Send an action as a page of the dashboard does."""
-    given = SAME_ORIGIN | {"HX-Request": "true"} | headers
+    given = SAME_ORIGIN | {"HX-Request": "true"} | dict(headers or {})
     return await client.post(path, data=data or {"": ""}, headers=given)
 
 
@@ -161,7 +164,7 @@ class Browser:
 
     async def problems(self) -> list[str]:
         """Return what the browser complained of since the last call."""
-        entries = await self.do(lambda: self.driver.get_log("browser"))  # type: ignore[no-untyped-call]
+        entries = await self.do(lambda: self.driver.get_log("browser"))
         return [entry["message"] for entry in entries if entry["level"] == "SEVERE"]
 
 

@@ -44,6 +44,7 @@ def find_broken(site: Path) -> list[str]:
     return broken
 
 
+@pytest.mark.timeout(600)
 def test_the_site_is_built_without_a_warning_and_has_no_broken_link(tmp_path: Path) -> None:
     program = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html"]
     done = subprocess.run(

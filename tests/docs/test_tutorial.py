@@ -124,6 +124,7 @@ def reading(folder: Path, environment: dict[str, str]) -> Iterator[Reader]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
 def test_the_tutorial_followed_to_the_letter(tmp_path: Path, environment: dict[str, str]) -> None:
     folder = tmp_path / "empty"

@@ -6,6 +6,11 @@ import pytest
 from tests.test_docs import run_block, runnable
 
 PRINTS = [
+    [
+        "task 'send' would refuse this call: on: Input should be a valid date or datetime, "
+        "input is too short; if its workers know better, use options(validate=False)",
+        "2030 completed False",
+    ],
     ["ConnectionResetError | the server hung up | 6"],
     ["send {'from': 'web'} completed None"],
     ["open", "closed"],

@@ -25,6 +25,7 @@ from asyncmq_nats.backends.base import (
     Difference,
     Log,
     LogFacts,
+    LogState,
     OnRemoved,
     Puller,
     Record,
@@ -164,7 +165,7 @@ class InMemoryBackend:
         await self._give_way()
         return None
 
-    async def describe_log(self, log: str) -> LogFacts | None:
+    async def examine_log(self, log: str) -> LogFacts | None:
         """See `Backend`."""
         count = await self.count(log) if log in self._logs else None
         return None if count is None else LogFacts(log, count, 0, None, 1, log)
@@ -315,6 +316,14 @@ class InMemoryBackend:
         """See `Backend`."""
         await self._give_way()
         return len(self._find_log(log))
+
+    async def describe_log(self, log: str) -> LogState | None:
+        """See `Backend`."""
+        await self._give_way()
+        found = self._logs.get(log)
+        if found is None:
+            return None
+        return LogState(len(found), found.size, found.sequence)
 
     async def list_subjects(self, log: str, filter: str) -> list[str]:
         """See `Backend`."""

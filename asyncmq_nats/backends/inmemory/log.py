@@ -61,6 +61,12 @@ class StoredLog:
         """The highest sequence given out."""
         return self._sequence
 
+    @property
+    def size(self) -> int:
+        """Bytes of the subjects and bodies."""
+        records = [stored.record for stored in self._records.values()]
+        return sum(len(record.subject) + len(record.body) for record in records)
+
     def write(self, writes: tuple[Write, ...]) -> int:
         """Write all or nothing; see `Backend.write`."""
         self._check(writes)

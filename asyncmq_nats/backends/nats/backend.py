@@ -23,6 +23,7 @@ from asyncmq_nats.backends.base import (
     Difference,
     Log,
     LogFacts,
+    LogState,
     OnRemoved,
     Puller,
     Record,
@@ -40,7 +41,7 @@ from asyncmq_nats.backends.nats.errors import (
     api_error,
     mapped_errors,
 )
-from asyncmq_nats.backends.nats.facts import describe_log, describe_server, find_refused
+from asyncmq_nats.backends.nats.facts import describe_server, examine_log, find_refused
 from asyncmq_nats.backends.nats.lease_keeper import LeaseKeeper
 from asyncmq_nats.backends.nats.options import connect_options, server_addresses
 from asyncmq_nats.backends.nats.puller import NATSPuller
@@ -143,6 +144,15 @@ class NATSBackend:
         backend = cls(server.url, settings=settings, **options)
         backend._embedded = server
         return backend
+
+    def copy(self) -> Self:
+        """Return another backend on the same servers, not connected, for another event loop.
+
+        It uses an embedded server too, and leaves its life to this one.
+        """
+        given = {"servers": self.url} if self._embedded is not None else {}
+        options = self._options | given
+        return type(self)(settings=self.settings, declare=self.may_declare, **options)
 
     @property
     def url(self) -> str:
@@ -280,8 +290,8 @@ class NATSBackend:
     async def describe_server(self) -> ServerFacts | None:
         return await describe_server(await self._open_connection())
 
-    async def describe_log(self, log: str) -> LogFacts | None:
-        return await describe_log(await self._open_connection(), log)
+    async def examine_log(self, log: str) -> LogFacts | None:
+        return await examine_log(await self._open_connection(), log)
 
     async def find_refused(self, publish: Sequence[str], subscribe: Sequence[str]) -> list[str]:
         connection = await self._open_connection()
@@ -433,6 +443,25 @@ class NATSBackend:
     async def count(self, log: str) -> int:
         connection = await self._open_connection()
         return int((await connection.require(f"STREAM.INFO.{log}"))["state"]["messages"])
+
+    async def describe_log(self, log: str) -> LogState | None:
+        connection = await self._open_connection()
+        answer = await connection.call(f"STREAM.INFO.{log}")
+        if not self._found(log, answer):
+            return None
+        state, config = answer["state"], answer["config"]
+        replicas = (answer.get("cluster") or {}).get("replicas") or []
+        behind = [each for each in replicas if each.get("offline") or not each.get("current")]
+        limit = int(config.get("max_bytes") or -1)
+        return LogState(
+            records=int(state["messages"]),
+            bytes=int(state["bytes"]),
+            last_sequence=int(state["last_seq"]),
+            replicas=int(config.get("num_replicas") or 1),
+            replicas_behind=len(behind),
+            storage=str(config.get("storage") or "file"),
+            max_bytes=None if limit < 0 else limit,
+        )
 
     async def list_subjects(self, log: str, filter: str) -> list[str]:
         connection = await self._open_connection()

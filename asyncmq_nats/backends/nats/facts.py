@@ -9,7 +9,7 @@ from asyncmq_nats.backends.nats.connection import Connection
 from asyncmq_nats.backends.nats.errors import STREAM_MISSING, api_error
 from asyncmq_nats.exceptions import PermissionRefused
 
-__all__ = ["describe_log", "describe_server", "find_refused"]
+__all__ = ["describe_server", "examine_log", "find_refused"]
 
 NO_REQUEST: Final = b"?"
 """Body of a probe: no request of the JetStream API, so it is answered with an error."""
@@ -43,7 +43,7 @@ async def describe_server(connection: Connection) -> ServerFacts:
     )
 
 
-async def describe_log(connection: Connection, name: str) -> LogFacts | None:
+async def examine_log(connection: Connection, name: str) -> LogFacts | None:
     """Return what the server tells of a stream; `None` if there is none."""
     info = await connection.call(f"STREAM.INFO.{name}")
     if "error" in info:

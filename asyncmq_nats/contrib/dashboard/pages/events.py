@@ -8,7 +8,7 @@ from time import monotonic
 from typing import Any, Final
 
 import anyio
-from anyio.abc import ObjectSendStream
+from anyio.abc import ObjectReceiveStream, ObjectSendStream
 from sse_starlette import EventSourceResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -114,7 +114,14 @@ async def stream(request: Request) -> Response:
     queues = [await site.find_queue(name) for name in names]
     send, receive = anyio.create_memory_object_stream[dict[str, Any]]()
     sender = partial(_send_rows, request, site, queues, send)
-    return EventSourceResponse(receive, data_sender_callable=sender, ping=15)
+    return EventSourceResponse(_all_of(receive), data_sender_callable=sender, ping=15)
+
+
+async def _all_of(rows: ObjectReceiveStream[dict[str, Any]]) -> AsyncIterator[dict[str, Any]]:
+    """Yield all rows; the stream is closed when the browser has gone, too."""
+    async with rows:
+        async for row in rows:
+            yield row
 
 
 async def _send_rows(

@@ -1,0 +1,88 @@
+"""`Call`: a call of a task as a value, for whatever adds jobs. No I/O."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Final, Generic, TypeVar
+
+from asyncmq_nats._arguments import build_job
+from asyncmq_nats.exceptions import InvalidArgument
+from asyncmq_nats.jobs import Backoff, Job
+
+__all__ = ["Call", "written"]
+
+R_co = TypeVar("R_co", covariant=True)
+
+NOT_IN_FOLLOW_UPS: Final = ("job_id", "deduplication", "repeat_every")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Call(Generic[R_co]):
+    """A call of a task that is not added yet: `send.call("ada@…")`, `send.options(delay=5).call("ada@…")`.
+
+    `Queue.add_call`, `Queue.add_bulk`, `FlowProducer.add_flow` and `current_job().add` take it, as
+    often as you like. Its arguments are plain data already, checked when it was made.
+    """
+
+    task_id: str
+    queue: str
+    """The name of the queue that it is for."""
+    args: Sequence[Any] = ()
+    kwargs: Mapping[str, Any] | None = None
+    retries: int = 0
+    ttl: float | None = None
+    backoff: float | Backoff | None = None
+    timeout: float | None = None
+    priority: int = 5
+    delay: float | None = None
+    job_id: str | None = None
+    depends_on: "Sequence[str | Call[Any]] | str | None" = None
+    """Ids of jobs; in a flow also other calls of it."""
+    on_parent_failure: str = "wait"
+    repeat_every: float | str | None = None
+    deduplication: Mapping[str, Any] | None = None
+    meta: Mapping[str, str] | None = None
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The parameters of `Queue.add`."""
+        names = (name for name in self.__slots__ if name not in ("queue", "deduplication"))
+        fields = {name: getattr(self, name) for name in names}
+        for parent in [] if self.depends_on is None else self.depends_on:
+            if isinstance(parent, Call):
+                raise InvalidArgument(
+                    "depends_on: only a call in a flow can wait for another call, others for ids",
+                    parent,
+                )
+        return fields
+
+    def require_queue(self, name: str) -> None:
+        """See that it is for this queue.
+
+        Raises:
+            InvalidArgument: it is for another one, whose workers know its task.
+        """
+        if self.queue != name:
+            raise InvalidArgument(
+                f"the call of task {self.task_id!r} is for queue {self.queue!r}: "
+                f"use its options(queue={name!r}) if the workers of that queue run it",
+                name,
+            )
+
+    def follow_up(self, now: float, meta: Mapping[str, str]) -> Job:
+        """Return the job as one that a task adds. `meta`: that of its job.
+
+        Raises:
+            InvalidArgument: it has an option that no follow-up takes.
+        """
+        for name in NOT_IN_FOLLOW_UPS:
+            if getattr(self, name) is not None:
+                raise InvalidArgument(f"a follow-up job takes no {name}", getattr(self, name))
+        call = self if self.meta is not None else replace(self, meta=meta)
+        return build_job(now, write=written, **call.fields)
+
+
+def written(
+    task_id: str, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> tuple[list[Any], dict[str, Any]]:
+    """Return arguments that are plain data already: those of a `Call`."""
+    return list(args), dict(kwargs)

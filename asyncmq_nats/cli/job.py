@@ -1,0 +1,578 @@
+"""`job`: find jobs, look at them, add, run, retry, cancel, change them."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from functools import partial
+from typing import Annotated, Any, Final
+
+import typer
+
+from asyncmq_nats import InMemoryBackend, JobFailed, JobNotFound, Queue
+from asyncmq_nats._concurrency import open_task_group
+from asyncmq_nats.cli.command import (
+    AsJson,
+    AsNames,
+    CommandFailed,
+    DryRun,
+    Force,
+    QueueName,
+    Session,
+    command,
+    make_group,
+    require_queue,
+    shows_tracebacks,
+)
+from asyncmq_nats.cli.many import act_on_many
+from asyncmq_nats.cli.output import duration, instant, number, plain_json
+from asyncmq_nats.cli.values import (
+    AllJobs,
+    JobIds,
+    OfTask,
+    OfWorker,
+    Since,
+    States,
+    Text,
+    Until,
+    parse_duration,
+    parse_future,
+    parse_keywords,
+    parse_value,
+    select,
+)
+from asyncmq_nats.workers import autodiscover_tasks
+
+__all__ = ["group"]
+
+group = make_group("job", "Jobs: find them, look at them, add, retry, cancel, change them.")
+
+SHOWN_JOBS: Final = 50
+SHOWN_ERROR: Final = 100
+"""Characters of an error in a list."""
+
+JobId = Annotated[str, typer.Argument(metavar="ID", help="Id of the job.")]
+Limit = Annotated[int | None, typer.Option("--limit", min=1, help="How many jobs at most.")]
+Keywords = Annotated[
+    list[str] | None,
+    typer.Option("--kwarg", "-k", metavar="NAME=VALUE", help="Argument by name; JSON or a text."),
+]
+Arguments = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[ARG]...", help="Arguments in order; each JSON or a text."),
+]
+
+
+# -- look
+
+
+@command(group, "ls")
+async def list_jobs(
+    session: Session,
+    queue: QueueName,
+    state: States = None,
+    task: OfTask = None,
+    search: Text = None,
+    since: Since = None,
+    until: Until = None,
+    worker: OfWorker = None,
+    limit: Annotated[int, typer.Option("--limit", min=1, help="How many at most.")] = SHOWN_JOBS,
+    everything: Annotated[bool, typer.Option("--all", "-a", help="Without a limit.")] = False,
+    oldest: Annotated[bool, typer.Option("--oldest", help="The oldest first.")] = False,
+    as_json: AsJson = False,
+    names: AsNames = False,
+) -> None:
+    """List jobs, the newest of each state first; all filters together narrow the list."""
+    jobs = await require_queue(session, queue)
+    chosen = select(
+        session.backend.now(),
+        state=state,
+        task=task,
+        search=search,
+        since=since,
+        until=until,
+        worker=worker,
+        everything=True,
+    )
+    most = None if everything else limit
+    found = jobs.search(chosen.where, newest_first=not oldest, limit=most)
+    if as_json:
+        await session.output.stream_json(found)
+    elif names:
+        async for job in found:
+            session.output.raw(job["id"])
+    else:
+        rows = [_row(job) async for job in found]
+        session.output.table(["id", "task", "state", "since", "#tries", "error"], rows)
+        if most is not None and len(rows) == most:
+            session.output.note(f"the first {number(most)}; --limit or --all shows more")
+
+
+def _row(job: dict[str, Any]) -> list[str]:
+    error = str(job.get("last_error") or "")
+    return [
+        job["id"],
+        job["task"],
+        job["status"],
+        instant(job["updated_at"]),
+        str(_attempts(job)),
+        error if len(error) <= SHOWN_ERROR else error[:SHOWN_ERROR] + "…",
+    ]
+
+
+def _attempts(job: dict[str, Any]) -> int:
+    """Return how many attempts have begun: `retries` counts those that failed."""
+    under_way = job["status"] in ("active", "completed")
+    return int(job["retries"]) + under_way
+
+
+@command(group, "info")
+async def show(session: Session, queue: QueueName, job_id: JobId, as_json: AsJson = False) -> None:
+    """Show all that is known of a job: arguments, attempts, result, traceback."""
+    job = await _find(session, queue, job_id)
+    if as_json:
+        session.output.json(job)
+        return
+    session.output.fields(_fields(job))
+    for failure in job["errors"]:
+        at = instant(failure.get("at"))
+        session.output.line("")
+        session.output.line(f"attempt {failure.get('attempt')} at {at}: {failure.get('error')}")
+        session.output.text(str(failure.get("traceback") or ""))
+    if job.get("error_traceback") and not job["errors"]:
+        session.output.line("")
+        session.output.text(job["error_traceback"])
+
+
+def _fields(job: dict[str, Any]) -> dict[str, str]:
+    times = {
+        "created": job["created_at"],
+        "runs at": job["delay_until"] if job["status"] == "delayed" else None,
+        "started": job.get("active_since"),
+        "ended": job["finished_at"],
+    }
+    texts = {
+        "id": job["id"],
+        "task": job["task"],
+        "state": job["status"],
+        "args": plain_json(job["args"]),
+        "kwargs": plain_json(job["kwargs"]),
+        "priority": str(job["priority"]),
+        "attempts": f"{_attempts(job)} of at most {job['max_retries'] + 1}",
+        "worker": job["worker"] or "",
+        "stalls": str(job["stalls"] or ""),
+        "depends on": ", ".join(job["depends_on"]),
+        "progress": plain_json(job["progress"]) if job.get("progress") is not None else "",
+        "result": plain_json(job["result"]) if job["status"] == "completed" else "",
+        "error": job.get("last_error") or "",
+    }
+    texts |= {name: instant(at) for name, at in times.items() if at is not None}
+    if job.get("active_since") and job["finished_at"]:
+        texts["took"] = duration(job["finished_at"] - job["active_since"])
+    return {name: text for name, text in texts.items() if text}
+
+
+async def _find(session: Session, queue: str, job_id: str) -> dict[str, Any]:
+    job = await session.queue(queue).get_job(job_id)
+    if job is None:
+        raise JobNotFound(queue, job_id)
+    return job
+
+
+@command(group, "logs")
+async def show_logs(
+    session: Session, queue: QueueName, job_id: JobId, as_json: AsJson = False
+) -> None:
+    """Show the lines that a task kept with its job, by `current_job().log` or a log handler."""
+    await _find(session, queue, job_id)
+    lines = await session.queue(queue).job_logs(job_id)
+    if as_json:
+        session.output.json([asdict(line) for line in lines])
+        return
+    for line in lines:
+        shown = f"{instant(line.at)}  attempt {line.attempt}  {line.level}  {line.message}"
+        session.output.text(shown)
+
+
+@command(group, "result")
+async def show_result(
+    session: Session,
+    queue: QueueName,
+    job_id: JobId,
+    wait: Annotated[bool, typer.Option("--wait", "-w", help="Wait until the job ends.")] = False,
+    max_wait: Annotated[
+        str | None, typer.Option("--max-wait", metavar="TIME", help="Wait no longer, as in 30s.")
+    ] = None,
+) -> None:
+    """Print the result of a job as JSON; of one that did not complete, its error, with exit code 1."""
+    seconds = parse_duration(max_wait)
+    patience = seconds if wait or seconds is not None else 0.0
+    session.output.json(await session.queue(queue).wait_for(job_id, patience))
+
+
+# -- add and run
+
+
+@command(group, "add")
+async def add(
+    session: Session,
+    queue: QueueName,
+    task: Annotated[str, typer.Argument(metavar="TASK", help="Name of the task.")],
+    arguments: Arguments = None,
+    kwarg: Keywords = None,
+    job_id: Annotated[str | None, typer.Option("--id", help="An id of your own.")] = None,
+    delay: Annotated[
+        str | None, typer.Option("--delay", metavar="TIME", help="Run later: 10m, or a date.")
+    ] = None,
+    priority: Annotated[int, typer.Option("--priority", help="Lower runs first.")] = 5,
+    retries: Annotated[int, typer.Option("--retries", min=0, help="After a failure.")] = 0,
+    backoff: Annotated[
+        float | None, typer.Option("--backoff", help="The n-th retry waits this ** n seconds.")
+    ] = None,
+    ttl: Annotated[
+        str | None, typer.Option("--ttl", metavar="TIME", help="Expires if not started by then.")
+    ] = None,
+    run_timeout: Annotated[
+        str | None, typer.Option("--run-timeout", metavar="TIME", help="Of one attempt.")
+    ] = None,
+    depends_on: Annotated[
+        list[str] | None, typer.Option("--depends-on", metavar="ID", help="Waits for this job.")
+    ] = None,
+    deduplicate: Annotated[
+        str | None, typer.Option("--deduplicate", metavar="KEY", help="Not while one has this key.")
+    ] = None,
+    wait: Annotated[bool, typer.Option("--wait", "-w", help="Print its result.")] = False,
+) -> None:
+    """Add a job, and print its id. After `--`, arguments may begin with a dash."""
+    jobs = session.queue(queue)
+    await session.backend.connect()
+    now = session.backend.now()
+    added = await jobs.add(
+        task,
+        [parse_value(text) for text in arguments or ()],
+        parse_keywords(kwarg),
+        retries=retries,
+        ttl=parse_duration(ttl),
+        backoff=backoff,
+        priority=priority,
+        delay=None if delay is None else parse_future(delay, now) - now,
+        job_id=job_id,
+        deduplication=None if deduplicate is None else {"id": deduplicate},
+        depends_on=depends_on or None,
+        timeout=parse_duration(run_timeout),
+    )
+    session.output.raw(added)
+    if wait:
+        session.output.json(await jobs.wait_for(added))
+
+
+@command(group, "run")
+async def run_here(
+    session: Session,
+    queue: QueueName,
+    job_id: JobId,
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option("--tasks", metavar="MODULE", help="Modules with the tasks; else the setting."),
+    ] = None,
+) -> None:
+    """Run a job here, in this process, to see what it does: the one in the queue stays as it is.
+
+    What the task adds by `current_job()` is not added. Prints the result, or the traceback, with exit code 1.
+    """
+    job = await _find(session, queue, job_id)
+    settings = session.backend.settings.model_copy(
+        update={"tasks": tuple(tasks or session.backend.settings.tasks)}
+    )
+    here = InMemoryBackend(settings=settings)
+    autodiscover_tasks(here)
+    trial = Queue(queue, here, any_task=True, concurrency=1)
+    kept = {name: job[name] for name in ("id", "task", "args", "kwargs", "timeout")}
+    await trial.enqueue(kept)
+    with _quiet():
+        async with open_task_group() as group:
+            await group.start(trial.run)
+            ended = await _wait_for_end(trial, job_id)
+            group.cancel_scope.cancel()
+    if ended["status"] != "completed":
+        session.output.text(str(ended.get("error_traceback") or ""))
+        raise CommandFailed(str(ended["last_error"]))
+    session.output.json(ended["result"])
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Log nothing of a worker whose one job is shown anyway, unless `-v` was given."""
+    library = logging.getLogger("asyncmq_nats")
+    level = library.level
+    if not shows_tracebacks():
+        library.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        library.setLevel(level)
+
+
+async def _wait_for_end(queue: Queue, job_id: str) -> dict[str, Any]:
+    with suppress(JobFailed):
+        await queue.wait_for(job_id)
+    job = await queue.get_job(job_id)
+    assert job is not None
+    return job
+
+
+# -- act on one or on many
+
+
+async def _act(
+    session: Session,
+    queue: str,
+    action: Any,
+    verbs: tuple[str, str],
+    *,
+    force: bool,
+    dry_run: bool,
+    limit: int | None,
+    again: str,
+    **chosen: Any,
+) -> None:
+    jobs = await require_queue(session, queue)
+    selection = select(session.backend.now(), **chosen)
+    await act_on_many(
+        session,
+        jobs,
+        selection,
+        action,
+        verbs=verbs,
+        force=force,
+        dry_run=dry_run,
+        limit=limit,
+        again=f"amq job {again} {queue}",
+    )
+
+
+@command(group, "retry")
+async def retry(
+    session: Session,
+    queue: QueueName,
+    ids: JobIds = None,
+    state: States = None,
+    task: OfTask = None,
+    search: Text = None,
+    since: Since = None,
+    until: Until = None,
+    worker: OfWorker = None,
+    everything: AllJobs = False,
+    limit: Limit = None,
+    force: Force = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Run jobs again that failed, expired, were cancelled, or are delayed, with all their retries.
+
+    A filter without --state means failed and expired jobs.
+    """
+    await _act(
+        session,
+        queue,
+        "retry",
+        ("retry", "retried"),
+        ids=ids,
+        state=state,
+        task=task,
+        search=search,
+        since=since,
+        until=until,
+        worker=worker,
+        everything=everything,
+        limit=limit,
+        force=force,
+        dry_run=dry_run,
+        again="retry",
+    )
+
+
+@command(group, "cancel")
+async def cancel(
+    session: Session,
+    queue: QueueName,
+    ids: JobIds = None,
+    state: States = None,
+    task: OfTask = None,
+    search: Text = None,
+    since: Since = None,
+    until: Until = None,
+    worker: OfWorker = None,
+    everything: AllJobs = False,
+    limit: Limit = None,
+    force: Force = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Cancel jobs that have not ended; those that run are interrupted."""
+    await _act(
+        session,
+        queue,
+        "cancel",
+        ("cancel", "cancelled"),
+        ids=ids,
+        state=state,
+        task=task,
+        search=search,
+        since=since,
+        until=until,
+        worker=worker,
+        everything=everything,
+        limit=limit,
+        force=force,
+        dry_run=dry_run,
+        again="cancel",
+    )
+
+
+@command(group, "rm")
+async def remove(
+    session: Session,
+    queue: QueueName,
+    ids: JobIds = None,
+    state: States = None,
+    task: OfTask = None,
+    search: Text = None,
+    since: Since = None,
+    until: Until = None,
+    worker: OfWorker = None,
+    everything: AllJobs = False,
+    limit: Limit = None,
+    force: Force = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Remove jobs for good, in any state but active."""
+    await _act(
+        session,
+        queue,
+        "remove",
+        ("remove", "removed"),
+        ids=ids,
+        state=state,
+        task=task,
+        search=search,
+        since=since,
+        until=until,
+        worker=worker,
+        everything=everything,
+        limit=limit,
+        force=force,
+        dry_run=dry_run,
+        again="rm",
+    )
+
+
+@command(group, "promote")
+async def promote(
+    session: Session,
+    queue: QueueName,
+    ids: JobIds = None,
+    task: OfTask = None,
+    search: Text = None,
+    since: Since = None,
+    until: Until = None,
+    everything: AllJobs = False,
+    limit: Limit = None,
+    force: Force = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Let delayed jobs run now."""
+    await _act(
+        session,
+        queue,
+        "promote",
+        ("promote", "promoted"),
+        ids=ids,
+        task=task,
+        search=search,
+        since=since,
+        until=until,
+        everything=everything,
+        limit=limit,
+        force=force,
+        dry_run=dry_run,
+        again="promote",
+    )
+
+
+@command(group, "reschedule")
+async def reschedule(
+    session: Session,
+    queue: QueueName,
+    at: Annotated[str, typer.Option("--at", metavar="TIME", help="10m (from now), or a date.")],
+    ids: JobIds = None,
+    task: OfTask = None,
+    search: Text = None,
+    since: Since = None,
+    until: Until = None,
+    everything: AllJobs = False,
+    limit: Limit = None,
+    force: Force = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Let delayed jobs run at another time."""
+    jobs = await require_queue(session, queue)
+    now = session.backend.now()
+    run_at = parse_future(at, now)
+    selection = select(
+        now,
+        ids=ids,
+        state=None if ids else ["delayed"],
+        task=task,
+        search=search,
+        since=since,
+        until=until,
+        everything=everything,
+    )
+    if selection.where is not None and selection.words == ("--state", "delayed") and not everything:
+        raise CommandFailed("say which jobs: ids, or a filter such as --task, or --all")
+    await act_on_many(
+        session,
+        jobs,
+        selection,
+        partial(jobs.reschedule, run_at=run_at),
+        verbs=("reschedule", "rescheduled"),
+        force=force,
+        dry_run=dry_run,
+        limit=limit,
+    )
+
+
+@command(group, "edit")
+async def edit(
+    session: Session,
+    queue: QueueName,
+    job_id: JobId,
+    args: Annotated[
+        str | None, typer.Option("--args", metavar="JSON", help="A list: all arguments in order.")
+    ] = None,
+    kwargs: Annotated[
+        str | None, typer.Option("--kwargs", metavar="JSON", help="An object: all by name.")
+    ] = None,
+    kwarg: Keywords = None,
+) -> None:
+    """Change the arguments of a job that has not started.
+
+    One that waits to be run can be changed while the queue is paused. `--kwarg` changes one argument by name, `--kwargs` replaces all.
+    """
+    job = await _find(session, queue, job_id)
+    new_args, new_kwargs = _parsed(args, "--args", list), _parsed(kwargs, "--kwargs", dict)
+    if kwarg:
+        kept = job["kwargs"] if new_kwargs is None else new_kwargs
+        new_kwargs = kept | (parse_keywords(kwarg) or {})
+    if new_args is None and new_kwargs is None:
+        raise CommandFailed("say what to change: --args, --kwargs or --kwarg")
+    await session.queue(queue).edit(job_id, args=new_args, kwargs=new_kwargs)
+    session.output.line("edited 1 of 1 jobs")
+
+
+def _parsed(text: str | None, option: str, kind: type) -> Any:
+    if text is None:
+        return None
+    value = parse_value(text)
+    if not isinstance(value, kind):
+        raise CommandFailed(f"{option} must be a JSON {'list' if kind is list else 'object'}")
+    return value

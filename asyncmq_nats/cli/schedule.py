@@ -1,0 +1,332 @@
+"""`schedule`: repeated jobs (repeatables): look at them, add, change, pause, run one now."""
+
+from typing import Annotated, Any, Final
+
+import typer
+from cron_descriptor import CasingTypeEnum, FormatError, Options, get_description
+
+from asyncmq_nats import Queue
+from asyncmq_nats.cli.command import (
+    AsJson,
+    AsNames,
+    CommandFailed,
+    QueueName,
+    Session,
+    command,
+    make_group,
+    require_queue,
+)
+from asyncmq_nats.cli.output import duration, instant, interval, plain_json
+from asyncmq_nats.cli.values import parse_duration, parse_future, parse_keywords, parse_value
+from asyncmq_nats.schedules import RepeatableInfo, upcoming_runs
+
+__all__ = ["group"]
+
+group = make_group("schedule", "Repeated jobs: look at them, add, change, pause, run one now.")
+
+ScheduleName = Annotated[
+    str, typer.Argument(metavar="NAME", help="Its name, or the id that `ls` shows.")
+]
+Every = Annotated[
+    str | None, typer.Option("--every", metavar="TIME", help="An interval, as in 5m.")
+]
+Cron = Annotated[
+    str | None,
+    typer.Option("--cron", metavar="EXPR", help="Five fields, or six with seconds last."),
+]
+Timezone = Annotated[
+    str | None, typer.Option("--timezone", metavar="NAME", help="Of --cron; an IANA name.")
+]
+Start = Annotated[
+    str | None,
+    typer.Option("--start", metavar="TIME", help="Not before: 2h (from now), or a date."),
+]
+End = Annotated[str | None, typer.Option("--end", metavar="TIME", help="Not after.")]
+RunLimit = Annotated[int | None, typer.Option("--runs", min=1, help="How many runs at most.")]
+Jitter = Annotated[
+    str | None, typer.Option("--jitter", metavar="TIME", help="Each run is later by chance.")
+]
+Overlap = Annotated[
+    str | None, typer.Option("--overlap", help="`skip`: not while the last one has not ended.")
+]
+CatchUp = Annotated[
+    str | None, typer.Option("--catch-up", help="Of missed runs: one, all or none.")
+]
+Priority = Annotated[int | None, typer.Option("--priority", help="Lower runs first.")]
+Retries = Annotated[int | None, typer.Option("--retries", min=0, help="After a failure.")]
+Keywords = Annotated[
+    list[str] | None,
+    typer.Option("--kwarg", "-k", metavar="NAME=VALUE", help="Argument by name; JSON or a text."),
+]
+
+ENGLISH: Final = Options()
+ENGLISH.use_24hour_time_format = True
+ENGLISH.casing_type = CasingTypeEnum.Sentence
+
+
+def describe(job_def: dict[str, Any]) -> str:
+    """Return a rhythm in words: `every 5m`, or what a cron expression means."""
+    cron = job_def.get("cron")
+    if cron is None:
+        return f"Every {interval(job_def['every'])}"
+    zone = job_def.get("timezone") or "UTC"
+    return f"{describe_cron(cron)} ({zone})"
+
+
+def describe_cron(cron: str) -> str:
+    """Return a cron expression in words, or as it is if there are none for it."""
+    fields = cron.split()
+    if len(fields) == 6:  # seconds come last with us, and first in the descriptor
+        fields = [fields[5], *fields[:5]]
+    try:
+        return str(get_description(" ".join(fields), ENGLISH))
+    except (FormatError, ValueError, IndexError):
+        return cron
+
+
+# -- look
+
+
+@command(group, "ls")
+async def list_all(
+    session: Session, queue: QueueName, as_json: AsJson = False, names: AsNames = False
+) -> None:
+    """List the schedules of a queue, in words, with their next runs."""
+    found = await (await require_queue(session, queue)).list_repeatables()
+    if as_json:
+        session.output.json([_as_dict(info) for info in found])
+    elif names:
+        for info in found:
+            session.output.raw(info.job_def["id"])
+    else:
+        session.output.table(
+            ["name", "task", "rhythm", "next run", "state"],
+            [
+                [
+                    info.job_def["id"],
+                    info.job_def["task_id"],
+                    describe(info.job_def),
+                    instant(info.next_run),
+                    _state(info),
+                ]
+                for info in found
+            ],
+        )
+
+
+def _as_dict(info: RepeatableInfo) -> dict[str, Any]:
+    described = {"words": describe(info.job_def), "next_run": info.next_run, "paused": info.paused}
+    return info.job_def | described
+
+
+def _state(info: RepeatableInfo) -> str:
+    if info.paused:
+        return "paused"
+    return "ended" if info.next_run is None else ""
+
+
+@command(group, "info")
+async def show(
+    session: Session, queue: QueueName, name: ScheduleName, as_json: AsJson = False
+) -> None:
+    """Show a schedule: its task and arguments, its rhythm in words, its next run."""
+    info = await _find(await require_queue(session, queue), name)
+    if as_json:
+        session.output.json(_as_dict(info))
+        return
+    texts = {
+        key: value if isinstance(value, str) else plain_json(value)
+        for key, value in info.job_def.items()
+        if value is not None
+    }
+    texts |= {key: instant(info.job_def[key]) for key in ("start", "end") if key in info.job_def}
+    texts |= {"rhythm": describe(info.job_def), "next run": instant(info.next_run)}
+    session.output.fields(texts | ({"state": _state(info)} if _state(info) else {}))
+
+
+async def _find(queue: Queue, name: str) -> RepeatableInfo:
+    found = await queue.list_repeatables()
+    for info in found:
+        if name in (info.job_def["id"], info.job_def["name"]):
+            return info
+    known = ", ".join(info.job_def["id"] for info in found[:10]) or "none"
+    raise CommandFailed(f"queue {queue.name!r} has no schedule {name!r} (there: {known})")
+
+
+@command(group, "next")
+async def show_next(
+    session: Session,
+    queue: QueueName,
+    name: ScheduleName,
+    count: Annotated[int, typer.Option("--count", min=1, help="How many runs.")] = 10,
+    as_json: AsJson = False,
+) -> None:
+    """Show when a schedule runs next, in UTC. A jitter comes on top."""
+    info = await _find(await require_queue(session, queue), name)
+    runs = upcoming_runs(info, count, session.backend.now())
+    if as_json:
+        session.output.json(runs)
+        return
+    now = session.backend.now()
+    session.output.table(
+        ["run", "in"], [[instant(at), duration(max(0.0, at - now))] for at in runs]
+    )
+
+
+# -- change
+
+
+@command(group, "add")
+async def add(
+    session: Session,
+    queue: QueueName,
+    name: Annotated[str, typer.Argument(metavar="NAME", help="What it is known by.")],
+    task: Annotated[str, typer.Argument(metavar="TASK", help="Name of the task.")],
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[ARG]...", help="Arguments in order; each JSON or a text."),
+    ] = None,
+    kwarg: Keywords = None,
+    every: Every = None,
+    cron: Cron = None,
+    timezone: Timezone = None,
+    start: Start = None,
+    end: End = None,
+    runs: RunLimit = None,
+    jitter: Jitter = None,
+    overlap: Overlap = None,
+    catch_up: CatchUp = None,
+    priority: Priority = None,
+    retries: Retries = None,
+) -> None:
+    """Add a schedule: a job that is added again and again, by --every or by --cron."""
+    await session.backend.connect()
+    jobs = session.queue(queue)
+    if any(name == info.job_def["name"] for info in await jobs.list_repeatables()):
+        raise CommandFailed(f"there is a schedule {name!r}: `schedule edit` changes it")
+    given = _given(
+        session.backend.now(),
+        every=every,
+        cron=cron,
+        timezone=timezone,
+        start=start,
+        end=end,
+        runs=runs,
+        jitter=jitter,
+        overlap=overlap,
+        catch_up=catch_up,
+        priority=priority,
+        retries=retries,
+    )
+    args = [parse_value(text) for text in arguments or ()]
+    await jobs.upsert_repeatable(task, args=args, kwargs=parse_keywords(kwarg), name=name, **given)
+    info = await _find(jobs, name)
+    session.output.line(f"{name}: {describe(info.job_def)}, next run {instant(info.next_run)}")
+
+
+def _given(now: float, **options: Any) -> dict[str, Any]:
+    """Return the options that were given, as `Queue.upsert_repeatable` takes them."""
+    found = {name: value for name, value in options.items() if value is not None}
+    for name in ("start", "end"):
+        if name in found:
+            found[name] = parse_future(found[name], now)
+    if "jitter" in found:
+        found["jitter"] = parse_duration(found["jitter"])
+    if "runs" in found:
+        found["limit"] = found.pop("runs")
+    return found
+
+
+@command(group, "edit")
+async def edit(
+    session: Session,
+    queue: QueueName,
+    name: ScheduleName,
+    args: Annotated[
+        str | None, typer.Option("--args", metavar="JSON", help="A list: all arguments in order.")
+    ] = None,
+    kwarg: Keywords = None,
+    every: Every = None,
+    cron: Cron = None,
+    timezone: Timezone = None,
+    start: Start = None,
+    end: End = None,
+    runs: RunLimit = None,
+    jitter: Jitter = None,
+    overlap: Overlap = None,
+    catch_up: CatchUp = None,
+    priority: Priority = None,
+    retries: Retries = None,
+) -> None:
+    """Change a schedule that has a name; what is not given stays. A pause goes on.
+
+    One that code declares is changed back when a worker with that code starts.
+    """
+    jobs = await require_queue(session, queue)
+    info = await _find(jobs, name)
+    if info.job_def["name"] is None:
+        raise CommandFailed("a schedule without a name is what it says: remove it, and add another")
+    kept = {key: value for key, value in info.job_def.items() if key != "id"}
+    changes = _given(
+        session.backend.now(),
+        every=every,
+        cron=cron,
+        timezone=timezone,
+        start=start,
+        end=end,
+        runs=runs,
+        jitter=jitter,
+        overlap=overlap,
+        catch_up=catch_up,
+        priority=priority,
+        retries=retries,
+    )
+    if args is not None:
+        changes["args"] = parse_value(args)
+    if kwarg:
+        changes["kwargs"] = kept["kwargs"] | (parse_keywords(kwarg) or {})
+    if not changes:
+        raise CommandFailed("say what to change, such as --cron or --every")
+    if cron is not None:
+        kept.pop("every", None)
+    if every is not None:
+        for key in ("cron", "timezone"):
+            kept.pop(key, None)
+    await jobs.upsert_repeatable(**kept | changes)
+    info = await _find(jobs, name)
+    session.output.line(f"{name}: {describe(info.job_def)}, next run {instant(info.next_run)}")
+
+
+@command(group, "rm")
+async def remove(session: Session, queue: QueueName, name: ScheduleName) -> None:
+    """Remove a schedule. The jobs that it has added stay."""
+    jobs = await require_queue(session, queue)
+    info = await _find(jobs, name)
+    await jobs.remove_repeatable(info.job_def["id"])
+    session.output.line(f"schedule {name} is removed")
+
+
+@command(group, "pause")
+async def pause(session: Session, queue: QueueName, name: ScheduleName) -> None:
+    """Let a schedule add no more jobs."""
+    jobs = await require_queue(session, queue)
+    info = await _find(jobs, name)
+    await jobs.pause_repeatable(info.job_def["id"])
+    session.output.line(f"schedule {name} is paused")
+
+
+@command(group, "resume")
+async def resume(session: Session, queue: QueueName, name: ScheduleName) -> None:
+    """Let a paused schedule go on."""
+    jobs = await require_queue(session, queue)
+    info = await _find(jobs, name)
+    at = await jobs.resume_repeatable(info.job_def["id"])
+    session.output.line(f"schedule {name} goes on, next run {instant(at)}")
+
+
+@command(group, "run-now")
+async def run_now(session: Session, queue: QueueName, name: ScheduleName) -> None:
+    """Add one job of a schedule now, beside its series, and print its id."""
+    jobs = await require_queue(session, queue)
+    info = await _find(jobs, name)
+    session.output.raw(await jobs.run_repeatable(info.job_def["id"]))

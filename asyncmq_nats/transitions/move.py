@@ -1,0 +1,197 @@
+"""Jobs move to another queue, also on another server. Each is held there before it ends here.
+
+1. *hold*: the job is written to the other queue as a delayed job that says where it comes from, and
+   whose timer is years away. 2. *end*: it is cancelled here, which no worker and no timer can miss.
+3. *release*: the hold becomes what the job was. 4. The cancelled outcome here is removed.
+A mover that dies leaves a hold, which the next one finishes: by what has become of the job here.
+"""
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Any, Final
+
+from anyio import CancelScope
+
+from asyncmq_nats.backends.base import Expect, Record, Timer, Write
+from asyncmq_nats.exceptions import InvalidJob, WriteRefused
+from asyncmq_nats.states import OUTCOMES, Place, State
+from asyncmq_nats.store.many import for_each
+from asyncmq_nats.store.records import delayed_write
+from asyncmq_nats.store.search import Found
+from asyncmq_nats.store.snapshot import read_snapshot
+from asyncmq_nats.transitions.add import Additions
+from asyncmq_nats.transitions.cancel import Administration
+from asyncmq_nats.transitions.clean import Progress
+from asyncmq_nats.wire.codec import dump_json, load_json
+from asyncmq_nats.wire.keys import QueueSubjects, encode_token
+
+__all__ = ["MOVABLE", "Moved", "Mover", "write_outcome"]
+
+MOVES_UNDER_WAY: Final = 16
+HOLD_TIME: Final = 10 * 365 * 86_400.0
+"""Seconds after which a hold would become due by itself."""
+MOVED_FROM: Final = "moved_from"
+"""The member of a hold that names the queue it is from."""
+MOVABLE: Final = (State.WAITING, State.DELAYED, *OUTCOMES)
+"""States in which a job can be moved. What runs stays, and so does what waits for others."""
+
+
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """What became of `Queue.move`.
+
+    `matched`: jobs that were meant. `moved`: those that are there now; the others stay: they have
+    moved on, are part of a flow, or the other queue has a job with their id.
+    """
+
+    matched: int
+    moved: int
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """One of the two queues."""
+
+    additions: Additions
+    administration: Administration
+    subjects: QueueSubjects
+
+
+class Mover:
+    """Moves jobs from one queue to another."""
+
+    def __init__(self, here: Side, there: Side) -> None:
+        self._here = here
+        self._there = there
+        self._source, self._target = here.additions.backend, there.additions.backend
+        self._reason = f"moved to queue {there.subjects.queue!r}"
+
+    async def move(
+        self, pages: AsyncIterator[list[Found]], holds: AsyncIterator[list[Found]], told: Progress
+    ) -> Moved:
+        """Move what a search finds here. `holds`: the delayed jobs there."""
+        async for page in holds:
+            for found in page:
+                await self._finish(found)
+        matched = moved = 0
+
+        async def move_one(found: Found) -> None:
+            nonlocal moved
+            was_moved = await self._move(found)
+            moved += was_moved
+
+        async for page in pages:
+            await for_each(move_one, page, limit=MOVES_UNDER_WAY)
+            matched += len(page)
+            if page:
+                told(matched)
+        return Moved(matched, moved)
+
+    async def _move(self, found: Found) -> bool:
+        job = found.job
+        if job.depends_on or job.children or await self._is_awaited(job.job_id):
+            return False
+        missing = await self._there.additions.plans.missing([job.job_id])
+        if job.job_id not in missing:
+            return False
+        data = _plain(found)
+        try:
+            if job.status in OUTCOMES:
+                await write_outcome(self._there.additions, data, job.status)
+                return await self._source.delete(found.source.log, found.record.sequence)
+            sequence = await self._hold(data, missing[job.job_id])
+        except WriteRefused:  # a job with that id has appeared there
+            return False
+        return await self._end_and_release(job.job_id, data, sequence)
+
+    async def _is_awaited(self, job_id: str) -> bool:
+        edges = self._here.subjects.edge(encode_token(job_id), "*")
+        found = await self._source.last(self._here.subjects.bucket_log, edges)
+        return any(not record.marker for record in found)
+
+    async def _hold(self, data: dict[str, Any], last: int) -> int:
+        keys, token = self._there.subjects, encode_token(data["id"])
+        body = dump_json(data | {MOVED_FROM: self._here.subjects.queue})
+        timer = Timer(self._target.now() + HOLD_TIME, keys.later(token, Place.RELEASED))
+        key = keys.later(token, Place.DELAYED)
+        write = Write(key, body, Expect(keys.later_all(token), last), timer=timer)
+        return await self._target.write(keys.bucket_log, write)
+
+    async def _end_and_release(self, job_id: str, data: dict[str, Any], sequence: int) -> bool:
+        """End a job here, and make of its hold what the job was. Return whether it was ended by this.
+
+        Shielded: an interruption does not tear it.
+        """
+        with CancelScope(shield=True):
+            if not await self._here.administration.cancel(job_id, self._reason):
+                await self._target.delete(self._there.subjects.bucket_log, sequence)
+                return False
+            await self._release(data, sequence)
+            await self._remove_outcome(job_id)
+        return True
+
+    async def _release(self, data: dict[str, Any], sequence: int) -> None:
+        keys, token, now = self._there.subjects, encode_token(data["id"]), self._target.now()
+        held = keys.later(token, Place.DELAYED)
+        run_at = data.get("delay_until")
+        times = (float(run_at) if isinstance(run_at, int | float) else now, now)
+        write = delayed_write(keys, token, dump_json(data), times, Expect(held, sequence))
+        if write.subject != held:
+            write.removes = held
+        await self._target.write(keys.bucket_log, write)
+
+    async def _remove_outcome(self, job_id: str) -> None:
+        record = await self._our_outcome(job_id)
+        if record is not None:
+            await self._source.delete(self._here.subjects.bucket_log, record.sequence)
+
+    async def _our_outcome(self, job_id: str) -> Record | None:
+        """Return the outcome of a job here if a mover ended it."""
+        snapshot = await read_snapshot(self._source, self._here.subjects, encode_token(job_id))
+        if snapshot.state is not State.CANCELLED or snapshot.outcome is None:
+            return None
+        ended_by = load_json(snapshot.outcome.body).get("last_error")
+        return snapshot.outcome if ended_by == self._reason else None
+
+    async def _finish(self, found: Found) -> None:
+        """Finish what another mover began: a hold is released exactly if the job has ended here by it."""
+        try:
+            data = load_json(found.record.body)
+        except InvalidJob:
+            return
+        if data.pop(MOVED_FROM, None) != self._here.subjects.queue:
+            return
+        job_id, sequence = found.job.job_id, found.record.sequence
+        if await self._our_outcome(job_id) is None:
+            await self._end_and_release(job_id, data, sequence)
+        else:
+            # What was left to do of it: its message may be there still.
+            await self._here.administration.finish_cancel(job_id)
+            await self._release(data, sequence)
+            await self._remove_outcome(job_id)
+
+
+def _plain(found: Found) -> dict[str, Any]:
+    """Return a job as it is stored, with the id and the priority of its key."""
+    data = load_json(found.record.body)
+    kept = {"id": found.job.job_id, "priority": found.job.priority, "custom_id": True}
+    return data | kept | {"created_at": found.job.created_at}
+
+
+async def write_outcome(additions: Additions, data: dict[str, Any], state: State) -> None:
+    """Store how a job ended in a queue that does not have it.
+
+    Raises:
+        WriteRefused: it has.
+    """
+    keys, token = additions.subjects, encode_token(str(data["id"]))
+    settings = additions.settings
+    completed = state is State.COMPLETED
+    write = Write(
+        keys.outcome(token, state),
+        dump_json(data),
+        Expect(keys.done_all(token)),
+        ttl=settings.completed_ttl if completed else settings.failed_ttl,
+        index=None if completed else keys.index(token, state),
+    )
+    await additions.backend.write(keys.bucket_log, write)
