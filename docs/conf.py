@@ -129,11 +129,11 @@ def read_docstring(
         else:
             parts[index] = LETTERS.sub(lambda match: "\\" + match[0], part)
     lines[:] = "".join(parts).split("\n")
+    if what in ("attribute", "data", "property"):
+        lines.insert(0, "")  # or napoleon takes what is before a colon for the type
 
 
-def hide_signature(
-    app: Sphinx, what: str, name: str, value: Any, options: Any, signature: str, returns: str
-) -> tuple[str, str] | None:
+def hide_signature(app: Sphinx, what: str, name: str, *_: Any) -> tuple[str, str] | None:
     """Leave out the signature of the settings, which names each of them."""
     return ("", "") if name == "asyncmq_nats.settings.Settings" else None
 
