@@ -71,9 +71,9 @@ def _rewrite_links(text: str, folder: Path) -> str:
 
     def rewrite(match: re.Match[str]) -> str:
         target = (folder / match["path"]).resolve()
-        if not target.exists() or (target.is_relative_to(DOCS) and folder.is_relative_to(DOCS)):
+        if folder.is_relative_to(DOCS) and (target.is_relative_to(DOCS) or not target.exists()):
             return match[0]
-        if target.is_relative_to(DOCS):
+        if target.is_relative_to(DOCS) and target.exists():
             return f"{target.relative_to(DOCS).as_posix()}{match['anchor'] or ''}"
         kind = "tree" if target.is_dir() else "blob"
         path = target.relative_to(ROOT).as_posix()
@@ -142,6 +142,7 @@ def setup(app: Sphinx) -> dict[str, Any]:
     """Connect what is above."""
     app.add_lexer("conf", TextLexer)
     app.connect("builder-inited", lambda app: write_reference(DOCS / "reference" / "api"))
+    app.connect("env-get-outdated", lambda *_: ["index", "reference/index"])
     app.connect("source-read", read_page)
     app.connect("include-read", read_included)
     app.connect("autodoc-process-signature", hide_signature)
