@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Final
 
 import asyncmq_nats
+from asyncmq_nats import contrib
 
 FIRST: Final = ("queues", "tasks", "workers", "flow", "context", "jobs", "schedules", "events")
 """The modules that a reader wants first, in this order; then the others by name."""
-NO_PAGE: Final = frozenset({"cli", "pytest_plugin"})
+NO_PAGE: Final = frozenset({"cli", "contrib", "pytest_plugin"})
 """Programs and plugins: they have pages of their own."""
 BELOW: Final = ("backends", "backends.base", "backends.inmemory", "backends.nats")
 """The modules below the top level that users import."""
@@ -25,7 +26,8 @@ def public_modules() -> list[str]:
         if not module.name.startswith("_") and module.name not in INTERNAL | NO_PAGE
     ]
     rest = sorted(set(found) - set(FIRST))
-    return [name for name in FIRST if name in found] + rest + list(BELOW)
+    extras = [f"contrib.{module.name}" for module in pkgutil.iter_modules(contrib.__path__)]
+    return [name for name in FIRST if name in found] + rest + extras + list(BELOW)
 
 
 def write_reference(folder: Path) -> None:

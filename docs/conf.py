@@ -109,24 +109,22 @@ def _keep_pattern(match: re.Match[str]) -> str:
 # -- docstrings, which are written for readers of the code
 
 
-INLINE = re.compile(r"(``.*?``|`[^`\n]+`)")
+CODE = re.compile(r"(``.*?``|`[^`]+`)", re.DOTALL)
+LETTERS = re.compile(r"([*|])|(?<=\w)(_)(?!\w)")
 
 
 def read_docstring(
     app: Sphinx, what: str, name: str, value: Any, options: Any, lines: list[str]
 ) -> None:
     """Make a docstring reStructuredText: its code is in single backticks, its `*` mean nothing else."""
-    lines[:] = [_escape(line) for line in lines]
-
-
-def _escape(line: str) -> str:
-    parts = INLINE.split(line)
-    for index in range(0, len(parts), 2):  # the text between pieces of code
-        parts[index] = re.sub(r"([*|])|(?<=\w)(_)(?!\w)", r"\\\1\2", parts[index])
-    for index in range(1, len(parts), 2):
-        parts[index] = f"``{parts[index].strip('`')}``"
-    # Code may be followed by a letter: `Job`s.
-    return re.sub(r"``(?=\w)", lambda match: match[0], "".join(parts))
+    parts = CODE.split("\n".join(lines))
+    for index, part in enumerate(parts):
+        if index % 2:
+            follows = "\\ " if parts[index + 1][:1].isalnum() else ""  # as in "`Job`s"
+            parts[index] = f"``{part.strip('`')}``{follows}"
+        else:
+            parts[index] = LETTERS.sub(lambda match: "\\" + match[0], part)
+    lines[:] = "".join(parts).split("\n")
 
 
 def setup(app: Sphinx) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import asyncmq_nats
 from asyncmq_nats.cli import command as commands
 from asyncmq_nats.cli import (
     config,
+    dashboard,
     events,
     flow,
     job,
@@ -24,6 +25,7 @@ from asyncmq_nats.cli import (
     server,
     worker,
 )
+from asyncmq_nats.cli.command import Session
 from asyncmq_nats.cli.output import Output
 from asyncmq_nats.exceptions import AsyncMQError
 
@@ -71,18 +73,19 @@ def make_app() -> typer.Typer:
     root.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     root.__annotations__ = {each.name: each.annotation for each in parameters}
     app.callback()(root)
-    app.command("version")(_show_version)
+    commands.command(app, "version")(show_version)
     for name, function in COMMANDS:
         commands.command(app, name)(function)
     server.register(app)
+    dashboard.register(app)
     for group in GROUPS:
         app.add_typer(group)
     return app
 
 
-def _show_version() -> None:
+async def show_version(session: Session) -> None:
     """Print the version of asyncmq-nats."""
-    typer.echo(asyncmq_nats.__version__)
+    session.output.raw(asyncmq_nats.__version__)
 
 
 def run(arguments: Sequence[str]) -> int:

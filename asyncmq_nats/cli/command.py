@@ -70,6 +70,10 @@ class Session:
         """Return a queue on that backend, whether it exists or not."""
         return Queue(name, self.backend, **options)
 
+    def elsewhere(self, server: str) -> "Session":
+        """Return a session with another server, all else alike."""
+        return Session(ConnectionOptions(server=server).or_else(self.options), self.output)
+
     async def close(self) -> None:
         """End the connection."""
         if self._backend is not None:

@@ -21,6 +21,7 @@ __all__ = [
     "preview",
     "short_error",
     "signature_of_error",
+    "size",
 ]
 
 UNITS: Final = ((86_400.0, "d"), (3600.0, "h"), (60.0, "min"))
@@ -92,6 +93,18 @@ def number(value: float | None) -> str:
     if value is None:
         return "–"
     return f"{value:,.0f}" if value == int(value) or abs(value) >= 100 else f"{value:,.2g}"
+
+
+def size(count: int | None) -> str:
+    """Return a number of bytes in the unit that suits it."""
+    if count is None:
+        return "–"
+    value = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1024:
+            return f"{value:.0f} {unit}" if unit == "B" or value >= 100 else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.1f} TiB"
 
 
 def preview(value: Any, length: int = PREVIEW_LENGTH) -> str:
