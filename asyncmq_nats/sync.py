@@ -13,14 +13,13 @@ import inspect
 import os
 import sys
 import threading
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import AsyncGenerator, Callable, Coroutine, Generator
 from contextvars import copy_context
 from typing import Any, Concatenate, Final, Generic, ParamSpec, Protocol, Self, TypeVar, overload
 
 from asyncmq_nats import queues
 from asyncmq_nats.backends import backend_of_context, default_backend
 from asyncmq_nats.backends.base import Backend
-from asyncmq_nats.events import Event
 from asyncmq_nats.exceptions import BackendError, LoopRunning
 
 __all__ = ["Queue", "close", "enqueue", "list_queues", "run"]
@@ -140,6 +139,39 @@ class _Blocking(Generic[P, R]):
         return inspect.signature(self._method)
 
 
+class _Iterating(Generic[P, R]):
+    """A method of `asyncmq_nats.Queue` whose values are iterated: each `next` blocks."""
+
+    def __init__(
+        self, method: Callable[Concatenate[queues.Queue, P], AsyncGenerator[R, None]]
+    ) -> None:
+        self._method = method
+        self.__doc__ = method.__doc__
+
+    @overload
+    def __get__(self, queue: None, owner: type["Queue"]) -> Self: ...
+    @overload
+    def __get__(
+        self, queue: "Queue", owner: type["Queue"]
+    ) -> Callable[P, Generator[R, None, None]]: ...
+
+    def __get__(
+        self, queue: "Queue | None", owner: type["Queue"]
+    ) -> Self | Callable[P, Generator[R, None, None]]:
+        if queue is None:
+            return self
+        method = self._method
+
+        def call(*args: P.args, **kwargs: P.kwargs) -> Generator[R, None, None]:
+            name = method.__name__
+            check_no_loop(f"sync.Queue.{name}()", f"use `async for … in Queue.{name}(…)` instead")
+            return queue._iterate(method, *args, **kwargs)
+
+        call.__name__, call.__doc__ = method.__name__, method.__doc__
+        call.__signature__ = _without_self(method)  # type: ignore[attr-defined]
+        return call
+
+
 class Queue:
     """A queue whose methods block: `asyncmq_nats.Queue`, for threads without an event loop.
 
@@ -186,42 +218,32 @@ class Queue:
             self._made = loop, backend, queues.Queue(self.name, backend, **self._options)
         return self._made[2]
 
-    def events(self, *names: str) -> Iterator[Event]:
-        """Yield what happens to the jobs of this queue from the first `next` on; see `Queue.events`.
-
-        Each `next` blocks until something happens. Close it, or leave the loop, to end it.
-        """
-        return self._iterate(queues.Queue.events, *names)
-
-    def search(self, *args: Any, **kwargs: Any) -> Iterator[dict[str, Any]]:
-        """Yield the jobs that match; the arguments are those of `asyncmq_nats.Queue.search`."""
-        return self._iterate(queues.Queue.search, *args, **kwargs)
-
-    def _iterate(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Iterator[Any]:
-        name = method.__name__
-        check_no_loop(f"sync.Queue.{name}()", f"use `async for … in Queue.{name}(…)` instead")
+    def _iterate(
+        self,
+        method: Callable[Concatenate[queues.Queue, P], AsyncGenerator[R, None]],
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> Generator[R, None, None]:
         loop = _loop()
-        found: list[Any] = []
 
-        async def begin() -> None:
-            found.append(method(self._queue(loop), *args, **kwargs))
+        async def begin() -> AsyncGenerator[R, None]:
+            return method(self._queue(loop), *args, **kwargs)
 
-        async def following() -> tuple[bool, Any]:
-            async for value in found[0]:
-                return True, value
-            return False, None
+        async def following() -> list[R]:
+            async for value in values:
+                return [value]
+            return []
 
-        loop.call(begin, self._backend)
+        values = loop.call(begin, self._backend)
         try:
-            while True:
-                there, value = loop.call(following, self._backend)
-                if not there:
-                    return
-                yield value
+            while found := loop.call(following, self._backend):
+                yield found[0]
         finally:
-            loop.call(found[0].aclose, self._backend)
+            loop.call(values.aclose, self._backend)
 
     # What there is beside these is added below, untyped.
+    events = _Iterating(queues.Queue.events)
+    search = _Iterating(queues.Queue.search)
     add = _Blocking(queues.Queue.add)
     add_bulk = _Blocking(queues.Queue.add_bulk)
     add_linked = _Blocking(queues.Queue.add_linked)
@@ -285,6 +307,8 @@ def _add_others() -> None:
             continue
         if inspect.iscoroutinefunction(method):
             setattr(Queue, name, _Blocking(method))
+        elif inspect.isasyncgenfunction(method):
+            setattr(Queue, name, _Iterating(method))
 
 
 _add_others()

@@ -14,12 +14,15 @@ import asyncmq_nats
 from asyncmq_nats.cli import command as commands
 from asyncmq_nats.cli import (
     config,
+    dashboard,
+    doctor,
     events,
     flow,
     job,
     outbox,
     permissions,
     queue,
+    queue_config,
     schedule,
     server,
     worker,
@@ -41,6 +44,8 @@ GROUPS: Final = (
 )
 COMMANDS: Final = (("events", events.follow), ("permissions", permissions.grant))
 """Commands that are in no group."""
+
+queue.group.add_typer(queue_config.group)
 
 DONE, FAILED, INTERRUPTED = 0, 1, 130
 
@@ -75,7 +80,8 @@ def make_app() -> typer.Typer:
     commands.command(app, "version")(show_version)
     for name, function in COMMANDS:
         commands.command(app, name)(function)
-    server.register(app)
+    for program in (server, dashboard, doctor):
+        program.register(app)
     for group in GROUPS:
         app.add_typer(group)
     return app

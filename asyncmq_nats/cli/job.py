@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from functools import partial
 from typing import Annotated, Any, Final
 
@@ -178,6 +179,21 @@ async def _find(session: Session, queue: str, job_id: str) -> dict[str, Any]:
     return job
 
 
+@command(group, "logs")
+async def show_logs(
+    session: Session, queue: QueueName, job_id: JobId, as_json: AsJson = False
+) -> None:
+    """Show the lines that a task kept with its job, by `current_job().log` or a log handler."""
+    await _find(session, queue, job_id)
+    lines = await session.queue(queue).job_logs(job_id)
+    if as_json:
+        session.output.json([asdict(line) for line in lines])
+        return
+    for line in lines:
+        shown = f"{instant(line.at)}  attempt {line.attempt}  {line.level}  {line.message}"
+        session.output.text(shown)
+
+
 @command(group, "result")
 async def show_result(
     session: Session,
@@ -192,22 +208,6 @@ async def show_result(
     seconds = parse_duration(max_wait)
     patience = seconds if wait or seconds is not None else 0.0
     session.output.json(await session.queue(queue).wait_for(job_id, patience))
-
-
-@command(group, "logs")
-async def show_logs(
-    session: Session, queue: QueueName, job_id: JobId, as_json: AsJson = False
-) -> None:
-    """Show the lines that a task kept with its job, by `current_job().log` or a log handler."""
-    lines = await session.queue(queue).job_logs(job_id)
-    if as_json:
-        session.output.json(lines)
-        return
-    if not lines:
-        await _find(session, queue, job_id)  # is there such a job?
-    for line in lines:
-        text = f"{instant(line.at)} {line.level:<7} {line.message}"
-        session.output.line(text if line.attempt == 1 else f"{text} (attempt {line.attempt})")
 
 
 # -- add and run

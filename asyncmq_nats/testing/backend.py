@@ -99,6 +99,7 @@ class VirtualAgenda(Agenda):
         target = here if loop is None else loop
         if target is None or not target.is_running():
             return False
+        self._virtual.note_loop(target)
         schedule = target.call_soon if target is here else target.call_soon_threadsafe
         if loop is None:
             schedule(self._run, call, *args)

@@ -152,10 +152,14 @@ class VirtualClock:
         """Have `call` called at Unix time `when`; in the loop, or where the time is moved."""
         due = Due(call, loop)
         if loop is not None:
-            self._loops.add(loop)
+            self.note_loop(loop)
         with self.lock:
             heapq.heappush(self._upkeep if upkeep else self._stops, (when, next(self._ties), due))
         return due
+
+    def note_loop(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Take note of an event loop that has something to do before the time moves."""
+        self._loops.add(loop)
 
     # -- for tests
 
@@ -319,9 +323,13 @@ class _Mover:
 
     async def _settle_loops(self) -> None:
         await settle_here()
-        for loop in self._clock.loops():
-            there = asyncio.run_coroutine_threadsafe(settle_here(), loop)
-            await asyncio.wrap_future(there)
+        while others := self._clock.loops():
+            worked = False
+            for loop in others:
+                there = asyncio.run_coroutine_threadsafe(settle_here(), loop)
+                worked |= await asyncio.wrap_future(there)
+            if not await settle_here() and not worked:
+                return
 
     async def _wait_for_real(self) -> bool:
         """Wait until a job goes on that waits for something real. Return whether one did."""

@@ -39,14 +39,19 @@ def waits_by_clock(function: Any) -> Any:
     return function
 
 
-async def settle_here() -> None:
-    """Return when every task of this event loop waits for something that is not ready."""
+async def settle_here() -> bool:
+    """Return when every task of this event loop waits for something that is not ready.
+
+    The value: whether something was done meanwhile.
+    """
     # What is ready is private, and there on every loop of asyncio; other loops get some turns.
     ready = getattr(asyncio.get_running_loop(), "_ready", None)
-    turns = 0
+    turns, worked = 0, False
     while turns < (1 if ready is not None else BLIND_TURNS):
         await asyncio.sleep(0)
+        worked |= bool(ready)
         turns = 0 if ready else turns + 1
+    return worked
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,5 +1,7 @@
 """The fixtures, in a pytest of its own."""
 
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -90,8 +92,10 @@ def run_pytest(folder: Path, text: str, ini: str = "") -> subprocess.CompletedPr
     (folder / "test_it.py").write_text(text)
     (folder / "pytest.ini").write_text(f"[pytest]\nfilterwarnings = error\n{ini}")
     plugin = "asyncmq_nats.pytest_plugin"
+    options = ["-p", plugin, "-p", "anyio.pytest_plugin", "-q", str(folder)]
     return subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", plugin, "-q", str(folder)],
+        [sys.executable, "-m", "pytest", *options],
+        env=os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},  # fewer to load
         check=False,
         capture_output=True,
         text=True,
@@ -115,3 +119,15 @@ def test_pytest_loads_nothing_of_the_package_before_it_is_used() -> None:
         "sys.exit('asyncmq_nats.testing' in sys.modules or 'nats' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+def test_the_page_of_the_documentation_passes(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "testing.md").read_text()
+    blocks = dict(
+        re.findall(r'^```python title="(\S+)"\n(.*?)^```$', page, re.MULTILINE | re.DOTALL)
+    )
+    assert sorted(blocks) == ["shop.py", "test_shop.py"]
+    (tmp_path / "shop.py").write_text(blocks["shop.py"])
+    done = run_pytest(tmp_path, blocks["test_shop.py"])
+    assert done.returncode == 0, done.stdout
+    assert "5 passed" in done.stdout, done.stdout
