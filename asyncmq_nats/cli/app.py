@@ -127,4 +127,7 @@ def _describe(error: Exception) -> str:
     problems = getattr(error, "errors", None)
     if callable(problems):  # pydantic tells of each value in several lines
         return "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in problems())
-    return str(error) or type(error).__name__
+    text = str(error) or type(error).__name__
+    return text.replace(
+        "use declare=False in a producer whose queue exists already", "--no-declare, if all exists"
+    )
