@@ -11,7 +11,6 @@ from asyncmq_nats.backends.base import Difference
 from asyncmq_nats.contrib.dashboard.pages.summaries import for_all
 from asyncmq_nats.contrib.dashboard.site import Site, site_of
 from asyncmq_nats.queues import Queue
-from asyncmq_nats.settings import mask_login
 
 __all__ = ["show"]
 
@@ -25,12 +24,10 @@ async def show(request: Request) -> Response:
     answered = perf_counter() - start
     names = await site.list_queues()
     found = await site.reads.get("infos", lambda: for_all(names, lambda name: _info(site, name)))
-    settings = site.backend.settings
     context = {
         "section": "server",
         "answered": answered,
-        "servers": [mask_login(each) for each in settings.servers],
-        "prefix": settings.prefix,
+        "prefix": site.backend.settings.prefix,
         "version": asyncmq_nats.__version__,
         "clock": site.backend.now() - time(),
         "max_body": site.backend.max_body,
