@@ -1,4 +1,4 @@
-"""The commands for development: `nox -s fast`, `nox -s check`, `nox -s lowest`.
+"""The commands for development: `nox -s fast`, `nox -s check`, `nox -s lowest`, `nox -s docs`.
 
 `fast` and `check` run in the environment that nox is in: `pip install -e '.[dev]'` has all they
 need.
@@ -42,6 +42,21 @@ def lowest(session: nox.Session) -> None:
     session.install("-e", ".[dev]")
     session.install(*lowest_versions())
     session.run("pytest", *session.posargs)
+
+
+@nox.session(venv_backend="virtualenv")
+def old_code(session: nox.Session) -> None:
+    """Run the code of other libraries in docs/migrating. Needs an empty Redis at $REDIS_PORT."""
+    session.install("anyio", "arq==0.28.0", "celery==5.7.0", "packaging", "saq==0.26.4")
+    for name in ("arq", "celery", "saq"):
+        page = f"docs/migrating/{name}.md"
+        session.run("python", "-m", "tests.docs.run_page", page, "old", env={"PYTHONPATH": "."})
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """Build the documentation into docs/_build; warnings are errors."""
+    session.run("sphinx-build", "-W", "--keep-going", "-q", "docs", "docs/_build/html")
 
 
 def lowest_versions() -> list[str]:

@@ -8,7 +8,7 @@ from typing import Any, Protocol, overload
 from asyncmq_nats._arguments import WriteArguments, build_job, write_plainly
 from asyncmq_nats.calls import Call
 from asyncmq_nats.exceptions import InvalidFlow
-from asyncmq_nats.jobs import Backoff, Job
+from asyncmq_nats.jobs import Backoff, Job, JobHead
 
 __all__ = ["JobContext", "JobLogLine", "JobServices", "current_job", "running_job"]
 
@@ -59,6 +59,10 @@ class JobSource(Protocol):
     def job(self) -> Job:
         """All of the job."""
 
+    @property
+    def head(self) -> JobHead | Job:
+        """What is known of it before all of it is read."""
+
 
 @dataclass(slots=True)
 class JobContext:
@@ -90,12 +94,13 @@ class JobContext:
     @property
     def task_id(self) -> str:
         """The id of the task."""
-        return self.job.task_id
+        return self._source.head.task_id
 
     @property
     def attempt(self) -> int:
         """The number of this attempt: 1 for the first."""
-        return self.job.retries + 1
+        retries = self._source.head.retries
+        return (retries if isinstance(retries, int) else self.job.retries) + 1
 
     @property
     def snoozes(self) -> int:
@@ -105,7 +110,10 @@ class JobContext:
     @property
     def meta(self) -> Mapping[str, str]:
         """What was sent along with the job, such as the id of a request or of a trace."""
-        return self.job.meta
+        meta = self._source.head.meta
+        if not isinstance(meta, dict):  # none, or what another program wrote
+            return {}
+        return {key: value for key, value in meta.items() if isinstance(value, str)}
 
     @property
     def notes(self) -> dict[str, Any]:
@@ -206,7 +214,7 @@ class JobContext:
             timeout=timeout,
             depends_on=depends_on,
             on_parent_failure=on_parent_failure,
-            meta=self.job.meta if meta is None else meta,
+            meta=self.meta if meta is None else meta,
         )
         return self._add(job)
 

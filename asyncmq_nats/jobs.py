@@ -145,6 +145,8 @@ class JobHead:
     repeat_every: float | str | None = None
     children: list[str] | None = None
     stalls: int = 0
+    retries: Any = 0
+    meta: Any = None
     v: int = WIRE_VERSION
 
     def is_expired(self, now: float) -> bool:

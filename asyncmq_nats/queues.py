@@ -16,6 +16,7 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
+from contextlib import aclosing
 from dataclasses import replace
 from functools import partial
 from typing import Any, Final, TypeVar
@@ -602,18 +603,19 @@ class Queue:
         """
         wanted = JobFilter() if where is None else where
         left = math.inf if limit is None else checked_number(limit, "limit")
-        async for page in self._pages_of(wanted, wanted.states, descending=newest_first):
-            for found in page:
+        async with aclosing(
+            self._pages_of(wanted, wanted.states, descending=newest_first)
+        ) as pages:
+            async for page in pages:
+                for found in page[: None if left == math.inf else int(left)]:
+                    yield found.job.to_dict()
+                left -= len(page)
                 if left <= 0:
                     return
-                left -= 1
-                yield found.job.to_dict()
-            if left <= 0:
-                return
 
     async def _pages_of(
         self, where: JobFilter, states: Sequence[State], *, descending: bool
-    ) -> AsyncIterator[list[Found]]:
+    ) -> AsyncGenerator[list[Found], None]:
         running: set[str] = set()
         if where.worker is not None and State.ACTIVE in states:
             workers = await self.list_workers()
@@ -859,6 +861,17 @@ class Queue:
         """Return what of this queue on the server differs from the settings in force."""
         return await self._configurations.compare()
 
+    async def find_orphan_priorities(self) -> list[int]:
+        """Return the priorities of ready jobs that no worker sees: they have no consumer yet.
+
+        Running workers look for such jobs every 30 s, and make the consumers.
+        """
+        return await self._unless_missing(self._assets.find_orphans(declare=False), [])
+
+    async def declare_orphan_priorities(self) -> list[int]:
+        """Make the consumers of such jobs at once, and return their priorities."""
+        return await self._unless_missing(self._assets.find_orphans(), [])
+
     # -- delayed jobs
 
     async def list_delayed(self, *, limit: int | None = None) -> list[DelayedInfo]:
@@ -982,15 +995,17 @@ class Queue:
                 raise InvalidArgument(
                     f"{action} is for jobs that are {', '.join(possible)}", useless[0]
                 )
-        pages = self._pages_of(replace(jobs, until=until), states, descending=False)
-        return await apply_to_matches(
-            pages,
-            self._cleanup if action == Action.REMOVE else act,
-            until=until,
-            dry_run=dry_run,
-            limit=most,
-            progress=progress,
-        )
+        async with aclosing(
+            self._pages_of(replace(jobs, until=until), states, descending=False)
+        ) as pages:
+            return await apply_to_matches(
+                pages,
+                self._cleanup if action == Action.REMOVE else act,
+                until=until,
+                dry_run=dry_run,
+                limit=most,
+                progress=progress,
+            )
 
     def _action(
         self, action: str | Callable[[str], Awaitable[bool]]

@@ -1,5 +1,6 @@
 """Which jobs are meant: a filter, and whether a job matches it. Pure functions of values."""
 
+import re
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -12,6 +13,7 @@ from asyncmq_nats.wire.codec import dump_json
 
 __all__ = ["JobFilter"]
 
+WILDCARDS: Final = re.compile(r"[*?]")
 SEARCHED: Final = ("job_id", "task_id", "args", "kwargs", "last_error", "result")
 """Fields of a job in which a text is looked for."""
 
@@ -60,8 +62,10 @@ class JobFilter:
         """
         if b"\\u" in body:
             return True
-        if self.task is not None and _is_plain(self.task) and self.task.encode() not in body:
-            return False
+        if self.task is not None:
+            piece = max(WILDCARDS.split(self.task), key=len)
+            if _is_plain(piece) and piece.encode() not in body:
+                return False
         if self.text is None or not _is_plain(self.text):
             return True
         needle = self.text.lower()
@@ -103,12 +107,12 @@ def _fits(value: str, pattern: str) -> bool:
 
 
 def _has_wildcard(pattern: str) -> bool:
-    return "*" in pattern or "?" in pattern
+    return WILDCARDS.search(pattern) is not None
 
 
 def _is_plain(text: str) -> bool:
-    """Return whether a text stands in JSON as it is: no wildcard, escape, or other alphabet."""
-    return text.isascii() and text.isprintable() and not set(text) & set('"\\/*?')
+    """Return whether a text stands in JSON as it is: no escape, and no other alphabet."""
+    return text.isascii() and text.isprintable() and not set(text) & set('"\\/')
 
 
 def _searched_text(job: Job) -> str:

@@ -14,16 +14,20 @@ import asyncmq_nats
 from asyncmq_nats.cli import command as commands
 from asyncmq_nats.cli import (
     config,
+    dashboard,
+    doctor,
     events,
     flow,
     job,
     outbox,
     permissions,
     queue,
+    queue_config,
     schedule,
     server,
     worker,
 )
+from asyncmq_nats.cli.command import Session
 from asyncmq_nats.cli.output import Output
 from asyncmq_nats.exceptions import AsyncMQError
 
@@ -40,6 +44,8 @@ GROUPS: Final = (
 )
 COMMANDS: Final = (("events", events.follow), ("permissions", permissions.grant))
 """Commands that are in no group."""
+
+queue.group.add_typer(queue_config.group)
 
 DONE, FAILED, INTERRUPTED = 0, 1, 130
 
@@ -71,18 +77,19 @@ def make_app() -> typer.Typer:
     root.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     root.__annotations__ = {each.name: each.annotation for each in parameters}
     app.callback()(root)
-    app.command("version")(_show_version)
+    commands.command(app, "version")(show_version)
     for name, function in COMMANDS:
         commands.command(app, name)(function)
-    server.register(app)
+    for program in (server, dashboard, doctor):
+        program.register(app)
     for group in GROUPS:
         app.add_typer(group)
     return app
 
 
-def _show_version() -> None:
+async def show_version(session: Session) -> None:
     """Print the version of asyncmq-nats."""
-    typer.echo(asyncmq_nats.__version__)
+    session.output.raw(asyncmq_nats.__version__)
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -120,4 +127,7 @@ def _describe(error: Exception) -> str:
     problems = getattr(error, "errors", None)
     if callable(problems):  # pydantic tells of each value in several lines
         return "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in problems())
-    return str(error) or type(error).__name__
+    text = str(error) or type(error).__name__
+    return text.replace(
+        "use declare=False in a producer whose queue exists already", "--no-declare, if all exists"
+    )

@@ -1,6 +1,9 @@
 """`job`: find jobs, look at them, add, run, retry, cancel, change them."""
 
-from contextlib import suppress
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from functools import partial
 from typing import Annotated, Any, Final
 
@@ -19,6 +22,7 @@ from asyncmq_nats.cli.command import (
     command,
     make_group,
     require_queue,
+    shows_tracebacks,
 )
 from asyncmq_nats.cli.many import act_on_many
 from asyncmq_nats.cli.output import duration, instant, number, plain_json
@@ -111,9 +115,15 @@ def _row(job: dict[str, Any]) -> list[str]:
         job["task"],
         job["status"],
         instant(job["updated_at"]),
-        str(job["retries"] + 1 if job["status"] in ("active", "completed") else job["retries"]),
+        str(_attempts(job)),
         error if len(error) <= SHOWN_ERROR else error[:SHOWN_ERROR] + "…",
     ]
+
+
+def _attempts(job: dict[str, Any]) -> int:
+    """Return how many attempts have begun: `retries` counts those that failed."""
+    under_way = job["status"] in ("active", "completed")
+    return int(job["retries"]) + under_way
 
 
 @command(group, "info")
@@ -148,7 +158,7 @@ def _fields(job: dict[str, Any]) -> dict[str, str]:
         "args": plain_json(job["args"]),
         "kwargs": plain_json(job["kwargs"]),
         "priority": str(job["priority"]),
-        "retries": f"{job['retries']} of {job['max_retries']}",
+        "attempts": f"{_attempts(job)} of at most {job['max_retries'] + 1}",
         "worker": job["worker"] or "",
         "stalls": str(job["stalls"] or ""),
         "depends on": ", ".join(job["depends_on"]),
@@ -167,6 +177,21 @@ async def _find(session: Session, queue: str, job_id: str) -> dict[str, Any]:
     if job is None:
         raise JobNotFound(queue, job_id)
     return job
+
+
+@command(group, "logs")
+async def show_logs(
+    session: Session, queue: QueueName, job_id: JobId, as_json: AsJson = False
+) -> None:
+    """Show the lines that a task kept with its job, by `current_job().log` or a log handler."""
+    await _find(session, queue, job_id)
+    lines = await session.queue(queue).job_logs(job_id)
+    if as_json:
+        session.output.json([asdict(line) for line in lines])
+        return
+    for line in lines:
+        shown = f"{instant(line.at)}  attempt {line.attempt}  {line.level}  {line.message}"
+        session.output.text(shown)
 
 
 @command(group, "result")
@@ -264,14 +289,28 @@ async def run_here(
     trial = Queue(queue, here, any_task=True, concurrency=1)
     kept = {name: job[name] for name in ("id", "task", "args", "kwargs", "timeout")}
     await trial.enqueue(kept)
-    async with open_task_group() as group:
-        await group.start(trial.run)
-        ended = await _wait_for_end(trial, job_id)
-        group.cancel_scope.cancel()
+    with _quiet():
+        async with open_task_group() as group:
+            await group.start(trial.run)
+            ended = await _wait_for_end(trial, job_id)
+            group.cancel_scope.cancel()
     if ended["status"] != "completed":
         session.output.text(str(ended.get("error_traceback") or ""))
         raise CommandFailed(str(ended["last_error"]))
     session.output.json(ended["result"])
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Log nothing of a worker whose one job is shown anyway, unless `-v` was given."""
+    library = logging.getLogger("asyncmq_nats")
+    level = library.level
+    if not shows_tracebacks():
+        library.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        library.setLevel(level)
 
 
 async def _wait_for_end(queue: Queue, job_id: str) -> dict[str, Any]:

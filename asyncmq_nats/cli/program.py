@@ -20,6 +20,7 @@ import typer
 from asyncmq_nats.cli import command as commands
 from asyncmq_nats.cli.command import CommandFailed, Session
 from asyncmq_nats.cli.output import Output
+from asyncmq_nats.telemetry.logs import JobFields, JSONFormatter
 
 __all__ = ["load_attribute", "log_to_stderr", "program"]
 
@@ -51,8 +52,8 @@ def program(group: typer.Typer, name: str, **options: Any) -> Callable[[F], F]:
     return register
 
 
-def log_to_stderr(level: str) -> None:
-    """Write the log of the program to stderr, as a service does.
+def log_to_stderr(level: str, *, as_json: bool = False) -> None:
+    """Write the log of the program to stderr, as a service does; `as_json`: with the job's fields.
 
     Raises:
         CommandFailed: there is no such level.
@@ -60,6 +61,9 @@ def log_to_stderr(level: str) -> None:
     if level.upper() not in logging.getLevelNamesMapping():
         raise CommandFailed(f"there is no log level {level!r}: DEBUG, INFO, WARNING or ERROR")
     logging.basicConfig(level=level.upper(), format=LOG_FORMAT)
+    for handler in logging.getLogger().handlers if as_json else ():
+        handler.addFilter(JobFields())
+        handler.setFormatter(JSONFormatter())
 
 
 def load_attribute(path: str) -> Any:

@@ -1,11 +1,15 @@
 """`queue`: look at queues, pause them, clean up, move, save."""
 
+import sys
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated, Any, Final
 
 import anyio
 import typer
+from pydantic_core import from_json
 from rich.live import Live
 
 from asyncmq_nats import JobFilter, Queue, list_queues, list_workers
@@ -23,8 +27,18 @@ from asyncmq_nats.cli.command import (
     require_queue,
 )
 from asyncmq_nats.cli.many import run_with_progress
-from asyncmq_nats.cli.output import duration, instant, make_table, number, size
-from asyncmq_nats.cli.values import parse_duration, parse_future
+from asyncmq_nats.cli.output import duration, instant, make_table, number, plain_json, size
+from asyncmq_nats.cli.values import (
+    AllJobs,
+    OfTask,
+    Since,
+    States,
+    Text,
+    Until,
+    parse_duration,
+    parse_future,
+    select,
+)
 from asyncmq_nats.states import JOB_STATES, OUTCOMES
 
 __all__ = ["group"]
@@ -33,7 +47,7 @@ SHOWN_STATES: Final = ("waiting", "active", "delayed", "waiting-children", "comp
 
 group = make_group("queue", "Queues: look at them, pause, clean up, move, save.")
 
-State = Annotated[str, typer.Option("--state", metavar="STATE", help="Such as completed.")]
+StateOption = Annotated[str, typer.Option("--state", metavar="STATE", help="Such as completed.")]
 
 
 # -- look
@@ -219,7 +233,7 @@ async def drain(
 async def clean(
     session: Session,
     queue: QueueName,
-    state: State,
+    state: StateOption,
     grace: Annotated[
         str, typer.Option("--grace", metavar="TIME", help="Only those older than this, as in 7d.")
     ] = "0",
@@ -269,3 +283,109 @@ async def obliterate(
     confirm(f"remove all of queue {queue}, {what}?", force=force)
     removed = await jobs.obliterate(force=force)
     session.output.line(f"removed {number(len(removed))} jobs and all else of queue {queue}")
+
+
+# -- move, save, restore
+
+
+@command(group, "move")
+async def move(
+    session: Session,
+    queue: QueueName,
+    target: Annotated[str, typer.Argument(metavar="TARGET", help="Name of the other queue.")],
+    state: States = None,
+    task: OfTask = None,
+    search: Text = None,
+    since: Since = None,
+    until: Until = None,
+    everything: AllJobs = False,
+    to_server: Annotated[
+        str | None,
+        typer.Option("--to-server", metavar="URL", help="The server of the other queue."),
+    ] = None,
+    force: Force = False,
+) -> None:
+    """Move jobs to another queue; each runs here or there, never in both.
+
+    The queue is paused meanwhile, and goes on afterwards unless it was paused before. Jobs that run, and those of flows, stay.
+    """
+    jobs = await require_queue(session, queue)
+    chosen = select(
+        session.backend.now(),
+        state=state,
+        task=task,
+        search=search,
+        since=since,
+        until=until,
+        everything=everything,
+    )
+    assert chosen.where is not None
+    confirm(f"move jobs of queue {queue} to {target}?", force=force)
+    other = session if to_server is None else session.elsewhere(to_server)
+    was_paused = await jobs.is_paused()
+    try:
+        await jobs.pause()
+        total = sum((await jobs.queue_stats()).values())
+        result = await run_with_progress(
+            session,
+            "moved",
+            total,
+            lambda told: jobs.move(other.queue(target), chosen.where, progress=told),
+        )
+    finally:
+        with anyio.CancelScope(shield=True):
+            if not was_paused:
+                await jobs.resume()
+            if other is not session:
+                await other.close()
+    session.output.line(f"moved {number(result.moved)} of {number(result.matched)} jobs")
+
+
+@command(group, "export")
+async def export(
+    session: Session,
+    queue: QueueName,
+    file: Annotated[
+        Path | None, typer.Argument(metavar="[FILE]", help="By default stdout.")
+    ] = None,
+) -> None:
+    """Save a queue as lines of JSON: all jobs with all that is stored of them, and the schedules.
+
+    Pause the queue first, and let its workers finish, for an exact copy.
+    """
+    jobs = await require_queue(session, queue)
+    count = 0
+    with _opened(file, "w") as to:
+        async for line in jobs.export():
+            to.write(f"{plain_json(line)}\n")
+            count += "job" in line
+    session.output.note(f"saved {number(count)} jobs")
+
+
+@command(group, "import")
+async def restore(
+    session: Session,
+    queue: QueueName,
+    file: Annotated[Path | None, typer.Argument(metavar="[FILE]", help="By default stdin.")] = None,
+) -> None:
+    """Restore what `queue export` saved, into this or another queue. What is there stays: it can be repeated."""
+    with _opened(file, "r") as lines:
+        given = (_parse_line(line, at) for at, line in enumerate(lines, 1) if line.strip())
+        result = await session.queue(queue).import_jobs(given)
+    session.output.line(
+        f"added {number(result.added)} jobs; {number(result.existing)} were there already"
+    )
+
+
+def _opened(file: Path | None, mode: str) -> AbstractContextManager[Any]:
+    """Open a file, or stdin or stdout without one. It blocks: a command does nothing else meanwhile."""
+    if file is None:
+        return nullcontext(sys.stdin if mode == "r" else sys.stdout)
+    return open(file, mode, encoding="utf-8")
+
+
+def _parse_line(line: str, number_of_line: int) -> Any:
+    try:
+        return from_json(line)
+    except ValueError as error:
+        raise CommandFailed(f"line {number_of_line} is no JSON: {error}") from None

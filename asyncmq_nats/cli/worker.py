@@ -73,14 +73,25 @@ def start(
         float | None,
         typer.Option(metavar="MB", help="Start a new process above MB megabytes of memory."),
     ] = None,
+    health_port: Annotated[
+        int | None,
+        typer.Option(min=1, max=65_535, metavar="PORT", help="Answer probes: /livez, /readyz."),
+    ] = None,
+    metrics_port: Annotated[
+        int | None,
+        typer.Option(min=1, max=65_535, metavar="PORT", help="Show /metrics to Prometheus."),
+    ] = None,
     log_level: Annotated[str, typer.Option(metavar="LEVEL", help="What is logged.")] = "INFO",
+    log_json: Annotated[
+        bool, typer.Option("--log-json", help="Log lines of JSON, with the job's fields.")
+    ] = False,
 ) -> None:
     """Run jobs until SIGTERM or Ctrl-C.
 
     Jobs that run may finish for ASYNCMQ_NATS_SHUTDOWN_TIMEOUT seconds; the rest is handed back. A
     second signal ends at once.
     """
-    log_to_stderr(log_level)
+    log_to_stderr(log_level, as_json=log_json)
     find_modules_here()
     # Before anything is imported: code that is broken now is started again when it is mended.
     if reload and start_processes(processes, reload=True):
@@ -94,7 +105,13 @@ def start(
         "max_jobs": max_jobs,
         "max_memory": max_memory,
     }
-    make_worker(session, app, tasks or [], queues or [], options).start()
+    worker = make_worker(session, app, tasks or [], queues or [], options)
+    for queue in worker.queues:
+        if health_port is not None:
+            queue.backend.settings.health_port = health_port
+        if metrics_port is not None:
+            queue.backend.settings.metrics_port = metrics_port
+    worker.start()
 
 
 def make_worker(

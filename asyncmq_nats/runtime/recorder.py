@@ -27,6 +27,8 @@ UNKNOWN_TASK: Final = "?"
 """Stands for the tasks that a worker does not know: anybody may add jobs with any name."""
 MOST_TASKS: Final = 2_000
 """Tasks that are counted apart; more can only be names that strangers made up."""
+MOST_DURATIONS: Final = 1_000
+"""Durations that are kept before they are sorted into buckets."""
 INTERVAL: Final = STEPS[0]
 WARNING_INTERVAL: Final = 600.0
 
@@ -50,6 +52,30 @@ class _Stretch:
             self.tasks.setdefault(task, TaskMetrics()).merge(metrics)
         for name, count in other.incidents.items():
             self.incidents[name] = self.incidents.get(name, 0) + count
+
+
+@dataclass(slots=True)
+class _Counts:
+    """What was counted of one task since the last record. Durations are sorted into buckets late."""
+
+    ends: dict[str, int] = field(default_factory=dict)
+    waits: list[float] = field(default_factory=list)
+    runs: list[float] = field(default_factory=list)
+    sorted: TaskMetrics = field(default_factory=TaskMetrics)
+
+    def sort_in(self) -> None:
+        """Sort the durations into buckets."""
+        self.sorted.wait.add_many(self.waits)
+        self.sorted.run.add_many(self.runs)
+        self.waits.clear()
+        self.runs.clear()
+
+    def read(self) -> TaskMetrics:
+        """Return it as metrics, which change when more is counted."""
+        self.sort_in()
+        for end, count in self.ends.items():
+            setattr(self.sorted, end, count)
+        return self.sorted
 
 
 class Recorder:
@@ -80,7 +106,7 @@ class Recorder:
         self._running_seconds = busy_seconds
         self.incidents = incidents
         self._log, _ = metrics_bucket(backend.settings.prefix)
-        self._current: dict[str, TaskMetrics] = {}
+        self._counts: dict[str, _Counts] = {}
         self._totals: dict[str, TaskMetrics] = {}
         self._ended_seconds = 0.0
         self._told_seconds = 0.0
@@ -92,32 +118,31 @@ class Recorder:
     # -- on the path of every job
 
     def note_run(self, task: str, wait: float, run: float) -> None:
-        """Count an attempt that ran.
-
-        How long it had waited before, and how long it ran, in seconds.
-        """
-        metrics = self._current.get(task) or self._begin(task)
-        metrics.wait.add(wait if wait > 0 else 0.0)
-        metrics.run.add(run if run > 0 else 0.0)
-        self._ended_seconds += run
+        """Count an attempt that ran: how long it had waited before, and how long it ran, in seconds."""
+        counts = self._counts.get(task) or self._begin(task)
+        counts.waits.append(wait if wait > 0.0 else 0.0)
+        counts.runs.append(run if run > 0.0 else 0.0)
+        if len(counts.runs) >= MOST_DURATIONS:
+            counts.sort_in()
 
     def note_end(self, task: str, end: str) -> None:
         """Count what became of an attempt: one of `metrics.ENDS`."""
-        metrics = self._current.get(task) or self._begin(task)
-        setattr(metrics, end, getattr(metrics, end) + 1)
+        ends = (self._counts.get(task) or self._begin(task)).ends
+        ends[end] = ends.get(end, 0) + 1
 
-    def _begin(self, task: str) -> TaskMetrics:
-        known = task in self._totals or len(self._totals) + len(self._current) < MOST_TASKS
-        return self._current.setdefault(task if known else UNKNOWN_TASK, TaskMetrics())
+    def _begin(self, task: str) -> _Counts:
+        known = task in self._totals or len(self._totals) + len(self._counts) < MOST_TASKS
+        return self._counts.setdefault(task if known else UNKNOWN_TASK, _Counts())
 
     # -- since the start of the worker
 
     def totals(self) -> dict[str, TaskMetrics]:
         """Return what was counted since the worker started, by task."""
         totals: dict[str, TaskMetrics] = {}
-        for part in (self._totals, self._current):
-            for task, metrics in part.items():
-                totals.setdefault(task, TaskMetrics()).merge(metrics)
+        for task, metrics in self._totals.items():
+            totals.setdefault(task, TaskMetrics()).merge(metrics)
+        for task, counts in self._counts.items():
+            totals.setdefault(task, TaskMetrics()).merge(counts.read())
         return totals
 
     # -- the history
@@ -172,18 +197,20 @@ class Recorder:
         return writes
 
     def _take_current(self) -> _Stretch:
+        tasks = {task: counts.read() for task, counts in self._counts.items()}
+        self._ended_seconds += sum(metrics.run.total for metrics in tasks.values())
         busy = self._ended_seconds + self._running_seconds()
         incidents = dict(self.incidents())
         told = self._told_incidents
         taken = _Stretch(
             0,
             busy_seconds=max(0.0, busy - self._told_seconds),
-            tasks=self._current,
+            tasks=tasks,
             incidents={n: new for n, c in incidents.items() if (new := c - told.get(n, 0)) > 0},
         )
-        for task, metrics in self._current.items():
+        for task, metrics in tasks.items():
             self._totals.setdefault(task, TaskMetrics()).merge(metrics)
-        self._current, self._told_seconds, self._told_incidents = {}, busy, incidents
+        self._counts, self._told_seconds, self._told_incidents = {}, busy, incidents
         return taken
 
     def _write(self, step: int, stretch: _Stretch) -> Write:

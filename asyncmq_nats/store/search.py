@@ -3,7 +3,7 @@
 The first ones at once, never a whole queue in memory.
 """
 
-from collections.abc import AsyncIterator, Collection, Mapping, Sequence
+from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Final
@@ -43,7 +43,7 @@ class Search:
         *,
         descending: bool,
         running: Collection[str] = (),
-    ) -> AsyncIterator[list[Found]]:
+    ) -> AsyncGenerator[list[Found], None]:
         """Yield what matches, a list for each page that was read; many of them may be empty.
 
         `states`: where to look, in this order. `running`: see `JobFilter.matches`.

@@ -79,6 +79,7 @@ class OpenTelemetryMiddleware(Middleware):
         meter = metrics.get_meter(NAME, meter_provider=meter_provider)
         self._continue_trace = continue_trace
         self._common: dict[str, Any] = {"messaging.system": "nats", **_server()}
+        self._known: dict[tuple[str, str], dict[str, Any]] = {}
         self._operation_seconds = meter.create_histogram(
             "messaging.client.operation.duration",
             "s",
@@ -106,7 +107,7 @@ class OpenTelemetryMiddleware(Middleware):
 
     async def enqueue(self, queue: str, jobs: Sequence[Job], add: AddJobs) -> list[str]:
         """Add jobs within a span, and send its context along with each."""
-        attributes = self._attributes("send", "send", queue)
+        attributes = self._attributes("send", queue)
         with self._tracer.start_as_current_span(f"send {queue}", kind=SpanKind.PRODUCER) as span:
             if span.is_recording():
                 span.set_attributes(attributes | _of_jobs(jobs))
@@ -120,17 +121,20 @@ class OpenTelemetryMiddleware(Middleware):
 
     async def run(self, context: JobContext, call: RunTask) -> Any:
         """Run a task within a span."""
-        sender = propagate.extract(dict(context.meta))
-        linked = trace.get_current_span(sender).get_span_context()
-        parent = sender if self._continue_trace else contexts.Context()
-        links = [Link(linked)] if linked.is_valid and not self._continue_trace else []
-        attributes = self._attributes("process", "process", context.queue)
+        sender = _sender(context)
+        parent, links = sender, None
+        if not self._continue_trace:
+            linked = trace.get_current_span(sender).get_span_context()
+            parent, links = contexts.Context(), [Link(linked)] if linked.is_valid else []
+        attributes = self._attributes("process", context.queue)
         attributes["asyncmq.task"] = context.task_id
         span = self._tracer.start_span(
-            f"process {context.queue}", parent, SpanKind.CONSUMER, links=links
+            f"process {context.queue}",
+            parent,
+            SpanKind.CONSUMER,
+            attributes | _of_run(context),
+            links=links,
         )
-        if span.is_recording():
-            span.set_attributes(attributes | _of_run(context))
         token = contexts.attach(trace.set_span_in_context(span, sender))
         context.notes[NOTE] = contexts.get_current()
         begun = time.perf_counter()
@@ -149,8 +153,8 @@ class OpenTelemetryMiddleware(Middleware):
         """Make a span of the storing of what became of a run."""
         parent = context.notes.get(NOTE)
         if parent is None:  # it did not run
-            parent = propagate.extract(dict(context.meta))
-        attributes = self._attributes("settle", "settle", context.queue)
+            parent = _sender(context)
+        attributes = self._attributes("settle", context.queue)
         if ending.state in ("failed", "retrying"):
             attributes["error.type"] = ending.error_type or "_OTHER"
         now = time.time()
@@ -159,24 +163,26 @@ class OpenTelemetryMiddleware(Middleware):
             f"settle {context.queue}",
             parent,
             SpanKind.CLIENT,
+            attributes | {"asyncmq.state": ending.state} | _of_run(context),
             start_time=int((now - seconds) * NANOSECONDS),
         )
-        if span.is_recording():
-            span.set_attributes(attributes | {"asyncmq.state": ending.state} | _of_run(context))
-            if ending.state == "failed":
-                span.set_status(Status(StatusCode.ERROR, ending.error))
+        if ending.state == "failed":
+            span.set_status(Status(StatusCode.ERROR, ending.error))
         span.end()
         self._operation_seconds.record(seconds, attributes)
 
     # -- parts
 
-    def _attributes(self, name: str, kind: str, queue: str) -> dict[str, Any]:
-        return {
-            **self._common,
-            "messaging.operation.name": name,
-            "messaging.operation.type": kind,
-            "messaging.destination.name": queue,
-        }
+    def _attributes(self, name: str, queue: str) -> dict[str, Any]:
+        known = self._known.get((name, queue))
+        if known is None:
+            known = self._known[name, queue] = {
+                **self._common,
+                "messaging.operation.name": name,
+                "messaging.operation.type": name,
+                "messaging.destination.name": queue,
+            }
+        return known.copy()
 
     @contextmanager
     def _measured(self, span: Span, attributes: dict[str, Any]) -> Iterator[None]:
@@ -189,6 +195,12 @@ class OpenTelemetryMiddleware(Middleware):
             raise
         finally:
             self._operation_seconds.record(time.perf_counter() - begun, attributes)
+
+
+def _sender(context: JobContext) -> contexts.Context:
+    """Return the context that whoever added the job sent along."""
+    meta = context.meta
+    return propagate.extract(meta) if meta else contexts.Context()
 
 
 def _server() -> dict[str, Any]:

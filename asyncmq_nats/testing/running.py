@@ -23,6 +23,10 @@ R = TypeVar("R")
 class _Source:
     job: Job
 
+    @property
+    def head(self) -> Job:
+        return self.job
+
 
 @dataclass(slots=True)
 class _Services:

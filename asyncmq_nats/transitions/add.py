@@ -16,6 +16,7 @@ from asyncmq_nats.exceptions import (
     WriteRefused,
 )
 from asyncmq_nats.jobs import Job, size_limit
+from asyncmq_nats.settings import Settings
 from asyncmq_nats.states import Place
 from asyncmq_nats.store.announcing import announce
 from asyncmq_nats.store.commit import LAG, look_for, pause_after_refusal
@@ -71,6 +72,11 @@ class Additions:
     def subjects(self) -> QueueSubjects:
         """The names of the queue."""
         return self._subjects
+
+    @property
+    def settings(self) -> Settings:
+        """The settings that hold for the queue."""
+        return self._assets.settings
 
     async def add(self, job: Job) -> str:
         """Store a new job where it belongs and return its id.

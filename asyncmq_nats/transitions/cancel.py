@@ -110,6 +110,12 @@ class Administration:
                 await self._dependencies.forget(token)
             return True
 
+    async def finish_cancel(self, job_id: str) -> None:
+        """Do what is left to do of a cancellation whose process died. Repeatable."""
+        snapshot = await read_snapshot(self._backend, self._subjects, encode_token(job_id))
+        if snapshot.outcome is not None and snapshot.state is State.CANCELLED:
+            await self._finish_cancellation(snapshot, count_reruns(snapshot.outcome.body))
+
     async def _read_ready(self, token: str) -> list[Record]:
         subjects = self._subjects
         return await self._backend.last(subjects.ready_log, subjects.ready_any(token))

@@ -10,6 +10,8 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any, Final
 
+from anyio import CancelScope
+
 from asyncmq_nats.backends.base import Expect, Record, Timer, Write
 from asyncmq_nats.exceptions import InvalidJob, WriteRefused
 from asyncmq_nats.states import OUTCOMES, Place, State
@@ -116,12 +118,16 @@ class Mover:
         return await self._target.write(keys.bucket_log, write)
 
     async def _end_and_release(self, job_id: str, data: dict[str, Any], sequence: int) -> bool:
-        """End a job here, and make of its hold what the job was. Return whether it was ended by this."""
-        if not await self._here.administration.cancel(job_id, self._reason):
-            await self._target.delete(self._there.subjects.bucket_log, sequence)
-            return False
-        await self._release(data, sequence)
-        await self._remove_outcome(job_id)
+        """End a job here, and make of its hold what the job was. Return whether it was ended by this.
+
+        Shielded: an interruption does not tear it.
+        """
+        with CancelScope(shield=True):
+            if not await self._here.administration.cancel(job_id, self._reason):
+                await self._target.delete(self._there.subjects.bucket_log, sequence)
+                return False
+            await self._release(data, sequence)
+            await self._remove_outcome(job_id)
         return True
 
     async def _release(self, data: dict[str, Any], sequence: int) -> None:
@@ -159,6 +165,8 @@ class Mover:
         if await self._our_outcome(job_id) is None:
             await self._end_and_release(job_id, data, sequence)
         else:
+            # What was left to do of it: its message may be there still.
+            await self._here.administration.finish_cancel(job_id)
             await self._release(data, sequence)
             await self._remove_outcome(job_id)
 
@@ -176,11 +184,8 @@ async def write_outcome(additions: Additions, data: dict[str, Any], state: State
     Raises:
         WriteRefused: it has.
     """
-    keys, token, settings = (
-        additions.subjects,
-        encode_token(str(data["id"])),
-        additions.backend.settings,
-    )
+    keys, token = additions.subjects, encode_token(str(data["id"]))
+    settings = additions.settings
     completed = state is State.COMPLETED
     write = Write(
         keys.outcome(token, state),

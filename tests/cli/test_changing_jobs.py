@@ -124,6 +124,38 @@ async def test_a_waiting_job_is_edited_only_in_a_paused_queue(backend: Backend) 
     assert notes.calls == [2, 10]  # what is edited is the last of its priority
 
 
+async def test_a_job_that_starts_while_it_is_edited_runs_again_and_counts_once(
+    backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The queue is resumed at the worst moment: the outcome of the old arguments is refused."""
+    started, end = anyio.Event(), anyio.Event()
+    seen: list[str] = []
+
+    async def hold(value: str) -> str:
+        seen.append(value)
+        started.set()
+        if value == "old":
+            await end.wait()
+        return value
+
+    queue = make_queue(backend, hold=hold)
+    job_id = await queue.add("hold", ["old"])
+    await queue.pause()
+    async with running(queue):
+
+        async def resume_at_the_worst_moment(priority: int) -> bool:
+            await queue.resume()
+            await started.wait()
+            return True
+
+        monkeypatch.setattr(queue._edits, "_is_held_back", resume_at_the_worst_moment)
+        await queue.edit(job_id, args=["new"])
+        end.set()
+        await only(queue, completed=1)
+        assert await queue.get_job_result(job_id) == "new"
+    assert seen == ["old", "new"]
+
+
 async def test_a_job_that_has_started_is_not_edited(backend: Backend) -> None:
     started, end = anyio.Event(), anyio.Event()
 

@@ -40,7 +40,7 @@ async def filled(backend: Backend) -> Queue:
     await queue.add("fail", job_id="failed")
     await run_jobs(queue)
     await queue.pause()
-    await queue.add("echo", ["soon"], delay=0.8, job_id="soon")
+    await queue.add("echo", ["soon"], delay=5000, job_id="soon")
     await queue.add("echo", ["late"], delay=5000, job_id="late")
     await queue.add_bulk([{"task_id": "echo", "args": [number]} for number in range(20)])
     return queue
@@ -56,6 +56,7 @@ async def test_jobs_of_all_states_move(backend: Backend) -> None:
     failed = await target.get_job("failed")
     assert failed is not None
     assert failed["last_error"] == "RuntimeError: no"
+    assert await target.promote("soon")
     async with running(target):
         await only(target, completed=22, failed=1, delayed=1)
     assert sorted(seen, key=str) == sorted([*range(20), "soon"], key=str)
@@ -116,6 +117,7 @@ async def test_a_move_that_was_interrupted_is_finished_by_the_next(
         with pytest.raises(ConnectionLost):
             await queue.move(target, JobFilter(state=["waiting", "delayed"]))
     await queue.move(target, JobFilter(state=["waiting", "delayed"]))
+    assert await target.promote("soon")
     async with running(target):
         await only(target, completed=21, delayed=1)
     assert sorted(seen, key=str) == sorted([*range(20), "soon"], key=str)
@@ -123,12 +125,36 @@ async def test_a_move_that_was_interrupted_is_finished_by_the_next(
     assert (left["waiting"], left["delayed"]) == (0, 0)
 
 
+async def test_a_move_goes_on_after_a_cancellation_that_was_torn(
+    backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The mover is killed after the job has ended here, and before its message is gone."""
+    queue = make_queue(backend, echo=echo)
+    target, seen = other_queue(backend)
+    await queue.add("echo", ["once"])
+    await queue.pause()
+
+    async def die(*_: Any) -> None:
+        raise ConnectionLost("nowhere")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(queue._administration, "_finish_cancellation", die)
+        with pytest.raises(ConnectionLost):
+            await queue.move(target)
+    assert (await queue.queue_stats())["waiting"] == 1
+    await queue.move(target)
+    await only(queue)
+    async with running(target):
+        await only(target, completed=1)
+    assert seen == ["once"]
+
+
 async def test_a_queue_is_saved_and_restored(backend: Backend) -> None:
     queue = await filled(backend)
     await queue.upsert_repeatable("echo", every="1h", name="hourly", args=["tick"])
     await queue.upsert_repeatable("echo", cron="0 4 * * *", timezone="Europe/Berlin")
     await queue.pause_repeatable("hourly")
-    parent = await queue.add("echo", ["parent"], delay=0.8)
+    parent = await queue.add("echo", ["parent"], delay=5000)
     child = await queue.add("echo", ["child"], depends_on=[parent, "done"])
     lines = [line async for line in queue.export()]
     target, seen = other_queue(backend)
@@ -144,6 +170,8 @@ async def test_a_queue_is_saved_and_restored(backend: Backend) -> None:
         assert before == after
     paused = {info.job_def["id"]: info.paused for info in await target.list_repeatables()}
     assert paused == {info.job_def["id"]: info.paused for info in await queue.list_repeatables()}
+    assert await target.promote("soon")
+    assert await target.promote(parent)
     async with running(target):
         await only(target, completed=24, failed=1, delayed=1)
     assert sorted(seen, key=str) == sorted([*range(20), "soon", "parent", "child"], key=str)

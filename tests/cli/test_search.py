@@ -139,4 +139,6 @@ def test_the_look_at_the_bytes_misses_nothing(text: str) -> None:
 def test_the_look_at_the_bytes_sorts_out_most() -> None:
     job = Job(task_id="mail.send", args=["x"], status=State.WAITING)
     assert not JobFilter(task="mail.sent").may_match("subject", job.encode())
+    assert not JobFilter(task="*.sent").may_match("subject", job.encode())
+    assert JobFilter(task="*.sen?").may_match("subject", job.encode())
     assert not JobFilter(text="zebra").may_match("subject", job.encode())

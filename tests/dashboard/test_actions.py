@@ -1,12 +1,14 @@
 """What is done by a request has its effect in the queue, is recorded, and is told in words."""
 
 import json
+import re
 from typing import Any
 
 import anyio
 import httpx2 as httpx
 import pytest
 
+from asyncmq_nats import current_job
 from asyncmq_nats.audit import read_audit
 from asyncmq_nats.backends.base import Backend
 from asyncmq_nats.contrib.dashboard.redaction import HIDDEN
@@ -14,6 +16,7 @@ from asyncmq_nats.flow import FlowProducer
 from asyncmq_nats.jobs import Job
 from asyncmq_nats.queues import Queue
 from asyncmq_nats.settings import Settings
+from asyncmq_nats.workers import Worker
 from tests.dashboard.web import client_of, make_app, post, words_of
 from tests.receiver import until
 from tests.running import make_queue, only, run_jobs, running
@@ -388,3 +391,114 @@ async def test_workers_are_shown_with_what_they_run(
         assert "healthy" in await page()
         assert "Runs on" in words_of(await client.get("/queues/work/jobs/slow-one"))
         await slow.cancel_job("slow-one")
+
+
+async def test_a_worker_is_stopped(queue: Queue, client: httpx.AsyncClient) -> None:
+    worker = Worker(queue)
+    async with anyio.create_task_group() as group:
+        await group.start(worker.run)
+        assert "stops when its jobs" in said(await post(client, f"/workers/{worker.id}/stop"))
+    assert (await post(client, f"/workers/{worker.id}/stop")).status_code == 400
+    assert (await entries(queue.backend))[0] == ("local", "worker.stop", worker.id, 1)
+
+
+async def test_the_audit_log_is_shown_and_narrowed_down(
+    queue: Queue, client: httpx.AsyncClient
+) -> None:
+    await queue.add("succeed", job_id="one")
+    await post(client, "/queues/work/pause")
+    await post(client, "/queues/work/jobs/one/cancel")
+    text = words_of(await client.get("/audit"))
+    assert "queue.pause" in text
+    assert "job.cancel work one 1" in text
+    narrowed = words_of(await client.get("/audit", params={"action": "job."}))
+    assert "job.cancel" in narrowed
+    assert "queue.pause" not in narrowed
+    assert "Nobody" in words_of(await client.get("/audit", params={"who": "eve"}))
+    assert (await client.get("/audit", params={"after": "x"})).status_code == 400
+
+
+async def test_a_flow_is_drawn_from_each_of_its_jobs(
+    queue: Queue, client: httpx.AsyncClient
+) -> None:
+    flow = [
+        Job("succeed", job_id="a"),
+        Job("succeed", job_id="b"),
+        Job("succeed", job_id="c", depends_on=["a", "b"]),
+        Job("succeed", job_id="d", depends_on=["c"]),
+    ]
+    await FlowProducer(queue.backend).add_flow("work", flow)
+    await queue.add("succeed", job_id="alone")
+    for job_id in "abcd":
+        page = await client.get(f"/queues/work/jobs/{job_id}/flow")
+        assert page.text.count('class="edge"') == 3
+        for other in "abcd":
+            assert f'href="/queues/work/jobs/{other}"' in page.text
+        assert "alone" not in page.text
+    text = words_of(await client.get("/queues/work/jobs/c"))
+    assert "Depends on waiting a waiting b" in text
+    assert "Waited for by d" in text
+    assert "Flow" in words_of(await client.get("/flows"))
+    assert (await client.get("/queues/work/jobs/nobody/flow")).status_code == 404
+
+
+async def test_the_server_is_told_of(queue: Queue, client: httpx.AsyncClient) -> None:
+    await queue.add("succeed")
+    text = words_of(await client.get("/server"))
+    assert "answers" in text
+    assert "work ready jobs 1" in text
+    assert "checks are fine" in text
+    assert "Nothing is wrong" in text or "What to do" in text
+
+
+async def test_the_page_of_a_queue_tells_of_priorities_and_age(
+    queue: Queue, client: httpx.AsyncClient
+) -> None:
+    await queue.add("succeed", priority=1)
+    await queue.add("succeed", priority=9)
+    text = words_of(await client.get("/queues/work"))
+    assert "Oldest waiting" in text
+    assert "Priorities" in text
+    assert re.search(r"\b1 1 0 5 0 0 9 1 0\b", text)
+
+
+async def test_charts_count_what_the_workers_did(queue: Queue, client: httpx.AsyncClient) -> None:
+    for _ in range(7):
+        await queue.add("succeed")
+    for _ in range(2):
+        await queue.add("break_down")
+    await run_jobs(queue)  # a worker writes its history when it stops, too
+    for path in ("/queues/work/history", "/metrics/history"):
+        charts = (await client.get(path)).json()
+        chart = charts["throughput"]
+        step = chart["at"][1] - chart["at"][0]
+        counted = {line["label"]: sum(line["values"]) / 60 * step for line in chart["series"]}
+        # The last point is of the running step: its rate is that of the part of it that is over.
+        assert counted["completed"] >= 7
+        assert counted["failed"] >= 2
+        assert any(each is not None for each in charts["run"]["series"][0]["values"])
+    text = words_of(await client.get("/metrics?queue=work"))
+    assert "succeed 7 0 0" in text
+    assert "break_down 0 2 0" in text
+    assert (await client.get("/metrics?queue=nothing")).status_code == 404
+    assert (await client.get("/queues/work/history?span=nonsense")).status_code == 200
+
+
+async def test_prometheus_is_answered(queue: Queue, client: httpx.AsyncClient) -> None:
+    pytest.importorskip("prometheus_client")
+    await queue.add("succeed")
+    answer = await client.get("/metrics/prometheus")
+    assert answer.headers["content-type"].startswith("text/plain")
+    assert 'queue="work"' in answer.text
+
+
+async def test_the_log_of_a_job_is_shown(queue: Queue, client: httpx.AsyncClient) -> None:
+    async def chat() -> None:
+        current_job().log("half <b>done</b>", level="WARNING")
+
+    chatty = make_queue(queue.backend, chat=chat)
+    await chatty.add("chat", job_id="chatty")
+    await run_jobs(chatty)
+    page = await client.get("/queues/work/jobs/chatty")
+    assert "WARNING half" in words_of(page)
+    assert "half &lt;b&gt;done" in page.text

@@ -54,6 +54,7 @@ def _blocks(name: str, lines: list[str]) -> Iterator[Block]:
         if start is None:
             continue
         hidden, indent = start["language"] is None, len(start["indent"])
+        words = dict(WORD.findall(start["rest"] if hidden else start["words"]))
         body = []
         for _, inner in numbered if not (start["rest"] or "").endswith("-->") else ():
             if inner.strip() == ("-->" if hidden else "```"):
@@ -62,9 +63,9 @@ def _blocks(name: str, lines: list[str]) -> Iterator[Block]:
         yield Block(
             page=name,
             line=number + 1,
-            language="python" if hidden else start["language"],
+            language=start["language"] or ("ts" if "ts" in words else "python"),
             source="".join(f"{each}\n" for each in body),
-            words=dict(WORD.findall(start["rest"] if hidden else start["words"])),
+            words=words,
             hidden=hidden,
         )
 

@@ -3,7 +3,8 @@
     python -m tests.docs.run_page docs/guides/retries.md
 
 Its queues are in memory, or with `<!-- hidden server -->` on the page, on a server of its own.
-Tracebacks name the lines of the page.
+Tracebacks name the lines of the page. With `old` after its name, the code of other libraries on
+it is run instead; it needs these libraries, and a Redis at $REDIS_PORT: `nox -s old_code`.
 """
 
 import ast
@@ -36,8 +37,8 @@ class WrongOutput(AssertionError):
 class Page:
     """A page that runs: its blocks share a namespace, a folder and an event loop."""
 
-    def __init__(self, path: Path, folder: Path) -> None:
-        self.blocks = read_blocks(path)
+    def __init__(self, path: Path, folder: Path, *, old: bool = False) -> None:
+        self.blocks = [block for block in read_blocks(path) if ("old" in block.words) == old]
         self.folder = folder
         self.module = ModuleType("page")
         self.printed = ""
@@ -47,7 +48,7 @@ class Page:
         """Run all blocks; return how many of each language were run."""
         counts: dict[str, int] = {}
         for block in self.blocks:
-            if block.words.keys() & {"run", "old"} or not await self._run(block):
+            if "run" in block.words or not await self._run(block):
                 continue
             if not block.hidden:
                 counts[block.language] = counts.get(block.language, 0) + 1
@@ -92,10 +93,10 @@ class Page:
         self.printed = output.getvalue()
 
 
-async def run(path: Path, folder: Path) -> dict[str, int]:
+async def run(path: Path, folder: Path, *, old: bool = False) -> dict[str, int]:
     """Run a page, and end what it left running."""
     async with asyncio.timeout(PATIENCE):
-        counts = await Page(path, folder).run()
+        counts = await Page(path, folder, old=old).run()
         rest = asyncio.all_tasks() - {asyncio.current_task()}
         for task in rest:
             task.cancel()
@@ -103,14 +104,16 @@ async def run(path: Path, folder: Path) -> dict[str, int]:
     return counts
 
 
-def main(name: str) -> None:
+def main(name: str, *, old: bool = False) -> None:
     """Run the page of this name, in a folder that goes afterwards."""
     path = ROOT / name
     on_server = any(block.hidden and "server" in block.words for block in read_blocks(path))
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         sys.path.insert(0, folder)
-        if on_server:
+        if old:
+            print(asyncio.run(run(path, Path(folder), old=True)))
+        elif on_server:
             run_on_server(path, Path(folder))
         else:
             run_in_memory(path, Path(folder))
@@ -151,6 +154,6 @@ def report(error: BaseException) -> Any:
 
 if __name__ == "__main__":
     try:
-        main(sys.argv[1])
+        main(sys.argv[1], old=sys.argv[2:] == ["old"])
     except Exception as problem:
         sys.exit(report(problem))

@@ -18,7 +18,9 @@ async def ask(port: int, path: str, method: str = "GET") -> tuple[int, str]:
     """Return the status and the body of an answer."""
     with anyio.fail_after(PATIENCE):
         async with await anyio.connect_tcp("127.0.0.1", port) as stream:
-            await stream.send(f"{method} {path} HTTP/1.1\r\nHost: probe\r\n\r\n".encode())
+            await stream.send(
+                f"{method} {path} HTTP/1.0\r\nHost: probe\r\nConnection: close\r\n\r\n".encode()
+            )
             answer = b""
             while True:
                 try:

@@ -1,9 +1,10 @@
 """What of a job is shown: values under keys that look like secrets are not. Pure."""
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
+from asyncmq_nats.context import JobLogLine
 from asyncmq_nats.exceptions import InvalidArgument
 
 __all__ = ["HIDDEN", "SECRET_KEYS", "Redactor", "Shown", "restore_hidden"]
@@ -27,7 +28,7 @@ class Shown:
     queue: str
     task: str
     field: str
-    """`args`, `kwargs`, `result`, `progress_data`, `deduplication`, `error` or `traceback`."""
+    """`args`, `kwargs`, `result`, `progress_data`, `deduplication`, `error`, `traceback`, `log`."""
 
 
 Hook = Callable[[Any, Shown], Any]
@@ -69,6 +70,12 @@ class Redactor:
         if job.get("errors"):
             shown["errors"] = [self._failure(each, queue, task) for each in job["errors"]]
         return shown
+
+    def log_line(self, queue: str, task: str, line: JobLogLine) -> JobLogLine:
+        """Return a line of a job's log as it may be shown."""
+        if self._hook is None:
+            return line
+        return replace(line, message=str(self._ask(line.message, Shown(queue, task, "log"))))
 
     def hide(self, value: Any, depth: int = 0) -> Any:
         """Return a value without what is under a secret key."""

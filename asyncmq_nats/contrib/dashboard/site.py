@@ -46,8 +46,11 @@ NAVIGATION: Final = (
     ("Queues", "queues", "q"),
     ("Failures", "failures", "f"),
     ("Schedules", "schedules", "s"),
+    ("Flows", "flows", "l"),
     ("Workers", "workers", "w"),
+    ("Metrics", "metrics", "m"),
     ("Events", "events", "e"),
+    ("Audit", "audit", "a"),
     ("Server", "server", "v"),
 )
 """Pages of the menu: their name, their path, and the key that follows `g`."""
@@ -74,6 +77,11 @@ def link(request: Request, *segments: str, **query: Any) -> str:
 def job_link(request: Request, queue: str, job_id: str, *more: str) -> str:
     """Return the path of a job's page, or of an action on it."""
     return link(request, "queues", queue, "jobs", _token(job_id), *more)
+
+
+def worker_link(request: Request, worker: str, action: str) -> str:
+    """Return the path of an action on a worker."""
+    return link(request, "workers", _token(worker), action)
 
 
 def schedule_link(request: Request, queue: str, rid: str, action: str) -> str:
@@ -177,6 +185,7 @@ class Site:
             "link": partial(link, request),
             "job_link": partial(job_link, request),
             "schedule_link": partial(schedule_link, request),
+            "worker_link": partial(worker_link, request),
             "here": _here(request),
             "navigation": NAVIGATION,
             "ago": lambda at: words.ago(at, now),
@@ -304,6 +313,7 @@ def _make_templates() -> Environment:
         "preview": words.preview,
         "pretty": words.pretty_json,
         "short_error": words.short_error,
+        "size": words.size,
     }
     environment.globals |= {
         "call_preview": words.call_preview,

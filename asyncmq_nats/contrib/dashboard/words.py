@@ -21,6 +21,7 @@ __all__ = [
     "preview",
     "short_error",
     "signature_of_error",
+    "size",
 ]
 
 UNITS: Final = ((86_400.0, "d"), (3600.0, "h"), (60.0, "min"))
@@ -50,10 +51,10 @@ def duration(seconds: float | None) -> str:
     """Return a duration with two units at most, such as `3 min 20 s`."""
     if seconds is None or not math.isfinite(seconds):
         return "–"
-    if seconds < 0:
+    if seconds <= -0.0005:
         return f"-{duration(-seconds)}"
     if seconds < 1:
-        return f"{seconds * 1000:.0f} ms"
+        return f"{abs(seconds) * 1000:.0f} ms"
     if seconds < 10:
         return f"{seconds:.1f} s"
     if seconds < 60:
@@ -92,6 +93,18 @@ def number(value: float | None) -> str:
     if value is None:
         return "–"
     return f"{value:,.0f}" if value == int(value) or abs(value) >= 100 else f"{value:,.2g}"
+
+
+def size(count: int | None) -> str:
+    """Return a number of bytes in the unit that suits it."""
+    if count is None:
+        return "–"
+    value = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1024:
+            return f"{value:.0f} {unit}" if unit == "B" or value >= 100 else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.1f} TiB"
 
 
 def preview(value: Any, length: int = PREVIEW_LENGTH) -> str:

@@ -10,15 +10,19 @@ from starlette.routing import BaseRoute, Route
 
 from asyncmq_nats import deadline
 from asyncmq_nats.contrib.dashboard.pages import (
+    audit,
     events,
     failures,
+    flow,
     health,
+    history,
     job,
     jobs,
     login,
     overview,
     queues,
     schedules,
+    server,
     workers,
 )
 from asyncmq_nats.contrib.dashboard.pages.jobs import ACTIONS
@@ -81,7 +85,16 @@ ROUTES: Final[list[BaseRoute]] = [
     _action(f"{SCHEDULE}/remove", schedules.remove),
     _action(f"{SCHEDULE}/run", schedules.run_now),
     _read("/workers", workers.show),
+    _action("/workers/{worker}/stop", workers.stop),
     _read("/events", events.show),
+    _read("/audit", audit.show),
+    _read("/flows", flow.show_all),
+    _read(f"{JOB}/flow", flow.show),
+    _read("/server", server.show),
+    _read("/metrics", history.show),
+    _read("/metrics/history", history.all_charts),
+    _read("/metrics/prometheus", history.prometheus),
+    _read(f"{QUEUE}/history", history.queue_charts),
     Route("/live", events.watch, methods=["GET"]),
     Route("/events/live", events.stream, methods=["GET"]),
     Route("/health", health.health, methods=["GET"]),

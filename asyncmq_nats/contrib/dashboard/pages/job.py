@@ -21,6 +21,8 @@ from asyncmq_nats.tasks import list_tasks
 
 __all__ = ["Moment", "act", "edit", "job_id_of", "reschedule", "show", "show_edit", "timeline"]
 
+MAX_LINES: Final = 500
+"""Lines of a job's log that its page shows."""
 SHOWN_PARENTS: Final = 50
 """Parents whose state is looked up."""
 
@@ -62,6 +64,7 @@ async def show(request: Request) -> Response:
     job = site.redactor.job(queue.name, found, _parameters(str(found["task"])))
     now = site.backend.now()
     paused = await site.share("paused", queue, queue.is_paused)
+    logs = await site.reads.get(("logs", queue.name, job_id), lambda: queue.job_logs(job_id))
     context = {
         "section": "queues",
         "watch": (f"job:{queue.name}:{job_id}", version_of(found)),
@@ -70,6 +73,11 @@ async def show(request: Request) -> Response:
         "now": now,
         "moments": timeline(job, now),
         "parents": await _states(site, queue, job),
+        "children": await _children(site, queue, job_id),
+        "logs": [
+            site.redactor.log_line(queue.name, job["task"], each) for each in logs[-MAX_LINES:]
+        ],
+        "logs_cut": len(logs) if len(logs) > MAX_LINES else 0,
         "runs_on": [w for w in await all_workers(site) if job_id in w.running],
         "actions": possible_actions(job["status"]),
         "editable": _editable(job, paused=paused),
@@ -100,6 +108,16 @@ async def _states(site: Site, queue: Queue, job: Mapping[str, Any]) -> list[tupl
     return [(each, found.get(each, "")) for each in ids]
 
 
+async def _children(site: Site, queue: Queue, job_id: str) -> list[str]:
+    """Return some of the jobs that wait for this one, or did."""
+
+    async def read() -> list[str]:
+        flow = await queue.get_flow(job_id, limit=1)
+        return [] if flow is None else flow.awaited_by[:SHOWN_PARENTS]
+
+    return await site.reads.get(("children", queue.name, job_id), read)
+
+
 def timeline(job: Mapping[str, Any], now: float) -> list[Moment]:
     """Return the steps in the life of a job, in order."""
     moments = [Moment(job["created_at"], "Added", "added")]
@@ -121,9 +139,9 @@ def timeline(job: Mapping[str, Any], now: float) -> list[Moment]:
 
 
 def _waited(job: Mapping[str, Any]) -> float | None:
-    """Return the seconds from when the job could run first until its last attempt started."""
+    """Return the seconds from when the job could run until it started; `None` after a retry."""
     started = job.get("active_since")
-    if not started:
+    if not started or job.get("errors") or job.get("status") not in (State.ACTIVE, *OUTCOMES):
         return None
     return float(max(0.0, started - (job.get("delay_until") or job["created_at"])))
 

@@ -44,9 +44,10 @@ async def show(request: Request) -> Response:
         "totals": totals,
         "workers": workers,
         "slots": sum(worker.concurrency for worker in workers),
-        "busy": sum(len(worker.running) for worker in workers),
+        "busy": sum(worker.busy for worker in workers),
         "stuck": [each for each in found if each.is_stuck],
         "paused": [each for each in found if each.paused],
+        "charts": link(request, "metrics", "history"),
         "latest": await _latest(site, busiest),
     }
     return site.page(request, "overview.html", context)

@@ -51,11 +51,15 @@ async def show(request: Request) -> Response:
     queue = await site.queue(request)
     summary = await summarize(site, queue)
     schedules = await site.share("schedules", queue, queue.list_repeatables)
+    info = await site.share("info", queue, queue.info)
     coming = sorted((each for each in schedules if each.next_run), key=lambda s: s.next_run or 0)
     context: dict[str, Any] = {
         "section": "queues",
         "watch": (f"queue:{queue.name}", version_of(summary)),
         "queue": summary,
+        "info": info,
+        "configuration": await site.share("configuration", queue, queue.get_configuration),
+        "charts": link(request, "queues", queue.name, "history"),
         "states": [str(state) for state in JOB_STATES],
         "schedules": coming[:SOONEST],
         "schedule_count": len(schedules),

@@ -36,7 +36,7 @@ class QueueSummary:
     @property
     def busy(self) -> int:
         """How many jobs run, as the workers last told."""
-        return sum(len(worker.running) for worker in self.workers)
+        return sum(worker.busy for worker in self.workers)
 
     @property
     def to_do(self) -> int:
@@ -45,7 +45,10 @@ class QueueSummary:
 
     def __repr__(self) -> str:
         # What the pages show: not the heartbeats, which would have them brought up to date for nothing.
-        workers = [(worker.id, worker.concurrency, worker.running) for worker in self.workers]
+        workers = [
+            (worker.id, worker.concurrency, worker.busy, worker.running, worker.stopping)
+            for worker in self.workers
+        ]
         return f"{self.name} {self.counts} {self.paused} {workers}"
 
     @property

@@ -2,15 +2,17 @@
 
 from dataclasses import dataclass
 from typing import Final
+from urllib.parse import unquote
 
 from starlette.requests import Request
 from starlette.responses import Response
 
 from asyncmq_nats.contrib.dashboard.pages.summaries import all_workers, version_of
 from asyncmq_nats.contrib.dashboard.site import site_of
-from asyncmq_nats.workers import WorkerInfo
+from asyncmq_nats.exceptions import InvalidArgument
+from asyncmq_nats.workers import WorkerInfo, stop_worker
 
-__all__ = ["Row", "show"]
+__all__ = ["Row", "show", "stop"]
 
 HEALTHY_BEATS: Final = 1.5
 """Heartbeats that may be missing in a healthy worker; after three its entry is gone."""
@@ -24,12 +26,29 @@ class Row:
     worker: WorkerInfo
     age: float
     health: str
-    """`healthy`, or `ageing`: a heartbeat is overdue."""
+    """`healthy`; `ageing`: a heartbeat is overdue; `stopping`: it finishes what runs."""
 
     @property
     def jobs(self) -> tuple[str, ...]:
         """Some of the jobs that it runs."""
         return self.worker.running[:MAX_SHOWN_JOBS]
+
+
+def _health(worker: WorkerInfo, now: float, interval: float) -> str:
+    if worker.stopping:
+        return "stopping"
+    return "healthy" if now - worker.heartbeat <= HEALTHY_BEATS * interval else "ageing"
+
+
+async def stop(request: Request) -> Response:
+    """Have a worker stop in order: what runs may finish."""
+    site = site_of(request)
+    worker = unquote(str(request.path_params["worker"]))
+    known = {each.id: each.queue for each in await all_workers(site)}
+    if worker not in known or not await stop_worker(site.backend, worker):
+        raise InvalidArgument("no such worker answers", worker)
+    await site.record(request, "worker.stop", known[worker], worker)
+    return await site.done(request, f"Worker {worker} stops when its jobs have ended.")
 
 
 async def show(request: Request) -> Response:
@@ -41,7 +60,7 @@ async def show(request: Request) -> Response:
         Row(
             worker,
             max(0.0, now - worker.heartbeat),
-            "healthy" if now - worker.heartbeat <= HEALTHY_BEATS * interval else "ageing",
+            _health(worker, now, interval),
         )
         for worker in sorted(workers, key=lambda each: (each.queue, each.host, each.pid))
     ]
@@ -50,7 +69,7 @@ async def show(request: Request) -> Response:
         "watch": ("workers", version_of(workers)),
         "rows": rows,
         "slots": sum(worker.concurrency for worker in workers),
-        "busy": sum(len(worker.running) for worker in workers),
+        "busy": sum(worker.busy for worker in workers),
         "interval": interval,
         "now": now,
     }

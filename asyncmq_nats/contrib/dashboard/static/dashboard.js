@@ -297,19 +297,26 @@
   const inSeconds = (value) => value === null || value === undefined ? "–" :
     value < 1 ? `${+(value * 1000).toPrecision(3)} ms` : value < 120 ? `${+value.toPrecision(3)} s` : inWords(value);
 
+  const two = (value) => String(value).padStart(2, "0");
+  const clock = (_, ticks, __, ___, step) => ticks.map((tick) => {
+    const at = new Date(tick * 1000);
+    return step >= 43200 ? `${two(at.getMonth() + 1)}-${two(at.getDate())}` : `${two(at.getHours())}:${two(at.getMinutes())}`;
+  });
+
   function draw(element, data) {
     charts.get(element)?.plot.destroy();
     const words = data.unit === "s" ? inSeconds : shorten;
     const axis = { stroke: colour("muted"), grid: { stroke: colour("line"), width: 1 }, ticks: { show: false }, font: "11px system-ui, sans-serif" };
     const options = {
-      width: Math.max(200, element.clientWidth), height: Number(element.dataset.height || 180),
+      width: Math.max(160, $(".plot", element).clientWidth), height: Number(element.dataset.height || 180),
       cursor: { points: { size: 6 } }, legend: { live: true },
       scales: { y: { range: (_, low, high) => [0, Math.max(high || 0, data.unit === "s" ? 0.001 : 1) * 1.1] } },
-      axes: [axis, { ...axis, size: 56, values: (_, ticks) => ticks.map(words) }],
+      axes: [{ ...axis, size: 28, values: clock }, { ...axis, size: 56, values: (_, ticks) => ticks.map(words) }],
       series: [{ value: "{YYYY}-{MM}-{DD} {HH}:{mm}:{ss}" }, ...data.series.map((line) => ({
-        label: line.label, stroke: colour(line.colour), width: 1.75, points: { show: false },
+        label: line.label, stroke: colour(line.colour), width: 1.75, spanGaps: false,
+        points: { show: line.values.filter((value) => value !== null).length < 40 && data.unit === "s", size: 5, fill: colour(line.colour) },
         fill: line.fill ? `color-mix(in srgb, ${colour(line.colour)} 14%, transparent)` : undefined,
-        value: (_, value) => words(value), paths: data.stepped ? window.uPlot.paths.stepped({ align: 1 }) : undefined,
+        value: (_, value) => words(value),
       }))],
     };
     const body = $(".plot", element);
