@@ -3,13 +3,15 @@
 import inspect
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from dataclasses import dataclass, field
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Final, Literal, Protocol
 
 import anyio
 from anyio.abc import TaskStatus
 
+from asyncmq_nats._arguments import checked_meta
 from asyncmq_nats._concurrency import open_task_group
 from asyncmq_nats._logging import get_logger
 from asyncmq_nats.context import JobContext
@@ -18,6 +20,7 @@ from asyncmq_nats.jobs import Job
 
 __all__ = [
     "AddJobs",
+    "CarryContext",
     "Chain",
     "EndState",
     "Ending",
@@ -100,9 +103,54 @@ class Middleware(Protocol):
         return  # a body, so that a subclass need not have one
 
 
+CARRIED: Final = "context."
+"""How the names of carried context variables begin in `meta`."""
 OVERRIDABLE: Final = ("enqueue", "run", "end")
 _added: list[tuple[str | None, Middleware]] = []
 """Those of `add_middleware`, and the queue of each; `None`: of all."""
+
+
+class CarryContext(Middleware):
+    """Carries context variables from where a job is added to where its task runs.
+
+    `add_middleware(CarryContext(tenant, request_id))`. Their values are texts, and go in `meta` under
+    `context.<name>`. One that is not set, or is `None`, is left alone. Jobs that a task adds carry
+    them on. A task that runs in a process of its own does not see them: it has no context.
+
+    Raises:
+        InvalidArgument: one is no `ContextVar`, or two have one name.
+    """
+
+    def __init__(self, *variables: ContextVar[Any]) -> None:
+        for each in variables:
+            if not isinstance(each, ContextVar):
+                raise InvalidArgument("CarryContext takes ContextVar objects", each)
+        self._variables = {CARRIED + each.name: each for each in variables}
+        if len(self._variables) < len(variables):
+            raise InvalidArgument(
+                "CarryContext needs variables of different names", list(self._variables)
+            )
+
+    async def enqueue(self, queue: str, jobs: Sequence[Job], add: AddJobs) -> list[str]:
+        """Write the values into the `meta` of the jobs."""
+        values = {key: each.get(None) for key, each in self._variables.items()}
+        carried = {key: value for key, value in values.items() if value is not None}
+        if not carried:
+            return await add(jobs)
+        checked_meta(carried)
+        return await add([replace(job, meta=job.meta | carried) for job in jobs])
+
+    async def run(self, context: JobContext, call: RunTask) -> Any:
+        """Set the variables while the task runs."""
+        meta = context.meta
+        tokens = [
+            (each, each.set(meta[key])) for key, each in self._variables.items() if key in meta
+        ]
+        try:
+            return await call()
+        finally:
+            for each, token in reversed(tokens):
+                each.reset(token)
 
 
 def add_middleware(middleware: Middleware, queue: str | None = None) -> None:
@@ -169,6 +217,8 @@ class Chain:
             if len(given) != count:
                 problem = f"a middleware must pass on as many jobs as it was given ({count})"
                 raise InvalidArgument(problem, len(given))
+            for job in given:
+                checked_meta(job.meta)
             return await store(given)
 
         call: AddJobs = add

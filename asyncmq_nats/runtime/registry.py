@@ -299,7 +299,8 @@ def _check_process(function: Callable[..., Any], *, progress: bool, runs_here: b
         raise ValueError(
             f"{_describe(function)}: process=True is for sync functions, and without progress"
         )
-    if "<locals>" in _origin(function)[1] or not hasattr(function, "__qualname__"):
+    is_bound = inspect.ismethod(function) and not isinstance(function.__self__, type)
+    if "<locals>" in _origin(function)[1] or not hasattr(function, "__qualname__") or is_bound:
         raise InvalidArgument(
             "a task with process=True must be a function of a module: its process finds it by name",
             function,

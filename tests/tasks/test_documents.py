@@ -13,7 +13,9 @@ PRINTS = [
     ],
     ["ConnectionResetError | the server hung up | 6"],
     ["send {'from': 'web'} completed None"],
+    ["ada@example.org of acme"],
     ["open", "closed"],
+    ["session closed", "ada@example.org: session of customers"],
 ]
 
 
