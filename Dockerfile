@@ -6,7 +6,7 @@ ENV PYTHONUNBUFFERED=1
 WORKDIR /app
 COPY pyproject.toml README.md LICENSE ./
 COPY asyncmq_nats asyncmq_nats
-RUN pip install --no-cache-dir '.[uvloop]'
+RUN pip install --no-cache-dir '.[cli,uvloop]'
 COPY examples examples
 
 RUN useradd --system asyncmq

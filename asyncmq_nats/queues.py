@@ -861,6 +861,17 @@ class Queue:
         """Return what of this queue on the server differs from the settings in force."""
         return await self._configurations.compare()
 
+    async def find_orphan_priorities(self) -> list[int]:
+        """Return the priorities of ready jobs that no worker sees: they have no consumer yet.
+
+        Running workers look for such jobs every 30 s, and make the consumers.
+        """
+        return await self._unless_missing(self._assets.find_orphans(declare=False), [])
+
+    async def declare_orphan_priorities(self) -> list[int]:
+        """Make the consumers of such jobs at once, and return their priorities."""
+        return await self._unless_missing(self._assets.find_orphans(), [])
+
     # -- delayed jobs
 
     async def list_delayed(self, *, limit: int | None = None) -> list[DelayedInfo]:

@@ -45,23 +45,25 @@ class Terminal:
         paths = f"{directory}:{os.environ.get('PYTHONPATH', '')}"
         self._env = os.environ | {"NATS_URL": url, "PYTHONPATH": paths, "COLUMNS": "110"}
 
-    def run(self, line: str) -> str:
-        began, before = time.perf_counter(), os.times()
-        done = subprocess.run(
+    def run(self, line: str) -> None:
+        arguments, began = (
             [sys.executable, "-m", "asyncmq_nats", *line.split()],
-            env=self._env,
-            cwd=self._directory,
-            capture_output=True,
-            text=True,
-            check=False,
+            time.perf_counter(),
         )
-        seconds, after = time.perf_counter() - began, os.times()
-        cpu = after.children_user + after.children_system
-        cpu -= before.children_user + before.children_system
-        shown = "".join(line.rstrip() + "\n" for line in (done.stdout + done.stderr).splitlines())
+        with (
+            tempfile.TemporaryFile("w+") as out,
+            subprocess.Popen(
+                arguments, env=self._env, cwd=self._directory, stdout=out, stderr=out
+            ) as process,
+        ):
+            _, status, usage = os.wait4(process.pid, 0)
+            process.returncode = os.waitstatus_to_exitcode(status)
+            out.seek(0)
+            printed = out.read()
+        seconds, cpu = time.perf_counter() - began, usage.ru_utime + usage.ru_stime
+        shown = "".join(line.rstrip() + "\n" for line in printed.splitlines())
         shown = shown.replace(str(self._directory), "/srv/shop").replace(PACKAGES, "/srv/lib")
         print(f"$ amq {line}\n{shown}[{seconds:.1f} s, CPU {cpu:.1f} s]\n", flush=True)
-        return done.stdout
 
     def start_worker(self) -> subprocess.Popen[str]:
         line = ["worker", "start", "shop", "--tasks", "shop_tasks", "--concurrency", "50"]
@@ -113,8 +115,11 @@ async def main(count: int) -> None:
             print("$ amq worker start shop --tasks shop_tasks --concurrency 50 &\n")
             with terminal.start_worker() as worker:
                 terminal.run("job retry shop --task *.charge --dry-run")
-                terminal.run("job retry shop --task *.charge --force")
-                terminal.run("queue stats shop --watch --count 4")
+                async with anyio.create_task_group() as group:
+                    watch = "queue stats shop --watch --every 2s --count 12"
+                    group.start_soon(anyio.to_thread.run_sync, terminal.run, watch)
+                    line = "job retry shop --task *.charge --force"
+                    group.start_soon(anyio.to_thread.run_sync, terminal.run, line)
                 await wait_for(queue, "completed", count // 4)
                 terminal.run("queue info shop")
                 worker.terminate()

@@ -1,7 +1,7 @@
 """Writes a page of the reference for each public module, so that a new module is never forgotten."""
 
-import ast
 import pkgutil
+from importlib import import_module
 from pathlib import Path
 from typing import Final
 
@@ -30,14 +30,16 @@ def public_modules() -> list[str]:
     return [name for name in FIRST if name in found] + rest + extras + list(BELOW)
 
 
+def page_names() -> list[str]:
+    """Return the names of the pages in their order."""
+    return ["asyncmq_nats", *public_modules()]
+
+
 def write_reference(folder: Path) -> None:
     """Write a page for each public module, and remove those of modules that are gone."""
     folder.mkdir(parents=True, exist_ok=True)
-    pages = {
-        f"{number:02}-{name.replace('.', '-')}.rst": _page(f"asyncmq_nats.{name}")
-        for number, name in enumerate(public_modules(), 1)
-    }
-    pages["00-asyncmq_nats.rst"] = _exports()
+    pages = {f"{name}.rst": _page(f"asyncmq_nats.{name}") for name in public_modules()}
+    pages["asyncmq_nats.rst"] = _exports()
     for path in folder.glob("*.rst"):
         if path.name not in pages:
             path.unlink()
@@ -53,22 +55,17 @@ def _page(module: str) -> str:
 
 def _exports() -> str:
     """Return the page of the package: where each of its names is described."""
+    homes: dict[str, str] = {}
+    for name in public_modules():
+        for exported in getattr(import_module(f"asyncmq_nats.{name}"), "__all__", ()):
+            homes.setdefault(exported, name)
     rows = "".join(
-        f"* :py:obj:`~{module}.{name}` from ``{module}``\n" for name, module in _origins().items()
+        f"* :py:obj:`~asyncmq_nats.{homes[name]}.{name}`: "
+        f":doc:`asyncmq_nats.{homes[name]} <{homes[name]}>`\n"
+        for name in asyncmq_nats.__all__
+        if name in homes
     )
     return (
         "asyncmq_nats\n============\n\n.. automodule:: asyncmq_nats\n   :no-members:\n\n"
-        f"It exports:\n\n{rows}"
+        f"It exports these names, which are described with their modules:\n\n{rows}"
     )
-
-
-def _origins() -> dict[str, str]:
-    """Return the module from which `asyncmq_nats` takes each of its names."""
-    source = Path(str(asyncmq_nats.__file__)).read_text()
-    origins = {
-        alias.name: str(node.module)
-        for node in ast.walk(ast.parse(source))
-        if isinstance(node, ast.ImportFrom)
-        for alias in node.names
-    }
-    return {name: origins[name] for name in asyncmq_nats.__all__ if name in origins}

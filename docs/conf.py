@@ -12,7 +12,7 @@ DOCS = Path(__file__).parent
 ROOT = DOCS.parent
 sys.path[:0] = [str(ROOT), str(DOCS)]
 
-from _reference import write_reference  # noqa: E402
+from _reference import page_names, write_reference  # noqa: E402
 
 import asyncmq_nats  # noqa: E402
 
@@ -46,7 +46,7 @@ myst_heading_anchors = 4
 myst_links_external_new_tab = False
 
 default_role = "literal"
-autodoc_class_signature = "separated"
+autodoc_default_options = {"exclude-members": "model_config"}
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
 autodoc_typehints = "signature"
@@ -62,6 +62,7 @@ PICTURE = re.compile(
     r'<picture>\s*<source [^>]*srcset="(?P<dark>[^"]+)">\s*'
     r'<img src="(?P<light>[^"]+)" alt="(?P<alt>[^"]+)"[^>]*>\s*</picture>'
 )
+HIDDEN = re.compile(r"^<!-- hidden.*?-->\n", re.MULTILINE | re.DOTALL)
 PATTERN = re.compile(r"^[\w/]+\*\n", re.MULTILINE)
 
 
@@ -70,9 +71,9 @@ def _rewrite_links(text: str, folder: Path) -> str:
 
     def rewrite(match: re.Match[str]) -> str:
         target = (folder / match["path"]).resolve()
-        if not target.exists() or (target.is_relative_to(DOCS) and folder.is_relative_to(DOCS)):
+        if folder.is_relative_to(DOCS) and (target.is_relative_to(DOCS) or not target.exists()):
             return match[0]
-        if target.is_relative_to(DOCS):
+        if target.is_relative_to(DOCS) and target.exists():
             return f"{target.relative_to(DOCS).as_posix()}{match['anchor'] or ''}"
         kind = "tree" if target.is_dir() else "blob"
         path = target.relative_to(ROOT).as_posix()
@@ -83,10 +84,13 @@ def _rewrite_links(text: str, folder: Path) -> str:
 
 def read_page(app: Sphinx, page: str, source: list[str]) -> None:
     """Make a page, which is also read in the repository, one of the site."""
-    source[0] = _rewrite_links(source[0], (DOCS / page).parent)
+    source[0] = HIDDEN.sub("", _rewrite_links(source[0], (DOCS / page).parent))
     source[0] = PICTURE.sub(_switch_pictures, source[0])
     if page == "index":
         source[0] = PATTERN.sub(_keep_pattern, source[0])
+    if page == "reference/index":
+        names = "\n".join(f"api/{name}" for name in page_names())
+        source[0] = source[0].replace("api/*", names)
 
 
 def read_included(app: Sphinx, path: Path, page: str, source: list[str]) -> None:
@@ -125,13 +129,22 @@ def read_docstring(
         else:
             parts[index] = LETTERS.sub(lambda match: "\\" + match[0], part)
     lines[:] = "".join(parts).split("\n")
+    if what in ("attribute", "data", "property"):
+        lines.insert(0, "")  # or napoleon takes what is before a colon for the type
+
+
+def hide_signature(app: Sphinx, what: str, name: str, *_: Any) -> tuple[str, str] | None:
+    """Leave out the signature of the settings, which names each of them."""
+    return ("", "") if name == "asyncmq_nats.settings.Settings" else None
 
 
 def setup(app: Sphinx) -> dict[str, Any]:
     """Connect what is above."""
     app.add_lexer("conf", TextLexer)
     app.connect("builder-inited", lambda app: write_reference(DOCS / "reference" / "api"))
+    app.connect("env-get-outdated", lambda *_: ["index", "reference/index"])
     app.connect("source-read", read_page)
     app.connect("include-read", read_included)
+    app.connect("autodoc-process-signature", hide_signature)
     app.connect("autodoc-process-docstring", read_docstring, priority=100)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

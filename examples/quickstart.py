@@ -252,7 +252,7 @@ def complain(errors: BaseExceptionGroup) -> None:
 
 
 def main() -> int:
-    logging.getLogger("asyncmq_nats").setLevel(logging.ERROR)  # that a job fails is no news here
+    logging.getLogger("asyncmq_nats").setLevel(logging.CRITICAL)  # that a job fails is no news here
     try:
         code = anyio.run(run)
         sys.stdout.flush()

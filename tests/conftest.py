@@ -9,9 +9,12 @@ import hypothesis
 import pytest
 
 from asyncmq_nats.backends.base import Backend
+from asyncmq_nats.backends.inmemory import InMemoryBackend
 from asyncmq_nats.backends.nats.embedded.server import EmbeddedServer
 from asyncmq_nats.exceptions import ServerBinaryMissing
 from asyncmq_nats.settings import Settings
+from asyncmq_nats.testing import VirtualBackend
+from tests.passing import clocks
 
 if TYPE_CHECKING:
     from asyncmq_nats.backends.nats.backend import NATSBackend
@@ -85,15 +88,23 @@ def make_nats_backend(server: EmbeddedServer, settings: Settings) -> "Callable[[
 
 
 @pytest.fixture(params=["inmemory", "nats"])
-def make_backend(request: pytest.FixtureRequest, settings: Settings) -> Callable[[], Backend]:
-    """Maker of handles on one store, not connected yet; in memory each is the same object."""
-    if request.param == "nats":
-        make: Callable[[], Backend] = request.getfixturevalue("make_nats_backend")
-        return make
-    from asyncmq_nats.backends.inmemory import InMemoryBackend
+def make_backend(
+    request: pytest.FixtureRequest, settings: Settings
+) -> Iterator[Callable[[], Backend]]:
+    """Maker of handles on one store, not connected yet; in memory each is the same object.
 
-    shared = InMemoryBackend(settings=settings)
-    return lambda: shared
+    In a module with `VIRTUAL_TIME = True` it is on a clock that `pass_time` moves.
+    """
+    if request.param == "nats":
+        yield request.getfixturevalue("make_nats_backend")
+    elif getattr(request.module, "VIRTUAL_TIME", False):
+        virtual = VirtualBackend(settings=settings, workers=False)
+        clocks.append(virtual.clock)
+        yield lambda: virtual
+        clocks.remove(virtual.clock)
+    else:
+        shared = InMemoryBackend(settings=settings)
+        yield lambda: shared
 
 
 @pytest.fixture

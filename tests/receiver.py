@@ -6,6 +6,7 @@ from typing import Final, TypeVar
 import anyio
 
 from asyncmq_nats.backends.base import Backend, Delivery
+from tests.passing import clocks, pass_time
 
 T = TypeVar("T")
 PATIENCE: Final = 60.0
@@ -41,7 +42,10 @@ class Receiver:
         """Wait until the condition holds, looking again after every delivery and lapse."""
         with anyio.fail_after(patience):
             while not condition():
-                await self._changed.wait()
+                if clocks:
+                    await pass_time(0.05)
+                else:
+                    await self._changed.wait()
 
     async def take(self, count: int = 1) -> list[Delivery]:
         """Return the next `count` deliveries, which must have been requested."""
@@ -78,7 +82,7 @@ async def until(
             while True:
                 if condition(value := await read()):
                     return value
-                await anyio.sleep(pause)
+                await pass_time(pause)
                 pause = min(1.2 * pause, 0.05)
     except TimeoutError as error:
         error.add_note(f"The last value: {value!r}")
@@ -88,5 +92,5 @@ async def until(
 async def holds(condition: Callable[[], bool], within: float = PATIENCE) -> None:
     """Wait until the condition holds, where no event tells the test."""
     with anyio.fail_after(within):
-        while not condition():  # noqa: ASYNC110
-            await anyio.sleep(0.005)
+        while not condition():
+            await pass_time(0.005)

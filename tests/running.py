@@ -16,6 +16,7 @@ from asyncmq_nats.queues import Queue
 from asyncmq_nats.runtime.registry import TaskRegistry
 from asyncmq_nats.transitions.finish import Lifecycle
 from asyncmq_nats.workers import Worker
+from tests.passing import clocks, pass_time
 from tests.receiver import PATIENCE as PATIENCE
 from tests.receiver import Receiver, until
 
@@ -55,7 +56,7 @@ async def wait_until_done(queue: Queue) -> None:
         while empty < 2:
             busy = await queue.count() + await queue.get_job_count_by_types("active")
             empty = 0 if busy else empty + 1
-            await anyio.sleep(pause)
+            await pass_time(pause)
             pause = min(1.2 * pause, 0.1)  # many jobs: counting them is work as well
 
 
@@ -72,7 +73,19 @@ async def outcome(queue: Queue, job_id: str) -> dict[str, Any]:
             job = await queue.get_job(job_id)
             if job is not None and job["status"] in ended:
                 return job
-            await anyio.sleep(0.01)
+            await pass_time(0.01)
+
+
+async def result(queue: Queue, job_id: str) -> Any:
+    """Wait until the job has ended, and return its result or raise `JobFailed`."""
+    if not clocks:
+        return await queue.wait_for(job_id, timeout=PATIENCE)
+    with anyio.fail_after(PATIENCE):
+        while True:
+            try:
+                return await queue.wait_for(job_id, timeout=0)
+            except TimeoutError:
+                await pass_time(0.05)
 
 
 async def round_trips(backend: Backend, log: str, count: int = 20) -> None:

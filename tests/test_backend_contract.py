@@ -135,6 +135,20 @@ async def test_a_log_that_was_made_again_has_another_incarnation(
     assert await backend.incarnation("notes") not in (None, first)
 
 
+async def test_a_log_is_described(backend: Backend) -> None:
+    empty = await backend.describe_log("notes")
+    await backend.write("notes", Write("notes.a", b"12345"))
+    await backend.write("notes", Write("notes.b", b""))
+    state = await backend.describe_log("notes")
+    assert empty is not None
+    assert state is not None
+    assert (empty.records, empty.bytes, empty.last_sequence) == (0, 0, 0)
+    assert (state.records, state.last_sequence) == (2, 2)
+    assert state.bytes >= len("notes.anotes.b12345")
+    assert (state.replicas, state.replicas_behind, state.max_bytes) == (1, 0, None)
+    assert await backend.describe_log("nothing") is None
+
+
 async def test_a_log_is_declared_again_once_its_loss_is_known(
     backend: Backend, twin: Backend
 ) -> None:

@@ -4,6 +4,7 @@ That compose accepts it, that it fits the repository, and that its services work
 processes.
 """
 
+import json
 import os
 import re
 import shutil
@@ -119,6 +120,12 @@ def test_a_worker_has_time_to_stop() -> None:
     assert int(grace[1]) > Settings.model_fields["shutdown_timeout"].default
 
 
+def test_a_worker_that_is_unfit_to_live_is_seen() -> None:
+    port = re.search(r'ASYNCMQ_NATS_HEALTH_PORT: "(\d+)"', service("worker"))
+    assert port is not None
+    assert f"http://127.0.0.1:{port[1]}/livez" in service("worker")
+
+
 def test_the_image_gets_what_it_copies() -> None:
     ignored = (ROOT / ".dockerignore").read_text().splitlines()
     for line in re.findall(r"^COPY (.+)$", DOCKERFILE, re.MULTILINE):
@@ -178,17 +185,26 @@ def cluster(server: EmbeddedServer, tmp_path: Path) -> Iterator[list[EmbeddedSer
 
 def start(service_name: str, server: EmbeddedServer, **environment: str) -> "subprocess.Popen[str]":
     """Start the command of a service."""
-    match = re.search(r'command: \["python", "(\S+)"\]', service(service_name))
+    match = re.search(r"command: (\[.+\])\n", service(service_name))
     assert match is not None
+    program, *arguments = json.loads(match[1])
+    directory = re.search(r"working_dir: /app/(\S+)\n", service(service_name))
+    if program == "amq":
+        arguments = ["-m", "asyncmq_nats", *arguments]
     environment = {
         **os.environ,
         "ASYNCMQ_NATS_SERVERS": server.url,
+        "PYTHONPATH": str(ROOT),
         "PYTHONUNBUFFERED": "1",
         **environment,
     }
-    command = [sys.executable, str(ROOT / match[1])]
     return subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [sys.executable, *arguments],
+        cwd=ROOT if directory is None else ROOT / directory[1],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
 
 

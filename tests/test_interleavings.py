@@ -20,8 +20,11 @@ from asyncmq_nats.store.snapshot import Snapshot
 from asyncmq_nats.transitions.claim import Attempt, Claim, Disposition
 from asyncmq_nats.transitions.finish import Lifecycle
 from asyncmq_nats.wire.keys import encode_token
+from tests.passing import pass_time
 from tests.receiver import Receiver, holds, until
-from tests.running import PATIENCE, make_queue, outcome, run_jobs, running, wait_until_done
+from tests.running import PATIENCE, make_queue, outcome, result, run_jobs, running, wait_until_done
+
+VIRTUAL_TIME = True
 
 BUCKET = "KV_amq_work_scheduler"
 READY = "amq_work"
@@ -76,7 +79,7 @@ async def test_a_tier_that_is_made_while_a_pause_begins_or_ends(
     if not paused_before:
         await other.resume()
     async with running(queue):
-        assert await queue.wait_for(job_id, timeout=PATIENCE) == "ran"
+        assert await result(queue, job_id) == "ran"
 
 
 # -- a cancellation is not over yet when the job is retried by hand
@@ -103,9 +106,9 @@ async def test_a_retry_by_hand_outlives_the_end_of_the_cancellation(
     retry_before_the_end_of_cancellation(queue, monkeypatch)
     assert await queue.cancel_job(job_id)
     async with running(queue):
-        assert await queue.wait_for(job_id, timeout=PATIENCE) == "ran"
+        assert await result(queue, job_id) == "ran"
         if child is not None:
-            assert await queue.wait_for(child, timeout=PATIENCE) == "child"
+            assert await result(queue, child) == "child"
 
 
 async def test_a_run_after_a_retry_by_hand_is_not_ended_by_the_signal_of_the_cancellation(
@@ -138,7 +141,7 @@ async def test_a_run_after_a_retry_by_hand_is_not_ended_by_the_signal_of_the_can
             await started[0].wait()
         assert await queue.cancel_job(job_id)
         opened.set()
-        assert await queue.wait_for(job_id, timeout=PATIENCE) == "ran"
+        assert await result(queue, job_id) == "ran"
 
 
 @pytest.mark.parametrize("fields", [{}, {"delay": 3600}])
@@ -185,15 +188,14 @@ async def test_a_job_that_is_made_ready_while_it_is_cancelled_does_not_run(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(backend, "send", send)
         async with running(queue):
-            with anyio.fail_after(PATIENCE):
-                await promoting.wait()
+            await holds(promoting.is_set)
             assert await canceller.cancel_job(job_id)
             caught[0]()
             await until(lambda: queue.get_job_state(job_id), lambda state: state == "cancelled")
             await until(lambda: backend.last_sequence(READY), lambda sequence: sequence > 0)
             await until(lambda: backend.last(READY, "amq.work.ready.*.*"), lambda ready: not ready)
             await queue.resume()
-            assert await queue.wait_for(await queue.add("note"), timeout=PATIENCE) is None
+            assert await result(queue, await queue.add("note")) is None
     assert runs == [1]
 
 
@@ -253,7 +255,7 @@ async def test_a_frozen_worker_has_no_say_after_a_retry(what: str, queue: Queue)
     attempt.delivery.ack()
     assert await frozen.says(what) in (Disposition.ABANDON, None)
     async with running(queue):
-        assert await queue.wait_for(job_id, timeout=PATIENCE) == "ran"
+        assert await result(queue, job_id) == "ran"
         await wait_until_done(queue)
     job = await queue.get_job(job_id)
     assert job is not None
@@ -274,7 +276,7 @@ async def test_a_frozen_worker_has_no_say_after_a_retry_by_hand(what: str, queue
     assert await queue.retry_job(job_id)
     assert await frozen.says(what) in (Disposition.ACK, None)
     async with running(queue):
-        assert await queue.wait_for(job_id, timeout=PATIENCE) == "ran"
+        assert await result(queue, job_id) == "ran"
         await wait_until_done(queue)
     assert await live(queue, queue._subjects.claim(encode_token(job_id))) == []
 
@@ -296,7 +298,7 @@ async def test_an_outcome_that_is_sent_again_does_not_undo_a_retry_by_hand(queue
     )
     delivery.ack()
     async with running(queue):
-        assert await queue.wait_for(job_id, timeout=PATIENCE) == "ran"
+        assert await result(queue, job_id) == "ran"
 
 
 async def test_a_job_that_was_retried_by_hand_is_handed_back_at_once(queue: Queue) -> None:
@@ -352,7 +354,7 @@ async def test_a_claim_without_its_job_is_no_job(released: bool, queue: Queue) -
     )
     assert await queue.add("echo", ["ran"], job_id="mine") == "mine"
     async with running(queue):
-        assert await queue.wait_for("mine", timeout=PATIENCE) == "ran"
+        assert await result(queue, "mine") == "ran"
 
 
 @pytest.mark.parametrize("left", ["edge", "claim", "both"])
@@ -380,7 +382,7 @@ async def test_what_is_not_a_job_ends_as_failed_whatever_is_there(left: str, que
     async with running(queue):
         job = await outcome(queue, "bad")
         if left != "claim":
-            assert await queue.wait_for("child", timeout=PATIENCE) == "child"
+            assert await result(queue, "child") == "child"
     assert job["status"] == "failed"
     assert "not a job of the wire format" in job["last_error"]
     assert await queue.backend.last(READY, "amq.work.ready.*.*") == []
@@ -455,7 +457,7 @@ async def test_an_outcome_that_comes_while_old_ones_are_cleaned_stays(
         return await real(log, filter, before=before)
 
     monkeypatch.setattr(queue.backend, "purge", purge)
-    await anyio.sleep(0.02)
+    await pass_time(0.02)
     await queue.clean("completed", queue.backend.now())
     assert await queue.get_job(old) is None
     assert await queue.get_job_state("young") == "completed"
@@ -470,4 +472,4 @@ async def test_junk_beside_a_job_that_is_delivered_again_does_not_end_it(queue: 
         BUCKET, Write(f"$KV.amq_work_scheduler.later.{job_id}.delayed", b"junk")
     )
     async with running(queue):
-        assert await queue.wait_for(job_id, timeout=PATIENCE) == "ran"
+        assert await result(queue, job_id) == "ran"

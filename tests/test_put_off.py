@@ -14,7 +14,10 @@ from asyncmq_nats.exceptions import JobFailed
 from asyncmq_nats.queues import Queue
 from asyncmq_nats.runtime.registry import TaskRegistry
 from asyncmq_nats.settings import Settings
-from tests.running import PATIENCE, make_queue, outcome, running
+from tests.passing import pass_time
+from tests.running import PATIENCE, make_queue, outcome, result, running
+
+VIRTUAL_TIME = True
 
 
 async def echo(value: Any = None) -> Any:
@@ -29,7 +32,7 @@ async def put_off(queue: Queue, job_id: str) -> dict[str, Any]:
             assert job is not None
             if job["status"] == "delayed":
                 return job
-            await anyio.sleep(0.01)
+            await pass_time(0.01)
 
 
 async def publish(backend: Backend, body: dict[str, Any]) -> None:
@@ -48,7 +51,7 @@ class TestForATime:
         job_id = await queue.add("later", ["a"], retries=3)
         async with running(queue):
             job = await put_off(queue, job_id)
-            assert await queue.wait_for(await queue.add("echo", ["on"]), PATIENCE) == "on"
+            assert await result(queue, await queue.add("echo", ["on"])) == "on"
         assert "no task 'later' is registered in this worker" in job["last_error"]
         assert (job["retries"], job["errors"], job["max_retries"]) == (0, [], 3)
         assert job["delay_until"] > job["created_at"]
@@ -62,7 +65,7 @@ class TestForATime:
                 await put_off(queue, job_id)
         newer = make_queue(backend, echo=echo)
         async with running(newer):
-            results = [await newer.wait_for(job_id, timeout=PATIENCE) for job_id in job_ids]
+            results = [await result(newer, job_id) for job_id in job_ids]
         assert results == list(range(20))
         job = await newer.get_job(job_ids[0])
         assert job is not None
@@ -78,12 +81,12 @@ class TestForATime:
                     job = await put_off(queue, job_id)
                     if job["delay_until"] not in times:
                         times.append(job["delay_until"])
-                    await anyio.sleep(0.01)
+                    await pass_time(0.01)
         assert times[2] - times[1] > 1.5  # the first ones are a second each
 
     async def test_a_job_of_a_newer_version_is_put_off(self, backend: Backend) -> None:
         queue = make_queue(backend, echo=echo)
-        await queue.wait_for(await _run_one(queue), timeout=PATIENCE)  # the queue is there
+        await result(queue, await _run_one(queue))  # the queue is there
         body = {"v": 2, "id": "new", "task": "echo", "args": {"of": "another kind"}}
         await publish(backend, body)
         async with running(queue):
@@ -116,14 +119,14 @@ class TestInTheEnd:
         job_id = await queue.add("never", retries=5)
         async with running(queue):
             with pytest.raises(JobFailed, match="no task 'never'"):
-                await queue.wait_for(job_id, timeout=PATIENCE)
+                await result(queue, job_id)
         job = await queue.get_job(job_id)
         assert job is not None
         assert job["finished_at"] - job["created_at"] >= 1.4
 
     async def test_a_job_of_a_newer_version_fails_with_its_body(self, backend: Backend) -> None:
         queue = make_queue(backend, echo=echo)
-        await queue.wait_for(await _run_one(queue), timeout=PATIENCE)
+        await result(queue, await _run_one(queue))
         await publish(backend, {"v": 7, "id": "new", "what": "a job of next year"})
         async with running(queue):
             job = await outcome(queue, "new")
@@ -146,7 +149,7 @@ class TestInTheEnd:
 async def _run_one(queue: Queue) -> str:
     async with running(queue):
         job_id = await queue.add("echo")
-        await queue.wait_for(job_id, timeout=PATIENCE)
+        await result(queue, job_id)
     return job_id
 
 
@@ -155,7 +158,7 @@ async def test_a_task_of_the_producers_main_module_says_what_to_do(backend: Back
     job_id = await queue.add("__main__.send")
     async with running(queue):
         with pytest.raises(JobFailed, match=r"of the program that added the job.*move it into"):
-            await queue.wait_for(job_id, timeout=PATIENCE)
+            await result(queue, job_id)
 
 
 # -- whose tasks
@@ -177,7 +180,7 @@ async def test_a_worker_does_not_run_a_task_of_another_queue(backend: Backend) -
     job_id = await queue.add("bank.transfer")
     async with running(queue):
         with pytest.raises(JobFailed, match=r"'bank.transfer' is of queue 'bank'.*any_task"):
-            await queue.wait_for(job_id, timeout=PATIENCE)
+            await result(queue, job_id)
     assert ran == []
 
 
@@ -186,7 +189,7 @@ async def test_a_worker_that_is_told_to_runs_any_task(backend: Backend) -> None:
     queue = Queue("email", backend, registry=bank(ran), any_task=True)
     job_id = await queue.add("bank.transfer")
     async with running(queue):
-        await queue.wait_for(job_id, timeout=PATIENCE)
+        await result(queue, job_id)
     assert ran == ["transfer"]
 
 
@@ -201,7 +204,7 @@ class TestAnyTaskBySetting:
         strict = Queue("post", backend, registry=bank(ran), any_task=False)
         job_id, other = await queue.add("bank.transfer"), await strict.add("bank.transfer")
         async with running(queue), running(strict):
-            await queue.wait_for(job_id, timeout=PATIENCE)
+            await result(queue, job_id)
             with pytest.raises(JobFailed, match="of queue 'bank'"):
-                await strict.wait_for(other, timeout=PATIENCE)
+                await result(strict, other)
         assert ran == ["transfer"]

@@ -21,8 +21,11 @@ from asyncmq_nats.store.secret import QueueSecret
 from asyncmq_nats.transitions.repeat import repeatable_id
 from asyncmq_nats.transitions.tick import Ticker
 from asyncmq_nats.workers import Worker
+from tests.passing import clocks, pass_time
 from tests.receiver import holds, until
 from tests.running import PATIENCE, make_queue, outcome, race, running
+
+VIRTUAL_TIME = True
 
 BUCKET = "KV_amq_work_scheduler"
 KEY = "$KV.amq_work_scheduler."
@@ -51,7 +54,10 @@ class Ticks:
         """Wait until so many ticks have run."""
         with anyio.fail_after(PATIENCE):
             while sum(seen == label for seen, _ in self.seen) < count:
-                await self._changed.wait()
+                if clocks:
+                    await pass_time(0.02)
+                else:
+                    await self._changed.wait()
 
 
 @pytest.fixture
@@ -764,6 +770,7 @@ async def test_what_code_no_longer_declares_goes(backend: Backend, twin: Backend
     await declaring(backend).upsert_repeatable("tick", every=3600, name="by hand")
     async with running(declaring(backend, "kept", "dropped")):
         pass
+    await pass_time(0.01)
     assert await names_of(declaring(backend)) == {"kept", "dropped", "by hand"}
     async with running(declaring(twin, "kept")) as worker:
         assert await names_of(worker.queue) == {"kept", "by hand"}
@@ -772,6 +779,7 @@ async def test_what_code_no_longer_declares_goes(backend: Backend, twin: Backend
 async def test_a_worker_without_any_declaration_takes_back_what_is_left(backend: Backend) -> None:
     async with running(declaring(backend, "dropped")):
         pass
+    await pass_time(0.01)
     async with running(declaring(backend)) as worker:
         assert await names_of(worker.queue) == set()
 
@@ -782,12 +790,14 @@ async def test_a_changed_interval_replaces_the_old_series(backend: Backend) -> N
         queue.add_repeatable("tick", every=every)
         async with running(queue):
             assert [info.job_def["every"] for info in await queue.list_repeatables()] == [every]
+        await pass_time(0.01)
 
 
 async def test_nothing_goes_while_a_worker_declares_it(backend: Backend, twin: Backend) -> None:
     old, new = Worker(declaring(backend, "old", "both")), Worker(declaring(twin, "both"))
     async with anyio.create_task_group() as group:
         await group.start(old.run)
+        await pass_time(0.01)
         await group.start(new.run)
         assert new._runner is not None
         await new._runner._declarations.retire()

@@ -79,6 +79,52 @@ class Consumer:
 
 
 @dataclass(frozen=True, slots=True)
+class ServerFacts:
+    """What a server tells of itself and of the account.
+
+    `clock_offset`: seconds by which the clock of this machine is ahead of the server's.
+    `mixes_up_expectations`: whether batches may be refused, or accepted, by what others expect.
+    `None`: this login may not ask, or there is no limit.
+    """
+
+    version: str
+    servers: str
+    is_clustered: bool
+    mixes_up_expectations: bool
+    max_body: int
+    clock_offset: float | None
+    stored_bytes: int | None
+    max_stored_bytes: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """A server that holds a replica of a log.
+
+    `lag`: operations that it has not applied yet. `silent_seconds`: since its leader heard of it.
+    """
+
+    name: str
+    is_offline: bool
+    is_current: bool
+    lag: int
+    silent_seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class LogFacts:
+    """What a server tells of a log. `leader`: `None` while there is none; `peers`: without it."""
+
+    name: str
+    records: int
+    bytes: int
+    max_bytes: int | None
+    replicas: int
+    leader: str | None
+    peers: tuple[Peer, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Difference:
     """What of a log or a consumer on the server is not as declared, in the words of the server.
 
@@ -374,6 +420,15 @@ class Backend(Protocol):
         One that exists with other settings stays as it is; a warning is logged that names the
         difference.
         """
+
+    async def describe_server(self) -> ServerFacts | None:
+        """Return what the server tells of itself; `None` if there is no server."""
+
+    async def examine_log(self, log: str) -> LogFacts | None:
+        """Return how the server holds a log, its replicas too; `None` if there is no such log."""
+
+    async def find_refused(self, publish: Sequence[str], subscribe: Sequence[str]) -> list[str]:
+        """Return those subjects that this login may not publish or subscribe to. No effects."""
 
     async def compare(
         self, log: Log, consumers: Sequence[Consumer], settings: Settings

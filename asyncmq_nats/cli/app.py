@@ -15,12 +15,14 @@ from asyncmq_nats.cli import command as commands
 from asyncmq_nats.cli import (
     config,
     dashboard,
+    doctor,
     events,
     flow,
     job,
     outbox,
     permissions,
     queue,
+    queue_config,
     schedule,
     server,
     worker,
@@ -42,6 +44,8 @@ GROUPS: Final = (
 )
 COMMANDS: Final = (("events", events.follow), ("permissions", permissions.grant))
 """Commands that are in no group."""
+
+queue.group.add_typer(queue_config.group)
 
 DONE, FAILED, INTERRUPTED = 0, 1, 130
 
@@ -76,8 +80,8 @@ def make_app() -> typer.Typer:
     commands.command(app, "version")(show_version)
     for name, function in COMMANDS:
         commands.command(app, name)(function)
-    server.register(app)
-    dashboard.register(app)
+    for program in (server, dashboard, doctor):
+        program.register(app)
     for group in GROUPS:
         app.add_typer(group)
     return app
@@ -123,4 +127,7 @@ def _describe(error: Exception) -> str:
     problems = getattr(error, "errors", None)
     if callable(problems):  # pydantic tells of each value in several lines
         return "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in problems())
-    return str(error) or type(error).__name__
+    text = str(error) or type(error).__name__
+    return text.replace(
+        "use declare=False in a producer whose queue exists already", "--no-declare, if all exists"
+    )

@@ -134,7 +134,16 @@ def connection_parameters(*, hidden: bool) -> list[inspect.Parameter]:
     verbose = typer.Option(
         "--verbose", "-v", help="Log what happens; errors with their traceback.", hidden=hidden
     )
-    return [*found, _keyword("verbose", bool, False, verbose)]
+    no_declare = typer.Option(
+        "--no-declare",
+        help="Make no streams and consumers: for a login that may not.",
+        hidden=hidden,
+    )
+    return [
+        *found,
+        _keyword("no_declare", bool, False, no_declare),
+        _keyword("verbose", bool, False, verbose),
+    ]
 
 
 def _keyword(name: str, kind: Any, default: Any, option: Any) -> inspect.Parameter:
@@ -158,9 +167,9 @@ def connection_options(ctx: typer.Context) -> ConnectionOptions:
     """Return what was given of the connection, after the command or before it."""
     options = ConnectionOptions()
     for values in _given(ctx):
-        options = options.or_else(
-            ConnectionOptions(**{name: values.get(name) for name in CONNECTION})
-        )
+        given = {name: values.get(name) for name in CONNECTION}
+        declare = not values.get("no_declare")
+        options = options.or_else(ConnectionOptions(**given, declare=declare))
     return options
 
 

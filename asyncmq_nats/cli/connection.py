@@ -60,6 +60,8 @@ class ConnectionOptions:
     context: str | None = None
     timeout: str | None = None
     prefix: str | None = None
+    declare: bool = True
+    """Whether streams and consumers that are missing are made."""
 
     def or_else(self, other: "ConnectionOptions") -> "ConnectionOptions":
         """Return these, and those of the other where these have none."""
@@ -68,6 +70,7 @@ class ConnectionOptions:
             self.context or other.context,
             self.timeout or other.timeout,
             self.prefix or other.prefix,
+            self.declare and other.declare,
         )
 
 
@@ -148,7 +151,7 @@ def make_backend(options: ConnectionOptions) -> NATSBackend:
         ContextUnusable, ValueError: as for `resolve`.
     """
     settings, extra = resolve(options)
-    return NATSBackend(settings=settings, **extra)
+    return NATSBackend(settings=settings, declare=options.declare, **extra)
 
 
 # -- contexts of the `nats` tool

@@ -127,4 +127,5 @@ class Overview:
                 break
         if count < RATE_SAMPLE or isinf(oldest):
             return count / period
-        return count / max(now - oldest, 0.001)
+        # As many as there are at most: a rate of some seconds need not have lasted for all of them.
+        return min(count / max(now - oldest, 0.001), source.total / period)

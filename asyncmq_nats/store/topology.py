@@ -1,5 +1,6 @@
 """The two logs of a queue and their consumers: which there are, and that they exist."""
 
+from dataclasses import replace
 from typing import Final
 
 from asyncmq_nats._concurrency import Turns
@@ -193,10 +194,10 @@ class QueueAssets:
                 self._subjects.bucket_log, Write(self._subjects.pause, str(until).encode())
             )
 
-    async def find_orphans(self) -> list[int]:
+    async def find_orphans(self, *, declare: bool = True) -> list[int]:
         """Declare the tiers of ready jobs that have none, and return their priorities.
 
-        Without a tier, no worker would ever see the job.
+        Without a tier, no worker would ever see the job. `declare=False` only returns them.
 
         They come from producers that may not declare consumers. Looked for only when the log holds
         more than its tiers know of, among what is new since the last look, and `LOOK_LIMIT` records
@@ -215,7 +216,9 @@ class QueueAssets:
         tiers = await self.list_tiers()
         room = MAX_TIERS - len(tiers)
         missing = sorted(self._seen_priorities - set(tiers))
-        for priority in missing[:room]:
+        if not declare:
+            self._looked_at = 0
+        for priority in missing[:room] if declare else ():
             await self.declare_tier(priority)
         if len(missing) > room:
             self._warn_of_too_many(missing[room])
@@ -281,10 +284,14 @@ class QueueAssets:
     async def compare(self) -> list[Difference]:
         """Return what of the queue's assets differs from the settings in force."""
         tiers = [self._tier(priority) for priority in await self.list_tiers()]
-        return [
+        found = [
             *await self._backend.compare(self.ready_log, tiers, self.settings),
             *await self._backend.compare(self.bucket_log, [self._promoter], self.settings),
         ]
+        if self.settings.stalled_after < SHORTEST_LIVE_LEASE:
+            leases = "ack_wait", "lease"
+            return [replace(d, can_change=d.can_change and d.key not in leases) for d in found]
+        return found
 
     async def change(self) -> list[Difference]:
         """Change of the queue's assets what differs and can be changed; return what was changed."""

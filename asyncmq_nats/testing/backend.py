@@ -122,6 +122,7 @@ class VirtualBackend(InMemoryBackend):
     Args:
         clock: the clock; by default a new one.
         inline: whether a job that is due is run before the call that adds it returns.
+        workers: whether jobs are run while the time moves; `False`: by the test's own workers only.
         settings: by default those of the environment, with a heartbeat each hour.
     """
 
@@ -132,6 +133,7 @@ class VirtualBackend(InMemoryBackend):
         clock: VirtualClock | None = None,
         *,
         inline: bool = False,
+        workers: bool = True,
         settings: Settings | None = None,
     ) -> None:
         if settings is None:
@@ -140,6 +142,7 @@ class VirtualBackend(InMemoryBackend):
         super().__init__(settings, clock=clock)
         self._agenda = VirtualAgenda(clock)
         self.inline = inline
+        self.workers = workers
         self.additions: dict[tuple[str, str], Addition] = {}
         """The jobs that were added, by queue and token, in order."""
         self.queues: dict[tuple[str, int], Queue] = {}
@@ -291,6 +294,8 @@ class _Crew:
     async def start_missing(self) -> bool:
         """See `Crew`."""
         backend = self._backend
+        if not backend.workers:
+            return False
         seen = len(backend._logs), len(backend.queues)
         if seen == self._checked:
             return False

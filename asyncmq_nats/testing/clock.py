@@ -86,7 +86,6 @@ class VirtualClock:
         if isinstance(start, datetime):
             start = (start if start.tzinfo else start.astimezone()).timestamp()
         self._now = float(int(time.time()) if start is None else start)
-        self.patience = patience
         self.lock = threading.RLock()
         self._stops: list[tuple[float, int, Due]] = []
         self._upkeep: list[tuple[float, int, Due]] = []
@@ -95,6 +94,7 @@ class VirtualClock:
         self._listeners: list[Callable[[datetime], object]] = []
         self._loops: WeakSet[asyncio.AbstractEventLoop] = WeakSet()
         self._moving = False
+        self.watch = JobWatch(patience)
 
     # -- a Clock
 
@@ -282,7 +282,8 @@ class VirtualClock:
         """Make the calls that are due. Return whether there were any."""
         with self.lock:
             due = sorted([*self._pop(self._stops), *self._pop(self._upkeep)])
-            for _, _, each in due:
+            for when, _, each in due:
+                self._now = max(self._now, when)  # what looks at the time finds that it has come
                 _call(each)
         return bool(due)
 
@@ -304,7 +305,7 @@ class _Mover:
     def __init__(self, clock: VirtualClock, crews: list[Crew]) -> None:
         self._clock = clock
         self._crews = crews
-        self._watch = JobWatch(clock.patience)
+        self._watch = clock.watch
 
     def has_due_jobs(self) -> bool:
         """Return whether a job is due that does not run."""

@@ -94,6 +94,7 @@ class JobWatch:
 
     def give_up(self, look: Look) -> None:
         """Wait for none of these any more, unless it waits for something else."""
+        self._given_up = {wait for wait in self._given_up if not wait[0].done()}
         self._given_up.update(look.limits)
 
     def _limit(self, task: "asyncio.Task[Any]") -> float:

@@ -79,9 +79,9 @@ def draw(colours: dict[str, str]) -> str:
         box(480, 312, 156, 80, "done", "done", "completed · failed", "expired · cancelled"),
         arrow("M160,112 H254", "add", 191, 104),
         arrow("M456,112 H738", "pull, on a lease", 640, 104, "end"),
-        arrow("M90,158 V269 H254", "delay, depends_on", 98, 228, "start"),
-        arrow("M330,232 V160", "timer, last parent done", 322, 200, "end"),
-        arrow("M800,158 V269 H458", "failed: retry later", 700, 261, "end"),
+        arrow("M90,158 V269 H254", "delay, depends_on", 214, 261, "end"),
+        arrow("M330,232 V160", "timer, last parent done", 338, 200, "start"),
+        arrow("M800,158 V269 H458", "failed: retry later", 640, 261, "end"),
         arrow("M850,158 V352 H638", "outcome", 846, 344, "end"),
         arrow("M480,352 H356 V308", "retry_job", 364, 344, "start"),
     ]

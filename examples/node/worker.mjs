@@ -328,7 +328,7 @@ export class Worker {
       }
       const records = await readLast(this.jsm, this.names.bucketStream, [filter]);
       const there = records.filter((record) => !record.removed);
-      const words = there.map((record) => record.subject.split(".").slice(3).join("."));
+      const words = there.map((record) => record.subject.split(".").slice(4).join("."));
       attempt.edges = words.some((word) => word.startsWith("awaited."));
       if (OUTCOMES.some((state) => words.includes(state))) break; // the first outcome wins
       const claim = there.find((record) => record.subject.endsWith(".claim"));

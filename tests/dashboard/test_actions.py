@@ -447,6 +447,8 @@ async def test_the_server_is_told_of(queue: Queue, client: httpx.AsyncClient) ->
     text = words_of(await client.get("/server"))
     assert "answers" in text
     assert "work ready jobs 1" in text
+    assert "checks are fine" in text
+    assert "Nothing is wrong" in text or "What to do" in text
 
 
 async def test_the_page_of_a_queue_tells_of_priorities_and_age(

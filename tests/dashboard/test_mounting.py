@@ -67,6 +67,15 @@ async def test_behind_a_proxy_that_takes_the_prefix_away(memory: InMemoryBackend
         assert 'href="/jobs/queues/work/jobs' in page.text
 
 
+@pytest.mark.parametrize("path", ["/queues/work", "/queues/work/", "/jobs/queues/work"])
+async def test_the_prefix_can_be_told(memory: InMemoryBackend, path: str) -> None:
+    async with client_of(make_app(memory, prefix="/jobs/")) as client:
+        page = await client.get(path)
+        assert page.status_code == 200
+        assert 'href="/jobs/queues/work/jobs' in page.text
+        assert (await post(client, f"{path.rstrip('/')}/pause")).status_code == 204
+
+
 async def test_a_session_is_for_the_prefix_only(memory: InMemoryBackend) -> None:
     login = SessionLogin({"ada": "right"})
     app = Starlette(routes=[Mount("/jobs", app=make_app(memory, login=login))])

@@ -28,7 +28,7 @@ from asyncmq_nats.contrib.dashboard.words import (
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [(0, "0 ms"), (0.0421, "42 ms"), (1.25, "1.2 s"), (42, "42 s"), (60, "1 min"), (95, "1 min 35 s"),
-     (1_500, "25 min"), (3_700, "1 h 1 min"), (90_000, "1 d 1 h"), (-5, "-5.0 s"), (None, "–"),
+     (1_500, "25 min"), (3_700, "1 h 1 min"), (90_000, "1 d 1 h"), (-5, "-5.0 s"), (-0.0001, "0 ms"), (None, "–"),
      (float("inf"), "–")],
 )  # fmt: skip
 def test_durations_have_two_units_at_most(seconds: float | None, text: str) -> None:

@@ -52,7 +52,7 @@ def test_the_site_is_built_without_a_warning_and_has_no_broken_link(tmp_path: Pa
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=3 * PATIENCE,
+        timeout=9 * PATIENCE,
     )
     assert done.returncode == 0, done.stderr
     site = tmp_path / "site"

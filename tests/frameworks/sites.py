@@ -38,6 +38,12 @@ class Site:
             with error:
                 return error.code, None
 
+    def read(self, path: str) -> str:
+        """Return the text of a page."""
+        with urllib.request.urlopen(self.url + path, timeout=PATIENCE) as answer:
+            text: str = answer.read().decode()
+            return text
+
 
 @contextmanager
 def serving(

@@ -130,6 +130,9 @@ async def test_a_shop_in_django(server: EmbeddedServer, tmp_path: Path) -> None:
         assert ended["result"] == "receipt for ada"
         counts = await until(count, lambda counts: counts["completed"] == 2)
         assert sum(counts.values()) == 2, "none for the order that was rolled back"
+        page = await to_thread.run_sync(site.read, "/dashboard/queues/shop")
+        assert "shop" in page
+        assert "completed" in page
 
 
 async def ask(site: Site, path: str, **fields: str) -> tuple[int, Any]:

@@ -182,3 +182,75 @@ async def test_a_server_that_ends_by_itself_ends_the_command(tmp_path: Path) -> 
         os.kill(int(pid[1]), 9)
         assert await program.wait() == 1
         assert "has ended by itself" in program.log
+
+
+async def test_the_doctor_tells_what_is_wrong_and_mends_it(
+    server: EmbeddedServer, nats_backend: NATSBackend, capsys: pytest.CaptureFixture[str]
+) -> None:
+    await Queue("mail", nats_backend).add("x", priority=3)
+    at = ["-s", server.url]
+    assert await amq("doctor", *at) == 1
+    shown = capsys.readouterr().out
+    assert "FAIL queue mail: 1 jobs wait, and no worker runs" in shown
+    assert "amq worker start mail" in shown
+    assert "WARN queue mail: consumer tier_3 of amq_mail: ack_wait is 1000000000" in shown
+    assert await amq("doctor", "--fix", "--json", *at) == 1
+    findings = json.loads(capsys.readouterr().out)
+    (fixed,) = [each for each in findings if each["fixed"]]
+    assert fixed["check"] == "drift"
+    assert await amq("doctor", *at) == 1
+    assert "ack_wait" not in capsys.readouterr().out
+    assert await amq("doctor", "--role", "king", *at) == 1
+    assert "there is no role 'king'" in capsys.readouterr().err
+
+
+async def test_a_check_is_one_line_and_an_exit_code(
+    server: EmbeddedServer, nats_backend: NATSBackend, capsys: pytest.CaptureFixture[str]
+) -> None:
+    await Queue("mail", nats_backend).add_bulk([{"task_id": "x"}] * 3)
+    at = ["-s", server.url]
+    assert await amq("check", *at) == 0
+    line = capsys.readouterr().out
+    assert line.startswith("ASYNCMQ OK - 1 queues, 3 jobs wait | 'mail_waiting'=3 ")
+    assert line.count("\n") == 1
+    assert await amq("check", "mail", "--waiting", "2:", "--age", "3600:", *at) == 1
+    assert capsys.readouterr().out.startswith("ASYNCMQ WARNING - mail: 3 jobs wait")
+    assert await amq("check", "--waiting", "1:3", "--format", "text", *at) == 2
+    assert capsys.readouterr().out == "error: mail: 3 jobs wait\n"
+    assert await amq("check", "--workers", "1", "--format", "json", *at) == 2
+    found = json.loads(capsys.readouterr().out)
+    assert (found["level"], found["queues"]["mail"]["waiting"]) == ("error", 3)
+    assert await amq("check", "--format", "prometheus", *at) == 0
+    assert 'asyncmq_check_waiting{queue="mail"} 3\n' in capsys.readouterr().out
+    assert await amq("check", "--waiting", "many", *at) == 1
+    assert "takes WARN:CRIT" in capsys.readouterr().err
+    assert await amq("check", "-s", "nats://127.0.0.1:1", "--timeout", "0.5s") == 2
+    assert capsys.readouterr().out.startswith("ASYNCMQ CRITICAL - cannot reach NATS")
+
+
+async def test_the_settings_of_a_queue_are_shown_and_changed(
+    server: EmbeddedServer, nats_backend: NATSBackend, capsys: pytest.CaptureFixture[str]
+) -> None:
+    queue = Queue("mail", nats_backend)
+    await queue.add("x")
+    at = ["-s", server.url]
+    change = ["stalled_after=60", "completed_ttl=none", "failed_keep=100"]
+    assert await amq("queue", "config", "set", "mail", *change, *at) == 0
+    assert "ack_wait 1000000000 → 60000000000" in capsys.readouterr().out
+    assert await queue.get_configuration() == {
+        "stalled_after": 60.0,
+        "completed_ttl": None,
+        "failed_keep": 100,
+    }
+    assert await amq("queue", "config", "get", "mail", *at) == 0
+    assert re.search(r"completed_ttl +none", capsys.readouterr().out)
+    assert await amq("queue", "config", "set", "mail", "failed_keep=", *at) == 0
+    capsys.readouterr()
+    assert await amq("queue", "config", "get", "mail", "--json", *at) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown == {"stored": {"stalled_after": 60.0, "completed_ttl": None}, "drift": []}
+    for word, problem in (("stalled_after", "NAME=VALUE"), ("speed=9", "a queue can keep")):
+        assert await amq("queue", "config", "set", "mail", word, *at) == 1
+        assert problem in capsys.readouterr().err
+    assert await amq("queue", "config", "get", "nowhere", *at) == 1
+    assert "there is no queue 'nowhere'" in capsys.readouterr().err

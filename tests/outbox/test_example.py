@@ -1,7 +1,6 @@
 """The example runs, and the page shows parts of it."""
 
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,14 +8,11 @@ from pathlib import Path
 import pytest
 
 from asyncmq_nats.backends.nats.embedded.server import EmbeddedServer
+from tests.outbox.shown import shown_nowhere
 from tests.receiver import PATIENCE
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples" / "outbox.py"
-
-
-def dedented(text: str) -> list[str]:
-    return [line.strip() for line in text.splitlines() if line.strip()]
 
 
 def test_the_example_runs(server: EmbeddedServer) -> None:
@@ -36,13 +32,7 @@ def test_the_example_runs(server: EmbeddedServer) -> None:
 
 
 def test_what_the_page_shows_is_in_the_example() -> None:
-    page = (ROOT / "docs" / "outbox.md").read_text()
-    source = dedented(EXAMPLE.read_text())
-    blocks = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
-    assert len(blocks) >= 3
-    for block in map(dedented, blocks):
-        starts = [at for at, line in enumerate(source) if line == block[0]]
-        assert any(source[at : at + len(block)] == block for at in starts), block
+    assert shown_nowhere("docs/outbox.md", "examples/outbox.py") == []
 
 
 @pytest.mark.parametrize("option", ["batch-size", "poll-interval", "lease"])

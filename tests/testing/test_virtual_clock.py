@@ -1,6 +1,7 @@
 """Time moves only when a test moves it, and all that is due happens, in order."""
 
 import time
+from collections import Counter
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 from typing import Any
@@ -13,7 +14,7 @@ from asyncmq_nats import Backoff, FlowProducer, Job, Queue, Settings, current_jo
 from asyncmq_nats.exceptions import InvalidArgument, JobFailed, VirtualTimeStuck
 from asyncmq_nats.runtime.registry import TaskRegistry
 from asyncmq_nats.testing import VirtualBackend, VirtualClock, worker
-from tests.running import lose_worker, make_queue
+from tests.running import PATIENCE, lose_worker, make_queue
 
 NOON = datetime(2026, 1, 5, 12, tzinfo=UTC)
 
@@ -29,6 +30,10 @@ class Notes:
         """Take a note."""
         self.all.append((round((self._clock.now() - NOON).total_seconds(), 3), name))
 
+    async def run(self, name: str) -> None:
+        """Take a note: a task. It is async, since the threads of sync tasks run in any order."""
+        self(name)
+
 
 @pytest.fixture
 def notes(clock: VirtualClock) -> Notes:
@@ -38,7 +43,7 @@ def notes(clock: VirtualClock) -> Notes:
 async def test_a_delayed_job_runs_at_its_time_and_not_before(
     backend: VirtualBackend, clock: VirtualClock, notes: Notes
 ) -> None:
-    queue = make_queue(backend, note=notes)
+    queue = make_queue(backend, note=notes.run)
     await queue.add("note", ["a"], delay=3600)
     await clock.advance("59m59s")
     assert notes.all == []
@@ -49,7 +54,7 @@ async def test_a_delayed_job_runs_at_its_time_and_not_before(
 async def test_jobs_run_in_the_order_of_their_times(
     backend: VirtualBackend, clock: VirtualClock, notes: Notes
 ) -> None:
-    queue = make_queue(backend, note=notes)
+    queue = make_queue(backend, note=notes.run)
     for delay in (300, 20, 7200, 1):
         await queue.add("note", [f"{delay}"], delay=delay)
     await clock.advance("1d")
@@ -75,7 +80,7 @@ async def test_retries_back_off_by_the_virtual_clock(
 async def test_a_cron_schedule_runs_at_its_times(
     backend: VirtualBackend, clock: VirtualClock, notes: Notes
 ) -> None:
-    queue = make_queue(backend, note=notes)
+    queue = make_queue(backend, note=notes.run)
     await queue.upsert_repeatable("note", cron="0 3 * * *", args=["nightly"])
     await clock.advance("3d")
     night, day = 15 * 3600, 24 * 3600
@@ -85,12 +90,27 @@ async def test_a_cron_schedule_runs_at_its_times(
 async def test_a_repeatable_of_the_code_runs_at_its_interval(
     backend: VirtualBackend, clock: VirtualClock, notes: Notes
 ) -> None:
-    queue = make_queue(backend, note=notes)
+    queue = make_queue(backend, note=notes.run)
     queue.add_repeatable("note", every=900, args=["a"])
     await clock.advance("1h")
     times = [at for at, _ in notes.all]
     assert len(times) == 4
     assert [round(after - before) for before, after in pairwise(times)] == [900] * 3
+
+
+async def test_many_small_steps_are_one_large_one(
+    backend: VirtualBackend, clock: VirtualClock, notes: Notes
+) -> None:
+    """Sums of floats are a little off: what is due within a microsecond is due, once."""
+    queue = make_queue(backend, note=notes.run)
+    for every in (0.1, 0.8):
+        await queue.upsert_repeatable("note", every=every, args=[f"{every}"])
+    async with worker(queue):
+        for _ in range(150):
+            await clock.advance(0.02)
+    counts = Counter(name for _, name in notes.all)
+    assert counts["0.1"] in (29, 30)
+    assert counts["0.8"] == 3
 
 
 async def test_a_task_that_takes_too_long_is_cancelled_at_its_time(
@@ -113,7 +133,7 @@ async def test_a_task_that_takes_too_long_is_cancelled_at_its_time(
 async def test_the_job_of_a_lost_worker_comes_back_when_its_lease_is_over(
     backend: VirtualBackend, clock: VirtualClock, notes: Notes
 ) -> None:
-    queue = make_queue(backend, note=notes)
+    queue = make_queue(backend, note=notes.run)
     await queue.add("note", ["a"])
     await lose_worker(queue)
     await clock.advance(backend.settings.stalled_after - 1)
@@ -125,7 +145,7 @@ async def test_the_job_of_a_lost_worker_comes_back_when_its_lease_is_over(
 async def test_a_job_that_has_not_started_in_time_expires(
     backend: VirtualBackend, clock: VirtualClock, notes: Notes
 ) -> None:
-    queue = make_queue(backend, note=notes)
+    queue = make_queue(backend, note=notes.run)
     await queue.pause(until=clock.time() + 120)
     late = await queue.add("note", ["late"], ttl=60)
     patient = await queue.add("note", ["patient"], ttl=180)
@@ -138,7 +158,7 @@ async def test_a_job_that_has_not_started_in_time_expires(
 async def test_a_rate_limit_is_kept_by_the_virtual_clock(
     backend: VirtualBackend, clock: VirtualClock, notes: Notes
 ) -> None:
-    queue = make_queue(backend, note=notes)
+    queue = make_queue(backend, note=notes.run)
     queue.rate_limit, queue.rate_interval = 2, 60.0
     for name in "abcde":
         await queue.add("note", [name])
@@ -153,7 +173,7 @@ async def test_a_rate_limit_is_kept_by_the_virtual_clock(
 async def test_a_window_of_deduplication_ends_by_the_virtual_clock(
     backend: VirtualBackend, clock: VirtualClock, notes: Notes
 ) -> None:
-    queue = make_queue(backend, note=notes)
+    queue = make_queue(backend, note=notes.run)
 
     async def add() -> str:
         return await queue.add("note", ["a"], deduplication={"id": "one", "ttl": 60})
@@ -170,7 +190,7 @@ async def test_a_window_of_deduplication_ends_by_the_virtual_clock(
 async def test_results_go_when_their_time_to_live_is_over(
     backend: VirtualBackend, clock: VirtualClock, notes: Notes
 ) -> None:
-    queue = make_queue(backend, note=notes)
+    queue = make_queue(backend, note=notes.run)
     job_id = await queue.add("note", ["a"])
     await clock.advance("23h")
     assert await queue.get_job_state(job_id) == "completed"
@@ -181,7 +201,7 @@ async def test_results_go_when_their_time_to_live_is_over(
 async def test_a_month_of_upkeep_changes_nothing(
     backend: VirtualBackend, clock: VirtualClock, notes: Notes
 ) -> None:
-    queue = make_queue(backend, note=notes)
+    queue = make_queue(backend, note=notes.run)
     async with worker(queue):
         await clock.advance("30d")
         await queue.add("note", ["a"])
@@ -222,7 +242,7 @@ async def test_the_same_calls_give_the_same_events() -> None:
             if current_job().attempt < 3:
                 raise ValueError(name)
 
-        queue = make_queue(backend, flaky=flaky, note=notes)
+        queue = make_queue(backend, flaky=flaky, note=notes.run)
         queue.add_repeatable("note", every=7, args=["tick"])
         for index in range(20):
             await queue.add(
@@ -249,7 +269,7 @@ async def test_only_what_is_due_runs_until_idle(
         current_job().add("note", ["follow-up"])
         current_job().add("note", ["late"], delay=60)
 
-    queue = make_queue(backend, parent=parent, note=notes)
+    queue = make_queue(backend, parent=parent, note=notes.run)
     await queue.add("parent")
     await queue.add("note", ["delayed"], delay=1)
     await clock.run_until_idle()
@@ -272,9 +292,10 @@ async def test_a_retry_without_delay_runs_before_the_clock_is_idle(
 
 
 @pytest.mark.parametrize("kind", ["thread", "sleep", "process"])
-async def test_real_work_is_waited_for(
-    backend: VirtualBackend, clock: VirtualClock, kind: str
-) -> None:
+async def test_real_work_is_waited_for(kind: str) -> None:
+    clock = VirtualClock(patience=PATIENCE)
+    backend = VirtualBackend(clock)
+
     async def sleep(seconds: float) -> str:
         await anyio.sleep(seconds)
         return "done"
@@ -307,7 +328,7 @@ async def test_a_job_that_waits_for_the_test_does_not_hold_up_the_time(
         await go_on.wait()
         notes("end")
 
-    queue = make_queue(backend, wait=wait, note=notes)
+    queue = make_queue(backend, wait=wait, note=notes.run)
     async with worker(queue):
         await queue.add("wait")
         await queue.add("note", ["meanwhile"], delay=60)
@@ -336,6 +357,18 @@ async def test_a_job_that_still_waits_when_the_time_is_over_is_an_error_that_say
     assert (await queue.get_job_state(job_id), runs) == ("completed", 2)
 
 
+async def test_without_workers_of_its_own_only_those_of_the_test_run_jobs(
+    clock: VirtualClock, notes: Notes
+) -> None:
+    queue = make_queue(VirtualBackend(clock, workers=False), note=notes.run)
+    await queue.add("note", ["a"])
+    await clock.advance(60)
+    assert notes.all == []
+    async with worker(queue):
+        await clock.run_until_idle()
+    assert notes.all == [(60, "a")]
+
+
 async def test_a_job_cannot_move_the_clock_that_waits_for_it(
     backend: VirtualBackend, clock: VirtualClock
 ) -> None:
@@ -352,7 +385,7 @@ async def test_a_job_cannot_move_the_clock_that_waits_for_it(
 async def test_a_job_of_another_queue_runs_too(
     backend: VirtualBackend, clock: VirtualClock, notes: Notes
 ) -> None:
-    other = make_queue(backend, "other", note=notes)
+    other = make_queue(backend, "other", note=notes.run)
 
     async def pass_on() -> None:
         await other.add("note", ["there"], delay=10)
@@ -366,7 +399,7 @@ async def test_a_job_of_another_queue_runs_too(
 async def test_two_moves_at_once_take_turns(
     backend: VirtualBackend, clock: VirtualClock, notes: Notes
 ) -> None:
-    queue = make_queue(backend, note=notes)
+    queue = make_queue(backend, note=notes.run)
     for delay in (5, 15):
         await queue.add("note", [str(delay)], delay=delay)
     async with anyio.create_task_group() as group:
@@ -416,7 +449,7 @@ async def test_listeners_hear_of_each_moment(
 ) -> None:
     heard: list[datetime] = []
     leave = clock.on_move(heard.append)
-    queue = make_queue(backend, note=notes)
+    queue = make_queue(backend, note=notes.run)
     await queue.add("note", ["a"], delay=60)
     await clock.advance("2m")
     assert heard[-1] == NOON + timedelta(minutes=2)
@@ -438,7 +471,7 @@ async def test_time_stands_still_without_a_move(backend: VirtualBackend) -> None
 
 async def test_settings_are_taken(clock: VirtualClock, notes: Notes) -> None:
     backend = VirtualBackend(clock, settings=Settings(completed_ttl=60, heartbeat_interval=5))
-    queue = make_queue(backend, note=notes)
+    queue = make_queue(backend, note=notes.run)
     async with worker(queue):
         job_id = await queue.add("note", ["a"])
         await clock.advance(59)

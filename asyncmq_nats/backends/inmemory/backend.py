@@ -24,10 +24,12 @@ from asyncmq_nats.backends.base import (
     Delivery,
     Difference,
     Log,
+    LogFacts,
     LogState,
     OnRemoved,
     Puller,
     Record,
+    ServerFacts,
     Settle,
     Settled,
     Signal,
@@ -157,6 +159,21 @@ class InMemoryBackend:
             self._logs[log.name] = StoredLog(log, self._agenda, self._send_signal)
         else:
             warn_of_difference("log", existing.declaration, log)
+
+    async def describe_server(self) -> ServerFacts | None:
+        """See `Backend`."""
+        await self._give_way()
+        return None
+
+    async def examine_log(self, log: str) -> LogFacts | None:
+        """See `Backend`."""
+        count = await self.count(log) if log in self._logs else None
+        return None if count is None else LogFacts(log, count, 0, None, 1, log)
+
+    async def find_refused(self, publish: Sequence[str], subscribe: Sequence[str]) -> list[str]:
+        """See `Backend`."""
+        await self._give_way()
+        return []
 
     async def compare(
         self, log: Log, consumers: Sequence[Consumer], settings: Settings

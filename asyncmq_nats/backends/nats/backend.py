@@ -22,10 +22,12 @@ from asyncmq_nats.backends.base import (
     Delivery,
     Difference,
     Log,
+    LogFacts,
     LogState,
     OnRemoved,
     Puller,
     Record,
+    ServerFacts,
     Settle,
     Signal,
     Subscription,
@@ -39,6 +41,7 @@ from asyncmq_nats.backends.nats.errors import (
     api_error,
     mapped_errors,
 )
+from asyncmq_nats.backends.nats.facts import describe_server, examine_log, find_refused
 from asyncmq_nats.backends.nats.lease_keeper import LeaseKeeper
 from asyncmq_nats.backends.nats.options import connect_options, server_addresses
 from asyncmq_nats.backends.nats.puller import NATSPuller
@@ -283,6 +286,17 @@ class NATSBackend:
     async def declare_log(self, log: Log) -> None:
         await self._open_connection()
         await self._assets.declare_log(log)
+
+    async def describe_server(self) -> ServerFacts | None:
+        return await describe_server(await self._open_connection())
+
+    async def examine_log(self, log: str) -> LogFacts | None:
+        return await examine_log(await self._open_connection(), log)
+
+    async def find_refused(self, publish: Sequence[str], subscribe: Sequence[str]) -> list[str]:
+        connection = await self._open_connection()
+        with mapped_errors(connection.servers):
+            return await find_refused(connection, publish, subscribe)
 
     async def compare(
         self, log: Log, consumers: Sequence[Consumer], settings: Settings

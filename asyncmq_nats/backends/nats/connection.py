@@ -109,6 +109,8 @@ class Connection:
 
         nats-py 2.16 gives the subject *in lower case*.
         """
+        self.is_probing = False
+        """Whether refusals are asked for, and not to be logged."""
         self.background = Background()
 
     @property
@@ -462,7 +464,7 @@ class Connection:
         if isinstance(error, nats.errors.SlowConsumerError):
             if times := self._slow.note():
                 logger.warning("%s: %d messages were lost, their reader is slow", error, times)
-        elif self._client.is_connected:
+        elif self._client.is_connected and not (refused and self.is_probing):
             logger.warning("NATS connection to %s: %s", self.servers, error)
 
     async def _on_disconnected(self) -> None:

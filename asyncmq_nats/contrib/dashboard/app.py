@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterable, Sequence
 from typing import Final
+from urllib.parse import quote
 
 from starlette.applications import Starlette
 from starlette.datastructures import MutableHeaders
@@ -66,6 +67,8 @@ class Dashboard:
         redact_hook: called with each field of a job that is shown, and where; returns what to show.
         trusted_origins: origins such as `https://jobs.example.org` from which actions are taken
             although the Host header is another: for a proxy that changes it.
+        prefix: the path below which it answers, such as `/jobs`, where the application around does
+            not tell it by `root_path` (Litestar; a proxy that takes it away).
         title: shown at the top.
         refresh: how often a page that somebody looks at is brought up to date, in seconds.
 
@@ -83,6 +86,7 @@ class Dashboard:
         redact: Sequence[str] = SECRET_KEYS,
         redact_hook: Hook | None = None,
         trusted_origins: Iterable[str] = (),
+        prefix: str | None = None,
         title: str = "asyncmq-nats",
         refresh: float = 2.0,
     ) -> None:
@@ -99,6 +103,7 @@ class Dashboard:
             queues=None if queues is None else frozenset(queues),
             refresh=refresh,
         )
+        self._prefix = None if prefix is None else "/" + prefix.strip("/")
         self._trusted = frozenset(trusted_origins)
         self._app = Starlette(
             routes=ROUTES,
@@ -125,6 +130,8 @@ class Dashboard:
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         scope = dict(scope)
         scope["state"] = dict(scope.get("state", {}))
+        if self._prefix is not None:
+            _set_prefix(scope, self._prefix.rstrip("/"))
         request = Request(scope, receive)
         guarded = _with_headers(send, is_static=_path(scope).startswith("/static/"))
         refusal = await self._refuse(request)
@@ -160,6 +167,16 @@ class Dashboard:
         if int(length) > MAX_BODY_BYTES:
             return _say(request, 413, f"At most {MAX_BODY_BYTES:,} bytes can be sent.")
         return None
+
+
+def _set_prefix(scope: Scope, prefix: str) -> None:
+    """Have a request look as one of an application that is mounted there."""
+    path = scope["path"]
+    if path != prefix and not path.startswith(prefix + "/"):
+        path = prefix + path
+    if path != prefix + "/":
+        path = path.rstrip("/")
+    scope["path"], scope["raw_path"], scope["root_path"] = path, quote(path).encode(), prefix
 
 
 def _path(scope: Scope) -> str:

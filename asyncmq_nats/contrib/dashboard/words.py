@@ -51,10 +51,10 @@ def duration(seconds: float | None) -> str:
     """Return a duration with two units at most, such as `3 min 20 s`."""
     if seconds is None or not math.isfinite(seconds):
         return "–"
-    if seconds < 0:
+    if seconds <= -0.0005:
         return f"-{duration(-seconds)}"
     if seconds < 1:
-        return f"{seconds * 1000:.0f} ms"
+        return f"{abs(seconds) * 1000:.0f} ms"
     if seconds < 10:
         return f"{seconds:.1f} s"
     if seconds < 60:

@@ -139,9 +139,9 @@ def timeline(job: Mapping[str, Any], now: float) -> list[Moment]:
 
 
 def _waited(job: Mapping[str, Any]) -> float | None:
-    """Return the seconds from when the job could run first until its last attempt started."""
+    """Return the seconds from when the job could run until it started; `None` after a retry."""
     started = job.get("active_since")
-    if not started:
+    if not started or job.get("errors") or job.get("status") not in (State.ACTIVE, *OUTCOMES):
         return None
     return float(max(0.0, started - (job.get("delay_until") or job["created_at"])))
 

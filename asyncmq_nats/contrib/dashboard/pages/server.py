@@ -1,23 +1,28 @@
-"""The server: whether it answers, and what each queue takes of it."""
+"""The server: whether it answers, what the doctor finds, and what each queue takes of it."""
 
 from time import perf_counter, time
-from typing import Any
+from typing import Any, Final
 
 from starlette.requests import Request
 from starlette.responses import Response
 
 import asyncmq_nats
-from asyncmq_nats.backends.base import Difference
 from asyncmq_nats.contrib.dashboard.pages.summaries import for_all
 from asyncmq_nats.contrib.dashboard.site import Site, site_of
+from asyncmq_nats.doctor import Finding, Level, examine
 from asyncmq_nats.queues import Queue
-from asyncmq_nats.settings import mask_login
 
 __all__ = ["show"]
 
+FINDINGS_SECONDS: Final = 30.0
+"""How long what the doctor found is shown again."""
+EXAMINED_QUEUES: Final = 50
+"""Queues that the doctor looks at."""
+WORST_FIRST: Final = (Level.ERROR, Level.WARNING, Level.INFO, Level.OK)
+
 
 async def show(request: Request) -> Response:
-    """Show how fast the server answers, and the streams of each queue."""
+    """Show how fast the server answers, what is wrong with it, and the streams of each queue."""
     site = site_of(request)
     start = perf_counter()
     await site.backend.connect()
@@ -25,23 +30,28 @@ async def show(request: Request) -> Response:
     answered = perf_counter() - start
     names = await site.list_queues()
     found = await site.reads.get("infos", lambda: for_all(names, lambda name: _info(site, name)))
-    settings = site.backend.settings
+    findings = await site.reads.get(
+        "findings", lambda: _examine(site, names[:EXAMINED_QUEUES]), fresh_for=FINDINGS_SECONDS
+    )
+    told = [each for each in findings if each.level is not Level.OK]
     context = {
         "section": "server",
         "answered": answered,
-        "servers": [mask_login(each) for each in settings.servers],
-        "prefix": settings.prefix,
+        "prefix": site.backend.settings.prefix,
         "version": asyncmq_nats.__version__,
         "clock": site.backend.now() - time(),
         "max_body": site.backend.max_body,
         "is_full": site.backend.is_full,
-        "infos": [found[name][0] for name in names if name in found and found[name][0] is not None],
-        "drift": [(name, each) for name in names if name in found for each in found[name][1]],
+        "infos": [found[name] for name in names if found.get(name) is not None],
+        "findings": sorted(told, key=lambda each: WORST_FIRST.index(each.level)),
+        "sound": len(findings) - len(told),
     }
     return site.page(request, "server.html", context)
 
 
-async def _info(site: Site, name: str) -> tuple[Any, list[Difference]]:
-    """Return what a queue takes, and what of it is not as the settings say."""
-    queue = Queue(name, site.backend)
-    return await queue.info(), await queue.find_drift()
+async def _info(site: Site, name: str) -> Any:
+    return await Queue(name, site.backend).info()
+
+
+async def _examine(site: Site, names: list[str]) -> list[Finding]:
+    return [each async for each in examine(site.backend, queues=names, role="reader")]

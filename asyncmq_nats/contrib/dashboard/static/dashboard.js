@@ -311,7 +311,7 @@
       width: Math.max(160, $(".plot", element).clientWidth), height: Number(element.dataset.height || 180),
       cursor: { points: { size: 6 } }, legend: { live: true },
       scales: { y: { range: (_, low, high) => [0, Math.max(high || 0, data.unit === "s" ? 0.001 : 1) * 1.1] } },
-      axes: [{ ...axis, values: clock }, { ...axis, size: 56, values: (_, ticks) => ticks.map(words) }],
+      axes: [{ ...axis, size: 28, values: clock }, { ...axis, size: 56, values: (_, ticks) => ticks.map(words) }],
       series: [{ value: "{YYYY}-{MM}-{DD} {HH}:{mm}:{ss}" }, ...data.series.map((line) => ({
         label: line.label, stroke: colour(line.colour), width: 1.75, spanGaps: false,
         points: { show: line.values.filter((value) => value !== null).length < 40 && data.unit === "s", size: 5, fill: colour(line.colour) },
