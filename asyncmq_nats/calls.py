@@ -1,12 +1,12 @@
 """`Call`: a call of a task as a value, for whatever adds jobs. No I/O."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from typing import Any, Final, Generic, TypeVar
 
 from asyncmq_nats._arguments import build_job
 from asyncmq_nats.exceptions import InvalidArgument
-from asyncmq_nats.jobs import Backoff, Job
+from asyncmq_nats.jobs import Job
 
 __all__ = ["Call", "written"]
 
@@ -27,27 +27,16 @@ class Call(Generic[R_co]):
     queue: str
     """The name of the queue that it is for."""
     args: Sequence[Any] = ()
-    kwargs: Mapping[str, Any] | None = None
-    retries: int = 0
-    ttl: float | None = None
-    backoff: float | Backoff | None = None
-    timeout: float | None = None
-    priority: int = 5
-    delay: float | None = None
-    job_id: str | None = None
-    depends_on: "Sequence[str | Call[Any]] | str | None" = None
-    """Ids of jobs; in a flow also other calls of it."""
-    on_parent_failure: str = "wait"
-    repeat_every: float | str | None = None
-    deduplication: Mapping[str, Any] | None = None
-    meta: Mapping[str, str] | None = None
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Of the other parameters of `Queue.add` those that were given. In a flow, `depends_on` may have other calls."""
 
     @property
     def fields(self) -> dict[str, Any]:
-        """The parameters of `Queue.add`."""
-        names = (name for name in self.__slots__ if name not in ("queue", "deduplication"))
-        fields = {name: getattr(self, name) for name in names}
-        for parent in [] if self.depends_on is None else self.depends_on:
+        """The parameters of `Queue.add`, without a deduplication."""
+        fields = {"task_id": self.task_id, "args": self.args, "kwargs": self.kwargs, **self.options}
+        fields.pop("deduplication", None)
+        for parent in fields.get("depends_on") or ():
             if isinstance(parent, Call):
                 raise InvalidArgument(
                     "depends_on: only a call in a flow can wait for another call, others for ids",
@@ -75,10 +64,9 @@ class Call(Generic[R_co]):
             InvalidArgument: it has an option that no follow-up takes.
         """
         for name in NOT_IN_FOLLOW_UPS:
-            if getattr(self, name) is not None:
-                raise InvalidArgument(f"a follow-up job takes no {name}", getattr(self, name))
-        call = self if self.meta is not None else replace(self, meta=meta)
-        return build_job(now, write=written, **call.fields)
+            if self.options.get(name) is not None:
+                raise InvalidArgument(f"a follow-up job takes no {name}", self.options[name])
+        return build_job(now, write=written, **{"meta": meta, **self.fields})
 
 
 def written(

@@ -60,16 +60,17 @@ def _build(jobs: Sequence[Job | Call[Any]], queue: str, now: float) -> list[Job]
     for call in jobs:
         if isinstance(call, Call):
             call.require_queue(queue)
-            if call.deduplication is not None:
-                raise InvalidArgument("a job of a flow takes no deduplication", call.deduplication)
+            if (window := call.options.get("deduplication")) is not None:
+                raise InvalidArgument("a job of a flow takes no deduplication", window)
             if id(call) in ids:
                 raise InvalidFlow("a call is twice in the flow: make one for each job")
-            ids[id(call)] = call.job_id or new_job_id()
+            ids[id(call)] = call.options.get("job_id") or new_job_id()
     return [_job_of(job, ids, now) if isinstance(job, Call) else job for job in jobs]
 
 
 def _job_of(call: Call[Any], ids: Mapping[int, str], now: float) -> Job:
-    parents = [call.depends_on] if isinstance(call.depends_on, str) else call.depends_on or ()
+    given = call.options.get("depends_on") or ()
+    parents = [given] if isinstance(given, str) else given
     names = []
     for parent in parents:
         if isinstance(parent, Call) and id(parent) not in ids:
@@ -77,7 +78,9 @@ def _job_of(call: Call[Any], ids: Mapping[int, str], now: float) -> Job:
                 "depends_on: a call that is waited for must be in the flow", parent
             )
         names.append(ids[id(parent)] if isinstance(parent, Call) else parent)
-    job = build_job(now, write=written, **replace(call, depends_on=names).fields)
+    job = build_job(
+        now, write=written, **replace(call, options={**call.options, "depends_on": names}).fields
+    )
     return replace(job, job_id=ids[id(call)])
 
 

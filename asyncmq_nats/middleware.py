@@ -31,6 +31,7 @@ __all__ = [
     "RunTask",
     "add_middleware",
     "checked_middleware",
+    "is_any_added",
     "remove_middleware",
 ]
 
@@ -160,6 +161,11 @@ def add_middleware(middleware: Middleware, queue: str | None = None) -> None:
         InvalidArgument: it has no method `enqueue`, `run` or `end`.
     """
     _added.append((queue, checked_middleware(middleware)))
+
+
+def is_any_added() -> bool:
+    """Return whether `add_middleware` was called: a producer asks it for each job."""
+    return bool(_added)
 
 
 def remove_middleware(middleware: Middleware) -> None:

@@ -58,6 +58,7 @@ from asyncmq_nats.middleware import (
     Lifespan,
     Middleware,
     checked_middleware,
+    is_any_added,
 )
 from asyncmq_nats.runtime.control import Controls, WorkerInfo, list_workers
 from asyncmq_nats.runtime.declarations import Declarations
@@ -311,15 +312,16 @@ class Queue:
             InvalidArgument: the call is for another queue.
         """
         call.require_queue(self.name)
-        window = None if call.deduplication is None else parse_window(call.deduplication)
+        given = call.options.get("deduplication")
+        window = None if given is None else parse_window(given)
         await self.backend.connect()
         return await self._add(build_job(self.backend.now(), write=written, **call.fields), window)
 
     async def _add(self, job: Job, window: Window | None = None) -> str:
         job.encode()  # nothing is declared for what cannot be sent
-        chain = Chain.of(self.name, self._middleware)
-        if not chain.enqueues:
+        if not self._middleware and not is_any_added():
             return await self._store(job, window)
+        chain = Chain.of(self.name, self._middleware)
 
         async def store(jobs: Sequence[Job]) -> list[str]:
             return [await self._store(job, window) for job in jobs]
@@ -392,9 +394,7 @@ class Queue:
         await self.backend.connect()
         now = self.backend.now()
         jobs = [job_of_payload(payload, now, self._registry.write) for payload in payloads]
-        check_entries(self._additions, jobs)
-        await self._assets.declare()
-        return await add_many(self._additions, jobs)
+        return await self._add_all(jobs, partial(self._store_bulk, windows={}))
 
     async def send(self, payload: Mapping[str, Any]) -> str:
         """Same as `enqueue`."""

@@ -76,13 +76,7 @@ class TaskOptions(Generic[P, R]):
         if self._validate:
             entry.arguments.check(written, named, entry.id)
         name = queue.name if isinstance(queue, Queue) else queue or entry.queue
-        declared: dict[str, Any] = {
-            "retries": entry.retries,
-            "ttl": entry.ttl,
-            "backoff": entry.backoff,
-            "timeout": entry.timeout,
-        }
-        return Call(entry.id, name, written, named, **{**declared, **self._fields})
+        return Call(entry.id, name, written, named, {**self._task.declared, **self._fields})
 
     def _resolve_queue(self) -> Queue:
         if isinstance(self._queue, Queue):
@@ -125,6 +119,12 @@ class TaskWrapper(Generic[P, R]):
         self.task_id = entry.id
         self._registry = registry
         self._keywords = OUR_KEYWORDS - entry.arguments.names
+        self.declared = {
+            "retries": entry.retries,
+            "ttl": entry.ttl,
+            "backoff": entry.backoff,
+            "timeout": entry.timeout,
+        }
         self._results = Results(entry.function, validate=entry.validate)
 
     async def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -230,7 +230,7 @@ class TaskWrapper(Generic[P, R]):
         """
         if isinstance(queue, Queue) and backend not in (None, queue.backend):
             raise InvalidArgument("options(queue=…) has a backend already: give no other", backend)
-        fields: dict[str, Any] = {
+        given = {
             "delay": delay,
             "priority": priority,
             "job_id": job_id,
@@ -239,11 +239,11 @@ class TaskWrapper(Generic[P, R]):
             "on_parent_failure": on_parent_failure,
             "repeat_every": repeat_every,
             "meta": meta,
+            "retries": retries,
         }
+        fields: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         declared = {"backoff": backoff, "ttl": ttl, "timeout": timeout}
         fields |= {name: value for name, value in declared.items() if value is not ...}
-        if retries is not None:
-            fields["retries"] = retries
         return TaskOptions(self, queue, backend, validate, fields)
 
     def call(self, *args: P.args, **kwargs: P.kwargs) -> Call[R]:

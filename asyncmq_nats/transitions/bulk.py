@@ -64,7 +64,7 @@ def build_entries(
         try:
             if isinstance(entry, Call):
                 entry.require_queue(queue)
-                fields = entry.fields | {"deduplication": entry.deduplication}
+                fields = entry.fields | {"deduplication": entry.options.get("deduplication")}
             window = take_window(fields)
             jobs.append(build_job(now, write=written if is_call else write, **fields))
         except (ValueError, TypeError) as error:
