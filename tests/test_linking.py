@@ -477,8 +477,8 @@ class TestFollowUps:
         queue, other = queue_of(backend, parent=parent), queue_of(twin)
         real = queue.runner
 
-        def runner() -> Any:
-            made = real()
+        def runner(**options: Any) -> Any:
+            made = real(**options)
             complete = made._lifecycle.complete
 
             async def late(*args: Any) -> None:

@@ -4,7 +4,6 @@ For FastAPI, Starlette and Litestar, whose applications take a function that ret
 manager. It imports none of them.
 """
 
-import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any, Final
@@ -14,10 +13,11 @@ from anyio.abc import TaskStatus
 
 from asyncmq_nats import Queue, Worker
 from asyncmq_nats.exceptions import InvalidArgument
+from asyncmq_nats.telemetry.logs import get_logger
 
 __all__ = ["lifespan"]
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 RESTART_DELAY: Final = 5.0
 """How long after a failure a worker starts again, in seconds."""

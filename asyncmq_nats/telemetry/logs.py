@@ -5,10 +5,11 @@ import logging
 from datetime import UTC, datetime
 from typing import Any, Final
 
+from asyncmq_nats._logging import get_logger
 from asyncmq_nats.context import JobContext, running_job
 from asyncmq_nats.exceptions import InvalidJob
 
-__all__ = ["FIELDS", "JSONFormatter", "JobFields", "JobLogHandler"]
+__all__ = ["FIELDS", "JSONFormatter", "JobFields", "JobLogHandler", "get_logger"]
 
 FIELDS: Final = ("job_id", "task", "queue", "attempt", "worker")
 """What `JobFields` puts into each record."""

@@ -1,6 +1,5 @@
 """`Dashboard`: an ASGI application, to serve alone or to mount in another one."""
 
-import logging
 from collections.abc import Iterable, Sequence
 from typing import Final
 from urllib.parse import quote
@@ -30,10 +29,11 @@ from asyncmq_nats.exceptions import (
     PermissionRefused,
 )
 from asyncmq_nats.settings import mask_login
+from asyncmq_nats.telemetry.logs import get_logger
 
 __all__ = ["Dashboard"]
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 SAFE_METHODS: Final = frozenset({"GET", "HEAD", "OPTIONS"})
 OPEN_PATHS: Final = frozenset({"/health", "/ready", "/login", "/logout"})

@@ -6,7 +6,6 @@ undone, and relays need not know of each other.
 """
 
 import json
-import logging
 import os
 import socket
 from collections.abc import Mapping, Sequence
@@ -25,10 +24,11 @@ from asyncmq_nats.contrib.outbox.store import Counts, Key, OutboxStore, Row
 from asyncmq_nats.exceptions import AsyncMQError, InvalidArgument, JobNotFound
 from asyncmq_nats.queues import Queue
 from asyncmq_nats.tasks import TaskRegistry
+from asyncmq_nats.telemetry.logs import get_logger
 
 __all__ = ["Relay"]
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 BATCH_LIMIT: Final = 1000
 """The most rows in one step: the most messages in a batch of the server."""
