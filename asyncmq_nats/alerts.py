@@ -119,9 +119,10 @@ class Alerts:
         return self._rule(check)
 
     def on_queue_stuck(self, *, longer_than: float = 300.0) -> Callable[[H], H]:
-        """Return a decorator: call the function when a job has waited for longer than so many seconds.
+        """Return a decorator.
 
-        Once, until none does. A paused queue is not stuck.
+        Call the function when a job has waited for longer than so many seconds. Once, until none
+        does. A paused queue is not stuck.
         """
 
         async def check() -> Alert | None:

@@ -52,7 +52,10 @@ WRITTEN: Final = ("who", "action", "queue", "target", "count", "details")
 
 @dataclass(frozen=True, slots=True)
 class AuditPage:
-    """Some entries, the newest first. `cursor`: where the next page begins, `None` if this is the last."""
+    """Some entries, the newest first.
+
+    `cursor`: where the next page begins, `None` if this is the last.
+    """
 
     entries: list[AuditEntry]
     cursor: str | None
@@ -104,7 +107,8 @@ async def read_audit(
     Args:
         backend: where the queues are.
         after: the `cursor` of the page before, `None` for the first.
-        limit: how many entries at most. A page may have fewer, and a cursor: 5,000 are looked through.
+        limit: how many entries at most. A page may have fewer, and a cursor: 5,000 are looked
+            through.
         queue: only what was done to it.
         who: only what they did.
         action: only this one, such as `job.retry`, or all that begin so, such as `job.`.

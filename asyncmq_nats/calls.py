@@ -17,10 +17,11 @@ NOT_IN_FOLLOW_UPS: Final = ("job_id", "deduplication", "repeat_every")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Call(Generic[R_co]):
-    """A call of a task that is not added yet: `send.call("ada@…")`, `send.options(delay=5).call("ada@…")`.
+    """A call of a task that is not added yet.
 
-    `Queue.add_call`, `Queue.add_bulk`, `FlowProducer.add_flow` and `current_job().add` take it, as
-    often as you like. Its arguments are plain data already, checked when it was made.
+    `send.call("ada@…")`, `send.options(delay=5).call("ada@…")`. `Queue.add_call`, `Queue.add_bulk`,
+    `FlowProducer.add_flow` and `current_job().add` take it, as often as you like. Its arguments are
+    plain data already, checked when it was made.
     """
 
     task_id: str
@@ -29,7 +30,10 @@ class Call(Generic[R_co]):
     args: Sequence[Any] = ()
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
-    """Of the other parameters of `Queue.add` those that were given. In a flow, `depends_on` may have other calls."""
+    """Of the other parameters of `Queue.add` those that were given.
+
+    In a flow, `depends_on` may have other calls.
+    """
 
     @property
     def fields(self) -> dict[str, Any]:

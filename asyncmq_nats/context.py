@@ -74,7 +74,10 @@ class JobContext:
     _source: JobSource = field(repr=False)
     _services: JobServices = field(repr=False)
     cancel_requested: bool = False
-    """Whether the job was cancelled, or the worker wants it back. For sync tasks to ask now and then: no thread can be interrupted."""
+    """Whether the job was cancelled, or the worker wants it back.
+
+    For sync tasks to ask now and then: no thread can be interrupted.
+    """
     follow_ups: list[Job] = field(default_factory=list, repr=False)
     """The jobs that were added so far."""
     worker: str = ""
@@ -123,10 +126,11 @@ class JobContext:
         return self._notes
 
     def report_progress(self, progress: float, data: Any = None) -> _Awaitable:
-        """Store how far the job is, and tell its listeners. May be awaited, or called from a thread.
+        """Store how far the job is, and tell its listeners.
 
-        `progress`: a share from 0 to 1. After the first ten, reports are sent at most 20 times a
-        second, each time the latest one; the last one of the job always is.
+        May be awaited, or called from a thread. `progress`: a share from 0 to 1. After the first
+        ten, reports are sent at most 20 times a second, each time the latest one; the last one of
+        the job always is.
 
         Raises:
             ValueError: it is not between 0 and 1.
@@ -183,10 +187,11 @@ class JobContext:
         on_parent_failure: str = "wait",
         meta: Mapping[str, str] | None = None,
     ) -> str:
-        """Add a follow-up job to the same queue and return its id; see `Queue.add`. It may be given as the `call` of a task, alone.
+        """Add a follow-up job to the same queue and return its id; see `Queue.add`.
 
-        It is committed together with this job's outcome, or, when this attempt fails or its worker dies, not at all.
-        Without a `meta` of its own it has that of this job.
+        It may be given as the `call` of a task, alone. It is committed together with this job's
+        outcome, or, when this attempt fails or its worker dies, not at all. Without a `meta` of its
+        own it has that of this job.
 
         Raises:
             InvalidFlow: it has 900 follow-ups already.
@@ -226,7 +231,10 @@ class JobContext:
         return job.job_id
 
     async def parent_results(self) -> dict[str, Any]:
-        """Return the results of the jobs that this one depends on, by id; those that did not complete are left out."""
+        """Return the results of the jobs that this one depends on, by id.
+
+        Those that did not complete are left out.
+        """
         return await self._services.results_of_parents(self.job)
 
 

@@ -94,7 +94,10 @@ __all__ = [
 
 
 class AsyncMQError(Exception):
-    """Base of every error of this library. Can be pickled, as an error of a task in a process must."""
+    """Base of every error of this library.
+
+    Can be pickled, as an error of a task in a process must.
+    """
 
     def __reduce__(self) -> tuple[Any, ...]:
         # The default would call `__init__`, which takes values, with the finished message.
@@ -277,7 +280,10 @@ class FailedAttempt:
     attempt: int
     """Its number: 1 for the first."""
     type: str
-    """The class of the exception: `ValueError`, `smtplib.SMTPException`; empty if there was none."""
+    """The class of the exception: `ValueError`, `smtplib.SMTPException`.
+
+    Empty if there was none.
+    """
     message: str
     traceback: str
     """Of the last five attempts; long ones without their middle."""
@@ -427,7 +433,8 @@ class ProcessDied(AsyncMQError, RuntimeError):
 class BulkAddFailed(AsyncMQError):
     """A bulk add of more than one batch that stopped half way.
 
-    `added` maps the index of each job that is in the queue to its id; `errors` maps the index of each other job to why not.
+    `added` maps the index of each job that is in the queue to its id; `errors` maps the index of
+    each other job to why not.
     """
 
     def __init__(self, added: Mapping[int, str], errors: Mapping[int, Exception]) -> None:
@@ -477,7 +484,10 @@ class ConnectionFailed(BackendError, ConnectionError):
 
 
 class ConnectionLost(BackendError, ConnectionError):
-    """The connection is closed and will not come back by itself: by `close`, or by the server, as when credentials expire."""
+    """The connection is closed and will not come back by itself.
+
+    By `close`, or by the server, as when credentials expire.
+    """
 
     def __init__(self, servers: str) -> None:
         super().__init__(

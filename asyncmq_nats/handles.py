@@ -27,7 +27,10 @@ class JobHandle(str, Generic[R_co]):
     _results: Results
 
     def __new__(cls, job_id: str, queue: Queue, results: Results) -> Self:
-        """Return the handle of a job of this queue. `results`: how what its task returns is read."""
+        """Return the handle of a job of this queue.
+
+        `results`: how what its task returns is read.
+        """
         handle = super().__new__(cls, job_id)
         handle._queue, handle._results = queue, results
         return handle
@@ -59,7 +62,8 @@ class JobHandle(str, Generic[R_co]):
         Raises:
             JobFailed: it ended as failed, expired or cancelled.
             JobNotFound: there is no such job, or its outcome was kept no longer.
-            TimeoutError: it has not ended within `timeout` seconds; with 0 or less: it has not ended.
+            TimeoutError: it has not ended within `timeout` seconds; with 0 or less: it has not
+                ended.
             InvalidResult: the result is not what the annotation says.
         """
         value: R_co = self._results.read(await self._queue.wait_for(self.id, timeout), self.id)
@@ -75,11 +79,17 @@ class JobHandle(str, Generic[R_co]):
         return await self._queue.get_job(self.id)
 
     async def cancel(self) -> bool:
-        """Cancel the job, also while it runs; see `Queue.cancel_job`. Return whether there was such a job."""
+        """Cancel the job, also while it runs; see `Queue.cancel_job`.
+
+        Return whether there was such a job.
+        """
         return await self._queue.cancel_job(self.id)
 
     async def retry(self) -> bool:
-        """Run the job again if it failed, expired or was cancelled, or now if it is delayed; see `Queue.retry_job`."""
+        """Run the job again if it failed, expired or was cancelled, or now if it is delayed.
+
+        See `Queue.retry_job`.
+        """
         return await self._queue.retry_job(self.id)
 
     async def events(self, *names: str) -> AsyncGenerator[Event, None]:

@@ -1,4 +1,7 @@
-"""`Job` and its wire format: one JSON object, the same for a job that waits and for its outcome (`docs/protocol.md`)."""
+"""`Job` and its wire format.
+
+One JSON object, the same for a job that waits and for its outcome (`docs/protocol.md`).
+"""
 
 import os
 import random
@@ -59,7 +62,8 @@ def validate_custom_job_id(job_id: object) -> str:
     """Return the id that a producer chose for a job.
 
     Raises:
-        TypeError: it is no string (`InvalidJobId` is a `ValueError`; AsyncMQ raises `TypeError` here).
+        TypeError: it is no string (`InvalidJobId` is a `ValueError`; AsyncMQ raises `TypeError`
+            here).
         InvalidJobId: it is empty, has digits only or a colon, or is longer than 200 bytes.
     """
     if not isinstance(job_id, str):
@@ -98,10 +102,11 @@ def check_size(body: bytes, what: str, max_body: int, chosen: int | None = None)
 
 @dataclass(frozen=True, slots=True, config=ConfigDict(extra="forbid"))
 class Backoff:
-    """How long to wait before the n-th retry (n = 1, 2, …), in seconds; see `retries.backoff_delay`.
+    """How long to wait before the n-th retry (n = 1, 2, …), in seconds.
 
-    `fixed`: `delay` each time. `exponential`: `delay * factor ** (n - 1)`. Never more than `maximum`. `jitter` (0 to 1) takes away a random
-    share of up to so much, so that jobs that failed together do not come back together.
+    See `retries.backoff_delay`. `fixed`: `delay` each time. `exponential`: `delay * factor ** (n -
+    1)`. Never more than `maximum`. `jitter` (0 to 1) takes away a random share of up to so much, so
+    that jobs that failed together do not come back together.
     """
 
     kind: Literal["fixed", "exponential"] = "exponential"
@@ -114,9 +119,10 @@ class Backoff:
 def backoff_delay(
     backoff: float | Backoff, retry: int, share: Callable[[], float] = random.random
 ) -> float:
-    """Return the seconds before the `retry`-th retry. A number is raised to the power of `retry` (AsyncMQ `Job.next_retry_delay`).
+    """Return the seconds before the `retry`-th retry.
 
-    `share`: where jitter takes its random number from 0 to 1.
+    A number is raised to the power of `retry` (AsyncMQ `Job.next_retry_delay`). `share`: where
+    jitter takes its random number from 0 to 1.
     """
     try:
         if not isinstance(backoff, Backoff):
@@ -132,7 +138,10 @@ def backoff_delay(
 
 @dataclass(frozen=True, config=ConfigDict(extra="ignore"))  # without slots: a fifth faster to make
 class JobHead:
-    """What a worker has to know of a job to run it. All of it, a `Job`, takes twice as long, and is read when it is needed."""
+    """What a worker has to know of a job to run it.
+
+    All of it, a `Job`, takes twice as long, and is read when it is needed.
+    """
 
     task_id: str = Field(validation_alias=AliasChoices("task", "task_id"), min_length=1)
     job_id: str = Field(validation_alias=AliasChoices("id", "job_id"), min_length=1)
@@ -174,8 +183,9 @@ class JobHead:
 class Job:
     """One job, and how far it is. Times are Unix seconds, durations seconds.
 
-    `retries` counts the attempts that have failed, `max_retries` how many may follow the first: a job
-    that failed for good has one more of the former. A job of another program that has even more runs once.
+    `retries` counts the attempts that have failed, `max_retries` how many may follow the first: a
+    job that failed for good has one more of the former. A job of another program that has even more
+    runs once.
     `backoff`: a number *b* waits `b ** retries` before the next attempt, `None` not at all; or a
     `Backoff`. The names are AsyncMQ's; on the wire `task_id` is `task` and `job_id` is `id`.
     """
@@ -210,7 +220,10 @@ class Job:
     children: list[str] = Field(default_factory=list)
     """Jobs that were added together with this one and depend on it."""
     wide: str = ""
-    """Of a job with many open parents: `<token>.<parts>`, where these are kept instead of in `parents`."""
+    """Of a job with many open parents.
+
+    `<token>.<parts>`, where these are kept instead of in `parents`.
+    """
     wide_children: dict[str, str] = Field(default_factory=dict)
     """Those of `children` that have many parents, and the part in which this one is kept."""
     parent_results: dict[str, Any] = Field(default_factory=dict)
@@ -219,7 +232,10 @@ class Job:
     custom_id: bool = False
     """Whether the producer chose the id."""
     errors: list[dict[str, Any]] = Field(default_factory=list)
-    """What went wrong in the attempts so far: `attempt`, `error`, `traceback`, `at`; the last ten."""
+    """What went wrong in the attempts so far: `attempt`, `error`, `traceback`, `at`.
+
+    The last ten.
+    """
     status: State = State.WAITING
     result: Any = None
     last_error: str | None = None
@@ -235,7 +251,10 @@ class Job:
     reruns: int = Field(default=0, ge=0)
     """How often it was retried by hand."""
     put_offs: int = Field(default=0, ge=0)
-    """How often it was put off: by a worker that did not know its task or its version, or by its task."""
+    """How often it was put off.
+
+    By a worker that did not know its task or its version, or by its task.
+    """
     put_off_since: float | None = Field(default=None, allow_inf_nan=False)
     """When that began."""
     put_off_reason: str | None = None
@@ -271,13 +290,17 @@ class Job:
         return self.delay_until is not None and self.delay_until > now
 
     def next_retry_delay(self) -> float:
-        """Return the seconds before the next retry (AsyncMQ `Job.next_retry_delay`): `retries` counts the attempt that has just failed."""
+        """Return the seconds before the next retry (AsyncMQ `Job.next_retry_delay`).
+
+        `retries` counts the attempt that has just failed.
+        """
         return 0.0 if self.backoff is None else backoff_delay(self.backoff, self.retries)
 
     def to_dict(self) -> dict[str, Any]:
         """Return AsyncMQ's keys, and ours beside them (AsyncMQ `Job.to_dict`).
 
-        `last_error` is one line, `error_traceback` all of it. `completed_at` and `failed_at` are there when the job has ended so.
+        `last_error` is one line, `error_traceback` all of it. `completed_at` and `failed_at` are
+        there when the job has ended so.
         """
         fields: dict[str, Any] = {"id": self.job_id, "task": self.task_id}
         fields |= {name: getattr(self, name) for name in DICT_FIELDS}
@@ -315,9 +338,11 @@ class Job:
     def decode(
         cls, body: bytes, *, job_id: str | None = None, created_at: float | None = None
     ) -> Self:
-        """Return the job in a message. The id and the time of the message stand in where the body has none; the id of the subject wins.
+        """Return the job in a message.
 
-        Of a newer version of the format, what this one knows: who runs it, looks at `JobHead`.
+        The id and the time of the message stand in where the body has none; the id of the subject
+        wins. Of a newer version of the format, what this one knows: who runs it, looks at
+        `JobHead`.
 
         Raises:
             InvalidJob: the body is not a job.
@@ -331,9 +356,10 @@ class Job:
         return job
 
     def encode(self) -> bytes:
-        """Return the JSON of a job that has not ended; what has its default is left out where the default never changes.
+        """Return the JSON of a job that has not ended.
 
-        Made once: what is changed in the arguments afterwards does not count.
+        What has its default is left out where the default never changes. Made once: what is changed
+        in the arguments afterwards does not count.
 
         Raises:
             NotSerializable: an argument is not JSON; the message names it.
@@ -392,7 +418,10 @@ def new_job(**fields: Any) -> Job:
 
 @plain_dataclass(frozen=True, slots=True)
 class DelayedInfo:
-    """A delayed job: its id, when it runs (Unix seconds), and the job as a dict (AsyncMQ `DelayedInfo`)."""
+    """A delayed job.
+
+    Its id, when it runs (Unix seconds), and the job as a dict (AsyncMQ `DelayedInfo`).
+    """
 
     job_id: str
     run_at: float
@@ -408,10 +437,31 @@ NAMES_IN_ADD: Final = {
 HEADS: Final = TypeAdapter(JobHead).validator
 JOBS: Final = TypeAdapter(Job).validator
 DICT_FIELDS: Final = (
-    "args", "kwargs", "retries", "max_retries", "backoff", "ttl", "created_at", "last_attempt", "status", "result", "last_error",
-    "error_traceback", "delay_until", "priority", "depends_on", "repeat_every", "deduplication", "errors", "finished_at", "worker",
-    "stalls", "timeout", "meta", "snoozes",
-)  # fmt: skip
+    "args",
+    "kwargs",
+    "retries",
+    "max_retries",
+    "backoff",
+    "ttl",
+    "created_at",
+    "last_attempt",
+    "status",
+    "result",
+    "last_error",
+    "error_traceback",
+    "delay_until",
+    "priority",
+    "depends_on",
+    "repeat_every",
+    "deduplication",
+    "errors",
+    "finished_at",
+    "worker",
+    "stalls",
+    "timeout",
+    "meta",
+    "snoozes",
+)
 OPTIONAL_FIELDS: Final[tuple[tuple[str, Any], ...]] = (
     ("parents", []),
     ("children", []),

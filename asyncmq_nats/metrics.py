@@ -29,7 +29,10 @@ __all__ = [
 ]
 
 ENDS: Final = ("completed", "failed", "retried", "expired", "cancelled")
-"""What can become of an attempt. `cancelled`: while it ran; one that waits is cancelled by no worker."""
+"""What can become of an attempt.
+
+`cancelled`: while it ran; one that waits is cancelled by no worker.
+"""
 INCIDENTS: Final = ("redelivered", "lost", "handed_back", "lease_lost", "reconnected")
 """What a worker counts beside the ends of attempts; see docs/monitoring.md."""
 PER_DOUBLING: Final = 64
@@ -96,7 +99,7 @@ class Histogram:
         return self.total / self.count if self.count else None
 
     def percentile(self, share: float) -> float | None:
-        """Return the duration in seconds below which a share (0 to 1) of them lies, by nearest rank.
+        """Return the duration (seconds) below which a share (0 to 1) of them lies, by nearest rank.
 
         `None` if nothing was counted.
         """
@@ -110,7 +113,7 @@ class Histogram:
         return self.maximum
 
     def count_below(self, bounds: Iterable[float]) -> list[int]:
-        """Return for each bound in seconds, in rising order, how many durations are not above it."""
+        """Return for each bound (seconds, rising) how many durations are not above it."""
         indexes, found, seen, position = sorted(self._counts), list[int](), 0, 0
         for bound in bounds:
             limit = math.ceil(math.log2(bound) * PER_DOUBLING)  # the bucket that the bound is in
@@ -235,7 +238,10 @@ class MetricsPoint:
 
 @dataclass(frozen=True, slots=True)
 class MetricsHistory:
-    """The points of a stretch of time in order, without gaps. `since`, `until`: its ends; `step`: seconds per point."""
+    """The points of a stretch of time in order, without gaps.
+
+    `since`, `until`: its ends; `step`: seconds per point.
+    """
 
     queue: str | None
     since: float
@@ -280,8 +286,10 @@ async def read_metrics(
     Args:
         backend: of the queue.
         queue: its name. One that no worker ran has points that are all 0.
-        since: Unix seconds; by default an hour before `until`. It is moved back to the begin of its point.
-        until: Unix seconds; by default now, with the running step. It is moved to the end of its point.
+        since: Unix seconds; by default an hour before `until`. It is moved back to the begin of its
+            point.
+        until: Unix seconds; by default now, with the running step. It is moved to the end of its
+            point.
         step: seconds per point, by default as many as make at most 200 points. It is raised to what
             is kept: 10 s for three hours, 60 s for two days, 600 s for `metrics_ttl`.
 
@@ -302,7 +310,7 @@ async def read_all_metrics(
     until: float | None = None,
     step: float | None = None,
 ) -> dict[str, MetricsHistory]:
-    """Return what `read_metrics` does for each queue that workers ran in that time, by name, in one read."""
+    """Return what `read_metrics` does, by name, for each queue with workers then. One read."""
     plan = await _plan(backend, since, until, step)
     by_queue: dict[str, list[HistoryRecord]] = {}
     for record in await read_history(backend, None, plan.since, plan.until, plan.stored):
@@ -312,7 +320,10 @@ async def read_all_metrics(
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """What to read. `stored`: the step of the records; `step`: that of the points, a multiple of it."""
+    """What to read.
+
+    `stored`: the step of the records; `step`: that of the points, a multiple of it.
+    """
 
     since: int
     until: int

@@ -62,7 +62,7 @@ class Ending:
     """The class of the exception: `ValueError`, `smtplib.SMTPException`."""
     traceback: str | None = None
     exception: BaseException | None = None
-    """The exception itself, if there is one, and it was raised in this process or could be sent from its own."""
+    """The exception itself, if there is one and it could be sent to this process."""
     delay: float | None = None
     """Seconds until the job runs again."""
 
@@ -114,7 +114,8 @@ _added: list[tuple[str | None, Middleware]] = []
 class CarryContext(Middleware):
     """Carries context variables from where a job is added to where its task runs.
 
-    `add_middleware(CarryContext(tenant, request_id))`. Their values are texts, and go in `meta` under
+    `add_middleware(CarryContext(tenant, request_id))`. Their values are texts, and go in `meta`
+    under
     `context.<name>`. One that is not set, or is `None`, is left alone. Jobs that a task adds carry
     them on. A task that runs in a process of its own does not see them: it has no context.
 
@@ -188,7 +189,10 @@ def checked_middleware(middleware: Middleware) -> Middleware:
 
 
 def _overrides(middleware: Middleware, name: str) -> bool:
-    """Return whether it does something there: one that does not derive from `Middleware` may lack a method."""
+    """Return whether it does something there.
+
+    One that does not derive from `Middleware` may lack a method.
+    """
     method = getattr(type(middleware), name, None)
     return method is not None and method is not getattr(Middleware, name)
 
@@ -260,9 +264,15 @@ async def _enqueue(
 # -- the life of a worker
 
 Hook = Callable[..., Any]
-"""A function, sync or async, or an object that is called like one. It is given those of the keywords `backend`, `worker_id` and `queue` that it takes."""
+"""A function, sync or async, or an object that is called like one.
+
+It is given those of the keywords `backend`, `worker_id` and `queue` that it takes.
+"""
 Lifespan = Callable[..., AbstractAsyncContextManager[Any]]
-"""Returns an async context manager, of what a worker's jobs have as `current_job().state`. It is given keywords as a hook is."""
+"""Returns an async context manager, of what a worker's jobs have as `current_job().state`.
+
+It is given keywords as a hook is.
+"""
 
 
 @dataclass(slots=True)
@@ -306,12 +316,18 @@ class Hooks:
             logger.exception("worker %s: the end of its lifespan failed", worker)
 
     async def start(self, worker: str) -> None:
-        """Call what was registered for the start, in order; an error ends the worker before it runs a job."""
+        """Call what was registered for the start, in order.
+
+        An error ends the worker before it runs a job.
+        """
         for hook in self.on_startup:
             await self._call(hook, worker)
 
     async def stop(self, worker: str) -> None:
-        """Call what was registered for the stop, in reverse order. An error is logged, and the others are called."""
+        """Call what was registered for the stop, in reverse order.
+
+        An error is logged, and the others are called.
+        """
         for hook in reversed(self.on_shutdown):
             try:
                 await self._call(hook, worker)

@@ -154,17 +154,23 @@ class Queue:
 
     Args:
         name: 1 to 64 letters, digits, `_` or `-`.
-        backend: where the jobs are; by default a `NATSBackend` of the settings, shared by this process.
+        backend: where the jobs are; by default a `NATSBackend` of the settings, shared by this
+            process.
         concurrency: how many jobs `run()` runs at a time.
-        scan_interval: kept from AsyncMQ. Nothing is polled, so it changes nothing. The fallback cadence, at which a worker looks for what
-            a lost signal left unseen (a new priority, the end of a pause), is 30 s.
-        rate_limit: how many jobs the whole queue may start per `rate_interval`, over all its workers; 0 starts none, `None` is no limit.
+        scan_interval: kept from AsyncMQ. Nothing is polled, so it changes nothing. The fallback
+            cadence, at which a worker looks for what a lost signal left unseen (a new priority, the
+            end of a pause), is 30 s.
+        rate_limit: how many jobs the whole queue may start per `rate_interval`, over all its
+            workers; 0 starts none, `None` is no limit.
         rate_interval: in seconds.
         registry: the tasks that `run()` knows; by default those of `@task`.
-        any_task: whether `run()` runs all of them; by default those whose queue this is. `None`: as the settings say.
-        middleware: called around the jobs that this object adds and runs, within those of `add_middleware`.
-        lifespan: opened by each worker while it runs: a function that returns an async context manager, whose value its jobs have as
-            `current_job().state`. It is given those of the keywords `backend`, `worker_id` and `queue` that it takes.
+        any_task: whether `run()` runs all of them; by default those whose queue this is. `None`: as
+            the settings say.
+        middleware: called around the jobs that this object adds and runs, within those of
+            `add_middleware`.
+        lifespan: opened by each worker while it runs: a function that returns an async context
+            manager, whose value its jobs have as `current_job().state`. It is given those of the
+            keywords `backend`, `worker_id` and `queue` that it takes.
 
     Raises:
         InvalidQueueName: the name cannot be part of a stream's name.
@@ -254,25 +260,34 @@ class Queue:
 
         Args:
             task_id: what to run: `module.function` of a `@task`, or its name.
-            args: for the task, written by its annotations: what would not arrive equal is refused (docs/arguments.md).
+            args: for the task, written by its annotations: what would not arrive equal is refused
+                (docs/arguments.md).
             kwargs: for the task, likewise.
             retries: attempts that may follow a failed one.
             ttl: seconds after which a job that has not started expires.
-            backoff: a number *b* waits `b ** n` seconds before the n-th retry; or a `Backoff`; `None`: as the task's backoff function says,
-                if `@task(backoff=…)` was given one, otherwise at once. A number that was given there is for `enqueue` of the task only.
+            backoff: a number *b* waits `b ** n` seconds before the n-th retry; or a `Backoff`;
+                `None`: as the task's backoff function says, if `@task(backoff=…)` was given one,
+                otherwise at once. A number that was given there is for `enqueue` of the task only.
             priority: any integer; lower runs first.
             delay: seconds until the job may run; 0 or less is now.
-            job_id: an id of your own. If a job with that id exists, in any state, its id is returned and nothing is added, so an `add` that
-                raised `Unconfirmed` can be repeated safely.
-            deduplication: `{"id", "ttl", "extend", "replace"}`: while a job added under that id has not ended, or for `ttl` seconds,
-                no other one is added: its id is returned. With `replace`, one that is still delayed gets the new task, arguments, delay.
-                With `extend`, each call restarts the `ttl`.
+            job_id: an id of your own. If a job with that id exists, in any state, its id is
+                returned and nothing is added, so an `add` that raised `Unconfirmed` can be repeated
+                safely.
+            deduplication: `{"id", "ttl", "extend", "replace"}`: while a job added under that id has
+                not ended, or for `ttl` seconds, no other one is added: its id is returned. With
+                `replace`, one that is still delayed gets the new task, arguments, delay. With
+                `extend`, each call restarts the `ttl`.
             debounce: AsyncMQ's older name for `deduplication`.
-            depends_on: ids of jobs of this queue that must complete first; their results are in `current_job().parent_results()`.
-            on_parent_failure: when one of them fails for good, `"wait"` (it may be retried by hand), `"fail"`, or `"run"` all the same.
-            timeout: how long one attempt may run, in seconds; then the task is cancelled and the attempt has failed.
-            repeat_every: add the job again this many seconds, or a text such as `"5m"`, after each success.
-            meta: strings that go with the job, 8,192 bytes at most, such as the id of a request: `current_job().meta`.
+            depends_on: ids of jobs of this queue that must complete first; their results are in
+                `current_job().parent_results()`.
+            on_parent_failure: when one of them fails for good, `"wait"` (it may be retried by
+                hand), `"fail"`, or `"run"` all the same.
+            timeout: how long one attempt may run, in seconds; then the task is cancelled and the
+                attempt has failed.
+            repeat_every: add the job again this many seconds, or a text such as `"5m"`, after each
+                success.
+            meta: strings that go with the job, 8,192 bytes at most, such as the id of a request:
+                `current_job().meta`.
 
         Raises:
             JobNotFound: a job that it depends on is not in this queue.
@@ -281,7 +296,8 @@ class Queue:
             InvalidArgument: a value is of the wrong kind; the message names it.
             TypeError, InvalidJobId: the job_id is outside AsyncMQ's rules.
             ValueError: `repeat_every` is no interval, or shorter than 0.05 s.
-            Unconfirmed: no confirmation within `publish_timeout`; the job may or may not have been added.
+            Unconfirmed: no confirmation within `publish_timeout`; the job may or may not have been
+                added.
         """
         await self.backend.connect()
         job = build_job(
@@ -341,8 +357,10 @@ class Queue:
     async def add_bulk(self, jobs: Iterable[Mapping[str, Any] | Call[Any]]) -> list[str]:
         """Add many jobs and return their ids in order (AsyncMQ `Queue.add_bulk`).
 
-        Each is a mapping with `task_id` and any of the other parameters of `add`, or the `call` of a task. Up to 1,000 writes (a job is one, and so is each
-        dependency) are all or none; more go in such batches. Entries with a deduplication window are added one by one, after the others.
+        Each is a mapping with `task_id` and any of the other parameters of `add`, or the `call` of
+        a task. Up to 1,000 writes (a job is one, and so is each dependency) are all or none; more
+        go in such batches. Entries with a deduplication window are added one by one, after the
+        others.
 
         Raises:
             ValueError, TypeError: an entry is malformed; nothing was added.
@@ -373,7 +391,9 @@ class Queue:
         return ids
 
     async def enqueue(self, payload: Mapping[str, Any]) -> str:
-        """Add a job given as a dict, of `Job.to_dict` or with `task_id` and what `Job` takes, and return its id (AsyncMQ `Queue.enqueue`).
+        """Add a job given as a dict and return its id (AsyncMQ `Queue.enqueue`).
+
+        The dict is of `Job.to_dict`, or has `task_id` and what `Job` takes.
 
         With an `id` it is idempotent, like `add` with a `job_id`.
 
@@ -385,10 +405,13 @@ class Queue:
         return await self._add(job_of_payload(payload, self.backend.now(), self._registry.write))
 
     async def enqueue_bulk(self, payloads: Iterable[Mapping[str, Any]]) -> list[str]:
-        """Add many jobs given as dicts, each as by `enqueue`, and return their ids in order; in batches, as by `add_bulk`.
+        """Add many jobs given as dicts, each as by `enqueue`, and return their ids in order.
+
+        In batches, as by `add_bulk`.
 
         Raises:
-            InvalidArgument, InvalidJobId, NotSerializable, PayloadTooLarge: one of them is refused; nothing was added.
+            InvalidArgument, InvalidJobId, NotSerializable, PayloadTooLarge: one of them is refused;
+                nothing was added.
             BulkAddFailed: of more than 1,000, some were added and some were not; it says which.
         """
         await self.backend.connect()
@@ -401,7 +424,7 @@ class Queue:
         return await self.enqueue(payload)
 
     async def enqueue_delayed(self, payload: Mapping[str, Any], run_at: float) -> str:
-        """Add a job given as a dict that runs at `run_at`, in Unix seconds (AsyncMQ `Queue.enqueue_delayed`)."""
+        """Add a job given as a dict that runs at `run_at`, in Unix seconds (as AsyncMQ)."""
         return await self.enqueue(
             checked_mapping(payload, "a job") | {"delay_until": checked_seconds(run_at, "run_at")}
         )
@@ -415,9 +438,10 @@ class Queue:
         )
 
     async def add_linked(self, jobs: Sequence[Job], *, plain: Collection[str] = ()) -> None:
-        """Add jobs that depend on each other, each after its `children`; see `FlowProducer.add_flow`.
+        """Add jobs that depend on each other, each after its `children`.
 
-        `plain`: the ids of those whose arguments are plain data already.
+        See `FlowProducer.add_flow`. `plain`: the ids of those whose arguments are plain data
+        already.
         """
 
         async def store(jobs: Sequence[Job]) -> list[str]:
@@ -456,7 +480,8 @@ class Queue:
     async def run(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
         """Run this queue's jobs until cancelled (AsyncMQ `Queue.run`).
 
-        When cancelled, jobs that run may finish for `shutdown_timeout` seconds; the others are handed back to other workers.
+        When cancelled, jobs that run may finish for `shutdown_timeout` seconds; the others are
+        handed back to other workers.
         `started()` is called when the first jobs are asked for.
         """
         await self.runner().run(task_status=task_status)
@@ -474,7 +499,10 @@ class Queue:
     # -- read
 
     async def queue_stats(self) -> dict[str, int]:
-        """Return how many jobs are in each state (AsyncMQ's three keys, and the others). Costs the same for any number of jobs."""
+        """Return how many jobs are in each state (AsyncMQ's three keys, and the others).
+
+        Costs the same for any number of jobs.
+        """
         return {
             str(state): count for state, count in (await self._inspection.count_by_state()).items()
         }
@@ -491,7 +519,10 @@ class Queue:
         return await self._overview.rates(checked_seconds(period, "period"))
 
     async def get_job_counts(self, *types: str) -> dict[str, int]:
-        """Return the number of jobs for each of the given states, by default AsyncMQ's eight; asking for `waiting` adds `paused`."""
+        """Return the number of jobs for each of the given states, by default AsyncMQ's eight.
+
+        Asking for `waiting` adds `paused`.
+        """
         counts = await self.queue_stats()
         wanted = [str(name) for name in types] or [str(name) for name in COUNT_BUCKETS]
         if types and State.WAITING in wanted and Bucket.PAUSED not in wanted:
@@ -503,7 +534,10 @@ class Queue:
         return sum((await self.get_job_counts(*types)).values())
 
     async def count(self) -> int:
-        """Return the number of jobs that are still to be started: waiting, delayed, or waiting for others."""
+        """Return the number of jobs that are still to be started.
+
+        Waiting, delayed, or waiting for others.
+        """
         counts = await self._inspection.count_by_state()
         return sum(counts[state] for state in COUNTED_AS_TO_DO)
 
@@ -521,7 +555,10 @@ class Queue:
         return None if job is None else job.to_dict()
 
     async def get_flow(self, job_id: str, *, limit: int = 1000) -> Flow | None:
-        """Return a job and those that it depends on, and these on, up to `limit` jobs; `None` if there is no such job."""
+        """Return a job and those that it depends on, and these on, up to `limit` jobs.
+
+        `None` if there is no such job.
+        """
         most = checked_number(limit, "limit", 1)
         return await read_flow(self.backend, self._subjects, self._inspection, job_id, most)
 
@@ -536,7 +573,10 @@ class Queue:
         return None if job is None else job.result
 
     async def list_jobs(self, state: str, *, limit: int | None = None) -> list[dict[str, Any]]:
-        """Return the jobs in a state, oldest first: all of them, or the first `limit`. An unknown state has none (as AsyncMQ)."""
+        """Return the jobs in a state, oldest first: all of them, or the first `limit`.
+
+        An unknown state has none (as AsyncMQ).
+        """
         jobs = await self._list_oldest([State(state)] if state in set(State) else [], limit)
         return [job.to_dict() for job in jobs]
 
@@ -552,10 +592,12 @@ class Queue:
         end: int = -1,
         asc: bool = False,
     ) -> list[dict[str, Any]]:
-        """Return the jobs from index `start` to `end` (included; -1: to the last) of the given states, newest first unless `asc`.
+        """Return the jobs of the given states from index `start` to `end` (included; -1: the last).
 
-        States are joined one after the other. What is before `start` is read and passed over: in long lists, `list_page` goes on
-        where the page before ended.
+        Newest first unless `asc`.
+
+        States are joined one after the other. What is before `start` is read and passed over: in
+        long lists, `list_page` goes on where the page before ended.
         """
         names = [types] if isinstance(types, str) else JOB_STATES if types is None else types
         states = [State(name) for name in names if name in set(State)]
@@ -569,11 +611,14 @@ class Queue:
         limit: int = 100,
         newest_first: bool = True,
     ) -> JobPage:
-        """Return a page of the jobs in a state. It costs the same in a queue of ten jobs and of a million, each next page too.
+        """Return a page of the jobs in a state.
+
+        It costs the same in a queue of ten jobs and of a million, each next page too.
 
         Args:
             state: such as `failed`.
-            after: the `cursor` of the page before, read in the same order; `None` for the first page.
+            after: the `cursor` of the page before, read in the same order; `None` for the first
+                page.
             limit: how many jobs at most.
             newest_first: whether the jobs that reached the state last are first.
 
@@ -594,7 +639,8 @@ class Queue:
     ) -> AsyncGenerator[dict[str, Any], None]:
         """Yield the jobs that match, one state after the other, as dicts like those of `get_job`.
 
-        The first ones come at once, and a queue of any size takes no memory. A job that moves meanwhile may be missed, or come twice.
+        The first ones come at once, and a queue of any size takes no memory. A job that moves
+        meanwhile may be missed, or come twice.
 
         Args:
             where: see `JobFilter`; by default all jobs.
@@ -629,7 +675,10 @@ class Queue:
             yield page
 
     async def oldest_waiting(self) -> WaitingJob | None:
-        """Return the job that has waited longest to be run, and since when; `None` if none waits."""
+        """Return the job that has waited longest to be run, and since when.
+
+        `None` if none waits.
+        """
         found = await self._lists.oldest_waiting()
         if found is None:
             return None
@@ -685,10 +734,11 @@ class Queue:
         return await self.get_jobs([Bucket.PRIORITIZED], start=start, end=end, asc=asc)
 
     async def events(self, *names: str, job_id: str | None = None) -> AsyncGenerator[Event, None]:
-        """Yield what happens to the jobs of this queue from now on, in whatever process; with names, only such events (see `Event`).
+        """Yield what happens to the jobs of this queue from now on, in whatever process.
 
-        With a `job_id` only what happens to that job, until it has ended. At most once: while the connection is down, or this reader is
-        10,000 events behind, events are lost.
+        With names, only such events (see `Event`). With a `job_id` only what happens to that job,
+        until it has ended. At most once: while the connection is down, or this reader is 10,000
+        events behind, events are lost.
         """
         last = frozenset() if job_id is None else ENDS
         inbox = _Inbox(self.name, frozenset(names) | last if names else frozenset())
@@ -720,7 +770,8 @@ class Queue:
         Raises:
             JobFailed: it ended as failed, expired or cancelled.
             JobNotFound: there is no such job.
-            TimeoutError: it has not ended within `timeout` seconds; with 0 or less: it has not ended.
+            TimeoutError: it has not ended within `timeout` seconds; with 0 or less: it has not
+                ended.
         """
         if timeout not in (None, math.inf) and checked_seconds(timeout, "timeout") <= 0:
             job = await self._find_ended(job_id)
@@ -757,7 +808,8 @@ class Queue:
     async def pause(self, until: float | None = None) -> None:
         """Pause the queue: when this returns, no worker starts another job (AsyncMQ `Queue.pause`).
 
-        Jobs that run go on, and jobs can be added. The server enforces it, for programs without this library too; it outlasts restarts.
+        Jobs that run go on, and jobs can be added. The server enforces it, for programs without
+        this library too; it outlasts restarts.
 
         Args:
             until: Unix seconds at which the queue goes on by itself.
@@ -769,14 +821,15 @@ class Queue:
         await self._controls.resume()
 
     async def is_paused(self) -> bool:
-        """Return whether the queue is paused, by `pause` or by another program that paused its consumers."""
+        """Return whether the queue is paused, by `pause` or by another program."""
         return await self._assets.is_paused()
 
     async def cancel_job(self, job_id: str) -> bool:
-        """Cancel a job that has not ended: it becomes `cancelled` and does not run; if it runs, its task is cancelled.
+        """Cancel a job that has not ended: it becomes `cancelled` and does not run.
 
-        A sync task's thread cannot be interrupted: it goes on to its end unheeded, unless it looks at `current_job().cancel_requested`.
-        Return whether there was such a job.
+        If it runs, its task is cancelled. A sync task's thread cannot be interrupted: it goes on to
+        its end unheeded, unless it looks at `current_job().cancel_requested`. Return whether there
+        was such a job.
         """
         if not await self._find_and(self._administration.cancel, job_id):
             return False
@@ -784,13 +837,19 @@ class Queue:
         return True
 
     async def _find_and(self, act: Callable[[str], Awaitable[bool]], job_id: str) -> bool:
-        """Do something to a job that may be moving. Return whether it was done; nothing is declared for it."""
+        """Do something to a job that may be moving.
+
+        Return whether it was done; nothing is declared for it.
+        """
         found = look_for(partial(act, job_id), looks(self.backend))
         return await self._unless_missing(found, False)
 
     @staticmethod
     async def _unless_missing(action: Coroutine[Any, Any, R], nothing: R) -> R:
-        """Return what an action returns, and `nothing` when there is no such queue: only what stores jobs makes one."""
+        """Return what an action returns, and `nothing` when there is no such queue.
+
+        Only what stores jobs makes one.
+        """
         try:
             return await action
         except AssetMissing:
@@ -806,9 +865,10 @@ class Queue:
         return await list_workers(self.backend, self.name)
 
     def on_startup(self, hook: H) -> H:
-        """Have this queue's workers call a function, sync or async, before their first job; usable as a decorator.
+        """Have this queue's workers call a function, sync or async, before their first job.
 
-        It is given those of the keywords `backend`, `worker_id` and `queue` that it takes. An error ends the worker.
+        Usable as a decorator. It is given those of the keywords `backend`, `worker_id` and `queue`
+        that it takes. An error ends the worker.
         """
         self._hooks.on_startup.append(hook)
         return hook
@@ -846,7 +906,7 @@ class Queue:
         return await self._configurations.read()
 
     async def apply_settings(self) -> list[Difference]:
-        """Change on the server what differs from the settings in force, and return what was changed.
+        """Change on the server what differs from the settings in force. Return what was changed.
 
         These are the settings of this process and, instead of them, what `configure` has stored.
         What cannot be changed on a live server (`find_drift` tells) stays.
@@ -875,7 +935,10 @@ class Queue:
     # -- delayed jobs
 
     async def list_delayed(self, *, limit: int | None = None) -> list[DelayedInfo]:
-        """Return the delayed jobs, in the order in which they were delayed: all of them, or the first `limit`."""
+        """Return the delayed jobs, in the order in which they were delayed.
+
+        All of them, or the first `limit`.
+        """
         return [
             DelayedInfo(job.job_id, job.delay_until or job.created_at, job.to_dict())
             for job in await self._list_oldest([State.DELAYED], limit)
@@ -886,9 +949,10 @@ class Queue:
         return await self._find_and(self._administration.remove_delayed, job_id)
 
     async def get_due_delayed(self) -> list[dict[str, Any]]:
-        """Take out and return the jobs whose time has come and that no worker has made ready yet: they are the caller's now.
+        """Take out and return the jobs whose time has come and that no worker has made ready yet.
 
-        While workers run there are none, for milliseconds at most. One that a worker is making ready at this moment may run as well.
+        They are the caller's now. While workers run there are none, for milliseconds at most. One
+        that a worker is making ready at this moment may run as well.
         """
         return [
             job.to_dict()
@@ -898,23 +962,26 @@ class Queue:
         ]
 
     async def retry_job(self, job_id: str) -> bool:
-        """Run a failed, expired, cancelled or delayed job again, or now, with all its retries and a new time to live.
+        """Run a failed, expired, cancelled or delayed job again, or now.
+
+        It has all its retries and a new time to live.
 
         Return whether it was in one of these states.
         """
         return await self._find_and(self._administration.rerun, job_id)
 
     async def promote(self, job_id: str) -> bool:
-        """Let a delayed job run now, with the attempts that it has left; `retry_job` gives it all of them again.
+        """Let a delayed job run now, with the attempts that it has left.
 
-        Return whether it was delayed.
+        `retry_job` gives it all of them again. Return whether it was delayed.
         """
         return await self._find_and(self._edits.promote, job_id)
 
     async def reschedule(self, job_id: str, run_at: float) -> bool:
-        """Let a delayed job run at another time, in Unix seconds; one that is over is now. Return whether it was delayed.
+        """Let a delayed job run at another time, in Unix seconds; one that is over is now.
 
-        One that the server has just released, less than half a second before its time, is left as it is, and not counted as delayed.
+        Return whether it was delayed. One that the server has just released, less than half a
+        second before its time, is left as it is, and not counted as delayed.
         """
         at = checked_seconds(run_at, "run_at")
         if at > LATEST:
@@ -930,12 +997,14 @@ class Queue:
     ) -> None:
         """Change the arguments of a job that has not started; `None` keeps what it has.
 
-        A delayed job, one that is to be retried too, and one that waits for others can be changed at any time. One that waits to be run
-        can while the queue is paused, and is then the last of its priority.
+        A delayed job, one that is to be retried too, and one that waits for others can be changed
+        at any time. One that waits to be run can while the queue is paused, and is then the last of
+        its priority.
 
         Raises:
             JobNotFound: there is no such job.
-            WrongState: it has started, or may be started at any moment since the queue is not paused.
+            WrongState: it has started, or may be started at any moment since the queue is not
+                paused.
             NotSerializable: an argument would not arrive equal; the message names it.
             PayloadTooLarge: the job would be too large.
         """
@@ -960,17 +1029,18 @@ class Queue:
     ) -> Applied:
         """Do something to all jobs that match a filter, or to those of some ids, many at a time.
 
-        Each job is met once: what reaches a state after the call has begun is not. A job may have moved on since it was found; then the
-        action does to it what it does in that state, and `remove` leaves it alone.
+        Each job is met once: what reaches a state after the call has begun is not. A job may have
+        moved on since it was found; then the action does to it what it does in that state, and
+        `remove` leaves it alone.
 
-        After an interruption the same call goes on. So that it finds none that failed again since, give it the filter's `until`: the
-        time of the first call, as `Applied.until` tells.
+        After an interruption the same call goes on. So that it finds none that failed again since,
+        give it the filter's `until`: the time of the first call, as `Applied.until` tells.
 
         Args:
-            jobs: a filter, or ids. Without a state `retry` means failed and expired jobs, `promote` delayed ones, `cancel` those that
-                have not ended, `remove` all but active ones.
-            action: `retry`, `cancel`, `remove` or `promote`; or a function of an id that returns whether it did something, such as
-                `partial(queue.reschedule, run_at=…)`.
+            jobs: a filter, or ids. Without a state `retry` means failed and expired jobs, `promote`
+                delayed ones, `cancel` those that have not ended, `remove` all but active ones.
+            action: `retry`, `cancel`, `remove` or `promote`; or a function of an id that returns
+                whether it did something, such as `partial(queue.reschedule, run_at=…)`.
             dry_run: only count the jobs.
             limit: how many jobs at most, the oldest first.
             progress: called now and then with the number of jobs so far.
@@ -1031,12 +1101,13 @@ class Queue:
         *,
         progress: Progress | None = None,
     ) -> Moved:
-        """Move jobs to another queue, on this or on another server. Each runs here or there, never in both.
+        """Move jobs to another queue, on this or on another server.
 
-        Pause this queue first if jobs wait in it. A job keeps its id, its arguments, its attempts and its time; one that has ended keeps its
-        outcome, with a time to live that begins anew. Those that run, that wait for others, or that others wait for stay, and so do those
-        whose id the other queue has. Whoever waits here for a job that is moved is told that it was cancelled. Interrupted, the same call
-        goes on.
+        Each runs here or there, never in both. Pause this queue first if jobs wait in it. A job
+        keeps its id, its arguments, its attempts and its time; one that has ended keeps its
+        outcome, with a time to live that begins anew. Those that run, that wait for others, or that
+        others wait for stay, and so do those whose id the other queue has. Whoever waits here for a
+        job that is moved is told that it was cancelled. Interrupted, the same call goes on.
 
         Args:
             target: the other queue.
@@ -1045,7 +1116,8 @@ class Queue:
 
         Raises:
             QueueNotPaused: jobs that wait are meant, and this queue is not paused.
-            InvalidArgument: it is the same queue, or jobs in a state are meant in which none can be moved.
+            InvalidArgument: it is the same queue, or jobs in a state are meant in which none can be
+                moved.
         """
         wanted = JobFilter() if where is None else where
         if target.name == self.name and target.backend is self.backend:
@@ -1069,9 +1141,10 @@ class Queue:
         return Side(self._additions, self._administration, self._subjects)
 
     async def export(self) -> AsyncGenerator[dict[str, Any], None]:
-        """Yield the queue as dicts that can be written as lines of JSON: each job with all that is stored of it, and the repeatables.
+        """Yield the queue as dicts that can be written as lines of JSON.
 
-        Pause the queue and let its workers finish for an exact copy: what moves meanwhile may come twice or not at all.
+        Each job with all that is stored of it, and the repeatables. Pause the queue and let its
+        workers finish for an exact copy: what moves meanwhile may come twice or not at all.
         """
         await self.backend.connect()
         yield {"format": FORMAT, "queue": self.name, "at": self.backend.now()}
@@ -1087,9 +1160,11 @@ class Queue:
         *,
         progress: Progress | None = None,
     ) -> Imported:
-        """Add what `export` yielded, of this queue or of another. What is there already stays: after an interruption the same call goes on.
+        """Add what `export` yielded, of this queue or of another.
 
-        Jobs that ran when they were exported run again; those that had ended keep their outcome, with a time to live that begins anew.
+        What is there already stays: after an interruption the same call goes on. Jobs that ran when
+        they were exported run again; those that had ended keep their outcome, with a time to live
+        that begins anew.
 
         Raises:
             InvalidArgument: a line is none of an export.
@@ -1220,7 +1295,8 @@ class Queue:
             start: Unix seconds before which it does not run; an interval counts from there.
             end: Unix seconds after which it does not run.
             limit: how many jobs it adds at most.
-            jitter: each run is later by chance, by up to this many seconds, but before the next one.
+            jitter: each run is later by chance, by up to this many seconds, but before the next
+                one.
             overlap: `"skip"` adds no job while the last one has not ended.
             catch_up: what becomes of the runs that were missed in an outage or a pause: `"one"` of
                 them is made up for, or `"all"`, or `"none"`. By default one after an outage, and
@@ -1282,7 +1358,9 @@ class Queue:
         return await self._unless_missing(self._repeatables.read_all(), [])
 
     async def run_repeatable(self, job_def: Mapping[str, Any] | str) -> str:
-        """Add one job of a repeatable now, beside its series, which goes on as planned. Return the job's id.
+        """Add one job of a repeatable now, beside its series, which goes on as planned.
+
+        Return the job's id.
 
         Raises:
             KeyError: there is no such repeatable.
@@ -1298,7 +1376,10 @@ class Queue:
         raise KeyError(f"no repeatable {rid!r}")
 
     async def remove_repeatable(self, job_def: Mapping[str, Any] | str) -> bool:
-        """Remove a repeatable, given as its `job_def` or by name. Return whether it was there. Jobs it has added stay."""
+        """Remove a repeatable, given as its `job_def` or by name. Return whether it was there.
+
+        Jobs it has added stay.
+        """
         return await self._unless_missing(
             self._repeatables.remove(repeatable_id(job_def, self._registry.write)), False
         )
@@ -1336,7 +1417,8 @@ class Queue:
 
         Args:
             state: such as `completed`.
-            older_than: only those that reached that state before, in Unix seconds: for outcomes, that ended before.
+            older_than: only those that reached that state before, in Unix seconds: for outcomes,
+                that ended before.
             progress: called after each step with the number of jobs removed so far.
 
         Raises:
@@ -1354,7 +1436,9 @@ class Queue:
         *,
         progress: Progress | None = None,
     ) -> list[str]:
-        """Remove the jobs that reached a state more than `grace` seconds ago, at most `limit` (0: all), and return their ids.
+        """Remove jobs that reached a state over `grace` seconds ago, and return their ids.
+
+        At most `limit` (0: all).
 
         `progress`: see `clean`.
         """
@@ -1365,29 +1449,32 @@ class Queue:
         return await self._cleanup.clean_jobs(wanted, before, most, progress)
 
     async def remove_job(self, job_id: str) -> bool:
-        """Remove a job in any state but `active`. Return whether it was removed. Jobs that depend on it go on waiting.
+        """Remove a job in any state but `active`. Return whether it was removed.
 
-        A job that a stopping worker handed back is `active` until another worker fetches it; `cancel_job` ends it. One that a worker is
-        making ready at this moment may run as well.
+        Jobs that depend on it go on waiting. A job that a stopping worker handed back is `active`
+        until another worker fetches it; `cancel_job` ends it. One that a worker is making ready at
+        this moment may run as well.
         """
         return await self._find_and(self._administration.remove, job_id)
 
     async def drain(
         self, include_delayed: bool = False, *, progress: Progress | None = None
     ) -> list[str]:
-        """Remove the jobs that wait, and if wished those that are delayed; return their ids. Jobs that run stay.
+        """Remove the jobs that wait, and if wished those that are delayed; return their ids.
 
-        `progress`: called after each step with the number of jobs removed so far.
+        Jobs that run stay. `progress`: called after each step with the number of jobs removed so
+        far.
         """
         return await self._cleanup.drain(include_delayed=include_delayed, progress=progress)
 
     async def obliterate(self, *, force: bool = False) -> list[str]:
-        """Remove everything: jobs in all states, repeatables, windows, a pause; return the ids of the jobs.
+        """Remove everything: jobs in all states, repeatables, windows, a pause.
 
-        With `force`, jobs that run are cancelled first.
+        Return the ids of the jobs. With `force`, jobs that run are cancelled first.
 
         Raises:
-            RuntimeError: jobs are active, and not `force`: they run, or a stopping worker handed them back and no other has fetched them.
+            RuntimeError: jobs are active, and not `force`: they run, or a stopping worker handed
+                them back and no other has fetched them.
         """
         counts = await self._inspection.count_by_state()
         if counts[State.ACTIVE] and not force:

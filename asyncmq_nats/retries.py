@@ -47,7 +47,10 @@ QUICK_RETRIES: Final = 10
 BackoffFunction = (
     Callable[[int], float] | Callable[[], float] | Callable[[int, BaseException], float]
 )
-"""Given the number of the retry (1, 2, …) and the exception, or the number, or nothing: the seconds to wait before it."""
+"""Given the number of the retry (1, 2, …) and the exception, or the number, or nothing.
+
+The seconds to wait before it.
+"""
 ErrorTypes = type[BaseException] | Sequence[type[BaseException]]
 
 
@@ -269,7 +272,10 @@ def _ask(function: Callable[..., Any], retry: int, failure: Failure) -> float:
 
 
 def _count_taken(function: Callable[..., Any]) -> int:
-    """Return how many of two positions a function is given: the second one only if it must have it."""
+    """Return how many of two positions a function is given.
+
+    The second one only if it must have it.
+    """
     parameters = signature(function).parameters.values()
     required = [
         each

@@ -367,7 +367,10 @@ def _zone(name: str) -> ZoneInfo:
     try:
         return ZoneInfo(name)
     except (ZoneInfoNotFoundError, ValueError, TypeError, OSError):
-        advice = "use an IANA name such as 'Europe/Berlin' (and pip install tzdata where the system has none)"
+        advice = (
+            "use an IANA name such as 'Europe/Berlin' "
+            "(and pip install tzdata where the system has none)"
+        )
         raise ValueError(f"time zone {name!r} is unknown: {advice}") from None
 
 

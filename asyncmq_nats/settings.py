@@ -1,4 +1,7 @@
-"""Settings, read from `ASYNCMQ_NATS_*` environment variables. Values only; nothing here does I/O."""
+"""Settings, read from `ASYNCMQ_NATS_*` environment variables.
+
+Values only; nothing here does I/O.
+"""
 
 import os
 import re
@@ -28,12 +31,18 @@ HOW_TO_WRITE: Final = (
 
 
 def mask_login(text: str) -> str:
-    """Return a text about addresses without what is before their `@`: names, passwords and tokens."""
+    """Return a text about addresses without what is before their `@`.
+
+    Names, passwords and tokens.
+    """
     return LOGIN.sub("***@", text)
 
 
 class Address(str):
-    """The address of a server. It may have a password or a token in it, which `repr` does not show."""
+    """The address of a server.
+
+    It may have a password or a token in it, which `repr` does not show.
+    """
 
     __slots__ = ()
 
@@ -100,12 +109,13 @@ def _split(text: str) -> tuple[str, ...]:
 
 
 class Settings(BaseSettings):
-    """What a deployment chooses. Durations are seconds; `None` for a time to live keeps the records for ever.
+    """What a deployment chooses.
 
-    Pass an instance to a backend to override the environment: `NATSBackend(settings=Settings(stalled_after=5))`.
-    A variable that is set to nothing counts as one that is not set. A keyword that is no setting is
-    an error, a variable with our prefix that is none a warning; both name the nearest one.
-    The `repr` of passwords, tokens and addresses is masked, also in that of `model_dump()`, and
+    Durations are seconds; `None` for a time to live keeps the records for ever. Pass an instance to
+    a backend to override the environment: `NATSBackend(settings=Settings(stalled_after=5))`. A
+    variable that is set to nothing counts as one that is not set. A keyword that is no setting is
+    an error, a variable with our prefix that is none a warning; both name the nearest one. The
+    `repr` of passwords, tokens and addresses is masked, also in that of `model_dump()`, and
     `model_dump_json()` has them masked.
     `settings.stalled_after = 5` is checked too; a backend reads most of them when it connects.
     """
@@ -124,13 +134,16 @@ class Settings(BaseSettings):
     prefix: str = Field("amq", pattern=r"^[A-Za-z0-9_-]{1,32}$")
     """First token of every subject and asset name."""
     apply: bool = False
-    """Whether workers, when they start, change what the server has of their queues to these settings."""
+    """Whether workers that start change what the server has of their queues to these settings."""
     replicas: int = Field(1, ge=1, le=5)
     """Replicas of the streams this process creates."""
     storage: Literal["file", "memory"] = "file"
     """Storage of the streams this process creates."""
     ready_max_bytes: int | None = Field(None, ge=1)
-    """Most bytes of ready jobs in a queue; an `add` beyond raises `StorageFull`. `None` is no limit."""
+    """Most bytes of ready jobs in a queue; an `add` beyond raises `StorageFull`.
+
+    `None` is no limit.
+    """
     bucket_max_bytes: int | None = Field(None, ge=1)
     """Most bytes of a queue's other records. Well above what is needed: see docs/outages.md."""
     workers_max_bytes: int | None = Field(None, ge=1)
@@ -140,7 +153,10 @@ class Settings(BaseSettings):
     placement_cluster: str | None = None
     """Cluster in which the streams of this process are made."""
     placement_tags: Annotated[tuple[str, ...], NoDecode] = ()
-    """Tags that the servers must have which store its streams; in the environment separated by commas."""
+    """Tags that the servers must have which store its streams.
+
+    In the environment separated by commas.
+    """
     domain: str | None = None
     """JetStream domain, for leaf nodes."""
     user: str | None = None
@@ -159,12 +175,21 @@ class Settings(BaseSettings):
     connect_timeout: float = Field(5.0, gt=0)
     """How long the first connection may take."""
     publish_timeout: float = Field(30.0, gt=0, le=100)
-    """How long an unconfirmed write is repeated before `Unconfirmed` is raised; shorter than the server's window for duplicates."""
+    """How long an unconfirmed write is repeated before `Unconfirmed` is raised.
+
+    Shorter than the server's window for duplicates.
+    """
     request_timeout: float | None = Field(None, gt=0)
-    """How long any other request is repeated before `Unconfirmed` is raised; `None`: `publish_timeout`."""
+    """How long any other request is repeated before `Unconfirmed` is raised.
+
+    `None`: `publish_timeout`.
+    """
 
     stalled_after: float = Field(30.0, ge=0.5)
-    """A job whose worker is silent for so long is run by another one. Workers extend it every third of this."""
+    """A job whose worker is silent for so long is run by another one.
+
+    Workers extend it every third of this.
+    """
     max_stalls: int = Field(3, ge=1)
     """A job whose worker was lost this many times ends as failed."""
     unknown_task_timeout: float = Field(3600.0, ge=0)
@@ -177,7 +202,10 @@ class Settings(BaseSettings):
     max_retries_limit: int = Field(10_000, ge=0)
     """The most retries a worker grants to a job, whatever the job says."""
     min_retry_delay: float = Field(1.0, ge=0)
-    """How long each retry waits at least, from the eleventh on; the first ten may follow at once."""
+    """How long each retry waits at least, from the eleventh on.
+
+    The first ten may follow at once.
+    """
     heartbeat_interval: float = Field(5.0, ge=0.5)
     """How often a worker renews its entry in the list of workers."""
     shutdown_timeout: float = Field(30.0, ge=0)
@@ -187,7 +215,10 @@ class Settings(BaseSettings):
     failed_ttl: float | None = Field(30 * DAY, ge=1)
     """How long the outcomes of failed, expired and cancelled jobs are kept."""
     completed_keep: int | None = Field(None, ge=1)
-    """How many outcomes of completed jobs a queue keeps at most; `None` is no bound. Workers see to it at each heartbeat."""
+    """How many outcomes of completed jobs a queue keeps at most; `None` is no bound.
+
+    Workers see to it at each heartbeat.
+    """
     failed_keep: int | None = Field(None, ge=1)
     """Likewise for failed, expired and cancelled jobs, of each kind."""
     progress_ttl: float = Field(DAY, ge=1)
@@ -202,15 +233,24 @@ class Settings(BaseSettings):
     job_log_ttl: float = Field(7 * DAY, ge=1)
     """How long these lines are kept."""
     health_port: int | None = Field(None, ge=1, le=65_535)
-    """Port at which a worker answers probes: `/livez`, `/readyz`. Each process of several has the next one."""
+    """Port at which a worker answers probes: `/livez`, `/readyz`.
+
+    Each process of several has the next one.
+    """
     metrics_port: int | None = Field(None, ge=1, le=65_535)
-    """Port at which Prometheus reads a worker's metrics, `/metrics`; may be the same. Needs the extra `prometheus`."""
+    """Port at which Prometheus reads a worker's metrics, `/metrics`; may be the same.
+
+    Needs the extra `prometheus`.
+    """
     probe_host: str = "0.0.0.0"
     """Address of this machine on which both ports are open."""
     health_file: str | None = None
-    """Path of a file that a worker writes every two seconds while it is healthy, for probes that look at its time."""
+    """Path of a file that a healthy worker writes every two seconds: probes look at its time."""
     loop_block_warning: float | None = Field(1.0, ge=0.1)
-    """Seconds for which a task may block the event loop before a warning names it; `None` warns of nothing."""
+    """Seconds for which a task may block the event loop before a warning names it.
+
+    `None` warns of nothing.
+    """
     metrics: bool = True
     """Whether workers write the history of what they do, from which charts and rates are read."""
     metrics_ttl: float = Field(7 * DAY, ge=60)
@@ -222,9 +262,15 @@ class Settings(BaseSettings):
     audit_max_bytes: int | None = Field(None, ge=1)
     """Most bytes of the records of what operators did; the oldest ones go first."""
     scan_interval: float = Field(1.0, gt=0)
-    """Kept from AsyncMQ, without effect: nothing is polled. Workers look for what a lost signal left unseen every 30 s, whatever it is."""
+    """Kept from AsyncMQ, without effect: nothing is polled.
+
+    Workers look for what a lost signal left unseen every 30 s, whatever it is.
+    """
     tasks: Annotated[tuple[str, ...], NoDecode] = ()
-    """Modules a worker imports before it starts, so that their tasks are registered; of a package, all modules. In the environment separated by commas."""
+    """Modules a worker imports before it starts, so that their tasks are registered.
+
+    Of a package, all modules. In the environment separated by commas.
+    """
 
     max_job_payload_bytes: int | None = Field(None, ge=0)
     """How large a new job may be, within what the server takes (AsyncMQ has the name too)."""
@@ -232,7 +278,10 @@ class Settings(BaseSettings):
 
     @property
     def backend(self) -> Any:
-        """The backend of queues that are given none: in `settings` only, and in no variable (AsyncMQ `settings.backend`)."""
+        """The backend of queues that are given none.
+
+        In `settings` only, and in no variable (AsyncMQ `settings.backend`).
+        """
         return self._backend
 
     @backend.setter

@@ -45,7 +45,10 @@ QUEUES: Final = "_asyncmq_nats_queues"
 
 @dataclass(frozen=True, slots=True)
 class TaskOptions(Generic[P, R]):
-    """A task with options for its jobs: `send.options(delay=60).enqueue("ada@…")`. All arguments are the task's."""
+    """A task with options for its jobs: `send.options(delay=60).enqueue("ada@…")`.
+
+    All arguments are the task's.
+    """
 
     _task: "TaskWrapper[P, R]"
     _queue: Queue | str | None = None
@@ -54,7 +57,7 @@ class TaskOptions(Generic[P, R]):
     _fields: Mapping[str, Any] = field(default_factory=dict)
 
     async def enqueue(self, *args: P.args, **kwargs: P.kwargs) -> JobHandle[R]:
-        """Add a job that runs the task with these arguments, and return its id, a `str` that knows its job.
+        """Add a job that runs the task with these arguments. Return its id, which knows its job.
 
         Raises:
             InvalidCall: the task would refuse the arguments.
@@ -107,10 +110,13 @@ def _with_signature_of(model: Callable[..., Any]) -> Callable[[F], F]:
 
 
 class TaskWrapper(Generic[P, R]):
-    """A function that is a task. Awaiting a call runs it here; `enqueue` has a worker run it (AsyncMQ `TaskWrapper`).
+    """A function that is a task.
 
-    Type checkers check the arguments of a call, of `call`, of `options(…).enqueue` and of `enqueue` where it is given none of its own
-    keywords: a signature cannot have both. Of a task with `progress=True` they check none, since a parameter is not given by the caller.
+    Awaiting a call runs it here; `enqueue` has a worker run it (AsyncMQ `TaskWrapper`). Type
+    checkers check the arguments of a call, of `call`, of `options(…).enqueue` and of `enqueue`
+    where it is given none of its own
+    keywords: a signature cannot have both. Of a task with `progress=True` they check none, since a
+    parameter is not given by the caller.
     """
 
     def __init__(self, entry: RegisteredTask, registry: TaskRegistry = TASK_REGISTRY) -> None:
@@ -135,28 +141,53 @@ class TaskWrapper(Generic[P, R]):
         return result
 
     # One overload for each keyword that may be the first of those that are given, and one for none.
-    # fmt: off
     @overload
     async def enqueue(self, *args: P.args, **kwargs: P.kwargs) -> JobHandle[R]: ...
     @overload
     async def enqueue(
-        self, *args: Any, backend: Backend | None, delay: float = ..., priority: int = ..., depends_on: Sequence[str] | None = ...,
-        on_parent_failure: str = ..., repeat_every: float | str | None = ..., job_id: str | None = ..., **kwargs: Any,
+        self,
+        *args: Any,
+        backend: Backend | None,
+        delay: float = ...,
+        priority: int = ...,
+        depends_on: Sequence[str] | None = ...,
+        on_parent_failure: str = ...,
+        repeat_every: float | str | None = ...,
+        job_id: str | None = ...,
+        **kwargs: Any,
     ) -> JobHandle[R]: ...
     @overload
     async def enqueue(
-        self, *args: Any, delay: float, priority: int = ..., depends_on: Sequence[str] | None = ..., on_parent_failure: str = ...,
-        repeat_every: float | str | None = ..., job_id: str | None = ..., **kwargs: Any,
+        self,
+        *args: Any,
+        delay: float,
+        priority: int = ...,
+        depends_on: Sequence[str] | None = ...,
+        on_parent_failure: str = ...,
+        repeat_every: float | str | None = ...,
+        job_id: str | None = ...,
+        **kwargs: Any,
     ) -> JobHandle[R]: ...
     @overload
     async def enqueue(
-        self, *args: Any, priority: int, depends_on: Sequence[str] | None = ..., on_parent_failure: str = ...,
-        repeat_every: float | str | None = ..., job_id: str | None = ..., **kwargs: Any,
+        self,
+        *args: Any,
+        priority: int,
+        depends_on: Sequence[str] | None = ...,
+        on_parent_failure: str = ...,
+        repeat_every: float | str | None = ...,
+        job_id: str | None = ...,
+        **kwargs: Any,
     ) -> JobHandle[R]: ...
     @overload
     async def enqueue(
-        self, *args: Any, depends_on: Sequence[str] | None, on_parent_failure: str = ..., repeat_every: float | str | None = ...,
-        job_id: str | None = ..., **kwargs: Any,
+        self,
+        *args: Any,
+        depends_on: Sequence[str] | None,
+        on_parent_failure: str = ...,
+        repeat_every: float | str | None = ...,
+        job_id: str | None = ...,
+        **kwargs: Any,
     ) -> JobHandle[R]: ...
     @overload
     async def enqueue(
@@ -164,14 +195,17 @@ class TaskWrapper(Generic[P, R]):
     ) -> JobHandle[R]: ...
     @overload
     async def enqueue(self, *args: Any, job_id: str | None, **kwargs: Any) -> JobHandle[R]: ...
-    # fmt: on
 
     @_with_signature_of(_enqueue_of_asyncmq)
     async def enqueue(self, *args: Any, **kwargs: Any) -> JobHandle[R]:
-        """Add a job that runs the task with these arguments, on the task's queue, and return its id, a `str` that knows its job.
+        """Add a job that runs the task with these arguments, on the task's queue.
 
-        `backend`, `delay`, `priority`, `depends_on`, `on_parent_failure`, `repeat_every` and `job_id` are as for `Queue.add`, except those of
-        which the task has a parameter of that name: then the parameter is meant. `options` has them all, and takes no name from the task.
+        Return its id, a `str` that knows its job.
+
+        `backend`, `delay`, `priority`, `depends_on`, `on_parent_failure`, `repeat_every` and
+        `job_id` are as for `Queue.add`, except those of
+        which the task has a parameter of that name: then the parameter is meant. `options` has them
+        all, and takes no name from the task.
 
         Raises:
             InvalidCall: the task would refuse the arguments.
@@ -209,9 +243,11 @@ class TaskWrapper(Generic[P, R]):
         """Return the task with options for the jobs that its `enqueue` adds, and for its `call`.
 
         Args:
-            queue: another queue than the task's, by name or with its backend; its workers must run the task (`any_task`).
+            queue: another queue than the task's, by name or with its backend; its workers must run
+                the task (`any_task`).
             backend: by default that of `queue`, or the default backend.
-            delay: as for `Queue.add`, like priority, job_id, deduplication, on_parent_failure, repeat_every and meta.
+            delay: as for `Queue.add`, like priority, job_id, deduplication, on_parent_failure,
+                repeat_every and meta.
             priority: see `Queue.add`.
             retries: instead of those of `@task`, like backoff, ttl and timeout; `None` as there.
             backoff: see `retries`.
@@ -223,7 +259,8 @@ class TaskWrapper(Generic[P, R]):
             on_parent_failure: see `Queue.add`.
             repeat_every: see `Queue.add`.
             meta: see `Queue.add`.
-            validate: whether arguments that the task would refuse are refused here; by the task's worker, if not.
+            validate: whether arguments that the task would refuse are refused here; by the task's
+                worker, if not.
 
         Raises:
             InvalidArgument: the queue and the backend do not belong together.
@@ -247,15 +284,21 @@ class TaskWrapper(Generic[P, R]):
         return TaskOptions(self, queue, backend, validate, fields)
 
     def call(self, *args: P.args, **kwargs: P.kwargs) -> Call[R]:
-        """Return a call of the task as a value, for `add_bulk`, flows and follow-ups; see `TaskOptions.call`."""
+        """Return a call of the task as a value, for `add_bulk`, flows and follow-ups.
+
+        See `TaskOptions.call`.
+        """
         return TaskOptions(self).call(*args, **kwargs)
 
     def queue(self, backend: Backend | None = None, name: str | None = None) -> Queue:
-        """Return the queue to which `enqueue` adds, by default that of `@task` on the default backend."""
+        """Return the queue to which `enqueue` adds; by default `@task`'s on the default backend."""
         return _queue(name or self.entry.queue, backend, self._registry)
 
     def handle(self, job_id: str, queue: Queue | None = None) -> JobHandle[R]:
-        """Return the handle of a job of this task of which you know the id. No I/O: it need not exist."""
+        """Return the handle of a job of this task of which you know the id.
+
+        No I/O: it need not exist.
+        """
         return JobHandle(job_id, queue or self.queue(), self._results)
 
 
@@ -279,20 +322,38 @@ class _ProgressDecorator(Protocol):
     def __call__(self, function: Callable[..., R], /) -> TaskWrapper[..., R]: ...
 
 
-# fmt: off
 @overload
 def task(
-    queue: str, retries: int = ..., ttl: float | None = ..., progress: Literal[False] = ..., *,
-    backoff: float | Backoff | BackoffFunction | None = ..., timeout: float | None = ..., process: bool = ..., validate: bool = ...,
-    name: str | None = ..., registry: TaskRegistry = ..., retry_on: ErrorTypes | None = ..., give_up_on: ErrorTypes | None = ...,
+    queue: str,
+    retries: int = ...,
+    ttl: float | None = ...,
+    progress: Literal[False] = ...,
+    *,
+    backoff: float | Backoff | BackoffFunction | None = ...,
+    timeout: float | None = ...,
+    process: bool = ...,
+    validate: bool = ...,
+    name: str | None = ...,
+    registry: TaskRegistry = ...,
+    retry_on: ErrorTypes | None = ...,
+    give_up_on: ErrorTypes | None = ...,
 ) -> _Decorator: ...
 @overload
 def task(
-    queue: str, retries: int = ..., ttl: float | None = ..., progress: bool = ..., *,
-    backoff: float | Backoff | BackoffFunction | None = ..., timeout: float | None = ..., process: bool = ..., validate: bool = ...,
-    name: str | None = ..., registry: TaskRegistry = ..., retry_on: ErrorTypes | None = ..., give_up_on: ErrorTypes | None = ...,
+    queue: str,
+    retries: int = ...,
+    ttl: float | None = ...,
+    progress: bool = ...,
+    *,
+    backoff: float | Backoff | BackoffFunction | None = ...,
+    timeout: float | None = ...,
+    process: bool = ...,
+    validate: bool = ...,
+    name: str | None = ...,
+    registry: TaskRegistry = ...,
+    retry_on: ErrorTypes | None = ...,
+    give_up_on: ErrorTypes | None = ...,
 ) -> _ProgressDecorator: ...
-# fmt: on
 
 
 def task(
@@ -316,15 +377,19 @@ def task(
         queue: the name of the queue that `enqueue` adds to.
         retries: for the jobs that `enqueue` adds; see `Queue.add`.
         ttl: likewise.
-        backoff: likewise; also a function that is given the number of the retry (1, 2, …), and if it takes two arguments the exception,
-            and returns seconds.
+        backoff: likewise; also a function that is given the number of the retry (1, 2, …), and if
+            it takes two arguments the exception, and returns seconds.
         timeout: likewise.
-        progress: the function is given `report_progress(share, data=None)`, a share from 0 to 1; in async functions it may be awaited.
-        process: run it in a process of its own, for work that keeps the processor busy; sync functions only.
-        validate: make the arguments what the annotations say; without, the function is given plain data.
+        progress: the function is given `report_progress(share, data=None)`, a share from 0 to 1; in
+            async functions it may be awaited.
+        process: run it in a process of its own, for work that keeps the processor busy; sync
+            functions only.
+        validate: make the arguments what the annotations say; without, the function is given plain
+            data.
         name: the id of the task, instead of `module.function`.
         registry: where workers find it.
-        retry_on: the class of exceptions, or several, after which a job is retried; after all others it is not.
+        retry_on: the class of exceptions, or several, after which a job is retried; after all
+            others it is not.
         give_up_on: those after which it is not.
 
     Raises:

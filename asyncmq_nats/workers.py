@@ -35,7 +35,10 @@ H = TypeVar("H", bound=Hook)
 
 
 def autodiscover_tasks(backend: Backend) -> None:
-    """Import the task modules of the settings (AsyncMQ `autodiscover_tasks`). Every way to run a worker does so."""
+    """Import the task modules of the settings (AsyncMQ `autodiscover_tasks`).
+
+    Every way to run a worker does so.
+    """
     import_tasks(backend.settings.tasks)
 
 
@@ -50,9 +53,9 @@ class Worker:
         concurrency: how many jobs run at a time. A number is for one queue instead of the queue's
             own, and for several queues together; a mapping, such as `{"mail": 20, "reports": 2}`,
             is for each by itself. By default each queue has its own.
-        processes: `start()` runs so many worker processes, each with `concurrency` slots, and starts
-            one again that dies. Each of them is this program run anew. Needs servers that are there:
-            an embedded one would be one per process.
+        processes: `start()` runs so many worker processes, each with `concurrency` slots, and
+            starts one again that dies. Each of them is this program run anew. Needs servers that
+            are there: an embedded one would be one per process.
         weights: shares of the starts for queues that share their slots and have jobs waiting:
             with `{"mail": 3, "reports": 1}` three of four are of mail. By default all are equal.
         strict: queues that share their slots are served in the order in which they are listed: no
@@ -63,8 +66,8 @@ class Worker:
         max_memory: end when the process uses more than so many megabytes (10⁶ bytes), and finish
             what runs. With one of these two, `start()` runs a parent that starts the next process.
         reload: `start()` starts the program anew when a Python file changes: one below the current
-            directory, or below the given directories. Jobs that run finish in the old process. Needs
-            the extra `reload`.
+            directory, or below the given directories. Jobs that run finish in the old process.
+            Needs the extra `reload`.
 
     Raises:
         ValueError: a number is less than 1, or these options do not go together.
@@ -117,7 +120,10 @@ class Worker:
         return self._id
 
     def on_startup(self, hook: H) -> H:
-        """As `Queue.on_startup`, once per worker, also for several queues: it is given the first."""
+        """As `Queue.on_startup`, once per worker, also for several queues.
+
+        It is given the first.
+        """
         return self.queue.on_startup(hook)
 
     def on_shutdown(self, hook: H) -> H:
@@ -125,7 +131,10 @@ class Worker:
         return self.queue.on_shutdown(hook)
 
     async def run(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
-        """Run jobs until `stop`, a limit, or cancellation. `started()` is called when the first jobs are asked for."""
+        """Run jobs until `stop`, a limit, or cancellation.
+
+        `started()` is called when the first jobs are asked for.
+        """
         crew, self._ended = self._make_crew(), anyio.Event()
         try:
             await crew.run(task_status=task_status)
@@ -180,7 +189,11 @@ class Worker:
         return SlotGroup(self._slots, is_strict=self._strict, jobs_left=self._limits.max_jobs)
 
     def stop(self) -> None:
-        """Begin to stop: no more jobs are started, those that run may finish for `shutdown_timeout` seconds, the rest is handed back."""
+        """Begin to stop.
+
+        No more jobs are started, those that run may finish for `shutdown_timeout` seconds, the rest
+        is handed back.
+        """
         if self._crew is not None:
             self._crew.stop()
 

@@ -1,8 +1,10 @@
-"""What the commands cost on a large queue: time of the whole process, its memory, and the search behind them.
+"""What the commands cost on a large queue.
 
-python benchmarks/commands.py [--sizes 1000,100000,1000000]
+Time of the whole process, its memory, and the search behind them. python benchmarks/commands.py
+[--sizes 1000,100000,1000000]
 
-Each size is a queue of so many completed jobs, and 100 failed ones between them. `process` is all of
+Each size is a queue of so many completed jobs, and 100 failed ones between them. `process` is all
+of
 `python -m asyncmq_nats …`, of which `version` is the part that no queue has a share in.
 """
 
@@ -63,7 +65,8 @@ async def measure(backend: NATSBackend, url: str, size: int) -> None:
         found = [await anyio.to_thread.run_sync(run_command, command, url) for _ in range(3)]
         seconds, cpu, memory = min(found)
         print(
-            f"  amq {command:<52} {seconds * 1000:8.0f} ms, CPU {cpu * 1000:6.0f} ms {memory:6.0f} MiB"
+            f"  amq {command:<52} {seconds * 1000:8.0f} ms, "
+            f"CPU {cpu * 1000:6.0f} ms {memory:6.0f} MiB"
         )
     calls: dict[str, Any] = {"queue_stats": queue.queue_stats, "info": queue.info}
     for label, call in calls.items():

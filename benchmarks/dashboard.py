@@ -2,9 +2,10 @@
 
     python benchmarks/dashboard.py [--jobs 1000000] [--seconds 60] [--idle]
 
-A server, the queue's jobs, and a dashboard as a program of its own. What asks for its pages does so as
-the page's script does: it listens for changes, gets the page anew after each, and the charts every ten
-seconds. A worker runs jobs meanwhile, unless `--idle`. CPU times are those of the processes, by /proc.
+A server, the queue's jobs, and a dashboard as a program of its own. What asks for its pages does so
+as the page's script does: it listens for changes, gets the page anew after each, and the charts
+every ten seconds. A worker runs jobs meanwhile, unless `--idle`. CPU times are those of the
+processes, by /proc.
 """
 
 import argparse
@@ -97,8 +98,10 @@ async def measure(server: EmbeddedServer, pid: int, port: int, seconds: float) -
             used = cpu_seconds(pid) - before[0], cpu_seconds(server.pid) - before[1]
             minutes = seconds / 60
             print(
-                f"{path:24} first {first * 1000:5.0f} ms   a minute: {requests / minutes:5.1f} requests, "
-                f"{received / minutes / 1024:6.0f} KiB, CPU of the dashboard {used[0] / minutes:5.2f} s, "
+                f"{path:24} first {first * 1000:5.0f} ms   "
+                f"a minute: {requests / minutes:5.1f} requests, "
+                f"{received / minutes / 1024:6.0f} KiB, "
+                f"CPU of the dashboard {used[0] / minutes:5.2f} s, "
                 f"of the server {used[1] / minutes:5.2f} s",
                 flush=True,
             )

@@ -1,9 +1,10 @@
-"""A person finds why jobs fail, fixes the code, and retries those of one task among 10,000 failed ones.
+"""A person finds why jobs fail, fixes the code, and retries those of one task among 10,000.
 
 python benchmarks/failed_jobs.py
 
-Prints the terminal session that docs/troubleshooting-session.md shows: each command, what it printed, and
-how long all of its process took, and its CPU time. `--jobs` says how many jobs fail; a quarter of them is of the task.
+Prints the terminal session that docs/troubleshooting-session.md shows: each command, what it
+printed, and how long all of its process took, and its CPU time. `--jobs` says how many jobs fail; a
+quarter of them is of the task.
 """
 
 import argparse

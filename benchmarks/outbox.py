@@ -3,7 +3,8 @@
 Writes rows, then runs relays as processes until the outbox is empty. No worker runs beside them.
 
     python benchmarks/outbox.py --database sqlite:////tmp/outbox.db --rows 20000 --relays 1
-    python benchmarks/outbox.py --database postgresql://user@host/name --rows 20000 --relays 2 --keys 100
+    python benchmarks/outbox.py --database postgresql://user@host/name --rows 20000 --relays 2
+    --keys 100
 
 Without ASYNCMQ_NATS_SERVERS it starts a server of its own. The tables are dropped at the end.
 """

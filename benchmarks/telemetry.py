@@ -5,8 +5,8 @@
 Needs the extras `embedded` and `otel`, and opentelemetry-sdk. The jobs are added first; then each
 way runs its own queue in this process, in turn, in an order that is turned each round. The CPU
 time of this process is what counts. Ratios are of one round, the table shows their medians; on a
-machine that does other work the least of each way says more. `with spans`: the SDK samples every span and drops it
-at the exporter; `no SDK`: OpenTelemetry is called and does nothing.
+machine that does other work the least of each way says more. `with spans`: the SDK samples every
+span and drops it at the exporter; `no SDK`: OpenTelemetry is called and does nothing.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Writes a page of the reference for each public module, so that a new module is never forgotten."""
+"""Writes a page of the reference for each public module: none is forgotten."""
 
 import pkgutil
 from importlib import import_module

@@ -99,7 +99,7 @@ def read_included(app: Sphinx, path: Path, page: str, source: list[str]) -> None
 
 
 def _switch_pictures(match: re.Match[str]) -> str:
-    """Have pictures follow the choice of light and dark on the site, which browsers do not know of."""
+    """Have pictures follow the choice of light and dark on the site."""
     return "\n".join(
         f"![{match['alt']}]({match[kind]}){{.only-{kind}}}" for kind in ("light", "dark")
     )
@@ -120,7 +120,10 @@ LETTERS = re.compile(r"([*|])|(?<=\w)(_)(?!\w)")
 def read_docstring(
     app: Sphinx, what: str, name: str, value: Any, options: Any, lines: list[str]
 ) -> None:
-    """Make a docstring reStructuredText: its code is in single backticks, its `*` mean nothing else."""
+    """Make a docstring reStructuredText.
+
+    Its code is in single backticks, its `*` mean nothing else.
+    """
     parts = CODE.split("\n".join(lines))
     for index, part in enumerate(parts):
         if index % 2:

@@ -1,6 +1,7 @@
-"""FastAPI: requests add jobs, and a worker in the same process runs them. Needs fastapi and uvicorn.
+"""FastAPI: requests add jobs, and a worker in the same process runs them.
 
-    ASYNCMQ_NATS_SERVERS=nats://127.0.0.1:4222 uvicorn --app-dir examples fastapi_app:app
+Needs fastapi and uvicorn. ASYNCMQ_NATS_SERVERS=nats://127.0.0.1:4222 uvicorn --app-dir examples
+fastapi_app:app
 
 A worker of its own is `Worker(queue).start()` in another program; leave `worker=` out here then.
 """

@@ -1,6 +1,7 @@
-"""Litestar: requests add jobs, and a worker in the same process runs them. Needs litestar and uvicorn.
+"""Litestar: requests add jobs, and a worker in the same process runs them.
 
-ASYNCMQ_NATS_SERVERS=nats://127.0.0.1:4222 uvicorn --app-dir examples litestar_app:app
+Needs litestar and uvicorn. ASYNCMQ_NATS_SERVERS=nats://127.0.0.1:4222 uvicorn --app-dir examples
+litestar_app:app
 """
 
 from dataclasses import dataclass

@@ -1,8 +1,9 @@
-"""Orders, and the jobs that they need, in one transaction. Needs the extra `outbox`, and a server in ASYNCMQ_NATS_SERVERS.
+"""Orders, and the jobs that they need, in one transaction.
 
-    python examples/outbox.py
+Needs the extra `outbox`, and a server in ASYNCMQ_NATS_SERVERS. python examples/outbox.py
 
-The database is a file of SQLite here. A real application leaves the relay to `asyncmq-nats outbox relay`.
+The database is a file of SQLite here. A real application leaves the relay to `asyncmq-nats outbox
+relay`.
 """
 
 import sys

@@ -24,7 +24,8 @@ from asyncmq_nats.exceptions import AsyncMQError, JobFailed
 QUEUE = "quickstart"
 CONCURRENCY = 10
 BULK = 200
-PATIENCE = 45.0  # longer than a lease: a worker of somebody else may be killed with one of our jobs in hand
+# Longer than a lease: another worker may be killed with one of our jobs in hand.
+PATIENCE = 45.0
 
 
 # -- tasks: what a worker can run
@@ -164,7 +165,10 @@ def describe(job: dict[str, Any], shows: str) -> str:
     runs = job["retries"] + (1 if done else 0)
     waited = job.get("active_since", job["finished_at"]) - job["created_at"]
     came_to = str(job["result"]) if done else job["last_error"]
-    return f"  {job['task']:<13} {shows:<29} {job['status']:<10} {runs:>4} {waited:>8.3f}  {came_to[:44]}"
+    return (
+        f"  {job['task']:<13} {shows:<29} {job['status']:<10} "
+        f"{runs:>4} {waited:>8.3f}  {came_to[:44]}"
+    )
 
 
 async def summarise(queue: Queue, added: list[Added], bulk: list[str], seconds: float) -> bool:
@@ -178,7 +182,8 @@ async def summarise(queue: Queue, added: list[Added], bulk: list[str], seconds: 
     right = sum(result == number * number for number, result in enumerate(squares))
     state = "completed" if right == BULK else "incomplete"
     print(
-        f"  {'square':<13} {f'{BULK} added in one call':<29} {state:<10} {right:>4} {'':>8}  0, 1, 4, 9, 16, ..."
+        f"  {'square':<13} {f'{BULK} added in one call':<29} {state:<10} "
+        f"{right:>4} {'':>8}  0, 1, 4, 9, 16, ..."
     )
 
     states = [job["status"] if job else "lost" for job in jobs]

@@ -1,6 +1,7 @@
-"""Starlette: requests add jobs, and a worker in the same process runs them. Needs starlette and uvicorn.
+"""Starlette: requests add jobs, and a worker in the same process runs them.
 
-ASYNCMQ_NATS_SERVERS=nats://127.0.0.1:4222 uvicorn --app-dir examples starlette_app:app
+Needs starlette and uvicorn. ASYNCMQ_NATS_SERVERS=nats://127.0.0.1:4222 uvicorn --app-dir examples
+starlette_app:app
 """
 
 from starlette.applications import Starlette

@@ -192,8 +192,14 @@ JUNK = [
     b'{"tokens": 1e999, "at": 5, "leased": {}}',
 ]
 SOUND_ENTRY: dict[str, Any] = {
-    "id": "w", "queue": "work", "concurrency": 1, "host": "h", "pid": 1, "since": 1.0, "running": [],
-}  # fmt: skip
+    "id": "w",
+    "queue": "work",
+    "concurrency": 1,
+    "host": "h",
+    "pid": 1,
+    "since": 1.0,
+    "running": [],
+}
 
 
 @pytest.mark.parametrize("junk", JUNK)

@@ -121,8 +121,14 @@ async def test_a_delayed_job_and_one_with_retries_say_so(backend: Backend) -> No
         second = await queue.add("flaky", retries=1, backoff=0.5)
         await heard.until("job:completed")
     assert heard.of(job_id) == [
-        "job:delayed", "job:waiting", "job:started", "job:retrying", "job:waiting", "job:started", "job:failed",
-    ]  # fmt: skip
+        "job:delayed",
+        "job:waiting",
+        "job:started",
+        "job:retrying",
+        "job:waiting",
+        "job:started",
+        "job:failed",
+    ]
     assert heard.of(second) == ["job:waiting", "job:started", "job:completed"]
 
 
@@ -202,9 +208,12 @@ async def test_what_is_added_twice_is_told(backend: Backend) -> None:
             assert await queue.add("echo", deduplication={"id": "window"}) == owner
         await heard.until("job:deduplicated")
     assert [(event.name, event.job_id) for event in heard.events] == [
-        ("job:duplicated", "mine"), ("job:duplicated", "mine"), ("job:duplicated", "new"),
-        ("job:debounced", owner), ("job:deduplicated", owner),
-    ]  # fmt: skip
+        ("job:duplicated", "mine"),
+        ("job:duplicated", "mine"),
+        ("job:duplicated", "new"),
+        ("job:debounced", owner),
+        ("job:deduplicated", owner),
+    ]
     *_, debounced, deduplicated = heard.events
     assert (debounced.data["job_id"], debounced.data["debounce_id"]) == (owner, "window")
     assert (deduplicated.data["job_id"], deduplicated.data["deduplication_id"]) == (owner, "window")

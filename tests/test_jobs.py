@@ -248,9 +248,26 @@ def test_load_json_reads_what_dump_json_wrote(value: dict[str, Any]) -> None:
 
 def test_the_dict_has_asyncmqs_keys() -> None:
     assert set(Job("t").to_dict()) >= {
-        "id", "task", "args", "kwargs", "retries", "max_retries", "backoff", "ttl", "created_at", "last_attempt", "status", "result",
-        "last_error", "error_traceback", "delay_until", "priority", "depends_on", "repeat_every", "deduplication",
-    }  # fmt: skip
+        "id",
+        "task",
+        "args",
+        "kwargs",
+        "retries",
+        "max_retries",
+        "backoff",
+        "ttl",
+        "created_at",
+        "last_attempt",
+        "status",
+        "result",
+        "last_error",
+        "error_traceback",
+        "delay_until",
+        "priority",
+        "depends_on",
+        "repeat_every",
+        "deduplication",
+    }
     assert "active_since" not in Job("t").to_dict()
     assert Job("t", active_since=1.0).to_dict()["active_since"] == 1.0
 

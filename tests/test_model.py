@@ -38,9 +38,14 @@ class Plan:
     def entry(self, token: int) -> dict[str, Any]:
         """Return the arguments for `add`."""
         return {
-            "task_id": self.task, "args": [token], "retries": self.retries, "priority": self.priority, "ttl": 0 if self.expires else None,
-            "delay": HOUR if self.delayed else None, "job_id": self.job_id,
-        }  # fmt: skip
+            "task_id": self.task,
+            "args": [token],
+            "retries": self.retries,
+            "priority": self.priority,
+            "ttl": 0 if self.expires else None,
+            "delay": HOUR if self.delayed else None,
+            "job_id": self.job_id,
+        }
 
 
 Step = tuple[str, Any]
@@ -233,9 +238,14 @@ def _shown(job: dict[str, Any]) -> dict[str, Any]:
 
 def _expected(job: ModelJob) -> dict[str, Any]:
     return {
-        "task": job.plan.task, "args": [job.token], "status": job.state, "result": job.result, "retries": job.attempts,
-        "max_retries": job.plan.retries, "priority": job.plan.priority,
-    }  # fmt: skip
+        "task": job.plan.task,
+        "args": [job.token],
+        "status": job.state,
+        "result": job.result,
+        "retries": job.attempts,
+        "max_retries": job.plan.retries,
+        "priority": job.plan.priority,
+    }
 
 
 names = count()

@@ -101,9 +101,19 @@ class AsyncMQ:
         scan_interval=None,
     ): ...
     async def add(
-        self, task_id, args=None, kwargs=None, retries=0, ttl=None, backoff=None, priority=5, delay=None, job_id=None, deduplication=None,
+        self,
+        task_id,
+        args=None,
+        kwargs=None,
+        retries=0,
+        ttl=None,
+        backoff=None,
+        priority=5,
+        delay=None,
+        job_id=None,
+        deduplication=None,
         debounce=None,
-    ): ...  # fmt: skip
+    ): ...
     async def add_bulk(self, jobs): ...
     def add_repeatable(
         self,
@@ -263,17 +273,39 @@ def test_a_method_is_called_as_asyncmqs(name: str) -> None:
         (task, {"queue": ..., "retries": 0, "ttl": None, "progress": False}),
         (
             run_worker,
-            {"queue_name": ..., "backend": None, "concurrency": 3, "rate_limit": None, "rate_interval": 1.0, "repeatables": None,
-             "scan_interval": None, "drain_event": None},
+            {
+                "queue_name": ...,
+                "backend": None,
+                "concurrency": 3,
+                "rate_limit": None,
+                "rate_interval": 1.0,
+                "repeatables": None,
+                "scan_interval": None,
+                "drain_event": None,
+            },
         ),
         (
             Job,
-            {"task_id": ..., "args": ..., "kwargs": ..., "retries": 0, "max_retries": 3, "backoff": 1.5, "ttl": None, "job_id": ...,
-             "created_at": ..., "priority": 5, "repeat_every": None, "depends_on": ..., "deduplication": None, "active_since": None},
+            {
+                "task_id": ...,
+                "args": ...,
+                "kwargs": ...,
+                "retries": 0,
+                "max_retries": 3,
+                "backoff": 1.5,
+                "ttl": None,
+                "job_id": ...,
+                "created_at": ...,
+                "priority": 5,
+                "repeat_every": None,
+                "depends_on": ...,
+                "deduplication": None,
+                "active_since": None,
+            },
         ),
     ],
     ids=["task", "run_worker", "Job"],
-)  # fmt: skip
+)
 def test_positional_arguments_are_asyncmqs(
     function: Callable[..., Any], expected: dict[str, Any]
 ) -> None:

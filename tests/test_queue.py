@@ -44,8 +44,15 @@ from tests.running import (
 )
 
 EMPTY = {
-    "waiting": 0, "active": 0, "delayed": 0, "waiting-children": 0, "completed": 0, "failed": 0, "expired": 0, "cancelled": 0,
-}  # fmt: skip
+    "waiting": 0,
+    "active": 0,
+    "delayed": 0,
+    "waiting-children": 0,
+    "completed": 0,
+    "failed": 0,
+    "expired": 0,
+    "cancelled": 0,
+}
 
 
 async def echo(value: Any = None, **more: Any) -> Any:
@@ -144,10 +151,30 @@ async def test_a_job_keeps_what_it_was_added_with(queue: Queue) -> None:
     job_id = await queue.add("echo", (1, 2), {"a": []}, retries=2, ttl=60, backoff=1.5, priority=-7)
     job = await queue.get_job(job_id)
     assert job is not None
-    assert {name: job[name] for name in ("id", "task", "args", "kwargs", "retries", "max_retries", "ttl", "backoff", "priority")} == {
-        "id": job_id, "task": "echo", "args": [1, 2], "kwargs": {"a": []}, "retries": 0, "max_retries": 2, "ttl": 60, "backoff": 1.5,
+    assert {
+        name: job[name]
+        for name in (
+            "id",
+            "task",
+            "args",
+            "kwargs",
+            "retries",
+            "max_retries",
+            "ttl",
+            "backoff",
+            "priority",
+        )
+    } == {
+        "id": job_id,
+        "task": "echo",
+        "args": [1, 2],
+        "kwargs": {"a": []},
+        "retries": 0,
+        "max_retries": 2,
+        "ttl": 60,
+        "backoff": 1.5,
         "priority": -7,
-    }  # fmt: skip
+    }
     assert job["status"] == "waiting"
     assert before <= job["created_at"] <= queue.backend.now()
 
@@ -348,8 +375,11 @@ async def test_an_id_that_exists_in_any_state_adds_nothing(
     queue: Queue, gate: Gate, state: str
 ) -> None:
     first: dict[str, dict[str, Any]] = {
-        "delayed": {"delay": 3600}, "active": {"task_id": "gate"}, "failed": {"task_id": "fail"}, "expired": {"ttl": 0},
-    }  # fmt: skip
+        "delayed": {"delay": 3600},
+        "active": {"task_id": "gate"},
+        "failed": {"task_id": "fail"},
+        "expired": {"ttl": 0},
+    }
     await queue.add(
         **(
             {"task_id": "echo", "args": [] if state == "active" else ["first"], "job_id": "a"}
@@ -526,9 +556,15 @@ async def test_a_job_dict_is_enqueued_as_it_is(queue: Queue) -> None:
     assert await queue.enqueue(job.to_dict()) == "a"
     stored = await queue.get_job("a")
     assert stored is not None
-    assert {name: stored[name] for name in ("args", "max_retries", "priority", "ttl", "created_at")} == {
-        "args": ["dict"], "max_retries": 1, "priority": 2, "ttl": 60, "created_at": job.created_at,
-    }  # fmt: skip
+    assert {
+        name: stored[name] for name in ("args", "max_retries", "priority", "ttl", "created_at")
+    } == {
+        "args": ["dict"],
+        "max_retries": 1,
+        "priority": 2,
+        "ttl": 60,
+        "created_at": job.created_at,
+    }
     async with running(queue):
         assert await queue.wait_for("a", timeout=PATIENCE) == "dict"
 
@@ -881,8 +917,15 @@ async def test_every_count_is_exact(busy_queue: Queue) -> None:
     assert await busy_queue.queue_stats() == stats
     assert await busy_queue.count() == 6
     assert await busy_queue.get_job_counts() == {
-        "waiting": 4, "active": 0, "completed": 3, "failed": 2, "delayed": 2, "waiting-children": 0, "paused": 0, "prioritized": 0,
-    }  # fmt: skip
+        "waiting": 4,
+        "active": 0,
+        "completed": 3,
+        "failed": 2,
+        "delayed": 2,
+        "waiting-children": 0,
+        "paused": 0,
+        "prioritized": 0,
+    }
     assert await busy_queue.get_job_counts("failed", "expired") == {"failed": 2, "expired": 1}
     assert await busy_queue.get_job_counts("waiting") == {"waiting": 4, "paused": 0}
     assert await busy_queue.get_job_counts(State.COMPLETED) == {"completed": 3}

@@ -722,10 +722,17 @@ async def test_what_a_pause_missed_is_made_up_for_as_wished(
 @pytest.mark.parametrize(
     "option",
     [
-        {"overlap": "never"}, {"catch_up": "two"}, {"limit": 0}, {"limit": 1.5}, {"limit": True},
-        {"jitter": -1}, {"jitter": 61}, {"jitter": "1s"}, {"jitter": math.nan},
+        {"overlap": "never"},
+        {"catch_up": "two"},
+        {"limit": 0},
+        {"limit": 1.5},
+        {"limit": True},
+        {"jitter": -1},
+        {"jitter": 61},
+        {"jitter": "1s"},
+        {"jitter": math.nan},
     ],
-)  # fmt: skip
+)
 async def test_a_bad_option_is_refused(queue: Queue, option: dict[str, Any]) -> None:
     with pytest.raises(InvalidArgument, match=next(iter(option))):
         queue.add_repeatable("tick", every=60, **option)

@@ -50,10 +50,24 @@ def ticks(cron: str, zone: str, start: str, count: int) -> list[str]:
 @pytest.mark.parametrize(
     ("every", "seconds"),
     [
-        (5, 5.0), (0.5, 0.5), (0.05, 0.05), ("90", 90.0), ("0.25", 0.25), ("1e2", 100.0), ("100ms", 0.1), ("30s", 30.0), ("5m", 300.0),
-        ("2h", 7200.0), ("1d", 86_400.0), ("1w", 604_800.0), ("1h30m", 5400.0), ("1h 30m", 5400.0), (" 2 h ", 7200.0), ("1.5h", 5400.0),
+        (5, 5.0),
+        (0.5, 0.5),
+        (0.05, 0.05),
+        ("90", 90.0),
+        ("0.25", 0.25),
+        ("1e2", 100.0),
+        ("100ms", 0.1),
+        ("30s", 30.0),
+        ("5m", 300.0),
+        ("2h", 7200.0),
+        ("1d", 86_400.0),
+        ("1w", 604_800.0),
+        ("1h30m", 5400.0),
+        ("1h 30m", 5400.0),
+        (" 2 h ", 7200.0),
+        ("1.5h", 5400.0),
     ],
-)  # fmt: skip
+)
 def test_an_interval_is_a_number_or_a_text(every: float | str, seconds: float) -> None:
     assert parse_every(every) == pytest.approx(seconds)
     assert make_schedule(every, None) == Schedule(every=parse_every(every))
@@ -401,17 +415,37 @@ def test_what_the_clock_shows_twice_counts_once(
     ("cron", "zone", "start", "expected"),
     [
         (
-            "*/30 * * * *", "Europe/Berlin", "2026-10-25T01:45",
-            ["10-25 02:00 +0200", "10-25 02:30 +0200", "10-25 02:00 +0100", "10-25 02:30 +0100", "10-25 03:00 +0100"],
+            "*/30 * * * *",
+            "Europe/Berlin",
+            "2026-10-25T01:45",
+            [
+                "10-25 02:00 +0200",
+                "10-25 02:30 +0200",
+                "10-25 02:00 +0100",
+                "10-25 02:30 +0100",
+                "10-25 03:00 +0100",
+            ],
         ),
-        ("@hourly", "Europe/Berlin", "2026-10-25T01:45", ["10-25 02:00 +0200", "10-25 02:00 +0100", "10-25 03:00 +0100"]),
         (
-            "*/20 * * * *", "Australia/Lord_Howe", "2026-04-05T01:20",
+            "@hourly",
+            "Europe/Berlin",
+            "2026-10-25T01:45",
+            ["10-25 02:00 +0200", "10-25 02:00 +0100", "10-25 03:00 +0100"],
+        ),
+        (
+            "*/20 * * * *",
+            "Australia/Lord_Howe",
+            "2026-04-05T01:20",
             ["04-05 01:40 +1100", "04-05 01:40 +1030", "04-05 02:00 +1030", "04-05 02:20 +1030"],
         ),
-        ("59 * * * *", "America/New_York", "2026-11-01T01:30", ["11-01 01:59 -0400", "11-01 01:59 -0500", "11-01 02:59 -0500"]),
+        (
+            "59 * * * *",
+            "America/New_York",
+            "2026-11-01T01:30",
+            ["11-01 01:59 -0400", "11-01 01:59 -0500", "11-01 02:59 -0500"],
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_runs_at_any_hour_goes_on_through_both(
     cron: str, zone: str, start: str, expected: list[str]
 ) -> None:
@@ -602,10 +636,17 @@ def test_the_same_definition_has_the_same_id() -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        {"task_id": "u"}, {"args": [1]}, {"args": ["ü", 1]}, {"kwargs": {"a": None}}, {"kwargs": {}}, {"every": 6.0},
-        {"every": None, "cron": "* * * * *"}, {"timezone": "Europe/Berlin"}, {"job": {"retries": 1}},
+        {"task_id": "u"},
+        {"args": [1]},
+        {"args": ["ü", 1]},
+        {"kwargs": {"a": None}},
+        {"kwargs": {}},
+        {"every": 6.0},
+        {"every": None, "cron": "* * * * *"},
+        {"timezone": "Europe/Berlin"},
+        {"job": {"retries": 1}},
     ],
-)  # fmt: skip
+)
 def test_another_definition_has_another_id(change: dict[str, Any]) -> None:
     assert definition_id(DEFINITION | change) != definition_id(DEFINITION)
 

@@ -292,7 +292,10 @@ class Puller(Protocol):
 
     @property
     def silent_for(self) -> float:
-        """For how many seconds the server has not answered a request of this puller; 0 if it has."""
+        """For how many seconds the server has not answered a request of this puller.
+
+        0 if it has.
+        """
 
     def outstanding(self, consumer: str) -> int:
         """Return the credit that the server still holds for this consumer."""

@@ -1,6 +1,7 @@
 """The command line: `asyncmq-nats`, in short `amq`. Needs the extra `cli`.
 
-A module per group of commands. None holds logic of queues: each command is some calls of the public API, and words for a person.
+A module per group of commands. None holds logic of queues: each command is some calls of the public
+API, and words for a person.
 `command.py` has what all commands share, `connection.py` finds the server, `output.py` prints.
 """
 

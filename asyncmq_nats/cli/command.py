@@ -1,6 +1,7 @@
-"""What every command shares: the session with its connection, the options of it, confirmation, completion.
+"""What every command shares.
 
-    group = make_group("queue", "Queues: look at them, pause, clean, move.")
+The session with its connection, the options of it, confirmation, completion. group =
+make_group("queue", "Queues: look at them, pause, clean, move.")
 
     @command(group, "ls")
     async def list_all(session: Session, as_json: AsJson = False) -> None:

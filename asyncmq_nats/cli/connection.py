@@ -1,7 +1,9 @@
-"""Which server the commands speak to: options, `NATS_*`, `ASYNCMQ_NATS_*`, contexts of the `nats` tool.
+"""Which server the commands speak to.
 
-Each value is taken from the first that has it: an option; a context that was asked for (`--context`);
-`ASYNCMQ_NATS_*`; `NATS_*`; the context in `NATS_CONTEXT`. The context that `nats context select` chose
+Options, `NATS_*`, `ASYNCMQ_NATS_*`, contexts of the `nats` tool. Each value is taken from the first
+that has it: an option; a context that was asked for (`--context`);
+`ASYNCMQ_NATS_*`; `NATS_*`; the context in `NATS_CONTEXT`. The context that `nats context select`
+chose
 counts only if none of these names a server: a login is not sent to a server that it is not for.
 """
 
@@ -122,7 +124,8 @@ def resolve(
     """Return the settings, and what else `nats.connect` is given.
 
     Raises:
-        ContextUnusable: a context that is asked for is not there, or needs what this library has not.
+        ContextUnusable: a context that is asked for is not there, or needs what this library has
+            not.
         ValueError: a value is malformed.
     """
     found = _find(options, os.environ if environment is None else environment)

@@ -1,4 +1,7 @@
-"""`doctor` and `check`: what is wrong with the server and its queues, for a person and for monitoring."""
+"""`doctor` and `check`.
+
+What is wrong with the server and its queues, for a person and for monitoring.
+"""
 
 from collections.abc import Sequence
 from enum import StrEnum
@@ -122,7 +125,8 @@ async def look(
 ) -> None:
     """Look at queues for monitoring: one line, and an exit code.
 
-    0: all is well; 1: a warning; 2: critical, or the server cannot be reached. Reads no code of yours.
+    0: all is well; 1: a warning; 2: critical, or the server cannot be reached. Reads no code of
+    yours.
     """
     thresholds = Thresholds(
         waiting=_bounds(waiting, "--waiting"),

@@ -204,7 +204,10 @@ async def show_result(
         str | None, typer.Option("--max-wait", metavar="TIME", help="Wait no longer, as in 30s.")
     ] = None,
 ) -> None:
-    """Print the result of a job as JSON; of one that did not complete, its error, with exit code 1."""
+    """Print the result of a job as JSON.
+
+    Of one that did not complete, its error, with exit code 1.
+    """
     seconds = parse_duration(max_wait)
     patience = seconds if wait or seconds is not None else 0.0
     session.output.json(await session.queue(queue).wait_for(job_id, patience))
@@ -278,7 +281,8 @@ async def run_here(
 ) -> None:
     """Run a job here, in this process, to see what it does: the one in the queue stays as it is.
 
-    What the task adds by `current_job()` is not added. Prints the result, or the traceback, with exit code 1.
+    What the task adds by `current_job()` is not added. Prints the result, or the traceback, with
+    exit code 1.
     """
     job = await _find(session, queue, job_id)
     settings = session.backend.settings.model_copy(
@@ -556,7 +560,8 @@ async def edit(
 ) -> None:
     """Change the arguments of a job that has not started.
 
-    One that waits to be run can be changed while the queue is paused. `--kwarg` changes one argument by name, `--kwargs` replaces all.
+    One that waits to be run can be changed while the queue is paused. `--kwarg` changes one
+    argument by name, `--kwargs` replaces all.
     """
     job = await _find(session, queue, job_id)
     new_args, new_kwargs = _parsed(args, "--args", list), _parsed(kwargs, "--kwargs", dict)

@@ -1,4 +1,7 @@
-"""One action on many jobs: count, ask, act with progress, and how to go on after an interruption."""
+"""One action on many jobs.
+
+Count, ask, act with progress, and how to go on after an interruption.
+"""
 
 import shlex
 from collections.abc import Awaitable, Callable

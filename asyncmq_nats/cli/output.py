@@ -1,4 +1,7 @@
-"""What commands print: tables for people, JSON for programs, names for pipes. Results go to stdout, all else to stderr."""
+"""What commands print: tables for people, JSON for programs, names for pipes.
+
+Results go to stdout, all else to stderr.
+"""
 
 import sys
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
@@ -114,7 +117,10 @@ class Output:
         self.raw(plain_json(value, indent=2))
 
     def json_line(self, value: Any) -> None:
-        """Print a value as JSON on one line, and at once: a program reads it while this one runs."""
+        """Print a value as JSON on one line, and at once.
+
+        A program reads it while this one runs.
+        """
         self.raw(plain_json(value))
         sys.stdout.flush()
 
@@ -131,7 +137,10 @@ class Output:
         sys.stdout.write(f"{text}\n")
 
     def table(self, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-        """Print a table. A column whose name begins with `#` has numbers, and is set to the right."""
+        """Print a table.
+
+        A column whose name begins with `#` has numbers, and is set to the right.
+        """
         table = make_table(columns, rows)
         self.console.print(table)
 

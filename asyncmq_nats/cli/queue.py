@@ -307,7 +307,8 @@ async def move(
 ) -> None:
     """Move jobs to another queue; each runs here or there, never in both.
 
-    The queue is paused meanwhile, and goes on afterwards unless it was paused before. Jobs that run, and those of flows, stay.
+    The queue is paused meanwhile, and goes on afterwards unless it was paused before. Jobs that
+    run, and those of flows, stay.
     """
     jobs = await require_queue(session, queue)
     chosen = select(
@@ -368,7 +369,10 @@ async def restore(
     queue: QueueName,
     file: Annotated[Path | None, typer.Argument(metavar="[FILE]", help="By default stdin.")] = None,
 ) -> None:
-    """Restore what `queue export` saved, into this or another queue. What is there stays: it can be repeated."""
+    """Restore what `queue export` saved, into this or another queue.
+
+    What is there stays: it can be repeated.
+    """
     with _opened(file, "r") as lines:
         given = (_parse_line(line, at) for at, line in enumerate(lines, 1) if line.strip())
         result = await session.queue(queue).import_jobs(given)
@@ -378,7 +382,10 @@ async def restore(
 
 
 def _opened(file: Path | None, mode: str) -> AbstractContextManager[Any]:
-    """Open a file, or stdin or stdout without one. It blocks: a command does nothing else meanwhile."""
+    """Open a file, or stdin or stdout without one.
+
+    It blocks: a command does nothing else meanwhile.
+    """
     if file is None:
         return nullcontext(sys.stdin if mode == "r" else sys.stdout)
     return open(file, mode, encoding="utf-8")

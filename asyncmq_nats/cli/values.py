@@ -36,7 +36,9 @@ UNIX: Final = 1_000_000_000.0
 
 
 def parse_past(text: str, now: float) -> float:
-    """Return a time (Unix seconds): `2h` is two hours before now; ISO 8601, in UTC without a zone; Unix seconds.
+    """Return a time (Unix seconds): `2h` is two hours before now; ISO 8601, in UTC without a zone.
+
+    Unix seconds.
 
     Raises:
         CommandFailed: it is none of these.

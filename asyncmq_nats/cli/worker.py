@@ -222,7 +222,10 @@ async def list_all(
     as_json: AsJson = False,
     names: AsNames = False,
 ) -> None:
-    """List the running workers. One that was killed is listed until three heartbeats are missing."""
+    """List the running workers.
+
+    One that was killed is listed until three heartbeats are missing.
+    """
     workers = _grouped(await list_workers(session.backend, queue))
     if names:
         for worker in workers:

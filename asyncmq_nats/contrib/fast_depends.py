@@ -26,8 +26,8 @@ def inject(
 def inject(function: Any = None, /, *, provider: Provider | None = None) -> Any:
     """Have a task's dependencies, `session: Session = Depends(open_session)`, made for each run.
 
-    It belongs under `@task`. Dependencies are no arguments of a job: who enqueues gives the others, and
-    those that the dependencies themselves need, by name. They may use `current_job()`; one that
+    It belongs under `@task`. Dependencies are no arguments of a job: who enqueues gives the others,
+    and those that the dependencies themselves need, by name. They may use `current_job()`; one that
     yields is ended after the run.
 
     Args:
@@ -63,7 +63,10 @@ def inject(function: Any = None, /, *, provider: Provider | None = None) -> Any:
 
 
 def _signature_of_calls(function: Callable[..., Any], model: CallModel) -> Signature:
-    """Return what a job gives: the parameters of a function without its dependencies, and theirs."""
+    """Return what a job gives.
+
+    The parameters of a function without its dependencies, and theirs.
+    """
     whole = signature(function)
     hidden = {*model.dependencies, *model.custom_fields}
     own = [each for name, each in whole.parameters.items() if name not in hidden]

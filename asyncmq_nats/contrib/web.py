@@ -1,7 +1,7 @@
 """Queues in the lifespan of a web application: connected when it starts, closed when it ends.
 
-For FastAPI, Starlette and Litestar, whose applications take a function that returns an async context
-manager. It imports none of them.
+For FastAPI, Starlette and Litestar, whose applications take a function that returns an async
+context manager. It imports none of them.
 """
 
 from collections.abc import AsyncIterator, Callable
@@ -26,10 +26,11 @@ RESTART_DELAY: Final = 5.0
 def lifespan(
     *queues: Queue, worker: Worker | None = None
 ) -> Callable[[Any], AbstractAsyncContextManager[None]]:
-    """Return a lifespan for a web application: `FastAPI(lifespan=lifespan(queue))`, `Litestar(lifespan=[lifespan(queue)])`.
+    """Return a lifespan for a web application.
 
-    The application starts when the queues' server is connected, and not without it. When it ends,
-    jobs that the worker runs may finish for `shutdown_timeout` seconds; the rest is handed back. A
+    `FastAPI(lifespan=lifespan(queue))`, `Litestar(lifespan=[lifespan(queue)])`. The application
+    starts when the queues' server is connected, and not without it. When it ends, jobs that the
+    worker runs may finish for `shutdown_timeout` seconds; the rest is handed back. A
     worker that fails is logged and starts again: requests are served meanwhile.
 
     Args:

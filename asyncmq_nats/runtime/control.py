@@ -73,10 +73,15 @@ class Controls:
         self._assets = assets
 
     async def pause(self, until: float | None = None) -> None:
-        """Stop the queue: the server delivers nothing more, and when this returns the workers start nothing more of what they hold."""
+        """Stop the queue.
+
+        The server delivers nothing more, and when this returns the workers start nothing more of
+        what they hold.
+        """
         end = FOREVER if until is None else min(until, FOREVER)
         await self._assets.write_pause(end)
-        # The default tier first: a tier that is made meanwhile finds it paused, or else is among those that are listed after it.
+        # The default tier first: a tier that is made meanwhile finds it paused, or else is among
+        # those that are listed after it.
         await self._backend.pause(self._subjects.ready_log, tier_name(DEFAULT_PRIORITY), end)
         for priority in await self._assets.list_tiers():
             if priority != DEFAULT_PRIORITY:
@@ -95,7 +100,7 @@ class Controls:
         await self._backend.publish(self._subjects.control(CANCEL), job_id.encode())
 
     async def _tell_all(self, what: str, body: bytes) -> None:
-        """Signal the queue's workers and wait until each registered one has answered, or for a time."""
+        """Signal the queue's workers and wait, for a time, until each one has answered."""
         workers = {worker.id for worker in await list_workers(self._backend, self._subjects.queue)}
         missing = await _tell(self._backend, self._subjects, what, body, workers, PAUSE_ANSWERS)
         if missing:
@@ -159,8 +164,8 @@ async def stop_worker(backend: Backend, worker: str) -> bool:
 def parse_pause(text: str, answers: str) -> tuple[float, str] | None:
     """Return until when to pause (Unix seconds), and the subject for the answer or `""`.
 
-    `None`: it is no signal of ours. `answers`: what the subjects of answers begin with; no other one
-    is written to.
+    `None`: it is no signal of ours. `answers`: what the subjects of answers begin with; no other
+    one is written to.
     """
     until, _, inbox = text.partition(" ")
     try:
@@ -178,7 +183,11 @@ def _checked_inbox(inbox: str, answers: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class WorkerInfo:
-    """A running worker. Times are Unix seconds by the server's clock; `running` are job ids (AsyncMQ `WorkerInfo`, and more)."""
+    """A running worker.
+
+    Times are Unix seconds by the server's clock; `running` are job ids (AsyncMQ `WorkerInfo`, and
+    more).
+    """
 
     id: str
     queue: str
@@ -201,7 +210,10 @@ class WorkerInfo:
 
 
 async def list_workers(backend: Backend, queue: str | None = None) -> list[WorkerInfo]:
-    """Return the running workers, of one queue or of all. One that was killed is listed until three heartbeats are missing."""
+    """Return the running workers, of one queue or of all.
+
+    One that was killed is listed until three heartbeats are missing.
+    """
     log, key = workers_bucket(backend.settings.prefix)
     try:
         records = await backend.last(log, f"{key}*")

@@ -1,4 +1,7 @@
-"""The runners of one worker, one per queue: they start and stop together, and may end by themselves."""
+"""The runners of one worker, one per queue.
+
+They start and stop together, and may end by themselves.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

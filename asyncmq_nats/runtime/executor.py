@@ -24,7 +24,8 @@ __all__ = ["Running", "execute"]
 class Running:
     """A job that runs.
 
-    `slot`: the task that it runs in. `interrupted`: it was told to end; `cancelled`: by a user, rather than by the end of the worker;
+    `slot`: the task that it runs in. `interrupted`: it was told to end; `cancelled`: by a user,
+    rather than by the end of the worker;
     `gave_in`: it ended because of that.
     """
 
@@ -40,8 +41,9 @@ class Running:
         self.context.cancel_requested = True
         if not self.interrupted:
             self.interrupted = True
-            # Not a cancel scope around each job: entering and leaving one costs a sixth of a small job. The slot waits inside the task's
-            # code whenever this is called, so that is where the cancellation arrives.
+            # Not a cancel scope around each job: entering and leaving one costs a sixth of a small
+            # job. The slot waits inside the task's code whenever this is called, so that is where
+            # the cancellation arrives.
             self.slot.cancel()
 
 
@@ -53,9 +55,10 @@ async def execute(
     is_ending: Callable[[], bool],
     middleware: Chain,
 ) -> tuple[Any, Failure | None]:
-    """Run the task of a job, and return its result or what went wrong: neither if it gave in to an interruption.
+    """Run the task of a job, and return its result or what went wrong.
 
-    A cancellation while the worker `is_ending`, because one of its loops has failed, goes through.
+    Neither if it gave in to an interruption. A cancellation while the worker `is_ending`, because
+    one of its loops has failed, goes through.
     """
     head = running.attempt.head
     try:
@@ -71,7 +74,7 @@ async def execute(
         return None, None if running.interrupted else Failure.of(
             error, backend.now()
         )  # otherwise the task has cancelled itself
-    except BaseException as error:  # more than `Exception`: `sys.exit()`, or a panic in an extension, is the task's end and not the worker's
+    except BaseException as error:  # also `sys.exit()`, or a panic in an extension: the task's end
         if _ends_worker(error):
             raise
         return None, Failure.of(error, backend.now())
@@ -83,7 +86,10 @@ async def execute(
 
 
 def _ends_worker(error: BaseException) -> bool:
-    """Return whether an exception is not the task's own: Ctrl-C, or a coroutine that is closed with its event loop."""
+    """Return whether an exception is not the task's own.
+
+    Ctrl-C, or a coroutine that is closed with its event loop.
+    """
     if not isinstance(error, GeneratorExit):
         return isinstance(error, KeyboardInterrupt)
     try:

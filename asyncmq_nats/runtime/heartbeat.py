@@ -17,7 +17,10 @@ Step = Callable[[], Awaitable[object]]
 
 
 class Heartbeat:
-    """The steps of one worker's heartbeat. A step that fails does not keep the others from their turn."""
+    """The steps of one worker's heartbeat.
+
+    A step that fails does not keep the others from their turn.
+    """
 
     def __init__(
         self, worker: str, interval: float, steps: Sequence[Step], clock: Clock = SYSTEM_CLOCK

@@ -30,7 +30,10 @@ JSON: Final = "application/json"
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """What one worker tells. `metrics`: reads what `render` is given, of each worker at the port."""
+    """What one worker tells.
+
+    `metrics`: reads what `render` is given, of each worker at the port.
+    """
 
     health: Callable[[], WorkerHealth]
     metrics: Callable[[], Awaitable[Any]] | None = None

@@ -34,7 +34,8 @@ def main(answers: int) -> None:
 
     `answers`: the descriptor for them.
     """
-    # The pipe of requests belongs to no one else: a task that reads the standard input finds it empty.
+    # The pipe of requests belongs to no one else: a task that reads the standard input finds it
+    # empty.
     requests = os.fdopen(os.dup(0), "rb")
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)
@@ -45,7 +46,8 @@ def main(answers: int) -> None:
     os.set_inheritable(answers, False)
     sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(line_buffering=True, errors="backslashreplace")  # type: ignore[union-attr]
+        options = {"line_buffering": True, "errors": "backslashreplace"}
+        stream.reconfigure(**options)  # type: ignore[union-attr]
     _serve(requests, _Answers(answers))
 
 

@@ -32,7 +32,9 @@ THREAD_ENDS: Final = 0.2
 
 
 def import_tasks(modules: Iterable[str]) -> None:
-    """Import the modules that register tasks (AsyncMQ `autodiscover_tasks`); of a package, every module in it.
+    """Import the modules that register tasks (AsyncMQ `autodiscover_tasks`).
+
+    Of a package, every module in it.
 
     Raises:
         TaskModuleError: one cannot be imported.
@@ -70,13 +72,16 @@ class Runnable(Protocol):
 
 
 def run_program(main: Callable[[], Awaitable[int | None]]) -> None:
-    """Run the coroutine function to its end, on uvloop where it is installed. The garbage collector is set for many short-lived objects.
+    """Run the coroutine function to its end, on uvloop where it is installed.
 
-    What it returns, if it is not 0, is the exit code of the program.
+    The garbage collector is set for many short-lived objects. What it returns, if it is not 0, is
+    the exit code of the program.
 
-    If then a task still runs in a thread, which nothing can cancel, the process ends: its job was handed back, and another worker runs it.
+    If then a task still runs in a thread, which nothing can cancel, the process ends: its job was
+    handed back, and another worker runs it.
     """
-    # What was imported stays: to look through it again and again is most of what the collector costs a worker (a tenth of a small job).
+    # What was imported stays: to look through it again and again is most of what the collector
+    # costs a worker (a tenth of a small job).
     gc.freeze()
     gc.set_threshold(YOUNG)
     fast = sys.platform != "win32" and importlib.util.find_spec("uvloop") is not None
@@ -98,7 +103,10 @@ def _end_with_stuck_threads(code: int) -> None:
 
 
 async def run_until_signalled(runner: Runnable) -> None:
-    """Run a worker until SIGINT or SIGTERM, then let it stop in order. A second signal ends the process at once."""
+    """Run a worker until SIGINT or SIGTERM, then let it stop in order.
+
+    A second signal ends the process at once.
+    """
     async with open_task_group() as group:
         group.start_soon(_stop_on_signal, runner)
         group.start_soon(_stop_when_orphaned, runner)

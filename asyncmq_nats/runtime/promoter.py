@@ -57,7 +57,7 @@ PULL_WAIT: Final = 30.0
 CREDIT_LIMITS: Final = (16, 512)
 """Fewest and most records that are in hand or asked for at a time."""
 SLOW_PROMOTION: Final = 0.5
-"""A due record that was in hand for this many seconds, a quarter of its lease, halves the credit."""
+"""A due record that was in hand for this many seconds halves the credit."""
 MAX_IN_FLIGHT: Final = 128
 """Promotions that are written and not yet confirmed."""
 TASKS: Final = 32
@@ -216,8 +216,8 @@ class Promoter:
         """Return how many seconds the record must still wait.
 
         Only the server's clock matters: the record's time stamp is that of the moment in which it
-        was released. A record that was delivered before, or that no promoter fetched for a while, has
-        spent some of its time since.
+        was released. A record that was delivered before, or that no promoter fetched for a while,
+        has spent some of its time since.
         """
         if run_at is None:
             return 0.0

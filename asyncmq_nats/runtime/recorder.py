@@ -56,7 +56,10 @@ class _Stretch:
 
 @dataclass(slots=True)
 class _Counts:
-    """What was counted of one task since the last record. Durations are sorted into buckets late."""
+    """What was counted of one task since the last record.
+
+    Durations are sorted into buckets late.
+    """
 
     ends: dict[str, int] = field(default_factory=dict)
     waits: list[float] = field(default_factory=list)
@@ -118,7 +121,10 @@ class Recorder:
     # -- on the path of every job
 
     def note_run(self, task: str, wait: float, run: float) -> None:
-        """Count an attempt that ran: how long it had waited before, and how long it ran, in seconds."""
+        """Count an attempt that ran.
+
+        How long it had waited before, and how long it ran, in seconds.
+        """
         counts = self._counts.get(task) or self._begin(task)
         counts.waits.append(wait if wait > 0.0 else 0.0)
         counts.runs.append(run if run > 0.0 else 0.0)

@@ -81,9 +81,11 @@ class RegisteredTask(Mapping[str, Any]):
         }
 
     async def run(self, job: JobHead, threads: CapacityLimiter, context: JobContext) -> Any:
-        """Run the task on the job's arguments: an async function here, a sync one in a thread, a `process` one in a process.
+        """Run the task on the job's arguments.
 
-        `threads` bounds the threads and processes. What a sync function returns is awaited here, if it can be.
+        An async function here, a sync one in a thread, a `process` one in a process. `threads`
+        bounds the threads and processes. What a sync function returns is awaited here, if it can
+        be.
         """
         if self.process:
             return await run_in_process(
@@ -158,7 +160,9 @@ class TaskRegistry(MutableMapping[str, RegisteredTask]):
         retry_on: ErrorTypes | None = None,
         give_up_on: ErrorTypes | None = None,
     ) -> RegisteredTask:
-        """Add a function under its name, or `module.function`. Of a `TaskWrapper`, that is its function.
+        """Add a function under its name, or `module.function`.
+
+        Of a `TaskWrapper`, that is its function.
 
         Raises:
             InvalidArgument: it has no name, and is given none; or it cannot run in a process.
@@ -243,7 +247,8 @@ class TaskRegistry(MutableMapping[str, RegisteredTask]):
     ) -> tuple[list[Any], dict[str, Any]]:
         """Return the arguments of a call as plain data that arrives equal (docs/arguments.md).
 
-        By the annotations of the task, if it is in this registry; otherwise by the classes of the values.
+        By the annotations of the task, if it is in this registry; otherwise by the classes of the
+        values.
 
         Raises:
             NotSerializable: one would not arrive equal; the message names it.
@@ -324,7 +329,10 @@ def _code(function: Any) -> CodeType | None:
 
 
 def _origin(function: Any) -> tuple[str, str]:
-    """Return where a function was defined: its module, and its name there; of an object, those of its class."""
+    """Return where a function was defined: its module, and its name there.
+
+    Of an object, those of its class.
+    """
     while isinstance(function, functools.partial):
         function = function.func
     named = function if hasattr(function, "__qualname__") else type(function)
@@ -356,9 +364,10 @@ def _is_interactive(function: Any) -> bool:
 
 
 def _is_same(one: Any, other: Any, seen: frozenset[tuple[int, int]] = frozenset()) -> bool:
-    """Return whether two functions do the same: one function, or one definition that was run twice with the same values.
+    """Return whether two functions do the same.
 
-    `seen`: what is being compared already, for functions that name themselves.
+    One function, or one definition that was run twice with the same values. `seen`: what is being
+    compared already, for functions that name themselves.
     """
     if one is other or (id(one), id(other)) in seen:
         return True

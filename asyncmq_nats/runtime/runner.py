@@ -251,7 +251,10 @@ class Runner:
                     await self._hooks.stop(self.worker)
 
     async def _take_configuration(self) -> None:
-        """Use the settings that the queue keeps; change the server to those in force, if told to."""
+        """Use the settings that the queue keeps.
+
+        Change the server to those in force, if told to.
+        """
         await self._configurations.refresh()
         if self._backend.settings.apply:
             try:

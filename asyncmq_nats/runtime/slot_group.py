@@ -133,7 +133,10 @@ class SlotGroup:
                     share.member.note_free_slot()
 
     def fill(self) -> None:
-        """Start jobs while slots are free. May be called from any callback, also by what it calls."""
+        """Start jobs while slots are free.
+
+        May be called from any callback, also by what it calls.
+        """
         self._fill_again = True
         if self._is_filling:
             return

@@ -39,7 +39,10 @@ PROCESS_NUMBER: Final = "ASYNCMQ_NATS_PROCESS"
 FINISHED: Final = 78
 """Exit code of a child that is not started again: its queues are empty, or it was stopped by id."""
 RECYCLED: Final = 79
-"""Exit code of a child that is started again at once: it has run its jobs, or has grown too large."""
+"""Exit code of a child that is started again at once.
+
+It has run its jobs, or has grown too large.
+"""
 LIVED_LONG: Final = 5.0
 LONGEST_DELAY: Final = 10.0
 PARENT_CHECK: Final = 1.0
@@ -53,16 +56,16 @@ def is_child() -> bool:
 async def parent_is_gone() -> None:
     """Return when the process that started this one has ended; never, if this one is no child."""
     parent = os.environ.get(PARENT)
-    while parent is None or os.getppid() == int(parent):  # noqa: ASYNC110  the system has no event for it
+    while parent is None or os.getppid() == int(parent):  # noqa: ASYNC110  no event tells
         await anyio.sleep(PARENT_CHECK if parent is not None else 3600)
 
 
 async def supervise(processes: int, watched: Sequence[Path] = ()) -> int:
-    """Run processes of this program until SIGINT or SIGTERM, which is passed on; a second one kills.
+    """Run processes of this program until SIGINT or SIGTERM, which is passed on.
 
-    A child that ends is started again, at once if it lived for some seconds, otherwise after a
-    growing delay. When a Python file below `watched` changes, new children are started at once, and
-    those of before finish what they run. Return the exit code for the parent.
+    A second one kills. A child that ends is started again, at once if it lived for some seconds,
+    otherwise after a growing delay. When a Python file below `watched` changes, new children are
+    started at once, and those of before finish what they run. Return the exit code for the parent.
 
     Raises:
         InvalidArgument: the program was read from standard input or typed in, so it cannot be run
@@ -177,7 +180,8 @@ class _Supervisor:
 
     async def _live(self, number: int, *, task_status: TaskStatus[_Child]) -> None:
         """Run one process to its end."""
-        # A session of its own: Ctrl-C in a terminal reaches the parent only, which passes it on once.
+        # A session of its own: Ctrl-C in a terminal reaches the parent only, which passes it on
+        # once.
         async with await anyio.open_process(
             self._command,
             env={**self._environment, PROCESS_NUMBER: str(number)},

@@ -2,7 +2,8 @@
 
 Who decides: what was stored by `Queue.configure` (the record `queue.config`) wins over the settings
 of any process. Without that, the server stays as the first process made it, until a process applies
-its own settings (`ASYNCMQ_NATS_APPLY=true` at the start of a worker): the last one to start decides.
+its own settings (`ASYNCMQ_NATS_APPLY=true` at the start of a worker): the last one to start
+decides.
 """
 
 from collections.abc import Iterable, Mapping
@@ -144,7 +145,10 @@ class Configurations:
         return records[0].sequence, self._decode(records[0].body)
 
     def _decode(self, body: bytes) -> dict[str, Any]:
-        """Return the settings of a record. What is malformed, or of a newer version, is left out."""
+        """Return the settings of a record.
+
+        What is malformed, or of a newer version, is left out.
+        """
         found: dict[str, Any] = {}
         try:
             data = load_json(body)

@@ -20,8 +20,8 @@ READS_UNDER_WAY: Final = 32
 class Flow:
     """A job and those that it depends on, and these on.
 
-    `jobs`: by id; `None` for one that was removed, or whose outcome was kept no longer. Each has the
-    ids of those that it waits for in `depends_on`. `awaited_by`: jobs that wait for `job_id`
+    `jobs`: by id; `None` for one that was removed, or whose outcome was kept no longer. Each has
+    the ids of those that it waits for in `depends_on`. `awaited_by`: jobs that wait for `job_id`
     directly, or did. `complete`: whether all are there, and not only the first ones.
     """
 

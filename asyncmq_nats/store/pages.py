@@ -335,7 +335,7 @@ class JobLists:
     async def slice(
         self, states: Sequence[State], start: int, end: int, *, ascending: bool
     ) -> list[Job]:
-        """Return the jobs from index `start` to `end` (included; -1: to the last), state after state.
+        """Return the jobs from index `start` to `end` (included; -1: the last), state after state.
 
         Newest first unless `ascending`.
         """
@@ -352,7 +352,7 @@ class JobLists:
     async def _slice_state(
         self, state: State, skip: int, wanted: int | None, *, ascending: bool
     ) -> tuple[list[Job], int]:
-        """Return up to `wanted` jobs after the first `skip`, and the rest of `skip` for later states."""
+        """Return up to `wanted` jobs after the first `skip`, and the `skip` that is left."""
         if skip and state in OUTCOMES and wanted is not None:
             (source,) = await self.sources(state)
             if source.total > SPARSE and 2 * skip > source.total:

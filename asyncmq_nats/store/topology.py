@@ -24,7 +24,7 @@ logger = get_logger(__name__)
 DEFAULT_PRIORITY: Final = 5
 MAX_TIERS: Final = 256
 PROMOTER_LEASE: Final = 2.0
-"""A released job or a tick whose promoter died is taken up by another one after this many seconds."""
+"""Seconds after which another promoter takes over what a dead one had in hand."""
 SHORTEST_LIVE_LEASE: Final = 2.0
 """A queue in use is given no shorter lease: running workers extend theirs every 0.7 s."""
 LOOK_LIMIT: Final = 50_000

@@ -1,6 +1,7 @@
-"""Tests of applications: a backend in memory with a virtual clock, and assertions (docs/testing.md).
+"""Tests of applications.
 
-Nothing of it is used by a worker in production. The pytest fixtures are in `pytest_plugin`.
+A backend in memory with a virtual clock, and assertions (docs/testing.md). Nothing of it is used by
+a worker in production. The pytest fixtures are in `pytest_plugin`.
 """
 
 from asyncmq_nats.testing.assertions import (

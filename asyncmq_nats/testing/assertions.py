@@ -201,7 +201,7 @@ class _Wanted:
         return written["args"], written["kwargs"]
 
     def _named(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str | int, Any]:
-        """Return arguments by the names of their parameters, or their places where these have none."""
+        """Return arguments by the names of their parameters, or by their places without a name."""
         entry = self._registry.get(self._task)
         names = [] if entry is None else _positional_names(entry.function)
         placed: dict[str | int, Any] = {

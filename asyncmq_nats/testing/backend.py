@@ -343,7 +343,7 @@ def _running_loop() -> asyncio.AbstractEventLoop | None:
 
 
 def _atomic(name: str) -> Callable[..., Any]:
-    """Return the method of the in-memory backend, done as a whole while no other thread does any."""
+    """Return the method of the in-memory backend, run while no other thread runs one."""
     method = getattr(InMemoryBackend, name)
 
     @wraps(method)

@@ -58,7 +58,10 @@ class Employer(Protocol):
 
 
 class Due:
-    """A call that is due at a time. `loop`: where it belongs; `None`: wherever the time is moved."""
+    """A call that is due at a time.
+
+    `loop`: where it belongs; `None`: wherever the time is moved.
+    """
 
     __slots__ = ("call", "loop")
 

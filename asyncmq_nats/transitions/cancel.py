@@ -86,8 +86,8 @@ class Administration:
     async def cancel(self, job_id: str, reason: str = "cancelled") -> bool:
         """End a job that has not ended as cancelled, wherever it is. Return whether there was one.
 
-        `reason`: its error. One write records the outcome; what is left of the job is deleted afterwards. A worker
-        that runs it must be told.
+        `reason`: its error. One write records the outcome; what is left of the job is deleted
+        afterwards. A worker that runs it must be told.
         """
         token, written = encode_token(job_id), b""
         while True:

@@ -49,7 +49,10 @@ __all__ = [
 
 LEAD: Final = 0.3
 NO_TIMER_BELOW: Final = 0.6
-"""A tick that is due within this many seconds has no timer, which would be late: a promoter waits."""
+"""A tick that is due within this many seconds has no timer, which would be late.
+
+A promoter waits.
+"""
 MARKER_TTL: Final = 1.0
 CODE: Final = "code"
 """Owner of what is declared in code, by `Queue.add_repeatable`."""

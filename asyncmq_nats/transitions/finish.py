@@ -8,7 +8,7 @@ acknowledged last: a crash in between is repeated by the redelivery.
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Final
 
 from asyncmq_nats._logging import get_logger
 from asyncmq_nats.backends.base import Backend, Delivery, Expect, Record, Settled, Write
@@ -56,6 +56,10 @@ ARGUMENT_FIELDS = (
 """Fields that an outcome can do without."""
 MAX_REJECTIONS = 20
 """How often the end of an attempt is written again after it was rejected."""
+
+COMPLETED_MEMBERS: Final = (
+    b'"status":"completed","result":%b,"active_since":%r,"finished_at":%r,"worker":%b'
+)
 
 
 class Lifecycle(Deliveries):
@@ -203,9 +207,16 @@ class Lifecycle(Deliveries):
         token = fit_token(delivery.subject.rpartition(".")[2])
         now = self._backend.now()
         record = {
-            "v": 1, "id": decode_token(token), "task": "?", "created_at": delivery.time, "status": State.FAILED, "last_error": str(problem),
-            "finished_at": now, "worker": self.worker, "body": delivery.body[:100_000].decode("utf-8", "replace"),
-        }  # fmt: skip
+            "v": 1,
+            "id": decode_token(token),
+            "task": "?",
+            "created_at": delivery.time,
+            "status": State.FAILED,
+            "last_error": str(problem),
+            "finished_at": now,
+            "worker": self.worker,
+            "body": delivery.body[:100_000].decode("utf-8", "replace"),
+        }
         write = Write(
             self._subjects.outcome(token, State.FAILED),
             dump_json(record),
@@ -237,9 +248,12 @@ class Lifecycle(Deliveries):
         members = b""
         if attempt.follow_ups is not None and attempt.follow_ups.members:
             members = attempt.follow_ups.members + b","
-        members += b'"status":"completed","result":%b,"active_since":%r,"finished_at":%r,"worker":%b' % (
-            dump_json(result, what), attempt.started_at, self._backend.now(), self._worker_json,
-        )  # fmt: skip
+        members += COMPLETED_MEMBERS % (
+            dump_json(result, what),
+            attempt.started_at,
+            self._backend.now(),
+            self._worker_json,
+        )
         if attempt.stalls:
             members += b',"stalls":%d' % attempt.stalls
         record = splice(attempt.body, members)

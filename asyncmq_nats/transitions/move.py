@@ -118,9 +118,9 @@ class Mover:
         return await self._target.write(keys.bucket_log, write)
 
     async def _end_and_release(self, job_id: str, data: dict[str, Any], sequence: int) -> bool:
-        """End a job here, and make of its hold what the job was. Return whether it was ended by this.
+        """End a job here, and make of its hold what the job was.
 
-        Shielded: an interruption does not tear it.
+        Return whether it was ended by this. Shielded: an interruption does not tear it.
         """
         with CancelScope(shield=True):
             if not await self._here.administration.cancel(job_id, self._reason):
@@ -154,7 +154,10 @@ class Mover:
         return snapshot.outcome if ended_by == self._reason else None
 
     async def _finish(self, found: Found) -> None:
-        """Finish what another mover began: a hold is released exactly if the job has ended here by it."""
+        """Finish what another mover began.
+
+        A hold is released exactly if the job has ended here by it.
+        """
         try:
             data = load_json(found.record.body)
         except InvalidJob:

@@ -369,7 +369,7 @@ class QueueSubjects:
         return f"{self._done}*.{state}"
 
     def ends(self, token: str) -> str:
-        """Return the filter for what is known of the job's end, without the edges to its children."""
+        """Return the filter for what is known of the job's end, without edges to its children."""
         return f"{self._done}{token}.*"
 
     def edge(self, parent: str, child: str) -> str:

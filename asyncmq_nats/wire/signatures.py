@@ -147,7 +147,7 @@ class Chain:
     def _pass_on(
         self, number: int, surplus: int, left: Sequence[str]
     ) -> tuple[list[Slot], dict[str, Slot]]:
-        """Match the `*args` and `**kwargs` of a function with the parameters of the one it wraps."""
+        """Match the `*args` and `**kwargs` of a function with the parameters of what it wraps."""
         level = self._levels[number]
         start = len(level.positional)
         rest = [_rest_slot(level, level.rest, f"{start + i}") for i in range(surplus)]
@@ -244,7 +244,10 @@ def _annotation(function: Callable[..., Any], parameter: Parameter) -> Any:
 
 
 def return_annotation(function: Callable[..., Any]) -> Any:
-    """Return what a function says that it returns; `Any` if it does not say. Of a coroutine, what that returns."""
+    """Return what a function says that it returns; `Any` if it does not say.
+
+    Of a coroutine, what that returns.
+    """
     for each in _unwrapped(function):
         try:
             annotation = inspect.signature(each, follow_wrapped=False).return_annotation

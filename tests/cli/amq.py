@@ -1,4 +1,7 @@
-"""The command line as a test calls it: in this process, in a thread with an event loop of its own."""
+"""The command line as a test calls it.
+
+In this process, in a thread with an event loop of its own.
+"""
 
 import json
 import shlex

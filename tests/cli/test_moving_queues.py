@@ -1,4 +1,7 @@
-"""Jobs move to another queue, and queues are saved and restored: nothing is lost, nothing is there twice."""
+"""Jobs move to another queue, and queues are saved and restored.
+
+Nothing is lost, nothing is there twice.
+"""
 
 from typing import Any
 

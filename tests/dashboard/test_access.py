@@ -83,9 +83,14 @@ def test_these_are_not(host: str) -> None:
 # -- foreign origins
 
 ACTIONS = (
-    "/queues/work/pause", "/queues/work/drain", "/queues/work/obliterate", "/queues/work/jobs",
-    "/queues/work/add", "/queues/work/jobs/one/remove", "/queues/work/schedule",
-)  # fmt: skip
+    "/queues/work/pause",
+    "/queues/work/drain",
+    "/queues/work/obliterate",
+    "/queues/work/jobs",
+    "/queues/work/add",
+    "/queues/work/jobs/one/remove",
+    "/queues/work/schedule",
+)
 
 
 @pytest.mark.parametrize("path", ACTIONS)
@@ -180,10 +185,16 @@ async def test_only_the_chosen_queues_are_shown(memory: InMemoryBackend) -> None
 
 @pytest.mark.parametrize(
     "headers",
-    [{}, basic("ada", "wrong"), basic("eve", "right"), basic("", ""), {"Authorization": "Basic %%"},
-     {"Authorization": "Bearer x"}],
+    [
+        {},
+        basic("ada", "wrong"),
+        basic("eve", "right"),
+        basic("", ""),
+        {"Authorization": "Basic %%"},
+        {"Authorization": "Bearer x"},
+    ],
     ids=str,
-)  # fmt: skip
+)
 async def test_basic_login_refuses_a_stranger(
     memory: InMemoryBackend, headers: dict[str, str]
 ) -> None:
@@ -273,9 +284,11 @@ async def test_a_login_leads_to_a_page_of_the_dashboard_only(
 ) -> None:
     async with client_of(make_app(memory, login=SessionLogin(ACCOUNTS))) as client:
         answer = await client.post(
-            "/login", params={"next": target}, data={"name": "ada", "password": "right"},
+            "/login",
+            params={"next": target},
+            data={"name": "ada", "password": "right"},
             headers=SAME_ORIGIN,
-        )  # fmt: skip
+        )
         assert answer.headers["location"] == "/"
 
 
@@ -358,12 +371,22 @@ async def test_no_page_has_code_or_styles_of_its_own(memory: InMemoryBackend) ->
 @pytest.mark.parametrize(
     "path",
     [
-        "/static/../app.py", "/static/..%2f..%2fapp.py", "/static/%2e%2e/%2e%2e/__init__.py",
-        "/static/vendor/../../site.py", "/static//etc/passwd", "/static/", "/static/vendor",
-        "/queues/..%2f..", "/queues/work/jobs/../../../etc/passwd", "/queues/%00", "/queues/a.b",
-        "/queues/*", "/queues/amq_work", "/queues/work/jobs/" + "x" * 5000,
+        "/static/../app.py",
+        "/static/..%2f..%2fapp.py",
+        "/static/%2e%2e/%2e%2e/__init__.py",
+        "/static/vendor/../../site.py",
+        "/static//etc/passwd",
+        "/static/",
+        "/static/vendor",
+        "/queues/..%2f..",
+        "/queues/work/jobs/../../../etc/passwd",
+        "/queues/%00",
+        "/queues/a.b",
+        "/queues/*",
+        "/queues/amq_work",
+        "/queues/work/jobs/" + "x" * 5000,
     ],
-)  # fmt: skip
+)
 async def test_no_path_leads_out(memory: InMemoryBackend, path: str) -> None:
     async with client_of(make_app(memory)) as client:
         answer = await client.get(httpx.URL(ORIGIN, raw_path=path.encode()))
@@ -380,8 +403,13 @@ async def test_a_script_in_a_job_is_text(memory: InMemoryBackend) -> None:
     job_id = "x'\"><img src=x onerror=alert(1)>"
     await queue.add(SCRIPT, [SCRIPT], {SCRIPT: {"a": SCRIPT}}, job_id=job_id)
     await queue.upsert_repeatable(SCRIPT, every=60, name=SCRIPT, args=[SCRIPT])
-    paths = ["/queues/work/jobs", "/queues/work/jobs?state=any&text=<script>", "/queues/work/schedules",
-             "/find", "/queues/work/schedule"]  # fmt: skip
+    paths = [
+        "/queues/work/jobs",
+        "/queues/work/jobs?state=any&text=<script>",
+        "/queues/work/schedules",
+        "/find",
+        "/queues/work/schedule",
+    ]
     queries: list[dict[str, str]] = [{}, {}, {}, {"text": SCRIPT}, {"name": SCRIPT}]
     async with client_of(make_app(memory), follow_redirects=True) as client:
         listing = (await client.get(paths[0])).text

@@ -69,10 +69,21 @@ async def test_a_job_is_added_with_all_that_the_form_has(
 ) -> None:
     await queue.add("succeed", job_id="parent")
     answer = await post(
-        client, "/queues/work/add",
-        {"task": "succeed", "args": '["ä", 1]', "kwargs": '{"k": [true]}', "retries": "2", "priority": "1",
-         "delay": "1h", "ttl": "9000", "timeout": "2.5", "backoff": "3", "job_id": "new"},
-    )  # fmt: skip
+        client,
+        "/queues/work/add",
+        {
+            "task": "succeed",
+            "args": '["ä", 1]',
+            "kwargs": '{"k": [true]}',
+            "retries": "2",
+            "priority": "1",
+            "delay": "1h",
+            "ttl": "9000",
+            "timeout": "2.5",
+            "backoff": "3",
+            "job_id": "new",
+        },
+    )
     assert json.loads(answer.headers["HX-Trigger"])["leave"]["to"] == "/queues/work/jobs/new"
     job = await queue.get_job("new")
     assert job is not None
@@ -139,8 +150,11 @@ async def test_all_that_match_are_acted_on_and_no_others(
     assert "All jobs that match" in said(await post(client, "/queues/work/jobs", form))
     await only(queue, waiting=30, failed=1)
     assert (await entries(queue.backend))[0] == (
-        "local", "job.retry", "state=failed text=no 'FILE", 30,
-    )  # fmt: skip
+        "local",
+        "job.retry",
+        "state=failed text=no 'FILE",
+        30,
+    )
     assert "retry all that match, 30 jobs, done" in words_of(await client.get("/queues/work/jobs"))
 
 
@@ -206,8 +220,16 @@ async def test_one_job_is_told_whole(queue: Queue, client: httpx.AsyncClient) ->
     await run_jobs(queue_of_one)
     page = await client.get("/queues/work/jobs/bad")
     text = words_of(page)
-    for part in ("failed", "milk", "Attempt 1", "Attempt 2", "ZeroDivisionError", "Traceback",
-                 "2 failed, 2 allowed", HIDDEN):  # fmt: skip
+    for part in (
+        "failed",
+        "milk",
+        "Attempt 1",
+        "Attempt 2",
+        "ZeroDivisionError",
+        "Traceback",
+        "2 failed, 2 allowed",
+        HIDDEN,
+    ):
         assert part in text
     assert "hunter2" not in page.text
 
@@ -262,8 +284,14 @@ async def test_a_schedule_is_created_changed_paused_run_and_removed(
     queue: Queue, client: httpx.AsyncClient
 ) -> None:
     await queue.add("succeed", delay=9000)
-    form = {"name": "nightly", "task": "succeed", "cron": "0 3 * * *", "timezone": "Europe/Berlin",
-            "kwargs": '{"secret": "s"}', "retries": "1"}  # fmt: skip
+    form = {
+        "name": "nightly",
+        "task": "succeed",
+        "cron": "0 3 * * *",
+        "timezone": "Europe/Berlin",
+        "kwargs": '{"secret": "s"}',
+        "retries": "1",
+    }
     assert "Schedule nightly is stored" in said(await post(client, "/queues/work/schedule", form))
     text = words_of(await client.get("/schedules"))
     assert "At 03:00" in text
@@ -292,8 +320,9 @@ async def test_a_schedule_is_created_changed_paused_run_and_removed(
     assert await queue.list_repeatables() == []
     assert (await post(client, f"{path}/run")).status_code == 400
     actions = [action for _, action, _, _ in await entries(queue.backend)]
-    assert actions == [f"schedule.{each}" for each in
-                       ("remove", "run", "resume", "pause", "change", "create")]  # fmt: skip
+    assert actions == [
+        f"schedule.{each}" for each in ("remove", "run", "resume", "pause", "change", "create")
+    ]
 
 
 @pytest.mark.parametrize(

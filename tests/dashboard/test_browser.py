@@ -216,8 +216,19 @@ async def test_keys_and_colours(browser: Browser, queue: Queue) -> None:
     await browser.run("localStorage.removeItem('amq-theme')")
 
 
-NARROW = ("/", "/queues", "/queues/mail", "/queues/mail/jobs?state=failed", "/queues/mail/jobs/bad",
-          "/failures", "/schedules", "/workers", "/events", "/queues/mail/add", "/queues/mail/schedule")  # fmt: skip
+NARROW = (
+    "/",
+    "/queues",
+    "/queues/mail",
+    "/queues/mail/jobs?state=failed",
+    "/queues/mail/jobs/bad",
+    "/failures",
+    "/schedules",
+    "/workers",
+    "/events",
+    "/queues/mail/add",
+    "/queues/mail/schedule",
+)
 
 
 async def test_every_page_fits_a_telephone_and_can_be_read_aloud(

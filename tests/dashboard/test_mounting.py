@@ -83,9 +83,10 @@ async def test_a_session_is_for_the_prefix_only(memory: InMemoryBackend) -> None
         stranger = await client.get("/jobs/queues")
         assert stranger.headers["location"] == "/jobs/login?next=/jobs/queues"
         answer = await client.post(
-            stranger.headers["location"], data={"name": "ada", "password": "right"},
+            stranger.headers["location"],
+            data={"name": "ada", "password": "right"},
             headers={"Origin": ORIGIN},
-        )  # fmt: skip
+        )
         assert "Path=/jobs" in answer.headers["set-cookie"]
         assert answer.headers["location"] == "/jobs/queues"
         assert (await client.get("/jobs/queues")).status_code == 200
@@ -124,8 +125,19 @@ async def test_the_program_serves(server: EmbeddedServer, tmp_path: Path) -> Non
         listener = await anyio.create_tcp_listener(local_host="127.0.0.1")
         port = listener.extra(anyio.abc.SocketAttribute.local_port)
         await listener.aclose()
-        command = [sys.executable, "-m", "asyncmq_nats", "dashboard", "--server", server.url,
-                   "--port", str(port), "--accounts", str(tmp_path / "accounts"), "--basic"]  # fmt: skip
+        command = [
+            sys.executable,
+            "-m",
+            "asyncmq_nats",
+            "dashboard",
+            "--server",
+            server.url,
+            "--port",
+            str(port),
+            "--accounts",
+            str(tmp_path / "accounts"),
+            "--basic",
+        ]
         async with (
             await anyio.open_process(command, stdout=None, stderr=None) as process,
             httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client,

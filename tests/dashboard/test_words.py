@@ -27,10 +27,22 @@ from asyncmq_nats.contrib.dashboard.words import (
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(0, "0 ms"), (0.0421, "42 ms"), (1.25, "1.2 s"), (42, "42 s"), (60, "1 min"), (95, "1 min 35 s"),
-     (1_500, "25 min"), (3_700, "1 h 1 min"), (90_000, "1 d 1 h"), (-5, "-5.0 s"), (-0.0001, "0 ms"), (None, "–"),
-     (float("inf"), "–")],
-)  # fmt: skip
+    [
+        (0, "0 ms"),
+        (0.0421, "42 ms"),
+        (1.25, "1.2 s"),
+        (42, "42 s"),
+        (60, "1 min"),
+        (95, "1 min 35 s"),
+        (1_500, "25 min"),
+        (3_700, "1 h 1 min"),
+        (90_000, "1 d 1 h"),
+        (-5, "-5.0 s"),
+        (-0.0001, "0 ms"),
+        (None, "–"),
+        (float("inf"), "–"),
+    ],
+)
 def test_durations_have_two_units_at_most(seconds: float | None, text: str) -> None:
     assert duration(seconds) == text
 
@@ -50,10 +62,16 @@ def test_numbers_have_their_thousands_apart() -> None:
 
 @pytest.mark.parametrize(
     ("cron", "words"),
-    [("0 7 * * mon-fri", "At 07:00, Monday through Friday"), ("*/5 * * * *", "Every 5 minutes"),
-     ("0 7 * * mon 15", "At 07:00:15, only on Monday"), ("@daily", "At 00:00"), ("", ""), (None, ""),
-     ("not a cron", "")],
-)  # fmt: skip
+    [
+        ("0 7 * * mon-fri", "At 07:00, Monday through Friday"),
+        ("*/5 * * * *", "Every 5 minutes"),
+        ("0 7 * * mon 15", "At 07:00:15, only on Monday"),
+        ("@daily", "At 00:00"),
+        ("", ""),
+        (None, ""),
+        ("not a cron", ""),
+    ],
+)
 def test_cron_is_told_in_words(cron: str | None, words: str) -> None:
     assert cron_in_words(cron) == words
 
@@ -182,8 +200,13 @@ def test_a_job_is_drawn_right_of_its_parents() -> None:
     x = {node.id: node.x for node in drawing.nodes}
     assert x["a"] < x["b"] == x["c"] < x["d"] < x["e"]
     assert {(edge.parent, edge.child) for edge in drawing.edges} == {
-        ("a", "b"), ("a", "c"), ("b", "d"), ("c", "d"), ("a", "e"), ("d", "e"),
-    }  # fmt: skip
+        ("a", "b"),
+        ("a", "c"),
+        ("b", "d"),
+        ("c", "d"),
+        ("a", "e"),
+        ("d", "e"),
+    }
     places = {(node.x, node.y) for node in drawing.nodes}
     assert len(places) == 5
     assert all(0 <= node.x <= drawing.width - drawing.node_width for node in drawing.nodes)

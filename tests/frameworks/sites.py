@@ -49,7 +49,10 @@ class Site:
 def serving(
     app: str, directory: Path, *, lifespan: str = "on", **environment: str
 ) -> Iterator[Site]:
-    """Serve an ASGI application by uvicorn on a free port while the block runs; it must end in order."""
+    """Serve an ASGI application by uvicorn on a free port while the block runs.
+
+    It must end in order.
+    """
     command = [sys.executable, "-m", "uvicorn", "--port", "0", "--app-dir", str(directory)]
     command += ["--lifespan", lifespan, app]
     process = subprocess.Popen(

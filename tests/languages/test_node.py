@@ -1,4 +1,7 @@
-"""The producer and the worker in JavaScript, written after docs/protocol.md, beside Python. Skipped without Node.js."""
+"""The producer and the worker in JavaScript, written after docs/protocol.md, beside Python.
+
+Skipped without Node.js.
+"""
 
 import os
 import re

@@ -132,11 +132,22 @@ async def test_job_whose_time_is_to_come_waits_for_it(running: Queue, foreign: C
 @pytest.mark.parametrize(
     "body",
     [
-        b"", b"garbage", b"\xff\xfe\x00", b"null", b"[1, 2]", b"{}", b'{"task": 3}', b'{"task": "echo"', b'{"task": "echo", "args": 5}',
-        b'{"task": "echo", "v": 99}', b'{"task": "echo", "priority": "high"}', b'{"task": "echo", "ttl": NaN}',
-        b'{"task": "echo", "delay_until": "soon"}', b'{"task":"echo","retries":-1}',
+        b"",
+        b"garbage",
+        b"\xff\xfe\x00",
+        b"null",
+        b"[1, 2]",
+        b"{}",
+        b'{"task": 3}',
+        b'{"task": "echo"',
+        b'{"task": "echo", "args": 5}',
+        b'{"task": "echo", "v": 99}',
+        b'{"task": "echo", "priority": "high"}',
+        b'{"task": "echo", "ttl": NaN}',
+        b'{"task": "echo", "delay_until": "soon"}',
+        b'{"task":"echo","retries":-1}',
     ],
-)  # fmt: skip
+)
 async def test_what_is_not_a_job_ends_as_failed_and_does_not_loop(
     body: bytes, running: Queue, foreign: Client
 ) -> None:

@@ -1,4 +1,7 @@
-"""Settings of a live queue: what a person stores wins, then the last process that applies its own."""
+"""Settings of a live queue.
+
+What a person stores wins, then the last process that applies its own.
+"""
 
 from collections.abc import Callable
 

@@ -1,4 +1,7 @@
-"""Worker programs with a supervisor: what starts a process anew, what does not, and that nothing is lost."""
+"""Worker programs with a supervisor.
+
+What starts a process anew, what does not, and that nothing is lost.
+"""
 
 from pathlib import Path
 

@@ -41,7 +41,10 @@ def _owner() -> str | None:
 
 @contextmanager
 def run_postgres() -> Iterator[str]:
-    """Run a PostgreSQL server with an empty database, and yield its address. Skips where there is none."""
+    """Run a PostgreSQL server with an empty database, and yield its address.
+
+    Skips where there is none.
+    """
     programs = find_postgres()
     if programs is None:
         pytest.skip("no PostgreSQL server: initdb and pg_ctl are not installed")

@@ -1,4 +1,7 @@
-"""Applications, relays and the server are killed by SIGKILL: each committed row becomes exactly one job, and no other does."""
+"""Applications, relays and the server are killed by SIGKILL.
+
+Each committed row becomes exactly one job, and no other does.
+"""
 
 import itertools
 import os

@@ -1,4 +1,7 @@
-"""What a relay makes of rows: jobs, once each, in order where asked; and what it does when something is wrong."""
+"""What a relay makes of rows: jobs, once each, in order where asked.
+
+And what it does when something is wrong.
+"""
 
 from collections.abc import Callable
 from contextlib import asynccontextmanager

@@ -1,4 +1,7 @@
-"""What can be a task: functions of every kind, methods, objects, classes, other people's callables."""
+"""What can be a task.
+
+Functions of every kind, methods, objects, classes, other people's callables.
+"""
 
 import functools
 import json

@@ -1,4 +1,7 @@
-"""The lifespan of a worker: opened before its first job, closed after its last one. On both backends."""
+"""The lifespan of a worker: opened before its first job, closed after its last one.
+
+On both backends.
+"""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager

@@ -1,4 +1,7 @@
-"""What a task can make of its job: retry, give up, snooze, expire. In coroutines, threads and processes."""
+"""What a task can make of its job: retry, give up, snooze, expire.
+
+In coroutines, threads and processes.
+"""
 
 import math
 import pickle

@@ -1,4 +1,7 @@
-"""What is logged of jobs: fields, lines of start and end, failures, and lines that stay with a job."""
+"""What is logged of jobs.
+
+Fields, lines of start and end, failures, and lines that stay with a job.
+"""
 
 import json
 import logging

@@ -1,4 +1,7 @@
-"""Traces and metrics by OpenTelemetry: spans, attributes, and the context that travels with a job."""
+"""Traces and metrics by OpenTelemetry.
+
+Spans, attributes, and the context that travels with a job.
+"""
 
 import logging
 from collections.abc import Iterator, Mapping

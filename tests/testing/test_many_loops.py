@@ -1,4 +1,7 @@
-"""Any number of event loops and threads use one virtual backend: a test client's, `asyncio.run`'s."""
+"""Any number of event loops and threads use one virtual backend.
+
+A test client's, `asyncio.run`'s.
+"""
 
 import asyncio
 import threading

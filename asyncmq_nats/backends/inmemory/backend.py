@@ -1,7 +1,8 @@
 """A backend without a server: a twin of what we use of JetStream, for tests and first steps.
 
-One process, one event loop at a time, one store per instance. Where the twin and the server disagree, the twin is wrong
-(`tests/test_backend_contract.py`). What was written is still there after `close`, and goes with the object.
+One process, one event loop at a time, one store per instance. Where the twin and the server
+disagree, the twin is wrong (`tests/test_backend_contract.py`). What was written is still there
+after `close`, and goes with the object.
 """
 
 import asyncio
@@ -81,7 +82,8 @@ class InMemorySubscription:
 class InMemoryBackend:
     """A `Backend` in the memory of this process.
 
-    Where a server would have to answer, a method gives way to other tasks first and then does its work at once: cancelled, it did nothing.
+    Where a server would have to answer, a method gives way to other tasks first and then does its
+    work at once: cancelled, it did nothing.
     """
 
     def __init__(self, settings: Settings | None = None, *, clock: Clock = SYSTEM_CLOCK) -> None:

@@ -1,6 +1,7 @@
-"""Consumers, leases and pullers of the in-memory backend. A record is only looked at here; the log keeps it.
+"""Consumers, leases and pullers of the in-memory backend.
 
-Nothing calls a user of the backend from inside a method of it: every delivery and every lapse goes through `call_soon`.
+A record is only looked at here; the log keeps it. Nothing calls a user of the backend from inside a
+method of it: every delivery and every lapse goes through `call_soon`.
 """
 
 import asyncio
@@ -54,7 +55,10 @@ class Counter:
 
 
 class Lease:
-    """A record that was delivered and is not settled. `alarm`: the end of the delay it was given back with."""
+    """A record that was delivered and is not settled.
+
+    `alarm`: the end of the delay it was given back with.
+    """
 
     __slots__ = ("alarm", "deliveries", "record")
 
@@ -78,8 +82,9 @@ class Request:
 class Cursor:
     """A consumer with a lease. Every operation costs the same for ten records and for a million.
 
-    A leased record is in one of four places: in hand and extended (in none of the collections), in hand and running out (`_deadlines`, in
-    order, since all leases are equally long), given back with a delay (its alarm), or about to be delivered again (`_returned`).
+    A leased record is in one of four places: in hand and extended (in none of the collections), in
+    hand and running out (`_deadlines`, in order, since all leases are equally long), given back
+    with a delay (its alarm), or about to be delivered again (`_returned`).
     """
 
     def __init__(
@@ -91,7 +96,8 @@ class Cursor:
         self._agenda = agenda
         self._on_ack = on_ack
         self.lock = agenda.lock
-        # Not dicts: to find the first item of one whose first items were removed takes longer and longer.
+        # Not dicts: to find the first item of one whose first items were removed takes longer and
+        # longer.
         self._undelivered: OrderedDict[int, Record] = OrderedDict()
         self._returned: OrderedDict[int, None] = OrderedDict()
         self._deadlines: OrderedDict[int, float] = OrderedDict()
@@ -137,7 +143,10 @@ class Cursor:
         self._watch()
 
     def pause(self, until: float) -> None:
-        """Deliver nothing until then; an `until` of 0 is a resume. Either way what waits is served when the pause is over."""
+        """Deliver nothing until then; an `until` of 0 is a resume.
+
+        Either way what waits is served when the pause is over.
+        """
         self.paused_until = until
         self._agenda.cancel(self._resumption)
         self._resumption = (
@@ -323,7 +332,10 @@ class InMemoryDelivery:
 
 
 class InMemoryPuller:
-    """A `Puller`. `find` returns the consumer of a name, declared again if it vanished, or raises `AssetMissing`."""
+    """A `Puller`.
+
+    `find` returns the consumer of a name, declared again if it vanished, or raises `AssetMissing`.
+    """
 
     def __init__(
         self,

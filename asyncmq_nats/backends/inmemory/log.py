@@ -1,4 +1,7 @@
-"""A log of the in-memory backend: its records, their subjects, what makes them go, and what is refused."""
+"""A log of the in-memory backend.
+
+Its records, their subjects, what makes them go, and what is refused.
+"""
 
 from bisect import bisect_left
 from collections import OrderedDict
@@ -163,7 +166,8 @@ class StoredLog:
     def _check_alone(self, declaration: Consumer) -> None:
         if declaration.lease is None:
             raise BackendError(
-                f"consumer {declaration.name!r} only counts, and {self.declaration.name!r} is a work queue: "
+                f"consumer {declaration.name!r} only counts, "
+                f"and {self.declaration.name!r} is a work queue: "
                 "count its tiers"
             )
         for other in self.consumers.values():
@@ -206,7 +210,10 @@ class StoredLog:
                 )
 
     def _check_expectation(self, write: Write, earlier: Set[str]) -> None:
-        """Compare with the log as it was before the batch. As on the server, a subject the batch wrote earlier cannot be expected."""
+        """Compare with the log as it was before the batch.
+
+        As on the server, a subject the batch wrote earlier cannot be expected.
+        """
         if write.expect is None:
             return
         if write.expect.filter in earlier:
@@ -219,7 +226,8 @@ class StoredLog:
             default=0,
         )
         if found != write.expect.sequence:
-            detail = f"the last record of {write.expect.filter!r} is {found}, not {write.expect.sequence}"
+            expect = write.expect
+            detail = f"the last record of {expect.filter!r} is {found}, not {expect.sequence}"
             raise WriteRefused(self.declaration.name, detail)
 
     def _store(self, write: Write) -> None:

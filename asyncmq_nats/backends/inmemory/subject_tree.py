@@ -1,4 +1,7 @@
-"""Subjects in the in-memory backend: a tree that finds records by filter, and what a rule makes of a subject."""
+"""Subjects in the in-memory backend.
+
+A tree that finds records by filter, and what a rule makes of a subject.
+"""
 
 import re
 from collections.abc import Iterator
@@ -32,7 +35,10 @@ class Node(Generic[Value]):
 
 
 class SubjectTree(Generic[Value]):
-    """One value per subject. Finding costs as much as the filter's wildcards leave open, not as much as there are subjects."""
+    """One value per subject.
+
+    Finding costs as much as the filter's wildcards leave open, not as much as there are subjects.
+    """
 
     def __init__(self) -> None:
         self._root: Node[Value] = Node()
@@ -68,7 +74,10 @@ class SubjectTree(Generic[Value]):
             del parent.children[token]
 
     def find(self, pattern: str) -> Iterator[Value]:
-        """Yield the values of all subjects that the filter matches, in no order. The tree must not change meanwhile."""
+        """Yield the values of all subjects that the filter matches, in no order.
+
+        The tree must not change meanwhile.
+        """
         nodes = [self._root]
         for token in pattern.split("."):
             if token == ">":

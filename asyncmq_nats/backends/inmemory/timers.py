@@ -1,4 +1,7 @@
-"""Time in the in-memory backend: what is due when, on one handle of the event loop. Knows nothing about records."""
+"""Time in the in-memory backend: what is due when, on one handle of the event loop.
+
+Knows nothing about records.
+"""
 
 import asyncio
 import heapq
@@ -26,7 +29,10 @@ class Alarm:
 
 
 class Agenda:
-    """Alarms by time. They ring while it is started, in order, never early and never from inside `at`."""
+    """Alarms by time.
+
+    They ring while it is started, in order, never early and never from inside `at`.
+    """
 
     def __init__(self, clock: Clock = SYSTEM_CLOCK) -> None:
         self.clock = clock

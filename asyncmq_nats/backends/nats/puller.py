@@ -185,7 +185,7 @@ class NATSPuller:
             payload["max_bytes"] = max(ANSWER_SIZE, self._client.max_payload + OVERHEAD)
         if wait > 0:
             payload["expires"] = int(wait * NANOSECONDS)
-        else:  # answered at once, with what is there, and with a 404 if that is less than was asked for
+        else:  # answered at once, with a 404 if less is there than was asked for
             payload["no_wait"] = True
             credit.looks[token] = Look(count, credit.outstanding)
         credit.outstanding += count

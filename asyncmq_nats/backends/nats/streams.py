@@ -104,7 +104,10 @@ def consumer_config(consumer: Consumer) -> dict[str, Any]:
 CHANGEABLE: Final = ("num_replicas", "max_bytes", "discard", "compression", "placement", "ack_wait")
 """What the server changes in place; all else needs a new stream."""
 DEFAULTS: Final = {"max_bytes": -1, "discard": "old", "compression": "none", "placement": None}
-"""What a stream has that was made without these: unlike a declaration, a comparison tells of them."""
+"""What a stream has that was made without these.
+
+Unlike a declaration, a comparison tells of them.
+"""
 
 
 def _find_differences(

@@ -1,6 +1,7 @@
-"""The dashboard: pages about queues, jobs and workers, as an ASGI application. Needs the extra `dashboard`.
+"""The dashboard: pages about queues, jobs and workers, as an ASGI application.
 
-It reads and acts by the public API only, and stores nothing of its own.
+Needs the extra `dashboard`. It reads and acts by the public API only, and stores nothing of its
+own.
 """
 
 try:

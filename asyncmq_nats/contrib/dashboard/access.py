@@ -213,7 +213,8 @@ class BasicLogin:
     """Accounts by HTTP basic authentication. Use it behind TLS only.
 
     Args:
-        accounts: `{"ada": ("password", "operator")}`, or `Account`s, or what `read_accounts` returns.
+        accounts: `{"ada": ("password", "operator")}`, or `Account`s, or what `read_accounts`
+            returns.
 
     Raises:
         InvalidArgument: there is no account, or one is malformed.
@@ -400,7 +401,8 @@ class LocalOnly:
     def challenge(self, request: Request) -> Response:
         """See `Login`."""
         return PlainTextResponse(
-            "This dashboard has no login, so it answers on this machine only, as localhost. Give it "
+            "This dashboard has no login, so it answers on this machine only, as localhost. "
+            "Give it "
             "one: Dashboard(login=…), or asyncmq-nats dashboard --accounts FILE.\n",
             403,
         )

@@ -84,7 +84,8 @@ def _columns(parents: Mapping[str, Sequence[str]]) -> dict[str, int]:
     left = dict(parents)
     while left:
         ready = [job for job, given in left.items() if all(p in columns for p in given)]
-        # None is ready: they wait for each other in a circle, which no flow has; the first one begins.
+        # None is ready: they wait for each other in a circle, which no flow has; the first one
+        # begins.
         for job in ready or [next(iter(left))]:
             known = [columns[p] for p in left.pop(job) if p in columns]
             columns[job] = max(known, default=-1) + 1
@@ -92,7 +93,7 @@ def _columns(parents: Mapping[str, Sequence[str]]) -> dict[str, int]:
 
 
 def _untangle(layers: list[list[str]], parents: Mapping[str, Sequence[str]]) -> None:
-    """Order each layer by the middle of those that its jobs are tied to, from both sides in turn."""
+    """Order each layer by the middle of its jobs' neighbours, from both sides in turn."""
     children: dict[str, list[str]] = {job: [] for job in parents}
     for job, given in parents.items():
         for parent in given:

@@ -206,7 +206,10 @@ class Site:
         to: str | None = None,
         kind: str = "success",
     ) -> Response:
-        """Answer an action: the browser shows what was said, then the page anew, or the page `to`."""
+        """Answer an action.
+
+        The browser shows what was said, then the page anew, or the page `to`.
+        """
         self.reads.forget()
         if "hx-request" not in request.headers:
             return RedirectResponse(to or _back(request), 303)
@@ -215,7 +218,7 @@ class Site:
         return Response(status_code=204, headers={"HX-Trigger": _ascii_json(events)})
 
     def begin(self, request: Request, what: str, queue: str, where: JobFilter) -> Operation:
-        """Note that something was begun, so that all pages tell of it until a while after its end."""
+        """Note that something was begun: all pages tell of it until a while after its end."""
         now = time.monotonic()
         self.operations[:] = [
             each

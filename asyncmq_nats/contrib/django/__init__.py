@@ -1,1 +1,4 @@
-"""Django: an app with settings, a worker and an outbox. Put it into `INSTALLED_APPS`; see docs/frameworks.md."""
+"""Django: an app with settings, a worker and an outbox.
+
+Put it into `INSTALLED_APPS`; see docs/frameworks.md.
+"""

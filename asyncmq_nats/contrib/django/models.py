@@ -1,4 +1,7 @@
-"""The outbox as a model of Django: the same table as `asyncmq_nats.contrib.outbox` has with SQLAlchemy."""
+"""The outbox as a model of Django.
+
+The same table as `asyncmq_nats.contrib.outbox` has with SQLAlchemy.
+"""
 
 from django.db import models
 from django.db.models import Q

@@ -1,4 +1,7 @@
-"""`add` writes a job in Django's transaction; the relay is that of `asyncmq_nats.contrib.outbox`."""
+"""`add` writes a job in Django's transaction.
+
+The relay is that of `asyncmq_nats.contrib.outbox`.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

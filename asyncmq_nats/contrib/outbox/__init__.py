@@ -1,8 +1,8 @@
 """Transactional outbox: jobs are rows of the user's transaction; a relay adds them to their queues.
 
-`add` writes a row with SQLAlchemy (`asyncmq_nats.contrib.django.outbox.add` with Django). Any number
-of `Relay`s publish the rows. The row's job id makes the queue refuse a second publication, so a
-relay that dies at any step loses nothing and doubles nothing. See docs/outbox.md.
+`add` writes a row with SQLAlchemy (`asyncmq_nats.contrib.django.outbox.add` with Django). Any
+number of `Relay`s publish the rows. The row's job id makes the queue refuse a second publication,
+so a relay that dies at any step loses nothing and doubles nothing. See docs/outbox.md.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -33,11 +33,11 @@ logger = get_logger(__name__)
 BATCH_LIMIT: Final = 1000
 """The most rows in one step: the most messages in a batch of the server."""
 RETRY_DELAY: Final = 1.0
-"""How long rows wait whose queue could not be reached, and a relay whose database cannot, in seconds."""
+"""Seconds before a row or a database that could not be reached is tried again."""
 CONCURRENT_KEYS: Final = 32
 """How many order keys are published at the same time."""
 TIDY_INTERVAL: Final = 60.0
-"""How often order keys are looked for whose last job has ended, and how old these must be, in seconds."""
+"""Seconds between searches for order keys whose last job has ended, and their least age."""
 RELEASE_TIMEOUT: Final = 2.0
 """How long a relay that stops tries to give back what it has, in seconds."""
 ENDED: Final = (None, "completed", "failed", "expired", "cancelled")
@@ -47,11 +47,12 @@ class Relay:
     """Publishes the rows of one outbox. Any number of them may run.
 
     Args:
-        database: the address, as SQLAlchemy writes it: PostgreSQL or SQLite, with whatever driver; a relay uses psycopg and aiosqlite.
+        database: the address, as SQLAlchemy writes it: PostgreSQL or SQLite, with whatever driver;
+            a relay uses psycopg and aiosqlite.
         backend: of the queues; by default that of the settings.
         batch_size: how many rows are taken at a time, at most 1,000.
-        poll_interval: how often it looks for rows, in seconds. On PostgreSQL it is told of new ones, and looks for those that another
-            relay has left.
+        poll_interval: how often it looks for rows, in seconds. On PostgreSQL it is told of new
+            ones, and looks for those that another relay has left.
         lease: after so many seconds, the rows of a relay that was lost are taken by another one.
 
     Raises:
@@ -127,7 +128,7 @@ class Relay:
         return count
 
     async def count(self) -> Counts:
-        """Return how many rows wait, how many no queue takes, and the age of the oldest one that waits."""
+        """Return the number of rows that wait, of those that no queue takes, and the oldest age."""
         return await self._store.count()
 
     async def close(self) -> None:
@@ -178,7 +179,10 @@ class Relay:
         await self.tidy(TIDY_INTERVAL)
 
     async def tidy(self, age: float = TIDY_INTERVAL) -> int:
-        """Forget order keys whose last job was published `age` seconds ago and has ended; return how many."""
+        """Forget order keys whose last job was published `age` seconds ago and has ended.
+
+        Return how many.
+        """
         ended = [
             tail
             for tail in await self._store.idle_tails(age)
@@ -261,7 +265,10 @@ class Relay:
         return done
 
     async def _add(self, row: Row, job: Mapping[str, Any], after: str | None = None) -> bool:
-        """Add one job and return whether its queue took it. `after`: the id of the job that it waits for."""
+        """Add one job and return whether its queue took it.
+
+        `after`: the id of the job that it waits for.
+        """
         queue = self._queue(row.queue)
         waiting = dict(job)
         if after is not None and after != row.job_id:

@@ -1,8 +1,8 @@
-"""The relay's side of the table: take rows on a lease, and say what became of them. It knows no queue.
+"""The relay's side of the table: take rows on a lease, and say what became of them.
 
-Each function is one transaction. A row belongs to the relay in `taken_by` until `taken_until`, by
-the database's clock. What a relay writes about a row expects that it still has it, so one that
-stood still for longer than its lease changes nothing.
+It knows no queue. Each function is one transaction. A row belongs to the relay in `taken_by` until
+`taken_until`, by the database's clock. What a relay writes about a row expects that it still has
+it, so one that stood still for longer than its lease changes nothing.
 """
 
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
@@ -72,7 +72,10 @@ class Tail:
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """What is in the outbox. `oldest`: the age in seconds of the oldest row that is not published."""
+    """What is in the outbox.
+
+    `oldest`: the age in seconds of the oldest row that is not published.
+    """
 
     waiting: int
     refused: int
@@ -133,7 +136,7 @@ class OutboxStore:
         await self._engine.dispose()
 
     async def take(self, limit: int, lease: float) -> list[Row]:
-        """Take up to `limit` rows for `lease` seconds, and those that follow them under their order keys.
+        """Take up to `limit` rows for `lease` seconds, and those after them under their order keys.
 
         Returned in the order in which they were written.
         """
@@ -249,7 +252,10 @@ class OutboxStore:
             )
 
     async def release(self, rows: Sequence[Row] | None = None, delay: float = 0.0) -> None:
-        """Give rows back, by default all that this relay has: any relay may take them after `delay` seconds."""
+        """Give rows back, by default all that this relay has.
+
+        Any relay may take them after `delay` seconds.
+        """
         mine = OutboxRow.taken_by == self._relay
         which = mine if rows is None else self._has([row.number for row in rows])
         async with self._engine.begin() as connection:
@@ -279,7 +285,7 @@ class OutboxStore:
             )
 
     async def count(self) -> Counts:
-        """Return how many rows wait, how many no queue takes, and the age of the oldest one that waits."""
+        """Return the number of rows that wait, of those that no queue takes, and the oldest age."""
         async with self._engine.connect() as connection:
             waiting = select(func.count(), self._now - func.min(_row.created_at)).where(_is_open)
             number, oldest = (await connection.execute(waiting)).one()
@@ -294,7 +300,10 @@ class OutboxStore:
         return not self._is_sqlite
 
     async def listen(self, on_rows: Callable[[], None]) -> None:
-        """Call `on_rows` once the connection listens, and at each notification, until the connection is lost or this is cancelled."""
+        """Call `on_rows` once the connection listens, and at each notification.
+
+        Ends when the connection is lost or this is cancelled.
+        """
         async with self._listening() as connection:
             on_rows()  # for those that were written before
             async for _ in connection.notifies():

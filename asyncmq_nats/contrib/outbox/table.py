@@ -114,15 +114,18 @@ def add(
     It is added to its queue once the transaction is committed, and never if it is rolled back.
 
     Args:
-        session: a `Session`, an `AsyncSession` (the row is sent by its next flush), or a `Connection`; with an `AsyncConnection`:
-            `await connection.run_sync(add, task, args)`.
-        task: a `@task`, whose queue, retries and limits count unless others are given; or the id of one.
+        session: a `Session`, an `AsyncSession` (the row is sent by its next flush), or a
+            `Connection`; with an `AsyncConnection`: `await connection.run_sync(add, task, args)`.
+        task: a `@task`, whose queue, retries and limits count unless others are given; or the id of
+            one.
         args: for the task, as for `Queue.add`.
         kwargs: likewise.
         queue: the name of the queue; the id of a task needs it.
-        order_key: jobs of one queue with the same key run one after the other, in the order in which their transactions wrote them. On
-            PostgreSQL, transactions that write the same key wait for each other.
-        retries: see `Queue.add`, as all that follow. `delay` and `ttl` count from now, not from the publication.
+        order_key: jobs of one queue with the same key run one after the other, in the order in
+            which their transactions wrote them. On PostgreSQL, transactions that write the same key
+            wait for each other.
+        retries: see `Queue.add`, as all that follow. `delay` and `ttl` count from now, not from the
+            publication.
         ttl: see there.
         backoff: see there.
         priority: see there.
@@ -132,7 +135,8 @@ def add(
         repeat_every: see there.
 
     Raises:
-        InvalidArgument, InvalidQueueName, InvalidJobId, NotSerializable: as for `Queue.add`; nothing was written.
+        InvalidArgument, InvalidQueueName, InvalidJobId, NotSerializable: as for `Queue.add`;
+            nothing was written.
     """
     row = build_row(
         task,

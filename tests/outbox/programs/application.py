@@ -1,4 +1,7 @@
-"""An application that takes orders until there are `ORDERS`: each with its jobs in one transaction; some are rolled back."""
+"""An application that takes orders until there are `ORDERS`: each with its jobs in one transaction.
+
+Some are rolled back.
+"""
 
 import os
 import time

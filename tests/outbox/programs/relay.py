@@ -1,4 +1,7 @@
-"""A relay as a process of its own. With `DIE_AT` it kills itself at that step: `<call>:<before|after>:<how many-th>`."""
+"""A relay as a process of its own.
+
+With `DIE_AT` it kills itself at that step: `<call>:<before|after>:<how many-th>`.
+"""
 
 import logging
 import os

@@ -1,4 +1,7 @@
-"""A Flask application for gunicorn: each request enqueues a job. `PRELOAD=1`: so does its import."""
+"""A Flask application for gunicorn: each request enqueues a job.
+
+`PRELOAD=1`: so does its import.
+"""
 
 import os
 

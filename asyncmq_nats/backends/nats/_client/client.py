@@ -154,8 +154,8 @@ class DirectClient(Client):
     async def _process_pong(self) -> None:
         """Take in the answer to a PING.
 
-        If the task that waited for it has been cancelled, nats-py's (2.16) fails, and nothing is read any
-        more.
+        If the task that waited for it has been cancelled, nats-py's (2.16) fails, and nothing is
+        read any more.
         """
         if self._pongs:
             answered = self._pongs.pop(0)

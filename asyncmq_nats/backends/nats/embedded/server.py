@@ -114,7 +114,9 @@ class EmbeddedServer:
                 return
             self._dismiss_watchdog()
             program = _find_program()
-            store = self._make_store()  # before the next lines: what is registered last is called first, and a store is removed at exit too
+            # Before the next lines: what is registered last is called first, and a store is removed
+            # at exit too.
+            store = self._make_store()
             atexit.unregister(self.stop)
             atexit.register(self.stop)
             try:

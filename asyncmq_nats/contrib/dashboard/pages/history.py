@@ -23,7 +23,10 @@ FRESH_SECONDS: Final = 5.0
 
 
 async def read_history(site: Site, queue: str | None, span: str) -> MetricsHistory | None:
-    """Return what workers did, in one queue or in all that are shown; `None` if there is nothing."""
+    """Return what workers did, in one queue or in all that are shown.
+
+    `None` if there is nothing.
+    """
     seconds = SPANS.get(span, SPANS["1h"])
 
     async def read() -> MetricsHistory | None:

@@ -44,7 +44,8 @@ class QueueSummary:
         return sum(n for state, n in self.counts.items() if state not in OUTCOMES)
 
     def __repr__(self) -> str:
-        # What the pages show: not the heartbeats, which would have them brought up to date for nothing.
+        # What the pages show: not the heartbeats, which would have them brought up to date for
+        # nothing.
         workers = [
             (worker.id, worker.concurrency, worker.busy, worker.running, worker.stopping)
             for worker in self.workers

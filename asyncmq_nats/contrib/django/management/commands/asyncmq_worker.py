@@ -1,4 +1,7 @@
-"""`manage.py asyncmq_worker QUEUE…`: run the jobs of queues, with the tasks of all installed apps."""
+"""`manage.py asyncmq_worker QUEUE…`.
+
+Run the jobs of queues, with the tasks of all installed apps.
+"""
 
 from argparse import ArgumentParser
 from typing import Any
