@@ -7,6 +7,7 @@ from typing import Annotated, Any, Final
 import anyio
 import typer
 
+from asyncmq_nats._concurrency import open_task_group
 from asyncmq_nats.cli.command import AsJson, CommandFailed, Session, command, make_group
 from asyncmq_nats.cli.output import duration, number
 
@@ -58,7 +59,7 @@ async def relay(
     running = _make_relay(
         database, session, batch_size=batch_size, poll_interval=poll_interval, lease=lease
     )
-    async with anyio.create_task_group() as tasks:
+    async with open_task_group() as tasks:
         with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
             await tasks.start(running.run)
             session.output.note(f"relay {running.id} publishes rows")

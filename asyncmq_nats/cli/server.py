@@ -11,6 +11,7 @@ import typer
 from anyio.abc import TaskStatus
 
 from asyncmq_nats import NATSBackend
+from asyncmq_nats._concurrency import open_task_group
 from asyncmq_nats.cli.command import CommandFailed, Session
 from asyncmq_nats.cli.program import program
 
@@ -53,7 +54,7 @@ def server(
 async def _serve(backend: NATSBackend, announce: Callable[[], None]) -> bool:
     """Wait for a signal. Return `False` if the server has ended before."""
     stopped = False
-    async with anyio.create_task_group() as group:
+    async with open_task_group() as group:
 
         async def stop_on_signal(*, task_status: TaskStatus[None]) -> None:
             nonlocal stopped

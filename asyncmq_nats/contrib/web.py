@@ -12,6 +12,7 @@ import anyio
 from anyio.abc import TaskStatus
 
 from asyncmq_nats import Queue, Worker
+from asyncmq_nats._concurrency import open_task_group
 from asyncmq_nats.exceptions import InvalidArgument
 from asyncmq_nats.telemetry.logs import get_logger
 
@@ -67,7 +68,7 @@ def lifespan(
 async def _running(worker: Worker) -> AsyncIterator[None]:
     failure: Exception | None = None
     stopping = anyio.Event()
-    async with anyio.create_task_group() as group:
+    async with open_task_group() as group:
         try:
             await group.start(_keep_running, worker, stopping)
             yield

@@ -18,6 +18,7 @@ from anyio.abc import TaskStatus
 from sqlalchemy import URL
 from sqlalchemy.exc import SQLAlchemyError
 
+from asyncmq_nats._concurrency import open_task_group
 from asyncmq_nats.backends import default_backend
 from asyncmq_nats.backends.base import Backend
 from asyncmq_nats.contrib.outbox.store import Counts, Key, OutboxStore, Row
@@ -90,7 +91,7 @@ class Relay:
         While the database or the queues cannot be reached, it tries again.
         """
         try:
-            async with anyio.create_task_group() as group:
+            async with open_task_group() as group:
                 if self._store.can_listen:
                     group.start_soon(self._listen)
                 started = False
@@ -256,7 +257,7 @@ class Relay:
                 except AsyncMQError as error:
                     failures.append(error)
 
-        async with anyio.create_task_group() as group:
+        async with open_task_group() as group:
             for key, rows in by_key.items():
                 group.start_soon(add_in_order, key, rows)
         if failures:

@@ -15,6 +15,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from asyncmq_nats import deadline
+from asyncmq_nats._concurrency import open_task_group
 from asyncmq_nats.contrib.dashboard.pages.summaries import (
     all_workers,
     summaries,
@@ -138,7 +139,7 @@ async def _send_rows(
                 heard.append(event)
                 count += 1
 
-    async with rows, anyio.create_task_group() as group:
+    async with rows, open_task_group() as group:
         for queue in queues:
             group.start_soon(listen, queue)
         for _ in range(int(STREAM_SECONDS / BATCH_SECONDS)):

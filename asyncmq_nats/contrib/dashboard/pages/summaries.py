@@ -7,6 +7,7 @@ from zlib import crc32
 
 import anyio
 
+from asyncmq_nats._concurrency import open_task_group
 from asyncmq_nats.contrib.dashboard.site import Site
 from asyncmq_nats.queues import Queue
 from asyncmq_nats.states import OUTCOMES, State
@@ -68,7 +69,7 @@ async def for_all(items: Iterable[K], read: Callable[[K], Awaitable[T]]) -> dict
             found[item] = await read(item)
 
     try:
-        async with anyio.create_task_group() as group:
+        async with open_task_group() as group:
             for item in dict.fromkeys(items):
                 group.start_soon(read_one, item)
     except ExceptionGroup as errors:

@@ -8,6 +8,7 @@ import anyio
 from django.core.management.base import BaseCommand, CommandError
 
 from asyncmq_nats import AsyncMQError, default_backend
+from asyncmq_nats._concurrency import open_task_group
 
 __all__ = ["Command"]
 
@@ -46,7 +47,7 @@ class Command(BaseCommand):
 
     async def _run(self, relay: Any) -> None:
         try:
-            async with anyio.create_task_group() as tasks:
+            async with open_task_group() as tasks:
                 with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
                     await tasks.start(relay.run)
                     self.stderr.write(f"relay {relay.id} publishes rows")
