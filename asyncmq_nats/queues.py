@@ -114,6 +114,8 @@ __all__ = ["Queue", "list_queues"]
 logger = get_logger(__name__)
 
 EVENT_BUFFER: Final = 10_000
+BRIEF_LOOKS: Final = 5
+"""How many looks find an end that was heard, if no replica lags: else the job was retried since."""
 RETRIED: Final = (State.FAILED, State.EXPIRED, State.CANCELLED, State.DELAYED)
 """States in which a job can be retried by hand."""
 REPEATED: Final = ("args", "kwargs", "retries", "ttl", "backoff", "priority", "timeout")
@@ -786,10 +788,11 @@ class Queue:
         # Listen, then look, then wait: an outcome is either seen or heard.
         async with self._waiters.join(encode_token(job_id)) as waiter:
             find = partial(self._find_ended, job_id)
+            pauses = LAG if self.backend.reads_may_lag else LAG[:BRIEF_LOOKS]
             job = await find()
             while job is None:
                 heard = await self._waiters.wait(waiter)  # or it was retried by hand since
-                job = await (look_for(find, LAG) if heard else find())
+                job = await (look_for(find, pauses) if heard else find())
             return _result_of(job)
 
     async def _find_ended(self, job_id: str) -> Job | None:
