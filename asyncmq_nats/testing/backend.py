@@ -17,6 +17,7 @@ from asyncmq_nats.backends.inmemory.consumers import Cursor
 from asyncmq_nats.backends.inmemory.timers import Agenda, Alarm
 from asyncmq_nats.exceptions import InvalidJob, VirtualTimeStuck
 from asyncmq_nats.queues import Queue
+from asyncmq_nats.runtime.registry import TASK_REGISTRY
 from asyncmq_nats.settings import Settings
 from asyncmq_nats.settings import settings as environment
 from asyncmq_nats.states import Place
@@ -310,12 +311,23 @@ class _Crew:
             and queue.name not in staffed
             and (queue.name in named or queue._local_repeatables)
             and _has_tasks(queue)
+            and not self._has_registry_of_its_own(queue)
         ]
         for key, queue in missing:
             self._workers[key] = Worker(queue)
             await self._group.start(self._workers[key].run)
         self._checked = len(backend._logs), len(backend.queues)
         return bool(missing)
+
+    def _has_registry_of_its_own(self, queue: Queue) -> bool:
+        """Return whether another queue of that name has one, and this one that of all.
+
+        A worker with the wrong registry would put off the jobs of the other.
+        """
+        return queue._registry is TASK_REGISTRY and any(
+            each.name == queue.name and each._registry is not TASK_REGISTRY and _has_tasks(each)
+            for each in self._backend.queues.values()
+        )
 
     def has_due_jobs(self, running: int) -> bool:
         """See `Crew`."""

@@ -12,7 +12,7 @@ import pytest
 
 from asyncmq_nats import Backoff, FlowProducer, Job, Queue, Settings, current_job
 from asyncmq_nats.exceptions import InvalidArgument, JobFailed, VirtualTimeStuck
-from asyncmq_nats.runtime.registry import TaskRegistry
+from asyncmq_nats.runtime.registry import TASK_REGISTRY, TaskRegistry
 from asyncmq_nats.testing import VirtualBackend, VirtualClock, worker
 from tests.running import PATIENCE, lose_worker, make_queue
 
@@ -493,3 +493,22 @@ async def test_a_jittered_backoff_is_waited_out(
     (_, second, third) = (at for at, _ in notes.all)
     assert 5 <= second <= 10
     assert 15 <= third - second <= 30
+
+
+async def test_a_queue_with_a_registry_of_its_own_is_served_with_that(
+    backend: VirtualBackend, clock: VirtualClock
+) -> None:
+    async def part() -> str:
+        return "ran"
+
+    async def other() -> None: ...
+
+    TASK_REGISTRY.register(other, queue="work", name="tests.testing.other")
+    try:
+        queue = make_queue(backend, part=part)
+        jobs = [Job(task_id="part", delay_until=clock.time() + i + 1) for i in range(20)]
+        await FlowProducer(backend).add_flow("work", jobs)  # it has a queue with that of all
+        await clock.advance(20)
+        assert [await queue.get_job_result(job.id) for job in jobs] == ["ran"] * 20
+    finally:
+        del TASK_REGISTRY["tests.testing.other"]
