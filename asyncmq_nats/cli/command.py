@@ -11,10 +11,12 @@ The function is async; its first parameter is the session, the rest is what Type
 """
 
 import functools
+import getpass
 import inspect
 import logging
+import socket
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from typing import Annotated, Any, Final, TypeVar
 
@@ -22,6 +24,7 @@ import anyio
 import typer
 
 from asyncmq_nats import NATSBackend, Queue, list_queues
+from asyncmq_nats.audit import AuditEntry, record_action
 from asyncmq_nats.cli.connection import ConnectionOptions, make_backend
 from asyncmq_nats.cli.output import Output
 from asyncmq_nats.exceptions import AsyncMQError
@@ -44,6 +47,10 @@ __all__ = [
 
 F = TypeVar("F", bound=Callable[..., Awaitable[None]])
 
+TARGETS: Final = ("ids", "job_id", "name", "names", "workers")
+"""Parameters that say to what a command does what it does."""
+AUDIT_LENGTH: Final = 500
+"""Characters of the target of a command that the audit keeps."""
 COMPLETION_TIMEOUT: Final = 1.0
 """Seconds that the completion of a queue's name may take."""
 
@@ -58,6 +65,8 @@ class Session:
     def __init__(self, options: ConnectionOptions, output: Output) -> None:
         self.options = options
         self.output = output
+        self.count = 1
+        """To how many jobs or things the command did what it does, for the audit."""
         self._backend: NATSBackend | None = None
 
     @property
@@ -74,6 +83,16 @@ class Session:
     def elsewhere(self, server: str) -> "Session":
         """Return a session with another server, all else alike."""
         return Session(ConnectionOptions(server=server).or_else(self.options), self.output)
+
+    async def record(self, action: str, given: Mapping[str, Any]) -> None:
+        """Write into the audit who did what to how many. `given`: what the command was given."""
+        told = {name: value for name, value in given.items() if value not in (None, False, [], ())}
+        queue = str(told.pop("queue", ""))
+        ids = next((told.pop(each) for each in TARGETS if each in told), "")
+        target = ids if isinstance(ids, str) else ", ".join(ids)
+        details = {name: str(value) for name, value in told.items() if name != "force"}
+        entry = AuditEntry(operator(), action, queue, target[:AUDIT_LENGTH], self.count, details)
+        await record_action(self.backend, entry)
 
     async def close(self) -> None:
         """End the connection."""
@@ -182,8 +201,21 @@ def make_group(name: str, help: str) -> typer.Typer:
     return typer.Typer(name=name, help=help, no_args_is_help=True, rich_markup_mode=None)
 
 
-def command(group: typer.Typer, name: str, **options: Any) -> Callable[[F], F]:
-    """Make an async function a command. `options`: of `Typer.command`."""
+def operator() -> str:
+    """Return who gives commands here, as the audit names them: `cli:ana@host`."""
+    with suppress(KeyError, OSError):  # no such user, as in a container
+        return f"cli:{getpass.getuser()}@{socket.gethostname()}"
+    return f"cli:@{socket.gethostname()}"
+
+
+def command(
+    group: typer.Typer, name: str, *, audited: bool = False, **options: Any
+) -> Callable[[F], F]:
+    """Make an async function a command.
+
+    `audited`: it changes something, and is recorded when it is done, unless it was a dry run.
+    `options`: of `Typer.command`.
+    """
 
     def register(function: F) -> F:
         own = list(inspect.signature(function).parameters.values())[1:]
@@ -194,7 +226,14 @@ def command(group: typer.Typer, name: str, **options: Any) -> Callable[[F], F]:
         @functools.wraps(function)
         def call(ctx: typer.Context, **values: Any) -> None:
             given = {each.name: values[each.name] for each in own}
-            start(ctx, functools.partial(function, **given))
+            action = f"{group.info.name}.{name}" if audited and not given.get("dry_run") else None
+
+            async def act(session: Session) -> None:
+                await function(session, **given)
+                if action is not None:
+                    await session.record(action, given)
+
+            start(ctx, act)
 
         call.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
             [context, *own, *connection_parameters(hidden=True)]

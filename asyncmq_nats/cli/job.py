@@ -216,7 +216,7 @@ async def show_result(
 # -- add and run
 
 
-@command(group, "add")
+@command(group, "add", audited=True)
 async def add(
     session: Session,
     queue: QueueName,
@@ -355,7 +355,7 @@ async def _act(
     )
 
 
-@command(group, "retry")
+@command(group, "retry", audited=True)
 async def retry(
     session: Session,
     queue: QueueName,
@@ -395,7 +395,7 @@ async def retry(
     )
 
 
-@command(group, "cancel")
+@command(group, "cancel", audited=True)
 async def cancel(
     session: Session,
     queue: QueueName,
@@ -432,7 +432,7 @@ async def cancel(
     )
 
 
-@command(group, "rm")
+@command(group, "rm", audited=True)
 async def remove(
     session: Session,
     queue: QueueName,
@@ -469,7 +469,7 @@ async def remove(
     )
 
 
-@command(group, "promote")
+@command(group, "promote", audited=True)
 async def promote(
     session: Session,
     queue: QueueName,
@@ -502,7 +502,7 @@ async def promote(
     )
 
 
-@command(group, "reschedule")
+@command(group, "reschedule", audited=True)
 async def reschedule(
     session: Session,
     queue: QueueName,
@@ -545,7 +545,7 @@ async def reschedule(
     )
 
 
-@command(group, "edit")
+@command(group, "edit", audited=True)
 async def edit(
     session: Session,
     queue: QueueName,

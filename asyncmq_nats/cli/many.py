@@ -72,6 +72,7 @@ async def act_on_many(
         if again:
             _tell_how_to_go_on(session, selection, counted.until, done[0], counted.matched, again)
         raise
+    session.count = result.done
     session.output.line(f"{acted} {number(result.done)} of {number(result.matched)} jobs")
 
 
@@ -100,6 +101,7 @@ async def _act_on_ids(
         session.output.line(f"would {verbs[0]} {number(len(set(selection.ids)))} jobs")
         return
     result = await queue.apply(selection.ids, action)
+    session.count = result.done
     text = f"{verbs[1]} {number(result.done)} of {number(result.matched)} jobs"
     if result.done < result.matched:
         raise CommandFailed(

@@ -178,7 +178,7 @@ async def _watch(
 # -- control
 
 
-@command(group, "pause")
+@command(group, "pause", audited=True)
 async def pause(
     session: Session,
     queue: QueueName,
@@ -195,14 +195,14 @@ async def pause(
     )
 
 
-@command(group, "resume")
+@command(group, "resume", audited=True)
 async def resume(session: Session, queue: QueueName) -> None:
     """Let a paused queue go on."""
     await (await require_queue(session, queue)).resume()
     session.output.line(f"queue {queue} goes on")
 
 
-@command(group, "drain")
+@command(group, "drain", audited=True)
 async def drain(
     session: Session,
     queue: QueueName,
@@ -226,10 +226,11 @@ async def drain(
         total,
         lambda move: jobs.drain(include_delayed, progress=move),
     )
+    session.count = len(removed)
     session.output.line(f"removed {number(len(removed))} jobs")
 
 
-@command(group, "clean")
+@command(group, "clean", audited=True)
 async def clean(
     session: Session,
     queue: QueueName,
@@ -260,10 +261,11 @@ async def clean(
         most,
         lambda move: jobs.clean_jobs(seconds, limit, state, progress=move),
     )
+    session.count = len(removed)
     session.output.line(f"removed {number(len(removed))} jobs")
 
 
-@command(group, "obliterate")
+@command(group, "obliterate", audited=True)
 async def obliterate(
     session: Session,
     queue: QueueName,
@@ -282,13 +284,14 @@ async def obliterate(
         return
     confirm(f"remove all of queue {queue}, {what}?", force=force)
     removed = await jobs.obliterate(force=force)
+    session.count = len(removed)
     session.output.line(f"removed {number(len(removed))} jobs and all else of queue {queue}")
 
 
 # -- move, save, restore
 
 
-@command(group, "move")
+@command(group, "move", audited=True)
 async def move(
     session: Session,
     queue: QueueName,
@@ -339,6 +342,7 @@ async def move(
                 await jobs.resume()
             if other is not session:
                 await other.close()
+    session.count = result.moved
     session.output.line(f"moved {number(result.moved)} of {number(result.matched)} jobs")
 
 
@@ -363,7 +367,7 @@ async def export(
     session.output.note(f"saved {number(count)} jobs")
 
 
-@command(group, "import")
+@command(group, "import", audited=True)
 async def restore(
     session: Session,
     queue: QueueName,

@@ -47,7 +47,7 @@ async def get(session: Session, queue: QueueName, as_json: AsJson = False) -> No
         )
 
 
-@command(group, "set")
+@command(group, "set", audited=True)
 async def set_values(
     session: Session,
     queue: QueueName,

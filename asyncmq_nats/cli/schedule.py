@@ -176,7 +176,7 @@ async def show_next(
 # -- change
 
 
-@command(group, "add")
+@command(group, "add", audited=True)
 async def add(
     session: Session,
     queue: QueueName,
@@ -237,7 +237,7 @@ def _given(now: float, **options: Any) -> dict[str, Any]:
     return found
 
 
-@command(group, "edit")
+@command(group, "edit", audited=True)
 async def edit(
     session: Session,
     queue: QueueName,
@@ -297,7 +297,7 @@ async def edit(
     session.output.line(f"{name}: {describe(info.job_def)}, next run {instant(info.next_run)}")
 
 
-@command(group, "rm")
+@command(group, "rm", audited=True)
 async def remove(session: Session, queue: QueueName, name: ScheduleName) -> None:
     """Remove a schedule. The jobs that it has added stay."""
     jobs = await require_queue(session, queue)
@@ -306,7 +306,7 @@ async def remove(session: Session, queue: QueueName, name: ScheduleName) -> None
     session.output.line(f"schedule {name} is removed")
 
 
-@command(group, "pause")
+@command(group, "pause", audited=True)
 async def pause(session: Session, queue: QueueName, name: ScheduleName) -> None:
     """Let a schedule add no more jobs."""
     jobs = await require_queue(session, queue)
@@ -315,7 +315,7 @@ async def pause(session: Session, queue: QueueName, name: ScheduleName) -> None:
     session.output.line(f"schedule {name} is paused")
 
 
-@command(group, "resume")
+@command(group, "resume", audited=True)
 async def resume(session: Session, queue: QueueName, name: ScheduleName) -> None:
     """Let a paused schedule go on."""
     jobs = await require_queue(session, queue)
@@ -324,7 +324,7 @@ async def resume(session: Session, queue: QueueName, name: ScheduleName) -> None
     session.output.line(f"schedule {name} goes on, next run {instant(at)}")
 
 
-@command(group, "run-now")
+@command(group, "run-now", audited=True)
 async def run_now(session: Session, queue: QueueName, name: ScheduleName) -> None:
     """Add one job of a schedule now, beside its series, and print its id."""
     jobs = await require_queue(session, queue)

@@ -285,7 +285,7 @@ async def info(session: Session, worker: str, as_json: AsJson = False) -> None:
     session.output.fields(fields)
 
 
-@command(group, "stop")
+@command(group, "stop", audited=True)
 async def stop(
     session: Session,
     workers: Annotated[list[str], typer.Argument(metavar="WORKER...", help="Ids of workers.")],
