@@ -56,6 +56,9 @@ def started(command: list[str], directory: Path, **environment: str) -> Iterator
         )
     try:
         yield Program(process, log_path)
+    except BaseException:
+        print(log_path.read_text())
+        raise
     finally:
         process.kill()  # its children notice, and end
         process.wait()
