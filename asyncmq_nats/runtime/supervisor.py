@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -117,7 +118,8 @@ class _Child:
         """Send the signal, but SIGTERM once only: the second one has a worker drop what it runs."""
         if self.code is None and not (self.is_told and number is signal.SIGTERM):
             self.is_told = True
-            self.process.send_signal(number)
+            with suppress(ProcessLookupError):  # it has ended, and its code is not known yet
+                self.process.send_signal(number)
 
 
 class _Supervisor:
