@@ -38,7 +38,7 @@ async def place_order(order: Order) -> dict[str, str]:
 
 async def charge(ctx, *, order, cents):
     Bank.charge(order, cents)
-    await queue.enqueue("remind", order=order, scheduled=time.time() + 3600)
+    await queue.enqueue("remind", order=order, scheduled=time.time() + 3600, retries=3)
 
 
 async def remind(ctx, *, order):
@@ -47,7 +47,7 @@ async def remind(ctx, *, order):
 
 async def close_day(ctx):
     orders = [{"order": order, "cents": cents} for order, cents in Bank.charged.items()]
-    booked = await queue.map("book", orders)
+    booked = await queue.map("book", orders, retries=3)
     Mailbox.sent.append(f"{len(booked)} orders, {sum(booked)} cents")
 
 
