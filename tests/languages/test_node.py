@@ -10,6 +10,7 @@ import re
 import shutil
 import signal
 import subprocess
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -272,6 +273,25 @@ async def test_node_fails_what_is_no_job_and_puts_off_a_later_version(
     assert (put_off["args"], put_off["put_offs"]) == ({"of": "another kind"}, 1)
     assert "version 2" in put_off["put_off_reason"]
     await client.close()
+
+
+async def test_node_starts_nothing_that_it_holds_while_the_queue_is_paused(
+    start: Start, queue: Queue, caplog: pytest.LogCaptureFixture
+) -> None:
+    await start()
+    busy = [await queue.add("forever") for _ in range(10)]
+    held = await queue.add("add", [1, 2])  # it has ten slots
+    await until(lambda: queue.get_job_state(held), lambda state: state == "active")
+    await queue.pause()
+    assert "no answer" not in caplog.text
+    for job_id in busy:
+        await queue.cancel_job(job_id)
+    await only(queue, cancelled=10, active=1)
+    resumed = time.time()
+    await queue.resume()
+    assert await queue.wait_for(held, PATIENCE) == 3
+    assert (await outcome(queue, held))["active_since"] >= resumed - 0.001  # in milliseconds
+    await only(queue, completed=1, cancelled=10)
 
 
 async def test_node_stops_when_python_says_so(

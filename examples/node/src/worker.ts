@@ -25,6 +25,7 @@ const LEAD = 0.4; // seconds by which timers are early
 const CLAIM_AFTER = 1000; // ms
 const MAX_STALLS = 3;
 const HEARTBEAT = 5; // seconds
+const PAUSE_ARRIVALS = 5; // seconds in which messages arrive that were sent before a pause
 const UNKNOWN_TASK_TIMEOUT = 3600; // seconds
 const DEFAULT_ACK_WAIT = 30e9; // nanoseconds, the server's
 const MAX_ERRORS = 100;
@@ -107,6 +108,7 @@ export class Worker {
   #waiting: ((hasSlot: boolean) => void)[] = [];
   #free: number;
   #stopping = false;
+  #pausedUntil = 0;
   #tellStopped: () => void = () => {};
   #secret = new Uint8Array();
 
@@ -151,7 +153,7 @@ export class Worker {
     if (this.#stopping) return this.stopped;
     this.#stopping = true;
     await Promise.all(this.#pulls.map((pull) => pull.close()));
-    for (const give of this.#waiting.splice(0)) give(false);
+    this.#handBack();
     while (this.#free < this.#concurrency) await sleep(0.01); // until the last end is written
     this.#timers.forEach(clearInterval);
     this.#tellStopped();
@@ -160,10 +162,10 @@ export class Worker {
   async #begin(tiers: string[]): Promise<void> {
     const { names } = this;
     this.#every(this.lease / 3, async () => this.#held.forEach((message) => message.working()));
-    this.nc.subscribe(names.control("cancel"), {
-      callback: (_, message) => this.#running.get(message.string())?.abort(new Error("cancelled")),
-    });
-    this.nc.subscribe(names.control("stop"), { callback: (_, message) => this.#onStop(message) });
+    this.#hear("cancel", (id) => this.#running.get(id)?.abort(new Error("cancelled")));
+    this.#hear("stop", (worker, inbox) => this.#onStop(worker, inbox));
+    this.#hear("pause", (until, inbox) => this.#onPause(Number(until), inbox));
+    this.#hear("resume", () => (this.#pausedUntil = 0));
     for (const tier of tiers) await this.#pull(names.readyStream, tier, (m) => this.#take(m));
     this.#secret = await this.#readSecret();
     await this.#pull(names.bucketStream, "promoter", (message) => this.#promote(message));
@@ -171,11 +173,37 @@ export class Worker {
     this.#every(HEARTBEAT * 1000, () => this.#heartbeat());
   }
 
-  #onStop(message: Msg): void {
-    const [worker, inbox] = message.string().split(" ");
+  /** Call `act` with the text of each such signal, and the subject for answers if it has one. */
+  #hear(what: string, act: (text: string, inbox: string) => void): void {
+    const callback = (_: Error | null, message: Msg): void => {
+      const text = message.string();
+      const at = text.lastIndexOf(` ${this.names.control("answer.")}`);
+      if (at < 0) act(text, "");
+      else act(text.slice(0, at), text.slice(at + 1));
+    };
+    this.nc.subscribe(this.names.control(what), { callback });
+  }
+
+  #answer(inbox: string): void {
+    if (inbox) this.nc.publish(inbox, this.id);
+  }
+
+  #onStop(worker: string, inbox: string): void {
     if (worker !== tokenOf(this.id)) return;
-    if (inbox?.startsWith(this.names.control("answer."))) this.nc.publish(inbox, this.id);
     this.stop().catch(console.error);
+    this.#answer(inbox);
+  }
+
+  /** The server sends nothing more: give back what is here already, and what is on its way. */
+  #onPause(until: number, inbox: string): void {
+    if (Number.isNaN(until)) return;
+    this.#pausedUntil = Math.min(until, now() + PAUSE_ARRIVALS);
+    this.#handBack();
+    this.#answer(inbox);
+  }
+
+  #handBack(): void {
+    for (const give of this.#waiting.splice(0)) give(false);
   }
 
   #every(milliseconds: number, act: () => Promise<unknown>): void {
@@ -253,7 +281,7 @@ export class Worker {
   }
 
   async #slot(): Promise<boolean> {
-    if (this.#stopping) return false;
+    if (this.#stopping || this.#pausedUntil > now()) return false;
     if (this.#free > 0) {
       this.#free--;
       return true;
@@ -270,7 +298,7 @@ export class Worker {
   // -- one delivery
 
   async #take(message: JsMsg): Promise<void> {
-    if (!(await this.#slot())) return message.nak();
+    if (!(await this.#slot())) return message.nak(this.#stopping ? 0 : 500);
     try {
       const attempt = await this.#open(message);
       if (attempt !== undefined) await this.#run(attempt);
