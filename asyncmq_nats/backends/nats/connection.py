@@ -81,6 +81,10 @@ class Reply(NamedTuple):
         return parse_headers(self.raw_headers)
 
 
+MOST_CANCELLATIONS: Final = 50
+"""How often an attempt to connect is cancelled that goes on."""
+
+
 class Connection:
     """A connected client, its reply inbox, and what was learnt of the server.
 
@@ -142,8 +146,7 @@ class Connection:
             "disconnected_cb": self._on_disconnected,
         }
         try:
-            async with asyncio.timeout(self._settings.connect_timeout):
-                await self._client.connect(**{**callbacks, **self._options})
+            await self._connect({**callbacks, **self._options})
         except (TimeoutError, OSError, nats.errors.Error) as error:
             reason = self._client.last_error or error
             await self._close_client()
@@ -151,6 +154,20 @@ class Connection:
         self._inbox = self._client.new_inbox().encode() + b"."
         await self._listen_for_replies()
         self._check_version()
+
+    async def _connect(self, options: dict[str, Any]) -> None:
+        connecting = asyncio.ensure_future(self._client.connect(**options))
+        try:
+            await asyncio.wait({connecting}, timeout=self._settings.connect_timeout)
+            if not connecting.done():
+                raise TimeoutError
+            connecting.result()
+        finally:
+            for _ in range(MOST_CANCELLATIONS):  # nats-py may swallow one, and go on (2.16)
+                if connecting.done():
+                    break
+                connecting.cancel()
+                await asyncio.wait({connecting}, timeout=0.1)
 
     async def _listen_for_replies(self) -> None:
         refusals: list[str] = []

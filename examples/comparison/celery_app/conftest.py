@@ -1,0 +1,3 @@
+import os
+
+os.environ["BROKER"], os.environ["RESULTS"] = "memory://", "cache+memory://"
