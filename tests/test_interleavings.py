@@ -15,10 +15,14 @@ from asyncmq_nats.exceptions import WriteRefused
 from asyncmq_nats.jobs import Job
 from asyncmq_nats.queues import Queue
 from asyncmq_nats.retries import Failure
+from asyncmq_nats.runtime.promoter import Promoter
 from asyncmq_nats.settings import Settings
+from asyncmq_nats.states import Place
 from asyncmq_nats.store.snapshot import Snapshot
 from asyncmq_nats.transitions.claim import Attempt, Claim, Disposition
 from asyncmq_nats.transitions.finish import Lifecycle
+from asyncmq_nats.transitions.promote import Released
+from asyncmq_nats.wire.codec import dump_json, load_json
 from asyncmq_nats.wire.keys import encode_token
 from tests.passing import pass_time
 from tests.receiver import Receiver, holds, until
@@ -473,3 +477,28 @@ async def test_junk_beside_a_job_that_is_delivered_again_does_not_end_it(queue: 
     )
     async with running(queue):
         assert await result(queue, job_id) == "ran"
+
+
+async def test_a_job_that_was_put_off_outlives_the_message_from_which_it_was(
+    queue: Queue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its worker was lost before the ack: a redelivery says so, as the promoter finds the message."""
+    await queue._assets.declare_all()
+    job_id = await queue.add("echo", ["still here"])
+    (delivery,) = await Receiver(queue.backend, READY).pull("tier_5")
+    put_off = dump_json(load_json(delivery.body) | {"put_offs": 1})
+    released = queue._subjects.later(encode_token(job_id), Place.RELEASED)
+    await queue.backend.write(BUCKET, Write(released, put_off))
+    judged: list[bool] = []
+    judge = Promoter._is_older_there
+
+    async def note(self: Promoter, released: Released) -> bool:
+        judged.append(await judge(self, released))
+        return judged[-1]
+
+    monkeypatch.setattr(Promoter, "_is_older_there", note)
+    async with running(queue):
+        await holds(lambda: bool(judged))
+        delivery.ack()
+        assert await result(queue, job_id) == "still here"
+    assert judged[0]

@@ -42,6 +42,7 @@ class Head:
     priority: int = Field(default=5, gt=-PRIORITIES, lt=PRIORITIES)
     retries: int = Field(default=0, ge=0)
     reruns: int = Field(default=0, ge=0)
+    put_offs: int = Field(default=0, ge=0)
     custom_id: bool = False
     delay_until: float | None = Field(default=None, allow_inf_nan=False, le=LATEST)
 
@@ -82,7 +83,7 @@ def read_released(token: str, body: bytes) -> Released:
         raise InvalidJob(f"{problem['loc'][0]}: {problem['msg']}") from None
     except NotSerializable as error:
         raise InvalidJob(str(error)) from None
-    order = (head.reruns, head.retries)
+    order = (head.reruns, head.retries + head.put_offs)
     waits = bool(data.get("parents") or data.get("wide"))
     return Released(token, head.priority, order, head.custom_id, head.delay_until, body, waits)
 
@@ -151,17 +152,18 @@ def judge(
 
 
 def order_of(body: bytes) -> tuple[int, int]:
-    """Return which run and which attempt a record is of: `(reruns, retries)`.
+    """Return which run and which attempt a record is of: `(reruns, retries + put_offs)`.
 
-    What is not a job is earlier than any job.
+    The same as `Job.order`, or a redelivery would be acknowledged in favour of a record that a
+    promoter drops in favour of that delivery. What is not a job is earlier than any job.
     """
     try:
         data = load_json(body)
     except InvalidJob:
         return (-1, 0)
-    reruns, retries = data.get("reruns", 0), data.get("retries", 0)
-    if isinstance(reruns, int) and isinstance(retries, int):
-        return (reruns, retries)
+    reruns, *attempts = (data.get(name, 0) for name in ("reruns", "retries", "put_offs"))
+    if isinstance(reruns, int) and all(isinstance(count, int) for count in attempts):
+        return (reruns, sum(attempts))
     return (-1, 0)
 
 
