@@ -48,7 +48,7 @@ registry.register(work, queue="bench", name="work")
 
 def run_worker(arguments: argparse.Namespace) -> None:
     logging.basicConfig(level=logging.WARNING)
-    settings = Settings(shutdown_timeout=arguments.shutdown_timeout)
+    settings = Settings(shutdown_timeout=arguments.shutdown_timeout, any_task=True)
     backend = NATSBackend(arguments.worker, settings=settings)
     queue = Queue(
         arguments.queue, backend, arguments.concurrency, arguments.limit, registry=registry

@@ -33,7 +33,7 @@ def quantile(values: list[float], share: float) -> float:
 
 async def spread(backend: NATSBackend, jobs: int) -> None:
     """Random delays between 0.05 and 3 s."""
-    queue = Queue("spread", backend, concurrency=10, registry=registry)
+    queue = Queue("spread", backend, concurrency=10, registry=registry, any_task=True)
     async with anyio.create_task_group() as group:
         await group.start(queue.run)
         for _ in range(jobs):
@@ -57,7 +57,7 @@ async def spread(backend: NATSBackend, jobs: int) -> None:
 async def burst(backend: NATSBackend, jobs: int) -> None:
     """All due at one instant, which is long enough ahead for all of them to be added."""
     started.clear()
-    queue = Queue(f"burst-{jobs}", backend, concurrency=100, registry=registry)
+    queue = Queue(f"burst-{jobs}", backend, concurrency=100, registry=registry, any_task=True)
     due = time.time() + 3 + jobs / 5000
     for start in range(0, jobs, 1000):
         now = time.time()
@@ -84,7 +84,7 @@ async def burst(backend: NATSBackend, jobs: int) -> None:
 
 async def promote(backend: NATSBackend, jobs: int) -> None:
     """Jobs that become ready and are not run: their queue is paused."""
-    queue = Queue("promote", backend, registry=registry)
+    queue = Queue("promote", backend, registry=registry, any_task=True)
     await queue.pause()
     due = time.time() + 1 + jobs / 5000
     for start in range(0, jobs, 1000):

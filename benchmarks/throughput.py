@@ -270,7 +270,9 @@ async def measure_adds(figures: Figures, backend: NATSBackend, raw: Raw, jobs: i
 async def measure_processing(
     figures: Figures, backend: NATSBackend, raw: Raw, jobs: int, concurrency: int
 ) -> None:
-    queue = Queue(f"bench{concurrency}", backend, concurrency=concurrency, registry=registry)
+    queue = Queue(
+        f"bench{concurrency}", backend, concurrency=concurrency, registry=registry, any_task=True
+    )
     await add_concurrently(lambda number: queue.add("no_operation", [number]), jobs, 100)
     figures.note(f"run, concurrency {concurrency}", jobs, await timed(lambda: process(queue, jobs)))
     await check_results(queue, jobs)
