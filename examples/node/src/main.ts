@@ -37,5 +37,9 @@ const nc = await connectAsTold();
 const worker = await Worker.start(nc, queue, tasks);
 console.log(`worker ${worker.id} runs queue ${queue}`);
 for (const signal of ["SIGINT", "SIGTERM"]) process.once(signal, () => worker.stop());
-await worker.stopped;
+await Promise.race([worker.stopped, nc.closed()]);
+if (nc.isClosed()) {
+  console.error("the server is gone"); // a supervisor starts this program again
+  process.exit(1);
+}
 await nc.drain();
