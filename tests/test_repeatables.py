@@ -621,7 +621,8 @@ async def test_a_series_whose_end_is_past_makes_no_job(queue: Queue, backend: Ba
 
 
 async def test_a_series_makes_as_many_jobs_as_its_limit(queue: Queue, ticks: Ticks) -> None:
-    fields: dict[str, Any] = {"every": 0.15, "limit": 3, "name": "report"}
+    # Long enough for a pause between two ticks on a busy machine.
+    fields: dict[str, Any] = {"every": 0.8, "limit": 3, "name": "report"}
     first = await queue.upsert_repeatable("tick", **fields)
     async with running(queue):
         await ticks.wait_for(1)
@@ -631,7 +632,7 @@ async def test_a_series_makes_as_many_jobs_as_its_limit(queue: Queue, ticks: Tic
         await queue.resume_repeatable("report")  # the count goes on
         await ticks.wait_for(3)
         await queue.upsert_repeatable("tick", **fields)  # as a worker that starts does
-        await outcome(queue, await queue.add("tick", ["later"], delay=0.5))
+        await outcome(queue, await queue.add("tick", ["later"], delay=1.0))
     assert len([seen for seen in ticks.seen if seen[0] == ""]) == 3
     assert await queue.upsert_repeatable("tick", **(fields | {"limit": 4})) < math.inf
 

@@ -5,11 +5,13 @@ It knows no queue. Each function is one transaction. A row belongs to the relay 
 it, so one that stood still for longer than its lease changes nothing.
 """
 
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any, Final
+from functools import wraps
+from typing import Any, Final, ParamSpec, TypeVar
 
+import anyio
 import psycopg
 from sqlalchemy import (
     URL,
@@ -116,6 +118,25 @@ _is_first = _row.order_key.is_(None) | ~exists().where(
 """Of the rows with an order key, only the first one is there to take."""
 
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _whole(method: Callable[P, Awaitable[R]]) -> Callable[P, Awaitable[R]]:
+    """Have a cancellation wait until the database has answered.
+
+    A driver that is interrupted in a statement may leave its connection in the middle of it.
+    """
+
+    @wraps(method)
+    async def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        with anyio.CancelScope(shield=True):
+            return await method(*args, **kwargs)
+        raise AssertionError("a shield swallows nothing")
+
+    return run
+
+
 class OutboxStore:
     """The outbox of one database, for one relay."""
 
@@ -131,10 +152,12 @@ class OutboxStore:
             CLOCKS[self.url.get_backend_name()], Float()
         )
 
+    @_whole
     async def close(self) -> None:
         """Close the connections."""
         await self._engine.dispose()
 
+    @_whole
     async def take(self, limit: int, lease: float) -> list[Row]:
         """Take up to `limit` rows for `lease` seconds, and those after them under their order keys.
 
@@ -196,6 +219,7 @@ class OutboxStore:
         )
         return [Row(*values) for values in taken]
 
+    @_whole
     async def read_tails(self, keys: Iterable[Key]) -> dict[Key, str]:
         """Return the id of the last published job of each of these keys."""
         async with self._engine.connect() as connection:
@@ -209,6 +233,7 @@ class OutboxStore:
             )
             return {(queue, str(key)): job_id for queue, key, job_id in found}
 
+    @_whole
     async def finish(self, rows: Sequence[Row]) -> None:
         """Remove rows whose jobs are in their queues; of each order key, the last one is kept."""
         plain = [row.number for row in rows if row.order_key is None]
@@ -243,6 +268,7 @@ class OutboxStore:
             OutboxRow.number < last,
         )
 
+    @_whole
     async def refuse(self, row: Row, reason: str) -> None:
         """Keep a row that no queue takes, with the reason."""
         values = {"error": reason, "taken_by": None, "taken_until": None}
@@ -251,6 +277,7 @@ class OutboxStore:
                 update(OutboxRow).where(self._has([row.number])).values(**values)
             )
 
+    @_whole
     async def release(self, rows: Sequence[Row] | None = None, delay: float = 0.0) -> None:
         """Give rows back, by default all that this relay has.
 
@@ -263,6 +290,7 @@ class OutboxStore:
                 update(OutboxRow).where(which).values(taken_until=self._now + delay)
             )
 
+    @_whole
     async def idle_tails(self, age: float, limit: int = 100) -> list[Tail]:
         """Return order keys whose last job was published more than `age` seconds ago."""
         async with self._engine.connect() as connection:
@@ -274,6 +302,7 @@ class OutboxStore:
             )
             return [Tail(*values) for values in found]
 
+    @_whole
     async def remove_tails(self, tails: Sequence[Tail]) -> None:
         """Forget order keys: their next job waits for none."""
         numbers = [tail.number for tail in tails]
@@ -284,6 +313,7 @@ class OutboxStore:
                 )
             )
 
+    @_whole
     async def count(self) -> Counts:
         """Return the number of rows that wait, of those that no queue takes, and the oldest age."""
         async with self._engine.connect() as connection:
