@@ -1,6 +1,7 @@
 """Fixtures: a fresh server per test, and a connected backend of each kind."""
 
 import os
+import signal
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +16,10 @@ from asyncmq_nats.exceptions import ServerBinaryMissing
 from asyncmq_nats.settings import Settings
 from asyncmq_nats.testing import VirtualBackend
 from tests.passing import clocks
+
+# A shell has its background jobs ignore SIGINT, and so would every program that a test starts.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 if TYPE_CHECKING:
     from asyncmq_nats.backends.nats.backend import NATSBackend
