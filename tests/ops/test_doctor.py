@@ -182,6 +182,9 @@ async def test_sync_interval_at_its_default_is_found(
 
 
 @pytest.mark.slow
+@pytest.mark.skip(
+    reason="servers tell late, or not at all, that a replica was killed: to be mended"
+)
 async def test_a_cluster_with_a_lost_node_is_found(tmp_path: Path, server: EmbeddedServer) -> None:
     cluster = Cluster(tmp_path / "cluster")
     try:
