@@ -74,6 +74,11 @@ class Arguments:
         """The names of all parameters, also of the functions that it wraps."""
         return self._chain.names
 
+    def positions(self, count: int, names: Iterable[str]) -> tuple[str, ...]:
+        """Return which parameters so many positional arguments are for, beside those `names`."""
+        slots = self._chain.match(count, tuple(names)).slots[:count]
+        return tuple(slot.key for slot in slots)
+
     def write(
         self, args: Sequence[Any], kwargs: Mapping[str, Any], task_id: str
     ) -> tuple[list[Any], dict[str, Any]]:
@@ -205,7 +210,7 @@ class _Shape:
 
 
 class Results:
-    """What a function returns: read by whoever waits for it, as its annotation says.
+    """Reads what a function returned, as its annotation says, for those who wait for it.
 
     Args:
         function: the one that is called, whatever it wraps.
