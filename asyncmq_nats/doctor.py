@@ -445,7 +445,7 @@ def subjects_of(
         f"STREAM.INFO.{bucket}",
     ]
     change = [
-        f"CONSUMER.PAUSE.{ready}.tier_5",
+        f"CONSUMER.PAUSE.{ready}.doctor",  # there is no such consumer: nothing can be resumed
         f"STREAM.MSG.DELETE.{ready}",
         f"STREAM.MSG.DELETE.{bucket}",
         f"STREAM.PURGE.{bucket}",

@@ -11,8 +11,13 @@ from asyncmq_nats.exceptions import PermissionRefused
 
 __all__ = ["describe_server", "examine_log", "find_refused"]
 
-NO_REQUEST: Final = b"?"
-"""Body of a probe: no request of the JetStream API, so it is answered with an error."""
+NO_REQUEST: Final = b"{"
+"""Body of a probe: broken JSON, which the JetStream API refuses.
+
+Not another text: PURGE and PAUSE take one for no options, and purge all, or resume.
+"""
+NO_PURGE: Final = b'{"filter":"$none","seq":1,"keep":1}'
+"""Body of a probe of PURGE: it is refused as a contradiction, and its filter matches nothing."""
 NO_WRITE: Final = b"NATS/1.0\r\nNats-Expected-Last-Sequence: 9007199254740991\r\n\r\n"
 """Headers of a probe: no stream has that many records, so none stores it."""
 
@@ -91,7 +96,8 @@ async def find_refused(
         for subject in publish:
             # What could be stored is sent with an expectation that does not hold.
             headers = b"" if subject.startswith("$JS.") else NO_WRITE
-            connection.post(subject, NO_REQUEST, headers=headers)
+            body = NO_PURGE if ".STREAM.PURGE." in subject else NO_REQUEST
+            connection.post(subject, body, headers=headers)
         numbers += [await connection.client.listen(subject, _drop) for subject in subscribe]
         await connection.client.barrier()
     finally:
