@@ -76,8 +76,14 @@ async def list_jobs(
         async for job in found:
             session.output.raw(job["id"])
     else:
-        rows = [_row(job) async for job in found]
-        session.output.table(["id", "task", "state", "since", "#tries", "error"], rows)
+        shown = [job async for job in found]
+        columns = ["id", "task", "state", "since", "#tries", "error"]
+        rows = [_row(job) for job in shown]
+        if any(_due(job) for job in shown):
+            columns.insert(4, "runs at")
+            for row, job in zip(rows, shown, strict=True):
+                row.insert(4, instant(_due(job)) if _due(job) else "")
+        session.output.table(columns, rows)
         if most is not None and len(rows) == most:
             session.output.note(f"the first {number(most)}; --limit or --all shows more")
 
@@ -92,6 +98,11 @@ def _row(job: dict[str, Any]) -> list[str]:
         str(_attempts(job)),
         error if len(error) <= SHOWN_ERROR else error[:SHOWN_ERROR] + "…",
     ]
+
+
+def _due(job: dict[str, Any]) -> float | None:
+    """Return when a job runs that is delayed (Unix seconds)."""
+    return job["delay_until"] if job["status"] == "delayed" else None
 
 
 def _attempts(job: dict[str, Any]) -> int:
@@ -121,7 +132,7 @@ async def show(session: Session, queue: QueueName, job_id: JobId, as_json: AsJso
 def _fields(job: dict[str, Any]) -> dict[str, str]:
     times = {
         "created": job["created_at"],
-        "runs at": job["delay_until"] if job["status"] == "delayed" else None,
+        "runs at": _due(job),
         "started": job.get("active_since"),
         "ended": job["finished_at"],
     }

@@ -106,7 +106,7 @@ async def show(session: Session, queue: QueueName, as_json: AsJson = False) -> N
             behind = f", {log.replicas_behind} behind" if log.replicas_behind else ""
             fields[name] = (
                 f"{number(log.records)} records, {size(log.bytes)}{limit}, {log.storage} storage, "
-                f"{log.replicas} replicas{behind}"
+                f"{log.replicas} replica{'s' if log.replicas > 1 else ''}{behind}"
             )
     session.output.fields(fields)
     if info.tiers:

@@ -365,7 +365,7 @@ class Slots:
         except (NotSerializable, PayloadTooLarge):  # it cannot be written again as it came
             delay = None
         if delay is not None:
-            logger.warning("job %s is put off for %g s: %s", attempt.head.job_id, delay, problem)
+            logger.warning("job %s is put off for %.1f s: %s", attempt.head.job_id, delay, problem)
         elif isinstance(problem, NewerJob):
             raise problem  # to be recorded with its body
         else:

@@ -190,6 +190,17 @@ async def test_a_queue_is_saved_moved_and_restored(
     assert len((await amq.ok("queue export post")).lines) == 7
 
 
+async def test_a_list_says_when_delayed_jobs_run(amq: Amq, nats_backend: NATSBackend) -> None:
+    queue = make_queue(nats_backend, "mail")
+    await queue.add("t")
+    assert "runs at" not in (await amq.ok("job ls mail")).out
+    await amq.ok("job add mail t --delay 2100-01-31T12:00")
+    header, waiting, delayed = (await amq.ok("job ls mail")).lines
+    assert "runs at" in header
+    assert "2100-01-31 12:00:00" in delayed
+    assert "2100" not in waiting
+
+
 async def test_what_destroys_asks_first(amq: Amq, nats_backend: NATSBackend) -> None:
     queue = make_queue(nats_backend, "mail")
     await queue.add_bulk([{"task_id": "t"}] * 4)
