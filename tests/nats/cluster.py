@@ -86,6 +86,17 @@ class Cluster:
                             return self.servers[int(leader.rpartition("-")[2])]
                     await anyio.sleep(0.05)
 
+    async def make_leader(self, server: EmbeddedServer, stream: str) -> None:
+        """Have a server lead a stream: the others stand back until it does."""
+        with anyio.fail_after(PATIENCE):
+            while await self.leader(stream) is not server:
+                async with plain_client(self.urls) as client:
+                    name = f"server-{self.servers.index(server)}"
+                    placement = {"placement": {"preferred": name}}
+                    with suppress(TimeoutError, AssertionError):
+                        await Streams(client).call(f"STREAM.LEADER.STEPDOWN.{stream}", placement)
+                await anyio.sleep(0.1)
+
 
 def free_ports(count: int) -> list[int]:
     """Return so many ports that nobody listens on."""
