@@ -240,6 +240,7 @@ NAMES_A_LOG: dict[str, Callable[[Backend], Awaitable[object]]] = {
     "page_back": lambda backend: backend.page_back("none", "none.>"),
     "latest": lambda backend: backend.latest("none", "none.>"),
     "count": lambda backend: backend.count("none"),
+    "count matches": lambda backend: backend.count("none", "notes.*"),
     "list_subjects": lambda backend: backend.list_subjects("none", "none.>"),
     "last_sequence": lambda backend: backend.last_sequence("none"),
     "delete": lambda backend: backend.delete("none", 1),
@@ -284,6 +285,17 @@ async def test_what_is_in_a_log_is_counted_and_listed(backend: Backend) -> None:
     assert (await backend.count("notes"), await backend.last_sequence("notes")) == (3, last)
     await backend.delete("notes", last)
     assert (await backend.count("notes"), await backend.last_sequence("notes")) == (2, last)
+
+
+async def test_the_records_that_match_a_filter_are_counted(backend: Backend) -> None:
+    await backend.declare_log(KEYS)
+    names = ("a.1", "b.1", "b.2", "a.2", "a.3")
+    writes = [Write(f"$KV.keys.{name}", b"x" * 5000) for name in names]
+    for write in writes:
+        await backend.write("KV_keys", write)
+    await backend.write("KV_keys", writes[0])  # replaces the first
+    for filter, expected in (("a.*", 3), ("b.*", 2), ("*.2", 2), ("a.3", 1), ("c.*", 0), (">", 5)):
+        assert await backend.count("KV_keys", f"$KV.keys.{filter}") == expected
 
 
 async def test_overwrite_replaces(backend: Backend) -> None:

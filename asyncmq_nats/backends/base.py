@@ -529,8 +529,11 @@ class Backend(Protocol):
         Fast where most records match. `index`: see `page`.
         """
 
-    async def count(self, log: str) -> int:
-        """Return the number of records."""
+    async def count(self, log: str, filter: str | None = None) -> int:
+        """Return the number of records, or of those that match.
+
+        With a filter it is a search: half a second at a million. A consumer that counts costs less.
+        """
 
     async def describe_log(self, log: str) -> LogState | None:
         """Return how large the log is and how it is kept; `None`: there is none."""

@@ -303,10 +303,11 @@ class InMemoryBackend:
         await self._give_way()
         return self._find_log(log).page_back(filter, before, limit)
 
-    async def count(self, log: str) -> int:
+    async def count(self, log: str, filter: str | None = None) -> int:
         """See `Backend`."""
         await self._give_way()
-        return len(self._find_log(log))
+        found = self._find_log(log)
+        return len(found) if filter is None else len(found.find(filter))
 
     async def describe_log(self, log: str) -> LogState | None:
         """See `Backend`."""

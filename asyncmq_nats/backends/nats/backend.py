@@ -431,8 +431,10 @@ class NATSBackend:
             before = 1 if newest is None else newest.sequence + 1
         return await self._reader.page_back(log, filter, before=before, limit=limit, index=index)
 
-    async def count(self, log: str) -> int:
+    async def count(self, log: str, filter: str | None = None) -> int:
         connection = await self._open_connection()
+        if filter is not None:
+            return await self._reader.count(log, filter)
         return int((await connection.require(f"STREAM.INFO.{log}"))["state"]["messages"])
 
     async def describe_log(self, log: str) -> LogState | None:
