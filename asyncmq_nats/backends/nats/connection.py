@@ -57,6 +57,7 @@ ANSWER_TIMEOUT: Final = 2.0
 
 LONG_CALL_TIMEOUT: Final = 600.0
 """A purge takes as long as there is to remove."""
+READ_CALLS: Final = ("INFO", "STREAM.INFO", "STREAM.NAMES", "CONSUMER.INFO", "CONSUMER.NAMES")
 LONG_CALLS: Final = ("STREAM.PURGE", "STREAM.DELETE")
 CLOCK_LIFETIME: Final = 60.0
 REFUSED: Final = re.compile(
@@ -433,9 +434,9 @@ class Connection:
                 )[0]
             except TimeoutError:
                 if time.monotonic() >= deadline:
-                    raise Unconfirmed(
-                        f"JetStream API {subject}", self._settings.request_patience
-                    ) from None
+                    what, is_read = f"JetStream API {subject}", subject.startswith(READ_CALLS)
+                    patience = self._settings.request_patience
+                    raise Unconfirmed(what, patience, read=is_read) from None
                 continue
             if reply.status == "503":
                 silent += 1
