@@ -185,7 +185,7 @@ class Fetcher:
 
     def take(self) -> Delivery | None:
         """Return the next job to run, if one may start and a slot is free: the slot is taken."""
-        if self.busy >= self._concurrency or not self._may_start:
+        if not self._buffer.heap or self.busy >= self._concurrency or not self._may_start:
             return None
         if self._group is not None and self._group.limit(1) < 1:
             return None
@@ -232,20 +232,16 @@ class Fetcher:
 
     @property
     def _may_start(self) -> bool:
-        permitted = self._limiter is None or self._limiter.permits > 0
         return (
-            bool(self._buffer.heap)
-            and self._open
-            and permitted
-            and not self.is_paused
-            and not self._better_may_come
+            self._open
+            and (self._limiter is None or self._limiter.permits > 0)
+            and not (self._paused_until and self.is_paused)
+            and not (len(self._tiers.known) > 1 and self._better_may_come)
         )
 
     @property
     def _better_may_come(self) -> bool:
         """Whether jobs of a higher tier are asked for, and there are some or may be."""
-        if len(self._tiers.known) == 1:
-            return False
         return self._tiers.better_may_come(self._buffer.heap[0][0], self._monotonic())
 
     def _tell_startable(self) -> None:
