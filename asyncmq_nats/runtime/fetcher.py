@@ -3,6 +3,7 @@
 What to ask for is decided in `prefetch`, from what `tiers` and the buffer know.
 """
 
+import asyncio
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Final
@@ -86,7 +87,7 @@ class Fetcher:
         self._throughput = Throughput()
         self._new_tiers: set[int] = set()
         self._tier_heard = anyio.Event()
-        self._refill = anyio.Event()
+        self._refill = asyncio.Event()
         self._refill_due = False
         self._held = anyio.Event()
         self._held_watched = False
@@ -315,9 +316,13 @@ class Fetcher:
     async def _ask_when_needed(self) -> None:
         wait: float | None = None
         while True:
-            with self._clock.move_on_after(wait, upkeep=self.is_paused):
+            if wait is None:
                 await self._refill.wait()
-            self._refill, self._refill_due = anyio.Event(), False
+            else:
+                with self._clock.move_on_after(wait, upkeep=self.is_paused):
+                    await self._refill.wait()
+            self._refill.clear()
+            self._refill_due = False
             self._tell_startable()
             wait = FRESH_SECONDS if self._tiers.may_become_stale else None
             if self._group is not None and self._group.slots is not None:
