@@ -200,8 +200,8 @@ class Write:
     `index`: subject of an empty record, an index entry, that is stored just before this one, with
     the same `ttl`. Should this one be refused, the entry may be there without it; never the other
     way round.
-    `when_full`: makes a smaller body, which is stored instead when the store has no room for
-    `body`.
+    `when_full`: makes a smaller body of `body`, which is stored instead when the store has no room
+    for that.
     `beside`: a record that is there may stay beside this one until it is removed by its sequence.
     For a subject whose older record another process may be removing right now: some servers then
     take the new one for the old one.
@@ -217,7 +217,7 @@ class Write:
     marker: bool = False
     beside: bool = False
     index: str | None = None
-    when_full: Callable[[], bytes] | None = None
+    when_full: Callable[[bytes], bytes] | None = None
 
 
 @dataclass(frozen=True, slots=True)
