@@ -74,6 +74,11 @@ class Arguments:
         """The names of all parameters, also of the functions that it wraps."""
         return self._chain.names
 
+    def positions(self, count: int, names: Iterable[str]) -> tuple[str, ...]:
+        """Return which parameters so many positional arguments are for, beside those `names`."""
+        slots = self._chain.match(count, tuple(names)).slots[:count]
+        return tuple(slot.key for slot in slots)
+
     def write(
         self, args: Sequence[Any], kwargs: Mapping[str, Any], task_id: str
     ) -> tuple[list[Any], dict[str, Any]]:

@@ -8,8 +8,8 @@ import anyio
 import httpx2 as httpx
 import pytest
 
-from asyncmq_nats import current_job
-from asyncmq_nats.audit import read_audit
+from asyncmq_nats import Backoff, current_job, task
+from asyncmq_nats.audit import AuditEntry, read_audit, record_action
 from asyncmq_nats.backends.base import Backend
 from asyncmq_nats.contrib.dashboard.redaction import HIDDEN
 from asyncmq_nats.flow import FlowProducer
@@ -262,6 +262,38 @@ async def test_arguments_are_edited_and_what_is_hidden_stays(
     assert job["delay_until"] > run_at + 3600
 
 
+def log_in(user: str, password: str) -> None: ...
+
+
+async def test_secrets_are_on_no_page_and_stay_when_a_form_is_stored(
+    queue: Queue, client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("asyncmq_nats.tasks.TASK_REGISTRY._tasks", {})
+    task("work", name="log in")(log_in)
+    arguments: tuple[list[Any], dict[str, Any]] = ["ada", "hunter2"], {"token": "hunter2"}
+    meta = {"cookie": "hunter2"}
+    await queue.add("log in", *arguments, delay=3600, job_id="one", meta=meta)
+    await queue.upsert_repeatable("log in", 60, None, *arguments, name="often")
+    entry = AuditEntry("cli", "job.edit", "work", "one", details={"kwargs": '{"token": "hunter2"}'})
+    await record_action(queue.backend, entry)
+    job, schedule = "/queues/work/jobs/one", "/queues/work/schedule?name=often"
+    lists = ("/queues/work/jobs?state=delayed", "/queues/work/jobs?state=any&text=ada")
+    for path in (job, f"{job}/edit", schedule, *lists, "/audit"):
+        page = await client.get(path)
+        assert page.status_code == 200
+        assert HIDDEN in page.text, path
+        assert "hunter2" not in page.text, path
+    form = {"args": json.dumps(["eve", HIDDEN]), "kwargs": json.dumps({"token": HIDDEN})}
+    said(await post(client, f"{job}/edit", form))
+    stored = await queue.get_job("one") or {}
+    assert (stored["args"], stored["kwargs"]) == (["eve", "hunter2"], {"token": "hunter2"})
+    form |= {"id": "often", "name": "often", "task": "log in", "every": "60"}
+    said(await post(client, "/queues/work/schedule", form))
+    (info,) = await queue.list_repeatables()
+    assert info.job_def["args"] == ["eve", "hunter2"]
+    assert info.job_def["kwargs"] == {"token": "hunter2"}
+
+
 async def test_failures_are_grouped_and_retried_as_a_group(
     queue: Queue, client: httpx.AsyncClient
 ) -> None:
@@ -323,6 +355,23 @@ async def test_a_schedule_is_created_changed_paused_run_and_removed(
     assert actions == [
         f"schedule.{each}" for each in ("remove", "run", "resume", "pause", "change", "create")
     ]
+
+
+async def test_a_schedule_keeps_what_its_form_cannot_say(
+    queue: Queue, client: httpx.AsyncClient
+) -> None:
+    backoff, start = Backoff("exponential", 2.0), queue.backend.now() // 1 + 9000.25
+    await queue.upsert_repeatable(
+        "succeed", 60, name="often", retries=3, backoff=backoff, start=start
+    )
+    before = (await queue.list_repeatables())[0].job_def
+    page = await client.get("/queues/work/schedule", params={"name": "often"})
+    fields = dict(re.findall(r'<input[^>]* name="([^"]+)"[^>]* value="([^"]*)"', page.text))
+    said(await post(client, "/queues/work/schedule", fields | {"id": "often", "name": "often"}))
+    assert (await queue.list_repeatables())[0].job_def == before
+    said(await post(client, "/queues/work/schedules/often/run"))
+    (job,) = await queue.list_jobs("waiting")
+    assert (job["max_retries"], job["backoff"]) == (3, backoff)
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,11 @@
 """Values as people read them, what is hidden, groups of failures, pictures of flows."""
 
+import functools
 from typing import Any
 
 import pytest
 
-from asyncmq_nats import InvalidArgument
+from asyncmq_nats import InvalidArgument, task
 from asyncmq_nats.contrib.dashboard.failures import group_failures
 from asyncmq_nats.contrib.dashboard.graph import draw
 from asyncmq_nats.contrib.dashboard.redaction import (
@@ -108,9 +109,47 @@ def test_values_under_secret_keys_are_hidden() -> None:
     assert job["kwargs"]["password"] == {"a": 1}
 
 
-def test_an_argument_is_hidden_by_the_name_of_its_parameter() -> None:
-    job = {"task": "t", "args": ["ada", "hunter2"]}
-    assert Redactor().job("q", job, ("user", "password"))["args"] == ["ada", HIDDEN]
+def decorated(function: Any) -> Any:
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    return wrapper
+
+
+def log_in(user: str, password: str) -> None: ...
+
+
+def follow(report_progress: Any, user: str, password: str) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("function", "options"),
+    [(log_in, {}), (decorated(log_in), {}), (follow, {"progress": True})],
+    ids=["plain", "decorated", "with progress"],
+)
+def test_an_argument_is_hidden_by_the_name_of_its_parameter(
+    monkeypatch: pytest.MonkeyPatch, function: Any, options: dict[str, Any]
+) -> None:
+    monkeypatch.setattr("asyncmq_nats.tasks.TASK_REGISTRY._tasks", {})
+    task("q", name="log in", **options)(function)
+    job: dict[str, Any] = {"task": "log in", "args": ["ada", "hunter2"], "kwargs": {}}
+    assert Redactor().job("q", job)["args"] == ["ada", HIDDEN]
+    assert Redactor().job("q", job | {"task": "other"})["args"] == ["ada", "hunter2"]
+
+
+def test_what_goes_with_a_job_is_hidden_as_its_arguments_are() -> None:
+    job = {"task": "t", "meta": {"session_token": "t"}, "progress_data": [{"cookie": "c"}]}
+    shown = Redactor().job("q", job)
+    assert shown["meta"] == {"session_token": HIDDEN}
+    assert shown["progress_data"] == [{"cookie": HIDDEN}]
+
+
+def test_arguments_in_the_audit_log_are_hidden() -> None:
+    # A command line has them as text.
+    given = {"kwargs": '{"password": "p"}', "kwarg": "['pin=1']", "args": "[1]", "arguments": "x"}
+    shown = Redactor().details({"state": "failed", "token": "t"} | given)
+    assert shown == {"state": "failed", "token": HIDDEN} | dict.fromkeys(given, HIDDEN)
 
 
 def test_a_hook_says_what_is_shown() -> None:
@@ -141,16 +180,38 @@ def test_a_value_without_end_is_cut() -> None:
 
 
 def test_what_was_hidden_in_a_form_stays_as_it_is_stored() -> None:
-    stored = {"to": "ada", "password": "p", "list": [{"token": "t"}, 2]}
-    edited = {"to": "eve", "password": HIDDEN, "list": [{"token": HIDDEN}, 3], "new": 1}
-    assert restore_hidden(edited, stored) == {
+    stored = {"to": "ada", "password": "p", "secret": None, "list": [{"token": "t"}, 2]}
+    edited = {
         "to": "eve",
-        "password": "p",
-        "list": [{"token": "t"}, 3],
+        "password": HIDDEN,
+        "secret": HIDDEN,
+        "list": [{"token": HIDDEN}, 3, 4],
         "new": 1,
     }
+    assert restore_hidden(edited, Redactor().hide(stored), stored) == {
+        "to": "eve",
+        "password": "p",
+        "secret": None,
+        "list": [{"token": "t"}, 3, 4],
+        "new": 1,
+    }
+
+
+@pytest.mark.parametrize(
+    "edited", [{"moved": HIDDEN}, {"to": HIDDEN}, {"to": [{"a": HIDDEN}]}, {"password": [HIDDEN]}]
+)
+def test_what_was_hidden_is_found_at_its_place_only(edited: Any) -> None:
+    stored = {"to": "ada", "password": "p"}
     with pytest.raises(InvalidArgument, match="can only stay where it was"):
-        restore_hidden({"moved": HIDDEN}, stored)
+        restore_hidden(edited, Redactor().hide(stored), stored)
+
+
+def test_what_a_hook_changed_or_left_out_stays_as_it_is_stored() -> None:
+    stored = {"card": "4111 1111", "name": "ada", "pin": 7, "items": [{"card": "4222"}]}
+    shown = {"card": "(card)", "name": "ada", "items": [{"card": "(card)"}]}
+    edited = shown | {"name": "eve"}
+    assert restore_hidden(edited, shown, stored) == stored | {"name": "eve"}
+    assert restore_hidden({"card": "new"}, shown, stored) == {"card": "new", "pin": 7}
 
 
 # -- failures

@@ -1,11 +1,16 @@
-"""What of a job is shown: values under keys that look like secrets are not. Pure."""
+"""What of a job is shown: values under keys that look like secrets are not.
+
+Pure, but for the tasks of this process, which name the positional arguments.
+"""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from asyncmq_nats.context import JobLogLine
+from asyncmq_nats.events import Event
 from asyncmq_nats.exceptions import InvalidArgument
+from asyncmq_nats.tasks import list_tasks
 
 __all__ = ["HIDDEN", "SECRET_KEYS", "Redactor", "Shown", "restore_hidden"]
 
@@ -18,7 +23,9 @@ SECRET_KEYS: Final = (
 """A key that contains one of these, whatever its case, dashes and underscores, is hidden."""
 MAX_DEPTH: Final = 50
 """Deeper values are hidden."""
-FIELDS: Final = ("args", "kwargs", "result", "progress_data", "deduplication")
+FIELDS: Final = ("args", "kwargs", "result", "progress_data", "deduplication", "meta")
+ARGUMENTS: Final = frozenset({"arguments", "args", "kwargs", "kwarg"})
+"""Options of a command that are arguments of a job, as text: the audit log has them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +35,8 @@ class Shown:
     queue: str
     task: str
     field: str
-    """`args`, `kwargs`, `result`, `progress_data`, `deduplication`, `error`, `traceback`, `log`."""
+    """`args`, `kwargs`, `result`, `progress_data`, `deduplication`, `meta`, `error`, `traceback`,
+    `log`."""
 
 
 Hook = Callable[[Any, Shown], Any]
@@ -52,17 +60,15 @@ class Redactor:
             raise InvalidArgument("a pattern of keys to hide needs letters or digits", list(keys))
         self._hook = hook
 
-    def job(
-        self, queue: str, job: Mapping[str, Any], names: tuple[str, ...] = ()
-    ) -> dict[str, Any]:
-        """Return the job as it may be shown. `names`: the parameters of its task, if known."""
+    def job(self, queue: str, job: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the job as it may be shown."""
         task = str(job.get("task", ""))
         shown = dict(job)
         for field in FIELDS:
             if job.get(field) is not None:
                 value = self.hide(job[field])
                 if field == "args" and isinstance(value, list):
-                    value = self._hide_named(value, names)
+                    value = self._hide_named(value, _parameters(job))
                 shown[field] = self._ask(value, Shown(queue, task, field))
         for field, what in (("last_error", "error"), ("error_traceback", "traceback")):
             if job.get(field) is not None:
@@ -76,6 +82,15 @@ class Redactor:
         if self._hook is None:
             return line
         return replace(line, message=str(self._ask(line.message, Shown(queue, task, "log"))))
+
+    def event(self, event: Event) -> Event:
+        """Return an event as it may be shown."""
+        return replace(event, data=self.job(event.queue, event.data))
+
+    def details(self, details: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the details of an entry of the audit log as they may be shown."""
+        shown = self.hide(details)
+        return {name: HIDDEN if name in ARGUMENTS else each for name, each in shown.items()}
 
     def hide(self, value: Any, depth: int = 0) -> Any:
         """Return a value without what is under a secret key."""
@@ -116,21 +131,41 @@ def _plain(key: str) -> str:
     return "".join(char for char in key.lower() if char.isalnum())
 
 
-def restore_hidden(edited: Any, stored: Any) -> Any:
-    """Return edited arguments with what was hidden in the form as it is stored.
+def _parameters(job: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the parameters of a job's positional arguments, if this process knows its task."""
+    task = list_tasks().get(str(job.get("task", "")))
+    if task is None:
+        return ()
+    return task.arguments.positions(len(job["args"]), job.get("kwargs") or ())
+
+
+def restore_hidden(edited: Any, shown: Any, stored: Any) -> Any:
+    """Return edited arguments, with what was not shown as it is stored.
+
+    `shown`: the stored ones as the form had them, by the patterns and by the hook.
 
     Raises:
         InvalidArgument: something is hidden that is not stored at that place.
     """
-    if edited == HIDDEN:
-        if stored is None:
-            raise InvalidArgument("a hidden value can only stay where it was", edited)
-        return stored
     if isinstance(edited, dict):
-        known = stored if isinstance(stored, dict) else {}
-        return {key: restore_hidden(value, known.get(key)) for key, value in edited.items()}
+        if isinstance(shown, dict) and isinstance(stored, dict):
+            kept = {key: value for key, value in stored.items() if key not in shown}
+        else:
+            kept, shown, stored = {}, {}, {}
+        return kept | {
+            key: restore_hidden(value, shown.get(key), stored.get(key))
+            for key, value in edited.items()
+        }
     if isinstance(edited, list):
-        items = stored if isinstance(stored, list) else []
-        items = items + [None] * (len(edited) - len(items))
-        return [restore_hidden(value, items[index]) for index, value in enumerate(edited)]
+        if not (isinstance(shown, list) and isinstance(stored, list)):
+            shown, stored = [], []
+        missing = [None] * len(edited)
+        return [
+            restore_hidden(*each)
+            for each in zip(edited, [*shown, *missing], [*stored, *missing], strict=False)
+        ]
+    if edited == shown and shown != stored:
+        return stored
+    if edited == HIDDEN:
+        raise InvalidArgument("a hidden value can only stay where it was", edited)
     return edited

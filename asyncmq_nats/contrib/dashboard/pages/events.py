@@ -94,8 +94,8 @@ async def show(request: Request) -> Response:
     site = site_of(request)
     names = await site.list_queues()
     chosen = request.query_params.get("queue", "")
-    if chosen and chosen not in names:
-        raise HTTPException(404, f"There is no queue {chosen!r}.")
+    if chosen:
+        await site.find_queue(chosen)
     context = {
         "section": "events",
         "queues": names,
@@ -154,6 +154,9 @@ async def _send_rows(
 
 def _render(request: Request, site: Site, events: list[Event], left: int) -> str:
     text = site.templates.get_template("_events.html").render(
-        events=events[::-1], left=left, now=site.backend.now(), job_link=partial(job_link, request)
+        events=[site.redactor.event(each) for each in events[::-1]],
+        left=left,
+        now=site.backend.now(),
+        job_link=partial(job_link, request),
     )
     return " ".join(text.split("\n"))

@@ -17,7 +17,6 @@ from asyncmq_nats.exceptions import InvalidArgument, JobNotFound
 from asyncmq_nats.queues import Queue
 from asyncmq_nats.schedules import parse_every
 from asyncmq_nats.states import OUTCOMES, State
-from asyncmq_nats.tasks import list_tasks
 
 __all__ = ["Moment", "act", "edit", "job_id_of", "reschedule", "show", "show_edit", "timeline"]
 
@@ -61,7 +60,7 @@ async def show(request: Request) -> Response:
     queue = await site.queue(request)
     found = await _find(request, site, queue)
     job_id = str(found["id"])
-    job = site.redactor.job(queue.name, found, _parameters(str(found["task"])))
+    job = site.redactor.job(queue.name, found)
     now = site.backend.now()
     paused = await site.share("paused", queue, queue.is_paused)
     logs = await site.reads.get(("logs", queue.name, job_id), lambda: queue.job_logs(job_id))
@@ -86,15 +85,6 @@ async def show(request: Request) -> Response:
         "ran": _ran(job, now),
     }
     return site.page(request, "job.html", context)
-
-
-def _parameters(task: str) -> tuple[str, ...]:
-    """Return the names of a task's parameters, if this process knows the task."""
-    known = list_tasks().get(task)
-    if known is None:
-        return ()
-    code = getattr(known.function, "__code__", None)
-    return () if code is None else tuple(code.co_varnames[: code.co_argcount])
 
 
 async def _states(site: Site, queue: Queue, job: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -200,7 +190,7 @@ async def show_edit(request: Request) -> Response:
     site = site_of(request)
     queue = await site.queue(request)
     job = await _find(request, site, queue)
-    shown = site.redactor.job(queue.name, job, _parameters(str(job["task"])))
+    shown = site.redactor.job(queue.name, job)
     context = {
         "section": "queues",
         "queue_name": queue.name,
@@ -221,10 +211,11 @@ async def edit(request: Request) -> Response:
     if stored is None:
         raise JobNotFound(queue.name, job_id)
     args, kwargs = read_arguments(await request.form())
+    shown = site.redactor.job(queue.name, stored)
     await queue.edit(
         job_id,
-        args=restore_hidden(args, stored["args"]),
-        kwargs=restore_hidden(kwargs, stored["kwargs"]),
+        args=restore_hidden(args, shown["args"], stored["args"]),
+        kwargs=restore_hidden(kwargs, shown["kwargs"], stored["kwargs"]),
     )
     await site.record(request, "job.edit", queue.name, job_id)
     to = job_link(request, queue.name, job_id)

@@ -118,19 +118,28 @@ def read_time(text: str, now: float, name: str) -> float | None:
     Raises:
         InvalidArgument: it is neither.
     """
+    try:
+        return now - parse_every(text) if text else None
+    except ValueError:
+        return read_date(text, name, "a duration such as 15m, or ")
+
+
+def read_date(text: str, name: str, otherwise: str = "") -> float | None:
+    """Return a time that was written as a date and a time of day, in Unix seconds.
+
+    In UTC, unless it says otherwise. `otherwise`: what else the field takes.
+
+    Raises:
+        InvalidArgument: it is none.
+    """
     if not text:
         return None
-    try:
-        return now - parse_every(text)
-    except ValueError:
-        pass
     try:
         at = datetime.fromisoformat(text)
         return (at if at.tzinfo else at.replace(tzinfo=UTC)).timestamp()
     except (ValueError, OverflowError):
-        raise InvalidArgument(
-            f"{name} must be a duration such as 15m, or a time such as 2027-01-31T08:00", text
-        ) from None
+        problem = f"{name} must be {otherwise}a time such as 2027-01-31T08:00"
+        raise InvalidArgument(problem, text) from None
 
 
 def possible_actions(state: str) -> list[str]:
@@ -249,13 +258,15 @@ async def _carry_out(
 ) -> None:
     """Do it, and record it. The filter's times count from when it was asked for."""
     site = site_of(request)
-    problem = ""
+    problem = "it broke off"
     try:
         applied = await queue.apply(operation.where, action, progress=operation.progress)
         operation.progress(applied.done)
+        problem = ""
     except AsyncMQError as error:
         problem = mask_login(str(error))
-    operation.end(problem)
+    finally:
+        operation.end(problem)
     details = {"problem": problem} if problem else {}
     await site.record(
         request, f"job.{action}", queue.name, filters.in_words(), operation.count, **details

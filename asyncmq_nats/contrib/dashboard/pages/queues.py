@@ -1,6 +1,5 @@
 """All queues, one queue, and what is done to a queue as a whole."""
 
-import time
 from typing import Any, Final
 
 from starlette.requests import Request
@@ -10,7 +9,7 @@ from asyncmq_nats.contrib.dashboard.pages.summaries import summaries, summarize,
 from asyncmq_nats.contrib.dashboard.site import link, site_of, text_of
 from asyncmq_nats.exceptions import InvalidArgument
 from asyncmq_nats.schedules import parse_every
-from asyncmq_nats.states import JOB_STATES, OUTCOMES, State
+from asyncmq_nats.states import State
 
 __all__ = ["clean", "drain", "list_names", "obliterate", "pause", "resume", "show", "show_all"]
 
@@ -60,10 +59,8 @@ async def show(request: Request) -> Response:
         "info": info,
         "configuration": await site.share("configuration", queue, queue.get_configuration),
         "charts": link(request, "queues", queue.name, "history"),
-        "states": [str(state) for state in JOB_STATES],
         "schedules": coming[:SOONEST],
         "schedule_count": len(schedules),
-        "outcomes": [str(state) for state in OUTCOMES],
     }
     return site.page(request, "queue.html", context)
 
@@ -73,7 +70,7 @@ async def pause(request: Request) -> Response:
     site = site_of(request)
     queue = await site.queue(request)
     text = text_of(await request.form(), "for")
-    until = time.time() + parse_every(text) if text else None
+    until = site.backend.now() + parse_every(text) if text else None
     await queue.pause(until)
     await site.record(request, "queue.pause", queue.name, until=until)
     return await site.done(

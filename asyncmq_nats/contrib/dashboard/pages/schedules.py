@@ -3,7 +3,6 @@
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import Any, Final
 from urllib.parse import unquote
 
@@ -16,20 +15,21 @@ from asyncmq_nats.contrib.dashboard import words
 from asyncmq_nats.contrib.dashboard.pages.jobs import (
     known_tasks,
     read_arguments,
+    read_date,
     read_number,
     read_task,
 )
-from asyncmq_nats.contrib.dashboard.pages.summaries import for_all
+from asyncmq_nats.contrib.dashboard.pages.summaries import for_all, summaries, version_of
 from asyncmq_nats.contrib.dashboard.redaction import restore_hidden
 from asyncmq_nats.contrib.dashboard.site import Site, job_link, link, site_of, text_of
 from asyncmq_nats.exceptions import InvalidArgument
+from asyncmq_nats.jobs import Backoff
 from asyncmq_nats.queues import Queue
-from asyncmq_nats.schedules import RepeatableInfo, make_schedule, next_run
+from asyncmq_nats.schedules import RepeatableInfo, upcoming_runs
 
 __all__ = ["pause", "remove", "resume", "run_now", "save", "show", "show_all", "show_form"]
 
 NEXT_RUNS: Final = 3
-JOB_FIELDS: Final = ("retries", "ttl", "priority", "backoff", "timeout")
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,28 +67,20 @@ def _row(site: Site, queue: str, info: RepeatableInfo) -> Row:
         rhythm=str(cron) if cron else words.duration(every),
         in_words=words.cron_in_words(cron) if cron else words.every_in_words(every),
         timezone=str(given.get("timezone") or ""),
-        runs=_next_runs(info),
+        runs=_next_runs(info, site.backend.now()),
         paused=info.paused,
         definition=definition,
     )
 
 
-def _next_runs(info: RepeatableInfo) -> list[float]:
+def _next_runs(info: RepeatableInfo, now: float) -> list[float]:
     """Return the next times at which it runs, by its rhythm alone."""
-    given = info.job_def
     if info.next_run is None:
         return []
-    runs = [info.next_run]
     try:
-        schedule = make_schedule(given.get("every"), given.get("cron"), given.get("timezone"))
-        while len(runs) < NEXT_RUNS:
-            at = next_run(schedule, runs[-1])
-            if given.get("end") is not None and at > given["end"]:
-                break
-            runs.append(at)
+        return upcoming_runs(info, NEXT_RUNS, now)
     except ValueError:  # of another release
-        pass
-    return runs
+        return [info.next_run]
 
 
 async def show_all(request: Request) -> Response:
@@ -118,12 +110,12 @@ async def _show(request: Request, site: Site, chosen: str | None) -> Response:
         "chosen": chosen,
         "rows": rows,
         "queues": names,
-        "watch": ("queues", ""),
+        "watch": ("queues", version_of(await summaries(site))),
     }
     return site.page(request, "schedules.html", context)
 
 
-async def _find(site: Site, queue: Queue, rid: str) -> RepeatableInfo | None:
+async def _find(queue: Queue, rid: str) -> RepeatableInfo | None:
     found = await queue.list_repeatables()
     return next((each for each in found if str(each.job_def["id"]) == rid), None)
 
@@ -133,7 +125,7 @@ async def show_form(request: Request) -> Response:
     site = site_of(request)
     queue = await site.queue(request)
     rid = request.query_params.get("name", "")
-    info = await _find(site, queue, rid) if rid else None
+    info = await _find(queue, rid) if rid else None
     if rid and info is None:
         raise HTTPException(404, f"Queue {queue.name} has no schedule {rid!r}.")
     row = None if info is None else _row(site, queue.name, info)
@@ -156,23 +148,27 @@ async def save(request: Request) -> Response:
     queue = await site.queue(request)
     form = await request.form()
     name, rid = text_of(form, "name"), text_of(form, "id")
-    info = await _find(site, queue, rid or name) if rid or name else None
+    info = await _find(queue, rid or name) if rid or name else None
     if rid and info is None:
         raise InvalidArgument("this schedule was removed meanwhile: reload the page", rid)
     if info is not None and not rid:
         raise InvalidArgument("there is a schedule of that name: change that one", name)
     args, kwargs = read_arguments(form)
     stored: Mapping[str, Any] = {} if info is None else info.job_def
-    args = restore_hidden(args, stored.get("args"))
-    kwargs = restore_hidden(kwargs, stored.get("kwargs"))
+    shown = {} if info is None else _row(site, queue.name, info).definition
+    args = restore_hidden(args, shown.get("args"), stored.get("args"))
+    kwargs = restore_hidden(kwargs, shown.get("kwargs"), stored.get("kwargs"))
     if info is not None and not stored.get("name"):
         raise InvalidArgument(
             "a schedule without a name cannot be changed: create a named one", rid
         )
     if not name:
         raise InvalidArgument("give the schedule a name, by which it can be changed later", name)
+    options = _rhythm(form) | _options(form)
+    if options["backoff"] is None and isinstance(stored.get("backoff"), Mapping):
+        options["backoff"] = Backoff(**stored["backoff"])  # the form has none of this kind
     at = await queue.upsert_repeatable(
-        read_task(form), args=args, kwargs=kwargs, name=name, **_rhythm(form), **_options(form)
+        read_task(form), args=args, kwargs=kwargs, name=name, **options
     )
     changed = "schedule.change" if info is not None else "schedule.create"
     await site.record(request, changed, queue.name, name)
@@ -200,22 +196,11 @@ def _options(form: FormData) -> dict[str, Any]:
         "jitter": read_number(form, "jitter", float),
         "overlap": text_of(form, "overlap") or "allow",
         "catch_up": text_of(form, "catch_up") or None,
-        "start": _time(form, "start"),
-        "end": _time(form, "end"),
+        "start": read_date(text_of(form, "start"), "start"),
+        "end": read_date(text_of(form, "end"), "end"),
     }
     priority = read_number(form, "priority", int)
     return options | ({} if priority is None else {"priority": priority})
-
-
-def _time(form: FormData, name: str) -> float | None:
-    """Return a time that was written as a date and a time of day in UTC, in Unix seconds."""
-    text = text_of(form, name)
-    if not text:
-        return None
-    try:
-        return datetime.fromisoformat(text).replace(tzinfo=UTC).timestamp()
-    except ValueError:
-        raise InvalidArgument(f"{name} must be a time such as 2027-01-31T08:00", text) from None
 
 
 # -- actions
@@ -265,12 +250,10 @@ async def run_now(request: Request) -> Response:
     """Add the job of a schedule now, beside its runs."""
     site = site_of(request)
     queue, rid = await site.queue(request), _rid(request)
-    info = await _find(site, queue, rid)
-    if info is None:
-        raise _gone(rid)
-    given = info.job_def
-    options = {field: given[field] for field in JOB_FIELDS if given.get(field) is not None}
-    job_id = await queue.add(given["task_id"], given["args"], given["kwargs"], **options)
+    try:
+        job_id = await queue.run_repeatable(rid)
+    except KeyError:
+        raise _gone(rid) from None
     await site.record(request, "schedule.run", queue.name, rid, job=job_id)
     said = f"Job {job_id} of schedule {rid} was added."
     return await site.done(request, said, to=job_link(request, queue.name, job_id))
