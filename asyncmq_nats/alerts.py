@@ -100,8 +100,8 @@ class Alerts:
 
         Args:
             above: the share, from 0 to 1.
-            over: of the last so many seconds.
-            at_least: and of so many jobs: one failed job of two is no rate.
+            over: the length of the window, in seconds.
+            at_least: how many jobs must have ended: one failure in two jobs says nothing.
         """
 
         async def check() -> Alert | None:
@@ -121,7 +121,7 @@ class Alerts:
     def on_queue_stuck(self, *, longer_than: float = 300.0) -> Callable[[H], H]:
         """Return a decorator.
 
-        Call the function when a job has waited for longer than so many seconds. Once, until none
+        Call the function when a job has waited for longer than this many seconds. Once, until none
         does. A paused queue is not stuck.
         """
 

@@ -168,7 +168,7 @@ async def mend(findings: Sequence[Finding]) -> list[tuple[Finding, str]]:
 
 
 def _explain(error: AsyncMQError) -> Finding:
-    """Return the finding for what a call came to."""
+    """Return the finding for a call that failed."""
     text = str(error)
     if isinstance(error, PermissionRefused):
         mend = "give this login the subjects that docs/protocol.md lists for its role"
@@ -395,7 +395,7 @@ def _describe(difference: Difference) -> str:
 
 
 async def _examine_work(queue: Queue) -> list[Finding]:
-    """Look for jobs that nobody runs, and for what was left over."""
+    """Find jobs that no worker runs, and what was left over."""
     subject = f"queue {queue.name}"
     counts = await queue.queue_stats()
     workers = await queue.list_workers()

@@ -34,7 +34,7 @@ class QueueInfo:
 
     `counts`: jobs by state. `paused_until`: Unix seconds; `None` if it is not paused or has no end.
     `oldest_waiting`: id of the job that has waited longest; `oldest_waiting_age`: for how many
-    seconds. `ended_per_second`: jobs that came to each outcome, over the last minute.
+    seconds. `ended_per_second`: jobs that ended in each way, a second, over the last minute.
     `ready`, `records`: the stream of the jobs that can be run, and the bucket of all others;
     `None` without the permission to ask.
     """
@@ -101,7 +101,7 @@ class Overview:
         return found
 
     async def rates(self, period: float = RATE_PERIOD) -> dict[str, float]:
-        """Return how many jobs a second came to each outcome. `period`: in seconds, until now.
+        """Return how many jobs a second ended in each way. `period`: in seconds, until now.
 
         Outcomes that were removed since, by a person or by their time to live, are not counted.
         """

@@ -32,7 +32,7 @@ class Imported:
 
 
 async def export_jobs(pages: AsyncIterator[list[Found]]) -> AsyncIterator[dict[str, Any]]:
-    """Yield a line for each job: its state, when it came to it, and what is stored of it."""
+    """Yield a line for each job: its state, since when, and what is stored of it."""
     async for page in pages:
         for found in page:
             try:

@@ -123,7 +123,7 @@ class Lifecycle(Deliveries):
     async def expire(
         self, attempt: Attempt, settle: OnSettled, failure: Failure | None = None
     ) -> None:
-        """Record that the job came too late: its time to live was over, or its task said so."""
+        """Record that the job expired: its time to live was over, or its task said so."""
         error = (
             f"its time to live of {attempt.head.ttl or 0:g} s was over before this attempt started"
             if failure is None

@@ -64,7 +64,7 @@ def fleet(cluster: Cluster, tmp_path: Path) -> Iterator[Fleet]:
 
 
 async def settle(queue: Queue, ended: int) -> dict[str, int]:
-    """Wait until so many jobs have ended and none is left, and return the counts.
+    """Wait until this many jobs have ended and none is left, and return the counts.
 
     Those of a cluster lag behind a little.
     """

@@ -134,7 +134,7 @@ async def test_relays_may_die_at_each_step(
 
 
 @pytest.mark.slow
-async def test_each_committed_row_is_one_job_whoever_is_killed(
+async def test_each_committed_row_is_one_job_whatever_is_killed(
     processes: Processes, engine: Engine, server: EmbeddedServer, nats_backend: NATSBackend
 ) -> None:
     chance = random.Random(7)
