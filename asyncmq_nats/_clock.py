@@ -51,10 +51,7 @@ class SystemClock:
     """The time of this machine."""
 
     monotonic = staticmethod(time.monotonic)
-
-    def time(self) -> float:
-        """See `Clock`."""
-        return time.time()
+    time = staticmethod(time.time)
 
     async def sleep(self, seconds: float, *, upkeep: bool = False) -> None:
         """See `Clock`."""

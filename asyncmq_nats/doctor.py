@@ -8,16 +8,17 @@ import json
 import os
 import urllib.request
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import partial
 from typing import Any, Final, Literal
 
+import anyio
 from anyio import to_thread
 
-from asyncmq_nats._concurrency import deadline
+from asyncmq_nats._concurrency import deadline, open_task_group
 from asyncmq_nats._version import __version__
-from asyncmq_nats.backends.base import Backend, Difference, LogFacts, ServerFacts
+from asyncmq_nats.backends.base import Backend, Difference, LogState, ServerFacts
 from asyncmq_nats.exceptions import (
     AsyncMQError,
     ConnectionFailed,
@@ -49,6 +50,8 @@ FULL_SHARE: Final = 0.8
 MONITOR_TIMEOUT: Final = 3.0
 SILENT: Final = 5.0
 """Seconds after which a replica that is not up to date counts as lost."""
+SETTLING: Final = (0.1, 0.2, 0.4, 0.8)
+"""Pauses (seconds) before further looks at a log: a replica is behind for moments when in use."""
 STEP_TIMEOUT: Final = 5.0
 """Seconds that one look at a queue may take: a consumer on a lost server does not answer."""
 APPLY: Final = "or apply them: `amq doctor --fix`, ASYNCMQ_NATS_APPLY=true, `amq queue config set`"
@@ -168,7 +171,7 @@ async def mend(findings: Sequence[Finding]) -> list[tuple[Finding, str]]:
 
 
 def _explain(error: AsyncMQError) -> Finding:
-    """Return the finding for a call that failed."""
+    """Return the finding for the error of a call."""
     text = str(error)
     if isinstance(error, PermissionRefused):
         mend = "give this login the subjects that docs/protocol.md lists for its role"
@@ -314,8 +317,15 @@ async def _examine_permissions(queue: Queue, role: Role) -> list[Finding]:
 async def _examine_logs(queue: Queue, facts: ServerFacts | None) -> list[Finding]:
     prefix, subject = queue.backend.settings.prefix, f"queue {queue.name}"
     names = [f"{prefix}_{queue.name}", f"KV_{prefix}_{queue.name}_scheduler"]
-    logs = [await queue.backend.examine_log(name) for name in names]
-    missing = [name for name, log in zip(names, logs, strict=True) if log is None]
+    logs: dict[str, LogState | None] = dict.fromkeys(names)
+
+    async def look(name: str) -> None:
+        logs[name] = await _look_at_log(queue.backend, name)
+
+    async with open_task_group() as group:
+        for name in names:
+            group.start_soon(look, name)
+    missing = [name for name, log in logs.items() if log is None]
     if len(missing) == len(names):
         return [Finding(Level.INFO, "streams", subject, "it does not exist yet")]
     findings = [
@@ -328,13 +338,28 @@ async def _examine_logs(queue: Queue, facts: ServerFacts | None) -> list[Finding
         )
         for name in missing
     ]
-    for log in logs:
+    for name, log in logs.items():
         if log is not None:
-            findings += _judge_log(log, subject, facts)
+            findings += _judge_log(name, log, subject, facts)
     return findings
 
 
-def _judge_log(log: LogFacts, subject: str, facts: ServerFacts | None) -> list[Finding]:
+async def _look_at_log(backend: Backend, name: str) -> LogState | None:
+    """Return how a log is kept. A replica that is up to date at one of several looks is so."""
+    log = await backend.describe_log(name)
+    for pause in SETTLING:
+        if log is None or (log.has_leader and all(peer.is_current for peer in log.peers)):
+            break
+        current = {peer.name for peer in log.peers if peer.is_current}
+        await anyio.sleep(pause)
+        log = await backend.describe_log(name)
+        if log is not None:
+            peers = [replace(p, is_current=p.is_current or p.name in current) for p in log.peers]
+            log = replace(log, peers=tuple(peers))
+    return log
+
+
+def _judge_log(name: str, log: LogState, subject: str, facts: ServerFacts | None) -> list[Finding]:
     findings: list[Finding] = []
     # A server that is down counts as offline after a while only.
     offline = [
@@ -343,24 +368,24 @@ def _judge_log(log: LogFacts, subject: str, facts: ServerFacts | None) -> list[F
         if peer.is_offline or (peer.silent_seconds > SILENT and not peer.is_current)
     ]
     late = [peer for peer in log.peers if not peer.is_current] if not offline else []
-    if log.leader is None:
-        what = f"stream {log.name} has no leader: nothing can be added or run"
+    if not log.has_leader:
+        what = f"stream {name} has no leader: nothing can be added or run"
         mend = "start the servers that are down: more than half of its replicas must run"
         findings.append(Finding(Level.ERROR, "leader", subject, what, mend))
     if offline:
-        what = f"stream {log.name} lacks its replica on {', '.join(offline)}"
+        what = f"stream {name} lacks its replica on {', '.join(offline)}"
         mend = "start that server; if it is gone for good, `nats stream cluster peer-remove`"
         findings.append(Finding(Level.ERROR, "replica", subject, what, mend))
     if late:
-        what = f"stream {log.name}: {late[0].name} is {late[0].lag:,} operations behind"
+        what = f"stream {name}: {late[0].name} is {late[0].lag:,} operations behind"
         mend = "wait; if it does not catch up, look at that server's disk and log"
         findings.append(Finding(Level.WARNING, "replica", subject, what, mend))
     if facts is not None and facts.is_clustered and log.replicas == 1:
-        what = f"stream {log.name} has one replica in a cluster: it stands still with its server"
+        what = f"stream {name} has one replica in a cluster: it stands still with its server"
         mend = f"amq queue config set {subject.removeprefix('queue ')} replicas=3"
         findings.append(Finding(Level.WARNING, "replicas", subject, what, mend))
     if log.max_bytes is not None and log.bytes > FULL_SHARE * log.max_bytes:
-        what = f"stream {log.name} has {log.bytes:,} of {log.max_bytes:,} bytes"
+        what = f"stream {name} has {log.bytes:,} of {log.max_bytes:,} bytes"
         mend = "run more workers, clean outcomes, or raise the limit by `queue config set`"
         findings.append(Finding(Level.WARNING, "storage", subject, what, mend))
     return findings
@@ -395,7 +420,7 @@ def _describe(difference: Difference) -> str:
 
 
 async def _examine_work(queue: Queue) -> list[Finding]:
-    """Find jobs that no worker runs, and what was left over."""
+    """Look for jobs that no worker runs, and for what was left over."""
     subject = f"queue {queue.name}"
     counts = await queue.queue_stats()
     workers = await queue.list_workers()
@@ -445,7 +470,7 @@ def subjects_of(
         f"STREAM.INFO.{bucket}",
     ]
     change = [
-        f"CONSUMER.PAUSE.{ready}.tier_5",
+        f"CONSUMER.PAUSE.{ready}.doctor",  # there is no such consumer: nothing can be resumed
         f"STREAM.MSG.DELETE.{ready}",
         f"STREAM.MSG.DELETE.{bucket}",
         f"STREAM.PURGE.{bucket}",

@@ -35,7 +35,8 @@
     │   ├── PermissionRefused (PermissionError)  the server's permissions forbid it
     │   ├── StorageFull                      a store or a stream has no room for a write
     │   ├── StreamBusy                       a stream takes no more batches now
-    │   └── AssetMissing (LookupError)       a stream or consumer is not there
+    │   ├── AssetMissing (LookupError)       a stream or consumer is not there
+    │   └── AssetOffline                     a stream or consumer whose servers are all down
     ├── ServerBinaryMissing (RuntimeError)   no nats-server to embed
     ├── LoopRunning (RuntimeError)           a blocking call inside a running event loop
     └── VirtualTimeStuck (RuntimeError)      a virtual clock that cannot be moved
@@ -51,6 +52,7 @@ from typing import Any, Self
 
 __all__ = [
     "AssetMissing",
+    "AssetOffline",
     "AsyncMQError",
     "BackendError",
     "BulkAddFailed",
@@ -541,6 +543,13 @@ class AssetMissing(BackendError, LookupError):
         self, asset: str, remedy: str = "start a worker or a producer that may declare it"
     ) -> None:
         super().__init__(f"{asset} does not exist: {remedy}")
+
+
+class AssetOffline(BackendError):
+    """All servers of a cluster that hold a stream or a consumer are down."""
+
+    def __init__(self, asset: str, text: str) -> None:
+        super().__init__(f"{asset}: {text}: all servers that hold it are down; start one of them")
 
 
 class ServerBinaryMissing(AsyncMQError, RuntimeError):

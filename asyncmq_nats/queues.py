@@ -1138,7 +1138,7 @@ class Queue:
         )
 
     def _side(self) -> Side:
-        return Side(self._additions, self._administration, self._subjects)
+        return Side(self._additions, self._administration)
 
     async def export(self) -> AsyncGenerator[dict[str, Any], None]:
         """Yield the queue as dicts that can be written as lines of JSON.

@@ -99,15 +99,7 @@ class JobFilter:
 
 
 def _fits(value: str, pattern: str) -> bool:
-    return (
-        fnmatchcase(value, pattern.replace("[", "[[]"))
-        if _has_wildcard(pattern)
-        else (value == pattern)
-    )
-
-
-def _has_wildcard(pattern: str) -> bool:
-    return WILDCARDS.search(pattern) is not None
+    return fnmatchcase(value, pattern.replace("[", "[[]"))
 
 
 def _is_plain(text: str) -> bool:

@@ -54,6 +54,19 @@ async def test_without_credit_nothing_is_delivered(backend: Backend, receiver: R
     assert len(receiver.deliveries) == 1
 
 
+async def test_a_puller_that_is_answered_is_not_silent(
+    backend: Backend, receiver: Receiver
+) -> None:
+    assert receiver.puller.silent_for == 0.0
+    await receiver.pull_rest("one", wait=SHORT)
+    assert receiver.puller.silent_for == 0.0
+    await add(backend, "1.a")
+    await receiver.pull("one")
+    assert receiver.puller.silent_for == 0.0
+    await receiver.puller.close()
+    assert receiver.puller.silent_for == 0.0
+
+
 async def test_credit_is_never_exceeded(backend: Backend, receiver: Receiver) -> None:
     await add(backend, *(f"1.{number:03}" for number in range(50)))
     await receiver.puller.request("one", 3, wait=PATIENCE)

@@ -221,7 +221,7 @@ class Frozen:
             await self.lifecycle.hand_back(self.attempt)
             return None
         if what == "succeeds":
-            await self.lifecycle.complete(self.attempt, "frozen", lambda *end: told.append(end))
+            self.lifecycle.complete(self.attempt, "frozen", lambda *end: told.append(end))
         elif what == "fails":
             await self.lifecycle.fail(self.attempt, failure, lambda *end: told.append(end))
         else:

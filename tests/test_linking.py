@@ -479,13 +479,13 @@ class TestFollowUps:
 
         def runner(**options: Any) -> Any:
             made = real(**options)
-            complete = made._lifecycle.complete
+            complete = made._lifecycle.complete_with_follow_ups
 
             async def late(*args: Any) -> None:
                 assert await other.cancel_job(job_id)
                 await complete(*args)
 
-            monkeypatch.setattr(made._lifecycle, "complete", late)
+            monkeypatch.setattr(made._lifecycle, "complete_with_follow_ups", late)
             return made
 
         monkeypatch.setattr(queue, "runner", runner)

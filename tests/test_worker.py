@@ -656,10 +656,10 @@ class TestLeases:
     ) -> None:
         complete, faults = Lifecycle.complete, ["a fault of ours"]
 
-        async def fail_once(self: Lifecycle, *args: Any) -> None:
+        def fail_once(self: Lifecycle, *args: Any) -> None:
             if faults:
                 raise RuntimeError(faults.pop())
-            await complete(self, *args)
+            complete(self, *args)
 
         monkeypatch.setattr(Lifecycle, "complete", fail_once)
         queue = make_queue(backend, echo=echo)

@@ -7,16 +7,21 @@ import shlex
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from datetime import UTC, datetime
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from asyncmq_nats import Queue
-from asyncmq_nats.cli.command import CommandFailed, Session, confirm
+from asyncmq_nats.cli.command import CommandFailed, DryRun, Force, Options, Session, confirm
 from asyncmq_nats.cli.output import number
 from asyncmq_nats.cli.values import Selection
 
-__all__ = ["act_on_many", "run_with_progress"]
+__all__ = ["Safeguards", "act_on_many", "run_with_progress"]
 
 Act = Callable[[str], Awaitable[bool]]
+Limit = Annotated[int | None, typer.Option("--limit", min=1, help="How many jobs at most.")]
+Safeguards = Annotated[dict[str, Any], Options(limit=Limit, force=Force, dry_run=DryRun)]
+"""The options of a command that acts on many jobs: `act_on_many` takes them."""
 
 
 async def act_on_many(

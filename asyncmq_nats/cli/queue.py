@@ -28,17 +28,7 @@ from asyncmq_nats.cli.command import (
 )
 from asyncmq_nats.cli.many import run_with_progress
 from asyncmq_nats.cli.output import duration, instant, make_table, number, plain_json, size
-from asyncmq_nats.cli.values import (
-    AllJobs,
-    OfTask,
-    Since,
-    States,
-    Text,
-    Until,
-    parse_duration,
-    parse_future,
-    select,
-)
+from asyncmq_nats.cli.values import JobsToMove, parse_duration, parse_future, select
 from asyncmq_nats.states import JOB_STATES, OUTCOMES
 
 __all__ = ["group"]
@@ -116,7 +106,7 @@ async def show(session: Session, queue: QueueName, as_json: AsJson = False) -> N
             behind = f", {log.replicas_behind} behind" if log.replicas_behind else ""
             fields[name] = (
                 f"{number(log.records)} records, {size(log.bytes)}{limit}, {log.storage} storage, "
-                f"{log.replicas} replicas{behind}"
+                f"{log.replicas} replica{'s' if log.replicas > 1 else ''}{behind}"
             )
     session.output.fields(fields)
     if info.tiers:
@@ -298,12 +288,7 @@ async def move(
     session: Session,
     queue: QueueName,
     target: Annotated[str, typer.Argument(metavar="TARGET", help="Name of the other queue.")],
-    state: States = None,
-    task: OfTask = None,
-    search: Text = None,
-    since: Since = None,
-    until: Until = None,
-    everything: AllJobs = False,
+    which: JobsToMove,
     to_server: Annotated[
         str | None,
         typer.Option("--to-server", metavar="URL", help="The server of the other queue."),
@@ -316,15 +301,7 @@ async def move(
     run, and those of flows, stay.
     """
     jobs = await require_queue(session, queue)
-    chosen = select(
-        session.backend.now(),
-        state=state,
-        task=task,
-        search=search,
-        since=since,
-        until=until,
-        everything=everything,
-    )
+    chosen = select(session.backend.now(), **which)
     assert chosen.where is not None
     confirm(f"move jobs of queue {queue} to {target}?", force=force)
     other = session if to_server is None else session.elsewhere(to_server)

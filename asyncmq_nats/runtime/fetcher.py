@@ -3,6 +3,7 @@
 What to ask for is decided in `prefetch`, from what `tiers` and the buffer know.
 """
 
+import asyncio
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Final
@@ -86,7 +87,7 @@ class Fetcher:
         self._throughput = Throughput()
         self._new_tiers: set[int] = set()
         self._tier_heard = anyio.Event()
-        self._refill = anyio.Event()
+        self._refill = asyncio.Event()
         self._refill_due = False
         self._held = anyio.Event()
         self._held_watched = False
@@ -185,7 +186,7 @@ class Fetcher:
 
     def take(self) -> Delivery | None:
         """Return the next job to run, if one may start and a slot is free: the slot is taken."""
-        if self.busy >= self._concurrency or not self._may_start:
+        if not self._buffer.heap or self.busy >= self._concurrency or not self._may_start:
             return None
         if self._group is not None and self._group.limit(1) < 1:
             return None
@@ -232,20 +233,16 @@ class Fetcher:
 
     @property
     def _may_start(self) -> bool:
-        permitted = self._limiter is None or self._limiter.permits > 0
         return (
-            bool(self._buffer.heap)
-            and self._open
-            and permitted
-            and not self.is_paused
-            and not self._better_may_come
+            self._open
+            and (self._limiter is None or self._limiter.permits > 0)
+            and not (self._paused_until and self.is_paused)
+            and not (len(self._tiers.known) > 1 and self._better_may_come)
         )
 
     @property
     def _better_may_come(self) -> bool:
         """Whether jobs of a higher tier are asked for, and there are some or may be."""
-        if len(self._tiers.known) == 1:
-            return False
         return self._tiers.better_may_come(self._buffer.heap[0][0], self._monotonic())
 
     def _tell_startable(self) -> None:
@@ -319,9 +316,13 @@ class Fetcher:
     async def _ask_when_needed(self) -> None:
         wait: float | None = None
         while True:
-            with self._clock.move_on_after(wait, upkeep=self.is_paused):
+            if wait is None:
                 await self._refill.wait()
-            self._refill, self._refill_due = anyio.Event(), False
+            else:
+                with self._clock.move_on_after(wait, upkeep=self.is_paused):
+                    await self._refill.wait()
+            self._refill.clear()
+            self._refill_due = False
             self._tell_startable()
             wait = FRESH_SECONDS if self._tiers.may_become_stale else None
             if self._group is not None and self._group.slots is not None:

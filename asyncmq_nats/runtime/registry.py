@@ -3,7 +3,7 @@
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from types import CodeType
 from typing import Any, Final
@@ -80,13 +80,21 @@ class RegisteredTask(Mapping[str, Any]):
             "give_up_on": self.give_up_on,
         }
 
-    async def run(self, job: JobHead, threads: CapacityLimiter, context: JobContext) -> Any:
-        """Run the task on the job's arguments.
+    def run(self, job: JobHead, threads: CapacityLimiter, context: JobContext) -> Awaitable[Any]:
+        """Run the task on the job's arguments. Await the result.
 
         An async function here, a sync one in a thread, a `process` one in a process. `threads`
         bounds the threads and processes. What a sync function returns is awaited here, if it can
         be.
         """
+        if self.is_async and not self.process:
+            result: Awaitable[Any] = self._call(job, context)
+            return result
+        return self._run_elsewhere(job, threads, context)
+
+    async def _run_elsewhere(
+        self, job: JobHead, threads: CapacityLimiter, context: JobContext
+    ) -> Any:
         if self.process:
             return await run_in_process(
                 self.function,
@@ -95,8 +103,6 @@ class RegisteredTask(Mapping[str, Any]):
                 threads,
                 validate=self.validate,
             )
-        if self.is_async:
-            return await self._call(job, context)
         result = await to_thread.run_sync(
             self._call_in_thread, job, context, abandon_on_cancel=True, limiter=threads
         )

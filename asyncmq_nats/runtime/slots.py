@@ -314,7 +314,19 @@ class Slots:
         on_settled = self.completer.begin(attempt)
         try:
             try:
-                await self._run_or_end(attempt, on_settled)
+                head, now = attempt.head, self._backend.now()
+                if not head.may_run(now) or self._is_lost_for_good(attempt):
+                    await self._end_without_run(attempt, now, on_settled)
+                    return
+                try:
+                    if head.v > WIRE_VERSION:
+                        raise NewerJob(head.v, WIRE_VERSION)
+                    entry = self._registry.find(head.task_id, self._tasks_of)
+                except (NewerJob, TaskNotFound) as problem:
+                    await self._put_off(attempt, problem, on_settled)
+                    return
+                attempt.started_at = now
+                await self._run(attempt, entry, on_settled)
             except InvalidJob as problem:  # the malformed part was not needed to run it
                 await self._reject(attempt.delivery, problem)
                 self.completer.finish()
@@ -325,8 +337,8 @@ class Slots:
     def _is_lost_for_good(self, attempt: Attempt) -> bool:
         return attempt.stalls > 0 and attempt.losses >= self._backend.settings.max_stalls
 
-    async def _run_or_end(self, attempt: Attempt, on_settled: OnSettled) -> None:
-        head, now = attempt.head, self._backend.now()
+    async def _end_without_run(self, attempt: Attempt, now: float, on_settled: OnSettled) -> None:
+        """End an attempt at a job that was lost too often, has expired, or is not due yet."""
         if self._is_lost_for_good(attempt):
             error = (
                 f"stalled: its worker was lost {attempt.losses} times while it ran "
@@ -337,24 +349,11 @@ class Slots:
             self._lines.failed(attempt.job, failure)
             self._note_end(attempt, None, "failed", failure=failure)
             await self._lifecycle.fail(attempt, failure, on_settled)
-        elif head.is_expired(now):
+        elif attempt.head.is_expired(now):
             self._note_end(attempt, None, "expired")
             await self._lifecycle.expire(attempt, on_settled)
-        elif head.delay_until is not None and head.delay_until > now:
+        else:
             await self._lifecycle.postpone(attempt, on_settled)
-        else:
-            await self._run_if_known(attempt, now, on_settled)
-
-    async def _run_if_known(self, attempt: Attempt, now: float, on_settled: OnSettled) -> None:
-        try:
-            if attempt.head.v > WIRE_VERSION:
-                raise NewerJob(attempt.head.v, WIRE_VERSION)
-            entry = self._registry.find(attempt.head.task_id, self._tasks_of)
-        except (NewerJob, TaskNotFound) as problem:
-            await self._put_off(attempt, problem, on_settled)
-        else:
-            attempt.started_at = now
-            await self._run(attempt, entry, on_settled)
 
     async def _put_off(
         self, attempt: Attempt, problem: NewerJob | TaskNotFound, on_settled: OnSettled
@@ -365,7 +364,7 @@ class Slots:
         except (NotSerializable, PayloadTooLarge):  # it cannot be written again as it came
             delay = None
         if delay is not None:
-            logger.warning("job %s is put off for %g s: %s", attempt.head.job_id, delay, problem)
+            logger.warning("job %s is put off for %.1f s: %s", attempt.head.job_id, delay, problem)
         elif isinstance(problem, NewerJob):
             raise problem  # to be recorded with its body
         else:
@@ -519,7 +518,9 @@ class Slots:
         try:
             if follow_ups or attempt.head.repeat_every is not None:
                 await self._lifecycle.accompany(attempt, follow_ups, result)
-            await self._lifecycle.complete(attempt, result, on_settled)
+                await self._lifecycle.complete_with_follow_ups(attempt, result, on_settled)
+            else:
+                self._lifecycle.complete(attempt, result, on_settled)
             self._lines.completed(attempt)
         except INVALID_RESULT as error:
             failure = replace(Failure.of(error, self._backend.now()), traceback="")

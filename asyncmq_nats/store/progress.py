@@ -63,6 +63,8 @@ class ProgressReports:
 
         Call it before the outcome.
         """
+        if not self._jobs:  # its own report, if any, came before its end
+            return
         with self._lock:
             job = self._jobs.pop(token, None)
         if job is not None and job.pending is not None:

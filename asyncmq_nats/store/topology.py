@@ -3,10 +3,10 @@
 from dataclasses import replace
 from typing import Final
 
-from asyncmq_nats._concurrency import Turns
+from asyncmq_nats._concurrency import Turns, deadline, open_task_group
 from asyncmq_nats._logging import get_logger
 from asyncmq_nats.backends.base import Backend, Consumer, Difference, Log, Write
-from asyncmq_nats.exceptions import AssetMissing, TooManyPriorities
+from asyncmq_nats.exceptions import AssetMissing, AssetOffline, TooManyPriorities, Unconfirmed
 from asyncmq_nats.states import OUTCOMES, Place
 from asyncmq_nats.wire.keys import (
     INDEXED,
@@ -17,7 +17,14 @@ from asyncmq_nats.wire.keys import (
     tier_priority,
 )
 
-__all__ = ["DEFAULT_PRIORITY", "LATEST_PAUSE", "MAX_TIERS", "TIER_SIGNAL", "QueueAssets"]
+__all__ = [
+    "COUNTER_PATIENCE",
+    "DEFAULT_PRIORITY",
+    "LATEST_PAUSE",
+    "MAX_TIERS",
+    "TIER_SIGNAL",
+    "QueueAssets",
+]
 
 logger = get_logger(__name__)
 
@@ -25,6 +32,8 @@ DEFAULT_PRIORITY: Final = 5
 MAX_TIERS: Final = 256
 PROMOTER_LEASE: Final = 2.0
 """Seconds after which another promoter takes over what a dead one had in hand."""
+COUNTER_PATIENCE: Final = 2.0
+"""Seconds for the answer of counters. They have one replica: its server may be lost."""
 SHORTEST_LIVE_LEASE: Final = 2.0
 """A queue in use is given no shorter lease: running workers extend theirs every 0.7 s."""
 LOOK_LIMIT: Final = 50_000
@@ -82,15 +91,34 @@ class QueueAssets:
     async def declare_counters(self) -> None:
         """Make sure that the bucket, which is there, has its counters and the promoter's consumer.
 
-        Reads make no log.
+        Reads make no log. Nothing waits for counters on a lost server: their records are searched.
         """
-        log, subjects = self._subjects.bucket_log, self._subjects
-        filters = {f"later_{place}": subjects.place(place) for place in Place}
-        filters |= {f"done_{state}": subjects.outcomes(state) for state in OUTCOMES}
-        filters |= {f"index_{state}": subjects.indexed(state) for state in INDEXED}
-        for word, filter in filters.items():
-            await self._backend.declare_consumer(log, Consumer(counter_name(word), (filter,)))
+        log, silent = self._subjects.bucket_log, []
         await self._backend.declare_consumer(log, self._promoter)
+
+        async def declare(counter: Consumer) -> None:
+            try:
+                with deadline(COUNTER_PATIENCE):
+                    await self._backend.declare_consumer(log, counter)
+            except (AssetOffline, Unconfirmed):
+                silent.append(counter.name)
+
+        async with open_task_group() as group:
+            for word, filter in self.counters.items():
+                group.start_soon(declare, Consumer(counter_name(word), (filter,)))
+        if silent:
+            text = "queue %s: counters that do not answer, is each server up? %s"
+            logger.warning(text, self._subjects.queue, ", ".join(sorted(silent)))
+
+    @property
+    def counters(self) -> dict[str, str]:
+        """What is counted of the bucket: by word, the filter of its records."""
+        subjects = self._subjects
+        return {
+            **{f"later_{place}": subjects.place(place) for place in Place},
+            **{f"done_{state}": subjects.outcomes(state) for state in OUTCOMES},
+            **{f"index_{state}": subjects.indexed(state) for state in INDEXED},
+        }
 
     @property
     def _promoter(self) -> Consumer:

@@ -15,7 +15,6 @@ from asyncmq_nats.store.search import Found
 from asyncmq_nats.transitions.add import Additions
 from asyncmq_nats.transitions.clean import Progress
 from asyncmq_nats.transitions.move import write_outcome
-from asyncmq_nats.wire.codec import load_json
 
 __all__ = ["FORMAT", "Imported", "Importer", "export_jobs", "split_line"]
 
@@ -32,16 +31,14 @@ class Imported:
 
 
 async def export_jobs(pages: AsyncIterator[list[Found]]) -> AsyncIterator[dict[str, Any]]:
-    """Yield a line for each job: its state, since when, and what is stored of it."""
+    """Yield a line for each job: its state, when it reached it, and what is stored of it."""
     async for page in pages:
         for found in page:
             try:
-                data = load_json(found.record.body)
-            except InvalidJob:  # junk that a stranger wrote
+                job = found.stored()
+            except InvalidJob:
                 continue
-            kept = {"id": found.job.job_id, "created_at": found.job.created_at}
-            kept["priority"] = found.job.priority
-            yield {"state": found.job.status, "at": found.record.time, "job": data | kept}
+            yield {"state": found.job.status, "at": found.record.time, "job": job}
 
 
 def split_line(line: Mapping[str, Any]) -> tuple[State, dict[str, Any]] | None:

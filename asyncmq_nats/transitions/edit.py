@@ -1,8 +1,7 @@
-"""A job that has not started is changed by hand.
+"""A job that has not started is changed by hand: it runs now, later, or with other arguments.
 
-Run now, run at another time, run with other arguments. Each change is one write in the place of the
-record that was read, and expects that record: a job that moves meanwhile is read again, and is
-neither lost nor there twice.
+Each change is one write in the place of the record that was read, and expects that record: a job
+that moves meanwhile is read again, and is neither lost nor there twice.
 """
 
 from collections.abc import Callable, Mapping
@@ -137,10 +136,8 @@ class Edits:
         Raises:
             WriteRefused: it has moved.
         """
-        delayed, parked = (snapshot.later.get(place) for place in (Place.DELAYED, Place.PARKED))
-        if delayed is not None or parked is not None:
-            record = delayed or parked
-            assert record is not None
+        record = snapshot.later.get(Place.DELAYED) or snapshot.later.get(Place.PARKED)
+        if record is not None:
             sequence = await self._backend.write(self._log, self._rewritten(record, change))
             return not await self._undo_if_ended(snapshot.token, sequence)
         if snapshot.later.get(Place.RELEASED) is not None:
@@ -160,11 +157,11 @@ class Edits:
             raise WrongState(job_id, State.WAITING_CHILDREN, "edited", BEING_ADDED)
         body = self._checked_body(change(data), record)
         expect = Expect(record.subject, record.sequence)
+        if not self._subjects.is_later(record.subject, Place.DELAYED):
+            return Write(record.subject, body, expect)
+        run_at = float(data.get("delay_until") or record.time)
         released = self._subjects.later(self._subjects.token(record.subject), Place.RELEASED)
-        if self._subjects.is_later(record.subject, Place.DELAYED):
-            run_at = float(data.get("delay_until") or record.time)
-            return Write(record.subject, body, expect, timer=Timer(run_at - LEAD, released))
-        return Write(record.subject, body, expect)
+        return Write(record.subject, body, expect, timer=Timer(run_at - LEAD, released))
 
     def _checked_body(self, data: Mapping[str, Any], record: Record) -> bytes:
         body = dump_json(data)

@@ -83,7 +83,7 @@ class Lifecycle(Deliveries):
 
     # -- end
 
-    async def complete(self, attempt: Attempt, result: Any, settle: OnSettled) -> None:
+    def complete(self, attempt: Attempt, result: Any, settle: OnSettled) -> None:
         """Record the result. `settle` learns of the confirmation or the refusal; see `settled`.
 
         Raises:
@@ -91,10 +91,17 @@ class Lifecycle(Deliveries):
             PayloadTooLarge: the outcome is too large for the server.
         """
         write = self._completed(attempt, result)
+        self._backend.send(self._subjects.bucket_log, write, partial(settle, write))
+
+    async def complete_with_follow_ups(
+        self, attempt: Attempt, result: Any, settle: OnSettled
+    ) -> None:
+        """Record the result with the jobs of `accompany`; see `complete`."""
         if attempt.follow_ups is not None and attempt.follow_ups.batch:
+            write = self._completed(attempt, result)
             await self._write_batch(write, attempt.follow_ups.batch, settle)
         else:
-            self._send(write, settle)
+            self.complete(attempt, result, settle)
 
     async def accompany(self, attempt: Attempt, follow_ups: Sequence[Job], result: Any) -> None:
         """Have the jobs that a task added while it ran added with its result; see `follow_up.py`.
@@ -247,15 +254,14 @@ class Lifecycle(Deliveries):
     def _completed(self, attempt: Attempt, result: Any) -> Write:
         """Return the write of a result: the job as it came, byte for byte, and its end."""
         what = f"the result of task {attempt.head.task_id!r}"
-        members = b""
-        if attempt.follow_ups is not None and attempt.follow_ups.members:
-            members = attempt.follow_ups.members + b","
-        members += COMPLETED_MEMBERS % (
+        members = COMPLETED_MEMBERS % (
             dump_json(result, what),
             attempt.started_at,
             self._backend.now(),
             self._worker_json,
         )
+        if attempt.follow_ups is not None and attempt.follow_ups.members:
+            members = attempt.follow_ups.members + b"," + members
         if attempt.stalls:
             members += b',"stalls":%d' % attempt.stalls
         record = splice(attempt.body, members)
@@ -268,7 +274,7 @@ class Lifecycle(Deliveries):
             self._fence(attempt),
             ttl=self._assets.settings.completed_ttl,
             beside=True,
-            when_full=partial(without_arguments, record),
+            when_full=without_arguments,
         )
 
     def _outcome(self, attempt: Attempt, state: State, fields: dict[str, Any], what: str) -> Write:
@@ -286,7 +292,7 @@ class Lifecycle(Deliveries):
             ttl=self._assets.settings.failed_ttl,
             beside=True,
             index=self._subjects.index(attempt.token, state),
-            when_full=partial(without_arguments, record),
+            when_full=without_arguments,
         )
 
     def _fence(self, attempt: Attempt) -> Expect:

@@ -1,8 +1,8 @@
 """Jobs that are added together: one record holds them all, and single writes carry it out.
 
 The record is the transaction: the outcome of the job whose follow-ups they are, or `plan.<id>` for
-a flow. Each reader of the record carries it out, and leaves alone what is there already. Jobs that
-wait are stored before those that they wait for, so that no end is missed.
+a flow. A process that finds the record carries it out; what is there already is left alone. Jobs
+that wait are stored before those that they wait for, so that no end is missed.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence

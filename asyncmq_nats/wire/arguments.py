@@ -130,6 +130,10 @@ class _Shape:
         self._keys = tuple(slot.key for slot in call.slots)
         self._exact = [_exact_classes(slot.annotation) for slot in call.slots]
         self._all_exact = all(self._exact)
+        self._as_read = [
+            classes - {int} if float in classes else classes for classes in self._exact
+        ]
+        """The classes whose values are passed on as they are read: for a float, 1 becomes 1.0."""
         self._adapter = make_adapter(title, {slot.key: slot.annotation for slot in call.slots})
         self._typed = any(slot.annotation is not Any for slot in call.slots)
 
@@ -175,16 +179,32 @@ class _Shape:
     def read(
         self, args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> tuple[list[Any], dict[str, Any]]:
-        given = self._validated(args, kwargs)
-        values = [given[key] for key in self._keys]
-        named = dict(zip(kwargs, values[len(args) :], strict=True))
+        if self._is_plain(args, kwargs, self._as_read):
+            values, named = list(args), dict(kwargs)
+        else:
+            given = self._validated(args, kwargs)
+            values = [given[key] for key in self._keys]
+            named = dict(zip(kwargs, values[len(args) :], strict=True))
+            values = values[: len(args)]
         for name, make in self._call.defaults:
             named[name] = make()
-        return values[: len(args)], named
+        return values, named
+
+    def _is_plain(
+        self,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        classes: Sequence[frozenset[type]],
+    ) -> bool:
+        """Return whether all arguments are of these classes, and the function takes them."""
+        return (
+            self._all_exact
+            and not self._call.problems
+            and all(map(_is_plain, (*args, *kwargs.values()), classes))
+        )
 
     def check(self, args: Sequence[Any], kwargs: Mapping[str, Any], task_id: str) -> None:
-        values = (*args, *kwargs.values())
-        if self._all_exact and not self._call.problems and all(map(_is_plain, values, self._exact)):
+        if self._is_plain(args, kwargs, self._exact):
             return
         try:
             self._validated(args, kwargs)

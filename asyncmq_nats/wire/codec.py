@@ -50,7 +50,7 @@ def splice(body: bytes, members: bytes) -> bytes:
 
     What it has stays as it is, byte for byte.
     """
-    return b"%b,%b}" % (body.rstrip()[:-1], members)
+    return (body if body[-1:] == b"}" else body.rstrip())[:-1] + b"," + members + b"}"
 
 
 def load_json(body: bytes) -> dict[str, Any]:

@@ -82,6 +82,8 @@ def encode_token(text: str) -> str:
 
 def is_token(token: str) -> bool:
     """Return whether a job can have this token."""
+    if token.isascii() and "%" not in token:  # that of a common id
+        return 0 < len(token) <= LONGEST_TOKEN
     try:
         return 0 < len(token.encode()) <= LONGEST_TOKEN and not (
             token.startswith("%h") and STAND_IN.fullmatch(token)

@@ -5,7 +5,7 @@ of a server.
 """
 
 import random
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack
 from pathlib import Path
 
@@ -19,11 +19,12 @@ from asyncmq_nats.backends.nats.embedded.server import EmbeddedServer
 from asyncmq_nats.exceptions import WriteRefused
 from asyncmq_nats.queues import Queue
 from asyncmq_nats.settings import Settings
+from asyncmq_nats.wire.keys import counter_name
 from tests.nats.cluster import Cluster
 from tests.nats.processes import Fleet, eventually, holds
 from tests.nats.relay import relaying
 from tests.nats.streams import Streams, plain_client
-from tests.running import PATIENCE, make_queue, race, running
+from tests.running import PATIENCE, make_queue, outcome, race, running
 
 BUCKET = "KV_amq_fleet_scheduler"
 SETTINGS = Settings(replicas=3, stalled_after=2.0, publish_timeout=30.0, shutdown_timeout=5.0)
@@ -63,8 +64,8 @@ def fleet(cluster: Cluster, tmp_path: Path) -> Iterator[Fleet]:
     workers.stop()
 
 
-async def settle(queue: Queue, ended: int) -> dict[str, int]:
-    """Wait until this many jobs have ended and none is left, and return the counts.
+async def settle(queue: Queue, ended: int, left: int = 0) -> dict[str, int]:
+    """Wait until so many jobs have ended and no others are left, and return the counts.
 
     Those of a cluster lag behind a little.
     """
@@ -73,7 +74,7 @@ async def settle(queue: Queue, ended: int) -> dict[str, int]:
         lambda stats: (
             stats["completed"] + stats["failed"] + stats["cancelled"]
             == ended
-            == sum(stats.values())
+            == sum(stats.values()) - left
         ),
         within=30,
     )
@@ -181,6 +182,36 @@ async def test_a_repetition_is_told_from_what_another_one_wrote(
                 await relay.cut()
     assert [type(result) for result in results] == [WriteRefused] if deaf else results == [2]
     assert await here.write("notes", Write("notes.c", b"")) == 3  # the stream takes more
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(480)
+@pytest.mark.parametrize("end", [EmbeddedServer.kill, EmbeddedServer.stop])
+async def test_while_a_server_with_counters_is_away_workers_start_and_jobs_are_counted(
+    cluster: Cluster, end: Callable[[EmbeddedServer], None]
+) -> None:
+    """For minutes after a kill, what was on that server does not answer; after a stop, an error."""
+
+    async def no_op() -> None:
+        pass
+
+    async with NATSBackend(cluster.urls, settings=SETTINGS) as backend:
+        queue = make_queue(backend, "fleet", no_op=no_op)
+        async with running(queue):
+            await outcome(queue, await queue.add("no_op"))
+            await queue.add("no_op", delay=3600)
+    lost = await cluster.leader(BUCKET, counter_name("done_completed"))
+    await to_thread.run_sync(end, lost)
+    await cluster.leader(BUCKET)
+    async with NATSBackend(cluster.urls, settings=SETTINGS) as backend:
+        queue = make_queue(backend, "fleet", no_op=no_op)
+        async with running(queue):
+            await outcome(queue, await queue.add("no_op"))
+            stats = await settle(queue, 2, left=1)
+            assert stats == dict.fromkeys(stats, 0) | {"completed": 2, "delayed": 1}
+            with anyio.fail_after(PATIENCE):
+                assert len((await queue.list_page("completed")).jobs) == 2
+                assert len(await queue.list_delayed()) == 1
 
 
 @pytest.mark.slow

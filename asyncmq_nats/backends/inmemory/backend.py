@@ -25,7 +25,6 @@ from asyncmq_nats.backends.base import (
     Delivery,
     Difference,
     Log,
-    LogFacts,
     LogState,
     OnRemoved,
     Puller,
@@ -167,11 +166,6 @@ class InMemoryBackend:
         await self._give_way()
         return None
 
-    async def examine_log(self, log: str) -> LogFacts | None:
-        """See `Backend`."""
-        count = await self.count(log) if log in self._logs else None
-        return None if count is None else LogFacts(log, count, 0, None, 1, log)
-
     async def find_refused(self, publish: Sequence[str], subscribe: Sequence[str]) -> list[str]:
         """See `Backend`."""
         await self._give_way()
@@ -206,11 +200,6 @@ class InMemoryBackend:
             if isinstance(cursor, Cursor) and wanted.lease is not None:
                 cursor.change_lease(wanted.lease)
         return differences
-
-    async def stored_bytes(self, log: str) -> int:
-        """See `Backend`."""
-        await self._give_way()
-        return 0
 
     async def incarnation(self, name: str) -> str | None:
         """See `Backend`."""
@@ -314,10 +303,11 @@ class InMemoryBackend:
         await self._give_way()
         return self._find_log(log).page_back(filter, before, limit)
 
-    async def count(self, log: str) -> int:
+    async def count(self, log: str, filter: str | None = None) -> int:
         """See `Backend`."""
         await self._give_way()
-        return len(self._find_log(log))
+        found = self._find_log(log)
+        return len(found) if filter is None else len(found.find(filter))
 
     async def describe_log(self, log: str) -> LogState | None:
         """See `Backend`."""

@@ -22,7 +22,6 @@ from asyncmq_nats.backends.base import (
     Delivery,
     Difference,
     Log,
-    LogFacts,
     LogState,
     OnRemoved,
     Puller,
@@ -41,7 +40,7 @@ from asyncmq_nats.backends.nats.errors import (
     api_error,
     mapped_errors,
 )
-from asyncmq_nats.backends.nats.facts import describe_server, examine_log, find_refused
+from asyncmq_nats.backends.nats.facts import describe_server, find_refused, read_log_state
 from asyncmq_nats.backends.nats.lease_keeper import LeaseKeeper
 from asyncmq_nats.backends.nats.options import connect_options, server_addresses
 from asyncmq_nats.backends.nats.puller import NATSPuller
@@ -290,9 +289,6 @@ class NATSBackend:
     async def describe_server(self) -> ServerFacts | None:
         return await describe_server(await self._open_connection())
 
-    async def examine_log(self, log: str) -> LogFacts | None:
-        return await examine_log(await self._open_connection(), log)
-
     async def find_refused(self, publish: Sequence[str], subscribe: Sequence[str]) -> list[str]:
         connection = await self._open_connection()
         with mapped_errors(connection.servers):
@@ -309,11 +305,6 @@ class NATSBackend:
     ) -> list[Difference]:
         await self._open_connection()
         return await self._assets.change(log, consumers, settings)
-
-    async def stored_bytes(self, log: str) -> int:
-        connection = await self._open_connection()
-        answer = await connection.call(f"STREAM.INFO.{log}")
-        return int(answer["state"]["bytes"]) if self._found(log, answer) else 0
 
     async def incarnation(self, name: str) -> str | None:
         connection = await self._open_connection()
@@ -440,28 +431,16 @@ class NATSBackend:
             before = 1 if newest is None else newest.sequence + 1
         return await self._reader.page_back(log, filter, before=before, limit=limit, index=index)
 
-    async def count(self, log: str) -> int:
+    async def count(self, log: str, filter: str | None = None) -> int:
         connection = await self._open_connection()
+        if filter is not None:
+            return await self._reader.count(log, filter)
         return int((await connection.require(f"STREAM.INFO.{log}"))["state"]["messages"])
 
     async def describe_log(self, log: str) -> LogState | None:
         connection = await self._open_connection()
         answer = await connection.call(f"STREAM.INFO.{log}")
-        if not self._found(log, answer):
-            return None
-        state, config = answer["state"], answer["config"]
-        replicas = (answer.get("cluster") or {}).get("replicas") or []
-        behind = [each for each in replicas if each.get("offline") or not each.get("current")]
-        limit = int(config.get("max_bytes") or -1)
-        return LogState(
-            records=int(state["messages"]),
-            bytes=int(state["bytes"]),
-            last_sequence=int(state["last_seq"]),
-            replicas=int(config.get("num_replicas") or 1),
-            replicas_behind=len(behind),
-            storage=str(config.get("storage") or "file"),
-            max_bytes=None if limit < 0 else limit,
-        )
+        return read_log_state(answer) if self._found(log, answer) else None
 
     async def list_subjects(self, log: str, filter: str) -> list[str]:
         connection = await self._open_connection()

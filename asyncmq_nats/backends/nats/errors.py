@@ -8,6 +8,7 @@ import nats.errors
 
 from asyncmq_nats.exceptions import (
     AssetMissing,
+    AssetOffline,
     BackendError,
     ConnectionFailed,
     ConnectionLost,
@@ -52,6 +53,8 @@ FULL: Final = (10002, 10028, 10047)
 MAX_BYTES_REQUIRED: Final = 10113
 NO_PEERS: Final = 10005
 NO_CLUSTER: Final = 10074
+OFFLINE: Final = (10118, 10119)
+"""All servers of a stream or a consumer are lost. For the first minutes there is no answer."""
 
 
 @contextmanager
@@ -72,6 +75,8 @@ def api_error(subject: str, error: Mapping[str, Any]) -> BackendError:
     code, text = error.get("err_code", 0), str(error.get("description", error))
     if code in (STREAM_MISSING, CONSUMER_MISSING):
         return AssetMissing(f"{text}: {subject.rpartition('.')[2]}")
+    if code in OFFLINE:
+        return AssetOffline(subject, text)
     if code in NO_JETSTREAM:
         return ServerUnsuitable(
             "JetStream is not enabled",

@@ -116,7 +116,10 @@ class Credit:
 
     def count_delivery(self) -> None:
         """Take note that one more has come. The server serves its pulls in order."""
-        self.outstanding = max(0, self.outstanding - 1)
+        if self.outstanding > 0:
+            self.outstanding -= 1
+        if not self.looks:
+            return
         for token, look in list(self.looks.items()):
             if look.behind > 0:
                 look.behind -= 1

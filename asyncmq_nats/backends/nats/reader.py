@@ -58,6 +58,12 @@ class Reader:
         records = await self._get(log, {"last_by_subj": filter})
         return records[0] if records else None
 
+    async def count(self, log: str, filter: str) -> int:
+        """See `Backend.count`. The server says with a record how many more there are."""
+        replies = await self._ask(log, {"seq": 1, "next_by_subj": filter, "batch": 1}, _is_status)
+        end = replies[-1]
+        return 0 if end.status == "404" else int(end.headers["Nats-Num-Pending"]) + 1
+
     async def _all(self, log: str, filter: str) -> list[Record]:
         records: list[Record] = []
         while page := await self.page(

@@ -14,6 +14,7 @@ import random
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any, Final
 
 import nats.errors
@@ -56,7 +57,8 @@ LONGEST_HEADERS: Final = 8 * 1024
 FULL_PATIENCE: Final = 1.0
 """Seconds for which an awaited write is repeated while the store is full: that may pass."""
 BATCH_PATIENCE: Final = 3.0
-"""Seconds for which to try again when a stream has too many open batches: ours end within less."""
+"""How long (seconds) to try again when a stream has too many open batches: ours end within less."""
+NEVER: Final = float("inf")
 FULL_SIGHT: Final = 5.0
 """Seconds after the last refusal for which the store counts as full."""
 ERROR: Final = b'"error"'
@@ -90,6 +92,11 @@ def _encode_expectation(expect: Expect, subject: str, indent: int) -> str:
     return f"{line}Nats-Expected-Last-Subject-Sequence-Subject: {' ' * indent}{expect.filter}\r\n"
 
 
+@lru_cache(maxsize=64)
+def _encode_ttl(seconds: float) -> str:
+    return f"Nats-TTL: {max(1, round(seconds))}s\r\n"
+
+
 def encode_headers(write: Write, more: str = "", indent: int = 0) -> bytes:
     """Return the headers of the write on the wire, followed by the lines `more`.
 
@@ -101,7 +108,7 @@ def encode_headers(write: Write, more: str = "", indent: int = 0) -> bytes:
     if write.expect is not None:
         lines += _encode_expectation(write.expect, write.subject, indent)
     if write.ttl is not None:
-        lines += f"Nats-TTL: {max(1, round(write.ttl))}s\r\n"
+        lines += _encode_ttl(write.ttl)
     if write.timer is not None:
         lines += (
             f"Nats-Schedule: @at {format_time(write.timer.at)}\r\n"
@@ -210,13 +217,13 @@ class Writer:
 
     def send(self, log: str, write: Write, settle: Settle, timeout: float | None = None) -> None:
         """See `Backend.send`."""
-        deadline = float("inf") if timeout is None else time.monotonic() + timeout
+        deadline = NEVER if timeout is None else time.monotonic() + timeout
         self._submit(Unsettled(log, (write,), settle, deadline))
 
     def _submit(self, entry: Unsettled) -> None:
         self._check_sizes(entry.writes)
-        entry.token = b"%d" % next(self._tokens)
-        self._table[entry.token] = entry
+        token = entry.token = b"%d" % next(self._tokens)
+        self._table[token] = entry
         if not self._sweeping:
             self._sweeping = True
             self._connection.background.run(self._sweep())
@@ -340,14 +347,14 @@ class Writer:
         full = write_error(entry.log, error)
         if times := self._full_warnings.note():
             logger.error("%s (%d writes refused)", full, times)
-        first, awaited = entry.writes[0], entry.deadline < float("inf")
+        first, awaited = entry.writes[0], entry.deadline < NEVER
         if is_key(first.subject):
             self._full_at = now
         if not awaited:
             self._ends_in_wait.add(entry.token)
             self.on_full()
         if len(entry.writes) == 1 and first.when_full is not None:
-            smaller = first.when_full()
+            smaller = first.when_full(first.body)
             entry.writes = (replace(first, body=min(first.body, smaller, key=len), when_full=None),)
             self._transmit(entry)
         elif awaited and now - entry.full_since >= FULL_PATIENCE:

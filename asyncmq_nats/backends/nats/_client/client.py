@@ -21,8 +21,8 @@ __all__ = ["DirectClient", "parse_headers", "status_of"]
 PING: Final = b"PING\r\n"
 MAX_CONTROL_LINE: Final = 4096
 """Bytes of a command that nats-server takes by default; it ends the connection for a longer one."""
-SIZES_ROOM: Final = 32
-"""Bytes of a command's line that are its name, its sizes and the blanks between."""
+MAX_SUBJECTS: Final = MAX_CONTROL_LINE - 32
+"""Bytes of a subject and its reply subject: the rest is for names, sizes and blanks."""
 
 
 class DirectClient(Client):
@@ -74,19 +74,21 @@ class DirectClient(Client):
                 connection.
             OutboundBufferLimitError: disconnected, and as much is waiting to be sent as may.
         """
-        if not self.takes(subject, body, reply, headers):
+        header_size = len(headers)
+        size = header_size + len(body)
+        if size > self._max_payload or len(subject) + len(reply) > MAX_SUBJECTS:
             raise MaxPayloadError
-        if headers:
+        if header_size:
             command = b"HPUB %b %b %d %d\r\n%b%b\r\n" % (
                 subject,
                 reply,
-                len(headers),
-                len(headers) + len(body),
+                header_size,
+                size,
                 headers,
                 body,
             )
         else:
-            command = b"PUB %b %b %d\r\n%b\r\n" % (subject, reply, len(body), body)
+            command = b"PUB %b %b %d\r\n%b\r\n" % (subject, reply, size, body)
         connected = self._status == Client.CONNECTED
         if not connected:
             if self.is_closed:
@@ -103,7 +105,7 @@ class DirectClient(Client):
         """Return whether the server takes a message of these sizes. Headers count as payload."""
         return (
             len(headers) + len(body) <= self._max_payload
-            and len(subject) + len(reply) <= MAX_CONTROL_LINE - SIZES_ROOM
+            and len(subject) + len(reply) <= MAX_SUBJECTS
         )
 
     async def make_room(self) -> None:
