@@ -422,8 +422,8 @@ class Connection:
                         body,
                         timeout=min(patience, max(left, 0.1)),
                         finished=bool,
-                        # In a cluster, the server that was at it may be gone while the connection
-                        # stays.
+                        # In a cluster, the server that worked on it may be gone while the
+                        # connection stays.
                         patient=is_long and not self.client.is_clustered,
                     )
                 )[0]

@@ -105,7 +105,7 @@ class Ballasts:
 
 @dataclass(slots=True)
 class Fill:
-    """How full a stream is. `limit`: in bytes; 0 if it discards no old records."""
+    """The fill of a stream. `limit`: in bytes; 0 if it discards no old records."""
 
     limit: int = 0
     size: int = 0

@@ -57,7 +57,7 @@ LONGEST_HEADERS: Final = 8 * 1024
 FULL_PATIENCE: Final = 1.0
 """Seconds for which an awaited write is repeated while the store is full: that may pass."""
 BATCH_PATIENCE: Final = 3.0
-"""How long (seconds) to try again when a stream has too many open batches: ours end within less."""
+"""Seconds for which to try again when a stream has too many open batches: ours end within less."""
 NEVER: Final = float("inf")
 FULL_SIGHT: Final = 5.0
 """Seconds after the last refusal for which the store counts as full."""
