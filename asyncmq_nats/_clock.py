@@ -1,7 +1,7 @@
 """The clock that a worker waits by: the system's, unless a test gives its backend another one.
 
-What a caller awaits has its patience by the system's clock: `wait_for`, the steps of a shutdown,
-the answers to a pause. What happens by itself when its time has come follows `Backend.clock`.
+Timeouts of a caller follow the system's clock: `wait_for`, the steps of a shutdown, the answers to
+a pause. Whatever happens by itself at a set time follows `Backend.clock`.
 """
 
 import asyncio
@@ -23,7 +23,7 @@ class Cancellable(Protocol):
     """A call that is due later."""
 
     def cancel(self) -> None:
-        """Take it back; does nothing once it was made."""
+        """Cancel the call; do nothing once it was made."""
 
 
 class Clock(Protocol):

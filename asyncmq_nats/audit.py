@@ -1,4 +1,6 @@
-"""What operators did: who, what, when, to how many. The command line and the dashboard write it.
+"""The audit log: which operator did what, when, to how many jobs.
+
+The command line and the dashboard write it.
 
 It is a record for people, not a lock: an action is carried out whether or not it can be recorded.
 """
@@ -34,7 +36,7 @@ class AuditEntry:
 
     `who`: as the caller knows them, such as `ana` or `cli:root@host`. `action`: such as `job.retry`
     or `queue.pause`. `queue`: its name, `""` if it was none. `target`: such as a job's id, or the
-    filter of many. `count`: to how many it was done. `at`: Unix seconds by the server's clock.
+    filter of many. `count`: the number of jobs. `at`: Unix seconds by the server's clock.
     """
 
     who: str
@@ -109,8 +111,8 @@ async def read_audit(
         after: the `cursor` of the page before, `None` for the first.
         limit: how many entries at most. A page may have fewer, and a cursor: 5,000 are looked
             through.
-        queue: only what was done to it.
-        who: only what they did.
+        queue: only actions on this queue.
+        who: only actions of this operator.
         action: only this one, such as `job.retry`, or all that begin so, such as `job.`.
 
     Raises:

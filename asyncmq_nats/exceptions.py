@@ -387,9 +387,9 @@ class Snooze(AsyncMQError):
 
 
 class Expired(AsyncMQError):
-    """Raise it in a task to end the job as expired: it came too late to be of use."""
+    """Raise it in a task to end the job as expired: its result is of no use any more."""
 
-    def __init__(self, reason: str = "the task came too late") -> None:
+    def __init__(self, reason: str = "the task was too late") -> None:
         super().__init__(reason)
 
 

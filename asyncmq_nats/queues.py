@@ -516,8 +516,13 @@ class Queue:
         """Return how many jobs a second ended in each way during the last `period` seconds.
 
         They are read from the outcomes, at most 5,000 of each; those removed since do not count.
+
+        Raises:
+            InvalidArgument: the period is not above 0.
         """
-        return await self._overview.rates(checked_seconds(period, "period"))
+        if checked_seconds(period, "period") <= 0:
+            raise InvalidArgument("period must be above 0 s", period)
+        return await self._overview.rates(period)
 
     async def get_job_counts(self, *types: str) -> dict[str, int]:
         """Return the number of jobs for each of the given states, by default AsyncMQ's eight.

@@ -101,7 +101,7 @@ async def until(read: Callable[[], Awaitable[Any]], condition: Callable[[Any], b
 
 
 async def completed(queue: Queue, count: int) -> list[tuple[float, int]]:
-    """Wait until so many jobs have completed and return their starts, in order."""
+    """Wait until `count` jobs have completed and return their starts, in order."""
     await until(queue.queue_stats, lambda stats: stats["completed"] >= count)
     return sorted(
         (started, pid)

@@ -3,7 +3,7 @@
 Adds jobs at a steady pace, waits for their results and prints them, until SIGTERM or Ctrl-C.
 ASYNCMQ_NATS_SERVERS   addresses of the NATS servers (nats://127.0.0.1:4222)
     INTERVAL               seconds between two jobs (0.5)
-    JOBS                   end after so many (0: never)
+    JOBS                   end after this many (0: never)
 
 When asked to stop, it adds no more and waits up to five seconds for the results that are
 outstanding.
@@ -110,7 +110,7 @@ def main() -> int:
         print(*errors.exceptions, sep="\n", file=sys.stderr)
     except* (
         BrokenPipeError
-    ):  # nobody reads on, as with `| head`: what is still to be written goes nowhere
+    ):  # the reader has gone, as with `| head`: drop what is still to be written
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     else:
         return 0

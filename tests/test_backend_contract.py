@@ -420,7 +420,10 @@ async def test_the_hint_that_most_records_match_changes_no_page(
 
 
 async def fill(backend: Backend, matches: Callable[[int], bool], count: int) -> list[int]:
-    """Write so many records, and return the sequences of those that match `notes.a.*`, each with an index entry before it."""
+    """Write `count` records, each with an index entry before it.
+
+    Return the sequences of those that match `notes.a.*`.
+    """
     writes: list[Write] = []
     for n in range(count):
         kind = "a" if matches(n) else "b"
@@ -545,7 +548,7 @@ async def test_a_discard_tells_whether_the_record_was_there(backend: Backend) ->
     assert isinstance(removed[2], AssetMissing)
 
 
-async def test_a_discard_that_tells_nobody_removes(backend: Backend) -> None:
+async def test_a_discard_without_an_answer_removes(backend: Backend) -> None:
     sequence = await backend.write("notes", Write("notes.a", b""))
     backend.discard("notes", sequence)
     await until(lambda: backend.count("notes"), lambda count: count == 0)

@@ -94,7 +94,7 @@ async def test_a_waiting_request_is_served_when_records_come(
     assert receiver.puller.outstanding("one") == 0
 
 
-async def test_pulls_that_wait_are_counted_whoever_sent_them(
+async def test_pulls_that_wait_are_counted_of_all_workers(
     backend: Backend, twin: Backend, receiver: Receiver
 ) -> None:
     other = Receiver(twin, "jobs")

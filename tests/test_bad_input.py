@@ -423,7 +423,7 @@ def test_a_job_makes_an_id_and_a_time_where_none_is_given() -> None:
     assert job.created_at > 1e9
 
 
-# -- a queue that nobody has used yet
+# -- a queue that is not in use yet
 
 
 async def test_a_queue_that_was_never_declared_is_empty(queue: Queue) -> None:

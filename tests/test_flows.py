@@ -281,7 +281,7 @@ async def test_a_flow_of_1_000_jobs_is_one_write(
     assert [len(batch) for batch in batches] == [1000]
 
 
-async def test_a_batch_of_a_larger_flow_that_is_refused_is_made_anew(
+async def test_a_refused_batch_of_a_larger_flow_is_planned_again(
     backend: Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A parent outside the flow has ended meanwhile: the batches before are there already."""

@@ -298,7 +298,7 @@ async def test_an_outcome_that_is_sent_again_does_not_undo_a_retry_by_hand(queue
     with pytest.raises(WriteRefused) as refused:  # its confirmation was lost
         await queue.backend.write(BUCKET, sent[0])
     assert await lifecycle.settled(attempt, sent[0], refused.value) is Disposition.ACK, (
-        "its message may go: the job has begun anew"
+        "its message may go: the job has begun again"
     )
     delivery.ack()
     async with running(queue):

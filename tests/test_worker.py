@@ -49,7 +49,7 @@ async def echo(value: Any = None) -> Any:
 
 
 class Slots:
-    """Tasks that count how many of them run at a time, and that end only when so many have run at once."""
+    """Tasks that count how many of them run at once; they end when enough have."""
 
     def __init__(self, expected: int) -> None:
         self.expected = expected

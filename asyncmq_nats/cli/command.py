@@ -363,6 +363,6 @@ def confirm(question: str, *, force: bool) -> None:
     if force:
         return
     if not sys.stdin.isatty():
-        raise CommandFailed(f"{question} Nobody can answer here: add --force to do it")
+        raise CommandFailed(f"{question} No one can answer here: add --force to do it")
     if not typer.confirm(question, err=True):
         raise CommandFailed("nothing was done")

@@ -36,7 +36,7 @@ def dashboard(
             envvar="AMQ_DASHBOARD_SECRET", help="Signs the sessions, so that they outlast restarts."
         ),
     ] = None,
-    read_only: Annotated[bool, typer.Option("--read-only", help="Nobody may act.")] = False,
+    read_only: Annotated[bool, typer.Option("--read-only", help="No one may act.")] = False,
     queue: Annotated[
         list[str] | None, typer.Option(metavar="QUEUE", help="Show this queue only; repeatable.")
     ] = None,

@@ -39,7 +39,9 @@ async def follow(
     task: Annotated[
         str | None, typer.Option("--task", metavar="NAME", help="Of this task; * and ? match.")
     ] = None,
-    count: Annotated[int | None, typer.Option("--count", min=1, help="Stop after so many.")] = None,
+    count: Annotated[
+        int | None, typer.Option("--count", min=1, help="Stop after this many events.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Follow what happens to jobs, live: a line for each event; with --json one object a line.

@@ -56,7 +56,7 @@ async def act_on_many(
     if selection.where is None:
         await _act_on_ids(session, queue, selection, action, verbs, dry_run=dry_run)
         return
-    # What comes to a state after this count is not meant.
+    # What reaches a state after this count is not meant.
     counted = await queue.apply(selection.where, action, dry_run=True, limit=limit)
     if dry_run or not counted.matched:
         session.output.line(f"{number(counted.matched)} jobs match; nothing was done")

@@ -52,7 +52,7 @@ async def relay(
     ] = 1.0,
     lease: Annotated[
         float,
-        typer.Option(help="After so many seconds, another relay takes the rows of a lost one."),
+        typer.Option(help="After this many seconds, another relay takes the rows of a lost one."),
     ] = 10.0,
 ) -> None:
     """Publish the rows of an outbox until SIGINT or SIGTERM. Any number of relays may run."""

@@ -121,7 +121,9 @@ async def show_counts(
     queue: QueueName,
     watch: Annotated[bool, typer.Option("--watch", "-w", help="Again and again.")] = False,
     every: Annotated[str, typer.Option("--every", metavar="TIME", help="How often.")] = "1s",
-    count: Annotated[int | None, typer.Option("--count", min=1, help="Stop after so many.")] = None,
+    count: Annotated[
+        int | None, typer.Option("--count", min=1, help="Stop after this many lines.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Show how many jobs are in each state; with --watch also how that changes each second."""

@@ -55,8 +55,8 @@ def instrument(
         queue: its name; `None` for all.
         tracer_provider: instead of the global one.
         meter_provider: likewise.
-        continue_trace: whether a run is part of the trace of whoever added the job. If not, it
-            begins a trace of its own with a link there: for jobs that run long after.
+        continue_trace: whether a run is part of the trace in which the job was added. If not, it
+            begins a trace of its own, with a link to that one: for jobs that run long after.
     """
     middleware = OpenTelemetryMiddleware(
         tracer_provider, meter_provider, continue_trace=continue_trace
@@ -198,7 +198,7 @@ class OpenTelemetryMiddleware(Middleware):
 
 
 def _sender(context: JobContext) -> contexts.Context:
-    """Return the context that whoever added the job sent along."""
+    """Return the trace context that came with the job."""
     meta = context.meta
     return propagate.extract(meta) if meta else contexts.Context()
 

@@ -12,16 +12,10 @@ from typing import Any
 from asyncmq_nats._logging import get_logger
 from asyncmq_nats.backends.base import Backend, Delivery, Expect, Record, Write
 from asyncmq_nats.events import STALLED
-from asyncmq_nats.exceptions import (
-    BackendError,
-    InvalidJob,
-    NewerJob,
-    NotSerializable,
-    WriteRefused,
-)
+from asyncmq_nats.exceptions import BackendError, InvalidJob, NewerJob, NotSerializable
 from asyncmq_nats.jobs import WIRE_VERSION, Job, JobHead
 from asyncmq_nats.store.announcing import announce
-from asyncmq_nats.store.commit import pause_after_refusal
+from asyncmq_nats.store.commit import pause_after_refusal, write_if_expected
 from asyncmq_nats.store.snapshot import Snapshot, read_snapshot
 from asyncmq_nats.store.topology import QueueAssets
 from asyncmq_nats.transitions.add import Additions
@@ -167,11 +161,9 @@ class Deliveries:
         claim = attempt.claim(self.worker, released=released)
         expect = Expect(self._subjects.done_all(attempt.token), attempt.expect)
         key = self._subjects.claim(attempt.token)
-        try:
-            sequence = await self._backend.write(
-                self._subjects.bucket_log, Write(key, claim.encode(), expect, ttl=CLAIM_TTL)
-            )
-        except WriteRefused:
+        write = Write(key, claim.encode(), expect, ttl=CLAIM_TTL)
+        sequence = await write_if_expected(self._backend, self._subjects.bucket_log, write)
+        if sequence is None:
             return False
         attempt.expect = attempt.claim_sequence = sequence
         return True

@@ -75,7 +75,7 @@ class Arguments:
         return self._chain.names
 
     def positions(self, count: int, names: Iterable[str]) -> tuple[str, ...]:
-        """Return which parameters so many positional arguments are for, beside those `names`."""
+        """Return the parameters that take `count` positional arguments, beside those in `names`."""
         slots = self._chain.match(count, tuple(names)).slots[:count]
         return tuple(slot.key for slot in slots)
 

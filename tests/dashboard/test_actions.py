@@ -492,7 +492,7 @@ async def test_the_audit_log_is_shown_and_narrowed_down(
     narrowed = words_of(await client.get("/audit", params={"action": "job."}))
     assert "job.cancel" in narrowed
     assert "queue.pause" not in narrowed
-    assert "Nobody" in words_of(await client.get("/audit", params={"who": "eve"}))
+    assert "No one" in words_of(await client.get("/audit", params={"who": "eve"}))
     assert (await client.get("/audit", params={"after": "x"})).status_code == 400
 
 

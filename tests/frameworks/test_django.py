@@ -52,6 +52,7 @@ async def test_rows_that_django_writes_are_those_of_the_relay(
     assert told["stalled_after"] == 7
     assert told["no order without a transaction"]
     assert told["no queue"]
+    assert told["one signature"]
     assert told["rows"] == [
         ["work", "k", "first"],
         ["work", "k", "second"],

@@ -117,7 +117,7 @@ class Cluster:
 
 
 def free_ports(count: int) -> list[int]:
-    """Return so many ports that nobody listens on."""
+    """Return this many free ports."""
     sockets = [socket.socket() for _ in range(count)]
     try:
         for each in sockets:

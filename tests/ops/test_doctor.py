@@ -261,7 +261,7 @@ async def test_a_cluster_with_a_lost_node_is_found(tmp_path: Path, server: Embed
         cluster.stop()
 
 
-async def test_jobs_that_nobody_runs_are_found_and_orphans_mended(
+async def test_jobs_that_no_worker_runs_are_found_and_orphans_mended(
     nats_backend: NATSBackend,
 ) -> None:
     queue = Queue("mail", nats_backend)

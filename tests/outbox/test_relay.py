@@ -173,7 +173,7 @@ async def test_the_order_lasts_over_steps_and_the_last_row_of_a_key_goes_when_it
     assert rows(engine) == 0
 
 
-async def test_a_key_whose_last_job_is_gone_starts_anew(
+async def test_a_key_whose_last_job_is_gone_starts_again(
     make_relay: MakeRelay, engine: Engine, backend: InMemoryBackend
 ) -> None:
     relay = make_relay()

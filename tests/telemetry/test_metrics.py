@@ -167,7 +167,7 @@ async def test_a_worker_writes_while_it_runs(
     assert max(point.slots for point in history.points) > 0
 
 
-async def test_a_queue_that_nobody_runs_has_a_history_of_zeros(backend: Backend) -> None:
+async def test_a_queue_that_no_worker_runs_has_a_history_of_zeros(backend: Backend) -> None:
     history = await read_metrics(backend, "nobody", step=60)
     assert len(history.points) in (60, 61)
     assert (history.total.ended, history.total.run.count) == (0, 0)

@@ -1,8 +1,8 @@
 """A backend without a server: a twin of what we use of JetStream, for tests and first steps.
 
 One process, one event loop at a time, one store per instance. Where the twin and the server
-disagree, the twin is wrong (`tests/test_backend_contract.py`). What was written is still there
-after `close`, and goes with the object.
+disagree, the twin is wrong (`tests/test_backend_contract.py`). Records outlast `close` and end with
+the object.
 """
 
 import asyncio
@@ -74,15 +74,15 @@ class InMemorySubscription:
         if self.active:
             try:
                 self._on_signal(signal)
-            except Exception:  # a signal of a stranger must not end what it is for
+            except Exception:  # a malformed signal must not end the subscription
                 logger.exception("a callback for signals on %.200s failed", signal.subject)
 
 
 class InMemoryBackend:
     """A `Backend` in the memory of this process.
 
-    Where a server would have to answer, a method gives way to other tasks first and then does its
-    work at once: cancelled, it did nothing.
+    Where a server would have to answer, a method first yields to other tasks, then works at once:
+    if it is cancelled, it has done nothing.
     """
 
     def __init__(self, settings: Settings | None = None, *, clock: Clock = SYSTEM_CLOCK) -> None:

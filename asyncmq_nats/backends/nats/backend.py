@@ -155,9 +155,9 @@ class NATSBackend:
 
     @property
     def url(self) -> str:
-        """The address of the embedded server, for other processes to connect to: with its token.
+        """The address of the embedded server with its token, for other processes.
 
-        Of other servers, their addresses without what is before an `@`: log it as you like.
+        For other servers: their addresses without the login before an `@`, safe to log.
         """
         if self._embedded is not None:
             return self._embedded.url
@@ -179,7 +179,7 @@ class NATSBackend:
                     await self._open()
 
     def _come_home(self) -> None:
-        """Leave behind what belongs to an event loop that has ended."""
+        """Drop the connection of an event loop that has ended."""
         forked = self._home.is_elsewhere
         if self._home.move() and self._connection is not None:
             if not forked:  # otherwise the socket is the parent's too
@@ -469,7 +469,7 @@ class NATSBackend:
         try:
             reply = (await connection.collect(subject, body, timeout=2.0, finished=bool))[0]
         except TimeoutError:
-            in_doubt = True  # it may be gone by this, and the answer lost
+            in_doubt = True  # an earlier request may have removed it, and its answer been lost
         else:
             if b'"success":true' in reply.body:
                 return True
@@ -493,7 +493,7 @@ class NATSBackend:
                 on_removed(True)
             elif connection.client.is_closed:
                 on_removed(ConnectionLost(connection.servers))
-            else:  # an error, or no answer: then it may be gone by this
+            else:  # an error, or no answer: then this request may have removed it
                 connection.background.run(
                     self._delete_again(log, sequence, on_removed, in_doubt=reply is None)
                 )
@@ -526,7 +526,7 @@ class NATSBackend:
                         gone = await self.delete(log, sequence)
                 except TimeoutError:
                     await self.delete(log, sequence)
-                    gone = True  # by this, or by the first request, whose answer was lost
+                    gone = True  # removed by this, or by a first request without an answer
                 if gone:
                     removed.append(sequence)
 
@@ -619,7 +619,7 @@ class NATSBackend:
         async def on_message(msg: Msg) -> None:
             try:
                 on_signal(Signal(msg.subject, msg.data, msg.reply))
-            except Exception:  # a signal of a stranger must not end what it is for
+            except Exception:  # a malformed signal must not end the subscription
                 logger.exception("a callback for signals on %.200s failed", subject)
 
         with mapped_errors(connection.servers):
@@ -658,8 +658,8 @@ def batched(values: Sequence[str], size: int) -> Iterator[Sequence[str]]:
 async def _live(connection: Connection, keeper: LeaseKeeper) -> AsyncGenerator[None, None]:
     """Close the connection when this is closed.
 
-    By the backend, or by `asyncio.run` and its like, when they end the event loop. They close every
-    asynchronous generator while the loop still runs, and nothing else that somebody left open.
+    The backend closes it, or `asyncio.run` when it ends the event loop. `asyncio.run` closes every
+    asynchronous generator while the loop still runs, and nothing else that was left open.
     """
     try:
         yield

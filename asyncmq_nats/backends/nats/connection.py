@@ -83,7 +83,7 @@ class Reply(NamedTuple):
 
 
 MOST_CANCELLATIONS: Final = 50
-"""How often an attempt to connect is cancelled that goes on."""
+"""How often a cancelled attempt to connect is cancelled again, if it goes on."""
 
 
 class Connection:
@@ -118,12 +118,12 @@ class Connection:
         nats-py 2.16 gives the subject *in lower case*.
         """
         self.is_probing = False
-        """Whether refusals are asked for, and not to be logged."""
+        """Whether a probe expects refusals, which are not logged then."""
         self.background = Background()
 
     @property
     def api_prefix(self) -> str:
-        """What the subjects of the JetStream API begin with, the last dot included."""
+        """The prefix of the subjects of the JetStream API, with its last dot."""
         return self._api
 
     async def open(self) -> None:
@@ -217,7 +217,7 @@ class Connection:
     async def close(self) -> None:
         """Send what is pending and disconnect.
 
-        What is not answered by then ends as `ConnectionLost`.
+        Requests without an answer end as `ConnectionLost`.
         """
         await self.background.stop()
         if not self.client.is_closed:
@@ -250,9 +250,9 @@ class Connection:
         return time.monotonic() + self._offset
 
     def learn_time(self, stamp: str, sent: float, received: float) -> None:
-        """Take the offset of the clocks from a time stamp of the server.
+        """Measure the offset of the clocks by a time stamp of the server.
 
-        It was made between `sent` and `received` (monotonic seconds).
+        The server made it between `sent` and `received` (monotonic seconds).
         """
         round_trip = received - sent
         if round_trip > self._offset_precision and received < self._offset_until:
@@ -348,9 +348,9 @@ class Connection:
             logger.debug("%s: not sent: %r", subject, error)
 
     async def _watch_long_call(self, done: "asyncio.Future[None]", timeout: float) -> None:
-        """Give a call up that is not answered, once its connection is lost.
+        """Give up a call whose connection is lost.
 
-        Its server may still be at it.
+        The server may still be working on it.
         """
         end = time.monotonic() + LONG_CALL_TIMEOUT
         while not done.done():
@@ -412,7 +412,7 @@ class Connection:
         while True:
             left = deadline - time.monotonic()
             sent = time.monotonic()
-            # What counts what it removes is not sent twice in haste.
+            # A call that counts what it removes is not repeated soon.
             patience = REQUEST_TIMEOUT if is_long else patience_with(tries)
             tries += 1
             try:
@@ -422,8 +422,8 @@ class Connection:
                         body,
                         timeout=min(patience, max(left, 0.1)),
                         finished=bool,
-                        # In a cluster, the server that was at it may be gone while the connection
-                        # stays.
+                        # In a cluster, the server that worked on it may be gone while the
+                        # connection stays.
                         patient=is_long and not self.client.is_clustered,
                     )
                 )[0]
@@ -492,10 +492,7 @@ class Connection:
 
 
 def patience_with(tries: int) -> float:
-    """Return how long to wait for an answer after some tries.
-
-    A cluster that has just lost a server may be silent, or slow.
-    """
+    """Return how long to wait for the next answer: longer in a cluster, which may be slow."""
     return min(2.0**tries, REQUEST_TIMEOUT)
 
 
@@ -516,7 +513,7 @@ class Background:
         self._stopped = False
 
     def run(self, work: Coroutine[Any, Any, None]) -> None:
-        """Run the work; what it raises is logged. After `stop` it is dropped."""
+        """Run the work and log its exceptions. Drop it after `stop`."""
         if self._stopped:
             work.close()
             return

@@ -1,4 +1,4 @@
-"""Where the errors of nats-py and of the JetStream API become ours."""
+"""Maps the errors of nats-py and of the JetStream API to those of this library."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -59,7 +59,7 @@ OFFLINE: Final = (10118, 10119)
 
 @contextmanager
 def mapped_errors(servers: str) -> Iterator[None]:
-    """Turn what nats-py raises inside the block into our errors."""
+    """Map the errors that nats-py raises inside the block to those of this library."""
     try:
         yield
     except (nats.errors.ConnectionClosedError, nats.errors.ConnectionDrainingError) as error:
@@ -133,8 +133,8 @@ def is_out_of_batches(error: Mapping[str, Any]) -> bool:
 def is_transient(error: Mapping[str, Any]) -> bool:
     """Return whether the same write may succeed a moment later.
 
-    No leader yet, too many open batches or writes, a batch torn by a reconnect, or its first
-    sending is still on its way to the replicas.
+    There is no leader yet, there are too many open batches or writes, a reconnect has torn a batch,
+    or its first sending is on its way to the replicas.
     """
     return error.get("code") == 503 or error.get("err_code") in (
         BATCH_INCOMPLETE,

@@ -1,4 +1,4 @@
-"""What a server tells of itself, of its streams, and of what this login may do. Changes nothing."""
+"""Facts about a server, its streams, and the permissions of this login. Nothing is changed."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -22,7 +22,7 @@ NO_WRITE: Final = b"NATS/1.0\r\nNats-Expected-Last-Sequence: 9007199254740991\r\
 
 
 async def describe_server(connection: Connection) -> ServerFacts:
-    """Return what the server tells of itself and of the account.
+    """Return facts about the server and the account.
 
     Raises:
         ServerUnsuitable: there is no JetStream.
@@ -86,7 +86,7 @@ async def find_refused(
 ) -> list[str]:
     """Return those subjects that this login may not publish or subscribe to.
 
-    Each is tried in a way that has no effect. The server refuses before it answers a PING.
+    Each is tried without an effect: the server sends its refusals before it answers a PING.
     """
     refused: set[str] = set()
     numbers: list[int] = []

@@ -26,19 +26,19 @@ logger = get_logger(__name__)
 NANOSECONDS: Final = 1_000_000_000
 HEARTBEAT: Final = 5.0
 CLUSTER_HEARTBEAT: Final = 1.0
-"""In a cluster the leader of the consumer may be lost without a word to its clients."""
+"""Seconds between idle heartbeats in a cluster: the leader of a consumer may be lost in silence."""
 GRACE: Final = 2.0
 CLOSE_TIMEOUT: Final = 5.0
 OVERHEAD: Final = 16 * 1024
-"""What counts besides a message's body and headers: its subjects."""
+"""Bytes that a message counts besides its body and headers: its subjects."""
 QUIET: Final = 0.05
-"""A server of a cluster that has not used credit for so long has nothing to send."""
+"""Seconds after which a server of a cluster that has not used credit has nothing to send."""
 BRIEF: Final = 0.02
-"""Likewise one that is alone, since the pull was sent."""
+"""Likewise for a single server, in seconds since the pull was sent."""
 RESTORE_AFTER: Final = 0.25
-"""A consumer that is not there, and that we cannot declare, is answered at once.
+"""Seconds before a consumer that is missing is asked again.
 
-Without a pause, pull and answer chase each other.
+The server answers at once: without a pause, pull and answer would chase each other.
 """
 NAK: Final = b"-NAK"
 
@@ -95,7 +95,7 @@ class NATSDelivery:
 class Look:
     """A pull that does not wait.
 
-    How many it may still bring, after the pulls before it have brought `behind`.
+    `count`: deliveries that it may still bring, after the pulls before it have brought `behind`.
     """
 
     count: int
@@ -104,9 +104,9 @@ class Look:
 
 @dataclass(slots=True)
 class Credit:
-    """What the server still owes one consumer's pulls.
+    """The credit of one consumer's pulls that the server has not used.
 
-    `looks`: those of them that do not wait, by token.
+    `looks`: pulls that do not wait, by token.
     """
 
     outstanding: int = 0
@@ -252,9 +252,9 @@ class NATSPuller:
         self._credits.clear()
 
     async def _stop_listening(self, *numbers: int) -> None:
-        """The server drops the pulls of an inbox when it learns that no one listens there.
+        """The server drops the pulls of an inbox without a subscriber.
 
-        What it sent before comes before its answer.
+        Its earlier messages arrive before its answer.
         """
         try:
             if numbers and self._client.is_connected:
@@ -271,10 +271,9 @@ class NATSPuller:
     async def _wait_for_quiet(self, begun: float) -> None:
         """Wait until no credit is left, or none is being used.
 
-        What the server is about to send when it learns that no one listens is delivered again, and
-        counted as if it had been before.
-        In a cluster, another server may lead the consumer: then the one that we are connected to
-        drops it, until its lease is over.
+        A message that the server is about to send when the subscription ends is delivered again,
+        and counts as a redelivery. If another server of a cluster leads the consumer, the one we
+        are connected to drops it: then it returns when its lease is over.
         """
         quiet, since = (QUIET, begun) if self._client.is_clustered else (BRIEF, 0.0)
         while any(credit.outstanding for credit in self._credits.values()):
@@ -410,9 +409,9 @@ class NATSPuller:
             self._on_lapse(consumer)
 
     async def _watch(self) -> None:
-        """Notice credit that died in silence.
+        """Find credit that was lost without a message.
 
-        A server that forgot the pull, or a consumer deleted without a word to its clients.
+        The server forgot the pull, or the consumer was deleted.
         """
         while not self._closed:
             await asyncio.sleep(1.0)

@@ -31,7 +31,7 @@ SCAN_LIMIT_AFTER_HOP: Final = 250
 INDEX_GAP: Final = 48
 """Records of other programs that may lie between an index entry and its record."""
 SPAN_GROWTH: Final = 8
-"""How much further each look back for a match goes."""
+"""Factor by which each step of a backward search grows."""
 MOST_LAST: Final = 1024
 """The server's own limit for the last records of several subjects."""
 READS_AT_ONCE: Final = 32
@@ -260,8 +260,8 @@ class Reader:
 def _next_width(missing: int, window: Sequence[Record], matching: Sequence[Record]) -> int:
     """Return how many sequences to read next.
 
-    As many as should hold the `missing` matches, by what the last ones held. Bounded also by their
-    size: the server disconnects a client for which 64 MiB wait.
+    They are enough for the `missing` matches, by the density of the last ones. Their size is a
+    bound as well: the server disconnects a client for which 64 MiB wait.
     """
     if not window:
         return PROBE
@@ -281,6 +281,6 @@ def _record(reply: Reply) -> Record:
         reply.body,
         int(headers["Nats-Sequence"]),
         parse_time(headers["Nats-Time-Stamp"]),
-        # Anybody may put the header on a ready job, which is never a delete marker.
+        # Any producer may put the header on a ready job, which is never a delete marker.
         "KV-Operation" in headers and is_key(headers["Nats-Subject"]),
     )

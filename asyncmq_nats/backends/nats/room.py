@@ -1,9 +1,8 @@
-"""Room on the server.
+"""Room on the server: a reserve for outcomes, and the fill of streams that discard old records.
 
-A reserve for outcomes, and how full the streams are that discard old records. A worker acknowledges
-a job after its outcome is stored. In a store that is full to the last byte no outcome fits, so
-nothing would be acknowledged and nothing would become free. Hence each bucket
-has a ballast, a record of zeros: it is deleted when a write is refused for lack of room.
+A worker acknowledges a job after its outcome is stored. In a store that is full to the last byte no
+outcome fits, so nothing would be acknowledged and nothing would become free. Hence each bucket has
+a ballast, a record of zeros: it is deleted when a write is refused for lack of room.
 """
 
 import asyncio
@@ -30,7 +29,7 @@ logger = get_logger(__name__)
 BALLAST_SIZE: Final = 128 * 1024
 """Room for some 250 outcomes. Each lets go of a job, whose room the next outcome takes."""
 RELAY_AFTER: Final = 30.0
-"""How long (seconds) nothing was refused before a ballast is laid again."""
+"""Seconds without a refusal after which a ballast is written again."""
 FILL_LIFETIME: Final = 1.0
 HEADERS_SIZE: Final = 420
 """Bytes that a delayed job takes beside its subject and body: a timer has many headers."""
@@ -83,7 +82,7 @@ class Ballasts:
             self._subjects[log.name] = log.ballast
 
     def release_all(self) -> None:
-        """Delete the ballasts soon, and lay them again when there is room. Does not block."""
+        """Delete the ballasts soon, and write them again when there is room. Does not block."""
         if self._subjects and not self._releasing:
             self._releasing = True
             self._connection.background.run(self._release_and_lay())
@@ -107,7 +106,7 @@ class Ballasts:
 
 @dataclass(slots=True)
 class Fill:
-    """How full a stream is. `limit`: in bytes; 0 if it discards no old records."""
+    """The fill of a stream. `limit`: in bytes; 0 if it discards no old records."""
 
     limit: int = 0
     size: int = 0
@@ -132,9 +131,9 @@ def _replaces(write: Write) -> bool:
 
 
 class Fills:
-    """How full the streams are that have a limit and discard old records.
+    """The fill of the streams that have a limit and discard old records.
 
-    Without this they would discard jobs.
+    Without this check they would discard jobs.
     """
 
     def __init__(self, connection: Connection) -> None:

@@ -28,7 +28,7 @@ class Totals:
 
 
 def totals_of(metrics: TaskMetrics, seconds: float) -> Totals:
-    """Return the totals of a stretch of time that took so many seconds."""
+    """Return the totals of a period of this many seconds."""
     return Totals(
         metrics.completed,
         metrics.failed,

@@ -208,7 +208,7 @@ class Site:
     ) -> Response:
         """Answer an action.
 
-        The browser shows what was said, then the page anew, or the page `to`.
+        The browser shows the message and reloads the page, or goes to the page `to`.
         """
         self.reads.forget()
         if "hx-request" not in request.headers:

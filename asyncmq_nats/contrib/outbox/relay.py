@@ -54,7 +54,7 @@ class Relay:
         batch_size: how many rows are taken at a time, at most 1,000.
         poll_interval: how often it looks for rows, in seconds. On PostgreSQL it is told of new
             ones, and looks for those that another relay has left.
-        lease: after so many seconds, the rows of a relay that was lost are taken by another one.
+        lease: after this many seconds, the rows of a relay that was lost are taken by another one.
 
     Raises:
         InvalidArgument: the database is neither, or a number is out of range.

@@ -36,15 +36,14 @@ class DirectParser(Parser):
         super().__init__(client)
 
     def reset(self) -> None:
-        """Forget what was read: the connection is gone."""
+        """Drop the buffer: the connection is gone."""
         super().reset()
         self._resets += 1
 
     async def parse(self, data: bytes = b"") -> None:
         """Take in what was read.
 
-        `buf` keeps what is not complete yet, `needed` how long it has to become to be looked at
-        again.
+        `buf` keeps the incomplete rest, `needed` the length at which to parse it.
         """
         if self.buf:
             self.buf += data

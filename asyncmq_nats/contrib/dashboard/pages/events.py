@@ -36,9 +36,9 @@ EVENTS: Final = (
 QUIET: Final = ("progress", "waiting", "started")
 """Events that are not shown at first: there are many of them."""
 STREAM_SECONDS: Final = 600.0
-"""A stream ends after so long; the browser asks again, and then its login is looked at anew."""
+"""How long a stream lasts, in seconds: the browser asks for the next one with its login."""
 BATCH_SECONDS: Final = 0.5
-"""Events are sent together so often."""
+"""How often the events since then are sent, in seconds."""
 MAX_BATCH: Final = 50
 """Events that are sent together at most; the number of the others is told."""
 READ_SECONDS: Final = 8.0

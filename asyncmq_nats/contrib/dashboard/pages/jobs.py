@@ -189,7 +189,7 @@ async def show(request: Request) -> Response:
 async def _search(
     site: Site, queue: Queue, filters: Filters, most: int, *, newest: bool
 ) -> tuple[list[dict[str, Any]], bool]:
-    """Return the first jobs that match, and whether the search came to its end in time."""
+    """Return the first jobs that match, and whether the search was complete in time."""
     await site.backend.connect()
     where = filters.job_filter(site.backend.now())
     found: list[dict[str, Any]] = []

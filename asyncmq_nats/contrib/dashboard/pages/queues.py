@@ -100,7 +100,7 @@ async def drain(request: Request) -> Response:
 
 
 async def clean(request: Request) -> Response:
-    """Remove jobs in one state that came to it some time ago."""
+    """Remove jobs that have been in one state for some time."""
     site = site_of(request)
     queue = await site.queue(request)
     form = await request.form()
