@@ -28,7 +28,7 @@ from asyncmq_nats.transitions.claim import (
 )
 from asyncmq_nats.transitions.follow_up import FollowUpJobs
 from asyncmq_nats.wire.codec import dump_json, load_json
-from asyncmq_nats.wire.keys import LONGEST_TOKEN, QueueSubjects, decode_token, is_token
+from asyncmq_nats.wire.keys import LONGEST_TOKEN, QueueSubjects, decode_token, is_token, last_token
 
 __all__ = ["OUTCOME_FIELDS", "Deliveries"]
 
@@ -74,7 +74,7 @@ class Deliveries:
         Raises:
             InvalidJob: the message is not a job; `reject` it.
         """
-        token = delivery.subject.rpartition(".")[2]
+        token = last_token(delivery.subject)
         if not is_token(token):
             raise InvalidJob(
                 "its id, the last token of its subject, must be UTF-8 and at most "

@@ -26,7 +26,7 @@ from asyncmq_nats.store.topology import QueueAssets
 from asyncmq_nats.transitions.claim import Attempt, Disposition
 from asyncmq_nats.transitions.deliver import Deliveries
 from asyncmq_nats.wire.codec import dump_json, load_json, splice
-from asyncmq_nats.wire.keys import QueueSubjects, decode_token, encode_token, fit_token
+from asyncmq_nats.wire.keys import QueueSubjects, decode_token, encode_token, fit_token, last_token
 
 __all__ = ["PUT_OFF_FIELDS", "Lifecycle"]
 
@@ -213,7 +213,7 @@ class Lifecycle(Deliveries):
 
         So it is neither lost nor delivered for ever.
         """
-        token = fit_token(delivery.subject.rpartition(".")[2])
+        token = fit_token(last_token(delivery.subject))
         now = self._backend.now()
         record = {
             "v": 1,

@@ -203,7 +203,7 @@ class Waits:
 
     async def _close(self, child: str, part: Record) -> Wait:
         """Take an empty part out of the top."""
-        token, number = part.subject.split(".")[-2:]
+        token, number = self._keys.split_wait(part.subject)
         key = self._keys.wait(child, f"{token}.{TOP}")
 
         async def close() -> Wait:
