@@ -163,6 +163,11 @@ class JobHead:
         """Return whether its time to live is over."""
         return self.ttl is not None and now - self.created_at > self.ttl
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether nothing limits when it may run."""
+        return self.ttl is None and self.delay_until is None
+
     def may_run(self, now: float) -> bool:
         """Return whether it has not expired and its time has come."""
         return not (

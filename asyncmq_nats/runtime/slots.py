@@ -101,6 +101,7 @@ class Slots:
             subjects.queue, lifecycle.worker, settings.job_log_level, backend.now
         )
         self._limits = RetryLimits(settings.max_retries_limit, settings.min_retry_delay)
+        self._concurrency = concurrency
         self._threads = anyio.CapacityLimiter(concurrency)
         self._suspects = Suspects(
             settings.max_stalls,
@@ -144,12 +145,13 @@ class Slots:
         if self._group is not None:
             self._group.fill()
         elif self._is_open:
-            while self.start_next():
+            while self.start_next() and self.fetcher.busy < self._concurrency:
                 pass
 
     def start_next(self) -> bool:
         """See `Member`. Suspects come first."""
-        if self._suspects.exist:
+        # Without a redelivery here or in another queue of the worker there is no suspect.
+        if (self.redelivered or self._group is not None) and self._suspects.exist:
             if self._start_suspect():
                 return True
             self._set_timer()
@@ -315,7 +317,7 @@ class Slots:
         try:
             try:
                 head, now = attempt.head, self._backend.now()
-                if not head.may_run(now) or self._is_lost_for_good(attempt):
+                if not (head.is_plain and attempt.stalls == 0) and not self._may_run(attempt, now):
                     await self._end_without_run(attempt, now, on_settled)
                     return
                 try:
@@ -333,6 +335,9 @@ class Slots:
         except Exception:  # it has no final write
             self.completer.finish()
             raise
+
+    def _may_run(self, attempt: Attempt, now: float) -> bool:
+        return attempt.head.may_run(now) and not self._is_lost_for_good(attempt)
 
     def _is_lost_for_good(self, attempt: Attempt) -> bool:
         return attempt.stalls > 0 and attempt.losses >= self._backend.settings.max_stalls
@@ -395,8 +400,10 @@ class Slots:
             raise
         finally:
             del self.running[running]
+            attempt.ended_at = now = self._backend.now()
             if self._recorder is not None:
-                self._note_run(self._recorder, attempt)
+                wait, run = attempt.started_at - attempt.delivery.time, now - attempt.started_at
+                self._recorder.note_run(attempt.head.task_id, wait, run)
             self._lifecycle.logs.finish(attempt.token)
         self._lifecycle.progress.finish(attempt.token)
         if running.gave_in:
@@ -486,11 +493,6 @@ class Slots:
             self._on_change()
 
     # -- what became of an attempt
-
-    def _note_run(self, recorder: Recorder, attempt: Attempt) -> None:
-        started = attempt.started_at
-        wait, run = started - attempt.delivery.time, self._backend.now() - started
-        recorder.note_run(attempt.head.task_id, wait, run)
 
     async def _give_up(self, attempt: Attempt, *, cancelled: bool) -> None:
         """Leave a job that was cancelled or did not finish in time.

@@ -140,6 +140,8 @@ class Attempt:
     prepare_again: Callable[[], Awaitable[FollowUps]] | None = field(default=None, repr=False)
     """Prepares those again that are a batch: what they expect of other jobs may have changed."""
     started_at: float = 0.0
+    ended_at: float = 0.0
+    """When its task ended; 0 if it did not run."""
     is_recorded: bool = False
     """Whether its final write was accepted, after it was rejected or had a sequel."""
     on_end: Callable[[], None] | None = field(default=None, repr=False)

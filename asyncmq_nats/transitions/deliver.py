@@ -74,31 +74,21 @@ class Deliveries:
         Raises:
             InvalidJob: the message is not a job; `reject` it.
         """
-        token = last_token(delivery.subject)
+        token, body = last_token(delivery.subject), delivery.body
         if not is_token(token):
             raise InvalidJob(
                 "its id, the last token of its subject, must be UTF-8 and at most "
                 f"{LONGEST_TOKEN:,} bytes"
             )
         try:
-            return self._open_known(delivery, token)
+            if body.startswith(OUR_JOBS) and (head := _read_ours(body)) is not None:
+                same = "%" not in token and head.job_id == token
+                if same or head.job_id == decode_token(token):
+                    return Attempt(delivery, token, head, body)
+            body = self._normalize(delivery, token)
+            return Attempt(delivery, token, JobHead.decode(body), body)
         except NewerJob as problem:
             return _as_newer(delivery, token, problem.version)
-
-    def _open_known(self, delivery: Delivery, token: str) -> Attempt:
-        body = delivery.body
-        if body.startswith(OUR_JOBS):
-            try:
-                head = JobHead.decode(body)
-            except NewerJob:
-                raise
-            except InvalidJob:  # a foreign job may begin the same way and lack our fields
-                pass
-            else:
-                if head.job_id == decode_token(token):
-                    return Attempt(delivery, token, head, body)
-        body = self._normalize(delivery, token)
-        return Attempt(delivery, token, JobHead.decode(body), body)
 
     def _normalize(self, delivery: Delivery, token: str) -> bytes:
         """Return a foreign job as this library writes it: id and priority of the subject win."""
@@ -224,6 +214,16 @@ class Deliveries:
                 attempt.head.job_id,
             )
             return claim.disposition
+        return None
+
+
+def _read_ours(body: bytes) -> JobHead | None:
+    """Return the head of a job; `None` if a foreign job only begins the same way."""
+    try:
+        return JobHead.decode(body)
+    except NewerJob:
+        raise
+    except InvalidJob:
         return None
 
 
