@@ -48,13 +48,15 @@ OFFSET_LIMIT: Final = 1.0
 SMALL_BODY: Final = 256 * 1024
 FULL_SHARE: Final = 0.8
 MONITOR_TIMEOUT: Final = 3.0
-SILENT: Final = 5.0
+REPLICA_LOSS_SECONDS: Final = 5.0
 """Seconds after which a replica that is not up to date counts as lost."""
 SETTLING: Final = (0.1, 0.2, 0.4, 0.8)
 """Pauses (seconds) before further looks at a log: a replica is behind for moments when in use."""
 STEP_TIMEOUT: Final = 5.0
 """Seconds that one look at a queue may take: a consumer on a lost server does not answer."""
-APPLY: Final = "or apply them: `amq doctor --fix`, ASYNCMQ_NATS_APPLY=true, `amq queue config set`"
+APPLY_ADVICE: Final = (
+    "or apply them: `amq doctor --fix`, ASYNCMQ_NATS_APPLY=true, `amq queue config set`"
+)
 
 Role = Literal["worker", "admin", "reader", "producer"]
 
@@ -68,7 +70,7 @@ class Level(StrEnum):
     ERROR = "error"
 
 
-ORDER: Final = {Level.OK: 0, Level.INFO: 1, Level.WARNING: 2, Level.ERROR: 3}
+SEVERITY: Final = {Level.OK: 0, Level.INFO: 1, Level.WARNING: 2, Level.ERROR: 3}
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +92,7 @@ class Finding:
 
 def worst(levels: Sequence[Level]) -> Level:
     """Return the worst of some levels; OK if there are none."""
-    return max(levels, key=ORDER.__getitem__, default=Level.OK)
+    return max(levels, key=SEVERITY.__getitem__, default=Level.OK)
 
 
 # -- doctor
@@ -365,7 +367,7 @@ def _judge_log(name: str, log: LogState, subject: str, facts: ServerFacts | None
     offline = [
         f"{peer.name} (silent for {peer.silent_seconds:.0f} s)"
         for peer in log.peers
-        if peer.is_offline or (peer.silent_seconds > SILENT and not peer.is_current)
+        if peer.is_offline or (peer.silent_seconds > REPLICA_LOSS_SECONDS and not peer.is_current)
     ]
     late = [peer for peer in log.peers if not peer.is_current] if not offline else []
     if not log.has_leader:
@@ -399,7 +401,7 @@ async def _examine_drift(queue: Queue) -> list[Finding]:
     findings: list[Finding] = []
     for each in await queue.find_drift():
         mend = "set this process's settings right; "
-        mend += APPLY if each.can_change else "the server cannot change it in place"
+        mend += APPLY_ADVICE if each.can_change else "the server cannot change it in place"
         # All differences of a queue are mended together, by the first one.
         is_first = each.can_change and not any(found.fix for found in findings)
         findings.append(

@@ -25,10 +25,10 @@ from asyncmq_nats.exceptions import (
 )
 from asyncmq_nats.states import OUTCOMES, State
 from asyncmq_nats.wire.codec import dump_json, find_non_finite
-from asyncmq_nats.wire.keys import PRIORITIES, check_job_id
+from asyncmq_nats.wire.keys import PRIORITY_LIMIT, check_job_id
 
 __all__ = [
-    "LATEST",
+    "LATEST_TIME",
     "WIRE_VERSION",
     "Backoff",
     "DelayedInfo",
@@ -43,10 +43,10 @@ __all__ = [
 ]
 
 WIRE_VERSION: Final = 1
-RESERVE: Final = 64 * 1024
+OUTCOME_RESERVE: Final = 64 * 1024
 MAX_DELAY: Final = 365 * 86_400.0
 """The longest delay before a retry, in seconds."""
-LATEST: Final = 250_000_000_000.0
+LATEST_TIME: Final = 250_000_000_000.0
 """No time is later than the year 9892."""
 
 
@@ -86,7 +86,7 @@ def size_limit(max_body: int, chosen: int | None = None) -> int:
 
     `max_body`: bytes of a message; `chosen`: a smaller limit, that of the settings.
     """
-    limit = max_body - min(RESERVE, max_body // 8)
+    limit = max_body - min(OUTCOME_RESERVE, max_body // 8)
     return limit if chosen is None else min(limit, chosen)
 
 
@@ -151,7 +151,7 @@ class JobHead:
     kwargs: dict[str, Any] = field(default_factory=dict)
     ttl: Annotated[float | None, Field(ge=0, allow_inf_nan=False)] = None
     timeout: Annotated[float | None, Field(gt=0, allow_inf_nan=False)] = None
-    delay_until: Annotated[float | None, Field(allow_inf_nan=False, le=LATEST)] = None
+    delay_until: Annotated[float | None, Field(allow_inf_nan=False, le=LATEST_TIME)] = None
     repeat_every: float | str | None = None
     children: list[str] | None = None
     stalls: int = 0
@@ -216,14 +216,14 @@ class Job:
     created_at: Annotated[
         float, BeforeValidator(lambda value: time() if value is None else value)
     ] = Field(default_factory=time, allow_inf_nan=False)
-    priority: int = Field(default=5, gt=-PRIORITIES, lt=PRIORITIES)
+    priority: int = Field(default=5, gt=-PRIORITY_LIMIT, lt=PRIORITY_LIMIT)
     repeat_every: float | str | None = None
     depends_on: Annotated[
         list[str], BeforeValidator(lambda value: [] if value is None else value)
     ] = Field(default_factory=list)
     deduplication: dict[str, Any] | None = None
     active_since: float | None = None
-    delay_until: float | None = Field(default=None, allow_inf_nan=False, le=LATEST)
+    delay_until: float | None = Field(default=None, allow_inf_nan=False, le=LATEST_TIME)
     timeout: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     """How long one attempt may run."""
     parents: list[str] = Field(default_factory=list)

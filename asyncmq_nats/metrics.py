@@ -14,7 +14,7 @@ from typing import Any, Final
 from asyncmq_nats._arguments import checked_seconds
 from asyncmq_nats.backends.base import Backend
 from asyncmq_nats.exceptions import InvalidArgument
-from asyncmq_nats.store.history import STEPS, HistoryRecord, history_ttl, read_history
+from asyncmq_nats.store.history import STEP_SECONDS, HistoryRecord, history_ttl, read_history
 from asyncmq_nats.wire.keys import check_queue_name
 
 __all__ = [
@@ -37,8 +37,8 @@ INCIDENTS: Final = ("redelivered", "lost", "handed_back", "lease_lost", "reconne
 """What a worker counts beside the ends of attempts; see docs/monitoring.md."""
 PER_DOUBLING: Final = 64
 """Buckets of a histogram per doubling: a percentile is right within 0.6 %."""
-SHORTEST: Final = 1e-6
-LONGEST: Final = 1e8
+SHORTEST_SECONDS: Final = 1e-6
+LONGEST_SECONDS: Final = 1e8
 """Seconds; what is outside counts as this."""
 MOST_POINTS: Final = 200
 """Points of a read that is given no step, at most."""
@@ -68,7 +68,9 @@ class Histogram:
         self.total += seconds
         if seconds > self.maximum:
             self.maximum = seconds
-        index = math.ceil(math.log2(min(max(seconds, SHORTEST), LONGEST)) * PER_DOUBLING)
+        index = math.ceil(
+            math.log2(min(max(seconds, SHORTEST_SECONDS), LONGEST_SECONDS)) * PER_DOUBLING
+        )
         self._counts[index] = self._counts.get(index, 0) + 1
 
     def add_many(self, durations: Sequence[float]) -> None:
@@ -78,8 +80,8 @@ class Histogram:
         self.count += len(durations)
         self.total += sum(durations)
         self.maximum = max(self.maximum, *durations)
-        if min(durations) < SHORTEST or self.maximum > LONGEST:
-            durations = [min(max(each, SHORTEST), LONGEST) for each in durations]
+        if min(durations) < SHORTEST_SECONDS or self.maximum > LONGEST_SECONDS:
+            durations = [min(max(each, SHORTEST_SECONDS), LONGEST_SECONDS) for each in durations]
         log2, ceil = math.log2, math.ceil
         found = Counter([ceil(log2(each) * PER_DOUBLING) for each in durations])
         for index, count in found.items():
@@ -345,7 +347,9 @@ async def _plan(
     if wanted <= 0:
         raise InvalidArgument("step must be above 0 s", step)
     age = now - begin
-    kept = [each for each in STEPS if age <= history_ttl(each, backend.settings)] or STEPS[-1:]
+    kept = [
+        each for each in STEP_SECONDS if age <= history_ttl(each, backend.settings)
+    ] or STEP_SECONDS[-1:]
     stored = max([each for each in kept if each <= wanted], default=kept[0])
     # A multiple of what is stored, so that no record lies in two points.
     whole = stored * max(1, math.ceil(wanted / stored))

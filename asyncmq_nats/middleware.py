@@ -104,7 +104,7 @@ class Middleware(Protocol):
         return  # a body, so that a subclass need not have one
 
 
-CARRIED: Final = "context."
+CARRIED_PREFIX: Final = "context."
 """How the names of carried context variables begin in `meta`."""
 OVERRIDABLE: Final = ("enqueue", "run", "end")
 _added: list[tuple[str | None, Middleware]] = []
@@ -126,7 +126,7 @@ class CarryContext(Middleware):
         for each in variables:
             if not isinstance(each, ContextVar):
                 raise InvalidArgument("CarryContext takes ContextVar objects", each)
-        self._variables = {CARRIED + each.name: each for each in variables}
+        self._variables = {CARRIED_PREFIX + each.name: each for each in variables}
         if len(self._variables) < len(variables):
             raise InvalidArgument(
                 "CarryContext needs variables of different names", list(self._variables)

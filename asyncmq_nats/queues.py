@@ -50,7 +50,7 @@ from asyncmq_nats.exceptions import (
     JobNotFound,
     QueueNotPaused,
 )
-from asyncmq_nats.jobs import LATEST, Backoff, DelayedInfo, Job, new_job_id
+from asyncmq_nats.jobs import LATEST_TIME, Backoff, DelayedInfo, Job, new_job_id
 from asyncmq_nats.middleware import (
     AddJobs,
     Chain,
@@ -70,7 +70,7 @@ from asyncmq_nats.runtime.runner import Runner
 from asyncmq_nats.schedules import RepeatableInfo
 from asyncmq_nats.search import JobFilter
 from asyncmq_nats.states import COUNT_BUCKETS, JOB_STATES, OUTCOMES, Bucket, State
-from asyncmq_nats.store.commit import LAG, look_for, looks
+from asyncmq_nats.store.commit import REPLICA_LAG_DELAYS, look_for, looks
 from asyncmq_nats.store.configuration import Configurations
 from asyncmq_nats.store.flows import Flow, read_flow
 from asyncmq_nats.store.job_logs import read_job_logs
@@ -100,14 +100,14 @@ from asyncmq_nats.transitions.cancel import Administration
 from asyncmq_nats.transitions.clean import Cleanup, Progress
 from asyncmq_nats.transitions.deduplicate import Deduplicator, Window, parse_window
 from asyncmq_nats.transitions.definition import (
-    CODE,
+    CODE_OWNER,
     Definition,
     job_of,
     make_definition,
     repeatable_id,
 )
 from asyncmq_nats.transitions.edit import Edits
-from asyncmq_nats.transitions.move import MOVABLE, Moved, Mover, Side
+from asyncmq_nats.transitions.move import MOVABLE_STATES, Moved, Mover, Side
 from asyncmq_nats.transitions.repeat import Repeatables
 from asyncmq_nats.wire.keys import QueueSubjects, encode_token
 
@@ -116,9 +116,9 @@ __all__ = ["Queue", "list_queues"]
 logger = get_logger(__name__)
 
 EVENT_BUFFER: Final = 10_000
-BRIEF_LOOKS: Final = 5
+READS_OF_OUTCOME: Final = 5
 """Reads that find an end that was heard, if no replica lags; more mean that it was retried."""
-RETRIED: Final = (State.FAILED, State.EXPIRED, State.CANCELLED, State.DELAYED)
+RETRYABLE_STATES: Final = (State.FAILED, State.EXPIRED, State.CANCELLED, State.DELAYED)
 """States in which a job can be retried by hand."""
 IMPORT_BATCH: Final = 500
 EXPORT_ORDER: Final = (
@@ -129,7 +129,7 @@ EXPORT_ORDER: Final = (
     State.WAITING_CHILDREN,
 )
 """The jobs that others wait for come first."""
-ENDS: Final = frozenset(PREFIX + state for state in OUTCOMES)
+LAST_EVENTS: Final = frozenset(PREFIX + state for state in OUTCOMES)
 """The events that are the last one of a job."""
 LAST_EVENT_TIMEOUT: Final = 0.5
 """Seconds that a reader of the events of one job waits for the last one if the job has ended."""
@@ -744,7 +744,7 @@ class Queue:
         until it has ended. At most once: while the connection is down, or this reader is 10,000
         events behind, events are lost.
         """
-        last = frozenset() if job_id is None else ENDS
+        last = frozenset() if job_id is None else LAST_EVENTS
         inbox = _Inbox(self.name, frozenset(names) | last if names else frozenset())
         token = "*" if job_id is None else encode_token(job_id)
         with inbox.send, inbox.receive:
@@ -790,7 +790,11 @@ class Queue:
         # Listen, then look, then wait: an outcome is either seen or heard.
         async with self._waiters.join(encode_token(job_id)) as waiter:
             find = partial(self._find_ended, job_id)
-            pauses = LAG if self.backend.reads_may_lag else LAG[:BRIEF_LOOKS]
+            pauses = (
+                REPLICA_LAG_DELAYS
+                if self.backend.reads_may_lag
+                else REPLICA_LAG_DELAYS[:READS_OF_OUTCOME]
+            )
             job = await find()
             while job is None:
                 heard = await self._waiters.wait(waiter)  # or it was retried by hand since
@@ -984,8 +988,8 @@ class Queue:
         second before its time, is left as it is, and not counted as delayed.
         """
         at = checked_seconds(run_at, "run_at")
-        if at > LATEST:
-            raise InvalidArgument(f"run_at must be before {LATEST:.0f}", run_at)
+        if at > LATEST_TIME:
+            raise InvalidArgument(f"run_at must be before {LATEST_TIME:.0f}", run_at)
         return await self._find_and(partial(self._edits.reschedule, run_at=at), job_id)
 
     async def edit(
@@ -1060,7 +1064,7 @@ class Queue:
             possible = ACTION_STATES[action]
             states = possible if jobs.state is None else jobs.states
             if action == Action.RETRY and jobs.state is not None:
-                possible = RETRIED
+                possible = RETRYABLE_STATES
             if useless := [state for state in states if state not in possible]:
                 raise InvalidArgument(
                     f"{action} is for jobs that are {', '.join(possible)}", useless[0]
@@ -1122,9 +1126,11 @@ class Queue:
         wanted = JobFilter() if where is None else where
         if target.name == self.name and target.backend is self.backend:
             raise InvalidArgument("target must be another queue", target.name)
-        states = MOVABLE if wanted.state is None else wanted.states
-        if fixed := [state for state in states if state not in MOVABLE]:
-            raise InvalidArgument(f"only jobs that are {', '.join(MOVABLE)} can be moved", fixed[0])
+        states = MOVABLE_STATES if wanted.state is None else wanted.states
+        if fixed := [state for state in states if state not in MOVABLE_STATES]:
+            raise InvalidArgument(
+                f"only jobs that are {', '.join(MOVABLE_STATES)} can be moved", fixed[0]
+            )
         waiting = (await self.queue_stats())[State.WAITING] if State.WAITING in states else 0
         if waiting and not await self.is_paused():
             raise QueueNotPaused(self.name, "moved")
@@ -1231,7 +1237,7 @@ class Queue:
             task_id,
             args,
             kwargs,
-            owner=CODE,
+            owner=CODE_OWNER,
             retries=retries,
             ttl=ttl,
             priority=priority,

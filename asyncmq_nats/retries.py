@@ -38,7 +38,7 @@ FULL_ERRORS: Final = 5
 SHORT_ERROR: Final = 120
 """What is kept of the message of an earlier attempt, in characters."""
 
-IN_DOUBT: Final = 1.5
+FALLBACK_BACKOFF: Final = 1.5
 """The backoff when a task's own function fails: that of `@task`."""
 
 QUICK_RETRIES: Final = 10
@@ -267,7 +267,7 @@ def _ask(function: Callable[..., Any], retry: int, failure: Failure) -> float:
             function,
             error,
         )
-        return backoff_delay(IN_DOUBT, retry)
+        return backoff_delay(FALLBACK_BACKOFF, retry)
     return seconds
 
 

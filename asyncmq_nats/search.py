@@ -14,7 +14,7 @@ from asyncmq_nats.wire.codec import dump_json
 __all__ = ["JobFilter"]
 
 WILDCARDS: Final = re.compile(r"[*?]")
-SEARCHED: Final = ("job_id", "task_id", "args", "kwargs", "last_error", "result")
+SEARCHED_FIELDS: Final = ("job_id", "task_id", "args", "kwargs", "last_error", "result")
 """Fields of a job in which a text is looked for."""
 
 
@@ -109,7 +109,7 @@ def _is_plain(text: str) -> bool:
 
 def _searched_text(job: Job) -> str:
     """Return the texts in a job as they are, and as JSON: a person may look for either."""
-    values = [getattr(job, name) for name in SEARCHED]
+    values = [getattr(job, name) for name in SEARCHED_FIELDS]
     return "\n".join([*_texts_in(values), dump_json(values).decode()]).lower()
 
 

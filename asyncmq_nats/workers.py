@@ -18,7 +18,12 @@ from asyncmq_nats.runtime.crew import Crew, Ending, Limits
 from asyncmq_nats.runtime.program import import_tasks, run_program, run_until_signalled
 from asyncmq_nats.runtime.runner import Runner
 from asyncmq_nats.runtime.slot_group import SlotGroup
-from asyncmq_nats.runtime.supervisor import FINISHED, RECYCLED, is_child, supervise
+from asyncmq_nats.runtime.supervisor import (
+    FINISHED_EXIT_CODE,
+    RECYCLED_EXIT_CODE,
+    is_child,
+    supervise,
+)
 
 __all__ = [
     "Worker",
@@ -160,7 +165,13 @@ class Worker:
             await self.queue.backend.close()
         if not is_child():
             return 0
-        return FINISHED if crew.ending.is_final else RECYCLED if crew.ending.is_recycling else 0
+        return (
+            FINISHED_EXIT_CODE
+            if crew.ending.is_final
+            else RECYCLED_EXIT_CODE
+            if crew.ending.is_recycling
+            else 0
+        )
 
     def _make_crew(self) -> Crew:
         self._id = new_worker_id()

@@ -528,7 +528,7 @@ async def test_a_write_that_is_refused_for_ever_is_an_error(
 async def test_an_outcome_without_its_arguments_still_tells_the_children(
     backend: Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("asyncmq_nats.jobs.RESERVE", 500)
+    monkeypatch.setattr("asyncmq_nats.jobs.OUTCOME_RESERVE", 500)
 
     async def refuse(value: str) -> None:
         raise ValueError("no " * 500)

@@ -16,7 +16,7 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from asyncmq_nats.schedules import (
-    LONGEST,
+    LONGEST_INTERVAL,
     MOST_MISSED,
     Schedule,
     definition_id,
@@ -605,7 +605,7 @@ def test_missed_ticks_are_no_flood() -> None:
 def test_the_longest_interval_has_a_next_run() -> None:
     assert (
         datetime.fromtimestamp(
-            next_run(make_schedule(LONGEST, None), moment("2026-01-01")), UTC
+            next_run(make_schedule(LONGEST_INTERVAL, None), moment("2026-01-01")), UTC
         ).year
         == 2125
     )

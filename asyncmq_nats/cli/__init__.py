@@ -10,12 +10,12 @@ import sys
 
 __all__ = ["main"]
 
-NEEDED = ("typer", "rich", "cron_descriptor")
+REQUIRED_MODULES = ("typer", "rich", "cron_descriptor")
 
 
 def main() -> None:
     """Run the command line and exit: 0 done, 1 an error, 2 wrong usage, 130 interrupted."""
-    missing = [package for package in NEEDED if importlib.util.find_spec(package) is None]
+    missing = [package for package in REQUIRED_MODULES if importlib.util.find_spec(package) is None]
     if missing:
         print(
             f"asyncmq-nats: the command line needs {', '.join(missing)}: "

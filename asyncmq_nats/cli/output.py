@@ -27,7 +27,7 @@ __all__ = [
     "size",
 ]
 
-WIDE: Final = 100_000
+PIPE_WIDTH: Final = 100_000
 """Columns of what is no terminal: nothing is wrapped there."""
 STYLES: Final = {
     "failed": "red",
@@ -96,9 +96,9 @@ class Output:
 
     def __init__(self) -> None:
         terminal = sys.stdout.isatty()
-        self.console = Console(width=None if terminal else WIDE, highlight=False)
+        self.console = Console(width=None if terminal else PIPE_WIDTH, highlight=False)
         self.errors = Console(
-            stderr=True, width=None if sys.stderr.isatty() else WIDE, highlight=False
+            stderr=True, width=None if sys.stderr.isatty() else PIPE_WIDTH, highlight=False
         )
 
     # -- results

@@ -31,7 +31,7 @@ __all__ = [
     "select",
 ]
 
-UNIX: Final = 1_000_000_000.0
+LEAST_UNIX_TIME: Final = 1_000_000_000.0
 """A number from here on is a time in Unix seconds, a smaller one a duration."""
 
 
@@ -62,7 +62,7 @@ def _parse_time(text: str, now: float, direction: int) -> float:
         number = float(text)
     except ValueError:
         number = 0.0
-    if number >= UNIX:
+    if number >= LEAST_UNIX_TIME:
         return number
     try:
         return now + direction * parse_every(text)

@@ -33,7 +33,6 @@ from asyncmq_nats.wire.keys import QueueSubjects, encode_token, tier_name, worke
 
 __all__ = [
     "CANCEL",
-    "FOREVER",
     "PAUSE",
     "RESUME",
     "STOP",
@@ -53,8 +52,7 @@ PAUSE: Final = "pause"
 RESUME: Final = "resume"
 CANCEL: Final = "cancel"
 STOP: Final = "stop"
-FOREVER: Final = LATEST_PAUSE
-PAUSE_ANSWERS: Final = 2.0
+PAUSE_ANSWER_TIMEOUT: Final = 2.0
 """How long to wait for the workers' word that they start nothing more."""
 MAX_SHOWN_JOBS: Final = 100
 """Ids of running jobs in the entry of a worker."""
@@ -78,7 +76,7 @@ class Controls:
         The server delivers nothing more, and when this returns the workers start nothing more of
         what they hold.
         """
-        end = FOREVER if until is None else min(until, FOREVER)
+        end = LATEST_PAUSE if until is None else min(until, LATEST_PAUSE)
         await self._assets.write_pause(end)
         # The default tier first: a tier that is made meanwhile finds it paused, or else is among
         # those that are listed after it.
@@ -102,7 +100,9 @@ class Controls:
     async def _tell_all(self, what: str, body: bytes) -> None:
         """Signal the queue's workers and wait, for a time, until each one has answered."""
         workers = {worker.id for worker in await list_workers(self._backend, self._subjects.queue)}
-        missing = await _tell(self._backend, self._subjects, what, body, workers, PAUSE_ANSWERS)
+        missing = await _tell(
+            self._backend, self._subjects, what, body, workers, PAUSE_ANSWER_TIMEOUT
+        )
         if missing:
             logger.warning(
                 "queue %s: no answer to %s from %s",
@@ -172,7 +172,7 @@ def parse_pause(text: str, answers: str) -> tuple[float, str] | None:
         end = float(until)
     except ValueError:
         return None
-    return None if math.isnan(end) else (min(end, FOREVER), _checked_inbox(inbox, answers))
+    return None if math.isnan(end) else (min(end, LATEST_PAUSE), _checked_inbox(inbox, answers))
 
 
 def _checked_inbox(inbox: str, answers: str) -> str:

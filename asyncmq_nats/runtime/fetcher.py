@@ -17,7 +17,7 @@ from asyncmq_nats.exceptions import AsyncMQError
 from asyncmq_nats.runtime.buffer import Buffer
 from asyncmq_nats.runtime.handback import HandBack
 from asyncmq_nats.runtime.prefetch import Throughput, starts_late, tiers_to_ask
-from asyncmq_nats.runtime.rate_limiter import LEASE, RateLimiter
+from asyncmq_nats.runtime.rate_limiter import LEASE_SECONDS, RateLimiter
 from asyncmq_nats.runtime.slot_group import Member, SlotGroup
 from asyncmq_nats.runtime.tiers import FRESH_SECONDS, Tiers
 from asyncmq_nats.store.topology import TIER_SIGNAL, QueueAssets
@@ -34,7 +34,7 @@ TIER_SEARCH_INTERVAL: Final = 30.0
 BUFFER_CHECK_INTERVAL: Final = 0.05
 MEASURE_INTERVAL: Final = 0.005
 UNSETTLED_PER_SLOT: Final = 4
-UNSETTLED: Final = 256
+UNSETTLED_RESERVE: Final = 256
 LONGEST_PRIORITY: Final = 255
 """Digits: a tier's name is that of a consumer."""
 
@@ -370,7 +370,10 @@ class Fetcher:
     async def _ask(self, capacity: int) -> None:
         """Ask for jobs, up to `capacity` with those that run and those in the buffer."""
         room = capacity - self.busy
-        if room <= 0 or self._pending() > UNSETTLED_PER_SLOT * self._concurrency + UNSETTLED:
+        if (
+            room <= 0
+            or self._pending() > UNSETTLED_PER_SLOT * self._concurrency + UNSETTLED_RESERVE
+        ):
             return
         now = self._monotonic()
         tiers = self._tiers.view(now, self._buffer.counts)
@@ -388,7 +391,7 @@ class Fetcher:
         )
         for priority, count in pulls:
             tier = self._tiers.known[priority]
-            wait = PULL_SECONDS if self._limiter is None else LEASE / 2
+            wait = PULL_SECONDS if self._limiter is None else LEASE_SECONDS / 2
             if not self._tiers.credit(priority):
                 tier.heard = now
                 # Tiers answer in any order, and a job of a lower one must know whether a higher

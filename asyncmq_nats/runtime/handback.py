@@ -26,7 +26,7 @@ LOOK_SECONDS: Final = 0.1
 """Time between two looks whether others wait; doubled while none does."""
 MAX_LOOK_SECONDS: Final = 0.8
 MAX_TIERS_PER_LOOK: Final = 8
-GROWTH: Final = 2
+GROWTH_FACTOR: Final = 2
 """Others may take many or one: give twice as many as before while they still wait."""
 
 
@@ -63,11 +63,11 @@ class HandBack:
         if not waiting:
             self._given.clear()
             self._look_at = now + self._pause
-            self._pause = min(GROWTH * self._pause, MAX_LOOK_SECONDS)
+            self._pause = min(GROWTH_FACTOR * self._pause, MAX_LOOK_SECONDS)
             return withdrawn
         self._pause = LOOK_SECONDS
         limits = {
-            priority: max(count, GROWTH * self._given.get(priority, 0))
+            priority: max(count, GROWTH_FACTOR * self._given.get(priority, 0))
             for priority, count in waiting.items()
         }
         self._given = limits

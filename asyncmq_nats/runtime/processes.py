@@ -36,7 +36,7 @@ __all__ = ["close_processes", "hold_processes", "run_in_process"]
 logger = get_logger(__name__)
 
 LENGTH: Final = struct.Struct("!Q")
-CHILD: Final = """\
+CHILD_PROGRAM: Final = """\
 import sys
 sys.path[:] = {path!r}
 from asyncmq_nats.runtime.process_child import main
@@ -138,7 +138,7 @@ class _Child:
                 sys.executable,
                 *subprocess._args_from_interpreter_flags(),  # type: ignore[attr-defined]
                 "-c",
-                CHILD.format(path=sys.path, answers=writing),
+                CHILD_PROGRAM.format(path=sys.path, answers=writing),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,

@@ -27,7 +27,7 @@ logger = get_logger(__name__)
 TASK_THREAD: Final = "AnyIO worker thread"
 GC_THRESHOLD: Final = 5_000
 """New objects after which the garbage collector looks for cycles, instead of 700."""
-THREAD_ENDS: Final = 0.2
+THREAD_END_TIMEOUT: Final = 0.2
 """How long a thread that is told to end may take to do so, in seconds."""
 
 
@@ -94,7 +94,7 @@ def run_program(main: Callable[[], Awaitable[int | None]]) -> None:
 def _end_with_stuck_threads(code: int) -> None:
     stuck = [thread for thread in threading.enumerate() if thread.name == TASK_THREAD]
     for thread in stuck:
-        thread.join(THREAD_ENDS)
+        thread.join(THREAD_END_TIMEOUT)
     if any(thread.is_alive() for thread in stuck):
         logger.warning("a task that was handed back still runs in a thread: ending the process")
         logging.shutdown()

@@ -30,7 +30,7 @@ from asyncmq_nats.exceptions import (
     WriteRefused,
 )
 from asyncmq_nats.states import Place
-from asyncmq_nats.store.commit import FAREWELL
+from asyncmq_nats.store.commit import SHUTDOWN_STEP_TIMEOUT
 from asyncmq_nats.store.secret import QueueSecret
 from asyncmq_nats.store.topology import DEFAULT_PRIORITY, QueueAssets
 from asyncmq_nats.transitions.add import Additions
@@ -60,14 +60,14 @@ SLOW_PROMOTION: Final = 0.5
 """A due record that was in hand for this many seconds halves the credit."""
 MAX_IN_FLIGHT: Final = 128
 """Promotions that are written and not yet confirmed."""
-TASKS: Final = 32
+CONCURRENT_TASKS: Final = 32
 """Tasks for what cannot be done by callbacks."""
 CHECK_BATCH: Final = 64
 CHECK_LEAD: Final = 0.015
 """A record that was in hand for a while is checked this many seconds before it is due."""
-CHECK_AFTER: Final = 0.05
+TRUSTED_SECONDS_IN_HAND: Final = 0.05
 """Time in hand, in seconds, in which anything may have become of a record."""
-REMEMBERED: Final = 60.0
+TRUSTED_AGE: Final = 60.0
 """Half of the time for which the server knows a message id: an older record is looked at."""
 LONGEST_WAIT: Final = 0.7
 """No fresh delivery waits longer: timers are set up to 0.4 s early, and a tick without a timer is
@@ -144,7 +144,7 @@ class Promoter:
         try:
             async with open_task_group() as group:
                 try:
-                    for _ in range(TASKS):
+                    for _ in range(CONCURRENT_TASKS):
                         group.start_soon(self._do_work)
                     group.start_soon(self._watch_time)
                     await puller.request(PROMOTER, self._credit, wait=PULL_WAIT)
@@ -179,7 +179,7 @@ class Promoter:
         """Begin nothing more, and let what is under way end, unless the server is gone."""
         self._stopping = True
         for scope in self._scopes:
-            scope.deadline = anyio.current_time() + FAREWELL
+            scope.deadline = anyio.current_time() + SHUTDOWN_STEP_TIMEOUT
         self._wake_all()
 
     def _wake_all(self) -> None:
@@ -231,14 +231,18 @@ class Promoter:
         A tick that is old is looked at by the ticker.
         """
         old = self._is_old(held)
-        return (wait > CHECK_AFTER and not old) if held.fire else (wait > CHECK_AFTER or old)
+        return (
+            (wait > TRUSTED_SECONDS_IN_HAND and not old)
+            if held.fire
+            else (wait > TRUSTED_SECONDS_IN_HAND or old)
+        )
 
     def _is_old(self, held: Held) -> bool:
         """Return whether its job may have gone on, or ended, although the record is there."""
         delivery, released = held.delivery, held.released
         return (
             delivery.deliveries > 1
-            or self._backend.now() - delivery.time > REMEMBERED
+            or self._backend.now() - delivery.time > TRUSTED_AGE
             or (released is not None and (released.custom_id or released.order > (0, 0)))
         )
 

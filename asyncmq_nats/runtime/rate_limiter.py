@@ -17,14 +17,14 @@ from asyncmq_nats.exceptions import InvalidJob, WriteRefused
 from asyncmq_nats.wire.codec import dump_json, load_json
 from asyncmq_nats.wire.keys import QueueSubjects
 
-__all__ = ["LEASE", "Bucket", "Limit", "RateLimiter", "lease"]
+__all__ = ["LEASE_SECONDS", "Bucket", "Limit", "RateLimiter", "lease"]
 
 logger = get_logger(__name__)
 
-LEASE: Final = 10.0
+LEASE_SECONDS: Final = 10.0
 """Permits of a worker that is silent for so long are taken back."""
 SHORTEST_WAIT: Final = 0.005
-GRAIN: Final = 0.01
+SHORTEST_LEASE_SECONDS: Final = 0.01
 """A lease has permits for at least this many seconds: contention stays low at high rates."""
 
 
@@ -88,8 +88,8 @@ class Bucket:
 
         Nothing in it is of a time that is far off.
         """
-        return self.at <= now + LEASE and all(
-            count >= 0 and end <= now + 2 * LEASE for count, end in self.leased.values()
+        return self.at <= now + LEASE_SECONDS and all(
+            count >= 0 and end <= now + 2 * LEASE_SECONDS for count, end in self.leased.values()
         )
 
 
@@ -116,11 +116,15 @@ def lease(
     else:
         tokens = max(0.0, tokens - granted)
     keeps = held + granted
-    leased = others | ({worker: (keeps, now + LEASE)} if keeps > 0 else {})
+    leased = others | ({worker: (keeps, now + LEASE_SECONDS)} if keeps > 0 else {})
     wait = (
         0.0
         if granted >= wanted
-        else max(SHORTEST_WAIT, (1.0 - tokens) / limit.per_second, min(GRAIN, limit.interval / 2))
+        else max(
+            SHORTEST_WAIT,
+            (1.0 - tokens) / limit.per_second,
+            min(SHORTEST_LEASE_SECONDS, limit.interval / 2),
+        )
     )
     return Bucket(tokens, max(now, bucket.at), leased), granted, wait
 
@@ -193,7 +197,7 @@ class RateLimiter:
             self._read = (sequence, changed)
             self._held += granted  # of which some may have been used meanwhile
             self._recorded = held + granted
-            self._renew_at, self._ends_at = now + LEASE / 2, now + LEASE
+            self._renew_at, self._ends_at = now + LEASE_SECONDS / 2, now + LEASE_SECONDS
             return wait
         logger.warning("rate limit of %s: too many workers at once for the bucket", self._log)
         return self._limit.interval

@@ -15,7 +15,7 @@ from asyncmq_nats._logging import Throttle, get_logger
 from asyncmq_nats.backends.base import Backend, Settled, Write
 from asyncmq_nats.exceptions import AssetMissing, AsyncMQError, BackendError
 from asyncmq_nats.metrics import TaskMetrics
-from asyncmq_nats.store.history import STEPS, history_key, history_log, history_ttl
+from asyncmq_nats.store.history import STEP_SECONDS, history_key, history_log, history_ttl
 from asyncmq_nats.wire.codec import dump_json
 from asyncmq_nats.wire.keys import metrics_bucket
 
@@ -29,7 +29,7 @@ MOST_TASKS: Final = 2_000
 """Tasks that are counted apart; more can only be names that strangers made up."""
 MOST_DURATIONS: Final = 1_000
 """Durations that are kept before they are sorted into buckets."""
-INTERVAL: Final = STEPS[0]
+RECORD_INTERVAL: Final = STEP_SECONDS[0]
 WARNING_INTERVAL: Final = 600.0
 
 
@@ -155,7 +155,7 @@ class Recorder:
         self.begin()
         while True:
             now = self._backend.now()
-            rest = INTERVAL - now % INTERVAL + 0.001
+            rest = RECORD_INTERVAL - now % RECORD_INTERVAL + 0.001
             await self._backend.clock.sleep(rest, upkeep=True)
             for write in self.take():
                 self._send(spawner, write)
@@ -186,7 +186,7 @@ class Recorder:
         taken.slot_seconds = self._slots * max(0.0, now - self._taken_at)
         self._taken_at = now
         writes: list[Write] = []
-        for step in STEPS:
+        for step in STEP_SECONDS:
             start = math.floor(middle / step) * step
             stretch = self._stretches.get(step)
             if stretch is None or stretch.start != start:
@@ -195,7 +195,7 @@ class Recorder:
                 stretch = self._stretches[step] = _Stretch(start)
             stretch.add(taken)
             # The slots of an idle worker are worth one write per step.
-            if step == INTERVAL or taken.tasks or taken.incidents or closing:
+            if step == RECORD_INTERVAL or taken.tasks or taken.incidents or closing:
                 writes.append(self._write(step, stretch))
         return writes
 

@@ -28,7 +28,7 @@ from asyncmq_nats.runtime.slots import Slots
 from asyncmq_nats.runtime.vitals import Vitals, WorkerParts
 from asyncmq_nats.states import State
 from asyncmq_nats.store.announcing import WorkerEvents
-from asyncmq_nats.store.commit import FAREWELL
+from asyncmq_nats.store.commit import SHUTDOWN_STEP_TIMEOUT
 from asyncmq_nats.store.configuration import Configurations
 from asyncmq_nats.store.reads import Inspection
 from asyncmq_nats.store.topology import QueueAssets
@@ -281,8 +281,8 @@ class Runner:
                         self._group.cancel_scope.cancel()
                 finally:
                     self._completer.stop()
-                    await self._slots.end(FAREWELL)
-                    with anyio.move_on_after(FAREWELL):
+                    await self._slots.end(SHUTDOWN_STEP_TIMEOUT)
+                    with anyio.move_on_after(SHUTDOWN_STEP_TIMEOUT):
                         await self._fetcher.stop()  # again: not done yet if a loop has failed
                     await close_processes()
         finally:
@@ -294,7 +294,7 @@ class Runner:
         Then cancel and hand back the rest as well.
         """
         self._draining, self.vitals.taking = True, False
-        with anyio.move_on_after(FAREWELL):
+        with anyio.move_on_after(SHUTDOWN_STEP_TIMEOUT):
             await self._fetcher.stop()
             await self._slots.hand_back_suspects()
         if self._slots.running:
@@ -310,7 +310,7 @@ class Runner:
                 timeout,
             )
             self._slots.cancel_running()
-        with anyio.move_on_after(FAREWELL):
+        with anyio.move_on_after(SHUTDOWN_STEP_TIMEOUT):
             await self._wait_until_quiet()
         logger.info("worker %s has stopped", self.worker)
 
@@ -349,7 +349,7 @@ class Runner:
 
     @staticmethod
     async def _close_recorder(recorder: Recorder) -> None:
-        with anyio.move_on_after(FAREWELL):
+        with anyio.move_on_after(SHUTDOWN_STEP_TIMEOUT):
             await recorder.close()
 
     def _busy_seconds(self) -> float:
@@ -366,7 +366,7 @@ class Runner:
         }
 
     async def _leave_registry(self) -> None:
-        with anyio.move_on_after(FAREWELL) as scope:
+        with anyio.move_on_after(SHUTDOWN_STEP_TIMEOUT) as scope:
             try:
                 await self._entry.leave()
             except AsyncMQError as error:

@@ -41,7 +41,7 @@ from asyncmq_nats.runtime.registry import RegisteredTask, TaskRegistry
 from asyncmq_nats.runtime.slot_group import SlotGroup
 from asyncmq_nats.runtime.suspects import Suspects
 from asyncmq_nats.store.announcing import WorkerEvents
-from asyncmq_nats.store.commit import FAREWELL, look_for
+from asyncmq_nats.store.commit import SHUTDOWN_STEP_TIMEOUT, look_for
 from asyncmq_nats.transitions.claim import Attempt, settle_delivery
 from asyncmq_nats.transitions.finish import Lifecycle, OnSettled
 from asyncmq_nats.wire.keys import QueueSubjects
@@ -59,10 +59,10 @@ INVALID_RESULT: Final = (
     TooManyPriorities,
 )
 """Errors of a result or of a follow-up job: another attempt would end in the same way."""
-MARK_AFTER: Final = 1.0
+MARK_DELAY: Final = 1.0
 """Seconds after which a job that runs is claimed, so that the loss of its worker is a stall."""
 
-RECORDED_AS: Final = {"retrying": "retried", "snoozed": ""}
+METRIC_NAMES: Final = {"retrying": "retried", "snoozed": ""}
 """Ends of attempts whose name in the metrics (`metrics.ENDS`) is another; `""` for none."""
 
 
@@ -246,7 +246,7 @@ class Slots:
 
     def mark_long_runs(self) -> None:
         """Claim the jobs that have run for a while: see `Deliveries.mark_running`."""
-        latest = self._backend.now() - MARK_AFTER
+        latest = self._backend.now() - MARK_DELAY
         for running in self.running:
             attempt = running.attempt
             if attempt.started_at <= latest and not attempt.claim_sent:
@@ -390,7 +390,7 @@ class Slots:
                 self._middleware,
             )
         except anyio.get_cancelled_exc_class():  # the worker ends, not the job
-            with anyio.move_on_after(FAREWELL, shield=True), suppress(AsyncMQError):
+            with anyio.move_on_after(SHUTDOWN_STEP_TIMEOUT, shield=True), suppress(AsyncMQError):
                 await self._give_up(attempt, cancelled=False)
             raise
         finally:
@@ -453,7 +453,7 @@ class Slots:
     ) -> None:
         """Say how an attempt ends: metrics and middleware are told when its end is confirmed."""
         attempt.on_end = None
-        if self._recorder is not None and (end := RECORDED_AS.get(state, state)):
+        if self._recorder is not None and (end := METRIC_NAMES.get(state, state)):
             attempt.on_end = partial(self._recorder.note_end, attempt.head.task_id, end)
         if not self._middleware.ends:
             return

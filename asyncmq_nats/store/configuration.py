@@ -16,16 +16,16 @@ from asyncmq_nats._logging import Throttle, get_logger
 from asyncmq_nats.backends.base import Backend, Difference, Expect, Write
 from asyncmq_nats.exceptions import AssetMissing, InvalidArgument, InvalidJob, WriteRefused
 from asyncmq_nats.settings import Settings
-from asyncmq_nats.store.commit import LAG
+from asyncmq_nats.store.commit import REPLICA_LAG_DELAYS
 from asyncmq_nats.store.topology import SHORTEST_LIVE_LEASE, QueueAssets
 from asyncmq_nats.wire.codec import dump_json, load_json
 from asyncmq_nats.wire.keys import QueueSubjects
 
-__all__ = ["CONFIGURABLE", "Configurations"]
+__all__ = ["CONFIGURABLE_SETTINGS", "Configurations"]
 
 logger = get_logger(__name__)
 
-CONFIGURABLE: Final = (
+CONFIGURABLE_SETTINGS: Final = (
     "stalled_after",
     "completed_ttl",
     "failed_ttl",
@@ -62,7 +62,9 @@ class Configurations:
         settings = self._backend.settings.model_copy(update=dict(stored))
         if settings != self._assets.settings:
             names = [
-                name for name in CONFIGURABLE if _differ(settings, self._assets.settings, name)
+                name
+                for name in CONFIGURABLE_SETTINGS
+                if _differ(settings, self._assets.settings, name)
             ]
             shown = ", ".join(f"{name}={getattr(settings, name)!r}" for name in names)
             logger.info("queue %s: settings in force now: %s", self._subjects.queue, shown)
@@ -79,7 +81,7 @@ class Configurations:
         """
         checked, reset = check_values(values), check_names(reset)
         await self._assets.declare()
-        for pause in LAG:
+        for pause in REPLICA_LAG_DELAYS:
             await brief_pause(pause)
             sequence, stored = await self._read()
             wanted = {name: value for name, value in stored.items() if name not in reset} | checked
@@ -165,7 +167,7 @@ class Configurations:
         except InvalidJob as problem:
             self._warn_of_malformed(problem)
             return {}
-        for name in filter(data.__contains__, CONFIGURABLE):
+        for name in filter(data.__contains__, CONFIGURABLE_SETTINGS):
             try:
                 found |= check_values({name: data[name]})
             except InvalidArgument as problem:
@@ -210,8 +212,10 @@ def check_names(names: Iterable[str]) -> list[str]:
     """
     names = list(names)
     for name in names:
-        if name not in CONFIGURABLE:
-            raise InvalidArgument(f"a queue can keep the settings {', '.join(CONFIGURABLE)}", name)
+        if name not in CONFIGURABLE_SETTINGS:
+            raise InvalidArgument(
+                f"a queue can keep the settings {', '.join(CONFIGURABLE_SETTINGS)}", name
+            )
     return names
 
 

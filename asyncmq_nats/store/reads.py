@@ -30,9 +30,9 @@ PAGE_SIZE: Final = 500
 SMALL_QUEUE: Final = 5_000
 SILENCE_LIFETIME: Final = 10.0
 """Seconds for which a counter that did not answer is not asked again."""
-NOTHING: Final = ConsumerState(0, 0, 0)
+EMPTY_STATE: Final = ConsumerState(0, 0, 0)
 PLACE_STATES: Final = {Place.DELAYED: State.DELAYED, Place.PARKED: State.WAITING_CHILDREN}
-"""What a released job is its time decides: it is released a little early, see `LEAD`."""
+"""The state of a released job depends on its time: it is released early, see `TIMER_LEAD`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,8 +117,8 @@ class Inspection:
         """Return the state of a tier's consumer; nothing if there is none."""
         with suppress(AssetMissing):
             state = await self._backend.look_up(self._subjects.ready_log, tier_name(priority))
-            return state or NOTHING
-        return NOTHING
+            return state or EMPTY_STATE
+        return EMPTY_STATE
 
     async def count(self, counter: str) -> int:
         """Return how many records a counter counts.

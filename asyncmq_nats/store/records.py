@@ -8,9 +8,9 @@ from asyncmq_nats.states import Place
 from asyncmq_nats.wire.codec import dump_json
 from asyncmq_nats.wire.keys import QueueSubjects
 
-__all__ = ["LEAD", "MARKER_TTL", "delayed_write", "outcome_body"]
+__all__ = ["MARKER_TTL", "TIMER_LEAD", "delayed_write", "outcome_body"]
 
-LEAD: Final = 0.4
+TIMER_LEAD: Final = 0.4
 """Seconds by which a timer is early: the server looks at its timers every 0.25 s.
 
 The promoter waits out the rest.
@@ -40,9 +40,11 @@ def delayed_write(
         expect: the condition of the write.
     """
     run_at, now = times
-    if run_at - LEAD <= now:  # beside: a promoter may be removing the record of the attempt before
+    if (
+        run_at - TIMER_LEAD <= now
+    ):  # beside: a promoter may be removing the record of the attempt before
         return Write(subjects.later(token, Place.RELEASED), body, expect, beside=True)
-    timer = Timer(run_at - LEAD, subjects.later(token, Place.RELEASED))
+    timer = Timer(run_at - TIMER_LEAD, subjects.later(token, Place.RELEASED))
     return Write(subjects.later(token, Place.DELAYED), body, expect, timer=timer)
 
 

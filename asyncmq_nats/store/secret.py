@@ -8,7 +8,7 @@ from typing import Final
 from asyncmq_nats._logging import get_logger
 from asyncmq_nats.backends.base import Backend, Expect, Record, Write
 from asyncmq_nats.exceptions import StorageFull, WriteRefused
-from asyncmq_nats.store.commit import LAG, look_for
+from asyncmq_nats.store.commit import REPLICA_LAG_DELAYS, look_for
 from asyncmq_nats.wire.keys import QueueSubjects
 
 __all__ = ["QueueSecret", "keyed_id"]
@@ -67,7 +67,7 @@ class QueueSecret:
             logger.warning("queue %s: its secret is not stored: %s", self._subjects.queue, error)
             self._secret = secret
         except WriteRefused:  # another process was faster: a replica may not know it yet
-            await look_for(partial(self._is_other_than, malformed), LAG)
+            await look_for(partial(self._is_other_than, malformed), REPLICA_LAG_DELAYS)
         else:
             self._secret = secret
 

@@ -8,7 +8,7 @@ from asyncmq_nats._clock import brief_pause
 from asyncmq_nats.backends.base import Backend, Expect, Record
 from asyncmq_nats.exceptions import InvalidJob
 from asyncmq_nats.states import Place, State
-from asyncmq_nats.store.commit import LAG
+from asyncmq_nats.store.commit import REPLICA_LAG_DELAYS
 from asyncmq_nats.wire.codec import load_json
 from asyncmq_nats.wire.keys import Key, Kind, QueueSubjects
 
@@ -147,7 +147,7 @@ async def read_end(backend: Backend, keys: QueueSubjects, token: str) -> Snapsho
     """
     latest: Record | None = None
     records: list[Record] = []
-    for pause in LAG:
+    for pause in REPLICA_LAG_DELAYS:
         await brief_pause(pause)
         latest = await backend.latest(keys.bucket_log, keys.done_all(token))
         filters = [keys.ends(token), keys.later_all(token)]

@@ -36,9 +36,9 @@ COUNTER_PATIENCE: Final = 2.0
 """Seconds for the answer of counters. They have one replica: its server may be lost."""
 SHORTEST_LIVE_LEASE: Final = 2.0
 """A queue in use is given no shorter lease: running workers extend theirs every 0.7 s."""
-LOOK_LIMIT: Final = 50_000
+TIER_SEARCH_LIMIT: Final = 50_000
 """Ready jobs whose priority is looked at each time."""
-LOOK_PAGE: Final = 1_000
+TIER_SEARCH_PAGE: Final = 1_000
 LATEST_PAUSE: Final = 32_503_680_000.0
 """The year 3000: a pause without an end."""
 TIER_SIGNAL: Final = "tier"
@@ -227,9 +227,9 @@ class QueueAssets:
 
         Without a tier, no worker would ever see the job. `declare=False` only returns them.
 
-        They come from producers that may not declare consumers. Looked for only when the log holds
-        more than its tiers know of, among what is new since the last look, and `LOOK_LIMIT` records
-        at most: anybody may add jobs of priorities that are none.
+        They come from producers that may not declare consumers. The search runs only when the log
+        holds more records than its tiers count. It reads those since the last search,
+        `TIER_SEARCH_LIMIT` at most: any producer may add jobs of invalid priorities.
         """
         log = self._subjects.ready_log
         before = await self._backend.count(log)
@@ -258,19 +258,19 @@ class QueueAssets:
         log = self._subjects.ready_log
         if await self._backend.last_sequence(log) < self._looked_at:
             self._looked_at = 0  # the log was lost, and made again
-        for _ in range(LOOK_LIMIT // LOOK_PAGE):
+        for _ in range(TIER_SEARCH_LIMIT // TIER_SEARCH_PAGE):
             page = await self._backend.page(
                 log,
                 self._subjects.all_ready,
                 from_sequence=self._looked_at + 1,
-                limit=LOOK_PAGE,
+                limit=TIER_SEARCH_PAGE,
                 mostly=True,
             )
             tiers = {self._subjects.tier_of(record.subject) for record in page}
             self._seen_priorities |= {tier for tier in tiers if tier is not None}
             if page:
                 self._looked_at = page[-1].sequence
-            if len(page) < LOOK_PAGE:
+            if len(page) < TIER_SEARCH_PAGE:
                 break
 
     def _warn_of_too_many(self, priority: int) -> None:

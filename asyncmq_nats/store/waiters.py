@@ -29,7 +29,7 @@ A shared one brings the outcomes of all jobs, also of those that no one here wai
 """
 LOOK_INTERVAL: Final = 5.0
 """How long after a lost event an outcome is seen all the same, in seconds."""
-FULL_LOOKS: Final = 50
+FULL_READS: Final = 50
 """The waiters that look for themselves at each interval: they also see that a job was removed."""
 IDS_PER_REQUEST: Final = 100
 
@@ -115,7 +115,7 @@ class Waiters:
             crowd.appoint(leader)
 
     async def _look(self, crowd: "_Crowd") -> None:
-        for waiter in crowd.next_ones(FULL_LOOKS):
+        for waiter in crowd.next_ones(FULL_READS):
             waiter.wake(looks=True)
         tokens = list({waiter.token for waiter in crowd.waiting if not waiter.looks})
         try:

@@ -20,7 +20,7 @@ from asyncmq_nats._concurrency import open_task_group
 from asyncmq_nats.metrics import ENDS, INCIDENTS, Histogram, TaskMetrics
 
 __all__ = [
-    "BOUNDS",
+    "BUCKET_BOUNDS",
     "CONTENT_TYPE",
     "QueueGauges",
     "QueueSource",
@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
-BOUNDS: Final = (
+BUCKET_BOUNDS: Final = (
     *(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5),
     *(1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 900.0, 3600.0),
 )
@@ -214,6 +214,6 @@ def _job_metrics(workers: Sequence[WorkerCounts]) -> Iterator[Metric]:
 
 def _buckets(histogram: Histogram) -> tuple[list[tuple[str, float]], float]:
     """Return the counts up to each bound, and the sum, as Prometheus wants them."""
-    counts = zip(BOUNDS, histogram.count_below(BOUNDS), strict=True)
+    counts = zip(BUCKET_BOUNDS, histogram.count_below(BUCKET_BOUNDS), strict=True)
     found: list[tuple[str, float]] = [(str(bound), count) for bound, count in counts]
     return [*found, ("+Inf", histogram.count)], histogram.total

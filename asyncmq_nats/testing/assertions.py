@@ -19,8 +19,8 @@ from asyncmq_nats.wire.codec import dump_json, load_json
 __all__ = ["EnqueuedJob", "assert_enqueued", "enqueued", "refute_enqueued"]
 
 Task = TaskWrapper[..., Any] | str
-SHOWN: Final = 20
-TOLERANCE: Final = 1.0
+SHOWN_JOBS: Final = 20
+DELAY_TOLERANCE: Final = 1.0
 """By how many seconds a delay may differ from the one asked for."""
 
 
@@ -183,7 +183,7 @@ class _Wanted:
 
     def _is_in_time(self, job: EnqueuedJob) -> bool:
         if self._delay is not None:
-            tolerance = TOLERANCE if self._within is None else self._within
+            tolerance = DELAY_TOLERANCE if self._within is None else self._within
             return abs(job.delay - self._delay) <= tolerance
         return self._within is None or job.due <= self._now + self._within
 
@@ -293,7 +293,7 @@ def _tell(backend: VirtualBackend, jobs: Sequence[EnqueuedJob]) -> str:
     lines = [
         f"  {job.task} args={job.args!r} kwargs={job.kwargs!r} delay={job.delay:g} "
         f"priority={job.priority} queue={job.queue} state={job.state}"
-        for job in shown[-SHOWN:]
+        for job in shown[-SHOWN_JOBS:]
     ]
     return "\n".join([f"enqueued {of}:", *lines])
 

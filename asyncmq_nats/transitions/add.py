@@ -19,7 +19,7 @@ from asyncmq_nats.jobs import Job, size_limit
 from asyncmq_nats.settings import Settings
 from asyncmq_nats.states import Place
 from asyncmq_nats.store.announcing import announce
-from asyncmq_nats.store.commit import LAG, look_for, pause_after_refusal
+from asyncmq_nats.store.commit import REPLICA_LAG_DELAYS, look_for, pause_after_refusal
 from asyncmq_nats.store.records import delayed_write
 from asyncmq_nats.store.snapshot import read_end
 from asyncmq_nats.store.topology import QueueAssets
@@ -32,7 +32,7 @@ from asyncmq_nats.wire.keys import QueueSubjects, check_job_id, encode_token
 
 __all__ = ["Additions"]
 
-BATCH: Final = 1000
+BATCH_LIMIT: Final = 1000
 EDGES_IN_BATCH: Final = 100
 """A job with more edges than this has them written after the batch that it is in."""
 
@@ -112,7 +112,7 @@ class Additions:
 
         The confirmation of an earlier sending was lost.
         """
-        if not await look_for(partial(self.are_stored, [job]), LAG):
+        if not await look_for(partial(self.are_stored, [job]), REPLICA_LAG_DELAYS):
             raise WriteRefused(self._subjects.bucket_log, f"job {job.job_id!r}")
         return job.job_id
 
@@ -258,7 +258,7 @@ class Additions:
             NotSerializable, PayloadTooLarge: as for `add`.
         """
         batch = Batch()
-        jobs = jobs[:BATCH]
+        jobs = jobs[:BATCH_LIMIT]
         known = await self.plans.links.read_parents(outside_of(jobs, inside))
         for job in jobs:
             planned = self.plans.links.plan(job, known, inside)
@@ -271,7 +271,7 @@ class Additions:
                 last=missing.get(job.job_id, 0),
                 in_bucket=in_bucket,
             )
-            if batch.writes and len(batch.writes) + len(writes) > BATCH:
+            if batch.writes and len(batch.writes) + len(writes) > BATCH_LIMIT:
                 break
             batch.writes += writes
             batch.count += 1

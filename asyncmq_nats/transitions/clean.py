@@ -22,7 +22,7 @@ from asyncmq_nats.wire.keys import INDEXED, QueueSubjects, decode_token
 
 __all__ = ["Cleanup", "Progress"]
 
-STEP: Final = 2_000
+RECORDS_PER_STEP: Final = 2_000
 """Records that are read and removed at a time."""
 
 PURGE_STEP: Final = 100_000
@@ -66,7 +66,7 @@ class Cleanup:
         for source in await self._sources(state):
             if limit and len(ids) >= limit:
                 break
-            async for step in self._steps(source, older_than, limit or STEP):
+            async for step in self._steps(source, older_than, limit or RECORDS_PER_STEP):
                 wanted = step[: limit - len(ids)] if limit else step
                 ids += await self.remove_records(source, wanted)
                 if progress is not None:
@@ -119,14 +119,14 @@ class Cleanup:
         return [await self._lists.place(place) for place in PLACES_OF[state]]
 
     async def _steps(
-        self, source: Source, older_than: float, limit: int = STEP
+        self, source: Source, older_than: float, limit: int = RECORDS_PER_STEP
     ) -> AsyncIterator[list[Record]]:
         """Yield the records of a source that are old enough, oldest first.
 
         The sequence grows with the time.
         """
         after: int | None = None
-        size = min(limit, STEP)
+        size = min(limit, RECORDS_PER_STEP)
         while True:
             records = await self._lists.read_records(source, after, size, descending=False)
             old = [

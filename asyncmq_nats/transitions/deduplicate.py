@@ -29,7 +29,7 @@ __all__ = ["Deduplicator", "Window", "parse_window", "take_window"]
 
 logger = get_logger(__name__)
 
-LONGEST: Final = 10 * 365 * 86_400
+LONGEST_WINDOW: Final = 10 * 365 * 86_400
 """The longest window, in seconds."""
 
 
@@ -66,9 +66,9 @@ def parse_window(window: Mapping[str, Any]) -> Window:
         raise ValueError(f"deduplication needs an 'id', a text that is not empty, not {key!r}")
     if ttl is not None and (isinstance(ttl, bool) or not isinstance(ttl, int | float)):
         raise TypeError(f"deduplication ttl must be a number of seconds, not {type(ttl).__name__}")
-    if ttl is not None and not 0 < ttl <= LONGEST:  # not so for NaN, either
+    if ttl is not None and not 0 < ttl <= LONGEST_WINDOW:  # not so for NaN, either
         raise ValueError(
-            f"deduplication ttl must be above 0 and at most {LONGEST:.0f} s, not {ttl}"
+            f"deduplication ttl must be above 0 and at most {LONGEST_WINDOW:.0f} s, not {ttl}"
         )
     return Window(
         key,

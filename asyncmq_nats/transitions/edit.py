@@ -13,7 +13,7 @@ from asyncmq_nats.exceptions import WriteRefused, WrongState
 from asyncmq_nats.jobs import Job, check_size
 from asyncmq_nats.states import Place, State
 from asyncmq_nats.store.commit import pause_after_refusal
-from asyncmq_nats.store.records import LEAD, delayed_write
+from asyncmq_nats.store.records import TIMER_LEAD, delayed_write
 from asyncmq_nats.store.snapshot import Snapshot, read_end, read_snapshot
 from asyncmq_nats.store.topology import QueueAssets
 from asyncmq_nats.transitions.cancel import is_delayed
@@ -103,7 +103,7 @@ class Edits:
         """
         data, token = load_json(delayed.body), self._subjects.token(delayed.subject)
         expect, now = Expect(delayed.subject, delayed.sequence), self._backend.now()
-        if run_at is not None and run_at - LEAD > now:
+        if run_at is not None and run_at - TIMER_LEAD > now:
             body = dump_json(data | {"delay_until": run_at})
             return delayed_write(self._subjects, token, body, (run_at, now), expect)
         data.pop("delay_until", None)
@@ -161,7 +161,7 @@ class Edits:
             return Write(record.subject, body, expect)
         run_at = float(data.get("delay_until") or record.time)
         released = self._subjects.later(self._subjects.token(record.subject), Place.RELEASED)
-        return Write(record.subject, body, expect, timer=Timer(run_at - LEAD, released))
+        return Write(record.subject, body, expect, timer=Timer(run_at - TIMER_LEAD, released))
 
     def _checked_body(self, data: Mapping[str, Any], record: Record) -> bytes:
         body = dump_json(data)

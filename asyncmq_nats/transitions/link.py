@@ -16,7 +16,7 @@ from asyncmq_nats.backends.base import Backend, Delivery, Expect, Write
 from asyncmq_nats.exceptions import InvalidJob, JobNotFound, WriteRefused
 from asyncmq_nats.jobs import Job
 from asyncmq_nats.states import Place
-from asyncmq_nats.store.commit import LOOKS, pause_after_refusal
+from asyncmq_nats.store.commit import REPLICA_READ_DELAYS, pause_after_refusal
 from asyncmq_nats.store.many import for_each, read_many
 from asyncmq_nats.store.snapshot import Snapshot, read_end, read_snapshot
 from asyncmq_nats.transitions.parked import ParkedJobs, linking_body, read_snapshots
@@ -61,7 +61,7 @@ class Links:
         """
         found: dict[str, Parent] = {}
         missing = list(dict.fromkeys(job_ids))
-        for pause in LOOKS:
+        for pause in REPLICA_READ_DELAYS:
             if not missing:
                 break
             await brief_pause(pause)

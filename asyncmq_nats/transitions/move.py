@@ -29,7 +29,7 @@ from asyncmq_nats.transitions.clean import Progress
 from asyncmq_nats.wire.codec import dump_json, load_json
 from asyncmq_nats.wire.keys import QueueSubjects, encode_token
 
-__all__ = ["MOVABLE", "Moved", "Mover", "write_outcome"]
+__all__ = ["MOVABLE_STATES", "Moved", "Mover", "write_outcome"]
 
 MOVES_UNDER_WAY: Final = 16
 HOLD_TIME: Final = 10 * 365 * 86_400.0
@@ -38,7 +38,7 @@ MOVED_FROM: Final = "moved_from"
 """The member of a hold that says which queue it is from: its name alone may be another's too."""
 MOVED_TO: Final = "moved to queue "
 """How the error of a job begins that a mover ended. It is removed once the job is there."""
-MOVABLE: Final = (State.WAITING, State.DELAYED, *OUTCOMES)
+MOVABLE_STATES: Final = (State.WAITING, State.DELAYED, *OUTCOMES)
 """States in which a job can be moved. What runs stays, and so does what waits for others."""
 
 

@@ -21,7 +21,7 @@ from asyncmq_nats.states import Place, State
 from asyncmq_nats.store.announcing import announce
 from asyncmq_nats.store.commit import pause_after_refusal
 from asyncmq_nats.store.many import read_many
-from asyncmq_nats.store.records import LEAD, MARKER_TTL, delayed_write
+from asyncmq_nats.store.records import MARKER_TTL, TIMER_LEAD, delayed_write
 from asyncmq_nats.store.secret import QueueSecret
 from asyncmq_nats.store.snapshot import Snapshot, group_by_job, read_end
 from asyncmq_nats.store.topology import QueueAssets
@@ -242,7 +242,7 @@ class ParkedJobs:
             data.pop(name, None)
         now, run_at = self._backend.now(), data.get("delay_until")
         run_at = run_at if isinstance(run_at, int | float) and run_at > now else now
-        if linking and run_at - LEAD <= now:
+        if linking and run_at - TIMER_LEAD <= now:
             await self.hand_over(child, record, data)
         elif run_at > now:
             await self._delay(child, record, dump_json(data), (run_at, now), linking=linking)

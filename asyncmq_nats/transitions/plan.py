@@ -14,7 +14,7 @@ from asyncmq_nats.backends.base import Backend, Delivery, Expect, Timer, Write
 from asyncmq_nats.exceptions import InvalidJob, WriteRefused
 from asyncmq_nats.jobs import Job, new_job_id
 from asyncmq_nats.states import Place
-from asyncmq_nats.store.commit import LAG, look_for
+from asyncmq_nats.store.commit import REPLICA_LAG_DELAYS, look_for
 from asyncmq_nats.store.many import for_each, read_many
 from asyncmq_nats.store.records import MARKER_TTL
 from asyncmq_nats.store.secret import keyed_id
@@ -122,7 +122,7 @@ class Plans:
 
     async def _require_stored(self, job: Job, refused: WriteRefused) -> None:
         """Learn of a refusal: an earlier try has stored the job, or the refusal is an error."""
-        if not await look_for(partial(self.exists, job.job_id), LAG):
+        if not await look_for(partial(self.exists, job.job_id), REPLICA_LAG_DELAYS):
             raise refused
 
     # -- plan
@@ -152,7 +152,7 @@ class Plans:
                 self._log, Write(key, record, Expect(key, 0), timer=due)
             )
         except WriteRefused:  # no other job has this key: its confirmation was lost
-            found = await look_for(partial(self._backend.last, self._log, key), LAG)
+            found = await look_for(partial(self._backend.last, self._log, key), REPLICA_LAG_DELAYS)
             if not found:
                 raise
             sequence = found[0].sequence

@@ -15,12 +15,12 @@ from pydantic.dataclasses import dataclass as validated
 
 from asyncmq_nats.backends.base import Backend, Expect, Record, Write
 from asyncmq_nats.exceptions import InvalidJob, NotSerializable
-from asyncmq_nats.jobs import LATEST
+from asyncmq_nats.jobs import LATEST_TIME
 from asyncmq_nats.states import Place, State
 from asyncmq_nats.store.secret import keyed_id
 from asyncmq_nats.transitions.claim import CLAIM_TTL, Claim
 from asyncmq_nats.wire.codec import dump_json, load_json
-from asyncmq_nats.wire.keys import PRIORITIES, QueueSubjects, decode_token, is_token
+from asyncmq_nats.wire.keys import PRIORITY_LIMIT, QueueSubjects, decode_token, is_token
 
 __all__ = [
     "Finding",
@@ -39,12 +39,12 @@ __all__ = [
 class Head:
     """What a promoter has to know of a job. What else is wrong with it, the worker records."""
 
-    priority: int = Field(default=5, gt=-PRIORITIES, lt=PRIORITIES)
+    priority: int = Field(default=5, gt=-PRIORITY_LIMIT, lt=PRIORITY_LIMIT)
     retries: int = Field(default=0, ge=0)
     reruns: int = Field(default=0, ge=0)
     put_offs: int = Field(default=0, ge=0)
     custom_id: bool = False
-    delay_until: float | None = Field(default=None, allow_inf_nan=False, le=LATEST)
+    delay_until: float | None = Field(default=None, allow_inf_nan=False, le=LATEST_TIME)
 
 
 HEADS: Final = TypeAdapter(Head).validator

@@ -30,7 +30,7 @@ __all__ = ["MARKER_TTL", "Dependencies", "delayed_write"]
 
 CHILDREN_PER_READ: Final = 100
 """Each needs two filters."""
-DELETES: Final = 20
+DELETE_LIMIT: Final = 20
 """Above this number, records are removed by a purge, and markers by their time to live."""
 
 
@@ -133,7 +133,7 @@ class Dependencies:
         return failed
 
     async def _remove_edges(self, token: str, edges: Sequence[Record]) -> None:
-        if len(edges) > DELETES:
+        if len(edges) > DELETE_LIMIT:
             await self._backend.purge(self._log, self._subjects.edge(token, "*"))
         else:
             await for_each(
@@ -162,7 +162,7 @@ class Dependencies:
         last = await self._backend.write(self._log, *writes)
         # The sequences of a batch are consecutive.
         markers = [last - number for number, write in enumerate(reversed(writes)) if write.marker]
-        if len(markers) <= DELETES:
+        if len(markers) <= DELETE_LIMIT:
             await for_each(partial(self._backend.delete, self._log), markers)
 
     async def results(self, job: Job) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from asyncmq_nats.exceptions import InvalidJob, WriteRefused
 from asyncmq_nats.jobs import check_size
 from asyncmq_nats.schedules import RepeatableInfo, first_run, next_run_after
 from asyncmq_nats.transitions.definition import (
-    CODE,
+    CODE_OWNER,
     MARKER_TTL,
     Definition,
     Tick,
@@ -34,7 +34,7 @@ __all__ = ["Definition", "RepeatableInfo", "Repeatables", "make_definition", "re
 
 logger = get_logger(__name__)
 
-PAGE: Final = 500
+PAGE_SIZE: Final = 500
 
 
 class Repeatables:
@@ -162,7 +162,7 @@ class Repeatables:
     async def _all(self) -> list[tuple[Record, Definition]]:
         found, start = list[tuple[Record, Definition]](), 1
         while page := await self._backend.page(
-            self._log, self._subjects.repeat("*"), from_sequence=start, limit=PAGE
+            self._log, self._subjects.repeat("*"), from_sequence=start, limit=PAGE_SIZE
         ):
             for record in page:
                 definition = self._definition_in({record.subject: record})
@@ -240,7 +240,7 @@ class Repeatables:
         return {
             definition.rid: record.time
             for record, definition in await self._all()
-            if definition.owner == CODE
+            if definition.owner == CODE_OWNER
         }
 
     async def retire(self, rid: str, before: float) -> Definition | None:
@@ -249,7 +249,7 @@ class Repeatables:
         record, definition = self._record_in(records), self._definition_in(records)
         if record is None or definition is None:
             return None
-        if definition.owner != CODE or record.time >= before:
+        if definition.owner != CODE_OWNER or record.time >= before:
             return None
         return definition if await self._remove(rid, records) else None
 

@@ -36,12 +36,12 @@ __all__ = ["TickEnd", "Ticker", "read_fire"]
 
 logger = get_logger(__name__)
 
-CATCH_UP: Final = 30.0
+CATCH_UP_SECONDS: Final = 30.0
 """Ticks that were late because a worker died are all made up for, if they are no later."""
-HICCUP: Final = 3.0
+SHORT_DELAY_SECONDS: Final = 3.0
 """More seconds are an outage. Ticks that were late because a process or a server was busy are all
 made up for."""
-MAX_CACHED: Final = 10_000
+CACHED_DEFINITIONS: Final = 10_000
 """Definitions that a process keeps parsed."""
 
 read_fire: Final = Tick.decode
@@ -140,7 +140,7 @@ class Ticker:
         except InvalidJob as problem:
             logger.warning("%.200r is passed over: %s", stored.subject, problem)
             return None
-        if len(self._definitions) >= MAX_CACHED:
+        if len(self._definitions) >= CACHED_DEFINITIONS:
             self._definitions.clear()
         self._definitions[name] = definition, stored.body
         return definition
@@ -238,7 +238,7 @@ def due_times(definition: Definition, tick: Tick, now: float, *, again: bool) ->
     All after a short delay. After an outage, as the definition says: by default one.
     """
     schedule, late = definition.schedule, now - tick.run_at
-    if late <= (CATCH_UP if again else HICCUP):
+    if late <= (CATCH_UP_SECONDS if again else SHORT_DELAY_SECONDS):
         # With jitter, `now` may be later than the planned time by nearly an interval.
         due = missed_ticks(schedule, tick.at, tick.at + max(late, 0.0))
     elif definition.catch_up == "all":

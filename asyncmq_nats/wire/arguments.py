@@ -33,7 +33,7 @@ __all__ = ["Arguments", "Results", "write_by_class"]
 
 CACHED_SHAPES: Final = 256
 """Shapes (a number of positions, and names) that are kept per task; `**kwargs` has any number."""
-EXACT: Final[Mapping[Any, frozenset[type]]] = {
+EXACT_TYPES: Final[Mapping[Any, frozenset[type]]] = {
     int: frozenset({int}),
     str: frozenset({str}),
     bool: frozenset({bool}),
@@ -267,7 +267,7 @@ def _shown(slot: Slot) -> str:
 
 def _exact_classes(annotation: Any) -> frozenset[type]:
     try:
-        return EXACT.get(annotation, frozenset())
+        return EXACT_TYPES.get(annotation, frozenset())
     except TypeError:  # it cannot be hashed
         return frozenset()
 

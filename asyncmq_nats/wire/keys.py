@@ -15,7 +15,7 @@ from asyncmq_nats.states import OUTCOMES, Place, State
 __all__ = [
     "INDEXED",
     "LONGEST_TOKEN",
-    "PRIORITIES",
+    "PRIORITY_LIMIT",
     "PROMOTER",
     "Key",
     "Kind",
@@ -35,8 +35,8 @@ __all__ = [
 ]
 
 QUEUE_NAME: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")
-UNSAFE: Final = re.compile(r"[\s.*>%\x00-\x1f\x7f]")
-ESCAPED: Final = re.compile(r"(?:%[0-9A-Fa-f]{2})+")
+UNSAFE_CHARACTERS: Final = re.compile(r"[\s.*>%\x00-\x1f\x7f]")
+ESCAPED_BYTES: Final = re.compile(r"(?:%[0-9A-Fa-f]{2})+")
 STAND_IN: Final = re.compile("%h[0-9a-f]{64}")
 PLACES: Final = {str(place): place for place in Place}
 ENDS: Final = {str(state): state for state in OUTCOMES}
@@ -49,7 +49,7 @@ PROMOTER: Final = "promoter"
 TIER: Final = "tier_"
 TIER_NAME: Final = re.compile(TIER + "(-?[0-9]+)")
 COUNTER: Final = "count_"
-PRIORITIES: Final = 10**200
+PRIORITY_LIMIT: Final = 10**200
 """Priorities are integers below this and above its negative."""
 LONGEST_TOKEN: Final = 1024
 """In bytes.
@@ -71,12 +71,14 @@ def encode_token(text: str) -> str:
     """
     if not isinstance(text, str):
         raise TypeError(f"an id is a str, not {type(text).__name__}")
-    if UNSAFE.search(text) is None:
+    if UNSAFE_CHARACTERS.search(text) is None:
         return text if text.isascii() and 0 < len(text) <= LONGEST_TOKEN else fit_token(text)
     if STAND_IN.fullmatch(text) is not None:
         return text
     return fit_token(
-        UNSAFE.sub(lambda match: "".join(f"%{byte:02X}" for byte in match[0].encode()), text)
+        UNSAFE_CHARACTERS.sub(
+            lambda match: "".join(f"%{byte:02X}" for byte in match[0].encode()), text
+        )
     )
 
 
@@ -119,7 +121,7 @@ def decode_token(token: str) -> str:
     """Return the text that `encode_token` made the token from."""
     if "%" not in token:
         return token
-    return ESCAPED.sub(
+    return ESCAPED_BYTES.sub(
         lambda match: bytes.fromhex(match[0].replace("%", "")).decode("utf-8", "replace"), token
     )
 
@@ -320,7 +322,7 @@ class QueueSubjects:
         """
         word = subject[len(self._ready) :].partition(".")[0][:210]
         priority = tier_priority(TIER + word)
-        return priority if str(priority) == word and abs(int(word)) < PRIORITIES else None
+        return priority if str(priority) == word and abs(int(word)) < PRIORITY_LIMIT else None
 
     # -- later
 

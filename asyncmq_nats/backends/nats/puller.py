@@ -24,18 +24,18 @@ __all__ = ["NATSPuller"]
 logger = get_logger(__name__)
 
 NANOSECONDS: Final = 1_000_000_000
-HEARTBEAT: Final = 5.0
-CLUSTER_HEARTBEAT: Final = 1.0
+HEARTBEAT_INTERVAL: Final = 5.0
+CLUSTER_HEARTBEAT_INTERVAL: Final = 1.0
 """Seconds between idle heartbeats in a cluster: the leader of a consumer may be lost in silence."""
-GRACE: Final = 2.0
+LAPSE_DELAY: Final = 2.0
 CLOSE_TIMEOUT: Final = 5.0
-OVERHEAD: Final = 16 * 1024
+SUBJECT_BYTES: Final = 16 * 1024
 """Bytes that a message counts besides its body and headers: its subjects."""
-QUIET: Final = 0.05
+CLUSTER_IDLE_SECONDS: Final = 0.05
 """Seconds after which a server of a cluster that has not used credit has nothing to send."""
-BRIEF: Final = 0.02
+IDLE_SECONDS: Final = 0.02
 """Likewise for a single server, in seconds since the pull was sent."""
-RESTORE_AFTER: Final = 0.25
+RESTORE_DELAY: Final = 0.25
 """Seconds before a consumer that is missing is asked again.
 
 The server answers at once: without a pause, pull and answer would chase each other.
@@ -185,14 +185,14 @@ class NATSPuller:
         token = f"{next(self._tokens)}-{consumer}"
         payload: dict[str, int | bool] = {"batch": count}
         if count * self._client.max_payload > ANSWER_SIZE:
-            payload["max_bytes"] = max(ANSWER_SIZE, self._client.max_payload + OVERHEAD)
+            payload["max_bytes"] = max(ANSWER_SIZE, self._client.max_payload + SUBJECT_BYTES)
         if wait > 0:
             payload["expires"] = int(wait * NANOSECONDS)
         else:  # answered at once, with a 404 if less is there than was asked for
             payload["no_wait"] = True
             credit.looks[token] = Look(count, credit.outstanding)
         credit.outstanding += count
-        credit.lapses_at = max(credit.lapses_at, now + wait + GRACE)
+        credit.lapses_at = max(credit.lapses_at, now + wait + LAPSE_DELAY)
         credit.heard_at = now
         if self._unanswered_since is None:
             self._unanswered_since = now
@@ -208,7 +208,7 @@ class NATSPuller:
 
     @property
     def _heartbeat(self) -> float:
-        return CLUSTER_HEARTBEAT if self._client.is_clustered else HEARTBEAT
+        return CLUSTER_HEARTBEAT_INTERVAL if self._client.is_clustered else HEARTBEAT_INTERVAL
 
     async def _open(self) -> None:
         self._inbox = self._client.new_inbox() + "."
@@ -275,7 +275,9 @@ class NATSPuller:
         and counts as a redelivery. If another server of a cluster leads the consumer, the one we
         are connected to drops it: then it returns when its lease is over.
         """
-        quiet, since = (QUIET, begun) if self._client.is_clustered else (BRIEF, 0.0)
+        quiet, since = (
+            (CLUSTER_IDLE_SECONDS, begun) if self._client.is_clustered else (IDLE_SECONDS, 0.0)
+        )
         while any(credit.outstanding for credit in self._credits.values()):
             now = time.monotonic()
             if (
@@ -364,7 +366,9 @@ class NATSPuller:
             self._send_pull(
                 consumer,
                 count,
-                0.0 if look is not None else max(1.0, credit.lapses_at - GRACE - time.monotonic()),
+                0.0
+                if look is not None
+                else max(1.0, credit.lapses_at - LAPSE_DELAY - time.monotonic()),
             )
 
     def _on_pause(self, subject: bytes, _: bytes, body: bytes, __: bytes | None) -> None:
@@ -397,7 +401,7 @@ class NATSPuller:
 
     async def _restore(self, consumer: str, credit: Credit) -> None:
         try:
-            await asyncio.sleep(RESTORE_AFTER)
+            await asyncio.sleep(RESTORE_DELAY)
             await self._declare(consumer)
         finally:
             credit.give_up()
@@ -419,6 +423,9 @@ class NATSPuller:
             for consumer, credit in list(self._credits.items()):
                 if not credit.outstanding or not self._client.is_connected:
                     continue
-                if now > credit.lapses_at or now > credit.heard_at + 2 * self._heartbeat + GRACE:
+                if (
+                    now > credit.lapses_at
+                    or now > credit.heard_at + 2 * self._heartbeat + LAPSE_DELAY
+                ):
                     self._lapse(consumer, "no heartbeat", gone=True)
                     credit.heard_at = now

@@ -12,7 +12,7 @@ HEIGHT: Final = 52
 GAP_X: Final = 64
 GAP_Y: Final = 18
 MARGIN: Final = 8
-SWEEPS: Final = 6
+ORDERING_PASSES: Final = 6
 """Passes that move each job near those it is tied to, so that few lines cross."""
 
 
@@ -98,7 +98,7 @@ def _untangle(layers: list[list[str]], parents: Mapping[str, Sequence[str]]) -> 
     for job, given in parents.items():
         for parent in given:
             children[parent].append(job)
-    for sweep in range(SWEEPS):
+    for sweep in range(ORDERING_PASSES):
         forward = sweep % 2 == 0
         tied: Mapping[str, Sequence[str]] = parents if forward else children
         order = layers if forward else layers[::-1]

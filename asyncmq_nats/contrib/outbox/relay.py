@@ -41,7 +41,7 @@ TIDY_INTERVAL: Final = 60.0
 """Seconds between searches for order keys whose last job has ended, and their least age."""
 RELEASE_TIMEOUT: Final = 2.0
 """How long a relay that stops tries to give back what it has, in seconds."""
-ENDED: Final = (None, "completed", "failed", "expired", "cancelled")
+ENDED_STATES: Final = (None, "completed", "failed", "expired", "cancelled")
 
 
 class Relay:
@@ -187,7 +187,7 @@ class Relay:
         ended = [
             tail
             for tail in await self._store.idle_tails(age)
-            if await self._queue(tail.queue).get_job_state(tail.job_id) in ENDED
+            if await self._queue(tail.queue).get_job_state(tail.job_id) in ENDED_STATES
         ]
         if ended:
             await self._store.remove_tails(ended)

@@ -46,7 +46,7 @@ CLOCKS: Final = {
     "postgresql": "EXTRACT(epoch FROM clock_timestamp())",
     "sqlite": "((julianday('now') - 2440587.5) * 86400.0)",
 }
-FOLLOWERS: Final = 100
+FOLLOWERS_PER_KEY: Final = 100
 """How many rows of order keys are taken beside the first ones, at most for each of these."""
 ANSWER_TIMEOUT: Final = 2.0
 """How long a cancelled relay waits for the answer of PostgreSQL, in seconds."""
@@ -206,7 +206,7 @@ class OutboxStore:
                         _row.number.not_in(taken),
                     )
                     .order_by(_row.number)
-                    .limit(min(limit, FOLLOWERS * len(firsts)))
+                    .limit(min(limit, FOLLOWERS_PER_KEY * len(firsts)))
                 )
                 rows += await self._mark_taken(connection, followers, lease)
         return sorted(rows, key=lambda row: row.number)
