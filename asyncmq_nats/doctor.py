@@ -1,4 +1,4 @@
-"""What is wrong with a server, an account and its queues, and how to mend it: typed findings.
+"""Typed findings: faults of a server, an account and its queues, and how to mend them.
 
 `examine` looks at everything and changes nothing; `mend` does what is safe. `check` is one look for
 monitoring. Neither needs the code of the application.
@@ -140,7 +140,7 @@ async def _examine_server(facts: ServerFacts | None, monitor: str | None) -> lis
 async def _find_queues(
     backend: Backend, queues: Sequence[str] | None, role: Role
 ) -> tuple[list[str], list[Finding]]:
-    """Return the names of the queues to look at, and what is to be said of them together."""
+    """Return the names of the queues to examine, and the findings about all of them."""
     names = list(queues or ())
     if role == "producer":  # its login may look no further
         return names, []
@@ -161,7 +161,10 @@ async def _find_queues(
 
 
 async def mend(findings: Sequence[Finding]) -> list[tuple[Finding, str]]:
-    """Mend what is safe to mend. Return each such finding, and what was done or why not."""
+    """Mend the findings that are safe to mend.
+
+    Return each of them, and what was done or why not.
+    """
     done: list[tuple[Finding, str]] = []
     for finding in findings:
         if finding.fix is not None:
@@ -512,7 +515,7 @@ def subjects_of(
 
 @dataclass(frozen=True, slots=True)
 class Thresholds:
-    """From when on a check warns, and from when on it is an error. `None` is no bound.
+    """The bounds from which a check is a warning or an error. `None` is no bound.
 
     `waiting`: jobs that wait. `age`: seconds for which the oldest of them has waited. `failed`:
     failed jobs that are kept. `workers`: fewer are an error.
@@ -538,7 +541,7 @@ async def check(
 ) -> Check:
     """Look at the queues, by default at all, and compare with the thresholds.
 
-    What cannot be reached is an error, not an exception.
+    A server that cannot be reached is an error, not an exception.
     """
     bounds = thresholds or Thresholds()
     figures: dict[str, dict[str, float]] = {}

@@ -1,8 +1,8 @@
 """The command line: `asyncmq-nats`, in short `amq`. Needs the extra `cli`.
 
-A module per group of commands. None holds logic of queues: each command is some calls of the public
-API, and words for a person.
-`command.py` has what all commands share, `connection.py` finds the server, `output.py` prints.
+There is a module per group of commands. A command calls the public API and prints for a person; it
+holds no logic of queues. `command.py` has what all commands share, `connection.py` finds the
+server, `output.py` prints.
 """
 
 import importlib.util

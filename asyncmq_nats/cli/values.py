@@ -1,4 +1,4 @@
-"""What a person types: times, durations, arguments; and which jobs a command is for."""
+"""Parses values of the command line: times, durations, arguments, and selections of jobs."""
 
 import sys
 from collections.abc import Iterable, Sequence
@@ -215,7 +215,7 @@ class Selection:
     ids: tuple[str, ...] = ()
     where: JobFilter | None = None
     words: tuple[str, ...] = ()
-    """The options of the filter, as they were typed, but for `--until`."""
+    """The filter options as they were typed, without `--until`."""
 
 
 def select(

@@ -84,8 +84,7 @@ def _columns(parents: Mapping[str, Sequence[str]]) -> dict[str, int]:
     left = dict(parents)
     while left:
         ready = [job for job, given in left.items() if all(p in columns for p in given)]
-        # None is ready: they wait for each other in a circle, which no flow has; the first one
-        # begins.
+        # None is ready: they form a circle, which no flow has; begin with the first one.
         for job in ready or [next(iter(left))]:
             known = [columns[p] for p in left.pop(job) if p in columns]
             columns[job] = max(known, default=-1) + 1

@@ -1,4 +1,4 @@
-"""What of a job is shown: values under keys that look like secrets are not.
+"""Hides the secrets of jobs: values under keys that look like secrets are not shown.
 
 Pure, but for the tasks of this process, which name the positional arguments.
 """
@@ -15,7 +15,7 @@ from asyncmq_nats.tasks import list_tasks
 __all__ = ["MASK", "SECRET_KEYS", "Redactor", "Shown", "restore_hidden"]
 
 MASK: Final = "••••••"
-"""Stands for what is not shown."""
+"""The text in place of a hidden value."""
 SECRET_KEYS: Final = (
     "password", "passwd", "passphrase", "secret", "token", "apikey", "authorization", "cookie",
     "credential", "privatekey", "accesskey", "signature", "cardnumber", "cvv", "iban", "ssn",

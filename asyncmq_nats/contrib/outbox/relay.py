@@ -1,8 +1,8 @@
 """The relay: takes rows out of the outbox and adds their jobs to the queues, each exactly once.
 
-One step is take → publish → finish. Whatever dies in between, the rows are taken again when their
-lease is over, and the queue refuses the ids that it has. So no step needs the one before to be
-undone, and relays need not know of each other.
+One step is take → publish → finish. If a relay dies in between, the rows are taken again when their
+lease is over, and the queue refuses the ids that it has. So no step has to be undone, and relays
+need not know of each other.
 """
 
 import json
@@ -233,7 +233,7 @@ class Relay:
         rows = list(jobs)
         try:
             await self._queue(rows[0].queue).enqueue_bulk(jobs.values())
-        except (ValueError, TypeError):  # one of them is not valid: which one?
+        except (ValueError, TypeError):  # one of them is not valid: add them one by one
             return [row for row in rows if await self._add(row, jobs[row])]
         return rows
 

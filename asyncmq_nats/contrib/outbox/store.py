@@ -1,7 +1,7 @@
-"""The relay's side of the table: take rows on a lease, and say what became of them.
+"""The relay's side of the table: take rows on a lease, and record their end.
 
 It knows no queue. Each function is one transaction. A row belongs to the relay in `taken_by` until
-`taken_until`, by the database's clock. What a relay writes about a row expects that it still has
+`taken_until`, by the database's clock. A relay's write about a row expects that the relay still has
 it, so one that stood still for longer than its lease changes nothing.
 """
 
@@ -80,7 +80,7 @@ class Tail:
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """What is in the outbox.
+    """Counts of the outbox.
 
     `oldest`: the age in seconds of the oldest row that is not published.
     """
@@ -121,7 +121,7 @@ _is_first = _row.order_key.is_(None) | ~exists().where(
     _other.published_at.is_(None),
     _other.error.is_(None),
 )
-"""Of the rows with an order key, only the first one is there to take."""
+"""A row with an order key can be taken only if it is the first one of its key."""
 
 
 P = ParamSpec("P")

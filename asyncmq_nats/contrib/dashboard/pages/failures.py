@@ -19,7 +19,7 @@ __all__ = ["act", "show", "show_queue"]
 READ_PER_QUEUE: Final = 1_000
 """The newest failed jobs of a queue that are grouped, at most."""
 READ_LIMIT: Final = 2_000
-"""Those of all queues together."""
+"""The most failed jobs of all queues together."""
 PAGE_SIZE: Final = 250
 
 
