@@ -172,7 +172,7 @@ class JobHead:
 
     @classmethod
     def decode(cls, body: bytes) -> Self:
-        """Return what there is to know of the job in a message that this library wrote.
+        """Return the head of the job in a message that this library wrote.
 
         Raises:
             InvalidJob: the body is not a job.
@@ -190,7 +190,7 @@ class JobHead:
 
 @dataclass(
     frozen=True, config=ConfigDict(extra="forbid")
-)  # in the constructor; what is read may have more
+)  # in the constructor; stored jobs may have more
 class Job:
     """One job, and how far it is. Times are Unix seconds, durations seconds.
 
@@ -251,22 +251,22 @@ class Job:
     last_attempt: float | None = None
     progress: float | None = None
     progress_data: Any = None
-    """What its task last reported."""
+    """The data of its task's last progress report."""
     finished_at: float | None = None
     worker: str | None = None
     stalls: int = 0
-    """How often its worker was lost while it ran."""
+    """The number of workers that were lost while it ran."""
     reruns: int = Field(default=0, ge=0)
-    """How often it was retried by hand."""
+    """The number of retries by hand."""
     put_offs: int = Field(default=0, ge=0)
     """How often it was put off: by its task, or by a worker without its task or its version."""
     put_off_since: float | None = Field(default=None, allow_inf_nan=False)
-    """When that began."""
+    """When the first of these put-offs began."""
     put_off_reason: str | None = None
     snoozes: int = Field(default=0, ge=0)
     """How often in a row its task has put it off by `Snooze`."""
     meta: dict[str, str] = Field(default_factory=dict)
-    """What producers and middleware send along, such as the id of a request or of a trace."""
+    """Strings of producers and middleware, such as the id of a request or of a trace."""
     v: int = WIRE_VERSION
 
     @property
@@ -281,7 +281,7 @@ class Job:
 
     @property
     def order(self) -> tuple[int, int]:
-        """Which of two records of the job is of a later attempt."""
+        """Orders records of the job: that of a later attempt is greater."""
         return self.reruns, self.retries + self.put_offs
 
     def is_expired(self, now: float | None = None) -> bool:
@@ -363,8 +363,8 @@ class Job:
     def encode(self) -> bytes:
         """Return the JSON of a job that has not ended.
 
-        What has its default is left out where the default never changes. Made once: what is changed
-        in the arguments afterwards does not count.
+        Fields with an unchanging default are left out. It is made once: later changes of the
+        arguments do not count.
 
         Raises:
             NotSerializable: an argument is not JSON; the message names it.

@@ -1,4 +1,4 @@
-"""What workers did, over time: rates, durations and totals, per queue and task.
+"""The history of the workers: rates, durations and totals, per queue and task.
 
 Workers write it (`Settings.metrics`), so it is true over restarts, replicas and processes, and a
 read costs the same however many jobs ran. Times are Unix seconds by the server's clock.
@@ -29,17 +29,17 @@ __all__ = [
 ]
 
 ENDS: Final = ("completed", "failed", "retried", "expired", "cancelled")
-"""What can become of an attempt.
+"""The ends of an attempt.
 
-`cancelled`: while it ran; one that waits is cancelled by no worker.
+`cancelled`: while it ran; the history counts no job that was cancelled while it waited.
 """
 INCIDENTS: Final = ("redelivered", "lost", "handed_back", "lease_lost", "reconnected")
-"""What a worker counts beside the ends of attempts; see docs/monitoring.md."""
+"""Counts of a worker beside the ends of attempts; see docs/monitoring.md."""
 PER_DOUBLING: Final = 64
 """Buckets of a histogram per doubling: a percentile is right within 0.6 %."""
 SHORTEST_SECONDS: Final = 1e-6
 LONGEST_SECONDS: Final = 1e8
-"""Seconds; what is outside counts as this."""
+"""In seconds: a duration outside counts as this one."""
 MOST_POINTS: Final = 200
 """Points of a read that is given no step, at most."""
 NICE_STEPS: Final = (
@@ -155,7 +155,7 @@ class Histogram:
 
 @dataclass(slots=True)
 class TaskMetrics:
-    """What became of the attempts at the jobs of one task, or of several."""
+    """Counts of the attempts at the jobs of one task, or of several."""
 
     completed: int = 0
     failed: int = 0
@@ -188,7 +188,7 @@ class TaskMetrics:
         self.run.merge(other.run)
 
     def to_dict(self, *, coarse: bool = False) -> dict[str, Any]:
-        """Return it as JSON has it: what is 0 is left out."""
+        """Return the counts as JSON, without those that are 0."""
         data: dict[str, Any] = {name: n for name in ENDS if (n := getattr(self, name))}
         if self.run.count:
             data["wait"] = self.wait.to_list(coarse=coarse)
@@ -197,7 +197,7 @@ class TaskMetrics:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "TaskMetrics":
-        """Return what such a dict has; what is malformed counts as 0."""
+        """Return the counts of such a dict; malformed ones count as 0."""
         counts = {name: n for name in ENDS if isinstance(n := data.get(name), int)}
         wait, run = Histogram.from_list(data.get("wait")), Histogram.from_list(data.get("run"))
         return cls(**counts, wait=wait, run=run)
@@ -212,10 +212,11 @@ def _merged(metrics: Iterable[TaskMetrics]) -> TaskMetrics:
 
 @dataclass(slots=True)
 class MetricsPoint:
-    """What happened in `step` seconds from `start` on.
+    """The counts of `step` seconds from `start` on.
 
-    `seconds`: how many of these are over; fewer than `step` in the last point only.
-    `slots`, `busy`: mean number of slots, and of those that ran a job. `workers`: how many wrote.
+    `seconds`: how many of these are over; fewer than `step` in the last point only. `slots`,
+    `busy`: mean number of slots, and of those that ran a job. `workers`: the number of workers that
+    wrote.
     `incidents`: counts by the words of `INCIDENTS`.
     """
 
@@ -230,7 +231,7 @@ class MetricsPoint:
 
     @property
     def total(self) -> TaskMetrics:
-        """That of all tasks together."""
+        """The counts of all tasks together."""
         return _merged(self.tasks.values())
 
     def rate(self, count: int) -> float:
@@ -240,7 +241,7 @@ class MetricsPoint:
 
 @dataclass(frozen=True, slots=True)
 class MetricsHistory:
-    """The points of a stretch of time in order, without gaps.
+    """The points of a period in order, without gaps.
 
     `since`, `until`: its ends; `step`: seconds per point.
     """
@@ -253,7 +254,7 @@ class MetricsHistory:
 
     @property
     def tasks(self) -> dict[str, TaskMetrics]:
-        """What became of the jobs of each task, over all points."""
+        """The counts of each task, over all points."""
         found: dict[str, TaskMetrics] = {}
         for point in self.points:
             for task, metrics in point.tasks.items():
@@ -262,7 +263,7 @@ class MetricsHistory:
 
     @property
     def total(self) -> TaskMetrics:
-        """That of all tasks and all points together."""
+        """The counts of all tasks and all points together."""
         return _merged(self.tasks.values())
 
     @property
@@ -283,7 +284,7 @@ async def read_metrics(
     until: float | None = None,
     step: float | None = None,
 ) -> MetricsHistory:
-    """Return what the workers of a queue did.
+    """Return the history of a queue's workers.
 
     Args:
         backend: of the queue.
@@ -312,7 +313,7 @@ async def read_all_metrics(
     until: float | None = None,
     step: float | None = None,
 ) -> dict[str, MetricsHistory]:
-    """Return what `read_metrics` does, by name, for each queue with workers then. One read."""
+    """Return the history of each queue with workers in that time, by name, in one read."""
     plan = await _plan(backend, since, until, step)
     by_queue: dict[str, list[HistoryRecord]] = {}
     for record in await read_history(backend, None, plan.since, plan.until, plan.stored):
@@ -322,7 +323,7 @@ async def read_all_metrics(
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """What to read.
+    """A request for a history.
 
     `stored`: the step of the records; `step`: that of the points, a multiple of it.
     """

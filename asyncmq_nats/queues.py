@@ -117,7 +117,7 @@ logger = get_logger(__name__)
 
 EVENT_BUFFER: Final = 10_000
 READS_OF_OUTCOME: Final = 5
-"""Reads that find an end that was heard, if no replica lags; more mean that it was retried."""
+"""Reads for an outcome after its event, if no replica lags: then the job must have been retried."""
 RETRYABLE_STATES: Final = (State.FAILED, State.EXPIRED, State.CANCELLED, State.DELAYED)
 """States in which a job can be retried by hand."""
 IMPORT_BATCH: Final = 500
@@ -509,13 +509,13 @@ class Queue:
         }
 
     async def info(self) -> QueueInfo | None:
-        """Return all there is to know of the queue as a whole; `None` if it does not exist."""
+        """Return an overview of the queue; `None` if it does not exist."""
         return await self._overview.read()
 
     async def rates(self, period: float = 60.0) -> dict[str, float]:
         """Return how many jobs a second ended in each way during the last `period` seconds.
 
-        They are read from the outcomes, at most 5,000 of each; those removed since do not count.
+        They are read from the outcomes, at most 5,000 of each; removed ones do not count.
 
         Raises:
             InvalidArgument: the period is not above 0.
@@ -599,8 +599,8 @@ class Queue:
 
         Newest first unless `asc`.
 
-        States are joined one after the other. What is before `start` is read and passed over: in
-        long lists, `list_page` goes on where the page before ended.
+        States are joined one after the other. Jobs before `start` are read and skipped: in long
+        lists, `list_page` goes on where the page before ended.
         """
         names = [types] if isinstance(types, str) else JOB_STATES if types is None else types
         states = [State(name) for name in names if name in set(State)]
@@ -846,7 +846,7 @@ class Queue:
         return True
 
     async def _find_and(self, act: Callable[[str], Awaitable[bool]], job_id: str) -> bool:
-        """Do something to a job that may be moving.
+        """Apply an action to a job that may be moving.
 
         Return whether it was done; nothing is declared for it.
         """
@@ -855,9 +855,9 @@ class Queue:
 
     @staticmethod
     async def _unless_missing(action: Coroutine[Any, Any, R], nothing: R) -> R:
-        """Return what an action returns, and `nothing` when there is no such queue.
+        """Return what an action returns, or `nothing` if there is no such queue.
 
-        Only what stores jobs makes one.
+        Only additions create a queue.
         """
         try:
             return await action
@@ -927,7 +927,7 @@ class Queue:
         return await self._configurations.apply()
 
     async def find_drift(self) -> list[Difference]:
-        """Return what of this queue on the server differs from the settings in force."""
+        """Return how the queue on the server differs from the settings in force."""
         return await self._configurations.compare()
 
     async def find_orphan_priorities(self) -> list[int]:
@@ -957,7 +957,7 @@ class Queue:
     async def get_due_delayed(self) -> list[dict[str, Any]]:
         """Take out and return the jobs whose time has come and that no worker has made ready yet.
 
-        They are the caller's now. While workers run there are none, for milliseconds at most. One
+        The caller owns them. While workers run, there are such jobs for milliseconds at most. One
         that a worker is making ready at this moment may run as well.
         """
         return [
@@ -1031,7 +1031,7 @@ class Queue:
         limit: int | None = None,
         progress: Progress | None = None,
     ) -> Applied:
-        """Do something to all jobs that match a filter, or to those of some ids, many at a time.
+        """Apply an action to all jobs that match a filter, or to those of some ids, many at a time.
 
         Each job is met once: what reaches a state after the call has begun is not. A job may have
         moved on since it was found; then the action does to it what it does in that state, and
@@ -1168,9 +1168,9 @@ class Queue:
     ) -> Imported:
         """Add what `export` yielded, of this queue or of another.
 
-        What is there already stays: after an interruption the same call goes on. Jobs that ran when
-        they were exported run again; those that had ended keep their outcome, with a new time to
-        live. A repeatable begins a new series.
+        Existing jobs stay, so the same call goes on after an interruption. Jobs that ran when they
+        were exported run again; those that had ended keep their outcome, with a new time to live. A
+        repeatable begins a new series.
 
         Raises:
             InvalidArgument: a line is none of an export.
@@ -1492,7 +1492,7 @@ class Queue:
                 "wait for them, or pass force=True"
             )
         ids = await self._cleanup.read_ids()
-        # What runs would store its next attempt after all else is gone.
+        # A running job would store its next attempt after all else is gone.
         for job in await self.list_jobs(State.ACTIVE) if counts[State.ACTIVE] else ():
             await self.cancel_job(job["id"])
         if await self._cleanup.obliterate():

@@ -1,6 +1,6 @@
-"""What is asked of running workers: pause, resume, cancel; and which workers there are.
+"""Requests to running workers: pause, resume, cancel, stop; and the list of workers.
 
-Other programs may write what is read here: a malformed record or signal is only a warning.
+Other programs may write these records and signals: a malformed one is only a warning.
 """
 
 import math
@@ -53,7 +53,7 @@ RESUME: Final = "resume"
 CANCEL: Final = "cancel"
 STOP: Final = "stop"
 PAUSE_ANSWER_TIMEOUT: Final = 2.0
-"""How long to wait for the workers' word that they start nothing more."""
+"""Seconds to wait until the workers confirm that they start nothing more."""
 MAX_SHOWN_JOBS: Final = 100
 """Ids of running jobs in the entry of a worker."""
 STOP_ANSWER_TIMEOUT: Final = 1.0
@@ -146,7 +146,8 @@ async def stop_worker(backend: Backend, worker: str) -> bool:
     """Have a worker stop in order, as by SIGTERM; a supervisor does not start it again.
 
     Return whether it has answered that it stops: what runs may still take `shutdown_timeout`.
-    A worker of several queues stops as a whole. `False`: there is no such worker, or it is silent.
+    A worker of several queues stops as a whole. `False`: there is no such worker, or it does not
+    answer.
     """
     for _ in range(STOP_TRIES):  # a signal is lost while its worker reconnects
         entries = [entry for entry in await list_workers(backend) if entry.id == worker]
@@ -206,7 +207,7 @@ class WorkerInfo:
     memory: int | None = None
     """Bytes of memory of its process; `None` if that is not known."""
     stopping: bool = False
-    """Whether it was told to stop and finishes what runs."""
+    """Whether it was told to stop, and finishes its running jobs."""
 
 
 async def list_workers(backend: Backend, queue: str | None = None) -> list[WorkerInfo]:
@@ -261,7 +262,7 @@ def _worker_of(record: Record) -> WorkerInfo | None:
 def measure_memory() -> int | None:
     """Return the bytes of memory that this process has now; `None` where that cannot be read.
 
-    Where there is no `/proc`, the most that it has had.
+    Without `/proc` it is the peak.
     """
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
@@ -281,7 +282,7 @@ def new_worker_id() -> str:
 
 
 class WorkerRegistry:
-    """The entry of one worker, and what it hears from `Controls`."""
+    """The entry of one worker, and its listener to `Controls`."""
 
     def __init__(
         self,

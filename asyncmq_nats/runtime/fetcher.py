@@ -1,6 +1,6 @@
-"""Fetches jobs for a worker's slots: when to ask for how many of which tier, and who starts next.
+"""Fetches jobs for a worker's slots: asks the server for jobs of each tier, orders the starts.
 
-What to ask for is decided in `prefetch`, from what `tiers` and the buffer know.
+The numbers are decided in `prefetch`, from the counts of `tiers` and the buffer.
 """
 
 import asyncio
@@ -30,7 +30,7 @@ logger = get_logger(__name__)
 
 PULL_SECONDS: Final = 30.0
 TIER_SEARCH_INTERVAL: Final = 30.0
-"""Cadence of the safety net for tiers that were made unheard."""
+"""Seconds between two searches for tiers whose signal was lost."""
 BUFFER_CHECK_INTERVAL: Final = 0.05
 MEASURE_INTERVAL: Final = 0.005
 UNSETTLED_PER_SLOT: Final = 4

@@ -75,7 +75,7 @@ class HandBack:
         return True
 
     def _choose(self, priorities: list[int]) -> list[int]:
-        """Return the next few of many tiers, so that a look costs the same for any number."""
+        """Return the next few of many tiers, so that a check costs the same for any number."""
         first = self._turn % len(priorities)
         self._turn = first + MAX_TIERS_PER_LOOK if len(priorities) > MAX_TIERS_PER_LOOK else 0
         return (priorities[first:] + priorities[:first])[:MAX_TIERS_PER_LOOK]

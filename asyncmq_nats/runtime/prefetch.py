@@ -38,7 +38,7 @@ MAX_DOUBLINGS: Final = 7
 
 @dataclass(frozen=True, slots=True)
 class TierView:
-    """What the worker knows of a tier.
+    """The state of a tier.
 
     `outstanding`: credit that the server holds. `pending`: jobs that wait behind the last delivery.
     `held`: buffered jobs of this tier and of higher ones; those of lower tiers take no room from

@@ -62,7 +62,7 @@ def _import_module(name: str) -> ModuleType:
 
 
 class Runnable(Protocol):
-    """What runs until it is told to stop: a runner, or a crew of them."""
+    """A runner or a crew, which runs until it is told to stop."""
 
     async def run(self) -> None:
         """Run until `stop`."""
@@ -74,14 +74,14 @@ class Runnable(Protocol):
 def run_program(main: Callable[[], Awaitable[int | None]]) -> None:
     """Run the coroutine function to its end, on uvloop where it is installed.
 
-    The garbage collector is set for many short-lived objects. What it returns, if it is not 0, is
-    the exit code of the program.
+    The garbage collector is set for many short-lived objects. A result other than 0 is the exit
+    code of the program.
 
     If then a task still runs in a thread, which nothing can cancel, the process ends: its job was
     handed back, and another worker runs it.
     """
-    # What was imported stays: to look through it again and again is most of what the collector
-    # costs a worker (a tenth of a small job).
+    # Imported objects stay: checking them again and again is most of the collector's cost (a tenth
+    # of a small job).
     gc.freeze()
     gc.set_threshold(GC_THRESHOLD)
     fast = sys.platform != "win32" and importlib.util.find_spec("uvloop") is not None

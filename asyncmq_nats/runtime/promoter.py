@@ -61,7 +61,7 @@ SLOW_PROMOTION: Final = 0.5
 MAX_IN_FLIGHT: Final = 128
 """Promotions that are written and not yet confirmed."""
 CONCURRENT_TASKS: Final = 32
-"""Tasks for what cannot be done by callbacks."""
+"""The most concurrent tasks, for work that callbacks cannot do."""
 CHECK_BATCH: Final = 64
 CHECK_LEAD: Final = 0.015
 """A record that was in hand for a while is checked this many seconds before it is due."""
@@ -75,7 +75,10 @@ due within 0.6 s."""
 
 
 class Held:
-    """A record in hand. `released`: what it says; `None` for a tick, or if it is malformed."""
+    """A record in hand.
+
+    `released`: the record, parsed; `None` for a tick, or if it is malformed.
+    """
 
     __slots__ = (
         "checked",
@@ -100,18 +103,18 @@ class Held:
         self.due = 0.0
         """When it is to be promoted, by the monotonic clock."""
         self.checked = True
-        """Whether there is no need to look what has become of it."""
+        """Whether its job need not be read before it is promoted."""
         self.ready = 0
         """Sequence of the ready message."""
 
     @property
     def needs_no_check(self) -> bool:
-        """Whether what carries it out looks for itself what has become of it."""
+        """Whether the transition reads the job itself."""
         return self.problem is not None or self.plan
 
 
 class Promoter:
-    """Moves what was released to where it can be run."""
+    """Moves released jobs to their tiers."""
 
     def __init__(self, backend: Backend, subjects: QueueSubjects, assets: QueueAssets) -> None:
         self._backend = backend
@@ -176,7 +179,7 @@ class Promoter:
         return len(self._waiting) + len(self._in_flight)
 
     def _stop(self) -> None:
-        """Begin nothing more, and let what is under way end, unless the server is gone."""
+        """Begin nothing more, and let the work under way end, unless the server is gone."""
         self._stopping = True
         for scope in self._scopes:
             scope.deadline = anyio.current_time() + SHUTDOWN_STEP_TIMEOUT
@@ -226,9 +229,9 @@ class Promoter:
         return min(max(run_at - (delivery.time if fresh else now), 0.0), LONGEST_WAIT)
 
     def _is_doubtful(self, held: Held, wait: float) -> bool:
-        """Return whether to look first what has become of a record, or of its job.
+        """Return whether to read a record or its job first.
 
-        A tick that is old is looked at by the ticker.
+        The ticker reads an old tick itself.
         """
         old = self._is_old(held)
         return (
@@ -392,7 +395,7 @@ class Promoter:
         self._finish(held)
 
     async def _check(self, batch: Sequence[Held]) -> None:
-        """Look what has become of some records, in one read; go on with those that are current."""
+        """Read the jobs of some records, in one read; go on with the current records."""
         subjects, filters = self._subjects, list[str]()
         for held in batch:
             filters.append(held.delivery.subject)
@@ -411,7 +414,7 @@ class Promoter:
                 self._put_off(held, error)
 
     async def _act_on(self, held: Held, records: Sequence[Record]) -> None:
-        """Go on with a record that was looked at, or let go of it."""
+        """Go on with a record whose job was read, or let go of it."""
         delivery, finding = held.delivery, Finding.GONE
         if held.released is not None:
             finding = judge(self._subjects, held.released, delivery.sequence, records)
@@ -434,7 +437,7 @@ class Promoter:
             self._finish(held)
         else:
             if finding is Finding.ENDED and held.released is not None:
-                # The process that ended it may have died before it told those who wait for it.
+                # The process that ended it may have died before it told the children.
                 await self._additions.dependencies.release(held.released.token)
             self._discard(held)
 
@@ -467,7 +470,7 @@ class Promoter:
         self._discard(held)
 
     async def _is_older_there(self, released: Released) -> bool:
-        """Return whether what refused a promotion is of an earlier attempt, or gone by now."""
+        """Return whether the record that refused a promotion is of an earlier attempt, or gone."""
         records = await self._backend.last(
             self._subjects.ready_log, self._subjects.ready_any(released.token)
         )

@@ -2,8 +2,8 @@
 
 One token bucket in one record, changed by compare-and-set, from which workers lease permits. A
 permit is for one start. A worker leases as many as it has free slots, and asks for jobs against
-permits only, so one that waits holds no jobs. What is leased and not used yet counts against the
-bucket's size, so idle workers cannot save up a burst.
+permits only, so one that waits holds no jobs. Unused permits count against the bucket's size, so
+idle workers cannot save up a burst.
 """
 
 import math
@@ -22,7 +22,7 @@ __all__ = ["LEASE_SECONDS", "Bucket", "Limit", "RateLimiter", "lease"]
 logger = get_logger(__name__)
 
 LEASE_SECONDS: Final = 10.0
-"""Permits of a worker that is silent for so long are taken back."""
+"""Seconds of silence after which a worker's permits are taken back."""
 SHORTEST_WAIT: Final = 0.005
 SHORTEST_LEASE_SECONDS: Final = 0.01
 """A lease has permits for at least this many seconds: contention stays low at high rates."""
@@ -154,9 +154,9 @@ class RateLimiter:
 
     @property
     def permits(self) -> int:
-        """Leased and not used yet.
+        """The permits that are leased and not used.
 
-        A worker that was silent for longer than its lease has none: others have got them since.
+        A worker that was silent for longer than its lease has none.
         """
         return self._held if self._held and self._backend.now() < self._ends_at else 0
 
@@ -171,7 +171,7 @@ class RateLimiter:
         """
         self._held = self.permits
         renew = self._held > 0 and self._backend.now() > self._renew_at
-        # Who wants no more has to say that permits were used: what is on record as leased is kept
+        # A worker that wants no more still reports the permits it used: recorded leases are kept
         # from the others.
         report = renew or (wanted == 0 and self._held < self._recorded)
         if wanted == 0 and not report:

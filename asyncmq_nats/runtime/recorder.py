@@ -1,7 +1,7 @@
-"""Counts what becomes of a worker's jobs, and writes it to the history.
+"""Counts the ends of a worker's jobs, and writes them to the history.
 
-Counting is a few additions per job. Writing is a task of its own that no job waits for: what cannot
-be written is logged.
+Counting is a few additions per job. A task of its own writes, and no job waits for it: a write that
+fails is logged.
 """
 
 import math
@@ -35,7 +35,7 @@ WARNING_INTERVAL: Final = 600.0
 
 @dataclass(slots=True)
 class _Stretch:
-    """What happened in one step of the history so far, as this worker saw it."""
+    """The counts of this worker in the current step of the history."""
 
     start: int
     written: bool = True
@@ -56,7 +56,7 @@ class _Stretch:
 
 @dataclass(slots=True)
 class _Counts:
-    """What was counted of one task since the last record.
+    """The counts of one task since the last record.
 
     Durations are sorted into buckets late.
     """
@@ -129,7 +129,7 @@ class Recorder:
             counts.sort_in()
 
     def note_end(self, task: str, end: str) -> None:
-        """Count what became of an attempt: one of `metrics.ENDS`."""
+        """Count the end of an attempt: one of `metrics.ENDS`."""
         ends = (self._counts.get(task) or self._begin(task)).ends
         ends[end] = ends.get(end, 0) + 1
 
@@ -140,7 +140,7 @@ class Recorder:
     # -- since the start of the worker
 
     def totals(self) -> dict[str, TaskMetrics]:
-        """Return what was counted since the worker started, by task."""
+        """Return the counts since the worker started, by task."""
         totals: dict[str, TaskMetrics] = {}
         for task, metrics in self._totals.items():
             totals.setdefault(task, TaskMetrics()).merge(metrics)
@@ -165,9 +165,9 @@ class Recorder:
         self._taken_at = self._backend.now()
 
     async def close(self) -> None:
-        """Write what was counted since the last record, and wait until it is stored.
+        """Write the counts since the last record, and wait until they are stored.
 
-        What cannot be written is logged.
+        A write that fails is logged.
         """
         try:
             for write in self.take(closing=True):
@@ -180,7 +180,7 @@ class Recorder:
             self._warn(error)
 
     def take(self, *, closing: bool = False) -> list[Write]:
-        """Return the writes of what was counted since the last call, which is forgotten here."""
+        """Return the writes of the counts since the last call, and reset these."""
         taken, now = self._take_current(), self._backend.now()
         middle = (self._taken_at + now) / 2
         taken.slot_seconds = self._slots * max(0.0, now - self._taken_at)

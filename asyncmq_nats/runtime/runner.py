@@ -183,7 +183,7 @@ class Runner:
 
     @property
     def slots(self) -> Slots:
-        """Where its jobs run."""
+        """The slots in which its jobs run."""
         return self._slots
 
     @property
@@ -199,7 +199,7 @@ class Runner:
     async def has_work(self) -> bool:
         """Return whether a job runs here, or waits to be run by any worker.
 
-        Jobs that are delayed do not count, nor those of a paused queue.
+        Delayed jobs do not count, nor do those of a paused queue.
         """
         busy = not self._fetcher.is_idle or self._completer.pending or self._slots.waits_in_line
         if busy or self._fetcher.is_paused:
@@ -247,7 +247,7 @@ class Runner:
     async def _take_configuration(self) -> None:
         """Use the settings that the queue keeps.
 
-        Change the server to those in force, if told to.
+        Apply those in force to the server, if told to.
         """
         await self._configurations.refresh()
         if self._backend.settings.apply:
@@ -332,12 +332,12 @@ class Runner:
     async def _enter_registry(self) -> None:
         await self._entry.enter()
         await self._declarations.store(self._entry.since)
-        await self._assets.restore_lost()  # to learn which streams these are
+        await self._assets.restore_lost()  # to record the incarnation of the streams
         await self._entry.listen_for_pause(self._fetcher.pause)
         await self._entry.listen(RESUME, lambda _: self._fetcher.resume())
         await self._entry.listen(CANCEL, self._on_cancel)
         await self._entry.listen_for_stop(self._on_stop_signal)
-        # Again: a signal may have passed between the first look and now.
+        # Again: a signal may have come between the first read and now.
         await self._fetcher.refresh_pause()
         self._group.start_soon(self._heartbeat.run)
 
@@ -386,7 +386,7 @@ class Runner:
         )
 
     async def _restore_lost(self) -> None:
-        """Declare again what a server has lost that came back without its store."""
+        """Declare the assets again that a server lost with its store."""
         self._lost_store |= await self._assets.restore_lost()
         if self._lost_store:
             await self._declarations.store(self._entry.since)

@@ -1,6 +1,6 @@
 """The slots of a worker: each delivery runs in an asyncio task and a context of its own.
 
-Takes deliveries while slots are free, runs them, and passes what became of them to the completer.
+Takes deliveries while slots are free, runs them, and passes their ends to the completer.
 """
 
 import asyncio
@@ -121,14 +121,14 @@ class Slots:
         self.lost = 0
         """Those of them whose worker was lost."""
         self.telling = 0
-        """Attempts of whose end the middleware is being told."""
+        """Attempts whose end the middleware is handling."""
         self.state: Any = None
-        """What the lifespan of the worker yielded."""
+        """The value that the worker's lifespan yielded."""
         self.fetcher: Fetcher
         self.completer: Completer
 
     def open(self) -> None:
-        """Begin to run what the fetcher has. Called by the task of the worker."""
+        """Begin to run fetched jobs. It is called in the task of the worker."""
         self._loop = asyncio.get_running_loop()
         self._context = copy_context()
         self._is_cancelled = running_task().cancelling
@@ -358,7 +358,7 @@ class Slots:
     async def _put_off(
         self, attempt: Attempt, problem: NewerJob | TaskNotFound, on_settled: OnSettled
     ) -> None:
-        """Leave a job that this worker cannot run to one that can, for a while; then it fails."""
+        """Put off a job that this worker cannot run, for one that can; after a while it fails."""
         try:
             delay = await self._lifecycle.put_off(attempt, str(problem), on_settled)
         except (NotSerializable, PayloadTooLarge):  # it cannot be written again as it came
@@ -451,7 +451,7 @@ class Slots:
         failure: Failure | None = None,
         delay: float | None = None,
     ) -> None:
-        """Say how an attempt ends: metrics and middleware are told when its end is confirmed."""
+        """Note the end of an attempt: metrics and middleware get it once it is confirmed."""
         attempt.on_end = None
         if self._recorder is not None and (end := METRIC_NAMES.get(state, state)):
             attempt.on_end = partial(self._recorder.note_end, attempt.head.task_id, end)
@@ -568,7 +568,7 @@ class Slots:
         on_settled: OnSettled,
         context: JobContext | None,
     ) -> bool:
-        """Have a job run again later, as its task wishes. Return whether that could be written."""
+        """Schedule a job again, as its task wishes. Return whether that could be written."""
         job = attempt.job
         delay = snooze_delay(job, failure, self._limits)
         logger.info("job %s (%s) is snoozed for %g s", job.job_id, job.task_id, delay)

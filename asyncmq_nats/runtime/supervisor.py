@@ -1,7 +1,7 @@
-"""Worker processes under a parent that starts one again that dies, and all when the code changes.
+"""Worker processes under a parent.
 
-A child is this very program run again, with a variable in its environment that says so: what the
-program prepares, its children have too.
+It starts a process again that dies, and all when the code changes. A child is this program run
+again, with a variable in its environment that marks it as one.
 """
 
 import importlib.util
@@ -200,7 +200,7 @@ class _Supervisor:
             child.code = await process.wait()
         del self._children[child]
         if self._stopping.is_set():
-            # A child that had not come to handle the signal yet ended by it, as it should.
+            # A child that did not handle the signal yet was ended by it, as it should be.
             sound = (0, -signal.SIGTERM, FINISHED_EXIT_CODE, RECYCLED_EXIT_CODE)
             self.exit_code = self.exit_code or int(child.code not in sound)
         child.turn.set()

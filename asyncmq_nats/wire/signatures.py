@@ -90,7 +90,7 @@ class Chain:
 
     @property
     def names(self) -> frozenset[str]:
-        """The names of all parameters that are no `*args` and no `**kwargs`."""
+        """The names of all parameters other than `*args` and `**kwargs`."""
         return frozenset(
             parameter.name
             for function in self._functions
