@@ -159,9 +159,8 @@ class Queue:
         backend: where the jobs are; by default a `NATSBackend` of the settings, shared by this
             process.
         concurrency: how many jobs `run()` runs at a time.
-        scan_interval: kept from AsyncMQ. Nothing is polled, so it changes nothing. The fallback
-            cadence, at which a worker looks for what a lost signal left unseen (a new priority, the
-            end of a pause), is 30 s.
+        scan_interval: kept from AsyncMQ. Nothing is polled, so it changes nothing. Every 30 s a
+            worker searches for the effects of lost signals (a new priority, the end of a pause).
         rate_limit: how many jobs the whole queue may start per `rate_interval`, over all its
             workers; 0 starts none, `None` is no limit.
         rate_interval: in seconds.
@@ -1298,8 +1297,8 @@ class Queue:
             backoff: see `add`.
             name: what it is known by. Without one the definition itself is: a changed definition
                 is then another repeatable.
-            timezone: an IANA name; UTC by default. What the clock skips in spring runs an hour
-                later, what it shows twice runs once.
+            timezone: an IANA name; UTC by default. A time that the clock skips in spring runs an
+                hour later, one that it shows twice runs once.
             timeout: see `add`.
             start: Unix seconds before which it does not run; an interval counts from there.
             end: Unix seconds after which it does not run.

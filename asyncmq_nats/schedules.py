@@ -39,7 +39,7 @@ PART: Final = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(ms|s|m|h|d|w)\s*")
 SHORTEST_INTERVAL: Final = 0.05
 LONGEST_INTERVAL: Final = 100 * 365 * 86_400.0
 RANDOM_FIELD: Final = re.compile(r"(?:^|,)[HR]", re.IGNORECASE)
-"""Croniter's own `H` and `R`: each worker would read something else in them."""
+"""Croniter's own `H` and `R`: each worker would read a different time in them."""
 ONE_VALUE: Final = re.compile(r"(?<![\w-])(\w+)-(\w+)(?:/\d+)?(?![\w-])")
 """A range, with its step, that may be of one value."""
 MOST_MISSED: Final = 400
@@ -312,9 +312,9 @@ def _next_cron(expression: str, zone: ZoneInfo, after: float) -> float:
     """Return the next time of a cron expression by the wall clock of a zone.
 
     A time that the clock skips in spring comes later by as much as it skips, once. A time that it
-    shows twice in autumn counts once, the first time, unless the hour is a wildcard: what runs
-    every few minutes goes on through both hours. The result is kept for a while: many repeatables
-    have the same expression, and it takes a third of a ms.
+    shows twice in autumn counts once, the first time, unless the hour is a wildcard: a job that
+    runs every few minutes goes on through both hours. The result is kept for a while: many
+    repeatables have the same expression, and it takes a third of a ms.
     """
     hour = "*" if expression == "@hourly" else [*expression.split(), ""][1]
     # Near a change of the clock, the times to come are to be looked for by what it shows before and
@@ -351,7 +351,7 @@ def _first_after(
 def _moments(wall: datetime, zone: ZoneInfo, *, twice: bool) -> list[float]:
     """Return when the clock shows this: the first time, or both.
 
-    What it never shows has the time that it would have without the change.
+    A time that it never shows is the one without the change.
     """
     first, second = (wall.replace(tzinfo=zone, fold=fold).timestamp() for fold in (0, 1))
     return [first, second] if twice and second > first else [first]

@@ -1,7 +1,4 @@
-"""When to look or to write again.
-
-Jobs move while one looks for them, replicas lag behind their leader, and others write as well.
-"""
+"""Retry delays of reads and writes: jobs move, replicas lag behind, and others write as well."""
 
 import random
 from collections.abc import Awaitable, Callable, Sequence
@@ -24,18 +21,15 @@ Found = TypeVar("Found")
 REPLICA_READ_DELAYS: Final = (0.0, 0.0, 0.1)
 """Pauses (seconds) before each read for a job that may not exist: a replica may lag behind."""
 SINGLE_SERVER_READ_DELAYS: Final = (0.0, 0.0, 0.0)
-"""The same on a single server: a job that is not seen in one look moved during it.
+"""The same on a single server: a job that a read misses has moved during it.
 
-It cannot do so in three in a row.
+It cannot do so three times in a row.
 """
 REPLICA_LAG_DELAYS: Final = (0.0, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
-"""Pauses (seconds) before each look for what is known to be there.
-
-A read may be answered by a replica that has yet to hear of it.
-"""
+"""Pauses (seconds) before each read of a record that exists: a replica may lag behind."""
 
 SHUTDOWN_STEP_TIMEOUT: Final = 5.0
-"""How long each step of a worker's stopping may take that needs the server: it may be gone."""
+"""Seconds for each step of a worker's shutdown that needs the server: it may be gone."""
 
 
 def looks(backend: Backend) -> Sequence[float]:
@@ -46,9 +40,9 @@ def looks(backend: Backend) -> Sequence[float]:
 async def look_for(
     look: Callable[[], Awaitable[Found]], pauses: Sequence[float] = REPLICA_READ_DELAYS
 ) -> Found:
-    """Look for a job until it is found, or has been missed often enough not to exist.
+    """Read until a job is found, or has been missed often enough not to exist.
 
-    Return what the last look returned.
+    Return the last result.
     """
     for pause in pauses[:-1]:
         if pause:

@@ -1,9 +1,8 @@
-"""The settings that a queue keeps on the server, and what there differs from the settings in force.
+"""The settings that a queue keeps on the server, and the differences from those in force.
 
-Who decides: what was stored by `Queue.configure` (the record `queue.config`) wins over the settings
-of any process. Without that, the server stays as the first process made it, until a process applies
-its own settings (`ASYNCMQ_NATS_APPLY=true` at the start of a worker): the last one to start
-decides.
+Settings stored by `Queue.configure` (the record `queue.config`) win over those of any process.
+Without them, the server stays as the first process made it, until a process applies its own
+settings (`ASYNCMQ_NATS_APPLY=true` at the start of a worker): the last one to start decides.
 """
 
 from collections.abc import Iterable, Mapping
@@ -55,7 +54,7 @@ class Configurations:
         return (await self._read())[1]
 
     async def refresh(self) -> None:
-        """Have this process use what is stored: its workers call this at each heartbeat."""
+        """Have this process use the stored settings: its workers call this at each heartbeat."""
         self._use(await self.read())
 
     def _use(self, stored: Mapping[str, Any]) -> None:
@@ -118,7 +117,7 @@ class Configurations:
         return changed
 
     async def compare(self) -> list[Difference]:
-        """Return what of the queue's assets differs from the settings in force."""
+        """Return how the queue's assets differ from the settings in force."""
         await self.refresh()
         return await self._assets.compare()
 
@@ -157,10 +156,7 @@ class Configurations:
         return records[0].sequence, self._decode(records[0].body)
 
     def _decode(self, body: bytes) -> dict[str, Any]:
-        """Return the settings of a record.
-
-        What is malformed, or of a newer version, is left out.
-        """
+        """Return the settings of a record, without malformed ones and those of a newer version."""
         found: dict[str, Any] = {}
         try:
             data = load_json(body)

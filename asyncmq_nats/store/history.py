@@ -1,8 +1,8 @@
-"""The history of what workers did.
+"""The history of the workers: the place of its records, their time to live, their reads.
 
-Where its records are, how long they stay, and how they are read. A worker writes one record each
-ten seconds, and rewrites those of the running minute and of the running ten minutes. So a chart of
-any length reads few records. Nothing here decides anything about a job, and no job waits for it.
+A worker writes one record each ten seconds, and rewrites those of the running minute and of the
+running ten minutes. So a chart of any length reads few records. Nothing here decides anything about
+a job, and no job waits for it.
 """
 
 import math

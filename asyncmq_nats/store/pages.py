@@ -52,9 +52,9 @@ class Source:
 
     @property
     def is_dense(self) -> bool:
-        """Whether to read all records and pass over the others.
+        """Whether to read all records and skip the others.
 
-        Few among many outcomes are as dear to the server as many: it looks at each job's keys.
+        A few among many outcomes cost the server as much as many: it checks each job's keys.
         """
         return self.name.startswith("done.") or self.matches > COUNTED_MATCHES_LIMIT
 
@@ -111,7 +111,7 @@ class JobLists:
         )
 
     async def _count(self, counter: str) -> int:
-        """Return what a counter counts; where there is none, a number that has all records read."""
+        """Return the count of a counter; without one, a number that has all records read."""
         count = await self._inspection.count_or_none(counter)
         return COUNTED_MATCHES_LIMIT + 1 if count is None else count
 
@@ -264,10 +264,7 @@ class JobLists:
                 yield job
 
     async def read_raw(self, state: State) -> AsyncIterator[list[Record]]:
-        """Yield the records of the jobs in a state, page by page.
-
-        Of jobs that were released, all.
-        """
+        """Yield the records of the jobs in a state, and of all released jobs, page by page."""
         async for _, records in self._pages(state, PAGE_SIZE, descending=False):
             yield records
 

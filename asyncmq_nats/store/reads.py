@@ -98,10 +98,9 @@ class Inspection:
         return counts
 
     async def _count_early(self, counts: dict[State, int]) -> None:
-        """Count released jobs as what they are.
+        """Count released jobs by their state: delayed if released early, or waiting for others.
 
-        Delayed if released early, or still waiting for others. For the server this is a search:
-        where there are many jobs, they are waiting.
+        The server has to search for them: in a large queue they count as waiting.
         """
         with suppress(AssetMissing):
             page = await self._backend.page(
@@ -158,9 +157,9 @@ class Inspection:
         return await look_for(partial(self._find, encode_token(job_id)), looks(self._backend))
 
     async def _find(self, token: str) -> Job | None:
-        """Look at both places in turn.
+        """Read both logs in turn.
 
-        A job is written where it goes before it is removed where it was.
+        A job is written to its new place before it is removed from the old one.
         """
         try:
             job, progress = await self._find_in_bucket(token)

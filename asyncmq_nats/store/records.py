@@ -18,7 +18,7 @@ The promoter waits out the rest.
 MARKER_TTL: Final = 1.0
 """Seconds that a delete marker lives."""
 KEPT_WHEN_TRUNCATED: Final = ("id", "task", "reruns", "children", "wide_children")
-"""What an outcome keeps of a job that is too large for it: its children are told from it."""
+"""The fields of a job that a truncated outcome keeps: its children are told by them."""
 
 
 def delayed_write(

@@ -22,8 +22,8 @@ ID_BYTES: Final = 16
 def keyed_id(secret: bytes, *parts: str) -> str:
     """Return an id that is the same in every process of the queue, and that no one else can tell.
 
-    For message ids: the server drops a write under an id that it knows, so a stranger who can
-    guess one makes a job vanish by writing first.
+    It is for message ids: the server drops a write under an id that it knows, so a stranger who
+    guesses one could make a job vanish by writing first.
     """
     return blake2b("\0".join(parts).encode(), key=secret, digest_size=ID_BYTES).hexdigest()
 

@@ -52,7 +52,7 @@ class QueueAssets:
         self._backend = backend
         self._subjects = subjects
         self.settings = backend.settings
-        """Those of the process, and what the queue keeps instead: see `configuration`."""
+        """The settings of the process, overridden by those of the queue: see `configuration`."""
         self._tiers: set[int] = set()
         self._logs_declared = False
         self._counters_declared = False
@@ -81,7 +81,7 @@ class QueueAssets:
     async def declare_all(self) -> None:
         """Make sure that the counters and the promoter exist as well.
 
-        What workers and readers need.
+        Workers and readers need them.
         """
         await self.declare()
         if not self._counters_declared:
@@ -170,8 +170,7 @@ class QueueAssets:
     async def _declare_tier(self, priority: int) -> None:
         paused = await self.read_pause()
         await self._backend.declare_consumer(self._subjects.ready_log, self._tier(priority, paused))
-        # A pause or its end and this tier may have passed each other. What comes after the last
-        # look finds the tier.
+        # A pause or its end may have missed this tier. One after the last read finds it.
         while (until := await self.read_pause()) != paused:
             if until is None:
                 await self._backend.resume(self._subjects.ready_log, tier_name(priority))
@@ -294,7 +293,7 @@ class QueueAssets:
         return sorted(priority for name in names if (priority := tier_priority(name)) is not None)
 
     async def restore_lost(self) -> bool:
-        """Declare again what is gone, as when a server came back without its store.
+        """Declare missing assets again, as after a server came back without its store.
 
         Return whether the bucket has lost all it had since the last call.
         """
@@ -310,7 +309,7 @@ class QueueAssets:
         return lost
 
     async def compare(self) -> list[Difference]:
-        """Return what of the queue's assets differs from the settings in force."""
+        """Return how the queue's assets differ from the settings in force."""
         tiers = [self._tier(priority) for priority in await self.list_tiers()]
         found = [
             *await self._backend.compare(self.ready_log, tiers, self.settings),
@@ -322,7 +321,7 @@ class QueueAssets:
         return found
 
     async def change(self) -> list[Difference]:
-        """Change of the queue's assets what differs and can be changed; return what was changed."""
+        """Apply the differences of the queue's assets that can be changed; return them."""
         is_safe = self.settings.stalled_after >= SHORTEST_LIVE_LEASE
         priorities = await self.list_tiers() if is_safe else []
         tiers = [self._tier(priority) for priority in priorities]

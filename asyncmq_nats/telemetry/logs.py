@@ -12,12 +12,12 @@ from asyncmq_nats.exceptions import InvalidJob
 __all__ = ["FIELDS", "JSONFormatter", "JobFields", "JobLogHandler", "get_logger"]
 
 FIELDS: Final = ("job_id", "task", "queue", "attempt", "worker")
-"""What `JobFields` puts into each record."""
+"""The fields that `JobFields` adds to each record."""
 TRACE_FIELDS: Final = ("trace_id", "span_id")
 STANDARD_FIELDS: Final = frozenset(
     {*logging.makeLogRecord({}).__dict__, "message", "asctime", "taskName", *FIELDS, *TRACE_FIELDS}
 )
-"""What a record has that is no field of its caller."""
+"""The standard fields of a record, which are not its caller's."""
 PACKAGE_PREFIX: Final = "asyncmq_nats."
 
 
@@ -25,7 +25,7 @@ class JobFields(logging.Filter):
     """Puts `job_id`, `task`, `queue`, `attempt` and `worker` into each record that a job logs.
 
     Add it to a handler: `handler.addFilter(JobFields())`. Records from elsewhere have `""`, so a
-    format such as `%(job_id)s` is always filled in. What a record has already stays.
+    format such as `%(job_id)s` is always filled in. Existing fields of a record stay.
     """
 
     def filter(self, record: logging.LogRecord) -> bool:

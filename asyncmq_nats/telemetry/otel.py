@@ -2,7 +2,7 @@
 
 `instrument()` makes spans of additions, runs and ends of jobs. The context of a trace travels in
 the `meta` of a job (`traceparent`, `tracestate`, `baggage`), so programs in other languages can
-take part. Without an SDK that is set up, OpenTelemetry does nothing with what it is given.
+take part. Without an SDK that is set up, OpenTelemetry drops all spans and metrics.
 """
 
 import logging
@@ -165,7 +165,7 @@ class OpenTelemetryMiddleware(Middleware):
             span.end()
 
     async def end(self, context: JobContext, ending: Ending) -> None:
-        """Make a span of the storing of what became of a run."""
+        """Make a span for the storing of a run's outcome."""
         parent = context.notes.get(CONTEXT_KEY)
         if parent is None:  # it did not run
             parent = _sender(context)

@@ -46,7 +46,7 @@ INCIDENT_NAMES: Final = {
 
 
 class QueueSource(Protocol):
-    """What is asked of a `Queue`."""
+    """The methods of a `Queue` that are called."""
 
     name: str
 
@@ -65,7 +65,7 @@ class QueueSource(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class QueueGauges:
-    """What a queue is like now. `oldest_waiting`: seconds, 0 if no job waits."""
+    """The state of a queue now. `oldest_waiting`: seconds, 0 if no job waits."""
 
     queue: str
     counts: Mapping[str, int]
@@ -77,7 +77,7 @@ class QueueGauges:
 
 @dataclass(frozen=True, slots=True)
 class WorkerCounts:
-    """What a worker has done since it started. `incidents`: by the words of `metrics.INCIDENTS`."""
+    """The counts of a worker since it started. `incidents`: by the words of `metrics.INCIDENTS`."""
 
     queue: str
     slots: int
@@ -87,7 +87,7 @@ class WorkerCounts:
 
 
 async def read_queue(queue: QueueSource) -> QueueGauges:
-    """Return what a queue is like now. Costs the same for any number of jobs."""
+    """Return the state of a queue now. Costs the same for any number of jobs."""
     workers, oldest = await queue.list_workers(), await queue.oldest_waiting()
     return QueueGauges(
         queue.name,
@@ -100,7 +100,7 @@ async def read_queue(queue: QueueSource) -> QueueGauges:
 
 
 async def render_queues(queues: Iterable[QueueSource]) -> bytes:
-    """Return what the queues are like now, for a page that Prometheus reads.
+    """Return the states of the queues now, for a page that Prometheus reads.
 
     The counters of jobs are at the workers' own ports.
     """

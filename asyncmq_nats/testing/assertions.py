@@ -1,4 +1,4 @@
-"""What was enqueued: read at once, from a test with or without an event loop."""
+"""Assertions on enqueued jobs, for tests with or without an event loop."""
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -32,7 +32,7 @@ class EnqueuedJob:
     queue: str
     task: str
     args: list[Any]
-    """As plain data, as they travel."""
+    """The arguments as plain data, as they travel."""
     kwargs: dict[str, Any]
     state: State
     delay: float
@@ -53,7 +53,7 @@ def enqueued(
 ) -> list[EnqueuedJob]:
     """Return the jobs that were enqueued, in order: those that wait, and those that have run.
 
-    Not those that were cancelled, or removed, or whose time to live is over.
+    Jobs that were cancelled or removed, or whose time to live is over, are left out.
 
     Args:
         task: only those of this task, or of this task id.
@@ -146,7 +146,7 @@ def refute_enqueued(
 
 
 class _Wanted:
-    """What a job is compared with."""
+    """The expected values of a job."""
 
     def __init__(
         self,

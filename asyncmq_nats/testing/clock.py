@@ -70,7 +70,7 @@ class Due:
         self.loop = loop
 
     def cancel(self) -> None:
-        """Take it back."""
+        """Cancel the call."""
         self.call = None
 
 
@@ -200,7 +200,7 @@ class VirtualClock:
         await self._move(lambda now: now + seconds)
 
     async def advance_to(self, moment: float | datetime) -> None:
-        """Like `advance`, up to a moment: Unix seconds, or a `datetime`.
+        """Advance to a moment: Unix seconds, or a `datetime`.
 
         Raises:
             InvalidArgument: it is over.
@@ -213,7 +213,7 @@ class VirtualClock:
     async def run_until_idle(self) -> None:
         """Run all jobs that are due, and those that these add, without moving the time.
 
-        What is delayed, backs off or waits for a rate limit stays.
+        Jobs that are delayed, back off or wait for a rate limit stay.
 
         Raises:
             VirtualTimeStuck: as for `advance`.
@@ -286,7 +286,7 @@ class VirtualClock:
         with self.lock:
             due = sorted([*self._pop(self._stops), *self._pop(self._upkeep)])
             for when, _, each in due:
-                self._now = max(self._now, when)  # what looks at the time finds that it has come
+                self._now = max(self._now, when)  # code that reads the time finds that it has come
                 _call(each)
         return bool(due)
 

@@ -1,4 +1,4 @@
-"""What an event loop still has to do, and what the jobs in it wait for."""
+"""Whether an event loop is at rest, and what its jobs wait for."""
 
 import asyncio
 import inspect
@@ -59,7 +59,7 @@ class Look:
     """The jobs that run, and for what each waits: task and future."""
 
     limits: dict[Wait, float]
-    """How long to wait for each, in real seconds; infinite: it is not at rest."""
+    """Real seconds to wait for each job; infinite: it is not at rest."""
 
     def waits(self, seconds: float) -> bool:
         """Return whether to wait on, after that many seconds."""
