@@ -125,14 +125,11 @@ class Worker:
         return self._id
 
     def on_startup(self, hook: H) -> H:
-        """As `Queue.on_startup`, once per worker, also for several queues.
-
-        It is given the first.
-        """
+        """Like `Queue.on_startup`, once per worker. With several queues it is given the first."""
         return self.queue.on_startup(hook)
 
     def on_shutdown(self, hook: H) -> H:
-        """As `Queue.on_shutdown`, likewise."""
+        """Like `Queue.on_shutdown`, once per worker."""
         return self.queue.on_shutdown(hook)
 
     async def run(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
@@ -276,8 +273,8 @@ def start_processes(processes: int = 1, *, reload: bool | Iterable[str] = False)
     """Run this program in that many processes until SIGTERM, as `Worker.start` does.
 
     Return `False` at once in such a process: go on there. Otherwise return `True` when all have
-    ended, or end the program with their exit code. Called before anything else is imported, it
-    starts code again that could not even be imported.
+    ended, or end the program with their exit code. Call it before all other imports: then it also
+    starts code again that cannot be imported.
     """
     if is_child():
         return False

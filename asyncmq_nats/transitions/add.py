@@ -1,4 +1,4 @@
-"""New jobs: where they go, one by one, in batches, and as flows."""
+"""New jobs: they are added one by one, in batches, and as flows."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -43,9 +43,9 @@ class Batch:
 
     writes: list[Write] = field(default_factory=list)
     count: int = 0
-    """Jobs that they add."""
+    """The number of jobs that the writes add."""
     late: list[tuple[Job, list[str]]] = field(default_factory=list)
-    """Jobs whose edges are written afterwards, and the parents of these."""
+    """Jobs whose edges are written afterwards, with their parents."""
 
 
 class Additions:
@@ -58,14 +58,11 @@ class Additions:
         self.dependencies = Dependencies(backend, subjects, assets)
         self.plans = Plans(backend, subjects, assets, self.dependencies, self.first_write)
         self.refused = Turns()
-        """Held to repeat an addition that was refused.
-
-        Those of this process that wait for the same job take turns.
-        """
+        """A lock for refused additions: those that wait for the same job take turns."""
 
     @property
     def backend(self) -> Backend:
-        """Where the jobs are."""
+        """The backend of the jobs."""
         return self._backend
 
     @property
@@ -295,7 +292,7 @@ class Additions:
         for job in jobs:
             planned = self.plans.links.plan(job, known, inside, completed)
             outside = [parent for parent in planned.parents if parent not in inside]
-            # Without its edges, for which a promoter sees to them when its timer is over.
+            # Without its edges: a promoter writes them when its timer is over.
             late = bool(planned.wide) or len(outside) > EDGES_IN_BATCH
             writes += await self._writes(planned, {} if late else known, outside)
         return writes

@@ -1,4 +1,4 @@
-"""Many jobs at once: what a bulk entry means, and batches that are all or nothing."""
+"""Many jobs at once: parsed bulk entries, and batches that are all or nothing."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
@@ -53,8 +53,7 @@ def build_entries(
     `now`: Unix seconds.
 
     Raises:
-        ValueError, TypeError: an entry is malformed; what is wrong with a value says a note of the
-            error in which entry.
+        ValueError, TypeError: an entry is malformed; a note of the error names the entry.
     """
     jobs: list[Job] = []
     windows: dict[int, Window] = {}
@@ -76,7 +75,7 @@ def build_entries(
 
 
 def check_entries(additions: Additions, jobs: Sequence[Job]) -> None:
-    """See that every job can be stored, before any of them is.
+    """Check that every job can be stored, before any of them is.
 
     Raises:
         InvalidJobId, NotSerializable, PayloadTooLarge: one cannot; a note of the error says which.

@@ -1,9 +1,9 @@
 """Windows in which a second job with the same key is not added.
 
-Constant cost: one record a key, no scan, no lock. The record names the owner, and carries it until
-it is stored: window by compare-and-set, then the job, then the window without the job. A producer
-that finds a job in a window which is not stored stores it, so none is lost. A window without a
-`ttl` is over when its owner has ended, which is looked up when a producer asks.
+The cost is constant: one record a key, no scan, no lock. The record names the owner, and carries it
+until it is stored: window by compare-and-set, then the job, then the window without the job. A
+producer that finds a job in a window which is not stored stores it, so none is lost. A window
+without a `ttl` is over when its owner has ended, which is looked up when a producer asks.
 """
 
 from collections.abc import Mapping
@@ -143,7 +143,10 @@ class Deduplicator:
         self._take_out(window.id, job.job_id, until, sequence)
 
     def _take_out(self, key: str, owner: str, until: float | None, sequence: int) -> None:
-        """Take the owner out of its window: it is stored. Not awaited: it may be repeated."""
+        """Remove the owner from its window once it is stored.
+
+        It is not awaited: it may be repeated.
+        """
         write = self._record(key, owner, until, sequence)
         timeout = self._backend.settings.publish_timeout
         self._backend.send(self._log, write, lambda _: None, timeout=timeout)

@@ -1,7 +1,4 @@
-"""A repeatable as it is stored, and its next tick.
-
-Values only: `repeat.py` and `tick.py` write them.
-"""
+"""Values of a stored repeatable and its next tick; `repeat.py` and `tick.py` write them."""
 
 import math
 import random
@@ -55,7 +52,7 @@ A promoter waits.
 """
 MARKER_TTL: Final = 1.0
 CODE_OWNER: Final = "code"
-"""Owner of what is declared in code, by `Queue.add_repeatable`."""
+"""The owner of repeatables that code declares, by `Queue.add_repeatable`."""
 
 OVERLAPS: Final = ("allow", "skip")
 CATCH_UPS: Final = (None, "one", "all", "none")
@@ -99,7 +96,7 @@ class Definition:
     """A repeatable as it is stored. `job`: the other parameters of the jobs it adds.
 
     `owner`: `"code"` for what is declared by `Queue.add_repeatable`. `finished`: its limit or its
-    end is reached. `left`: where the series was when it was paused or finished.
+    end is reached. `left`: the last tick of the series before it was paused or finished.
     """
 
     rid: str
@@ -179,7 +176,7 @@ DEFINITION_ADAPTER: Final = TypeAdapter(Definition)
 
 
 def fingerprint(body: bytes) -> str:
-    """Return what tells an encoded definition from an earlier one of its name."""
+    """Return the fingerprint of an encoded definition: an earlier one of its name has another."""
     return blake2b(body, digest_size=8).hexdigest()
 
 

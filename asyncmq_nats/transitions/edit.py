@@ -89,7 +89,7 @@ class Edits:
     async def _change_released(self, snapshot: Snapshot, run_at: float | None) -> bool:
         """Judge a job that the server has released, some tenths of a second before its time.
 
-        A promoter has it in hand: nothing can be promised of it any more, but that it runs now.
+        A promoter has it in hand: it can only run now.
         """
         released = snapshot.later.get(Place.RELEASED)
         if released is None or snapshot.ended:
@@ -199,7 +199,7 @@ class Edits:
         return tier is None or tier.paused
 
     async def _void(self, token: str, sequence: int) -> None:
-        """Have the server refuse what a worker makes of a message, or of an earlier one."""
+        """Have the server refuse a worker's outcome of this message, or of an earlier one."""
         claim = Claim.on_all_until(sequence)
         while True:
             end = await read_end(self._backend, self._subjects, token)

@@ -31,7 +31,7 @@ EDGES_REMEMBERED: Final = 4096
 
 @dataclass(slots=True)
 class Linking:
-    """What came of writing the edges of a job."""
+    """The result of writing the edges of a job."""
 
     failed: bool = False
     """The job has ended as failed, for a parent."""
@@ -227,7 +227,7 @@ class Links:
         self._last_edges[token] = sequence
 
     async def link(self, record: Delivery) -> list[str]:
-        """Go on with a job whose producer died while it wrote the edges: its timer released it.
+        """Go on with a job that its timer released: its producer died while it wrote the edges.
 
         Return the token of the job if it has ended as failed, for a parent. The record is gone
         afterwards. Repeatable.
@@ -311,8 +311,8 @@ def _is_over(parent: Parent, job: Job) -> bool:
 
 
 def _decides(parent: Parent, job: Job) -> bool:
-    """Return whether what has become of a parent changes the job.
+    """Return whether the state of a parent changes the job.
 
-    Else it waits for a retry of it.
+    If not, the job waits for a retry of the parent.
     """
     return parent.completed or (parent.state is not None and job.on_parent_failure != "wait")

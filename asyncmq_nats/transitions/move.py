@@ -39,15 +39,15 @@ MOVED_FROM: Final = "moved_from"
 MOVED_TO: Final = "moved to queue "
 """How the error of a job begins that a mover ended. It is removed once the job is there."""
 MOVABLE_STATES: Final = (State.WAITING, State.DELAYED, *OUTCOMES)
-"""States in which a job can be moved. What runs stays, and so does what waits for others."""
+"""States in which a job can be moved. Running jobs stay, and so do jobs that wait for others."""
 
 
 @dataclass(frozen=True, slots=True)
 class Moved:
-    """What became of `Queue.move`.
+    """The result of `Queue.move`.
 
-    `matched`: jobs that were meant. `moved`: those that are there now; the others stay: they have
-    moved on, are part of a flow, or the other queue has a job with their id.
+    `matched`: jobs that match. `moved`: those that are in the other queue now; the others stay:
+    they have moved on, are part of a flow, or the other queue has a job with their id.
     """
 
     matched: int
@@ -85,7 +85,7 @@ class Mover:
     async def move(
         self, pages: AsyncIterator[list[Found]], holds: AsyncIterator[list[Found]], told: Progress
     ) -> Moved:
-        """Move what a search finds here. `holds`: the delayed jobs there."""
+        """Move the jobs of a search. `holds`: the delayed jobs of the other queue."""
         async for page in holds:
             for found in page:
                 await self._finish(found)

@@ -1,4 +1,4 @@
-"""What becomes of a job that waits for others when one of them has ended.
+"""Transitions of a job that waits for others when one of them has ended.
 
 Each step is one message that expects what was read, so it can be repeated. While the edges of a
 parked job are being written its record says `linking` and has a timer: if its producer dies, the
@@ -213,7 +213,7 @@ class ParkedJobs:
     async def _open(self, child: Snapshot, parked: Record) -> dict[str, Any] | None:
         """Return the parked job; `None` if it has gone on or is junk.
 
-        What is left over is deleted.
+        Delete its leftovers.
         """
         try:
             data = load_json(parked.body)
@@ -385,7 +385,7 @@ class ParkedJobs:
 async def read_snapshots(
     backend: Backend, keys: QueueSubjects, tokens: Collection[str]
 ) -> dict[str, Snapshot]:
-    """Read what the bucket has of some jobs but for the edges to their children, by token."""
+    """Read the records of some jobs in the bucket without the edges to their children, by token."""
     records = await read_many(backend, keys.bucket_log, _filters(keys, tokens))
     return _snapshots(keys, tokens, records)
 

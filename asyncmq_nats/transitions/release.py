@@ -1,4 +1,4 @@
-"""Jobs that wait for others: what happens when one of these has ended.
+"""Jobs that wait for others are told when one of these has ended.
 
 A parent's end and the edges to the children that wait for it are in one log, and each write
 expects the other's absence: no interleaving loses a wake-up.
@@ -46,7 +46,7 @@ class Dependencies:
     async def release(self, token: str, known: Sequence[Record] = ()) -> None:
         """Tell the children of a job that it has ended: each runs, fails, or goes on waiting.
 
-        Repeatable. Children that end as failed for it have their own children told.
+        Repeatable. The children of those that fail for it are told as well.
 
         Args:
             token: of the job.
@@ -94,10 +94,7 @@ class Dependencies:
         return failed
 
     def _children(self, data: dict[str, Any], edges: Sequence[Record]) -> dict[str, str]:
-        """Return the tokens of the children.
-
-        Of those with many parents with the part of this one.
-        """
+        """Return the tokens of the children; those with many parents with the part of this one."""
         places = data.get("wide_children")
         places = places if isinstance(places, dict) else {}
         children = {
@@ -157,7 +154,7 @@ class Dependencies:
     async def write_and_sweep(self, *writes: Write) -> None:
         """Write a batch, and remove its markers, unless they are many.
 
-        They would be counted as records for the second that they live.
+        They would count as records for the second that they live.
         """
         last = await self._backend.write(self._log, *writes)
         # The sequences of a batch are consecutive.

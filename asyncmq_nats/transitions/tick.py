@@ -48,7 +48,7 @@ read_fire: Final = Tick.decode
 
 
 class TickEnd(Enum):
-    """What is to be done with a fire that was carried out."""
+    """The disposition of a fire that was carried out."""
 
     ACK = auto()
     """The next tick has taken its place."""
@@ -79,7 +79,7 @@ class Ticker:
     async def fire(self, delivery: Delivery, *, trusted: bool) -> TickEnd:
         """Make the job of a tick that is due, and plan the next one.
 
-        What was changed, paused or removed meanwhile makes none.
+        A repeatable that was changed, paused or removed meanwhile makes none.
 
         Args:
             delivery: of `fire.<rid>`.
@@ -108,7 +108,7 @@ class Ticker:
     async def _look_up(
         self, delivery: Delivery, rid: str, tick: Tick
     ) -> tuple[Definition, bytes] | TickEnd:
-        """Return the definition, or what is to be done with a fire that makes no job."""
+        """Return the definition, or the disposition of a fire that makes no job."""
         subjects, token = self._subjects, encode_token(rid)
         keys = subjects.repeat(token), subjects.tick(token), subjects.fire(token)
         records = {
@@ -235,7 +235,7 @@ def _is_after(record: Record, tick: Tick) -> bool:
 def due_times(definition: Definition, tick: Tick, now: float, *, again: bool) -> list[float]:
     """Return the planned times for which a tick makes jobs. `again`: a worker died with it in hand.
 
-    All after a short delay. After an outage, as the definition says: by default one.
+    A short delay loses none. After an outage the definition decides: by default one.
     """
     schedule, late = definition.schedule, now - tick.run_at
     if late <= (CATCH_UP_SECONDS if again else SHORT_DELAY_SECONDS):
@@ -253,6 +253,6 @@ def due_times(definition: Definition, tick: Tick, now: float, *, again: bool) ->
 def following(definition: Definition, tick: Tick, due: Sequence[float], now: float) -> float:
     """Return the planned time of the tick after those that were carried out."""
     last = due[-1] if due else tick.at
-    if definition.catch_up == "all" and due:  # what is left is carried out next
+    if definition.catch_up == "all" and due:  # the rest is carried out next
         return next_run(definition.schedule, last)
     return next_run_after(definition.schedule, last, now)

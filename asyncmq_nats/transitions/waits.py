@@ -49,7 +49,7 @@ TOP: Final = "top"
 
 @dataclass(frozen=True, slots=True)
 class Parent:
-    """A job as those who depend on it see it."""
+    """A parent as its children see it."""
 
     id: str
     state: State | None
@@ -67,10 +67,10 @@ class Parent:
 
 
 class Wait(Enum):
-    """What the end of a parent means for a child with many parents."""
+    """The effect of a parent's end on a child with many parents."""
 
     GONE = auto()
-    """The child does not wait any more."""
+    """The child waits no more."""
     OPEN = auto()
     """It waits for others, or for this parent to be retried."""
     FAILS = auto()

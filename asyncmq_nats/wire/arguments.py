@@ -1,6 +1,6 @@
 """How the arguments of a task are written as JSON and read again, by its annotations.
 
-What is accepted arrives equal (docs/arguments.md). Nothing here knows what a job is.
+Accepted values arrive equal (docs/arguments.md). Nothing here knows what a job is.
 """
 
 import dataclasses
@@ -54,7 +54,7 @@ class Arguments:
 
     Args:
         function: the one that is called, whatever it wraps.
-        validate: whether the annotations count. Without, the function is given plain data.
+        validate: whether the annotations count. If not, the function is given plain data.
         supplied: names of arguments that the worker gives.
     """
 
@@ -421,7 +421,7 @@ def write_by_class(
 ) -> tuple[list[Any], dict[str, Any]]:
     """Return the arguments as plain data, written by their classes.
 
-    What is annotated is known to the worker only.
+    Only the worker knows the annotations.
 
     Raises:
         NotSerializable: a value does not arrive equal even where its own class is the annotation;

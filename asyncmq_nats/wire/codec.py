@@ -46,15 +46,15 @@ def _read_back(body: bytes, what: str) -> None:
 
 
 def splice(body: bytes, members: bytes) -> bytes:
-    """Return the JSON object `body` with members it does not have yet appended.
+    """Return the JSON object `body` with new members appended.
 
-    What it has stays as it is, byte for byte.
+    Its own members stay as they are, byte for byte.
     """
     return (body if body[-1:] == b"}" else body.rstrip())[:-1] + b"," + members + b"}"
 
 
 def load_json(body: bytes) -> dict[str, Any]:
-    """Return a JSON object as a dict, with what this version does not know.
+    """Return a JSON object as a dict, with its unknown members.
 
     Raises:
         InvalidJob: it is not one.

@@ -1,4 +1,4 @@
-"""Every subject, key, asset name and header, spelled once.
+"""Every subject, key, asset name and header is spelled here, once.
 
 The reference for other languages is `docs/protocol.md`.
 """
@@ -50,9 +50,9 @@ TIER: Final = "tier_"
 TIER_NAME: Final = re.compile(TIER + "(-?[0-9]+)")
 COUNTER: Final = "count_"
 PRIORITY_LIMIT: Final = 10**200
-"""Priorities are integers below this and above its negative."""
+"""The bound of priorities: integers below this and above its negative."""
 LONGEST_TOKEN: Final = 1024
-"""In bytes.
+"""Bytes of a token.
 
 A subject has to fit into a line of NATS's protocol (4,096 bytes by default), and some have two
 tokens.
@@ -62,9 +62,9 @@ tokens.
 def encode_token(text: str) -> str:
     """Return the text as one subject token.
 
-    `.`, `*`, `>`, `%`, white space and control characters percent-encoded as UTF-8. What no token
-    can hold (nothing, more than `LONGEST_TOKEN` bytes, a lone surrogate) gets one that stands for
-    it: see `fit_token`.
+    `.`, `*`, `>`, `%`, white space and control characters percent-encoded as UTF-8. A text that no
+    token can hold (empty, more than `LONGEST_TOKEN` bytes, a lone surrogate) gets a hash as its
+    token: see `fit_token`.
 
     Raises:
         TypeError: it is no text.
@@ -95,9 +95,9 @@ def is_token(token: str) -> bool:
 
 
 def fit_token(token: str) -> str:
-    """Return the token, or if no job can have it, what stands for it.
+    """Return the token, or a hash of it if no job can have it.
 
-    Something can be kept under that, such as what a foreign job was.
+    Records can be kept under the hash, such as the outcome of a foreign job.
     """
     if is_token(token) or STAND_IN.fullmatch(token):
         return token
@@ -169,7 +169,7 @@ def check_queue_name(name: object) -> str:
 
 
 class Kind(StrEnum):
-    """What a key or a ready subject stands for."""
+    """The kind of a key or a ready subject."""
 
     READY = "ready"
     LATER = "later"
@@ -365,7 +365,7 @@ class QueueSubjects:
         return f"{self._done}{token}.{state}"
 
     def done_all(self, token: str) -> str:
-        """Return the filter for all that is known of the job's end: outcome, claim, dependents."""
+        """Return the filter for the records of the job's end: outcome, claim, edges."""
         return f"{self._done}{token}.>"
 
     def outcomes(self, state: State) -> str:
@@ -373,7 +373,7 @@ class QueueSubjects:
         return f"{self._done}*.{state}"
 
     def ends(self, token: str) -> str:
-        """Return the filter for what is known of the job's end, without edges to its children."""
+        """Return the filter for the records of the job's end, without edges to its children."""
         return f"{self._done}{token}.*"
 
     def edge(self, parent: str, child: str) -> str:
@@ -383,7 +383,7 @@ class QueueSubjects:
     # -- children with many parents, and flows
 
     def wait(self, child: str, place: str) -> str:
-        """Return the key of one part of what a child with many parents waits for."""
+        """Return the key of one part of the parents of a child with many parents."""
         return f"{self._bucket_key}wait.{child}.{place}"
 
     def wait_all(self, child: str) -> str:
@@ -444,7 +444,7 @@ class QueueSubjects:
         return f"{self._bucket_key}dedup.{token}"
 
     def progress(self, token: str) -> str:
-        """Return the key of how far a running job is."""
+        """Return the key of the progress of a running job."""
         return f"{self._bucket_key}progress.{token}"
 
     def job_log(self, token: str, attempt: int | str) -> str:
