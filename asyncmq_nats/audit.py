@@ -20,7 +20,7 @@ from asyncmq_nats.exceptions import (
 from asyncmq_nats.jobs import new_job_id
 from asyncmq_nats.settings import Settings
 from asyncmq_nats.wire.codec import dump_json, load_json
-from asyncmq_nats.wire.keys import audit_bucket, encode_token
+from asyncmq_nats.wire.keys import audit_bucket, encode_token, last_token
 
 __all__ = ["AuditEntry", "AuditPage", "read_audit", "record_action"]
 
@@ -167,5 +167,5 @@ def _parse(record: Record) -> AuditEntry | None:
         count=count if isinstance(count, int) else 1,
         details=details if isinstance(details, dict) else {},
         at=record.time,
-        id=record.subject.rpartition(".")[2],
+        id=last_token(record.subject),
     )

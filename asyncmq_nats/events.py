@@ -18,7 +18,7 @@ from asyncmq_nats.exceptions import InvalidJob
 from asyncmq_nats.jobs import Job
 from asyncmq_nats.states import OUTCOMES, Place, State
 from asyncmq_nats.wire.codec import load_json
-from asyncmq_nats.wire.keys import decode_token
+from asyncmq_nats.wire.keys import decode_token, split_event
 
 __all__ = [
     "ANNOUNCED",
@@ -87,7 +87,7 @@ class Event:
 
 def read_event(queue: str, subject: str, body: bytes) -> Event | None:
     """Return the event of a message on an event subject, `None` if it is none for users."""
-    what, token = subject.split(".")[-2:]
+    what, token = split_event(subject)
     if not body:  # a record was removed
         return None
     try:

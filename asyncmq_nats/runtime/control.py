@@ -27,6 +27,7 @@ from asyncmq_nats.exceptions import (
     PayloadTooLarge,
     PermissionRefused,
 )
+from asyncmq_nats.store.records import without_markers
 from asyncmq_nats.store.topology import DEFAULT_PRIORITY, LATEST_PAUSE, QueueAssets
 from asyncmq_nats.wire.codec import dump_json, load_json
 from asyncmq_nats.wire.keys import QueueSubjects, encode_token, tier_name, workers_bucket
@@ -220,7 +221,7 @@ async def list_workers(backend: Backend, queue: str | None = None) -> list[Worke
         records = await backend.last(log, f"{key}*")
     except AssetMissing:
         return []
-    workers = [_worker_of(record) for record in records if not record.marker]
+    workers = [_worker_of(record) for record in without_markers(records)]
     return [worker for worker in workers if worker is not None and queue in (None, worker.queue)]
 
 

@@ -13,7 +13,8 @@ from typing import Any, Final
 
 from asyncmq_nats._logging import Throttle, get_logger
 from asyncmq_nats.backends.base import Backend, Expect, Record, Write
-from asyncmq_nats.exceptions import InvalidJob, WriteRefused
+from asyncmq_nats.exceptions import InvalidJob
+from asyncmq_nats.store.commit import write_if_expected
 from asyncmq_nats.wire.codec import dump_json, load_json
 from asyncmq_nats.wire.keys import QueueSubjects
 
@@ -187,14 +188,12 @@ class RateLimiter:
                 if remembered:  # others may have given permits back since
                     continue
                 return wait
-            try:
-                sequence = await self._backend.write(
-                    self._log, Write(self._key, changed.encode(), Expect(self._key, sequence))
-                )
-            except WriteRefused:
+            write = Write(self._key, changed.encode(), Expect(self._key, sequence))
+            stored = await write_if_expected(self._backend, self._log, write)
+            if stored is None:
                 self._read = None
                 continue
-            self._read = (sequence, changed)
+            self._read = (stored, changed)
             self._held += granted  # of which some may have been used meanwhile
             self._recorded = held + granted
             self._renew_at, self._ends_at = now + LEASE_SECONDS / 2, now + LEASE_SECONDS

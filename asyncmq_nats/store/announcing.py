@@ -84,7 +84,7 @@ class WorkerEvents:
             return
         event = read_event(
             self._subjects.queue,
-            self._subjects.event(write.subject.rpartition(".")[2], token),
+            self._subjects.event_of(write.subject, token),
             write.body,
         )
         if event is not None and event_emitter.listens(event.name):

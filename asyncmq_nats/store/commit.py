@@ -1,22 +1,29 @@
-"""Retry delays of reads and writes: jobs move, replicas lag behind, and others write as well."""
+"""Read, decide, write: when to look again, and what to do when the server refuses a write.
+
+Jobs move while one looks for them, replicas lag behind their leader, and others write as well.
+"""
 
 import random
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Final, TypeVar
 
 from asyncmq_nats._clock import brief_pause
-from asyncmq_nats.backends.base import Backend
+from asyncmq_nats.backends.base import Backend, Write
+from asyncmq_nats.exceptions import WriteRefused
 
 __all__ = [
-    "REPLICA_LAG_DELAYS",
-    "REPLICA_READ_DELAYS",
-    "SHUTDOWN_STEP_TIMEOUT",
+    "FAREWELL",
+    "LAG",
+    "LOOKS",
+    "commit",
     "look_for",
     "looks",
     "pause_after_refusal",
+    "write_if_expected",
 ]
 
 Found = TypeVar("Found")
+Result = TypeVar("Result")
 
 REPLICA_READ_DELAYS: Final = (0.0, 0.0, 0.1)
 """Pauses (seconds) before each read for a job that may not exist: a replica may lag behind."""
@@ -51,6 +58,36 @@ async def look_for(
             return found
     await brief_pause(pauses[-1])
     return await look()
+
+
+async def commit(decide: Callable[[], Awaitable[Result]], tries: int | None = None) -> Result:
+    """Read, decide and write, again after each write that is refused, and return what came of it.
+
+    Args:
+        decide: reads what is stored, and writes what expects just that. Called again, it must find
+            out whether what was refused is its own earlier write, whose confirmation was lost.
+        tries: how often at most; `None` is no limit.
+
+    Raises:
+        WriteRefused: that many writes were refused.
+    """
+    refusals = 0
+    while True:
+        try:
+            return await decide()
+        except WriteRefused:
+            refusals += 1
+            if refusals == tries:
+                raise
+        await pause_after_refusal()
+
+
+async def write_if_expected(backend: Backend, log: str, *writes: Write) -> int | None:
+    """Write, and return the sequence; `None` if what it expects does not hold."""
+    try:
+        return await backend.write(log, *writes)
+    except WriteRefused:
+        return None
 
 
 async def pause_after_refusal() -> None:

@@ -92,8 +92,8 @@ class Configurations:
             )
             try:
                 await self._backend.write(self._subjects.bucket_log, write)
-            except WriteRefused:
-                continue  # another process has changed it, or a replica lags behind
+            except WriteRefused:  # another process has changed it, or a replica lags behind
+                continue
             self._use(wanted)  # not read again: a replica may not know it yet
             return await self._change()
         detail = f"the configuration of queue {self._subjects.queue!r} changes all the time"

@@ -15,7 +15,7 @@ from asyncmq_nats.backends.base import Backend, Log, Record
 from asyncmq_nats.exceptions import AssetMissing, InvalidJob
 from asyncmq_nats.settings import Settings
 from asyncmq_nats.wire.codec import load_json
-from asyncmq_nats.wire.keys import decode_token, encode_token, metrics_bucket
+from asyncmq_nats.wire.keys import decode_token, encode_token, metrics_bucket, split_metrics
 
 __all__ = [
     "STEP_SECONDS",
@@ -97,7 +97,7 @@ def _block(start: int, step: int) -> int:
 def _parse(records: Iterable[Record], begin: int) -> Iterable[HistoryRecord]:
     for record in records:
         try:
-            step, queue, _, start, worker = record.subject[begin:].split(".")
+            step, queue, start, worker = split_metrics(record.subject, begin)
             data = load_json(record.body)
             yield HistoryRecord(queue, decode_token(worker), int(start), int(step), data)
         except (ValueError, InvalidJob):  # written by another program

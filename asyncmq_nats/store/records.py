@@ -1,14 +1,14 @@
 """Constructors of records that more than one transition writes."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
-from asyncmq_nats.backends.base import Expect, Timer, Write
+from asyncmq_nats.backends.base import Expect, Record, Timer, Write
 from asyncmq_nats.states import Place
 from asyncmq_nats.wire.codec import dump_json
 from asyncmq_nats.wire.keys import QueueSubjects
 
-__all__ = ["MARKER_TTL", "TIMER_LEAD", "delayed_write", "outcome_body"]
+__all__ = ["LEAD", "MARKER_TTL", "delayed_write", "outcome_body", "without_markers"]
 
 TIMER_LEAD: Final = 0.4
 """Seconds by which a timer is early: the server looks at its timers every 0.25 s.
@@ -19,6 +19,11 @@ MARKER_TTL: Final = 1.0
 """Seconds that a delete marker lives."""
 KEPT_WHEN_TRUNCATED: Final = ("id", "task", "reruns", "children", "wide_children")
 """The fields of a job that a truncated outcome keeps: its children are told by them."""
+
+
+def without_markers(records: Iterable[Record]) -> list[Record]:
+    """Return those records that are not delete markers."""
+    return [record for record in records if not record.marker]
 
 
 def delayed_write(

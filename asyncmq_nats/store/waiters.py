@@ -16,7 +16,7 @@ from asyncmq_nats._logging import get_logger
 from asyncmq_nats.backends.base import Backend, Signal, Subscription
 from asyncmq_nats.exceptions import AsyncMQError
 from asyncmq_nats.states import OUTCOMES
-from asyncmq_nats.wire.keys import QueueSubjects
+from asyncmq_nats.wire.keys import QueueSubjects, last_token, split_event
 
 __all__ = ["Waiter", "Waiters"]
 
@@ -46,8 +46,8 @@ class Waiter:
         self.woken = anyio.Event()
 
     def hear(self, signal: Signal) -> None:
-        """Take an event of the job."""
-        if signal.subject.split(".")[-2] in OUTCOMES:
+        """Learn of an event of the job."""
+        if split_event(signal.subject)[0] in OUTCOMES:
             self.wake(heard=True)
 
     def wake(self, *, heard: bool = False, looks: bool = False) -> None:
@@ -161,8 +161,8 @@ class _Crowd:
         self.sharing = anyio.Lock()
 
     def hear(self, signal: Signal) -> None:
-        """Take the outcome of any job."""
-        self.tell({signal.subject.rpartition(".")[2]})
+        """Learn of the outcome of any job."""
+        self.tell({last_token(signal.subject)})
 
     def tell(self, ended: set[str]) -> None:
         """Wake the waiters for these jobs."""

@@ -22,6 +22,7 @@ from asyncmq_nats.runtime.registry import TASK_REGISTRY
 from asyncmq_nats.settings import Settings
 from asyncmq_nats.settings import settings as environment
 from asyncmq_nats.states import Place
+from asyncmq_nats.store.records import without_markers
 from asyncmq_nats.testing.clock import Due, VirtualClock, is_inside
 from asyncmq_nats.transitions.promote import read_released
 from asyncmq_nats.wire.codec import load_json
@@ -275,7 +276,7 @@ class VirtualBackend(InMemoryBackend):
         """Return the queues for which a worker runs."""
         log, key = workers_bucket(self.settings.prefix)
         records = self.find(log, f"{key}*")
-        return {load_json(record.body)["queue"] for record in records if not record.marker}
+        return {load_json(record.body)["queue"] for record in without_markers(records)}
 
     def has_due_jobs(self, running: int) -> bool:
         """Return whether more jobs are due than those that run."""

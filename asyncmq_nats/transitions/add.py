@@ -381,11 +381,7 @@ class Additions:
             await self._backend.write(log, *writes)
 
     def _log_of(self, write: Write) -> str:
-        return (
-            self._subjects.bucket_log
-            if write.subject.startswith("$KV.")
-            else self._subjects.ready_log
-        )
+        return self._subjects.log_of(write.subject)
 
     def first_write(self, job: Job, *, last: int = 0, in_bucket: bool = False) -> Write:
         """Return the write that adds the job.

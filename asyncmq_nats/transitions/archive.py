@@ -82,7 +82,7 @@ class Importer:
         if state in OUTCOMES:
             try:
                 await write_outcome(self._additions, data, state)
-            except WriteRefused:
+            except WriteRefused:  # a job with that id has appeared
                 self._existing += 1
             else:
                 self._added += 1

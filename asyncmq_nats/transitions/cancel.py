@@ -1,7 +1,9 @@
 """Transitions that a person or a program asks for, rather than a worker: retry, remove."""
 
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any, Final
 
 from asyncmq_nats._logging import get_logger
@@ -15,8 +17,8 @@ from asyncmq_nats.exceptions import (
 )
 from asyncmq_nats.jobs import Job
 from asyncmq_nats.states import Place, State
-from asyncmq_nats.store.commit import pause_after_refusal
-from asyncmq_nats.store.records import MARKER_TTL, outcome_body
+from asyncmq_nats.store.commit import commit
+from asyncmq_nats.store.records import MARKER_TTL, outcome_body, without_markers
 from asyncmq_nats.store.snapshot import Snapshot, count_reruns, read_snapshot
 from asyncmq_nats.store.topology import QueueAssets
 from asyncmq_nats.transitions.claim import CLAIM_TTL, Claim
@@ -35,6 +37,9 @@ PLACES_OF: Final = {
     State.DELAYED: (Place.DELAYED,),
     State.WAITING_CHILDREN: (Place.PARKED,),
 }
+
+MAX_TRIES: Final = 20
+"""How often a rerun is written that others change at the same time."""
 
 
 class Administration:
@@ -90,25 +95,25 @@ class Administration:
         afterwards. A worker that runs it must be told.
         """
         token, written = encode_token(job_id), b""
-        while True:
+
+        async def end() -> bool:
+            nonlocal written
             snapshot = await read_snapshot(self._backend, self._subjects, token)
             if snapshot.outcome is not None and snapshot.outcome.body != written:
                 return False
-            if snapshot.outcome is None:
+            if snapshot.outcome is None:  # else the confirmation of ours was lost
                 ready = await self._read_ready(token)
                 if not snapshot.later and not ready:
                     return False
                 writes = self._cancellation(snapshot, ready, reason)
                 written = writes[0].body
-                try:
-                    await self._dependencies.write_and_sweep(*writes)
-                except WriteRefused:  # it moved or ended, or the confirmation of this was lost
-                    await pause_after_refusal()
-                    continue
+                await self._dependencies.write_and_sweep(*writes)
             await self._finish_cancellation(snapshot, count_reruns(written))
             if b'"wide"' in written:
                 await self._dependencies.forget(token)
             return True
+
+        return await commit(end)
 
     async def finish_cancel(self, job_id: str) -> None:
         """Finish a cancellation whose process died. Repeatable."""
@@ -163,8 +168,8 @@ class Administration:
             (subjects.bucket_log, subjects.later_all(token)),
             (subjects.ready_log, subjects.ready_any(token)),
         ):
-            for record in await self._backend.last(log, filter):
-                if not record.marker and count_reruns(record.body) <= reruns:
+            for record in without_markers(await self._backend.last(log, filter)):
+                if count_reruns(record.body) <= reruns:
                     await self._backend.delete(log, record.sequence)
         if snapshot.claim is not None:
             await self._backend.delete(subjects.bucket_log, snapshot.claim.sequence)
@@ -194,7 +199,7 @@ class Administration:
             ready = await self._backend.last(subjects.ready_log, subjects.ready_any(token))
             if any([await self._is_taken(record) for record in ready]):
                 return False
-            found = [(subjects.bucket_log, record) for record in records if not record.marker] + [
+            found = [(subjects.bucket_log, record) for record in without_markers(records)] + [
                 (subjects.ready_log, r) for r in ready
             ]
             for log, record in found:
@@ -236,17 +241,16 @@ class Administration:
 
         Return whether it was in such a state, and was not retried by another caller.
         """
-        token = encode_token(job_id)
-        for _ in range(20):
-            snapshot = await read_snapshot(self._backend, self._subjects, token)
-            try:
-                if snapshot.ended:
-                    return await self._rerun_ended(snapshot)
-                delayed = [r for r in snapshot.later.values() if self._is_delayed(r)]
-                return bool(delayed) and await self._rerun_delayed(token, delayed[0])
-            except WriteRefused:  # it moved, or another caller retries it
-                await pause_after_refusal()
+        with suppress(WriteRefused):  # others retry it each time
+            return await commit(partial(self._rerun, encode_token(job_id)), MAX_TRIES)
         return False
+
+    async def _rerun(self, token: str) -> bool:
+        snapshot = await read_snapshot(self._backend, self._subjects, token)
+        if snapshot.ended:
+            return await self._rerun_ended(snapshot)
+        delayed = [record for record in snapshot.later.values() if self._is_delayed(record)]
+        return bool(delayed) and await self._rerun_delayed(token, delayed[0])
 
     async def _rerun_ended(self, snapshot: Snapshot) -> bool:
         """Void what earlier workers may still write, release the job, then delete the outcome.

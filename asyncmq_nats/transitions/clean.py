@@ -15,6 +15,7 @@ from asyncmq_nats.jobs import Job
 from asyncmq_nats.states import OUTCOMES, Place, State
 from asyncmq_nats.store.pages import JobLists, Source
 from asyncmq_nats.store.reads import Inspection
+from asyncmq_nats.store.records import without_markers
 from asyncmq_nats.store.topology import QueueAssets
 from asyncmq_nats.transitions.cancel import PLACES_OF, is_delayed
 from asyncmq_nats.transitions.waits import Waits
@@ -131,8 +132,8 @@ class Cleanup:
             records = await self._lists.read_records(source, after, size, descending=False)
             old = [
                 record
-                for record in records
-                if record.time < older_than and not record.marker and not self._waits(record)
+                for record in without_markers(records)
+                if record.time < older_than and not self._waits(record)
             ]
             if old:
                 yield old

@@ -7,7 +7,6 @@ without a `ttl` is over when its owner has ended, which is looked up when a prod
 """
 
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Final
@@ -15,10 +14,10 @@ from typing import Any, Final
 from asyncmq_nats._logging import get_logger
 from asyncmq_nats.backends.base import Backend, Expect, Record, Write
 from asyncmq_nats.events import DEBOUNCED, DEDUPLICATED
-from asyncmq_nats.exceptions import AsyncMQError, ConnectionLost, Unconfirmed, WriteRefused
+from asyncmq_nats.exceptions import AsyncMQError, ConnectionLost, Unconfirmed
 from asyncmq_nats.jobs import Job
 from asyncmq_nats.states import Place
-from asyncmq_nats.store.commit import look_for, pause_after_refusal
+from asyncmq_nats.store.commit import commit, look_for, write_if_expected
 from asyncmq_nats.store.snapshot import read_stage
 from asyncmq_nats.transitions.add import Additions
 from asyncmq_nats.transitions.release import MARKER_TTL, delayed_write
@@ -102,25 +101,25 @@ class Deduplicator:
         """Add the job, or return the id of the owner of the window; see `Queue.add`."""
         job = replace(job, deduplication={"id": window.id})
         self._additions.check(job)
-        refused = False
-        while True:
+        tries = 0
+
+        async def add() -> str:
+            nonlocal tries
+            tries += 1
             if job.custom_id and await self._additions.is_duplicate(job.job_id):
                 return job.job_id
             record = await self._read(window.id)
             owner = None if record is None else await self._live_owner(window.id, record)
-            try:
-                if record is None or owner is None:
-                    await self._open(job, window, 0 if record is None else record.sequence)
-                    return job.job_id
-                if refused and owner == job.job_id:  # it was added, and the confirmation lost
-                    return owner
-                await self._hit(job, window, record, owner)
-                await self._announce(job, window, owner)
-            except WriteRefused:  # another producer was faster, or the owner moved on: look again
-                refused = True
-                await pause_after_refusal()
-                continue
+            if record is None or owner is None:
+                await self._open(job, window, 0 if record is None else record.sequence)
+                return job.job_id
+            if tries > 1 and owner == job.job_id:  # it was added, and the confirmation lost
+                return owner
+            await self._hit(job, window, record, owner)
+            await self._announce(job, window, owner)
             return owner
+
+        return await commit(add)
 
     async def _open(self, job: Job, window: Window, replaced: int) -> None:
         """Open a window in the place of a record with that sequence, and store its owner."""
@@ -135,10 +134,9 @@ class Deduplicator:
             # Not a removal, which producers need no permission for otherwise.
             over = dump_json({"job_id": job.job_id, "until": 0.0})
             expect = Expect(opened.subject, sequence)
-            with suppress(WriteRefused):  # another producer has stored it, or opened its own
-                await self._backend.write(
-                    self._log, Write(opened.subject, over, expect, ttl=MARKER_TTL)
-                )
+            # Refused: another producer has stored it, or opened its own.
+            ended = Write(opened.subject, over, expect, ttl=MARKER_TTL)
+            await write_if_expected(self._backend, self._log, ended)
             raise
         self._take_out(window.id, job.job_id, until, sequence)
 

@@ -12,16 +12,10 @@ from typing import Any
 from asyncmq_nats._logging import get_logger
 from asyncmq_nats.backends.base import Backend, Delivery, Expect, Record, Write
 from asyncmq_nats.events import STALLED
-from asyncmq_nats.exceptions import (
-    BackendError,
-    InvalidJob,
-    NewerJob,
-    NotSerializable,
-    WriteRefused,
-)
+from asyncmq_nats.exceptions import BackendError, InvalidJob, NewerJob, NotSerializable
 from asyncmq_nats.jobs import WIRE_VERSION, Job, JobHead
 from asyncmq_nats.store.announcing import announce
-from asyncmq_nats.store.commit import pause_after_refusal
+from asyncmq_nats.store.commit import pause_after_refusal, write_if_expected
 from asyncmq_nats.store.snapshot import Snapshot, read_snapshot
 from asyncmq_nats.store.topology import QueueAssets
 from asyncmq_nats.transitions.add import Additions
@@ -34,7 +28,7 @@ from asyncmq_nats.transitions.claim import (
 )
 from asyncmq_nats.transitions.follow_up import FollowUpJobs
 from asyncmq_nats.wire.codec import dump_json, load_json
-from asyncmq_nats.wire.keys import LONGEST_TOKEN, QueueSubjects, decode_token, is_token
+from asyncmq_nats.wire.keys import LONGEST_TOKEN, QueueSubjects, decode_token, is_token, last_token
 
 __all__ = ["OUTCOME_FIELDS", "Deliveries"]
 
@@ -80,7 +74,7 @@ class Deliveries:
         Raises:
             InvalidJob: the message is not a job; `reject` it.
         """
-        token = delivery.subject.rpartition(".")[2]
+        token = last_token(delivery.subject)
         if not is_token(token):
             raise InvalidJob(
                 "its id, the last token of its subject, must be UTF-8 and at most "
@@ -167,11 +161,9 @@ class Deliveries:
         claim = attempt.claim(self.worker, released=released)
         expect = Expect(self._subjects.done_all(attempt.token), attempt.expect)
         key = self._subjects.claim(attempt.token)
-        try:
-            sequence = await self._backend.write(
-                self._subjects.bucket_log, Write(key, claim.encode(), expect, ttl=CLAIM_TTL)
-            )
-        except WriteRefused:
+        write = Write(key, claim.encode(), expect, ttl=CLAIM_TTL)
+        sequence = await write_if_expected(self._backend, self._subjects.bucket_log, write)
+        if sequence is None:
             return False
         attempt.expect = attempt.claim_sequence = sequence
         return True

@@ -17,16 +17,16 @@ from asyncmq_nats.exceptions import BackendError, InvalidJob, PayloadTooLarge, W
 from asyncmq_nats.jobs import Job
 from asyncmq_nats.retries import Failure, add_failure
 from asyncmq_nats.states import OUTCOMES, Place, State
-from asyncmq_nats.store.commit import pause_after_refusal
+from asyncmq_nats.store.commit import commit, pause_after_refusal
 from asyncmq_nats.store.job_logs import JobLogs, cut_line
 from asyncmq_nats.store.progress import ProgressReports
-from asyncmq_nats.store.records import delayed_write, outcome_body
+from asyncmq_nats.store.records import delayed_write, outcome_body, without_markers
 from asyncmq_nats.store.snapshot import Snapshot, read_snapshot
 from asyncmq_nats.store.topology import QueueAssets
 from asyncmq_nats.transitions.claim import Attempt, Disposition
 from asyncmq_nats.transitions.deliver import Deliveries
 from asyncmq_nats.wire.codec import dump_json, load_json, splice
-from asyncmq_nats.wire.keys import QueueSubjects, decode_token, encode_token, fit_token
+from asyncmq_nats.wire.keys import QueueSubjects, decode_token, encode_token, fit_token, last_token
 
 __all__ = ["PUT_OFF_FIELDS", "Lifecycle"]
 
@@ -213,7 +213,7 @@ class Lifecycle(Deliveries):
 
         Then it is neither lost nor delivered for ever.
         """
-        token = fit_token(delivery.subject.rpartition(".")[2])
+        token = fit_token(last_token(delivery.subject))
         now = self._backend.now()
         record = {
             "v": 1,
@@ -233,22 +233,22 @@ class Lifecycle(Deliveries):
             beside=True,
             index=self._subjects.index(token, State.FAILED),
         )
-        while True:
+
+        async def record_failure() -> Snapshot:
             snapshot = await read_snapshot(self._backend, self._subjects, token)
-            if snapshot.ended:
-                logger.warning("%.200r: not a job, and there is an outcome: dropped", token)
-                break
-            try:
+            if not snapshot.ended:
                 fenced = replace(write, expect=snapshot.fence)
                 await self._backend.write(self._subjects.bucket_log, fenced)
-            except WriteRefused:  # something was added, or a replica lags behind
-                await pause_after_refusal()
-                continue
-            if snapshot.claim is not None:
-                self._backend.discard(self._subjects.bucket_log, snapshot.claim.sequence)
-            if snapshot.edges:
+            return snapshot
+
+        found = await commit(record_failure)
+        if found.ended:
+            logger.warning("%.200r: not a job, and there is an outcome: dropped", token)
+        else:
+            if found.claim is not None:
+                self._backend.discard(self._subjects.bucket_log, found.claim.sequence)
+            if found.edges:
                 await self.dependencies.release(token)
-            break
         delivery.ack()
 
     def _completed(self, attempt: Attempt, result: Any) -> Write:
@@ -373,8 +373,7 @@ class Lifecycle(Deliveries):
         records = await self._backend.last(self._subjects.bucket_log, *keys) if keys else []
         return [
             decode_token(self._subjects.token(record.subject))
-            for record in records
-            if not record.marker
+            for record in without_markers(records)
         ]
 
     async def is_cancelled(self, job_id: str) -> bool:

@@ -19,7 +19,7 @@ from asyncmq_nats.backends.base import Expect, Record, Timer, Write
 from asyncmq_nats.exceptions import InvalidJob, WriteRefused
 from asyncmq_nats.states import OUTCOMES, Place, State
 from asyncmq_nats.store.many import for_each
-from asyncmq_nats.store.records import delayed_write
+from asyncmq_nats.store.records import delayed_write, without_markers
 from asyncmq_nats.store.search import Found
 from asyncmq_nats.store.secret import QueueSecret, keyed_id
 from asyncmq_nats.store.snapshot import read_snapshot
@@ -128,7 +128,7 @@ class Mover:
     async def _is_awaited(self, job_id: str) -> bool:
         edges = self._here.subjects.edge(encode_token(job_id), "*")
         found = await self._source.last(self._here.subjects.bucket_log, edges)
-        return any(not record.marker for record in found)
+        return bool(without_markers(found))
 
     async def _hold(self, data: dict[str, Any], last: int) -> int:
         keys, token = self._there.subjects, encode_token(data["id"])

@@ -19,7 +19,7 @@ from asyncmq_nats.exceptions import InvalidJob, TooManyPriorities, WriteRefused
 from asyncmq_nats.jobs import Job
 from asyncmq_nats.states import Place, State
 from asyncmq_nats.store.announcing import announce
-from asyncmq_nats.store.commit import pause_after_refusal
+from asyncmq_nats.store.commit import commit, pause_after_refusal
 from asyncmq_nats.store.many import read_many
 from asyncmq_nats.store.records import MARKER_TTL, TIMER_LEAD, delayed_write
 from asyncmq_nats.store.secret import QueueSecret
@@ -105,14 +105,14 @@ class ParkedJobs:
         """
         async with self._turns.of(child) as waited:
             known = None if waited else snapshot
-            while True:
-                if known is None:
-                    known = (await self.read(parent.outcome, [child]))[child]
-                try:
-                    return await self._tell(parent, known, quietly=quietly)
-                except WriteRefused:  # cancelled, or another parent ended in another process
-                    known = None
-                    await pause_after_refusal()
+
+            async def tell() -> bool:
+                nonlocal known
+                found = known or (await self.read(parent.outcome, [child]))[child]
+                known = None  # for the next try: another parent has ended, or it was cancelled
+                return await self._tell(parent, found, quietly=quietly)
+
+            return await commit(tell)
 
     async def _tell(self, parent: Parent, child: Snapshot, *, quietly: bool) -> bool:
         parked = child.later.get(Place.PARKED)
@@ -165,36 +165,32 @@ class ParkedJobs:
         return Wait.FAILS if failed else Wait.GONE
 
     async def _fail_wide(self, child: str, parent: Parent) -> bool:
+        async def fail() -> bool:
+            snapshot = (await self.read(parent.outcome, [child]))[child]
+            parked = snapshot.later.get(Place.PARKED)
+            data = None if parked is None else await self._open(snapshot, parked)
+            if data is None:
+                return _failed_for(snapshot, parent)
+            return await self._fail(snapshot, data, parent)
+
         async with self._turns.of(child):
-            while True:
-                snapshot = (await self.read(parent.outcome, [child]))[child]
-                parked = snapshot.later.get(Place.PARKED)
-                data = None if parked is None else await self._open(snapshot, parked)
-                if data is None:
-                    return _failed_for(snapshot, parent)
-                try:
-                    return await self._fail(snapshot, data, parent)
-                except WriteRefused:
-                    await pause_after_refusal()
+            return await commit(fail)
 
     async def _finish_wide(self, child: str, place: str) -> None:
         """Release a child whose last part is empty."""
         top = self._keys.wait(child, f"{place.partition('.')[0]}.top")
+
+        async def finish() -> None:
+            snapshot = (await self.read(top, [child]))[child]
+            parked = snapshot.later.get(Place.PARKED)
+            data = None if parked is None else await self._open(snapshot, parked)
+            if parked is not None and data is not None:
+                await self.free_wide(snapshot, parked, data)
+            elif not snapshot.later:
+                await self.waits.remove(child)
+
         async with self._turns.of(child):
-            while True:
-                snapshot = (await self.read(top, [child]))[child]
-                parked = snapshot.later.get(Place.PARKED)
-                data = None if parked is None else await self._open(snapshot, parked)
-                if parked is None or data is None:
-                    if not snapshot.later:
-                        await self.waits.remove(child)
-                    return
-                try:
-                    await self.free_wide(snapshot, parked, data)
-                except WriteRefused:
-                    await pause_after_refusal()
-                    continue
-                return
+            await commit(finish)
 
     async def free_wide(self, child: Snapshot, record: Record, data: dict[str, Any]) -> None:
         """Release a child without open parents: with the results that fit, from the parts."""
@@ -361,25 +357,31 @@ class ParkedJobs:
         """
         token, body = encode_token(job.job_id), parked_body(job)
         key = self._keys.later(token, Place.PARKED)
+
+        async def unlink(body: bytes, sequence: int) -> None:
+            write = self.parked_write(token, body, Expect(key, sequence), linking=False)
+            await self._backend.write(self._log, write)
+
+        async def read_and_unlink() -> None:
+            child = (await read_snapshots(self._backend, self._keys, [token]))[token]
+            parked = child.later.get(Place.PARKED)
+            data = None if parked is None else await self._open(child, parked)
+            if parked is None or data is None or data.pop("linking", None) is None:
+                return
+            if closed:
+                await self.hand_over(child, parked, data)
+            else:
+                await unlink(dump_json(data), parked.sequence)
+
         async with self._turns.of(token):
-            while True:
+            if sequence and not closed:
                 try:
-                    if sequence and not closed:
-                        write = self.parked_write(token, body, Expect(key, sequence), linking=False)
-                        await self._backend.write(self._log, write)
-                        return
-                    child = (await read_snapshots(self._backend, self._keys, [token]))[token]
-                    parked = child.later.get(Place.PARKED)
-                    data = None if parked is None else await self._open(child, parked)
-                    if parked is None or data is None or data.pop("linking", None) is None:
-                        return
-                    if closed:
-                        await self.hand_over(child, parked, data)
-                        return
-                    body, sequence = dump_json(data), parked.sequence
+                    await unlink(body, sequence)
                 except WriteRefused:  # a parent has ended meanwhile, or it was cancelled
-                    sequence = 0
                     await pause_after_refusal()
+                else:
+                    return
+            await commit(read_and_unlink)
 
 
 async def read_snapshots(

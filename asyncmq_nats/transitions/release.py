@@ -19,7 +19,7 @@ from asyncmq_nats.jobs import Job
 from asyncmq_nats.states import State
 from asyncmq_nats.store.commit import look_for
 from asyncmq_nats.store.many import for_each, read_many
-from asyncmq_nats.store.records import MARKER_TTL, delayed_write
+from asyncmq_nats.store.records import MARKER_TTL, delayed_write, without_markers
 from asyncmq_nats.store.topology import QueueAssets
 from asyncmq_nats.transitions.parked import ParkedJobs
 from asyncmq_nats.transitions.waits import Parent, Wait, place_of, read_when, texts
@@ -141,8 +141,8 @@ class Dependencies:
         return next(
             (
                 record
-                for record in records
-                if not record.marker and self._subjects.outcome_state(record.subject)
+                for record in without_markers(records)
+                if self._subjects.outcome_state(record.subject)
             ),
             None,
         )
@@ -169,8 +169,7 @@ class Dependencies:
         records = await look_for(partial(read_many, self._backend, self._log, keys)) if keys else []
         read = {
             decode_token(self._subjects.token(record.subject)): _json(record.body).get("result")
-            for record in records
-            if not record.marker
+            for record in without_markers(records)
         }
         known = job.parent_results | read
         return {parent: known[parent] for parent in job.depends_on or () if parent in known}

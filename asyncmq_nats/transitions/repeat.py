@@ -13,9 +13,11 @@ from typing import Final
 
 from asyncmq_nats._logging import get_logger
 from asyncmq_nats.backends.base import Backend, Expect, Record, Write
-from asyncmq_nats.exceptions import InvalidJob, WriteRefused
+from asyncmq_nats.exceptions import InvalidJob
 from asyncmq_nats.jobs import check_size
 from asyncmq_nats.schedules import RepeatableInfo, first_run, next_run_after
+from asyncmq_nats.store.commit import write_if_expected
+from asyncmq_nats.store.records import without_markers
 from asyncmq_nats.transitions.definition import (
     CODE_OWNER,
     MARKER_TTL,
@@ -95,18 +97,18 @@ class Repeatables:
             )
         writes += [
             Write(record.subject, b"", ttl=MARKER_TTL, marker=True)
-            for record in records.values()
-            if not record.marker
-            and record.subject != key
-            and record.subject not in {write.subject for write in writes}
+            for record in without_markers(records.values())
+            if record.subject != key and record.subject not in {write.subject for write in writes}
         ]
         expect = Expect(key, _sequence(records, key))
         writes.append(Write(key, body, expect))
-        try:
-            await self._backend.write(self._log, *_fenced(writes, fire, records))
-        except WriteRefused:
+        if not await self._write(_fenced(writes, fire, records)):
             return None
         return _next_of(definition, tick, self._backend.now())
+
+    async def _write(self, writes: Sequence[Write]) -> bool:
+        """Write, and return whether what was read still held."""
+        return await write_if_expected(self._backend, self._log, *writes) is not None
 
     async def _read(self, rid: str) -> dict[str, Record]:
         token = encode_token(rid)
@@ -138,8 +140,8 @@ class Repeatables:
     def _tick_in(self, records: Mapping[str, Record]) -> Tick | None:
         """Return the next tick among the records of a repeatable. A malformed one is no tick."""
         ticks = list[Tick]()
-        for record in records.values():
-            if not self._subjects.is_repeat(record.subject) and not record.marker:
+        for record in without_markers(records.values()):
+            if not self._subjects.is_repeat(record.subject):
                 try:
                     ticks.append(Tick.decode(record.body))
                 except InvalidJob as problem:
@@ -191,14 +193,9 @@ class Repeatables:
                 ttl=MARKER_TTL,
                 marker=True,
             )
-            for record in records.values()
-            if not record.marker
+            for record in without_markers(records.values())
         ]
-        try:
-            await self._backend.write(self._log, *_fenced(writes, fire, records))
-        except WriteRefused:
-            return False
-        return True
+        return await self._write(_fenced(writes, fire, records))
 
     async def pause(self, rid: str) -> bool:
         """Stop its series. Return whether it was there."""

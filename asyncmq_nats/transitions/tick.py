@@ -14,10 +14,11 @@ from typing import Final
 
 from asyncmq_nats._logging import get_logger
 from asyncmq_nats.backends.base import Backend, Delivery, Expect, Record, Write
-from asyncmq_nats.exceptions import InvalidJob, TooManyPriorities, WriteRefused
+from asyncmq_nats.exceptions import InvalidJob, TooManyPriorities
 from asyncmq_nats.jobs import Job
 from asyncmq_nats.schedules import missed_ticks, next_run, next_run_after
-from asyncmq_nats.store.commit import look_for, looks
+from asyncmq_nats.store.commit import look_for, looks, write_if_expected
+from asyncmq_nats.store.records import without_markers
 from asyncmq_nats.store.secret import QueueSecret, keyed_id
 from asyncmq_nats.store.snapshot import read_stage
 from asyncmq_nats.store.topology import DEFAULT_PRIORITY, QueueAssets
@@ -113,8 +114,7 @@ class Ticker:
         keys = subjects.repeat(token), subjects.tick(token), subjects.fire(token)
         records = {
             record.subject: record
-            for record in await self._backend.last(self._log, *keys)
-            if not record.marker
+            for record in without_markers(await self._backend.last(self._log, *keys))
         }
         stored, planned, fire = (records.get(key) for key in keys)
         if fire is None or fire.sequence != delivery.sequence:
@@ -167,9 +167,7 @@ class Ticker:
                 Expect(self._subjects.ready_any(token)),
                 message_id=keyed_id(await self._secret.get(), "tick", job.job_id),
             )
-            try:
-                await self._backend.write(self._subjects.ready_log, write)
-            except WriteRefused:
+            if await write_if_expected(self._backend, self._subjects.ready_log, write) is None:
                 logger.debug("job %s of a repeatable is there already", job.job_id)
 
     async def _tier_of(self, job: Job) -> int:
@@ -188,7 +186,7 @@ class Ticker:
         ready = await self._backend.last(
             subjects.ready_log, *(subjects.ready_any(token) for token in tokens)
         )
-        found = [record for record in [*bucket, *ready] if not record.marker]
+        found = without_markers([*bucket, *ready])
         return {subjects.token(record.subject) for record in found}
 
     # -- the next tick
@@ -217,9 +215,7 @@ class Ticker:
             write = Write(key, dump_json(ended), expect)
         else:
             write = next_tick_write(self._subjects, rid, planned, now, expect)
-        try:
-            await self._backend.write(self._log, write)
-        except WriteRefused:
+        if await write_if_expected(self._backend, self._log, write) is None:
             logger.debug("repeatable %s was changed, or its tick was carried out elsewhere", rid)
             return TickEnd.ACK
         return TickEnd.ACK if write.subject == delivery.subject else TickEnd.REMOVE

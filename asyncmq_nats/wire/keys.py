@@ -28,7 +28,10 @@ __all__ = [
     "encode_token",
     "fit_token",
     "is_token",
+    "last_token",
     "metrics_bucket",
+    "split_event",
+    "split_metrics",
     "tier_name",
     "tier_priority",
     "workers_bucket",
@@ -124,6 +127,29 @@ def decode_token(token: str) -> str:
     return ESCAPED_BYTES.sub(
         lambda match: bytes.fromhex(match[0].replace("%", "")).decode("utf-8", "replace"), token
     )
+
+
+def last_token(subject: str) -> str:
+    """Return the last token of a subject: of a ready subject and of an event, that of its job."""
+    return subject.rpartition(".")[2]
+
+
+def split_event(subject: str) -> tuple[str, str]:
+    """Return what an event tells, and the token of its job."""
+    what, token = subject.split(".")[-2:]
+    return what, token
+
+
+def split_metrics(key: str, begin: int) -> tuple[str, str, str, str]:
+    """Return step, token of the queue, start and worker of a key of the history.
+
+    `begin`: length of what all its keys begin with.
+
+    Raises:
+        ValueError: it is another key.
+    """
+    step, queue, _, start, worker = key[begin:].split(".")
+    return step, queue, start, worker
 
 
 def tier_name(priority: int) -> str:
@@ -386,6 +412,11 @@ class QueueSubjects:
         """Return the key of one part of the parents of a child with many parents."""
         return f"{self._bucket_key}wait.{child}.{place}"
 
+    def split_wait(self, key: str) -> tuple[str, str]:
+        """Return the token of the parts and the number of one of them, out of its key."""
+        token, number = key.split(".")[-2:]
+        return token, number
+
     def wait_all(self, child: str) -> str:
         """Return the filter for all such parts; the child may be `*`."""
         return f"{self._bucket_key}wait.{child}.>"
@@ -452,6 +483,14 @@ class QueueSubjects:
         return f"{self._bucket_key}log.{token}.{attempt}.lines"
 
     # -- signals
+
+    def event_of(self, key: str, token: str) -> str:
+        """Return where the server tells of a record of a job: an outcome, or one in transit."""
+        return self.event(last_token(key), token)
+
+    def log_of(self, subject: str) -> str:
+        """Return the log that keeps a subject of the queue."""
+        return self.bucket_log if subject.startswith(self._bucket_key) else self.ready_log
 
     def event(self, what: str, token: str) -> str:
         """Return the subject of an event of a job; both may be wildcards."""

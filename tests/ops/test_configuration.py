@@ -3,6 +3,7 @@
 What a person stores wins, then the last process that applies its own.
 """
 
+import time
 from collections.abc import Callable
 from functools import partial
 
@@ -222,6 +223,8 @@ async def test_a_limit_that_another_process_sets_or_raises_costs_no_delayed_job(
         assert await queue.get_job_state(first) == "delayed"
         for process in (other, queue):  # by another process, then by its own
             size = (await process.get_configuration())["bucket_max_bytes"] + 100_000
+            full = producer._fills._fills["KV_amq_work_scheduler"]
+            full.size, full.read_at = full.limit, time.monotonic()  # to the last byte
             await process.configure(bucket_max_bytes=size)
             await until(partial(adds, queue), bool)
             with pytest.raises(StorageFull):

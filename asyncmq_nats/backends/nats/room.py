@@ -33,6 +33,7 @@ RELAY_AFTER: Final = 30.0
 FILL_LIFETIME: Final = 1.0
 HEADERS_SIZE: Final = 420
 """Bytes that a delayed job takes beside its subject and body: a timer has many headers."""
+SMALL_BODY: Final = 2048
 LIMIT_LIFETIME: Final = 30.0
 """How long (seconds) a stream is taken to have no limit: another process may have set one."""
 FULL_FOR_JOBS: Final = 0.9
@@ -118,6 +119,17 @@ class Fill:
         return time.monotonic() > self.read_at + lifetime
 
 
+def _replaces(write: Write) -> bool:
+    """Return whether a small record takes the place of one: a higher limit in a full bucket."""
+    expect = write.expect
+    return (
+        expect is not None
+        and expect.filter == write.subject
+        and expect.sequence > 0
+        and len(write.body) < SMALL_BODY
+    )
+
+
 class Fills:
     """The fill of the streams that have a limit and discard old records.
 
@@ -150,7 +162,7 @@ class Fills:
                 self._connection.background.run(self._find_limit(log))
                 return
             await self._read(log, fill)
-        if not fill.limit:
+        if not fill.limit or (len(writes) == 1 and _replaces(writes[0])):
             return
         size = sum(len(write.body) + len(write.subject) + HEADERS_SIZE for write in writes)
         if fill.size + size > FULL_FOR_JOBS * fill.limit:
