@@ -12,9 +12,9 @@ from asyncmq_nats.backends.base import Backend, Write
 from asyncmq_nats.exceptions import WriteRefused
 
 __all__ = [
-    "FAREWELL",
-    "LAG",
-    "LOOKS",
+    "REPLICA_LAG_DELAYS",
+    "REPLICA_READ_DELAYS",
+    "SHUTDOWN_STEP_TIMEOUT",
     "commit",
     "look_for",
     "looks",

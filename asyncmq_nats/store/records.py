@@ -8,7 +8,7 @@ from asyncmq_nats.states import Place
 from asyncmq_nats.wire.codec import dump_json
 from asyncmq_nats.wire.keys import QueueSubjects
 
-__all__ = ["LEAD", "MARKER_TTL", "delayed_write", "outcome_body", "without_markers"]
+__all__ = ["MARKER_TTL", "TIMER_LEAD", "delayed_write", "outcome_body", "without_markers"]
 
 TIMER_LEAD: Final = 0.4
 """Seconds by which a timer is early: the server looks at its timers every 0.25 s.

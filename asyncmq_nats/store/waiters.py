@@ -46,7 +46,7 @@ class Waiter:
         self.woken = anyio.Event()
 
     def hear(self, signal: Signal) -> None:
-        """Learn of an event of the job."""
+        """Take an event of the job."""
         if split_event(signal.subject)[0] in OUTCOMES:
             self.wake(heard=True)
 
@@ -161,7 +161,7 @@ class _Crowd:
         self.sharing = anyio.Lock()
 
     def hear(self, signal: Signal) -> None:
-        """Learn of the outcome of any job."""
+        """Take the outcome of any job."""
         self.tell({last_token(signal.subject)})
 
     def tell(self, ended: set[str]) -> None:

@@ -14,7 +14,7 @@ from asyncmq_nats.exceptions import WriteRefused, WrongState
 from asyncmq_nats.jobs import Job, check_size
 from asyncmq_nats.states import Place, State
 from asyncmq_nats.store.commit import commit
-from asyncmq_nats.store.records import LEAD, delayed_write
+from asyncmq_nats.store.records import TIMER_LEAD, delayed_write
 from asyncmq_nats.store.snapshot import Snapshot, read_end, read_snapshot
 from asyncmq_nats.store.topology import QueueAssets
 from asyncmq_nats.transitions.cancel import is_delayed
@@ -200,7 +200,7 @@ class Edits:
         return tier is None or tier.paused
 
     async def _void(self, token: str, sequence: int) -> None:
-        """Have the server refuse what a worker makes of a message, or of an earlier one."""
+        """Have the server refuse a worker's outcome of this message, or of an earlier one."""
         claim, key = Claim.on_all_until(sequence), self._subjects.claim(token)
 
         async def void() -> None:

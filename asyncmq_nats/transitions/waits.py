@@ -23,7 +23,7 @@ from asyncmq_nats.backends.base import Backend, Expect, Record, Write
 from asyncmq_nats.exceptions import InvalidJob
 from asyncmq_nats.jobs import Job
 from asyncmq_nats.states import State
-from asyncmq_nats.store.commit import LAG, commit, write_if_expected
+from asyncmq_nats.store.commit import REPLICA_LAG_DELAYS, commit, write_if_expected
 from asyncmq_nats.store.many import for_each, read_many
 from asyncmq_nats.store.records import without_markers
 from asyncmq_nats.wire.codec import dump_json, load_json
