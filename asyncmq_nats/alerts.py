@@ -192,7 +192,7 @@ async def _tell(hook: AlertHook, alert: Alert) -> None:
     try:
         await call_either(hook, alert)
     except Exception:
-        logger.exception("the hook %r failed; what it was to tell: %s", hook, alert.message)
+        logger.exception("alert hook %r failed on the alert: %s", hook, alert.message)
 
 
 class Webhook:

@@ -90,7 +90,13 @@ async def record_action(backend: Backend, entry: AuditEntry) -> bool:
             await backend.write(log, write)
     except AsyncMQError as error:
         what = entry.target or entry.queue
-        logger.warning("not recorded: %s did %s to %r: %s", entry.who, entry.action, what, error)
+        logger.warning(
+            "audit log: could not record that %s did %s to %r: %s",
+            entry.who,
+            entry.action,
+            what,
+            error,
+        )
         return False
     return True
 

@@ -236,7 +236,7 @@ def retry_delay(
     """
     if job.max_retries > limits.retries and not job.retries:
         logger.warning(
-            "job %s: of its %d retries it gets %d (the limit is max_retries_limit)",
+            "job %s: its %d retries are cut to %d (max_retries_limit)",
             job.job_id,
             job.max_retries,
             limits.retries,
@@ -262,7 +262,7 @@ def _ask(function: Callable[..., Any], retry: int, failure: Failure) -> float:
             raise ValueError(f"{seconds} is no delay")
     except Exception as error:  # the user's code, like the task itself
         logger.error(
-            "retry %d is not delayed as its task wishes: backoff function %r: %r",
+            "retry %d: its backoff function %r failed, so the default backoff counts: %r",
             retry,
             function,
             error,

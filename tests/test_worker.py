@@ -666,7 +666,9 @@ class TestLeases:
         job_id = await queue.add("echo", ["again"])
         async with running(queue) as worker:
             assert await queue.wait_for(job_id, timeout=PATIENCE) == "again"
-            assert "a delivery failed in the worker itself" in caplog.text
+            assert (
+                "the worker itself failed on a delivery; the job will be redelivered" in caplog.text
+            )
             assert worker._runner is not None
             runner = worker._runner
             await holds(lambda: runner._completer.pending == 0)

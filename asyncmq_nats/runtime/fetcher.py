@@ -137,7 +137,7 @@ class Fetcher:
                 await self._limiter.acquire(-self._limiter.permits)
         except AsyncMQError as error:
             logger.warning(
-                "queue %s: what was in hand comes back when its lease is over: %s",
+                "queue %s: fetched jobs are redelivered when their lease is over: %s",
                 self._subjects.queue,
                 error,
             )
@@ -360,7 +360,11 @@ class Fetcher:
                 wanted = max(0, self._free_slots - limiter.permits)
             wait = await limiter.acquire(wanted)
         except AsyncMQError as error:
-            logger.warning("queue %s: no permits now: %s", self._subjects.queue, error)
+            logger.warning(
+                "queue %s: could not lease permits of its rate limit: %s",
+                self._subjects.queue,
+                error,
+            )
             return 1.0
         self._tell_startable()
         if limiter.permits:
@@ -458,7 +462,9 @@ class Fetcher:
                     await self._share()
             except AsyncMQError as error:
                 logger.warning(
-                    "queue %s: could not ask who waits for jobs: %s", self._subjects.queue, error
+                    "queue %s: could not check whether other workers wait: %s",
+                    self._subjects.queue,
+                    error,
                 )
 
     async def _give_back_paused(self) -> None:

@@ -133,7 +133,7 @@ class HandBack:
             delivery.nak()
         except AsyncMQError as error:
             logger.warning(
-                "%s: not handed back, it comes back when its lease is over: %s",
+                "%s: not handed back; it is redelivered when its lease is over: %s",
                 delivery.subject,
                 error,
             )

@@ -125,7 +125,7 @@ async def _stop_on_signal(runner: Runnable) -> None:
         stopping = False
         async for number in signals:
             if stopping:
-                logger.warning("second signal: ending at once; what runs will run again")
+                logger.warning("second signal: ending at once; running jobs will be redelivered")
                 os._exit(128 + number)
             stopping = True
             logger.info("signal %s: stopping", signal.Signals(number).name)

@@ -390,7 +390,7 @@ class Promoter:
 
     def _put_off(self, held: Held, error: AsyncMQError) -> None:
         subject = held.delivery.subject
-        logger.warning("%.200r: not promoted now, tried again: %s", subject, error)
+        logger.warning("record %.200r: not promoted, trying again: %s", subject, error)
         held.delivery.nak(1.0)
         self._finish(held)
 
@@ -497,7 +497,7 @@ class Promoter:
     async def _pass_on(self, held: Held) -> None:
         """Make ready what is not a job, for a worker to record as failed. A malformed tick goes."""
         delivery = held.delivery
-        logger.error("%.200r: %s", delivery.subject, held.problem)
+        logger.error("record %.200r is not a valid job: %s", delivery.subject, held.problem)
         if not held.fire:
             token = fit_token(self._subjects.token(delivery.subject))
             message_id = promotion_id(self._secret, delivery.sequence, delivery.time)
@@ -507,7 +507,7 @@ class Promoter:
             except PayloadTooLarge as error:
                 await self._record_failure(token, error)
             except WriteRefused:
-                logger.debug("%.200r was passed on before", delivery.subject)
+                logger.debug("record %.200r was promoted before", delivery.subject)
         self._discard(held)
 
     async def _record_failure(self, token: str, error: AsyncMQError) -> None:

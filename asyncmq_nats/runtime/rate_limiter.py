@@ -198,7 +198,7 @@ class RateLimiter:
             self._recorded = held + granted
             self._renew_at, self._ends_at = now + LEASE_SECONDS / 2, now + LEASE_SECONDS
             return wait
-        logger.warning("rate limit of %s: too many workers at once for the bucket", self._log)
+        logger.warning("queue %s: too many workers change the rate limit at once", self._log)
         return self._limit.interval
 
     async def _look(self) -> tuple[int, Bucket | None]:

@@ -212,7 +212,10 @@ class Slots:
         self._tasks.discard(task)
         self.fetcher.release()
         if not task.cancelled() and (error := task.exception()) is not None:
-            logger.error("a delivery failed in the worker itself", exc_info=error)
+            logger.error(
+                "the worker itself failed on a delivery; the job will be redelivered",
+                exc_info=error,
+            )
         self.fill()
         self._on_change()
 
@@ -264,7 +267,7 @@ class Slots:
                 await self._reject(delivery, problem)
         except AsyncMQError as error:
             logger.error(
-                "%.200r: not run now, it will be delivered again: %s", delivery.subject, error
+                "message %.200r: not run now; it will be redelivered: %s", delivery.subject, error
             )
             delivery.abandon()
         except BaseException:  # the worker ends, or has a fault: its lease must not be extended
@@ -296,7 +299,9 @@ class Slots:
         except InvalidJob as problem:
             await self._reject(attempt.delivery, problem)
         except AsyncMQError as error:
-            logger.error("job %s: not run now: %s", attempt.head.job_id, error)
+            logger.error(
+                "job %s: not run now; it will be redelivered: %s", attempt.head.job_id, error
+            )
             attempt.delivery.abandon()
         except BaseException:  # as above
             attempt.delivery.abandon()

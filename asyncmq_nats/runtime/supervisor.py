@@ -214,7 +214,10 @@ class _Supervisor:
             if self._stopping.is_set():
                 return
             paths = sorted({path for _, path in changes})
-            logger.info("changed: %s; restarting", ", ".join(map(os.path.relpath, paths[:5])))
+            logger.info(
+                "code changed (%s); restarting the worker processes",
+                ", ".join(map(os.path.relpath, paths[:5])),
+            )
             self._changed.set()
             self._changed = anyio.Event()
             for child in self._current.values():

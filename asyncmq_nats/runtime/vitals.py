@@ -117,7 +117,7 @@ class Vitals:
             if not is_child():
                 raise
             # The process that this one replaces has the port until it has finished its jobs.
-            logger.info("worker %s shows its health later: %s", self._worker, problem)
+            logger.info("worker %s: its port is in use, trying again: %s", self._worker, problem)
             task_status.started()
             leave = await self._open_later(probe)
         else:

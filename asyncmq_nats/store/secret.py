@@ -57,7 +57,7 @@ class QueueSecret:
         """Store a secret, unless another process does."""
         key, secret = self._subjects.secret, os.urandom(SECRET_BYTES).hex().encode()
         if malformed is not None:
-            logger.warning("%s is too short to be a secret: it is replaced", key)
+            logger.warning("%s is too short for a secret; replacing it", key)
         expect = Expect(key, 0 if malformed is None else malformed.sequence)
         try:
             await self._backend.write(self._subjects.bucket_log, Write(key, secret, expect))

@@ -195,7 +195,7 @@ class QueueAssets:
         try:
             until = float(records[0].body[:100])
         except ValueError:
-            text = "queue %s: its pause record is malformed and passed over: %.100r"
+            text = "queue %s: its pause record is malformed; ignoring it: %.100r"
             logger.warning(text, self._subjects.queue, records[0].body[:100])
             return None
         until = min(until, LATEST_PAUSE)  # the server takes no later time

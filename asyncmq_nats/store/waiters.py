@@ -123,7 +123,9 @@ class Waiters:
                 crowd.tell(await self._ended_among(tokens[start : start + IDS_PER_REQUEST]))
         except AsyncMQError as error:  # those that look for themselves are told
             logger.debug(
-                "queue %s: no look at the jobs waited for: %s", self._subjects.queue, error
+                "queue %s: could not read the outcomes of awaited jobs: %s",
+                self._subjects.queue,
+                error,
             )
 
     async def _ended_among(self, tokens: Sequence[str]) -> set[str]:

@@ -239,7 +239,9 @@ class Deduplicator:
             )
             job = None if data.get("job") is None else Job.from_dict(data["job"])
         except (ValueError, TypeError, KeyError) as problem:
-            logger.warning("%.200r is malformed, and no window: %r", record.subject, problem)
+            logger.warning(
+                "deduplication window %.200r is malformed; ignoring it: %r", record.subject, problem
+            )
             return None
         if until is not None and until <= self._backend.now():
             return None

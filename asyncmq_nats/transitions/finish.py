@@ -243,7 +243,7 @@ class Lifecycle(Deliveries):
 
         found = await commit(record_failure)
         if found.ended:
-            logger.warning("%.200r: not a job, and there is an outcome: dropped", token)
+            logger.warning("message %.200r is not a job, and its id has an outcome: dropped", token)
         else:
             if found.claim is not None:
                 self._backend.discard(self._subjects.bucket_log, found.claim.sequence)
@@ -427,7 +427,7 @@ class Lifecycle(Deliveries):
             result = await self._write_again(attempt, write)
         if isinstance(result, BackendError) and disposition is not Disposition.ACK:
             logger.error(
-                "job %s: could not record its outcome; it will be delivered again: %s",
+                "job %s: could not record its outcome; it will be redelivered: %s",
                 attempt.head.job_id,
                 result,
             )

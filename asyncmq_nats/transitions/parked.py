@@ -220,7 +220,9 @@ class ParkedJobs:
                 if place is not Place.PARKED
             )
         except InvalidJob as problem:
-            logger.warning("%.200r is malformed, and left alone: %s", parked.subject, problem)
+            logger.warning(
+                "parked job %.200r is malformed; leaving it alone: %s", parked.subject, problem
+            )
             return None
         if moved_on:
             await self._backend.delete(self._log, parked.sequence)

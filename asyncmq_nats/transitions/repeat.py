@@ -134,7 +134,7 @@ class Repeatables:
         try:
             return decode_definition(record.body, self._subjects.rid(record.subject))
         except InvalidJob as problem:
-            logger.warning("%.200r is passed over: %s", record.subject, problem)
+            logger.warning("repeatable %.200r is skipped: %s", record.subject, problem)
             return None
 
     def _tick_in(self, records: Mapping[str, Record]) -> Tick | None:
@@ -145,7 +145,7 @@ class Repeatables:
                 try:
                     ticks.append(Tick.decode(record.body))
                 except InvalidJob as problem:
-                    logger.debug("%.200r is passed over: %s", record.subject, problem)
+                    logger.debug("repeatable %.200r is skipped: %s", record.subject, problem)
         return min(ticks, key=lambda tick: tick.at, default=None)
 
     async def find(self, rid: str) -> Definition | None:

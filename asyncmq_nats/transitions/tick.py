@@ -138,7 +138,7 @@ class Ticker:
         try:
             definition = decode_definition(stored.body, rid)
         except InvalidJob as problem:
-            logger.warning("%.200r is passed over: %s", stored.subject, problem)
+            logger.warning("repeatable %.200r is skipped: %s", stored.subject, problem)
             return None
         if len(self._definitions) >= CACHED_DEFINITIONS:
             self._definitions.clear()

@@ -204,7 +204,7 @@ class NATSPuller:
                 subject.encode(), json.dumps(payload).encode(), (self._inbox + token).encode()
             )
         except nats.errors.Error as error:
-            logger.warning("%s: pull not sent: %r", consumer, error)
+            logger.warning("consumer %s: pull not sent: %r", consumer, error)
 
     @property
     def _heartbeat(self) -> float:
@@ -263,7 +263,9 @@ class NATSPuller:
                     await self._client.stop_listening(*numbers)
         except (nats.errors.Error, TimeoutError, OSError) as error:
             logger.warning(
-                "%s: what was on its way comes back when its lease is over: %r", self._log, error
+                "%s: deliveries on their way are redelivered when their lease is over: %r",
+                self._log,
+                error,
             )
         finally:
             self._client.forget(*numbers)
@@ -313,7 +315,7 @@ class NATSPuller:
         try:
             self._client.post(reply, body)
         except nats.errors.Error as error:  # it will be delivered again, and found done
-            logger.warning("%s: not settled: %r", reply.decode(), error)
+            logger.warning("delivery %s: not settled: %r", reply.decode(), error)
 
     def abandon(self, reply: bytes) -> None:
         """Let go of a lease without an answer."""
@@ -393,7 +395,7 @@ class NATSPuller:
         if credit is None or credit.outstanding == 0:
             return
         if gone:
-            logger.warning("%s %s: pulls ended (%s)", self._log, consumer, reason)
+            logger.warning("stream %s, consumer %s: pulls ended (%s)", self._log, consumer, reason)
             self._connection.background.run(self._restore(consumer, credit))
         else:
             credit.give_up()
