@@ -97,7 +97,8 @@ async def test_fan_out_to_10_000_children_each_once(backend: Backend) -> None:
             "work", [root, *(job("note", root, args=[number]) for number in range(10_000))]
         )
         async with running(queue):
-            while len(runs) < 10_000:  # noqa: ASYNC110  far cheaper than counting by state now and then
+            # Far cheaper than counting by state.
+            while len(runs) < 10_000:  # noqa: ASYNC110
                 await anyio.sleep(0.05)
             await wait_until_done(queue)
     assert sorted(runs) == list(range(10_000))

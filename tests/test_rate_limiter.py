@@ -85,7 +85,7 @@ LIMITS = st.builds(Limit, st.integers(1, 50), st.floats(0.05, 20))
 
 
 def windows(starts: Sequence[float]) -> Iterator[tuple[float, int]]:
-    """Yield the length of each span that begins and ends with a start, and how many starts it has."""
+    """Yield the length of each span from one start to another, and its number of starts."""
     for first, begin in enumerate(starts):
         for last in range(first, len(starts)):
             yield starts[last] - begin, last - first + 1

@@ -299,7 +299,7 @@ def test_an_interval_has_no_time_zone() -> None:
         make_schedule(5, None, "Europe/Berlin")
 
 
-# -- clocks that change: what they skip comes later, what they show twice counts once, and what has no hour goes on
+# -- clocks that change: a skipped time comes later, a repeated one counts once
 
 
 @pytest.mark.parametrize(

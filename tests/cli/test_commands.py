@@ -1,4 +1,4 @@
-"""The commands of queues, jobs, schedules, flows, events, settings and permissions, on real servers."""
+"""Commands of queues, jobs, schedules, flows, events, settings, permissions, on real servers."""
 
 import json
 import re

@@ -61,7 +61,8 @@ async def test_queue_stats_cost_the_same_for_10_and_for_200_000_jobs(
         assert (await queue.queue_stats())["waiting"] == MANY_JOBS
         many = await measure(queue)
     print(
-        f"queue_stats: {few * 1000:.2f} ms for {FEW_JOBS} jobs, {many * 1000:.2f} ms for {MANY_JOBS:,}"
+        f"queue_stats: {few * 1000:.2f} ms for {FEW_JOBS} jobs, "
+        f"{many * 1000:.2f} ms for {MANY_JOBS:,}"
     )
     assert many < max(10 * few, 0.05)
 

@@ -79,7 +79,8 @@ async def test_looking_costs_about_the_same_for_few_and_for_many_outcomes(
         )
     for name in looks:
         print(
-            f"{name}: {few[name] * 1000:.2f} ms for {FEW_JOBS}, {many[name] * 1000:.2f} ms for {MANY_JOBS:,}"
+            f"{name}: {few[name] * 1000:.2f} ms for {FEW_JOBS}, "
+            f"{many[name] * 1000:.2f} ms for {MANY_JOBS:,}"
         )
         assert many[name] < max(10 * few[name], 0.1), name
 
