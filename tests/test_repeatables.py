@@ -516,7 +516,7 @@ async def test_racing_upserts_of_one_name_leave_one_series(
 
 
 async def let_tick_be_due(queue: Queue, monkeypatch: pytest.MonkeyPatch, at: float) -> None:
-    """Have the tick of `report` become due between what the next change reads and what it writes."""
+    """Have the tick of `report` become due between the read and the write of the next change."""
     read = queue.backend.last
 
     async def last(log: str, *filters: str) -> list[Record]:

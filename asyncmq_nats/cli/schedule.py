@@ -251,9 +251,10 @@ async def edit(
     *,
     options: Rhythm,
 ) -> None:
-    """Change a schedule that has a name; what is not given stays. A pause goes on.
+    """Change a schedule that has a name; what is not given stays.
 
-    One that code declares is changed back when a worker with that code starts.
+    A pause goes on. A schedule that code declares is changed back when a worker with that code
+    starts.
     """
     jobs, info = await _open(session, queue, name)
     if info.job_def["name"] is None:

@@ -1,4 +1,4 @@
-"""From a delivery to an attempt, and back to the queue.
+"""Turns a delivery into an attempt, or gives it back to the queue.
 
 `parse_delivery` reads the message; `inspect_redelivery` finds out what earlier deliveries did;
 `claim` voids them; `hand_back` returns a job that did not end.
@@ -35,7 +35,7 @@ __all__ = ["OUTCOME_FIELDS", "Deliveries"]
 logger = get_logger(__name__)
 
 OUR_JOBS: bytes = b'{"v":1,"id":"'
-"""How every job begins that this library writes."""
+"""The first bytes of every job that this library writes."""
 OUTCOME_FIELDS = (
     "status",
     "result",
@@ -51,7 +51,7 @@ OUTCOME_FIELDS = (
 
 
 class Deliveries:
-    """What a worker does with the deliveries of one queue before they run, or instead."""
+    """The transitions of deliveries before they run, or instead."""
 
     def __init__(
         self, backend: Backend, subjects: QueueSubjects, assets: QueueAssets, worker: str = ""
@@ -161,7 +161,7 @@ class Deliveries:
     def mark_running(self, attempt: Attempt) -> None:
         """Claim a job that has run for a while, so that the loss of this worker counts as a stall.
 
-        Sent, not awaited. An outcome that passes it on the way is confirmed by a second try.
+        The write is not awaited. An outcome that overtakes it is confirmed by a second try.
         """
         claim = attempt.claim(self.worker)
         expect = Expect(self._subjects.done_all(attempt.token), attempt.expect)
@@ -201,9 +201,9 @@ class Deliveries:
         self.handed_back += 1
 
     def judge(self, attempt: Attempt, snapshot: Snapshot) -> Disposition | None:
-        """Return what the records that refused a write say about the attempt.
+        """Return the verdict of the records that refused a write.
 
-        `None`: it still has the job, and may write again, expecting what was read.
+        `None`: the attempt still has the job, and may write again with new expectations.
         """
         if snapshot.ended:
             return Disposition.ACK
@@ -236,7 +236,7 @@ def _order(record: Record) -> tuple[int, int]:
 
 
 def _as_newer(delivery: Delivery, token: str, version: int) -> Attempt:
-    """Return the attempt at a job of a newer version, with what can be read of it.
+    """Return the attempt at a job of a newer version, with its readable fields.
 
     Its body is kept as it is.
     """
@@ -250,7 +250,7 @@ def _as_newer(delivery: Delivery, token: str, version: int) -> Attempt:
 
 
 def _as_known(data: Mapping[str, Any], job_id: str, created_at: float) -> Job:
-    """Return what is needed of a newer job that cannot be read: how long it has been put off."""
+    """Return the put-off fields of a job of a newer version."""
     since, times = data.get("put_off_since"), data.get("put_offs")
     return Job(
         task_id="?",

@@ -19,7 +19,7 @@ from asyncmq_nats.schedules import RepeatableInfo, first_run, next_run_after
 from asyncmq_nats.store.commit import write_if_expected
 from asyncmq_nats.store.records import without_markers
 from asyncmq_nats.transitions.definition import (
-    CODE,
+    CODE_OWNER,
     MARKER_TTL,
     Definition,
     Tick,
@@ -36,7 +36,7 @@ __all__ = ["Definition", "RepeatableInfo", "Repeatables", "make_definition", "re
 
 logger = get_logger(__name__)
 
-PAGE: Final = 500
+PAGE_SIZE: Final = 500
 
 
 class Repeatables:
@@ -134,7 +134,7 @@ class Repeatables:
         try:
             return decode_definition(record.body, self._subjects.rid(record.subject))
         except InvalidJob as problem:
-            logger.warning("%.200r is passed over: %s", record.subject, problem)
+            logger.warning("repeatable %.200r is skipped: %s", record.subject, problem)
             return None
 
     def _tick_in(self, records: Mapping[str, Record]) -> Tick | None:
@@ -145,7 +145,7 @@ class Repeatables:
                 try:
                     ticks.append(Tick.decode(record.body))
                 except InvalidJob as problem:
-                    logger.debug("%.200r is passed over: %s", record.subject, problem)
+                    logger.debug("repeatable %.200r is skipped: %s", record.subject, problem)
         return min(ticks, key=lambda tick: tick.at, default=None)
 
     async def find(self, rid: str) -> Definition | None:
@@ -164,7 +164,7 @@ class Repeatables:
     async def _all(self) -> list[tuple[Record, Definition]]:
         found, start = list[tuple[Record, Definition]](), 1
         while page := await self._backend.page(
-            self._log, self._subjects.repeat("*"), from_sequence=start, limit=PAGE
+            self._log, self._subjects.repeat("*"), from_sequence=start, limit=PAGE_SIZE
         ):
             for record in page:
                 definition = self._definition_in({record.subject: record})
@@ -237,7 +237,7 @@ class Repeatables:
         return {
             definition.rid: record.time
             for record, definition in await self._all()
-            if definition.owner == CODE
+            if definition.owner == CODE_OWNER
         }
 
     async def retire(self, rid: str, before: float) -> Definition | None:
@@ -246,7 +246,7 @@ class Repeatables:
         record, definition = self._record_in(records), self._definition_in(records)
         if record is None or definition is None:
             return None
-        if definition.owner != CODE or record.time >= before:
+        if definition.owner != CODE_OWNER or record.time >= before:
             return None
         return definition if await self._remove(rid, records) else None
 

@@ -11,7 +11,7 @@ import pytest
 from asyncmq_nats import Backoff, current_job, task
 from asyncmq_nats.audit import AuditEntry, read_audit, record_action
 from asyncmq_nats.backends.base import Backend
-from asyncmq_nats.contrib.dashboard.redaction import HIDDEN
+from asyncmq_nats.contrib.dashboard.redaction import MASK
 from asyncmq_nats.flow import FlowProducer
 from asyncmq_nats.jobs import Job
 from asyncmq_nats.queues import Queue
@@ -228,7 +228,7 @@ async def test_one_job_is_told_whole(queue: Queue, client: httpx.AsyncClient) ->
         "ZeroDivisionError",
         "Traceback",
         "2 failed, 2 allowed",
-        HIDDEN,
+        MASK,
     ):
         assert part in text
     assert "hunter2" not in page.text
@@ -249,8 +249,8 @@ async def test_arguments_are_edited_and_what_is_hidden_stays(
 ) -> None:
     await queue.add("succeed", ["old"], {"token": "t"}, delay=3600, job_id="later")
     form = await client.get("/queues/work/jobs/later/edit")
-    assert HIDDEN in form.text
-    changed = {"args": '["new"]', "kwargs": json.dumps({"token": HIDDEN, "more": 1})}
+    assert MASK in form.text
+    changed = {"args": '["new"]', "kwargs": json.dumps({"token": MASK, "more": 1})}
     assert "new arguments" in said(await post(client, "/queues/work/jobs/later/edit", changed))
     job = await queue.get_job("later") or {}
     assert (job["args"], job["kwargs"]) == (["new"], {"token": "t", "more": 1})
@@ -281,9 +281,9 @@ async def test_secrets_are_on_no_page_and_stay_when_a_form_is_stored(
     for path in (job, f"{job}/edit", schedule, *lists, "/audit"):
         page = await client.get(path)
         assert page.status_code == 200
-        assert HIDDEN in page.text, path
+        assert MASK in page.text, path
         assert "hunter2" not in page.text, path
-    form = {"args": json.dumps(["eve", HIDDEN]), "kwargs": json.dumps({"token": HIDDEN})}
+    form = {"args": json.dumps(["eve", MASK]), "kwargs": json.dumps({"token": MASK})}
     said(await post(client, f"{job}/edit", form))
     stored = await queue.get_job("one") or {}
     assert (stored["args"], stored["kwargs"]) == (["eve", "hunter2"], {"token": "hunter2"})
@@ -335,7 +335,7 @@ async def test_a_schedule_is_created_changed_paused_run_and_removed(
         "id": "nightly",
         "cron": "",
         "every": "6h",
-        "kwargs": json.dumps({"secret": HIDDEN}),
+        "kwargs": json.dumps({"secret": MASK}),
     }
     said(await post(client, "/queues/work/schedule", change))
     (info,) = await queue.list_repeatables()

@@ -37,7 +37,7 @@ logger = get_logger(__name__)
 
 SAFE_METHODS: Final = frozenset({"GET", "HEAD", "OPTIONS"})
 OPEN_PATHS: Final = frozenset({"/health", "/ready", "/login", "/logout"})
-"""What a stranger may ask for. A probe has no login."""
+"""Paths without a login: a probe has none."""
 MAX_BODY_BYTES: Final = 4 * 1024 * 1024
 POLICY: Final = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "

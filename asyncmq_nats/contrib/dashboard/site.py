@@ -1,4 +1,4 @@
-"""What all pages share: the backend, what is shown to whom, templates, links and answers."""
+"""The parts that all pages share: backend, visibility, templates, links and answers."""
 
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -229,7 +229,7 @@ class Site:
         return self.operations[-1]
 
     def operations_of(self, queue: str | None = None) -> list[Operation]:
-        """Return what is under way, and what ended a moment ago, in one queue or in all."""
+        """Return the operations under way, or ended a moment ago, in one queue or in all."""
         now = time.monotonic()
         return [
             each

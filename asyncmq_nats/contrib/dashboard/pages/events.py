@@ -33,7 +33,7 @@ EVENTS: Final = (
     "waiting", "delayed", "waiting-children", "started", "progress", "retrying", "completed",
     "failed", "expired", "cancelled", "ready", "stalled", "duplicated", "debounced", "deduplicated",
 )  # fmt: skip
-QUIET: Final = ("progress", "waiting", "started")
+FREQUENT_EVENTS: Final = ("progress", "waiting", "started")
 """Events that are not shown at first: there are many of them."""
 STREAM_SECONDS: Final = 600.0
 """How long a stream lasts, in seconds: the browser asks for the next one with its login."""
@@ -101,7 +101,7 @@ async def show(request: Request) -> Response:
         "queues": names,
         "chosen": chosen,
         "events": EVENTS,
-        "quiet": QUIET,
+        "quiet": FREQUENT_EVENTS,
         "source": link(request, "events", "live", queue=chosen),
     }
     return site.page(request, "events.html", context)

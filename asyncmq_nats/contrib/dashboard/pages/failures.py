@@ -18,9 +18,9 @@ __all__ = ["act", "show", "show_queue"]
 
 READ_PER_QUEUE: Final = 1_000
 """The newest failed jobs of a queue that are grouped, at most."""
-READ_OF_ALL: Final = 2_000
-"""Those of all queues together."""
-PAGE: Final = 250
+READ_LIMIT: Final = 2_000
+"""The most failed jobs of all queues together."""
+PAGE_SIZE: Final = 250
 
 
 async def show(request: Request) -> Response:
@@ -29,7 +29,7 @@ async def show(request: Request) -> Response:
     found = await summaries(site)
     failed = {each.name: each.counts.get(State.FAILED, 0) for each in found}
     failed = {name: n for name, n in failed.items() if n}
-    share = max(100, READ_OF_ALL // max(1, len(failed)))
+    share = max(100, READ_LIMIT // max(1, len(failed)))
     return await _show(request, site, failed, min(share, READ_PER_QUEUE), None)
 
 
@@ -76,7 +76,7 @@ async def read_failed(queue: Queue, most: int) -> list[dict[str, Any]]:
     jobs: list[dict[str, Any]] = []
     cursor: str | None = None
     while len(jobs) < most:
-        page = await queue.list_page(State.FAILED, cursor, limit=min(PAGE, most - len(jobs)))
+        page = await queue.list_page(State.FAILED, cursor, limit=min(PAGE_SIZE, most - len(jobs)))
         jobs += [{name: job.get(name) for name in wanted} for job in page.jobs]
         cursor = page.cursor
         if cursor is None:
