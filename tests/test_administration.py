@@ -126,7 +126,7 @@ async def mark_time(queue: Queue) -> float:
     return now
 
 
-async def test_b8_the_age_of_an_outcome_is_since_its_end_and_not_since_the_job_was_added(
+async def test_the_age_of_an_outcome_is_since_its_end_and_not_since_the_job_was_added(
     backend: Backend,
 ) -> None:
     queue = queue_of(backend)
@@ -496,7 +496,7 @@ async def test_list_queues_names_the_queues_that_exist(backend: Backend) -> None
     assert sorted(await list_queues(backend)) == ["a_scheduler", "b-2", "email", "workers"]
 
 
-async def test_b31_acting_on_one_job_reads_no_list(
+async def test_acting_on_one_job_reads_no_list(
     backend: Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     queue = queue_of(backend)
@@ -530,7 +530,7 @@ class TestTimes:
     def settings(self) -> Settings:
         return Settings(stalled_after=1.0, publish_timeout=10, completed_ttl=1, failed_ttl=2)
 
-    async def test_b30_outcomes_go_when_their_time_is_over(self, backend: Backend) -> None:
+    async def test_outcomes_go_when_their_time_is_over(self, backend: Backend) -> None:
         queue = queue_of(backend)
         await queue.add("echo")
         await queue.add("fail")
@@ -552,7 +552,7 @@ class TestNumbers:
             failed_keep=3,
         )
 
-    async def test_b30_only_the_last_outcomes_are_kept(self, backend: Backend) -> None:
+    async def test_only_the_last_outcomes_are_kept(self, backend: Backend) -> None:
         queue = queue_of(backend)
         queue.concurrency = 1
         ids = [await queue.add("echo") for _ in range(25)]

@@ -1,7 +1,4 @@
-"""What AsyncMQ 0.10.1 gets wrong and we must not, numbered as in the list of its bugs.
-
-A test for each row, on both backends.
-"""
+"""Faults of AsyncMQ 0.10.1 that this library must not have, on both backends."""
 
 import sys
 from collections.abc import Callable
@@ -48,7 +45,7 @@ async def echo(value: Any = None) -> Any:
 # -- lost, stuck or doubled jobs
 
 
-async def test_b5_a_lost_worker_does_not_keep_its_job(backend: Backend) -> None:
+async def test_a_lost_worker_does_not_keep_its_job(backend: Backend) -> None:
     queue = make_queue(backend, echo=echo)
     job_id = await queue.add("echo", ["recovered"])
     await lose_worker(queue)
@@ -56,7 +53,7 @@ async def test_b5_a_lost_worker_does_not_keep_its_job(backend: Backend) -> None:
         assert await queue.wait_for(job_id, timeout=PATIENCE) == "recovered"
 
 
-async def test_b5_a_cancelled_worker_does_not_keep_its_job(backend: Backend) -> None:
+async def test_a_cancelled_worker_does_not_keep_its_job(backend: Backend) -> None:
     started, opened = anyio.Event(), anyio.Event()
 
     async def wait() -> str:
@@ -81,9 +78,7 @@ class TestB6:
     def settings(self) -> Settings:
         return Settings(stalled_after=1.0, max_stalls=1)
 
-    async def test_b6_a_job_that_kills_its_workers_is_not_run_for_ever(
-        self, backend: Backend
-    ) -> None:
+    async def test_a_job_that_kills_its_workers_is_not_run_for_ever(self, backend: Backend) -> None:
         queue = make_queue(backend, echo=echo)
         job_id = await queue.add("echo")
         await lose_worker(queue, runs=True)
@@ -92,7 +87,7 @@ class TestB6:
                 await queue.wait_for(job_id, timeout=PATIENCE)
 
 
-async def test_b7_a_delay_of_zero_is_now(backend: Backend) -> None:
+async def test_a_delay_of_zero_is_now(backend: Backend) -> None:
     queue = make_queue(backend, echo=echo)
     job_id = await queue.add("echo", ["now"], delay=0)
     assert await queue.get_job_state(job_id) == "waiting"
@@ -101,14 +96,14 @@ async def test_b7_a_delay_of_zero_is_now(backend: Backend) -> None:
 
 
 @pytest.mark.parametrize("name", ["tenant:email", "a:b:c", ":", "queue:email"])
-async def test_b9_a_queue_name_with_a_colon_is_refused_and_not_cut(
+async def test_a_queue_name_with_a_colon_is_refused_and_not_cut(
     backend: Backend, name: str
 ) -> None:
     with pytest.raises(InvalidQueueName):
         Queue(name, backend)
 
 
-async def test_b14_a_worker_is_that_of_its_queue(backend: Backend) -> None:
+async def test_a_worker_is_that_of_its_queue(backend: Backend) -> None:
     running_now: list[int] = []
     most: list[int] = []
     full = anyio.Event()
@@ -144,7 +139,7 @@ async def test_b14_a_worker_is_that_of_its_queue(backend: Backend) -> None:
     assert max(most) == 4
 
 
-async def test_b16_a_job_that_is_retried_by_hand_has_all_its_retries(backend: Backend) -> None:
+async def test_a_job_that_is_retried_by_hand_has_all_its_retries(backend: Backend) -> None:
     runs: list[int] = []
 
     async def fail() -> None:
@@ -172,7 +167,7 @@ async def _count(items: list[int]) -> int:
     return len(items)
 
 
-async def test_b17_two_producers_of_one_id_make_one_job(backend: Backend, twin: Backend) -> None:
+async def test_two_producers_of_one_id_make_one_job(backend: Backend, twin: Backend) -> None:
     queues = [make_queue(handle, echo=echo) for handle in (backend, twin)]
     actions = [
         lambda number=number: queues[number % 2].add("echo", [number], job_id="order-7")
@@ -187,7 +182,7 @@ async def test_b17_two_producers_of_one_id_make_one_job(backend: Backend, twin: 
 # -- wrong data, crashes
 
 
-async def test_b19_a_cancelled_job_is_stopped(backend: Backend) -> None:
+async def test_a_cancelled_job_is_stopped(backend: Backend) -> None:
     started, stopped = anyio.Event(), anyio.Event()
 
     async def endless() -> None:
@@ -225,7 +220,7 @@ PAYLOADS = [
 
 
 @pytest.mark.parametrize("way", ["now", "delayed", "custom id", "bulk", "retried"])
-async def test_b20_payloads_are_not_damaged(backend: Backend, way: str) -> None:
+async def test_payloads_are_not_damaged(backend: Backend, way: str) -> None:
     runs: list[int] = []
 
     async def give_back(value: Any, *, named: Any) -> Any:
@@ -257,7 +252,7 @@ async def test_b20_payloads_are_not_damaged(backend: Backend, way: str) -> None:
     )
 
 
-async def test_b21_a_result_that_is_not_json_harms_no_other_job(backend: Backend) -> None:
+async def test_a_result_that_is_not_json_harms_no_other_job(backend: Backend) -> None:
     started, opened = anyio.Event(), anyio.Event()
 
     async def give_object() -> object:
@@ -283,7 +278,7 @@ async def test_b21_a_result_that_is_not_json_harms_no_other_job(backend: Backend
         await wait_until_done(queue)
 
 
-async def test_b24_expired_jobs_are_not_failed_ones(backend: Backend) -> None:
+async def test_expired_jobs_are_not_failed_ones(backend: Backend) -> None:
     async def fail() -> None:
         raise ValueError("no")
 
@@ -297,7 +292,7 @@ async def test_b24_expired_jobs_are_not_failed_ones(backend: Backend) -> None:
         assert len(await queue.list_jobs(state)) == count
 
 
-async def test_b25_a_job_imports_nothing(
+async def test_a_job_imports_nothing(
     backend: Backend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "amq_never_imported.py").write_text("async def main():\n    return 'ran'\n")
@@ -368,7 +363,7 @@ def count_calls(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 @pytest.mark.parametrize("delay", [None, 0.4])
-async def test_b27_an_idle_worker_is_told_of_a_job_and_does_not_poll(
+async def test_an_idle_worker_is_told_of_a_job_and_does_not_poll(
     backend: Backend, monkeypatch: pytest.MonkeyPatch, delay: float | None
 ) -> None:
     asked: list[str] = []
@@ -408,7 +403,7 @@ async def test_b27_an_idle_worker_is_told_of_a_job_and_does_not_poll(
     assert reads_at_start[0] <= 1  # whether a job that was delayed has ended meanwhile
 
 
-async def test_b29_a_look_costs_the_same_for_any_number_of_jobs(
+async def test_a_look_costs_the_same_for_any_number_of_jobs(
     backend: Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     queue = make_queue(backend, concurrency=50, echo=echo)
@@ -447,7 +442,7 @@ class TestB30:
     def settings(self) -> Settings:
         return Settings(completed_ttl=1, unknown_task_timeout=0)
 
-    async def test_b30_outcomes_are_not_kept_for_ever(self, backend: Backend) -> None:
+    async def test_outcomes_are_not_kept_for_ever(self, backend: Backend) -> None:
         queue = make_queue(backend, echo=echo)
         job_id = await queue.add("echo")
         failed = await queue.add("unknown")
@@ -457,7 +452,7 @@ class TestB30:
         assert await queue.get_job_state(failed) == "failed"
 
 
-async def test_b31_nothing_looks_at_other_queues(
+async def test_nothing_looks_at_other_queues(
     backend: Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     queue = make_queue(backend, "mine", echo=echo)
@@ -480,7 +475,7 @@ async def test_b31_nothing_looks_at_other_queues(
     assert {log for log in touched if "other" in log} == set()
 
 
-async def test_b33_a_task_may_have_a_time_limit(backend: Backend) -> None:
+async def test_a_task_may_have_a_time_limit(backend: Backend) -> None:
     async def endless() -> None:
         await anyio.sleep_forever()
 
@@ -493,7 +488,7 @@ async def test_b33_a_task_may_have_a_time_limit(backend: Backend) -> None:
         assert await queue.wait_for(after, timeout=PATIENCE) == "on"
 
 
-async def test_b33_stopping_has_a_time_limit(backend: Backend) -> None:
+async def test_stopping_has_a_time_limit(backend: Backend) -> None:
     started = anyio.Event()
 
     async def endless() -> None:

@@ -278,7 +278,7 @@ async def test_any_text_is_a_key(backend: Backend, key: str) -> None:
 # -- with other parameters
 
 
-async def test_b17_an_id_and_a_window_are_both_kept(backend: Backend) -> None:
+async def test_an_id_and_a_window_are_both_kept(backend: Backend) -> None:
     queue = queue_of(backend)
     assert await queue.add("echo", job_id="mine", deduplication=KEY) == "mine"
     assert await queue.add("echo", job_id="yours", deduplication=KEY) == "mine"
@@ -397,7 +397,7 @@ async def test_a_window_makes_no_batch(backend: Backend, monkeypatch: pytest.Mon
 @pytest.mark.parametrize(
     "window", [KEY, KEY | {"ttl": 60}, KEY | {"ttl": 60, "extend": True, "replace": True}]
 )
-async def test_b17_producers_that_race_add_one_job(
+async def test_producers_that_race_add_one_job(
     backend: Backend, twin: Backend, window: dict[str, Any]
 ) -> None:
     queues = [queue_of(handle) for handle in (backend, twin)]
@@ -437,7 +437,7 @@ async def test_an_addition_whose_confirmation_was_lost_is_no_hit(
 
 
 @pytest.mark.slow
-async def test_b28_a_window_costs_the_same_in_a_queue_of_any_size(
+async def test_a_window_costs_the_same_in_a_queue_of_any_size(
     backend: Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     queue = queue_of(backend)

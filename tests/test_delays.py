@@ -90,7 +90,7 @@ async def test_a_delayed_job_is_delayed_until_its_time(queue: Queue, backend: Ba
 
 
 @pytest.mark.parametrize("delay", [0, 0.0, -3, -0.5, None])
-async def test_b7_no_delay_and_a_negative_one_run_now(queue: Queue, delay: float | None) -> None:
+async def test_no_delay_and_a_negative_one_run_now(queue: Queue, delay: float | None) -> None:
     job_id = await queue.add("echo", ["ran"], delay=delay)
     assert await queue.get_job_state(job_id) == "waiting"
     assert await queue.list_delayed() == []

@@ -201,7 +201,7 @@ async def test_large_results_of_parents_are_read_when_they_are_wanted(backend: B
 # -- parents that have ended already
 
 
-async def test_b1_b2_a_child_of_a_completed_parent_runs_at_once(backend: Backend) -> None:
+async def test_a_child_of_a_completed_parent_runs_at_once(backend: Backend) -> None:
     queue = queue_of(backend)
     parent = await queue.add("echo", ["early"])
     async with running(queue):
@@ -210,7 +210,7 @@ async def test_b1_b2_a_child_of_a_completed_parent_runs_at_once(backend: Backend
         assert await queue.wait_for(child, timeout=PATIENCE) == {parent: "early"}
 
 
-async def test_b1_a_child_of_an_ordinary_parent_runs(backend: Backend) -> None:
+async def test_a_child_of_an_ordinary_parent_runs(backend: Backend) -> None:
     queue = queue_of(backend)
     parent = await queue.add("echo")
     child = await queue.add("echo", ["ran"], depends_on=[parent])
@@ -219,7 +219,7 @@ async def test_b1_a_child_of_an_ordinary_parent_runs(backend: Backend) -> None:
 
 
 @pytest.mark.parametrize(("policy", "state"), POLICIES)
-async def test_b3_a_parent_that_has_failed_before_is_treated_like_one_that_fails(
+async def test_a_parent_that_has_failed_before_is_treated_like_one_that_fails(
     backend: Backend, policy: str, state: str
 ) -> None:
     queue = queue_of(backend)
@@ -234,7 +234,7 @@ async def test_b3_a_parent_that_has_failed_before_is_treated_like_one_that_fails
 
 @pytest.mark.parametrize(("policy", "state"), POLICIES)
 @pytest.mark.parametrize("end", ["failed", "expired", "cancelled"])
-async def test_b3_the_child_says_what_a_parent_that_does_not_complete_means(
+async def test_the_child_says_what_a_parent_that_does_not_complete_means(
     backend: Backend, policy: str, state: str, end: str
 ) -> None:
     queue = queue_of(backend)
@@ -396,7 +396,7 @@ async def test_nothing_is_left_of_a_dependency_that_is_over(backend: Backend) ->
 # -- races
 
 
-async def test_b2_a_child_that_is_added_while_its_parent_completes_runs(
+async def test_a_child_that_is_added_while_its_parent_completes_runs(
     backend: Backend, twin: Backend
 ) -> None:
     queue, producer = queue_of(backend), queue_of(twin)

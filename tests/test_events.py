@@ -268,7 +268,7 @@ async def test_ids_are_as_they_were_given(backend: Backend, job_id: str) -> None
     assert [event.job_id for event in heard.events] == [job_id]
 
 
-async def test_b22_progress_is_heard_with_its_job(backend: Backend) -> None:
+async def test_progress_is_heard_with_its_job(backend: Backend) -> None:
     async def work() -> None:
         current_job().report_progress(0.5, {"step": 1})
 
@@ -282,7 +282,7 @@ async def test_b22_progress_is_heard_with_its_job(backend: Backend) -> None:
     ] == [(job_id, 0.5, {"step": 1})]
 
 
-async def test_b32_events_are_heard_in_other_processes(backend: Backend, twin: Backend) -> None:
+async def test_events_are_heard_in_other_processes(backend: Backend, twin: Backend) -> None:
     worker, elsewhere = queue_of(backend), queue_of(twin)
     async with listening(elsewhere, "job:completed") as heard, running(worker):
         job_id = await worker.add("echo", ["x"])

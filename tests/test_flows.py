@@ -149,7 +149,7 @@ async def test_jobs_of_a_flow_keep_their_priority_delay_and_retries(backend: Bac
 
 
 @pytest.mark.parametrize("length", [1, 2, 5])
-async def test_b18_a_circle_is_refused(backend: Backend, length: int) -> None:
+async def test_a_circle_is_refused(backend: Backend, length: int) -> None:
     ids = [f"job-{number}" for number in range(length)]
     jobs = [
         Job(task_id="echo", job_id=ids[number], depends_on=[ids[number - 1]])
@@ -445,7 +445,7 @@ async def test_two_producers_of_one_flow_make_one(backend: Backend, twin: Backen
     assert (await queue.queue_stats())["completed"] == 2
 
 
-async def test_b17_two_producers_of_500_ids_make_500_jobs(backend: Backend, twin: Backend) -> None:
+async def test_two_producers_of_500_ids_make_500_jobs(backend: Backend, twin: Backend) -> None:
     runs: list[int] = []
 
     async def note(number: int) -> None:
@@ -472,9 +472,7 @@ async def test_b17_two_producers_of_500_ids_make_500_jobs(backend: Backend, twin
     assert stats == dict.fromkeys(stats, 0) | {"completed": 500}
 
 
-async def test_b4_every_child_of_many_small_flows_runs_once(
-    backend: Backend, twin: Backend
-) -> None:
+async def test_every_child_of_many_small_flows_runs_once(backend: Backend, twin: Backend) -> None:
     runs: list[str] = []
 
     async def note() -> int:

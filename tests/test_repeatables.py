@@ -183,7 +183,7 @@ async def test_a_changed_definition_replaces_the_one_of_its_name(
         ({"every": 5, "name": "x" * 101}, ValueError, "name must be"),
     ],
 )
-async def test_b13_a_bad_definition_is_refused_at_once(
+async def test_a_bad_definition_is_refused_at_once(
     queue: Queue, fields: dict[str, Any], error: type[Exception], told: str
 ) -> None:
     with pytest.raises(error, match=told):
@@ -193,7 +193,7 @@ async def test_b13_a_bad_definition_is_refused_at_once(
     assert await queue.list_repeatables() == []
 
 
-async def test_b13_an_interval_given_as_a_text_is_one(queue: Queue, ticks: Ticks) -> None:
+async def test_an_interval_given_as_a_text_is_one(queue: Queue, ticks: Ticks) -> None:
     await queue.upsert_repeatable("tick", every="0.2")
     async with running(queue):
         await ticks.wait_for(2)
@@ -298,7 +298,7 @@ async def test_local_definitions_are_stored_when_a_worker_runs(queue: Queue, tic
     assert len(await queue.list_repeatables()) == 1
 
 
-async def test_b10_the_same_local_definition_in_two_workers_is_one_series(
+async def test_the_same_local_definition_in_two_workers_is_one_series(
     backend: Backend, twin: Backend, ticks: Ticks
 ) -> None:
     queues = [make_queue(handle, tick=ticks.tick) for handle in (backend, twin)]
@@ -312,7 +312,7 @@ async def test_b10_the_same_local_definition_in_two_workers_is_one_series(
     assert len(ticks.seen) <= len(planned)
 
 
-async def test_b10_two_schedules_of_one_task_are_two(queue: Queue, ticks: Ticks) -> None:
+async def test_two_schedules_of_one_task_are_two(queue: Queue, ticks: Ticks) -> None:
     for label in "ab":
         queue.add_repeatable("tick", cron="* * * * * *", args=[label])
     async with running(queue):
@@ -445,7 +445,7 @@ async def test_ticks_that_are_a_little_late_are_all_made_up_for(
     assert_one_series(planned, 0.5)
 
 
-async def test_b12_a_paused_one_makes_no_jobs_and_stays_paused(
+async def test_a_paused_one_makes_no_jobs_and_stays_paused(
     queue: Queue, ticks: Ticks, backend: Backend
 ) -> None:
     queue.add_repeatable("tick", every=EVERY, name="report")

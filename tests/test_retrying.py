@@ -445,7 +445,7 @@ async def test_a_job_is_retried_by_hand(
     assert counts == dict.fromkeys(counts, 0) | {"completed": 1}
 
 
-async def test_b16_an_expired_job_does_not_expire_at_once_again(
+async def test_an_expired_job_does_not_expire_at_once_again(
     queue: Queue, flaky: Flaky, backend: Backend
 ) -> None:
     job_id = await queue.add("flaky", ttl=1.0)
@@ -460,7 +460,7 @@ async def test_b16_an_expired_job_does_not_expire_at_once_again(
         assert (await outcome(queue, job_id))["status"] == "completed"
 
 
-async def test_b16_a_job_that_is_retried_by_hand_has_all_its_retries_again(
+async def test_a_job_that_is_retried_by_hand_has_all_its_retries_again(
     queue: Queue, flaky: Flaky
 ) -> None:
     job_id = await make(queue, "failed", flaky, retries=2)
@@ -512,7 +512,7 @@ async def test_a_job_that_waits_for_its_retry_is_run_now(queue: Queue, flaky: Fl
     assert (job["status"], job["delay_until"], len(job["errors"])) == ("completed", None, 1)
 
 
-async def test_b15_racing_retries_by_hand_run_a_job_once(
+async def test_racing_retries_by_hand_run_a_job_once(
     queue: Queue, twin: Backend, flaky: Flaky
 ) -> None:
     job_id = await make(queue, "failed", flaky)
