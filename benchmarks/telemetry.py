@@ -1,4 +1,4 @@
-"""What the history and OpenTelemetry cost a worker that runs no-op jobs, in CPU time per job.
+"""The cost of the history and of OpenTelemetry in CPU time per job, with no-op jobs.
 
     python benchmarks/telemetry.py [--jobs 4000] [--rounds 9]
 

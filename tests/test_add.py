@@ -1,4 +1,4 @@
-"""What an addition takes for a job that is there, and for junk beside it. On both backends."""
+"""Additions beside existing jobs and junk, on both backends."""
 
 from collections.abc import Awaitable, Callable
 from typing import Any

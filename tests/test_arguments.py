@@ -1,4 +1,4 @@
-"""What travels and as what.
+"""Arguments travel as JSON and arrive equal.
 
 The tables of docs/arguments.md, and the promise that what is accepted arrives equal.
 """

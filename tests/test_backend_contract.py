@@ -1,4 +1,4 @@
-"""What the seam (`backends/base.py`) promises of logs, records and writes, for every backend.
+"""The promises of `backends/base.py` about logs, records and writes, for every backend.
 
 The other parts of the contract: `test_backend_contract_timers.py`, `…_leases.py`, `…_credit.py`,
 `…_signals.py`.

@@ -1,4 +1,4 @@
-"""What the seam promises of credit, pullers and pauses, for every backend.
+"""The promises about credit, pullers and pauses, for every backend.
 
 See `test_backend_contract.py`.
 """

@@ -1,4 +1,4 @@
-"""What the seam promises of consumers, deliveries and leases, for every backend.
+"""The promises about consumers, deliveries and leases, for every backend.
 
 See `test_backend_contract.py`.
 """

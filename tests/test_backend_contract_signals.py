@@ -1,4 +1,4 @@
-"""What the seam promises of signals, for every backend. See `test_backend_contract.py`."""
+"""The promises about signals, for every backend. See `test_backend_contract.py`."""
 
 import anyio
 import pytest

@@ -1,4 +1,4 @@
-"""What the seam promises of what happens in time, and of counting it, for every backend.
+"""The promises about timers, times to live and counters, for every backend.
 
 See `test_backend_contract.py`.
 """

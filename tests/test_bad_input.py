@@ -1,4 +1,4 @@
-"""What a user may get wrong, on both backends.
+"""Mistakes of users, on both backends.
 
 A clear error, nothing added or declared, and no harm to anybody else.
 """

@@ -1,4 +1,4 @@
-"""What a task knows of its job, and what it reports. On both backends."""
+"""The job context of a task, and its reports, on both backends."""
 
 import json
 from typing import Any

@@ -1,4 +1,4 @@
-"""The list of workers, and what workers are told. On both backends."""
+"""The list of workers, and what workers are told, on both backends."""
 
 import os
 import socket
@@ -101,7 +101,7 @@ async def test_a_heartbeat_renews_the_entry(backend: Backend) -> None:
 
 
 async def test_an_entry_that_is_not_renewed_goes(backend: Backend) -> None:
-    """What a killed worker leaves behind."""
+    """The entry of a killed worker."""
     await entry(backend, "lost").enter()
     assert [worker.id for worker in await list_workers(backend)] == ["lost"]
     await until(lambda: list_workers(backend), lambda workers: workers == [])

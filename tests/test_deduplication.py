@@ -1,6 +1,6 @@
 """`deduplication`: windows in which a second job with the same key is not added.
 
-On both backends.
+The tests run on both backends.
 """
 
 from collections.abc import Awaitable, Callable

@@ -1,6 +1,6 @@
 """Jobs for later: added, listed, removed, taken out, run by hand, and never early.
 
-On both backends.
+The tests run on both backends.
 """
 
 import time

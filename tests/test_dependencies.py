@@ -1,6 +1,6 @@
 """Jobs that wait for others: `depends_on`, results of parents, parents that fail, follow-ups.
 
-On both backends.
+The tests run on both backends.
 """
 
 from collections.abc import Sequence

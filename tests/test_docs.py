@@ -137,7 +137,7 @@ OWNED_BY: tuple[Any, ...] = (
     *(NATSBackend, Queue, tasks.TaskWrapper, workers.Worker, flow.FlowProducer, context.JobContext),
     asyncmq_nats.JobHandle,
 )
-"""What the names in the text belong to."""
+"""The objects of the names in the text."""
 OF_ASYNCMQ = {"backend.enqueue"}
 
 
@@ -223,7 +223,7 @@ OWNERS: dict[str, Any] = {
     "Flows and dependencies": flow,
     "Events": events,
 }
-"""What the names in the tables of that page belong to."""
+"""The objects of the names in the tables of that page."""
 
 
 def rows(title: str) -> list[list[str]]:

@@ -1,4 +1,4 @@
-"""What programs written for AsyncMQ call, beside the methods of `Queue`; on both backends."""
+"""Calls of programs written for AsyncMQ, beside the methods of `Queue`, on both backends."""
 
 from typing import Any
 

@@ -1,6 +1,6 @@
 """Events: those of a queue from any process, those of this process's workers, and `wait_for`.
 
-On both backends.
+The tests run on both backends.
 """
 
 import functools
@@ -338,7 +338,7 @@ async def test_a_slow_reader_loses_events_and_hinders_no_other(
 
 @pytest.fixture
 def emitted() -> Any:
-    """What the callbacks that the test registers with `listen` were called with.
+    """The calls of the callbacks that the test registers with `listen`.
 
     They are removed again.
     """

@@ -1,6 +1,6 @@
-"""What a worker fetches: as much as it can start, in order, and nothing that others wait for.
+"""A worker fetches as much as it can start, in order, and nothing that others wait for.
 
-On both backends.
+The tests run on both backends.
 """
 
 import asyncio

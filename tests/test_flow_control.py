@@ -1,6 +1,6 @@
 """Order, pause, cancel and the list of workers, as a user of one process sees them.
 
-On both backends.
+The tests run on both backends.
 """
 
 import random

@@ -1,4 +1,4 @@
-"""What else happens when a worker starts and stops. On both backends."""
+"""Startup and shutdown hooks, on both backends."""
 
 import functools
 from typing import Any

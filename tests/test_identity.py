@@ -1,4 +1,4 @@
-"""What a task is known by: one function a name; and `TASK_REGISTRY` as AsyncMQ has it."""
+"""Names of tasks: one function a name; and `TASK_REGISTRY` as AsyncMQ has it."""
 
 import functools
 import importlib

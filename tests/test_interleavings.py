@@ -1,4 +1,4 @@
-"""What two hands do to one job at a time, each moment held fast. On both backends."""
+"""Two programs act on one job at a time, in every interleaving, on both backends."""
 
 import time
 from collections.abc import Awaitable, Callable

@@ -1,4 +1,4 @@
-"""A job that depends on others is added, and their ends meet it at every step. On both backends."""
+"""A job that depends on others is added, and their ends meet it at every step, on both backends."""
 
 from collections.abc import Awaitable, Callable
 from functools import partial

@@ -68,7 +68,7 @@ STEPS: st.SearchStrategy[Step] = st.one_of(
 
 @dataclass
 class ModelJob:
-    """What the model knows of a job.
+    """A job in the model.
 
     `attempts` counts those since it was new, or made new by hand.
     """

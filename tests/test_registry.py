@@ -1,4 +1,4 @@
-"""Which task runs for which id, and what its arguments become."""
+"""The registry of tasks, and the arguments of their calls."""
 
 import threading
 from datetime import date

@@ -1,4 +1,4 @@
-"""Jobs that repeat: their definitions, and exactly one job for each tick. On both backends."""
+"""Jobs that repeat: their definitions, and exactly one job for each tick, on both backends."""
 
 import itertools
 import math

@@ -1,6 +1,6 @@
-"""What becomes of a job that fails.
+"""Retries and failures of a job.
 
-Attempts and their errors, backoffs, timeouts, and retries by hand. On both backends.
+Attempts and their errors, backoffs, timeouts, and retries by hand. They run on both backends.
 """
 
 import threading
@@ -25,7 +25,7 @@ from tests.running import PATIENCE, make_queue, outcome, running, wait_until_don
 
 HOUR = 3600.0
 EARLY = 0.01
-"""What a comparison of a client's idea of the server's time may be off."""
+"""Seconds by which a client's idea of the server's time may be off."""
 
 
 @pytest.fixture
@@ -151,7 +151,7 @@ async def test_a_backoff_that_is_none_is_refused(queue: Queue, backoff: Any) -> 
 
 
 class TestOfTasks:
-    """What `@task` says of its jobs."""
+    """The options of `@task` for its jobs."""
 
     @pytest.fixture
     def registry(self) -> TaskRegistry:

@@ -1,6 +1,6 @@
 """When a repeatable job runs next.
 
-What is understood, what is refused and where, and what clocks that change do to it.
+Valid and refused schedules, and the effects of clocks that change.
 """
 
 import math

@@ -26,7 +26,7 @@ class Message:
 
 
 class World:
-    """What the line sees of its worker."""
+    """The worker, as the line of suspects sees it."""
 
     def __init__(self, max_stalls: int = 3) -> None:
         self.time = 100.0

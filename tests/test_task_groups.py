@@ -1,4 +1,4 @@
-"""What leaves a task group of ours is one error: callers catch errors, not groups."""
+"""A task group of this package raises one error: callers catch errors, not groups."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What type checkers make of the public names: read by mypy in its normal run, never executed."""
+"""The types of the public names: read by mypy in its normal run, never executed."""
 
 # pyright: standard, reportUnnecessaryTypeIgnoreComment=error
 

@@ -1,6 +1,6 @@
-"""What workers promise: slots, failures, retries, order, and stopping without losing anything.
+"""The promises of workers: slots, failures, retries, order, and a stop without losses.
 
-On both backends.
+The tests run on both backends.
 """
 
 import asyncio

@@ -40,7 +40,7 @@ NOT_RUN: Final = {
 """The blocks that no test runs, and why."""
 
 SKIPPED: Final = 77
-"""What a page exits with that cannot run here."""
+"""The exit code of a page that cannot run here."""
 
 ALL_PAGES: Final = [page.relative_to(ROOT).as_posix() for page in pages()]
 

@@ -1,4 +1,4 @@
-"""What pyright makes of the typed calls; mypy reads the same files in its normal run."""
+"""Pyright checks the typed calls; mypy reads the same files in its normal run."""
 
 import importlib.util
 import json
