@@ -27,7 +27,7 @@ from asyncmq_nats.events import Event
 from asyncmq_nats.exceptions import AsyncMQError
 from asyncmq_nats.queues import Queue
 
-__all__ = ["show", "stream", "watch"]
+__all__ = ["reader_of", "show", "stream", "watch"]
 
 EVENTS: Final = (
     "waiting", "delayed", "waiting-children", "started", "progress", "retrying", "completed",
@@ -50,12 +50,17 @@ READ_SECONDS: Final = 8.0
 async def watch(request: Request) -> Response:
     """Tell a browser whenever what it shows has changed (server-sent events)."""
     site = site_of(request)
-    read = await _reader_of(site, request.query_params.get("topic", ""))
+    read = await reader_of(site, request.query_params.get("topic", ""))
     seen = request.query_params.get("seen", "")
     return EventSourceResponse(_changes(site, read, seen), ping=15)
 
 
-async def _reader_of(site: Site, topic: str) -> Callable[[], Awaitable[Any]]:
+async def reader_of(site: Site, topic: str) -> Callable[[], Awaitable[Any]]:
+    """Return what reads that of which a page shows the version.
+
+    Raises:
+        HTTPException: 404, there is nothing of this name, or it is not shown.
+    """
     what, _, rest = topic.partition(":")
     if what == "queues":
         return lambda: summaries(site)

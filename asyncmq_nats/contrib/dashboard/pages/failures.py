@@ -8,7 +8,7 @@ from starlette.responses import Response
 
 from asyncmq_nats.contrib.dashboard.failures import FailureGroup, group_failures
 from asyncmq_nats.contrib.dashboard.pages.jobs import ACTIONS
-from asyncmq_nats.contrib.dashboard.pages.summaries import for_all, summaries, version_of
+from asyncmq_nats.contrib.dashboard.pages.summaries import for_all, summaries, summarize, version_of
 from asyncmq_nats.contrib.dashboard.site import Site, site_of, text_of
 from asyncmq_nats.exceptions import InvalidArgument
 from asyncmq_nats.queues import Queue
@@ -57,11 +57,11 @@ async def _show(
     # Read again when a job failed, or was retried, since: the counts are part of the key.
     key = ("failures", chosen, tuple(failed.items()))
     groups, looked_at = await site.reads.get(key, read_groups)
-    everything = await summaries(site)
+    watched = await (summarize(site, Queue(chosen, site.backend)) if chosen else summaries(site))
     topic = f"queue:{chosen}" if chosen else "queues"
     context = {
         "section": "queues" if chosen else "failures",
-        "watch": (topic, version_of(everything)),
+        "watch": (topic, version_of(watched)),
         "chosen": chosen,
         "groups": groups,
         "looked_at": looked_at,
