@@ -151,7 +151,7 @@ def job_of_payload(
 def checked_args(args: object, name: str) -> list[Any]:
     """Return a list of what is in a list, a tuple, or what yields its items in order.
 
-    Of nothing, if it is `None`.
+    `None` makes an empty list.
 
     Raises:
         InvalidArgument: it is none of these. A text is one argument, not its letters.

@@ -36,15 +36,15 @@ class Clock(Protocol):
         """Return seconds that never go back."""
 
     async def sleep(self, seconds: float, *, upkeep: bool = False) -> None:
-        """Return when so many seconds have passed."""
+        """Return when that many seconds have passed."""
 
     def move_on_after(
         self, seconds: float | None, *, upkeep: bool = False
     ) -> AbstractContextManager[anyio.CancelScope]:
-        """Cancel the block after so many seconds, `None`: never; see `anyio.move_on_after`."""
+        """Cancel the block after that many seconds, `None`: never; see `anyio.move_on_after`."""
 
     def call_later(self, seconds: float, call: Callable[[], object]) -> Cancellable:
-        """Have `call` called in this event loop after so many seconds."""
+        """Have `call` called in this event loop after that many seconds."""
 
 
 class SystemClock:

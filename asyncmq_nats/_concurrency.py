@@ -155,7 +155,7 @@ class KeyedTurns:
 def is_async(function: Any) -> bool:
     """Return whether calling it returns at once.
 
-    A coroutine function, or an object that is called like one.
+    It is a coroutine function, or an object that is called like one.
     """
     called = getattr(function, "__call__", None)  # noqa: B004
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(called)

@@ -30,7 +30,7 @@ class Call(Generic[R_co]):
     args: Sequence[Any] = ()
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
-    """Of the other parameters of `Queue.add` those that were given.
+    """The other parameters of `Queue.add` that were given.
 
     In a flow, `depends_on` may have other calls.
     """

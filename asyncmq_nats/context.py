@@ -76,7 +76,7 @@ class JobContext:
     cancel_requested: bool = False
     """Whether the job was cancelled, or the worker wants it back.
 
-    For sync tasks to ask now and then: no thread can be interrupted.
+    Sync tasks ask it now and then: no thread can be interrupted.
     """
     follow_ups: list[Job] = field(default_factory=list, repr=False)
     """The jobs that were added so far."""
@@ -204,7 +204,7 @@ class JobContext:
         now = self._services.now()
         if isinstance(task_id, Call):
             task_id.require_queue(self.queue)
-            return self._add(task_id.follow_up(now, self.job.meta))
+            return self._add(task_id.follow_up(now, self.meta))
         job = build_job(
             now,
             write=self._write,

@@ -70,13 +70,14 @@ class Event:
     """One thing that happened to a job.
 
     `name`: `job:waiting`, `job:delayed`, `job:waiting-children`, `job:started`, `job:progress`,
-    `job:retrying`, `job:completed`,
-    `job:failed`, `job:expired` or `job:cancelled`. `data`: the job with the keys of `Job.to_dict`
-    and those of the wire, and `queue`; of progress `id`, `progress` and `data`.
-    And those that leave no record: `job:ready` (its last parent is done), `job:stalled` (its worker
-    was lost; `stalls`), `job:duplicated` (its id was there), `job:deduplicated`
-    (`deduplication_id`, and as `deduplicated_job_id` the id of the job that was not added) and,
-    with each of these, `job:debounced` (`debounce_id`).
+    `job:retrying`, `job:completed`, `job:failed`, `job:expired` or `job:cancelled`; or one that
+    leaves no record: `job:ready` (its last parent is done), `job:stalled` (its worker was lost;
+    `stalls`), `job:duplicated` (its id was there), `job:deduplicated` (`deduplication_id`, and as
+    `deduplicated_job_id` the id of the job that was not added) and, with each of these,
+    `job:debounced` (`debounce_id`).
+
+    `data`: the job with the keys of `Job.to_dict` and those of the wire, and `queue`; progress has
+    `id`, `progress` and `data`.
     """
 
     name: str
@@ -105,7 +106,7 @@ def read_event(queue: str, subject: str, body: bytes) -> Event | None:
 def _complete(data: dict[str, Any], what: str) -> dict[str, Any]:
     """Return a job's record with all keys of `Job.to_dict`: AsyncMQ has them in its events.
 
-    Others as they are.
+    What is no job stays as it is.
     """
     if "task" not in data:
         return data
@@ -192,9 +193,7 @@ class EventEmitter:
         """Return the last events of this process, newest first (AsyncMQ `list_history`).
 
         Each is a dict of `timestamp` (Unix seconds), `event` and `data`. The first call begins to
-        keep
-        the events of jobs to which nothing listens: a worker is not slowed down by a history
-        unread.
+        keep the events of jobs to which nothing listens: a history that is unread slows no worker.
 
         Args:
             limit: how many at most.

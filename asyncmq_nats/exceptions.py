@@ -286,7 +286,7 @@ class FailedAttempt:
     """
     message: str
     traceback: str
-    """Of the last five attempts; long ones without their middle."""
+    """Empty but for the last five attempts; a long one lacks its middle."""
     at: float
     """Unix seconds."""
 
@@ -373,7 +373,7 @@ class Reject(Fail):
 
 
 class Snooze(AsyncMQError):
-    """Raise it in a task to have the job run again in so many seconds.
+    """Raise it in a task to have the job run again after some `seconds`.
 
     It counts as no attempt, and may be repeated as long as the job's `ttl` allows. After ten in a
     row each lasts a second at least.
@@ -486,7 +486,7 @@ class ConnectionFailed(BackendError, ConnectionError):
 class ConnectionLost(BackendError, ConnectionError):
     """The connection is closed and will not come back by itself.
 
-    By `close`, or by the server, as when credentials expire.
+    `close` did it, or the server, as when credentials expire.
     """
 
     def __init__(self, servers: str) -> None:

@@ -30,9 +30,9 @@ class FlowProducer:
         A job may be the `call` of a task; its `depends_on` may have other calls of the flow.
 
         Up to 1,000 writes (a job is one, and so is each dependency on a job outside the flow) are
-        all or nothing. A larger flow is added in
-        such parts, each job after those that wait for it: should the producer die between two
-        parts, the jobs of the later ones are missing, and those that wait for them wait for ever.
+        all or nothing. A larger flow is added in such parts, each job after those that wait for it:
+        should the producer die between two parts, the jobs of the later ones are missing, and those
+        that wait for them wait for ever.
 
         Raises:
             InvalidFlow: two jobs have one id, or they depend on each other in a circle.

@@ -105,8 +105,8 @@ class Backoff:
     """How long to wait before the n-th retry (n = 1, 2, …), in seconds.
 
     See `retries.backoff_delay`. `fixed`: `delay` each time. `exponential`: `delay * factor ** (n -
-    1)`. Never more than `maximum`. `jitter` (0 to 1) takes away a random share of up to so much, so
-    that jobs that failed together do not come back together.
+    1)`. Never more than `maximum`. `jitter` (0 to 1) takes away a random share of up to this part,
+    so that jobs that failed together do not come back together.
     """
 
     kind: Literal["fixed", "exponential"] = "exponential"
@@ -216,25 +216,22 @@ class Job:
     timeout: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     """How long one attempt may run."""
     parents: list[str] = Field(default_factory=list)
-    """Those of `depends_on` that have not completed yet."""
+    """The jobs in `depends_on` that have not completed yet."""
     children: list[str] = Field(default_factory=list)
     """Jobs that were added together with this one and depend on it."""
     wide: str = ""
-    """Of a job with many open parents.
-
-    `<token>.<parts>`, where these are kept instead of in `parents`.
-    """
+    """`<token>.<parts>`: where the open parents are kept, if they are too many for `parents`."""
     wide_children: dict[str, str] = Field(default_factory=dict)
-    """Those of `children` that have many parents, and the part in which this one is kept."""
+    """The jobs in `children` that have many parents, and the part in which this one is kept."""
     parent_results: dict[str, Any] = Field(default_factory=dict)
     on_parent_failure: Literal["wait", "fail", "run"] = "wait"
     """What becomes of this job when one that it depends on does not complete."""
     custom_id: bool = False
     """Whether the producer chose the id."""
     errors: list[dict[str, Any]] = Field(default_factory=list)
-    """What went wrong in the attempts so far: `attempt`, `error`, `traceback`, `at`.
+    """What went wrong in the last hundred attempts: `attempt`, `error`, `traceback`, `at`, `type`.
 
-    The last ten.
+    The last five have all of the error and its traceback.
     """
     status: State = State.WAITING
     result: Any = None
@@ -251,10 +248,7 @@ class Job:
     reruns: int = Field(default=0, ge=0)
     """How often it was retried by hand."""
     put_offs: int = Field(default=0, ge=0)
-    """How often it was put off.
-
-    By a worker that did not know its task or its version, or by its task.
-    """
+    """How often it was put off: by its task, or by a worker without its task or its version."""
     put_off_since: float | None = Field(default=None, allow_inf_nan=False)
     """When that began."""
     put_off_reason: str | None = None
@@ -341,8 +335,8 @@ class Job:
         """Return the job in a message.
 
         The id and the time of the message stand in where the body has none; the id of the subject
-        wins. Of a newer version of the format, what this one knows: who runs it, looks at
-        `JobHead`.
+        wins. A newer version of the format is read as far as this one knows it: a worker asks
+        `JobHead` for the version.
 
         Raises:
             InvalidJob: the body is not a job.
@@ -418,9 +412,9 @@ def new_job(**fields: Any) -> Job:
 
 @plain_dataclass(frozen=True, slots=True)
 class DelayedInfo:
-    """A delayed job.
+    """A delayed job (AsyncMQ `DelayedInfo`).
 
-    Its id, when it runs (Unix seconds), and the job as a dict (AsyncMQ `DelayedInfo`).
+    `run_at`: when it runs, in Unix seconds. `payload`: the job as a dict.
     """
 
     job_id: str
@@ -462,25 +456,28 @@ DICT_FIELDS: Final = (
     "meta",
     "snoozes",
 )
-OPTIONAL_FIELDS: Final[tuple[tuple[str, Any], ...]] = (
-    ("parents", []),
-    ("children", []),
-    ("wide", ""),
-    ("wide_children", {}),
-    ("parent_results", {}),
-    ("ttl", None),
-    ("timeout", None),
-    ("repeat_every", None),
-    ("depends_on", []),
-    ("deduplication", None),
-    ("delay_until", None),
-    ("custom_id", False),
-    ("errors", []),
-    ("stalls", 0),
-    ("on_parent_failure", "wait"),
-    ("meta", {}),
+OPTIONAL_FIELDS: Final[tuple[tuple[str, Any], ...]] = tuple(
+    (name, getattr(Job("any"), name))
+    for name in (
+        "parents",
+        "children",
+        "wide",
+        "wide_children",
+        "parent_results",
+        "ttl",
+        "timeout",
+        "repeat_every",
+        "depends_on",
+        "deduplication",
+        "delay_until",
+        "custom_id",
+        "errors",
+        "stalls",
+        "on_parent_failure",
+        "meta",
+    )
 )
-"""Those that are left out when they have their default."""
+"""The fields that are left out when they have their default, and this."""
 
 
 def _last_failure(failure: Mapping[str, Any]) -> dict[str, Any]:

@@ -98,8 +98,8 @@ class Middleware(Protocol):
     async def end(self, context: JobContext, ending: Ending) -> None:
         """Do something when the end of an attempt is stored. What it raises is logged.
 
-        Also called for jobs that end without a run: expired, or given up after their workers were
-        lost. Not called when a worker hands a job back. At most once: not if the worker dies.
+        It is also called for jobs that end without a run: expired, or given up after their workers
+        were lost. It is not called when a worker hands a job back, or dies: at most once.
         """
         return  # a body, so that a subclass need not have one
 
@@ -115,9 +115,8 @@ class CarryContext(Middleware):
     """Carries context variables from where a job is added to where its task runs.
 
     `add_middleware(CarryContext(tenant, request_id))`. Their values are texts, and go in `meta`
-    under
-    `context.<name>`. One that is not set, or is `None`, is left alone. Jobs that a task adds carry
-    them on. A task that runs in a process of its own does not see them: it has no context.
+    under `context.<name>`. One that is not set, or is `None`, is left alone. Jobs that a task adds
+    carry them on. A task that runs in a process of its own does not see them: it has no context.
 
     Raises:
         InvalidArgument: one is no `ContextVar`, or two have one name.

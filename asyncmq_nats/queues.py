@@ -19,6 +19,7 @@ from collections.abc import (
 from contextlib import aclosing
 from dataclasses import replace
 from functools import partial
+from inspect import signature
 from typing import Any, Final, TypeVar
 
 import anyio
@@ -49,7 +50,7 @@ from asyncmq_nats.exceptions import (
     JobNotFound,
     QueueNotPaused,
 )
-from asyncmq_nats.jobs import LATEST, Backoff, DelayedInfo, Job
+from asyncmq_nats.jobs import LATEST, Backoff, DelayedInfo, Job, new_job_id
 from asyncmq_nats.middleware import (
     AddJobs,
     Chain,
@@ -101,6 +102,7 @@ from asyncmq_nats.transitions.deduplicate import Deduplicator, Window, parse_win
 from asyncmq_nats.transitions.definition import (
     CODE,
     Definition,
+    job_of,
     make_definition,
     repeatable_id,
 )
@@ -115,11 +117,9 @@ logger = get_logger(__name__)
 
 EVENT_BUFFER: Final = 10_000
 BRIEF_LOOKS: Final = 5
-"""How many looks find an end that was heard, if no replica lags: else the job was retried since."""
+"""Reads that find an end that was heard, if no replica lags; more mean that it was retried."""
 RETRIED: Final = (State.FAILED, State.EXPIRED, State.CANCELLED, State.DELAYED)
 """States in which a job can be retried by hand."""
-REPEATED: Final = ("args", "kwargs", "retries", "ttl", "backoff", "priority", "timeout")
-"""What a repeatable has of the parameters of its jobs."""
 IMPORT_BATCH: Final = 500
 EXPORT_ORDER: Final = (
     *OUTCOMES,
@@ -128,11 +128,11 @@ EXPORT_ORDER: Final = (
     State.ACTIVE,
     State.WAITING_CHILDREN,
 )
-"""Those that others wait for come first."""
+"""The jobs that others wait for come first."""
 ENDS: Final = frozenset(PREFIX + state for state in OUTCOMES)
 """The events that are the last one of a job."""
 LAST_EVENT_TIMEOUT: Final = 0.5
-"""How long the events of a job are waited for that has ended already, in seconds."""
+"""Seconds that a reader of the events of one job waits for the last one if the job has ended."""
 COUNTED_AS_TO_DO: Final = (State.WAITING, State.DELAYED, State.WAITING_CHILDREN)
 
 H = TypeVar("H", bound=Hook)
@@ -395,9 +395,8 @@ class Queue:
     async def enqueue(self, payload: Mapping[str, Any]) -> str:
         """Add a job given as a dict and return its id (AsyncMQ `Queue.enqueue`).
 
-        The dict is of `Job.to_dict`, or has `task_id` and what `Job` takes.
-
-        With an `id` it is idempotent, like `add` with a `job_id`.
+        The dict is of `Job.to_dict`, or has `task_id` and what `Job` takes. With an `id` it is
+        idempotent, like `add` with a `job_id`.
 
         Raises:
             InvalidArgument: it is no dict, has no task, or a value of the wrong kind.
@@ -409,7 +408,7 @@ class Queue:
     async def enqueue_bulk(self, payloads: Iterable[Mapping[str, Any]]) -> list[str]:
         """Add many jobs given as dicts, each as by `enqueue`, and return their ids in order.
 
-        In batches, as by `add_bulk`.
+        They are added in batches, as by `add_bulk`.
 
         Raises:
             InvalidArgument, InvalidJobId, NotSerializable, PayloadTooLarge: one of them is refused;
@@ -516,7 +515,7 @@ class Queue:
     async def rates(self, period: float = 60.0) -> dict[str, float]:
         """Return how many jobs a second ended in each way during the last `period` seconds.
 
-        Read from the outcomes, at most 5,000 of each; what was removed since is not counted.
+        They are read from the outcomes, at most 5,000 of each; those removed since do not count.
         """
         return await self._overview.rates(checked_seconds(period, "period"))
 
@@ -536,18 +535,15 @@ class Queue:
         return sum((await self.get_job_counts(*types)).values())
 
     async def count(self) -> int:
-        """Return the number of jobs that are still to be started.
-
-        Waiting, delayed, or waiting for others.
-        """
+        """Return how many jobs are to be started: they wait for a worker, a time, or others."""
         counts = await self._inspection.count_by_state()
         return sum(counts[state] for state in COUNTED_AS_TO_DO)
 
     async def job_logs(self, job_id: str) -> list[JobLogLine]:
         """Return the lines that a job's attempts kept by `current_job().log`, in order.
 
-        Also while it runs: they are written twice a second. None if it kept none, they are too old
-        (`Settings.job_log_ttl`), or there is no such job.
+        They are written twice a second while it runs. There are none if it kept none, they are too
+        old (`Settings.job_log_ttl`), or there is no such job.
         """
         return await read_job_logs(self.backend, self._subjects, job_id)
 
@@ -650,16 +646,17 @@ class Queue:
             limit: how many at most.
         """
         wanted = JobFilter() if where is None else where
-        left = math.inf if limit is None else checked_number(limit, "limit")
+        left = None if limit is None else checked_number(limit, "limit")
         async with aclosing(
             self._pages_of(wanted, wanted.states, descending=newest_first)
         ) as pages:
             async for page in pages:
-                for found in page[: None if left == math.inf else int(left)]:
+                for found in page[:left]:
                     yield found.job.to_dict()
-                left -= len(page)
-                if left <= 0:
-                    return
+                if left is not None:
+                    left -= len(page)
+                    if left <= 0:
+                        return
 
     async def _pages_of(
         self, where: JobFilter, states: Sequence[State], *, descending: bool
@@ -877,7 +874,7 @@ class Queue:
         return hook
 
     def on_shutdown(self, hook: H) -> H:
-        """Likewise after their last job, the last one registered first."""
+        """Have this queue's workers call a function after their last job, in reverse order."""
         self._hooks.on_shutdown.append(hook)
         return hook
 
@@ -938,10 +935,7 @@ class Queue:
     # -- delayed jobs
 
     async def list_delayed(self, *, limit: int | None = None) -> list[DelayedInfo]:
-        """Return the delayed jobs, in the order in which they were delayed.
-
-        All of them, or the first `limit`.
-        """
+        """Return the delayed jobs, all or the first `limit`, in the order of being delayed."""
         return [
             DelayedInfo(job.job_id, job.delay_until or job.created_at, job.to_dict())
             for job in await self._list_oldest([State.DELAYED], limit)
@@ -967,9 +961,7 @@ class Queue:
     async def retry_job(self, job_id: str) -> bool:
         """Run a failed, expired, cancelled or delayed job again, or now.
 
-        It has all its retries and a new time to live.
-
-        Return whether it was in one of these states.
+        It has all its retries and a new time to live. Return whether it was in one of these states.
         """
         return await self._find_and(self._administration.rerun, job_id)
 
@@ -1057,7 +1049,7 @@ class Queue:
             ids = list(checked_args(jobs, "jobs"))[:most]
             return await apply_to_ids(ids, act, dry_run=dry_run, progress=progress)
         await self.backend.connect()
-        until = min(jobs.until or math.inf, self.backend.now())
+        until = min(math.inf if jobs.until is None else jobs.until, self.backend.now())
         states = jobs.states
         if isinstance(action, str):
             possible = ACTION_STATES[action]
@@ -1108,9 +1100,9 @@ class Queue:
 
         Each runs here or there, never in both. Pause this queue first if jobs wait in it. A job
         keeps its id, its arguments, its attempts and its time; one that has ended keeps its
-        outcome, with a time to live that begins anew. Those that run, that wait for others, or that
-        others wait for stay, and so do those whose id the other queue has. Whoever waits here for a
-        job that is moved is told that it was cancelled. Interrupted, the same call goes on.
+        outcome, with a new time to live. Those that run, that wait for others, or that others wait
+        for stay, and so do those whose id the other queue has. `wait_for` of a job that is moved
+        says that it was cancelled. After an interruption the same call goes on.
 
         Args:
             target: the other queue.
@@ -1166,8 +1158,8 @@ class Queue:
         """Add what `export` yielded, of this queue or of another.
 
         What is there already stays: after an interruption the same call goes on. Jobs that ran when
-        they were exported run again; those that had ended keep their outcome, with a time to live
-        that begins anew.
+        they were exported run again; those that had ended keep their outcome, with a new time to
+        live. A repeatable begins a new series.
 
         Raises:
             InvalidArgument: a line is none of an export.
@@ -1187,12 +1179,15 @@ class Queue:
         return await importer.finish()
 
     async def _import_repeatable(self, line: Mapping[str, Any]) -> None:
-        fields = {key: value for key, value in line["repeatable"].items() if key != "id"}
-        if fields.get("cron") is None:
-            fields.pop("timezone", None)
+        given = checked_mapping(line["repeatable"], "the repeatable of an export")
+        fields = {key: value for key, value in given.items() if key != "id"}
+        try:
+            signature(self.upsert_repeatable).bind(**fields)
+        except TypeError as problem:
+            raise InvalidArgument(f"a repeatable of an export: {problem}", given) from None
         await self.upsert_repeatable(**fields)
         if line.get("paused"):
-            await self.pause_repeatable(line["repeatable"]["id"])
+            await self.pause_repeatable(given)
 
     # -- repeatables
 
@@ -1368,15 +1363,13 @@ class Queue:
         Raises:
             KeyError: there is no such repeatable.
         """
+        await self.backend.connect()
         rid = repeatable_id(job_def, self._registry.write)
-        for info in await self.list_repeatables():
-            if info.job_def["id"] == rid:
-                given = {name: info.job_def[name] for name in REPEATED if name in info.job_def}
-                backoff = given.get("backoff")
-                if isinstance(backoff, Mapping):
-                    given["backoff"] = Backoff(**backoff)
-                return await self.add(info.job_def["task_id"], **given)
-        raise KeyError(f"no repeatable {rid!r}")
+        definition = await self._unless_missing(self._repeatables.find(rid), None)
+        if definition is None:
+            raise KeyError(f"no repeatable {rid!r}")
+        now = self.backend.now()
+        return await self._add(replace(job_of(definition, now, now), job_id=new_job_id()))
 
     async def remove_repeatable(self, job_def: Mapping[str, Any] | str) -> bool:
         """Remove a repeatable, given as its `job_def` or by name. Return whether it was there.
@@ -1394,9 +1387,9 @@ class Queue:
         )
 
     async def resume_repeatable(self, job_def: Mapping[str, Any] | str) -> float:
-        """Let a paused repeatable go on, as its `catch_up` says, and return its next run.
+        """Let a paused repeatable go on, as its `catch_up` says.
 
-        In Unix seconds; `inf` if none is to come.
+        Return its next run in Unix seconds, `inf` if none is to come.
 
         Raises:
             KeyError: there is no such repeatable (as AsyncMQ).
@@ -1441,9 +1434,11 @@ class Queue:
     ) -> list[str]:
         """Remove jobs that reached a state over `grace` seconds ago, and return their ids.
 
-        At most `limit` (0: all).
-
-        `progress`: see `clean`.
+        Args:
+            grace: in seconds.
+            limit: how many at most, the oldest first; 0: all.
+            state: such as `completed`.
+            progress: see `clean`.
         """
         wanted, most = _checked_state(state), checked_number(limit, "limit")
         seconds = checked_seconds(grace, "grace")

@@ -267,17 +267,11 @@ def first_run(schedule: Schedule, now: float) -> float:
 def upcoming_runs(info: RepeatableInfo, count: int, now: float) -> list[float]:
     """Return the next `count` runs of a stored repeatable in Unix seconds, fewer if it ends before.
 
-    Of one that is paused, when it would run if it were resumed now.
+    Those of a paused one are counted as if it were resumed now.
     """
     definition = info.job_def
-    cron = definition.get("cron")
-    schedule = make_schedule(
-        None if cron is not None else definition.get("every"),
-        cron,
-        definition.get("timezone") if cron is not None else None,
-        start=definition.get("start"),
-        end=definition.get("end"),
-    )
+    names = ("every", "cron", "timezone", "start", "end")
+    schedule = make_schedule(**{name: definition.get(name) for name in names})
     runs: list[float] = []
     at = first_run(schedule, now) if info.next_run is None else info.next_run
     while len(runs) < count and math.isfinite(at) and not is_over(schedule, at):
@@ -317,10 +311,9 @@ def _next_cron(expression: str, zone: ZoneInfo, after: float) -> float:
     """Return the next time of a cron expression by the wall clock of a zone.
 
     A time that the clock skips in spring comes later by as much as it skips, once. A time that it
-    shows twice in autumn counts once, the
-    first time, unless the hour is a wildcard: what runs every few minutes goes on through both
-    hours.
-    Kept for a while: many repeatables have the same expression, and it takes a third of a ms.
+    shows twice in autumn counts once, the first time, unless the hour is a wildcard: what runs
+    every few minutes goes on through both hours. The result is kept for a while: many repeatables
+    have the same expression, and it takes a third of a ms.
     """
     hour = "*" if expression == "@hourly" else [*expression.split(), ""][1]
     # Near a change of the clock, the times to come are to be looked for by what it shows before and
@@ -357,7 +350,7 @@ def _first_after(
 def _moments(wall: datetime, zone: ZoneInfo, *, twice: bool) -> list[float]:
     """Return when the clock shows this: the first time, or both.
 
-    For what it never shows, when it would have without the change.
+    What it never shows has the time that it would have without the change.
     """
     first, second = (wall.replace(tzinfo=zone, fold=fold).timestamp() for fold in (0, 1))
     return [first, second] if twice and second > first else [first]

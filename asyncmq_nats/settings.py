@@ -69,25 +69,32 @@ def parse_servers(value: object) -> tuple[Address, ...]:
         [value] if isinstance(value, str) else list(value) if isinstance(value, Iterable) else []
     )
     texts = [part for part in parts if isinstance(part, str)]
-    servers = _split(",".join(texts))
+    text = ",".join(texts)
+    servers = _split(text)
     if not servers or len(texts) != len(parts):
-        raise ValueError(f"servers is {mask_login(repr(value))}: {HOW_TO_WRITE}")
+        raise ValueError(f"servers is {_after_login(repr(value))}: {HOW_TO_WRITE}")
     for server in servers:
         if (problem := _find_problem(server)) is not None:
-            raise ValueError(
-                f"{mask_login(repr(server))} is no address of a NATS server: "
-                f"{problem}; {HOW_TO_WRITE}"
-            )
+            following = text.partition(server)[2].partition("://")[0]
+            # A login with a comma in it was split: its first part has no `@`.
+            shown = "***" if "@" in following else _after_login(server)
+            raise ValueError(f"{shown!r} is no address of a NATS server: {problem}; {HOW_TO_WRITE}")
     return tuple(Address(server) for server in servers)
 
 
+def _after_login(text: str) -> str:
+    """Return a text without all before its last `@`: a malformed login has any character."""
+    _, at, rest = text.rpartition("@")
+    return f"***@{rest}" if at else text
+
+
 def _find_problem(server: str) -> str | None:
-    scheme, separator, rest = server.rpartition("://")
+    scheme, separator, _ = server.partition("://")
     if separator and scheme.lower() not in SCHEMES:
         return (
             f"it begins with {scheme + separator!r}, and not with nats://, tls://, ws:// or wss://"
         )
-    if not separator and "/" in rest:
+    if not separator and "/" in server:
         return "it has a '/' and no '://'"
     if escape_controls(server) != server or len(server.split()) > 1:
         return "it has blanks or control characters"
@@ -153,10 +160,7 @@ class Settings(BaseSettings):
     placement_cluster: str | None = None
     """Cluster in which the streams of this process are made."""
     placement_tags: Annotated[tuple[str, ...], NoDecode] = ()
-    """Tags that the servers must have which store its streams.
-
-    In the environment separated by commas.
-    """
+    """Tags of the servers that may store its streams; separated by commas in the environment."""
     domain: str | None = None
     """JetStream domain, for leaf nodes."""
     user: str | None = None
@@ -220,12 +224,14 @@ class Settings(BaseSettings):
     Workers see to it at each heartbeat.
     """
     failed_keep: int | None = Field(None, ge=1)
-    """Likewise for failed, expired and cancelled jobs, of each kind."""
+    """How many outcomes of failed, of expired and of cancelled jobs each a queue keeps at most."""
     progress_ttl: float = Field(DAY, ge=1)
     """How long the last progress report of a job is kept."""
     min_repeat_interval: float = Field(0.05, ge=0.05)
-    """The shortest interval of a repeatable and of `repeat_every`. A shorter one is refused; a job
-    of another program that has one is repeated after this."""
+    """The shortest interval of a repeatable and of `repeat_every`; a shorter one is refused.
+
+    A job of another program that has a shorter one is repeated after this.
+    """
     job_log_level: Literal["DEBUG", "INFO"] = "DEBUG"
     """Level of the lines that a worker logs when a job starts and when it has completed."""
     job_log_lines: int = Field(200, ge=0, le=10_000)
@@ -269,7 +275,7 @@ class Settings(BaseSettings):
     tasks: Annotated[tuple[str, ...], NoDecode] = ()
     """Modules a worker imports before it starts, so that their tasks are registered.
 
-    Of a package, all modules. In the environment separated by commas.
+    A package stands for all its modules. Separated by commas in the environment.
     """
 
     max_job_payload_bytes: int | None = Field(None, ge=0)
@@ -278,9 +284,9 @@ class Settings(BaseSettings):
 
     @property
     def backend(self) -> Any:
-        """The backend of queues that are given none.
+        """The backend of queues that are given none (AsyncMQ `settings.backend`).
 
-        In `settings` only, and in no variable (AsyncMQ `settings.backend`).
+        No variable sets it.
         """
         return self._backend
 

@@ -129,9 +129,7 @@ class _Blocking(Generic[P, R]):
             check_no_loop(f"sync.Queue.{name}()", f"use `await Queue.{name}(…)` instead")
             return queue._call(method, *args, **kwargs)
 
-        call.__name__, call.__doc__ = method.__name__, method.__doc__
-        call.__signature__ = _without_self(method)  # type: ignore[attr-defined]
-        return call
+        return _named_as(method, call)
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -167,9 +165,7 @@ class _Iterating(Generic[P, R]):
             check_no_loop(f"sync.Queue.{name}()", f"use `async for … in Queue.{name}(…)` instead")
             return queue._iterate(method, *args, **kwargs)
 
-        call.__name__, call.__doc__ = method.__name__, method.__doc__
-        call.__signature__ = _without_self(method)  # type: ignore[attr-defined]
-        return call
+        return _named_as(method, call)
 
 
 class Queue:
@@ -295,9 +291,14 @@ class Queue:
     wait_for = _Blocking(queues.Queue.wait_for)
 
 
-def _without_self(method: Callable[..., Any]) -> inspect.Signature:
+def _named_as(method: Callable[..., Any], call: Callable[P, R]) -> Callable[P, R]:
+    """Return the call with the name, the docstring and the signature of a bound method."""
     signature = inspect.signature(method)
-    return signature.replace(parameters=list(signature.parameters.values())[1:])
+    call.__name__, call.__doc__ = method.__name__, method.__doc__
+    call.__signature__ = signature.replace(  # type: ignore[attr-defined]
+        parameters=list(signature.parameters.values())[1:]
+    )
+    return call
 
 
 def _add_others() -> None:
@@ -450,7 +451,7 @@ class _Process:
             loop.close()
 
     def forget(self) -> None:
-        """Begin anew in a process that was forked: the thread is not in it."""
+        """Start over in a process that was forked: the thread is not in it."""
         self.lock = threading.Lock()
         if self.loop is not None:
             self.inherited.append(self.loop)

@@ -3,7 +3,7 @@
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import update_wrapper
-from inspect import ismethod, signature
+from inspect import Parameter, ismethod, signature
 from types import EllipsisType
 from typing import Any, Final, Generic, Literal, ParamSpec, Protocol, TypeVar, overload
 
@@ -27,18 +27,6 @@ P = ParamSpec("P")
 R = TypeVar("R")
 F = TypeVar("F", bound=Callable[..., Any])
 
-OUR_KEYWORDS: Final = frozenset(
-    {
-        "backend",
-        "delay",
-        "depends_on",
-        "job_id",
-        "on_parent_failure",
-        "priority",
-        "repeat_every",
-    }
-)
-"""The keywords of `enqueue`, except those of which the task has a parameter of that name."""
 QUEUES: Final = "_asyncmq_nats_queues"
 """The attribute of a backend that keeps its queues, so that they go with it."""
 
@@ -101,6 +89,14 @@ def _enqueue_of_asyncmq(  # its signature, for those who look
 ) -> Any: ...
 
 
+OUR_KEYWORDS: Final = frozenset(
+    name
+    for name, parameter in signature(_enqueue_of_asyncmq).parameters.items()
+    if parameter.kind is Parameter.KEYWORD_ONLY
+)
+"""The keywords of `enqueue`; a parameter of the task that has such a name goes before."""
+
+
 def _with_signature_of(model: Callable[..., Any]) -> Callable[[F], F]:
     def copy_signature(function: F) -> F:
         vars(function)["__signature__"] = signature(model)
@@ -113,10 +109,9 @@ class TaskWrapper(Generic[P, R]):
     """A function that is a task.
 
     Awaiting a call runs it here; `enqueue` has a worker run it (AsyncMQ `TaskWrapper`). Type
-    checkers check the arguments of a call, of `call`, of `options(…).enqueue` and of `enqueue`
-    where it is given none of its own
-    keywords: a signature cannot have both. Of a task with `progress=True` they check none, since a
-    parameter is not given by the caller.
+    checkers check the arguments of a call, of `call`, of `options(…).enqueue`, and of `enqueue`
+    without keywords of its own: a signature cannot have both. They check none of a task with
+    `progress=True`: the caller does not give one of its parameters.
     """
 
     def __init__(self, entry: RegisteredTask, registry: TaskRegistry = TASK_REGISTRY) -> None:
@@ -203,9 +198,8 @@ class TaskWrapper(Generic[P, R]):
         Return its id, a `str` that knows its job.
 
         `backend`, `delay`, `priority`, `depends_on`, `on_parent_failure`, `repeat_every` and
-        `job_id` are as for `Queue.add`, except those of
-        which the task has a parameter of that name: then the parameter is meant. `options` has them
-        all, and takes no name from the task.
+        `job_id` are as for `Queue.add`; if the task has a parameter of such a name, the parameter
+        is meant. `options` has them all, and takes no name from the task.
 
         Raises:
             InvalidCall: the task would refuse the arguments.

@@ -53,8 +53,8 @@ class Worker:
         concurrency: how many jobs run at a time. A number is for one queue instead of the queue's
             own, and for several queues together; a mapping, such as `{"mail": 20, "reports": 2}`,
             is for each by itself. By default each queue has its own.
-        processes: `start()` runs so many worker processes, each with `concurrency` slots, and
-            starts one again that dies. Each of them is this program run anew. Needs servers that
+        processes: `start()` runs that many worker processes, each with `concurrency` slots, and
+            starts one again that dies. Each of them runs this program again. Needs servers that
             are there: an embedded one would be one per process.
         weights: shares of the starts for queues that share their slots and have jobs waiting:
             with `{"mail": 3, "reports": 1}` three of four are of mail. By default all are equal.
@@ -62,10 +62,10 @@ class Worker:
             job starts while one of an earlier queue is known to wait.
         burst: end when no job waits in any of the queues and none runs here. Delayed jobs and those
             of paused queues do not count.
-        max_jobs: end when so many jobs have been started, and finish these.
-        max_memory: end when the process uses more than so many megabytes (10⁶ bytes), and finish
+        max_jobs: end when that many jobs have been started, and finish these.
+        max_memory: end when the process uses more than that many megabytes (10⁶ bytes), and finish
             what runs. With one of these two, `start()` runs a parent that starts the next process.
-        reload: `start()` starts the program anew when a Python file changes: one below the current
+        reload: `start()` starts the program again when a Python file changes: one below the current
             directory, or below the given directories. Jobs that run finish in the old process.
             Needs the extra `reload`.
 
@@ -262,7 +262,7 @@ def _read_watched(reload: bool | Iterable[str]) -> list[Path]:
 
 
 def start_processes(processes: int = 1, *, reload: bool | Iterable[str] = False) -> bool:
-    """Run this program in so many processes until SIGTERM, as `Worker.start` does.
+    """Run this program in that many processes until SIGTERM, as `Worker.start` does.
 
     Return `False` at once in such a process: go on there. Otherwise return `True` when all have
     ended, or end the program with their exit code. Called before anything else is imported, it

@@ -1,4 +1,7 @@
-"""The ends of attempts, when the worker ends first. No server."""
+"""The ends of attempts: what is told of them, and what if the worker ends first. No server."""
+
+import asyncio
+from contextlib import suppress
 
 import anyio
 import pytest
@@ -6,15 +9,21 @@ import pytest
 from asyncmq_nats._concurrency import Spawner
 from asyncmq_nats.backends.base import Settled, Write
 from asyncmq_nats.backends.inmemory import InMemoryBackend
+from asyncmq_nats.context import JobContext, current_job
+from asyncmq_nats.events import event_emitter
 from asyncmq_nats.exceptions import WriteRefused
 from asyncmq_nats.jobs import JobHead
+from asyncmq_nats.middleware import Ending, Middleware
+from asyncmq_nats.queues import Queue
 from asyncmq_nats.runtime.completer import Completer
+from asyncmq_nats.runtime.registry import TaskRegistry
 from asyncmq_nats.store.announcing import WorkerEvents
 from asyncmq_nats.store.topology import QueueAssets
 from asyncmq_nats.transitions.claim import Attempt, Disposition
 from asyncmq_nats.transitions.finish import Lifecycle
 from asyncmq_nats.wire.keys import QueueSubjects
-from tests.receiver import PATIENCE
+from tests.receiver import PATIENCE, holds
+from tests.running import running
 
 WRITE = Write("done.a.completed", b"{}")
 
@@ -84,3 +93,41 @@ async def test_an_end_that_is_refused_after_the_worker_has_ended_is_left_to_its_
     world.completer.stop()
     world.refuse()
     assert world.message.ends == ["abandon"]
+
+
+class Ends(Middleware):
+    """Keeps the states in which attempts ended."""
+
+    def __init__(self) -> None:
+        self.states: list[str] = []
+
+    async def end(self, context: JobContext, ending: Ending) -> None:
+        self.states.append(ending.state)
+
+
+async def test_an_end_that_is_discarded_is_not_told(caplog: pytest.LogCaptureFixture) -> None:
+    registry, ends, told, begun = TaskRegistry(), Ends(), list[object](), anyio.Event()
+
+    async def go_on(waits: bool) -> str:
+        begun.set()
+        if waits:
+            with suppress(asyncio.CancelledError):
+                await anyio.sleep_forever()
+        return current_job().id
+
+    registry.register(go_on, queue="work", name="go_on")
+    queue = Queue("work", InMemoryBackend(), registry=registry, middleware=[ends])
+    event_emitter.on("job:completed", told.append)
+    try:
+        async with running(queue):
+            job_id = await queue.add("go_on", [True])
+            with anyio.fail_after(PATIENCE):
+                await begun.wait()
+            assert await queue.cancel_job(job_id)
+            await holds(lambda: "already has a different outcome" in caplog.text)
+            later = await queue.add("go_on", [False])
+            assert await queue.wait_for(later, PATIENCE) == later
+    finally:
+        event_emitter.off("job:completed", told.append)
+    assert ends.states == ["completed"]
+    assert [each["id"] for each in told] == [later]  # type: ignore[index]

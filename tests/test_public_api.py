@@ -236,7 +236,10 @@ def test_types_are_shipped() -> None:
 
 
 def test_the_in_memory_backend_needs_no_nats() -> None:
-    program = "import asyncmq_nats, sys; asyncmq_nats.Queue('a', asyncmq_nats.InMemoryBackend()); sys.exit('nats' in sys.modules)"
+    program = (
+        "import asyncmq_nats, sys; asyncmq_nats.Queue('a', asyncmq_nats.InMemoryBackend()); "
+        "sys.exit('nats' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
 
 

@@ -378,6 +378,30 @@ async def test_a_tick_makes_a_job_as_it_was_defined(queue: Queue) -> None:
     assert (job["priority"], job["ttl"], job["timeout"]) == (2, 60, 9)
 
 
+async def test_one_is_run_by_hand_as_it_was_defined(
+    queue: Queue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: dict[str, Any] = {"args": [1], "kwargs": {"k": 2}, "priority": 2, "ttl": 60}
+    given |= {"timeout": 9, "backoff": Backoff("fixed", delay=7)}
+    planned = await queue.upsert_repeatable(
+        "unknown", every="1h", name="hourly", retries=1, **given
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(queue.backend, "page", None)  # the others are not read
+        first = await queue.run_repeatable("hourly")
+    second = await queue.run_repeatable({"name": "hourly"})
+    assert first != second
+    for job_id in (first, second):
+        job = await queue.get_job(job_id)
+        assert job is not None
+        assert (job["task"], job["max_retries"]) == ("unknown", 1)
+        assert {name: job[name] for name in given} == given
+    assert [info.next_run for info in await queue.list_repeatables()] == [planned]
+    for missing in ("daily", {"task_id": "unknown", "every": "2h"}):
+        with pytest.raises(KeyError, match="no repeatable"):
+            await queue.run_repeatable(missing)
+
+
 async def test_workers_that_come_and_go_lose_no_tick(queue: Queue, ticks: Ticks) -> None:
     await queue.upsert_repeatable("tick", every=0.1)
     for count in range(1, 6):

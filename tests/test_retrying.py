@@ -34,7 +34,7 @@ def settings() -> Settings:
 
 
 class Flaky:
-    """A task that fails the first so many times, and notes when each attempt starts."""
+    """A task that fails the first `failures` times, and notes when each attempt starts."""
 
     def __init__(
         self,
@@ -532,7 +532,7 @@ async def test_b15_racing_retries_by_hand_run_a_job_once(
 async def test_a_slow_acknowledgement_does_not_lose_a_job_that_is_retried(
     queue: Queue, flaky: Flaky
 ) -> None:
-    """A worker's loop may be busy between the outcome and the acknowledgement, and another worker promote the retry meanwhile."""
+    """A worker may be busy between outcome and ack, and another one promote the retry meanwhile."""
     job_id = await queue.add("flaky")
     flaky.failures = 0
     receiver = Receiver(queue.backend, "amq_work")

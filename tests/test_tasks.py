@@ -396,6 +396,15 @@ async def test_a_parameter_of_a_task_may_have_the_name_of_one_of_enqueue(
 def test_the_keywords_are_those_of_enqueue() -> None:
     parameters = inspect.signature(TaskWrapper.enqueue).parameters
     assert {*parameters} - {"self", "args", "kwargs"} == OUR_KEYWORDS
+    assert {
+        "backend",
+        "delay",
+        "depends_on",
+        "job_id",
+        "on_parent_failure",
+        "priority",
+        "repeat_every",
+    } == OUR_KEYWORDS
 
 
 # -- a backend for each request

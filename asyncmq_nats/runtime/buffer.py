@@ -12,7 +12,7 @@ __all__ = ["Buffer"]
 Entry = tuple[int, int, int, float, Delivery]
 """Priority, sequence, number of the delivery, when it came (monotonic seconds), delivery."""
 Late = Callable[[int, float, int], bool]
-"""Of a job's place, the seconds for which it was held, and the number of its delivery."""
+"""Whether a job starts late, by its place, the seconds in hand, and the number of its delivery."""
 
 
 @dataclass(slots=True)

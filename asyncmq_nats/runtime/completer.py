@@ -11,15 +11,12 @@ from asyncmq_nats._logging import get_logger
 from asyncmq_nats.backends.base import Settled, Write
 from asyncmq_nats.exceptions import AsyncMQError
 from asyncmq_nats.store.announcing import WorkerEvents
-from asyncmq_nats.transitions.claim import Attempt, Disposition, settle_delivery
+from asyncmq_nats.transitions.claim import Attempt, settle_delivery
 from asyncmq_nats.transitions.finish import Lifecycle, OnSettled
 
 __all__ = ["Completer"]
 
 logger = get_logger(__name__)
-
-NoteEnd = Callable[[str, str], None]
-"""Told the task and what became of an attempt, once that is confirmed."""
 
 
 class Completer:
@@ -31,10 +28,8 @@ class Completer:
         events: WorkerEvents,
         spawner: Spawner,
         on_change: Callable[[], None],
-        note_end: NoteEnd | None = None,
     ) -> None:
         self._lifecycle = lifecycle
-        self._note_end = note_end
         self._events = events
         self._spawner = spawner
         self._on_change = on_change
@@ -63,8 +58,6 @@ class Completer:
                 self._lifecycle.clean_up(attempt, write)
             attempt.delivery.ack()
             self.finish()
-            if self._note_end is not None and attempt.end:
-                self._note_end(attempt.head.task_id, attempt.end)
             self._tell_end(attempt, write)
         elif self._stopped:
             attempt.delivery.abandon()
@@ -80,9 +73,7 @@ class Completer:
         try:
             disposition = await self._lifecycle.settled(attempt, write, result)
             settle_delivery(attempt.delivery, disposition)
-            if self._note_end is not None and attempt.end and attempt.is_recorded:
-                self._note_end(attempt.head.task_id, attempt.end)
-            if disposition is Disposition.ACK:
+            if attempt.is_recorded:
                 self._tell_end(attempt, write)
         except AsyncMQError as error:
             logger.error("job %s: %s", attempt.head.job_id, error)

@@ -1,6 +1,6 @@
 """What is asked of running workers: pause, resume, cancel; and which workers there are.
 
-What is read here others may have written: what is malformed is a warning and ends nothing.
+Other programs may write what is read here: a malformed record or signal is only a warning.
 """
 
 import math
@@ -374,7 +374,7 @@ class WorkerRegistry:
         for subscription in self._subscriptions:
             await subscription.unsubscribe()
         self._left = True
-        async with self._writing:  # what is on its way would be there after the removal
+        async with self._writing:  # a beat on its way would come after the removal
             for record in await self._backend.last(self._log, self._key):
                 await self._backend.delete(self._log, record.sequence)
 

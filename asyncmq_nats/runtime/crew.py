@@ -3,9 +3,10 @@
 They start and stop together, and may end by themselves.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 from typing import Final
 
 import anyio
@@ -24,7 +25,7 @@ logger = get_logger(__name__)
 
 EMPTY_CHECK_INTERVAL: Final = 0.1
 EMPTY_CHECKS: Final = 2
-"""The server's counts lag by some milliseconds: so many looks in a row must find no work."""
+"""Checks in a row that must find no work: the server's counts lag by some milliseconds."""
 MEMORY_CHECK_INTERVAL: Final = 1.0
 
 
@@ -71,23 +72,19 @@ class Crew:
     ) -> None:
         self._runners = runners
         self._limits = limits
-        self._stopped = anyio.Event()
+        self._is_stopping = False
         self.ending = Ending.ASKED
         if group is not None:
-            group.on_last = self._end_with(Ending.MAX_JOBS)
+            group.on_last = partial(self.stop, Ending.MAX_JOBS)
 
     def stop(self, ending: Ending = Ending.ASKED) -> None:
         """Begin to stop all. The first reason counts."""
-        if not self._stopped.is_set():
-            self.ending = ending
-            self._stopped.set()
+        if not self._is_stopping:
+            self._is_stopping, self.ending = True, ending
             if ending is not Ending.ASKED:
                 logger.info("worker %s stops: %s", self._runners[0].worker, ending)
         for runner in self._runners:
             runner.stop()
-
-    def _end_with(self, ending: Ending) -> Callable[[], None]:
-        return lambda: self.stop(ending)
 
     async def run(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
         """Run jobs of all queues. `started()` is called when the first ones are asked for."""
@@ -116,7 +113,7 @@ class Crew:
 
         async with open_task_group() as group:
             for runner in self._runners:
-                group.start_soon(_run_one, runner, Status())
+                group.start_soon(partial(runner.run, task_status=Status()))
 
     async def _end_when_empty(self) -> None:
         empty, started = 0, -1
@@ -146,7 +143,3 @@ class Crew:
                 self.stop(Ending.MAX_MEMORY)
                 return
             await anyio.sleep(MEMORY_CHECK_INTERVAL)
-
-
-async def _run_one(runner: Runner, status: TaskStatus[None]) -> None:
-    await runner.run(task_status=status)

@@ -25,8 +25,7 @@ class Running:
     """A job that runs.
 
     `slot`: the task that it runs in. `interrupted`: it was told to end; `cancelled`: by a user,
-    rather than by the end of the worker;
-    `gave_in`: it ended because of that.
+    not by the end of the worker; `gave_in`: it ended because of that.
     """
 
     attempt: Attempt

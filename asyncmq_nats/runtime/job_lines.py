@@ -1,6 +1,7 @@
 """What a worker logs of its jobs: start, end, failure, each one line with the job's fields."""
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 from asyncmq_nats._logging import get_logger
@@ -15,11 +16,15 @@ logger = get_logger(__name__)
 
 
 class JobLines:
-    """The lines of one worker. `level`: of those that tell of a start and of a result."""
+    """The lines of one worker.
 
-    def __init__(self, queue: str, worker: str, level: str) -> None:
+    `level`: of those that tell of a start and of a result. `now`: returns the server's time.
+    """
+
+    def __init__(self, queue: str, worker: str, level: str, now: Callable[[], float]) -> None:
         self._queue = queue
         self._worker = worker
+        self._now = now
         self._level = logging.getLevelNamesMapping()[level]
 
     def _fields(self, job: Job) -> dict[str, Any]:
@@ -38,10 +43,10 @@ class JobLines:
             args = (job.job_id, job.task_id, job.retries + 1)
             logger.log(self._level, text, *args, extra=self._fields(job))
 
-    def completed(self, attempt: Attempt, now: float) -> None:
-        """Tell of a result. `now`: server time. On the path of every job."""
+    def completed(self, attempt: Attempt) -> None:
+        """Tell of a result. On the path of every job."""
         if logger.isEnabledFor(self._level) and (job := _read(attempt)) is not None:
-            seconds = round(now - attempt.started_at, 6)
+            seconds = round(self._now() - attempt.started_at, 6)
             extra = self._fields(job) | {"duration": seconds}
             text = "job %s (%s) completed in %.3f s"
             logger.log(self._level, text, job.job_id, job.task_id, seconds, extra=extra)

@@ -13,19 +13,24 @@ from pathlib import Path
 from typing import Any, Final
 from weakref import WeakKeyDictionary
 
+import anyio
+
+from asyncmq_nats._concurrency import Turns
 from asyncmq_nats._logging import get_logger
 from asyncmq_nats.exceptions import AsyncMQError, InvalidArgument
 from asyncmq_nats.runtime.health import WorkerHealth
 from asyncmq_nats.runtime.supervisor import PROCESS_NUMBER
 from asyncmq_nats.settings import Settings
 
-__all__ = ["Probe", "ProbeServer", "open_ports", "remove_health_file", "write_health_file"]
+__all__ = ["Probe", "ProbeServer", "keep_health_file", "open_ports"]
 
 logger = get_logger(__name__)
 
 LONGEST_REQUEST: Final = 16 * 1024
 REQUEST_SECONDS: Final = 10.0
 JSON: Final = "application/json"
+FILE_INTERVAL: Final = 2.0
+"""Seconds between two writes of the health file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +95,7 @@ class ProbeServer:
                 writer.write(_encode(answer, with_body=method != "HEAD"))
                 await writer.drain()
         except (OSError, TimeoutError, ValueError, EOFError, asyncio.LimitOverrunError):
-            pass  # who asks so badly is not told why
+            pass  # a malformed request gets no answer
         finally:
             with suppress(OSError):
                 writer.close()
@@ -138,6 +143,7 @@ _servers: "WeakKeyDictionary[asyncio.AbstractEventLoop, dict[int, ProbeServer]]"
     WeakKeyDictionary()
 )
 """The open ports of each event loop."""
+_opening = Turns()
 
 
 async def open_ports(settings: Settings, probe: Probe) -> Callable[[], None]:
@@ -159,15 +165,11 @@ async def open_ports(settings: Settings, probe: Probe) -> Callable[[], None]:
     for port in {settings.health_port, settings.metrics_port} - {None}:
         assert port is not None
         number = port + int(os.environ.get(PROCESS_NUMBER, "0"))
-        server = servers.get(number)
-        if server is None:
-            server = servers[number] = ProbeServer()
-            try:
-                await server.open(settings.probe_host, number)
-            except InvalidArgument:
-                del servers[number]
-                leave()
-                raise
+        try:
+            server = await _open_server(servers, settings.probe_host, number)
+        except InvalidArgument:
+            leave()
+            raise
         server.shows_health |= port == settings.health_port
         server.shows_metrics |= port == settings.metrics_port
         server.probes.append(probe)
@@ -176,21 +178,56 @@ async def open_ports(settings: Settings, probe: Probe) -> Callable[[], None]:
     return leave
 
 
-def write_health_file(path: Path, health: WorkerHealth) -> None:
-    """Write the health of a worker for a probe that looks at a file: its time says when.
+async def _open_server(servers: dict[int, ProbeServer], host: str, port: int) -> ProbeServer:
+    """Return the server of a port, opened if it is not.
 
-    A worker that should not live on does not write. What cannot be written is logged.
+    Raises:
+        InvalidArgument: it cannot be listened on.
     """
-    if not health.is_alive:
-        return
+    async with _opening:  # in turn, so that each worker learns that a port cannot be opened
+        if port not in servers:
+            server = ProbeServer()
+            await server.open(host, port)
+            servers[port] = server
+        return servers[port]
+
+
+Health = Callable[[], WorkerHealth]
+_files: "WeakKeyDictionary[asyncio.AbstractEventLoop, dict[Path, list[Health]]]" = (
+    WeakKeyDictionary()
+)
+"""By event loop and health file, the workers that share it."""
+
+
+async def keep_health_file(path: Path, health: Health) -> None:
+    """Write the health of a worker every two seconds, until cancelled: probes look at the time.
+
+    The queues of a worker share a file. It is not written while one of them should not live on,
+    and it is removed when the last one has ended. A file that cannot be written is logged.
+    """
+    files = _files.setdefault(asyncio.get_running_loop(), {})
+    sharing = files.setdefault(path, [])
+    sharing.append(health)
+    try:
+        while True:
+            if all(each().is_alive for each in sharing):
+                _write_health_file(path, health())
+            await anyio.sleep(FILE_INTERVAL)
+    finally:
+        sharing.remove(health)
+        if not sharing:
+            del files[path]
+            _remove_health_file(path)
+
+
+def _write_health_file(path: Path, health: WorkerHealth) -> None:
     try:
         path.write_text(json.dumps(health.to_dict()) + "\n")
     except OSError as error:
         logger.warning("the health file was not written: %s", error)
 
 
-def remove_health_file(path: Path) -> None:
-    """Remove the file of a worker that has ended. What cannot be removed is logged."""
+def _remove_health_file(path: Path) -> None:
     try:
         path.unlink(missing_ok=True)
     except OSError as error:

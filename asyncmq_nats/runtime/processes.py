@@ -325,7 +325,7 @@ def _signal_name(number: int) -> str:
 def _count_oom_kills() -> int:
     """Return how many processes the system has killed since memory ran out.
 
-    0 where it does not say.
+    Return 0 where it does not say.
     """
     with suppress(OSError, ValueError):
         for line in Path("/proc/vmstat").read_text().splitlines():

@@ -25,8 +25,8 @@ __all__ = ["Runnable", "import_tasks", "run_program", "run_until_signalled"]
 logger = get_logger(__name__)
 
 TASK_THREAD: Final = "AnyIO worker thread"
-YOUNG: Final = 5_000
-"""So many new objects before the collector looks for cycles, instead of 700."""
+GC_THRESHOLD: Final = 5_000
+"""New objects after which the garbage collector looks for cycles, instead of 700."""
 THREAD_ENDS: Final = 0.2
 """How long a thread that is told to end may take to do so, in seconds."""
 
@@ -34,7 +34,7 @@ THREAD_ENDS: Final = 0.2
 def import_tasks(modules: Iterable[str]) -> None:
     """Import the modules that register tasks (AsyncMQ `autodiscover_tasks`).
 
-    Of a package, every module in it.
+    A package stands for every module in it.
 
     Raises:
         TaskModuleError: one cannot be imported.
@@ -83,7 +83,7 @@ def run_program(main: Callable[[], Awaitable[int | None]]) -> None:
     # What was imported stays: to look through it again and again is most of what the collector
     # costs a worker (a tenth of a small job).
     gc.freeze()
-    gc.set_threshold(YOUNG)
+    gc.set_threshold(GC_THRESHOLD)
     fast = sys.platform != "win32" and importlib.util.find_spec("uvloop") is not None
     code = anyio.run(main, backend_options={"use_uvloop": fast}) or 0
     _end_with_stuck_threads(code)

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from types import FrameType
 from typing import Any, Final
+from weakref import WeakKeyDictionary
 
 import anyio
 
@@ -29,6 +30,10 @@ WATCHER: Final = "asyncmq-nats loop watcher"
 
 Describe = Callable[["asyncio.Task[Any] | None"], str | None]
 """Says what runs in a task; `None`: no job."""
+_pulses: "WeakKeyDictionary[asyncio.AbstractEventLoop, dict[float | None, list[Pulse]]]" = (
+    WeakKeyDictionary()
+)
+"""By event loop and limit: each queue of a worker has a pulse, and the first watches for all."""
 
 
 class Pulse:
@@ -45,6 +50,8 @@ class Pulse:
         self._limit = limit
         self._describe = describe
         self._beat_at = time.monotonic()
+        self._beside: list[Pulse] = []
+        """The pulses of the event loop, this one included, of which the first one watches."""
         self._stopped = threading.Event()
 
     @property
@@ -54,17 +61,22 @@ class Pulse:
 
     async def run(self) -> None:
         """Beat until cancelled."""
-        self._beat_at = time.monotonic()
+        loop = asyncio.get_running_loop()
+        self._beside = _pulses.setdefault(loop, {}).setdefault(self._limit, [])
+        self._beside.append(self)
         watcher = None
-        if self._limit is not None:
-            args = (asyncio.get_running_loop(), threading.get_ident(), self._limit)
-            watcher = threading.Thread(target=self._watch, args=args, name=WATCHER, daemon=True)
-            watcher.start()
         try:
             while True:
-                await anyio.sleep(BEAT)
                 self._beat_at = time.monotonic()
+                if watcher is None and self._limit is not None and self._beside[0] is self:
+                    args = (loop, threading.get_ident(), self._limit)
+                    watcher = threading.Thread(
+                        target=self._watch, args=args, name=WATCHER, daemon=True
+                    )
+                    watcher.start()
+                await anyio.sleep(BEAT)
         finally:
+            self._beside.remove(self)
             self._stopped.set()
             if watcher is not None:  # it wakes at once: nothing of a worker outlives it
                 watcher.join(JOIN_TIMEOUT)
@@ -87,8 +99,8 @@ class Pulse:
     def _warn(self, loop: asyncio.AbstractEventLoop, thread: int, seconds: float) -> None:
         try:
             task = asyncio.current_task(loop)
-            what = self._describe(task)
-        except RuntimeError:  # what is looked through changes: so the loop runs
+            what = next(filter(None, [each._describe(task) for each in list(self._beside)]), None)
+        except RuntimeError:  # the jobs change while they are looked through: so the loop runs
             return
         if task is None:  # it waits for its turn on a busy machine
             return

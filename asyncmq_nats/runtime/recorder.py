@@ -24,7 +24,7 @@ __all__ = ["UNKNOWN_TASK", "Recorder"]
 logger = get_logger(__name__)
 
 UNKNOWN_TASK: Final = "?"
-"""Stands for the tasks that a worker does not know: anybody may add jobs with any name."""
+"""Stands for the tasks that a worker does not know: any program may add jobs with any name."""
 MOST_TASKS: Final = 2_000
 """Tasks that are counted apart; more can only be names that strangers made up."""
 MOST_DURATIONS: Final = 1_000
@@ -121,10 +121,7 @@ class Recorder:
     # -- on the path of every job
 
     def note_run(self, task: str, wait: float, run: float) -> None:
-        """Count an attempt that ran.
-
-        How long it had waited before, and how long it ran, in seconds.
-        """
+        """Count an attempt that waited and ran for this long, in seconds."""
         counts = self._counts.get(task) or self._begin(task)
         counts.waits.append(wait if wait > 0.0 else 0.0)
         counts.runs.append(run if run > 0.0 else 0.0)

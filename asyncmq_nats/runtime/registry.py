@@ -38,7 +38,7 @@ ASYNCMQ_KEYS: Final = {
 class RegisteredTask(Mapping[str, Any]):
     """A function that workers run, and what its jobs get when their producer does not say.
 
-    Also a mapping with the keys of AsyncMQ's registry: `func`, `queue`, `retries`, `ttl`,
+    It is a mapping, too, with the keys of AsyncMQ's registry: `func`, `queue`, `retries`, `ttl`,
     `progress_enabled`. As there, `func` is the `TaskWrapper`, if `@task` made one.
     """
 
@@ -162,7 +162,7 @@ class TaskRegistry(MutableMapping[str, RegisteredTask]):
     ) -> RegisteredTask:
         """Add a function under its name, or `module.function`.
 
-        Of a `TaskWrapper`, that is its function.
+        A `TaskWrapper` stands for its function.
 
         Raises:
             InvalidArgument: it has no name, and is given none; or it cannot run in a process.
@@ -247,8 +247,8 @@ class TaskRegistry(MutableMapping[str, RegisteredTask]):
     ) -> tuple[list[Any], dict[str, Any]]:
         """Return the arguments of a call as plain data that arrives equal (docs/arguments.md).
 
-        By the annotations of the task, if it is in this registry; otherwise by the classes of the
-        values.
+        The annotations of the task say how, if it is in this registry; otherwise the classes of
+        the values do.
 
         Raises:
             NotSerializable: one would not arrive equal; the message names it.
@@ -262,7 +262,7 @@ class TaskRegistry(MutableMapping[str, RegisteredTask]):
         return self._tasks[task_id]
 
     def __setitem__(self, task_id: str, entry: Mapping[str, Any]) -> None:
-        """Add a task of `register`, or a dict with AsyncMQ's keys, whatever was there before."""
+        """Add a task of `register`, or a dict with AsyncMQ's keys, in place of the one before."""
         self._tasks.pop(task_id, None)
         if isinstance(entry, RegisteredTask):
             self._tasks[task_id] = entry
@@ -294,7 +294,7 @@ TASK_REGISTRY = TaskRegistry()
 
 
 def _wrapped_task(function: Any) -> RegisteredTask | None:
-    """Return the task of a `TaskWrapper`; `None` for what is none."""
+    """Return the task of a `TaskWrapper`; `None` for anything else."""
     entry = getattr(function, "entry", None)
     return entry if isinstance(entry, RegisteredTask) else None
 
@@ -331,7 +331,7 @@ def _code(function: Any) -> CodeType | None:
 def _origin(function: Any) -> tuple[str, str]:
     """Return where a function was defined: its module, and its name there.
 
-    Of an object, those of its class.
+    An object counts as its class.
     """
     while isinstance(function, functools.partial):
         function = function.func

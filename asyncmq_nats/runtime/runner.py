@@ -121,13 +121,7 @@ class Runner:
             middleware=middleware or Chain(),
             recorder=self.recorder,
         )
-        self._completer = Completer(
-            self._lifecycle,
-            events,
-            self._spawner,
-            self._on_settled,
-            None if self.recorder is None else self.recorder.note_end,
-        )
+        self._completer = Completer(self._lifecycle, events, self._spawner, self._on_settled)
         limiter = None if limit is None else RateLimiter(backend, subjects, limit, self.worker)
         self._fetcher = Fetcher(
             backend,

@@ -49,13 +49,13 @@ class Member(Protocol):
         """Whether the server has jobs for it, as far as is known, and it waits for them."""
 
     def start_next(self) -> bool:
-        """Start one job. Return whether there was one that may start."""
+        """Start one job. Return whether there was one that may start.
 
-    def set_timer(self) -> None:
-        """See to it that `SlotGroup.fill` is called when a suspect may start."""
+        If one may start later although no job ends, it sees to it that `SlotGroup.fill` is called.
+        """
 
     def note_free_slot(self) -> None:
-        """Decide anew how many jobs to ask for: a slot of another queue is free."""
+        """Decide again how many jobs to ask for: a slot of another queue is free."""
 
 
 @dataclass(slots=True)
@@ -162,8 +162,6 @@ class SlotGroup:
                 break
             else:
                 waiting.remove(share)
-        for share in self._shares:
-            share.member.set_timer()
 
     def _is_owed(self, share: _Share) -> bool:
         """Return whether a slot is kept for a job of this queue that is on its way."""

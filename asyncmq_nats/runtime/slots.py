@@ -97,7 +97,9 @@ class Slots:
         self._recorder = recorder
         self._middleware = middleware
         settings = backend.settings
-        self._lines = JobLines(subjects.queue, lifecycle.worker, settings.job_log_level)
+        self._lines = JobLines(
+            subjects.queue, lifecycle.worker, settings.job_log_level, backend.now
+        )
         self._limits = RetryLimits(settings.max_retries_limit, settings.min_retry_delay)
         self._threads = anyio.CapacityLimiter(concurrency)
         self._suspects = Suspects(
@@ -142,24 +144,37 @@ class Slots:
         if self._group is not None:
             self._group.fill()
         elif self._is_open:
-            self._start_suspects()
-            if not self._suspects.holds_others:
-                while (delivery := self.fetcher.take()) is not None:
-                    self._spawn(self._run_delivery(delivery))
-            self.set_timer()
+            while self.start_next():
+                pass
 
-    def _start_suspects(self, limit: int | None = None) -> int:
-        """Start those suspects that may start now, `limit` at most; return how many did."""
-        started = 0
-        while (
-            started != limit
-            and self.fetcher.has_free_slot
-            and (suspect := self._suspects.next()) is not None
-        ):
-            self.fetcher.occupy()
-            self._spawn(self._run_suspect(suspect))
-            started += 1
-        return started
+    def start_next(self) -> bool:
+        """See `Member`. Suspects come first."""
+        if self._suspects.exist:
+            if self._start_suspect():
+                return True
+            self._set_timer()
+            if self._suspects.holds_others:
+                return False
+        if (delivery := self.fetcher.take()) is None:
+            return False
+        self._spawn(self._run_delivery(delivery))
+        return True
+
+    def _start_suspect(self) -> bool:
+        if not self.fetcher.has_free_slot or (suspect := self._suspects.next()) is None:
+            return False
+        self.fetcher.occupy()
+        self._spawn(self._run_suspect(suspect))
+        return True
+
+    def _set_timer(self) -> None:
+        """See to it that `fill` is called when a suspect, or a job beside it, may start."""
+        if self._timer is None and (wait := self._suspects.wait) is not None:
+            self._timer = self._backend.clock.call_later(max(wait, 0.01), self._on_timer)
+
+    def _on_timer(self) -> None:
+        self._timer = None
+        self.fill()
 
     # -- as a member of a group
 
@@ -183,27 +198,9 @@ class Slots:
         """Whether a suspect waits for its turn."""
         return bool(self._suspects)
 
-    def start_next(self) -> bool:
-        """See `Member`."""
-        if self._start_suspects(1):
-            return True
-        if self._suspects.holds_others or (delivery := self.fetcher.take()) is None:
-            return False
-        self._spawn(self._run_delivery(delivery))
-        return True
-
     def note_free_slot(self) -> None:
         """See `Member`."""
         self.fetcher.note_free_slot()
-
-    def set_timer(self) -> None:
-        """See `Member`."""
-        if self._timer is None and self._is_open and (wait := self._suspects.wait) is not None:
-            self._timer = self._backend.clock.call_later(max(wait, 0.01), self._on_timer)
-
-    def _on_timer(self) -> None:
-        self._timer = None
-        self.fill()
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         # A task and a context of its own: what a job leaves behind reaches no other job.
@@ -346,9 +343,9 @@ class Slots:
         elif head.delay_until is not None and head.delay_until > now:
             await self._lifecycle.postpone(attempt, on_settled)
         else:
-            await self._run_if_known(attempt, on_settled)
+            await self._run_if_known(attempt, now, on_settled)
 
-    async def _run_if_known(self, attempt: Attempt, on_settled: OnSettled) -> None:
+    async def _run_if_known(self, attempt: Attempt, now: float, on_settled: OnSettled) -> None:
         try:
             if attempt.head.v > WIRE_VERSION:
                 raise NewerJob(attempt.head.v, WIRE_VERSION)
@@ -356,7 +353,7 @@ class Slots:
         except (NewerJob, TaskNotFound) as problem:
             await self._put_off(attempt, problem, on_settled)
         else:
-            attempt.started_at = self._backend.now()
+            attempt.started_at = now
             await self._run(attempt, entry, on_settled)
 
     async def _put_off(
@@ -456,7 +453,9 @@ class Slots:
         delay: float | None = None,
     ) -> None:
         """Say how an attempt ends: metrics and middleware are told when its end is confirmed."""
-        attempt.end = RECORDED_AS.get(state, state)
+        attempt.on_end = None
+        if self._recorder is not None and (end := RECORDED_AS.get(state, state)):
+            attempt.on_end = partial(self._recorder.note_end, attempt.head.task_id, end)
         if not self._middleware.ends:
             return
         ending = Ending(state, attempt.started_at, self._backend.now(), result, delay=delay)
@@ -468,9 +467,15 @@ class Slots:
                 traceback=failure.traceback,
                 exception=failure.exception,
             )
-        attempt.on_end = partial(self._on_end, context or self._context_of(attempt), ending)
+        attempt.on_end = partial(
+            self._on_end, attempt.on_end, context or self._context_of(attempt), ending
+        )
 
-    def _on_end(self, context: JobContext, ending: Ending) -> None:
+    def _on_end(
+        self, record: Callable[[], None] | None, context: JobContext, ending: Ending
+    ) -> None:
+        if record is not None:
+            record()
         self.telling += 1
         self._spawner.spawn(self._tell_end, context, ending)
 
@@ -496,8 +501,6 @@ class Slots:
         is_cancelled = partial(self._lifecycle.is_cancelled, attempt.head.job_id)
         if cancelled and await look_for(is_cancelled):
             attempt.delivery.ack()
-            if self._recorder is not None:
-                self._recorder.note_end(attempt.head.task_id, "cancelled")
             if attempt.on_end is not None:
                 attempt.on_end()
         else:
@@ -517,7 +520,7 @@ class Slots:
             if follow_ups or attempt.head.repeat_every is not None:
                 await self._lifecycle.accompany(attempt, follow_ups, result)
             await self._lifecycle.complete(attempt, result, on_settled)
-            self._lines.completed(attempt, self._backend.now())
+            self._lines.completed(attempt)
         except INVALID_RESULT as error:
             failure = replace(Failure.of(error, self._backend.now()), traceback="")
             self._lines.failed(attempt.job, failure)

@@ -214,7 +214,7 @@ class _Supervisor:
             if self._stopping.is_set():
                 return
             paths = sorted({path for _, path in changes})
-            logger.info("changed: %s; starting anew", ", ".join(map(os.path.relpath, paths[:5])))
+            logger.info("changed: %s; restarting", ", ".join(map(os.path.relpath, paths[:5])))
             self._changed.set()
             self._changed = anyio.Event()
             for child in self._current.values():

@@ -41,6 +41,12 @@ class Suspects:
     def __len__(self) -> int:
         return len(self._line)
 
+    @property
+    def exist(self) -> bool:
+        """Whether a suspect waits or runs, in any queue of the worker."""
+        probation = self._probation
+        return bool(self._line or probation.current is not None or probation.waiting_since)
+
     def enter(self, attempt: Attempt) -> None:
         """Put a suspect at the end of the line."""
         self._line.append(attempt)

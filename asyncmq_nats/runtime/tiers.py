@@ -71,11 +71,6 @@ class Tiers:
         return self.outstanding(tier_name(priority))
 
     @property
-    def has_credit(self) -> bool:
-        """Whether the server holds credit for any tier."""
-        return any(self.credit(priority) for priority in self.known)
-
-    @property
     def may_become_stale(self) -> bool:
         """Whether what is known may become wrong while nothing happens."""
         return len(self.known) > 1 and any(

@@ -18,7 +18,7 @@ from asyncmq_nats.runtime.control import list_workers
 from asyncmq_nats.runtime.executor import Running
 from asyncmq_nats.runtime.fetcher import Fetcher
 from asyncmq_nats.runtime.health import WorkerHealth, judge_health
-from asyncmq_nats.runtime.probes import Probe, open_ports, remove_health_file, write_health_file
+from asyncmq_nats.runtime.probes import Probe, keep_health_file, open_ports
 from asyncmq_nats.runtime.promoter import Promoter
 from asyncmq_nats.runtime.pulse import Pulse
 from asyncmq_nats.runtime.recorder import Recorder
@@ -36,8 +36,6 @@ logger = get_logger(__name__)
 
 PORT_INTERVAL: Final = 0.5
 """Seconds between two tries to open a port that another process of this program has."""
-FILE_INTERVAL: Final = 2.0
-"""Seconds between two writes of the health file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,18 +100,13 @@ class Vitals:
             InvalidArgument: a port cannot be listened on, or the extra `prometheus` is missing.
         """
         settings = self._backend.settings
-        path = None if settings.health_file is None else Path(settings.health_file)
-        try:
-            async with open_task_group() as group:
-                group.start_soon(self._pulse.run)
-                if path is not None:
-                    group.start_soon(self._keep_file, path)
-                if settings.health_port is not None or settings.metrics_port is not None:
-                    await group.start(self._show, self._probe())
-                task_status.started()
-        finally:
-            if path is not None:
-                remove_health_file(path)
+        async with open_task_group() as group:
+            group.start_soon(self._pulse.run)
+            if settings.health_file is not None:
+                group.start_soon(keep_health_file, Path(settings.health_file), self.health)
+            if settings.health_port is not None or settings.metrics_port is not None:
+                await group.start(self._show, self._probe())
+            task_status.started()
 
     async def _show(self, probe: Probe, *, task_status: TaskStatus[None]) -> None:
         """Show it at the ports until cancelled. Started when they are open."""
@@ -139,11 +132,6 @@ class Vitals:
             await anyio.sleep(PORT_INTERVAL)
             with suppress(InvalidArgument):
                 return await open_ports(self._backend.settings, probe)
-
-    async def _keep_file(self, path: Path) -> None:
-        while True:
-            write_health_file(path, self.health())
-            await anyio.sleep(FILE_INTERVAL)
 
     def _describe(self, task: "asyncio.Task[Any] | None") -> str | None:
         """Say which job runs in a task of the loop. Called from the thread that watches it."""

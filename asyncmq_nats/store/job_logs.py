@@ -40,25 +40,30 @@ class _Lines:
     is_timed: bool = False
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def encode(self) -> bytes:
-        """Return the record of these lines, the first ones left out that do not fit."""
+    def encode(self, limit: int) -> bytes:
+        """Return the record of these lines, at most `limit` bytes: the first ones are left out."""
         with self.lock:
             self.is_new = False
             shown, count = list(self.lines), self.count
         while True:
             lines = [asdict(line) for line in shown]
             body = dump_json({"v": 1, "count": count, "lines": lines})
-            if len(body) <= MOST_BYTES or not shown:
+            if len(body) <= limit or not shown:
                 return body
             shown = shown[max(1, len(shown) // 4) :]
 
 
 class JobLogs:
-    """The lines of one worker's jobs. `most`: how many are kept of an attempt; 0 keeps none."""
+    """The lines of one worker's jobs.
 
-    def __init__(self, send: Send, most: int) -> None:
+    `most`: how many are kept of an attempt; 0 keeps none. `max_body`: returns how many bytes the
+    server takes in one message.
+    """
+
+    def __init__(self, send: Send, most: int, max_body: Callable[[], int]) -> None:
         self._send = send
         self._most = most
+        self._max_body = max_body
         self._jobs: dict[str, _Lines] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -84,7 +89,7 @@ class JobLogs:
     def finish(self, token: str) -> None:
         """Write the last lines of a job that has ended; call it before the outcome."""
         if self._jobs and (job := self._jobs.pop(token, None)) is not None and job.is_new:
-            self._send(token, job.attempt, job.encode())
+            self._send_lines(token, job)
 
     def _start_timer(self, token: str) -> None:
         try:
@@ -103,8 +108,11 @@ class JobLogs:
         with job.lock:
             job.is_timed = job.is_new
         if job.is_timed:
-            self._send(token, job.attempt, job.encode())
+            self._send_lines(token, job)
             self._start_timer(token)
+
+    def _send_lines(self, token: str, job: _Lines) -> None:
+        self._send(token, job.attempt, job.encode(min(MOST_BYTES, self._max_body())))
 
 
 def cut_line(text: str) -> str:

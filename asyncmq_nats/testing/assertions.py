@@ -99,7 +99,7 @@ def assert_enqueued(
         kwargs: its arguments by name.
         delay: how long it was to wait when it was enqueued: seconds, or a text such as `"1h"`.
         within: with `delay`, by how much that may differ, by default 1 s. Alone: it is due within
-            so much time from now.
+            that time from now.
         queue: the name of its queue.
         priority: its priority.
         count: how many such jobs there are, exactly; by default one or more.
@@ -173,7 +173,7 @@ class _Wanted:
         return f"task {self._task}" + (f" with {self._told}" if self._told else "") + " is"
 
     def matches(self, job: EnqueuedJob) -> bool:
-        """Return whether the job is such a one."""
+        """Return whether the job matches."""
         there = self._named(job.args, job.kwargs)
         return (
             all(name in there and there[name] == each for name, each in self._arguments.items())

@@ -175,7 +175,7 @@ class VirtualBackend(InMemoryBackend):
         }
 
     def forget(self) -> None:
-        """Begin anew: `enqueued` lists what is added from now on."""
+        """Start over: `enqueued` lists what is added from now on."""
         self.additions.clear()
 
     def reset(self) -> None:

@@ -30,7 +30,7 @@ __all__ = ["Due", "VirtualClock", "is_inside", "to_seconds"]
 TICK: Final = 1e-6
 """Sums of floats are off by less: what is due within a tick is due."""
 SHORT_WAITS: Final = 0.25
-"""`run_until_idle` moves the time by up to so many seconds while a job that is due has not begun:
+"""Seconds by which `run_until_idle` moves the time at most, while a job that is due has not begun:
 an acknowledgement, or the answer of another worker, was on its way."""
 TURN_CHECK: Final = 0.001
 POLL_SECONDS: Final = (0.0005, 0.02)
@@ -111,7 +111,7 @@ class VirtualClock:
 
     @waits_by_clock
     async def sleep(self, seconds: float, *, upkeep: bool = False) -> None:
-        """Return when the clock was moved by so much."""
+        """Return when the clock was moved by that much."""
         if seconds <= 0:
             await anyio.lowlevel.checkpoint()
             return
@@ -126,7 +126,7 @@ class VirtualClock:
     def move_on_after(
         self, seconds: float | None, *, upkeep: bool = False
     ) -> Iterator[anyio.CancelScope]:
-        """Cancel the block when the clock was moved by so much; `None`: never."""
+        """Cancel the block when the clock was moved by that much; `None`: never."""
         with anyio.CancelScope() as scope:
             if seconds is None:
                 yield scope
@@ -138,7 +138,7 @@ class VirtualClock:
                 due.cancel()
 
     def call_later(self, seconds: float, call: Callable[[], object]) -> Due:
-        """Have `call` called in this event loop when the clock was moved by so much."""
+        """Have `call` called in this event loop when the clock was moved by that much."""
         return self._at(self._now + seconds, call)
 
     def _at(self, when: float, call: Callable[[], object], *, upkeep: bool = False) -> Due:
@@ -186,8 +186,8 @@ class VirtualClock:
     async def advance(self, duration: float | str | timedelta) -> None:
         """Move the time, and let all happen that is due until then, in order.
 
-        Delays, retries, ticks, leases, timeouts, times to live. Jobs that begin are run to their
-        end, unless they wait for the clock, or for something in the test.
+        That is delays, retries, ticks, leases, timeouts, times to live. Jobs that begin are run to
+        their end, unless they wait for the clock, or for something in the test.
 
         Args:
             duration: seconds, a text such as `"90"`, `"5m"` or `"1h30m"`, or a `timedelta`.

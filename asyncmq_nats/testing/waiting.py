@@ -62,7 +62,7 @@ class Look:
     """How long to wait for each, in real seconds; infinite: it is not at rest."""
 
     def waits(self, seconds: float) -> bool:
-        """Return whether to wait on, after so many seconds."""
+        """Return whether to wait on, after that many seconds."""
         return any(seconds < limit for limit in self.limits.values())
 
 

@@ -140,10 +140,8 @@ class Attempt:
     prepare_again: Callable[[], Awaitable[FollowUps]] | None = field(default=None, repr=False)
     """Prepares those again that are a batch: what they expect of other jobs may have changed."""
     started_at: float = 0.0
-    end: str = ""
-    """What its final write says became of it: one of `metrics.ENDS`, `""` for none of these."""
     is_recorded: bool = False
-    """Whether that write was accepted, after it was rejected or had a sequel."""
+    """Whether its final write was accepted, after it was rejected or had a sequel."""
     on_end: Callable[[], None] | None = field(default=None, repr=False)
     """Called when its end is confirmed."""
     known: Job | None = field(default=None, repr=False)

@@ -70,7 +70,9 @@ class Lifecycle(Deliveries):
     ) -> None:
         super().__init__(backend, subjects, assets, worker)
         self.progress = ProgressReports(self._send_progress)
-        self.logs = JobLogs(self._send_lines, self._assets.settings.job_log_lines)
+        self.logs = JobLogs(
+            self._send_lines, self._assets.settings.job_log_lines, lambda: backend.max_body
+        )
         self.on_progress: Callable[[bytes], None] = lambda report: None
         """Told of each progress report that was sent."""
         self._worker_json = dump_json(worker)

@@ -146,6 +146,10 @@ class Repeatables:
                     logger.debug("%.200r is passed over: %s", record.subject, problem)
         return min(ticks, key=lambda tick: tick.at, default=None)
 
+    async def find(self, rid: str) -> Definition | None:
+        """Return the definition of that id; `None` if there is none, or one that cannot be run."""
+        return self._definition_in(await self._read(rid))
+
     async def read_all(self) -> list[RepeatableInfo]:
         """Return all of them."""
         found: list[RepeatableInfo] = []

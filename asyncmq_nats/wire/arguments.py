@@ -210,7 +210,7 @@ class _Shape:
 
 
 class Results:
-    """What a function returns: read by whoever waits for it, as its annotation says.
+    """Reads what a function returned, as its annotation says, for those who wait for it.
 
     Args:
         function: the one that is called, whatever it wraps.

@@ -244,9 +244,9 @@ def _annotation(function: Callable[..., Any], parameter: Parameter) -> Any:
 
 
 def return_annotation(function: Callable[..., Any]) -> Any:
-    """Return what a function says that it returns; `Any` if it does not say.
+    """Return the annotation of what a function returns; `Any` if it has none.
 
-    Of a coroutine, what that returns.
+    A coroutine returns what awaiting it gives.
     """
     for each in _unwrapped(function):
         try:

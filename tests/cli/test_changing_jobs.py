@@ -258,6 +258,8 @@ async def test_actions_act_on_what_matches_and_on_nothing_else(backend: Backend)
     assert (await queue.apply(JobFilter(task="b"), "cancel")).done == 10
     assert (await queue.apply(JobFilter(task="a", state="delayed"), "remove")).done == 6
     await only(queue, waiting=9, cancelled=10)
+    assert (await queue.apply(JobFilter(until=0), "remove")).matched == 0
+    await only(queue, waiting=9, cancelled=10)
     run_at = backend.now() + 500
     await queue.add("c", delay=1000)
     result = await queue.apply(JobFilter(task="c"), partial(queue.reschedule, run_at=run_at))

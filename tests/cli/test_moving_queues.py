@@ -182,6 +182,16 @@ async def test_a_queue_is_saved_and_restored(backend: Backend) -> None:
 
 async def test_lines_of_something_else_are_refused(backend: Backend) -> None:
     target, _ = other_queue(backend)
-    for line in ({"state": "waiting"}, {"state": "odd", "job": {"id": "a"}}, {"format": 99}, "x"):
+    lines: list[Any] = [
+        {"state": "waiting"},
+        {"state": "odd", "job": {"id": "a"}},
+        {"format": 99},
+        "x",
+        {"repeatable": "x"},
+        {"repeatable": {"id": "a", "every": 60}},
+        {"repeatable": {"id": "a", "task_id": "echo", "every": 60, "colour": "red"}},
+    ]
+    for line in lines:
         with pytest.raises(InvalidArgument):
-            await target.import_jobs([line])  # type: ignore[list-item]
+            await target.import_jobs([line])
+    assert await target.list_repeatables() == []

@@ -33,9 +33,6 @@ class Slots:
         self.group.release(self)
         self.group.fill()
 
-    def set_timer(self) -> None:
-        pass
-
     def note_free_slot(self) -> None:
         self.told += 1
 

@@ -10,6 +10,7 @@ from asyncmq_nats._arguments import META_LIMIT
 from asyncmq_nats.backends.base import Backend
 from asyncmq_nats.exceptions import InvalidArgument
 from asyncmq_nats.runtime.registry import TaskRegistry
+from tests.receiver import until
 from tests.running import PATIENCE, make_queue, outcome, run_jobs, running
 
 META = {"request": "r-7", "tenant": "açme"}
@@ -94,8 +95,6 @@ async def test_a_job_that_repeats_itself_keeps_it(backend: Backend) -> None:
 
 
 async def _until_delayed(queue: Queue) -> None:
-    from tests.receiver import until
-
     await until(queue.list_delayed, lambda delayed: len(delayed) == 1)
 
 

@@ -5,19 +5,24 @@ import logging
 import os
 import signal
 import socket
+import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
 import anyio
+import anyio.lowlevel
 import pytest
 
 from asyncmq_nats import InMemoryBackend, InvalidArgument, Queue, Settings
 from asyncmq_nats.backends.base import Backend
 from asyncmq_nats.backends.nats.backend import NATSBackend
 from asyncmq_nats.backends.nats.embedded.server import EmbeddedServer
-from asyncmq_nats.runtime.health import judge_health
+from asyncmq_nats.runtime import probes
+from asyncmq_nats.runtime.health import WorkerHealth, judge_health
+from asyncmq_nats.runtime.pulse import WATCHER
+from asyncmq_nats.workers import Worker
 from tests.receiver import PATIENCE, holds, until
 from tests.running import make_queue, outcome, running
 from tests.telemetry.probing import ask, free_port
@@ -42,7 +47,7 @@ async def nothing() -> None:
 # -- the rule
 
 
-def healthy(**changes: Any) -> tuple[bool, bool]:
+def judge(**changes: Any) -> WorkerHealth:
     given: dict[str, Any] = {
         "connected": True,
         "taking": True,
@@ -50,8 +55,7 @@ def healthy(**changes: Any) -> tuple[bool, bool]:
         "overdue": 0.0,
         "blocked_for": 0.1,
     } | changes
-    health = judge_health("w", "q", **given)
-    return health.is_alive, health.is_ready
+    return judge_health("w", "q", **given)
 
 
 @pytest.mark.parametrize(
@@ -70,7 +74,8 @@ def healthy(**changes: Any) -> tuple[bool, bool]:
 def test_what_makes_a_worker_live_and_ready(
     changes: dict[str, float | bool], alive: bool, ready: bool
 ) -> None:
-    assert healthy(**changes) == (alive, ready)
+    health = judge(**changes)
+    assert (health.is_alive, health.is_ready) == (alive, ready)
 
 
 # -- the port
@@ -163,6 +168,26 @@ async def test_the_workers_of_a_process_share_a_port(settings: Settings, port: i
             assert [each["queue"] for each in json.loads(body)["workers"]] == ["one"]
 
 
+async def test_each_of_the_workers_that_start_together_learns_that_a_port_is_taken(
+    settings: Settings, port: int
+) -> None:
+    problems: list[InvalidArgument] = []
+
+    async def open_one() -> None:
+        try:
+            await probes.open_ports(settings, probes.Probe(judge))
+        except InvalidArgument as problem:
+            problems.append(problem)
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", port))
+        taken.listen()
+        async with anyio.create_task_group() as group:
+            group.start_soon(open_one)
+            group.start_soon(open_one)
+    assert len(problems) == 2
+
+
 async def test_a_port_that_is_taken_is_a_clear_error(settings: Settings, port: int) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", port))
@@ -234,6 +259,40 @@ async def test_the_health_file_is_there_while_the_worker_lives(
         assert not path.exists()
 
 
+async def turns() -> None:
+    """Let other tasks of the loop do what they do at once."""
+    for _ in range(10):
+        await anyio.lowlevel.checkpoint()
+
+
+async def test_the_queues_of_a_worker_share_a_health_file(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, shown = tmp_path / "healthy", {"one": judge(), "two": judge()}
+    monkeypatch.setattr(probes, "FILE_INTERVAL", 0.0)
+    async with anyio.create_task_group() as group:
+        first, second = anyio.CancelScope(), anyio.CancelScope()
+
+        async def keep(name: str, scope: anyio.CancelScope) -> None:
+            with scope:
+                await probes.keep_health_file(path, lambda: shown[name])
+
+        group.start_soon(keep, "one", first)
+        group.start_soon(keep, "two", second)
+        await holds(path.exists)
+        shown["two"] = judge(silent_for=60.0)
+        path.unlink()
+        await turns()
+        assert not path.exists()  # the other one does not speak for it
+        shown["two"] = judge()
+        await holds(path.exists)
+        first.cancel()
+        await turns()
+        assert path.exists()  # it finishes its jobs
+        second.cancel()
+    assert not path.exists()
+
+
 async def test_a_health_file_that_cannot_be_written_ends_nothing(
     settings: Settings, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -268,6 +327,37 @@ async def test_a_blocked_event_loop_is_a_warning_that_names_the_task(
             job_id = await queue.add("block")
             await outcome(queue, job_id)
     assert f"by task block (job {job_id}), at {__file__}" in warned[0].getMessage()
+
+
+def spin(seconds: float, is_done: Callable[[], bool] = lambda: False) -> None:
+    """Keep the thread busy."""
+    ends = time.monotonic() + seconds
+    while time.monotonic() < ends and not is_done():
+        pass
+
+
+async def test_a_worker_of_several_queues_warns_once_of_a_blocked_event_loop(
+    settings: Settings, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings.health_port, settings.loop_block_warning = None, 0.1
+    text = "event loop has been blocked"
+
+    async def block() -> None:
+        spin(PATIENCE, lambda: text in caplog.text)
+        spin(0.6)  # another thread would warn too
+
+    async with InMemoryBackend(settings) as backend:
+        queues = [make_queue(backend, name, block=block) for name in ("one", "two", "three")]
+        worker = Worker(queues)
+        async with anyio.create_task_group() as group:
+            await group.start(worker.run)
+            assert [t.name for t in threading.enumerate()].count(WATCHER) == 1
+            job_id = await queues[1].add("block")
+            await outcome(queues[1], job_id)
+            worker.stop()
+    found = [message for message in caplog.messages if text in message]
+    assert len(found) == 1
+    assert f"by task block (job {job_id})" in found[0]
 
 
 async def test_a_sync_task_blocks_no_event_loop(

@@ -6,6 +6,7 @@ Fields, lines of start and end, failures, and lines that stay with a job.
 import json
 import logging
 from collections.abc import Iterator
+from pathlib import Path
 
 import anyio
 import anyio.from_thread
@@ -13,9 +14,11 @@ import pytest
 
 from asyncmq_nats import Fail, InMemoryBackend, Settings, current_job
 from asyncmq_nats.backends.base import Backend, Write
+from asyncmq_nats.backends.nats.backend import NATSBackend
 from asyncmq_nats.queues import Queue
 from asyncmq_nats.runtime.registry import TaskRegistry
 from asyncmq_nats.telemetry.logs import JobFields, JobLogHandler, JSONFormatter
+from asyncmq_nats.testing import private_server
 from tests.receiver import PATIENCE, until
 from tests.running import make_queue, outcome, run_jobs, running
 
@@ -243,6 +246,25 @@ async def test_many_large_lines_fit_into_a_record(settings: Settings) -> None:
         lines = await queue.job_logs(job_id)
     assert 20 < len(lines) < 500
     assert lines[-1].message.startswith("499 ")
+
+
+@pytest.mark.usefixtures("server")  # there is a program to run
+async def test_lines_are_cut_to_what_a_server_takes_and_the_job_ends(
+    settings: Settings, tmp_path: Path
+) -> None:
+    async def talk() -> None:
+        for number in range(50):
+            current_job().log(f"{number} " + "x" * 1_500)
+
+    with private_server(tmp_path / "small", config="max_payload: 32768") as url:
+        async with NATSBackend(servers=url, settings=settings) as backend:
+            queue = make_queue(backend, talk=talk)
+            job_id = await queue.add("talk")
+            async with running(queue):
+                assert (await outcome(queue, job_id))["status"] == "completed"
+            lines = await queue.job_logs(job_id)
+    assert 5 < len(lines) < 50
+    assert lines[-1].message.startswith("49 ")
 
 
 async def test_a_handler_keeps_what_a_task_logs(backend: Backend) -> None:
