@@ -64,7 +64,7 @@ from asyncmq_nats.middleware import (
 from asyncmq_nats.runtime.control import Controls, WorkerInfo, list_workers
 from asyncmq_nats.runtime.declarations import Declarations
 from asyncmq_nats.runtime.program import import_tasks, run_program, run_until_signalled
-from asyncmq_nats.runtime.rate_limiter import Limit
+from asyncmq_nats.runtime.rate_limiter import Limit, RateLimitInfo, read_rate_limit
 from asyncmq_nats.runtime.registry import TASK_REGISTRY, TaskRegistry
 from asyncmq_nats.runtime.runner import Runner
 from asyncmq_nats.schedules import RepeatableInfo
@@ -863,6 +863,14 @@ class Queue:
     async def list_workers(self) -> list[WorkerInfo]:
         """Return the running workers of this queue."""
         return await list_workers(self.backend, self.name)
+
+    async def list_rate_limits(self) -> list[RateLimitInfo]:
+        """Return the rate limits that the running workers keep to: one, if they agree, or none."""
+        workers = await self.list_workers()
+        limits = sorted({each.rate_limit for each in workers if each.rate_limit is not None})
+        return [
+            await read_rate_limit(self.backend, self._subjects, Limit(*limit)) for limit in limits
+        ]
 
     def on_startup(self, hook: H) -> H:
         """Have this queue's workers call a function, sync or async, before their first job.

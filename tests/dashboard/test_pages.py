@@ -1,0 +1,68 @@
+"""What the pages of queues, schedules, events and failures tell."""
+
+from typing import Any
+
+import httpx2 as httpx
+import pytest
+
+from asyncmq_nats.backends.base import Backend
+from asyncmq_nats.queues import Queue
+from asyncmq_nats.settings import Settings
+from tests.dashboard.web import words_of
+from tests.receiver import until
+from tests.running import make_queue, only, running
+
+
+async def break_down(text: str = "") -> None:
+    raise ValueError(f"no {text!r} here")
+
+
+async def succeed(*_: Any, **__: Any) -> str:
+    return "done"
+
+
+@pytest.fixture
+def settings() -> Settings:
+    return Settings(heartbeat_interval=0.5, unknown_task_timeout=0)
+
+
+@pytest.fixture
+def queue(backend: Backend) -> Queue:
+    return make_queue(backend, break_down=break_down, succeed=succeed)
+
+
+async def shows(client: httpx.AsyncClient, path: str, *texts: str) -> str:
+    """Wait until a page has all these texts: what it shows may be read a moment before."""
+
+    async def read() -> str:
+        return words_of(await client.get(path))
+
+    return await until(read, lambda page: all(text in page for text in texts))
+
+
+# -- limits of a queue
+
+
+async def test_limits_of_a_queue_are_told_and_what_is_at_work(
+    queue: Queue, client: httpx.AsyncClient
+) -> None:
+    queue.rate_limit, queue.rate_interval = 5, 600.0
+    await queue.add_bulk([{"task_id": "succeed"}] * 9)
+    untold = "Rate limit set by workers: none runs"
+    await shows(client, "/queues/work", "Concurrency limit no worker", untold)
+    async with running(queue):
+        await only(queue, waiting=4, completed=5)
+        used = "Rate limit 5 starts in 10 min: 0 free, 0 leased to workers"
+        await shows(client, "/queues/work", "0 of 3 slots at work, 1 worker", used)
+        other = make_queue(queue.backend, concurrency=7)
+        other.rate_limit = 0
+        async with running(other):
+            both = "0 : no job starts, or 5 starts in 10 min"
+            await shows(client, "/queues/work", "0 of 10 slots at work, 2 workers", both)
+            await shows(client, "/queues/work", "Its workers do not agree.")
+
+
+async def test_a_queue_without_a_limit_says_so(queue: Queue, client: httpx.AsyncClient) -> None:
+    await queue.add("succeed")
+    async with running(queue):
+        await shows(client, "/queues/work", "Rate limit none")
