@@ -1,5 +1,6 @@
 """What the pages of queues, schedules, events and failures tell."""
 
+import re
 from typing import Any
 
 import httpx2 as httpx
@@ -66,3 +67,25 @@ async def test_a_queue_without_a_limit_says_so(queue: Queue, client: httpx.Async
     await queue.add("succeed")
     async with running(queue):
         await shows(client, "/queues/work", "Rate limit none")
+
+
+# -- schedules
+
+
+async def test_schedules_show_their_last_run_and_its_outcome(
+    queue: Queue, client: httpx.AsyncClient
+) -> None:
+    await queue.upsert_repeatable("break_down", 0.1, args=["milk"], limit=1, name="daily")
+    await queue.upsert_repeatable("succeed", 0.1, limit=1, name="hourly")
+    await queue.upsert_repeatable("succeed", 3600, name="later")
+    await shows(client, "/schedules", "later work succeed Every hour in 59 min", "not yet on")
+    async with running(queue):
+        await only(queue, completed=1, failed=1)
+    text = await shows(client, "/schedules", "ValueError: no &#39;milk&#39; here", "completed")
+    when = r"(?:now|\S+ \S+ ago)"
+    assert re.search(rf"daily work break_down .*? – {when} failed {when} ValueError", text), text
+    page = await client.get("/queues/work/schedules")
+    (link,) = re.findall(r'href="(/queues/work/jobs/daily-\d+)"', page.text)
+    assert "no &#39;milk&#39; here" in (await client.get(link)).text
+    await queue.remove_job(link.rpartition("/")[2])
+    await shows(client, "/queues/work/schedules", "its job is gone")
