@@ -76,6 +76,7 @@ from asyncmq_nats.store.flows import Flow, read_flow
 from asyncmq_nats.store.job_logs import read_job_logs
 from asyncmq_nats.store.overview import Overview, QueueInfo
 from asyncmq_nats.store.pages import JobLists
+from asyncmq_nats.store.past_events import read_past_events
 from asyncmq_nats.store.reads import Inspection, JobPage, WaitingJob
 from asyncmq_nats.store.search import Found, Search
 from asyncmq_nats.store.topology import DEFAULT_PRIORITY, QueueAssets
@@ -757,6 +758,17 @@ class Queue:
                 inbox.warn_of_losses(inbox.losses.take())
                 with anyio.CancelScope(shield=True):
                     await subscription.unsubscribe()
+
+    async def past_events(self, limit: int = 100) -> list[Event]:
+        """Return the latest events of this queue that its records still tell, the newest first.
+
+        The last record of each job is kept, so these are ends, delays, and jobs that wait. Starts
+        and progress leave none.
+        """
+        await self.backend.connect()
+        return await read_past_events(
+            self.backend, self._subjects, checked_number(limit, "limit", 1)
+        )
 
     async def _patience_for(self, job_id: str) -> float | None:
         """Return how long to wait for each event of a job: for ever, unless it has ended."""

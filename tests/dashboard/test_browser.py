@@ -187,6 +187,30 @@ async def test_events_come_as_they_happen(browser: Browser, queue: Queue) -> Non
     assert "started" not in text  # there are many of them: not shown at first
 
 
+async def test_events_of_before_are_there_and_come_once(browser: Browser, queue: Queue) -> None:
+    await queue.add("break_down", ["old"], job_id="old")
+    await run_jobs(queue)
+    await browser.open("/events")
+    await browser.sees("no 'old' here", "#feed")
+    await queue.add("break_down", ["new"], job_id="new")
+    await run_jobs(queue)
+    await browser.sees("no 'new' here", "#feed")
+    # As if the tab had been hidden: its stream ends, and what it missed is made up for.
+    hide = "Object.defineProperty(document, 'hidden', {value: arguments[0], configurable: true});"
+    hide += "document.dispatchEvent(new Event('visibilitychange'))"
+    await browser.run(hide, True)
+    await queue.add("break_down", ["missed"], job_id="missed")
+    await run_jobs(queue)
+    await browser.run(hide, False)
+    await browser.sees("no 'missed' here", "#feed")
+    rows = (
+        "return [...document.querySelectorAll('#feed li:not([hidden]) .id')].map(e => e.innerText)"
+    )
+    assert await browser.run(rows) == ["missed", "new", "old"]
+    await browser.click("#feed-filter label", "failed")
+    await browser.sees("No event of the chosen kinds yet.")
+
+
 async def test_keys_and_colours(browser: Browser, queue: Queue) -> None:
     await queue.add("succeed", job_id="needle")
     await browser.open("/")

@@ -3,15 +3,16 @@
 import re
 from typing import Any
 
+import anyio
 import httpx2 as httpx
 import pytest
 
 from asyncmq_nats.backends.base import Backend
 from asyncmq_nats.queues import Queue
 from asyncmq_nats.settings import Settings
-from tests.dashboard.web import words_of
+from tests.dashboard.web import make_app, served, words_of
 from tests.receiver import until
-from tests.running import make_queue, only, running
+from tests.running import PATIENCE, make_queue, only, run_jobs, running
 
 
 async def break_down(text: str = "") -> None:
@@ -89,3 +90,45 @@ async def test_schedules_show_their_last_run_and_its_outcome(
     assert "no &#39;milk&#39; here" in (await client.get(link)).text
     await queue.remove_job(link.rpartition("/")[2])
     await shows(client, "/queues/work/schedules", "its job is gone")
+
+
+# -- events
+
+
+async def test_the_latest_events_are_shown_though_nobody_listened(
+    queue: Queue, client: httpx.AsyncClient
+) -> None:
+    await queue.add("break_down", ["milk"], job_id="bad")
+    other = make_queue(queue.backend, "other", succeed=succeed)
+    await other.add("succeed", job_id="good")
+    await run_jobs(queue)
+    await run_jobs(other)
+    text = await shows(client, "/events", "failed bad work", "completed good other")
+    assert text.index("completed good other") < text.index("failed bad work break_down ValueError")
+    assert "failed bad" not in words_of(await client.get("/events?queue=other"))
+
+
+async def test_of_very_many_queues_one_is_chosen_for_its_latest_events(
+    queue: Queue, client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("asyncmq_nats.contrib.dashboard.pages.events.PAST_QUEUES", 0)
+    job_id = await queue.add("succeed")
+    text = words_of(await client.get("/events"))
+    assert "choose one to see its latest events" in text
+    assert job_id not in text
+
+
+async def test_a_new_listener_is_told_what_it_missed(queue: Queue) -> None:
+    job_id = await queue.add("succeed")
+    app, lines = make_app(queue.backend), list[str]()
+    with anyio.fail_after(PATIENCE):
+        async with (
+            served(app) as address,
+            httpx.AsyncClient(base_url=address) as session,
+            session.stream("GET", "/events/live") as answer,
+        ):
+            async for line in answer.aiter_lines():
+                lines.append(line)
+                if f'data-key="waiting work {job_id}"' in line:
+                    break
+    assert lines[-2] == "event: past"
