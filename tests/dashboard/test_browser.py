@@ -149,7 +149,7 @@ async def test_a_kind_of_failure_is_retried(browser: Browser, queue: Queue) -> N
     await queue.add_bulk({"task_id": "break_down", "args": [f"milk {n}"]} for n in range(3))
     await run_jobs(queue)
     await browser.open("/failures")
-    await browser.sees("1 kinds in 3 failed jobs")
+    await browser.sees("1 kind in 3 failed jobs")
     await browser.click(".group button", "Retry all")
     await browser.confirm()
     await browser.sees("No job is failed.")

@@ -23,7 +23,6 @@ from asyncmq_nats.contrib.dashboard.reading import SharedReads
 from asyncmq_nats.contrib.dashboard.redaction import Redactor
 from asyncmq_nats.exceptions import InvalidQueueName
 from asyncmq_nats.queues import Queue, list_queues
-from asyncmq_nats.search import JobFilter
 from asyncmq_nats.states import JOB_STATES, OUTCOMES
 
 __all__ = [
@@ -98,7 +97,6 @@ class Operation:
     who: str
     what: str
     queue: str
-    where: JobFilter
     count: int = 0
     ended: float | None = None
     """When it ended, in seconds of `time.monotonic`."""
@@ -220,10 +218,10 @@ class Site:
         events |= {"leave": {"to": to}} if to is not None else {"refresh": {}}
         return Response(status_code=204, headers={"HX-Trigger": json.dumps(events)})
 
-    def begin(self, request: Request, what: str, queue: str, where: JobFilter) -> Operation:
+    def begin(self, request: Request, what: str, queue: str) -> Operation:
         """Note that something was begun: all pages tell of it until a while after its end."""
         self.operations[:] = self.operations_of()
-        self.operations.append(Operation(who_of(request), what, queue, where))
+        self.operations.append(Operation(who_of(request), what, queue))
         return self.operations[-1]
 
     def operations_of(self, queue: str | None = None) -> list[Operation]:
