@@ -15,6 +15,7 @@ from asyncmq_nats.backends.base import Backend
 from asyncmq_nats.contrib.dashboard.pages.events import reader_of
 from asyncmq_nats.contrib.dashboard.pages.flow import read_graph
 from asyncmq_nats.contrib.dashboard.pages.summaries import version_of
+from asyncmq_nats.contrib.dashboard.redaction import MASK
 from asyncmq_nats.flow import FlowProducer
 from asyncmq_nats.jobs import Job
 from asyncmq_nats.queues import Queue
