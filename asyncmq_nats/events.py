@@ -77,12 +77,15 @@ class Event:
 
     `data`: the job with the keys of `Job.to_dict` and those of the wire, and `queue`; progress has
     `id`, `progress` and `data`.
+
+    `at`: when it happened, in Unix seconds; `None`: just now.
     """
 
     name: str
     job_id: str
     queue: str
     data: dict[str, Any]
+    at: float | None = None
 
 
 def read_event(queue: str, subject: str, body: bytes) -> Event | None:

@@ -64,7 +64,7 @@ from asyncmq_nats.middleware import (
 from asyncmq_nats.runtime.control import Controls, WorkerInfo, list_workers
 from asyncmq_nats.runtime.declarations import Declarations
 from asyncmq_nats.runtime.program import import_tasks, run_program, run_until_signalled
-from asyncmq_nats.runtime.rate_limiter import Limit
+from asyncmq_nats.runtime.rate_limiter import Limit, RateLimitInfo, read_rate_limit
 from asyncmq_nats.runtime.registry import TASK_REGISTRY, TaskRegistry
 from asyncmq_nats.runtime.runner import Runner
 from asyncmq_nats.schedules import RepeatableInfo
@@ -76,6 +76,7 @@ from asyncmq_nats.store.flows import Flow, read_flow
 from asyncmq_nats.store.job_logs import read_job_logs
 from asyncmq_nats.store.overview import Overview, QueueInfo
 from asyncmq_nats.store.pages import JobLists
+from asyncmq_nats.store.past_events import read_past_events
 from asyncmq_nats.store.reads import Inspection, JobPage, WaitingJob
 from asyncmq_nats.store.search import Found, Search
 from asyncmq_nats.store.topology import DEFAULT_PRIORITY, QueueAssets
@@ -762,6 +763,17 @@ class Queue:
                 with anyio.CancelScope(shield=True):
                     await subscription.unsubscribe()
 
+    async def past_events(self, limit: int = 100) -> list[Event]:
+        """Return the latest events of this queue that its records still tell, the newest first.
+
+        The last record of each job is kept, so these are ends, delays, and jobs that wait. Starts
+        and progress leave none.
+        """
+        await self.backend.connect()
+        return await read_past_events(
+            self.backend, self._subjects, checked_number(limit, "limit", 1)
+        )
+
     async def _patience_for(self, job_id: str) -> float | None:
         """Return how long to wait for each event of a job: for ever, unless it has ended."""
         job = await self._inspection.find(job_id)  # after listening: its end is heard or seen
@@ -871,6 +883,14 @@ class Queue:
     async def list_workers(self) -> list[WorkerInfo]:
         """Return the running workers of this queue."""
         return await list_workers(self.backend, self.name)
+
+    async def list_rate_limits(self) -> list[RateLimitInfo]:
+        """Return the rate limits that the running workers keep to: one, if they agree, or none."""
+        workers = await self.list_workers()
+        limits = sorted({each.rate_limit for each in workers if each.rate_limit is not None})
+        return [
+            await read_rate_limit(self.backend, self._subjects, Limit(*limit)) for limit in limits
+        ]
 
     def on_startup(self, hook: H) -> H:
         """Have this queue's workers call a function, sync or async, before their first job.

@@ -65,12 +65,17 @@ class Schedule:
 class RepeatableInfo:
     """A stored repeatable: its definition, its next run, and whether it is paused (AsyncMQ).
 
-    `next_run`: Unix seconds; `None` while it is paused, and after its last run.
+    `next_run`: Unix seconds; `None` while it is paused, and after its last run. `runs`: how many
+    jobs the series has added, since its rhythm was last changed. `last_job`: id of the last one;
+    `last_run`: the time that it was planned for.
     """
 
     job_def: dict[str, Any]
     next_run: float | None
     paused: bool
+    runs: int = 0
+    last_job: str | None = None
+    last_run: float | None = None
 
 
 def make_schedule(

@@ -256,6 +256,28 @@ async def test_a_malformed_entry_hides_no_worker_and_lets_queues_pause(
     assert await queue.is_paused()
 
 
+@pytest.mark.parametrize(
+    ("told", "limit"),
+    [
+        ([5, 60], (5, 60.0)),
+        ([0, 0.5], (0, 0.5)),
+        (None, None),
+        *(
+            (junk, None)
+            for junk in (5, "5/s", [5], [5, 0], [-1, 1], [5, "1"], ["5", 1], [1, 1, 1], {"a": 1})
+        ),
+    ],
+)
+async def test_a_malformed_limit_is_none(
+    told: object, limit: tuple[int, float] | None, backend: Backend
+) -> None:
+    await entry(backend, "sound").enter()
+    log, key = workers_bucket(backend.settings.prefix)
+    await backend.write(log, Write(f"{key}sound", dump_json(SOUND_ENTRY | {"rate_limit": told})))
+    (worker,) = await list_workers(backend)
+    assert worker.rate_limit == limit
+
+
 @pytest.mark.parametrize("what", ["pause", "resume", "cancel", "tier", "answer.x", "other"])
 async def test_malformed_signals_end_no_worker(what: str, backend: Backend) -> None:
     async def echo(value: int) -> int:

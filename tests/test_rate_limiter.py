@@ -11,9 +11,15 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from asyncmq_nats.backends.base import Backend
+from asyncmq_nats.backends.base import Backend, Write
 from asyncmq_nats.queues import Queue
-from asyncmq_nats.runtime.rate_limiter import LEASE_SECONDS, Bucket, Limit, RateLimiter, lease
+from asyncmq_nats.runtime.rate_limiter import (
+    LEASE_SECONDS,
+    Bucket,
+    Limit,
+    RateLimiter,
+    lease,
+)
 from asyncmq_nats.wire.keys import QueueSubjects
 from tests.receiver import until
 from tests.running import PATIENCE, make_queue, only, outcome, running
@@ -368,6 +374,28 @@ async def test_permits_that_a_worker_did_not_use_outlast_it(
     async with running(other):
         with anyio.fail_after(LEASE_SECONDS / 2):
             await until(queue.queue_stats, lambda stats: stats["completed"] == 5)
+
+
+async def test_limits_are_told_with_what_is_left_of_them(backend: Backend, twin: Backend) -> None:
+    first = limited(backend, 5, 600.0, 2, work=lambda: None)
+    second = limited(twin, 40, 1.0, 2, work=lambda: None)
+
+    async def left() -> tuple[int, float, int]:
+        (limit,) = await second.list_rate_limits()
+        return limit.limit, limit.interval, limit.free + limit.leased
+
+    assert await first.list_rate_limits() == []
+    async with running(first):
+        assert await left() == (5, 600.0, 5)
+        await first.add_bulk([{"task_id": "work"}] * 3)
+        await only(first, completed=3)
+        await until(left, lambda found: found == (5, 600.0, 2))
+        async with running(second):
+            limits = await first.list_rate_limits()
+            assert [(each.limit, each.interval) for each in limits] == [(5, 600.0), (40, 1.0)]
+        log, key = first._subjects.bucket_log, first._subjects.rate_limit
+        await backend.write(log, Write(key, b"junk"))
+        assert await left() == (5, 600.0, 5)
 
 
 async def test_a_queue_without_a_limit_has_no_bucket(backend: Backend) -> None:

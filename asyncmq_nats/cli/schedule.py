@@ -138,8 +138,14 @@ async def list_all(
 
 
 def _as_dict(info: RepeatableInfo) -> dict[str, Any]:
-    described = {"words": describe(info.job_def), "next_run": info.next_run, "paused": info.paused}
-    return info.job_def | described
+    return info.job_def | {
+        "words": describe(info.job_def),
+        "next_run": info.next_run,
+        "paused": info.paused,
+        "runs": info.runs,
+        "last_run": info.last_run,
+        "last_job": info.last_job,
+    }
 
 
 def _state(info: RepeatableInfo) -> str:
@@ -164,6 +170,8 @@ async def show(
     }
     texts |= {key: instant(info.job_def[key]) for key in ("start", "end") if key in info.job_def}
     texts |= {"rhythm": describe(info.job_def), "next run": instant(info.next_run)}
+    if info.last_job is not None:
+        texts |= {"last run": instant(info.last_run), "last job": info.last_job}
     session.output.fields(texts | ({"state": _state(info)} if _state(info) else {}))
 
 

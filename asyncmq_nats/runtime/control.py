@@ -208,7 +208,9 @@ class WorkerInfo:
     memory: int | None = None
     """Bytes of memory of its process; `None` if that is not known."""
     stopping: bool = False
-    """Whether it was told to stop, and finishes its running jobs."""
+    """Whether it was told to stop and finishes what runs."""
+    rate_limit: tuple[int, float] | None = None
+    """How many jobs the whole queue may start in how many seconds; `None`: no limit, or untold."""
 
 
 async def list_workers(backend: Backend, queue: str | None = None) -> list[WorkerInfo]:
@@ -257,7 +259,15 @@ def _worker_of(record: Record) -> WorkerInfo | None:
         data["busy"] if isinstance(data.get("busy"), int) else len(running),
         data["memory"] if isinstance(data.get("memory"), int) else None,
         data.get("stopping") is True,
+        _rate_limit_of(data.get("rate_limit")),
     )
+
+
+def _rate_limit_of(given: Any) -> tuple[int, float] | None:
+    match given:
+        case [int(starts), int() | float() as interval] if starts >= 0 and 0 < interval < math.inf:
+            return starts, float(interval)
+    return None
 
 
 def measure_memory() -> int | None:
@@ -294,6 +304,7 @@ class WorkerRegistry:
         running: Callable[[], list[str]],
         repeatables: Sequence[str] = (),
         *,
+        rate_limit: tuple[int, float] | None = None,
         is_stopping: Callable[[], bool] = lambda: False,
         has_siblings: bool = False,
     ) -> None:
@@ -303,6 +314,7 @@ class WorkerRegistry:
         self._worker = worker
         self._is_stopping = is_stopping
         self._concurrency = concurrency
+        self._rate_limit = rate_limit
         self._running = running
         self._repeatables = list(repeatables)
         self._log, key = workers_bucket(backend.settings.prefix)
@@ -344,6 +356,7 @@ class WorkerRegistry:
             "id": self._worker,
             "queue": self._subjects.queue,
             "concurrency": self._concurrency,
+            "rate_limit": self._rate_limit,
             "host": socket.gethostname(),
             "version": __version__,
             "memory": measure_memory(),

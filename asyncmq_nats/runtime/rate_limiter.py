@@ -13,12 +13,20 @@ from typing import Any, Final
 
 from asyncmq_nats._logging import Throttle, get_logger
 from asyncmq_nats.backends.base import Backend, Expect, Record, Write
-from asyncmq_nats.exceptions import InvalidJob
+from asyncmq_nats.exceptions import AssetMissing, InvalidJob
 from asyncmq_nats.store.commit import write_if_expected
 from asyncmq_nats.wire.codec import dump_json, load_json
 from asyncmq_nats.wire.keys import QueueSubjects
 
-__all__ = ["LEASE_SECONDS", "Bucket", "Limit", "RateLimiter", "lease"]
+__all__ = [
+    "LEASE_SECONDS",
+    "Bucket",
+    "Limit",
+    "RateLimitInfo",
+    "RateLimiter",
+    "lease",
+    "read_rate_limit",
+]
 
 logger = get_logger(__name__)
 
@@ -130,6 +138,47 @@ def lease(
     return Bucket(tokens, max(now, bucket.at), leased), granted, wait
 
 
+@dataclass(frozen=True, slots=True)
+class RateLimitInfo:
+    """A rate limit that workers of a queue keep to: `limit` starts per `interval` seconds.
+
+    `free`: permits that no worker has leased yet. `leased`: those that workers hold, as far as
+    they have told.
+    """
+
+    limit: int
+    interval: float
+    free: int
+    leased: int
+
+
+async def read_rate_limit(backend: Backend, subjects: QueueSubjects, limit: Limit) -> RateLimitInfo:
+    """Return how much of a limit is left now."""
+    now, stored = backend.now(), None
+    try:
+        for record in await backend.last(subjects.bucket_log, subjects.rate_limit):
+            stored = _bucket_in(record, now)
+    except (AssetMissing, InvalidJob):  # workers make it again
+        pass
+    bucket, _, _ = lease(stored, limit, "", 0, 0, now)
+    leased = sum(count for count, _ in bucket.leased.values())
+    return RateLimitInfo(limit.starts, limit.interval, int(bucket.tokens + 1e-9), leased)
+
+
+def _bucket_in(record: Record, now: float) -> Bucket | None:
+    """Return the bucket of a record; `None` if it was removed.
+
+    Raises:
+        InvalidJob: it is malformed, or of another time.
+    """
+    if record.marker:
+        return None
+    bucket = Bucket.decode(record.body)
+    if not bucket.is_plausible(now):
+        raise InvalidJob("it is of another time")
+    return bucket
+
+
 class RateLimiter:
     """The permits of one worker of a queue."""
 
@@ -207,16 +256,10 @@ class RateLimiter:
 
     def _bucket_of(self, record: Record) -> Bucket | None:
         """Return the bucket of a record; `None`, for a new one, if it is malformed."""
-        if record.marker:
-            return None
         try:
-            bucket = Bucket.decode(record.body)
-            if bucket.is_plausible(self._backend.now()):
-                return bucket
-            problem = "it is of another time"
-        except InvalidJob as error:
-            problem = str(error)
-        if times := self._malformed.note():
-            text = "%s: the record of the rate limit is malformed and made again (%d times): %s"
-            logger.warning(text, self._log, times, problem)
-        return None
+            return _bucket_in(record, self._backend.now())
+        except InvalidJob as problem:
+            if times := self._malformed.note():
+                text = "%s: the record of the rate limit is malformed and made again (%d times): %s"
+                logger.warning(text, self._log, times, problem)
+            return None

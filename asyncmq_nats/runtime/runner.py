@@ -147,6 +147,7 @@ class Runner:
             concurrency,
             self._running_ids,
             self._declarations.ids,
+            rate_limit=None if limit is None else (limit.starts, limit.interval),
             is_stopping=self._stop_is_set,
             has_siblings=has_siblings,
         )

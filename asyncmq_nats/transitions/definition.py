@@ -41,6 +41,7 @@ __all__ = [
     "job_of",
     "make_definition",
     "next_tick_write",
+    "planned_time",
     "repeatable_id",
 ]
 
@@ -332,6 +333,12 @@ def job_of(definition: Definition, at: float, now: float) -> Job:
         created_at=now,
         **_job_fields(definition.job),
     )
+
+
+def planned_time(rid: str, job_id: str) -> float | None:
+    """Return when the job of a tick was planned to run; `None`: its id is of another form."""
+    digits = job_id.removeprefix(f"{rid}-")
+    return int(digits) / 1000 if digits.isdecimal() and len(digits) < 18 else None
 
 
 def next_tick_write(

@@ -27,6 +27,7 @@ from asyncmq_nats.transitions.definition import (
     job_of,
     make_definition,
     next_tick_write,
+    planned_time,
     repeatable_id,
 )
 from asyncmq_nats.wire.codec import dump_json
@@ -157,8 +158,7 @@ class Repeatables:
         found: list[RepeatableInfo] = []
         for _, definition in await self._all():
             tick = self._tick_in(await self._read(definition.rid))
-            planned = None if tick is None or definition.paused else tick.at
-            found.append(RepeatableInfo(definition.to_dict(), planned, definition.paused))
+            found.append(_info_of(definition, tick))
         return found
 
     async def _all(self) -> list[tuple[Record, Definition]]:
@@ -249,6 +249,14 @@ class Repeatables:
         if definition.owner != CODE_OWNER or record.time >= before:
             return None
         return definition if await self._remove(rid, records) else None
+
+
+def _info_of(definition: Definition, tick: Tick | None) -> RepeatableInfo:
+    planned = None if tick is None or definition.paused else tick.at
+    reached = tick or definition.left
+    runs, last = (0, None) if reached is None else (reached.runs, reached.last)
+    last_run = None if last is None else planned_time(definition.rid, last)
+    return RepeatableInfo(definition.to_dict(), planned, definition.paused, runs, last, last_run)
 
 
 def _sequence(records: Mapping[str, Record], subject: str) -> int:

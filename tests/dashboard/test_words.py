@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from asyncmq_nats import InvalidArgument, task
-from asyncmq_nats.contrib.dashboard.failures import group_failures
+from asyncmq_nats.contrib.dashboard.failures import FailureGroups
 from asyncmq_nats.contrib.dashboard.graph import draw
 from asyncmq_nats.contrib.dashboard.redaction import (
     MASK,
@@ -224,23 +224,26 @@ def failed(
 
 
 def test_errors_that_differ_in_numbers_ids_and_texts_are_one_kind() -> None:
-    groups = group_failures(
-        [
-            failed("a", "send", "KeyError: 'ada'", 5.0),
-            failed("b", "send", "KeyError: 'eve'", 9.0),
-            failed("c", "send", "TimeoutError: 17 s", 2.0),
-            failed("d", "send", "TimeoutError: 3 s\nmore", 1.0),
-            failed("e", "send", "TimeoutError: 4.5 s", 3.0),
-            failed("f", "other", "KeyError: 'x'"),
-            failed("g", "send", None),
-        ]
-    )
-    assert [(g.task, g.signature, sorted(g.job_ids)) for g in groups] == [
-        ("send", "TimeoutError: ‹n› s", ["c", "d", "e"]),
-        ("send", "KeyError: ‹text›", ["a", "b"]),
-        ("other", "KeyError: ‹text›", ["f"]),
-        ("send", "no error was told", ["g"]),
+    grouping = FailureGroups()
+    jobs = [
+        failed("a", "send", "KeyError: 'ada'", 5.0),
+        failed("b", "send", "KeyError: 'eve'", 9.0),
+        failed("c", "send", "TimeoutError: 17 s", 2.0),
+        failed("d", "send", "TimeoutError: 3 s\nmore", 1.0),
+        failed("e", "send", "TimeoutError: 4.5 s", 3.0),
+        failed("f", "other", "KeyError: 'x'"),
+        failed("g", "send", None),
     ]
+    ids = [grouping.add(*each).id for each in jobs]
+    groups = grouping.largest_first()
+    assert [(g.task, g.signature, g.count, sorted(g.job_ids)) for g in groups] == [
+        ("send", "TimeoutError: ‹n› s", 3, ["c", "d", "e"]),
+        ("send", "KeyError: ‹text›", 2, ["a", "b"]),
+        ("other", "KeyError: ‹text›", 1, ["f"]),
+        ("send", "no error was told", 1, ["g"]),
+    ]
+    assert ids[0] == ids[1] == groups[1].id
+    assert (grouping.count, grouping.oldest, grouping.newest) == (7, 1.0, 9.0)
     assert (groups[1].first, groups[1].last, groups[1].example) == (5.0, 9.0, "KeyError: 'eve'")
     assert len({group.id for group in groups}) == 4
 

@@ -114,22 +114,32 @@ def _matches(password: str, stored: str) -> bool:
 
 
 def make_accounts(given: Mapping[str, Any] | Iterable[Account]) -> dict[str, Account]:
-    """Return accounts by name. A mapping has a password for each name, or `(password, role)`.
+    """Return accounts by name.
+
+    A mapping has an `Account` for each name, or a password, or `(password, role)`.
 
     Raises:
         InvalidArgument: there is none, or one lacks a password or has an unknown role.
     """
     if isinstance(given, Mapping):
-        pairs = {
-            name: (value, Role.OPERATOR) if isinstance(value, str) else value
-            for name, value in given.items()
-        }
-        accounts = [_account(name, *pair) for name, pair in pairs.items()]
-    else:
-        accounts = [_account(each.name, each.password, each.role) for each in given]
+        given = [_account_of(name, value) for name, value in given.items()]
+    accounts = [_account(each.name, each.password, each.role) for each in given]
     if not accounts:
         raise InvalidArgument("a login needs at least one account", accounts)
     return {account.name: account for account in accounts}
+
+
+def _account_of(name: str, value: Any) -> Account:
+    """Return the account of one item of a mapping; its values are not checked yet."""
+    if isinstance(value, Account):
+        return value
+    if isinstance(value, str):
+        return Account(name, value)
+    try:
+        password, role = value
+    except (TypeError, ValueError):
+        raise InvalidArgument("an account needs a password, or (password, role)", name) from None
+    return Account(name, password, role)
 
 
 def _account(name: str, password: str, role: str) -> Account:
@@ -191,9 +201,11 @@ class _Passwords:
         # An unknown name takes as long as a wrong password.
         stored = self._stand_in if account is None else account.password
         right = await to_thread.run_sync(_matches, password, stored)
+        if self.is_blocked(client):  # by now: guesses made at the same time count as well
+            return None
         if account is not None and right:
             return User(account.name, account.role)
-        if len(self._failures) >= MAX_CLIENTS:
+        if client not in self._failures and len(self._failures) >= MAX_CLIENTS:
             self._failures.pop(next(iter(self._failures)))
         self._failures.setdefault(client, []).append(time.monotonic())
         return None
@@ -221,7 +233,6 @@ class BasicLogin:
     """
 
     def __init__(self, accounts: Mapping[str, Any] | Iterable[Account]) -> None:
-        accounts = accounts.values() if _is_read(accounts) else accounts  # type: ignore[union-attr]
         self._passwords = _Passwords(accounts)
         self._key = os.urandom(32)
         self._checked: dict[bytes, User] = {}
@@ -255,13 +266,6 @@ class BasicLogin:
         return PlainTextResponse("Log in first.\n", 401, {"WWW-Authenticate": realm})
 
 
-def _is_read(accounts: object) -> bool:
-    """Return whether these are accounts by name already, as `read_accounts` returns them."""
-    return isinstance(accounts, Mapping) and all(
-        isinstance(value, Account) for value in accounts.values()
-    )
-
-
 class SessionLogin:
     """Accounts by a page with a form; the session is a signed cookie.
 
@@ -282,7 +286,6 @@ class SessionLogin:
         *,
         lifetime: float = SESSION_LIFETIME,
     ) -> None:
-        accounts = accounts.values() if _is_read(accounts) else accounts  # type: ignore[union-attr]
         self._passwords = _Passwords(accounts)
         self._signer = URLSafeTimedSerializer(
             secret or secrets.token_hex(32),
@@ -402,8 +405,7 @@ class LocalOnly:
         """See `Login`."""
         return PlainTextResponse(
             "This dashboard has no login, so it answers on this machine only, as localhost. "
-            "Give it "
-            "one: Dashboard(login=…), or asyncmq-nats dashboard --accounts FILE.\n",
+            "Give it one: Dashboard(login=…), or asyncmq-nats dashboard --accounts FILE.\n",
             403,
         )
 

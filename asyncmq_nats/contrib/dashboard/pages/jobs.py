@@ -34,7 +34,17 @@ from asyncmq_nats.search import JobFilter
 from asyncmq_nats.settings import mask_login
 from asyncmq_nats.states import OUTCOMES, State
 
-__all__ = ["ACTIONS", "act", "add", "read_arguments", "read_number", "show", "show_form"]
+__all__ = [
+    "ACTIONS",
+    "MAX_SELECTED",
+    "act",
+    "add",
+    "carry_out",
+    "read_arguments",
+    "read_number",
+    "show",
+    "show_form",
+]
 
 PAGE_SIZES: Final = (20, 50, 100)
 MOST_FOUND: Final = 500
@@ -244,26 +254,28 @@ async def _act_on_all(
     where = filters.job_filter(site.backend.now())
     # Refuse a bad filter now, and an action that does nothing in that state.
     await queue.apply(where, action, dry_run=True, limit=1)
-    operation = site.begin(request, f"{action} all that match", queue.name, where)
+    operation = site.begin(request, f"{action} all that match", queue.name)
     said = f"All jobs that match are being {ACTIONS[action][0]}; the page shows how far it is."
     response = await site.done(request, said)
     response.background = BackgroundTask(
-        partial(_carry_out, request, queue, action, filters, operation)
+        partial(carry_out, request, queue, action, where, filters.in_words(), operation)
     )
     return response
 
 
-async def _carry_out(
-    request: Request, queue: Queue, action: str, filters: Filters, operation: Operation
+async def carry_out(
+    request: Request,
+    queue: Queue,
+    action: str,
+    where: JobFilter | list[str],
+    told: str,
+    operation: Operation,
 ) -> None:
-    """Apply the action, and write it into the audit log.
-
-    Times in the filter count from the request.
-    """
+    """Do something to many jobs, and record it. `told`: which ones, for the audit log."""
     site = site_of(request)
     problem = "it broke off"
     try:
-        applied = await queue.apply(operation.where, action, progress=operation.progress)
+        applied = await queue.apply(where, action, progress=operation.progress)
         operation.progress(applied.done)
         problem = ""
     except AsyncMQError as error:
@@ -271,9 +283,7 @@ async def _carry_out(
     finally:
         operation.end(problem)
     details = {"problem": problem} if problem else {}
-    await site.record(
-        request, f"job.{action}", queue.name, filters.in_words(), operation.count, **details
-    )
+    await site.record(request, f"job.{action}", queue.name, told, operation.count, **details)
     site.reads.forget()
 
 

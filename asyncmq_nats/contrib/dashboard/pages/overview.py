@@ -48,7 +48,7 @@ async def show(request: Request) -> Response:
         "stuck": [each for each in found if each.is_stuck],
         "paused": [each for each in found if each.paused],
         "charts": link(request, "metrics", "history"),
-        "latest": await _latest(site, busiest),
+        "latest": await _latest(site, found),
     }
     return site.page(request, "overview.html", context)
 
@@ -74,7 +74,8 @@ async def _latest(site: Site, found: list[QueueSummary]) -> list[dict[str, Any]]
         jobs = [job for page in pages.values() for job in page]
         return sorted(jobs, key=lambda job: -(job.get("finished_at") or 0.0))[:LATEST_JOBS]
 
-    jobs = await site.reads.get("latest", read_all)
+    # With what the page watches as a part of the key, a job that has just ended is seen.
+    jobs = await site.reads.get(("latest", version_of(found)), read_all)
     return [site.redactor.job(job["queue"], job) for job in jobs]
 
 

@@ -57,6 +57,7 @@ async def show(request: Request) -> Response:
         "watch": (f"queue:{queue.name}", version_of(summary)),
         "queue": summary,
         "info": info,
+        "limits": await site.share("limits", queue, queue.list_rate_limits),
         "configuration": await site.share("configuration", queue, queue.get_configuration),
         "charts": link(request, "queues", queue.name, "history"),
         "schedules": coming[:SHOWN_SCHEDULES],

@@ -111,7 +111,7 @@ async def summaries(site: Site) -> list[QueueSummary]:
             return QueueSummary(name, counts, paused, [w for w in workers if w.queue == name])
 
         found = await for_all(names, read_one)
-        return [found[name] for name in names if name in found]
+        return [found[name] for name in names]
 
     return await site.reads.get("summaries", read)
 
