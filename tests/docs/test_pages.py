@@ -18,7 +18,7 @@ TUTORIAL: Final = "docs/tutorial.md"
 OF_OTHER_TESTS: Final = {
     TUTORIAL: "test_tutorial.py",
     "CONTRIBUTING.md": "below",
-    "README.md": "tests/test_docs.py",
+    "README.md": "tests/docs/test_docs.py",
 }
 """Pages whose blocks are run elsewhere."""
 OF_OTHER_ROOMS: Final = {

@@ -23,7 +23,7 @@ from asyncmq_nats.settings import Settings
 from tests.nats.cluster import free_ports
 from tests.receiver import PATIENCE
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 COMPOSE = (ROOT / "docker-compose.yml").read_text()
 CONF = (ROOT / "docker" / "nats.conf").read_text()
 CLUSTER_CONF = (ROOT / "docker" / "cluster.conf").read_text()

@@ -43,7 +43,7 @@ from asyncmq_nats.runtime.registry import TaskRegistry
 from asyncmq_nats.tasks import TaskWrapper, task
 from tests.running import PATIENCE, run_jobs
 
-PAGE = Path(__file__).parent.parent / "docs" / "arguments.md"
+PAGE = Path(__file__).parents[2] / "docs" / "arguments.md"
 
 
 class Colour(Enum):

@@ -31,8 +31,8 @@ from asyncmq_nats.exceptions import JobFailed, PermissionRefused
 from asyncmq_nats.flow import FlowProducer
 from asyncmq_nats.queues import list_queues
 from asyncmq_nats.runtime.registry import TaskRegistry
+from tests.docs.test_docs import run_block, runnable
 from tests.receiver import PATIENCE
-from tests.test_docs import run_block, runnable
 
 QUEUE = "email"
 

@@ -18,7 +18,7 @@ import pytest
 from asyncmq_nats.backends.nats.embedded.server import EmbeddedServer
 from tests.receiver import PATIENCE
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 pytestmark = pytest.mark.usefixtures(
     "server"

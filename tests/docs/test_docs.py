@@ -39,10 +39,10 @@ from asyncmq_nats import (
 from asyncmq_nats.events import Event
 from asyncmq_nats.jobs import OPTIONAL_FIELDS, OUTCOME_RESERVE
 from asyncmq_nats.store.records import TIMER_LEAD
+from tests.api.test_public_api import METHODS
 from tests.receiver import PATIENCE
-from tests.test_public_api import METHODS
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "asyncmq_nats"
 ARCHITECTURE = ROOT / "docs" / "architecture.md"
 SERVER_APIS = ("CONSUMER", "STREAM")
