@@ -98,7 +98,7 @@ async def test_schedules_show_their_last_run_and_its_outcome(
 # -- events
 
 
-async def test_the_latest_events_are_shown_though_nobody_listened(
+async def test_the_latest_events_are_shown_though_no_reader_listened(
     queue: Queue, client: httpx.AsyncClient
 ) -> None:
     await queue.add("break_down", ["milk"], job_id="bad")
