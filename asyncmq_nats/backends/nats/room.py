@@ -121,6 +121,10 @@ class Fills:
         else:
             self._fills.pop(log, None)
 
+    def has_limit(self, log: str) -> bool:
+        """Return whether it is one of these streams."""
+        return log in self._fills
+
     async def check(self, log: str, writes: Sequence[Write]) -> None:
         """Make sure that a stream has room for the writes.
 
