@@ -1,4 +1,4 @@
-"""What users give to `Queue`, checked, and the job it stands for."""
+"""Checks the arguments of `Queue` methods, and builds the job."""
 
 import math
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
@@ -9,7 +9,7 @@ from typing import Any, Final
 from asyncmq_nats._new_jobs import Addition, JobTemplate, NewJob
 from asyncmq_nats.exceptions import InvalidArgument
 from asyncmq_nats.jobs import (
-    LATEST,
+    LATEST_TIME,
     Backoff,
     Job,
     new_job,
@@ -34,10 +34,7 @@ __all__ = [
 ]
 
 NOT_IN_PAYLOADS: Final = ("delay", "debounce", "jobId")
-"""Parameters of `add` that a job as a dict does not have.
-
-Left out silently, they would be missed.
-"""
+"""Parameters of `add` that a job as a dict does not have: they are refused, not dropped."""
 TEMPLATES_KEPT: Final = 256
 META_LIMIT: Final = 8_192
 """How many bytes (UTF-8) the names and values of a job's `meta` may have together."""
@@ -45,7 +42,7 @@ FIELDS: Final = frozenset({field.name for field in fields(Job)} | {"id", "task"}
 
 
 WriteArguments = Callable[[str, Sequence[Any], Mapping[str, Any]], tuple[list[Any], dict[str, Any]]]
-"""Makes plain data that arrives equal of the arguments for a task: `TaskRegistry.write`."""
+"""Encodes the arguments of a task as plain data that arrives equal: `TaskRegistry.write`."""
 
 
 def write_plainly(
@@ -94,7 +91,7 @@ def build_addition(
     options = (task_id, retries, backoff, ttl, timeout, priority, on_parent_failure, repeat_every)
     key = (job_id is None, options, tuple(map(type, options)))  # 1, 1.0 and True are equal
     template = None if depends_on is not None else _find_template(key)
-    if template is not None and (delay_until is None or delay_until <= LATEST):
+    if template is not None and (delay_until is None or delay_until <= LATEST_TIME):
         return NewJob(template, own_id, args, kwargs, now, delay_until, checked_meta(meta))
     job = new_job(
         task_id=task_id,
@@ -158,9 +155,9 @@ def checked_call(
 def job_of_payload(
     payload: Mapping[str, Any], now: float, write: WriteArguments = write_plainly
 ) -> Job:
-    """Return a new job from what `Queue.enqueue` is given.
+    """Return a new job from the dict that `Queue.enqueue` is given.
 
-    A dict of `Job.to_dict`, or of what `Job` takes. `now`: Unix seconds.
+    It has the keys of `Job.to_dict` or the fields of `Job`. `now`: Unix seconds.
 
     Raises:
         InvalidArgument: it is no dict, has no task, or a value of the wrong kind.
@@ -189,7 +186,7 @@ def job_of_payload(
 
 
 def checked_args(args: object, name: str) -> list[Any]:
-    """Return a list of what is in a list, a tuple, or what yields its items in order.
+    """Return the items of a list, a tuple or an ordered iterable as a list.
 
     `None` makes an empty list.
 
@@ -248,7 +245,7 @@ def checked_seconds(value: object, name: str) -> float:
     """Return a number of seconds.
 
     Raises:
-        InvalidArgument: it is no finite number. Of a `timedelta`, `total_seconds()` is.
+        InvalidArgument: it is no finite number. Pass `total_seconds()` of a `timedelta`.
     """
     if isinstance(value, int | float) and not isinstance(value, bool):
         try:

@@ -16,7 +16,7 @@ from asyncmq_nats._new_jobs import NewJob, whole_job
 from asyncmq_nats.backends.base import Backend
 from asyncmq_nats.backends.nats._client.client import DirectClient
 from asyncmq_nats.exceptions import InvalidArgument, NotSerializable
-from asyncmq_nats.jobs import LATEST, Backoff, Job, new_job_ids
+from asyncmq_nats.jobs import LATEST_TIME, Backoff, Job, new_job_ids
 from asyncmq_nats.middleware import AddJobs, Middleware
 from asyncmq_nats.queues import Queue
 from asyncmq_nats.transitions.bulk import build_entries
@@ -83,7 +83,7 @@ def test_a_job_too_late_for_the_format_is_refused_also_with_known_options() -> N
     for _ in range(2):
         build_addition(NOW, task_id="mail")
     with pytest.raises(InvalidArgument, match="delay"):
-        build_addition(NOW, task_id="mail", delay=LATEST)
+        build_addition(NOW, task_id="mail", delay=LATEST_TIME)
 
 
 def test_only_some_kinds_of_jobs_are_remembered() -> None:

@@ -22,12 +22,12 @@ __all__ = ["DirectClient", "parse_headers", "status_of"]
 PING: Final = b"PING\r\n"
 MAX_CONTROL_LINE: Final = 4096
 """Bytes of a command that nats-server takes by default; it ends the connection for a longer one."""
-SIZES_ROOM: Final = 32
-"""Bytes of a command's line that are its name, its sizes and the blanks between."""
+MAX_SUBJECTS: Final = MAX_CONTROL_LINE - 32
+"""Bytes of a subject and its reply subject: the rest is for names, sizes and blanks."""
 
 
 class DirectClient(Client):
-    """A nats-py client that can also listen and post without ceremony."""
+    """A nats-py client with a raw `listen` and `post`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -49,10 +49,9 @@ class DirectClient(Client):
         return subscription._id
 
     async def stop_listening(self, *numbers: int) -> None:
-        """End the interest.
+        """Unsubscribe.
 
-        What the server sent before it knew still reaches the handler; nothing does after the
-        return.
+        The handler gets the messages that the server had sent, and none after the return.
         """
         for number in numbers:
             await self._send_unsubscribe(number)
@@ -92,7 +91,7 @@ class DirectClient(Client):
     def _command(self, subject: bytes, body: bytes, reply: bytes, headers: bytes) -> bytes:
         header_size = len(headers)
         size = header_size + len(body)  # headers count as payload
-        if size > self._max_payload or len(subject) + len(reply) > MAX_CONTROL_LINE - SIZES_ROOM:
+        if size > self._max_payload or len(subject) + len(reply) > MAX_SUBJECTS:
             raise MaxPayloadError
         if not headers:
             return b"PUB %b %b %d\r\n%b\r\n" % (subject, reply, size, body)
@@ -118,9 +117,9 @@ class DirectClient(Client):
         return self._pending_data_size > self._max_pending_size
 
     async def make_room(self) -> None:
-        """Wait while more is queued than should be, for the flush timeout at most.
+        """Wait while too much is queued, for the flush timeout at most.
 
-        Not by nats-py's `_flush_pending`, which swallows a cancellation (2.16).
+        It does not use nats-py's `_flush_pending`, which swallows a cancellation (2.16).
         """
         queue = self._flush_queue
         if self.is_overfull and self.is_connected and queue is not None:
@@ -131,8 +130,7 @@ class DirectClient(Client):
     async def close(self) -> None:
         """Disconnect.
 
-        What was not sent before the connection was lost is dropped: nats-py would write it to the
-        lost transport.
+        Drop what a lost connection has not sent: nats-py would write it to the lost transport.
         """
         if self._flush_queue is None:  # it never began to connect: its options were refused
             return
@@ -155,9 +153,9 @@ class DirectClient(Client):
 
     @property
     def is_reading(self) -> bool:
-        """Whether what the server sends is taken in.
+        """Whether the connection is being read.
 
-        No more, once `asyncio.run` has cancelled the tasks that are left at its end.
+        It is not once `asyncio.run` has cancelled the tasks that are left at its end.
         """
         return self._reading_task is not None and not self._reading_task.done()
 
@@ -177,7 +175,7 @@ class DirectClient(Client):
     async def _process_connect_init(self) -> None:
         """Begin a connection.
 
-        What the one before owed is not awaited any more: those tasks ask again.
+        Drop the pending answers of the one before: their tasks ask again.
         """
         lost = self._pongs
         await super()._process_connect_init()
@@ -192,9 +190,9 @@ class DirectClient(Client):
     async def barrier(self) -> None:
         """Return when the server has processed all that was sent before.
 
-        If the connection is lost, that of the next one. nats-py's `flush` alone does not do that:
-        it writes its PING past the commands that are still queued (2.16), waits ten seconds for a
-        PONG that went with the connection, and for nothing while there is none.
+        If the connection is lost, it waits for that on the next one. nats-py's `flush` alone does
+        not do that: it writes its PING past the commands that are still queued (2.16), waits ten
+        seconds for a PONG that went with the connection, and for nothing while there is none.
 
         Raises:
             ConnectionClosedError: the client was closed.
