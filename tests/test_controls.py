@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from asyncmq_nats.backends.base import Backend, Write
 from asyncmq_nats.runtime.control import (
-    PAUSE_ANSWERS,
+    PAUSE_ANSWER_TIMEOUT,
     WorkerRegistry,
     list_workers,
     parse_pause,
@@ -148,7 +148,7 @@ async def test_pauses_at_the_same_time_are_all_answered(
 
 async def test_a_queue_without_workers_is_paused_at_once(backend: Backend) -> None:
     queue = make_queue(backend)
-    with anyio.fail_after(PAUSE_ANSWERS):
+    with anyio.fail_after(PAUSE_ANSWER_TIMEOUT):
         await queue.pause()
     assert await queue.is_paused()
 

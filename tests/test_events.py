@@ -348,7 +348,7 @@ async def test_a_reader_that_stops_hears_no_more(backend: Backend) -> None:
         await anext(aiter(iterator))
 
 
-async def test_a_slow_reader_loses_events_and_hinders_nobody(
+async def test_a_slow_reader_loses_events_and_hinders_no_other(
     backend: Backend, caplog: pytest.LogCaptureFixture, monkeypatch: Any
 ) -> None:
     monkeypatch.setattr("asyncmq_nats.queues.EVENT_BUFFER", 10)

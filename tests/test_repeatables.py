@@ -52,7 +52,7 @@ class Ticks:
         self._changed = anyio.Event()
 
     async def wait_for(self, count: int, label: str = "") -> None:
-        """Wait until so many ticks have run."""
+        """Wait until `count` ticks have run."""
         with anyio.fail_after(PATIENCE):
             while sum(seen == label for seen, _ in self.seen) < count:
                 if clocks:
@@ -416,7 +416,7 @@ async def test_workers_that_come_and_go_lose_no_tick(queue: Queue, ticks: Ticks)
     )
 
 
-async def test_ticks_missed_while_nobody_ran_are_one(
+async def test_ticks_missed_while_no_worker_ran_are_one(
     queue: Queue, backend: Backend, ticks: Ticks
 ) -> None:
     await queue.upsert_repeatable("tick", every=0.15, name="report")
@@ -479,7 +479,7 @@ async def test_a_removed_one_makes_no_more_jobs(queue: Queue, ticks: Ticks) -> N
     assert [record for record in left if not record.marker] == []
 
 
-async def test_one_that_was_removed_begins_anew(queue: Queue, backend: Backend) -> None:
+async def test_one_that_was_removed_begins_again(queue: Queue, backend: Backend) -> None:
     await queue.upsert_repeatable("tick", every=3600, name="report")
     await queue.remove_repeatable("report")
     assert await queue.upsert_repeatable("tick", every=60, name="report") == pytest.approx(
@@ -517,7 +517,7 @@ async def test_racing_upserts_of_one_name_leave_one_series(
 
 
 async def let_tick_be_due(queue: Queue, monkeypatch: pytest.MonkeyPatch, at: float) -> None:
-    """Have the tick of `report` become due between what the next change reads and what it writes."""
+    """Have the tick of `report` become due between the read and the write of the next change."""
     read = queue.backend.last
 
     async def last(log: str, *filters: str) -> list[Record]:

@@ -474,7 +474,7 @@ async def test_accounts_come_from_a_file(tmp_path: Path, memory: InMemoryBackend
         ("ada:secret\n", "line 1 must be name:role:password"),
         ("ada:admin:secret\n", "role of 'ada' must be one of viewer, operator"),
         ("ada:viewer:\n", "needs a name"),
-        ("# nobody\n", "at least one account"),
+        ("# no one\n", "at least one account"),
     ],
 )
 def test_a_malformed_file_of_accounts_is_refused(tmp_path: Path, text: str, problem: str) -> None:

@@ -15,7 +15,7 @@ from asyncmq_nats.backends.base import Backend
 from asyncmq_nats.contrib.dashboard.pages.events import reader_of
 from asyncmq_nats.contrib.dashboard.pages.flow import read_graph
 from asyncmq_nats.contrib.dashboard.pages.summaries import version_of
-from asyncmq_nats.contrib.dashboard.redaction import HIDDEN
+from asyncmq_nats.contrib.dashboard.redaction import MASK
 from asyncmq_nats.flow import FlowProducer
 from asyncmq_nats.jobs import Job
 from asyncmq_nats.queues import Queue
@@ -262,7 +262,7 @@ async def test_one_job_is_told_whole(queue: Queue, client: httpx.AsyncClient) ->
         "ZeroDivisionError",
         "Traceback",
         "2 failed, 2 allowed",
-        HIDDEN,
+        MASK,
     ):
         assert part in text
     assert "hunter2" not in page.text
@@ -283,8 +283,8 @@ async def test_arguments_are_edited_and_what_is_hidden_stays(
 ) -> None:
     await queue.add("succeed", ["old"], {"token": "t"}, delay=3600, job_id="later")
     form = await client.get("/queues/work/jobs/later/edit")
-    assert HIDDEN in form.text
-    changed = {"args": '["new"]', "kwargs": json.dumps({"token": HIDDEN, "more": 1})}
+    assert MASK in form.text
+    changed = {"args": '["new"]', "kwargs": json.dumps({"token": MASK, "more": 1})}
     assert "new arguments" in said(await post(client, "/queues/work/jobs/later/edit", changed))
     job = await queue.get_job("later") or {}
     assert (job["args"], job["kwargs"]) == (["new"], {"token": "t", "more": 1})
@@ -315,9 +315,9 @@ async def test_secrets_are_on_no_page_and_stay_when_a_form_is_stored(
     for path in (job, f"{job}/edit", schedule, *lists, "/audit"):
         page = await client.get(path)
         assert page.status_code == 200
-        assert HIDDEN in page.text, path
+        assert MASK in page.text, path
         assert "hunter2" not in page.text, path
-    form = {"args": json.dumps(["eve", HIDDEN]), "kwargs": json.dumps({"token": HIDDEN})}
+    form = {"args": json.dumps(["eve", MASK]), "kwargs": json.dumps({"token": MASK})}
     said(await post(client, f"{job}/edit", form))
     stored = await queue.get_job("one") or {}
     assert (stored["args"], stored["kwargs"]) == (["eve", "hunter2"], {"token": "hunter2"})
@@ -369,7 +369,7 @@ async def test_a_schedule_is_created_changed_paused_run_and_removed(
         "id": "nightly",
         "cron": "",
         "every": "6h",
-        "kwargs": json.dumps({"secret": HIDDEN}),
+        "kwargs": json.dumps({"secret": MASK}),
     }
     said(await post(client, "/queues/work/schedule", change))
     (info,) = await queue.list_repeatables()
@@ -536,7 +536,7 @@ async def test_the_audit_log_is_shown_and_narrowed_down(
     narrowed = words_of(await client.get("/audit", params={"action": "job."}))
     assert "job.cancel" in narrowed
     assert "queue.pause" not in narrowed
-    assert "Nobody" in words_of(await client.get("/audit", params={"who": "eve"}))
+    assert "No one" in words_of(await client.get("/audit", params={"who": "eve"}))
     assert (await client.get("/audit", params={"after": "x"})).status_code == 400
 
 

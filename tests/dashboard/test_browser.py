@@ -218,7 +218,8 @@ async def test_keys_and_colours(browser: Browser, queue: Queue) -> None:
     async def press(keys: str) -> None:
         for key in keys:
             await browser.run(
-                "document.body.dispatchEvent(new KeyboardEvent('keydown', {key: arguments[0], bubbles: true}))",
+                "document.body.dispatchEvent("
+                "new KeyboardEvent('keydown', {key: arguments[0], bubbles: true}))",
                 key,
             )
 
@@ -284,10 +285,13 @@ async def _narrow(browser: Browser, on: bool) -> None:
 
 
 UNNAMED = """
-const named = (e) => (e.innerText || '').trim() || e.getAttribute('aria-label') || e.title || e.closest('label') ||
-  (e.id && document.querySelector(`label[for="${e.id}"]`)) || e.textContent.trim();
-return [...document.querySelectorAll('a, button, input:not([type=hidden]), select, textarea, img:not([alt]), svg[role=img]:not([aria-label])')]
+const named = (e) => (e.innerText || '').trim() || e.getAttribute('aria-label') || e.title ||
+  e.closest('label') || (e.id && document.querySelector(`label[for="${e.id}"]`)) ||
+  e.textContent.trim();
+return [...document.querySelectorAll('a, button, input:not([type=hidden]), select, textarea, ' +
+  'img:not([alt]), svg[role=img]:not([aria-label])')]
   .filter((e) => !named(e)).map((e) => e.outerHTML.slice(0, 120))
-  .concat(document.querySelectorAll('h1').length === 1 ? [] : ['h1: ' + document.querySelectorAll('h1').length])
+  .concat(document.querySelectorAll('h1').length === 1 ? [] :
+    ['h1: ' + document.querySelectorAll('h1').length])
   .concat(document.documentElement.lang ? [] : ['lang']);
 """

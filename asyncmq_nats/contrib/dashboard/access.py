@@ -1,4 +1,4 @@
-"""Who may use the dashboard: logins, roles, sessions, and requests of other origins.
+"""Access to the dashboard: logins, roles, sessions, and requests of other origins.
 
 Nothing here knows a queue.
 """
@@ -57,7 +57,7 @@ MAX_CHECKED: Final = 256
 
 
 class Role(StrEnum):
-    """What a user may do: a viewer reads, an operator acts too."""
+    """The role of a user: a viewer reads, an operator acts too."""
 
     VIEWER = "viewer"
     OPERATOR = "operator"
@@ -65,7 +65,7 @@ class Role(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class User:
-    """Who makes a request. `name` is written into the audit log."""
+    """The user of a request. `name` is written into the audit log."""
 
     name: str
     role: Role
@@ -84,7 +84,7 @@ class Account:
 
 
 class Login(Protocol):
-    """How users are told from strangers."""
+    """Identifies the user of a request."""
 
     async def identify(self, request: Request) -> User | None:
         """Return who makes a request, `None` for a stranger."""
@@ -271,8 +271,8 @@ class SessionLogin:
 
     Args:
         accounts: as for `BasicLogin`.
-        secret: signs the cookies. With several processes, give each the same one; by default it is
-            random, and a restart logs everybody out.
+        secret: signs the cookies. Several processes need the same one; by default it is random, and
+            a restart ends all sessions.
         lifetime: how long a login lasts, in seconds.
 
     Raises:
@@ -387,7 +387,7 @@ class LocalOnly:
     """No login: only programs on this machine are answered, all as operator.
 
     A browser may be made to ask us by a page of another name that points to this address (DNS
-    rebinding): so the name it asked for has to be one of this machine. What a proxy passes on is
+    rebinding): so the name it asked for has to be one of this machine. Requests of a proxy are
     refused, since the user is not on this machine.
     """
 

@@ -37,7 +37,7 @@ logger = get_logger(__name__)
 
 SAFE_METHODS: Final = frozenset({"GET", "HEAD", "OPTIONS"})
 OPEN_PATHS: Final = frozenset({"/health", "/ready", "/login", "/logout"})
-"""What a stranger may ask for. A probe has no login."""
+"""Paths without a login: a probe has none."""
 MAX_BODY_BYTES: Final = 4 * 1024 * 1024
 POLICY: Final = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
@@ -61,7 +61,7 @@ class Dashboard:
         backend: where the queues are; by default that of the settings.
         login: who may use it: `SessionLogin`, `BasicLogin`, `HookLogin`, or an object of your own
             (see `Login`). Without one it answers programs on this machine only.
-        read_only: nobody may change anything.
+        read_only: no one may change anything.
         queues: names of the queues to show; by default all.
         redact: values under keys that contain one of these are hidden.
         redact_hook: called with each field of a job that is shown, and where; returns what to show.
@@ -157,7 +157,7 @@ class Dashboard:
         return None
 
     def _find_problem(self, request: Request) -> Response | None:
-        """Return why an action is not taken, from any user."""
+        """Return why this action is refused to every user."""
         foreign = find_foreign_origin(request, self._trusted)
         if foreign is not None:
             return _say(403, f"Refused, it is no action of this dashboard: {foreign}.")

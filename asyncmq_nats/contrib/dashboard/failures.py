@@ -31,7 +31,7 @@ class FailureGroup:
 
     @property
     def id(self) -> str:
-        """What tells it from the other groups of its queue."""
+        """The key of the group within its queue."""
         text = f"{self.queue}\0{self.task}\0{self.signature}"
         return blake2b(text.encode(errors="replace"), digest_size=8).hexdigest()
 

@@ -1,4 +1,4 @@
-"""What all pages share: the backend, what is shown to whom, templates, links and answers."""
+"""The parts that all pages share: backend, visibility, templates, links and answers."""
 
 import json
 import time
@@ -209,7 +209,7 @@ class Site:
     ) -> Response:
         """Answer an action.
 
-        The browser shows what was said, then the page anew, or the page `to`.
+        The browser shows the message and reloads the page, or goes to the page `to`.
         """
         self.reads.forget()
         if "hx-request" not in request.headers:
@@ -225,7 +225,7 @@ class Site:
         return self.operations[-1]
 
     def operations_of(self, queue: str | None = None) -> list[Operation]:
-        """Return what is under way, and what ended a moment ago, in one queue or in all."""
+        """Return the operations under way, or ended a moment ago, in one queue or in all."""
         now = time.monotonic()
         return [
             each

@@ -35,12 +35,12 @@ EVENTS: Final = (
     "waiting", "delayed", "waiting-children", "started", "progress", "retrying", "completed",
     "failed", "expired", "cancelled", "ready", "stalled", "duplicated", "debounced", "deduplicated",
 )  # fmt: skip
-QUIET: Final = ("progress", "waiting", "started")
+FREQUENT_EVENTS: Final = ("progress", "waiting", "started")
 """Events that are not shown at first: there are many of them."""
 STREAM_SECONDS: Final = 600.0
-"""A stream ends after so long; the browser asks again, and then its login is looked at anew."""
+"""How long a stream lasts, in seconds: the browser asks for the next one with its login."""
 BATCH_SECONDS: Final = 0.5
-"""Events are sent together so often."""
+"""How often the events since then are sent, in seconds."""
 MAX_BATCH: Final = 50
 """Events that are sent together at most; the number of the others is told."""
 PAST_SHOWN: Final = 200
@@ -116,7 +116,7 @@ async def show(request: Request) -> Response:
         "queues": names,
         "chosen": chosen,
         "events": EVENTS,
-        "quiet": QUIET,
+        "quiet": FREQUENT_EVENTS,
         "source": link(request, "events", "live", queue=chosen),
     }
     return site.page(request, "events.html", context)

@@ -17,7 +17,7 @@ __all__ = ["read_graph", "show", "show_all"]
 
 MOST_JOBS: Final = 150
 """Jobs in one picture."""
-LISTED: Final = 20
+LISTED_PER_QUEUE: Final = 20
 """Jobs of each queue that wait for others, on the page of all flows."""
 
 Graph = dict[str, dict[str, Any] | None]
@@ -91,7 +91,9 @@ async def show_all(request: Request) -> Response:
 
 async def _waiting(site: Site) -> list[tuple[str, dict[str, Any]]]:
     async def read(name: str) -> list[dict[str, Any]]:
-        page = await Queue(name, site.backend).list_page(State.WAITING_CHILDREN, limit=LISTED)
+        page = await Queue(name, site.backend).list_page(
+            State.WAITING_CHILDREN, limit=LISTED_PER_QUEUE
+        )
         return page.jobs
 
     async def read_all() -> list[tuple[str, dict[str, Any]]]:
