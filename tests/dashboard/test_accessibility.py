@@ -1,7 +1,8 @@
 """Every page in a real browser: it opens without a complaint, can be read, and needs no mouse."""
 
 from collections.abc import AsyncIterator
-from typing import Final
+from pathlib import Path
+from typing import Any, Final
 
 import pytest
 from selenium.webdriver.common.action_chains import ActionChains
@@ -34,6 +35,7 @@ MORE: Final = (
     "/queues/mail/failures?after=done.failed:1",
 )  # fmt: skip
 TAB_STOPS: Final = 60
+INSPECTION: Final = (Path(__file__).parent / "inspection.js").read_text()
 
 
 def pages() -> list[str]:
@@ -86,11 +88,11 @@ async def test_every_page_opens_and_can_be_read(browser: Browser, queue: Queue) 
     await without_motion(browser)
     for path in pages():
         await browser.open(path)
-        await until(lambda: browser.run(CHARTS_ARE_THERE), bool)
-        assert (path, await browser.run(MALFORMED)) == (path, [])
+        await until(lambda: inspect(browser, "chartsAreThere"), bool)
+        assert (path, await inspect(browser, "findMalformed")) == (path, [])
         for theme in ("light", "dark"):
             await browser.run("document.documentElement.dataset.theme = arguments[0]", theme)
-            assert (path, theme, await browser.run(PALE)) == (path, theme, [])
+            assert (path, theme, await inspect(browser, "findPale")) == (path, theme, [])
         complaints = [each for each in await browser.problems() if "404" not in each]
         assert (path, complaints) == (path, [])
 
@@ -105,7 +107,7 @@ async def test_nothing_overlaps_or_is_wider_than_the_page(
     try:
         for path in pages():
             await browser.open(path)
-            assert (path, await browser.run(OVERLAPS)) == (path, [])
+            assert (path, await inspect(browser, "findOverlaps")) == (path, [])
             found = await browser.run("return document.documentElement.scrollWidth")
             assert (path, found) == (path, width)
         await browser.problems()  # one page is that of a job that is not there
@@ -118,8 +120,8 @@ async def test_the_login_can_be_read(browser: Browser, nats_backend: NATSBackend
     async with served(make_app(nats_backend, login=SessionLogin({"ada": "x"}))) as address:
         person = Browser(browser.driver, address)
         await person.open("/login")
-        assert await person.run(MALFORMED) == []
-        assert await person.run(PALE) == []
+        assert await inspect(person, "findMalformed") == []
+        assert await inspect(person, "findPale") == []
         await person.write("input[name=name]", "ada")
         await person.write("input[name=password]", "x")
         await press(person, Keys.ENTER)
@@ -134,13 +136,13 @@ async def test_the_keyboard_reaches_everything_and_shows_where_it_is(
     browser: Browser, queue: Queue, path: str
 ) -> None:
     await browser.open(path)
-    reachable = await browser.run(REACHABLE)
+    reachable = await inspect(browser, "countReachable")
     await press(browser, Keys.TAB)
     assert await browser.run("return document.activeElement.className") == "skip"
     seen = []
     for _ in range(min(TAB_STOPS, reachable)):
-        assert (path, await browser.run(UNSEEN_FOCUS)) == (path, [])
-        seen.append(await browser.run(FOCUSED))
+        assert (path, await inspect(browser, "findUnseenFocus")) == (path, [])
+        seen.append(await inspect(browser, "pathOfFocus"))
         await press(browser, Keys.TAB)
     assert len(set(seen)) == len(seen)
     assert len(seen) == min(TAB_STOPS, reachable)
@@ -188,129 +190,9 @@ async def test_rows_are_walked_and_selected_by_keys(browser: Browser, queue: Que
     assert await browser.run(focused) == first  # the page was brought up to date meanwhile
 
 
+async def inspect(browser: Browser, function: str) -> Any:
+    return await browser.run(f"{INSPECTION}\nreturn {function}();")
+
+
 async def press(browser: Browser, key: str) -> None:
     await browser.do(lambda: ActionChains(browser.driver).send_keys(key).perform())
-
-
-OVERLAPS: Final = """
-const found = [];
-for (const parent of document.querySelectorAll('.filters, .headline, .buttons, .tools, .bulk, .rows :is(td, th), .feed li, .logs li, .group-head, .cards, .pager, .crumbs')) {
-  const parts = [...parent.querySelectorAll(':scope > *')].filter((e) => e.checkVisibility() && !e.matches('.only-read, br'))
-    .flatMap((e) => [...e.getClientRects()].map((box) => [e, box]));
-  parts.forEach(([one, a], at) => parts.slice(at + 1).forEach(([other, b]) => {
-    const wide = Math.min(a.right, b.right) - Math.max(a.left, b.left), high = Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top);
-    if (one !== other && wide > 2 && high > 4) found.push(`${one.outerHTML.slice(0, 90)} and ${other.outerHTML.slice(0, 90)}`);
-  }));
-  for (const [e, box] of parts) {
-    if (box.right > parent.getBoundingClientRect().right + 2 && !e.closest('.chip, .flow')) found.push(`cut: ${e.outerHTML.slice(0, 90)}`);
-  }
-}
-for (const label of document.querySelectorAll('.filters > label')) {
-  const field = label.querySelector('input, select'), box = label.getBoundingClientRect();
-  if (field && field.checkVisibility() && field.getBoundingClientRect().right > box.right + 2) found.push(`out of its label: ${field.outerHTML.slice(0, 90)}`);
-}
-return found;
-"""
-
-CHARTS_ARE_THERE: Final = (
-    "return [...document.querySelectorAll('[data-chart]')].every((each) => each.dataset.state)"
-)
-
-MALFORMED: Final = """
-const all = (selector) => [...document.querySelectorAll(selector)];
-const named = (e) => (e.innerText || '').trim() || e.getAttribute('aria-label') || e.title ||
-  e.closest('label') || (e.id && document.querySelector(`label[for="${e.id}"]`)) || e.textContent.trim();
-const short = (e) => e.outerHTML.slice(0, 150);
-const unnamed = all('a, button, input:not([type=hidden]), select, textarea, summary, img:not([alt]), [role=img]:not([aria-label])')
-  .filter((e) => !named(e)).map(short);
-const untold = all('table.rows :is(tr, th, td):not([role])').map(short);
-const ids = all('[id]').map((e) => e.id);
-const twice = ids.filter((id, at) => ids.indexOf(id) !== at).map((id) => 'twice: ' + id);
-const headings = all('h1, h2, h3').filter((e) => e.checkVisibility());
-const levels = headings.map((e) => Number(e.tagName[1]));
-const jumps = levels.filter((level, at) => level > (levels[at - 1] ?? 0) + 1).map((level) => 'level ' + level);
-const dangling = all('[aria-labelledby], [aria-describedby]').filter((e) =>
-  !document.getElementById(e.getAttribute('aria-labelledby') || e.getAttribute('aria-describedby'))).map(short);
-const cells = all('table.rows tbody td:not([data-label]):not(.pick)').map(short);
-const parts = ['header', 'main', 'nav[aria-label]', 'title', 'h1', 'html[lang]'];
-const missing = parts.filter((each) => !document.querySelector(each));
-return [...unnamed, ...untold, ...twice, ...jumps, ...dangling, ...cells, ...missing, ...(all('h1').length === 1 ? [] : ['h1 twice'])];
-"""
-
-COLOURS: Final = """
-const parse = (text) => {
-  const numbers = text.match(/[-+.\\d]+(?:e[-+]?\\d+)?/g).map(Number);
-  if (text.startsWith('color(')) return [...numbers.slice(0, 3).map((n) => n * 255), numbers[3] ?? 1];
-  return [...numbers.slice(0, 3), numbers[3] ?? 1];
-};
-const over = (top, below) => [...[0, 1, 2].map((i) => top[i] * top[3] + below[i] * (1 - top[3])), 1];
-const behind = (e) => {
-  const layers = [];
-  for (let at = e; at; at = at.parentElement) {
-    const style = getComputedStyle(at);
-    const svg = at instanceof SVGElement && at.tagName === 'g' && at.querySelector('rect');
-    const colour = parse(svg ? getComputedStyle(svg).fill : style.backgroundColor);
-    layers.push(colour);
-    if (colour[3] === 1) break;
-  }
-  return layers.reverse().reduce((below, top) => over(top, below), [255, 255, 255, 1]);
-};
-const light = (colour) => [0.2126, 0.7152, 0.0722].reduce((sum, weight, i) => {
-  const c = colour[i] / 255;
-  return sum + weight * (c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4);
-}, 0);
-const contrast = (one, other) => {
-  const [low, high] = [light(one), light(other)].sort((a, b) => a - b);
-  return (high + 0.05) / (low + 0.05);
-};
-"""
-
-PALE: Final = (
-    COLOURS
-    + """
-for (const e of document.querySelectorAll('details')) e.open = true;
-const found = [];
-const check = (e, colour, least, what) => {
-  const ground = behind(e);
-  const ratio = contrast(over(parse(colour), ground), ground);
-  if (ratio < least) found.push(`${what} ${ratio.toFixed(2)}: ${e.outerHTML.slice(0, 120)}`);
-};
-for (const e of document.body.querySelectorAll('*')) {
-  if (!e.checkVisibility({ visibilityProperty: true }) || e.closest(':disabled, .only-read, .skip, canvas')) continue;
-  const style = getComputedStyle(e);
-  if ([...e.childNodes].some((node) => node.nodeType === 3 && node.textContent.trim())) {
-    const size = parseFloat(style.fontSize);
-    const large = size >= 24 || (size >= 18.66 && Number(style.fontWeight) >= 600);
-    check(e, e instanceof SVGElement ? style.fill : style.color, large ? 3 : 4.5, 'text');
-  }
-  if (e.placeholder) check(e, getComputedStyle(e, '::placeholder').color, 4.5, 'placeholder');
-  if (e.matches('input:not([type=hidden]):not([type=checkbox]), select, textarea')) check(e, style.borderTopColor, 3, 'border');
-}
-return found;
-"""
-)
-
-FOCUSED: Final = """
-const path = [];
-for (let e = document.activeElement; e.parentElement; e = e.parentElement) path.push([...e.parentElement.children].indexOf(e));
-return path.join(' ');
-"""
-
-REACHABLE: Final = """
-const focusable = 'a[href], button:not(:disabled), input:not([type=hidden]):not(:disabled), select, textarea, summary, [tabindex="0"]';
-return [...document.querySelectorAll(focusable)].filter((e) => e.checkVisibility({ visibilityProperty: true })).length;
-"""
-
-UNSEEN_FOCUS: Final = (
-    COLOURS
-    + """
-const e = document.activeElement, style = getComputedStyle(e), box = e.getBoundingClientRect();
-const found = [];
-if (style.outlineStyle === 'none' || parseFloat(style.outlineWidth) < 1.5) found.push('no outline');
-else if (contrast(over(parse(style.outlineColor), behind(e.parentElement)), behind(e.parentElement)) < 3) found.push('pale outline');
-if (box.width < 2 || box.height < 2) found.push('no size');
-const top = e.closest('.top, .skip') ? 0 : document.querySelector('.top').getBoundingClientRect().bottom;
-if (box.bottom < top + 2 || box.top > innerHeight) found.push(`out of sight: ${box.top} to ${box.bottom}, below ${top}`);
-return found.map((each) => `${each}: ${e.outerHTML.slice(0, 150)}`);
-"""
-)
