@@ -396,7 +396,9 @@ class Slots:
         finally:
             del self.running[running]
             if self._recorder is not None:
-                self._note_run(self._recorder, attempt)
+                started = attempt.started_at
+                wait, run = started - attempt.delivery.time, self._backend.now() - started
+                self._recorder.note_run(attempt.head.task_id, wait, run)
             self._lifecycle.logs.finish(attempt.token)
         self._lifecycle.progress.finish(attempt.token)
         if running.gave_in:
@@ -455,12 +457,11 @@ class Slots:
         attempt.on_end = None
         if self._recorder is not None and (end := RECORDED_AS.get(state, state)):
             attempt.on_end = partial(self._recorder.note_end, attempt.head.task_id, end)
-        if not self._middleware.ends:
+        if not self._middleware.ends and not self._middleware.plain_ends:
             return
         ending = Ending(state, attempt.started_at, self._backend.now(), result, delay=delay)
         if failure is not None:
-            ending = replace(
-                ending,
+            ending = ending._replace(
                 error=failure.error,
                 error_type=failure.kind or None,
                 traceback=failure.traceback,
@@ -475,8 +476,10 @@ class Slots:
     ) -> None:
         if record is not None:
             record()
-        self.telling += 1
-        self._spawner.spawn(self._tell_end, context, ending)
+        self._middleware.end_at_once(context, ending)
+        if self._middleware.ends:
+            self.telling += 1
+            self._spawner.spawn(self._tell_end, context, ending)
 
     async def _tell_end(self, context: JobContext, ending: Ending) -> None:
         try:
@@ -487,11 +490,6 @@ class Slots:
 
     # -- what became of an attempt
 
-    def _note_run(self, recorder: Recorder, attempt: Attempt) -> None:
-        started = attempt.started_at
-        wait, run = started - attempt.delivery.time, self._backend.now() - started
-        recorder.note_run(attempt.head.task_id, wait, run)
-
     async def _give_up(self, attempt: Attempt, *, cancelled: bool) -> None:
         """Leave a job that was cancelled or did not finish in time.
 
@@ -500,8 +498,9 @@ class Slots:
         is_cancelled = partial(self._lifecycle.is_cancelled, attempt.head.job_id)
         if cancelled and await look_for(is_cancelled):
             attempt.delivery.ack()
-            if attempt.on_end is not None:
-                attempt.on_end()
+            if (on_end := attempt.on_end) is not None:
+                attempt.on_end = None
+                on_end()
         else:
             await self._lifecycle.hand_back(attempt)
         self.completer.finish()
