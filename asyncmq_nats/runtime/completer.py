@@ -67,7 +67,7 @@ class Completer:
     def _tell_end(self, attempt: Attempt, write: Write) -> None:
         if (on_end := attempt.on_end) is not None:
             attempt.on_end = None  # it holds the attempt: left to the garbage collector otherwise
-            on_end()
+            on_end(attempt.head.task_id)
         self._events.tell_end(self._spawner, attempt.token, write)
 
     async def _resolve(self, attempt: Attempt, write: Write, result: Settled) -> None:

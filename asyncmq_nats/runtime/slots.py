@@ -308,7 +308,7 @@ class Slots:
         logger.error("%.200r: %s", delivery.subject, problem)
         await self._lifecycle.reject(delivery, problem)
         if self._recorder is not None:
-            self._recorder.note_end(UNKNOWN_TASK, "failed")
+            self._recorder.note_end["failed"](UNKNOWN_TASK)
 
     async def _start(self, attempt: Attempt) -> None:
         on_settled = self.completer.begin(attempt)
@@ -395,9 +395,10 @@ class Slots:
             raise
         finally:
             del self.running[running]
+            attempt.ended_at = self._backend.now()
             if self._recorder is not None:
                 started = attempt.started_at
-                wait, run = started - attempt.delivery.time, self._backend.now() - started
+                wait, run = started - attempt.delivery.time, attempt.ended_at - started
                 self._recorder.note_run(attempt.head.task_id, wait, run)
             self._lifecycle.logs.finish(attempt.token)
         self._lifecycle.progress.finish(attempt.token)
@@ -456,10 +457,11 @@ class Slots:
         """Say how an attempt ends: metrics and middleware are told when its end is confirmed."""
         attempt.on_end = None
         if self._recorder is not None and (end := RECORDED_AS.get(state, state)):
-            attempt.on_end = partial(self._recorder.note_end, attempt.head.task_id, end)
+            attempt.on_end = self._recorder.note_end[end]
         if not self._middleware.ends and not self._middleware.plain_ends:
             return
-        ending = Ending(state, attempt.started_at, self._backend.now(), result, delay=delay)
+        ended_at = attempt.ended_at or self._backend.now()
+        ending = Ending(state, attempt.started_at, ended_at, result, delay=delay)
         if failure is not None:
             ending = ending._replace(
                 error=failure.error,
@@ -472,10 +474,14 @@ class Slots:
         )
 
     def _on_end(
-        self, record: Callable[[], None] | None, context: JobContext, ending: Ending
+        self,
+        record: Callable[[str], None] | None,
+        context: JobContext,
+        ending: Ending,
+        task: str,
     ) -> None:
         if record is not None:
-            record()
+            record(task)
         self._middleware.end_at_once(context, ending)
         if self._middleware.ends:
             self.telling += 1
@@ -500,7 +506,7 @@ class Slots:
             attempt.delivery.ack()
             if (on_end := attempt.on_end) is not None:
                 attempt.on_end = None
-                on_end()
+                on_end(attempt.head.task_id)
         else:
             await self._lifecycle.hand_back(attempt)
         self.completer.finish()

@@ -140,10 +140,12 @@ class Attempt:
     prepare_again: Callable[[], Awaitable[FollowUps]] | None = field(default=None, repr=False)
     """Prepares those again that are a batch: what they expect of other jobs may have changed."""
     started_at: float = 0.0
+    ended_at: float = 0.0
+    """When it had run. Both by the server's clock; 0 before."""
     is_recorded: bool = False
     """Whether its final write was accepted, after it was rejected or had a sequel."""
-    on_end: Callable[[], None] | None = field(default=None, repr=False)
-    """Called when its end is confirmed."""
+    on_end: Callable[[str], None] | None = field(default=None, repr=False)
+    """Called with its task when its end is confirmed."""
     known: Job | None = field(default=None, repr=False)
     """All of the job, once it was read."""
 

@@ -301,7 +301,7 @@ def test_too_many_tasks_for_a_record_are_counted_together(settings: Settings) ->
     for number in range(1_500):
         task = f"{number:05}" + 1_000 * "x"
         recorder.note_run(task, 0.1 * number, 0.2)
-        recorder.note_end(task, "completed")
+        recorder.note_end["completed"](task)
     for write in recorder.take():
         assert len(write.body) < 1_048_576
         assert load_json(write.body)["tasks"]["?"]["completed"] == 1_500
@@ -312,7 +312,7 @@ def test_an_idle_worker_writes_one_record_at_a_time(settings: Settings) -> None:
     recorder.begin()
     recorder.take()
     assert len(recorder.take()) in (1, 2)  # two, if a minute is over at this moment
-    recorder.note_end("send", "completed")
+    recorder.note_end["completed"]("send")
     assert len(recorder.take()) >= 3
 
 
