@@ -39,7 +39,7 @@ from asyncmq_nats.middleware import Chain, Ending, Middleware, RunTask
 from asyncmq_nats.runtime.program import run_program
 from asyncmq_nats.runtime.registry import TaskRegistry
 from asyncmq_nats.runtime.runner import Runner
-from asyncmq_nats.telemetry.otel import BOUNDS, OpenTelemetryMiddleware
+from asyncmq_nats.telemetry.otel import BUCKET_BOUNDS, OpenTelemetryMiddleware
 
 BLOCK: Final = 500
 QUEUE: Final = "bench"
@@ -59,7 +59,7 @@ class Bare(Middleware):
         self._tracer = trace.get_tracer("bare", tracer_provider=traces)
         meter = metrics.get_meter("bare", meter_provider=meters)
         self._seconds = [
-            meter.create_histogram(name, "s", explicit_bucket_boundaries_advisory=BOUNDS)
+            meter.create_histogram(name, "s", explicit_bucket_boundaries_advisory=BUCKET_BOUNDS)
             for name in ("messaging.process.duration", "messaging.client.operation.duration")
         ]
         self._consumed = meter.create_counter("messaging.client.consumed.messages", "{message}")

@@ -2,7 +2,7 @@
 
 `instrument()` makes spans of additions, runs and ends of jobs. The context of a trace travels in
 the `meta` of a job (`traceparent`, `tracestate`, `baggage`), so programs in other languages can
-take part. Without an SDK that is set up, OpenTelemetry does nothing with what it is given.
+take part. Without an SDK that is set up, OpenTelemetry drops all spans and metrics.
 """
 
 import logging
@@ -32,9 +32,24 @@ from asyncmq_nats.settings import settings
 __all__ = ["OpenTelemetryMiddleware", "TraceFields", "instrument"]
 
 NAME: Final = "asyncmq_nats"
-NOTE: Final = "opentelemetry"
+CONTEXT_KEY: Final = "opentelemetry"
 """Under this name the context of a run is kept until its end, if its span is recorded."""
-BOUNDS: Final = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0)
+BUCKET_BOUNDS: Final = (
+    0.005,
+    0.01,
+    0.025,
+    0.05,
+    0.075,
+    0.1,
+    0.25,
+    0.5,
+    0.75,
+    1.0,
+    2.5,
+    5.0,
+    7.5,
+    10.0,
+)
 """Upper bounds of the histograms in seconds: those of the conventions."""
 API: Final = ("opentelemetry.trace", "opentelemetry.metrics")
 LOOK_INTERVAL: Final = 0.1
@@ -95,13 +110,13 @@ class OpenTelemetryMiddleware(Middleware):
             "messaging.client.operation.duration",
             "s",
             "Duration of adding jobs and of storing their ends.",
-            explicit_bucket_boundaries_advisory=BOUNDS,
+            explicit_bucket_boundaries_advisory=BUCKET_BOUNDS,
         )
         self._process_seconds = meter.create_histogram(
             "messaging.process.duration",
             "s",
             "Duration of a run of a task.",
-            explicit_bucket_boundaries_advisory=BOUNDS,
+            explicit_bucket_boundaries_advisory=BUCKET_BOUNDS,
         )
         self._sent = meter.create_counter(
             "messaging.client.sent.messages", "{message}", "Jobs that were added."
@@ -155,7 +170,7 @@ class OpenTelemetryMiddleware(Middleware):
             token = contexts.attach(here)
             if span.is_recording():
                 span.set_attributes(_of_run(context))
-                context.notes[NOTE] = here
+                context.notes[CONTEXT_KEY] = here
         begun = time.perf_counter()
         try:
             return await call()
@@ -171,7 +186,7 @@ class OpenTelemetryMiddleware(Middleware):
             self._process_seconds.record(seconds, attributes)
 
     def end(self, context: JobContext, ending: Ending) -> None:
-        """Make a span of the storing of what became of a run, if that has a recorded one."""
+        """Make a span for the storing of a run's outcome, if the run's own span is recorded."""
         if not self._is_heard:
             return
         queue = context.queue
@@ -180,7 +195,7 @@ class OpenTelemetryMiddleware(Middleware):
         if ending.state in FAILURES:
             attributes = {**attributes, "error.type": ending.error_type or "_OTHER"}
         self._operation_seconds.record(seconds, attributes)
-        parent = context.notes.get(NOTE)
+        parent = context.notes.get(CONTEXT_KEY)
         if parent is None:
             if ending.started_at:
                 return
