@@ -129,6 +129,10 @@ class JobContext:
             self._notes = {}
         return self._notes
 
+    def now(self) -> float:
+        """Return the server's time, in Unix seconds: that of all times of a job."""
+        return self._services.now()
+
     def report_progress(self, progress: float, data: Any = None) -> _Awaitable:
         """Store how far the job is, and tell its listeners.
 
