@@ -9,8 +9,10 @@ import pytest
 
 from asyncmq_nats.audit import read_audit
 from asyncmq_nats.backends.base import Backend
+from asyncmq_nats.contrib.dashboard.charts import charts_of
 from asyncmq_nats.contrib.dashboard.failures import FailureGroups
 from asyncmq_nats.contrib.dashboard.pages.failures import Look, look_at
+from asyncmq_nats.metrics import MetricsHistory, MetricsPoint
 from asyncmq_nats.queues import Queue
 from asyncmq_nats.settings import Settings
 from tests.dashboard.web import make_app, post, served, words_of
@@ -261,3 +263,27 @@ def test_a_group_keeps_some_ids_and_counts_all() -> None:
         groups.add("work", job)
     (group,) = groups.largest_first()
     assert (group.count, len(group.job_ids), group.job_ids[0]) == (1_000, 10, "0")
+
+
+# -- charts
+
+
+def test_a_chart_ends_with_the_last_point_that_workers_have_told_whole() -> None:
+    def history(last: float, count: int = 4) -> MetricsHistory:
+        points = [MetricsPoint(20.0 * n, 20.0, 20.0, slots=5.0) for n in range(count - 1)]
+        points.append(MetricsPoint(20.0 * (count - 1), 20.0, last, slots=1.0))
+        return MetricsHistory("work", 0, 80, 20, points)
+
+    def shown(of: MetricsHistory) -> list[float]:
+        return list(charts_of(of)["slots"]["at"])
+
+    assert shown(history(5.0)) == [
+        0,
+        20,
+    ]  # the third one may lack what is written after ten seconds
+    assert shown(history(10.0)) == [0, 20, 40]
+    assert shown(history(20.0)) == [0, 20, 40]
+    assert shown(history(5.0, count=1)) == [0]  # rather little than nothing
+    assert shown(MetricsHistory("work", 0, 80, 20, [])) == []
+    hours = [MetricsPoint(3600.0 * n, 3600.0, 3600.0 if n == 0 else 60.0) for n in range(2)]
+    assert shown(MetricsHistory("work", 0, 7200, 3600, hours)) == [0, 3600]

@@ -9,7 +9,7 @@ from typing import Any
 import anyio
 import pytest
 
-from asyncmq_nats._arguments import build_job
+from asyncmq_nats._arguments import build_addition
 from asyncmq_nats.backends.base import Backend, Consumer, Record, Settle, Settled, Write
 from asyncmq_nats.exceptions import WriteRefused
 from asyncmq_nats.jobs import Job
@@ -366,7 +366,7 @@ async def test_what_is_not_a_job_ends_as_failed_whatever_is_there(left: str, que
     await queue._assets.declare_all()
     subjects = queue._subjects
     if left != "claim":
-        child = build_job(
+        child = build_addition(
             queue.backend.now(),
             task_id="echo",
             args=["child"],

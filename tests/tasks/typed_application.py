@@ -240,6 +240,11 @@ class Part(Middleware):
     async def end(self, context: JobContext, ending: Ending) -> None: ...
 
 
+class Plain(Middleware):
+    def end(self, context: JobContext, ending: Ending) -> None:
+        assert_type(context.now(), float)
+
+
 class Wrong(Middleware):
     async def run(self, context: JobContext) -> Any: ...  # type: ignore[override]
 
@@ -247,7 +252,7 @@ class Wrong(Middleware):
 def use_middleware() -> None:
     add_middleware(Log())
     add_middleware(Part(), queue="mail")
-    Queue("mail", backend, middleware=[Log(), Part()])
+    Queue("mail", backend, middleware=[Log(), Part(), Plain()])
     add_middleware(Log)  # type: ignore[arg-type]
     add_middleware(print)  # type: ignore[arg-type]
     Queue("mail", backend, middleware=Log())  # type: ignore[arg-type]
