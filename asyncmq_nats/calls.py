@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Generic, TypeVar
 
-from asyncmq_nats._arguments import build_job
+from asyncmq_nats._arguments import build_addition
+from asyncmq_nats._new_jobs import whole_job
 from asyncmq_nats.exceptions import InvalidArgument
 from asyncmq_nats.jobs import Job
 
@@ -19,9 +20,9 @@ NOT_IN_FOLLOW_UPS: Final = ("job_id", "deduplication", "repeat_every")
 class Call(Generic[R_co]):
     """A call of a task that is not added yet.
 
-    `send.call("ada@…")`, `send.options(delay=5).call("ada@…")`. `Queue.add_call`, `Queue.add_bulk`,
-    `FlowProducer.add_flow` and `current_job().add` take it, as often as you like. Its arguments are
-    plain data already, checked when it was made.
+    It is made by `send.call("ada@…")` or `send.options(delay=5).call("ada@…")`. `Queue.add_call`,
+    `Queue.add_bulk`, `FlowProducer.add_flow` and `current_job().add` take it, as often as you like.
+    Its arguments are plain data already, checked when it was made.
     """
 
     task_id: str
@@ -49,7 +50,7 @@ class Call(Generic[R_co]):
         return fields
 
     def require_queue(self, name: str) -> None:
-        """See that it is for this queue.
+        """Check that the call is for this queue.
 
         Raises:
             InvalidArgument: it is for another one, whose workers know its task.
@@ -70,7 +71,8 @@ class Call(Generic[R_co]):
         for name in NOT_IN_FOLLOW_UPS:
             if self.options.get(name) is not None:
                 raise InvalidArgument(f"a follow-up job takes no {name}", self.options[name])
-        return build_job(now, write=written, **{"meta": meta, **self.fields})
+        given = {"meta": meta, **self.fields}
+        return whole_job(build_addition(now, write=written, **given))
 
 
 def written(

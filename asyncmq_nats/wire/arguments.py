@@ -1,6 +1,6 @@
 """How the arguments of a task are written as JSON and read again, by its annotations.
 
-What is accepted arrives equal (docs/arguments.md). Nothing here knows what a job is.
+Accepted values arrive equal (docs/arguments.md). Nothing here knows what a job is.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ __all__ = ["Arguments", "Results", "write_by_class"]
 
 CACHED_SHAPES: Final = 256
 """Shapes (a number of positions, and names) that are kept per task; `**kwargs` has any number."""
-EXACT: Final[Mapping[Any, frozenset[type]]] = {
+EXACT_TYPES: Final[Mapping[Any, frozenset[type]]] = {
     int: frozenset({int}),
     str: frozenset({str}),
     bool: frozenset({bool}),
@@ -44,6 +44,8 @@ EXACT: Final[Mapping[Any, frozenset[type]]] = {
     float | None: frozenset({float, int, type(None)}),
 }
 """Annotations whose values JSON has itself: a value of these classes needs no trial."""
+PLAIN: Final = frozenset({str, int, float, bool, type(None)})
+"""Classes of values that are data already."""
 PLAIN_BITS: Final = 8_192
 """Readers of JSON take integers of more bits than these."""
 SerializationErrors: Final = (PydanticSerializationError, ValueError, TypeError, RecursionError)
@@ -54,7 +56,7 @@ class Arguments:
 
     Args:
         function: the one that is called, whatever it wraps.
-        validate: whether the annotations count. Without, the function is given plain data.
+        validate: whether the annotations count. If not, the function is given plain data.
         supplied: names of arguments that the worker gives.
     """
 
@@ -99,7 +101,8 @@ class Arguments:
         """
         if not self._validate:
             return list(args), dict(kwargs)
-        return self._shape(len(args), tuple(kwargs)).read(args, kwargs)
+        key = len(args), tuple(kwargs)
+        return (self._shapes.get(key) or self._shape(*key)).read(args, kwargs)
 
     def check(self, args: Sequence[Any], kwargs: Mapping[str, Any], task_id: str) -> None:
         """See that `read` takes these arguments, which are plain data already.
@@ -267,7 +270,7 @@ def _shown(slot: Slot) -> str:
 
 def _exact_classes(annotation: Any) -> frozenset[type]:
     try:
-        return EXACT.get(annotation, frozenset())
+        return EXACT_TYPES.get(annotation, frozenset())
     except TypeError:  # it cannot be hashed
         return frozenset()
 
@@ -421,12 +424,14 @@ def write_by_class(
 ) -> tuple[list[Any], dict[str, Any]]:
     """Return the arguments as plain data, written by their classes.
 
-    What is annotated is known to the worker only.
+    Only the worker knows the annotations.
 
     Raises:
         NotSerializable: a value does not arrive equal even where its own class is the annotation;
             the message names it.
     """
+    if PLAIN.issuperset(map(type, args)) and PLAIN.issuperset(map(type, kwargs.values())):
+        return list(args), dict(kwargs)
     return (
         [_by_class(arg, f"argument {i} of task {task_id!r}") for i, arg in enumerate(args)],
         {k: _by_class(value, f"argument {k!r} of task {task_id!r}") for k, value in kwargs.items()},
@@ -435,7 +440,7 @@ def write_by_class(
 
 def _by_class(value: Any, what: str) -> Any:
     kind = type(value)
-    if kind in (str, int, float, bool, type(None)):
+    if kind in PLAIN:
         return value
     if isinstance(value, Mapping) and not isinstance(value, BaseModel):
         return _mapping_by_class(value, what)

@@ -1,4 +1,4 @@
-"""Rows are written in the user's transaction, checked as `Queue.add` checks, and in the form of the protocol."""
+"""Rows are written in the user's transaction, checked as by `Queue.add`, in the protocol's form."""
 
 import json
 from datetime import date
@@ -22,7 +22,7 @@ REGISTRY = TaskRegistry()
 
 @task(queue="post", retries=4, ttl=60, timeout=5, backoff=2.5, name="send", registry=REGISTRY)
 async def send(to: str, on: date) -> None:
-    """What the tests add."""
+    """The task of the tests."""
 
 
 def bodies(engine: Engine) -> list[dict[str, Any]]:

@@ -71,7 +71,7 @@ FILTERS_AT_ONCE: Final = 200
 
 Each has up to some 1,100 bytes, and a request must fit into a message.
 """
-MISSING: Final = (STREAM_MISSING, CONSUMER_MISSING)
+MISSING_CODES: Final = (STREAM_MISSING, CONSUMER_MISSING)
 
 
 class NATSBackend:
@@ -180,6 +180,8 @@ class NATSBackend:
 
     def _come_home(self) -> None:
         """Drop the connection of an event loop that has ended."""
+        if self._home.loop is asyncio.get_running_loop():
+            return
         forked = self._home.is_elsewhere
         if self._home.move() and self._connection is not None:
             if not forked:  # otherwise the socket is the parent's too
@@ -376,8 +378,10 @@ class NATSBackend:
                 f"{len(writes)} writes in one batch: "
                 f"at least 1 and at most {BATCH_LIMIT} are possible"
             )
-        await self._open_connection()
-        await self._fills.check(log, writes)
+        if self._connection is None or self._home.loop is not asyncio.get_running_loop():
+            await self.connect()
+        if self._fills.has_limit(log):
+            await self._fills.check(log, writes)
         try:
             return await self._writer.write(log, writes)
         except AssetMissing:
@@ -476,7 +480,7 @@ class NATSBackend:
         answer = await connection.call(
             f"STREAM.MSG.DELETE.{log}", {"seq": sequence, "no_erase": True}
         )
-        if answer.get("error", {}).get("err_code") in MISSING:
+        if answer.get("error", {}).get("err_code") in MISSING_CODES:
             raise api_error(log, answer["error"])
         return in_doubt or bool(answer.get("success", False))
 
@@ -575,7 +579,7 @@ class NATSBackend:
     def _found(name: str, answer: Mapping[str, Any]) -> bool:
         if "error" not in answer:
             return True
-        if answer["error"].get("err_code") in MISSING:
+        if answer["error"].get("err_code") in MISSING_CODES:
             return False
         raise api_error(name, answer["error"])
 
