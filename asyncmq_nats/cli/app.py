@@ -94,9 +94,11 @@ def run(arguments: Sequence[str]) -> int:
         code = get_command(make_app()).main(list(arguments), name, standalone_mode=False)
         sys.stdout.flush()
     except BrokenPipeError:
-        # The reader, such as `head`, has enough. Python would complain when it flushes at its end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return DONE
+        return _end_output()
+    except SystemExit as end:
+        if isinstance(end.__context__, BrokenPipeError):  # made an exit with code 1 by `main`
+            return _end_output()
+        raise
     except typer.TyperException as error:
         Output().error(f"{error.format_message()} (see --help)")
         return error.exit_code
@@ -105,6 +107,16 @@ def run(arguments: Sequence[str]) -> int:
     except Exception as error:  # one line for a person; -v has the rest
         return _report(error)
     return code if isinstance(code, int) else DONE
+
+
+def _end_output() -> int:
+    """Print no more: the reader, such as `head`, has enough.
+
+    Python would complain when it flushes at its end.
+    """
+    sys.stdout = sys.__stdout__ or sys.stdout  # `main` has wrapped it
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return DONE
 
 
 def _report(error: Exception) -> int:

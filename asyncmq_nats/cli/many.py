@@ -105,9 +105,8 @@ async def _act_on_ids(
     session.count = result.done
     text = f"{verbs[1]} {number(result.done)} of {count_jobs(result.matched)}"
     if result.done < result.matched:
-        raise CommandFailed(
-            f"{text}: the others are not there, or in a state in which they cannot be {verbs[1]}"
-        )
+        others = "it is" if result.matched == 1 else "the others are"
+        raise CommandFailed(f"{text}: {others} not there, or cannot be {verbs[1]} in that state")
     session.output.line(text)
 
 

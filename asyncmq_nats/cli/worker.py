@@ -96,8 +96,11 @@ def start(
     # Before anything is imported: code that is broken now is started again when it is mended.
     if reload and start_processes(processes, reload=True):
         return
+    # `-c mail:20 reports:2`: the second word comes as a queue, and no name of one has a colon.
+    pairs = [word for word in queues or [] if ":" in word] if concurrency else []
+    queues = [word for word in queues or [] if word not in pairs]
     options: dict[str, Any] = {
-        "concurrency": read_concurrency(concurrency or []),
+        "concurrency": read_concurrency([*(concurrency or []), *pairs]),
         "weights": read_pairs(weight or [], "--weight") or None,
         "strict": strict,
         "processes": processes,

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import signal
 import sys
 from collections.abc import Callable
@@ -531,6 +532,19 @@ async def test_errors_have_their_traceback_with_v(
     result = await amq(line)
     assert result.code == 1
     assert "Traceback (most recent call last)" in result.err
+
+
+@pytest.mark.parametrize("line", ["job ls mail --all --json", "queue export mail"])
+async def test_a_reader_may_close_the_pipe(
+    nats_backend: NATSBackend, server: Any, line: str
+) -> None:
+    queue = make_queue(nats_backend, "mail")
+    await queue.add_bulk([{"task_id": "t", "args": ["x" * 1000]}] * 500)
+    command = shlex.join([sys.executable, "-m", "asyncmq_nats", *line.split(), "-s", server.url])
+    shell = ["bash", "-o", "pipefail", "-c", f"{command} | head -c 10"]
+    with anyio.fail_after(2 * PATIENCE):
+        done = await anyio.run_process(shell, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 async def test_an_interrupted_command_says_how_to_go_on(

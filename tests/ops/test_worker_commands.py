@@ -56,6 +56,7 @@ async def amq(*arguments: str) -> int:
     [
         ["--tasks", "shop"],
         ["mail", "reports", "--tasks", "shop", "-c", "mail:2,reports:1", "--processes", "2"],
+        ["mail", "reports", "-c", "mail:2", "reports:1", "--tasks", "shop"],
         ["mail", "reports", "--tasks", "shop", "-c", "2", "--weight", "mail:2", "--max-jobs", "5"],
     ],
 )
