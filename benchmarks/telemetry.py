@@ -1,4 +1,4 @@
-"""What the history and OpenTelemetry cost a worker, in CPU time per job.
+"""The cost of the history and of OpenTelemetry for a worker, in CPU time per job.
 
     python benchmarks/telemetry.py [--blocks 60] [--work 0.001] [--only traced]
 

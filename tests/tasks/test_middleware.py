@@ -1,4 +1,4 @@
-"""Middleware: what happens around the addition, the run and the end of a job. On both backends."""
+"""Middleware: what happens around the addition, the run and the end of a job, on both backends."""
 
 import gc
 import threading

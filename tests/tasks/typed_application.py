@@ -1,7 +1,7 @@
 """An application that uses each typed call rightly, and misuses each of them.
 
-Never executed. mypy reads it in its normal run, pyright in `test_type_checkers.py`. Both refuse a
-`type: ignore` without an error: so each misuse is reported, and no right use is.
+It is never executed. mypy reads it in its normal run, pyright in `test_type_checkers.py`. Both
+refuse a `type: ignore` without an error: so each misuse is reported, and no right use is.
 """
 
 # pyright: standard, reportUnnecessaryTypeIgnoreComment=error

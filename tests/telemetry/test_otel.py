@@ -27,7 +27,7 @@ from tests.running import make_queue, only, run_jobs, running
 
 
 class Spans:
-    """What was traced and measured."""
+    """The spans and the metrics that were recorded."""
 
     def __init__(self) -> None:
         self._exporter = InMemorySpanExporter()
