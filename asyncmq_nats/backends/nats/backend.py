@@ -9,6 +9,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final, Self
 
+import nats.errors
 from anyio import CancelScope, to_thread
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription as NatsSubscription
@@ -52,7 +53,6 @@ from asyncmq_nats.exceptions import (
     AssetMissing,
     BackendError,
     ConnectionLost,
-    PayloadTooLarge,
     Unconfirmed,
 )
 from asyncmq_nats.settings import Settings, mask_login, parse_servers
@@ -609,11 +609,10 @@ class NATSBackend:
 
     def signal(self, subject: str, body: bytes = b"") -> None:
         connection = self._require_connection()
-        if not connection.client.is_connected:
-            return
         try:
-            connection.post(subject, body)
-        except PayloadTooLarge as error:
+            connection.client.signal(subject.encode(), body)
+        except nats.errors.MaxPayloadError:
+            error = connection.too_large(subject, len(body))
             if times := self._dropped_signals.note():
                 logger.warning("%d signals were not sent: %s", times, error)
 

@@ -358,6 +358,14 @@ class Connection:
             if not self.client.is_connected or time.monotonic() > end:
                 _give_up(done)
 
+    def too_large(self, subject: str, size: int, reply_size: int = 0) -> PayloadTooLarge:
+        """Return the error of a message that the server would end the connection for."""
+        most = self.client.max_payload
+        if size > most:
+            return PayloadTooLarge(f"the message for {subject:.100}", size, most)
+        length = len(subject.encode()) + reply_size
+        return PayloadTooLarge(f"the subject {subject:.100}", length, MAX_CONTROL_LINE)
+
     def post(
         self, subject: str, body: bytes = b"", reply: bytes = b"", headers: bytes = b""
     ) -> None:
@@ -370,12 +378,7 @@ class Connection:
         try:
             self.client.post(subject.encode(), body, reply, headers)
         except nats.errors.MaxPayloadError:
-            size, most = len(headers) + len(body), self.client.max_payload
-            if size > most:
-                raise PayloadTooLarge(f"the message for {subject:.100}", size, most) from None
-            size = len(subject.encode()) + len(reply)
-            text = f"the subject {subject:.100}"
-            raise PayloadTooLarge(text, size, MAX_CONTROL_LINE) from None
+            raise self.too_large(subject, len(headers) + len(body), len(reply)) from None
         except nats.errors.Error as error:
             with mapped_errors(self.servers):
                 raise error
