@@ -114,6 +114,10 @@ class CountingBackend(NATSBackend):
         self.counts["deletes"] += 1
         return await super().delete(log, *sequence, **options)
 
+    async def delete_many(self, log: str, sequences: Sequence[int]) -> list[int]:
+        self.counts["deletes"] += len(sequences)
+        return await super().delete_many(log, sequences)
+
     def puller(
         self, log: str, on_delivery: Callable[[Any], None], *args: Any, **options: Any
     ) -> Any:

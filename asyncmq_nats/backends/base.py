@@ -27,7 +27,6 @@ __all__ = [
     "Expect",
     "Log",
     "LogState",
-    "OnRemoved",
     "Puller",
     "Record",
     "Settle",
@@ -346,8 +345,6 @@ class Signal:
 Settled = int | BackendError
 Settle = Callable[[Settled], None]
 """Called with the sequence of the record, or why there is none. Must not block: hand work over."""
-OnRemoved = Callable[[bool | BackendError], None]
-"""Called with whether the record was there, or why that is unknown. Must not block."""
 
 
 class Backend(Protocol):
@@ -557,17 +554,14 @@ class Backend(Protocol):
         """Return the highest sequence given out so far, 0 in a log that never had a record."""
 
     async def delete(self, log: str, sequence: int) -> bool:
-        """Remove one record.
+        """Remove one record. Its lease, if there is one, ends.
 
         Return whether it was there, or may have been: the answer to a first try was lost, and now
         it is not.
         """
 
-    def discard(self, log: str, sequence: int, on_removed: OnRemoved | None = None) -> None:
-        """Like `delete`, but return at once, and tell `on_removed` later. Connect before.
-
-        Without `on_removed` it is sent and not confirmed: for what may as well stay.
-        """
+    def discard(self, log: str, sequence: int) -> None:
+        """Like `delete`, but sent and not confirmed: for what may as well stay. Connect before."""
 
     async def delete_many(self, log: str, sequences: Sequence[int]) -> list[int]:
         """Remove many records, many at a time.

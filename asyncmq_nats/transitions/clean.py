@@ -129,11 +129,9 @@ class Cleanup:
         size = min(limit, STEP)
         while True:
             records = await self._lists.read_records(source, after, size, descending=False)
-            old = [
-                record
-                for record in records
-                if record.time < older_than and not record.marker and not self._waits(record)
-            ]
+            old = [r for r in records if r.time < older_than and not r.marker]
+            if source.place is Place.RELEASED:
+                old = [record for record in old if not self._waits(record)]
             if old:
                 yield old
             if len(records) < size or records[-1].time >= older_than:
@@ -179,26 +177,24 @@ class Cleanup:
         ]
         for source in [*tiers, *[await self._lists.place(place) for place in places]]:
             async for step in self._steps(source, inf):
-                wanted = step if include_delayed else [r for r in step if not self._is_early(r)]
+                wanted = step
+                if source.place is Place.RELEASED and not include_delayed:
+                    wanted = [record for record in step if not self._is_early(record)]
                 ids += await self.remove_records(source, wanted) if wanted else []
                 if progress is not None:
                     progress(len(ids))
         return ids
 
     def _waits(self, record: Record) -> bool:
-        """Return whether a job was released that waits for others: a promoter parks it again."""
-        if not self._subjects.is_later(record.subject, Place.RELEASED):
-            return False
+        """Return whether a released job waits for others: a promoter parks it again."""
         try:
             return Job.decode(record.body).waits_for_others
         except InvalidJob:
             return False
 
     def _is_early(self, record: Record) -> bool:
-        """Return whether a job was released a little before its time."""
-        return self._subjects.is_later(record.subject, Place.RELEASED) and is_delayed(
-            record, self._subjects, self._backend.now()
-        )
+        """Return whether a released job was released a little before its time."""
+        return is_delayed(record, self._subjects, self._backend.now())
 
     async def read_ids(self) -> list[str]:
         """Return the ids of all jobs."""

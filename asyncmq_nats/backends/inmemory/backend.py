@@ -8,6 +8,7 @@ after `close`, and goes with the object.
 import asyncio
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import fields
 from functools import partial
 from itertools import count
@@ -27,7 +28,6 @@ from asyncmq_nats.backends.base import (
     Log,
     LogFacts,
     LogState,
-    OnRemoved,
     Puller,
     Record,
     ServerFacts,
@@ -341,15 +341,10 @@ class InMemoryBackend:
         await self._give_way()
         return self._find_log(log).delete(sequence)
 
-    def discard(self, log: str, sequence: int, on_removed: OnRemoved | None = None) -> None:
+    def discard(self, log: str, sequence: int) -> None:
         """See `Backend`."""
-        removed: bool | BackendError
-        try:
-            removed = self._find_log(log).delete(sequence)
-        except BackendError as error:
-            removed = error
-        if on_removed is not None:
-            asyncio.get_running_loop().call_soon(on_removed, removed)
+        with suppress(BackendError):
+            self._find_log(log).delete(sequence)
 
     async def delete_many(self, log: str, sequences: Sequence[int]) -> list[int]:
         """See `Backend`."""
