@@ -499,6 +499,15 @@ class Backend(Protocol):
         before.
         """
 
+    async def write_each(self, log: str, writes: Sequence[Write]) -> list[Settled]:
+        """Write each by itself, many at a time, as `write` does.
+
+        Return for each, in order, its sequence or why there is none.
+
+        Raises:
+            StorageFull: there is no room for them.
+        """
+
     async def last(self, log: str, *filters: str) -> list[Record]:
         """Return the last record of each subject that matches any of the filters, by sequence.
 

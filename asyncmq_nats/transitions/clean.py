@@ -25,7 +25,7 @@ __all__ = ["Cleanup", "Progress"]
 STEP: Final = 2_000
 """Records that are read and removed at a time."""
 
-PURGE_STEP: Final = 100_000
+PURGE_STEP: Final = 200_000
 """Sequences that are purged at a time: the server is busy with the stream meanwhile."""
 
 Progress = Callable[[int], None]
@@ -74,7 +74,7 @@ class Cleanup:
                 if limit and len(ids) >= limit:
                     break
         if state in INDEXED and not (limit and len(ids) >= limit):
-            await self._remove_entries(state, older_than)
+            await self._purge([self._subjects.indexed(state)], older_than)
         if state is State.WAITING_CHILDREN and ids:
             await self.remove_orphans()
         return ids
@@ -94,14 +94,20 @@ class Cleanup:
         if state not in OUTCOMES:
             await self.clean_jobs(state, older_than, progress=progress)
             return
+        filters = [self._subjects.outcomes(state)]
+        filters += [self._subjects.indexed(state)] if state in INDEXED else []
+        await self._purge(filters, older_than, progress)
+
+    async def _purge(
+        self, filters: Sequence[str], older_than: float, progress: Progress | None = None
+    ) -> None:
+        """Purge what matches and is old enough, step by step. Progress is that of the first."""
         log, removed = self._subjects.bucket_log, 0
         try:
             oldest = await self._backend.page(log, ">", limit=1, mostly=True)
             end = await self._lists.first_sequence_since(log, older_than)
         except AssetMissing:
             return
-        filters = [self._subjects.outcomes(state)]
-        filters += [self._subjects.indexed(state)] if state in INDEXED else []
         start = oldest[0].sequence if oldest else end
         while start < end:
             start = min(end, start + PURGE_STEP)
@@ -154,16 +160,6 @@ class Cleanup:
             for record in records
             if record.sequence in removed
         ]
-
-    async def _remove_entries(self, state: State, older_than: float) -> None:
-        """Remove the index entries of outcomes that were removed."""
-        total = await self._inspection.count(f"index_{state}")
-        filter = self._subjects.indexed(state)
-        entries = Source("", self._subjects.bucket_log, filter, total, total)
-        async for step in self._steps(entries, older_than):
-            await self._backend.delete_many(
-                self._subjects.bucket_log, [record.sequence for record in step]
-            )
 
     async def drain(self, *, include_delayed: bool, progress: Progress | None = None) -> list[str]:
         """Remove the jobs that wait to be run, and if wished those that are delayed.

@@ -268,6 +268,16 @@ class InMemoryBackend:
         await self._give_way()
         return self._find_log(log).write(writes)
 
+    async def write_each(self, log: str, writes: Sequence[Write]) -> list[Settled]:
+        """See `Backend`."""
+        results: list[Settled] = []
+        for write in writes:
+            try:
+                results.append(await self.write(log, write))
+            except BackendError as error:
+                results.append(error)
+        return results
+
     def send(self, log: str, write: Write, settle: Settle, *, timeout: float | None = None) -> None:
         """See `Backend`."""
         settled: Settled

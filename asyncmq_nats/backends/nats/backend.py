@@ -28,6 +28,7 @@ from asyncmq_nats.backends.base import (
     Record,
     ServerFacts,
     Settle,
+    Settled,
     Signal,
     Subscription,
     Write,
@@ -390,6 +391,11 @@ class NATSBackend:
         except AssetMissing:
             self._assets.forget(log)
             raise
+
+    async def write_each(self, log: str, writes: Sequence[Write]) -> list[Settled]:
+        await self._open_connection()
+        await self._fills.check(log, writes)
+        return await self._writer.write_each(log, writes)
 
     def send(self, log: str, write: Write, settle: Settle, *, timeout: float | None = None) -> None:
         self._require_connection()
