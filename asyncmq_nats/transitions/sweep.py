@@ -14,6 +14,7 @@ from asyncmq_nats.backends.base import Backend, Expect, Write
 from asyncmq_nats.exceptions import BackendError, InvalidJob, WriteRefused
 from asyncmq_nats.states import OUTCOMES, Place, State
 from asyncmq_nats.store.many import read_many
+from asyncmq_nats.store.records import without_markers
 from asyncmq_nats.store.search import Found
 from asyncmq_nats.store.snapshot import count_reruns
 from asyncmq_nats.transitions.cancel import Administration
@@ -122,11 +123,11 @@ class Sweep:
         Before this, a worker may have put its job off, or a timer may have released it.
         """
         reruns = {item.token: count_reruns(item.found.record.body) for item in cancelled}
+        records = await read_many(self._backend, log, map(filter, reruns))
         left = [
             record.sequence
-            for record in await read_many(self._backend, log, map(filter, reruns))
-            if not record.marker
-            and count_reruns(record.body) <= reruns[self._subjects.token(record.subject)]
+            for record in without_markers(records)
+            if count_reruns(record.body) <= reruns[self._subjects.token(record.subject)]
         ]
         await self._backend.delete_many(log, left)
 
