@@ -203,7 +203,7 @@ async def main(arguments: argparse.Namespace) -> None:
     backend = NATSBackend.embedded()
     try:
         await backend.connect()
-        for kind in arguments.kinds or KINDS:
+        for kind in arguments.kinds:
             await measure(kind, backend, arguments)
     finally:
         await backend.close()
@@ -211,7 +211,7 @@ async def main(arguments: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("kinds", nargs="*", choices=[[], *KINDS])
+    parser.add_argument("kinds", nargs="*", default=KINDS, metavar="|".join(KINDS))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--burst", type=int, default=20_000)
     parser.add_argument("--backlog", type=int, default=100_000)
@@ -219,6 +219,8 @@ if __name__ == "__main__":
     parser.add_argument("--url", help=argparse.SUPPRESS)
     parser.add_argument("--queue", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if unknown := set(arguments.kinds) - set(KINDS):
+        parser.error(f"there is no {' '.join(unknown)}")
     if arguments.be == "worker":
         run_worker(arguments.url, arguments.queue, 100, registry, Settings())
     else:
