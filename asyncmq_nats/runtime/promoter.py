@@ -64,6 +64,8 @@ BEGIN_BATCH: Final = 64
 written."""
 REMOVE_BATCH: Final = 256
 """Records that are removed at a time."""
+REMOVE_DELAY: Final = 0.02
+"""Removals wait for so many seconds while more is being written: its jobs start sooner then."""
 CONCURRENT_TASKS: Final = 32
 """The most concurrent tasks, for work that callbacks cannot do."""
 CHECK_LEAD: Final = 0.03
@@ -137,6 +139,7 @@ class Promoter:
         self._written: deque[Held] = deque()
         """Records that are to be removed, as all else is done."""
         self._being_removed = 0
+        self._may_remove = anyio.Event()
         self._credit = CREDIT_LIMITS[1]
         self._halved_at = 0.0
         self._work: deque[tuple[Callable[[], Awaitable[None]], Sequence[Held]]] = deque()
@@ -352,11 +355,23 @@ class Promoter:
         self._written.append(held)
         if len(self._written) == 1 and not self._being_removed:
             self._give(self._remove_written, ())
+        elif self._removes_now:
+            self._may_remove.set()
         if self._waiting:
             self._wake.set()
 
+    @property
+    def _removes_now(self) -> bool:
+        """Whether nothing else is under way, or much waits to be removed."""
+        count = len(self._written)
+        return count >= REMOVE_BATCH // 2 or count == len(self._in_flight)
+
     async def _remove_written(self) -> None:
         while self._written:
+            self._may_remove = anyio.Event()
+            if not self._removes_now:
+                with self._backend.clock.move_on_after(REMOVE_DELAY):
+                    await self._may_remove.wait()
             count = min(len(self._written), REMOVE_BATCH)
             batch = [self._written.popleft() for _ in range(count)]
             self._being_removed = count
