@@ -1,4 +1,4 @@
-"""What users give to `Queue`, checked, and the job it stands for."""
+"""Checks the arguments of `Queue` methods, and builds the job."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,17 +25,14 @@ __all__ = [
 ]
 
 NOT_IN_PAYLOADS: Final = ("delay", "debounce", "jobId")
-"""Parameters of `add` that a job as a dict does not have.
-
-Left out silently, they would be missed.
-"""
+"""Parameters of `add` that a job as a dict does not have: they are refused, not dropped."""
 META_LIMIT: Final = 8_192
 """How many bytes (UTF-8) the names and values of a job's `meta` may have together."""
 FIELDS: Final = frozenset({field.name for field in fields(Job)} | {"id", "task"})
 
 
 WriteArguments = Callable[[str, Sequence[Any], Mapping[str, Any]], tuple[list[Any], dict[str, Any]]]
-"""Makes plain data that arrives equal of the arguments for a task: `TaskRegistry.write`."""
+"""Encodes the arguments of a task as plain data that arrives equal: `TaskRegistry.write`."""
 
 
 def write_plainly(
@@ -118,9 +115,9 @@ def checked_call(
 def job_of_payload(
     payload: Mapping[str, Any], now: float, write: WriteArguments = write_plainly
 ) -> Job:
-    """Return a new job from what `Queue.enqueue` is given.
+    """Return a new job from the dict that `Queue.enqueue` is given.
 
-    A dict of `Job.to_dict`, or of what `Job` takes. `now`: Unix seconds.
+    It has the keys of `Job.to_dict` or the fields of `Job`. `now`: Unix seconds.
 
     Raises:
         InvalidArgument: it is no dict, has no task, or a value of the wrong kind.
@@ -149,7 +146,7 @@ def job_of_payload(
 
 
 def checked_args(args: object, name: str) -> list[Any]:
-    """Return a list of what is in a list, a tuple, or what yields its items in order.
+    """Return the items of a list, a tuple or an ordered iterable as a list.
 
     `None` makes an empty list.
 
@@ -206,7 +203,7 @@ def checked_seconds(value: object, name: str) -> float:
     """Return a number of seconds.
 
     Raises:
-        InvalidArgument: it is no finite number. Of a `timedelta`, `total_seconds()` is.
+        InvalidArgument: it is no finite number. Pass `total_seconds()` of a `timedelta`.
     """
     if isinstance(value, int | float) and not isinstance(value, bool):
         try:

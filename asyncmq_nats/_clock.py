@@ -1,7 +1,7 @@
 """The clock that a worker waits by: the system's, unless a test gives its backend another one.
 
-What a caller awaits has its patience by the system's clock: `wait_for`, the steps of a shutdown,
-the answers to a pause. What happens by itself when its time has come follows `Backend.clock`.
+Timeouts of a caller follow the system's clock: `wait_for`, the steps of a shutdown, the answers to
+a pause. Whatever happens by itself at a set time follows `Backend.clock`.
 """
 
 import asyncio
@@ -13,9 +13,9 @@ from typing import Protocol
 import anyio
 import anyio.lowlevel
 
-__all__ = ["PAUSES", "SYSTEM_CLOCK", "Cancellable", "Clock", "SystemClock", "brief_pause"]
+__all__ = ["ACTIVE_PAUSES", "SYSTEM_CLOCK", "Cancellable", "Clock", "SystemClock", "brief_pause"]
 
-PAUSES: set[object] = set()
+ACTIVE_PAUSES: set[object] = set()
 """The short pauses in real time that are under way in this process: see `brief_pause`."""
 
 
@@ -23,7 +23,7 @@ class Cancellable(Protocol):
     """A call that is due later."""
 
     def cancel(self) -> None:
-        """Take it back; does nothing once it was made."""
+        """Cancel the call; do nothing once it was made."""
 
 
 class Clock(Protocol):
@@ -51,10 +51,7 @@ class SystemClock:
     """The time of this machine."""
 
     monotonic = staticmethod(time.monotonic)
-
-    def time(self) -> float:
-        """See `Clock`."""
-        return time.time()
+    time = staticmethod(time.time)
 
     async def sleep(self, seconds: float, *, upkeep: bool = False) -> None:
         """See `Clock`."""
@@ -83,8 +80,8 @@ async def brief_pause(seconds: float) -> None:
         await anyio.lowlevel.checkpoint()
         return
     this = object()
-    PAUSES.add(this)
+    ACTIVE_PAUSES.add(this)
     try:
         await anyio.sleep(seconds)
     finally:
-        PAUSES.discard(this)
+        ACTIVE_PAUSES.discard(this)

@@ -40,14 +40,14 @@ logger = get_logger(__name__)
 
 
 class Home:
-    """The event loop that a backend serves: one at a time."""
+    """The event loop that a backend serves, one at a time."""
 
     def __init__(self) -> None:
         self.loop: asyncio.AbstractEventLoop | None = None
         self._process = 0
 
     def move(self) -> bool:
-        """Take the running event loop for the home. Return whether another one was left for it.
+        """Serve the running event loop. Return whether another one was left for it.
 
         Raises:
             BackendError: the one before still runs.
@@ -64,12 +64,12 @@ class Home:
         return left is not None
 
     def leave(self) -> None:
-        """Have none, until the next `move`."""
+        """Serve no event loop until the next `move`."""
         self.loop = None
 
     @property
     def is_elsewhere(self) -> bool:
-        """Whether it is one of the process that this one was forked from."""
+        """Whether the event loop belongs to the process that this one was forked from."""
         return self._process != os.getpid()
 
 
@@ -129,7 +129,7 @@ class _Turn:
 
 
 class KeyedTurns:
-    """A lock per key for the tasks of an event loop. Only the keys in use are kept."""
+    """A lock per key for the tasks of an event loop. It keeps only the keys in use."""
 
     def __init__(self) -> None:
         self._turns: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[str, _Turn]] = (
@@ -153,10 +153,7 @@ class KeyedTurns:
 
 
 def is_async(function: Any) -> bool:
-    """Return whether calling it returns at once.
-
-    It is a coroutine function, or an object that is called like one.
-    """
+    """Return whether it is a coroutine function, or an object that is called like one."""
     called = getattr(function, "__call__", None)  # noqa: B004
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(called)
 
@@ -199,7 +196,7 @@ def unwrap_single_error() -> Iterator[None]:
         for error in errors:
             if (said := (type(error), str(error))) not in told:
                 told.add(said)
-                logger.warning("beside %r: %r", chosen, error)
+                logger.warning("error %r, raised together with: %r", chosen, error)
         raise chosen from chosen.__cause__
 
 
@@ -222,8 +219,8 @@ def _rank(error: BaseException) -> int:
 def deadline(seconds: float) -> Iterator[None]:
     """Give all calls inside the block that many seconds together.
 
-    `with deadline(2.0): job_id = await queue.add(…)`; the nearest of nested deadlines counts. What
-    was written when the time is over may or may not have been stored; it is not repeated.
+    `with deadline(2.0): job_id = await queue.add(…)`; the nearest of nested deadlines counts. A
+    write under way when the time is over may or may not be stored; it is not repeated.
 
     Raises:
         Unconfirmed: the time is over. It is a `TimeoutError`.
@@ -235,9 +232,9 @@ def deadline(seconds: float) -> Iterator[None]:
 
 
 async def all_done_before(stop: Event, *steps: Callable[[], Awaitable[object]]) -> bool:
-    """Take the steps in turn, and return whether all were done when `stop` was set.
+    """Run the steps in turn until `stop` is set, which cancels the rest.
 
-    What is not done then is cancelled.
+    Return whether all were done.
     """
     done = 0
 

@@ -48,10 +48,7 @@ def get_logger(name: str) -> logging.Logger:
 
 
 class Throttle:
-    """Counts events of one kind, and says when to log them.
-
-    The first at once, then now and then.
-    """
+    """Counts events of one kind; says when to log them: at once, then once per `interval`."""
 
     def __init__(self, interval: float = WARNING_INTERVAL) -> None:
         self._interval = interval

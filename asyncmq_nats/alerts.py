@@ -36,7 +36,7 @@ SIGNATURE: Final = "X-Asyncmq-Signature"
 TIMESTAMP: Final = "X-Asyncmq-Timestamp"
 ANSWER_TIMEOUT: Final = 10.0
 """Seconds that the address of a webhook may take to answer."""
-TOLERANCE: Final = 300.0
+CLOCK_TOLERANCE: Final = 300.0
 """Seconds by which the time of a signature may differ from the receiver's."""
 
 
@@ -56,13 +56,16 @@ class Alert:
 
 
 AlertHook = Callable[[Alert], Any]
-"""A function, sync (called in a thread) or async. What it raises is logged."""
+"""A function, sync (called in a thread) or async. Its exceptions are logged."""
 H = TypeVar("H", bound=AlertHook)
 
 
 @dataclass(slots=True)
 class _Rule:
-    """A check that is made again and again. `is_raised`: it has told, and the matter goes on."""
+    """A check that is made again and again.
+
+    `is_raised`: the alert was raised, and its condition still holds.
+    """
 
     hook: AlertHook
     check: Callable[[], Any]
@@ -73,7 +76,7 @@ class Alerts:
     """Watches one queue, from any program, while `run` runs.
 
     Args:
-        queue: what is watched.
+        queue: the queue to watch.
         interval: seconds between two looks at failure rate and waiting jobs.
     """
 
@@ -86,7 +89,7 @@ class Alerts:
     def on_job_failed(self, hook: H) -> H:
         """Call a function for each job that fails for good; usable as a decorator.
 
-        At most once: what fails while `run` has no connection is not told.
+        It is called at most once: failures while `run` has no connection are lost.
         """
         self._job_hooks.append(hook)
         return hook
@@ -96,12 +99,12 @@ class Alerts:
     ) -> Callable[[H], H]:
         """Return a decorator: call the function when more than a share of the ended jobs failed.
 
-        Once, until the rate has been lower. Needs the history (`Settings.metrics`).
+        It is called again once the rate has been lower. Needs the history (`Settings.metrics`).
 
         Args:
             above: the share, from 0 to 1.
-            over: of the last so many seconds.
-            at_least: and of so many jobs: one failed job of two is no rate.
+            over: the length of the window, in seconds.
+            at_least: how many jobs must have ended: one failure in two jobs says nothing.
         """
 
         async def check() -> Alert | None:
@@ -119,10 +122,10 @@ class Alerts:
         return self._rule(check)
 
     def on_queue_stuck(self, *, longer_than: float = 300.0) -> Callable[[H], H]:
-        """Return a decorator.
+        """Return a decorator: call the function when a job has waited for too long.
 
-        Call the function when a job has waited for longer than so many seconds. Once, until none
-        does. A paused queue is not stuck.
+        `longer_than`: in seconds. It is called again once no job has waited for that long. A paused
+        queue is not stuck.
         """
 
         async def check() -> Alert | None:
@@ -158,7 +161,7 @@ class Alerts:
                 await self.check()
 
     async def check(self) -> None:
-        """Look once at failure rate and waiting jobs. What cannot be read is logged."""
+        """Check failure rate and waiting jobs once. A read that fails is logged."""
         for rule in self._rules:
             try:
                 alert = await rule.check()
@@ -189,7 +192,7 @@ async def _tell(hook: AlertHook, alert: Alert) -> None:
     try:
         await call_either(hook, alert)
     except Exception:
-        logger.exception("the hook %r failed; what it was to tell: %s", hook, alert.message)
+        logger.exception("alert hook %r failed on the alert: %s", hook, alert.message)
 
 
 class Webhook:
@@ -274,7 +277,7 @@ def verify_signature(
     body: bytes,
     *,
     now: float | None = None,
-    tolerance: float = TOLERANCE,
+    tolerance: float = CLOCK_TOLERANCE,
 ) -> bool:
     """Return whether a webhook was signed with this secret, and lately: for who receives it.
 

@@ -1,4 +1,6 @@
-"""What operators did: who, what, when, to how many. The command line and the dashboard write it.
+"""The audit log: which operator did what, when, to how many jobs.
+
+The command line and the dashboard write it.
 
 It is a record for people, not a lock: an action is carried out whether or not it can be recorded.
 """
@@ -18,7 +20,7 @@ from asyncmq_nats.exceptions import (
 from asyncmq_nats.jobs import new_job_id
 from asyncmq_nats.settings import Settings
 from asyncmq_nats.wire.codec import dump_json, load_json
-from asyncmq_nats.wire.keys import audit_bucket, encode_token
+from asyncmq_nats.wire.keys import audit_bucket, encode_token, last_token
 
 __all__ = ["AuditEntry", "AuditPage", "read_audit", "record_action"]
 
@@ -34,7 +36,7 @@ class AuditEntry:
 
     `who`: as the caller knows them, such as `ana` or `cli:root@host`. `action`: such as `job.retry`
     or `queue.pause`. `queue`: its name, `""` if it was none. `target`: such as a job's id, or the
-    filter of many. `count`: to how many it was done. `at`: Unix seconds by the server's clock.
+    filter of many. `count`: the number of jobs. `at`: Unix seconds by the server's clock.
     """
 
     who: str
@@ -47,7 +49,7 @@ class AuditEntry:
     id: str = ""
 
 
-WRITTEN: Final = ("who", "action", "queue", "target", "count", "details")
+STORED_FIELDS: Final = ("who", "action", "queue", "target", "count", "details")
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +78,7 @@ async def record_action(backend: Backend, entry: AuditEntry) -> bool:
         NotSerializable: the details are not JSON.
     """
     log, key = audit_bucket(backend.settings.prefix)
-    fields = {name: getattr(entry, name) for name in WRITTEN}
+    fields = {name: getattr(entry, name) for name in STORED_FIELDS}
     body = dump_json({"v": 1} | fields, "the details")
     subject = f"{key}{encode_token(entry.queue or '-')}.{new_job_id()}"
     write = Write(subject, body, ttl=backend.settings.audit_ttl)
@@ -88,7 +90,13 @@ async def record_action(backend: Backend, entry: AuditEntry) -> bool:
             await backend.write(log, write)
     except AsyncMQError as error:
         what = entry.target or entry.queue
-        logger.warning("not recorded: %s did %s to %r: %s", entry.who, entry.action, what, error)
+        logger.warning(
+            "audit log: could not record that %s did %s to %r: %s",
+            entry.who,
+            entry.action,
+            what,
+            error,
+        )
         return False
     return True
 
@@ -109,8 +117,8 @@ async def read_audit(
         after: the `cursor` of the page before, `None` for the first.
         limit: how many entries at most. A page may have fewer, and a cursor: 5,000 are looked
             through.
-        queue: only what was done to it.
-        who: only what they did.
+        queue: only actions on this queue.
+        who: only actions of this operator.
         action: only this one, such as `job.retry`, or all that begin so, such as `job.`.
 
     Raises:
@@ -165,5 +173,5 @@ def _parse(record: Record) -> AuditEntry | None:
         count=count if isinstance(count, int) else 1,
         details=details if isinstance(details, dict) else {},
         at=record.time,
-        id=record.subject.rpartition(".")[2],
+        id=last_token(record.subject),
     )

@@ -1,4 +1,4 @@
-"""What is wrong with a server, an account and its queues, and how to mend it: typed findings.
+"""Typed findings: faults of a server, an account and its queues, and how to mend them.
 
 `examine` looks at everything and changes nothing; `mend` does what is safe. `check` is one look for
 monitoring. Neither needs the code of the application.
@@ -8,16 +8,17 @@ import json
 import os
 import urllib.request
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import partial
 from typing import Any, Final, Literal
 
+import anyio
 from anyio import to_thread
 
-from asyncmq_nats._concurrency import deadline
+from asyncmq_nats._concurrency import deadline, open_task_group
 from asyncmq_nats._version import __version__
-from asyncmq_nats.backends.base import Backend, Difference, LogFacts, ServerFacts
+from asyncmq_nats.backends.base import Backend, Difference, LogState, ServerFacts
 from asyncmq_nats.exceptions import (
     AsyncMQError,
     ConnectionFailed,
@@ -47,11 +48,15 @@ OFFSET_LIMIT: Final = 1.0
 SMALL_BODY: Final = 256 * 1024
 FULL_SHARE: Final = 0.8
 MONITOR_TIMEOUT: Final = 3.0
-SILENT: Final = 5.0
+REPLICA_LOSS_SECONDS: Final = 5.0
 """Seconds after which a replica that is not up to date counts as lost."""
+SETTLING: Final = (0.1, 0.2, 0.4, 0.8)
+"""Pauses (seconds) before further looks at a log: a replica is behind for moments when in use."""
 STEP_TIMEOUT: Final = 5.0
 """Seconds that one look at a queue may take: a consumer on a lost server does not answer."""
-APPLY: Final = "or apply them: `amq doctor --fix`, ASYNCMQ_NATS_APPLY=true, `amq queue config set`"
+APPLY_ADVICE: Final = (
+    "or apply them: `amq doctor --fix`, ASYNCMQ_NATS_APPLY=true, `amq queue config set`"
+)
 
 Role = Literal["worker", "admin", "reader", "producer"]
 
@@ -65,7 +70,7 @@ class Level(StrEnum):
     ERROR = "error"
 
 
-ORDER: Final = {Level.OK: 0, Level.INFO: 1, Level.WARNING: 2, Level.ERROR: 3}
+SEVERITY: Final = {Level.OK: 0, Level.INFO: 1, Level.WARNING: 2, Level.ERROR: 3}
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +92,7 @@ class Finding:
 
 def worst(levels: Sequence[Level]) -> Level:
     """Return the worst of some levels; OK if there are none."""
-    return max(levels, key=ORDER.__getitem__, default=Level.OK)
+    return max(levels, key=SEVERITY.__getitem__, default=Level.OK)
 
 
 # -- doctor
@@ -135,7 +140,7 @@ async def _examine_server(facts: ServerFacts | None, monitor: str | None) -> lis
 async def _find_queues(
     backend: Backend, queues: Sequence[str] | None, role: Role
 ) -> tuple[list[str], list[Finding]]:
-    """Return the names of the queues to look at, and what is to be said of them together."""
+    """Return the names of the queues to examine, and the findings about all of them."""
     names = list(queues or ())
     if role == "producer":  # its login may look no further
         return names, []
@@ -156,7 +161,10 @@ async def _find_queues(
 
 
 async def mend(findings: Sequence[Finding]) -> list[tuple[Finding, str]]:
-    """Mend what is safe to mend. Return each such finding, and what was done or why not."""
+    """Mend the findings that are safe to mend.
+
+    Return each of them, and what was done or why not.
+    """
     done: list[tuple[Finding, str]] = []
     for finding in findings:
         if finding.fix is not None:
@@ -168,7 +176,7 @@ async def mend(findings: Sequence[Finding]) -> list[tuple[Finding, str]]:
 
 
 def _explain(error: AsyncMQError) -> Finding:
-    """Return the finding for what a call came to."""
+    """Return the finding for the error of a call."""
     text = str(error)
     if isinstance(error, PermissionRefused):
         mend = "give this login the subjects that docs/protocol.md lists for its role"
@@ -314,8 +322,15 @@ async def _examine_permissions(queue: Queue, role: Role) -> list[Finding]:
 async def _examine_logs(queue: Queue, facts: ServerFacts | None) -> list[Finding]:
     prefix, subject = queue.backend.settings.prefix, f"queue {queue.name}"
     names = [f"{prefix}_{queue.name}", f"KV_{prefix}_{queue.name}_scheduler"]
-    logs = [await queue.backend.examine_log(name) for name in names]
-    missing = [name for name, log in zip(names, logs, strict=True) if log is None]
+    logs: dict[str, LogState | None] = dict.fromkeys(names)
+
+    async def look(name: str) -> None:
+        logs[name] = await _look_at_log(queue.backend, name)
+
+    async with open_task_group() as group:
+        for name in names:
+            group.start_soon(look, name)
+    missing = [name for name, log in logs.items() if log is None]
     if len(missing) == len(names):
         return [Finding(Level.INFO, "streams", subject, "it does not exist yet")]
     findings = [
@@ -328,39 +343,54 @@ async def _examine_logs(queue: Queue, facts: ServerFacts | None) -> list[Finding
         )
         for name in missing
     ]
-    for log in logs:
+    for name, log in logs.items():
         if log is not None:
-            findings += _judge_log(log, subject, facts)
+            findings += _judge_log(name, log, subject, facts)
     return findings
 
 
-def _judge_log(log: LogFacts, subject: str, facts: ServerFacts | None) -> list[Finding]:
+async def _look_at_log(backend: Backend, name: str) -> LogState | None:
+    """Return how a log is kept. A replica that is up to date at one of several looks is so."""
+    log = await backend.describe_log(name)
+    for pause in SETTLING:
+        if log is None or (log.has_leader and all(peer.is_current for peer in log.peers)):
+            break
+        current = {peer.name for peer in log.peers if peer.is_current}
+        await anyio.sleep(pause)
+        log = await backend.describe_log(name)
+        if log is not None:
+            peers = [replace(p, is_current=p.is_current or p.name in current) for p in log.peers]
+            log = replace(log, peers=tuple(peers))
+    return log
+
+
+def _judge_log(name: str, log: LogState, subject: str, facts: ServerFacts | None) -> list[Finding]:
     findings: list[Finding] = []
     # A server that is down counts as offline after a while only.
     offline = [
         f"{peer.name} (silent for {peer.silent_seconds:.0f} s)"
         for peer in log.peers
-        if peer.is_offline or (peer.silent_seconds > SILENT and not peer.is_current)
+        if peer.is_offline or (peer.silent_seconds > REPLICA_LOSS_SECONDS and not peer.is_current)
     ]
     late = [peer for peer in log.peers if not peer.is_current] if not offline else []
-    if log.leader is None:
-        what = f"stream {log.name} has no leader: nothing can be added or run"
+    if not log.has_leader:
+        what = f"stream {name} has no leader: nothing can be added or run"
         mend = "start the servers that are down: more than half of its replicas must run"
         findings.append(Finding(Level.ERROR, "leader", subject, what, mend))
     if offline:
-        what = f"stream {log.name} lacks its replica on {', '.join(offline)}"
+        what = f"stream {name} lacks its replica on {', '.join(offline)}"
         mend = "start that server; if it is gone for good, `nats stream cluster peer-remove`"
         findings.append(Finding(Level.ERROR, "replica", subject, what, mend))
     if late:
-        what = f"stream {log.name}: {late[0].name} is {late[0].lag:,} operations behind"
+        what = f"stream {name}: {late[0].name} is {late[0].lag:,} operations behind"
         mend = "wait; if it does not catch up, look at that server's disk and log"
         findings.append(Finding(Level.WARNING, "replica", subject, what, mend))
     if facts is not None and facts.is_clustered and log.replicas == 1:
-        what = f"stream {log.name} has one replica in a cluster: it stands still with its server"
+        what = f"stream {name} has one replica in a cluster: it stands still with its server"
         mend = f"amq queue config set {subject.removeprefix('queue ')} replicas=3"
         findings.append(Finding(Level.WARNING, "replicas", subject, what, mend))
     if log.max_bytes is not None and log.bytes > FULL_SHARE * log.max_bytes:
-        what = f"stream {log.name} has {log.bytes:,} of {log.max_bytes:,} bytes"
+        what = f"stream {name} has {log.bytes:,} of {log.max_bytes:,} bytes"
         mend = "run more workers, clean outcomes, or raise the limit by `queue config set`"
         findings.append(Finding(Level.WARNING, "storage", subject, what, mend))
     return findings
@@ -374,7 +404,7 @@ async def _examine_drift(queue: Queue) -> list[Finding]:
     findings: list[Finding] = []
     for each in await queue.find_drift():
         mend = "set this process's settings right; "
-        mend += APPLY if each.can_change else "the server cannot change it in place"
+        mend += APPLY_ADVICE if each.can_change else "the server cannot change it in place"
         # All differences of a queue are mended together, by the first one.
         is_first = each.can_change and not any(found.fix for found in findings)
         findings.append(
@@ -395,7 +425,7 @@ def _describe(difference: Difference) -> str:
 
 
 async def _examine_work(queue: Queue) -> list[Finding]:
-    """Look for jobs that nobody runs, and for what was left over."""
+    """Look for jobs that no worker runs, and for what was left over."""
     subject = f"queue {queue.name}"
     counts = await queue.queue_stats()
     workers = await queue.list_workers()
@@ -445,7 +475,7 @@ def subjects_of(
         f"STREAM.INFO.{bucket}",
     ]
     change = [
-        f"CONSUMER.PAUSE.{ready}.tier_5",
+        f"CONSUMER.PAUSE.{ready}.doctor",  # there is no such consumer: nothing can be resumed
         f"STREAM.MSG.DELETE.{ready}",
         f"STREAM.MSG.DELETE.{bucket}",
         f"STREAM.PURGE.{bucket}",
@@ -485,7 +515,7 @@ def subjects_of(
 
 @dataclass(frozen=True, slots=True)
 class Thresholds:
-    """From when on a check warns, and from when on it is an error. `None` is no bound.
+    """The bounds from which a check is a warning or an error. `None` is no bound.
 
     `waiting`: jobs that wait. `age`: seconds for which the oldest of them has waited. `failed`:
     failed jobs that are kept. `workers`: fewer are an error.
@@ -511,7 +541,7 @@ async def check(
 ) -> Check:
     """Look at the queues, by default at all, and compare with the thresholds.
 
-    What cannot be reached is an error, not an exception.
+    A server that cannot be reached is an error, not an exception.
     """
     bounds = thresholds or Thresholds()
     figures: dict[str, dict[str, float]] = {}

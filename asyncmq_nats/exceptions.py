@@ -35,7 +35,8 @@
     │   ├── PermissionRefused (PermissionError)  the server's permissions forbid it
     │   ├── StorageFull                      a store or a stream has no room for a write
     │   ├── StreamBusy                       a stream takes no more batches now
-    │   └── AssetMissing (LookupError)       a stream or consumer is not there
+    │   ├── AssetMissing (LookupError)       a stream or consumer is not there
+    │   └── AssetOffline                     a stream or consumer whose servers are all down
     ├── ServerBinaryMissing (RuntimeError)   no nats-server to embed
     ├── LoopRunning (RuntimeError)           a blocking call inside a running event loop
     └── VirtualTimeStuck (RuntimeError)      a virtual clock that cannot be moved
@@ -51,6 +52,7 @@ from typing import Any, Self
 
 __all__ = [
     "AssetMissing",
+    "AssetOffline",
     "AsyncMQError",
     "BackendError",
     "BulkAddFailed",
@@ -256,7 +258,7 @@ class JobNotFound(AsyncMQError, LookupError):
 
 
 class WrongState(AsyncMQError):
-    """What was asked for cannot be done to a job in its state."""
+    """The state of a job does not allow the request."""
 
     def __init__(self, job_id: str, state: str, verb: str, reason: str) -> None:
         self.job_id, self.state = job_id, state
@@ -264,7 +266,7 @@ class WrongState(AsyncMQError):
 
 
 class QueueNotPaused(AsyncMQError):
-    """A queue whose workers may start the jobs that something else is to be done to."""
+    """A queue must be paused first: its workers may start the jobs meanwhile."""
 
     def __init__(self, queue: str, what: str) -> None:
         super().__init__(
@@ -385,9 +387,9 @@ class Snooze(AsyncMQError):
 
 
 class Expired(AsyncMQError):
-    """Raise it in a task to end the job as expired: it came too late to be of use."""
+    """Raise it in a task to end the job as expired: its result is of no use any more."""
 
-    def __init__(self, reason: str = "the task came too late") -> None:
+    def __init__(self, reason: str = "the task was too late") -> None:
         super().__init__(reason)
 
 
@@ -451,7 +453,7 @@ class BackendError(AsyncMQError):
 
 
 class WriteRefused(BackendError):
-    """What a write expected of the log was not so; nothing of it was written."""
+    """An expectation of a write did not hold; nothing was written."""
 
     def __init__(self, log: str, detail: str) -> None:
         super().__init__(f"write to {log!r} refused: {detail}")
@@ -497,7 +499,7 @@ class ConnectionLost(BackendError, ConnectionError):
 
 
 class ServerUnsuitable(BackendError):
-    """The server lacks what the queue is built on."""
+    """The server lacks a feature that the queue needs."""
 
     def __init__(self, reason: str, remedy: str) -> None:
         super().__init__(f"{reason}: {remedy}")
@@ -541,6 +543,13 @@ class AssetMissing(BackendError, LookupError):
         self, asset: str, remedy: str = "start a worker or a producer that may declare it"
     ) -> None:
         super().__init__(f"{asset} does not exist: {remedy}")
+
+
+class AssetOffline(BackendError):
+    """All servers of a cluster that hold a stream or a consumer are down."""
+
+    def __init__(self, asset: str, text: str) -> None:
+        super().__init__(f"{asset}: {text}: all servers that hold it are down; start one of them")
 
 
 class ServerBinaryMissing(AsyncMQError, RuntimeError):

@@ -159,7 +159,7 @@ class Bench:
         self.server = server_pid()
 
     async def queue(self, jobs: int, seconds: float) -> Queue:
-        """Return a new queue with so many jobs."""
+        """Return a new queue with this many jobs."""
         queue = Queue(f"busy{next(names)}", self.backend, registry=registry)
         entry = {"task_id": "work", "args": [seconds]}
         for start in range(0, jobs, 10_000):
@@ -335,7 +335,7 @@ async def measure_killed(bench: Bench, case: Case) -> None:
 async def until_left(
     bench: Bench, stream: str, left: int, since: float | None = None
 ) -> float | None:
-    """Wait until at most so many jobs are left; return the seconds since, `None` after 120 s."""
+    """Wait until at most `left` jobs are left; return the seconds since, `None` after 120 s."""
     begun = time.monotonic() if since is None else since
     while await messages(bench.client, stream) > left:
         if time.monotonic() - begun > DRAIN_SECONDS:

@@ -3,8 +3,7 @@
 Time of the whole process, its memory, and the search behind them. python benchmarks/commands.py
 [--sizes 1000,100000,1000000]
 
-Each size is a queue of so many completed jobs, and 100 failed ones between them. `process` is all
-of
+Each size is a number of completed jobs, with 100 failed ones between them. `process` is all of
 `python -m asyncmq_nats …`, of which `version` is the part that no queue has a share in.
 """
 

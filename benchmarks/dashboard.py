@@ -3,7 +3,7 @@
     python benchmarks/dashboard.py [--jobs 1000000] [--seconds 60] [--idle]
 
 A server, the queue's jobs, and a dashboard as a program of its own. What asks for its pages does so
-as the page's script does: it listens for changes, gets the page anew after each, and the charts
+as the page's script does: it listens for changes, reloads the page after each, and the charts
 every ten seconds. A worker runs jobs meanwhile, unless `--idle`. CPU times are those of the
 processes, by /proc.
 """

@@ -38,7 +38,7 @@ registry.register(work, queue="bench", name="work")
 async def measure_parents(
     backend: CountingBackend, server: int, parents: int, with_child: bool, limit: float
 ) -> None:
-    """Run a flow of so many parents, and print what a parent cost."""
+    """Run a flow with this many parents, and print the cost of one."""
     queue = Queue(f"fan{next(names)}", backend, registry=registry)
     jobs = [Job(task_id="work") for _ in range(parents)]
     child = Job(task_id="work", depends_on=[job.job_id for job in jobs])

@@ -95,13 +95,14 @@ async def workers(
 
 async def until(read: Callable[[], Awaitable[Any]], condition: Callable[[Any], bool]) -> Any:
     with anyio.fail_after(PATIENCE):
-        while not condition(value := await read()):  # noqa: ASYNC110  what other processes do, no event tells
+        # No event tells of what other processes do.
+        while not condition(value := await read()):  # noqa: ASYNC110
             await anyio.sleep(0.01)
     return value
 
 
 async def completed(queue: Queue, count: int) -> list[tuple[float, int]]:
-    """Wait until so many jobs have completed and return their starts, in order."""
+    """Wait until `count` jobs have completed and return their starts, in order."""
     await until(queue.queue_stats, lambda stats: stats["completed"] >= count)
     return sorted(
         (started, pid)

@@ -2,9 +2,8 @@
 
 python benchmarks/large_queues.py [--sizes 1000,100000,1000000] [--no-clean]
 
-Each size is a queue of so many completed jobs and 100 failed ones between them. Runs on older
-releases too: what they lack is left out. Server CPU is what the server used meanwhile, in
-milliseconds.
+Each size is a number of completed jobs, with 100 failed ones between them. Runs on older releases
+too: what they lack is left out. Server CPU is what the server used meanwhile, in milliseconds.
 """
 
 import argparse

@@ -20,7 +20,7 @@ ROUNDS = 3
 
 
 def rate(call: Callable[[], object], threads: int, seconds: float) -> float:
-    """Return the calls per second of so many threads together."""
+    """Return the calls per second of all threads together."""
     counts = [0] * threads
     begin = threading.Barrier(threads + 1)
     end = threading.Event()

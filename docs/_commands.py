@@ -15,7 +15,7 @@ LEFT_OUT: Final = ("install_completion", "show_completion", "help")
 
 
 def write_commands(text: str) -> str:
-    """Return the page with the reference written anew; what is above the mark stays."""
+    """Return the page with a new reference below the mark; the text above it stays."""
     head, mark, _ = text.partition(MARK)
     assert mark, "the page has no mark"
     return head + mark + "\n" + "\n".join(_group(get_command(make_app()), "amq"))

@@ -38,7 +38,7 @@ async def main(text: str) -> int:
         "priority": PRIORITY,
     }
     events: asyncio.Queue[Msg] = asyncio.Queue()
-    # Before the publish: an event is heard by whoever listens, and kept for nobody.
+    # Before the publish: an event reaches the subscribers of its moment, and is not kept.
     await client.subscribe(f"{PREFIX}.{QUEUE}.event.*.{job_id}", cb=events.put)
     try:
         # The message id makes it safe to publish again if no answer comes.
@@ -100,7 +100,7 @@ if __name__ == "__main__":
         code = 130
     except (
         BrokenPipeError
-    ):  # nobody reads on, as with `| head`: what is still to be written goes nowhere
+    ):  # the reader has gone, as with `| head`: drop what is still to be written
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
     sys.exit(code)

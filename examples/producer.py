@@ -3,7 +3,7 @@
 Adds jobs at a steady pace, waits for their results and prints them, until SIGTERM or Ctrl-C.
 ASYNCMQ_NATS_SERVERS   addresses of the NATS servers (nats://127.0.0.1:4222)
     INTERVAL               seconds between two jobs (0.5)
-    JOBS                   end after so many (0: never)
+    JOBS                   end after this many (0: never)
 
 When asked to stop, it adds no more and waits up to five seconds for the results that are
 outstanding.
@@ -38,7 +38,7 @@ def read_number(name: str, default: float) -> float:
 
 INTERVAL = read_number("INTERVAL", 0.5)
 JOBS = int(read_number("JOBS", 0))
-FAREWELL = 5.0
+SHUTDOWN_TIMEOUT = 5.0
 
 counts: Counter[str] = Counter()
 
@@ -82,7 +82,7 @@ async def produce(backend: NATSBackend, stopping: anyio.Event) -> None:
                 await stopping.wait()
                 break
         if stopping.is_set():
-            group.cancel_scope.deadline = anyio.current_time() + FAREWELL
+            group.cancel_scope.deadline = anyio.current_time() + SHUTDOWN_TIMEOUT
 
 
 async def stop_on_signal(stopping: anyio.Event) -> None:
@@ -110,7 +110,7 @@ def main() -> int:
         print(*errors.exceptions, sep="\n", file=sys.stderr)
     except* (
         BrokenPipeError
-    ):  # nobody reads on, as with `| head`: what is still to be written goes nowhere
+    ):  # the reader has gone, as with `| head`: drop what is still to be written
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     else:
         return 0

@@ -1,7 +1,7 @@
 """Every kind of job there is, added, run and shown: python examples/quickstart.py
 
 Starts a nats-server of its own, or uses the one in ASYNCMQ_NATS_SERVERS, where others may run it
-too. Ends with 0 if every job came to what it should.
+too. Ends with 0 if every job has the outcome that it should.
 """
 
 import logging
@@ -265,7 +265,7 @@ def main() -> int:
         complain(errors)
     except* (
         BrokenPipeError
-    ):  # nobody reads on, as with `| head`: what is still to be written goes nowhere
+    ):  # the reader has gone, as with `| head`: drop what is still to be written
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except* TimeoutError:
         print(f"\nNot all jobs ended within {PATIENCE:g} s.", file=sys.stderr)

@@ -15,6 +15,7 @@ from asyncmq_nats.backends.nats.embedded.server import EmbeddedServer
 from asyncmq_nats.exceptions import ServerBinaryMissing
 from asyncmq_nats.settings import Settings
 from asyncmq_nats.testing import VirtualBackend
+from tests.nats.processes import MakeServer
 from tests.passing import clocks
 
 # A shell has its background jobs ignore SIGINT, and so would every program that a test starts.
@@ -59,7 +60,7 @@ def anyio_backend() -> str:
 
 @pytest.fixture
 def settings() -> Settings:
-    """Settings with short leases; a test module that needs others defines this fixture anew."""
+    """Settings with short leases; a test module that needs others defines this fixture."""
     return Settings(
         stalled_after=1.0,
         connect_timeout=5.0,
@@ -70,9 +71,15 @@ def settings() -> Settings:
 
 
 @pytest.fixture
-def server(tmp_path: Path) -> Iterator[EmbeddedServer]:
+def server_config() -> str:
+    """The configuration of `server`; a test module that needs another one defines this fixture."""
+    return ""
+
+
+@pytest.fixture
+def server(tmp_path: Path, server_config: str) -> Iterator[EmbeddedServer]:
     """A running server with an empty store."""
-    embedded = EmbeddedServer(tmp_path / "nats")
+    embedded = EmbeddedServer(tmp_path / "nats", config=server_config)
     try:
         embedded.start()
     except ServerBinaryMissing as error:
@@ -80,8 +87,27 @@ def server(tmp_path: Path) -> Iterator[EmbeddedServer]:
             raise
         pytest.skip(str(error))
     yield embedded
-    embedded.kill()  # thirty times as fast as `stop`, and nobody needs what it would save
+    embedded.kill()  # thirty times as fast as `stop`, and no test needs what it would save
     embedded.stop()
+
+
+@pytest.fixture
+def make_server(server: EmbeddedServer, tmp_path: Path) -> Iterator[MakeServer]:
+    """Maker of a server with a configuration of its own.
+
+    `server` is there to skip where there is no nats-server.
+    """
+    servers: list[EmbeddedServer] = []
+
+    def make(config: str) -> EmbeddedServer:
+        servers.append(EmbeddedServer(tmp_path / f"configured-{len(servers)}", config=config))
+        servers[-1].start()
+        return servers[-1]
+
+    yield make
+    for each in servers:
+        each.kill()
+        each.stop()
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ clocks: list[VirtualClock] = []
 
 
 async def pass_time(seconds: float) -> None:
-    """Return when so many seconds have passed."""
+    """Let `seconds` pass, on the virtual clock if there is one."""
     if clocks:
         await clocks[-1].advance(seconds)
     else:

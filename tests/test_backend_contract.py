@@ -5,6 +5,7 @@ The other parts of the contract: `test_backend_contract_timers.py`, `…_leases.
 """
 
 import logging
+import re
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
@@ -24,7 +25,7 @@ from asyncmq_nats.backends.base import (
     Write,
 )
 from asyncmq_nats.exceptions import AssetMissing, BackendError, PayloadTooLarge, WriteRefused
-from tests.receiver import PATIENCE, until
+from tests.receiver import PATIENCE, holds, until
 
 NOTES = Log("notes", ("notes.>",), timers=True)
 KEYS = Log("KV_keys", ("$KV.keys.>",), timers=True)
@@ -70,6 +71,43 @@ async def test_a_block_of_code_connects_and_closes(make_backend: Callable[[], Ba
     await backend.list_logs("")
     assert received == []
     await backend.close()
+
+
+async def test_a_backend_tells_whether_it_is_connected(
+    make_backend: Callable[[], Backend],
+) -> None:
+    backend = make_backend()
+    await backend.close()
+    assert not backend.is_connected
+    await backend.connect()
+    assert backend.is_connected
+    assert 0.0 <= await backend.ping() < PATIENCE
+    assert backend.reconnects == 0
+    await backend.close()
+    assert not backend.is_connected
+
+
+async def test_a_server_is_described(backend: Backend) -> None:
+    await backend.write("notes", Write("notes.a", b"12345"))
+    facts = await backend.describe_server()
+    if facts is not None:  # in memory there is none
+        assert re.fullmatch(r"\d+\.\d+\.\d+", facts.version)
+        assert backend.max_body <= facts.max_body
+        assert facts.clock_offset is not None
+        assert abs(facts.clock_offset) < 2
+        assert facts.stored_bytes is not None
+        assert facts.max_stored_bytes is None or facts.stored_bytes < facts.max_stored_bytes
+
+
+async def test_to_ask_what_is_refused_has_no_effects(backend: Backend, twin: Backend) -> None:
+    heard: list[Signal] = []
+    await twin.subscribe("news.>", heard.append)
+    state = await backend.describe_log("notes")
+    assert await backend.find_refused(["notes.a", "notes.b"], ["news.*", "notes.>"]) == []
+    await backend.publish("news.told")
+    await holds(lambda: bool(heard))
+    assert [signal.subject for signal in heard] == ["news.told"]
+    assert await backend.describe_log("notes") == state
 
 
 async def test_now_is_unix_time(backend: Backend) -> None:
@@ -146,7 +184,23 @@ async def test_a_log_is_described(backend: Backend) -> None:
     assert (state.records, state.last_sequence) == (2, 2)
     assert state.bytes >= len("notes.anotes.b12345")
     assert (state.replicas, state.replicas_behind, state.max_bytes) == (1, 0, None)
+    assert (state.has_leader, state.peers) == (True, ())
     assert await backend.describe_log("nothing") is None
+
+
+async def test_what_is_not_as_declared_is_told_and_changed(backend: Backend, twin: Backend) -> None:
+    await backend.declare_consumer("notes", Consumer("reader", ("notes.>",), lease=30))
+    wanted = [Consumer("reader", ("notes.>",), lease=40), Consumer("none", ("notes.a",), lease=40)]
+    for name in ("notes", "nothing"):  # what is not there does not differ
+        assert await backend.compare(replace(NOTES, name=name), [wanted[1]], backend.settings) == []
+    (difference,) = await twin.compare(NOTES, wanted, twin.settings)
+    assert difference.can_change
+    assert "reader" in difference.asset
+    assert difference.found != difference.wanted
+    assert await twin.change(NOTES, wanted, twin.settings) == [difference]
+    assert await backend.compare(NOTES, wanted, backend.settings) == []
+    assert await backend.change(NOTES, wanted, backend.settings) == []
+    assert await backend.list_consumers("notes") == ["reader"]
 
 
 async def test_a_log_is_declared_again_once_its_loss_is_known(
@@ -186,6 +240,7 @@ NAMES_A_LOG: dict[str, Callable[[Backend], Awaitable[object]]] = {
     "page_back": lambda backend: backend.page_back("none", "none.>"),
     "latest": lambda backend: backend.latest("none", "none.>"),
     "count": lambda backend: backend.count("none"),
+    "count matches": lambda backend: backend.count("none", "notes.*"),
     "list_subjects": lambda backend: backend.list_subjects("none", "none.>"),
     "last_sequence": lambda backend: backend.last_sequence("none"),
     "delete": lambda backend: backend.delete("none", 1),
@@ -230,6 +285,17 @@ async def test_what_is_in_a_log_is_counted_and_listed(backend: Backend) -> None:
     assert (await backend.count("notes"), await backend.last_sequence("notes")) == (3, last)
     await backend.delete("notes", last)
     assert (await backend.count("notes"), await backend.last_sequence("notes")) == (2, last)
+
+
+async def test_the_records_that_match_a_filter_are_counted(backend: Backend) -> None:
+    await backend.declare_log(KEYS)
+    names = ("a.1", "b.1", "b.2", "a.2", "a.3")
+    writes = [Write(f"$KV.keys.{name}", b"x" * 5000) for name in names]
+    for write in writes:
+        await backend.write("KV_keys", write)
+    await backend.write("KV_keys", writes[0])  # replaces the first
+    for filter, expected in (("a.*", 3), ("b.*", 2), ("*.2", 2), ("a.3", 1), ("c.*", 0), (">", 5)):
+        assert await backend.count("KV_keys", f"$KV.keys.{filter}") == expected
 
 
 async def test_overwrite_replaces(backend: Backend) -> None:
@@ -354,7 +420,10 @@ async def test_the_hint_that_most_records_match_changes_no_page(
 
 
 async def fill(backend: Backend, matches: Callable[[int], bool], count: int) -> list[int]:
-    """Write so many records, and return the sequences of those that match `notes.a.*`, each with an index entry before it."""
+    """Write `count` records, each with an index entry before it.
+
+    Return the sequences of those that match `notes.a.*`.
+    """
     writes: list[Write] = []
     for n in range(count):
         kind = "a" if matches(n) else "b"
@@ -479,7 +548,7 @@ async def test_a_discard_tells_whether_the_record_was_there(backend: Backend) ->
     assert isinstance(removed[2], AssetMissing)
 
 
-async def test_a_discard_that_tells_nobody_removes(backend: Backend) -> None:
+async def test_a_discard_without_an_answer_removes(backend: Backend) -> None:
     sequence = await backend.write("notes", Write("notes.a", b""))
     backend.discard("notes", sequence)
     await until(lambda: backend.count("notes"), lambda count: count == 0)

@@ -54,6 +54,19 @@ async def test_without_credit_nothing_is_delivered(backend: Backend, receiver: R
     assert len(receiver.deliveries) == 1
 
 
+async def test_a_puller_that_is_answered_is_not_silent(
+    backend: Backend, receiver: Receiver
+) -> None:
+    assert receiver.puller.silent_for == 0.0
+    await receiver.pull_rest("one", wait=SHORT)
+    assert receiver.puller.silent_for == 0.0
+    await add(backend, "1.a")
+    await receiver.pull("one")
+    assert receiver.puller.silent_for == 0.0
+    await receiver.puller.close()
+    assert receiver.puller.silent_for == 0.0
+
+
 async def test_credit_is_never_exceeded(backend: Backend, receiver: Receiver) -> None:
     await add(backend, *(f"1.{number:03}" for number in range(50)))
     await receiver.puller.request("one", 3, wait=PATIENCE)
@@ -81,7 +94,7 @@ async def test_a_waiting_request_is_served_when_records_come(
     assert receiver.puller.outstanding("one") == 0
 
 
-async def test_pulls_that_wait_are_counted_whoever_sent_them(
+async def test_pulls_that_wait_are_counted_of_all_workers(
     backend: Backend, twin: Backend, receiver: Receiver
 ) -> None:
     other = Receiver(twin, "jobs")

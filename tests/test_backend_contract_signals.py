@@ -21,14 +21,14 @@ class Listener:
         self._changed = anyio.Event()
 
     async def wait_for(self, count: int) -> list[Signal]:
-        """Return the signals as soon as there are so many."""
+        """Return the signals as soon as there are `count`."""
         with anyio.fail_after(PATIENCE):
             while len(self.signals) < count:
                 await self._changed.wait()
         return self.signals
 
 
-async def test_a_signal_reaches_whoever_listens(backend: Backend, twin: Backend) -> None:
+async def test_a_signal_reaches_every_listener(backend: Backend, twin: Backend) -> None:
     exact, wild, rest = Listener(), Listener(), Listener()
     for subject, listener in (("control.a.b", exact), ("control.*.b", wild), ("control.>", rest)):
         await backend.subscribe(subject, listener.hear)
@@ -106,7 +106,7 @@ async def test_a_request_returns_the_first_answer(backend: Backend, twin: Backen
             assert await twin.request("control.ping", b"who?", timeout=PATIENCE) == b"me"
 
 
-async def test_a_request_that_nobody_answers_returns_none(backend: Backend) -> None:
+async def test_a_request_without_an_answer_returns_none(backend: Backend) -> None:
     assert await backend.request("control.nobody", timeout=0.1) is None
     await backend.subscribe("control.silent", lambda _: None)
     with anyio.fail_after(PATIENCE):

@@ -152,7 +152,7 @@ async def test_a_ttl_ends_before_its_owner(backend: Backend) -> None:
     assert await queue.get_job_state(owner) == "delayed"
 
 
-async def test_extend_begins_the_window_anew(backend: Backend) -> None:
+async def test_extend_begins_the_window_again(backend: Backend) -> None:
     queue = queue_of(backend)
     window = KEY | {"ttl": 0.8, "extend": True}
     owner = await queue.add("echo", deduplication=window)

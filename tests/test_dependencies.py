@@ -327,7 +327,7 @@ async def test_a_child_waits_while_its_parent_is_retried(backend: Backend) -> No
 
 
 @pytest.mark.parametrize("place", ["delayed", "waiting-children"])
-async def test_who_waits_for_a_job_learns_of_its_end_though_whoever_cancelled_it_died(
+async def test_a_waiter_learns_of_a_cancelled_job_though_the_canceller_died(
     backend: Backend, place: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     queue = queue_of(backend)
@@ -460,7 +460,7 @@ class TestLosses:
     async def test_a_failure_cascades_although_the_worker_was_lost_half_way(
         self, backend: Backend
     ) -> None:
-        """The outcome of the parent and that of its child are there, the grandchild has not been told: the redelivery tells it."""
+        """Parent and child have outcomes, the grandchild does not know: a redelivery tells it."""
         queue = queue_of(backend)
         parent = await queue.add("fail")
         child = await queue.add("echo", depends_on=[parent], on_parent_failure="fail")

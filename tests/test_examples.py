@@ -109,7 +109,7 @@ def test_a_signal_ends_quickstart_and_its_server(number: signal.Signals) -> None
     assert not is_served(url)
 
 
-def test_quickstart_ends_with_its_server_when_nobody_reads_on() -> None:
+def test_quickstart_ends_with_its_server_when_its_reader_has_gone() -> None:
     run = start_example("quickstart.py")
     url = re.sub(".* at ", "", read_to("an embedded nats-server", run.stdout).strip())
     assert run.stdout is not None

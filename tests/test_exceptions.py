@@ -9,6 +9,7 @@ import pytest
 from asyncmq_nats import exceptions
 from asyncmq_nats.exceptions import (
     AssetMissing,
+    AssetOffline,
     AsyncMQError,
     BackendError,
     BulkAddFailed,
@@ -103,6 +104,7 @@ DRAWN = re.compile(r"^ {4}([│├└─ ]+)(\w+)(?: +\(([\w, ]+)\))?", re.MULTI
             ["publishing", "denied", "declare=False"],
         ),
         (AssetMissing("stream x"), LookupError, ["stream x", "declare"]),
+        (AssetOffline("stream x", "is offline"), BackendError, ["stream x", "start one"]),
         (LoopRunning("enqueue()", "await it"), RuntimeError, ["enqueue()", "await it"]),
         (VirtualTimeStuck("a job waits"), RuntimeError, ["a job waits"]),
         (ServerBinaryMissing(), RuntimeError, ["asyncmq-nats[embedded]"]),

@@ -221,7 +221,7 @@ class Frozen:
             await self.lifecycle.hand_back(self.attempt)
             return None
         if what == "succeeds":
-            await self.lifecycle.complete(self.attempt, "frozen", lambda *end: told.append(end))
+            self.lifecycle.complete(self.attempt, "frozen", lambda *end: told.append(end))
         elif what == "fails":
             await self.lifecycle.fail(self.attempt, failure, lambda *end: told.append(end))
         else:
@@ -298,7 +298,7 @@ async def test_an_outcome_that_is_sent_again_does_not_undo_a_retry_by_hand(queue
     with pytest.raises(WriteRefused) as refused:  # its confirmation was lost
         await queue.backend.write(BUCKET, sent[0])
     assert await lifecycle.settled(attempt, sent[0], refused.value) is Disposition.ACK, (
-        "its message may go: the job has begun anew"
+        "its message may go: the job has begun again"
     )
     delivery.ack()
     async with running(queue):
@@ -482,7 +482,7 @@ async def test_junk_beside_a_job_that_is_delivered_again_does_not_end_it(queue: 
 async def test_a_job_that_was_put_off_outlives_the_message_from_which_it_was(
     queue: Queue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its worker was lost before the ack: a redelivery says so, as the promoter finds the message."""
+    """Its worker was lost before the ack: a redelivery tells, as the promoter finds the message."""
     await queue._assets.declare_all()
     job_id = await queue.add("echo", ["still here"])
     (delivery,) = await Receiver(queue.backend, READY).pull("tier_5")

@@ -76,7 +76,7 @@ async def run_what_can(queue: Queue) -> None:
 
 
 async def know_secret(queue: Queue) -> None:
-    """Have what is made once in a queue made, so that it is not among the writes that are counted."""
+    """Make the secret of the queue, so that its write is not counted."""
     await queue._assets.declare()
     await queue._additions.dependencies.parked.secret.get()
 
@@ -479,13 +479,13 @@ class TestFollowUps:
 
         def runner(**options: Any) -> Any:
             made = real(**options)
-            complete = made._lifecycle.complete
+            complete = made._lifecycle.complete_with_follow_ups
 
             async def late(*args: Any) -> None:
                 assert await other.cancel_job(job_id)
                 await complete(*args)
 
-            monkeypatch.setattr(made._lifecycle, "complete", late)
+            monkeypatch.setattr(made._lifecycle, "complete_with_follow_ups", late)
             return made
 
         monkeypatch.setattr(queue, "runner", runner)

@@ -114,7 +114,7 @@ class TestInTheEnd:
     def settings(self) -> Settings:
         return Settings(stalled_after=2.0, unknown_task_timeout=1.5)
 
-    async def test_a_task_that_nobody_knows_fails(self, backend: Backend) -> None:
+    async def test_a_task_that_no_worker_knows_fails(self, backend: Backend) -> None:
         queue = make_queue(backend)
         job_id = await queue.add("never", retries=5)
         async with running(queue):

@@ -619,7 +619,7 @@ async def test_a_dict_that_is_too_large_is_refused(queue: Queue) -> None:
         await queue.enqueue({"task_id": "echo", "args": ["x" * queue.backend.max_body]})
 
 
-# -- failures that are nobody's exception
+# -- failures without an exception of the task
 
 
 async def test_an_unknown_task_is_a_failed_job(queue: Queue) -> None:
@@ -780,7 +780,7 @@ async def test_wait_for_no_job_raises(queue: Queue) -> None:
 
 
 @pytest.mark.parametrize("timeout", [0.05, 0.001, 0, -1])
-async def test_wait_for_gives_up_in_time_and_harms_nobody(queue: Queue, timeout: float) -> None:
+async def test_wait_for_gives_up_in_time_and_harms_no_other(queue: Queue, timeout: float) -> None:
     job_id = await queue.add("echo")
     for _ in range(10):
         with pytest.raises(TimeoutError):
@@ -790,7 +790,7 @@ async def test_wait_for_gives_up_in_time_and_harms_nobody(queue: Queue, timeout:
         await run_jobs(queue)
 
 
-async def test_a_wait_that_is_cancelled_anywhere_harms_nobody(queue: Queue) -> None:
+async def test_a_wait_that_is_cancelled_anywhere_harms_no_other(queue: Queue) -> None:
     job_id = await queue.add("echo")
     for steps in range(1, 25):
         async with anyio.create_task_group() as group:
@@ -1038,7 +1038,7 @@ async def test_pages_make_no_difference(
     expected = {order: await queue.get_jobs(asc=order) for order in (True, False)}
     for few in (0, 500):
         monkeypatch.setattr("asyncmq_nats.store.pages.PAGE_SIZE", page)
-        monkeypatch.setattr("asyncmq_nats.store.pages.FEW", few)
+        monkeypatch.setattr("asyncmq_nats.store.pages.SMALL_LIST_LIMIT", few)
         for order, jobs in expected.items():
             assert len(jobs) == 30
             assert await queue.get_jobs(asc=order) == jobs

@@ -1,4 +1,4 @@
-"""Where jobs are stored, and which backend a queue takes when it is given none."""
+"""The backends, and the choice of the default one."""
 
 from contextvars import ContextVar
 
@@ -14,7 +14,7 @@ backend_of_context: ContextVar[Backend | None] = ContextVar("asyncmq_nats_backen
 def default_backend() -> Backend:
     """Return the backend of queues that are given none: `settings.backend`.
 
-    Unless one was set, it is a `NATSBackend` of the settings, one for this process.
+    By default it is a `NATSBackend` of the settings, one for this process.
     """
     chosen: Backend | None = backend_of_context.get()
     if chosen is not None:
@@ -29,5 +29,5 @@ def default_backend() -> Backend:
 
 
 def set_default_backend(backend: Backend | None) -> None:
-    """Choose that backend; `None` goes back to one of the settings."""
+    """Set the default backend; `None` goes back to one of the settings."""
     settings.backend = backend

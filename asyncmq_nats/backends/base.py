@@ -65,11 +65,10 @@ class Log:
 class Consumer:
     """Declaration of a consumer.
 
-    A cursor over the records of a log that match any of `filters`, oldest first. With a `lease`
-    (seconds) it is pulled from, and a delivery that is neither settled nor extended for so long is
-    delivered again.
-    Without one it only counts: nothing is ever delivered, and `ConsumerState.pending` is the number
-    of matching records.
+    A cursor over the records of a log that match any of `filters`, oldest first. With a `lease` it
+    is pulled from, and a delivery that is neither settled nor extended for this many seconds is
+    delivered again. A consumer without a lease only counts: it delivers nothing, and
+    `ConsumerState.pending` is the number of matching records.
     """
 
     name: str
@@ -80,7 +79,7 @@ class Consumer:
 
 @dataclass(frozen=True, slots=True)
 class ServerFacts:
-    """What a server tells of itself and of the account.
+    """Facts about a server and the account.
 
     `clock_offset`: seconds by which the clock of this machine is ahead of the server's.
     `mixes_up_expectations`: whether batches may be refused, or accepted, by what others expect.
@@ -101,7 +100,8 @@ class ServerFacts:
 class Peer:
     """A server that holds a replica of a log.
 
-    `lag`: operations that it has not applied yet. `silent_seconds`: since its leader heard of it.
+    `lag`: operations that it has not applied yet. `silent_seconds`: since its leader heard of it,
+    or since that one leads, if it never did.
     """
 
     name: str
@@ -112,21 +112,8 @@ class Peer:
 
 
 @dataclass(frozen=True, slots=True)
-class LogFacts:
-    """What a server tells of a log. `leader`: `None` while there is none; `peers`: without it."""
-
-    name: str
-    records: int
-    bytes: int
-    max_bytes: int | None
-    replicas: int
-    leader: str | None
-    peers: tuple[Peer, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
 class Difference:
-    """What of a log or a consumer on the server is not as declared, in the words of the server.
+    """A difference between an asset on the server and its declaration, in the server's words.
 
     `can_change`: whether it can be changed while the queue is in use.
     """
@@ -140,7 +127,7 @@ class Difference:
 
 @dataclass(frozen=True, slots=True)
 class ConsumerState:
-    """What a consumer knows, at a cost that does not depend on the number of records.
+    """The counts of a consumer, at a cost that does not depend on the number of records.
 
     `pending`: matching records never delivered yet. `leased`: delivered and not settled.
     `delivered_sequence`: the highest one delivered.
@@ -160,6 +147,7 @@ class LogState:
     """How large a log is, and how it is kept. `max_bytes`: its limit; `None` is none.
 
     `storage`: `file` or `memory`. `replicas_behind`: replicas that are not up to date, or away.
+    `has_leader`: whether there is a server now that serves it; `peers`: the others that hold it.
     """
 
     records: int
@@ -169,6 +157,8 @@ class LogState:
     replicas_behind: int = 0
     storage: str = "memory"
     max_bytes: int | None = None
+    has_leader: bool = True
+    peers: tuple[Peer, ...] = ()
 
 
 @dataclass(slots=True)  # frozen ones take four times as long to make, and each job needs one
@@ -200,20 +190,18 @@ class Write:
     `expect`: refused unless it holds. `ttl`: the record goes after this many seconds (1 at least).
     `timer`: see `Timer`.
     `message_id`: a second write to the log with the same one within two minutes changes nothing and
-    is confirmed like the first; in a batch it is refused. Whether that or what it expects is looked
-    at first is open.
-    `removes`: subject of a record with a timer that is removed with this write. Only for such a
-    record: some servers refuse one without a timer.
-    `marker`: the record says that its subject was deleted (a KV delete marker); give it a `ttl`, it
-    counts as a record while it lives.
+    is confirmed like the first; in a batch it is refused. The server may check this before or after
+    what the write expects. `removes`: subject of a record with a timer that is removed with this
+    write. Only records with a timer: some servers refuse others. `marker`: the record says that its
+    subject was deleted (a KV delete marker); give it a `ttl`, it counts as a record while it lives.
     `index`: subject of an empty record, an index entry, that is stored just before this one, with
     the same `ttl`. Should this one be refused, the entry may be there without it; never the other
     way round.
-    `when_full`: makes a smaller body, which is stored instead when the store has no room for
-    `body`.
+    `when_full`: makes a smaller body of `body`, which is stored instead when the store has no room
+    for that.
     `beside`: a record that is there may stay beside this one until it is removed by its sequence.
-    For a subject whose older record somebody
-    else may be removing right now: some servers then take the new one for the old one.
+    For a subject whose older record another process may be removing right now: some servers then
+    take the new one for the old one.
     """
 
     subject: str
@@ -226,7 +214,7 @@ class Write:
     marker: bool = False
     beside: bool = False
     index: str | None = None
-    when_full: Callable[[], bytes] | None = None
+    when_full: Callable[[bytes], bytes] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,13 +253,13 @@ class Delivery(Protocol):
         """When the server stored the record."""
 
     def ack(self) -> None:
-        """Settle: done with it; in a work queue the record goes.
+        """Settle: the work is done, and a work queue removes the record.
 
         Sent, not confirmed; accepted even when the lease has run out.
         """
 
     def nak(self, delay: float = 0.0) -> None:
-        """Settle: give it back, to be delivered again, to anyone, after `delay`.
+        """Settle: give it back, to be delivered again to any puller after `delay`.
 
         Sent, not confirmed.
         """
@@ -292,10 +280,7 @@ class Puller(Protocol):
 
     @property
     def silent_for(self) -> float:
-        """For how many seconds the server has not answered a request of this puller.
-
-        0 if it has.
-        """
+        """Seconds since an unanswered request of this puller; 0 if there is none."""
 
     def outstanding(self, consumer: str) -> int:
         """Return the credit that the server still holds for this consumer."""
@@ -312,15 +297,15 @@ class Puller(Protocol):
     async def withdraw(self) -> None:
         """Take all credit back.
 
-        What was on its way has been delivered when this returns, and nothing more comes until more
-        is requested. `on_lapse` is not called.
+        When this returns, deliveries that were on their way have arrived; no more come until the
+        next request. `on_lapse` is not called.
         """
 
     async def close(self) -> None:
         """Take no more deliveries.
 
-        What was on its way has been delivered when this returns, and nothing is afterwards. What is
-        in hand is extended until it is settled or abandoned; `on_lapse` is not called any more.
+        When this returns, those that were on their way have arrived, and no more come. Leases in
+        hand are extended until they are settled or abandoned; `on_lapse` is not called any more.
         """
 
 
@@ -335,7 +320,7 @@ class Subscription(Protocol):
 class Signal:
     """A message that is not stored: at most once, to those that listen now.
 
-    `reply`: where an answer is awaited, or ''.
+    `reply`: the subject for an answer, or ''.
     """
 
     subject: str
@@ -345,17 +330,17 @@ class Signal:
 
 Settled = int | BackendError
 Settle = Callable[[Settled], None]
-"""Called with the sequence of the record, or why there is none. Must not block: hand work over."""
+"""Called with the sequence of the record, or the error. Must not block: hand work over."""
 OnRemoved = Callable[[bool | BackendError], None]
-"""Called with whether the record was there, or why that is unknown. Must not block."""
+"""Called with whether the record was there, or the error that leaves it unknown. Must not block."""
 
 
 class Backend(Protocol):
     """A store of logs.
 
-    Made without I/O; connects on first use or by `connect`; one event loop at a time, another when
-    that has ended. Every method may raise `ConnectionFailed`, `ServerUnsuitable` or
-    `PermissionRefused`, and `AssetMissing` where it names an asset.
+    Making one does no I/O: it connects on first use, or by `connect`. It serves one event loop at a
+    time, and the next one when that has ended. Every method may raise `ConnectionFailed`,
+    `ServerUnsuitable` or `PermissionRefused`, and `AssetMissing` where it names an asset.
     """
 
     settings: Settings
@@ -367,7 +352,7 @@ class Backend(Protocol):
 
     @property
     def clock(self) -> Clock:
-        """What its workers wait by: the system's clock, but for tests."""
+        """The clock of its workers: the system's, unless a test sets another."""
 
     @property
     def reads_may_lag(self) -> bool:
@@ -377,13 +362,13 @@ class Backend(Protocol):
         """Connect, unless connected."""
 
     async def close(self) -> None:
-        """Let go of everything.
+        """Close the connection.
 
-        Unsettled deliveries fall back to the log when their leases run out.
+        Unsettled deliveries return to the log when their leases run out.
         """
 
     async def ping(self) -> float:
-        """Ask the server whether it is there; return how long the answer took, in seconds.
+        """Ping the server; return how long the answer took, in seconds.
 
         Raises:
             Unconfirmed: no answer within `connect_timeout`.
@@ -408,7 +393,7 @@ class Backend(Protocol):
 
     @property
     def is_connected(self) -> bool:
-        """Whether there is a connection now: it may be lost, and on its way to be made again."""
+        """Whether there is a connection now, and not one that is lost and being made again."""
 
     def now(self) -> float:
         """Return the server's time."""
@@ -425,20 +410,17 @@ class Backend(Protocol):
         """
 
     async def describe_server(self) -> ServerFacts | None:
-        """Return what the server tells of itself; `None` if there is no server."""
-
-    async def examine_log(self, log: str) -> LogFacts | None:
-        """Return how the server holds a log, its replicas too; `None` if there is no such log."""
+        """Return facts about the server; `None` if there is no server."""
 
     async def find_refused(self, publish: Sequence[str], subscribe: Sequence[str]) -> list[str]:
-        """Return those subjects that this login may not publish or subscribe to. No effects."""
+        """Return which subjects this login may not publish or subscribe to; change nothing."""
 
     async def compare(
         self, log: Log, consumers: Sequence[Consumer], settings: Settings
     ) -> list[Difference]:
-        """Return what of the log and of these consumers differs from the settings.
+        """Return how the log and these consumers differ from the settings.
 
-        What is not there does not differ.
+        A missing one does not differ.
         """
 
     async def change(
@@ -446,11 +428,8 @@ class Backend(Protocol):
     ) -> list[Difference]:
         """Change what differs and can be changed; return what was changed."""
 
-    async def stored_bytes(self, log: str) -> int:
-        """Return the bytes of the records of a log; 0 where that is not known."""
-
     async def incarnation(self, name: str) -> str | None:
-        """Return what tells this log from one of the same name that was there before.
+        """Return an id that differs from that of an earlier log of the same name.
 
         `None`: there is no log.
         """
@@ -483,8 +462,8 @@ class Backend(Protocol):
         """Write all or nothing; at most 1,000 writes, each of another subject.
 
         Return the sequence of the last one. Repeated until it is confirmed or
-        `settings.publish_timeout` is over. A repetition within two minutes never writes twice,
-        whatever became of what was written, and is confirmed.
+        `settings.publish_timeout` is over. A repetition within two minutes is confirmed and never
+        writes twice, even if the records are gone.
 
         Raises:
             WriteRefused: an expectation does not hold.
@@ -511,7 +490,7 @@ class Backend(Protocol):
     async def latest(self, log: str, filter: str) -> Record | None:
         """Return the matching record with the highest sequence, `None` if there is none.
 
-        What an `Expect` of this filter has to name.
+        Its sequence is the one for an `Expect` of this filter.
         """
 
     async def page(
@@ -544,8 +523,11 @@ class Backend(Protocol):
         Fast where most records match. `index`: see `page`.
         """
 
-    async def count(self, log: str) -> int:
-        """Return the number of records."""
+    async def count(self, log: str, filter: str | None = None) -> int:
+        """Return the number of records, or of those that match.
+
+        With a filter it is a search: half a second at a million. A consumer that counts costs less.
+        """
 
     async def describe_log(self, log: str) -> LogState | None:
         """Return how large the log is and how it is kept; `None`: there is none."""
@@ -559,14 +541,13 @@ class Backend(Protocol):
     async def delete(self, log: str, sequence: int) -> bool:
         """Remove one record.
 
-        Return whether it was there, or may have been: the answer to a first try was lost, and now
-        it is not.
+        Return whether it was there, or may have been: the answer to a first try may be lost.
         """
 
     def discard(self, log: str, sequence: int, on_removed: OnRemoved | None = None) -> None:
-        """Like `delete`, but return at once, and tell `on_removed` later. Connect before.
+        """Like `delete`, but return at once, and tell `on_removed` later.
 
-        Without `on_removed` it is sent and not confirmed: for what may as well stay.
+        Connect before. Without `on_removed` it is sent and not confirmed: the record may stay.
         """
 
     async def delete_many(self, log: str, sequences: Sequence[int]) -> list[int]:
@@ -580,7 +561,7 @@ class Backend(Protocol):
     ) -> int:
         """Remove the matching records, those below sequence `before` or all but the last `keep`.
 
-        Return how many.
+        Return their number.
         """
 
     def puller(
@@ -613,7 +594,7 @@ class Backend(Protocol):
     async def subscribe(self, subject: str, on_signal: Callable[[Signal], None]) -> Subscription:
         """Call `on_signal` for every signal whose subject matches, from now on.
 
-        What it raises is logged.
+        Its exceptions are logged.
         """
 
     async def request(

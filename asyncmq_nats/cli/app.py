@@ -1,6 +1,5 @@
 """The program: all groups together, its exit codes, and errors in one line."""
 
-import inspect
 import os
 import sys
 import traceback
@@ -70,12 +69,7 @@ def make_app() -> typer.Typer:
         if ctx.params.get("verbose"):
             commands.log_verbosely()
 
-    parameters = [
-        inspect.Parameter("ctx", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context),
-        *commands.connection_parameters(hidden=False),
-    ]
-    root.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    root.__annotations__ = {each.name: each.annotation for each in parameters}
+    commands.set_parameters(root, commands.connection_parameters(hidden=False))
     app.callback()(root)
     commands.command(app, "version")(show_version)
     for name, function in COMMANDS:

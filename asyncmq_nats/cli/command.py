@@ -1,7 +1,6 @@
-"""What every command shares.
+"""What every command shares: its session, the options of the connection, confirmation, completion.
 
-The session with its connection, the options of it, confirmation, completion. group =
-make_group("queue", "Queues: look at them, pause, clean, move.")
+    group = make_group("queue", "Queues: look at them, pause, clean, move.")
 
     @command(group, "ls")
     async def list_all(session: Session, as_json: AsJson = False) -> None:
@@ -16,9 +15,9 @@ import inspect
 import logging
 import socket
 import sys
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
-from typing import Annotated, Any, Final, TypeVar
+from typing import Annotated, Any, Final, TypeVar, get_args
 
 import anyio
 import typer
@@ -35,20 +34,23 @@ __all__ = [
     "CommandFailed",
     "DryRun",
     "Force",
+    "Options",
     "QueueName",
     "Session",
+    "add_command",
     "command",
     "complete_queues",
     "connection_options",
     "connection_parameters",
     "make_group",
     "require_queue",
+    "set_parameters",
 ]
 
 F = TypeVar("F", bound=Callable[..., Awaitable[None]])
 
 TARGETS: Final = ("ids", "job_id", "name", "names", "workers")
-"""Parameters that say to what a command does what it does."""
+"""Parameters that name the targets of a command."""
 AUDIT_LENGTH: Final = 500
 """Characters of the target of a command that the audit keeps."""
 COMPLETION_TIMEOUT: Final = 1.0
@@ -56,7 +58,7 @@ COMPLETION_TIMEOUT: Final = 1.0
 
 
 class CommandFailed(AsyncMQError):
-    """What a command was to do could not be done; the message says why."""
+    """A command failed; the message says why."""
 
 
 class Session:
@@ -66,7 +68,7 @@ class Session:
         self.options = options
         self.output = output
         self.count = 1
-        """To how many jobs or things the command did what it does, for the audit."""
+        """The number of jobs or other targets that the command has changed, for the audit log."""
         self._backend: NATSBackend | None = None
 
     @property
@@ -85,7 +87,7 @@ class Session:
         return Session(ConnectionOptions(server=server).or_else(self.options), self.output)
 
     async def record(self, action: str, given: Mapping[str, Any]) -> None:
-        """Write into the audit who did what to how many. `given`: what the command was given."""
+        """Write an entry into the audit log. `given`: the arguments of the command."""
         told = {name: value for name, value in given.items() if value not in (None, False, [], ())}
         queue = str(told.pop("queue", ""))
         ids = next((told.pop(each) for each in TARGETS if each in told), "")
@@ -173,8 +175,46 @@ def _keyword(name: str, kind: Any, default: Any, option: Any) -> inspect.Paramet
     )
 
 
+def set_parameters(call: Callable[..., Any], parameters: Sequence[inspect.Parameter]) -> None:
+    """Have Typer make options of these parameters; the function is called with the context too."""
+    context = inspect.Parameter(
+        "ctx", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context
+    )
+    every = [context, *parameters]
+    call.__signature__ = inspect.Signature(every)  # type: ignore[attr-defined]
+    call.__annotations__ = {each.name: each.annotation for each in every}
+
+
+class Options:
+    """Options that several commands have: each of these takes them as one dict.
+
+        Window = Annotated[dict[str, Any], Options(since=Since, until=Until)]
+
+        async def show(session: Session, window: Window) -> None: ...
+
+    By default a switch is off, and every other option is `None`.
+    """
+
+    def __init__(self, **annotations: Any) -> None:
+        self.parameters = [
+            inspect.Parameter(
+                name,
+                inspect.Parameter.POSITIONAL_OR_KEYWORD,
+                default=False if get_args(annotation)[0] is bool else None,
+                annotation=annotation,
+            )
+            for name, annotation in annotations.items()
+        ]
+
+    @classmethod
+    def of(cls, parameter: inspect.Parameter) -> list[inspect.Parameter] | None:
+        """Return the options that a parameter stands for; `None` if it is an option itself."""
+        notes = getattr(parameter.annotation, "__metadata__", ())
+        return next((each.parameters for each in notes if isinstance(each, cls)), None)
+
+
 def _given(ctx: typer.Context) -> list[dict[str, Any]]:
-    """Return what was given to the command, to its group, and before both."""
+    """Return the arguments of the command, of its group, and of the program."""
     at: Any = ctx
     given = []
     while at is not None:
@@ -184,7 +224,7 @@ def _given(ctx: typer.Context) -> list[dict[str, Any]]:
 
 
 def connection_options(ctx: typer.Context) -> ConnectionOptions:
-    """Return what was given of the connection, after the command or before it."""
+    """Return the connection options, given after the command or before it."""
     options = ConnectionOptions()
     for values in _given(ctx):
         given = {name: values.get(name) for name in CONNECTION}
@@ -208,6 +248,39 @@ def operator() -> str:
     return f"cli:@{socket.gethostname()}"
 
 
+def add_command(
+    group: typer.Typer,
+    name: str,
+    function: Callable[..., Any],
+    run: Callable[[typer.Context, dict[str, Any], dict[str, Any]], None],
+    **options: Any,
+) -> None:
+    """Make a function a command: its options are the parameters after the session.
+
+    `run`: called with the context, the arguments of the function, and the value of each option.
+    `options`: of `Typer.command`.
+    """
+    taken = list(inspect.signature(function).parameters.values())[1:]
+    own = [option for each in taken for option in Options.of(each) or [each]]
+
+    @functools.wraps(function)
+    def call(ctx: typer.Context, **values: Any) -> None:
+        if any(given.get("verbose") for given in _given(ctx)):
+            log_verbosely()
+        arguments: dict[str, Any] = {}
+        for each in taken:
+            together = Options.of(each)
+            arguments[each.name] = (
+                values[each.name]
+                if together is None
+                else {option.name: values[option.name] for option in together}
+            )
+        run(ctx, arguments, {each.name: values[each.name] for each in own})
+
+    set_parameters(call, [*own, *connection_parameters(hidden=True)])
+    group.command(name, **options)(call)
+
+
 def command(
     group: typer.Typer, name: str, *, audited: bool = False, **options: Any
 ) -> Callable[[F], F]:
@@ -218,31 +291,17 @@ def command(
     """
 
     def register(function: F) -> F:
-        own = list(inspect.signature(function).parameters.values())[1:]
-        context = inspect.Parameter(
-            "ctx", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context
-        )
-
-        @functools.wraps(function)
-        def call(ctx: typer.Context, **values: Any) -> None:
-            given = {each.name: values[each.name] for each in own}
+        def run(ctx: typer.Context, arguments: dict[str, Any], given: dict[str, Any]) -> None:
             action = f"{group.info.name}.{name}" if audited and not given.get("dry_run") else None
 
             async def act(session: Session) -> None:
-                await function(session, **given)
+                await function(session, **arguments)
                 if action is not None:
                     await session.record(action, given)
 
             start(ctx, act)
 
-        call.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-            [context, *own, *connection_parameters(hidden=True)]
-        )
-        call.__annotations__ = {
-            each.name: each.annotation
-            for each in (context, *own, *connection_parameters(hidden=True))
-        }
-        group.command(name, **options)(call)
+        add_command(group, name, function, run, **options)
         return function
 
     return register
@@ -250,8 +309,6 @@ def command(
 
 def start(ctx: typer.Context, act: Callable[[Session], Awaitable[None]]) -> None:
     """Run a command with its session."""
-    if any(values.get("verbose") for values in _given(ctx)):
-        log_verbosely()
     session = Session(connection_options(ctx), Output())
 
     async def run() -> None:
@@ -306,6 +363,6 @@ def confirm(question: str, *, force: bool) -> None:
     if force:
         return
     if not sys.stdin.isatty():
-        raise CommandFailed(f"{question} Nobody can answer here: add --force to do it")
+        raise CommandFailed(f"{question} No one can answer here: add --force to do it")
     if not typer.confirm(question, err=True):
         raise CommandFailed("nothing was done")

@@ -1,19 +1,33 @@
 """`flow`: jobs that depend on each other, as a tree."""
 
+from collections.abc import Iterator
 from dataclasses import asdict
-from typing import Annotated, Any
+from typing import Annotated, Any, Final, NamedTuple
 
 import typer
 from rich.text import Text
-from rich.tree import Tree
 
 from asyncmq_nats import JobNotFound
+from asyncmq_nats._logging import escape_controls
 from asyncmq_nats.cli.command import AsJson, QueueName, Session, command, make_group, require_queue
 from asyncmq_nats.cli.output import STYLES
 
 __all__ = ["group"]
 
 group = make_group("flow", "Jobs that depend on each other.")
+
+
+class Guides(NamedTuple):
+    """The characters that draw a tree."""
+
+    fork: str
+    last: str
+    line: str
+    space: str
+
+
+GUIDES: Final = Guides("├── ", "└── ", "│   ", "    ")
+ASCII_GUIDES: Final = Guides("+-- ", "`-- ", "|   ", "    ")
 
 
 @command(group, "show")
@@ -31,9 +45,10 @@ async def show(
     if as_json:
         session.output.json(asdict(flow))
         return
-    tree = Tree(_label(job_id, flow.jobs[job_id]))
-    _grow(tree, job_id, flow.jobs, {job_id})
-    session.output.console.print(tree)
+    guides = ASCII_GUIDES if session.output.console.options.ascii_only else GUIDES
+    for before, shown in _rows(job_id, flow.jobs, guides):
+        label = _label(shown, flow.jobs[shown])
+        session.output.console.print(Text.assemble(before, label), soft_wrap=True)
     if flow.awaited_by:
         session.output.line("waited for by: " + ", ".join(flow.awaited_by))
     if not flow.complete:
@@ -41,19 +56,35 @@ async def show(
 
 
 def _label(job_id: str, job: dict[str, Any] | None) -> Text:
+    name = escape_controls(job_id)
     if job is None:
-        return Text.assemble(job_id, "  ", ("not there any more", "dim"))
-    state = job["status"]
-    return Text.assemble(job_id, "  ", job["task"], "  ", (state, STYLES.get(state, "")))
+        return Text.assemble(name, "  ", ("not there any more", "dim"))
+    task, state = escape_controls(job["task"]), job["status"]
+    return Text.assemble(name, "  ", task, "  ", (state, STYLES.get(state, "")))
 
 
-def _grow(tree: Tree, job_id: str, jobs: dict[str, dict[str, Any] | None], shown: set[str]) -> None:
-    """Add what a job waits for; a job that several wait for has its own only the first time."""
-    job = jobs.get(job_id)
-    for parent in dict.fromkeys(job["depends_on"] if job is not None else ()):
-        if parent not in jobs:
+def _rows(
+    job_id: str, jobs: dict[str, dict[str, Any] | None], guides: Guides
+) -> Iterator[tuple[str, str]]:
+    """Yield the guides before each job, and its id. What a job waits for is shown once.
+
+    Not `rich.tree`: it recurses, and leaves out what is too deep for the terminal.
+    """
+    shown: set[str] = set()
+    ahead = [("", "", job_id)]
+    while ahead:
+        before, below, at = ahead.pop()
+        yield before, at
+        job = jobs[at]
+        if job is None or at in shown:
             continue
-        branch = tree.add(_label(parent, jobs[parent]))
-        if parent not in shown:
-            shown.add(parent)
-            _grow(branch, parent, jobs, shown)
+        shown.add(at)
+        parents = [parent for parent in dict.fromkeys(job["depends_on"]) if parent in jobs]
+        last = len(parents) - 1
+        rows = [
+            (below + guides.last, below + guides.space, parent)
+            if number == last
+            else (below + guides.fork, below + guides.line, parent)
+            for number, parent in enumerate(parents)
+        ]
+        ahead += reversed(rows)

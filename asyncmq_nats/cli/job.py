@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Annotated, Any, Final
 
@@ -15,8 +15,6 @@ from asyncmq_nats.cli.command import (
     AsJson,
     AsNames,
     CommandFailed,
-    DryRun,
-    Force,
     QueueName,
     Session,
     command,
@@ -24,19 +22,18 @@ from asyncmq_nats.cli.command import (
     require_queue,
     shows_tracebacks,
 )
-from asyncmq_nats.cli.many import act_on_many
+from asyncmq_nats.cli.many import Safeguards, act_on_many
 from asyncmq_nats.cli.output import duration, instant, number, plain_json
 from asyncmq_nats.cli.values import (
-    AllJobs,
-    JobIds,
-    OfTask,
-    OfWorker,
-    Since,
-    States,
-    Text,
-    Until,
+    Arguments,
+    ArgumentsAsJson,
+    ChosenDelayed,
+    ChosenJobs,
+    Keywords,
+    MatchingJobs,
     parse_duration,
     parse_future,
+    parse_json,
     parse_keywords,
     parse_value,
     select,
@@ -52,15 +49,6 @@ SHOWN_ERROR: Final = 100
 """Characters of an error in a list."""
 
 JobId = Annotated[str, typer.Argument(metavar="ID", help="Id of the job.")]
-Limit = Annotated[int | None, typer.Option("--limit", min=1, help="How many jobs at most.")]
-Keywords = Annotated[
-    list[str] | None,
-    typer.Option("--kwarg", "-k", metavar="NAME=VALUE", help="Argument by name; JSON or a text."),
-]
-Arguments = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="[ARG]...", help="Arguments in order; each JSON or a text."),
-]
 
 
 # -- look
@@ -70,12 +58,7 @@ Arguments = Annotated[
 async def list_jobs(
     session: Session,
     queue: QueueName,
-    state: States = None,
-    task: OfTask = None,
-    search: Text = None,
-    since: Since = None,
-    until: Until = None,
-    worker: OfWorker = None,
+    which: MatchingJobs,
     limit: Annotated[int, typer.Option("--limit", min=1, help="How many at most.")] = SHOWN_JOBS,
     everything: Annotated[bool, typer.Option("--all", "-a", help="Without a limit.")] = False,
     oldest: Annotated[bool, typer.Option("--oldest", help="The oldest first.")] = False,
@@ -84,16 +67,7 @@ async def list_jobs(
 ) -> None:
     """List jobs, the newest of each state first; all filters together narrow the list."""
     jobs = await require_queue(session, queue)
-    chosen = select(
-        session.backend.now(),
-        state=state,
-        task=task,
-        search=search,
-        since=since,
-        until=until,
-        worker=worker,
-        everything=True,
-    )
+    chosen = select(session.backend.now(), **which, everything=True)
     most = None if everything else limit
     found = jobs.search(chosen.where, newest_first=not oldest, limit=most)
     if as_json:
@@ -102,8 +76,14 @@ async def list_jobs(
         async for job in found:
             session.output.raw(job["id"])
     else:
-        rows = [_row(job) async for job in found]
-        session.output.table(["id", "task", "state", "since", "#tries", "error"], rows)
+        shown = [job async for job in found]
+        columns = ["id", "task", "state", "since", "#tries", "error"]
+        rows = [_row(job) for job in shown]
+        if any(_due(job) for job in shown):
+            columns.insert(4, "runs at")
+            for row, job in zip(rows, shown, strict=True):
+                row.insert(4, instant(_due(job)) if _due(job) else "")
+        session.output.table(columns, rows)
         if most is not None and len(rows) == most:
             session.output.note(f"the first {number(most)}; --limit or --all shows more")
 
@@ -118,6 +98,11 @@ def _row(job: dict[str, Any]) -> list[str]:
         str(_attempts(job)),
         error if len(error) <= SHOWN_ERROR else error[:SHOWN_ERROR] + "…",
     ]
+
+
+def _due(job: dict[str, Any]) -> float | None:
+    """Return when a job runs that is delayed (Unix seconds)."""
+    return job["delay_until"] if job["status"] == "delayed" else None
 
 
 def _attempts(job: dict[str, Any]) -> int:
@@ -147,7 +132,7 @@ async def show(session: Session, queue: QueueName, job_id: JobId, as_json: AsJso
 def _fields(job: dict[str, Any]) -> dict[str, str]:
     times = {
         "created": job["created_at"],
-        "runs at": job["delay_until"] if job["status"] == "delayed" else None,
+        "runs at": _due(job),
         "started": job.get("active_since"),
         "ended": job["finished_at"],
     }
@@ -206,7 +191,7 @@ async def show_result(
 ) -> None:
     """Print the result of a job as JSON.
 
-    Of one that did not complete, its error, with exit code 1.
+    If it did not complete, print its error and exit with 1.
     """
     seconds = parse_duration(max_wait)
     patience = seconds if wait or seconds is not None else 0.0
@@ -246,7 +231,7 @@ async def add(
     ] = None,
     wait: Annotated[bool, typer.Option("--wait", "-w", help="Print its result.")] = False,
 ) -> None:
-    """Add a job, and print its id. After `--`, arguments may begin with a dash."""
+    """Add a job, and print its id. Arguments after `--` may begin with a dash."""
     jobs = session.queue(queue)
     await session.backend.connect()
     now = session.backend.now()
@@ -281,8 +266,8 @@ async def run_here(
 ) -> None:
     """Run a job here, in this process, to see what it does: the one in the queue stays as it is.
 
-    What the task adds by `current_job()` is not added. Prints the result, or the traceback, with
-    exit code 1.
+    Jobs that the task adds by `current_job()` are not added. Prints the result, or the traceback,
+    with exit code 1.
     """
     job = await _find(session, queue, job_id)
     settings = session.backend.settings.model_copy(
@@ -331,175 +316,52 @@ async def _wait_for_end(queue: Queue, job_id: str) -> dict[str, Any]:
 async def _act(
     session: Session,
     queue: str,
-    action: Any,
     verbs: tuple[str, str],
+    which: dict[str, Any],
+    safeguards: dict[str, Any],
     *,
-    force: bool,
-    dry_run: bool,
-    limit: int | None,
-    again: str,
-    **chosen: Any,
+    name: str | None = None,
 ) -> None:
+    """Do what a verb says, an action of `Queue.apply`. `name`: of the command, if it is another."""
     jobs = await require_queue(session, queue)
-    selection = select(session.backend.now(), **chosen)
-    await act_on_many(
-        session,
-        jobs,
-        selection,
-        action,
-        verbs=verbs,
-        force=force,
-        dry_run=dry_run,
-        limit=limit,
-        again=f"amq job {again} {queue}",
-    )
+    selection = select(session.backend.now(), **which)
+    again = f"amq job {name or verbs[0]} {queue}"
+    await act_on_many(session, jobs, selection, verbs[0], verbs=verbs, again=again, **safeguards)
 
 
 @command(group, "retry", audited=True)
 async def retry(
-    session: Session,
-    queue: QueueName,
-    ids: JobIds = None,
-    state: States = None,
-    task: OfTask = None,
-    search: Text = None,
-    since: Since = None,
-    until: Until = None,
-    worker: OfWorker = None,
-    everything: AllJobs = False,
-    limit: Limit = None,
-    force: Force = False,
-    dry_run: DryRun = False,
+    session: Session, queue: QueueName, which: ChosenJobs, safeguards: Safeguards
 ) -> None:
     """Run jobs again that failed, expired, were cancelled, or are delayed, with all their retries.
 
     A filter without --state means failed and expired jobs.
     """
-    await _act(
-        session,
-        queue,
-        "retry",
-        ("retry", "retried"),
-        ids=ids,
-        state=state,
-        task=task,
-        search=search,
-        since=since,
-        until=until,
-        worker=worker,
-        everything=everything,
-        limit=limit,
-        force=force,
-        dry_run=dry_run,
-        again="retry",
-    )
+    await _act(session, queue, ("retry", "retried"), which, safeguards)
 
 
 @command(group, "cancel", audited=True)
 async def cancel(
-    session: Session,
-    queue: QueueName,
-    ids: JobIds = None,
-    state: States = None,
-    task: OfTask = None,
-    search: Text = None,
-    since: Since = None,
-    until: Until = None,
-    worker: OfWorker = None,
-    everything: AllJobs = False,
-    limit: Limit = None,
-    force: Force = False,
-    dry_run: DryRun = False,
+    session: Session, queue: QueueName, which: ChosenJobs, safeguards: Safeguards
 ) -> None:
     """Cancel jobs that have not ended; those that run are interrupted."""
-    await _act(
-        session,
-        queue,
-        "cancel",
-        ("cancel", "cancelled"),
-        ids=ids,
-        state=state,
-        task=task,
-        search=search,
-        since=since,
-        until=until,
-        worker=worker,
-        everything=everything,
-        limit=limit,
-        force=force,
-        dry_run=dry_run,
-        again="cancel",
-    )
+    await _act(session, queue, ("cancel", "cancelled"), which, safeguards)
 
 
 @command(group, "rm", audited=True)
 async def remove(
-    session: Session,
-    queue: QueueName,
-    ids: JobIds = None,
-    state: States = None,
-    task: OfTask = None,
-    search: Text = None,
-    since: Since = None,
-    until: Until = None,
-    worker: OfWorker = None,
-    everything: AllJobs = False,
-    limit: Limit = None,
-    force: Force = False,
-    dry_run: DryRun = False,
+    session: Session, queue: QueueName, which: ChosenJobs, safeguards: Safeguards
 ) -> None:
     """Remove jobs for good, in any state but active."""
-    await _act(
-        session,
-        queue,
-        "remove",
-        ("remove", "removed"),
-        ids=ids,
-        state=state,
-        task=task,
-        search=search,
-        since=since,
-        until=until,
-        worker=worker,
-        everything=everything,
-        limit=limit,
-        force=force,
-        dry_run=dry_run,
-        again="rm",
-    )
+    await _act(session, queue, ("remove", "removed"), which, safeguards, name="rm")
 
 
 @command(group, "promote", audited=True)
 async def promote(
-    session: Session,
-    queue: QueueName,
-    ids: JobIds = None,
-    task: OfTask = None,
-    search: Text = None,
-    since: Since = None,
-    until: Until = None,
-    everything: AllJobs = False,
-    limit: Limit = None,
-    force: Force = False,
-    dry_run: DryRun = False,
+    session: Session, queue: QueueName, which: ChosenDelayed, safeguards: Safeguards
 ) -> None:
     """Let delayed jobs run now."""
-    await _act(
-        session,
-        queue,
-        "promote",
-        ("promote", "promoted"),
-        ids=ids,
-        task=task,
-        search=search,
-        since=since,
-        until=until,
-        everything=everything,
-        limit=limit,
-        force=force,
-        dry_run=dry_run,
-        again="promote",
-    )
+    await _act(session, queue, ("promote", "promoted"), which, safeguards)
 
 
 @command(group, "reschedule", audited=True)
@@ -507,41 +369,24 @@ async def reschedule(
     session: Session,
     queue: QueueName,
     at: Annotated[str, typer.Option("--at", metavar="TIME", help="10m (from now), or a date.")],
-    ids: JobIds = None,
-    task: OfTask = None,
-    search: Text = None,
-    since: Since = None,
-    until: Until = None,
-    everything: AllJobs = False,
-    limit: Limit = None,
-    force: Force = False,
-    dry_run: DryRun = False,
+    which: ChosenDelayed,
+    safeguards: Safeguards,
 ) -> None:
     """Let delayed jobs run at another time."""
     jobs = await require_queue(session, queue)
     now = session.backend.now()
     run_at = parse_future(at, now)
-    selection = select(
-        now,
-        ids=ids,
-        state=None if ids else ["delayed"],
-        task=task,
-        search=search,
-        since=since,
-        until=until,
-        everything=everything,
-    )
-    if selection.where is not None and selection.words == ("--state", "delayed") and not everything:
-        raise CommandFailed("say which jobs: ids, or a filter such as --task, or --all")
+    selection = select(now, **which)
+    if selection.where is not None:
+        delayed = replace(selection.where, state="delayed")
+        selection = replace(selection, where=delayed)
     await act_on_many(
         session,
         jobs,
         selection,
         partial(jobs.reschedule, run_at=run_at),
         verbs=("reschedule", "rescheduled"),
-        force=force,
-        dry_run=dry_run,
-        limit=limit,
+        **safeguards,
     )
 
 
@@ -550,9 +395,7 @@ async def edit(
     session: Session,
     queue: QueueName,
     job_id: JobId,
-    args: Annotated[
-        str | None, typer.Option("--args", metavar="JSON", help="A list: all arguments in order.")
-    ] = None,
+    args: ArgumentsAsJson = None,
     kwargs: Annotated[
         str | None, typer.Option("--kwargs", metavar="JSON", help="An object: all by name.")
     ] = None,
@@ -564,7 +407,7 @@ async def edit(
     argument by name, `--kwargs` replaces all.
     """
     job = await _find(session, queue, job_id)
-    new_args, new_kwargs = _parsed(args, "--args", list), _parsed(kwargs, "--kwargs", dict)
+    new_args, new_kwargs = parse_json(args, "--args", list), parse_json(kwargs, "--kwargs", dict)
     if kwarg:
         kept = job["kwargs"] if new_kwargs is None else new_kwargs
         new_kwargs = kept | (parse_keywords(kwarg) or {})
@@ -572,12 +415,3 @@ async def edit(
         raise CommandFailed("say what to change: --args, --kwargs or --kwarg")
     await session.queue(queue).edit(job_id, args=new_args, kwargs=new_kwargs)
     session.output.line("edited 1 of 1 jobs")
-
-
-def _parsed(text: str | None, option: str, kind: type) -> Any:
-    if text is None:
-        return None
-    value = parse_value(text)
-    if not isinstance(value, kind):
-        raise CommandFailed(f"{option} must be a JSON {'list' if kind is list else 'object'}")
-    return value

@@ -22,7 +22,7 @@ def _document() -> str:
     for path in (here / DOCUMENT, here.parents[1] / "docs" / DOCUMENT):
         if path.is_file():
             return path.read_text(encoding="utf-8")
-    raise CommandFailed(f"docs/{DOCUMENT} is not there: install asyncmq-nats anew")
+    raise CommandFailed(f"docs/{DOCUMENT} is not there: install asyncmq-nats again")
 
 
 def permissions_of(role: str, prefix: str, queue: str) -> dict[str, list[str]]:

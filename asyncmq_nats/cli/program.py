@@ -6,9 +6,7 @@
 The function is sync; its first parameter is the session, the rest is what Typer makes options of.
 """
 
-import functools
 import importlib
-import inspect
 import logging
 import os
 import sys
@@ -17,8 +15,7 @@ from typing import Any, TypeVar
 
 import typer
 
-from asyncmq_nats.cli import command as commands
-from asyncmq_nats.cli.command import CommandFailed, Session
+from asyncmq_nats.cli.command import CommandFailed, Session, add_command, connection_options
 from asyncmq_nats.cli.output import Output
 from asyncmq_nats.telemetry.logs import JobFields, JSONFormatter
 
@@ -33,20 +30,10 @@ def program(group: typer.Typer, name: str, **options: Any) -> Callable[[F], F]:
     """Make a function a command that is a program. `options`: of `Typer.command`."""
 
     def register(function: F) -> F:
-        own = list(inspect.signature(function).parameters.values())[1:]
-        context = inspect.Parameter(
-            "ctx", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context
-        )
-        parameters = [context, *own, *commands.connection_parameters(hidden=True)]
+        def run(ctx: typer.Context, arguments: dict[str, Any], _: dict[str, Any]) -> None:
+            function(Session(connection_options(ctx), Output()), **arguments)
 
-        @functools.wraps(function)
-        def call(ctx: typer.Context, **values: Any) -> None:
-            session = Session(commands.connection_options(ctx), Output())
-            function(session, **{each.name: values[each.name] for each in own})
-
-        call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        call.__annotations__ = {each.name: each.annotation for each in parameters}
-        group.command(name, **options)(call)
+        add_command(group, name, function, run, **options)
         return function
 
     return register

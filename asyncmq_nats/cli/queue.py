@@ -28,17 +28,7 @@ from asyncmq_nats.cli.command import (
 )
 from asyncmq_nats.cli.many import run_with_progress
 from asyncmq_nats.cli.output import duration, instant, make_table, number, plain_json, size
-from asyncmq_nats.cli.values import (
-    AllJobs,
-    OfTask,
-    Since,
-    States,
-    Text,
-    Until,
-    parse_duration,
-    parse_future,
-    select,
-)
+from asyncmq_nats.cli.values import JobsToMove, parse_duration, parse_future, select
 from asyncmq_nats.states import JOB_STATES, OUTCOMES
 
 __all__ = ["group"]
@@ -116,7 +106,7 @@ async def show(session: Session, queue: QueueName, as_json: AsJson = False) -> N
             behind = f", {log.replicas_behind} behind" if log.replicas_behind else ""
             fields[name] = (
                 f"{number(log.records)} records, {size(log.bytes)}{limit}, {log.storage} storage, "
-                f"{log.replicas} replicas{behind}"
+                f"{log.replicas} replica{'s' if log.replicas > 1 else ''}{behind}"
             )
     session.output.fields(fields)
     if info.tiers:
@@ -131,7 +121,9 @@ async def show_counts(
     queue: QueueName,
     watch: Annotated[bool, typer.Option("--watch", "-w", help="Again and again.")] = False,
     every: Annotated[str, typer.Option("--every", metavar="TIME", help="How often.")] = "1s",
-    count: Annotated[int | None, typer.Option("--count", min=1, help="Stop after so many.")] = None,
+    count: Annotated[
+        int | None, typer.Option("--count", min=1, help="Stop after this many lines.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Show how many jobs are in each state; with --watch also how that changes each second."""
@@ -186,7 +178,7 @@ async def pause(
         str | None, typer.Option("--until", metavar="TIME", help="10m (from now), or a date.")
     ] = None,
 ) -> None:
-    """Pause a queue: no worker starts another job of it. Those that run go on."""
+    """Pause a queue: no worker starts another job of it. Running jobs go on."""
     jobs = await require_queue(session, queue)
     end = None if until is None else parse_future(until, session.backend.now())
     await jobs.pause(end)
@@ -212,7 +204,7 @@ async def drain(
     force: Force = False,
     dry_run: DryRun = False,
 ) -> None:
-    """Remove the jobs that wait to be run. Those that run, and what has ended, stay."""
+    """Remove the jobs that wait to be run. Jobs that run or have ended stay."""
     jobs = await require_queue(session, queue)
     counts = await jobs.queue_stats()
     total = counts["waiting"] + (counts["delayed"] if include_delayed else 0)
@@ -296,12 +288,7 @@ async def move(
     session: Session,
     queue: QueueName,
     target: Annotated[str, typer.Argument(metavar="TARGET", help="Name of the other queue.")],
-    state: States = None,
-    task: OfTask = None,
-    search: Text = None,
-    since: Since = None,
-    until: Until = None,
-    everything: AllJobs = False,
+    which: JobsToMove,
     to_server: Annotated[
         str | None,
         typer.Option("--to-server", metavar="URL", help="The server of the other queue."),
@@ -314,15 +301,7 @@ async def move(
     run, and those of flows, stay.
     """
     jobs = await require_queue(session, queue)
-    chosen = select(
-        session.backend.now(),
-        state=state,
-        task=task,
-        search=search,
-        since=since,
-        until=until,
-        everything=everything,
-    )
+    chosen = select(session.backend.now(), **which)
     assert chosen.where is not None
     confirm(f"move jobs of queue {queue} to {target}?", force=force)
     other = session if to_server is None else session.elsewhere(to_server)
@@ -375,7 +354,7 @@ async def restore(
 ) -> None:
     """Restore what `queue export` saved, into this or another queue.
 
-    What is there stays: it can be repeated.
+    Existing jobs stay, so it can be repeated.
     """
     with _opened(file, "r") as lines:
         given = (_parse_line(line, at) for at, line in enumerate(lines, 1) if line.strip())

@@ -2,14 +2,16 @@
 
 from typing import Annotated, Any, Final
 
+import cron_descriptor
 import typer
-from cron_descriptor import CasingTypeEnum, FormatError, Options, get_description
+from cron_descriptor import CasingTypeEnum, FormatError, get_description
 
 from asyncmq_nats import Queue
 from asyncmq_nats.cli.command import (
     AsJson,
     AsNames,
     CommandFailed,
+    Options,
     QueueName,
     Session,
     command,
@@ -17,7 +19,16 @@ from asyncmq_nats.cli.command import (
     require_queue,
 )
 from asyncmq_nats.cli.output import duration, instant, interval, plain_json
-from asyncmq_nats.cli.values import parse_duration, parse_future, parse_keywords, parse_value
+from asyncmq_nats.cli.values import (
+    Arguments,
+    ArgumentsAsJson,
+    Keywords,
+    parse_duration,
+    parse_future,
+    parse_json,
+    parse_keywords,
+    parse_value,
+)
 from asyncmq_nats.schedules import RepeatableInfo, upcoming_runs
 
 __all__ = ["group"]
@@ -54,12 +65,24 @@ CatchUp = Annotated[
 ]
 Priority = Annotated[int | None, typer.Option("--priority", help="Lower runs first.")]
 Retries = Annotated[int | None, typer.Option("--retries", min=0, help="After a failure.")]
-Keywords = Annotated[
-    list[str] | None,
-    typer.Option("--kwarg", "-k", metavar="NAME=VALUE", help="Argument by name; JSON or a text."),
+Rhythm = Annotated[
+    dict[str, Any],
+    Options(
+        every=Every,
+        cron=Cron,
+        timezone=Timezone,
+        start=Start,
+        end=End,
+        runs=RunLimit,
+        jitter=Jitter,
+        overlap=Overlap,
+        catch_up=CatchUp,
+        priority=Priority,
+        retries=Retries,
+    ),
 ]
 
-ENGLISH: Final = Options()
+ENGLISH: Final = cron_descriptor.Options()
 ENGLISH.use_24hour_time_format = True
 ENGLISH.casing_type = CasingTypeEnum.Sentence
 
@@ -115,8 +138,14 @@ async def list_all(
 
 
 def _as_dict(info: RepeatableInfo) -> dict[str, Any]:
-    described = {"words": describe(info.job_def), "next_run": info.next_run, "paused": info.paused}
-    return info.job_def | described
+    return info.job_def | {
+        "words": describe(info.job_def),
+        "next_run": info.next_run,
+        "paused": info.paused,
+        "runs": info.runs,
+        "last_run": info.last_run,
+        "last_job": info.last_job,
+    }
 
 
 def _state(info: RepeatableInfo) -> str:
@@ -130,7 +159,7 @@ async def show(
     session: Session, queue: QueueName, name: ScheduleName, as_json: AsJson = False
 ) -> None:
     """Show a schedule: its task and arguments, its rhythm in words, its next run."""
-    info = await _find(await require_queue(session, queue), name)
+    _, info = await _open(session, queue, name)
     if as_json:
         session.output.json(_as_dict(info))
         return
@@ -141,7 +170,15 @@ async def show(
     }
     texts |= {key: instant(info.job_def[key]) for key in ("start", "end") if key in info.job_def}
     texts |= {"rhythm": describe(info.job_def), "next run": instant(info.next_run)}
+    if info.last_job is not None:
+        texts |= {"last run": instant(info.last_run), "last job": info.last_job}
     session.output.fields(texts | ({"state": _state(info)} if _state(info) else {}))
+
+
+async def _open(session: Session, queue: str, name: str) -> tuple[Queue, RepeatableInfo]:
+    """Return a queue and one of its schedules; both must exist."""
+    found = await require_queue(session, queue)
+    return found, await _find(found, name)
 
 
 async def _find(queue: Queue, name: str) -> RepeatableInfo:
@@ -162,7 +199,7 @@ async def show_next(
     as_json: AsJson = False,
 ) -> None:
     """Show when a schedule runs next, in UTC. A jitter comes on top."""
-    info = await _find(await require_queue(session, queue), name)
+    _, info = await _open(session, queue, name)
     runs = upcoming_runs(info, count, session.backend.now())
     if as_json:
         session.output.json(runs)
@@ -182,49 +219,24 @@ async def add(
     queue: QueueName,
     name: Annotated[str, typer.Argument(metavar="NAME", help="What it is known by.")],
     task: Annotated[str, typer.Argument(metavar="TASK", help="Name of the task.")],
-    arguments: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[ARG]...", help="Arguments in order; each JSON or a text."),
-    ] = None,
+    arguments: Arguments = None,
     kwarg: Keywords = None,
-    every: Every = None,
-    cron: Cron = None,
-    timezone: Timezone = None,
-    start: Start = None,
-    end: End = None,
-    runs: RunLimit = None,
-    jitter: Jitter = None,
-    overlap: Overlap = None,
-    catch_up: CatchUp = None,
-    priority: Priority = None,
-    retries: Retries = None,
+    *,
+    options: Rhythm,
 ) -> None:
     """Add a schedule: a job that is added again and again, by --every or by --cron."""
     await session.backend.connect()
     jobs = session.queue(queue)
     if any(name == info.job_def["name"] for info in await jobs.list_repeatables()):
         raise CommandFailed(f"there is a schedule {name!r}: `schedule edit` changes it")
-    given = _given(
-        session.backend.now(),
-        every=every,
-        cron=cron,
-        timezone=timezone,
-        start=start,
-        end=end,
-        runs=runs,
-        jitter=jitter,
-        overlap=overlap,
-        catch_up=catch_up,
-        priority=priority,
-        retries=retries,
-    )
+    given = _given(session.backend.now(), options)
     args = [parse_value(text) for text in arguments or ()]
     await jobs.upsert_repeatable(task, args=args, kwargs=parse_keywords(kwarg), name=name, **given)
     info = await _find(jobs, name)
     session.output.line(f"{name}: {describe(info.job_def)}, next run {instant(info.next_run)}")
 
 
-def _given(now: float, **options: Any) -> dict[str, Any]:
+def _given(now: float, options: dict[str, Any]) -> dict[str, Any]:
     """Return the options that were given, as `Queue.upsert_repeatable` takes them."""
     found = {name: value for name, value in options.items() if value is not None}
     for name in ("start", "end"):
@@ -242,54 +254,30 @@ async def edit(
     session: Session,
     queue: QueueName,
     name: ScheduleName,
-    args: Annotated[
-        str | None, typer.Option("--args", metavar="JSON", help="A list: all arguments in order.")
-    ] = None,
+    args: ArgumentsAsJson = None,
     kwarg: Keywords = None,
-    every: Every = None,
-    cron: Cron = None,
-    timezone: Timezone = None,
-    start: Start = None,
-    end: End = None,
-    runs: RunLimit = None,
-    jitter: Jitter = None,
-    overlap: Overlap = None,
-    catch_up: CatchUp = None,
-    priority: Priority = None,
-    retries: Retries = None,
+    *,
+    options: Rhythm,
 ) -> None:
-    """Change a schedule that has a name; what is not given stays. A pause goes on.
+    """Change a schedule that has a name; what is not given stays.
 
-    One that code declares is changed back when a worker with that code starts.
+    A pause goes on. A schedule that code declares is changed back when a worker with that code
+    starts.
     """
-    jobs = await require_queue(session, queue)
-    info = await _find(jobs, name)
+    jobs, info = await _open(session, queue, name)
     if info.job_def["name"] is None:
         raise CommandFailed("a schedule without a name is what it says: remove it, and add another")
     kept = {key: value for key, value in info.job_def.items() if key != "id"}
-    changes = _given(
-        session.backend.now(),
-        every=every,
-        cron=cron,
-        timezone=timezone,
-        start=start,
-        end=end,
-        runs=runs,
-        jitter=jitter,
-        overlap=overlap,
-        catch_up=catch_up,
-        priority=priority,
-        retries=retries,
-    )
+    changes = _given(session.backend.now(), options)
     if args is not None:
-        changes["args"] = parse_value(args)
+        changes["args"] = parse_json(args, "--args", list)
     if kwarg:
         changes["kwargs"] = kept["kwargs"] | (parse_keywords(kwarg) or {})
     if not changes:
         raise CommandFailed("say what to change, such as --cron or --every")
-    if cron is not None:
+    if "cron" in changes:
         kept.pop("every", None)
-    if every is not None:
+    if "every" in changes:
         for key in ("cron", "timezone"):
             kept.pop(key, None)
     await jobs.upsert_repeatable(**kept | changes)
@@ -300,8 +288,7 @@ async def edit(
 @command(group, "rm", audited=True)
 async def remove(session: Session, queue: QueueName, name: ScheduleName) -> None:
     """Remove a schedule. The jobs that it has added stay."""
-    jobs = await require_queue(session, queue)
-    info = await _find(jobs, name)
+    jobs, info = await _open(session, queue, name)
     await jobs.remove_repeatable(info.job_def["id"])
     session.output.line(f"schedule {name} is removed")
 
@@ -309,8 +296,7 @@ async def remove(session: Session, queue: QueueName, name: ScheduleName) -> None
 @command(group, "pause", audited=True)
 async def pause(session: Session, queue: QueueName, name: ScheduleName) -> None:
     """Let a schedule add no more jobs."""
-    jobs = await require_queue(session, queue)
-    info = await _find(jobs, name)
+    jobs, info = await _open(session, queue, name)
     await jobs.pause_repeatable(info.job_def["id"])
     session.output.line(f"schedule {name} is paused")
 
@@ -318,8 +304,7 @@ async def pause(session: Session, queue: QueueName, name: ScheduleName) -> None:
 @command(group, "resume", audited=True)
 async def resume(session: Session, queue: QueueName, name: ScheduleName) -> None:
     """Let a paused schedule go on."""
-    jobs = await require_queue(session, queue)
-    info = await _find(jobs, name)
+    jobs, info = await _open(session, queue, name)
     at = await jobs.resume_repeatable(info.job_def["id"])
     session.output.line(f"schedule {name} goes on, next run {instant(at)}")
 
@@ -327,6 +312,5 @@ async def resume(session: Session, queue: QueueName, name: ScheduleName) -> None
 @command(group, "run-now", audited=True)
 async def run_now(session: Session, queue: QueueName, name: ScheduleName) -> None:
     """Add one job of a schedule now, beside its series, and print its id."""
-    jobs = await require_queue(session, queue)
-    info = await _find(jobs, name)
+    jobs, info = await _open(session, queue, name)
     session.output.raw(await jobs.run_repeatable(info.job_def["id"]))

@@ -35,7 +35,7 @@ def server(
 ) -> None:
     """Run a nats-server on this machine until SIGTERM or Ctrl-C (extra `embedded`).
 
-    It prints the address for clients, with its token: whoever has it can do everything.
+    It prints the address for clients, with its token, which allows everything.
     """
     if port != -1 and not 1 <= port <= 65535:
         raise CommandFailed(f"a port is a number from 1 to 65535, or -1 for a free one, not {port}")

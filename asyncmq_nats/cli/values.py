@@ -1,4 +1,4 @@
-"""What a person types: times, durations, arguments; and which jobs a command is for."""
+"""Parses values of the command line: times, durations, arguments, and selections of jobs."""
 
 import sys
 from collections.abc import Iterable, Sequence
@@ -10,35 +10,35 @@ import typer
 from pydantic_core import from_json
 
 from asyncmq_nats import JobFilter, State
-from asyncmq_nats.cli.command import CommandFailed
+from asyncmq_nats.cli.command import CommandFailed, Options
 from asyncmq_nats.schedules import parse_every
 
 __all__ = [
-    "AllJobs",
-    "JobIds",
-    "OfTask",
-    "OfWorker",
+    "Arguments",
+    "ArgumentsAsJson",
+    "ChosenDelayed",
+    "ChosenJobs",
+    "JobsToMove",
+    "Keywords",
+    "MatchingJobs",
     "Selection",
-    "Since",
-    "States",
-    "Text",
-    "Until",
     "parse_duration",
     "parse_future",
+    "parse_json",
     "parse_keywords",
     "parse_past",
     "parse_value",
     "select",
 ]
 
-UNIX: Final = 1_000_000_000.0
+LEAST_UNIX_TIME: Final = 1_000_000_000.0
 """A number from here on is a time in Unix seconds, a smaller one a duration."""
 
 
 def parse_past(text: str, now: float) -> float:
-    """Return a time (Unix seconds): `2h` is two hours before now; ISO 8601, in UTC without a zone.
+    """Return a time in Unix seconds, of `2h` (two hours before now), ISO 8601, or Unix seconds.
 
-    Unix seconds.
+    A date without a zone is in UTC.
 
     Raises:
         CommandFailed: it is none of these.
@@ -62,7 +62,7 @@ def _parse_time(text: str, now: float, direction: int) -> float:
         number = float(text)
     except ValueError:
         number = 0.0
-    if number >= UNIX:
+    if number >= LEAST_UNIX_TIME:
         return number
     try:
         return now + direction * parse_every(text)
@@ -94,6 +94,20 @@ def parse_value(text: str) -> Any:
         return text
 
 
+def parse_json(text: str | None, option: str, kind: type) -> Any:
+    """Return the list or the object that an option was given as JSON; `None` for none.
+
+    Raises:
+        CommandFailed: it is something else.
+    """
+    if text is None:
+        return None
+    value = parse_value(text)
+    if not isinstance(value, kind):
+        raise CommandFailed(f"{option} must be a JSON {'list' if kind is list else 'object'}")
+    return value
+
+
 def parse_keywords(pairs: Sequence[str] | None) -> dict[str, Any] | None:
     """Return the values of texts such as `name=value`; `None` for none.
 
@@ -109,6 +123,19 @@ def parse_keywords(pairs: Sequence[str] | None) -> dict[str, Any] | None:
             raise CommandFailed(f"{pair!r} is no argument by name: write NAME=VALUE")
         values[name] = parse_value(text)
     return values
+
+
+Keywords = Annotated[
+    list[str] | None,
+    typer.Option("--kwarg", "-k", metavar="NAME=VALUE", help="Argument by name; JSON or a text."),
+]
+Arguments = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[ARG]...", help="Arguments in order; each JSON or a text."),
+]
+ArgumentsAsJson = Annotated[
+    str | None, typer.Option("--args", metavar="JSON", help="A list: all arguments in order.")
+]
 
 
 # -- which jobs
@@ -153,6 +180,33 @@ OfWorker = Annotated[
 ]
 AllJobs = Annotated[bool, typer.Option("--all", "-a", help="All jobs, without a filter.")]
 
+MatchingJobs = Annotated[
+    dict[str, Any],
+    Options(state=States, task=OfTask, search=Text, since=Since, until=Until, worker=OfWorker),
+]
+ChosenJobs = Annotated[
+    dict[str, Any],
+    Options(
+        ids=JobIds,
+        state=States,
+        task=OfTask,
+        search=Text,
+        since=Since,
+        until=Until,
+        worker=OfWorker,
+        everything=AllJobs,
+    ),
+]
+ChosenDelayed = Annotated[
+    dict[str, Any],
+    Options(ids=JobIds, task=OfTask, search=Text, since=Since, until=Until, everything=AllJobs),
+]
+JobsToMove = Annotated[
+    dict[str, Any],
+    Options(state=States, task=OfTask, search=Text, since=Since, until=Until, everything=AllJobs),
+]
+"""The options that say which jobs a command is for: `select` takes them."""
+
 
 @dataclass(frozen=True, slots=True)
 class Selection:
@@ -161,12 +215,7 @@ class Selection:
     ids: tuple[str, ...] = ()
     where: JobFilter | None = None
     words: tuple[str, ...] = ()
-    """The options of the filter, as they were typed, but for `--until`."""
-
-    @property
-    def jobs(self) -> JobFilter | tuple[str, ...]:
-        """What `Queue.apply` takes."""
-        return self.ids if self.where is None else self.where
+    """The filter options as they were typed, without `--until`."""
 
 
 def select(
@@ -197,7 +246,7 @@ def select(
     if found:
         return Selection(found)
     if not narrowed and not everything:
-        raise CommandFailed("say which jobs: ids, or a filter such as --state failed, or --all")
+        raise CommandFailed("say which jobs: ids, or a filter such as --task, or --all")
     where = JobFilter(
         state=state or None,
         task=task,

@@ -63,7 +63,7 @@ def start(
     ] = False,
     processes: Annotated[int, typer.Option("--processes", "-p", help="Worker processes.")] = 1,
     reload: Annotated[
-        bool, typer.Option("--reload", help="Start anew when a Python file here changes.")
+        bool, typer.Option("--reload", help="Start again when a Python file here changes.")
     ] = False,
     burst: Annotated[bool, typer.Option("--burst", help="End when the queues are empty.")] = False,
     max_jobs: Annotated[

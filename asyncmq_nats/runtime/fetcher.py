@@ -1,8 +1,9 @@
-"""Fetches jobs for a worker's slots: when to ask for how many of which tier, and who starts next.
+"""Fetches jobs for a worker's slots: asks the server for jobs of each tier, orders the starts.
 
-What to ask for is decided in `prefetch`, from what `tiers` and the buffer know.
+The numbers are decided in `prefetch`, from the counts of `tiers` and the buffer.
 """
 
+import asyncio
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Final
@@ -16,7 +17,7 @@ from asyncmq_nats.exceptions import AsyncMQError
 from asyncmq_nats.runtime.buffer import Buffer
 from asyncmq_nats.runtime.handback import HandBack
 from asyncmq_nats.runtime.prefetch import Throughput, starts_late, tiers_to_ask
-from asyncmq_nats.runtime.rate_limiter import LEASE, RateLimiter
+from asyncmq_nats.runtime.rate_limiter import LEASE_SECONDS, RateLimiter
 from asyncmq_nats.runtime.slot_group import Member, SlotGroup
 from asyncmq_nats.runtime.tiers import FRESH_SECONDS, Tiers
 from asyncmq_nats.store.topology import TIER_SIGNAL, QueueAssets
@@ -29,11 +30,11 @@ logger = get_logger(__name__)
 
 PULL_SECONDS: Final = 30.0
 TIER_SEARCH_INTERVAL: Final = 30.0
-"""Cadence of the safety net for tiers that were made unheard."""
+"""Seconds between two searches for tiers whose signal was lost."""
 BUFFER_CHECK_INTERVAL: Final = 0.05
 MEASURE_INTERVAL: Final = 0.005
 UNSETTLED_PER_SLOT: Final = 4
-UNSETTLED: Final = 256
+UNSETTLED_RESERVE: Final = 256
 LONGEST_PRIORITY: Final = 255
 """Digits: a tier's name is that of a consumer."""
 
@@ -86,7 +87,7 @@ class Fetcher:
         self._throughput = Throughput()
         self._new_tiers: set[int] = set()
         self._tier_heard = anyio.Event()
-        self._refill = anyio.Event()
+        self._refill = asyncio.Event()
         self._refill_due = False
         self._held = anyio.Event()
         self._held_watched = False
@@ -136,7 +137,7 @@ class Fetcher:
                 await self._limiter.acquire(-self._limiter.permits)
         except AsyncMQError as error:
             logger.warning(
-                "queue %s: what was in hand comes back when its lease is over: %s",
+                "queue %s: fetched jobs are redelivered when their lease is over: %s",
                 self._subjects.queue,
                 error,
             )
@@ -185,7 +186,7 @@ class Fetcher:
 
     def take(self) -> Delivery | None:
         """Return the next job to run, if one may start and a slot is free: the slot is taken."""
-        if self.busy >= self._concurrency or not self._may_start:
+        if not self._buffer.heap or self.busy >= self._concurrency or not self._may_start:
             return None
         if self._group is not None and self._group.limit(1) < 1:
             return None
@@ -232,20 +233,16 @@ class Fetcher:
 
     @property
     def _may_start(self) -> bool:
-        permitted = self._limiter is None or self._limiter.permits > 0
         return (
-            bool(self._buffer.heap)
-            and self._open
-            and permitted
-            and not self.is_paused
-            and not self._better_may_come
+            self._open
+            and (self._limiter is None or self._limiter.permits > 0)
+            and not (self._paused_until and self.is_paused)
+            and not (len(self._tiers.known) > 1 and self._better_may_come)
         )
 
     @property
     def _better_may_come(self) -> bool:
         """Whether jobs of a higher tier are asked for, and there are some or may be."""
-        if len(self._tiers.known) == 1:
-            return False
         return self._tiers.better_may_come(self._buffer.heap[0][0], self._monotonic())
 
     def _tell_startable(self) -> None:
@@ -319,9 +316,13 @@ class Fetcher:
     async def _ask_when_needed(self) -> None:
         wait: float | None = None
         while True:
-            with self._clock.move_on_after(wait, upkeep=self.is_paused):
+            if wait is None:
                 await self._refill.wait()
-            self._refill, self._refill_due = anyio.Event(), False
+            else:
+                with self._clock.move_on_after(wait, upkeep=self.is_paused):
+                    await self._refill.wait()
+            self._refill.clear()
+            self._refill_due = False
             self._tell_startable()
             wait = FRESH_SECONDS if self._tiers.may_become_stale else None
             if self._group is not None and self._group.slots is not None:
@@ -359,7 +360,11 @@ class Fetcher:
                 wanted = max(0, self._free_slots - limiter.permits)
             wait = await limiter.acquire(wanted)
         except AsyncMQError as error:
-            logger.warning("queue %s: no permits now: %s", self._subjects.queue, error)
+            logger.warning(
+                "queue %s: could not lease permits of its rate limit: %s",
+                self._subjects.queue,
+                error,
+            )
             return 1.0
         self._tell_startable()
         if limiter.permits:
@@ -369,7 +374,10 @@ class Fetcher:
     async def _ask(self, capacity: int) -> None:
         """Ask for jobs, up to `capacity` with those that run and those in the buffer."""
         room = capacity - self.busy
-        if room <= 0 or self._pending() > UNSETTLED_PER_SLOT * self._concurrency + UNSETTLED:
+        if (
+            room <= 0
+            or self._pending() > UNSETTLED_PER_SLOT * self._concurrency + UNSETTLED_RESERVE
+        ):
             return
         now = self._monotonic()
         tiers = self._tiers.view(now, self._buffer.counts)
@@ -387,7 +395,7 @@ class Fetcher:
         )
         for priority, count in pulls:
             tier = self._tiers.known[priority]
-            wait = PULL_SECONDS if self._limiter is None else LEASE / 2
+            wait = PULL_SECONDS if self._limiter is None else LEASE_SECONDS / 2
             if not self._tiers.credit(priority):
                 tier.heard = now
                 # Tiers answer in any order, and a job of a lower one must know whether a higher
@@ -454,7 +462,9 @@ class Fetcher:
                     await self._share()
             except AsyncMQError as error:
                 logger.warning(
-                    "queue %s: could not ask who waits for jobs: %s", self._subjects.queue, error
+                    "queue %s: could not check whether other workers wait: %s",
+                    self._subjects.queue,
+                    error,
                 )
 
     async def _give_back_paused(self) -> None:

@@ -1,9 +1,8 @@
-"""The settings that a queue keeps on the server, and what there differs from the settings in force.
+"""The settings that a queue keeps on the server, and the differences from those in force.
 
-Who decides: what was stored by `Queue.configure` (the record `queue.config`) wins over the settings
-of any process. Without that, the server stays as the first process made it, until a process applies
-its own settings (`ASYNCMQ_NATS_APPLY=true` at the start of a worker): the last one to start
-decides.
+Settings stored by `Queue.configure` (the record `queue.config`) win over those of any process.
+Without them, the server stays as the first process made it, until a process applies its own
+settings (`ASYNCMQ_NATS_APPLY=true` at the start of a worker): the last one to start decides.
 """
 
 from collections.abc import Iterable, Mapping
@@ -11,19 +10,21 @@ from typing import Any, Final
 
 from pydantic import ValidationError
 
+from asyncmq_nats._clock import brief_pause
 from asyncmq_nats._logging import Throttle, get_logger
 from asyncmq_nats.backends.base import Backend, Difference, Expect, Write
 from asyncmq_nats.exceptions import AssetMissing, InvalidArgument, InvalidJob, WriteRefused
 from asyncmq_nats.settings import Settings
+from asyncmq_nats.store.commit import REPLICA_LAG_DELAYS
 from asyncmq_nats.store.topology import SHORTEST_LIVE_LEASE, QueueAssets
 from asyncmq_nats.wire.codec import dump_json, load_json
 from asyncmq_nats.wire.keys import QueueSubjects
 
-__all__ = ["CONFIGURABLE", "Configurations"]
+__all__ = ["CONFIGURABLE_SETTINGS", "Configurations"]
 
 logger = get_logger(__name__)
 
-CONFIGURABLE: Final = (
+CONFIGURABLE_SETTINGS: Final = (
     "stalled_after",
     "completed_ttl",
     "failed_ttl",
@@ -37,7 +38,6 @@ CONFIGURABLE: Final = (
     "placement_tags",
 )
 """Settings that a queue can keep on the server, for all its workers."""
-WRITE_TRIES: Final = 10
 
 
 class Configurations:
@@ -54,12 +54,16 @@ class Configurations:
         return (await self._read())[1]
 
     async def refresh(self) -> None:
-        """Have this process use what is stored: its workers call this at each heartbeat."""
-        stored = await self.read()
-        settings = self._backend.settings.model_copy(update=stored)
+        """Have this process use the stored settings: its workers call this at each heartbeat."""
+        self._use(await self.read())
+
+    def _use(self, stored: Mapping[str, Any]) -> None:
+        settings = self._backend.settings.model_copy(update=dict(stored))
         if settings != self._assets.settings:
             names = [
-                name for name in CONFIGURABLE if _differ(settings, self._assets.settings, name)
+                name
+                for name in CONFIGURABLE_SETTINGS
+                if _differ(settings, self._assets.settings, name)
             ]
             shown = ", ".join(f"{name}={getattr(settings, name)!r}" for name in names)
             logger.info("queue %s: settings in force now: %s", self._subjects.queue, shown)
@@ -72,13 +76,15 @@ class Configurations:
 
         Raises:
             InvalidArgument: a value is none of that setting, or the server could not take it.
+            WriteRefused: other processes store theirs each time; nothing was stored.
         """
         checked, reset = check_values(values), check_names(reset)
         await self._assets.declare()
-        for _ in range(WRITE_TRIES):
+        for pause in REPLICA_LAG_DELAYS:
+            await brief_pause(pause)
             sequence, stored = await self._read()
             wanted = {name: value for name, value in stored.items() if name not in reset} | checked
-            await self._check_room(wanted)
+            await self._check_room(self._backend.settings.model_copy(update=wanted))
             write = Write(
                 self._subjects.configuration,
                 dump_json(wanted),
@@ -86,11 +92,12 @@ class Configurations:
             )
             try:
                 await self._backend.write(self._subjects.bucket_log, write)
-            except WriteRefused:
-                continue  # somebody else has changed it
-            break
-        await self.refresh()
-        return await self.apply()
+            except WriteRefused:  # another process has changed it, or a replica lags behind
+                continue
+            self._use(wanted)  # not read again: a replica may not know it yet
+            return await self._change()
+        detail = f"the configuration of queue {self._subjects.queue!r} changes all the time"
+        raise WriteRefused(self._subjects.bucket_log, detail)
 
     async def apply(self) -> list[Difference]:
         """Change on the server what differs from the settings in force and can be changed.
@@ -98,7 +105,10 @@ class Configurations:
         Return what was changed.
         """
         await self.refresh()
-        await self._check_room({})
+        await self._check_room(self._assets.settings)
+        return await self._change()
+
+    async def _change(self) -> list[Difference]:
         changed = await self._assets.change()
         for each in changed:
             logger.info(
@@ -107,29 +117,30 @@ class Configurations:
         return changed
 
     async def compare(self) -> list[Difference]:
-        """Return what of the queue's assets differs from the settings in force."""
+        """Return how the queue's assets differ from the settings in force."""
         await self.refresh()
         return await self._assets.compare()
 
-    async def _check_room(self, update: Mapping[str, Any]) -> None:
+    async def _check_room(self, settings: Settings) -> None:
         """Refuse sizes below what is stored: at its limit, the bucket would discard delayed jobs.
+
+        A limit that the server has already, or a higher one, costs nothing.
 
         Raises:
             InvalidArgument: a size is too small.
         """
-        settings = self._assets.settings.model_copy(update=dict(update))
         for name, log in (
             ("ready_max_bytes", self._subjects.ready_log),
             ("bucket_max_bytes", self._subjects.bucket_log),
         ):
             limit = getattr(settings, name)
-            if limit is None:
+            state = None if limit is None else await self._backend.describe_log(log)
+            if state is None or (state.max_bytes is not None and limit >= state.max_bytes):
                 continue
-            used = await self._backend.stored_bytes(log)
-            if used > limit * 0.9:
+            if state.bytes > limit * 0.9:
                 raise InvalidArgument(
-                    f"{name} must leave a tenth free, and {log} has {used:,} bytes already: "
-                    f"at least {int(used / 0.9) + 1:,}",
+                    f"{name} must leave a tenth free, and {log} has {state.bytes:,} bytes already: "
+                    f"at least {int(state.bytes / 0.9) + 1:,}",
                     limit,
                 )
 
@@ -145,21 +156,24 @@ class Configurations:
         return records[0].sequence, self._decode(records[0].body)
 
     def _decode(self, body: bytes) -> dict[str, Any]:
-        """Return the settings of a record.
-
-        What is malformed, or of a newer version, is left out.
-        """
+        """Return the settings of a record, without malformed ones and those of a newer version."""
         found: dict[str, Any] = {}
         try:
             data = load_json(body)
-            for name in CONFIGURABLE:
-                if name in data:
-                    found |= check_values({name: data[name]})
-        except (InvalidJob, InvalidArgument, TypeError) as problem:
-            if times := self._malformed.note():
-                text = "queue %s: its configuration is malformed (%d times): %s"
-                logger.warning(text, self._subjects.queue, times, problem)
+        except InvalidJob as problem:
+            self._warn_of_malformed(problem)
+            return {}
+        for name in filter(data.__contains__, CONFIGURABLE_SETTINGS):
+            try:
+                found |= check_values({name: data[name]})
+            except InvalidArgument as problem:
+                self._warn_of_malformed(problem)
         return found
+
+    def _warn_of_malformed(self, problem: Exception) -> None:
+        if times := self._malformed.note():
+            text = "queue %s: its configuration is malformed (%d times): %s"
+            logger.warning(text, self._subjects.queue, times, problem)
 
 
 def check_values(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -194,8 +208,10 @@ def check_names(names: Iterable[str]) -> list[str]:
     """
     names = list(names)
     for name in names:
-        if name not in CONFIGURABLE:
-            raise InvalidArgument(f"a queue can keep the settings {', '.join(CONFIGURABLE)}", name)
+        if name not in CONFIGURABLE_SETTINGS:
+            raise InvalidArgument(
+                f"a queue can keep the settings {', '.join(CONFIGURABLE_SETTINGS)}", name
+            )
     return names
 
 

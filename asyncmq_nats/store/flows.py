@@ -18,7 +18,7 @@ READS_UNDER_WAY: Final = 32
 
 @dataclass(frozen=True, slots=True)
 class Flow:
-    """A job and those that it depends on, and these on.
+    """A job with all that it depends on, directly and indirectly.
 
     `jobs`: by id; `None` for one that was removed, or whose outcome was kept no longer. Each has
     the ids of those that it waits for in `depends_on`. `awaited_by`: jobs that wait for `job_id`
@@ -50,8 +50,7 @@ async def read_flow(
         await for_each(look, part, limit=READS_UNDER_WAY)
         found |= {parent: read[parent] for parent in part}
         parents = [p for job in read.values() if job is not None for p in job.depends_on]
-        ahead = ahead[len(part) :] + [p for p in dict.fromkeys(parents) if p not in found]
-        ahead = list(dict.fromkeys(ahead))
+        ahead = [p for p in dict.fromkeys([*ahead[len(part) :], *parents]) if p not in found]
     waiting = list(first.children)
     with suppress(AssetMissing):
         edges = subjects.edge(encode_token(job_id), "*")

@@ -1,7 +1,6 @@
-"""What there is to know of one queue as a whole: counts, rates, age, priorities, pause, storage."""
+"""One queue as a whole: its counts, rates, age, priorities, pause and storage."""
 
 from dataclasses import dataclass
-from math import isinf
 from typing import Final
 
 from asyncmq_nats._concurrency import open_task_group
@@ -16,7 +15,7 @@ __all__ = ["Overview", "QueueInfo", "TierInfo"]
 
 RATE_PERIOD: Final = 60.0
 RATE_SAMPLE: Final = 5_000
-"""Outcomes that are read for a rate; of more, the last ones stand for all."""
+"""Outcomes that are read for a rate; if there are more, the last ones stand for all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,11 +29,11 @@ class TierInfo:
 
 @dataclass(frozen=True, slots=True)
 class QueueInfo:
-    """What there is to know of a queue.
+    """An overview of a queue.
 
     `counts`: jobs by state. `paused_until`: Unix seconds; `None` if it is not paused or has no end.
     `oldest_waiting`: id of the job that has waited longest; `oldest_waiting_age`: for how many
-    seconds. `ended_per_second`: jobs that came to each outcome, over the last minute.
+    seconds. `ended_per_second`: jobs that reached each outcome, over the last minute.
     `ready`, `records`: the stream of the jobs that can be run, and the bucket of all others;
     `None` without the permission to ask.
     """
@@ -101,7 +100,7 @@ class Overview:
         return found
 
     async def rates(self, period: float = RATE_PERIOD) -> dict[str, float]:
-        """Return how many jobs a second came to each outcome. `period`: in seconds, until now.
+        """Return how many jobs a second reached each outcome. `period`: in seconds, until now.
 
         Outcomes that were removed since, by a person or by their time to live, are not counted.
         """
@@ -118,14 +117,15 @@ class Overview:
 
     async def _rate(self, source: Source, period: float) -> float:
         await self._backend.connect()
-        now, count, oldest = self._backend.now(), 0, float("inf")
+        now = oldest = self._backend.now()
+        count = 0
         async for records in self._lists.source_pages(source, PAGE_SIZE, descending=True):
-            recent = [r for r in records if r.time >= now - period and not r.marker]
+            recent = [r.time for r in records if r.time >= now - period and not r.marker]
             count += len(recent)
-            oldest = min([oldest, *(record.time for record in recent)])
+            oldest = min([oldest, *recent])
             if len(recent) < len(records) or count >= RATE_SAMPLE:
                 break
-        if count < RATE_SAMPLE or isinf(oldest):
+        if count < RATE_SAMPLE:
             return count / period
-        # As many as there are at most: a rate of some seconds need not have lasted for all of them.
+        # At most as many as there are: a rate of a few seconds need not hold for the whole period.
         return min(count / max(now - oldest, 0.001), source.total / period)

@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Final
 
-from asyncmq_nats._concurrency import open_task_group
+from asyncmq_nats._concurrency import deadline, open_task_group
 from asyncmq_nats.backends.base import Backend, ConsumerState, Record
-from asyncmq_nats.exceptions import AssetMissing, InvalidJob
+from asyncmq_nats.exceptions import AssetMissing, AssetOffline, InvalidJob, Unconfirmed
 from asyncmq_nats.jobs import Job, new_job
 from asyncmq_nats.states import OUTCOMES, Place, State
 from asyncmq_nats.store.commit import look_for, looks
-from asyncmq_nats.store.topology import QueueAssets
+from asyncmq_nats.store.topology import COUNTER_PATIENCE, QueueAssets
 from asyncmq_nats.wire.codec import load_json
 from asyncmq_nats.wire.keys import (
     QueueSubjects,
@@ -28,9 +28,11 @@ __all__ = ["PAGE_SIZE", "PLACE_STATES", "Inspection", "JobPage", "WaitingJob"]
 
 PAGE_SIZE: Final = 500
 SMALL_QUEUE: Final = 5_000
-NOTHING: Final = ConsumerState(0, 0, 0)
+SILENCE_LIFETIME: Final = 10.0
+"""Seconds for which a counter that did not answer is not asked again."""
+EMPTY_STATE: Final = ConsumerState(0, 0, 0)
 PLACE_STATES: Final = {Place.DELAYED: State.DELAYED, Place.PARKED: State.WAITING_CHILDREN}
-"""What a released job is its time decides: it is released a little early, see `LEAD`."""
+"""The state of a released job depends on its time: it is released early, see `TIMER_LEAD`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +62,8 @@ class Inspection:
         self._backend = backend
         self._subjects = subjects
         self._assets = assets
+        self._silent_until: dict[str, float] = {}
+        """When a counter that did not answer is asked again."""
 
     # -- counts
 
@@ -94,10 +98,9 @@ class Inspection:
         return counts
 
     async def _count_early(self, counts: dict[State, int]) -> None:
-        """Count released jobs as what they are.
+        """Count released jobs by their state: delayed if released early, or waiting for others.
 
-        Delayed if released early, or still waiting for others. For the server this is a search:
-        where there are many jobs, they are waiting.
+        The server has to search for them: in a large queue they count as waiting.
         """
         with suppress(AssetMissing):
             page = await self._backend.page(
@@ -113,8 +116,8 @@ class Inspection:
         """Return the state of a tier's consumer; nothing if there is none."""
         with suppress(AssetMissing):
             state = await self._backend.look_up(self._subjects.ready_log, tier_name(priority))
-            return state or NOTHING
-        return NOTHING
+            return state or EMPTY_STATE
+        return EMPTY_STATE
 
     async def count(self, counter: str) -> int:
         """Return how many records a counter counts.
@@ -126,16 +129,25 @@ class Inspection:
     async def count_or_none(self, counter: str) -> int | None:
         """Same as `count`.
 
-        `None` when there is no such counter, and this process may not make it.
+        `None` when there is no such counter, and this process may not make it. The records of a
+        counter that does not answer are searched: its server may be lost, and others have them.
         """
-        log, name = self._subjects.bucket_log, counter_name(counter)
+        log, now = self._subjects.bucket_log, self._backend.now()
         try:
-            state = await self._backend.look_up(log, name)
-            if state is None:  # it is in memory, and is made again
-                await self._assets.declare_counters()
-                state = await self._backend.look_up(log, name)
+            if self._silent_until.get(counter, now) <= now:
+                with suppress(AssetOffline, Unconfirmed), deadline(COUNTER_PATIENCE):
+                    return await self._ask(counter)
+                self._silent_until[counter] = now + SILENCE_LIFETIME
+            return await self._backend.count(log, self._assets.counters[counter])
         except AssetMissing:
             return 0
+
+    async def _ask(self, counter: str) -> int | None:
+        log, name = self._subjects.bucket_log, counter_name(counter)
+        state = await self._backend.look_up(log, name)
+        if state is None:  # it is in memory, and is made again
+            await self._assets.declare_counters()
+            state = await self._backend.look_up(log, name)
         return None if state is None else state.pending
 
     # -- one job
@@ -145,9 +157,9 @@ class Inspection:
         return await look_for(partial(self._find, encode_token(job_id)), looks(self._backend))
 
     async def _find(self, token: str) -> Job | None:
-        """Look at both places in turn.
+        """Read both logs in turn.
 
-        A job is written where it goes before it is removed where it was.
+        A job is written to its new place before it is removed from the old one.
         """
         try:
             job, progress = await self._find_in_bucket(token)

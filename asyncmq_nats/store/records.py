@@ -1,16 +1,16 @@
 """Constructors of records that more than one transition writes."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
-from asyncmq_nats.backends.base import Expect, Timer, Write
+from asyncmq_nats.backends.base import Expect, Record, Timer, Write
 from asyncmq_nats.states import Place
 from asyncmq_nats.wire.codec import dump_json
 from asyncmq_nats.wire.keys import QueueSubjects
 
-__all__ = ["LEAD", "MARKER_TTL", "delayed_write", "outcome_body"]
+__all__ = ["MARKER_TTL", "TIMER_LEAD", "delayed_write", "outcome_body", "without_markers"]
 
-LEAD: Final = 0.4
+TIMER_LEAD: Final = 0.4
 """Seconds by which a timer is early: the server looks at its timers every 0.25 s.
 
 The promoter waits out the rest.
@@ -18,7 +18,12 @@ The promoter waits out the rest.
 MARKER_TTL: Final = 1.0
 """Seconds that a delete marker lives."""
 KEPT_WHEN_TRUNCATED: Final = ("id", "task", "reruns", "children", "wide_children")
-"""What an outcome keeps of a job that is too large for it: its children are told from it."""
+"""The fields of a job that a truncated outcome keeps: its children are told by them."""
+
+
+def without_markers(records: Iterable[Record]) -> list[Record]:
+    """Return those records that are not delete markers."""
+    return [record for record in records if not record.marker]
 
 
 def delayed_write(
@@ -40,9 +45,11 @@ def delayed_write(
         expect: the condition of the write.
     """
     run_at, now = times
-    if run_at - LEAD <= now:  # beside: a promoter may be removing the record of the attempt before
+    if (
+        run_at - TIMER_LEAD <= now
+    ):  # beside: a promoter may be removing the record of the attempt before
         return Write(subjects.later(token, Place.RELEASED), body, expect, beside=True)
-    timer = Timer(run_at - LEAD, subjects.later(token, Place.RELEASED))
+    timer = Timer(run_at - TIMER_LEAD, subjects.later(token, Place.RELEASED))
     return Write(subjects.later(token, Place.DELAYED), body, expect, timer=timer)
 
 

@@ -6,7 +6,7 @@ The first ones at once, never a whole queue in memory.
 from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Final
+from typing import Any, Final
 
 from asyncmq_nats.backends.base import Record
 from asyncmq_nats.exceptions import AssetMissing
@@ -14,6 +14,7 @@ from asyncmq_nats.jobs import Job
 from asyncmq_nats.search import JobFilter
 from asyncmq_nats.states import State
 from asyncmq_nats.store.pages import JobLists, Source
+from asyncmq_nats.wire.codec import load_json
 
 __all__ = ["Found", "Search"]
 
@@ -28,6 +29,16 @@ class Found:
     source: Source
     record: Record
     job: Job
+
+    def stored(self) -> dict[str, Any]:
+        """Return all that is stored of the job, with what its key and its record say.
+
+        Raises:
+            InvalidJob: it is no job: a stranger wrote it.
+        """
+        job = self.job
+        known = {"id": job.job_id, "priority": job.priority, "created_at": job.created_at}
+        return load_json(self.record.body) | known
 
 
 class Search:
@@ -65,20 +76,16 @@ class Search:
         where: JobFilter,
         running: Collection[str],
     ) -> list[Found]:
-        jobs = (
-            (record, job)
+        return [
+            Found(source, record, job)
             for record in records
             if not record.marker and where.may_match(record.subject, record.body)
             for job in self._lists.jobs_in(source, [record], state)
-        )
-        return [
-            Found(source, record, job)
-            for record, job in jobs
             if where.matches(job, record.time, running)
         ]
 
     async def _bounds(self, where: JobFilter) -> "_Bounds":
-        """Return the sequences between which the records of the times that are meant are."""
+        """Return the range of sequences that holds the records of the filter's times."""
         first: dict[str, int] = {}
         last: dict[str, int] = {}
         for log in self._lists.logs if (where.since, where.until) != (None, None) else ():

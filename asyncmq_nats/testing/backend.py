@@ -22,6 +22,7 @@ from asyncmq_nats.runtime.registry import TASK_REGISTRY
 from asyncmq_nats.settings import Settings
 from asyncmq_nats.settings import settings as environment
 from asyncmq_nats.states import Place
+from asyncmq_nats.store.records import without_markers
 from asyncmq_nats.testing.clock import Due, VirtualClock, is_inside
 from asyncmq_nats.transitions.promote import read_released
 from asyncmq_nats.wire.codec import load_json
@@ -30,10 +31,10 @@ from asyncmq_nats.workers import Worker
 
 __all__ = ["Addition", "VirtualBackend", "virtual_backend", "worker"]
 
-HEARTBEAT: Final = 3600.0
+HEARTBEAT_INTERVAL: Final = 3600.0
 """Seconds between two heartbeats of a worker, unless the settings are given: each is a stop."""
 DEFAULT_CONCURRENCY: Final[int] = signature(Queue).parameters["concurrency"].default
-ATOMIC: Final = (
+ATOMIC_METHODS: Final = (
     "declare_log", "incarnation", "delete_log", "list_logs", "declare_consumer", "list_consumers",
     "look_up", "pause", "resume", "write", "last", "page", "page_back", "count", "last_sequence",
     "delete", "delete_many", "purge", "publish", "subscribe",
@@ -140,7 +141,7 @@ class VirtualBackend(InMemoryBackend):
         settings: Settings | None = None,
     ) -> None:
         if settings is None:
-            settings = environment.model_copy(update={"heartbeat_interval": HEARTBEAT})
+            settings = environment.model_copy(update={"heartbeat_interval": HEARTBEAT_INTERVAL})
         clock = VirtualClock() if clock is None else clock
         super().__init__(settings, clock=clock)
         self._agenda = VirtualAgenda(clock)
@@ -241,7 +242,7 @@ class VirtualBackend(InMemoryBackend):
         return QueueSubjects(self.settings.prefix, queue)
 
     async def _give_way(self) -> None:
-        """Do nothing: `ATOMIC` methods give way before."""
+        """Do nothing: `ATOMIC_METHODS` methods give way before."""
 
     def _open(self) -> None:
         """Do nothing: every event loop is served."""
@@ -275,7 +276,7 @@ class VirtualBackend(InMemoryBackend):
         """Return the queues for which a worker runs."""
         log, key = workers_bucket(self.settings.prefix)
         records = self.find(log, f"{key}*")
-        return {load_json(record.body)["queue"] for record in records if not record.marker}
+        return {load_json(record.body)["queue"] for record in without_markers(records)}
 
     def has_due_jobs(self, running: int) -> bool:
         """Return whether more jobs are due than those that run."""
@@ -409,7 +410,7 @@ def _finish(coroutine: Any) -> Any:
     raise AssertionError("an atomic method of the backend has waited")
 
 
-for _name in ATOMIC:
+for _name in ATOMIC_METHODS:
     setattr(VirtualBackend, _name, _atomic(_name))
 
 

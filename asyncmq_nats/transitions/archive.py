@@ -15,7 +15,6 @@ from asyncmq_nats.store.search import Found
 from asyncmq_nats.transitions.add import Additions
 from asyncmq_nats.transitions.clean import Progress
 from asyncmq_nats.transitions.move import write_outcome
-from asyncmq_nats.wire.codec import load_json
 
 __all__ = ["FORMAT", "Imported", "Importer", "export_jobs", "split_line"]
 
@@ -25,23 +24,21 @@ IMPORTS_UNDER_WAY: Final = 32
 
 @dataclass(frozen=True, slots=True)
 class Imported:
-    """What became of `Queue.import_jobs`: jobs that were added, and those whose ids were there."""
+    """The result of `Queue.import_jobs`: added jobs, and those whose ids existed."""
 
     added: int
     existing: int
 
 
 async def export_jobs(pages: AsyncIterator[list[Found]]) -> AsyncIterator[dict[str, Any]]:
-    """Yield a line for each job: its state, when it came to it, and what is stored of it."""
+    """Yield a line for each job: its state, when it reached it, and what is stored of it."""
     async for page in pages:
         for found in page:
             try:
-                data = load_json(found.record.body)
-            except InvalidJob:  # junk that a stranger wrote
+                job = found.stored()
+            except InvalidJob:
                 continue
-            kept = {"id": found.job.job_id, "created_at": found.job.created_at}
-            kept["priority"] = found.job.priority
-            yield {"state": found.job.status, "at": found.record.time, "job": data | kept}
+            yield {"state": found.job.status, "at": found.record.time, "job": job}
 
 
 def split_line(line: Mapping[str, Any]) -> tuple[State, dict[str, Any]] | None:
@@ -85,7 +82,7 @@ class Importer:
         if state in OUTCOMES:
             try:
                 await write_outcome(self._additions, data, state)
-            except WriteRefused:
+            except WriteRefused:  # a job with that id has appeared
                 self._existing += 1
             else:
                 self._added += 1

@@ -1,7 +1,9 @@
 """Transitions that a person or a program asks for, rather than a worker: retry, remove."""
 
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any, Final
 
 from asyncmq_nats._logging import get_logger
@@ -15,8 +17,8 @@ from asyncmq_nats.exceptions import (
 )
 from asyncmq_nats.jobs import Job
 from asyncmq_nats.states import Place, State
-from asyncmq_nats.store.commit import pause_after_refusal
-from asyncmq_nats.store.records import MARKER_TTL, outcome_body
+from asyncmq_nats.store.commit import commit
+from asyncmq_nats.store.records import MARKER_TTL, outcome_body, without_markers
 from asyncmq_nats.store.snapshot import Snapshot, count_reruns, read_snapshot
 from asyncmq_nats.store.topology import QueueAssets
 from asyncmq_nats.transitions.claim import CLAIM_TTL, Claim
@@ -36,9 +38,12 @@ PLACES_OF: Final = {
     State.WAITING_CHILDREN: (Place.PARKED,),
 }
 
+MAX_TRIES: Final = 20
+"""How often a rerun is written that others change at the same time."""
+
 
 class Administration:
-    """What can be done to the jobs of one queue by hand."""
+    """The transitions of the jobs of one queue by hand."""
 
     def __init__(self, backend: Backend, subjects: QueueSubjects, assets: QueueAssets) -> None:
         self._backend = backend
@@ -52,7 +57,7 @@ class Administration:
         for place in (
             Place.DELAYED,
             Place.RELEASED,
-        ):  # in this order: it moves from one to the other
+        ):  # in this order: the job moves from one to the other
             records = await self._backend.last(
                 self._subjects.bucket_log, self._subjects.later(token, place)
             )
@@ -90,28 +95,28 @@ class Administration:
         afterwards. A worker that runs it must be told.
         """
         token, written = encode_token(job_id), b""
-        while True:
+
+        async def end() -> bool:
+            nonlocal written
             snapshot = await read_snapshot(self._backend, self._subjects, token)
             if snapshot.outcome is not None and snapshot.outcome.body != written:
                 return False
-            if snapshot.outcome is None:
+            if snapshot.outcome is None:  # else the confirmation of ours was lost
                 ready = await self._read_ready(token)
                 if not snapshot.later and not ready:
                     return False
                 writes = self._cancellation(snapshot, ready, reason)
                 written = writes[0].body
-                try:
-                    await self._dependencies.write_and_sweep(*writes)
-                except WriteRefused:  # it moved or ended, or the confirmation of this was lost
-                    await pause_after_refusal()
-                    continue
+                await self._dependencies.write_and_sweep(*writes)
             await self._finish_cancellation(snapshot, count_reruns(written))
             if b'"wide"' in written:
                 await self._dependencies.forget(token)
             return True
 
+        return await commit(end)
+
     async def finish_cancel(self, job_id: str) -> None:
-        """Do what is left to do of a cancellation whose process died. Repeatable."""
+        """Finish a cancellation whose process died. Repeatable."""
         snapshot = await read_snapshot(self._backend, self._subjects, encode_token(job_id))
         if snapshot.outcome is not None and snapshot.state is State.CANCELLED:
             await self._finish_cancellation(snapshot, count_reruns(snapshot.outcome.body))
@@ -123,10 +128,7 @@ class Administration:
     def _cancellation(
         self, snapshot: Snapshot, ready: Sequence[Record], reason: str
     ) -> list[Write]:
-        """Return the writes that cancel a job.
-
-        Its outcome, and a reminder if others wait for it.
-        """
+        """Return the writes that cancel a job: its outcome, and a reminder for its children."""
         source = next(iter([*snapshot.later.values(), *ready]))
         outcome = self._cancelled(snapshot.token, source.body, snapshot.fence, reason)
         reminder = self._reminder(snapshot, outcome.body)
@@ -151,9 +153,9 @@ class Administration:
         ]
 
     async def _finish_cancellation(self, snapshot: Snapshot, reruns: int) -> None:
-        """Tell the children of a cancelled job, and delete what is left of it.
+        """Tell the children of a cancelled job, and delete its leftovers.
 
-        What a retry by hand has made of it since stays.
+        Records of a later retry by hand stay.
         """
         subjects, token = self._subjects, snapshot.token
         try:
@@ -166,8 +168,8 @@ class Administration:
             (subjects.bucket_log, subjects.later_all(token)),
             (subjects.ready_log, subjects.ready_any(token)),
         ):
-            for record in await self._backend.last(log, filter):
-                if not record.marker and count_reruns(record.body) <= reruns:
+            for record in without_markers(await self._backend.last(log, filter)):
+                if count_reruns(record.body) <= reruns:
                     await self._backend.delete(log, record.sequence)
         if snapshot.claim is not None:
             await self._backend.delete(subjects.bucket_log, snapshot.claim.sequence)
@@ -175,8 +177,8 @@ class Administration:
     def _reminder(self, snapshot: Snapshot, outcome: bytes) -> list[Write]:
         """Return the write that has a promoter tell the children, should this process die first.
 
-        To a promoter it is a released job with a chosen id: it looks whether the job has ended.
-        Outcome and reminder are one batch, the only one of a cancellation: only for a parent.
+        A promoter reads the reminder as a released job with a chosen id, and checks whether the job
+        has ended. Outcome and reminder are one batch. Only a parent needs it.
         """
         job = load_json(outcome)
         if not job.get("children") and not snapshot.edges:
@@ -190,14 +192,14 @@ class Administration:
     async def remove(self, job_id: str) -> bool:
         """Remove a job that is not running, in any state. Return whether it was removed."""
         token, subjects, removed = encode_token(job_id), self._subjects, False
-        for _ in range(2):  # once more: it may have moved on after its place was looked at
+        for _ in range(2):  # once more: it may have moved on after its place was read
             records = await self._backend.last(
                 subjects.bucket_log, subjects.later_all(token), subjects.ends(token)
             )
             ready = await self._backend.last(subjects.ready_log, subjects.ready_any(token))
             if any([await self._is_taken(record) for record in ready]):
                 return False
-            found = [(subjects.bucket_log, record) for record in records if not record.marker] + [
+            found = [(subjects.bucket_log, record) for record in without_markers(records)] + [
                 (subjects.ready_log, r) for r in ready
             ]
             for log, record in found:
@@ -239,23 +241,23 @@ class Administration:
 
         Return whether it was in such a state, and was not retried by another caller.
         """
-        token = encode_token(job_id)
-        for _ in range(20):
-            snapshot = await read_snapshot(self._backend, self._subjects, token)
-            try:
-                if snapshot.ended:
-                    return await self._rerun_ended(snapshot)
-                delayed = [r for r in snapshot.later.values() if self._is_delayed(r)]
-                return bool(delayed) and await self._rerun_delayed(token, delayed[0])
-            except WriteRefused:  # it moved, or another caller retries it
-                await pause_after_refusal()
+        with suppress(WriteRefused):  # others retry it each time
+            return await commit(partial(self._rerun, encode_token(job_id)), MAX_TRIES)
         return False
+
+    async def _rerun(self, token: str) -> bool:
+        snapshot = await read_snapshot(self._backend, self._subjects, token)
+        if snapshot.ended:
+            return await self._rerun_ended(snapshot)
+        delayed = [record for record in snapshot.later.values() if self._is_delayed(record)]
+        return bool(delayed) and await self._rerun_delayed(token, delayed[0])
 
     async def _rerun_ended(self, snapshot: Snapshot) -> bool:
         """Void what earlier workers may still write, release the job, then delete the outcome.
 
         The released record is the transaction: a promoter that finds it beside the outcome of an
-        earlier run finishes the rerun. It expects nothing new in transit: one caller releases it.
+        earlier run finishes the rerun. It expects nothing new in transit, so only one caller
+        releases it.
         """
         if snapshot.outcome is None or snapshot.state is State.COMPLETED:
             return False
@@ -297,7 +299,7 @@ class Administration:
         return is_delayed(record, self._subjects, self._backend.now())
 
     def _renewed(self, data: dict[str, Any]) -> bytes:
-        """Return a job as it was when it was new: only its errors tell what was.
+        """Return a job as if it were new, but with its errors.
 
         Its time to live begins now.
         """

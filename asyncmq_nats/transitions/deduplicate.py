@@ -1,13 +1,12 @@
 """Windows in which a second job with the same key is not added.
 
-Constant cost: one record a key, no scan, no lock. The record names the owner, and carries it until
-it is stored: window by compare-and-set, then the job, then the window without the job. A producer
-that finds a job in a window which is not stored stores it, so none is lost. A window without a
-`ttl` is over when its owner has ended, which is looked up when a producer asks.
+The cost is constant: one record a key, no scan, no lock. The record names the owner, and carries it
+until it is stored: window by compare-and-set, then the job, then the window without the job. A
+producer that finds a job in a window which is not stored stores it, so none is lost. A window
+without a `ttl` is over when its owner has ended, which is looked up when a producer asks.
 """
 
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Final
@@ -15,10 +14,10 @@ from typing import Any, Final
 from asyncmq_nats._logging import get_logger
 from asyncmq_nats.backends.base import Backend, Expect, Record, Write
 from asyncmq_nats.events import DEBOUNCED, DEDUPLICATED
-from asyncmq_nats.exceptions import AsyncMQError, ConnectionLost, Unconfirmed, WriteRefused
+from asyncmq_nats.exceptions import AsyncMQError, ConnectionLost, Unconfirmed
 from asyncmq_nats.jobs import Job
 from asyncmq_nats.states import Place
-from asyncmq_nats.store.commit import look_for, pause_after_refusal
+from asyncmq_nats.store.commit import commit, look_for, write_if_expected
 from asyncmq_nats.store.snapshot import read_stage
 from asyncmq_nats.transitions.add import Additions
 from asyncmq_nats.transitions.release import MARKER_TTL, delayed_write
@@ -29,7 +28,7 @@ __all__ = ["Deduplicator", "Window", "parse_window", "take_window"]
 
 logger = get_logger(__name__)
 
-LONGEST: Final = 10 * 365 * 86_400
+LONGEST_WINDOW: Final = 10 * 365 * 86_400
 """The longest window, in seconds."""
 
 
@@ -66,9 +65,9 @@ def parse_window(window: Mapping[str, Any]) -> Window:
         raise ValueError(f"deduplication needs an 'id', a text that is not empty, not {key!r}")
     if ttl is not None and (isinstance(ttl, bool) or not isinstance(ttl, int | float)):
         raise TypeError(f"deduplication ttl must be a number of seconds, not {type(ttl).__name__}")
-    if ttl is not None and not 0 < ttl <= LONGEST:  # not so for NaN, either
+    if ttl is not None and not 0 < ttl <= LONGEST_WINDOW:  # not so for NaN, either
         raise ValueError(
-            f"deduplication ttl must be above 0 and at most {LONGEST:.0f} s, not {ttl}"
+            f"deduplication ttl must be above 0 and at most {LONGEST_WINDOW:.0f} s, not {ttl}"
         )
     return Window(
         key,
@@ -102,25 +101,25 @@ class Deduplicator:
         """Add the job, or return the id of the owner of the window; see `Queue.add`."""
         job = replace(job, deduplication={"id": window.id})
         self._additions.check(job)
-        refused = False
-        while True:
+        tries = 0
+
+        async def add() -> str:
+            nonlocal tries
+            tries += 1
             if job.custom_id and await self._additions.is_duplicate(job.job_id):
                 return job.job_id
             record = await self._read(window.id)
             owner = None if record is None else await self._live_owner(window.id, record)
-            try:
-                if record is None or owner is None:
-                    await self._open(job, window, 0 if record is None else record.sequence)
-                    return job.job_id
-                if refused and owner == job.job_id:  # it was added, and the confirmation lost
-                    return owner
-                await self._hit(job, window, record, owner)
-                await self._announce(job, window, owner)
-            except WriteRefused:  # another producer was faster, or the owner moved on: look again
-                refused = True
-                await pause_after_refusal()
-                continue
+            if record is None or owner is None:
+                await self._open(job, window, 0 if record is None else record.sequence)
+                return job.job_id
+            if tries > 1 and owner == job.job_id:  # it was added, and the confirmation lost
+                return owner
+            await self._hit(job, window, record, owner)
+            await self._announce(job, window, owner)
             return owner
+
+        return await commit(add)
 
     async def _open(self, job: Job, window: Window, replaced: int) -> None:
         """Open a window in the place of a record with that sequence, and store its owner."""
@@ -135,15 +134,17 @@ class Deduplicator:
             # Not a removal, which producers need no permission for otherwise.
             over = dump_json({"job_id": job.job_id, "until": 0.0})
             expect = Expect(opened.subject, sequence)
-            with suppress(WriteRefused):  # another producer has stored it, or opened its own
-                await self._backend.write(
-                    self._log, Write(opened.subject, over, expect, ttl=MARKER_TTL)
-                )
+            # Refused: another producer has stored it, or opened its own.
+            ended = Write(opened.subject, over, expect, ttl=MARKER_TTL)
+            await write_if_expected(self._backend, self._log, ended)
             raise
         self._take_out(window.id, job.job_id, until, sequence)
 
     def _take_out(self, key: str, owner: str, until: float | None, sequence: int) -> None:
-        """Take the owner out of its window: it is stored. Not awaited: it may be repeated."""
+        """Remove the owner from its window once it is stored.
+
+        It is not awaited: it may be repeated.
+        """
         write = self._record(key, owner, until, sequence)
         timeout = self._backend.settings.publish_timeout
         self._backend.send(self._log, write, lambda _: None, timeout=timeout)
@@ -238,7 +239,9 @@ class Deduplicator:
             )
             job = None if data.get("job") is None else Job.from_dict(data["job"])
         except (ValueError, TypeError, KeyError) as problem:
-            logger.warning("%.200r is malformed, and no window: %r", record.subject, problem)
+            logger.warning(
+                "deduplication window %.200r is malformed; ignoring it: %r", record.subject, problem
+            )
             return None
         if until is not None and until <= self._backend.now():
             return None

@@ -1,11 +1,11 @@
-"""A job that has not started is changed by hand.
+"""A job that has not started is changed by hand: it runs now, later, or with other arguments.
 
-Run now, run at another time, run with other arguments. Each change is one write in the place of the
-record that was read, and expects that record: a job that moves meanwhile is read again, and is
-neither lost nor there twice.
+Each change is one write in the place of the record that was read, and expects that record: a job
+that moves meanwhile is read again, and is neither lost nor there twice.
 """
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any, Final
 
 from asyncmq_nats._logging import get_logger
@@ -13,8 +13,8 @@ from asyncmq_nats.backends.base import Backend, Expect, Record, Timer, Write
 from asyncmq_nats.exceptions import WriteRefused, WrongState
 from asyncmq_nats.jobs import Job, check_size
 from asyncmq_nats.states import Place, State
-from asyncmq_nats.store.commit import pause_after_refusal
-from asyncmq_nats.store.records import LEAD, delayed_write
+from asyncmq_nats.store.commit import commit
+from asyncmq_nats.store.records import TIMER_LEAD, delayed_write
 from asyncmq_nats.store.snapshot import Snapshot, read_end, read_snapshot
 from asyncmq_nats.store.topology import QueueAssets
 from asyncmq_nats.transitions.cancel import is_delayed
@@ -63,17 +63,16 @@ class Edits:
         return await self._change_delayed(encode_token(job_id), run_at)
 
     async def _change_delayed(self, token: str, run_at: float | None) -> bool:
-        for _ in range(MAX_TRIES):
+        async def change() -> bool:
             snapshot = await read_snapshot(self._backend, self._subjects, token)
             delayed = snapshot.later.get(Place.DELAYED)
             if delayed is None or snapshot.ended:
                 return await self._change_released(snapshot, run_at)
-            try:
-                sequence = await self._backend.write(self._log, self._moved(delayed, run_at))
-            except WriteRefused:  # its time has come, or it was cancelled or changed
-                await pause_after_refusal()
-            else:
-                return not await self._undo_if_ended(token, sequence)
+            sequence = await self._backend.write(self._log, self._moved(delayed, run_at))
+            return not await self._undo_if_ended(token, sequence)
+
+        with suppress(WriteRefused):  # others change it each time
+            return await commit(change, MAX_TRIES)
         return False
 
     async def _undo_if_ended(self, token: str, sequence: int) -> bool:
@@ -90,7 +89,7 @@ class Edits:
     async def _change_released(self, snapshot: Snapshot, run_at: float | None) -> bool:
         """Judge a job that the server has released, some tenths of a second before its time.
 
-        A promoter has it in hand: nothing can be promised of it any more, but that it runs now.
+        A promoter has it in hand: it can only run now.
         """
         released = snapshot.later.get(Place.RELEASED)
         if released is None or snapshot.ended:
@@ -104,7 +103,7 @@ class Edits:
         """
         data, token = load_json(delayed.body), self._subjects.token(delayed.subject)
         expect, now = Expect(delayed.subject, delayed.sequence), self._backend.now()
-        if run_at is not None and run_at - LEAD > now:
+        if run_at is not None and run_at - TIMER_LEAD > now:
             body = dump_json(data | {"delay_until": run_at})
             return delayed_write(self._subjects, token, body, (run_at, now), expect)
         data.pop("delay_until", None)
@@ -121,14 +120,15 @@ class Edits:
             PayloadTooLarge: what it would be is too large for the server.
         """
         token = encode_token(job_id)
-        for _ in range(MAX_TRIES):
+
+        async def edit() -> bool:
             snapshot = await read_snapshot(self._backend, self._subjects, token)
             if snapshot.ended and not snapshot.is_rerun:
                 raise WrongState(job_id, str(snapshot.state), "edited", NOT_STARTED)
-            try:
-                return await self._edit_there(job_id, snapshot, change)
-            except WriteRefused:  # it moved, or another caller changed it
-                await pause_after_refusal()
+            return await self._edit_there(job_id, snapshot, change)
+
+        with suppress(WriteRefused):  # it moved each time
+            return await commit(edit, MAX_TRIES)
         raise WrongState(job_id, "moving", "edited", NOT_STARTED)
 
     async def _edit_there(self, job_id: str, snapshot: Snapshot, change: Change) -> bool:
@@ -137,10 +137,8 @@ class Edits:
         Raises:
             WriteRefused: it has moved.
         """
-        delayed, parked = (snapshot.later.get(place) for place in (Place.DELAYED, Place.PARKED))
-        if delayed is not None or parked is not None:
-            record = delayed or parked
-            assert record is not None
+        record = snapshot.later.get(Place.DELAYED) or snapshot.later.get(Place.PARKED)
+        if record is not None:
             sequence = await self._backend.write(self._log, self._rewritten(record, change))
             return not await self._undo_if_ended(snapshot.token, sequence)
         if snapshot.later.get(Place.RELEASED) is not None:
@@ -160,11 +158,11 @@ class Edits:
             raise WrongState(job_id, State.WAITING_CHILDREN, "edited", BEING_ADDED)
         body = self._checked_body(change(data), record)
         expect = Expect(record.subject, record.sequence)
+        if not self._subjects.is_later(record.subject, Place.DELAYED):
+            return Write(record.subject, body, expect)
+        run_at = float(data.get("delay_until") or record.time)
         released = self._subjects.later(self._subjects.token(record.subject), Place.RELEASED)
-        if self._subjects.is_later(record.subject, Place.DELAYED):
-            run_at = float(data.get("delay_until") or record.time)
-            return Write(record.subject, body, expect, timer=Timer(run_at - LEAD, released))
-        return Write(record.subject, body, expect)
+        return Write(record.subject, body, expect, timer=Timer(run_at - TIMER_LEAD, released))
 
     def _checked_body(self, data: Mapping[str, Any], record: Record) -> bytes:
         body = dump_json(data)
@@ -202,17 +200,13 @@ class Edits:
         return tier is None or tier.paused
 
     async def _void(self, token: str, sequence: int) -> None:
-        """Have the server refuse what a worker makes of a message, or of an earlier one."""
-        claim = Claim.on_all_until(sequence)
-        while True:
+        """Have the server refuse a worker's outcome of this message, or of an earlier one."""
+        claim, key = Claim.on_all_until(sequence), self._subjects.claim(token)
+
+        async def void() -> None:
             end = await read_end(self._backend, self._subjects, token)
-            if end.ended:
-                return
-            key = self._subjects.claim(token)
-            try:
+            if not end.ended:
                 write = Write(key, claim.encode(), end.fence, ttl=CLAIM_TTL)
                 await self._backend.write(self._log, write)
-            except WriteRefused:
-                await pause_after_refusal()
-            else:
-                return
+
+        await commit(void)

@@ -17,16 +17,16 @@ from asyncmq_nats.exceptions import BackendError, InvalidJob, PayloadTooLarge, W
 from asyncmq_nats.jobs import Job
 from asyncmq_nats.retries import Failure, add_failure
 from asyncmq_nats.states import OUTCOMES, Place, State
-from asyncmq_nats.store.commit import pause_after_refusal
+from asyncmq_nats.store.commit import commit, pause_after_refusal
 from asyncmq_nats.store.job_logs import JobLogs, cut_line
 from asyncmq_nats.store.progress import ProgressReports
-from asyncmq_nats.store.records import delayed_write, outcome_body
+from asyncmq_nats.store.records import delayed_write, outcome_body, without_markers
 from asyncmq_nats.store.snapshot import Snapshot, read_snapshot
 from asyncmq_nats.store.topology import QueueAssets
 from asyncmq_nats.transitions.claim import Attempt, Disposition
 from asyncmq_nats.transitions.deliver import Deliveries
 from asyncmq_nats.wire.codec import dump_json, load_json, splice
-from asyncmq_nats.wire.keys import QueueSubjects, decode_token, encode_token, fit_token
+from asyncmq_nats.wire.keys import QueueSubjects, decode_token, encode_token, fit_token, last_token
 
 __all__ = ["PUT_OFF_FIELDS", "Lifecycle"]
 
@@ -83,7 +83,7 @@ class Lifecycle(Deliveries):
 
     # -- end
 
-    async def complete(self, attempt: Attempt, result: Any, settle: OnSettled) -> None:
+    def complete(self, attempt: Attempt, result: Any, settle: OnSettled) -> None:
         """Record the result. `settle` learns of the confirmation or the refusal; see `settled`.
 
         Raises:
@@ -91,10 +91,17 @@ class Lifecycle(Deliveries):
             PayloadTooLarge: the outcome is too large for the server.
         """
         write = self._completed(attempt, result)
+        self._backend.send(self._subjects.bucket_log, write, partial(settle, write))
+
+    async def complete_with_follow_ups(
+        self, attempt: Attempt, result: Any, settle: OnSettled
+    ) -> None:
+        """Record the result with the jobs of `accompany`; see `complete`."""
         if attempt.follow_ups is not None and attempt.follow_ups.batch:
+            write = self._completed(attempt, result)
             await self._write_batch(write, attempt.follow_ups.batch, settle)
         else:
-            self._send(write, settle)
+            self.complete(attempt, result, settle)
 
     async def accompany(self, attempt: Attempt, follow_ups: Sequence[Job], result: Any) -> None:
         """Have the jobs that a task added while it ran added with its result; see `follow_up.py`.
@@ -123,7 +130,7 @@ class Lifecycle(Deliveries):
     async def expire(
         self, attempt: Attempt, settle: OnSettled, failure: Failure | None = None
     ) -> None:
-        """Record that the job came too late: its time to live was over, or its task said so."""
+        """Record that the job expired: its time to live was over, or its task said so."""
         error = (
             f"its time to live of {attempt.head.ttl or 0:g} s was over before this attempt started"
             if failure is None
@@ -204,9 +211,9 @@ class Lifecycle(Deliveries):
     async def reject(self, delivery: Delivery, problem: InvalidJob) -> None:
         """Record a message that is not a job as failed, with its body.
 
-        So it is neither lost nor delivered for ever.
+        Then it is neither lost nor delivered for ever.
         """
-        token = fit_token(delivery.subject.rpartition(".")[2])
+        token = fit_token(last_token(delivery.subject))
         now = self._backend.now()
         record = {
             "v": 1,
@@ -226,36 +233,35 @@ class Lifecycle(Deliveries):
             beside=True,
             index=self._subjects.index(token, State.FAILED),
         )
-        while True:
+
+        async def record_failure() -> Snapshot:
             snapshot = await read_snapshot(self._backend, self._subjects, token)
-            if snapshot.ended:
-                logger.warning("%.200r: not a job, and there is an outcome: dropped", token)
-                break
-            try:
+            if not snapshot.ended:
                 fenced = replace(write, expect=snapshot.fence)
                 await self._backend.write(self._subjects.bucket_log, fenced)
-            except WriteRefused:  # something was added, or a replica lags behind
-                await pause_after_refusal()
-                continue
-            if snapshot.claim is not None:
-                self._backend.discard(self._subjects.bucket_log, snapshot.claim.sequence)
-            if snapshot.edges:
+            return snapshot
+
+        found = await commit(record_failure)
+        if found.ended:
+            logger.warning("message %.200r is not a job, and its id has an outcome: dropped", token)
+        else:
+            if found.claim is not None:
+                self._backend.discard(self._subjects.bucket_log, found.claim.sequence)
+            if found.edges:
                 await self.dependencies.release(token)
-            break
         delivery.ack()
 
     def _completed(self, attempt: Attempt, result: Any) -> Write:
         """Return the write of a result: the job as it came, byte for byte, and its end."""
         what = f"the result of task {attempt.head.task_id!r}"
-        members = b""
-        if attempt.follow_ups is not None and attempt.follow_ups.members:
-            members = attempt.follow_ups.members + b","
-        members += COMPLETED_MEMBERS % (
+        members = COMPLETED_MEMBERS % (
             dump_json(result, what),
             attempt.started_at,
-            self._backend.now(),
+            attempt.ended_at or self._backend.now(),
             self._worker_json,
         )
+        if attempt.follow_ups is not None and attempt.follow_ups.members:
+            members = attempt.follow_ups.members + b"," + members
         if attempt.stalls:
             members += b',"stalls":%d' % attempt.stalls
         record = splice(attempt.body, members)
@@ -268,7 +274,7 @@ class Lifecycle(Deliveries):
             self._fence(attempt),
             ttl=self._assets.settings.completed_ttl,
             beside=True,
-            when_full=partial(without_arguments, record),
+            when_full=without_arguments,
         )
 
     def _outcome(self, attempt: Attempt, state: State, fields: dict[str, Any], what: str) -> Write:
@@ -286,7 +292,7 @@ class Lifecycle(Deliveries):
             ttl=self._assets.settings.failed_ttl,
             beside=True,
             index=self._subjects.index(attempt.token, state),
-            when_full=partial(without_arguments, record),
+            when_full=without_arguments,
         )
 
     def _fence(self, attempt: Attempt) -> Expect:
@@ -309,9 +315,9 @@ class Lifecycle(Deliveries):
     # -- for the tasks that run
 
     def report_progress(self, job: Job, progress: float, data: Any) -> None:
-        """Store how far a running job is, and tell its listeners.
+        """Store the progress of a running job, and tell its listeners.
 
-        Sent, not confirmed; from any thread.
+        The write is not confirmed. It may be called from any thread.
 
         Raises:
             NotSerializable: the data is not JSON.
@@ -330,7 +336,7 @@ class Lifecycle(Deliveries):
         self.on_progress(body)
 
     def keep_line(self, job_id: str, line: JobLogLine) -> None:
-        """Keep a line with a running job. From any thread."""
+        """Keep a line with a running job. It may be called from any thread."""
         line = replace(line, level=line.level[:20], message=cut_line(line.message))
         self.logs.add(encode_token(job_id), line)
 
@@ -342,7 +348,7 @@ class Lifecycle(Deliveries):
     async def results_of_parents(self, job: Job) -> dict[str, Any]:
         """Return the results of the jobs that a job depends on, by id.
 
-        Those that did not complete are left out.
+        Jobs that did not complete are left out.
         """
         return await self.dependencies.results(job)
 
@@ -367,8 +373,7 @@ class Lifecycle(Deliveries):
         records = await self._backend.last(self._subjects.bucket_log, *keys) if keys else []
         return [
             decode_token(self._subjects.token(record.subject))
-            for record in records
-            if not record.marker
+            for record in without_markers(records)
         ]
 
     async def is_cancelled(self, job_id: str) -> bool:
@@ -380,7 +385,8 @@ class Lifecycle(Deliveries):
     def clean_up(self, attempt: Attempt, write: Write) -> None:
         """Delete the claim and the leftovers of an attempt whose end is confirmed.
 
-        Sent, not awaited: a claim that stays goes after a day, and means nothing beside an outcome.
+        It is not awaited: a claim that stays expires after a day, and means nothing beside an
+        outcome.
         """
         log, ended = self._subjects.bucket_log, self._subjects.outcome_state(write.subject)
         for key, sequence in attempt.leftovers.items():
@@ -421,7 +427,7 @@ class Lifecycle(Deliveries):
             result = await self._write_again(attempt, write)
         if isinstance(result, BackendError) and disposition is not Disposition.ACK:
             logger.error(
-                "job %s: could not record its outcome; it will be delivered again: %s",
+                "job %s: could not record its outcome; it will be redelivered: %s",
                 attempt.head.job_id,
                 result,
             )
@@ -441,7 +447,7 @@ class Lifecycle(Deliveries):
         *,
         ours: bool,
     ) -> None:
-        """Do what follows an outcome: add its follow-ups, tell its children."""
+        """Carry out the effects of an outcome: add its follow-ups, tell its children."""
         completed = self._subjects.outcome_state(write.subject) is State.COMPLETED
         if ours and completed and attempt.follow_ups is not None:
             await self._follow_ups.carry_out(attempt.follow_ups)
@@ -482,7 +488,7 @@ class Lifecycle(Deliveries):
 
 
 def without_arguments(record: bytes) -> bytes:
-    """Return an outcome as a full store takes it: without what an outcome can do without."""
+    """Return an outcome for a full store: without its optional fields."""
     data = load_json(record)
     for name in ARGUMENT_FIELDS:
         data.pop(name, None)
@@ -490,7 +496,7 @@ def without_arguments(record: bytes) -> bytes:
 
 
 def _fields_of_next(job: Job) -> dict[str, Any]:
-    """Return what the next attempt has to know of this one."""
+    """Return the fields of this attempt that the next one needs."""
     return {
         "id": job.job_id,
         "created_at": job.created_at,

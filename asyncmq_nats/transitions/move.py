@@ -1,8 +1,11 @@
 """Jobs move to another queue, also on another server. Each is held there before it ends here.
 
 1. *hold*: the job is written to the other queue as a delayed job that says where it comes from, and
-   whose timer is years away. 2. *end*: it is cancelled here, which no worker and no timer can miss.
-3. *release*: the hold becomes what the job was. 4. The cancelled outcome here is removed.
+   whose timer is years away.
+2. *end*: it is cancelled here, which no worker and no timer can miss.
+3. *release*: the hold becomes what the job was.
+4. The cancelled outcome here is removed.
+
 A mover that dies leaves a hold, which the next one finishes: by what has become of the job here.
 """
 
@@ -16,8 +19,9 @@ from asyncmq_nats.backends.base import Expect, Record, Timer, Write
 from asyncmq_nats.exceptions import InvalidJob, WriteRefused
 from asyncmq_nats.states import OUTCOMES, Place, State
 from asyncmq_nats.store.many import for_each
-from asyncmq_nats.store.records import delayed_write
+from asyncmq_nats.store.records import delayed_write, without_markers
 from asyncmq_nats.store.search import Found
+from asyncmq_nats.store.secret import QueueSecret, keyed_id
 from asyncmq_nats.store.snapshot import read_snapshot
 from asyncmq_nats.transitions.add import Additions
 from asyncmq_nats.transitions.cancel import Administration
@@ -25,23 +29,25 @@ from asyncmq_nats.transitions.clean import Progress
 from asyncmq_nats.wire.codec import dump_json, load_json
 from asyncmq_nats.wire.keys import QueueSubjects, encode_token
 
-__all__ = ["MOVABLE", "Moved", "Mover", "write_outcome"]
+__all__ = ["MOVABLE_STATES", "Moved", "Mover", "write_outcome"]
 
 MOVES_UNDER_WAY: Final = 16
 HOLD_TIME: Final = 10 * 365 * 86_400.0
 """Seconds after which a hold would become due by itself."""
 MOVED_FROM: Final = "moved_from"
-"""The member of a hold that names the queue it is from."""
-MOVABLE: Final = (State.WAITING, State.DELAYED, *OUTCOMES)
-"""States in which a job can be moved. What runs stays, and so does what waits for others."""
+"""The member of a hold that says which queue it is from: its name alone may be another's too."""
+MOVED_TO: Final = "moved to queue "
+"""How the error of a job begins that a mover ended. It is removed once the job is there."""
+MOVABLE_STATES: Final = (State.WAITING, State.DELAYED, *OUTCOMES)
+"""States in which a job can be moved. Running jobs stay, and so do jobs that wait for others."""
 
 
 @dataclass(frozen=True, slots=True)
 class Moved:
-    """What became of `Queue.move`.
+    """The result of `Queue.move`.
 
-    `matched`: jobs that were meant. `moved`: those that are there now; the others stay: they have
-    moved on, are part of a flow, or the other queue has a job with their id.
+    `matched`: jobs that match. `moved`: those that are in the other queue now; the others stay:
+    they have moved on, are part of a flow, or the other queue has a job with their id.
     """
 
     matched: int
@@ -54,7 +60,11 @@ class Side:
 
     additions: Additions
     administration: Administration
-    subjects: QueueSubjects
+
+    @property
+    def subjects(self) -> QueueSubjects:
+        """The keys of the queue."""
+        return self.additions.subjects
 
 
 class Mover:
@@ -64,12 +74,18 @@ class Mover:
         self._here = here
         self._there = there
         self._source, self._target = here.additions.backend, there.additions.backend
-        self._reason = f"moved to queue {there.subjects.queue!r}"
+        self._reason = f"{MOVED_TO}{there.subjects.queue!r}"
+        self._secret = QueueSecret(self._source, here.subjects)
+
+    async def _origin(self) -> str:
+        """Return what no other queue has, not even one of the same name on another server."""
+        queue = self._here.subjects.queue
+        return f"{queue}:{keyed_id(await self._secret.get(), MOVED_FROM)}"
 
     async def move(
         self, pages: AsyncIterator[list[Found]], holds: AsyncIterator[list[Found]], told: Progress
     ) -> Moved:
-        """Move what a search finds here. `holds`: the delayed jobs there."""
+        """Move the jobs of a search. `holds`: the delayed jobs of the other queue."""
         async for page in holds:
             for found in page:
                 await self._finish(found)
@@ -91,10 +107,15 @@ class Mover:
         job = found.job
         if job.depends_on or job.children or await self._is_awaited(job.job_id):
             return False
+        if job.status is State.CANCELLED and (job.last_error or "").startswith(MOVED_TO):
+            return False  # an interrupted move is finished by this outcome, maybe to a third queue
         missing = await self._there.additions.plans.missing([job.job_id])
         if job.job_id not in missing:
             return False
-        data = _plain(found)
+        try:
+            data = found.stored() | {"custom_id": True}
+        except InvalidJob:  # a worker records it as failed
+            return False
         try:
             if job.status in OUTCOMES:
                 await write_outcome(self._there.additions, data, job.status)
@@ -107,11 +128,11 @@ class Mover:
     async def _is_awaited(self, job_id: str) -> bool:
         edges = self._here.subjects.edge(encode_token(job_id), "*")
         found = await self._source.last(self._here.subjects.bucket_log, edges)
-        return any(not record.marker for record in found)
+        return bool(without_markers(found))
 
     async def _hold(self, data: dict[str, Any], last: int) -> int:
         keys, token = self._there.subjects, encode_token(data["id"])
-        body = dump_json(data | {MOVED_FROM: self._here.subjects.queue})
+        body = dump_json(data | {MOVED_FROM: await self._origin()})
         timer = Timer(self._target.now() + HOLD_TIME, keys.later(token, Place.RELEASED))
         key = keys.later(token, Place.DELAYED)
         write = Write(key, body, Expect(keys.later_all(token), last), timer=timer)
@@ -120,13 +141,20 @@ class Mover:
     async def _end_and_release(self, job_id: str, data: dict[str, Any], sequence: int) -> bool:
         """End a job here, and make of its hold what the job was.
 
-        Return whether it was ended by this. Shielded: an interruption does not tear it.
+        Return whether this did it. Shielded: an interruption does not tear it.
         """
+        administration = self._here.administration
         with CancelScope(shield=True):
-            if not await self._here.administration.cancel(job_id, self._reason):
-                await self._target.delete(self._there.subjects.bucket_log, sequence)
+            if not await administration.cancel(job_id, self._reason):
+                if await self._our_outcome(job_id) is None:
+                    await self._target.delete(self._there.subjects.bucket_log, sequence)
+                    return False
+                # Another mover ended it, and may have died since: its message may be there still.
+                await administration.finish_cancel(job_id)
+            try:
+                await self._release(data, sequence)
+            except WriteRefused:  # another mover released it, or somebody changed the hold
                 return False
-            await self._release(data, sequence)
             await self._remove_outcome(job_id)
         return True
 
@@ -154,31 +182,18 @@ class Mover:
         return snapshot.outcome if ended_by == self._reason else None
 
     async def _finish(self, found: Found) -> None:
-        """Finish what another mover began.
+        """Finish what another mover began, if this is a hold of a job from here.
 
-        A hold is released exactly if the job has ended here by it.
+        If nothing is left of the job here, what became of it is unknown: the hold is kept.
         """
         try:
             data = load_json(found.record.body)
         except InvalidJob:
             return
-        if data.pop(MOVED_FROM, None) != self._here.subjects.queue:
+        if MOVED_FROM not in data or data.pop(MOVED_FROM) != await self._origin():
             return
-        job_id, sequence = found.job.job_id, found.record.sequence
-        if await self._our_outcome(job_id) is None:
-            await self._end_and_release(job_id, data, sequence)
-        else:
-            # What was left to do of it: its message may be there still.
-            await self._here.administration.finish_cancel(job_id)
-            await self._release(data, sequence)
-            await self._remove_outcome(job_id)
-
-
-def _plain(found: Found) -> dict[str, Any]:
-    """Return a job as it is stored, with the id and the priority of its key."""
-    data = load_json(found.record.body)
-    kept = {"id": found.job.job_id, "priority": found.job.priority, "custom_id": True}
-    return data | kept | {"created_at": found.job.created_at}
+        if await self._here.additions.plans.exists(found.job.job_id):
+            await self._end_and_release(found.job.job_id, data, found.record.sequence)
 
 
 async def write_outcome(additions: Additions, data: dict[str, Any], state: State) -> None:

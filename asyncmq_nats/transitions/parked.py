@@ -1,4 +1,4 @@
-"""What becomes of a job that waits for others when one of them has ended.
+"""Transitions of a job that waits for others when one of them has ended.
 
 Each step is one message that expects what was read, so it can be repeated. While the edges of a
 parked job are being written its record says `linking` and has a timer: if its producer dies, the
@@ -19,9 +19,9 @@ from asyncmq_nats.exceptions import InvalidJob, TooManyPriorities, WriteRefused
 from asyncmq_nats.jobs import Job
 from asyncmq_nats.states import Place, State
 from asyncmq_nats.store.announcing import announce
-from asyncmq_nats.store.commit import pause_after_refusal
+from asyncmq_nats.store.commit import commit, pause_after_refusal
 from asyncmq_nats.store.many import read_many
-from asyncmq_nats.store.records import LEAD, MARKER_TTL, delayed_write
+from asyncmq_nats.store.records import MARKER_TTL, TIMER_LEAD, delayed_write
 from asyncmq_nats.store.secret import QueueSecret
 from asyncmq_nats.store.snapshot import Snapshot, group_by_job, read_end
 from asyncmq_nats.store.topology import QueueAssets
@@ -105,14 +105,14 @@ class ParkedJobs:
         """
         async with self._turns.of(child) as waited:
             known = None if waited else snapshot
-            while True:
-                if known is None:
-                    known = (await self.read(parent.outcome, [child]))[child]
-                try:
-                    return await self._tell(parent, known, quietly=quietly)
-                except WriteRefused:  # cancelled, or another parent ended in another process
-                    known = None
-                    await pause_after_refusal()
+
+            async def tell() -> bool:
+                nonlocal known
+                found = known or (await self.read(parent.outcome, [child]))[child]
+                known = None  # for the next try: another parent has ended, or it was cancelled
+                return await self._tell(parent, found, quietly=quietly)
+
+            return await commit(tell)
 
     async def _tell(self, parent: Parent, child: Snapshot, *, quietly: bool) -> bool:
         parked = child.later.get(Place.PARKED)
@@ -165,36 +165,32 @@ class ParkedJobs:
         return Wait.FAILS if failed else Wait.GONE
 
     async def _fail_wide(self, child: str, parent: Parent) -> bool:
+        async def fail() -> bool:
+            snapshot = (await self.read(parent.outcome, [child]))[child]
+            parked = snapshot.later.get(Place.PARKED)
+            data = None if parked is None else await self._open(snapshot, parked)
+            if data is None:
+                return _failed_for(snapshot, parent)
+            return await self._fail(snapshot, data, parent)
+
         async with self._turns.of(child):
-            while True:
-                snapshot = (await self.read(parent.outcome, [child]))[child]
-                parked = snapshot.later.get(Place.PARKED)
-                data = None if parked is None else await self._open(snapshot, parked)
-                if data is None:
-                    return _failed_for(snapshot, parent)
-                try:
-                    return await self._fail(snapshot, data, parent)
-                except WriteRefused:
-                    await pause_after_refusal()
+            return await commit(fail)
 
     async def _finish_wide(self, child: str, place: str) -> None:
         """Release a child whose last part is empty."""
         top = self._keys.wait(child, f"{place.partition('.')[0]}.top")
+
+        async def finish() -> None:
+            snapshot = (await self.read(top, [child]))[child]
+            parked = snapshot.later.get(Place.PARKED)
+            data = None if parked is None else await self._open(snapshot, parked)
+            if parked is not None and data is not None:
+                await self.free_wide(snapshot, parked, data)
+            elif not snapshot.later:
+                await self.waits.remove(child)
+
         async with self._turns.of(child):
-            while True:
-                snapshot = (await self.read(top, [child]))[child]
-                parked = snapshot.later.get(Place.PARKED)
-                data = None if parked is None else await self._open(snapshot, parked)
-                if parked is None or data is None:
-                    if not snapshot.later:
-                        await self.waits.remove(child)
-                    return
-                try:
-                    await self.free_wide(snapshot, parked, data)
-                except WriteRefused:
-                    await pause_after_refusal()
-                    continue
-                return
+            await commit(finish)
 
     async def free_wide(self, child: Snapshot, record: Record, data: dict[str, Any]) -> None:
         """Release a child without open parents: with the results that fit, from the parts."""
@@ -213,7 +209,7 @@ class ParkedJobs:
     async def _open(self, child: Snapshot, parked: Record) -> dict[str, Any] | None:
         """Return the parked job; `None` if it has gone on or is junk.
 
-        What is left over is deleted.
+        Delete its leftovers.
         """
         try:
             data = load_json(parked.body)
@@ -224,7 +220,9 @@ class ParkedJobs:
                 if place is not Place.PARKED
             )
         except InvalidJob as problem:
-            logger.warning("%.200r is malformed, and left alone: %s", parked.subject, problem)
+            logger.warning(
+                "parked job %.200r is malformed; leaving it alone: %s", parked.subject, problem
+            )
             return None
         if moved_on:
             await self._backend.delete(self._log, parked.sequence)
@@ -242,7 +240,7 @@ class ParkedJobs:
             data.pop(name, None)
         now, run_at = self._backend.now(), data.get("delay_until")
         run_at = run_at if isinstance(run_at, int | float) and run_at > now else now
-        if linking and run_at - LEAD <= now:
+        if linking and run_at - TIMER_LEAD <= now:
             await self.hand_over(child, record, data)
         elif run_at > now:
             await self._delay(child, record, dump_json(data), (run_at, now), linking=linking)
@@ -361,31 +359,37 @@ class ParkedJobs:
         """
         token, body = encode_token(job.job_id), parked_body(job)
         key = self._keys.later(token, Place.PARKED)
+
+        async def unlink(body: bytes, sequence: int) -> None:
+            write = self.parked_write(token, body, Expect(key, sequence), linking=False)
+            await self._backend.write(self._log, write)
+
+        async def read_and_unlink() -> None:
+            child = (await read_snapshots(self._backend, self._keys, [token]))[token]
+            parked = child.later.get(Place.PARKED)
+            data = None if parked is None else await self._open(child, parked)
+            if parked is None or data is None or data.pop("linking", None) is None:
+                return
+            if closed:
+                await self.hand_over(child, parked, data)
+            else:
+                await unlink(dump_json(data), parked.sequence)
+
         async with self._turns.of(token):
-            while True:
+            if sequence and not closed:
                 try:
-                    if sequence and not closed:
-                        write = self.parked_write(token, body, Expect(key, sequence), linking=False)
-                        await self._backend.write(self._log, write)
-                        return
-                    child = (await read_snapshots(self._backend, self._keys, [token]))[token]
-                    parked = child.later.get(Place.PARKED)
-                    data = None if parked is None else await self._open(child, parked)
-                    if parked is None or data is None or data.pop("linking", None) is None:
-                        return
-                    if closed:
-                        await self.hand_over(child, parked, data)
-                        return
-                    body, sequence = dump_json(data), parked.sequence
+                    await unlink(body, sequence)
                 except WriteRefused:  # a parent has ended meanwhile, or it was cancelled
-                    sequence = 0
                     await pause_after_refusal()
+                else:
+                    return
+            await commit(read_and_unlink)
 
 
 async def read_snapshots(
     backend: Backend, keys: QueueSubjects, tokens: Collection[str]
 ) -> dict[str, Snapshot]:
-    """Read what the bucket has of some jobs but for the edges to their children, by token."""
+    """Read the records of some jobs in the bucket without the edges to their children, by token."""
     records = await read_many(backend, keys.bucket_log, _filters(keys, tokens))
     return _snapshots(keys, tokens, records)
 

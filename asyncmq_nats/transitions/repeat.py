@@ -13,11 +13,13 @@ from typing import Final
 
 from asyncmq_nats._logging import get_logger
 from asyncmq_nats.backends.base import Backend, Expect, Record, Write
-from asyncmq_nats.exceptions import InvalidJob, WriteRefused
+from asyncmq_nats.exceptions import InvalidJob
 from asyncmq_nats.jobs import check_size
 from asyncmq_nats.schedules import RepeatableInfo, first_run, next_run_after
+from asyncmq_nats.store.commit import write_if_expected
+from asyncmq_nats.store.records import without_markers
 from asyncmq_nats.transitions.definition import (
-    CODE,
+    CODE_OWNER,
     MARKER_TTL,
     Definition,
     Tick,
@@ -25,6 +27,7 @@ from asyncmq_nats.transitions.definition import (
     job_of,
     make_definition,
     next_tick_write,
+    planned_time,
     repeatable_id,
 )
 from asyncmq_nats.wire.codec import dump_json
@@ -34,7 +37,7 @@ __all__ = ["Definition", "RepeatableInfo", "Repeatables", "make_definition", "re
 
 logger = get_logger(__name__)
 
-PAGE: Final = 500
+PAGE_SIZE: Final = 500
 
 
 class Repeatables:
@@ -95,18 +98,18 @@ class Repeatables:
             )
         writes += [
             Write(record.subject, b"", ttl=MARKER_TTL, marker=True)
-            for record in records.values()
-            if not record.marker
-            and record.subject != key
-            and record.subject not in {write.subject for write in writes}
+            for record in without_markers(records.values())
+            if record.subject != key and record.subject not in {write.subject for write in writes}
         ]
         expect = Expect(key, _sequence(records, key))
         writes.append(Write(key, body, expect))
-        try:
-            await self._backend.write(self._log, *_fenced(writes, fire, records))
-        except WriteRefused:
+        if not await self._write(_fenced(writes, fire, records)):
             return None
         return _next_of(definition, tick, self._backend.now())
+
+    async def _write(self, writes: Sequence[Write]) -> bool:
+        """Write, and return whether what was read still held."""
+        return await write_if_expected(self._backend, self._log, *writes) is not None
 
     async def _read(self, rid: str) -> dict[str, Record]:
         token = encode_token(rid)
@@ -132,18 +135,18 @@ class Repeatables:
         try:
             return decode_definition(record.body, self._subjects.rid(record.subject))
         except InvalidJob as problem:
-            logger.warning("%.200r is passed over: %s", record.subject, problem)
+            logger.warning("repeatable %.200r is skipped: %s", record.subject, problem)
             return None
 
     def _tick_in(self, records: Mapping[str, Record]) -> Tick | None:
         """Return the next tick among the records of a repeatable. A malformed one is no tick."""
         ticks = list[Tick]()
-        for record in records.values():
-            if not self._subjects.is_repeat(record.subject) and not record.marker:
+        for record in without_markers(records.values()):
+            if not self._subjects.is_repeat(record.subject):
                 try:
                     ticks.append(Tick.decode(record.body))
                 except InvalidJob as problem:
-                    logger.debug("%.200r is passed over: %s", record.subject, problem)
+                    logger.debug("repeatable %.200r is skipped: %s", record.subject, problem)
         return min(ticks, key=lambda tick: tick.at, default=None)
 
     async def find(self, rid: str) -> Definition | None:
@@ -155,14 +158,13 @@ class Repeatables:
         found: list[RepeatableInfo] = []
         for _, definition in await self._all():
             tick = self._tick_in(await self._read(definition.rid))
-            planned = None if tick is None or definition.paused else tick.at
-            found.append(RepeatableInfo(definition.to_dict(), planned, definition.paused))
+            found.append(_info_of(definition, tick))
         return found
 
     async def _all(self) -> list[tuple[Record, Definition]]:
         found, start = list[tuple[Record, Definition]](), 1
         while page := await self._backend.page(
-            self._log, self._subjects.repeat("*"), from_sequence=start, limit=PAGE
+            self._log, self._subjects.repeat("*"), from_sequence=start, limit=PAGE_SIZE
         ):
             for record in page:
                 definition = self._definition_in({record.subject: record})
@@ -191,14 +193,9 @@ class Repeatables:
                 ttl=MARKER_TTL,
                 marker=True,
             )
-            for record in records.values()
-            if not record.marker
+            for record in without_markers(records.values())
         ]
-        try:
-            await self._backend.write(self._log, *_fenced(writes, fire, records))
-        except WriteRefused:
-            return False
-        return True
+        return await self._write(_fenced(writes, fire, records))
 
     async def pause(self, rid: str) -> bool:
         """Stop its series. Return whether it was there."""
@@ -240,7 +237,7 @@ class Repeatables:
         return {
             definition.rid: record.time
             for record, definition in await self._all()
-            if definition.owner == CODE
+            if definition.owner == CODE_OWNER
         }
 
     async def retire(self, rid: str, before: float) -> Definition | None:
@@ -249,9 +246,17 @@ class Repeatables:
         record, definition = self._record_in(records), self._definition_in(records)
         if record is None or definition is None:
             return None
-        if definition.owner != CODE or record.time >= before:
+        if definition.owner != CODE_OWNER or record.time >= before:
             return None
         return definition if await self._remove(rid, records) else None
+
+
+def _info_of(definition: Definition, tick: Tick | None) -> RepeatableInfo:
+    planned = None if tick is None or definition.paused else tick.at
+    reached = tick or definition.left
+    runs, last = (0, None) if reached is None else (reached.runs, reached.last)
+    last_run = None if last is None else planned_time(definition.rid, last)
+    return RepeatableInfo(definition.to_dict(), planned, definition.paused, runs, last, last_run)
 
 
 def _sequence(records: Mapping[str, Record], subject: str) -> int:

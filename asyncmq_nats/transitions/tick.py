@@ -14,10 +14,11 @@ from typing import Final
 
 from asyncmq_nats._logging import get_logger
 from asyncmq_nats.backends.base import Backend, Delivery, Expect, Record, Write
-from asyncmq_nats.exceptions import InvalidJob, TooManyPriorities, WriteRefused
+from asyncmq_nats.exceptions import InvalidJob, TooManyPriorities
 from asyncmq_nats.jobs import Job
 from asyncmq_nats.schedules import missed_ticks, next_run, next_run_after
-from asyncmq_nats.store.commit import look_for, looks
+from asyncmq_nats.store.commit import look_for, looks, write_if_expected
+from asyncmq_nats.store.records import without_markers
 from asyncmq_nats.store.secret import QueueSecret, keyed_id
 from asyncmq_nats.store.snapshot import read_stage
 from asyncmq_nats.store.topology import DEFAULT_PRIORITY, QueueAssets
@@ -36,19 +37,19 @@ __all__ = ["TickEnd", "Ticker", "read_fire"]
 
 logger = get_logger(__name__)
 
-CATCH_UP: Final = 30.0
+CATCH_UP_SECONDS: Final = 30.0
 """Ticks that were late because a worker died are all made up for, if they are no later."""
-HICCUP: Final = 3.0
+SHORT_DELAY_SECONDS: Final = 3.0
 """More seconds are an outage. Ticks that were late because a process or a server was busy are all
 made up for."""
-MAX_CACHED: Final = 10_000
+CACHED_DEFINITIONS: Final = 10_000
 """Definitions that a process keeps parsed."""
 
 read_fire: Final = Tick.decode
 
 
 class TickEnd(Enum):
-    """What is to be done with a fire that was carried out."""
+    """The disposition of a fire that was carried out."""
 
     ACK = auto()
     """The next tick has taken its place."""
@@ -79,7 +80,7 @@ class Ticker:
     async def fire(self, delivery: Delivery, *, trusted: bool) -> TickEnd:
         """Make the job of a tick that is due, and plan the next one.
 
-        What was changed, paused or removed meanwhile makes none.
+        A repeatable that was changed, paused or removed meanwhile makes none.
 
         Args:
             delivery: of `fire.<rid>`.
@@ -108,13 +109,12 @@ class Ticker:
     async def _look_up(
         self, delivery: Delivery, rid: str, tick: Tick
     ) -> tuple[Definition, bytes] | TickEnd:
-        """Return the definition, or what is to be done with a fire that makes no job."""
+        """Return the definition, or the disposition of a fire that makes no job."""
         subjects, token = self._subjects, encode_token(rid)
         keys = subjects.repeat(token), subjects.tick(token), subjects.fire(token)
         records = {
             record.subject: record
-            for record in await self._backend.last(self._log, *keys)
-            if not record.marker
+            for record in without_markers(await self._backend.last(self._log, *keys))
         }
         stored, planned, fire = (records.get(key) for key in keys)
         if fire is None or fire.sequence != delivery.sequence:
@@ -138,9 +138,9 @@ class Ticker:
         try:
             definition = decode_definition(stored.body, rid)
         except InvalidJob as problem:
-            logger.warning("%.200r is passed over: %s", stored.subject, problem)
+            logger.warning("repeatable %.200r is skipped: %s", stored.subject, problem)
             return None
-        if len(self._definitions) >= MAX_CACHED:
+        if len(self._definitions) >= CACHED_DEFINITIONS:
             self._definitions.clear()
         self._definitions[name] = definition, stored.body
         return definition
@@ -167,9 +167,7 @@ class Ticker:
                 Expect(self._subjects.ready_any(token)),
                 message_id=keyed_id(await self._secret.get(), "tick", job.job_id),
             )
-            try:
-                await self._backend.write(self._subjects.ready_log, write)
-            except WriteRefused:
+            if await write_if_expected(self._backend, self._subjects.ready_log, write) is None:
                 logger.debug("job %s of a repeatable is there already", job.job_id)
 
     async def _tier_of(self, job: Job) -> int:
@@ -188,7 +186,7 @@ class Ticker:
         ready = await self._backend.last(
             subjects.ready_log, *(subjects.ready_any(token) for token in tokens)
         )
-        found = [record for record in [*bucket, *ready] if not record.marker]
+        found = without_markers([*bucket, *ready])
         return {subjects.token(record.subject) for record in found}
 
     # -- the next tick
@@ -217,9 +215,7 @@ class Ticker:
             write = Write(key, dump_json(ended), expect)
         else:
             write = next_tick_write(self._subjects, rid, planned, now, expect)
-        try:
-            await self._backend.write(self._log, write)
-        except WriteRefused:
+        if await write_if_expected(self._backend, self._log, write) is None:
             logger.debug("repeatable %s was changed, or its tick was carried out elsewhere", rid)
             return TickEnd.ACK
         return TickEnd.ACK if write.subject == delivery.subject else TickEnd.REMOVE
@@ -235,10 +231,10 @@ def _is_after(record: Record, tick: Tick) -> bool:
 def due_times(definition: Definition, tick: Tick, now: float, *, again: bool) -> list[float]:
     """Return the planned times for which a tick makes jobs. `again`: a worker died with it in hand.
 
-    All after a short delay. After an outage, as the definition says: by default one.
+    A short delay loses none. After an outage the definition decides: by default one.
     """
     schedule, late = definition.schedule, now - tick.run_at
-    if late <= (CATCH_UP if again else HICCUP):
+    if late <= (CATCH_UP_SECONDS if again else SHORT_DELAY_SECONDS):
         # With jitter, `now` may be later than the planned time by nearly an interval.
         due = missed_ticks(schedule, tick.at, tick.at + max(late, 0.0))
     elif definition.catch_up == "all":
@@ -253,6 +249,6 @@ def due_times(definition: Definition, tick: Tick, now: float, *, again: bool) ->
 def following(definition: Definition, tick: Tick, due: Sequence[float], now: float) -> float:
     """Return the planned time of the tick after those that were carried out."""
     last = due[-1] if due else tick.at
-    if definition.catch_up == "all" and due:  # what is left is carried out next
+    if definition.catch_up == "all" and due:  # the rest is carried out next
         return next_run(definition.schedule, last)
     return next_run_after(definition.schedule, last, now)

@@ -20,11 +20,12 @@ from typing import Any, Final
 from asyncmq_nats._clock import brief_pause
 from asyncmq_nats._concurrency import KeyedTurns
 from asyncmq_nats.backends.base import Backend, Expect, Record, Write
-from asyncmq_nats.exceptions import InvalidJob, WriteRefused
+from asyncmq_nats.exceptions import InvalidJob
 from asyncmq_nats.jobs import Job
 from asyncmq_nats.states import State
-from asyncmq_nats.store.commit import LAG, pause_after_refusal
+from asyncmq_nats.store.commit import REPLICA_LAG_DELAYS, commit, write_if_expected
 from asyncmq_nats.store.many import for_each, read_many
+from asyncmq_nats.store.records import without_markers
 from asyncmq_nats.wire.codec import dump_json, load_json
 from asyncmq_nats.wire.keys import QueueSubjects, encode_token
 
@@ -42,14 +43,14 @@ __all__ = [
 
 NARROW_LIMIT: Final = 64
 """Open parents that one record keeps."""
-WIDE: Final = re.compile(r"([0-9a-f]{8})\.([1-9][0-9]{0,4})")
-PLACE: Final = re.compile(r"[0-9a-f]{8}\.[0-9]{1,5}")
+WIDE_PATTERN: Final = re.compile(r"([0-9a-f]{8})\.([1-9][0-9]{0,4})")
+PART_PATTERN: Final = re.compile(r"[0-9a-f]{8}\.[0-9]{1,5}")
 TOP: Final = "top"
 
 
 @dataclass(frozen=True, slots=True)
 class Parent:
-    """A job as those who depend on it see it."""
+    """A parent as its children see it."""
 
     id: str
     state: State | None
@@ -67,10 +68,10 @@ class Parent:
 
 
 class Wait(Enum):
-    """What the end of a parent means for a child with many parents."""
+    """The effect of a parent's end on a child with many parents."""
 
     GONE = auto()
-    """The child does not wait any more."""
+    """The child waits no more."""
     OPEN = auto()
     """It waits for others, or for this parent to be retried."""
     FAILS = auto()
@@ -91,7 +92,7 @@ def new_wide(parents: int) -> str:
 
 def place_of(value: object) -> str:
     """Return the value if it names a part, `<token>.<number>`; else nothing."""
-    return value if isinstance(value, str) and PLACE.fullmatch(value) else ""
+    return value if isinstance(value, str) and PART_PATTERN.fullmatch(value) else ""
 
 
 def places_of(job: Job) -> dict[str, str]:
@@ -99,7 +100,7 @@ def places_of(job: Job) -> dict[str, str]:
 
     Neighbours are in different parts: parents that end at the same time do not meet.
     """
-    match = WIDE.fullmatch(job.wide)
+    match = WIDE_PATTERN.fullmatch(job.wide)
     if match is None:
         return {}
     token, count = match[1], int(match[2])
@@ -114,7 +115,7 @@ async def read_when(
 ) -> list[Record]:
     """Return the last records of the filters, read again while a replica lags behind `seen`."""
     records: list[Record] = []
-    for pause in LAG:
+    for pause in REPLICA_LAG_DELAYS:
         await brief_pause(pause)
         records = await backend.last(log, *filters)
         if seen(records):
@@ -154,11 +155,8 @@ class Waits:
     async def store(self, job: Job) -> None:
         """Store the parts of a job, but for those that are there."""
 
-        async def write(each: Write) -> None:
-            try:
-                await self._backend.write(self._log, each)
-            except WriteRefused:  # an earlier try stored it
-                return
+        async def write(each: Write) -> None:  # refused: an earlier try stored it
+            await write_if_expected(self._backend, self._log, each)
 
         *parts, top = self.writes(job)
         await for_each(write, parts)
@@ -167,34 +165,32 @@ class Waits:
     async def take_out(self, child: str, place: str, parent: Parent) -> Wait:
         """Take a parent that has ended out of its part. Repeatable."""
         key = self._keys.wait(child, place)
+
+        async def take() -> Wait | Record:
+            """Return the part without that parent, or why it is not taken out."""
+            records = await read_when(
+                self._backend,
+                self._log,
+                [parent.outcome, key],
+                lambda found: any(record.subject == parent.outcome for record in found),
+            )
+            record = next((each for each in records if each.subject == key), None)
+            part = None if record is None else _read(record)
+            if record is None or part is None:
+                return Wait.GONE
+            if parent.id not in texts(part.get("open")):
+                return record
+            if not parent.completed and part.get("policy") != "run":
+                return Wait.FAILS if part.get("policy") == "fail" else Wait.OPEN
+            body = dump_json(self._without(part, parent))
+            write = Write(key, body, Expect(key, record.sequence), beside=True)
+            return Record(key, body, await self._backend.write(self._log, write), 0.0)
+
         async with self._turns.of(key):
-            while True:
-                records = await read_when(
-                    self._backend,
-                    self._log,
-                    [parent.outcome, key],
-                    lambda found: any(record.subject == parent.outcome for record in found),
-                )
-                record = next((each for each in records if each.subject == key), None)
-                part = None if record is None else _read(record)
-                if record is None or part is None:
-                    return Wait.GONE
-                if parent.id not in texts(part.get("open")):
-                    break
-                if not parent.completed and part.get("policy") != "run":
-                    return Wait.FAILS if part.get("policy") == "fail" else Wait.OPEN
-                body = dump_json(self._without(part, parent))
-                try:
-                    sequence = await self._backend.write(
-                        self._log, Write(key, body, Expect(key, record.sequence), beside=True)
-                    )
-                except WriteRefused:
-                    await pause_after_refusal()
-                    continue
-                record = Record(key, body, sequence, 0.0)
-                part = _read(record) or {}
-                break
-        return Wait.OPEN if part.get("open") else await self._close(child, record)
+            part = await commit(take)
+        if isinstance(part, Wait):
+            return part
+        return Wait.OPEN if (_read(part) or {}).get("open") else await self._close(child, part)
 
     def _without(self, part: dict[str, Any], parent: Parent) -> dict[str, Any]:
         results = part.get("results")
@@ -207,34 +203,32 @@ class Waits:
 
     async def _close(self, child: str, part: Record) -> Wait:
         """Take an empty part out of the top."""
-        token, number = part.subject.split(".")[-2:]
+        token, number = self._keys.split_wait(part.subject)
         key = self._keys.wait(child, f"{token}.{TOP}")
+
+        async def close() -> Wait:
+            records = await read_when(
+                self._backend,
+                self._log,
+                [part.subject, key],
+                lambda found: any(
+                    each.subject == part.subject and each.sequence >= part.sequence
+                    for each in found
+                ),
+            )
+            record = next((each for each in records if each.subject == key), None)
+            top = None if record is None else _read(record)
+            if record is None or top is None:
+                return Wait.GONE
+            left = [each for each in _numbers(top) if each != int(number)]
+            if left != _numbers(top):
+                body = dump_json(top | {"open": left})
+                write = Write(key, body, Expect(key, record.sequence), beside=True)
+                await self._backend.write(self._log, write)
+            return Wait.OPEN if left else Wait.CLOSED
+
         async with self._turns.of(key):
-            while True:
-                records = await read_when(
-                    self._backend,
-                    self._log,
-                    [part.subject, key],
-                    lambda found: any(
-                        each.subject == part.subject and each.sequence >= part.sequence
-                        for each in found
-                    ),
-                )
-                record = next((each for each in records if each.subject == key), None)
-                top = None if record is None else _read(record)
-                if record is None or top is None:
-                    return Wait.GONE
-                left = [each for each in _numbers(top) if each != int(number)]
-                if left != _numbers(top):
-                    body = dump_json(top | {"open": left})
-                    try:
-                        await self._backend.write(
-                            self._log, Write(key, body, Expect(key, record.sequence), beside=True)
-                        )
-                    except WriteRefused:
-                        await pause_after_refusal()
-                        continue
-                return Wait.OPEN if left else Wait.CLOSED
+            return await commit(close)
 
     async def is_closed(self, child: str, wide: str) -> bool:
         """Return whether no parent of the child is open any more."""
@@ -257,7 +251,7 @@ class Waits:
         return gathered
 
     async def _read_parts(self, child: str, wide: str) -> list[Mapping[str, Any]]:
-        match = WIDE.fullmatch(wide)
+        match = WIDE_PATTERN.fullmatch(wide)
         if match is None:
             return []
         keys = [self._keys.wait(child, f"{match[1]}.{number}") for number in range(int(match[2]))]
@@ -277,7 +271,7 @@ class Waits:
         children = {self._keys.token(subject) for subject in subjects}
         filters = [self._keys.later_all(child) for child in children]
         records = await read_many(self._backend, self._log, filters)
-        waiting = {self._keys.token(record.subject) for record in records if not record.marker}
+        waiting = {self._keys.token(record.subject) for record in without_markers(records)}
         await for_each(self.remove, sorted(children - waiting))
 
 

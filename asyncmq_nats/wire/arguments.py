@@ -1,6 +1,6 @@
 """How the arguments of a task are written as JSON and read again, by its annotations.
 
-What is accepted arrives equal (docs/arguments.md). Nothing here knows what a job is.
+Accepted values arrive equal (docs/arguments.md). Nothing here knows what a job is.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ __all__ = ["Arguments", "Results", "write_by_class"]
 
 CACHED_SHAPES: Final = 256
 """Shapes (a number of positions, and names) that are kept per task; `**kwargs` has any number."""
-EXACT: Final[Mapping[Any, frozenset[type]]] = {
+EXACT_TYPES: Final[Mapping[Any, frozenset[type]]] = {
     int: frozenset({int}),
     str: frozenset({str}),
     bool: frozenset({bool}),
@@ -54,7 +54,7 @@ class Arguments:
 
     Args:
         function: the one that is called, whatever it wraps.
-        validate: whether the annotations count. Without, the function is given plain data.
+        validate: whether the annotations count. If not, the function is given plain data.
         supplied: names of arguments that the worker gives.
     """
 
@@ -75,7 +75,7 @@ class Arguments:
         return self._chain.names
 
     def positions(self, count: int, names: Iterable[str]) -> tuple[str, ...]:
-        """Return which parameters so many positional arguments are for, beside those `names`."""
+        """Return the parameters that take `count` positional arguments, beside those in `names`."""
         slots = self._chain.match(count, tuple(names)).slots[:count]
         return tuple(slot.key for slot in slots)
 
@@ -99,7 +99,8 @@ class Arguments:
         """
         if not self._validate:
             return list(args), dict(kwargs)
-        return self._shape(len(args), tuple(kwargs)).read(args, kwargs)
+        key = len(args), tuple(kwargs)
+        return (self._shapes.get(key) or self._shape(*key)).read(args, kwargs)
 
     def check(self, args: Sequence[Any], kwargs: Mapping[str, Any], task_id: str) -> None:
         """See that `read` takes these arguments, which are plain data already.
@@ -130,6 +131,10 @@ class _Shape:
         self._keys = tuple(slot.key for slot in call.slots)
         self._exact = [_exact_classes(slot.annotation) for slot in call.slots]
         self._all_exact = all(self._exact)
+        self._as_read = [
+            classes - {int} if float in classes else classes for classes in self._exact
+        ]
+        """The classes whose values are passed on as they are read: for a float, 1 becomes 1.0."""
         self._adapter = make_adapter(title, {slot.key: slot.annotation for slot in call.slots})
         self._typed = any(slot.annotation is not Any for slot in call.slots)
 
@@ -175,16 +180,32 @@ class _Shape:
     def read(
         self, args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> tuple[list[Any], dict[str, Any]]:
-        given = self._validated(args, kwargs)
-        values = [given[key] for key in self._keys]
-        named = dict(zip(kwargs, values[len(args) :], strict=True))
+        if self._is_plain(args, kwargs, self._as_read):
+            values, named = list(args), dict(kwargs)
+        else:
+            given = self._validated(args, kwargs)
+            values = [given[key] for key in self._keys]
+            named = dict(zip(kwargs, values[len(args) :], strict=True))
+            values = values[: len(args)]
         for name, make in self._call.defaults:
             named[name] = make()
-        return values[: len(args)], named
+        return values, named
+
+    def _is_plain(
+        self,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        classes: Sequence[frozenset[type]],
+    ) -> bool:
+        """Return whether all arguments are of these classes, and the function takes them."""
+        return (
+            self._all_exact
+            and not self._call.problems
+            and all(map(_is_plain, (*args, *kwargs.values()), classes))
+        )
 
     def check(self, args: Sequence[Any], kwargs: Mapping[str, Any], task_id: str) -> None:
-        values = (*args, *kwargs.values())
-        if self._all_exact and not self._call.problems and all(map(_is_plain, values, self._exact)):
+        if self._is_plain(args, kwargs, self._exact):
             return
         try:
             self._validated(args, kwargs)
@@ -247,7 +268,7 @@ def _shown(slot: Slot) -> str:
 
 def _exact_classes(annotation: Any) -> frozenset[type]:
     try:
-        return EXACT.get(annotation, frozenset())
+        return EXACT_TYPES.get(annotation, frozenset())
     except TypeError:  # it cannot be hashed
         return frozenset()
 
@@ -401,7 +422,7 @@ def write_by_class(
 ) -> tuple[list[Any], dict[str, Any]]:
     """Return the arguments as plain data, written by their classes.
 
-    What is annotated is known to the worker only.
+    Only the worker knows the annotations.
 
     Raises:
         NotSerializable: a value does not arrive equal even where its own class is the annotation;

@@ -1,4 +1,4 @@
-"""The commands of queues, jobs, schedules, flows, events, settings and permissions, on real servers."""
+"""Commands of queues, jobs, schedules, flows, events, settings, permissions, on real servers."""
 
 import json
 import re
@@ -13,7 +13,7 @@ from typing import Any
 import anyio
 import pytest
 
-from asyncmq_nats import NATSBackend, current_job
+from asyncmq_nats import FlowProducer, Job, NATSBackend, current_job
 from asyncmq_nats.cli import permissions
 from asyncmq_nats.cli.app import run
 from tests.cli.amq import Amq
@@ -190,6 +190,17 @@ async def test_a_queue_is_saved_moved_and_restored(
     assert len((await amq.ok("queue export post")).lines) == 7
 
 
+async def test_a_list_says_when_delayed_jobs_run(amq: Amq, nats_backend: NATSBackend) -> None:
+    queue = make_queue(nats_backend, "mail")
+    await queue.add("t")
+    assert "runs at" not in (await amq.ok("job ls mail")).out
+    await amq.ok("job add mail t --delay 2100-01-31T12:00")
+    header, waiting, delayed = (await amq.ok("job ls mail")).lines
+    assert "runs at" in header
+    assert "2100-01-31 12:00:00" in delayed
+    assert "2100" not in waiting
+
+
 async def test_what_destroys_asks_first(amq: Amq, nats_backend: NATSBackend) -> None:
     queue = make_queue(nats_backend, "mail")
     await queue.add_bulk([{"task_id": "t"}] * 4)
@@ -333,6 +344,10 @@ async def test_schedules_from_first_to_last(amq: Amq, nats_backend: NATSBackend)
     await amq.ok("schedule edit mail nightly --every 2h")
     edited = (await amq.ok("schedule info mail nightly --json")).json
     assert (edited["every"], edited["args"]) == (7200, ["old"])
+    assert "must be a JSON list" in await amq.fails("schedule edit mail nightly --args old")
+    await amq.ok("schedule edit mail nightly --args '[\"new\"]'")
+    assert (await amq.ok("schedule info mail nightly --json")).json["args"] == ["new"]
+    await amq.ok("schedule edit mail nightly --args '[\"old\"]'")
     await amq.ok("schedule pause mail nightly")
     assert "paused" in (await amq.ok("schedule info mail nightly")).out
     await amq.ok("schedule resume mail nightly")
@@ -352,8 +367,13 @@ async def test_a_flow_is_a_tree(amq: Amq, nats_backend: NATSBackend) -> None:
     await queue.add("right", job_id="r", depends_on=["base"])
     await queue.add("join", job_id="top", depends_on=["l", "r"])
     tree = (await amq.ok("flow show mail top")).lines
-    assert tree[0] == "top  join  waiting-children"
-    assert len([line for line in tree if "base  load  delayed" in line]) == 2
+    assert tree == [
+        "top  join  waiting-children",
+        "├── l  left  waiting-children",
+        "│   └── base  load  delayed",
+        "└── r  right  waiting-children",
+        "    └── base  load  delayed",
+    ]
     assert (await amq.ok("flow show mail base")).lines[1] in (
         "waited for by: l, r",
         "waited for by: r, l",
@@ -361,6 +381,21 @@ async def test_a_flow_is_a_tree(amq: Amq, nats_backend: NATSBackend) -> None:
     data = (await amq.ok("flow show mail top --json")).json
     assert (sorted(data["jobs"]), data["complete"]) == (["base", "l", "r", "top"], True)
     assert not (await amq.ok("flow show mail top --json --limit 2")).json["complete"]
+
+
+async def test_a_long_chain_is_shown_whole(
+    amq: Amq, nats_backend: NATSBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At a terminal as well, and where Python's stack is too short for it."""
+    monkeypatch.setattr("asyncmq_nats.cli.output.PIPE_WIDTH", 80)
+    chain = [
+        Job("step", job_id=f"s{number}", depends_on=[f"s{number - 1}"] if number else [])
+        for number in range(1100)
+    ]
+    await FlowProducer(nats_backend).add_flow("mail", chain)
+    shown = (await amq.ok("flow show mail s1099 --limit 2000")).lines
+    assert len(shown) == 1100
+    assert shown[-1].lstrip(" └─") == "s0  step  waiting"
 
 
 async def test_events_are_followed(amq: Amq, nats_backend: NATSBackend) -> None:
@@ -427,11 +462,12 @@ async def test_wrong_usage_is_one_line_and_code_2(amq: Amq) -> None:
     assert "no address" in await amq.fails("queue ls -s http://x")
 
 
+@pytest.mark.parametrize("line", ["queue info nothing -v", "worker start --app no.such:name -v"])
 async def test_errors_have_their_traceback_with_v(
-    amq: Amq, monkeypatch: pytest.MonkeyPatch
+    amq: Amq, monkeypatch: pytest.MonkeyPatch, line: str
 ) -> None:
     monkeypatch.setattr("asyncmq_nats.cli.command._verbose", False)
-    result = await amq("queue info nothing -v")
+    result = await amq(line)
     assert result.code == 1
     assert "Traceback (most recent call last)" in result.err
 

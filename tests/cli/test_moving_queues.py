@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from asyncmq_nats import InvalidArgument, JobFilter, Queue
-from asyncmq_nats.backends.base import Backend
+from asyncmq_nats import InMemoryBackend, InvalidArgument, JobFilter, Queue
+from asyncmq_nats.backends.base import Backend, Write
 from asyncmq_nats.exceptions import ConnectionLost, QueueNotPaused
 from asyncmq_nats.runtime.registry import TaskRegistry
 from asyncmq_nats.transitions.move import Mover
@@ -150,6 +150,131 @@ async def test_a_move_goes_on_after_a_cancellation_that_was_torn(
     async with running(target):
         await only(target, completed=1)
     assert seen == ["once"]
+
+
+async def test_a_hold_that_another_mover_finishes_meanwhile_is_not_lost(
+    backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two movers meet at a hold: the one that comes second to the cancellation leaves it alone."""
+    queue = make_queue(backend, echo=echo)
+    target, seen = other_queue(backend)
+    await queue.add("echo", ["once"], delay=5000)
+
+    async def die(*_: Any) -> None:
+        raise ConnectionLost("nowhere")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Mover, "_end_and_release", die)
+        with pytest.raises(ConnectionLost):
+            await queue.move(target)
+    cancel = queue._administration.cancel
+
+    async def cancel_second(job_id: str, reason: str) -> bool:
+        await cancel(job_id, reason)
+        return await cancel(job_id, reason)
+
+    monkeypatch.setattr(queue._administration, "cancel", cancel_second)
+    await queue.move(target)
+    await only(queue)
+    (held,) = await target.list_delayed()
+    assert await target.promote(held.job_id)
+    await run_jobs(target)
+    assert seen == ["once"]
+
+
+async def test_a_hold_that_is_released_meanwhile_does_not_end_the_move(
+    backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queue = make_queue(backend)
+    target, _ = other_queue(backend)
+    await queue.add("echo", delay=5000)
+    release = Mover._release
+
+    async def release_second(self: Mover, *given: Any) -> None:
+        await release(self, *given)
+        await release(self, *given)
+
+    monkeypatch.setattr(Mover, "_release", release_second)
+    result = await queue.move(target, JobFilter(state="delayed"))
+    assert (result.matched, result.moved) == (1, 0)
+    await only(target, delayed=1)
+
+
+async def test_queues_of_one_name_on_two_servers_do_not_finish_each_others_moves(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    here, elsewhere = InMemoryBackend(), InMemoryBackend()
+    queue, namesake = make_queue(here, echo=echo), make_queue(elsewhere, echo=echo)
+    target, seen = other_queue(InMemoryBackend())
+    await queue.add("echo", ["once"], delay=5000)
+
+    async def die(*_: Any) -> None:
+        raise ConnectionLost("nowhere")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Mover, "_release", die)
+        with pytest.raises(ConnectionLost):
+            await queue.move(target)
+    await namesake.add("echo", delay=5000)
+    assert (await namesake.move(target)).moved == 1
+    await queue.move(target)
+    assert all([await target.promote(held.job_id) for held in await target.list_delayed()])
+    await run_jobs(target)
+    assert sorted(seen, key=str) == [None, "once"]
+
+
+async def test_a_move_to_a_third_queue_leaves_the_end_of_an_interrupted_one(
+    backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By that outcome the hold is released: elsewhere, it would be read as a cancellation."""
+    queue = make_queue(backend, echo=echo)
+    target, seen = other_queue(backend)
+    third = make_queue(backend, "third")
+    await queue.add("echo", ["once"], delay=5000, job_id="x")
+
+    async def die(*_: Any) -> None:
+        raise ConnectionLost("nowhere")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Mover, "_release", die)
+        with pytest.raises(ConnectionLost):
+            await queue.move(target)
+    assert (await queue.move(third)).moved == 0
+    await only(third)
+    await queue.move(target)
+    await only(queue)
+    assert await target.promote("x")
+    await run_jobs(target)
+    assert seen == ["once"]
+
+
+async def test_a_hold_is_kept_when_nothing_tells_what_became_of_its_job(
+    backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queue = make_queue(backend, echo=echo)
+    target, _ = other_queue(backend)
+    await queue.add("echo", delay=5000, job_id="x")
+
+    async def die(*_: Any) -> None:
+        raise ConnectionLost("nowhere")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Mover, "_release", die)
+        with pytest.raises(ConnectionLost):
+            await queue.move(target)
+    assert await queue.remove_job("x")  # or its time to live is over
+    await queue.move(target)
+    await only(target, delayed=1)
+
+
+async def test_what_is_no_job_stays_and_the_rest_moves(backend: Backend) -> None:
+    queue = await filled(backend)
+    target, _ = other_queue(backend)
+    keys = queue._subjects
+    await backend.write(keys.ready_log, Write(keys.ready(5, "junk"), b"junk"))
+    result = await queue.move(target)
+    assert (result.matched, result.moved) == (25, 24)
+    await only(queue, waiting=1)
 
 
 async def test_a_queue_is_saved_and_restored(backend: Backend) -> None:

@@ -2,6 +2,7 @@
 
 import pytest
 
+from asyncmq_nats import InvalidArgument
 from asyncmq_nats.backends.base import Backend
 from asyncmq_nats.store import overview
 from tests.running import make_queue, run_jobs
@@ -18,6 +19,9 @@ async def test_jobs_that_ended_a_while_ago_are_not_counted(backend: Backend) -> 
     rates = await queue.rates()
     assert rates == {"completed": 12 / 60, "failed": 0, "expired": 0, "cancelled": 0}
     assert (await queue.rates(1e-9))["completed"] == 0
+    for period in (0, -1):
+        with pytest.raises(InvalidArgument, match="period must be above 0 s"):
+            await queue.rates(period)
 
 
 async def test_a_sample_stands_for_all(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:

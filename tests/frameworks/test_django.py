@@ -52,6 +52,7 @@ async def test_rows_that_django_writes_are_those_of_the_relay(
     assert told["stalled_after"] == 7
     assert told["no order without a transaction"]
     assert told["no queue"]
+    assert told["one signature"]
     assert told["rows"] == [
         ["work", "k", "first"],
         ["work", "k", "second"],
@@ -147,7 +148,8 @@ async def post(site: Site, path: str, **fields: str) -> int:
 def test_settings_that_cannot_be_are_named() -> None:
     source = (
         "from django.conf import settings; import django;"
-        "settings.configure(INSTALLED_APPS=['asyncmq_nats.contrib.django'], ASYNCMQ_NATS={'severs': 'a'});"
+        "settings.configure(INSTALLED_APPS=['asyncmq_nats.contrib.django'],"
+        "ASYNCMQ_NATS={'severs': 'a'});"
         "django.setup()"
     )
     done = subprocess.run(

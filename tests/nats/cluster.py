@@ -2,9 +2,11 @@
 
 import json
 import socket
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import anyio
 
@@ -73,22 +75,49 @@ class Cluster:
                         return
                     await anyio.sleep(0.05)
 
-    async def leader(self, stream: str) -> EmbeddedServer:
-        """Return the server that leads a stream, once there is one."""
+    async def leader(self, stream: str, consumer: str | None = None) -> EmbeddedServer:
+        """Return the server that leads a stream, or a consumer of it, once there is one."""
+        call = f"STREAM.INFO.{stream}" if consumer is None else f"CONSUMER.INFO.{stream}.{consumer}"
+        leader = (await self._find(call, lambda _: True))["leader"]
+        return self.servers[int(leader.rpartition("-")[2])]
+
+    async def settle(self, stream: str) -> None:
+        """Wait until a stream has a leader that has heard of all its replicas, all up to date."""
+
+        def is_settled(cluster: dict[str, Any]) -> bool:
+            replicas = cluster.get("replicas") or []
+            return len(replicas) == SIZE - 1 and all(
+                each.get("current") and each.get("active") and not each.get("offline")
+                for each in replicas
+            )
+
+        await self._find(f"STREAM.INFO.{stream}", is_settled)
+
+    async def _find(self, call: str, wanted: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+        """Return what the leader tells of the replicas, once there is one and it is as wanted."""
         async with plain_client(self.urls) as client:
             with anyio.fail_after(PATIENCE):
                 while True:
                     with suppress(TimeoutError, AssertionError):
-                        leader = (await Streams(client).call(f"STREAM.INFO.{stream}"))[
-                            "cluster"
-                        ].get("leader")
-                        if leader:
-                            return self.servers[int(leader.rpartition("-")[2])]
+                        cluster: dict[str, Any] = (await Streams(client).call(call))["cluster"]
+                        if cluster.get("leader") and wanted(cluster):
+                            return cluster
                     await anyio.sleep(0.05)
+
+    async def make_leader(self, server: EmbeddedServer, stream: str) -> None:
+        """Have a server lead a stream: the others stand back until it does."""
+        with anyio.fail_after(PATIENCE):
+            while await self.leader(stream) is not server:
+                async with plain_client(self.urls) as client:
+                    name = f"server-{self.servers.index(server)}"
+                    placement = {"placement": {"preferred": name}}
+                    with suppress(TimeoutError, AssertionError):
+                        await Streams(client).call(f"STREAM.LEADER.STEPDOWN.{stream}", placement)
+                await anyio.sleep(0.1)
 
 
 def free_ports(count: int) -> list[int]:
-    """Return so many ports that nobody listens on."""
+    """Return this many free ports."""
     sockets = [socket.socket() for _ in range(count)]
     try:
         for each in sockets:

@@ -9,7 +9,7 @@ from asyncmq_nats.backends.nats.backend import NATSBackend
 from asyncmq_nats.backends.nats.embedded.server import EmbeddedServer
 from asyncmq_nats.queues import Queue
 from asyncmq_nats.settings import Settings
-from tests.nats.processes import Fleet, MakeServer
+from tests.nats.processes import Fleet
 
 
 @pytest.fixture
@@ -29,21 +29,3 @@ def fleet(server: EmbeddedServer, settings: Settings, tmp_path: Path) -> Iterato
 def queue(nats_backend: NATSBackend) -> Queue:
     """The queue of the fleet."""
     return Queue("fleet", nats_backend)
-
-
-@pytest.fixture
-def make_server(server: EmbeddedServer, tmp_path: Path) -> Iterator[MakeServer]:
-    """Maker of a server with a configuration of its own.
-
-    `server` is there to skip where there is no nats-server.
-    """
-    servers: list[EmbeddedServer] = []
-
-    def make(config: str) -> EmbeddedServer:
-        servers.append(EmbeddedServer(tmp_path / f"configured-{len(servers)}", config=config))
-        servers[-1].start()
-        return servers[-1]
-
-    yield make
-    for each in servers:
-        each.stop()

@@ -36,7 +36,7 @@ RUNS_QUEUE: Final = " runs queue "
 def alive(pid: int) -> bool:
     """Return whether the process runs.
 
-    One that has ended and that nobody has waited for does not.
+    A zombie does not: it has ended, and its parent has not waited for it.
     """
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
@@ -120,7 +120,7 @@ class Watched:
         return sorted((float(at), int(pid)) for at, pid in (line.split() for line in lines))
 
     async def stamped(self, name: str, times: int = 1) -> list[tuple[float, int]]:
-        """Wait until so many bodies have begun, and return their stamps."""
+        """Wait until this many bodies have begun, and return their stamps."""
         await holds(lambda: len(self.stamps(name)) >= times)
         return self.stamps(name)
 
@@ -135,7 +135,7 @@ class Watched:
         (self.notes / word).touch()
 
     async def begun(self, name: str, times: int = 1) -> None:
-        """Wait until the body has begun so many times."""
+        """Wait until the body has begun this many times."""
         await holds(lambda: len(self.runs(name)) >= times)
 
 

@@ -11,9 +11,9 @@ from asyncmq_nats.backends.nats.embedded.server import EmbeddedServer
 
 
 class Relay:
-    """Passes everything on, until what it is to lose comes by.
+    """Passes everything on until it sees what it is to lose.
 
-    Then nothing any more, until it cuts its clients, who connect anew.
+    Then it passes nothing on until it has cut off its clients, which connect again.
     """
 
     def __init__(self) -> None:

@@ -5,8 +5,9 @@ of a server.
 """
 
 import random
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack
+from functools import partial
 from pathlib import Path
 
 import anyio
@@ -19,11 +20,12 @@ from asyncmq_nats.backends.nats.embedded.server import EmbeddedServer
 from asyncmq_nats.exceptions import WriteRefused
 from asyncmq_nats.queues import Queue
 from asyncmq_nats.settings import Settings
+from asyncmq_nats.wire.keys import counter_name
 from tests.nats.cluster import Cluster
 from tests.nats.processes import Fleet, eventually, holds
 from tests.nats.relay import relaying
 from tests.nats.streams import Streams, plain_client
-from tests.running import PATIENCE, make_queue, race, running
+from tests.running import PATIENCE, make_queue, outcome, race, running
 
 BUCKET = "KV_amq_fleet_scheduler"
 SETTINGS = Settings(replicas=3, stalled_after=2.0, publish_timeout=30.0, shutdown_timeout=5.0)
@@ -63,8 +65,8 @@ def fleet(cluster: Cluster, tmp_path: Path) -> Iterator[Fleet]:
     workers.stop()
 
 
-async def settle(queue: Queue, ended: int) -> dict[str, int]:
-    """Wait until so many jobs have ended and none is left, and return the counts.
+async def settle(queue: Queue, ended: int, left: int = 0) -> dict[str, int]:
+    """Wait until so many jobs have ended and no others are left, and return the counts.
 
     Those of a cluster lag behind a little.
     """
@@ -73,7 +75,7 @@ async def settle(queue: Queue, ended: int) -> dict[str, int]:
         lambda stats: (
             stats["completed"] + stats["failed"] + stats["cancelled"]
             == ended
-            == sum(stats.values())
+            == sum(stats.values()) - left
         ),
         within=30,
     )
@@ -128,7 +130,7 @@ async def test_of_a_cancellation_and_the_failure_of_a_parent_one_wins(
             parent = await other.add("fail", ["p"], delay=0.05)
             child = await other.add("fail", ["c"], depends_on=[parent], on_parent_failure="fail")
             await anyio.sleep(0.05 + random.uniform(0.0, 0.01))
-            await race(lambda: other.cancel_job(child), lambda: queue.cancel_job(parent))  # noqa: B023
+            await race(partial(other.cancel_job, child), partial(queue.cancel_job, parent))
         await settle(queue, 80)
     async with plain_client(cluster.urls[0]) as client:
         ends = [key.split(".") for key in await Streams(client).keys("done")]
@@ -181,6 +183,36 @@ async def test_a_repetition_is_told_from_what_another_one_wrote(
                 await relay.cut()
     assert [type(result) for result in results] == [WriteRefused] if deaf else results == [2]
     assert await here.write("notes", Write("notes.c", b"")) == 3  # the stream takes more
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(480)
+@pytest.mark.parametrize("end", [EmbeddedServer.kill, EmbeddedServer.stop])
+async def test_while_a_server_with_counters_is_away_workers_start_and_jobs_are_counted(
+    cluster: Cluster, end: Callable[[EmbeddedServer], None]
+) -> None:
+    """For minutes after a kill, what was on that server does not answer; after a stop, an error."""
+
+    async def no_op() -> None:
+        pass
+
+    async with NATSBackend(cluster.urls, settings=SETTINGS) as backend:
+        queue = make_queue(backend, "fleet", no_op=no_op)
+        async with running(queue):
+            await outcome(queue, await queue.add("no_op"))
+            await queue.add("no_op", delay=3600)
+    lost = await cluster.leader(BUCKET, counter_name("done_completed"))
+    await to_thread.run_sync(end, lost)
+    await cluster.leader(BUCKET)
+    async with NATSBackend(cluster.urls, settings=SETTINGS) as backend:
+        queue = make_queue(backend, "fleet", no_op=no_op)
+        async with running(queue):
+            await outcome(queue, await queue.add("no_op"))
+            stats = await settle(queue, 2, left=1)
+            assert stats == dict.fromkeys(stats, 0) | {"completed": 2, "delayed": 1}
+            with anyio.fail_after(PATIENCE):
+                assert len((await queue.list_page("completed")).jobs) == 2
+                assert len(await queue.list_delayed()) == 1
 
 
 @pytest.mark.slow

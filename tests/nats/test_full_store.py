@@ -96,12 +96,15 @@ async def test_an_account_that_asks_for_limits_is_served_with_them(
 
 
 async def test_a_bucket_with_a_limit_never_discards_a_delayed_job(server: EmbeddedServer) -> None:
-    async with store(server, bucket_max_bytes=400_000) as backend:
+    async with store(server, bucket_max_bytes=500_000) as backend:
         queue = Queue("work", backend)
         ids = await fill(queue, 2000, delay=3600)
         with pytest.raises(StorageFull, match=r"a tenth is for outcomes.*nothing was stored"):
             await queue.add("echo", [1, "x" * 2000], delay=3600)
         assert 100 < len(ids) < 400
+        state = await backend.describe_log("KV_amq_work_scheduler")
+        assert state is not None
+        assert 430_000 < state.bytes < 450_000  # the last tenth is free
         assert [job.job_id for job in await queue.list_delayed()] == ids
 
 

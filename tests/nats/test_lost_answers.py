@@ -368,7 +368,7 @@ async def test_a_subscription_outlives_the_connection_on_which_it_was_begun(
         await heard.wait()
 
 
-async def test_a_subscription_that_nobody_answers_is_an_error(relay: Relay) -> None:
+async def test_a_subscription_without_an_answer_is_an_error(relay: Relay) -> None:
     async with NATSBackend(relay.url, settings=Settings(publish_timeout=0.1)) as backend:
         relay.lose_answer(b"SUB news")
         with (

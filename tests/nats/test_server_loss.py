@@ -38,7 +38,7 @@ def settings() -> Settings:
 
 
 @pytest.mark.slow
-async def test_killed_server_loses_nothing_and_nobody_is_restarted(
+async def test_killed_server_loses_nothing_and_no_worker_is_restarted(
     fleet: Fleet, queue: Queue, server: EmbeddedServer
 ) -> None:
     added: list[tuple[float, str]] = []

@@ -26,7 +26,7 @@ class Program:
         return self.log_path.read_text()
 
     async def logged(self, text: str, times: int = 1) -> None:
-        """Wait until it has written the text so many times."""
+        """Wait until it has written the text this many times."""
         await holds(lambda: self.log.count(text) >= times)
 
     async def wait(self) -> int:

@@ -3,15 +3,18 @@
 What a person stores wins, then the last process that applies its own.
 """
 
+import time
 from collections.abc import Callable
+from functools import partial
 
 import anyio
 import pytest
 
-from asyncmq_nats.backends.base import Backend
+from asyncmq_nats.backends.base import Backend, Record
+from asyncmq_nats.backends.nats import room
 from asyncmq_nats.backends.nats.backend import NATSBackend
 from asyncmq_nats.backends.nats.embedded.server import EmbeddedServer
-from asyncmq_nats.exceptions import InvalidArgument, ServerUnsuitable
+from asyncmq_nats.exceptions import InvalidArgument, ServerUnsuitable, StorageFull, WriteRefused
 from asyncmq_nats.queues import Queue
 from asyncmq_nats.settings import Settings
 from tests.receiver import PATIENCE, until
@@ -182,6 +185,97 @@ async def test_a_size_that_would_cost_jobs_is_refused_and_not_stored(make: Make)
                 await only(queue, delayed=50, completed=10)
 
 
+async def fill(queue: Queue, delay: float | None = None) -> None:
+    for _ in range(1000):
+        await queue.add("no_op", ["x" * 1000], delay=delay)
+
+
+async def test_a_queue_that_is_full_can_be_configured(make: Make) -> None:
+    async with make() as backend:
+        queue = Queue("work", backend)
+        await queue.configure(ready_max_bytes=20_000)
+        with pytest.raises(StorageFull):
+            await fill(queue)
+        assert len(await queue.configure(stalled_after=40)) == 1
+        assert len(await queue.apply_settings()) == 0
+        assert len(await queue.configure(ready_max_bytes=20_500)) == 1
+        with pytest.raises(InvalidArgument, match="must leave a tenth free"):
+            await queue.configure(ready_max_bytes=20_000)
+        assert len(await queue.configure(reset=["ready_max_bytes"])) == 2
+
+
+async def test_a_limit_that_another_process_sets_or_raises_costs_no_delayed_job(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(room, "LIMIT_LIFETIME", 0.05)
+    async with make() as producer, make() as admin:
+        queue, other = Queue("work", producer), Queue("work", admin)
+        first = await queue.add("no_op", delay=3600)
+        await other.configure(bucket_max_bytes=400_000)
+
+        async def add() -> bool:
+            await queue.add("no_op", delay=3600)
+            return bool(producer._fills._fills["KV_amq_work_scheduler"].limit)
+
+        await until(add, bool)
+        with pytest.raises(StorageFull):
+            await fill(queue, delay=3600)
+        assert await queue.get_job_state(first) == "delayed"
+        for process in (other, queue):  # by another process, then by its own
+            size = (await process.get_configuration())["bucket_max_bytes"] + 100_000
+            full = producer._fills._fills["KV_amq_work_scheduler"]
+            full.size, full.read_at = full.limit, time.monotonic()  # to the last byte
+            await process.configure(bucket_max_bytes=size)
+            await until(partial(adds, queue), bool)
+            with pytest.raises(StorageFull):
+                await fill(queue, delay=3600)
+        assert await queue.get_job_state(first) == "delayed"
+
+
+async def adds(queue: Queue) -> bool:
+    try:
+        await queue.add("no_op", delay=3600)
+    except StorageFull:
+        return False
+    return True
+
+
+async def test_a_configuration_that_is_not_stored_is_an_error(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with make() as backend:
+        queue = Queue("work", backend)
+        await queue.configure(completed_keep=5)
+        refusals = [WriteRefused("KV_amq_work_scheduler", "another process wrote")] * 100
+
+        async def refuse(*_: object) -> int:
+            raise refusals.pop()
+
+        with monkeypatch.context() as patch:
+            patch.setattr(backend, "write", refuse)
+            with pytest.raises(WriteRefused):
+                await queue.configure(completed_keep=6)
+        assert await queue.get_configuration() == {"completed_keep": 5}
+
+
+async def test_what_was_stored_is_applied_though_a_replica_does_not_know_it_yet(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with make() as backend:
+        queue = Queue("work", backend)
+        await queue.add("no_op")
+        old = await backend.last("KV_amq_work_scheduler", queue._subjects.configuration)
+
+        async def last(*_: object) -> list[Record]:
+            return old
+
+        with monkeypatch.context() as patch:
+            patch.setattr(backend, "last", last)
+            (changed,) = await queue.configure(stalled_after=40)
+        assert changed.wanted == 40_000_000_000
+        assert await queue.find_drift() == []
+
+
 async def test_what_the_server_cannot_change_is_said(make: Make) -> None:
     async with make() as backend, make(storage="memory", replicas=3) as other:
         await Queue("work", backend).add("no_op")
@@ -199,9 +293,16 @@ async def test_a_malformed_record_is_passed_over(make: Make) -> None:
         queue = Queue("work", backend)
         await queue.configure(completed_keep=5)
         client = backend._require_connection().client
-        for body in (b"no json", b"[1]", b'{"completed_keep": "many", "tomorrow": 1}'):
+        bad = b'{"completed_keep": "many", "tomorrow": 1, "completed_ttl": 7, "failed_keep": 8}'
+        for body, left in (
+            (b"no json", {}),
+            (b"[1]", {}),
+            (b'{"completed_keep": "many", "tomorrow": 1}', {}),
+            (bad, {"completed_ttl": 7.0, "failed_keep": 8}),  # also what comes after
+        ):
             client.post(queue._subjects.configuration.encode(), body, b"")
             await client.barrier()
-            assert await queue.get_configuration() == {}
+            assert await queue.get_configuration() == left
+        await queue.configure(reset=["completed_ttl", "failed_keep"])
         await queue.configure(completed_keep=6)
         assert await queue.get_configuration() == {"completed_keep": 6}

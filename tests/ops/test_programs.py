@@ -1,6 +1,6 @@
 """Worker programs with a supervisor.
 
-What starts a process anew, what does not, and that nothing is lost.
+What starts a process again, what does not; nothing is lost.
 """
 
 from pathlib import Path
@@ -80,7 +80,7 @@ async def test_a_supervised_worker_that_is_stopped_by_its_id_is_not_started_agai
     assert program.log.count("runs queue mail") == 2
 
 
-async def test_a_change_of_the_code_starts_it_anew_and_what_runs_finishes(
+async def test_a_change_of_the_code_starts_it_again_and_what_runs_finishes(
     server: EmbeddedServer, nats_backend: NATSBackend, tmp_path: Path
 ) -> None:
     queue = Queue("mail", nats_backend)

@@ -6,7 +6,7 @@ from asyncmq_nats.runtime.slot_group import MAX_CATCH_UP, SlotGroup
 
 
 class Slots:
-    """A member of a group with so many jobs in hand."""
+    """A member of a group, with `jobs` to run."""
 
     def __init__(self, group: SlotGroup, name: str, started: list[str], jobs: int = 1000) -> None:
         self.group, self.name, self.started, self.jobs = group, name, started, jobs
@@ -38,7 +38,7 @@ class Slots:
 
 
 def run(group: SlotGroup, members: list[Slots], starts: int) -> None:
-    """Let jobs end, one by one, until so many have started."""
+    """Let jobs end, one by one, until `starts` of them have started."""
     started = members[0].started
     group.fill()
     while len(started) < starts:

@@ -3,6 +3,7 @@
 import os
 import pwd
 import shutil
+import signal
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -10,8 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from sqlalchemy import create_engine, make_url
 
-__all__ = ["find_postgres", "run_postgres"]
+__all__ = ["find_postgres", "run_postgres", "silent"]
 
 BINARIES = "/usr/lib/postgresql/*/bin/initdb"
 START_TIMEOUT = 60
@@ -80,3 +82,41 @@ def run_postgres() -> Iterator[str]:
             run(*control, "-m", "immediate", "stop")
     finally:
         shutil.rmtree(directory, ignore_errors=True)
+
+
+@contextmanager
+def silent(address: str) -> Iterator[None]:
+    """Have a database answer nothing while the block runs: its processes are frozen.
+
+    SQLite has none: another writer keeps its lock.
+    """
+    url = make_url(address)
+    if url.get_backend_name() == "sqlite":
+        engine = create_engine(address)
+        with engine.connect() as connection:
+            connection.exec_driver_sql("BEGIN EXCLUSIVE")
+            yield
+        engine.dispose()
+        return
+    pid_file = Path(str(url.query["host"])) / "data" / "postmaster.pid"
+    server = int(pid_file.read_text().splitlines()[0])
+    frozen = [server, *_children(server)]
+    try:
+        for pid in frozen:
+            os.kill(pid, signal.SIGSTOP)
+        yield
+    finally:
+        for pid in frozen:
+            os.kill(pid, signal.SIGCONT)
+
+
+def _children(pid: int) -> list[int]:
+    found = []
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = file.read_text().rpartition(")")[2].split()
+        except OSError:  # it has ended meanwhile
+            continue
+        if int(fields[1]) == pid:
+            found.append(int(file.parent.name))
+    return found

@@ -24,7 +24,6 @@ from asyncmq_nats.backends.nats.backend import NATSBackend
 from asyncmq_nats.backends.nats.embedded.server import EmbeddedServer
 from asyncmq_nats.contrib import outbox
 from asyncmq_nats.contrib.outbox import OutboxRow
-from asyncmq_nats.exceptions import ServerBinaryMissing
 from tests.receiver import PATIENCE, holds, until
 from tests.running import make_queue, running
 
@@ -34,19 +33,12 @@ ORDERS = int(os.environ.get("OUTBOX_ORDERS", "120"))
 
 
 @pytest.fixture
-def server(tmp_path: Path) -> Iterator[EmbeddedServer]:
-    """A server that loses nothing when it is killed again and again: see docs/delivery.md."""
-    config = "jetstream { sync_interval: always }"
-    try:
-        embedded = EmbeddedServer(tmp_path / "nats", config=config)
-        embedded.start()
-    except ServerBinaryMissing as error:
-        if os.environ.get("CI"):
-            raise
-        pytest.skip(str(error))
-    yield embedded
-    embedded.kill()
-    embedded.stop()
+def server_config() -> str:
+    """Settings of a server that loses nothing when it is killed again and again.
+
+    See docs/delivery.md.
+    """
+    return "jetstream { sync_interval: always }"
 
 
 class Processes:
@@ -142,7 +134,7 @@ async def test_relays_may_die_at_each_step(
 
 
 @pytest.mark.slow
-async def test_each_committed_row_is_one_job_whoever_is_killed(
+async def test_each_committed_row_is_one_job_whatever_is_killed(
     processes: Processes, engine: Engine, server: EmbeddedServer, nats_backend: NATSBackend
 ) -> None:
     chance = random.Random(7)
@@ -168,14 +160,14 @@ async def test_each_committed_row_is_one_job_whoever_is_killed(
             current[victim].wait()
             current[victim] = processes.start(f"{victim}.py", orders=ORDERS, keyed=10, batch=40)
 
+    def has_ended() -> bool:
+        return current["application"].poll() is not None
+
     queue = make_queue(nats_backend, "orders", concurrency=10, note=note)
     async with running(queue):
         for victim in itertools.cycle(("relay", "application", "server")):
-            known = len(runs)
-            await holds(
-                lambda: len(runs) > known + 10 or current["application"].poll() is not None,  # noqa: B023
-                2 * PATIENCE,
-            )
+            goal = len(runs) + 10
+            await holds(lambda: len(runs) > goal or has_ended(), 2 * PATIENCE)  # noqa: B023
             if current["application"].poll() is not None:
                 break
             await anyio.sleep(chance.uniform(0, 0.1))

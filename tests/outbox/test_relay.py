@@ -10,6 +10,7 @@ from typing import Any
 import anyio
 import anyio.lowlevel
 import pytest
+from anyio.abc import TaskStatus
 from sqlalchemy import Engine, create_engine, func, insert, make_url, select
 from sqlalchemy.orm import Session
 
@@ -20,6 +21,7 @@ from asyncmq_nats.contrib.outbox.store import OutboxStore
 from asyncmq_nats.exceptions import InvalidArgument, Unconfirmed
 from asyncmq_nats.queues import Queue
 from asyncmq_nats.settings import Settings
+from tests.outbox.databases import silent
 from tests.receiver import PATIENCE, holds, until
 from tests.running import make_queue, run_jobs, running
 
@@ -171,7 +173,7 @@ async def test_the_order_lasts_over_steps_and_the_last_row_of_a_key_goes_when_it
     assert rows(engine) == 0
 
 
-async def test_a_key_whose_last_job_is_gone_starts_anew(
+async def test_a_key_whose_last_job_is_gone_starts_again(
     make_relay: MakeRelay, engine: Engine, backend: InMemoryBackend
 ) -> None:
     relay = make_relay()
@@ -263,6 +265,30 @@ async def test_a_relay_that_stops_gives_back_what_it_has(
                 await taken.wait()
             group.cancel_scope.cancel()
     assert await relay_all(make_relay()) == 1
+
+
+@pytest.mark.parametrize("poll_interval", [0.001, 1000], ids=["takes-rows", "listens"])
+async def test_a_relay_stops_although_its_database_does_not_answer(
+    make_relay: MakeRelay, database: str, monkeypatch: Any, poll_interval: float
+) -> None:
+    monkeypatch.setattr("asyncmq_nats.contrib.outbox.store.ANSWER_TIMEOUT", 0.05)
+    monkeypatch.setattr("asyncmq_nats.contrib.outbox.store.LOCK_TIMEOUT", 0.05)
+    monkeypatch.setattr("asyncmq_nats.contrib.outbox.relay.RELEASE_TIMEOUT", 0.05)
+    relay = make_relay(poll_interval=poll_interval)
+    scope, ended = anyio.CancelScope(), anyio.Event()
+
+    async def run(*, task_status: TaskStatus[None]) -> None:
+        with scope:
+            await relay.run(task_status=task_status)
+        ended.set()
+
+    async with anyio.create_task_group() as group:
+        await group.start(run)
+        with silent(database):
+            await anyio.sleep(0.1)  # by now it waits for an answer, or for news
+            scope.cancel()
+            with anyio.fail_after(PATIENCE):
+                await ended.wait()
 
 
 async def test_rows_of_a_relay_that_is_at_work_are_left_to_it(

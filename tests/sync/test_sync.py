@@ -335,7 +335,7 @@ def test_a_script_ends_by_itself(server: EmbeddedServer) -> None:
     assert args_of(server) == Counter(["script"])
 
 
-def test_nobody_is_left_waiting_by_ctrl_c(server: EmbeddedServer) -> None:
+def test_ctrl_c_ends_every_wait(server: EmbeddedServer) -> None:
     program = (
         "import sys, os, signal, threading, time\n"
         "from asyncmq_nats import NATSBackend\n"

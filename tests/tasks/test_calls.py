@@ -394,9 +394,16 @@ async def test_a_handle_says_how_a_job_failed(backend: Backend) -> None:
         await missing.result(0)
 
 
-async def test_the_events_of_a_job_end_with_it(backend: Backend) -> None:
-    opened, queue = anyio.Event(), queue_on(backend)
-    own = TaskRegistry()
+async def test_the_events_of_a_job_end_with_it(
+    backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened, own = anyio.Event(), TaskRegistry()
+    subscribe, subjects = backend.subscribe, list[str]()
+
+    async def note(subject: str, *args: Any) -> Any:
+        subscription = await subscribe(subject, *args)
+        subjects.append(subject)
+        return subscription
 
     @task("work", registry=own)
     async def work() -> None:
@@ -414,14 +421,16 @@ async def test_the_events_of_a_job_end_with_it(backend: Backend) -> None:
             assert event.job_id == job_id
             found.append(event.name)
 
+    monkeypatch.setattr(backend, "subscribe", note)
     with anyio.fail_after(PATIENCE):
         async with running(queue), anyio.create_task_group() as group:
             group.start_soon(follow, names)
             group.start_soon(follow, completed, "job:completed")
-            await holds(lambda: group is not None)
+            await holds(lambda: sum(job_id in subject for subject in subjects) == 2)
             opened.set()
             await work.handle(other, queue).result(PATIENCE)
-    assert set(names) <= {"job:started", "job:progress", "job:completed"}
+    assert {*names} <= {"job:started", "job:progress", "job:completed"}
+    assert (names[-1], completed) == ("job:completed", ["job:completed"])
     with anyio.fail_after(PATIENCE):  # it has ended: nothing comes, and nothing is waited for
         assert [event async for event in job_id.events()] == []
 

@@ -151,7 +151,7 @@ async def test_a_cancelled_run_and_a_job_without_a_form_are_counted(backend: Bac
 async def test_a_worker_writes_while_it_runs(
     backend: Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("asyncmq_nats.runtime.recorder.INTERVAL", 0.2)
+    monkeypatch.setattr("asyncmq_nats.runtime.recorder.RECORD_INTERVAL", 0.2)
     queue, _ = await flaky_queue(backend)
     async with running(queue):
         job_id = await queue.add("work", ["a", 0])
@@ -167,7 +167,7 @@ async def test_a_worker_writes_while_it_runs(
     assert max(point.slots for point in history.points) > 0
 
 
-async def test_a_queue_that_nobody_runs_has_a_history_of_zeros(backend: Backend) -> None:
+async def test_a_queue_that_no_worker_runs_has_a_history_of_zeros(backend: Backend) -> None:
     history = await read_metrics(backend, "nobody", step=60)
     assert len(history.points) in (60, 61)
     assert (history.total.ended, history.total.run.count) == (0, 0)

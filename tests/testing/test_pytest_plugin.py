@@ -35,7 +35,7 @@ def test_sync(amq_clock):
     asyncio.run(amq_clock.advance("1m"))
     assert ran == ["a"]
 
-def test_each_test_begins_anew(amq_backend):
+def test_each_test_begins_again(amq_backend):
     assert enqueued() == []
     assert default_backend() is amq_backend
 

@@ -1,8 +1,8 @@
 """A backend without a server: a twin of what we use of JetStream, for tests and first steps.
 
 One process, one event loop at a time, one store per instance. Where the twin and the server
-disagree, the twin is wrong (`tests/test_backend_contract.py`). What was written is still there
-after `close`, and goes with the object.
+disagree, the twin is wrong (`tests/test_backend_contract.py`). Records outlast `close` and end with
+the object.
 """
 
 import asyncio
@@ -25,7 +25,6 @@ from asyncmq_nats.backends.base import (
     Delivery,
     Difference,
     Log,
-    LogFacts,
     LogState,
     OnRemoved,
     Puller,
@@ -75,15 +74,15 @@ class InMemorySubscription:
         if self.active:
             try:
                 self._on_signal(signal)
-            except Exception:  # a signal of a stranger must not end what it is for
+            except Exception:  # a malformed signal must not end the subscription
                 logger.exception("a callback for signals on %.200s failed", signal.subject)
 
 
 class InMemoryBackend:
     """A `Backend` in the memory of this process.
 
-    Where a server would have to answer, a method gives way to other tasks first and then does its
-    work at once: cancelled, it did nothing.
+    Where a server would have to answer, a method first yields to other tasks, then works at once:
+    if it is cancelled, it has done nothing.
     """
 
     def __init__(self, settings: Settings | None = None, *, clock: Clock = SYSTEM_CLOCK) -> None:
@@ -167,11 +166,6 @@ class InMemoryBackend:
         await self._give_way()
         return None
 
-    async def examine_log(self, log: str) -> LogFacts | None:
-        """See `Backend`."""
-        count = await self.count(log) if log in self._logs else None
-        return None if count is None else LogFacts(log, count, 0, None, 1, log)
-
     async def find_refused(self, publish: Sequence[str], subscribe: Sequence[str]) -> list[str]:
         """See `Backend`."""
         await self._give_way()
@@ -206,11 +200,6 @@ class InMemoryBackend:
             if isinstance(cursor, Cursor) and wanted.lease is not None:
                 cursor.change_lease(wanted.lease)
         return differences
-
-    async def stored_bytes(self, log: str) -> int:
-        """See `Backend`."""
-        await self._give_way()
-        return 0
 
     async def incarnation(self, name: str) -> str | None:
         """See `Backend`."""
@@ -314,10 +303,11 @@ class InMemoryBackend:
         await self._give_way()
         return self._find_log(log).page_back(filter, before, limit)
 
-    async def count(self, log: str) -> int:
+    async def count(self, log: str, filter: str | None = None) -> int:
         """See `Backend`."""
         await self._give_way()
-        return len(self._find_log(log))
+        found = self._find_log(log)
+        return len(found) if filter is None else len(found.find(filter))
 
     async def describe_log(self, log: str) -> LogState | None:
         """See `Backend`."""

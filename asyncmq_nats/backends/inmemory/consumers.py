@@ -1,7 +1,7 @@
 """Consumers, leases and pullers of the in-memory backend.
 
-A record is only looked at here; the log keeps it. Nothing calls a user of the backend from inside a
-method of it: every delivery and every lapse goes through `call_soon`.
+The log keeps the records. No callback runs inside a method of the backend: every delivery and every
+lapse goes through `call_soon`.
 """
 
 import asyncio
@@ -41,7 +41,7 @@ class Counter:
             self._count -= 1
 
     def state(self) -> ConsumerState:
-        """Return what it knows."""
+        """Return its counts."""
         return ConsumerState(
             pending=self._count,
             leased=0,
@@ -50,14 +50,14 @@ class Counter:
         )
 
     def pause(self, until: float) -> None:
-        """Note the pause. There is nothing to hold back."""
+        """Do nothing: a counter delivers nothing."""
         self.paused_until = until
 
 
 class Lease:
     """A record that was delivered and is not settled.
 
-    `alarm`: the end of the delay it was given back with.
+    `alarm`: when the delay of its NAK is over.
     """
 
     __slots__ = ("alarm", "deliveries", "record")
@@ -123,7 +123,7 @@ class Cursor:
             self._release(record.sequence)
 
     def state(self) -> ConsumerState:
-        """Return what it knows."""
+        """Return its counts."""
         return ConsumerState(
             pending=len(self._undelivered),
             leased=len(self._leases),
@@ -143,9 +143,9 @@ class Cursor:
         self._watch()
 
     def pause(self, until: float) -> None:
-        """Deliver nothing until then; an `until` of 0 is a resume.
+        """Deliver nothing until then; an `until` of 0 resumes.
 
-        Either way what waits is served when the pause is over.
+        Waiting requests are served when the pause is over.
         """
         self.paused_until = until
         self._agenda.cancel(self._resumption)
@@ -373,14 +373,14 @@ class InMemoryPuller:
         except (
             AssetMissing
         ) as error:  # a server does not say so at once either, but by voiding the credit
-            logger.warning("%s: no deliveries: %s", consumer, error)
+            logger.warning("consumer %s: no deliveries: %s", consumer, error)
             asyncio.get_running_loop().call_soon(self.lapse, consumer, count)
         else:
             with cursor.lock:
                 cursor.request(Request(self, count), wait)
 
     async def close(self) -> None:
-        """See `Puller`. What was on its way still arrives."""
+        """See `Puller`. Scheduled deliveries still arrive."""
         await self.withdraw()
         self.stop()
 

@@ -1,7 +1,4 @@
-"""A log of the in-memory backend.
-
-Its records, their subjects, what makes them go, and what is refused.
-"""
+"""A log of the in-memory backend: its records, their subjects, their removal, and refusals."""
 
 from bisect import bisect_left
 from collections import OrderedDict
@@ -30,7 +27,7 @@ by_sequence: Final = attrgetter("sequence")
 
 
 class Stored:
-    """A record, with what will make it go."""
+    """A record, with its timer and its time to live."""
 
     __slots__ = ("expiry", "record", "timer_alarm")
 
@@ -210,9 +207,9 @@ class StoredLog:
                 )
 
     def _check_expectation(self, write: Write, earlier: Set[str]) -> None:
-        """Compare with the log as it was before the batch.
+        """Check the expectations against the log before the batch.
 
-        As on the server, a subject the batch wrote earlier cannot be expected.
+        As on the server, they cannot name a subject that the batch wrote earlier.
         """
         if write.expect is None:
             return

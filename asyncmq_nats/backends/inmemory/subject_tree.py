@@ -1,7 +1,4 @@
-"""Subjects in the in-memory backend.
-
-A tree that finds records by filter, and what a rule makes of a subject.
-"""
+"""Subjects in the in-memory backend: a tree that finds records by filter, and republish rules."""
 
 import re
 from collections.abc import Iterator
@@ -37,7 +34,7 @@ class Node(Generic[Value]):
 class SubjectTree(Generic[Value]):
     """One value per subject.
 
-    Finding costs as much as the filter's wildcards leave open, not as much as there are subjects.
+    The cost of a search grows with the matches of the wildcards, not with the number of subjects.
     """
 
     def __init__(self) -> None:

@@ -1,6 +1,6 @@
-"""Time in the in-memory backend: what is due when, on one handle of the event loop.
+"""Alarms of the in-memory backend, on one handle of the event loop.
 
-Knows nothing about records.
+They know nothing of records.
 """
 
 import asyncio
@@ -46,7 +46,7 @@ class Agenda:
         self.loop: asyncio.AbstractEventLoop | None = None
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Ring on this loop. What became due in the meantime rings soon."""
+        """Ring on this loop. Alarms that became due in the meantime ring soon."""
         self.loop = loop
         self._arm()
 
@@ -63,9 +63,10 @@ class Agenda:
     def soon(
         self, call: Callable[..., object], *args: Any, loop: asyncio.AbstractEventLoop | None = None
     ) -> bool:
-        """Have `call` called soon. Return whether it will be: not while no event loop is served.
+        """Have `call` called soon.
 
-        `loop`: the one it belongs to, where several are served; here there is one.
+        Return whether it will be: no, while no event loop is served. `loop`: the event loop for it,
+        if several are served; here there is one.
         """
         if self.loop is None:
             return False

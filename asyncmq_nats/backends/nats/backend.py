@@ -22,7 +22,6 @@ from asyncmq_nats.backends.base import (
     Delivery,
     Difference,
     Log,
-    LogFacts,
     LogState,
     OnRemoved,
     Puller,
@@ -41,7 +40,7 @@ from asyncmq_nats.backends.nats.errors import (
     api_error,
     mapped_errors,
 )
-from asyncmq_nats.backends.nats.facts import describe_server, examine_log, find_refused
+from asyncmq_nats.backends.nats.facts import describe_server, find_refused, read_log_state
 from asyncmq_nats.backends.nats.lease_keeper import LeaseKeeper
 from asyncmq_nats.backends.nats.options import connect_options, server_addresses
 from asyncmq_nats.backends.nats.puller import NATSPuller
@@ -72,7 +71,7 @@ FILTERS_AT_ONCE: Final = 200
 
 Each has up to some 1,100 bytes, and a request must fit into a message.
 """
-MISSING: Final = (STREAM_MISSING, CONSUMER_MISSING)
+MISSING_CODES: Final = (STREAM_MISSING, CONSUMER_MISSING)
 
 
 class NATSBackend:
@@ -156,9 +155,9 @@ class NATSBackend:
 
     @property
     def url(self) -> str:
-        """The address of the embedded server, for other processes to connect to: with its token.
+        """The address of the embedded server with its token, for other processes.
 
-        Of other servers, their addresses without what is before an `@`: log it as you like.
+        For other servers: their addresses without the login before an `@`, safe to log.
         """
         if self._embedded is not None:
             return self._embedded.url
@@ -180,7 +179,7 @@ class NATSBackend:
                     await self._open()
 
     def _come_home(self) -> None:
-        """Leave behind what belongs to an event loop that has ended."""
+        """Drop the connection of an event loop that has ended."""
         forked = self._home.is_elsewhere
         if self._home.move() and self._connection is not None:
             if not forked:  # otherwise the socket is the parent's too
@@ -290,9 +289,6 @@ class NATSBackend:
     async def describe_server(self) -> ServerFacts | None:
         return await describe_server(await self._open_connection())
 
-    async def examine_log(self, log: str) -> LogFacts | None:
-        return await examine_log(await self._open_connection(), log)
-
     async def find_refused(self, publish: Sequence[str], subscribe: Sequence[str]) -> list[str]:
         connection = await self._open_connection()
         with mapped_errors(connection.servers):
@@ -309,11 +305,6 @@ class NATSBackend:
     ) -> list[Difference]:
         await self._open_connection()
         return await self._assets.change(log, consumers, settings)
-
-    async def stored_bytes(self, log: str) -> int:
-        connection = await self._open_connection()
-        answer = await connection.call(f"STREAM.INFO.{log}")
-        return int(answer["state"]["bytes"]) if self._found(log, answer) else 0
 
     async def incarnation(self, name: str) -> str | None:
         connection = await self._open_connection()
@@ -440,28 +431,16 @@ class NATSBackend:
             before = 1 if newest is None else newest.sequence + 1
         return await self._reader.page_back(log, filter, before=before, limit=limit, index=index)
 
-    async def count(self, log: str) -> int:
+    async def count(self, log: str, filter: str | None = None) -> int:
         connection = await self._open_connection()
+        if filter is not None:
+            return await self._reader.count(log, filter)
         return int((await connection.require(f"STREAM.INFO.{log}"))["state"]["messages"])
 
     async def describe_log(self, log: str) -> LogState | None:
         connection = await self._open_connection()
         answer = await connection.call(f"STREAM.INFO.{log}")
-        if not self._found(log, answer):
-            return None
-        state, config = answer["state"], answer["config"]
-        replicas = (answer.get("cluster") or {}).get("replicas") or []
-        behind = [each for each in replicas if each.get("offline") or not each.get("current")]
-        limit = int(config.get("max_bytes") or -1)
-        return LogState(
-            records=int(state["messages"]),
-            bytes=int(state["bytes"]),
-            last_sequence=int(state["last_seq"]),
-            replicas=int(config.get("num_replicas") or 1),
-            replicas_behind=len(behind),
-            storage=str(config.get("storage") or "file"),
-            max_bytes=None if limit < 0 else limit,
-        )
+        return read_log_state(answer) if self._found(log, answer) else None
 
     async def list_subjects(self, log: str, filter: str) -> list[str]:
         connection = await self._open_connection()
@@ -490,14 +469,14 @@ class NATSBackend:
         try:
             reply = (await connection.collect(subject, body, timeout=2.0, finished=bool))[0]
         except TimeoutError:
-            in_doubt = True  # it may be gone by this, and the answer lost
+            in_doubt = True  # an earlier request may have removed it, and its answer been lost
         else:
             if b'"success":true' in reply.body:
                 return True
         answer = await connection.call(
             f"STREAM.MSG.DELETE.{log}", {"seq": sequence, "no_erase": True}
         )
-        if answer.get("error", {}).get("err_code") in MISSING:
+        if answer.get("error", {}).get("err_code") in MISSING_CODES:
             raise api_error(log, answer["error"])
         return in_doubt or bool(answer.get("success", False))
 
@@ -514,7 +493,7 @@ class NATSBackend:
                 on_removed(True)
             elif connection.client.is_closed:
                 on_removed(ConnectionLost(connection.servers))
-            else:  # an error, or no answer: then it may be gone by this
+            else:  # an error, or no answer: then this request may have removed it
                 connection.background.run(
                     self._delete_again(log, sequence, on_removed, in_doubt=reply is None)
                 )
@@ -547,7 +526,7 @@ class NATSBackend:
                         gone = await self.delete(log, sequence)
                 except TimeoutError:
                     await self.delete(log, sequence)
-                    gone = True  # by this, or by the first request, whose answer was lost
+                    gone = True  # removed by this, or by a first request without an answer
                 if gone:
                     removed.append(sequence)
 
@@ -596,7 +575,7 @@ class NATSBackend:
     def _found(name: str, answer: Mapping[str, Any]) -> bool:
         if "error" not in answer:
             return True
-        if answer["error"].get("err_code") in MISSING:
+        if answer["error"].get("err_code") in MISSING_CODES:
             return False
         raise api_error(name, answer["error"])
 
@@ -640,7 +619,7 @@ class NATSBackend:
         async def on_message(msg: Msg) -> None:
             try:
                 on_signal(Signal(msg.subject, msg.data, msg.reply))
-            except Exception:  # a signal of a stranger must not end what it is for
+            except Exception:  # a malformed signal must not end the subscription
                 logger.exception("a callback for signals on %.200s failed", subject)
 
         with mapped_errors(connection.servers):
@@ -679,8 +658,8 @@ def batched(values: Sequence[str], size: int) -> Iterator[Sequence[str]]:
 async def _live(connection: Connection, keeper: LeaseKeeper) -> AsyncGenerator[None, None]:
     """Close the connection when this is closed.
 
-    By the backend, or by `asyncio.run` and its like, when they end the event loop. They close every
-    asynchronous generator while the loop still runs, and nothing else that somebody left open.
+    The backend closes it, or `asyncio.run` when it ends the event loop. `asyncio.run` closes every
+    asynchronous generator while the loop still runs, and nothing else that was left open.
     """
     try:
         yield

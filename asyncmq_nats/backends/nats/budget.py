@@ -1,8 +1,7 @@
-"""How much one process has under way to the server: batches, messages and bytes.
+"""Bounds the batches, messages and bytes that one process has under way to the server.
 
-Decides nothing else. The server refuses the 51st open batch of a stream (10210), and more than
-10,000 messages that it has not stored yet (10167). A bound here makes callers take turns in order,
-instead of by luck.
+The server refuses the 51st open batch of a stream (10210), and more than 10,000 messages that it
+has not stored yet (10167). A bound here makes callers take turns in order, instead of by luck.
 """
 
 import asyncio
@@ -17,7 +16,7 @@ MAX_BYTES: Final = 32 * 1024 * 1024
 
 
 class Load(NamedTuple):
-    """What one write takes."""
+    """The load of one write."""
 
     batches: int
     messages: int
@@ -26,14 +25,14 @@ class Load(NamedTuple):
 
 
 class Budget:
-    """The room of one connection. A load that is larger than all of it goes alone."""
+    """The budget of one connection. A load that is larger than all of it goes alone."""
 
     def __init__(self) -> None:
         self._batches = self._messages = self._size = 0
         self._waiting: deque[tuple[asyncio.Future[None], Load]] = deque()
 
     async def take(self, load: Load, timeout: float) -> None:
-        """Take room for a load, first come, first served; `release` it.
+        """Reserve room for a load, first come, first served; `release` it.
 
         Raises:
             TimeoutError: there was none within `timeout` seconds.

@@ -57,9 +57,10 @@ ANSWER_TIMEOUT: Final = 2.0
 
 LONG_CALL_TIMEOUT: Final = 600.0
 """A purge takes as long as there is to remove."""
+READ_CALLS: Final = ("INFO", "STREAM.INFO", "STREAM.NAMES", "CONSUMER.INFO", "CONSUMER.NAMES")
 LONG_CALLS: Final = ("STREAM.PURGE", "STREAM.DELETE")
 CLOCK_LIFETIME: Final = 60.0
-REFUSED: Final = re.compile(
+REFUSAL: Final = re.compile(
     r'permissions violation for (?:publish|subscription) to "(.+?)"', re.IGNORECASE
 )
 
@@ -82,7 +83,7 @@ class Reply(NamedTuple):
 
 
 MOST_CANCELLATIONS: Final = 50
-"""How often an attempt to connect is cancelled that goes on."""
+"""How often a cancelled attempt to connect is cancelled again, if it goes on."""
 
 
 class Connection:
@@ -95,8 +96,11 @@ class Connection:
         self._settings = settings
         self._options = options
         self._api = f"$JS.{settings.domain}.API." if settings.domain else "$JS.API."
-        self._client = DirectClient()
+        self.client = DirectClient()
+        """For callers inside this package."""
         self._collectors: dict[bytes, Callable[[Reply], None]] = {}
+        self.servers = ", ".join(map(mask_login, options["servers"]))
+        """The addresses, for messages: without passwords."""
         self._requests: dict[bytes, tuple[str, asyncio.Future[None]]] = {}
         self._tokens = itertools.count(1)
         self._inbox = b""
@@ -114,23 +118,13 @@ class Connection:
         nats-py 2.16 gives the subject *in lower case*.
         """
         self.is_probing = False
-        """Whether refusals are asked for, and not to be logged."""
+        """Whether a probe expects refusals, which are not logged then."""
         self.background = Background()
 
     @property
-    def client(self) -> DirectClient:
-        """The client, for callers inside this package."""
-        return self._client
-
-    @property
     def api_prefix(self) -> str:
-        """What the subjects of the JetStream API begin with, the last dot included."""
+        """The prefix of the subjects of the JetStream API, with its last dot."""
         return self._api
-
-    @property
-    def servers(self) -> str:
-        """The addresses, for messages: without passwords."""
-        return ", ".join(mask_login(server) for server in self._options["servers"])
 
     async def open(self) -> None:
         """Connect, and make sure the server can do what we need.
@@ -148,15 +142,15 @@ class Connection:
         try:
             await self._connect({**callbacks, **self._options})
         except (TimeoutError, OSError, nats.errors.Error) as error:
-            reason = self._client.last_error or error
+            reason = self.client.last_error or error
             await self._close_client()
             raise ConnectionFailed(self.servers, str(reason) or type(reason).__name__) from error
-        self._inbox = self._client.new_inbox().encode() + b"."
+        self._inbox = self.client.new_inbox().encode() + b"."
         await self._listen_for_replies()
         self._check_version()
 
     async def _connect(self, options: dict[str, Any]) -> None:
-        connecting = asyncio.ensure_future(self._client.connect(**options))
+        connecting = asyncio.ensure_future(self.client.connect(**options))
         try:
             await asyncio.wait({connecting}, timeout=self._settings.connect_timeout)
             if not connecting.done():
@@ -175,10 +169,10 @@ class Connection:
         self.on_refusal.append(
             lambda subject, text: refusals.append(text) if subject == inbox.lower() else None
         )
-        await self._client.listen(inbox, self._on_reply)
+        await self.client.listen(inbox, self._on_reply)
         try:
             async with asyncio.timeout(self._settings.connect_timeout):
-                await self._client.barrier()
+                await self.client.barrier()
         except (TimeoutError, nats.errors.Error) as error:
             await self._close_client()
             raise ConnectionFailed(self.servers, str(error) or "it does not answer") from error
@@ -206,7 +200,7 @@ class Connection:
 
     @property
     def _version(self) -> tuple[int, int, int]:
-        version = self._client.connected_server_version
+        version = self.client.connected_server_version
         return version.major, version.minor, version.patch
 
     @property
@@ -223,14 +217,14 @@ class Connection:
     async def close(self) -> None:
         """Send what is pending and disconnect.
 
-        What is not answered by then ends as `ConnectionLost`.
+        Requests without an answer end as `ConnectionLost`.
         """
         await self.background.stop()
-        if not self._client.is_closed:
+        if not self.client.is_closed:
             try:
-                if self._client.is_connected and self._client.is_reading:
+                if self.client.is_connected and self.client.is_reading:
                     async with asyncio.timeout(2):
-                        await self._client.barrier()
+                        await self.client.barrier()
             except (nats.errors.Error, TimeoutError, OSError) as error:
                 logger.warning("closing the connection to %s: %s", self.servers, error)
             await self._close_client()
@@ -239,11 +233,11 @@ class Connection:
 
     def abandon(self) -> None:
         """Disconnect without awaiting anything: the event loop of the connection runs no more."""
-        self._client.abandon()
+        self.client.abandon()
 
     async def _close_client(self) -> None:
         try:
-            await self._client.close()
+            await self.client.close()
         except (
             nats.errors.Error,
             OSError,
@@ -256,9 +250,9 @@ class Connection:
         return time.monotonic() + self._offset
 
     def learn_time(self, stamp: str, sent: float, received: float) -> None:
-        """Take the offset of the clocks from a time stamp of the server.
+        """Measure the offset of the clocks by a time stamp of the server.
 
-        It was made between `sent` and `received` (monotonic seconds).
+        The server made it between `sent` and `received` (monotonic seconds).
         """
         round_trip = received - sent
         if round_trip > self._offset_precision and received < self._offset_until:
@@ -332,7 +326,7 @@ class Connection:
 
     def call_unheard(self, subject: str, body: bytes) -> None:
         """Call the JetStream API without waiting for its answer, which is dropped."""
-        self._client.post((self._api + subject).encode(), body, self._inbox + b"0")
+        self.client.post((self._api + subject).encode(), body, self._inbox + b"0")
 
     def ask(self, subject: str, body: bytes, on_reply: Callable[[Reply | None], None]) -> None:
         """Send a request and return at once; `on_reply` gets the first reply, or `None` after 2 s.
@@ -349,19 +343,19 @@ class Connection:
         timer = asyncio.get_running_loop().call_later(ANSWER_TIMEOUT, settle, None)
         self._collectors[token] = settle
         try:
-            self._client.post(subject.encode(), body, self._inbox + token)
+            self.client.post(subject.encode(), body, self._inbox + token)
         except nats.errors.Error as error:
             logger.debug("%s: not sent: %r", subject, error)
 
     async def _watch_long_call(self, done: "asyncio.Future[None]", timeout: float) -> None:
-        """Give a call up that is not answered, once its connection is lost.
+        """Give up a call whose connection is lost.
 
-        Its server may still be at it.
+        The server may still be working on it.
         """
         end = time.monotonic() + LONG_CALL_TIMEOUT
         while not done.done():
             await asyncio.wait([done], timeout=timeout)
-            if not self._client.is_connected or time.monotonic() > end:
+            if not self.client.is_connected or time.monotonic() > end:
                 _give_up(done)
 
     def post(
@@ -373,16 +367,18 @@ class Connection:
             PayloadTooLarge: the server would end the connection for it.
             ConnectionLost, ConnectionFailed: it cannot be sent.
         """
-        with mapped_errors(self.servers):
-            try:
-                self._client.post(subject.encode(), body, reply, headers)
-            except nats.errors.MaxPayloadError:
-                size, most = len(headers) + len(body), self._client.max_payload
-                if size > most:
-                    raise PayloadTooLarge(f"the message for {subject:.100}", size, most) from None
-                size = len(subject.encode()) + len(reply)
-                text = f"the subject {subject:.100}"
-                raise PayloadTooLarge(text, size, MAX_CONTROL_LINE) from None
+        try:
+            self.client.post(subject.encode(), body, reply, headers)
+        except nats.errors.MaxPayloadError:
+            size, most = len(headers) + len(body), self.client.max_payload
+            if size > most:
+                raise PayloadTooLarge(f"the message for {subject:.100}", size, most) from None
+            size = len(subject.encode()) + len(reply)
+            text = f"the subject {subject:.100}"
+            raise PayloadTooLarge(text, size, MAX_CONTROL_LINE) from None
+        except nats.errors.Error as error:
+            with mapped_errors(self.servers):
+                raise error
 
     def _interrupt_requests(self) -> None:
         for _, done in self._requests.values():
@@ -416,7 +412,7 @@ class Connection:
         while True:
             left = deadline - time.monotonic()
             sent = time.monotonic()
-            # What counts what it removes is not sent twice in haste.
+            # A call that counts what it removes is not repeated soon.
             patience = REQUEST_TIMEOUT if is_long else patience_with(tries)
             tries += 1
             try:
@@ -426,16 +422,16 @@ class Connection:
                         body,
                         timeout=min(patience, max(left, 0.1)),
                         finished=bool,
-                        # In a cluster, the server that was at it may be gone while the connection
-                        # stays.
-                        patient=is_long and not self._client.is_clustered,
+                        # In a cluster, the server that worked on it may be gone while the
+                        # connection stays.
+                        patient=is_long and not self.client.is_clustered,
                     )
                 )[0]
             except TimeoutError:
                 if time.monotonic() >= deadline:
-                    raise Unconfirmed(
-                        f"JetStream API {subject}", self._settings.request_patience
-                    ) from None
+                    what, is_read = f"JetStream API {subject}", subject.startswith(READ_CALLS)
+                    patience = self._settings.request_patience
+                    raise Unconfirmed(what, patience, read=is_read) from None
                 continue
             if reply.status == "503":
                 silent += 1
@@ -474,18 +470,18 @@ class Connection:
     # -- callbacks of nats-py: they run outside our tasks and only note things
 
     async def _on_error(self, error: Exception) -> None:
-        refused = REFUSED.search(str(error))
+        refused = REFUSAL.search(str(error))
         if refused is not None:
             for hook in list(self.on_refusal):
                 hook(refused[1], str(error))
         if isinstance(error, nats.errors.SlowConsumerError):
             if times := self._slow.note():
                 logger.warning("%s: %d messages were lost, their reader is slow", error, times)
-        elif self._client.is_connected and not (refused and self.is_probing):
+        elif self.client.is_connected and not (refused and self.is_probing):
             logger.warning("NATS connection to %s: %s", self.servers, error)
 
     async def _on_disconnected(self) -> None:
-        if not self._client.is_closed:
+        if not self.client.is_closed:
             logger.warning("disconnected from NATS at %s; reconnecting", self.servers)
 
     async def _on_reconnected(self) -> None:
@@ -496,10 +492,7 @@ class Connection:
 
 
 def patience_with(tries: int) -> float:
-    """Return how long to wait for an answer after some tries.
-
-    A cluster that has just lost a server may be silent, or slow.
-    """
+    """Return how long to wait for the next answer: longer in a cluster, which may be slow."""
     return min(2.0**tries, REQUEST_TIMEOUT)
 
 
@@ -520,7 +513,7 @@ class Background:
         self._stopped = False
 
     def run(self, work: Coroutine[Any, Any, None]) -> None:
-        """Run the work; what it raises is logged. After `stop` it is dropped."""
+        """Run the work and log its exceptions. Drop it after `stop`."""
         if self._stopped:
             work.close()
             return

@@ -1,4 +1,4 @@
-"""Where the errors of nats-py and of the JetStream API become ours."""
+"""Maps the errors of nats-py and of the JetStream API to those of this library."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -8,6 +8,7 @@ import nats.errors
 
 from asyncmq_nats.exceptions import (
     AssetMissing,
+    AssetOffline,
     BackendError,
     ConnectionFailed,
     ConnectionLost,
@@ -47,16 +48,18 @@ REMOVES_REFUSED: Final = 10212
 TOO_MANY_REQUESTS: Final = 10167
 STORE_FAILED: Final = 10077
 NO_RESOURCES: Final = 10023
-FULL: Final = (10002, 10028, 10047)
+FULL_CODES: Final = (10002, 10028, 10047)
 """An account or a server has as much in its memory or file store as it may."""
 MAX_BYTES_REQUIRED: Final = 10113
 NO_PEERS: Final = 10005
 NO_CLUSTER: Final = 10074
+OFFLINE: Final = (10118, 10119)
+"""All servers of a stream or a consumer are lost. For the first minutes there is no answer."""
 
 
 @contextmanager
 def mapped_errors(servers: str) -> Iterator[None]:
-    """Turn what nats-py raises inside the block into our errors."""
+    """Map the errors that nats-py raises inside the block to those of this library."""
     try:
         yield
     except (nats.errors.ConnectionClosedError, nats.errors.ConnectionDrainingError) as error:
@@ -72,6 +75,8 @@ def api_error(subject: str, error: Mapping[str, Any]) -> BackendError:
     code, text = error.get("err_code", 0), str(error.get("description", error))
     if code in (STREAM_MISSING, CONSUMER_MISSING):
         return AssetMissing(f"{text}: {subject.rpartition('.')[2]}")
+    if code in OFFLINE:
+        return AssetOffline(subject, text)
     if code in NO_JETSTREAM:
         return ServerUnsuitable(
             "JetStream is not enabled",
@@ -111,7 +116,7 @@ def is_full(error: Mapping[str, Any]) -> bool:
     """
     code, text = error.get("err_code"), str(error.get("description", ""))
     return (
-        code in FULL
+        code in FULL_CODES
         or code == NO_RESOURCES
         or (code == STORE_FAILED and ("maximum" in text or "limits" in text or "space" in text))
     )
@@ -128,8 +133,8 @@ def is_out_of_batches(error: Mapping[str, Any]) -> bool:
 def is_transient(error: Mapping[str, Any]) -> bool:
     """Return whether the same write may succeed a moment later.
 
-    No leader yet, too many open batches or writes, a batch torn by a reconnect, or its first
-    sending is still on its way to the replicas.
+    There is no leader yet, there are too many open batches or writes, a reconnect has torn a batch,
+    or its first sending is on its way to the replicas.
     """
     return error.get("code") == 503 or error.get("err_code") in (
         BATCH_INCOMPLETE,

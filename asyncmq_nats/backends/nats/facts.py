@@ -1,24 +1,28 @@
-"""What a server tells of itself, of its streams, and of what this login may do. Changes nothing."""
+"""Facts about a server, its streams, and the permissions of this login. Nothing is changed."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from asyncmq_nats.backends.base import LogFacts, Peer, ServerFacts
-from asyncmq_nats.backends.nats.connection import Connection
-from asyncmq_nats.backends.nats.errors import STREAM_MISSING, api_error
+from asyncmq_nats.backends.base import LogState, Peer, ServerFacts
+from asyncmq_nats.backends.nats.connection import Connection, parse_time
 from asyncmq_nats.exceptions import PermissionRefused
 
-__all__ = ["describe_server", "examine_log", "find_refused"]
+__all__ = ["describe_server", "find_refused", "read_log_state"]
 
-NO_REQUEST: Final = b"?"
-"""Body of a probe: no request of the JetStream API, so it is answered with an error."""
+NO_REQUEST: Final = b"{"
+"""Body of a probe: broken JSON, which the JetStream API refuses.
+
+Not another text: PURGE and PAUSE take one for no options, and purge all, or resume.
+"""
+NO_PURGE: Final = b'{"filter":"$none","seq":1,"keep":1}'
+"""Body of a probe of PURGE: it is refused as a contradiction, and its filter matches nothing."""
 NO_WRITE: Final = b"NATS/1.0\r\nNats-Expected-Last-Sequence: 9007199254740991\r\n\r\n"
 """Headers of a probe: no stream has that many records, so none stores it."""
 
 
 async def describe_server(connection: Connection) -> ServerFacts:
-    """Return what the server tells of itself and of the account.
+    """Return facts about the server and the account.
 
     Raises:
         ServerUnsuitable: there is no JetStream.
@@ -43,32 +47,37 @@ async def describe_server(connection: Connection) -> ServerFacts:
     )
 
 
-async def examine_log(connection: Connection, name: str) -> LogFacts | None:
-    """Return what the server tells of a stream; `None` if there is none."""
-    info = await connection.call(f"STREAM.INFO.{name}")
-    if "error" in info:
-        if info["error"].get("err_code") == STREAM_MISSING:
-            return None
-        raise api_error(name, info["error"])
-    config, cluster = info["config"], info.get("cluster") or {}
-    peers = [
-        Peer(
-            str(peer.get("name", "?")),
-            bool(peer.get("offline")),
-            bool(peer.get("current")),
-            int(peer.get("lag", 0)),
-            int(peer.get("active", 0)) / 1e9,
-        )
-        for peer in cluster.get("replicas") or ()
-    ]
-    return LogFacts(
-        name,
-        int(info["state"]["messages"]),
-        int(info["state"]["bytes"]),
-        config["max_bytes"] if config.get("max_bytes", -1) > 0 else None,
-        int(config.get("num_replicas", 1)),
-        cluster.get("leader") if cluster else name,
-        tuple(peers),
+def read_log_state(info: Mapping[str, Any]) -> LogState:
+    """Return what the answer to `STREAM.INFO` tells of a stream."""
+    state, config, cluster = info["state"], info["config"], info.get("cluster") or {}
+    limit = int(config.get("max_bytes") or -1)
+    peers = tuple(_read_peer(each, info) for each in cluster.get("replicas") or ())
+    return LogState(
+        records=int(state["messages"]),
+        bytes=int(state["bytes"]),
+        last_sequence=int(state["last_seq"]),
+        replicas=int(config.get("num_replicas") or 1),
+        replicas_behind=sum(peer.is_offline or not peer.is_current for peer in peers),
+        storage=str(config.get("storage") or "file"),
+        max_bytes=None if limit < 0 else limit,
+        has_leader=not cluster or bool(cluster.get("leader")),
+        peers=peers,
+    )
+
+
+def _read_peer(peer: Mapping[str, Any], info: Mapping[str, Any]) -> Peer:
+    silent = int(peer.get("active") or 0) / 1e9
+    since = info["cluster"].get("leader_since")
+    if not silent and since:
+        # A new leader forgets when it heard of the others: 0 is never (nats-server 2.15). The
+        # server that led before, and was killed, is not offline for two and a half minutes.
+        silent = max(0.0, parse_time(info["ts"]) - parse_time(since))
+    return Peer(
+        name=str(peer.get("name", "?")),
+        is_offline=bool(peer.get("offline")),
+        is_current=bool(peer.get("current")),
+        lag=int(peer.get("lag", 0)),
+        silent_seconds=silent,
     )
 
 
@@ -77,7 +86,7 @@ async def find_refused(
 ) -> list[str]:
     """Return those subjects that this login may not publish or subscribe to.
 
-    Each is tried in a way that has no effect. The server refuses before it answers a PING.
+    Each is tried without an effect: the server sends its refusals before it answers a PING.
     """
     refused: set[str] = set()
     numbers: list[int] = []
@@ -91,7 +100,8 @@ async def find_refused(
         for subject in publish:
             # What could be stored is sent with an expectation that does not hold.
             headers = b"" if subject.startswith("$JS.") else NO_WRITE
-            connection.post(subject, NO_REQUEST, headers=headers)
+            body = NO_PURGE if ".STREAM.PURGE." in subject else NO_REQUEST
+            connection.post(subject, body, headers=headers)
         numbers += [await connection.client.listen(subject, _drop) for subject in subscribe]
         await connection.client.barrier()
     finally:

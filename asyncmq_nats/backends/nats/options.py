@@ -1,4 +1,4 @@
-"""What `nats.connect` is given: the settings and the user's options.
+"""The options of `nats.connect`, from the settings and from the user.
 
 The files and the package that a login needs are looked at before it is tried: nats-py (2.16) tries
 again for ever without one, and reads a credentials file that is something else for ever.
@@ -24,10 +24,7 @@ LOGINS: Final = {
     "nkeys_seed": ("ASYNCMQ_NATS_NKEY_SEED", (rb"\bS[A-Z2-7]{57}\b",)),
     "nkeys_seed_str": ("", ()),
 }
-"""The options that need the package nkeys.
-
-The variables that set them, and what their files have in them.
-"""
+"""Options that need the package nkeys: their variables, and the contents of their files."""
 
 
 def server_addresses(settings: Settings, options: Mapping[str, Any]) -> list[str]:
@@ -38,7 +35,7 @@ def server_addresses(settings: Settings, options: Mapping[str, Any]) -> list[str
 def connect_options(settings: Settings, options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the keyword arguments of `nats.connect`.
 
-    Ours, then those of the settings, then the user's, who wins.
+    The user's win over the settings, and these over our defaults.
 
     Raises:
         BackendError: a file that they name cannot be used, or the package is missing that a login

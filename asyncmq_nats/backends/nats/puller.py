@@ -24,21 +24,21 @@ __all__ = ["NATSPuller"]
 logger = get_logger(__name__)
 
 NANOSECONDS: Final = 1_000_000_000
-HEARTBEAT: Final = 5.0
-CLUSTER_HEARTBEAT: Final = 1.0
-"""In a cluster the leader of the consumer may be lost without a word to its clients."""
-GRACE: Final = 2.0
+HEARTBEAT_INTERVAL: Final = 5.0
+CLUSTER_HEARTBEAT_INTERVAL: Final = 1.0
+"""Seconds between idle heartbeats in a cluster: the leader of a consumer may be lost in silence."""
+LAPSE_DELAY: Final = 2.0
 CLOSE_TIMEOUT: Final = 5.0
-OVERHEAD: Final = 16 * 1024
-"""What counts besides a message's body and headers: its subjects."""
-QUIET: Final = 0.05
-"""A server of a cluster that has not used credit for so long has nothing to send."""
-BRIEF: Final = 0.02
-"""Likewise one that is alone, since the pull was sent."""
-RESTORE_AFTER: Final = 0.25
-"""A consumer that is not there, and that we cannot declare, is answered at once.
+SUBJECT_BYTES: Final = 16 * 1024
+"""Bytes that a message counts besides its body and headers: its subjects."""
+CLUSTER_IDLE_SECONDS: Final = 0.05
+"""Seconds after which a server of a cluster that has not used credit has nothing to send."""
+IDLE_SECONDS: Final = 0.02
+"""Likewise for a single server, in seconds since the pull was sent."""
+RESTORE_DELAY: Final = 0.25
+"""Seconds before a consumer that is missing is asked again.
 
-Without a pause, pull and answer chase each other.
+The server answers at once: without a pause, pull and answer would chase each other.
 """
 NAK: Final = b"-NAK"
 
@@ -95,7 +95,7 @@ class NATSDelivery:
 class Look:
     """A pull that does not wait.
 
-    How many it may still bring, after the pulls before it have brought `behind`.
+    `count`: deliveries that it may still bring, after the pulls before it have brought `behind`.
     """
 
     count: int
@@ -104,9 +104,9 @@ class Look:
 
 @dataclass(slots=True)
 class Credit:
-    """What the server still owes one consumer's pulls.
+    """The credit of one consumer's pulls that the server has not used.
 
-    `looks`: those of them that do not wait, by token.
+    `looks`: pulls that do not wait, by token.
     """
 
     outstanding: int = 0
@@ -116,7 +116,10 @@ class Credit:
 
     def count_delivery(self) -> None:
         """Take note that one more has come. The server serves its pulls in order."""
-        self.outstanding = max(0, self.outstanding - 1)
+        if self.outstanding > 0:
+            self.outstanding -= 1
+        if not self.looks:
+            return
         for token, look in list(self.looks.items()):
             if look.behind > 0:
                 look.behind -= 1
@@ -182,14 +185,14 @@ class NATSPuller:
         token = f"{next(self._tokens)}-{consumer}"
         payload: dict[str, int | bool] = {"batch": count}
         if count * self._client.max_payload > ANSWER_SIZE:
-            payload["max_bytes"] = max(ANSWER_SIZE, self._client.max_payload + OVERHEAD)
+            payload["max_bytes"] = max(ANSWER_SIZE, self._client.max_payload + SUBJECT_BYTES)
         if wait > 0:
             payload["expires"] = int(wait * NANOSECONDS)
         else:  # answered at once, with a 404 if less is there than was asked for
             payload["no_wait"] = True
             credit.looks[token] = Look(count, credit.outstanding)
         credit.outstanding += count
-        credit.lapses_at = max(credit.lapses_at, now + wait + GRACE)
+        credit.lapses_at = max(credit.lapses_at, now + wait + LAPSE_DELAY)
         credit.heard_at = now
         if self._unanswered_since is None:
             self._unanswered_since = now
@@ -201,11 +204,11 @@ class NATSPuller:
                 subject.encode(), json.dumps(payload).encode(), (self._inbox + token).encode()
             )
         except nats.errors.Error as error:
-            logger.warning("%s: pull not sent: %r", consumer, error)
+            logger.warning("consumer %s: pull not sent: %r", consumer, error)
 
     @property
     def _heartbeat(self) -> float:
-        return CLUSTER_HEARTBEAT if self._client.is_clustered else HEARTBEAT
+        return CLUSTER_HEARTBEAT_INTERVAL if self._client.is_clustered else HEARTBEAT_INTERVAL
 
     async def _open(self) -> None:
         self._inbox = self._client.new_inbox() + "."
@@ -249,9 +252,9 @@ class NATSPuller:
         self._credits.clear()
 
     async def _stop_listening(self, *numbers: int) -> None:
-        """The server drops the pulls of an inbox when it learns that no one listens there.
+        """The server drops the pulls of an inbox without a subscriber.
 
-        What it sent before comes before its answer.
+        Its earlier messages arrive before its answer.
         """
         try:
             if numbers and self._client.is_connected:
@@ -260,7 +263,9 @@ class NATSPuller:
                     await self._client.stop_listening(*numbers)
         except (nats.errors.Error, TimeoutError, OSError) as error:
             logger.warning(
-                "%s: what was on its way comes back when its lease is over: %r", self._log, error
+                "%s: deliveries on their way are redelivered when their lease is over: %r",
+                self._log,
+                error,
             )
         finally:
             self._client.forget(*numbers)
@@ -268,12 +273,13 @@ class NATSPuller:
     async def _wait_for_quiet(self, begun: float) -> None:
         """Wait until no credit is left, or none is being used.
 
-        What the server is about to send when it learns that no one listens is delivered again, and
-        counted as if it had been before.
-        In a cluster, another server may lead the consumer: then the one that we are connected to
-        drops it, until its lease is over.
+        A message that the server is about to send when the subscription ends is delivered again,
+        and counts as a redelivery. If another server of a cluster leads the consumer, the one we
+        are connected to drops it: then it returns when its lease is over.
         """
-        quiet, since = (QUIET, begun) if self._client.is_clustered else (BRIEF, 0.0)
+        quiet, since = (
+            (CLUSTER_IDLE_SECONDS, begun) if self._client.is_clustered else (IDLE_SECONDS, 0.0)
+        )
         while any(credit.outstanding for credit in self._credits.values()):
             now = time.monotonic()
             if (
@@ -309,7 +315,7 @@ class NATSPuller:
         try:
             self._client.post(reply, body)
         except nats.errors.Error as error:  # it will be delivered again, and found done
-            logger.warning("%s: not settled: %r", reply.decode(), error)
+            logger.warning("delivery %s: not settled: %r", reply.decode(), error)
 
     def abandon(self, reply: bytes) -> None:
         """Let go of a lease without an answer."""
@@ -362,7 +368,9 @@ class NATSPuller:
             self._send_pull(
                 consumer,
                 count,
-                0.0 if look is not None else max(1.0, credit.lapses_at - GRACE - time.monotonic()),
+                0.0
+                if look is not None
+                else max(1.0, credit.lapses_at - LAPSE_DELAY - time.monotonic()),
             )
 
     def _on_pause(self, subject: bytes, _: bytes, body: bytes, __: bytes | None) -> None:
@@ -387,7 +395,7 @@ class NATSPuller:
         if credit is None or credit.outstanding == 0:
             return
         if gone:
-            logger.warning("%s %s: pulls ended (%s)", self._log, consumer, reason)
+            logger.warning("stream %s, consumer %s: pulls ended (%s)", self._log, consumer, reason)
             self._connection.background.run(self._restore(consumer, credit))
         else:
             credit.give_up()
@@ -395,7 +403,7 @@ class NATSPuller:
 
     async def _restore(self, consumer: str, credit: Credit) -> None:
         try:
-            await asyncio.sleep(RESTORE_AFTER)
+            await asyncio.sleep(RESTORE_DELAY)
             await self._declare(consumer)
         finally:
             credit.give_up()
@@ -407,9 +415,9 @@ class NATSPuller:
             self._on_lapse(consumer)
 
     async def _watch(self) -> None:
-        """Notice credit that died in silence.
+        """Find credit that was lost without a message.
 
-        A server that forgot the pull, or a consumer deleted without a word to its clients.
+        The server forgot the pull, or the consumer was deleted.
         """
         while not self._closed:
             await asyncio.sleep(1.0)
@@ -417,6 +425,9 @@ class NATSPuller:
             for consumer, credit in list(self._credits.items()):
                 if not credit.outstanding or not self._client.is_connected:
                     continue
-                if now > credit.lapses_at or now > credit.heard_at + 2 * self._heartbeat + GRACE:
+                if (
+                    now > credit.lapses_at
+                    or now > credit.heard_at + 2 * self._heartbeat + LAPSE_DELAY
+                ):
                     self._lapse(consumer, "no heartbeat", gone=True)
                     credit.heard_at = now

@@ -21,9 +21,9 @@ from asyncmq_nats.exceptions import AssetMissing, BackendError, Unconfirmed
 
 __all__ = ["Reader"]
 
-PROBE: Final = 48
+FIRST_READ_LIMIT: Final = 48
 """Records that are read at first."""
-WINDOW: Final = 500
+READ_LIMIT: Final = 500
 """Records that are read at once."""
 SCAN_LIMIT: Final = 2_000
 """Records that are passed over before the server is asked where the next match is."""
@@ -31,7 +31,7 @@ SCAN_LIMIT_AFTER_HOP: Final = 250
 INDEX_GAP: Final = 48
 """Records of other programs that may lie between an index entry and its record."""
 SPAN_GROWTH: Final = 8
-"""How much further each look back for a match goes."""
+"""Factor by which each step of a backward search grows."""
 MOST_LAST: Final = 1024
 """The server's own limit for the last records of several subjects."""
 READS_AT_ONCE: Final = 32
@@ -57,6 +57,12 @@ class Reader:
         """See `Backend.latest`."""
         records = await self._get(log, {"last_by_subj": filter})
         return records[0] if records else None
+
+    async def count(self, log: str, filter: str) -> int:
+        """See `Backend.count`. The server says with a record how many more there are."""
+        replies = await self._ask(log, {"seq": 1, "next_by_subj": filter, "batch": 1}, _is_status)
+        end = replies[-1]
+        return 0 if end.status == "404" else int(end.headers["Nats-Num-Pending"]) + 1
 
     async def _all(self, log: str, filter: str) -> list[Record]:
         records: list[Record] = []
@@ -87,7 +93,7 @@ class Reader:
             payload = {"seq": at, "next_by_subj": filter, "batch": limit}
             return await self._get(log, payload) or []
         found: list[Record] = []
-        match, vain, patience, width = compile_filter(filter).match, 0, SCAN_LIMIT, PROBE
+        match, vain, patience, width = compile_filter(filter).match, 0, SCAN_LIMIT, FIRST_READ_LIMIT
         if at == 1:
             at = await self._first_from(log, ">", 1) or 1
         while True:
@@ -124,7 +130,12 @@ class Reader:
         The server reads forwards only: windows of sequences are read, from the end.
         """
         found: list[Record] = []
-        match, end, vain, span = compile_filter(filter).match, before, 0, min(limit, PROBE)
+        match, end, vain, span = (
+            compile_filter(filter).match,
+            before,
+            0,
+            min(limit, FIRST_READ_LIMIT),
+        )
         patience = SCAN_LIMIT
         while end > 1 and len(found) < limit:
             start = max(1, end - span)
@@ -172,7 +183,7 @@ class Reader:
             if start == 1:
                 return 1
             end, step = start, step * SPAN_GROWTH
-        while end - first > PROBE:
+        while end - first > FIRST_READ_LIMIT:
             middle = (first + end) // 2
             found = await self._first_from(log, filter, middle)
             if found is None or found >= end:
@@ -254,14 +265,16 @@ class Reader:
 def _next_width(missing: int, window: Sequence[Record], matching: Sequence[Record]) -> int:
     """Return how many sequences to read next.
 
-    As many as should hold the `missing` matches, by what the last ones held. Bounded also by their
-    size: the server disconnects a client for which 64 MiB wait.
+    They are enough for the `missing` matches, by the density of the last ones. Their size is a
+    bound as well: the server disconnects a client for which 64 MiB wait.
     """
     if not window:
-        return PROBE
+        return FIRST_READ_LIMIT
     share = max(len(matching) / len(window), 0.1)
     size = max(len(record.body) for record in window) + 500
-    return max(8, min(WINDOW, ANSWER_SIZE // size, max(PROBE, math.ceil(missing / share))))
+    return max(
+        8, min(READ_LIMIT, ANSWER_SIZE // size, max(FIRST_READ_LIMIT, math.ceil(missing / share)))
+    )
 
 
 def _is_status(replies: list[Reply]) -> bool:
@@ -275,6 +288,6 @@ def _record(reply: Reply) -> Record:
         reply.body,
         int(headers["Nats-Sequence"]),
         parse_time(headers["Nats-Time-Stamp"]),
-        # Anybody may put the header on a ready job, which is never a delete marker.
+        # Any producer may put the header on a ready job, which is never a delete marker.
         "KV-Operation" in headers and is_key(headers["Nats-Subject"]),
     )

@@ -1,21 +1,26 @@
-"""Room on the server.
+"""Room on the server: a reserve for outcomes, and the fill of streams that discard old records.
 
-A reserve for outcomes, and how full the streams are that discard old records. A worker acknowledges
-a job after its outcome is stored. In a store that is full to the last byte no outcome fits, so
-nothing would be acknowledged and nothing would become free. Hence each bucket
-has a ballast, a record of zeros: it is deleted when a write is refused for lack of room.
+A worker acknowledges a job after its outcome is stored. In a store that is full to the last byte no
+outcome fits, so nothing would be acknowledged and nothing would become free. Hence each bucket has
+a ballast, a record of zeros: it is deleted when a write is refused for lack of room.
 """
 
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 from asyncmq_nats._logging import get_logger
 from asyncmq_nats.backends.base import Expect, Log, Record, Write
 from asyncmq_nats.backends.nats.connection import Connection
-from asyncmq_nats.exceptions import AsyncMQError, StorageFull, WriteRefused
+from asyncmq_nats.exceptions import (
+    AssetMissing,
+    AsyncMQError,
+    PermissionRefused,
+    StorageFull,
+    WriteRefused,
+)
 
 __all__ = ["Ballasts", "Fills"]
 
@@ -24,8 +29,13 @@ logger = get_logger(__name__)
 BALLAST_SIZE: Final = 128 * 1024
 """Room for some 250 outcomes. Each lets go of a job, whose room the next outcome takes."""
 RELAY_AFTER: Final = 30.0
-"""How long (seconds) nothing was refused before a ballast is laid again."""
+"""Seconds without a refusal after which a ballast is written again."""
 FILL_LIFETIME: Final = 1.0
+HEADERS_SIZE: Final = 420
+"""Bytes that a delayed job takes beside its subject and body: a timer has many headers."""
+SMALL_BODY: Final = 2048
+LIMIT_LIFETIME: Final = 30.0
+"""How long (seconds) a stream is taken to have no limit: another process may have set one."""
 FULL_FOR_JOBS: Final = 0.9
 """A stream that discards old records takes no new jobs beyond; the rest is for outcomes."""
 
@@ -72,7 +82,7 @@ class Ballasts:
             self._subjects[log.name] = log.ballast
 
     def release_all(self) -> None:
-        """Delete the ballasts soon, and lay them again when there is room. Does not block."""
+        """Delete the ballasts soon, and write them again when there is room. Does not block."""
         if self._subjects and not self._releasing:
             self._releasing = True
             self._connection.background.run(self._release_and_lay())
@@ -96,17 +106,34 @@ class Ballasts:
 
 @dataclass(slots=True)
 class Fill:
-    """How full a stream is."""
+    """The fill of a stream. `limit`: in bytes; 0 if it discards no old records."""
 
-    limit: int
-    size: int
-    read_at: float
+    limit: int = 0
+    size: int = 0
+    read_at: float = field(default_factory=time.monotonic)
+
+    @property
+    def is_old(self) -> bool:
+        """Whether it is to be read again."""
+        lifetime = FILL_LIFETIME if self.limit else LIMIT_LIFETIME
+        return time.monotonic() > self.read_at + lifetime
+
+
+def _replaces(write: Write) -> bool:
+    """Return whether a small record takes the place of one: a higher limit in a full bucket."""
+    expect = write.expect
+    return (
+        expect is not None
+        and expect.filter == write.subject
+        and expect.sequence > 0
+        and len(write.body) < SMALL_BODY
+    )
 
 
 class Fills:
-    """How full the streams are that have a limit and discard old records.
+    """The fill of the streams that have a limit and discard old records.
 
-    Without this they would discard jobs.
+    Without this check they would discard jobs.
     """
 
     def __init__(self, connection: Connection) -> None:
@@ -115,11 +142,10 @@ class Fills:
 
     def learn(self, log: str, config: Mapping[str, Any]) -> None:
         """Take note of the configuration of a stream."""
-        limit = config.get("max_bytes", -1)
-        if limit > 0 and config.get("discard") == "old":
-            self._fills.setdefault(log, Fill(limit, 0, float("-inf")))
-        else:
-            self._fills.pop(log, None)
+        fill = self._fills.setdefault(log, Fill())
+        limit = max(0, config.get("max_bytes", 0)) if config.get("discard") == "old" else 0
+        if limit != fill.limit:
+            fill.limit, fill.read_at = limit, float("-inf")
 
     async def check(self, log: str, writes: Sequence[Write]) -> None:
         """Make sure that a stream has room for the writes.
@@ -130,14 +156,31 @@ class Fills:
         fill = self._fills.get(log)
         if fill is None:
             return
-        size = sum(len(write.body) for write in writes)
-        if time.monotonic() > fill.read_at + FILL_LIFETIME:
+        if fill.is_old:
             fill.read_at = time.monotonic()
-            state = (await self._connection.require(f"STREAM.INFO.{log}"))["state"]
-            fill.size = state["bytes"]
+            if not fill.limit:  # as a rule there is none: no job waits for the answer
+                self._connection.background.run(self._find_limit(log))
+                return
+            await self._read(log, fill)
+        if not fill.limit or (len(writes) == 1 and _replaces(writes[0])):
+            return
+        size = sum(len(write.body) + len(write.subject) + HEADERS_SIZE for write in writes)
         if fill.size + size > FULL_FOR_JOBS * fill.limit:
             raise StorageFull(
                 log,
                 f"it has {fill.size:,} of its {fill.limit:,} bytes, and a tenth is for outcomes",
             )
         fill.size += size
+
+    async def _read(self, log: str, fill: Fill) -> None:
+        answer = await self._connection.require(f"STREAM.INFO.{log}")
+        fill.size = answer["state"]["bytes"]
+        self.learn(log, answer["config"])
+
+    async def _find_limit(self, log: str) -> None:
+        try:
+            self.learn(log, (await self._connection.require(f"STREAM.INFO.{log}"))["config"])
+        except AssetMissing:  # it is declared again by the next write
+            self._fills.pop(log, None)
+        except PermissionRefused:
+            self._fills[log].read_at = float("inf")

@@ -1,7 +1,4 @@
-"""Streams and consumers.
-
-Made when missing, and never changed when they exist with other settings.
-"""
+"""Creates missing streams and consumers; does not change those with other settings."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
@@ -101,12 +98,19 @@ def consumer_config(consumer: Consumer) -> dict[str, Any]:
     return config
 
 
-CHANGEABLE: Final = ("num_replicas", "max_bytes", "discard", "compression", "placement", "ack_wait")
-"""What the server changes in place; all else needs a new stream."""
+CHANGEABLE_SETTINGS: Final = (
+    "num_replicas",
+    "max_bytes",
+    "discard",
+    "compression",
+    "placement",
+    "ack_wait",
+)
+"""Settings that the server changes in place; all others need a new stream."""
 DEFAULTS: Final = {"max_bytes": -1, "discard": "old", "compression": "none", "placement": None}
-"""What a stream has that was made without these.
+"""Defaults of a stream that was created without these settings.
 
-Unlike a declaration, a comparison tells of them.
+A comparison shows them, a declaration does not.
 """
 
 
@@ -114,7 +118,7 @@ def _find_differences(
     asset: str, wanted: Mapping[str, Any], found: Mapping[str, Any]
 ) -> list[Difference]:
     return [
-        Difference(asset, key, found.get(key), value, key in CHANGEABLE)
+        Difference(asset, key, found.get(key), value, key in CHANGEABLE_SETTINGS)
         for key, value in wanted.items()
         if not _same(found.get(key), value)
     ]
@@ -135,9 +139,9 @@ class Assets:
         self._declared: set[tuple[str, str]] = set()
 
     def use(self, connection: Connection, ballasts: Ballasts, fills: Fills) -> None:
-        """Declare over this connection from now on, and nothing on the word of the one before.
+        """Declare over this connection from now on.
 
-        Its server may have lost its store.
+        Declare everything again: the server may have lost its store.
         """
         self._connection, self._ballasts, self._fills = connection, ballasts, fills
         self._declared_logs.clear()
@@ -245,7 +249,7 @@ class Assets:
     async def restore_consumer(self, log: str, name: str) -> None:
         """Declare a consumer again that vanished, and its log if that vanished too.
 
-        Only what this process has declared.
+        Do so only if this process has declared them.
 
         Raises:
             AssetMissing: the log is gone, and it is not one of this process's.
@@ -284,9 +288,9 @@ def _create_subject(log: str, consumer: Consumer) -> str:
 
 
 def warn_of_difference(asset: str, wanted: Mapping[str, Any], found: Mapping[str, Any]) -> None:
-    """Log what of an existing asset is not as wanted.
+    """Log how an existing asset differs from its declaration.
 
-    It is never changed silently: others may rely on it.
+    It is not changed: others may rely on it.
     """
     different = {
         key: (found.get(key), value)

@@ -1,11 +1,9 @@
-"""Writes to a stream.
+"""Writes to a stream: headers, atomic batches, repetition until confirmed.
 
-Headers, atomic batches, and repetition until confirmed without ever writing twice. What was sent
-and not confirmed is in one table. A reconnect sends the whole table again, so does a confirmation
-that is overdue.
-A write that is awaited has a random message id of its own, in a batch its first message: by that
-the server knows a repetition, also when what was written is gone again and all that it expects
-holds once more.
+Writes that are sent and not confirmed are in one table. A reconnect sends the whole table again, so
+does a confirmation that is overdue. A write that is awaited has a random message id of its own, in
+a batch its first message: by that the server knows a repetition, also when what was written is gone
+again and all that it expects holds once more.
 """
 
 import asyncio
@@ -16,6 +14,7 @@ import random
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any, Final
 
 import nats.errors
@@ -56,27 +55,25 @@ HEADER_ROOM: Final = 1024
 LONGEST_HEADERS: Final = 8 * 1024
 """Ids have up to 1,024 bytes, and headers name a few."""
 FULL_PATIENCE: Final = 1.0
-"""How long (seconds) an awaited write is repeated while the store is full.
-
-It may be for a moment.
-"""
+"""Seconds for which an awaited write is repeated while the store is full: that may pass."""
 BATCH_PATIENCE: Final = 3.0
-"""How long (seconds) to try again when a stream has too many open batches: ours end within less."""
+"""Seconds for which to try again when a stream has too many open batches: ours end within less."""
+NEVER: Final = float("inf")
 FULL_SIGHT: Final = 5.0
-"""How long (seconds) after the last refusal the store counts as full."""
+"""Seconds after the last refusal for which the store counts as full."""
 ERROR: Final = b'"error"'
 SEQUENCE: Final = b'"seq":'
 
 BATCH_LINES: Final = "Nats-Batch-Id: " + "x" * 60 + "\r\nNats-Batch-Sequence: 1000\r\n"
-"""As long as what a batch adds to the headers of a write."""
+"""A placeholder as long as the headers that a batch adds to a write."""
 
 Last = Callable[[str, str], Awaitable[list[Record]]]
 
 
 def _may_replace(write: Write) -> bool:
-    """Return whether a record may be there that has to go.
+    """Return whether an older record may have to be replaced.
 
-    Not if the write expects nothing at its subject.
+    There is none if the write expects none at its subject.
     """
     expect = write.expect
     if write.removes is not None:  # with a roll-up, servers before 2.14 do not remove the timer
@@ -95,8 +92,13 @@ def _encode_expectation(expect: Expect, subject: str, indent: int) -> str:
     return f"{line}Nats-Expected-Last-Subject-Sequence-Subject: {' ' * indent}{expect.filter}\r\n"
 
 
+@lru_cache(maxsize=64)
+def _encode_ttl(seconds: float) -> str:
+    return f"Nats-TTL: {max(1, round(seconds))}s\r\n"
+
+
 def encode_headers(write: Write, more: str = "", indent: int = 0) -> bytes:
-    """Return what the write asks for as headers on the wire, `more` lines after it.
+    """Return the headers of the write on the wire, followed by the lines `more`.
 
     `indent`: see `Connection.mixes_up_expectations`.
     """
@@ -106,7 +108,7 @@ def encode_headers(write: Write, more: str = "", indent: int = 0) -> bytes:
     if write.expect is not None:
         lines += _encode_expectation(write.expect, write.subject, indent)
     if write.ttl is not None:
-        lines += f"Nats-TTL: {max(1, round(write.ttl))}s\r\n"
+        lines += _encode_ttl(write.ttl)
     if write.timer is not None:
         lines += (
             f"Nats-Schedule: @at {format_time(write.timer.at)}\r\n"
@@ -215,13 +217,13 @@ class Writer:
 
     def send(self, log: str, write: Write, settle: Settle, timeout: float | None = None) -> None:
         """See `Backend.send`."""
-        deadline = float("inf") if timeout is None else time.monotonic() + timeout
+        deadline = NEVER if timeout is None else time.monotonic() + timeout
         self._submit(Unsettled(log, (write,), settle, deadline))
 
     def _submit(self, entry: Unsettled) -> None:
         self._check_sizes(entry.writes)
-        entry.token = b"%d" % next(self._tokens)
-        self._table[entry.token] = entry
+        token = entry.token = b"%d" % next(self._tokens)
+        self._table[token] = entry
         if not self._sweeping:
             self._sweeping = True
             self._connection.background.run(self._sweep())
@@ -336,23 +338,23 @@ class Writer:
                 self._finish(entry, refused)
 
     def _on_full(self, entry: Unsettled, error: dict[str, Any]) -> None:
-        """Store less, if the write says how.
+        """Store the smaller body, if the write has one.
 
-        Have an awaited write end soon, and repeat any other.
+        End an awaited write soon, and repeat any other.
         """
         now = time.monotonic()
         entry.full_since = entry.full_since or now
         full = write_error(entry.log, error)
         if times := self._full_warnings.note():
             logger.error("%s (%d writes refused)", full, times)
-        first, awaited = entry.writes[0], entry.deadline < float("inf")
+        first, awaited = entry.writes[0], entry.deadline < NEVER
         if is_key(first.subject):
             self._full_at = now
         if not awaited:
             self._ends_in_wait.add(entry.token)
             self.on_full()
         if len(entry.writes) == 1 and first.when_full is not None:
-            smaller = first.when_full()
+            smaller = first.when_full(first.body)
             entry.writes = (replace(first, body=min(first.body, smaller, key=len), when_full=None),)
             self._transmit(entry)
         elif awaited and now - entry.full_since >= FULL_PATIENCE:
@@ -361,7 +363,7 @@ class Writer:
             entry.sent_at = now - RESEND_AFTER + random.uniform(0.2, 0.5)
 
     async def _settle_repetition(self, entry: Unsettled, refused: BackendError) -> None:
-        """Settle a repetition that was refused: what refused it may be our own first sending."""
+        """Settle a repetition that was refused: its own first sending may be the reason."""
         write = entry.writes[0]
         if write.message_id is not None:
             sequence = await self._find_stored(entry, write.message_id)
@@ -374,9 +376,9 @@ class Writer:
     async def _find_stored(self, entry: Unsettled, message_id: str) -> int | None:
         """Ask under which sequence a message id is stored; `None` if it is not.
 
-        By a publish that is never stored, since it asks for a roll-up that there is not: servers
-        look at that after they have looked for duplicates, and before they propose it to replicas;
-        a single one looks at what a message expects before.
+        The question is a publish that is never stored, since it asks for a roll-up that the stream
+        does not allow. A cluster checks that after the duplicates and before the proposal to its
+        replicas; a single server checks expectations first.
         """
         headers = f"NATS/1.0\r\nNats-Msg-Id: {message_id}\r\nNats-Rollup: none\r\n\r\n".encode()
         subject = entry.writes[0].subject
@@ -410,7 +412,7 @@ class Writer:
         try:
             entry.settle(result)
         except Exception:
-            logger.exception("%s: what follows a write failed", entry.log)
+            logger.exception("%s: the callback of a write failed", entry.log)
 
     # -- repetition
 

@@ -13,7 +13,7 @@ T = TypeVar("T")
 FRESH_FOR: Final = 1.0
 """How long a value is used again, in seconds."""
 COST_RATIO: Final = 20.0
-"""A read that took so long is repeated after so many times that at the earliest."""
+"""A value is used for at least this many times as long as its read took."""
 MAX_AGE: Final = 60.0
 """No value is older, however long it took to read."""
 MAX_VALUES: Final = 2_000
@@ -27,7 +27,7 @@ class _Value:
 
 
 class SharedReads:
-    """Values that were read a moment ago. One reader at a time reads anew; the others wait for it.
+    """Values that were read a moment ago. One reader at a time reads again; the others wait for it.
 
     How long a value is used depends on what it costs to read: so all browsers together make the
     dashboard read for one twentieth of the time at most, however many queues there are.
@@ -39,7 +39,7 @@ class SharedReads:
     async def get(
         self, key: Hashable, read: Callable[[], Awaitable[T]], *, fresh_for: float = FRESH_FOR
     ) -> T:
-        """Return the value of a key, read anew if it is out of date.
+        """Return the value of a key; read it if there is none or it is out of date.
 
         `fresh_for`: for how many seconds it is used again at least.
         """
@@ -55,5 +55,5 @@ class SharedReads:
         return cast(T, entry.value)
 
     def forget(self) -> None:
-        """Have everything read anew: somebody has just changed something."""
+        """Discard all values: something has just been changed."""
         self._values.clear()

@@ -39,22 +39,9 @@ def add(
     Outside of `transaction.atomic` it is committed at once. An async view calls it by
     `sync_to_async`, with the rest of its transaction.
 
-    Args:
-        task: a `@task`, whose queue, retries and limits count unless others are given; or the id of
-            one.
-        args: for the task, as for `Queue.add`.
-        kwargs: likewise.
-        using: the alias of the database; by default where the model `OutboxRow` is written.
-        queue: the name of the queue; the id of a task needs it.
-        order_key: see `asyncmq_nats.contrib.outbox.add`; an order needs a transaction.
-        retries: see `Queue.add`, as all that follow. `delay` and `ttl` count from now.
-        ttl: see there.
-        backoff: see there.
-        priority: see there.
-        delay: see there.
-        job_id: see there; by default a UUID.
-        timeout: see there.
-        repeat_every: see there.
+    `using`: the alias of the database, by default the one where the model `OutboxRow` is written.
+    `order_key` needs a transaction. The other arguments are those of
+    `asyncmq_nats.contrib.outbox.add`.
 
     Raises:
         InvalidArgument, InvalidQueueName, InvalidJobId, NotSerializable: as for `Queue.add`;

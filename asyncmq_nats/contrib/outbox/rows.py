@@ -1,4 +1,7 @@
-"""What a row of the outbox holds, whatever library writes it. No database, and no server."""
+"""Builds the rows of the outbox, for any library that writes them.
+
+Uses no database and no server.
+"""
 
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
@@ -40,23 +43,7 @@ def build_row(
 ) -> dict[str, Any]:
     """Return the columns of a new row: `job_id`, `queue`, `order_key`, `body`, `created_at`.
 
-    Args:
-        task: a `@task`, whose queue, retries and limits count unless others are given; or the id of
-            one.
-        args: for the task, as for `Queue.add`.
-        kwargs: likewise.
-        queue: the name of the queue; the id of a task needs it.
-        order_key: jobs of one queue with the same key run one after the other, in the order in
-            which their rows were written.
-        retries: see `Queue.add`, as all that follow. `delay` and `ttl` count from now, not from the
-            publication.
-        ttl: see there.
-        backoff: see there.
-        priority: see there.
-        delay: see there.
-        job_id: see there; by default a UUID.
-        timeout: see there.
-        repeat_every: see there.
+    The arguments are those of `asyncmq_nats.contrib.outbox.add`.
 
     Raises:
         InvalidArgument, InvalidQueueName, InvalidJobId, NotSerializable: as for `Queue.add`.

@@ -1,17 +1,19 @@
-"""The relay's side of the table: take rows on a lease, and say what became of them.
+"""The relay's side of the table: take rows on a lease, and record their end.
 
 It knows no queue. Each function is one transaction. A row belongs to the relay in `taken_by` until
-`taken_until`, by the database's clock. What a relay writes about a row expects that it still has
+`taken_until`, by the database's clock. A relay's write about a row expects that the relay still has
 it, so one that stood still for longer than its lease changes nothing.
 """
 
+import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import wraps
-from typing import Any, Final, ParamSpec, TypeVar
+from typing import Any, Concatenate, Final, ParamSpec, TypeVar
 
 import anyio
+import anyio.lowlevel
 import psycopg
 from sqlalchemy import (
     URL,
@@ -32,6 +34,7 @@ from sqlalchemy.exc import ArgumentError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 from sqlalchemy.orm import aliased
 
+from asyncmq_nats._concurrency import open_task_group
 from asyncmq_nats.contrib.outbox.rows import CHANNEL
 from asyncmq_nats.contrib.outbox.table import OutboxRow
 from asyncmq_nats.exceptions import InvalidArgument
@@ -43,10 +46,13 @@ CLOCKS: Final = {
     "postgresql": "EXTRACT(epoch FROM clock_timestamp())",
     "sqlite": "((julianday('now') - 2440587.5) * 86400.0)",
 }
-FOLLOWERS: Final = 100
+FOLLOWERS_PER_KEY: Final = 100
 """How many rows of order keys are taken beside the first ones, at most for each of these."""
-LOCK_TIMEOUT: Final = 30.0
-"""How long SQLite waits for the lock of a writer, in seconds."""
+ANSWER_TIMEOUT: Final = 2.0
+"""How long a cancelled relay waits for the answer of PostgreSQL, in seconds."""
+LOCK_TIMEOUT: Final = 5.0
+"""How long a statement of SQLite waits for the lock of a writer, in seconds. Its driver cannot be
+interrupted meanwhile: it never ends the connection then."""
 
 Key = tuple[str, str]
 """A queue and an order key."""
@@ -74,7 +80,7 @@ class Tail:
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """What is in the outbox.
+    """Counts of the outbox.
 
     `oldest`: the age in seconds of the oldest row that is not published.
     """
@@ -115,26 +121,40 @@ _is_first = _row.order_key.is_(None) | ~exists().where(
     _other.published_at.is_(None),
     _other.error.is_(None),
 )
-"""Of the rows with an order key, only the first one is there to take."""
+"""A row with an order key can be taken only if it is the first one of its key."""
 
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def _whole(method: Callable[P, Awaitable[R]]) -> Callable[P, Awaitable[R]]:
-    """Have a cancellation wait until the database has answered.
+def _whole(
+    method: "Callable[Concatenate[OutboxStore, P], Awaitable[R]]",
+) -> "Callable[Concatenate[OutboxStore, P], Awaitable[R]]":
+    """Have a cancellation wait until the database has answered, or for the store's limit.
 
     A driver that is interrupted in a statement may leave its connection in the middle of it.
     """
 
     @wraps(method)
-    async def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        with anyio.CancelScope(shield=True):
-            return await method(*args, **kwargs)
-        raise AssertionError("a shield swallows nothing")
+    async def run(store: "OutboxStore", /, *args: P.args, **kwargs: P.kwargs) -> R:
+        async with open_task_group() as group:
+            with anyio.CancelScope(shield=True) as scope:
+                group.start_soon(_limit_when_cancelled, scope, store.answer_timeout)
+                result = await method(store, *args, **kwargs)
+                group.cancel_scope.cancel()
+                return result
+            await anyio.lowlevel.checkpoint()
+        raise AssertionError("only a cancellation ends the shield early")
 
     return run
+
+
+async def _limit_when_cancelled(scope: anyio.CancelScope, seconds: float) -> None:
+    try:
+        await anyio.sleep_forever()
+    finally:
+        scope.deadline = anyio.current_time() + seconds
 
 
 class OutboxStore:
@@ -144,6 +164,7 @@ class OutboxStore:
         self.url = parse_database(database)
         self._relay = relay_id
         self._is_sqlite = self.url.get_backend_name() == "sqlite"
+        self.answer_timeout = math.inf if self._is_sqlite else ANSWER_TIMEOUT
         options: dict[str, Any] = (
             {"connect_args": {"timeout": LOCK_TIMEOUT}} if self._is_sqlite else {}
         )
@@ -185,7 +206,7 @@ class OutboxStore:
                         _row.number.not_in(taken),
                     )
                     .order_by(_row.number)
-                    .limit(min(limit, FOLLOWERS * len(firsts)))
+                    .limit(min(limit, FOLLOWERS_PER_KEY * len(firsts)))
                 )
                 rows += await self._mark_taken(connection, followers, lease)
         return sorted(rows, key=lambda row: row.number)

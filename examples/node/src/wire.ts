@@ -64,7 +64,7 @@ export interface FailedAttempt {
   at: number;
 }
 
-/** What a job came to. */
+/** The outcome of a job. */
 export type Outcome = Completed | Failed | Expired | Cancelled;
 
 interface Ended extends Job {

@@ -554,7 +554,7 @@ export class Worker {
     await this.#finish(attempt, `later.${token}.delayed`, next, { timer, rollup: true });
   }
 
-  /** Write the end. If it is refused, another end is there, or a child came to wait for the job. */
+  /** Write the end. If it is refused, there is another outcome, or a child has begun to wait for the job. */
   async #finish(
     attempt: OpenAttempt,
     key: string,

@@ -2,6 +2,8 @@
 
 import json
 import os
+from collections.abc import Callable
+from inspect import Parameter, signature
 from typing import Any
 
 import django
@@ -33,6 +35,14 @@ from asyncmq_nats import default_backend  # noqa: E402
 from asyncmq_nats.contrib.django import outbox  # noqa: E402
 from asyncmq_nats.contrib.django.address import database_url  # noqa: E402
 from asyncmq_nats.contrib.django.models import OutboxRow  # noqa: E402
+from asyncmq_nats.contrib.outbox import add  # noqa: E402
+from asyncmq_nats.contrib.outbox.rows import build_row  # noqa: E402
+
+
+def parameters(function: Callable[..., Any]) -> list[Parameter]:
+    """Return the parameters but those that say where the row is written."""
+    found = signature(function).parameters
+    return [found[name] for name in found if name not in ("session", "using")]
 
 
 def refused(error: type[Exception], *args: Any, **kwargs: Any) -> bool:
@@ -58,6 +68,7 @@ def main() -> None:
     told["no order without a transaction"] = refused(
         transaction.TransactionManagementError, "note", queue="work", order_key="k"
     )
+    told["one signature"] = parameters(outbox.add) == parameters(add) == parameters(build_row)
     told["no queue"] = refused(ValueError, "note")
     rows = OutboxRow.objects.order_by("number")
     told["rows"] = [[row.queue, row.order_key, json.loads(row.body)["args"][0]] for row in rows]

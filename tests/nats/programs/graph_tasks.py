@@ -25,7 +25,7 @@ def trace(word: str, number: int) -> None:
 
 @task(queue=os.environ["QUEUE"], name="node")
 async def node(number: int, failures: int, seconds: float) -> int:
-    """Fail so many times, then complete."""
+    """Fail this many times, then complete."""
     trace("start", number)
     await anyio.sleep(seconds)
     if current_job().attempt <= failures:

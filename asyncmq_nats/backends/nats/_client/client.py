@@ -21,12 +21,12 @@ __all__ = ["DirectClient", "parse_headers", "status_of"]
 PING: Final = b"PING\r\n"
 MAX_CONTROL_LINE: Final = 4096
 """Bytes of a command that nats-server takes by default; it ends the connection for a longer one."""
-SIZES_ROOM: Final = 32
-"""Bytes of a command's line that are its name, its sizes and the blanks between."""
+MAX_SUBJECTS: Final = MAX_CONTROL_LINE - 32
+"""Bytes of a subject and its reply subject: the rest is for names, sizes and blanks."""
 
 
 class DirectClient(Client):
-    """A nats-py client that can also listen and post without ceremony."""
+    """A nats-py client with a raw `listen` and `post`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -48,10 +48,9 @@ class DirectClient(Client):
         return subscription._id
 
     async def stop_listening(self, *numbers: int) -> None:
-        """End the interest.
+        """Unsubscribe.
 
-        What the server sent before it knew still reaches the handler; nothing does after the
-        return.
+        The handler gets the messages that the server had sent, and none after the return.
         """
         for number in numbers:
             await self._send_unsubscribe(number)
@@ -75,19 +74,21 @@ class DirectClient(Client):
                 connection.
             OutboundBufferLimitError: disconnected, and as much is waiting to be sent as may.
         """
-        if not self.takes(subject, body, reply, headers):
+        header_size = len(headers)
+        size = header_size + len(body)
+        if size > self._max_payload or len(subject) + len(reply) > MAX_SUBJECTS:
             raise MaxPayloadError
-        if headers:
+        if header_size:
             command = b"HPUB %b %b %d %d\r\n%b%b\r\n" % (
                 subject,
                 reply,
-                len(headers),
-                len(headers) + len(body),
+                header_size,
+                size,
                 headers,
                 body,
             )
         else:
-            command = b"PUB %b %b %d\r\n%b\r\n" % (subject, reply, len(body), body)
+            command = b"PUB %b %b %d\r\n%b\r\n" % (subject, reply, size, body)
         connected = self._status == Client.CONNECTED
         if not connected:
             if self.is_closed:
@@ -104,13 +105,13 @@ class DirectClient(Client):
         """Return whether the server takes a message of these sizes. Headers count as payload."""
         return (
             len(headers) + len(body) <= self._max_payload
-            and len(subject) + len(reply) <= MAX_CONTROL_LINE - SIZES_ROOM
+            and len(subject) + len(reply) <= MAX_SUBJECTS
         )
 
     async def make_room(self) -> None:
-        """Wait while more is queued than should be, for the flush timeout at most.
+        """Wait while too much is queued, for the flush timeout at most.
 
-        Not by nats-py's `_flush_pending`, which swallows a cancellation (2.16).
+        It does not use nats-py's `_flush_pending`, which swallows a cancellation (2.16).
         """
         queue, too_much = self._flush_queue, self._pending_data_size > self._max_pending_size
         if too_much and self.is_connected and queue is not None:
@@ -121,8 +122,7 @@ class DirectClient(Client):
     async def close(self) -> None:
         """Disconnect.
 
-        What was not sent before the connection was lost is dropped: nats-py would write it to the
-        lost transport.
+        Drop what a lost connection has not sent: nats-py would write it to the lost transport.
         """
         if self._flush_queue is None:  # it never began to connect: its options were refused
             return
@@ -145,9 +145,9 @@ class DirectClient(Client):
 
     @property
     def is_reading(self) -> bool:
-        """Whether what the server sends is taken in.
+        """Whether the connection is being read.
 
-        No more, once `asyncio.run` has cancelled the tasks that are left at its end.
+        It is not once `asyncio.run` has cancelled the tasks that are left at its end.
         """
         return self._reading_task is not None and not self._reading_task.done()
 
@@ -167,7 +167,7 @@ class DirectClient(Client):
     async def _process_connect_init(self) -> None:
         """Begin a connection.
 
-        What the one before owed is not awaited any more: those tasks ask again.
+        Drop the pending answers of the one before: their tasks ask again.
         """
         lost = self._pongs
         await super()._process_connect_init()
@@ -182,9 +182,9 @@ class DirectClient(Client):
     async def barrier(self) -> None:
         """Return when the server has processed all that was sent before.
 
-        If the connection is lost, that of the next one. nats-py's `flush` alone does not do that:
-        it writes its PING past the commands that are still queued (2.16), waits ten seconds for a
-        PONG that went with the connection, and for nothing while there is none.
+        If the connection is lost, it waits for that on the next one. nats-py's `flush` alone does
+        not do that: it writes its PING past the commands that are still queued (2.16), waits ten
+        seconds for a PONG that went with the connection, and for nothing while there is none.
 
         Raises:
             ConnectionClosedError: the client was closed.

@@ -17,6 +17,7 @@ from nats.protocol.parser import Parser
 __all__ = ["DirectParser", "Handler"]
 
 LINE_END: Final = b"\r\n"
+MESSAGES: Final = (b"MSG", b"HMSG")
 
 Handler = Callable[[bytes, bytes, bytes, bytes | None], None]
 """Called with subject, reply subject, body and raw headers. Must not block or raise."""
@@ -35,15 +36,14 @@ class DirectParser(Parser):
         super().__init__(client)
 
     def reset(self) -> None:
-        """Forget what was read: the connection is gone."""
+        """Drop the buffer: the connection is gone."""
         super().reset()
         self._resets += 1
 
     async def parse(self, data: bytes = b"") -> None:
         """Take in what was read.
 
-        `buf` keeps what is not complete yet, `needed` how long it has to become to be looked at
-        again.
+        `buf` keeps the incomplete rest, `needed` the length at which to parse it.
         """
         if self.buf:
             self.buf += data
@@ -51,31 +51,28 @@ class DirectParser(Parser):
                 return
             data = bytes(self.buf)
         self.needed, resets, at = 0, self._resets, 0
+        length, handlers = len(data), self._handlers
         while (end := data.find(LINE_END, at)) >= 0:
-            words = data[at:end].split(
-                b" "
-            )  # not `split()`, which takes twice as long: the server sends one blank
-            kind = words[0]
-            if kind == b"MSG" or kind == b"HMSG":
+            # Not `split()`, which takes twice as long: the server sends one blank.
+            words = data[at:end].split(b" ")
+            if words[0] not in MESSAGES:
+                await self._parse_line(data[at : end + 2])
+                at = end + 2
+            else:
                 number, size, header_size = _sizes(words)
                 start = end + 2
                 stop = start + size
-                if stop + 2 > len(data):
+                if stop + 2 > length:
                     self.needed = stop + 2 - at
                     break
                 at = stop + 2
                 reply = words[3] if len(words) == (6 if header_size else 5) else b""
                 headers = data[start : start + header_size] if header_size else None
-                handler = self._handlers.get(number)
-                if handler is not None:
-                    handler(words[1], reply, data[start + header_size : stop], headers)
+                body = data[start + header_size : stop]
+                if (handler := handlers.get(number)) is not None:
+                    handler(words[1], reply, body, headers)
                     continue
-                await self.nc._process_msg(
-                    number, words[1], reply, data[start + header_size : stop], headers
-                )
-            else:
-                await self._parse_line(data[at : end + 2])
-                at = end + 2
+                await self.nc._process_msg(number, words[1], reply, body, headers)
             if resets != self._resets:
                 return
         self.buf = bytearray(data[at:])

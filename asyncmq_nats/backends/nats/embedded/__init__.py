@@ -1,4 +1,4 @@
-"""A nats-server of our own, and the watchdog that ends it with this process."""
+"""An embedded nats-server, and the watchdog that ends it with this process."""
 
 from asyncmq_nats.backends.nats.embedded.server import EmbeddedServer
 

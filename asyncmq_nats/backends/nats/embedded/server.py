@@ -1,6 +1,6 @@
-"""A nats-server of our own on the loopback interface, for development, tests and single machines.
+"""An embedded nats-server on the loopback interface, for development, tests and single machines.
 
-Starts and stops a process; never speaks NATS.
+It starts and stops a process, and never speaks NATS.
 """
 
 import atexit
@@ -38,7 +38,7 @@ COMMENT = re.compile(r"^\s*(#|//).*$", re.MULTILINE)
 OWN_LOGINS = re.compile(
     r"(?:^|[\s,;{}])(authorization|accounts|operator|include|cluster|gateway|leafnodes)\b"
 )
-"""Words of a configuration that says by itself who may connect, or of one server among several."""
+"""Words of a configuration with logins of its own, or of a server of a cluster."""
 LISTENING = re.compile(rb"Listening for client connections on 127\.0\.0\.1:(\d+)")
 READY = b"Server is ready"
 

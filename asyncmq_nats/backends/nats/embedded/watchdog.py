@@ -1,6 +1,6 @@
-"""A process that ends another one when this one dies, even of SIGKILL.
+"""A watchdog that ends a child process when this one dies, even of SIGKILL.
 
-A shell that reads from a pipe, of which it sees the end then.
+It is a shell that reads from a pipe until its end.
 """
 
 import os
@@ -49,10 +49,10 @@ class Watchdog:
             os.close(read_end)
 
     def dismiss(self) -> None:
-        """Have it end without harm, and wait for that."""
+        """Have the watchdog end without a signal to the child, and wait for that."""
         pipe, self._pipe = self._pipe, -1
         if pipe in _held:
-            with suppress(BrokenPipeError):  # somebody has killed it
+            with suppress(BrokenPipeError):  # it was killed
                 os.write(pipe, b"\n")
             _held.discard(pipe)
             os.close(pipe)
