@@ -15,6 +15,8 @@ from benchmarks.peers.workload import TINY, measure_round
 JOBS_A_SECOND = "add_one_by_one", "add_100_at_once", "add_bulk", "process_100", "process_10"
 COSTS = "worker_cpu_100", "server_cpu_100"
 
+ON_LINUX = pytest.mark.skipif(sys.platform != "linux", reason="CPU times are read from /proc")
+
 
 def made() -> Run:
     ours = Row(
@@ -102,6 +104,7 @@ def test_an_adapter_of_ours_runs_in_this_environment() -> None:
     assert Path(variables["PYTHONPATH"]) == ADAPTERS.parents[2]
 
 
+@ON_LINUX
 @pytest.mark.server
 def test_the_workload_measures_ours_and_has_a_reason_for_each_gap(tmp_path: Path) -> None:
     steps: list[str] = []
@@ -117,6 +120,7 @@ def test_the_workload_measures_ours_and_has_a_reason_for_each_gap(tmp_path: Path
     assert steps[1] == "add_one_by_one"
 
 
+@ON_LINUX
 @pytest.mark.server
 def test_a_library_that_fails_is_left_out(tmp_path: Path) -> None:
     (tmp_path / "broken.py").write_text("raise SystemExit('no such library')")

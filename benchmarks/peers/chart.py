@@ -1,5 +1,6 @@
 """The chart of a run: small bars by column, light and dark. Needs matplotlib."""
 
+import io
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -32,11 +33,16 @@ THEMES: Final = {
 def draw(run: Run, folder: Path) -> None:
     """Write `peers-light.png` and `peers-dark.png`."""
     from matplotlib import pyplot
+    from PIL import Image  # of matplotlib's requirements
 
     for theme, colours in THEMES.items():
         figure = _draw(run, colours, pyplot)
-        figure.savefig(folder / f"peers-{theme}.png", facecolor=colours.ground)
-        pyplot.close(figure)
+        with io.BytesIO() as drawn:
+            figure.savefig(drawn, format="png", facecolor=colours.ground)
+            pyplot.close(figure)
+            # A palette: a third of the bytes, at each change of the figures.
+            small = Image.open(drawn).convert("RGB").quantize(48)
+            small.save(folder / f"peers-{theme}.png", optimize=True)
 
 
 def _draw(run: Run, colours: Colours, pyplot: Any) -> Any:

@@ -29,7 +29,9 @@ class Peer:
 
 
 OURS: Final = Peer("asyncmq-nats", "ours.py", "nats")
-RAW: Final = Peer("nats-py by hand", "raw_nats.py", "nats", note="no queue: the least it costs")
+RAW: Final = Peer(
+    "nats-py by hand", "raw_nats.py", "nats", note="not a queue: the least that JetStream costs"
+)
 PEERS: Final = (
     OURS,
     Peer("AsyncMQ", "asyncmq_redis.py", "redis", ("asyncmq==0.10.1",)),
@@ -41,7 +43,13 @@ PEERS: Final = (
         ("arq==0.28.0",),
         note="takes jobs twice a second, and no more than run at a time",
     ),
-    Peer("Celery", "celery_redis.py", "redis", ("celery[redis]==5.7.0",), note="threads"),
+    Peer(
+        "Celery",
+        "celery_redis.py",
+        "redis",
+        ("celery[redis]==5.7.0",),
+        note="its pool of threads; the others are processes, or need gevent or eventlet",
+    ),
     Peer("BullMQ", "bullmq_redis.mjs", "redis", ("bullmq@6.7.0", "ioredis@5")),
     Peer(
         "taskiq-nats",
