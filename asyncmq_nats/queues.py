@@ -1147,6 +1147,7 @@ class Queue:
         target: "Queue",
         where: JobFilter | None = None,
         *,
+        dry_run: bool = False,
         progress: Progress | None = None,
     ) -> Moved:
         """Move jobs to another queue, on this or on another server.
@@ -1160,6 +1161,7 @@ class Queue:
         Args:
             target: the other queue.
             where: which jobs; by default all that can be moved.
+            dry_run: only count the jobs, of which some may have to stay.
             progress: called now and then with the number of jobs so far.
 
         Raises:
@@ -1175,6 +1177,9 @@ class Queue:
             raise InvalidArgument(
                 f"only jobs that are {', '.join(MOVABLE_STATES)} can be moved", fixed[0]
             )
+        pages = self._pages_of(wanted, states, descending=False)
+        if dry_run:
+            return Moved(sum([len(page) async for page in pages]), 0)
         waiting = (await self.queue_stats())[State.WAITING] if State.WAITING in states else 0
         if waiting and not await self.is_paused():
             raise QueueNotPaused(self.name, "moved")
@@ -1182,7 +1187,7 @@ class Queue:
         held = JobFilter(state=State.DELAYED)
         mover = Mover(self._side(), target._side())
         return await mover.move(
-            self._pages_of(wanted, states, descending=False),
+            pages,
             target._pages_of(held, held.states, descending=False),
             progress or (lambda _: None),
         )

@@ -1,6 +1,7 @@
 """`job`: find jobs, look at them, add, run, retry, cancel, change them."""
 
 import logging
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
@@ -9,7 +10,14 @@ from typing import Annotated, Any, Final
 
 import typer
 
-from asyncmq_nats import InMemoryBackend, JobFailed, JobNotFound, Queue
+from asyncmq_nats import (
+    InMemoryBackend,
+    JobFailed,
+    JobFilter,
+    JobNotFound,
+    Queue,
+    State,
+)
 from asyncmq_nats._concurrency import open_task_group
 from asyncmq_nats.cli.command import (
     AsJson,
@@ -23,12 +31,13 @@ from asyncmq_nats.cli.command import (
     shows_tracebacks,
 )
 from asyncmq_nats.cli.many import Safeguards, act_on_many
-from asyncmq_nats.cli.output import duration, instant, number, plain_json
+from asyncmq_nats.cli.output import duration, instant, moment, number, plain_json
 from asyncmq_nats.cli.values import (
     Arguments,
     ArgumentsAsJson,
     ChosenDelayed,
     ChosenJobs,
+    ChosenToEdit,
     Keywords,
     MatchingJobs,
     parse_duration,
@@ -38,7 +47,8 @@ from asyncmq_nats.cli.values import (
     parse_value,
     select,
 )
-from asyncmq_nats.workers import autodiscover_tasks
+from asyncmq_nats.exceptions import WrongState
+from asyncmq_nats.workers import autodiscover_tasks, list_workers
 
 __all__ = ["group"]
 
@@ -47,6 +57,8 @@ group = make_group("job", "Jobs: find them, look at them, add, retry, cancel, ch
 SHOWN_JOBS: Final = 50
 SHOWN_ERROR: Final = 100
 """Characters of an error in a list."""
+
+NOT_STARTED: Final = (State.WAITING, State.DELAYED, State.WAITING_CHILDREN)
 
 JobId = Annotated[str, typer.Argument(metavar="ID", help="Id of the job.")]
 
@@ -118,7 +130,11 @@ async def show(session: Session, queue: QueueName, job_id: JobId, as_json: AsJso
     if as_json:
         session.output.json(job)
         return
-    session.output.fields(_fields(job))
+    runs_on = ""
+    if job["status"] == State.ACTIVE:
+        workers = await list_workers(session.backend, queue)
+        runs_on = ", ".join(each.id for each in workers if job_id in each.running)
+    session.output.fields(_fields(job, runs_on))
     for failure in job["errors"]:
         at = instant(failure.get("at"))
         session.output.line("")
@@ -129,7 +145,7 @@ async def show(session: Session, queue: QueueName, job_id: JobId, as_json: AsJso
         session.output.text(job["error_traceback"])
 
 
-def _fields(job: dict[str, Any]) -> dict[str, str]:
+def _fields(job: dict[str, Any], runs_on: str) -> dict[str, str]:
     times = {
         "created": job["created_at"],
         "runs at": _due(job),
@@ -144,7 +160,7 @@ def _fields(job: dict[str, Any]) -> dict[str, str]:
         "kwargs": plain_json(job["kwargs"]),
         "priority": str(job["priority"]),
         "attempts": f"{_attempts(job)} of at most {job['max_retries'] + 1}",
-        "worker": job["worker"] or "",
+        "worker": runs_on or job["worker"] or "",
         "stalls": str(job["stalls"] or ""),
         "depends on": ", ".join(job["depends_on"]),
         "progress": plain_json(job["progress"]) if job.get("progress") is not None else "",
@@ -386,6 +402,7 @@ async def reschedule(
         selection,
         partial(jobs.reschedule, run_at=run_at),
         verbs=("reschedule", "rescheduled"),
+        again=f"amq job reschedule {queue} --at {moment(run_at)}",
         **safeguards,
     )
 
@@ -394,24 +411,66 @@ async def reschedule(
 async def edit(
     session: Session,
     queue: QueueName,
-    job_id: JobId,
+    which: ChosenToEdit,
+    safeguards: Safeguards,
     args: ArgumentsAsJson = None,
     kwargs: Annotated[
         str | None, typer.Option("--kwargs", metavar="JSON", help="An object: all by name.")
     ] = None,
     kwarg: Keywords = None,
 ) -> None:
-    """Change the arguments of a job that has not started.
+    """Change the arguments of jobs that have not started.
 
-    One that waits to be run can be changed while the queue is paused. `--kwarg` changes one
+    Those that wait to be run can be changed while the queue is paused. `--kwarg` changes one
     argument by name, `--kwargs` replaces all.
     """
-    job = await _find(session, queue, job_id)
+    jobs = await require_queue(session, queue)
     new_args, new_kwargs = parse_json(args, "--args", list), parse_json(kwargs, "--kwargs", dict)
-    if kwarg:
-        kept = job["kwargs"] if new_kwargs is None else new_kwargs
-        new_kwargs = kept | (parse_keywords(kwarg) or {})
-    if new_args is None and new_kwargs is None:
+    changed = parse_keywords(kwarg)
+    if new_args is None and new_kwargs is None and changed is None:
         raise CommandFailed("say what to change: --args, --kwargs or --kwarg")
-    await session.queue(queue).edit(job_id, args=new_args, kwargs=new_kwargs)
-    session.output.line("edited 1 of 1 jobs")
+    selection = select(session.backend.now(), **which)
+    if selection.where is not None:
+        selection = replace(selection, where=_not_started(selection.where))
+    refusals: list[str] = []
+
+    async def edit_one(job_id: str) -> bool:
+        job = await _find(session, queue, job_id)
+        kept = job["kwargs"] if new_kwargs is None else new_kwargs
+        by_name = new_kwargs if changed is None else kept | changed
+        await jobs.edit(job_id, args=new_args, kwargs=by_name)
+        return True
+
+    async def try_to_edit(job_id: str) -> bool:
+        try:
+            return await edit_one(job_id)
+        except (JobNotFound, WrongState) as refusal:
+            refusals.append(str(refusal))
+            return False
+
+    alone = len(selection.ids) == 1
+    given = {"--args": args, "--kwargs": kwargs}
+    words = [word for name, text in given.items() if text is not None for word in (name, text)]
+    words += [word for pair in kwarg or () for word in ("--kwarg", pair)]
+    try:
+        await act_on_many(
+            session,
+            jobs,
+            selection,
+            edit_one if alone else try_to_edit,
+            verbs=("edit", "edited"),
+            again=f"amq job edit {queue} {shlex.join(words)}",
+            **safeguards,
+        )
+    finally:
+        if refusals:
+            session.output.note(f"not edited, such as this one: {refusals[0]}")
+
+
+def _not_started(where: JobFilter) -> JobFilter:
+    """Return the filter, without a state those of jobs that have not started."""
+    if where.state is None:
+        return replace(where, state=NOT_STARTED)
+    if useless := [state for state in where.states if state not in NOT_STARTED]:
+        raise CommandFailed(f"edit is for jobs that are {', '.join(NOT_STARTED)}, not {useless[0]}")
+    return where

@@ -3,14 +3,13 @@
 import shlex
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
-from datetime import UTC, datetime
 from typing import Annotated, Any
 
 import typer
 
 from asyncmq_nats import Queue
 from asyncmq_nats.cli.command import CommandFailed, DryRun, Force, Options, Session, confirm
-from asyncmq_nats.cli.output import number
+from asyncmq_nats.cli.output import count_jobs, moment, number
 from asyncmq_nats.cli.values import Selection
 
 __all__ = ["Safeguards", "act_on_many", "run_with_progress"]
@@ -44,7 +43,7 @@ async def act_on_many(
         force: do not ask.
         dry_run: only tell the count.
         limit: how many jobs at most.
-        again: the command that goes on after an interruption, without its filter.
+        again: the command that goes on after an interruption, without its filter and limit.
 
     Raises:
         CommandFailed: the answer was no; or of the ids that were given, some were not acted on.
@@ -56,11 +55,12 @@ async def act_on_many(
     # Jobs that reach the state after this count are left alone.
     counted = await queue.apply(selection.where, action, dry_run=True, limit=limit)
     if dry_run or not counted.matched:
-        session.output.line(f"{number(counted.matched)} jobs match; nothing was done")
+        match = "matches" if counted.matched == 1 else "match"
+        session.output.line(f"{count_jobs(counted.matched)} {match}; nothing was done")
         return
-    confirm(f"{act} {number(counted.matched)} jobs of queue {queue.name}?", force=force)
+    confirm(f"{act} {count_jobs(counted.matched)} of queue {queue.name}?", force=force)
     where = replace(selection.where, until=counted.until)
-    done: list[int] = [0]
+    done = [0]
 
     def note(count: int) -> None:
         done[0] = count
@@ -72,22 +72,21 @@ async def act_on_many(
             result = await queue.apply(where, action, limit=limit, progress=note)
     except BaseException:  # interrupted, or the connection is lost: told, and raised again
         if again:
-            _tell_how_to_go_on(session, selection, counted.until, done[0], counted.matched, again)
+            left = [] if limit is None else ["--limit", str(limit - done[0])]
+            if limit != done[0]:
+                again = f"{again} {shlex.join([*_words_until(selection, counted.until), *left])}"
+                of = count_jobs(counted.matched)
+                session.output.note(f"stopped after {number(done[0])} of {of}; to go on: {again}")
         raise
     session.count = result.done
-    session.output.line(f"{acted} {number(result.done)} of {number(result.matched)} jobs")
+    session.output.line(f"{acted} {number(result.done)} of {count_jobs(result.matched)}")
 
 
-def _tell_how_to_go_on(
-    session: Session, selection: Selection, until: float | None, done: int, of: int, again: str
-) -> None:
-    words = [*selection.words]
-    if until is not None:
-        moment = datetime.fromtimestamp(until, UTC).isoformat().replace("+00:00", "Z")
-        words = [word for word in words if word != "--all"] + ["--until", moment]
-    session.output.note(
-        f"stopped after {number(done)} of {number(of)} jobs; to go on: {again} {shlex.join(words)}"
-    )
+def _words_until(selection: Selection, until: float | None) -> list[str]:
+    """Return the options of a filter, and the time before which its jobs reached their state."""
+    if until is None:
+        return list(selection.words)
+    return [word for word in selection.words if word != "--all"] + ["--until", moment(until)]
 
 
 async def _act_on_ids(
@@ -100,11 +99,11 @@ async def _act_on_ids(
     dry_run: bool,
 ) -> None:
     if dry_run:
-        session.output.line(f"would {verbs[0]} {number(len(set(selection.ids)))} jobs")
+        session.output.line(f"would {verbs[0]} {count_jobs(len(set(selection.ids)))}")
         return
     result = await queue.apply(selection.ids, action)
     session.count = result.done
-    text = f"{verbs[1]} {number(result.done)} of {number(result.matched)} jobs"
+    text = f"{verbs[1]} {number(result.done)} of {count_jobs(result.matched)}"
     if result.done < result.matched:
         raise CommandFailed(
             f"{text}: the others are not there, or in a state in which they cannot be {verbs[1]}"

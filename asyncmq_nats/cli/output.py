@@ -19,9 +19,11 @@ from asyncmq_nats._logging import escape_controls
 
 __all__ = [
     "Output",
+    "count_jobs",
     "duration",
     "instant",
     "interval",
+    "moment",
     "number",
     "plain_json",
     "size",
@@ -42,6 +44,11 @@ STYLES: Final = {
 def number(value: float) -> str:
     """Return a number with its thousands apart."""
     return f"{value:,}" if isinstance(value, int) else f"{value:,.1f}"
+
+
+def count_jobs(count: int) -> str:
+    """Return a number of jobs: `1 job`, `20,000 jobs`."""
+    return f"{number(count)} job{'' if count == 1 else 's'}"
 
 
 def duration(seconds: float | None) -> str:
@@ -82,6 +89,14 @@ def instant(time: float | None) -> str:
         return "-"
     try:
         return datetime.fromtimestamp(time, UTC).strftime("%Y-%m-%d %H:%M:%S")
+    except (OverflowError, OSError, ValueError):
+        return f"{time:.0f}"
+
+
+def moment(time: float) -> str:
+    """Return a time as UTC to the microsecond, as it may be typed: `2026-01-31T12:00:00.25Z`."""
+    try:
+        return datetime.fromtimestamp(time, UTC).isoformat().replace("+00:00", "Z")
     except (OverflowError, OSError, ValueError):
         return f"{time:.0f}"
 
@@ -141,8 +156,7 @@ class Output:
 
         A column whose name begins with `#` has numbers, and is set to the right.
         """
-        table = make_table(columns, rows)
-        self.console.print(table)
+        self._print_table(make_table(columns, rows))
 
     def fields(self, values: Mapping[str, str]) -> None:
         """Print names and values below each other."""
@@ -151,7 +165,17 @@ class Output:
         table.add_column(overflow="fold")
         for name, value in values.items():
             table.add_row(Text(name), _cell(value))
-        self.console.print(table)
+        self._print_table(table)
+
+    def _print_table(self, table: Table) -> None:
+        """Print a table; without the blanks at the ends of its lines where a program reads it."""
+        if self.console.is_terminal:
+            self.console.print(table)
+            return
+        with self.console.capture() as captured:
+            self.console.print(table)
+        lines = captured.get().removesuffix("\n").split("\n")
+        self.raw("\n".join(line.rstrip(" ") for line in lines))
 
     # -- beside the results
 

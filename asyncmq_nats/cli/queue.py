@@ -27,7 +27,15 @@ from asyncmq_nats.cli.command import (
     require_queue,
 )
 from asyncmq_nats.cli.many import run_with_progress
-from asyncmq_nats.cli.output import duration, instant, make_table, number, plain_json, size
+from asyncmq_nats.cli.output import (
+    count_jobs,
+    duration,
+    instant,
+    make_table,
+    number,
+    plain_json,
+    size,
+)
 from asyncmq_nats.cli.values import JobsToMove, parse_duration, parse_future, select
 from asyncmq_nats.states import JOB_STATES, OUTCOMES
 
@@ -209,9 +217,9 @@ async def drain(
     counts = await jobs.queue_stats()
     total = counts["waiting"] + (counts["delayed"] if include_delayed else 0)
     if dry_run:
-        session.output.line(f"would remove {number(total)} jobs")
+        session.output.line(f"would remove {count_jobs(total)}")
         return
-    confirm(f"remove {number(total)} jobs of queue {queue}?", force=force)
+    confirm(f"remove {count_jobs(total)} of queue {queue}?", force=force)
     removed = await run_with_progress(
         session,
         "removed",
@@ -219,7 +227,7 @@ async def drain(
         lambda move: jobs.drain(include_delayed, progress=move),
     )
     session.count = len(removed)
-    session.output.line(f"removed {number(len(removed))} jobs")
+    session.output.line(f"removed {count_jobs(len(removed))}")
 
 
 @command(group, "clean", audited=True)
@@ -243,10 +251,10 @@ async def clean(
         counted = await jobs.apply(
             JobFilter(state=state, until=before), "remove", dry_run=True, limit=limit or None
         )
-        session.output.line(f"would remove {number(counted.matched)} jobs")
+        session.output.line(f"would remove {count_jobs(counted.matched)}")
         return
     most = min(total, limit or total)
-    confirm(f"remove up to {number(most)} {state} jobs of queue {queue}?", force=force)
+    confirm(f"remove up to {count_jobs(most)} ({state}) of queue {queue}?", force=force)
     removed = await run_with_progress(
         session,
         "removed",
@@ -254,7 +262,7 @@ async def clean(
         lambda move: jobs.clean_jobs(seconds, limit, state, progress=move),
     )
     session.count = len(removed)
-    session.output.line(f"removed {number(len(removed))} jobs")
+    session.output.line(f"removed {count_jobs(len(removed))}")
 
 
 @command(group, "obliterate", audited=True)
@@ -270,14 +278,14 @@ async def obliterate(
     jobs = await require_queue(session, queue)
     total = sum((await jobs.queue_stats()).values())
     schedules = len(await jobs.list_repeatables())
-    what = f"{number(total)} jobs and {number(schedules)} schedules"
+    what = f"{count_jobs(total)} and {number(schedules)} schedule{'' if schedules == 1 else 's'}"
     if dry_run:
         session.output.line(f"would remove {what}")
         return
     confirm(f"remove all of queue {queue}, {what}?", force=force)
     removed = await jobs.obliterate(force=force)
     session.count = len(removed)
-    session.output.line(f"removed {number(len(removed))} jobs and all else of queue {queue}")
+    session.output.line(f"removed {count_jobs(len(removed))} and all else of queue {queue}")
 
 
 # -- move, save, restore
@@ -294,25 +302,30 @@ async def move(
         typer.Option("--to-server", metavar="URL", help="The server of the other queue."),
     ] = None,
     force: Force = False,
+    dry_run: DryRun = False,
 ) -> None:
     """Move jobs to another queue; each runs here or there, never in both.
 
-    The queue is paused meanwhile, and goes on afterwards unless it was paused before. Jobs that
-    run, and those of flows, stay.
+    The queue is paused meanwhile, and goes on afterwards unless it was paused before: after a kill,
+    do it again, and resume it. Jobs that run, and those of flows, stay.
     """
     jobs = await require_queue(session, queue)
     chosen = select(session.backend.now(), **which)
     assert chosen.where is not None
-    confirm(f"move jobs of queue {queue} to {target}?", force=force)
     other = session if to_server is None else session.elsewhere(to_server)
     was_paused = await jobs.is_paused()
+    counted = await jobs.move(other.queue(target), chosen.where, dry_run=True)
+    if dry_run:
+        session.output.line(f"would move up to {count_jobs(counted.matched)}")
+        return
+    text = f"move up to {count_jobs(counted.matched)} of queue {queue} to {target}?"
+    confirm(text, force=force)
     try:
         await jobs.pause()
-        total = sum((await jobs.queue_stats()).values())
         result = await run_with_progress(
             session,
             "moved",
-            total,
+            counted.matched,
             lambda told: jobs.move(other.queue(target), chosen.where, progress=told),
         )
     finally:
@@ -322,7 +335,7 @@ async def move(
             if other is not session:
                 await other.close()
     session.count = result.moved
-    session.output.line(f"moved {number(result.moved)} of {number(result.matched)} jobs")
+    session.output.line(f"moved {number(result.moved)} of {count_jobs(result.matched)}")
 
 
 @command(group, "export")
@@ -343,7 +356,7 @@ async def export(
         async for line in jobs.export():
             to.write(f"{plain_json(line)}\n")
             count += "job" in line
-    session.output.note(f"saved {number(count)} jobs")
+    session.output.note(f"saved {count_jobs(count)}")
 
 
 @command(group, "import", audited=True)
@@ -359,9 +372,9 @@ async def restore(
     with _opened(file, "r") as lines:
         given = (_parse_line(line, at) for at, line in enumerate(lines, 1) if line.strip())
         result = await session.queue(queue).import_jobs(given)
-    session.output.line(
-        f"added {number(result.added)} jobs; {number(result.existing)} were there already"
-    )
+    were = "was" if result.existing == 1 else "were"
+    text = f"added {count_jobs(result.added)}; {number(result.existing)} {were} there already"
+    session.output.line(text)
 
 
 def _opened(file: Path | None, mode: str) -> AbstractContextManager[Any]:

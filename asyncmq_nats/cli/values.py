@@ -11,6 +11,7 @@ from pydantic_core import from_json
 
 from asyncmq_nats import JobFilter, State
 from asyncmq_nats.cli.command import CommandFailed, Options
+from asyncmq_nats.cli.output import moment
 from asyncmq_nats.schedules import parse_every
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "ArgumentsAsJson",
     "ChosenDelayed",
     "ChosenJobs",
+    "ChosenToEdit",
     "JobsToMove",
     "Keywords",
     "MatchingJobs",
@@ -197,6 +199,18 @@ ChosenJobs = Annotated[
         everything=AllJobs,
     ),
 ]
+ChosenToEdit = Annotated[
+    dict[str, Any],
+    Options(
+        ids=JobIds,
+        state=States,
+        task=OfTask,
+        search=Text,
+        since=Since,
+        until=Until,
+        everything=AllJobs,
+    ),
+]
 ChosenDelayed = Annotated[
     dict[str, Any],
     Options(ids=JobIds, task=OfTask, search=Text, since=Since, until=Until, everything=AllJobs),
@@ -215,7 +229,7 @@ class Selection:
     ids: tuple[str, ...] = ()
     where: JobFilter | None = None
     words: tuple[str, ...] = ()
-    """The filter options as they were typed, without `--until`."""
+    """The filter options as they may be typed again, without `--until`."""
 
 
 def select(
@@ -236,7 +250,13 @@ def select(
         CommandFailed: neither ids nor a filter are given, or both.
         InvalidArgument: there is no such state.
     """
-    given = {"--task": task, "--search": search, "--since": since, "--worker": worker}
+    start = None if since is None else parse_past(since, now)
+    given = {
+        "--task": task,
+        "--search": search,
+        "--since": None if start is None else moment(start),  # `2h` is another time later
+        "--worker": worker,
+    }
     words = [word for each in state or () for word in ("--state", each)]
     words += [word for name, value in given.items() if value is not None for word in (name, value)]
     found = tuple(_read_ids(ids))
@@ -251,7 +271,7 @@ def select(
         state=state or None,
         task=task,
         text=search,
-        since=None if since is None else parse_past(since, now),
+        since=start,
         until=None if until is None else parse_past(until, now),
         worker=worker,
     )

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
 
+from anyio import CancelScope
+
 from asyncmq_nats.states import OUTCOMES, State
 from asyncmq_nats.store.many import for_each
 from asyncmq_nats.store.search import Found
@@ -63,11 +65,12 @@ class _Tally:
 
     async def act(self, act: Act, job_ids: Sequence[str]) -> None:
         async def act_on(job_id: str) -> None:
-            was_done = await act(job_id)  # first: `+=` reads its left side before it awaits
-            self.done += was_done
+            with CancelScope(shield=True):  # so that an interruption is told the exact number
+                was_done = await act(job_id)  # first: `+=` reads its left side before it awaits
+                self.done += was_done
+                self.count(1)
 
         await for_each(act_on, job_ids, limit=ACTIONS_UNDER_WAY)
-        self.count(len(job_ids))
 
     async def act_on_found(
         self, found: Sequence[Found], act_on_many: ActOnFound | None, act: Act
@@ -130,6 +133,8 @@ async def apply_to_matches(
 async def _remove(cleanup: Cleanup, found: Sequence[Found], tally: _Tally) -> None:
     tally.wide |= any(each.job.wide for each in found)
     if found:  # a page is of one source
-        removed = await cleanup.remove_records(found[0].source, [each.record for each in found])
-        tally.done += len(removed)
-        tally.count(len(found))
+        records = [each.record for each in found]
+        with CancelScope(shield=True):
+            removed = await cleanup.remove_records(found[0].source, records)
+            tally.done += len(removed)
+            tally.count(len(found))

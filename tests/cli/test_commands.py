@@ -184,6 +184,11 @@ async def test_a_queue_is_saved_moved_and_restored(
     assert again.out == "added 0 jobs; 6 were there already\n"
     (tmp_path / "junk").write_text("{}\n\n{")
     assert "must have a state" in await amq.fails(f"queue import copy {tmp_path / 'junk'}")
+    would = await amq.ok("queue move mail post --all --dry-run")
+    assert would.out == "would move up to 6 jobs\n"
+    assert "move up to 6 jobs of queue mail to post?" in await amq.fails(
+        "queue move mail post --all"
+    )
     assert (await amq.ok("queue move mail post --all --force")).out == "moved 6 of 6 jobs\n"
     assert not await queue.is_paused()
     await only(make_queue(nats_backend, "post"), waiting=5, failed=1)
@@ -199,6 +204,52 @@ async def test_a_list_says_when_delayed_jobs_run(amq: Amq, nats_backend: NATSBac
     assert "runs at" in header
     assert "2100-01-31 12:00:00" in delayed
     assert "2100" not in waiting
+
+
+async def test_some_of_many_jobs_cannot_be_edited(amq: Amq, nats_backend: NATSBackend) -> None:
+    queue = make_queue(nats_backend, "mail", echo=echo)
+    waits = await queue.add("echo")
+    await queue.add("echo", job_id="delayed", delay=1000)
+    result = await amq.ok("job edit mail --all -k value=1 --force")
+    assert result.out == "edited 1 of 2 jobs\n"
+    assert "pause the queue first" in result.err
+    assert "edited 1 of 2 jobs" in (await amq(f"job edit mail {waits} delayed -k value=2")).err
+    assert "pause the queue first" in await amq.fails(f"job edit mail {waits} -k value=2")
+    await queue.pause()
+    assert (await amq.ok("job edit mail --all -k value=3 --force")).out == "edited 2 of 2 jobs\n"
+
+
+async def test_one_job_is_one_job(amq: Amq, nats_backend: NATSBackend) -> None:
+    queue = make_queue(nats_backend, "mail")
+    await queue.add("t", delay=1000)
+    assert (await amq.ok("job cancel mail --all --dry-run")).out.startswith("1 job matches;")
+    assert "cancel 1 job of queue mail?" in await amq.fails("job cancel mail --all")
+    assert (await amq.ok("job cancel mail --all -f")).out == "cancelled 1 of 1 job\n"
+
+
+async def test_a_job_that_runs_is_shown_with_its_worker(
+    amq: Amq, nats_backend: NATSBackend
+) -> None:
+    release = anyio.Event()
+    queue = make_queue(nats_backend, "mail", wait=release.wait)
+    async with running(queue) as worker:
+        job_id = await queue.add("wait")
+
+        async def shown() -> str:
+            return (await amq.ok(f"job info mail {job_id}")).out
+
+        await until(shown, lambda text: f"worker    {worker.id}" in text)
+        release.set()
+
+
+async def test_lines_of_tables_have_no_blanks_at_their_ends(
+    amq: Amq, nats_backend: NATSBackend
+) -> None:
+    queue = make_queue(nats_backend, "mail")
+    await queue.add_bulk([{"task_id": "t"}, {"task_id": "t", "delay": 1000}])
+    for line in ("queue ls", "queue info mail", "queue stats mail", "job ls mail", "config show"):
+        for shown in (await amq.ok(line)).lines:
+            assert shown == shown.rstrip(), line
 
 
 async def test_what_destroys_asks_first(amq: Amq, nats_backend: NATSBackend) -> None:
@@ -277,6 +328,16 @@ async def test_delayed_jobs_are_promoted_moved_in_time_and_edited(
     await amq.ok("job edit mail two --args '[]' -k value=20")
     assert "must be a JSON list" in await amq.fails("job edit mail one --args 5")
     assert "say what to change" in await amq.fails("job edit mail one")
+    assert (await amq.ok("job edit mail --task echo -k more=1 --dry-run")).out.startswith("2 jobs")
+    assert (await amq.ok("job edit mail --all -k n=1 -f")).out == "edited 2 of 2 jobs\n"
+    edited = [(await queue.get_job(job_id) or {})["kwargs"] for job_id in ("one", "two")]
+    assert edited == [{"n": 1}, {"value": 20, "n": 1}]
+    await amq.ok("job edit mail --search '*' --state delayed --kwargs '{}' -f")
+    await amq.ok("job edit mail one two --kwargs '{}'")
+    await amq.ok("job edit mail two -k value=20")
+    assert "edit is for jobs that are waiting" in await amq.fails(
+        "job edit mail --state failed -k a=1"
+    )
     await amq.ok("job reschedule mail one --at 2h")
     (first,) = [each for each in await queue.list_delayed() if each.job_id == "one"]
     assert first.run_at == pytest.approx(nats_backend.now() + 7200, abs=PATIENCE)
@@ -480,6 +541,7 @@ async def test_an_interrupted_command_says_how_to_go_on(
     await queue.add_bulk([{"task_id": "fail", "args": [n]} for n in range(1500)])
     await run_jobs(queue)
     line = [sys.executable, "-m", "asyncmq_nats", "job", "retry", "mail", "--task", "fail", "-f"]
+    line += ["--since", "1h", "--limit", "1400"]
     async with await anyio.open_process([*line, "-s", server.url]) as process:
 
         async def failed() -> int:
@@ -494,11 +556,12 @@ async def test_an_interrupted_command_says_how_to_go_on(
     assert process.returncode == 130
     found = re.search(r"to go on: amq (.*)", told)
     assert found, told
+    assert "--since 1h" not in told  # it would be another hour
     code = await anyio.to_thread.run_sync(
         run, [*found[1].split(), "--force", "--server", server.url]
     )
     assert code == 0
-    await only(queue, waiting=1500)
+    await only(queue, waiting=1400, failed=100)
 
 
 # -- documents
