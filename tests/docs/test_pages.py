@@ -31,8 +31,7 @@ OF_OTHER_ROOMS: Final = {
 """Pages with tests of their own, in the folders of their subjects."""
 NOT_RUN: Final = {
     ("docs/protocol.md", "sh"): "needs the program `nats`",
-    ("docs/protocol.md", "go"): "needs Go; the same publish is run in Python",
-    ("docs/protocol.md", "ts"): "needs packages of npm; the same publish is run in Python",
+    ("docs/protocol.md", "go"): "part of a program: tests/languages/test_go.py",
     ("docs/releasing.md", "sh"): "publishes a release",
     ("README.md", "sh"): "installs; its programs are run by test_examples.py and test_compose.py",
     ("CONTRIBUTING.md", "sh"): "clones the repository",
