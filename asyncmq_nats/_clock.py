@@ -13,9 +13,9 @@ from typing import Protocol
 import anyio
 import anyio.lowlevel
 
-__all__ = ["PAUSES", "SYSTEM_CLOCK", "Cancellable", "Clock", "SystemClock", "brief_pause"]
+__all__ = ["ACTIVE_PAUSES", "SYSTEM_CLOCK", "Cancellable", "Clock", "SystemClock", "brief_pause"]
 
-PAUSES: set[object] = set()
+ACTIVE_PAUSES: set[object] = set()
 """The short pauses in real time that are under way in this process: see `brief_pause`."""
 
 
@@ -80,8 +80,8 @@ async def brief_pause(seconds: float) -> None:
         await anyio.lowlevel.checkpoint()
         return
     this = object()
-    PAUSES.add(this)
+    ACTIVE_PAUSES.add(this)
     try:
         await anyio.sleep(seconds)
     finally:
-        PAUSES.discard(this)
+        ACTIVE_PAUSES.discard(this)

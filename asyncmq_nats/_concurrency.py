@@ -196,7 +196,7 @@ def unwrap_single_error() -> Iterator[None]:
         for error in errors:
             if (said := (type(error), str(error))) not in told:
                 told.add(said)
-                logger.warning("beside %r: %r", chosen, error)
+                logger.warning("error %r, raised together with: %r", chosen, error)
         raise chosen from chosen.__cause__
 
 

@@ -36,7 +36,7 @@ SIGNATURE: Final = "X-Asyncmq-Signature"
 TIMESTAMP: Final = "X-Asyncmq-Timestamp"
 ANSWER_TIMEOUT: Final = 10.0
 """Seconds that the address of a webhook may take to answer."""
-TOLERANCE: Final = 300.0
+CLOCK_TOLERANCE: Final = 300.0
 """Seconds by which the time of a signature may differ from the receiver's."""
 
 
@@ -192,7 +192,7 @@ async def _tell(hook: AlertHook, alert: Alert) -> None:
     try:
         await call_either(hook, alert)
     except Exception:
-        logger.exception("the hook %r failed; what it was to tell: %s", hook, alert.message)
+        logger.exception("alert hook %r failed on the alert: %s", hook, alert.message)
 
 
 class Webhook:
@@ -277,7 +277,7 @@ def verify_signature(
     body: bytes,
     *,
     now: float | None = None,
-    tolerance: float = TOLERANCE,
+    tolerance: float = CLOCK_TOLERANCE,
 ) -> bool:
     """Return whether a webhook was signed with this secret, and lately: for who receives it.
 

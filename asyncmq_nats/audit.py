@@ -49,7 +49,7 @@ class AuditEntry:
     id: str = ""
 
 
-WRITTEN: Final = ("who", "action", "queue", "target", "count", "details")
+STORED_FIELDS: Final = ("who", "action", "queue", "target", "count", "details")
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +78,7 @@ async def record_action(backend: Backend, entry: AuditEntry) -> bool:
         NotSerializable: the details are not JSON.
     """
     log, key = audit_bucket(backend.settings.prefix)
-    fields = {name: getattr(entry, name) for name in WRITTEN}
+    fields = {name: getattr(entry, name) for name in STORED_FIELDS}
     body = dump_json({"v": 1} | fields, "the details")
     subject = f"{key}{encode_token(entry.queue or '-')}.{new_job_id()}"
     write = Write(subject, body, ttl=backend.settings.audit_ttl)
@@ -90,7 +90,13 @@ async def record_action(backend: Backend, entry: AuditEntry) -> bool:
             await backend.write(log, write)
     except AsyncMQError as error:
         what = entry.target or entry.queue
-        logger.warning("not recorded: %s did %s to %r: %s", entry.who, entry.action, what, error)
+        logger.warning(
+            "audit log: could not record that %s did %s to %r: %s",
+            entry.who,
+            entry.action,
+            what,
+            error,
+        )
         return False
     return True
 

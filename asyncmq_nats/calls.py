@@ -19,9 +19,9 @@ NOT_IN_FOLLOW_UPS: Final = ("job_id", "deduplication", "repeat_every")
 class Call(Generic[R_co]):
     """A call of a task that is not added yet.
 
-    `send.call("ada@…")`, `send.options(delay=5).call("ada@…")`. `Queue.add_call`, `Queue.add_bulk`,
-    `FlowProducer.add_flow` and `current_job().add` take it, as often as you like. Its arguments are
-    plain data already, checked when it was made.
+    It is made by `send.call("ada@…")` or `send.options(delay=5).call("ada@…")`. `Queue.add_call`,
+    `Queue.add_bulk`, `FlowProducer.add_flow` and `current_job().add` take it, as often as you like.
+    Its arguments are plain data already, checked when it was made.
     """
 
     task_id: str
@@ -49,7 +49,7 @@ class Call(Generic[R_co]):
         return fields
 
     def require_queue(self, name: str) -> None:
-        """See that it is for this queue.
+        """Check that the call is for this queue.
 
         Raises:
             InvalidArgument: it is for another one, whose workers know its task.

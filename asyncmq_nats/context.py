@@ -1,4 +1,4 @@
-"""What a task can know of the job it runs for: `current_job()`."""
+"""`current_job()`: the job that a task runs for."""
 
 from collections.abc import Generator, Mapping, Sequence
 from contextvars import Context, ContextVar, copy_context
@@ -37,23 +37,23 @@ class JobLogLine:
 
 
 class JobServices(Protocol):
-    """What a worker does for the tasks that it runs."""
+    """The services of a worker for the tasks that it runs."""
 
     def now(self) -> float:
         """Return the server's time."""
 
     def report_progress(self, job: Job, progress: float, data: Any) -> None:
-        """Store how far a job is. Called from any thread; must not block."""
+        """Store the progress of a job. It is called from any thread and must not block."""
 
     def keep_line(self, job_id: str, line: "JobLogLine") -> None:
-        """Keep a line with a job. Called from any thread; must not block."""
+        """Keep a line with a job. It is called from any thread and must not block."""
 
     async def results_of_parents(self, job: Job) -> dict[str, Any]:
         """Return the results of the jobs that a job depends on, by id."""
 
 
 class JobSource(Protocol):
-    """What has the job."""
+    """A holder of the job."""
 
     @property
     def job(self) -> Job:
@@ -61,7 +61,7 @@ class JobSource(Protocol):
 
     @property
     def head(self) -> JobHead | Job:
-        """What is known of it before all of it is read."""
+        """The head of the job, known before all of it is read."""
 
 
 @dataclass(slots=True)
@@ -83,7 +83,7 @@ class JobContext:
     worker: str = ""
     """The id of the worker that runs it."""
     state: Any = field(default=None, repr=False)
-    """What the worker's lifespan yielded; see `Queue(lifespan=…)`."""
+    """The value that the worker's lifespan yielded; see `Queue(lifespan=…)`."""
     _write: WriteArguments = field(default=write_plainly, repr=False)
     origins: list[Context] | None = field(default=None, repr=False)
     """The context of each call of `add`, for the middleware; `None` if there is none."""
@@ -112,7 +112,7 @@ class JobContext:
 
     @property
     def meta(self) -> Mapping[str, str]:
-        """What was sent along with the job, such as the id of a request or of a trace."""
+        """The strings sent with the job, such as the id of a request or of a trace."""
         meta = self._source.head.meta
         if not isinstance(meta, dict):  # none, or what another program wrote
             return {}
@@ -120,7 +120,10 @@ class JobContext:
 
     @property
     def notes(self) -> dict[str, Any]:
-        """What a middleware keeps from the start of the run to its end. Stored nowhere."""
+        """Values that a middleware keeps from the start of the run to its end.
+
+        They are not stored.
+        """
         if self._notes is None:
             self._notes = {}
         return self._notes
@@ -190,8 +193,8 @@ class JobContext:
         """Add a follow-up job to the same queue and return its id; see `Queue.add`.
 
         It may be given as the `call` of a task, alone. It is committed together with this job's
-        outcome, or, when this attempt fails or its worker dies, not at all. Without a `meta` of its
-        own it has that of this job.
+        outcome, or, when this attempt fails or its worker dies, not at all. Its default `meta` is
+        that of this job.
 
         Raises:
             InvalidFlow: it has 900 follow-ups already.
@@ -233,7 +236,7 @@ class JobContext:
     async def parent_results(self) -> dict[str, Any]:
         """Return the results of the jobs that this one depends on, by id.
 
-        Those that did not complete are left out.
+        Jobs that did not complete are left out.
         """
         return await self._services.results_of_parents(self.job)
 

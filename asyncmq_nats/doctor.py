@@ -1,4 +1,4 @@
-"""What is wrong with a server, an account and its queues, and how to mend it: typed findings.
+"""Typed findings: faults of a server, an account and its queues, and how to mend them.
 
 `examine` looks at everything and changes nothing; `mend` does what is safe. `check` is one look for
 monitoring. Neither needs the code of the application.
@@ -48,13 +48,15 @@ OFFSET_LIMIT: Final = 1.0
 SMALL_BODY: Final = 256 * 1024
 FULL_SHARE: Final = 0.8
 MONITOR_TIMEOUT: Final = 3.0
-SILENT: Final = 5.0
+REPLICA_LOSS_SECONDS: Final = 5.0
 """Seconds after which a replica that is not up to date counts as lost."""
 SETTLING: Final = (0.1, 0.2, 0.4, 0.8)
 """Pauses (seconds) before further looks at a log: a replica is behind for moments when in use."""
 STEP_TIMEOUT: Final = 5.0
 """Seconds that one look at a queue may take: a consumer on a lost server does not answer."""
-APPLY: Final = "or apply them: `amq doctor --fix`, ASYNCMQ_NATS_APPLY=true, `amq queue config set`"
+APPLY_ADVICE: Final = (
+    "or apply them: `amq doctor --fix`, ASYNCMQ_NATS_APPLY=true, `amq queue config set`"
+)
 
 Role = Literal["worker", "admin", "reader", "producer"]
 
@@ -68,7 +70,7 @@ class Level(StrEnum):
     ERROR = "error"
 
 
-ORDER: Final = {Level.OK: 0, Level.INFO: 1, Level.WARNING: 2, Level.ERROR: 3}
+SEVERITY: Final = {Level.OK: 0, Level.INFO: 1, Level.WARNING: 2, Level.ERROR: 3}
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +92,7 @@ class Finding:
 
 def worst(levels: Sequence[Level]) -> Level:
     """Return the worst of some levels; OK if there are none."""
-    return max(levels, key=ORDER.__getitem__, default=Level.OK)
+    return max(levels, key=SEVERITY.__getitem__, default=Level.OK)
 
 
 # -- doctor
@@ -138,7 +140,7 @@ async def _examine_server(facts: ServerFacts | None, monitor: str | None) -> lis
 async def _find_queues(
     backend: Backend, queues: Sequence[str] | None, role: Role
 ) -> tuple[list[str], list[Finding]]:
-    """Return the names of the queues to look at, and what is to be said of them together."""
+    """Return the names of the queues to examine, and the findings about all of them."""
     names = list(queues or ())
     if role == "producer":  # its login may look no further
         return names, []
@@ -159,7 +161,10 @@ async def _find_queues(
 
 
 async def mend(findings: Sequence[Finding]) -> list[tuple[Finding, str]]:
-    """Mend what is safe to mend. Return each such finding, and what was done or why not."""
+    """Mend the findings that are safe to mend.
+
+    Return each of them, and what was done or why not.
+    """
     done: list[tuple[Finding, str]] = []
     for finding in findings:
         if finding.fix is not None:
@@ -365,7 +370,7 @@ def _judge_log(name: str, log: LogState, subject: str, facts: ServerFacts | None
     offline = [
         f"{peer.name} (silent for {peer.silent_seconds:.0f} s)"
         for peer in log.peers
-        if peer.is_offline or (peer.silent_seconds > SILENT and not peer.is_current)
+        if peer.is_offline or (peer.silent_seconds > REPLICA_LOSS_SECONDS and not peer.is_current)
     ]
     late = [peer for peer in log.peers if not peer.is_current] if not offline else []
     if not log.has_leader:
@@ -399,7 +404,7 @@ async def _examine_drift(queue: Queue) -> list[Finding]:
     findings: list[Finding] = []
     for each in await queue.find_drift():
         mend = "set this process's settings right; "
-        mend += APPLY if each.can_change else "the server cannot change it in place"
+        mend += APPLY_ADVICE if each.can_change else "the server cannot change it in place"
         # All differences of a queue are mended together, by the first one.
         is_first = each.can_change and not any(found.fix for found in findings)
         findings.append(
@@ -510,7 +515,7 @@ def subjects_of(
 
 @dataclass(frozen=True, slots=True)
 class Thresholds:
-    """From when on a check warns, and from when on it is an error. `None` is no bound.
+    """The bounds from which a check is a warning or an error. `None` is no bound.
 
     `waiting`: jobs that wait. `age`: seconds for which the oldest of them has waited. `failed`:
     failed jobs that are kept. `workers`: fewer are an error.
@@ -536,7 +541,7 @@ async def check(
 ) -> Check:
     """Look at the queues, by default at all, and compare with the thresholds.
 
-    What cannot be reached is an error, not an exception.
+    A server that cannot be reached is an error, not an exception.
     """
     bounds = thresholds or Thresholds()
     figures: dict[str, dict[str, float]] = {}

@@ -1,9 +1,8 @@
-"""What happens to jobs, as events.
+"""Events of jobs: of a whole queue from any process, and of the jobs that this process runs.
 
-Those of a whole queue from any process, and those of the jobs that this process runs. The server
-sends them by itself whenever a record is written (`docs/protocol.md`); only starts, progress and
-what leaves no record are sent by producers and workers. They are at most once: nothing is built on
-them alone.
+The server sends them by itself whenever a record is written (`docs/protocol.md`); only starts,
+progress and what leaves no record are sent by producers and workers. They are at most once: nothing
+is built on them alone.
 """
 
 import json
@@ -78,12 +77,15 @@ class Event:
 
     `data`: the job with the keys of `Job.to_dict` and those of the wire, and `queue`; progress has
     `id`, `progress` and `data`.
+
+    `at`: when it happened, in Unix seconds; `None`: just now.
     """
 
     name: str
     job_id: str
     queue: str
     data: dict[str, Any]
+    at: float | None = None
 
 
 def read_event(queue: str, subject: str, body: bytes) -> Event | None:
@@ -106,7 +108,7 @@ def read_event(queue: str, subject: str, body: bytes) -> Event | None:
 def _complete(data: dict[str, Any], what: str) -> dict[str, Any]:
     """Return a job's record with all keys of `Job.to_dict`: AsyncMQ has them in its events.
 
-    What is no job stays as it is.
+    A record that is no job stays as it is.
     """
     if "task" not in data:
         return data
@@ -161,20 +163,20 @@ class EventEmitter:
         return register if callback is None else register(callback)
 
     def off(self, event: str, callback: Listener) -> None:
-        """Call it no more."""
+        """Remove a callback."""
         if callback in self._listeners.get(event, ()):
             self._listeners[event].remove(callback)
         if not self._listeners.get(event):
             self._listeners.pop(event, None)
 
     def listens(self, event: str | None = None) -> bool:
-        """Return whether anyone wants to know, of this event or of any."""
+        """Return whether there is a listener, for this event or for any."""
         if self._keeps_history:
             return True
         return bool(self._listeners if event is None else self._listeners.get(event))
 
     async def emit(self, event: str, data: Mapping[str, Any]) -> None:
-        """Call everyone who wants to know. What a callback raises is logged."""
+        """Call all listeners. Exceptions of a callback are logged."""
         self._history.appendleft({"timestamp": time.time(), "event": event, "data": dict(data)})
         for callback in tuple(self._listeners.get(event, ())):
             try:

@@ -258,7 +258,7 @@ class JobNotFound(AsyncMQError, LookupError):
 
 
 class WrongState(AsyncMQError):
-    """What was asked for cannot be done to a job in its state."""
+    """The state of a job does not allow the request."""
 
     def __init__(self, job_id: str, state: str, verb: str, reason: str) -> None:
         self.job_id, self.state = job_id, state
@@ -266,7 +266,7 @@ class WrongState(AsyncMQError):
 
 
 class QueueNotPaused(AsyncMQError):
-    """A queue whose workers may start the jobs that something else is to be done to."""
+    """A queue must be paused first: its workers may start the jobs meanwhile."""
 
     def __init__(self, queue: str, what: str) -> None:
         super().__init__(
@@ -453,7 +453,7 @@ class BackendError(AsyncMQError):
 
 
 class WriteRefused(BackendError):
-    """What a write expected of the log was not so; nothing of it was written."""
+    """An expectation of a write did not hold; nothing was written."""
 
     def __init__(self, log: str, detail: str) -> None:
         super().__init__(f"write to {log!r} refused: {detail}")
@@ -499,7 +499,7 @@ class ConnectionLost(BackendError, ConnectionError):
 
 
 class ServerUnsuitable(BackendError):
-    """The server lacks what the queue is built on."""
+    """The server lacks a feature that the queue needs."""
 
     def __init__(self, reason: str, remedy: str) -> None:
         super().__init__(f"{reason}: {remedy}")

@@ -25,10 +25,10 @@ from asyncmq_nats.exceptions import (
 )
 from asyncmq_nats.states import OUTCOMES, State
 from asyncmq_nats.wire.codec import dump_json, find_non_finite
-from asyncmq_nats.wire.keys import PRIORITIES, check_job_id
+from asyncmq_nats.wire.keys import PRIORITY_LIMIT, check_job_id
 
 __all__ = [
-    "LATEST",
+    "LATEST_TIME",
     "WIRE_VERSION",
     "Backoff",
     "DelayedInfo",
@@ -43,10 +43,10 @@ __all__ = [
 ]
 
 WIRE_VERSION: Final = 1
-RESERVE: Final = 64 * 1024
+OUTCOME_RESERVE: Final = 64 * 1024
 MAX_DELAY: Final = 365 * 86_400.0
 """The longest delay before a retry, in seconds."""
-LATEST: Final = 250_000_000_000.0
+LATEST_TIME: Final = 250_000_000_000.0
 """No time is later than the year 9892."""
 
 
@@ -86,7 +86,7 @@ def size_limit(max_body: int, chosen: int | None = None) -> int:
 
     `max_body`: bytes of a message; `chosen`: a smaller limit, that of the settings.
     """
-    limit = max_body - min(RESERVE, max_body // 8)
+    limit = max_body - min(OUTCOME_RESERVE, max_body // 8)
     return limit if chosen is None else min(limit, chosen)
 
 
@@ -151,7 +151,7 @@ class JobHead:
     kwargs: dict[str, Any] = field(default_factory=dict)
     ttl: Annotated[float | None, Field(ge=0, allow_inf_nan=False)] = None
     timeout: Annotated[float | None, Field(gt=0, allow_inf_nan=False)] = None
-    delay_until: Annotated[float | None, Field(allow_inf_nan=False, le=LATEST)] = None
+    delay_until: Annotated[float | None, Field(allow_inf_nan=False, le=LATEST_TIME)] = None
     repeat_every: float | str | None = None
     children: list[str] | None = None
     stalls: int = 0
@@ -163,6 +163,11 @@ class JobHead:
         """Return whether its time to live is over."""
         return self.ttl is not None and now - self.created_at > self.ttl
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether nothing limits when it may run."""
+        return self.ttl is None and self.delay_until is None
+
     def may_run(self, now: float) -> bool:
         """Return whether it has not expired and its time has come."""
         return not (
@@ -172,7 +177,7 @@ class JobHead:
 
     @classmethod
     def decode(cls, body: bytes) -> Self:
-        """Return what there is to know of the job in a message that this library wrote.
+        """Return the head of the job in a message that this library wrote.
 
         Raises:
             InvalidJob: the body is not a job.
@@ -190,7 +195,7 @@ class JobHead:
 
 @dataclass(
     frozen=True, config=ConfigDict(extra="forbid")
-)  # in the constructor; what is read may have more
+)  # in the constructor; stored jobs may have more
 class Job:
     """One job, and how far it is. Times are Unix seconds, durations seconds.
 
@@ -216,14 +221,14 @@ class Job:
     created_at: Annotated[
         float, BeforeValidator(lambda value: time() if value is None else value)
     ] = Field(default_factory=time, allow_inf_nan=False)
-    priority: int = Field(default=5, gt=-PRIORITIES, lt=PRIORITIES)
+    priority: int = Field(default=5, gt=-PRIORITY_LIMIT, lt=PRIORITY_LIMIT)
     repeat_every: float | str | None = None
     depends_on: Annotated[
         list[str], BeforeValidator(lambda value: [] if value is None else value)
     ] = Field(default_factory=list)
     deduplication: dict[str, Any] | None = None
     active_since: float | None = None
-    delay_until: float | None = Field(default=None, allow_inf_nan=False, le=LATEST)
+    delay_until: float | None = Field(default=None, allow_inf_nan=False, le=LATEST_TIME)
     timeout: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     """How long one attempt may run."""
     parents: list[str] = Field(default_factory=list)
@@ -251,22 +256,22 @@ class Job:
     last_attempt: float | None = None
     progress: float | None = None
     progress_data: Any = None
-    """What its task last reported."""
+    """The data of its task's last progress report."""
     finished_at: float | None = None
     worker: str | None = None
     stalls: int = 0
-    """How often its worker was lost while it ran."""
+    """The number of workers that were lost while it ran."""
     reruns: int = Field(default=0, ge=0)
-    """How often it was retried by hand."""
+    """The number of retries by hand."""
     put_offs: int = Field(default=0, ge=0)
     """How often it was put off: by its task, or by a worker without its task or its version."""
     put_off_since: float | None = Field(default=None, allow_inf_nan=False)
-    """When that began."""
+    """When the first of these put-offs began."""
     put_off_reason: str | None = None
     snoozes: int = Field(default=0, ge=0)
     """How often in a row its task has put it off by `Snooze`."""
     meta: dict[str, str] = Field(default_factory=dict)
-    """What producers and middleware send along, such as the id of a request or of a trace."""
+    """Strings of producers and middleware, such as the id of a request or of a trace."""
     v: int = WIRE_VERSION
 
     @property
@@ -281,7 +286,7 @@ class Job:
 
     @property
     def order(self) -> tuple[int, int]:
-        """Which of two records of the job is of a later attempt."""
+        """Orders records of the job: that of a later attempt is greater."""
         return self.reruns, self.retries + self.put_offs
 
     def is_expired(self, now: float | None = None) -> bool:
@@ -363,8 +368,8 @@ class Job:
     def encode(self) -> bytes:
         """Return the JSON of a job that has not ended.
 
-        What has its default is left out where the default never changes. Made once: what is changed
-        in the arguments afterwards does not count.
+        Fields with an unchanging default are left out. It is made once: later changes of the
+        arguments do not count.
 
         Raises:
             NotSerializable: an argument is not JSON; the message names it.

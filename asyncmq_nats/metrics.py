@@ -1,4 +1,4 @@
-"""What workers did, over time: rates, durations and totals, per queue and task.
+"""The history of the workers: rates, durations and totals, per queue and task.
 
 Workers write it (`Settings.metrics`), so it is true over restarts, replicas and processes, and a
 read costs the same however many jobs ran. Times are Unix seconds by the server's clock.
@@ -14,7 +14,7 @@ from typing import Any, Final
 from asyncmq_nats._arguments import checked_seconds
 from asyncmq_nats.backends.base import Backend
 from asyncmq_nats.exceptions import InvalidArgument
-from asyncmq_nats.store.history import STEPS, HistoryRecord, history_ttl, read_history
+from asyncmq_nats.store.history import STEP_SECONDS, HistoryRecord, history_ttl, read_history
 from asyncmq_nats.wire.keys import check_queue_name
 
 __all__ = [
@@ -29,17 +29,17 @@ __all__ = [
 ]
 
 ENDS: Final = ("completed", "failed", "retried", "expired", "cancelled")
-"""What can become of an attempt.
+"""The ends of an attempt.
 
-`cancelled`: while it ran; one that waits is cancelled by no worker.
+`cancelled`: while it ran; the history counts no job that was cancelled while it waited.
 """
 INCIDENTS: Final = ("redelivered", "lost", "handed_back", "lease_lost", "reconnected")
-"""What a worker counts beside the ends of attempts; see docs/monitoring.md."""
+"""Counts of a worker beside the ends of attempts; see docs/monitoring.md."""
 PER_DOUBLING: Final = 64
 """Buckets of a histogram per doubling: a percentile is right within 0.6 %."""
-SHORTEST: Final = 1e-6
-LONGEST: Final = 1e8
-"""Seconds; what is outside counts as this."""
+SHORTEST_SECONDS: Final = 1e-6
+LONGEST_SECONDS: Final = 1e8
+"""In seconds: a duration outside counts as this one."""
 MOST_POINTS: Final = 200
 """Points of a read that is given no step, at most."""
 NICE_STEPS: Final = (
@@ -68,7 +68,9 @@ class Histogram:
         self.total += seconds
         if seconds > self.maximum:
             self.maximum = seconds
-        index = math.ceil(math.log2(min(max(seconds, SHORTEST), LONGEST)) * PER_DOUBLING)
+        index = math.ceil(
+            math.log2(min(max(seconds, SHORTEST_SECONDS), LONGEST_SECONDS)) * PER_DOUBLING
+        )
         self._counts[index] = self._counts.get(index, 0) + 1
 
     def add_many(self, durations: Sequence[float]) -> None:
@@ -78,8 +80,8 @@ class Histogram:
         self.count += len(durations)
         self.total += sum(durations)
         self.maximum = max(self.maximum, *durations)
-        if min(durations) < SHORTEST or self.maximum > LONGEST:
-            durations = [min(max(each, SHORTEST), LONGEST) for each in durations]
+        if min(durations) < SHORTEST_SECONDS or self.maximum > LONGEST_SECONDS:
+            durations = [min(max(each, SHORTEST_SECONDS), LONGEST_SECONDS) for each in durations]
         log2, ceil = math.log2, math.ceil
         found = Counter([ceil(log2(each) * PER_DOUBLING) for each in durations])
         for index, count in found.items():
@@ -153,7 +155,7 @@ class Histogram:
 
 @dataclass(slots=True)
 class TaskMetrics:
-    """What became of the attempts at the jobs of one task, or of several."""
+    """Counts of the attempts at the jobs of one task, or of several."""
 
     completed: int = 0
     failed: int = 0
@@ -186,7 +188,7 @@ class TaskMetrics:
         self.run.merge(other.run)
 
     def to_dict(self, *, coarse: bool = False) -> dict[str, Any]:
-        """Return it as JSON has it: what is 0 is left out."""
+        """Return the counts as JSON, without those that are 0."""
         data: dict[str, Any] = {name: n for name in ENDS if (n := getattr(self, name))}
         if self.run.count:
             data["wait"] = self.wait.to_list(coarse=coarse)
@@ -195,7 +197,7 @@ class TaskMetrics:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "TaskMetrics":
-        """Return what such a dict has; what is malformed counts as 0."""
+        """Return the counts of such a dict; malformed ones count as 0."""
         counts = {name: n for name in ENDS if isinstance(n := data.get(name), int)}
         wait, run = Histogram.from_list(data.get("wait")), Histogram.from_list(data.get("run"))
         return cls(**counts, wait=wait, run=run)
@@ -210,10 +212,11 @@ def _merged(metrics: Iterable[TaskMetrics]) -> TaskMetrics:
 
 @dataclass(slots=True)
 class MetricsPoint:
-    """What happened in `step` seconds from `start` on.
+    """The counts of `step` seconds from `start` on.
 
-    `seconds`: how many of these are over; fewer than `step` in the last point only.
-    `slots`, `busy`: mean number of slots, and of those that ran a job. `workers`: how many wrote.
+    `seconds`: how many of these are over; fewer than `step` in the last point only. `slots`,
+    `busy`: mean number of slots, and of those that ran a job. `workers`: the number of workers that
+    wrote.
     `incidents`: counts by the words of `INCIDENTS`.
     """
 
@@ -228,7 +231,7 @@ class MetricsPoint:
 
     @property
     def total(self) -> TaskMetrics:
-        """That of all tasks together."""
+        """The counts of all tasks together."""
         return _merged(self.tasks.values())
 
     def rate(self, count: int) -> float:
@@ -238,7 +241,7 @@ class MetricsPoint:
 
 @dataclass(frozen=True, slots=True)
 class MetricsHistory:
-    """The points of a stretch of time in order, without gaps.
+    """The points of a period in order, without gaps.
 
     `since`, `until`: its ends; `step`: seconds per point.
     """
@@ -251,7 +254,7 @@ class MetricsHistory:
 
     @property
     def tasks(self) -> dict[str, TaskMetrics]:
-        """What became of the jobs of each task, over all points."""
+        """The counts of each task, over all points."""
         found: dict[str, TaskMetrics] = {}
         for point in self.points:
             for task, metrics in point.tasks.items():
@@ -260,7 +263,7 @@ class MetricsHistory:
 
     @property
     def total(self) -> TaskMetrics:
-        """That of all tasks and all points together."""
+        """The counts of all tasks and all points together."""
         return _merged(self.tasks.values())
 
     @property
@@ -281,7 +284,7 @@ async def read_metrics(
     until: float | None = None,
     step: float | None = None,
 ) -> MetricsHistory:
-    """Return what the workers of a queue did.
+    """Return the history of a queue's workers.
 
     Args:
         backend: of the queue.
@@ -310,7 +313,7 @@ async def read_all_metrics(
     until: float | None = None,
     step: float | None = None,
 ) -> dict[str, MetricsHistory]:
-    """Return what `read_metrics` does, by name, for each queue with workers then. One read."""
+    """Return the history of each queue with workers in that time, by name, in one read."""
     plan = await _plan(backend, since, until, step)
     by_queue: dict[str, list[HistoryRecord]] = {}
     for record in await read_history(backend, None, plan.since, plan.until, plan.stored):
@@ -320,7 +323,7 @@ async def read_all_metrics(
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """What to read.
+    """A request for a history.
 
     `stored`: the step of the records; `step`: that of the points, a multiple of it.
     """
@@ -345,7 +348,9 @@ async def _plan(
     if wanted <= 0:
         raise InvalidArgument("step must be above 0 s", step)
     age = now - begin
-    kept = [each for each in STEPS if age <= history_ttl(each, backend.settings)] or STEPS[-1:]
+    kept = [
+        each for each in STEP_SECONDS if age <= history_ttl(each, backend.settings)
+    ] or STEP_SECONDS[-1:]
     stored = max([each for each in kept if each <= wanted], default=kept[0])
     # A multiple of what is stored, so that no record lies in two points.
     whole = stored * max(1, math.ceil(wanted / stored))

@@ -1,4 +1,4 @@
-"""What happens around jobs, and around the life of a worker: middleware, hooks, lifespan."""
+"""Middleware, hooks and lifespan: code around jobs and around the life of a worker."""
 
 import inspect
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
@@ -51,13 +51,13 @@ class Ending:
     """How an attempt at a job ended."""
 
     state: EndState
-    """What became of the job. `retrying` and `snoozed`: it will run again."""
+    """The state after the attempt. `retrying` and `snoozed`: the job will run again."""
     started_at: float
     """When the attempt began (Unix seconds, the server's); 0 if it did not."""
     ended_at: float
     result: Any = None
     error: str | None = None
-    """What went wrong, in one line: `ValueError: not an address`."""
+    """The error in one line: `ValueError: not an address`."""
     error_type: str | None = None
     """The class of the exception: `ValueError`, `smtplib.SMTPException`."""
     traceback: str | None = None
@@ -68,7 +68,7 @@ class Ending:
 
 
 class Middleware(Protocol):
-    """What happens around each job. Derive from it, and override what you need.
+    """Code around each job. Derive from it, and override what you need.
 
     The first one that was added is the outermost: its `enqueue` and `run` begin first and end
     last; `end` is called in the opposite order. Those of `add_middleware` are outside those of
@@ -90,13 +90,13 @@ class Middleware(Protocol):
     async def run(self, context: JobContext, call: RunTask) -> Any:
         """Do something around each run of a task: `await call()`, and return its result.
 
-        It runs in the task and the context of the job, within its timeout. What it raises, the
-        job has raised; cancellation passes through it.
+        It runs in the task and the context of the job, within its timeout. An error that it raises
+        is the job's; cancellation passes through it.
         """
         return await call()
 
     async def end(self, context: JobContext, ending: Ending) -> None:
-        """Do something when the end of an attempt is stored. What it raises is logged.
+        """Do something when the end of an attempt is stored. Its exceptions are logged.
 
         It is also called for jobs that end without a run: expired, or given up after their workers
         were lost. It is not called when a worker hands a job back, or dies: at most once.
@@ -104,7 +104,7 @@ class Middleware(Protocol):
         return  # a body, so that a subclass need not have one
 
 
-CARRIED: Final = "context."
+CARRIED_PREFIX: Final = "context."
 """How the names of carried context variables begin in `meta`."""
 OVERRIDABLE: Final = ("enqueue", "run", "end")
 _added: list[tuple[str | None, Middleware]] = []
@@ -126,7 +126,7 @@ class CarryContext(Middleware):
         for each in variables:
             if not isinstance(each, ContextVar):
                 raise InvalidArgument("CarryContext takes ContextVar objects", each)
-        self._variables = {CARRIED + each.name: each for each in variables}
+        self._variables = {CARRIED_PREFIX + each.name: each for each in variables}
         if len(self._variables) < len(variables):
             raise InvalidArgument(
                 "CarryContext needs variables of different names", list(self._variables)
@@ -188,9 +188,9 @@ def checked_middleware(middleware: Middleware) -> Middleware:
 
 
 def _overrides(middleware: Middleware, name: str) -> bool:
-    """Return whether it does something there.
+    """Return whether the middleware has that method.
 
-    One that does not derive from `Middleware` may lack a method.
+    A class that does not derive from `Middleware` may lack it.
     """
     method = getattr(type(middleware), name, None)
     return method is not None and method is not getattr(Middleware, name)
@@ -207,7 +207,7 @@ class Chain:
 
     @classmethod
     def of(cls, queue: str, own: Sequence[Middleware] = ()) -> "Chain":
-        """Return what there is now for a queue. `own`: that of its `Queue` object."""
+        """Return the middleware of a queue now. `own`: that of its `Queue` object."""
         if not _added and not own:
             return cls(queue)
         members = [*(each for name, each in _added if name in (None, queue)), *own]
@@ -276,7 +276,7 @@ It is given keywords as a hook is.
 
 @dataclass(slots=True)
 class Hooks:
-    """The hooks of a queue's workers, and what they are given."""
+    """The hooks of a queue's workers, and their arguments."""
 
     given: dict[str, Any] = field(default_factory=dict)
     on_startup: list[Hook] = field(default_factory=list)
@@ -285,7 +285,7 @@ class Hooks:
 
     @asynccontextmanager
     async def open_lifespan(self, worker: str) -> AsyncIterator[Any]:
-        """Hold the lifespan open inside the block, whose value it yielded. Without one: `None`.
+        """Hold the lifespan open inside the block; its value is that of the lifespan, or `None`.
 
         It lives in a task of its own: cancellation of the worker does not cut its end short.
         """

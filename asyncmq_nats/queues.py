@@ -50,7 +50,7 @@ from asyncmq_nats.exceptions import (
     JobNotFound,
     QueueNotPaused,
 )
-from asyncmq_nats.jobs import LATEST, Backoff, DelayedInfo, Job, new_job_id
+from asyncmq_nats.jobs import LATEST_TIME, Backoff, DelayedInfo, Job, new_job_id
 from asyncmq_nats.middleware import (
     AddJobs,
     Chain,
@@ -64,18 +64,19 @@ from asyncmq_nats.middleware import (
 from asyncmq_nats.runtime.control import Controls, WorkerInfo, list_workers
 from asyncmq_nats.runtime.declarations import Declarations
 from asyncmq_nats.runtime.program import import_tasks, run_program, run_until_signalled
-from asyncmq_nats.runtime.rate_limiter import Limit
+from asyncmq_nats.runtime.rate_limiter import Limit, RateLimitInfo, read_rate_limit
 from asyncmq_nats.runtime.registry import TASK_REGISTRY, TaskRegistry
 from asyncmq_nats.runtime.runner import Runner
 from asyncmq_nats.schedules import RepeatableInfo
 from asyncmq_nats.search import JobFilter
 from asyncmq_nats.states import COUNT_BUCKETS, JOB_STATES, OUTCOMES, Bucket, State
-from asyncmq_nats.store.commit import LAG, look_for, looks
+from asyncmq_nats.store.commit import REPLICA_LAG_DELAYS, look_for, looks
 from asyncmq_nats.store.configuration import Configurations
 from asyncmq_nats.store.flows import Flow, read_flow
 from asyncmq_nats.store.job_logs import read_job_logs
 from asyncmq_nats.store.overview import Overview, QueueInfo
 from asyncmq_nats.store.pages import JobLists
+from asyncmq_nats.store.past_events import read_past_events
 from asyncmq_nats.store.reads import Inspection, JobPage, WaitingJob
 from asyncmq_nats.store.search import Found, Search
 from asyncmq_nats.store.topology import DEFAULT_PRIORITY, QueueAssets
@@ -100,14 +101,14 @@ from asyncmq_nats.transitions.cancel import Administration
 from asyncmq_nats.transitions.clean import Cleanup, Progress
 from asyncmq_nats.transitions.deduplicate import Deduplicator, Window, parse_window
 from asyncmq_nats.transitions.definition import (
-    CODE,
+    CODE_OWNER,
     Definition,
     job_of,
     make_definition,
     repeatable_id,
 )
 from asyncmq_nats.transitions.edit import Edits
-from asyncmq_nats.transitions.move import MOVABLE, Moved, Mover, Side
+from asyncmq_nats.transitions.move import MOVABLE_STATES, Moved, Mover, Side
 from asyncmq_nats.transitions.repeat import Repeatables
 from asyncmq_nats.wire.keys import QueueSubjects, encode_token
 
@@ -116,9 +117,9 @@ __all__ = ["Queue", "list_queues"]
 logger = get_logger(__name__)
 
 EVENT_BUFFER: Final = 10_000
-BRIEF_LOOKS: Final = 5
-"""Reads that find an end that was heard, if no replica lags; more mean that it was retried."""
-RETRIED: Final = (State.FAILED, State.EXPIRED, State.CANCELLED, State.DELAYED)
+READS_OF_OUTCOME: Final = 5
+"""Reads for an outcome after its event, if no replica lags: then the job must have been retried."""
+RETRYABLE_STATES: Final = (State.FAILED, State.EXPIRED, State.CANCELLED, State.DELAYED)
 """States in which a job can be retried by hand."""
 IMPORT_BATCH: Final = 500
 EXPORT_ORDER: Final = (
@@ -129,7 +130,7 @@ EXPORT_ORDER: Final = (
     State.WAITING_CHILDREN,
 )
 """The jobs that others wait for come first."""
-ENDS: Final = frozenset(PREFIX + state for state in OUTCOMES)
+LAST_EVENTS: Final = frozenset(PREFIX + state for state in OUTCOMES)
 """The events that are the last one of a job."""
 LAST_EVENT_TIMEOUT: Final = 0.5
 """Seconds that a reader of the events of one job waits for the last one if the job has ended."""
@@ -159,9 +160,8 @@ class Queue:
         backend: where the jobs are; by default a `NATSBackend` of the settings, shared by this
             process.
         concurrency: how many jobs `run()` runs at a time.
-        scan_interval: kept from AsyncMQ. Nothing is polled, so it changes nothing. The fallback
-            cadence, at which a worker looks for what a lost signal left unseen (a new priority, the
-            end of a pause), is 30 s.
+        scan_interval: kept from AsyncMQ. Nothing is polled, so it changes nothing. Every 30 s a
+            worker searches for the effects of lost signals (a new priority, the end of a pause).
         rate_limit: how many jobs the whole queue may start per `rate_interval`, over all its
             workers; 0 starts none, `None` is no limit.
         rate_interval: in seconds.
@@ -509,13 +509,13 @@ class Queue:
         }
 
     async def info(self) -> QueueInfo | None:
-        """Return all there is to know of the queue as a whole; `None` if it does not exist."""
+        """Return an overview of the queue; `None` if it does not exist."""
         return await self._overview.read()
 
     async def rates(self, period: float = 60.0) -> dict[str, float]:
         """Return how many jobs a second ended in each way during the last `period` seconds.
 
-        They are read from the outcomes, at most 5,000 of each; those removed since do not count.
+        They are read from the outcomes, at most 5,000 of each; removed ones do not count.
 
         Raises:
             InvalidArgument: the period is not above 0.
@@ -599,8 +599,8 @@ class Queue:
 
         Newest first unless `asc`.
 
-        States are joined one after the other. What is before `start` is read and passed over: in
-        long lists, `list_page` goes on where the page before ended.
+        States are joined one after the other. Jobs before `start` are read and skipped: in long
+        lists, `list_page` goes on where the page before ended.
         """
         names = [types] if isinstance(types, str) else JOB_STATES if types is None else types
         states = [State(name) for name in names if name in set(State)]
@@ -744,7 +744,7 @@ class Queue:
         until it has ended. At most once: while the connection is down, or this reader is 10,000
         events behind, events are lost.
         """
-        last = frozenset() if job_id is None else ENDS
+        last = frozenset() if job_id is None else LAST_EVENTS
         inbox = _Inbox(self.name, frozenset(names) | last if names else frozenset())
         token = "*" if job_id is None else encode_token(job_id)
         with inbox.send, inbox.receive:
@@ -762,6 +762,17 @@ class Queue:
                 inbox.warn_of_losses(inbox.losses.take())
                 with anyio.CancelScope(shield=True):
                     await subscription.unsubscribe()
+
+    async def past_events(self, limit: int = 100) -> list[Event]:
+        """Return the latest events of this queue that its records still tell, the newest first.
+
+        The last record of each job is kept, so these are ends, delays, and jobs that wait. Starts
+        and progress leave none.
+        """
+        await self.backend.connect()
+        return await read_past_events(
+            self.backend, self._subjects, checked_number(limit, "limit", 1)
+        )
 
     async def _patience_for(self, job_id: str) -> float | None:
         """Return how long to wait for each event of a job: for ever, unless it has ended."""
@@ -790,7 +801,11 @@ class Queue:
         # Listen, then look, then wait: an outcome is either seen or heard.
         async with self._waiters.join(encode_token(job_id)) as waiter:
             find = partial(self._find_ended, job_id)
-            pauses = LAG if self.backend.reads_may_lag else LAG[:BRIEF_LOOKS]
+            pauses = (
+                REPLICA_LAG_DELAYS
+                if self.backend.reads_may_lag
+                else REPLICA_LAG_DELAYS[:READS_OF_OUTCOME]
+            )
             job = await find()
             while job is None:
                 heard = await self._waiters.wait(waiter)  # or it was retried by hand since
@@ -842,7 +857,7 @@ class Queue:
         return True
 
     async def _find_and(self, act: Callable[[str], Awaitable[bool]], job_id: str) -> bool:
-        """Do something to a job that may be moving.
+        """Apply an action to a job that may be moving.
 
         Return whether it was done; nothing is declared for it.
         """
@@ -851,9 +866,9 @@ class Queue:
 
     @staticmethod
     async def _unless_missing(action: Coroutine[Any, Any, R], nothing: R) -> R:
-        """Return what an action returns, and `nothing` when there is no such queue.
+        """Return what an action returns, or `nothing` if there is no such queue.
 
-        Only what stores jobs makes one.
+        Only additions create a queue.
         """
         try:
             return await action
@@ -868,6 +883,14 @@ class Queue:
     async def list_workers(self) -> list[WorkerInfo]:
         """Return the running workers of this queue."""
         return await list_workers(self.backend, self.name)
+
+    async def list_rate_limits(self) -> list[RateLimitInfo]:
+        """Return the rate limits that the running workers keep to: one, if they agree, or none."""
+        workers = await self.list_workers()
+        limits = sorted({each.rate_limit for each in workers if each.rate_limit is not None})
+        return [
+            await read_rate_limit(self.backend, self._subjects, Limit(*limit)) for limit in limits
+        ]
 
     def on_startup(self, hook: H) -> H:
         """Have this queue's workers call a function, sync or async, before their first job.
@@ -923,7 +946,7 @@ class Queue:
         return await self._configurations.apply()
 
     async def find_drift(self) -> list[Difference]:
-        """Return what of this queue on the server differs from the settings in force."""
+        """Return how the queue on the server differs from the settings in force."""
         return await self._configurations.compare()
 
     async def find_orphan_priorities(self) -> list[int]:
@@ -953,7 +976,7 @@ class Queue:
     async def get_due_delayed(self) -> list[dict[str, Any]]:
         """Take out and return the jobs whose time has come and that no worker has made ready yet.
 
-        They are the caller's now. While workers run there are none, for milliseconds at most. One
+        The caller owns them. While workers run, there are such jobs for milliseconds at most. One
         that a worker is making ready at this moment may run as well.
         """
         return [
@@ -984,8 +1007,8 @@ class Queue:
         second before its time, is left as it is, and not counted as delayed.
         """
         at = checked_seconds(run_at, "run_at")
-        if at > LATEST:
-            raise InvalidArgument(f"run_at must be before {LATEST:.0f}", run_at)
+        if at > LATEST_TIME:
+            raise InvalidArgument(f"run_at must be before {LATEST_TIME:.0f}", run_at)
         return await self._find_and(partial(self._edits.reschedule, run_at=at), job_id)
 
     async def edit(
@@ -1027,7 +1050,7 @@ class Queue:
         limit: int | None = None,
         progress: Progress | None = None,
     ) -> Applied:
-        """Do something to all jobs that match a filter, or to those of some ids, many at a time.
+        """Apply an action to all jobs that match a filter, or to those of some ids, many at a time.
 
         Each job is met once: what reaches a state after the call has begun is not. A job may have
         moved on since it was found; then the action does to it what it does in that state, and
@@ -1060,7 +1083,7 @@ class Queue:
             possible = ACTION_STATES[action]
             states = possible if jobs.state is None else jobs.states
             if action == Action.RETRY and jobs.state is not None:
-                possible = RETRIED
+                possible = RETRYABLE_STATES
             if useless := [state for state in states if state not in possible]:
                 raise InvalidArgument(
                     f"{action} is for jobs that are {', '.join(possible)}", useless[0]
@@ -1122,9 +1145,11 @@ class Queue:
         wanted = JobFilter() if where is None else where
         if target.name == self.name and target.backend is self.backend:
             raise InvalidArgument("target must be another queue", target.name)
-        states = MOVABLE if wanted.state is None else wanted.states
-        if fixed := [state for state in states if state not in MOVABLE]:
-            raise InvalidArgument(f"only jobs that are {', '.join(MOVABLE)} can be moved", fixed[0])
+        states = MOVABLE_STATES if wanted.state is None else wanted.states
+        if fixed := [state for state in states if state not in MOVABLE_STATES]:
+            raise InvalidArgument(
+                f"only jobs that are {', '.join(MOVABLE_STATES)} can be moved", fixed[0]
+            )
         waiting = (await self.queue_stats())[State.WAITING] if State.WAITING in states else 0
         if waiting and not await self.is_paused():
             raise QueueNotPaused(self.name, "moved")
@@ -1162,9 +1187,9 @@ class Queue:
     ) -> Imported:
         """Add what `export` yielded, of this queue or of another.
 
-        What is there already stays: after an interruption the same call goes on. Jobs that ran when
-        they were exported run again; those that had ended keep their outcome, with a new time to
-        live. A repeatable begins a new series.
+        Existing jobs stay, so the same call goes on after an interruption. Jobs that ran when they
+        were exported run again; those that had ended keep their outcome, with a new time to live. A
+        repeatable begins a new series.
 
         Raises:
             InvalidArgument: a line is none of an export.
@@ -1231,7 +1256,7 @@ class Queue:
             task_id,
             args,
             kwargs,
-            owner=CODE,
+            owner=CODE_OWNER,
             retries=retries,
             ttl=ttl,
             priority=priority,
@@ -1292,8 +1317,8 @@ class Queue:
             backoff: see `add`.
             name: what it is known by. Without one the definition itself is: a changed definition
                 is then another repeatable.
-            timezone: an IANA name; UTC by default. What the clock skips in spring runs an hour
-                later, what it shows twice runs once.
+            timezone: an IANA name; UTC by default. A time that the clock skips in spring runs an
+                hour later, one that it shows twice runs once.
             timeout: see `add`.
             start: Unix seconds before which it does not run; an interval counts from there.
             end: Unix seconds after which it does not run.
@@ -1486,7 +1511,7 @@ class Queue:
                 "wait for them, or pass force=True"
             )
         ids = await self._cleanup.read_ids()
-        # What runs would store its next attempt after all else is gone.
+        # A running job would store its next attempt after all else is gone.
         for job in await self.list_jobs(State.ACTIVE) if counts[State.ACTIVE] else ():
             await self.cancel_job(job["id"])
         if await self._cleanup.obliterate():

@@ -32,13 +32,13 @@ logger = get_logger(__name__)
 MAX_ERROR: Final = 2_000
 MAX_TRACEBACK: Final = 4_000
 MAX_ERRORS: Final = 100
-"""The attempts of which a job keeps what went wrong."""
+"""The failed attempts whose errors a job keeps."""
 FULL_ERRORS: Final = 5
 """The last ones, with all of the message and the traceback."""
 SHORT_ERROR: Final = 120
-"""What is kept of the message of an earlier attempt, in characters."""
+"""Characters of the message that are kept of an earlier attempt."""
 
-IN_DOUBT: Final = 1.5
+FALLBACK_BACKOFF: Final = 1.5
 """The backoff when a task's own function fails: that of `@task`."""
 
 QUICK_RETRIES: Final = 10
@@ -47,20 +47,20 @@ QUICK_RETRIES: Final = 10
 BackoffFunction = (
     Callable[[int], float] | Callable[[], float] | Callable[[int, BaseException], float]
 )
-"""Given the number of the retry (1, 2, …) and the exception, or the number, or nothing.
+"""A function of the number of the retry (1, 2, …) and the exception, of the number, or of nothing.
 
-The seconds to wait before it.
+It returns the seconds before the retry.
 """
 ErrorTypes = type[BaseException] | Sequence[type[BaseException]]
 
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """What went wrong in one attempt, and when (Unix seconds).
+    """The failure of one attempt, and its time (Unix seconds).
 
     Texts are cut so that they fit into the job's record.
-    `final`: no more attempts. `delay`: the task's own wish for when to try again. `end`: what
-    becomes of the job, other than by retries. `kind`: the class of the exception.
+    `final`: no more attempts. `delay`: the task's own wish for when to try again. `end`: the
+    outcome of the job, if it is not decided by its retries. `kind`: the class of the exception.
     `lineage`: the names of its class and of its bases, when the `exception` itself stayed in the
     process that raised it.
     """
@@ -116,7 +116,7 @@ def _name(kind: type) -> str:
 
 
 class FailedElsewhere(Exception):
-    """A task failed in another process; what it raised there may mean nothing here."""
+    """A task failed in another process; its exception may have no class here."""
 
     def __init__(self, failure: Failure) -> None:
         self.failure = failure
@@ -147,9 +147,9 @@ def _cut(text: str, length: int) -> str:
 
 @dataclass(frozen=True, slots=True)
 class RetryLimits:
-    """What a worker grants to a job, whatever the job says.
+    """The limits of a worker for a job, whatever the job says.
 
-    A number of retries; the later ones are some seconds apart at least.
+    They are a number of retries, and the least delay of the later ones.
     """
 
     retries: int = 10_000
@@ -205,8 +205,8 @@ def judge(
 ) -> Failure:
     """Return the failure as its task wants it treated.
 
-    `give_up_on`: these exceptions are final. `retry_on`: all others are. What a task says itself,
-    by `Retry` or `Snooze`, comes first.
+    `give_up_on`: these exceptions are final. `retry_on`: all others are. A task's own `Retry` or
+    `Snooze` comes first.
     """
     if failure.final or failure.end != "failed" or failure.is_one_of((Retry,)):
         return failure
@@ -236,7 +236,7 @@ def retry_delay(
     """
     if job.max_retries > limits.retries and not job.retries:
         logger.warning(
-            "job %s: of its %d retries it gets %d (the limit is max_retries_limit)",
+            "job %s: its %d retries are cut to %d (max_retries_limit)",
             job.job_id,
             job.max_retries,
             limits.retries,
@@ -262,19 +262,19 @@ def _ask(function: Callable[..., Any], retry: int, failure: Failure) -> float:
             raise ValueError(f"{seconds} is no delay")
     except Exception as error:  # the user's code, like the task itself
         logger.error(
-            "retry %d is not delayed as its task wishes: backoff function %r: %r",
+            "retry %d: its backoff function %r failed, so the default backoff counts: %r",
             retry,
             function,
             error,
         )
-        return backoff_delay(IN_DOUBT, retry)
+        return backoff_delay(FALLBACK_BACKOFF, retry)
     return seconds
 
 
 def _count_taken(function: Callable[..., Any]) -> int:
-    """Return how many of two positions a function is given.
+    """Return how many arguments to pass to a backoff function.
 
-    The second one only if it must have it.
+    The second one is passed only if it is required.
     """
     parameters = signature(function).parameters.values()
     required = [

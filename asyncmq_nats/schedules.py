@@ -13,7 +13,7 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from croniter import CroniterBadDateError, CroniterError, croniter
 
-from asyncmq_nats.jobs import LATEST
+from asyncmq_nats.jobs import LATEST_TIME
 from asyncmq_nats.wire.codec import dump_json, load_json
 
 __all__ = [
@@ -36,10 +36,10 @@ RANGES: Final = ((0, 59), (0, 23), (1, 31), (1, 12), (0, 6), (0, 59))
 STEP: Final = re.compile(r"/(\d+)")
 UNITS: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0, "w": 604_800.0}
 PART: Final = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(ms|s|m|h|d|w)\s*")
-SHORTEST: Final = 0.05
-LONGEST: Final = 100 * 365 * 86_400.0
-RANDOM: Final = re.compile(r"(?:^|,)[HR]", re.IGNORECASE)
-"""Croniter's own `H` and `R`: each worker would read something else in them."""
+SHORTEST_INTERVAL: Final = 0.05
+LONGEST_INTERVAL: Final = 100 * 365 * 86_400.0
+RANDOM_FIELD: Final = re.compile(r"(?:^|,)[HR]", re.IGNORECASE)
+"""Croniter's own `H` and `R`: each worker would read a different time in them."""
 ONE_VALUE: Final = re.compile(r"(?<![\w-])(\w+)-(\w+)(?:/\d+)?(?![\w-])")
 """A range, with its step, that may be of one value."""
 MOST_MISSED: Final = 400
@@ -65,12 +65,17 @@ class Schedule:
 class RepeatableInfo:
     """A stored repeatable: its definition, its next run, and whether it is paused (AsyncMQ).
 
-    `next_run`: Unix seconds; `None` while it is paused, and after its last run.
+    `next_run`: Unix seconds; `None` while it is paused, and after its last run. `runs`: how many
+    jobs the series has added, since its rhythm was last changed. `last_job`: id of the last one;
+    `last_run`: the time that it was planned for.
     """
 
     job_def: dict[str, Any]
     next_run: float | None
     paused: bool
+    runs: int = 0
+    last_job: str | None = None
+    last_run: float | None = None
 
 
 def make_schedule(
@@ -112,7 +117,7 @@ def _check_span(start: float | None, end: float | None) -> None:
             continue
         if isinstance(at, bool) or not isinstance(at, int | float):
             raise TypeError(f"{name} must be a time in Unix seconds, not {type(at).__name__}")
-        if not 0 <= at <= LATEST:  # not so for NaN, either
+        if not 0 <= at <= LATEST_TIME:  # not so for NaN, either
             raise ValueError(f"{name}={at!r} is no time in Unix seconds")
     if start is not None and end is not None and end < start:
         raise ValueError(f"end={end!r} is before start={start!r}: there would be no run")
@@ -131,15 +136,16 @@ def parse_every(every: float | str, shortest: float | None = None) -> float:
         ValueError: it is not understood, or too short, or longer than a hundred years.
         TypeError: it is neither number nor text.
     """
-    least = SHORTEST if shortest is None else max(SHORTEST, shortest)
+    least = SHORTEST_INTERVAL if shortest is None else max(SHORTEST_INTERVAL, shortest)
     if isinstance(every, bool) or not isinstance(every, int | float | str):
         raise TypeError(
             f"every must be a number of seconds or a text such as '5m', not {type(every).__name__}"
         )
     seconds = _parse_text(every) if isinstance(every, str) else every
-    if not least <= seconds <= LONGEST:  # not so for NaN, either
+    if not least <= seconds <= LONGEST_INTERVAL:  # not so for NaN, either
         raise ValueError(
-            f"every={every!r}: the shortest interval is {least:g} s, the longest {LONGEST:.0f} s"
+            f"every={every!r}: the shortest interval is {least:g} s, "
+            f"the longest {LONGEST_INTERVAL:.0f} s"
         )
     return float(seconds)
 
@@ -188,7 +194,7 @@ def check_cron(expression: str) -> None:
         alone = ["*"] * len(fields)
         alone[index] = field[0]
         try:
-            if RANDOM.search(field[0]):
+            if RANDOM_FIELD.search(field[0]):
                 raise ValueError("nothing random is known here")
             _check_steps(field[0], index)
             _times(" ".join(alone), datetime(2024, 1, 1))
@@ -311,9 +317,9 @@ def _next_cron(expression: str, zone: ZoneInfo, after: float) -> float:
     """Return the next time of a cron expression by the wall clock of a zone.
 
     A time that the clock skips in spring comes later by as much as it skips, once. A time that it
-    shows twice in autumn counts once, the first time, unless the hour is a wildcard: what runs
-    every few minutes goes on through both hours. The result is kept for a while: many repeatables
-    have the same expression, and it takes a third of a ms.
+    shows twice in autumn counts once, the first time, unless the hour is a wildcard: a job that
+    runs every few minutes goes on through both hours. The result is kept for a while: many
+    repeatables have the same expression, and it takes a third of a ms.
     """
     hour = "*" if expression == "@hourly" else [*expression.split(), ""][1]
     # Near a change of the clock, the times to come are to be looked for by what it shows before and
@@ -350,7 +356,7 @@ def _first_after(
 def _moments(wall: datetime, zone: ZoneInfo, *, twice: bool) -> list[float]:
     """Return when the clock shows this: the first time, or both.
 
-    What it never shows has the time that it would have without the change.
+    A time that it never shows is the one without the change.
     """
     first, second = (wall.replace(tzinfo=zone, fold=fold).timestamp() for fold in (0, 1))
     return [first, second] if twice and second > first else [first]

@@ -1,4 +1,4 @@
-"""Which jobs are meant: a filter, and whether a job matches it. Pure functions of values."""
+"""Filters of jobs, and whether a job matches one. Pure functions of values."""
 
 import re
 from collections.abc import Collection, Iterable, Iterator
@@ -14,13 +14,13 @@ from asyncmq_nats.wire.codec import dump_json
 __all__ = ["JobFilter"]
 
 WILDCARDS: Final = re.compile(r"[*?]")
-SEARCHED: Final = ("job_id", "task_id", "args", "kwargs", "last_error", "result")
+SEARCHED_FIELDS: Final = ("job_id", "task_id", "args", "kwargs", "last_error", "result")
 """Fields of a job in which a text is looked for."""
 
 
 @dataclass(frozen=True, slots=True)
 class JobFilter:
-    """Which jobs are meant; what is not given does not matter.
+    """A filter of jobs. Criteria that are not given match all.
 
     Args:
         state: one state, or several.
@@ -51,14 +51,14 @@ class JobFilter:
 
     @property
     def states(self) -> tuple[State, ...]:
-        """The states that are meant; all if none was given."""
+        """The states of the filter; all if none was given."""
         wanted = State if self.state is None else self.state
         return tuple(State(name) for name in wanted)
 
     def may_match(self, subject: str, body: bytes) -> bool:
-        """Return whether a job may match: a cheap look at its bytes, before they are read.
+        """Return whether a job may match, by a cheap search of its bytes before they are parsed.
 
-        JSON has several forms of a letter: what has escapes, or is no plain text, may match.
+        JSON has several forms of a letter: a text with escapes or other alphabets may match.
         """
         if b"\\u" in body:
             return True
@@ -77,7 +77,7 @@ class JobFilter:
         Args:
             job: the job, as it was found.
             at: when it reached its state, in Unix seconds.
-            running: ids of jobs that the workers that are meant run now.
+            running: ids of the jobs that the filter's workers run now.
         """
         return (
             (self.state is None or job.status in self.state)
@@ -94,7 +94,7 @@ class JobFilter:
         return self.fits_worker(job.worker)
 
     def fits_worker(self, worker: str | None) -> bool:
-        """Return whether a worker, given by its id, is meant."""
+        """Return whether the filter includes the worker of that id."""
         return worker is not None and (self.worker is None or _fits(worker, self.worker))
 
 
@@ -109,7 +109,7 @@ def _is_plain(text: str) -> bool:
 
 def _searched_text(job: Job) -> str:
     """Return the texts in a job as they are, and as JSON: a person may look for either."""
-    values = [getattr(job, name) for name in SEARCHED]
+    values = [getattr(job, name) for name in SEARCHED_FIELDS]
     return "\n".join([*_texts_in(values), dump_json(values).decode()]).lower()
 
 

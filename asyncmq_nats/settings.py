@@ -116,7 +116,7 @@ def _split(text: str) -> tuple[str, ...]:
 
 
 class Settings(BaseSettings):
-    """What a deployment chooses.
+    """The settings of a deployment.
 
     Durations are seconds; `None` for a time to live keeps the records for ever. Pass an instance to
     a backend to override the environment: `NATSBackend(settings=Settings(stalled_after=5))`. A
@@ -141,7 +141,7 @@ class Settings(BaseSettings):
     prefix: str = Field("amq", pattern=r"^[A-Za-z0-9_-]{1,32}$")
     """First token of every subject and asset name."""
     apply: bool = False
-    """Whether workers that start change what the server has of their queues to these settings."""
+    """Whether a worker that starts applies these settings to its queues on the server."""
     replicas: int = Field(1, ge=1, le=5)
     """Replicas of the streams this process creates."""
     storage: Literal["file", "memory"] = "file"
@@ -152,7 +152,7 @@ class Settings(BaseSettings):
     `None` is no limit.
     """
     bucket_max_bytes: int | None = Field(None, ge=1)
-    """Most bytes of a queue's other records. Well above what is needed: see docs/outages.md."""
+    """Most bytes of a queue's other records. Set it well above the need: see docs/outages.md."""
     workers_max_bytes: int | None = Field(None, ge=1)
     """Most bytes of the list of workers; some 1 MiB per 100 workers."""
     compression: Literal["none", "s2"] = "none"
@@ -270,7 +270,7 @@ class Settings(BaseSettings):
     scan_interval: float = Field(1.0, gt=0)
     """Kept from AsyncMQ, without effect: nothing is polled.
 
-    Workers look for what a lost signal left unseen every 30 s, whatever it is.
+    Workers search for the effects of lost signals every 30 s, whatever its value.
     """
     tasks: Annotated[tuple[str, ...], NoDecode] = ()
     """Modules a worker imports before it starts, so that their tasks are registered.
@@ -296,7 +296,7 @@ class Settings(BaseSettings):
 
     @property
     def request_patience(self) -> float:
-        """`request_timeout`, or what stands in for it."""
+        """`request_timeout`, or its default `publish_timeout`."""
         return self.publish_timeout if self.request_timeout is None else self.request_timeout
 
     @field_validator("servers", mode="plain")

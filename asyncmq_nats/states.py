@@ -1,4 +1,4 @@
-"""The words for where a job is. Every stored or shown state is spelled here and nowhere else."""
+"""The states of a job. Every stored or shown state is spelled here and nowhere else."""
 
 from enum import StrEnum
 
@@ -6,7 +6,7 @@ __all__ = ["COUNT_BUCKETS", "JOB_STATES", "OUTCOMES", "Bucket", "Place", "State"
 
 
 class State(StrEnum):
-    """What a user sees of a job (AsyncMQ `State`, plus `CANCELLED` and `WAITING_CHILDREN`)."""
+    """The state of a job for users (AsyncMQ `State`, plus `CANCELLED` and `WAITING_CHILDREN`)."""
 
     WAITING = "waiting"
     ACTIVE = "active"
@@ -19,7 +19,7 @@ class State(StrEnum):
 
 
 class Place(StrEnum):
-    """Where a job in transit is, in the scheduler bucket."""
+    """The place of a job in transit, in the scheduler bucket."""
 
     DELAYED = "delayed"
     PARKED = "parked"
@@ -49,4 +49,4 @@ COUNT_BUCKETS: tuple[State | Bucket, ...] = (
     Bucket.PAUSED,
     Bucket.PRIORITIZED,
 )
-"""What AsyncMQ's `get_job_counts` counts when not told."""
+"""The states that AsyncMQ's `get_job_counts` counts by default."""

@@ -44,8 +44,8 @@ class Enqueues(Protocol[P, Id]):
 def run(function: Callable[P, Coroutine[Any, Any, R]], /, *args: P.args, **kwargs: P.kwargs) -> R:
     """Call an async function of this library, and return its result: `run(flow.add_flow, …)`.
 
-    It runs in the event loop of this module, in the caller's context variables. There, what is
-    given no backend takes a connection of that loop. Ctrl-C cancels it.
+    It runs in the event loop of this module, in the caller's context variables. A queue without a
+    backend takes a connection of that loop. Ctrl-C cancels it.
 
     Raises:
         LoopRunning: an event loop runs in this thread.
@@ -176,8 +176,8 @@ class Queue:
 
     Args:
         name: as for `asyncmq_nats.Queue`, and so are the others.
-        backend: where the jobs are; by default the default backend. Of a `NATSBackend` another
-            connection is used, so the one that is given may serve another event loop.
+        backend: where the jobs are; by default the default backend. A `NATSBackend` is copied, with
+            a connection of its own, so the given one may serve another event loop.
         options: any other argument of `asyncmq_nats.Queue`.
 
     Raises:
@@ -237,7 +237,7 @@ class Queue:
         finally:
             loop.call(values.aclose, self._backend)
 
-    # What there is beside these is added below, untyped.
+    # The other methods are added below, untyped.
     events = _Iterating(queues.Queue.events)
     search = _Iterating(queues.Queue.search)
     add = _Blocking(queues.Queue.add)
@@ -323,7 +323,7 @@ class _Loop:
         self._stop: asyncio.Event
         self._loop: asyncio.AbstractEventLoop
         self._backends: dict[int, tuple[Backend, Backend]] = {}
-        """By the id of a backend of the user: that one, and the one of this loop."""
+        """The user's backends by id, each with its copy on this loop."""
         self._lock = threading.Lock()
         self._pending: set[concurrent.futures.Future[Any]] = set()
         self._ended = False
@@ -346,7 +346,7 @@ class _Loop:
             await own.close()
 
     def _end(self) -> None:
-        """Tell those who wait that there will be no answer."""
+        """Tell the waiting callers that there will be no answer."""
         self._ready.set()
         with self._lock:
             self._ended = True
@@ -391,7 +391,7 @@ class _Loop:
             return self._backends.setdefault(id(given), (given, copy()))[1]
 
     def close(self) -> None:
-        """End it, and wait for that for a while."""
+        """End the loop, and wait for a while until it has ended."""
         if self._thread.is_alive():
             self._loop.call_soon_threadsafe(self._stop.set)
             self._thread.join(CLOSE_TIMEOUT)
@@ -434,7 +434,10 @@ class _Process:
         self.lock = threading.Lock()
         self.loop: _Loop | None = None
         self.inherited: list[_Loop] = []
-        """Those of the processes that this one was forked from. Kept: what they hold is theirs."""
+        """The loops of the processes that this one was forked from.
+
+        They are kept: their connections are not ours to close.
+        """
 
     def open(self) -> _Loop:
         """Return the loop, started if there is none."""

@@ -75,7 +75,7 @@ class TaskOptions(Generic[P, R]):
         return self._task.queue(self._backend, self._queue)
 
 
-def _enqueue_of_asyncmq(  # its signature, for those who look
+def _enqueue_of_asyncmq(  # the signature that `inspect` shows
     self: Any,
     *args: Any,
     backend: Backend | None = None,
@@ -94,7 +94,7 @@ OUR_KEYWORDS: Final = frozenset(
     for name, parameter in signature(_enqueue_of_asyncmq).parameters.items()
     if parameter.kind is Parameter.KEYWORD_ONLY
 )
-"""The keywords of `enqueue`; a parameter of the task that has such a name goes before."""
+"""The keywords of `enqueue`; a parameter of the task with such a name takes precedence."""
 
 
 def _with_signature_of(model: Callable[..., Any]) -> Callable[[F], F]:
@@ -234,7 +234,7 @@ class TaskWrapper(Generic[P, R]):
         meta: Mapping[str, str] | None = None,
         validate: bool = True,
     ) -> TaskOptions[P, R]:
-        """Return the task with options for the jobs that its `enqueue` adds, and for its `call`.
+        """Return the task with options for the jobs of its `enqueue` and its `call`.
 
         Args:
             queue: another queue than the task's, by name or with its backend; its workers must run
@@ -289,9 +289,9 @@ class TaskWrapper(Generic[P, R]):
         return _queue(name or self.entry.queue, backend, self._registry)
 
     def handle(self, job_id: str, queue: Queue | None = None) -> JobHandle[R]:
-        """Return the handle of a job of this task of which you know the id.
+        """Return the handle of a job of this task by its id.
 
-        No I/O: it need not exist.
+        It does no I/O: the job need not exist.
         """
         return JobHandle(job_id, queue or self.queue(), self._results)
 
@@ -384,7 +384,7 @@ def task(
         registry: where workers find it.
         retry_on: the class of exceptions, or several, after which a job is retried; after all
             others it is not.
-        give_up_on: those after which it is not.
+        give_up_on: likewise, those after which it is not retried.
 
     Raises:
         InvalidArgument: it has no name, or is a method of a class.
@@ -410,7 +410,7 @@ def task(
             give_up_on=give_up_on,
         )
         wrapper: TaskWrapper[..., Any] = TaskWrapper(entry, registry)
-        registry[entry.id] = wrapper.entry  # AsyncMQ's registry has the wrapper, too
+        registry[entry.id] = wrapper.entry  # AsyncMQ's registry has the wrapper as well
         return wrapper
 
     return decorate

@@ -18,7 +18,12 @@ from asyncmq_nats.runtime.crew import Crew, Ending, Limits
 from asyncmq_nats.runtime.program import import_tasks, run_program, run_until_signalled
 from asyncmq_nats.runtime.runner import Runner
 from asyncmq_nats.runtime.slot_group import SlotGroup
-from asyncmq_nats.runtime.supervisor import FINISHED, RECYCLED, is_child, supervise
+from asyncmq_nats.runtime.supervisor import (
+    FINISHED_EXIT_CODE,
+    RECYCLED_EXIT_CODE,
+    is_child,
+    supervise,
+)
 
 __all__ = [
     "Worker",
@@ -120,14 +125,11 @@ class Worker:
         return self._id
 
     def on_startup(self, hook: H) -> H:
-        """As `Queue.on_startup`, once per worker, also for several queues.
-
-        It is given the first.
-        """
+        """Like `Queue.on_startup`, once per worker. With several queues it is given the first."""
         return self.queue.on_startup(hook)
 
     def on_shutdown(self, hook: H) -> H:
-        """As `Queue.on_shutdown`, likewise."""
+        """Like `Queue.on_shutdown`, once per worker."""
         return self.queue.on_shutdown(hook)
 
     async def run(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
@@ -160,7 +162,13 @@ class Worker:
             await self.queue.backend.close()
         if not is_child():
             return 0
-        return FINISHED if crew.ending.is_final else RECYCLED if crew.ending.is_recycling else 0
+        return (
+            FINISHED_EXIT_CODE
+            if crew.ending.is_final
+            else RECYCLED_EXIT_CODE
+            if crew.ending.is_recycling
+            else 0
+        )
 
     def _make_crew(self) -> Crew:
         self._id = new_worker_id()
@@ -265,8 +273,8 @@ def start_processes(processes: int = 1, *, reload: bool | Iterable[str] = False)
     """Run this program in that many processes until SIGTERM, as `Worker.start` does.
 
     Return `False` at once in such a process: go on there. Otherwise return `True` when all have
-    ended, or end the program with their exit code. Called before anything else is imported, it
-    starts code again that could not even be imported.
+    ended, or end the program with their exit code. Call it before all other imports: then it also
+    starts code again that cannot be imported.
     """
     if is_child():
         return False

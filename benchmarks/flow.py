@@ -95,7 +95,8 @@ async def workers(
 
 async def until(read: Callable[[], Awaitable[Any]], condition: Callable[[Any], bool]) -> Any:
     with anyio.fail_after(PATIENCE):
-        while not condition(value := await read()):  # noqa: ASYNC110  what other processes do, no event tells
+        # No event tells of what other processes do.
+        while not condition(value := await read()):  # noqa: ASYNC110
             await anyio.sleep(0.01)
     return value
 

@@ -145,7 +145,8 @@ class Raw:
                 for number in range(start, min(start + 500, jobs)):
                     group.start_soon(self.add, number)
 
-    async def process(self, jobs: int, in_hand: int) -> None:  # noqa: C901  one loop of callbacks over one state
+    # One loop of callbacks over one state.
+    async def process(self, jobs: int, in_hand: int) -> None:  # noqa: C901
         """Pull, parse, publish a record, ack when it is confirmed.
 
         Until `jobs` are acknowledged.

@@ -38,7 +38,7 @@ def read_number(name: str, default: float) -> float:
 
 INTERVAL = read_number("INTERVAL", 0.5)
 JOBS = int(read_number("JOBS", 0))
-FAREWELL = 5.0
+SHUTDOWN_TIMEOUT = 5.0
 
 counts: Counter[str] = Counter()
 
@@ -82,7 +82,7 @@ async def produce(backend: NATSBackend, stopping: anyio.Event) -> None:
                 await stopping.wait()
                 break
         if stopping.is_set():
-            group.cancel_scope.deadline = anyio.current_time() + FAREWELL
+            group.cancel_scope.deadline = anyio.current_time() + SHUTDOWN_TIMEOUT
 
 
 async def stop_on_signal(stopping: anyio.Event) -> None:

@@ -308,7 +308,10 @@ async def test_a_default_of_none_admits_none(backend: Backend) -> None:
     seen: list[Any] = []
 
     @task("work", registry=registry, name="note")
-    async def note(text: str = None, count: int = None) -> None:  # type: ignore[assignment]  # noqa: RUF013
+    async def note(
+        text: str = None,  # type: ignore[assignment]  # noqa: RUF013
+        count: int = None,  # type: ignore[assignment]  # noqa: RUF013
+    ) -> None:
         seen.append((text, count))
 
     await note.enqueue(None, count=None, backend=backend)

@@ -418,7 +418,8 @@ def test_a_job_takes_no_argument_that_it_does_not_know() -> None:
 
 
 def test_a_job_makes_an_id_and_a_time_where_none_is_given() -> None:
-    job, other = Job("echo", job_id=None, created_at=None), Job("echo", job_id=None)  # type: ignore[arg-type]
+    job = Job("echo", job_id=None, created_at=None)  # type: ignore[arg-type]
+    other = Job("echo", job_id=None)  # type: ignore[arg-type]
     assert job.job_id != other.job_id
     assert job.created_at > 1e9
 
@@ -484,19 +485,23 @@ async def test_a_job_that_is_tried_again_tells_what_went_wrong(backend: Backend)
         ("repeat.other", b'{"x":1}'),
         (
             "repeat.other",
-            b'{"rid":"other","task_id":"echo","args":[],"kwargs":{},"job":{},"schedule":{"every":0}}',
+            b'{"rid":"other","task_id":"echo","args":[],"kwargs":{},'
+            b'"job":{},"schedule":{"every":0}}',
         ),
         (
             "repeat.other",
-            b'{"rid":"other","task_id":"echo","args":[],"kwargs":{},"job":{},"schedule":{"cron":"never"}}',
+            b'{"rid":"other","task_id":"echo","args":[],"kwargs":{},'
+            b'"job":{},"schedule":{"cron":"never"}}',
         ),
         (
             "repeat.other",
-            b'{"rid":"other","task_id":"echo","args":[],"kwargs":{},"job":{"x":1},"schedule":{"every":1}}',
+            b'{"rid":"other","task_id":"echo","args":[],"kwargs":{},'
+            b'"job":{"x":1},"schedule":{"every":1}}',
         ),
         (
             "repeat.other",
-            b'{"rid":"another","task_id":"echo","args":[],"kwargs":{},"job":{},"schedule":{"every":1}}',
+            b'{"rid":"another","task_id":"echo","args":[],"kwargs":{},'
+            b'"job":{},"schedule":{"every":1}}',
         ),
         ("dedup.key", b"{}"),
         ("dedup.key", b'{"job_id":"a","until":"soon"}'),

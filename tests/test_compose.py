@@ -139,7 +139,7 @@ def test_the_image_gets_what_it_copies() -> None:
 
 @pytest.fixture
 def healthy_server(server: EmbeddedServer, tmp_path: Path) -> Iterator[EmbeddedServer]:
-    """A server with the configuration of the compose file on free ports and its own store, when its health check succeeds."""
+    """A healthy server with the configuration of the compose file, free ports and its own store."""
     config = re.sub(r"^port:.*$|^\s+store_dir:.*$", "", CONF, flags=re.MULTILINE)
     config = config.replace("http_port: 8222", 'http: "127.0.0.1:-1"')
     with EmbeddedServer(tmp_path / "compose", config=config) as started:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from asyncmq_nats.backends.base import Backend, Write
 from asyncmq_nats.runtime.control import (
-    PAUSE_ANSWERS,
+    PAUSE_ANSWER_TIMEOUT,
     WorkerRegistry,
     list_workers,
     parse_pause,
@@ -148,7 +148,7 @@ async def test_pauses_at_the_same_time_are_all_answered(
 
 async def test_a_queue_without_workers_is_paused_at_once(backend: Backend) -> None:
     queue = make_queue(backend)
-    with anyio.fail_after(PAUSE_ANSWERS):
+    with anyio.fail_after(PAUSE_ANSWER_TIMEOUT):
         await queue.pause()
     assert await queue.is_paused()
 
@@ -254,6 +254,28 @@ async def test_a_malformed_entry_hides_no_worker_and_lets_queues_pause(
     queue = make_queue(backend, "others")
     await queue.pause()
     assert await queue.is_paused()
+
+
+@pytest.mark.parametrize(
+    ("told", "limit"),
+    [
+        ([5, 60], (5, 60.0)),
+        ([0, 0.5], (0, 0.5)),
+        (None, None),
+        *(
+            (junk, None)
+            for junk in (5, "5/s", [5], [5, 0], [-1, 1], [5, "1"], ["5", 1], [1, 1, 1], {"a": 1})
+        ),
+    ],
+)
+async def test_a_malformed_limit_is_none(
+    told: object, limit: tuple[int, float] | None, backend: Backend
+) -> None:
+    await entry(backend, "sound").enter()
+    log, key = workers_bucket(backend.settings.prefix)
+    await backend.write(log, Write(f"{key}sound", dump_json(SOUND_ENTRY | {"rate_limit": told})))
+    (worker,) = await list_workers(backend)
+    assert worker.rate_limit == limit
 
 
 @pytest.mark.parametrize("what", ["pause", "resume", "cancel", "tier", "answer.x", "other"])

@@ -418,7 +418,7 @@ async def test_what_reaches_a_promoter_late_is_not_made_ready_again(
     (late,) = await Receiver(backend, "KV_amq_work_scheduler").pull("promoter")
     late.nak()
     if forgotten:
-        monkeypatch.setattr(promoter, "REMEMBERED", 0.0)
+        monkeypatch.setattr(promoter, "TRUSTED_AGE", 0.0)
         monkeypatch.setattr(promoter, "promotion_id", lambda *_: None)
     async with running(queue):
         await queue.wait_for(job_id, timeout=PATIENCE)
@@ -437,7 +437,7 @@ async def test_a_promotion_that_is_not_answered_does_not_hold_up_a_stop(
     queue: Queue, backend: Backend, starts: Starts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is cut, and another promoter repeats it when the lease is over."""
-    monkeypatch.setattr(promoter, "FAREWELL", 0.05)
+    monkeypatch.setattr(promoter, "SHUTDOWN_STEP_TIMEOUT", 0.05)
     real, promoting = backend.send, anyio.Event()
 
     def send(log: str, write: Write, _: Settle, *, timeout: float | None = None) -> None:

@@ -460,7 +460,7 @@ class TestLosses:
     async def test_a_failure_cascades_although_the_worker_was_lost_half_way(
         self, backend: Backend
     ) -> None:
-        """The outcome of the parent and that of its child are there, the grandchild has not been told: the redelivery tells it."""
+        """Parent and child have outcomes, the grandchild does not know: a redelivery tells it."""
         queue = queue_of(backend)
         parent = await queue.add("fail")
         child = await queue.add("echo", depends_on=[parent], on_parent_failure="fail")

@@ -37,8 +37,8 @@ from asyncmq_nats import (
     workers,
 )
 from asyncmq_nats.events import Event
-from asyncmq_nats.jobs import OPTIONAL_FIELDS, RESERVE
-from asyncmq_nats.store.records import LEAD
+from asyncmq_nats.jobs import OPTIONAL_FIELDS, OUTCOME_RESERVE
+from asyncmq_nats.store.records import TIMER_LEAD
 from tests.receiver import PATIENCE
 from tests.test_public_api import METHODS
 
@@ -340,13 +340,13 @@ def test_every_event_that_the_server_does_not_tell_is_named() -> None:
 
 def test_the_sizes_are_those_of_the_protocol() -> None:
     room = 1024 * 1024 - NATSBackend().max_body
-    assert f"`max_payload` less {(room + RESERVE) // 1024} KiB" in PROTOCOL
+    assert f"`max_payload` less {(room + OUTCOME_RESERVE) // 1024} KiB" in PROTOCOL
     assert f"leaves {room // 1024} KiB to the headers" in PROTOCOL
 
 
 def test_the_lead_of_timers_is_the_one_of_the_protocol() -> None:
-    assert f"{LEAD} s early" in PROTOCOL
-    assert f"less {LEAD} s" in PROTOCOL
+    assert f"{TIMER_LEAD} s early" in PROTOCOL
+    assert f"less {TIMER_LEAD} s" in PROTOCOL
 
 
 # -- the examples

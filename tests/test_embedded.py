@@ -226,7 +226,10 @@ def test_store_is_served_by_one_server_only(
 
 
 def test_server_ends_with_the_interpreter() -> None:
-    program = "from asyncmq_nats.backends.nats.embedded.server import EmbeddedServer as E; s = E(); s.start(); print(s.port, s._temporary.name)"
+    program = (
+        "from asyncmq_nats.backends.nats.embedded.server import EmbeddedServer\n"
+        "s = EmbeddedServer(); s.start(); print(s.port, s._temporary.name)"
+    )
     output = subprocess.run(
         [sys.executable, "-c", program], check=True, capture_output=True, text=True, timeout=30
     )
@@ -276,7 +279,10 @@ signal.pause()
 
 @pytest.fixture
 def killed_program(tmp_path: Path) -> Iterator[tuple[int, int, int]]:
-    """Kill a program whose other children live on, and return its server's port and id, and the id of the watchdog."""
+    """Kill a program whose other children live on.
+
+    Return the port and the id of its server, and the id of the watchdog.
+    """
     with subprocess.Popen(
         [sys.executable, "-c", KILLED, str(tmp_path / "killed")], stdout=subprocess.PIPE, text=True
     ) as program:

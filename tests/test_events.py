@@ -7,6 +7,7 @@ import functools
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -17,13 +18,13 @@ import pytest
 from asyncmq_nats.backends.base import Backend
 from asyncmq_nats.context import current_job
 from asyncmq_nats.events import Event, EventEmitter, event_emitter, read_event
-from asyncmq_nats.exceptions import JobFailed, JobNotFound
+from asyncmq_nats.exceptions import InvalidArgument, JobFailed, JobNotFound
 from asyncmq_nats.jobs import Job
 from asyncmq_nats.queues import Queue
 from asyncmq_nats.settings import Settings
 from asyncmq_nats.store import announcing
 from tests.receiver import holds
-from tests.running import PATIENCE, lose_worker, make_queue, outcome, race, run_jobs, running
+from tests.running import PATIENCE, lose_worker, make_queue, only, outcome, race, run_jobs, running
 
 
 async def echo(value: Any = None) -> Any:
@@ -247,6 +248,43 @@ async def test_only_the_events_that_are_wanted_are_heard(backend: Backend) -> No
         await heard.until("job:completed")
         await heard.until("job:failed")
     assert sorted(event.name for event in heard.events) == ["job:completed", "job:failed"]
+
+
+async def test_the_past_events_are_those_that_were_heard_last_of_each_job(
+    backend: Backend, twin: Backend
+) -> None:
+    queue = queue_of(backend)
+    assert await queue.past_events() == []
+    async with listening(queue) as heard:
+        for job_id in ("good", "a b.c"):
+            await queue.add("echo", job_id=job_id)
+        await queue.add("fail", job_id="bad")
+        await queue.add("fail", job_id="again", retries=1, backoff=3600)
+        await queue.add("echo", job_id="child", depends_on=["again"])
+        async with running(queue):
+            await only(queue, completed=2, failed=1, delayed=1, **{"waiting-children": 1})
+        waits = await queue.add("echo")
+        await heard.until("job:waiting", 5)
+    past = await make_queue(twin).past_events()
+    last = {event.job_id: event for event in heard.events}
+    assert {event.job_id: event.name for event in past} == {
+        "good": "job:completed",
+        "a b.c": "job:completed",
+        "bad": "job:failed",
+        "again": "job:retrying",
+        "child": "job:waiting-children",
+        waits: "job:waiting",
+    }
+    for event in past:
+        assert replace(event, at=None) == last[event.job_id]
+    times = [event.at or 0.0 for event in past]
+    assert times == sorted(times, reverse=True)
+    assert past[0].job_id == waits
+    assert times[0] == pytest.approx(backend.now(), abs=PATIENCE)
+    assert await queue.past_events(2) == past[:2]
+    assert await queue_of(backend, "other").past_events() == []
+    with pytest.raises(InvalidArgument):
+        await queue.past_events(0)
 
 
 async def test_the_events_of_another_queue_are_not_heard(backend: Backend) -> None:

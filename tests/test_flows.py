@@ -97,7 +97,8 @@ async def test_fan_out_to_10_000_children_each_once(backend: Backend) -> None:
             "work", [root, *(job("note", root, args=[number]) for number in range(10_000))]
         )
         async with running(queue):
-            while len(runs) < 10_000:  # noqa: ASYNC110  far cheaper than counting by state now and then
+            # Far cheaper than counting by state.
+            while len(runs) < 10_000:  # noqa: ASYNC110
                 await anyio.sleep(0.05)
             await wait_until_done(queue)
     assert sorted(runs) == list(range(10_000))
@@ -528,7 +529,7 @@ async def test_a_write_that_is_refused_for_ever_is_an_error(
 async def test_an_outcome_without_its_arguments_still_tells_the_children(
     backend: Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("asyncmq_nats.jobs.RESERVE", 500)
+    monkeypatch.setattr("asyncmq_nats.jobs.OUTCOME_RESERVE", 500)
 
     async def refuse(value: str) -> None:
         raise ValueError("no " * 500)

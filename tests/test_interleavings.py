@@ -482,7 +482,7 @@ async def test_junk_beside_a_job_that_is_delivered_again_does_not_end_it(queue: 
 async def test_a_job_that_was_put_off_outlives_the_message_from_which_it_was(
     queue: Queue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its worker was lost before the ack: a redelivery says so, as the promoter finds the message."""
+    """Its worker was lost before the ack: a redelivery tells, as the promoter finds the message."""
     await queue._assets.declare_all()
     job_id = await queue.add("echo", ["still here"])
     (delivery,) = await Receiver(queue.backend, READY).pull("tier_5")

@@ -76,7 +76,7 @@ async def run_what_can(queue: Queue) -> None:
 
 
 async def know_secret(queue: Queue) -> None:
-    """Have what is made once in a queue made, so that it is not among the writes that are counted."""
+    """Make the secret of the queue, so that its write is not counted."""
     await queue._assets.declare()
     await queue._additions.dependencies.parked.secret.get()
 

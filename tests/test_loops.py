@@ -115,7 +115,7 @@ async def test_a_second_event_loop_at_the_same_time_is_refused(backend: Backend)
 def test_a_job_that_the_end_of_its_event_loop_interrupts_runs_again(
     make_backend: MakeBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runner, "FAREWELL", 0.1)
+    monkeypatch.setattr(runner, "SHUTDOWN_STEP_TIMEOUT", 0.1)
     runs = 0
     begun = asyncio.Event()
     workers: list[asyncio.Task[None]] = []

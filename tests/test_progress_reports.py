@@ -15,18 +15,18 @@ from asyncmq_nats.store.progress import FIRST_REPORTS, REPORT_INTERVAL, Progress
 from tests.receiver import holds
 from tests.running import PATIENCE, running
 
-MANY = 20_000
+MANY_REPORTS = 20_000
 
 
 async def report_often(report_progress: Any) -> str:
-    for number in range(MANY):
-        report_progress(number / MANY, number)
+    for number in range(MANY_REPORTS):
+        report_progress(number / MANY_REPORTS, number)
     return "done"
 
 
 def report_often_in_thread(report_progress: Any) -> str:
-    for number in range(MANY):
-        report_progress(number / MANY, number)
+    for number in range(MANY_REPORTS):
+        report_progress(number / MANY_REPORTS, number)
     return "done"
 
 
@@ -55,11 +55,14 @@ async def test_a_flood_of_reports_is_a_few_signals_and_the_last_one_is_among_the
             await over.wait()
     reports = [data for what, data in heard if what == "progress"]
     assert reports == sorted(reports)
-    assert reports[-1] == MANY - 1
-    assert len(reports) < MANY / 10
+    assert reports[-1] == MANY_REPORTS - 1
+    assert len(reports) < MANY_REPORTS / 10
     job = await queue.get_job(job_id)
     assert job is not None
-    assert (job["progress"], job["progress_data"]) == ((MANY - 1) / MANY, MANY - 1)
+    assert (job["progress"], job["progress_data"]) == (
+        (MANY_REPORTS - 1) / MANY_REPORTS,
+        MANY_REPORTS - 1,
+    )
 
 
 async def test_reports_of_many_threads_are_each_the_latest() -> None:

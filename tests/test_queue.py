@@ -1038,7 +1038,7 @@ async def test_pages_make_no_difference(
     expected = {order: await queue.get_jobs(asc=order) for order in (True, False)}
     for few in (0, 500):
         monkeypatch.setattr("asyncmq_nats.store.pages.PAGE_SIZE", page)
-        monkeypatch.setattr("asyncmq_nats.store.pages.FEW", few)
+        monkeypatch.setattr("asyncmq_nats.store.pages.SMALL_LIST_LIMIT", few)
         for order, jobs in expected.items():
             assert len(jobs) == 30
             assert await queue.get_jobs(asc=order) == jobs

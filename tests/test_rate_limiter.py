@@ -11,9 +11,15 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from asyncmq_nats.backends.base import Backend
+from asyncmq_nats.backends.base import Backend, Write
 from asyncmq_nats.queues import Queue
-from asyncmq_nats.runtime.rate_limiter import LEASE, Bucket, Limit, RateLimiter, lease
+from asyncmq_nats.runtime.rate_limiter import (
+    LEASE_SECONDS,
+    Bucket,
+    Limit,
+    RateLimiter,
+    lease,
+)
 from asyncmq_nats.wire.keys import QueueSubjects
 from tests.receiver import until
 from tests.running import PATIENCE, make_queue, only, outcome, running
@@ -58,7 +64,7 @@ class World:
         )
         assert (granted < wanted) == (wait > 0) or wanted < 0
         hand.held += granted
-        hand.ends = self.now + LEASE
+        hand.ends = self.now + LEASE_SECONDS
         self.start(worker, use)
 
     def start(self, worker: str, count: int) -> None:
@@ -76,7 +82,7 @@ ACTIONS = st.lists(
         st.sampled_from("abc"),
         st.integers(-5, 60),
         st.integers(0, 60),
-        st.floats(0, 2) | st.floats(0, 3 * LEASE),
+        st.floats(0, 2) | st.floats(0, 3 * LEASE_SECONDS),
         st.booleans(),
     ),
     max_size=60,
@@ -85,7 +91,7 @@ LIMITS = st.builds(Limit, st.integers(1, 50), st.floats(0.05, 20))
 
 
 def windows(starts: Sequence[float]) -> Iterator[tuple[float, int]]:
-    """Yield the length of each span that begins and ends with a start, and how many starts it has."""
+    """Yield the length of each span from one start to another, and its number of starts."""
     for first, begin in enumerate(starts):
         for last in range(first, len(starts)):
             yield starts[last] - begin, last - first + 1
@@ -166,8 +172,8 @@ def test_idle_workers_do_not_save_up_a_burst() -> None:
 def test_permits_of_a_silent_worker_are_taken_back() -> None:
     limit = Limit(10, 1.0)
     bucket, first, _ = lease(None, limit, "a", 0, 10, NOW)
-    _, early, _ = lease(bucket, limit, "b", 0, 10, NOW + LEASE - 0.1)
-    _, late, _ = lease(bucket, limit, "b", 0, 10, NOW + LEASE + 0.1)
+    _, early, _ = lease(bucket, limit, "b", 0, 10, NOW + LEASE_SECONDS - 0.1)
+    _, late, _ = lease(bucket, limit, "b", 0, 10, NOW + LEASE_SECONDS + 0.1)
     assert (first, early, late) == (10, 0, 10)
 
 
@@ -240,7 +246,7 @@ async def test_a_busy_worker_says_that_its_permits_were_used(
     await one.acquire(
         0
     )  # all its slots are taken for a long time: what it had leased is no longer kept from others
-    with anyio.fail_after(LEASE / 2):
+    with anyio.fail_after(LEASE_SECONDS / 2):
         while other.permits < 5:  # noqa: ASYNC110
             await anyio.sleep(await other.acquire(5 - other.permits))
 
@@ -251,7 +257,7 @@ async def test_a_worker_that_was_silent_has_no_permits(
     await make_queue(backend)._assets.declare_all()
     one = limiter(backend, "one", Limit(5, 1.0))
     await one.acquire(5)
-    later = backend.now() + LEASE
+    later = backend.now() + LEASE_SECONDS
     monkeypatch.setattr(backend, "now", lambda: later)
     assert one.permits == 0
 
@@ -315,7 +321,7 @@ async def test_a_worker_whose_slots_are_taken_leaves_the_allowance_to_others(
         await until(first.queue_stats, lambda stats: stats["active"] == 4)
         async with running(second):
             await first.add_bulk([{"task_id": "work"}] * 20)
-            with anyio.fail_after(LEASE / 2):
+            with anyio.fail_after(LEASE_SECONDS / 2):
                 await until(first.queue_stats, lambda stats: stats["completed"] == 20)
             opened.set()
 
@@ -366,8 +372,30 @@ async def test_permits_that_a_worker_did_not_use_outlast_it(
         await until(queue.list_workers, bool)
     await queue.add_bulk([{"task_id": "work"}] * 5)
     async with running(other):
-        with anyio.fail_after(LEASE / 2):
+        with anyio.fail_after(LEASE_SECONDS / 2):
             await until(queue.queue_stats, lambda stats: stats["completed"] == 5)
+
+
+async def test_limits_are_told_with_what_is_left_of_them(backend: Backend, twin: Backend) -> None:
+    first = limited(backend, 5, 600.0, 2, work=lambda: None)
+    second = limited(twin, 40, 1.0, 2, work=lambda: None)
+
+    async def left() -> tuple[int, float, int]:
+        (limit,) = await second.list_rate_limits()
+        return limit.limit, limit.interval, limit.free + limit.leased
+
+    assert await first.list_rate_limits() == []
+    async with running(first):
+        assert await left() == (5, 600.0, 5)
+        await first.add_bulk([{"task_id": "work"}] * 3)
+        await only(first, completed=3)
+        await until(left, lambda found: found == (5, 600.0, 2))
+        async with running(second):
+            limits = await first.list_rate_limits()
+            assert [(each.limit, each.interval) for each in limits] == [(5, 600.0), (40, 1.0)]
+        log, key = first._subjects.bucket_log, first._subjects.rate_limit
+        await backend.write(log, Write(key, b"junk"))
+        assert await left() == (5, 600.0, 5)
 
 
 async def test_a_queue_without_a_limit_has_no_bucket(backend: Backend) -> None:

@@ -134,7 +134,9 @@ async def test_a_function_with_an_annotation_of_any_class_is_called_as_it_is(
 async def test_a_function_whose_annotations_have_no_meaning_here_is_called_as_it_is(
     registry: TaskRegistry,
 ) -> None:
-    async def echo(value: "imported_for_type_checkers_only.Thing") -> object:  # type: ignore[name-defined]  # noqa: F821
+    async def echo(
+        value: "imported_for_type_checkers_only.Thing",  # type: ignore[name-defined]  # noqa: F821
+    ) -> object:
         return value
 
     registry.register(echo, queue="work", name="echo")

@@ -18,6 +18,7 @@ from asyncmq_nats.runtime.control import list_workers
 from asyncmq_nats.settings import Settings
 from asyncmq_nats.store.records import delayed_write
 from asyncmq_nats.store.secret import QueueSecret
+from asyncmq_nats.transitions.definition import planned_time
 from asyncmq_nats.transitions.repeat import repeatable_id
 from asyncmq_nats.transitions.tick import Ticker
 from asyncmq_nats.workers import Worker
@@ -516,7 +517,7 @@ async def test_racing_upserts_of_one_name_leave_one_series(
 
 
 async def let_tick_be_due(queue: Queue, monkeypatch: pytest.MonkeyPatch, at: float) -> None:
-    """Have the tick of `report` become due between what the next change reads and what it writes."""
+    """Have the tick of `report` become due between the read and the write of the next change."""
     read = queue.backend.last
 
     async def last(log: str, *filters: str) -> list[Record]:
@@ -659,6 +660,28 @@ async def test_a_series_makes_as_many_jobs_as_its_limit(queue: Queue, ticks: Tic
         await outcome(queue, await queue.add("tick", ["later"], delay=1.0))
     assert len([seen for seen in ticks.seen if seen[0] == ""]) == 3
     assert await queue.upsert_repeatable("tick", **(fields | {"limit": 4})) < math.inf
+
+
+async def test_the_last_run_of_a_series_is_listed(queue: Queue, ticks: Ticks) -> None:
+    await queue.upsert_repeatable("tick", every=0.1, limit=2, name="a report-7")
+    (info,) = await queue.list_repeatables()
+    assert (info.runs, info.last_job, info.last_run) == (0, None, None)
+    async with running(queue):
+        await ticks.wait_for(2)
+        (info,) = await until(queue.list_repeatables, lambda found: found[0].runs == 2)
+    last = max(await planned_of(queue))
+    assert info.last_job == f"a report-7-{last}"
+    assert info.last_run == last / 1000
+    await queue.upsert_repeatable("tick", every=60, name="a report-7")
+    await queue.pause_repeatable("a report-7")
+    (paused,) = await queue.list_repeatables()
+    assert (paused.runs, paused.last_job, paused.last_run) == (0, info.last_job, info.last_run)
+
+
+@pytest.mark.parametrize("job_id", ["report", "report-", "report-x", "x-5", f"report-{10**30}"])
+def test_the_time_of_a_run_is_in_ids_of_its_form_only(job_id: str) -> None:
+    assert planned_time("report", job_id) is None
+    assert planned_time("report", "report-1500") == 1.5
 
 
 async def test_jitter_makes_runs_later_and_none_lost(queue: Queue, ticks: Ticks) -> None:

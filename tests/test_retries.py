@@ -203,4 +203,4 @@ def test_a_worker_grants_so_many_retries_and_says_so(caplog: pytest.LogCaptureFi
     job, limits = Job("t", max_retries=10**9, backoff=None), RetryLimits(retries=2)
     waits = [retry_delay(failed(job, number), FAILURE, limits=limits) for number in range(3)]
     assert waits == [0.0, 0.0, None]
-    assert caplog.text.count("of its 1000000000 retries it gets 2") == 1
+    assert caplog.text.count("its 1000000000 retries are cut to 2") == 1

@@ -225,7 +225,7 @@ class TestOfTasks:
 
         await fail.enqueue(backend=backend)
         assert 1.4 <= await planned_delay(queue) <= 2.0
-        assert "is not delayed as its task wishes" in caplog.text
+        assert "so the default backoff counts" in caplog.text
 
     async def test_a_jobs_own_backoff_comes_before_that_of_its_task(
         self, queue: Queue, backend: Backend, registry: TaskRegistry

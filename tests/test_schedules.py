@@ -16,7 +16,7 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from asyncmq_nats.schedules import (
-    LONGEST,
+    LONGEST_INTERVAL,
     MOST_MISSED,
     Schedule,
     definition_id,
@@ -299,7 +299,7 @@ def test_an_interval_has_no_time_zone() -> None:
         make_schedule(5, None, "Europe/Berlin")
 
 
-# -- clocks that change: what they skip comes later, what they show twice counts once, and what has no hour goes on
+# -- clocks that change: a skipped time comes later, a repeated one counts once
 
 
 @pytest.mark.parametrize(
@@ -605,7 +605,7 @@ def test_missed_ticks_are_no_flood() -> None:
 def test_the_longest_interval_has_a_next_run() -> None:
     assert (
         datetime.fromtimestamp(
-            next_run(make_schedule(LONGEST, None), moment("2026-01-01")), UTC
+            next_run(make_schedule(LONGEST_INTERVAL, None), moment("2026-01-01")), UTC
         ).year
         == 2125
     )

@@ -6,7 +6,7 @@ No server, no clock.
 import pytest
 
 from asyncmq_nats.jobs import JobHead
-from asyncmq_nats.runtime.suspects import LAST_PROBATION, PROBATION, Suspects
+from asyncmq_nats.runtime.suspects import LAST_PROBATION_SECONDS, PROBATION_SECONDS, Suspects
 from asyncmq_nats.transitions.claim import Attempt, Claim
 
 
@@ -56,8 +56,8 @@ def test_a_suspect_that_survives_for_a_while_lets_the_next_one_start() -> None:
     world.line.enter(first)
     world.line.enter(second)
     assert world.line.next() is first
-    assert world.line.wait == pytest.approx(PROBATION)
-    world.time += PROBATION
+    assert world.line.wait == pytest.approx(PROBATION_SECONDS)
+    world.time += PROBATION_SECONDS
     assert world.line.next() is second
 
 
@@ -67,7 +67,7 @@ def test_the_last_run_waits_until_it_is_alone_and_holds_others_meanwhile() -> No
     world.line.enter(last)
     assert world.line.next() is None
     assert world.line.holds_others
-    assert world.line.wait == pytest.approx(LAST_PROBATION)
+    assert world.line.wait == pytest.approx(LAST_PROBATION_SECONDS)
     world.alone = True
     assert world.line.next() is last
     assert world.line.holds_others
@@ -81,9 +81,9 @@ def test_jobs_that_never_end_do_not_keep_the_last_run_waiting() -> None:
     world.alone = False
     world.line.enter(last)
     assert world.line.next() is None
-    world.time += LAST_PROBATION
+    world.time += LAST_PROBATION_SECONDS
     assert world.line.next() is last
-    world.time += LAST_PROBATION
+    world.time += LAST_PROBATION_SECONDS
     assert not world.line.holds_others
 
 

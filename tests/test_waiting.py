@@ -61,7 +61,7 @@ class TestLostEvents:
 
         monkeypatch.setattr(backend, "subscribe", subscribe_in_vain)
         monkeypatch.setattr(waiters, "LOOK_INTERVAL", 0.2)
-        monkeypatch.setattr(waiters, "FULL_LOOKS", 2)
+        monkeypatch.setattr(waiters, "FULL_READS", 2)
 
     async def test_the_ends_are_seen_all_the_same(self, backend: Backend) -> None:
         queue = make_queue(backend, concurrency=20, echo=echo)

@@ -40,7 +40,7 @@ from tests.running import (
 
 @pytest.fixture
 def settings() -> Settings:
-    """A lease so long that only a hand-back explains a second run, and hardly any patience at the end."""
+    """A lease so long that only a hand-back explains a second run, and a short shutdown."""
     return Settings(stalled_after=600, publish_timeout=10, shutdown_timeout=0.1)
 
 
@@ -666,7 +666,9 @@ class TestLeases:
         job_id = await queue.add("echo", ["again"])
         async with running(queue) as worker:
             assert await queue.wait_for(job_id, timeout=PATIENCE) == "again"
-            assert "a delivery failed in the worker itself" in caplog.text
+            assert (
+                "the worker itself failed on a delivery; the job will be redelivered" in caplog.text
+            )
             assert worker._runner is not None
             runner = worker._runner
             await holds(lambda: runner._completer.pending == 0)
@@ -687,7 +689,10 @@ class TestLeases:
         monkeypatch.setattr(Lifecycle, "reject", fail_once)
         queue = make_queue(backend, fail=fail)
         await queue._assets.declare_all()
-        body = b'{"v":1,"id":"x","task":"fail","args":[],"kwargs":{},"created_at":1.0,"max_retries":"many"}'
+        body = (
+            b'{"v":1,"id":"x","task":"fail","args":[],"kwargs":{},'
+            b'"created_at":1.0,"max_retries":"many"}'
+        )
         await backend.write("amq_work", Write("amq.work.ready.5.x", body))
         async with running(queue) as worker:
             with pytest.raises(JobFailed, match="max_retries"):
@@ -758,7 +763,9 @@ class TestTaskModules:
     @pytest.fixture
     def settings(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
         (tmp_path / "amq_test_tasks.py").write_text(
-            "from asyncmq_nats.tasks import task\n@task('work', name='tests.imported')\nasync def imported():\n    return 'imported'\n"
+            "from asyncmq_nats.tasks import task\n"
+            "@task('work', name='tests.imported')\n"
+            "async def imported():\n    return 'imported'\n"
         )
         monkeypatch.syspath_prepend(str(tmp_path))
         return Settings(tasks=("amq_test_tasks",), shutdown_timeout=0.1)
@@ -780,7 +787,8 @@ class TestTaskPackages:
             name = path.replace("/", ".")
             (package / f"{path}.py").write_text(
                 "from asyncmq_nats.tasks import task\n"
-                f"@task('work', name='tests.package.{name}')\nasync def run():\n    return '{name}'\n"
+                f"@task('work', name='tests.package.{name}')\n"
+                f"async def run():\n    return '{name}'\n"
             )
         (package / "__main__.py").write_text("raise SystemExit('a program')")
         monkeypatch.syspath_prepend(str(tmp_path))
@@ -877,8 +885,8 @@ async def test_a_field_that_only_a_failure_needs_may_be_malformed_and_then_fails
     await queue._assets.declare_all()  # the queue is there
     for task_id in ("fail", "echo"):
         job = (
-            b'{"v":1,"id":"%b","task":"%b","args":[],"kwargs":{},"created_at":1.0,"max_retries":"many"}'
-            % ((task_id.encode(),) * 2)
+            b'{"v":1,"id":"%b","task":"%b","args":[],"kwargs":{},'
+            b'"created_at":1.0,"max_retries":"many"}' % ((task_id.encode(),) * 2)
         )
         await backend.write("amq_work", Write(f"amq.work.ready.5.{task_id}", job))
     async with running(queue):

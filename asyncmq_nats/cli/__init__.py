@@ -1,8 +1,8 @@
 """The command line: `asyncmq-nats`, in short `amq`. Needs the extra `cli`.
 
-A module per group of commands. None holds logic of queues: each command is some calls of the public
-API, and words for a person.
-`command.py` has what all commands share, `connection.py` finds the server, `output.py` prints.
+There is a module per group of commands. A command calls the public API and prints for a person; it
+holds no logic of queues. `command.py` has what all commands share, `connection.py` finds the
+server, `output.py` prints.
 """
 
 import importlib.util
@@ -10,12 +10,12 @@ import sys
 
 __all__ = ["main"]
 
-NEEDED = ("typer", "rich", "cron_descriptor")
+REQUIRED_MODULES = ("typer", "rich", "cron_descriptor")
 
 
 def main() -> None:
     """Run the command line and exit: 0 done, 1 an error, 2 wrong usage, 130 interrupted."""
-    missing = [package for package in NEEDED if importlib.util.find_spec(package) is None]
+    missing = [package for package in REQUIRED_MODULES if importlib.util.find_spec(package) is None]
     if missing:
         print(
             f"asyncmq-nats: the command line needs {', '.join(missing)}: "

@@ -50,7 +50,7 @@ __all__ = [
 F = TypeVar("F", bound=Callable[..., Awaitable[None]])
 
 TARGETS: Final = ("ids", "job_id", "name", "names", "workers")
-"""Parameters that say to what a command does what it does."""
+"""Parameters that name the targets of a command."""
 AUDIT_LENGTH: Final = 500
 """Characters of the target of a command that the audit keeps."""
 COMPLETION_TIMEOUT: Final = 1.0
@@ -68,7 +68,7 @@ class Session:
         self.options = options
         self.output = output
         self.count = 1
-        """To how many jobs or things the command did what it does, for the audit."""
+        """The number of jobs or other targets that the command has changed, for the audit log."""
         self._backend: NATSBackend | None = None
 
     @property
@@ -87,7 +87,7 @@ class Session:
         return Session(ConnectionOptions(server=server).or_else(self.options), self.output)
 
     async def record(self, action: str, given: Mapping[str, Any]) -> None:
-        """Write into the audit who did what to how many. `given`: what the command was given."""
+        """Write an entry into the audit log. `given`: the arguments of the command."""
         told = {name: value for name, value in given.items() if value not in (None, False, [], ())}
         queue = str(told.pop("queue", ""))
         ids = next((told.pop(each) for each in TARGETS if each in told), "")
@@ -214,7 +214,7 @@ class Options:
 
 
 def _given(ctx: typer.Context) -> list[dict[str, Any]]:
-    """Return what was given to the command, to its group, and before both."""
+    """Return the arguments of the command, of its group, and of the program."""
     at: Any = ctx
     given = []
     while at is not None:
@@ -224,7 +224,7 @@ def _given(ctx: typer.Context) -> list[dict[str, Any]]:
 
 
 def connection_options(ctx: typer.Context) -> ConnectionOptions:
-    """Return what was given of the connection, after the command or before it."""
+    """Return the connection options, given after the command or before it."""
     options = ConnectionOptions()
     for values in _given(ctx):
         given = {name: values.get(name) for name in CONNECTION}

@@ -1,10 +1,9 @@
-"""Which server the commands speak to.
+"""The choice of the server: options, `NATS_*`, `ASYNCMQ_NATS_*`, contexts of the `nats` tool.
 
-Options, `NATS_*`, `ASYNCMQ_NATS_*`, contexts of the `nats` tool. Each value is taken from the first
-that has it: an option; a context that was asked for (`--context`);
-`ASYNCMQ_NATS_*`; `NATS_*`; the context in `NATS_CONTEXT`. The context that `nats context select`
-chose
-counts only if none of these names a server: a login is not sent to a server that it is not for.
+Each value is taken from the first that has it: an option; a context that was asked for
+(`--context`); `ASYNCMQ_NATS_*`; `NATS_*`; the context in `NATS_CONTEXT`. The context that `nats
+context select` chose counts only if none of these names a server: a login is not sent to a server
+that it is not for.
 """
 
 import json
@@ -56,17 +55,17 @@ class ContextUnusable(AsyncMQError):
 
 @dataclass(frozen=True, slots=True)
 class ConnectionOptions:
-    """What was given on the command line. `timeout`: seconds, or a text such as `5s`."""
+    """The options of the command line. `timeout`: seconds, or a text such as `5s`."""
 
     server: str | None = None
     context: str | None = None
     timeout: str | None = None
     prefix: str | None = None
     declare: bool = True
-    """Whether streams and consumers that are missing are made."""
+    """Whether missing streams and consumers are created."""
 
     def or_else(self, other: "ConnectionOptions") -> "ConnectionOptions":
-        """Return these, and those of the other where these have none."""
+        """Return these options, completed by those of `other`."""
         return ConnectionOptions(
             self.server or other.server,
             self.context or other.context,
@@ -139,7 +138,7 @@ def resolve(
 
 
 def describe_sources(options: ConnectionOptions, environment: Mapping[str, str]) -> dict[str, str]:
-    """Return where the value of each setting is from; of those that are left out, the default."""
+    """Return the origin of each setting's value; it is the default for those that are left out."""
     return _find(options, environment).sources
 
 

@@ -11,7 +11,14 @@ from asyncmq_nats.cli.program import log_to_stderr, program
 
 __all__ = ["register"]
 
-NEEDED: Final = ("starlette", "jinja2", "sse_starlette", "itsdangerous", "multipart", "uvicorn")
+REQUIRED_MODULES: Final = (
+    "starlette",
+    "jinja2",
+    "sse_starlette",
+    "itsdangerous",
+    "multipart",
+    "uvicorn",
+)
 GRACE_SECONDS: Final = 3
 """How long answers under way may take when the program is told to stop."""
 
@@ -52,7 +59,7 @@ def dashboard(
     ] = False,
 ) -> None:
     """Serve the dashboard until SIGTERM or Ctrl-C (extra `dashboard`)."""
-    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    missing = [name for name in REQUIRED_MODULES if importlib.util.find_spec(name) is None]
     if missing:
         raise CommandFailed(
             f"the dashboard needs {', '.join(missing)}: pip install 'asyncmq-nats[dashboard]'"

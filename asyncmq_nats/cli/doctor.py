@@ -1,7 +1,4 @@
-"""`doctor` and `check`.
-
-What is wrong with the server and its queues, for a person and for monitoring.
-"""
+"""`doctor` and `check`: faults of the server and its queues, for a person and for monitoring."""
 
 from collections.abc import Sequence
 from enum import StrEnum
@@ -50,7 +47,7 @@ async def doctor(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Look for what is wrong, and say how to mend it. Exits with 1 if there is an error.
+    """Find faults, and say how to mend them. Exits with 1 if there is an error.
 
     Nothing is changed without --fix.
     """

@@ -46,7 +46,7 @@ async def follow(
 ) -> None:
     """Follow what happens to jobs, live: a line for each event; with --json one object a line.
 
-    At most once: what happens while the connection is down is not shown.
+    Events are sent at most once: those of a time without a connection are lost.
     """
     for name in kind or ():
         if name not in TYPES:
@@ -91,7 +91,7 @@ def _print(session: Session, event: Event, *, as_json: bool) -> None:
 
 
 def _note(data: dict[str, Any]) -> str:
-    """Return the rest that a person wants to know of an event."""
+    """Return the details of an event for a person."""
     if data.get("last_error"):
         return str(data["last_error"])
     if data.get("progress") is not None:

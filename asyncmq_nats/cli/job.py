@@ -191,7 +191,7 @@ async def show_result(
 ) -> None:
     """Print the result of a job as JSON.
 
-    Of one that did not complete, its error, with exit code 1.
+    If it did not complete, print its error and exit with 1.
     """
     seconds = parse_duration(max_wait)
     patience = seconds if wait or seconds is not None else 0.0
@@ -231,7 +231,7 @@ async def add(
     ] = None,
     wait: Annotated[bool, typer.Option("--wait", "-w", help="Print its result.")] = False,
 ) -> None:
-    """Add a job, and print its id. After `--`, arguments may begin with a dash."""
+    """Add a job, and print its id. Arguments after `--` may begin with a dash."""
     jobs = session.queue(queue)
     await session.backend.connect()
     now = session.backend.now()
@@ -266,8 +266,8 @@ async def run_here(
 ) -> None:
     """Run a job here, in this process, to see what it does: the one in the queue stays as it is.
 
-    What the task adds by `current_job()` is not added. Prints the result, or the traceback, with
-    exit code 1.
+    Jobs that the task adds by `current_job()` are not added. Prints the result, or the traceback,
+    with exit code 1.
     """
     job = await _find(session, queue, job_id)
     settings = session.backend.settings.model_copy(

@@ -1,7 +1,4 @@
-"""One action on many jobs.
-
-Count, ask, act with progress, and how to go on after an interruption.
-"""
+"""One action on many jobs: count, confirm, act with progress, go on after an interruption."""
 
 import shlex
 from collections.abc import Awaitable, Callable
@@ -36,18 +33,18 @@ async def act_on_many(
     limit: int | None = None,
     again: str = "",
 ) -> None:
-    """Do something to the jobs that are meant, after a count and a confirmation.
+    """Apply an action to the selected jobs, after a count and a confirmation.
 
     Args:
         session: of the command.
         queue: that the jobs are in.
         selection: the jobs.
         action: of `Queue.apply`.
-        verbs: what is done, such as `("retry", "retried")`.
+        verbs: the verb and its participle, such as `("retry", "retried")`.
         force: do not ask.
         dry_run: only tell the count.
         limit: how many jobs at most.
-        again: the words of the command that goes on after an interruption, without the filter.
+        again: the command that goes on after an interruption, without its filter.
 
     Raises:
         CommandFailed: the answer was no; or of the ids that were given, some were not acted on.
@@ -56,7 +53,7 @@ async def act_on_many(
     if selection.where is None:
         await _act_on_ids(session, queue, selection, action, verbs, dry_run=dry_run)
         return
-    # What reaches a state after this count is not meant.
+    # Jobs that reach the state after this count are left alone.
     counted = await queue.apply(selection.where, action, dry_run=True, limit=limit)
     if dry_run or not counted.matched:
         session.output.line(f"{number(counted.matched)} jobs match; nothing was done")
@@ -118,7 +115,7 @@ async def _act_on_ids(
 async def run_with_progress(
     session: Session, what: str, total: int, act: Callable[[Callable[[int], None]], Awaitable[Any]]
 ) -> Any:
-    """Run something that reports how far it is."""
+    """Run a function that reports its progress, and show a bar."""
     bar, move = session.output.progress(total, what)
     with bar:
         return await act(move)

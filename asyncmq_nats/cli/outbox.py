@@ -13,7 +13,7 @@ from asyncmq_nats.cli.output import duration, number
 
 __all__ = ["group"]
 
-NEEDED: Final = ("sqlalchemy", "psycopg", "aiosqlite")
+REQUIRED_MODULES: Final = ("sqlalchemy", "psycopg", "aiosqlite")
 
 Database = Annotated[
     str,
@@ -30,7 +30,7 @@ group = make_group("outbox", "Jobs that an application writes into its database.
 
 
 def _make_relay(database: str, session: Session, **options: Any) -> Any:
-    missing = [package for package in NEEDED if importlib.util.find_spec(package) is None]
+    missing = [package for package in REQUIRED_MODULES if importlib.util.find_spec(package) is None]
     if missing:
         raise CommandFailed(
             f"the outbox needs {', '.join(missing)}: pip install 'asyncmq-nats[outbox]'"

@@ -1,4 +1,4 @@
-"""What commands print: tables for people, JSON for programs, names for pipes.
+"""The output of commands: tables for people, JSON for programs, names for pipes.
 
 Results go to stdout, all else to stderr.
 """
@@ -27,8 +27,8 @@ __all__ = [
     "size",
 ]
 
-WIDE: Final = 100_000
-"""Columns of what is no terminal: nothing is wrapped there."""
+PIPE_WIDTH: Final = 100_000
+"""The width of an output that is no terminal: nothing is wrapped there."""
 STYLES: Final = {
     "failed": "red",
     "expired": "red",
@@ -92,13 +92,13 @@ def plain_json(value: Any, *, indent: int | None = None) -> str:
 
 
 class Output:
-    """Prints what one command has to say."""
+    """Prints the output of one command."""
 
     def __init__(self) -> None:
         terminal = sys.stdout.isatty()
-        self.console = Console(width=None if terminal else WIDE, highlight=False)
+        self.console = Console(width=None if terminal else PIPE_WIDTH, highlight=False)
         self.errors = Console(
-            stderr=True, width=None if sys.stderr.isatty() else WIDE, highlight=False
+            stderr=True, width=None if sys.stderr.isatty() else PIPE_WIDTH, highlight=False
         )
 
     # -- results
@@ -156,11 +156,11 @@ class Output:
     # -- beside the results
 
     def note(self, text: str) -> None:
-        """Tell the person something that is no result."""
+        """Print a note for the person, on stderr."""
         self.errors.print(Text(escape_controls(text)), soft_wrap=True)
 
     def error(self, text: str) -> None:
-        """Say in one line what went wrong."""
+        """Print an error in one line."""
         line = " ".join(escape_controls(part.strip()) for part in text.splitlines())
         message = Text.assemble(("error: ", "bold red"), line)
         self.errors.print(message, soft_wrap=True)

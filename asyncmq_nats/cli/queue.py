@@ -178,7 +178,7 @@ async def pause(
         str | None, typer.Option("--until", metavar="TIME", help="10m (from now), or a date.")
     ] = None,
 ) -> None:
-    """Pause a queue: no worker starts another job of it. Those that run go on."""
+    """Pause a queue: no worker starts another job of it. Running jobs go on."""
     jobs = await require_queue(session, queue)
     end = None if until is None else parse_future(until, session.backend.now())
     await jobs.pause(end)
@@ -204,7 +204,7 @@ async def drain(
     force: Force = False,
     dry_run: DryRun = False,
 ) -> None:
-    """Remove the jobs that wait to be run. Those that run, and what has ended, stay."""
+    """Remove the jobs that wait to be run. Jobs that run or have ended stay."""
     jobs = await require_queue(session, queue)
     counts = await jobs.queue_stats()
     total = counts["waiting"] + (counts["delayed"] if include_delayed else 0)
@@ -354,7 +354,7 @@ async def restore(
 ) -> None:
     """Restore what `queue export` saved, into this or another queue.
 
-    What is there stays: it can be repeated.
+    Existing jobs stay, so it can be repeated.
     """
     with _opened(file, "r") as lines:
         given = (_parse_line(line, at) for at, line in enumerate(lines, 1) if line.strip())

@@ -21,7 +21,7 @@ group = make_group("config", "Settings that a queue keeps on the server, for all
 
 @command(group, "get")
 async def get(session: Session, queue: QueueName, as_json: AsJson = False) -> None:
-    """Show what is stored, and what on the server differs from the settings in force."""
+    """Show the stored settings, and how the server differs from the settings in force."""
     found = await require_queue(session, queue)
     stored, drift = await found.get_configuration(), await found.find_drift()
     if as_json:

@@ -138,8 +138,14 @@ async def list_all(
 
 
 def _as_dict(info: RepeatableInfo) -> dict[str, Any]:
-    described = {"words": describe(info.job_def), "next_run": info.next_run, "paused": info.paused}
-    return info.job_def | described
+    return info.job_def | {
+        "words": describe(info.job_def),
+        "next_run": info.next_run,
+        "paused": info.paused,
+        "runs": info.runs,
+        "last_run": info.last_run,
+        "last_job": info.last_job,
+    }
 
 
 def _state(info: RepeatableInfo) -> str:
@@ -164,6 +170,8 @@ async def show(
     }
     texts |= {key: instant(info.job_def[key]) for key in ("start", "end") if key in info.job_def}
     texts |= {"rhythm": describe(info.job_def), "next run": instant(info.next_run)}
+    if info.last_job is not None:
+        texts |= {"last run": instant(info.last_run), "last job": info.last_job}
     session.output.fields(texts | ({"state": _state(info)} if _state(info) else {}))
 
 
@@ -251,9 +259,10 @@ async def edit(
     *,
     options: Rhythm,
 ) -> None:
-    """Change a schedule that has a name; what is not given stays. A pause goes on.
+    """Change a schedule that has a name; what is not given stays.
 
-    One that code declares is changed back when a worker with that code starts.
+    A pause goes on. A schedule that code declares is changed back when a worker with that code
+    starts.
     """
     jobs, info = await _open(session, queue, name)
     if info.job_def["name"] is None:

@@ -1,4 +1,4 @@
-"""What a person types: times, durations, arguments; and which jobs a command is for."""
+"""Parses values of the command line: times, durations, arguments, and selections of jobs."""
 
 import sys
 from collections.abc import Iterable, Sequence
@@ -31,7 +31,7 @@ __all__ = [
     "select",
 ]
 
-UNIX: Final = 1_000_000_000.0
+LEAST_UNIX_TIME: Final = 1_000_000_000.0
 """A number from here on is a time in Unix seconds, a smaller one a duration."""
 
 
@@ -62,7 +62,7 @@ def _parse_time(text: str, now: float, direction: int) -> float:
         number = float(text)
     except ValueError:
         number = 0.0
-    if number >= UNIX:
+    if number >= LEAST_UNIX_TIME:
         return number
     try:
         return now + direction * parse_every(text)
@@ -215,7 +215,7 @@ class Selection:
     ids: tuple[str, ...] = ()
     where: JobFilter | None = None
     words: tuple[str, ...] = ()
-    """The options of the filter, as they were typed, but for `--until`."""
+    """The filter options as they were typed, without `--until`."""
 
 
 def select(

@@ -63,9 +63,9 @@ def inject(function: Any = None, /, *, provider: Provider | None = None) -> Any:
 
 
 def _signature_of_calls(function: Callable[..., Any], model: CallModel) -> Signature:
-    """Return what a job gives.
+    """Return the parameters that a job gives.
 
-    The parameters of a function without its dependencies, and theirs.
+    They are those of a function without its dependencies, and those of the dependencies.
     """
     whole = signature(function)
     hidden = {*model.dependencies, *model.custom_fields}

@@ -24,7 +24,7 @@ class Buffer:
     """By priority."""
 
     def push(self, priority: int, delivery: Delivery, now: float) -> None:
-        """Take one in."""
+        """Add a job."""
         self.counts[priority] += 1
         heapq.heappush(self.heap, (priority, delivery.sequence, delivery.deliveries, now, delivery))
 

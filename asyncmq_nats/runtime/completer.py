@@ -76,7 +76,9 @@ class Completer:
             if attempt.is_recorded:
                 self._tell_end(attempt, write)
         except AsyncMQError as error:
-            logger.error("job %s: %s", attempt.head.job_id, error)
+            logger.error(
+                "job %s: the end of its attempt is not stored: %s", attempt.head.job_id, error
+            )
             attempt.delivery.abandon()
         except BaseException:  # the worker ends, or has a fault: its lease must not be extended
             attempt.delivery.abandon()

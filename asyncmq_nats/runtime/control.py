@@ -1,6 +1,6 @@
-"""What is asked of running workers: pause, resume, cancel; and which workers there are.
+"""Requests to running workers: pause, resume, cancel, stop; and the list of workers.
 
-Other programs may write what is read here: a malformed record or signal is only a warning.
+Other programs may write these records and signals: a malformed one is only a warning.
 """
 
 import math
@@ -34,7 +34,6 @@ from asyncmq_nats.wire.keys import QueueSubjects, encode_token, tier_name, worke
 
 __all__ = [
     "CANCEL",
-    "FOREVER",
     "PAUSE",
     "RESUME",
     "STOP",
@@ -54,9 +53,8 @@ PAUSE: Final = "pause"
 RESUME: Final = "resume"
 CANCEL: Final = "cancel"
 STOP: Final = "stop"
-FOREVER: Final = LATEST_PAUSE
-PAUSE_ANSWERS: Final = 2.0
-"""How long to wait for the workers' word that they start nothing more."""
+PAUSE_ANSWER_TIMEOUT: Final = 2.0
+"""Seconds to wait until the workers confirm that they start nothing more."""
 MAX_SHOWN_JOBS: Final = 100
 """Ids of running jobs in the entry of a worker."""
 STOP_ANSWER_TIMEOUT: Final = 1.0
@@ -79,7 +77,7 @@ class Controls:
         The server delivers nothing more, and when this returns the workers start nothing more of
         what they hold.
         """
-        end = FOREVER if until is None else min(until, FOREVER)
+        end = LATEST_PAUSE if until is None else min(until, LATEST_PAUSE)
         await self._assets.write_pause(end)
         # The default tier first: a tier that is made meanwhile finds it paused, or else is among
         # those that are listed after it.
@@ -103,7 +101,9 @@ class Controls:
     async def _tell_all(self, what: str, body: bytes) -> None:
         """Signal the queue's workers and wait, for a time, until each one has answered."""
         workers = {worker.id for worker in await list_workers(self._backend, self._subjects.queue)}
-        missing = await _tell(self._backend, self._subjects, what, body, workers, PAUSE_ANSWERS)
+        missing = await _tell(
+            self._backend, self._subjects, what, body, workers, PAUSE_ANSWER_TIMEOUT
+        )
         if missing:
             logger.warning(
                 "queue %s: no answer to %s from %s",
@@ -147,7 +147,8 @@ async def stop_worker(backend: Backend, worker: str) -> bool:
     """Have a worker stop in order, as by SIGTERM; a supervisor does not start it again.
 
     Return whether it has answered that it stops: what runs may still take `shutdown_timeout`.
-    A worker of several queues stops as a whole. `False`: there is no such worker, or it is silent.
+    A worker of several queues stops as a whole. `False`: there is no such worker, or it does not
+    answer.
     """
     for _ in range(STOP_TRIES):  # a signal is lost while its worker reconnects
         entries = [entry for entry in await list_workers(backend) if entry.id == worker]
@@ -173,7 +174,7 @@ def parse_pause(text: str, answers: str) -> tuple[float, str] | None:
         end = float(until)
     except ValueError:
         return None
-    return None if math.isnan(end) else (min(end, FOREVER), _checked_inbox(inbox, answers))
+    return None if math.isnan(end) else (min(end, LATEST_PAUSE), _checked_inbox(inbox, answers))
 
 
 def _checked_inbox(inbox: str, answers: str) -> str:
@@ -208,6 +209,8 @@ class WorkerInfo:
     """Bytes of memory of its process; `None` if that is not known."""
     stopping: bool = False
     """Whether it was told to stop and finishes what runs."""
+    rate_limit: tuple[int, float] | None = None
+    """How many jobs the whole queue may start in how many seconds; `None`: no limit, or untold."""
 
 
 async def list_workers(backend: Backend, queue: str | None = None) -> list[WorkerInfo]:
@@ -256,13 +259,21 @@ def _worker_of(record: Record) -> WorkerInfo | None:
         data["busy"] if isinstance(data.get("busy"), int) else len(running),
         data["memory"] if isinstance(data.get("memory"), int) else None,
         data.get("stopping") is True,
+        _rate_limit_of(data.get("rate_limit")),
     )
+
+
+def _rate_limit_of(given: Any) -> tuple[int, float] | None:
+    match given:
+        case [int(starts), int() | float() as interval] if starts >= 0 and 0 < interval < math.inf:
+            return starts, float(interval)
+    return None
 
 
 def measure_memory() -> int | None:
     """Return the bytes of memory that this process has now; `None` where that cannot be read.
 
-    Where there is no `/proc`, the most that it has had.
+    Without `/proc` it is the peak.
     """
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
@@ -282,7 +293,7 @@ def new_worker_id() -> str:
 
 
 class WorkerRegistry:
-    """The entry of one worker, and what it hears from `Controls`."""
+    """The entry of one worker, and its listener to `Controls`."""
 
     def __init__(
         self,
@@ -293,6 +304,7 @@ class WorkerRegistry:
         running: Callable[[], list[str]],
         repeatables: Sequence[str] = (),
         *,
+        rate_limit: tuple[int, float] | None = None,
         is_stopping: Callable[[], bool] = lambda: False,
         has_siblings: bool = False,
     ) -> None:
@@ -302,6 +314,7 @@ class WorkerRegistry:
         self._worker = worker
         self._is_stopping = is_stopping
         self._concurrency = concurrency
+        self._rate_limit = rate_limit
         self._running = running
         self._repeatables = list(repeatables)
         self._log, key = workers_bucket(backend.settings.prefix)
@@ -343,6 +356,7 @@ class WorkerRegistry:
             "id": self._worker,
             "queue": self._subjects.queue,
             "concurrency": self._concurrency,
+            "rate_limit": self._rate_limit,
             "host": socket.gethostname(),
             "version": __version__,
             "memory": measure_memory(),

@@ -123,7 +123,7 @@ class Crew:
             try:
                 is_busy = [await runner.has_work() for runner in self._runners]
             except AsyncMQError as error:
-                logger.warning("could not see whether jobs wait: %s", error)
+                logger.warning("could not check whether jobs wait: %s", error)
                 is_busy = [True]
             quiet = not any(is_busy) and started == now_started
             empty, started = empty + 1 if quiet else 0, now_started

@@ -20,7 +20,7 @@ logger = get_logger(__name__)
 
 
 class Declarations:
-    """What the code of one worker declares, by id."""
+    """The declarations of one worker's code, by id."""
 
     def __init__(
         self, backend: Backend, subjects: QueueSubjects, definitions: Mapping[str, Definition]
@@ -31,7 +31,7 @@ class Declarations:
         self._repeatables = Repeatables(backend, subjects)
         self._since = 0.0
         self._others: set[str] = set()
-        """Ids that code declared before this worker started, and that this worker's does not."""
+        """Ids that other code declared before this worker started."""
 
     @property
     def ids(self) -> list[str]:

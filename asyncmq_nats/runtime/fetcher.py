@@ -1,6 +1,6 @@
-"""Fetches jobs for a worker's slots: when to ask for how many of which tier, and who starts next.
+"""Fetches jobs for a worker's slots: asks the server for jobs of each tier, orders the starts.
 
-What to ask for is decided in `prefetch`, from what `tiers` and the buffer know.
+The numbers are decided in `prefetch`, from the counts of `tiers` and the buffer.
 """
 
 import asyncio
@@ -17,7 +17,7 @@ from asyncmq_nats.exceptions import AsyncMQError
 from asyncmq_nats.runtime.buffer import Buffer
 from asyncmq_nats.runtime.handback import HandBack
 from asyncmq_nats.runtime.prefetch import Throughput, starts_late, tiers_to_ask
-from asyncmq_nats.runtime.rate_limiter import LEASE, RateLimiter
+from asyncmq_nats.runtime.rate_limiter import LEASE_SECONDS, RateLimiter
 from asyncmq_nats.runtime.slot_group import Member, SlotGroup
 from asyncmq_nats.runtime.tiers import FRESH_SECONDS, Tiers
 from asyncmq_nats.store.topology import TIER_SIGNAL, QueueAssets
@@ -30,11 +30,11 @@ logger = get_logger(__name__)
 
 PULL_SECONDS: Final = 30.0
 TIER_SEARCH_INTERVAL: Final = 30.0
-"""Cadence of the safety net for tiers that were made unheard."""
+"""Seconds between two searches for tiers whose signal was lost."""
 BUFFER_CHECK_INTERVAL: Final = 0.05
 MEASURE_INTERVAL: Final = 0.005
 UNSETTLED_PER_SLOT: Final = 4
-UNSETTLED: Final = 256
+UNSETTLED_RESERVE: Final = 256
 LONGEST_PRIORITY: Final = 255
 """Digits: a tier's name is that of a consumer."""
 
@@ -137,7 +137,7 @@ class Fetcher:
                 await self._limiter.acquire(-self._limiter.permits)
         except AsyncMQError as error:
             logger.warning(
-                "queue %s: what was in hand comes back when its lease is over: %s",
+                "queue %s: fetched jobs are redelivered when their lease is over: %s",
                 self._subjects.queue,
                 error,
             )
@@ -360,7 +360,11 @@ class Fetcher:
                 wanted = max(0, self._free_slots - limiter.permits)
             wait = await limiter.acquire(wanted)
         except AsyncMQError as error:
-            logger.warning("queue %s: no permits now: %s", self._subjects.queue, error)
+            logger.warning(
+                "queue %s: could not lease permits of its rate limit: %s",
+                self._subjects.queue,
+                error,
+            )
             return 1.0
         self._tell_startable()
         if limiter.permits:
@@ -370,7 +374,10 @@ class Fetcher:
     async def _ask(self, capacity: int) -> None:
         """Ask for jobs, up to `capacity` with those that run and those in the buffer."""
         room = capacity - self.busy
-        if room <= 0 or self._pending() > UNSETTLED_PER_SLOT * self._concurrency + UNSETTLED:
+        if (
+            room <= 0
+            or self._pending() > UNSETTLED_PER_SLOT * self._concurrency + UNSETTLED_RESERVE
+        ):
             return
         now = self._monotonic()
         tiers = self._tiers.view(now, self._buffer.counts)
@@ -388,7 +395,7 @@ class Fetcher:
         )
         for priority, count in pulls:
             tier = self._tiers.known[priority]
-            wait = PULL_SECONDS if self._limiter is None else LEASE / 2
+            wait = PULL_SECONDS if self._limiter is None else LEASE_SECONDS / 2
             if not self._tiers.credit(priority):
                 tier.heard = now
                 # Tiers answer in any order, and a job of a lower one must know whether a higher
@@ -455,7 +462,9 @@ class Fetcher:
                     await self._share()
             except AsyncMQError as error:
                 logger.warning(
-                    "queue %s: could not ask who waits for jobs: %s", self._subjects.queue, error
+                    "queue %s: could not check whether other workers wait: %s",
+                    self._subjects.queue,
+                    error,
                 )
 
     async def _give_back_paused(self) -> None:

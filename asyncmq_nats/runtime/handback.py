@@ -26,7 +26,7 @@ LOOK_SECONDS: Final = 0.1
 """Time between two looks whether others wait; doubled while none does."""
 MAX_LOOK_SECONDS: Final = 0.8
 MAX_TIERS_PER_LOOK: Final = 8
-GROWTH: Final = 2
+GROWTH_FACTOR: Final = 2
 """Others may take many or one: give twice as many as before while they still wait."""
 
 
@@ -63,11 +63,11 @@ class HandBack:
         if not waiting:
             self._given.clear()
             self._look_at = now + self._pause
-            self._pause = min(GROWTH * self._pause, MAX_LOOK_SECONDS)
+            self._pause = min(GROWTH_FACTOR * self._pause, MAX_LOOK_SECONDS)
             return withdrawn
         self._pause = LOOK_SECONDS
         limits = {
-            priority: max(count, GROWTH * self._given.get(priority, 0))
+            priority: max(count, GROWTH_FACTOR * self._given.get(priority, 0))
             for priority, count in waiting.items()
         }
         self._given = limits
@@ -75,7 +75,7 @@ class HandBack:
         return True
 
     def _choose(self, priorities: list[int]) -> list[int]:
-        """Return the next few of many tiers, so that a look costs the same for any number."""
+        """Return the next few of many tiers, so that a check costs the same for any number."""
         first = self._turn % len(priorities)
         self._turn = first + MAX_TIERS_PER_LOOK if len(priorities) > MAX_TIERS_PER_LOOK else 0
         return (priorities[first:] + priorities[:first])[:MAX_TIERS_PER_LOOK]
@@ -133,7 +133,7 @@ class HandBack:
             delivery.nak()
         except AsyncMQError as error:
             logger.warning(
-                "%s: not handed back, it comes back when its lease is over: %s",
+                "%s: not handed back; it is redelivered when its lease is over: %s",
                 delivery.subject,
                 error,
             )

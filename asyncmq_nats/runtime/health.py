@@ -1,4 +1,4 @@
-"""What a worker says of its health: whether it should live on, and whether it takes jobs."""
+"""The health of a worker: whether it should live on, and whether it takes jobs."""
 
 from dataclasses import dataclass
 from typing import Any, Final
@@ -15,7 +15,7 @@ MOST_BLOCKED: Final = 30.0
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One thing that was looked at. `vital`: whether a restart of the process may mend it."""
+    """The result of one check. `vital`: whether a restart of the process may mend it."""
 
     name: str
     ok: bool

@@ -1,4 +1,4 @@
-"""What a worker does at each heartbeat: renews its entry, and looks for what it may have missed."""
+"""The heartbeat of a worker: it renews its entry, and checks for missed signals."""
 
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Final

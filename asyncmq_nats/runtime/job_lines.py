@@ -1,4 +1,4 @@
-"""What a worker logs of its jobs: start, end, failure, each one line with the job's fields."""
+"""The log lines of a worker's jobs: start, end, failure, each one line with the job's fields."""
 
 import logging
 from collections.abc import Callable
@@ -37,14 +37,14 @@ class JobLines:
         }
 
     def started(self, attempt: Attempt) -> None:
-        """Tell of a start. On the path of every job."""
+        """Log a start. It is on the path of every job."""
         if logger.isEnabledFor(self._level) and (job := _read(attempt)) is not None:
             text = "job %s (%s) started, attempt %d"
             args = (job.job_id, job.task_id, job.retries + 1)
             logger.log(self._level, text, *args, extra=self._fields(job))
 
     def completed(self, attempt: Attempt) -> None:
-        """Tell of a result. On the path of every job."""
+        """Log a result. It is on the path of every job."""
         if logger.isEnabledFor(self._level) and (job := _read(attempt)) is not None:
             seconds = round(self._now() - attempt.started_at, 6)
             extra = self._fields(job) | {"duration": seconds}
@@ -52,13 +52,13 @@ class JobLines:
             logger.log(self._level, text, job.job_id, job.task_id, seconds, extra=extra)
 
     def retried(self, job: Job, failure: Failure, delay: float) -> None:
-        """Tell that an attempt failed, and that another one follows."""
+        """Log that an attempt failed, and that another one follows."""
         text = "job %s (%s) is retried in %g s: %s"
         args = (job.job_id, job.task_id, delay, failure.error)
         logger.info(text, *args, extra=self._fields(job))
 
     def failed(self, job: Job, failure: Failure) -> None:
-        """Tell that a job failed for good, with what it raised: error trackers look for that."""
+        """Log that a job failed for good, with its exception: error trackers look for that."""
         text = "job %s (%s) failed: %s"
         args = (job.job_id, job.task_id, failure.error)
         logger.error(text, *args, exc_info=failure.exception, extra=self._fields(job))

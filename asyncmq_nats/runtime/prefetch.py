@@ -19,7 +19,7 @@ __all__ = [
 
 MAX_PREFETCH: Final = 512
 FIRST_PREFETCH: Final = 4
-GROWTH: Final = 2
+GROWTH_FACTOR: Final = 2
 """The prefetch grows by this factor at most with each pull that the server has answered."""
 MAX_REFILL_SECONDS: Final = 0.1
 """A container with a CPU limit stands still for up to this long, and gets no answer meanwhile."""
@@ -38,7 +38,7 @@ MAX_DOUBLINGS: Final = 7
 
 @dataclass(frozen=True, slots=True)
 class TierView:
-    """What the worker knows of a tier.
+    """The state of a tier.
 
     `outstanding`: credit that the server holds. `pending`: jobs that wait behind the last delivery.
     `held`: buffered jobs of this tier and of higher ones; those of lower tiers take no room from
@@ -93,7 +93,7 @@ class Throughput:
         if wanted <= self.prefetch:
             self.prefetch = wanted
         elif self.may_grow:
-            self.prefetch = min(wanted, max(FIRST_PREFETCH, GROWTH * self.prefetch))
+            self.prefetch = min(wanted, max(FIRST_PREFETCH, GROWTH_FACTOR * self.prefetch))
             self.may_grow = False
         return self.prefetch
 

@@ -35,9 +35,9 @@ FILE_INTERVAL: Final = 2.0
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """What one worker tells.
+    """The answers of one worker.
 
-    `metrics`: reads what `render` is given, of each worker at the port.
+    `metrics`: reads the figures of each worker at the port for `render`.
     """
 
     health: Callable[[], WorkerHealth]
@@ -147,7 +147,7 @@ _opening = Turns()
 
 
 async def open_ports(settings: Settings, probe: Probe) -> Callable[[], None]:
-    """Show a worker at the ports of the settings. Return what is to be called when it ends.
+    """Show a worker at the ports of the settings. Return the function to call when the worker ends.
 
     Raises:
         InvalidArgument: a port cannot be listened on.

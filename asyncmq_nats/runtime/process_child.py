@@ -131,7 +131,7 @@ async def _awaited(value: Awaitable[Any]) -> Any:
 
 
 def _flush(end: str) -> None:
-    """Write out what the task wrote, and say that this was all."""
+    """Flush the output of the task, and mark its end."""
     for stream, descriptor in ((sys.stdout, OUTPUT), (sys.stderr, ERROR)):
         try:
             stream.flush()

@@ -36,7 +36,7 @@ __all__ = ["close_processes", "hold_processes", "run_in_process"]
 logger = get_logger(__name__)
 
 LENGTH: Final = struct.Struct("!Q")
-CHILD: Final = """\
+CHILD_PROGRAM: Final = """\
 import sys
 sys.path[:] = {path!r}
 from asyncmq_nats.runtime.process_child import main
@@ -60,8 +60,8 @@ async def run_in_process(
 ) -> Any:
     """Run a function, found again by module and name, in a process, and return its result.
 
-    On cancellation the process is killed, and what it started. The result comes back as JSON, and
-    an exception as what it says.
+    Cancellation kills the process and its children. The result comes back as JSON, an exception as
+    text.
 
     Raises:
         FailedElsewhere: the function raised something.
@@ -138,7 +138,7 @@ class _Child:
                 sys.executable,
                 *subprocess._args_from_interpreter_flags(),  # type: ignore[attr-defined]
                 "-c",
-                CHILD.format(path=sys.path, answers=writing),
+                CHILD_PROGRAM.format(path=sys.path, answers=writing),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
@@ -199,7 +199,7 @@ class _Child:
         self._process.stdin.write(LENGTH.pack(len(body)) + body)
 
     async def _cause_of_death(self) -> str:
-        self._kill_group()  # what is left of it
+        self._kill_group()  # its children
         code = await self._process.wait()
         if code == -signal.SIGKILL and _count_oom_kills() > self._out_of_memory:
             return "was killed by the system, since memory ran out"
@@ -217,7 +217,7 @@ class _Child:
                 self._process.kill()
 
     async def kill(self) -> None:
-        """End it, and what it started."""
+        """End the process and its children."""
         self._kill_group()
         await self._process.wait()
         for output in self._outputs:

@@ -27,7 +27,7 @@ logger = get_logger(__name__)
 TASK_THREAD: Final = "AnyIO worker thread"
 GC_THRESHOLD: Final = 5_000
 """New objects after which the garbage collector looks for cycles, instead of 700."""
-THREAD_ENDS: Final = 0.2
+THREAD_END_TIMEOUT: Final = 0.2
 """How long a thread that is told to end may take to do so, in seconds."""
 
 
@@ -62,7 +62,7 @@ def _import_module(name: str) -> ModuleType:
 
 
 class Runnable(Protocol):
-    """What runs until it is told to stop: a runner, or a crew of them."""
+    """A runner or a crew, which runs until it is told to stop."""
 
     async def run(self) -> None:
         """Run until `stop`."""
@@ -74,14 +74,14 @@ class Runnable(Protocol):
 def run_program(main: Callable[[], Awaitable[int | None]]) -> None:
     """Run the coroutine function to its end, on uvloop where it is installed.
 
-    The garbage collector is set for many short-lived objects. What it returns, if it is not 0, is
-    the exit code of the program.
+    The garbage collector is set for many short-lived objects. A result other than 0 is the exit
+    code of the program.
 
     If then a task still runs in a thread, which nothing can cancel, the process ends: its job was
     handed back, and another worker runs it.
     """
-    # What was imported stays: to look through it again and again is most of what the collector
-    # costs a worker (a tenth of a small job).
+    # Imported objects stay: checking them again and again is most of the collector's cost (a tenth
+    # of a small job).
     gc.freeze()
     gc.set_threshold(GC_THRESHOLD)
     fast = sys.platform != "win32" and importlib.util.find_spec("uvloop") is not None
@@ -94,7 +94,7 @@ def run_program(main: Callable[[], Awaitable[int | None]]) -> None:
 def _end_with_stuck_threads(code: int) -> None:
     stuck = [thread for thread in threading.enumerate() if thread.name == TASK_THREAD]
     for thread in stuck:
-        thread.join(THREAD_ENDS)
+        thread.join(THREAD_END_TIMEOUT)
     if any(thread.is_alive() for thread in stuck):
         logger.warning("a task that was handed back still runs in a thread: ending the process")
         logging.shutdown()
@@ -125,7 +125,7 @@ async def _stop_on_signal(runner: Runnable) -> None:
         stopping = False
         async for number in signals:
             if stopping:
-                logger.warning("second signal: ending at once; what runs will run again")
+                logger.warning("second signal: ending at once; running jobs will be redelivered")
                 os._exit(128 + number)
             stopping = True
             logger.info("signal %s: stopping", signal.Signals(number).name)

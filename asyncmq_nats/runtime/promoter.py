@@ -30,7 +30,7 @@ from asyncmq_nats.exceptions import (
     WriteRefused,
 )
 from asyncmq_nats.states import Place
-from asyncmq_nats.store.commit import FAREWELL
+from asyncmq_nats.store.commit import SHUTDOWN_STEP_TIMEOUT
 from asyncmq_nats.store.secret import QueueSecret
 from asyncmq_nats.store.topology import DEFAULT_PRIORITY, QueueAssets
 from asyncmq_nats.transitions.add import Additions
@@ -60,14 +60,14 @@ SLOW_PROMOTION: Final = 0.5
 """A due record that was in hand for this many seconds halves the credit."""
 MAX_IN_FLIGHT: Final = 128
 """Promotions that are written and not yet confirmed."""
-TASKS: Final = 32
-"""Tasks for what cannot be done by callbacks."""
+CONCURRENT_TASKS: Final = 32
+"""The most concurrent tasks, for work that callbacks cannot do."""
 CHECK_BATCH: Final = 64
 CHECK_LEAD: Final = 0.015
 """A record that was in hand for a while is checked this many seconds before it is due."""
-CHECK_AFTER: Final = 0.05
+TRUSTED_SECONDS_IN_HAND: Final = 0.05
 """Time in hand, in seconds, in which anything may have become of a record."""
-REMEMBERED: Final = 60.0
+TRUSTED_AGE: Final = 60.0
 """Half of the time for which the server knows a message id: an older record is looked at."""
 LONGEST_WAIT: Final = 0.7
 """No fresh delivery waits longer: timers are set up to 0.4 s early, and a tick without a timer is
@@ -75,7 +75,10 @@ due within 0.6 s."""
 
 
 class Held:
-    """A record in hand. `released`: what it says; `None` for a tick, or if it is malformed."""
+    """A record in hand.
+
+    `released`: the record, parsed; `None` for a tick, or if it is malformed.
+    """
 
     __slots__ = (
         "checked",
@@ -100,18 +103,18 @@ class Held:
         self.due = 0.0
         """When it is to be promoted, by the monotonic clock."""
         self.checked = True
-        """Whether there is no need to look what has become of it."""
+        """Whether its job need not be read before it is promoted."""
         self.ready = 0
         """Sequence of the ready message."""
 
     @property
     def needs_no_check(self) -> bool:
-        """Whether what carries it out looks for itself what has become of it."""
+        """Whether the transition reads the job itself."""
         return self.problem is not None or self.plan
 
 
 class Promoter:
-    """Moves what was released to where it can be run."""
+    """Moves released jobs to their tiers."""
 
     def __init__(self, backend: Backend, subjects: QueueSubjects, assets: QueueAssets) -> None:
         self._backend = backend
@@ -144,7 +147,7 @@ class Promoter:
         try:
             async with open_task_group() as group:
                 try:
-                    for _ in range(TASKS):
+                    for _ in range(CONCURRENT_TASKS):
                         group.start_soon(self._do_work)
                     group.start_soon(self._watch_time)
                     await puller.request(PROMOTER, self._credit, wait=PULL_WAIT)
@@ -176,10 +179,10 @@ class Promoter:
         return len(self._waiting) + len(self._in_flight)
 
     def _stop(self) -> None:
-        """Begin nothing more, and let what is under way end, unless the server is gone."""
+        """Begin nothing more, and let the work under way end, unless the server is gone."""
         self._stopping = True
         for scope in self._scopes:
-            scope.deadline = anyio.current_time() + FAREWELL
+            scope.deadline = anyio.current_time() + SHUTDOWN_STEP_TIMEOUT
         self._wake_all()
 
     def _wake_all(self) -> None:
@@ -226,19 +229,23 @@ class Promoter:
         return min(max(run_at - (delivery.time if fresh else now), 0.0), LONGEST_WAIT)
 
     def _is_doubtful(self, held: Held, wait: float) -> bool:
-        """Return whether to look first what has become of a record, or of its job.
+        """Return whether to read a record or its job first.
 
-        A tick that is old is looked at by the ticker.
+        The ticker reads an old tick itself.
         """
         old = self._is_old(held)
-        return (wait > CHECK_AFTER and not old) if held.fire else (wait > CHECK_AFTER or old)
+        return (
+            (wait > TRUSTED_SECONDS_IN_HAND and not old)
+            if held.fire
+            else (wait > TRUSTED_SECONDS_IN_HAND or old)
+        )
 
     def _is_old(self, held: Held) -> bool:
         """Return whether its job may have gone on, or ended, although the record is there."""
         delivery, released = held.delivery, held.released
         return (
             delivery.deliveries > 1
-            or self._backend.now() - delivery.time > REMEMBERED
+            or self._backend.now() - delivery.time > TRUSTED_AGE
             or (released is not None and (released.custom_id or released.order > (0, 0)))
         )
 
@@ -383,12 +390,12 @@ class Promoter:
 
     def _put_off(self, held: Held, error: AsyncMQError) -> None:
         subject = held.delivery.subject
-        logger.warning("%.200r: not promoted now, tried again: %s", subject, error)
+        logger.warning("record %.200r: not promoted, trying again: %s", subject, error)
         held.delivery.nak(1.0)
         self._finish(held)
 
     async def _check(self, batch: Sequence[Held]) -> None:
-        """Look what has become of some records, in one read; go on with those that are current."""
+        """Read the jobs of some records, in one read; go on with the current records."""
         subjects, filters = self._subjects, list[str]()
         for held in batch:
             filters.append(held.delivery.subject)
@@ -407,7 +414,7 @@ class Promoter:
                 self._put_off(held, error)
 
     async def _act_on(self, held: Held, records: Sequence[Record]) -> None:
-        """Go on with a record that was looked at, or let go of it."""
+        """Go on with a record whose job was read, or let go of it."""
         delivery, finding = held.delivery, Finding.GONE
         if held.released is not None:
             finding = judge(self._subjects, held.released, delivery.sequence, records)
@@ -430,7 +437,7 @@ class Promoter:
             self._finish(held)
         else:
             if finding is Finding.ENDED and held.released is not None:
-                # The process that ended it may have died before it told those who wait for it.
+                # The process that ended it may have died before it told the children.
                 await self._additions.dependencies.release(held.released.token)
             self._discard(held)
 
@@ -463,7 +470,7 @@ class Promoter:
         self._discard(held)
 
     async def _is_older_there(self, released: Released) -> bool:
-        """Return whether what refused a promotion is of an earlier attempt, or gone by now."""
+        """Return whether the record that refused a promotion is of an earlier attempt, or gone."""
         records = await self._backend.last(
             self._subjects.ready_log, self._subjects.ready_any(released.token)
         )
@@ -490,7 +497,7 @@ class Promoter:
     async def _pass_on(self, held: Held) -> None:
         """Make ready what is not a job, for a worker to record as failed. A malformed tick goes."""
         delivery = held.delivery
-        logger.error("%.200r: %s", delivery.subject, held.problem)
+        logger.error("record %.200r is not a valid job: %s", delivery.subject, held.problem)
         if not held.fire:
             token = fit_token(self._subjects.token(delivery.subject))
             message_id = promotion_id(self._secret, delivery.sequence, delivery.time)
@@ -500,7 +507,7 @@ class Promoter:
             except PayloadTooLarge as error:
                 await self._record_failure(token, error)
             except WriteRefused:
-                logger.debug("%.200r was passed on before", delivery.subject)
+                logger.debug("record %.200r was promoted before", delivery.subject)
         self._discard(held)
 
     async def _record_failure(self, token: str, error: AsyncMQError) -> None:

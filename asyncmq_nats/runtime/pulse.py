@@ -21,9 +21,9 @@ __all__ = ["Pulse"]
 
 logger = get_logger(__name__)
 
-BEAT: Final = 0.25
+BEAT_INTERVAL: Final = 0.25
 """Seconds between two beats."""
-SHORTEST_LOOK: Final = 0.05
+SHORTEST_WATCH_INTERVAL: Final = 0.05
 JOIN_TIMEOUT: Final = 0.5
 """Seconds that the end of a worker waits for the thread, which may be writing a warning."""
 WATCHER: Final = "asyncmq-nats loop watcher"
@@ -74,7 +74,7 @@ class Pulse:
                         target=self._watch, args=args, name=WATCHER, daemon=True
                     )
                     watcher.start()
-                await anyio.sleep(BEAT)
+                await anyio.sleep(BEAT_INTERVAL)
         finally:
             self._beside.remove(self)
             self._stopped.set()
@@ -83,7 +83,7 @@ class Pulse:
 
     def _watch(self, loop: asyncio.AbstractEventLoop, thread: int, limit: float) -> None:
         """Warn once of each time in which the loop is blocked, from a thread."""
-        pause = max(SHORTEST_LOOK, min(limit / 4, BEAT))
+        pause = max(SHORTEST_WATCH_INTERVAL, min(limit / 4, BEAT_INTERVAL))
         warned_at = 0.0
         while True:
             slept = time.monotonic()
@@ -92,7 +92,11 @@ class Pulse:
             # A process that stood still has no news of its loop.
             stood_still = time.monotonic() - slept > pause + limit / 2
             beat = self._beat_at
-            if not stood_still and beat != warned_at and time.monotonic() - beat > limit + BEAT:
+            if (
+                not stood_still
+                and beat != warned_at
+                and time.monotonic() - beat > limit + BEAT_INTERVAL
+            ):
                 warned_at = beat
                 self._warn(loop, thread, time.monotonic() - beat)
 

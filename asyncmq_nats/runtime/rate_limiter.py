@@ -2,8 +2,8 @@
 
 One token bucket in one record, changed by compare-and-set, from which workers lease permits. A
 permit is for one start. A worker leases as many as it has free slots, and asks for jobs against
-permits only, so one that waits holds no jobs. What is leased and not used yet counts against the
-bucket's size, so idle workers cannot save up a burst.
+permits only, so one that waits holds no jobs. Unused permits count against the bucket's size, so
+idle workers cannot save up a burst.
 """
 
 import math
@@ -13,19 +13,27 @@ from typing import Any, Final
 
 from asyncmq_nats._logging import Throttle, get_logger
 from asyncmq_nats.backends.base import Backend, Expect, Record, Write
-from asyncmq_nats.exceptions import InvalidJob
+from asyncmq_nats.exceptions import AssetMissing, InvalidJob
 from asyncmq_nats.store.commit import write_if_expected
 from asyncmq_nats.wire.codec import dump_json, load_json
 from asyncmq_nats.wire.keys import QueueSubjects
 
-__all__ = ["LEASE", "Bucket", "Limit", "RateLimiter", "lease"]
+__all__ = [
+    "LEASE_SECONDS",
+    "Bucket",
+    "Limit",
+    "RateLimitInfo",
+    "RateLimiter",
+    "lease",
+    "read_rate_limit",
+]
 
 logger = get_logger(__name__)
 
-LEASE: Final = 10.0
-"""Permits of a worker that is silent for so long are taken back."""
+LEASE_SECONDS: Final = 10.0
+"""Seconds of silence after which a worker's permits are taken back."""
 SHORTEST_WAIT: Final = 0.005
-GRAIN: Final = 0.01
+SHORTEST_LEASE_SECONDS: Final = 0.01
 """A lease has permits for at least this many seconds: contention stays low at high rates."""
 
 
@@ -89,8 +97,8 @@ class Bucket:
 
         Nothing in it is of a time that is far off.
         """
-        return self.at <= now + LEASE and all(
-            count >= 0 and end <= now + 2 * LEASE for count, end in self.leased.values()
+        return self.at <= now + LEASE_SECONDS and all(
+            count >= 0 and end <= now + 2 * LEASE_SECONDS for count, end in self.leased.values()
         )
 
 
@@ -117,13 +125,58 @@ def lease(
     else:
         tokens = max(0.0, tokens - granted)
     keeps = held + granted
-    leased = others | ({worker: (keeps, now + LEASE)} if keeps > 0 else {})
+    leased = others | ({worker: (keeps, now + LEASE_SECONDS)} if keeps > 0 else {})
     wait = (
         0.0
         if granted >= wanted
-        else max(SHORTEST_WAIT, (1.0 - tokens) / limit.per_second, min(GRAIN, limit.interval / 2))
+        else max(
+            SHORTEST_WAIT,
+            (1.0 - tokens) / limit.per_second,
+            min(SHORTEST_LEASE_SECONDS, limit.interval / 2),
+        )
     )
     return Bucket(tokens, max(now, bucket.at), leased), granted, wait
+
+
+@dataclass(frozen=True, slots=True)
+class RateLimitInfo:
+    """A rate limit that workers of a queue keep to: `limit` starts per `interval` seconds.
+
+    `free`: permits that no worker has leased yet. `leased`: those that workers hold, as far as
+    they have told.
+    """
+
+    limit: int
+    interval: float
+    free: int
+    leased: int
+
+
+async def read_rate_limit(backend: Backend, subjects: QueueSubjects, limit: Limit) -> RateLimitInfo:
+    """Return how much of a limit is left now."""
+    now, stored = backend.now(), None
+    try:
+        for record in await backend.last(subjects.bucket_log, subjects.rate_limit):
+            stored = _bucket_in(record, now)
+    except (AssetMissing, InvalidJob):  # workers make it again
+        pass
+    bucket, _, _ = lease(stored, limit, "", 0, 0, now)
+    leased = sum(count for count, _ in bucket.leased.values())
+    return RateLimitInfo(limit.starts, limit.interval, int(bucket.tokens + 1e-9), leased)
+
+
+def _bucket_in(record: Record, now: float) -> Bucket | None:
+    """Return the bucket of a record; `None` if it was removed.
+
+    Raises:
+        InvalidJob: it is malformed, or of another time.
+    """
+    if record.marker:
+        return None
+    bucket = Bucket.decode(record.body)
+    if not bucket.is_plausible(now):
+        raise InvalidJob("it is of another time")
+    return bucket
 
 
 class RateLimiter:
@@ -151,9 +204,9 @@ class RateLimiter:
 
     @property
     def permits(self) -> int:
-        """Leased and not used yet.
+        """The permits that are leased and not used.
 
-        A worker that was silent for longer than its lease has none: others have got them since.
+        A worker that was silent for longer than its lease has none.
         """
         return self._held if self._held and self._backend.now() < self._ends_at else 0
 
@@ -168,7 +221,7 @@ class RateLimiter:
         """
         self._held = self.permits
         renew = self._held > 0 and self._backend.now() > self._renew_at
-        # Who wants no more has to say that permits were used: what is on record as leased is kept
+        # A worker that wants no more still reports the permits it used: recorded leases are kept
         # from the others.
         report = renew or (wanted == 0 and self._held < self._recorded)
         if wanted == 0 and not report:
@@ -192,9 +245,9 @@ class RateLimiter:
             self._read = (stored, changed)
             self._held += granted  # of which some may have been used meanwhile
             self._recorded = held + granted
-            self._renew_at, self._ends_at = now + LEASE / 2, now + LEASE
+            self._renew_at, self._ends_at = now + LEASE_SECONDS / 2, now + LEASE_SECONDS
             return wait
-        logger.warning("rate limit of %s: too many workers at once for the bucket", self._log)
+        logger.warning("queue %s: too many workers change the rate limit at once", self._log)
         return self._limit.interval
 
     async def _look(self) -> tuple[int, Bucket | None]:
@@ -203,16 +256,10 @@ class RateLimiter:
 
     def _bucket_of(self, record: Record) -> Bucket | None:
         """Return the bucket of a record; `None`, for a new one, if it is malformed."""
-        if record.marker:
-            return None
         try:
-            bucket = Bucket.decode(record.body)
-            if bucket.is_plausible(self._backend.now()):
-                return bucket
-            problem = "it is of another time"
-        except InvalidJob as error:
-            problem = str(error)
-        if times := self._malformed.note():
-            text = "%s: the record of the rate limit is malformed and made again (%d times): %s"
-            logger.warning(text, self._log, times, problem)
-        return None
+            return _bucket_in(record, self._backend.now())
+        except InvalidJob as problem:
+            if times := self._malformed.note():
+                text = "%s: the record of the rate limit is malformed and made again (%d times): %s"
+                logger.warning(text, self._log, times, problem)
+            return None

@@ -1,7 +1,7 @@
-"""Counts what becomes of a worker's jobs, and writes it to the history.
+"""Counts the ends of a worker's jobs, and writes them to the history.
 
-Counting is a few additions per job. Writing is a task of its own that no job waits for: what cannot
-be written is logged.
+Counting is a few additions per job. A task of its own writes, and no job waits for it: a write that
+fails is logged.
 """
 
 import math
@@ -15,7 +15,7 @@ from asyncmq_nats._logging import Throttle, get_logger
 from asyncmq_nats.backends.base import Backend, Settled, Write
 from asyncmq_nats.exceptions import AssetMissing, AsyncMQError, BackendError
 from asyncmq_nats.metrics import TaskMetrics
-from asyncmq_nats.store.history import STEPS, history_key, history_log, history_ttl
+from asyncmq_nats.store.history import STEP_SECONDS, history_key, history_log, history_ttl
 from asyncmq_nats.wire.codec import dump_json
 from asyncmq_nats.wire.keys import metrics_bucket
 
@@ -29,13 +29,13 @@ MOST_TASKS: Final = 2_000
 """Tasks that are counted apart; more can only be names that strangers made up."""
 MOST_DURATIONS: Final = 1_000
 """Durations that are kept before they are sorted into buckets."""
-INTERVAL: Final = STEPS[0]
+RECORD_INTERVAL: Final = STEP_SECONDS[0]
 WARNING_INTERVAL: Final = 600.0
 
 
 @dataclass(slots=True)
 class _Stretch:
-    """What happened in one step of the history so far, as this worker saw it."""
+    """The counts of this worker in the current step of the history."""
 
     start: int
     written: bool = True
@@ -56,7 +56,7 @@ class _Stretch:
 
 @dataclass(slots=True)
 class _Counts:
-    """What was counted of one task since the last record.
+    """The counts of one task since the last record.
 
     Durations are sorted into buckets late.
     """
@@ -129,7 +129,7 @@ class Recorder:
             counts.sort_in()
 
     def note_end(self, task: str, end: str) -> None:
-        """Count what became of an attempt: one of `metrics.ENDS`."""
+        """Count the end of an attempt: one of `metrics.ENDS`."""
         ends = (self._counts.get(task) or self._begin(task)).ends
         ends[end] = ends.get(end, 0) + 1
 
@@ -140,7 +140,7 @@ class Recorder:
     # -- since the start of the worker
 
     def totals(self) -> dict[str, TaskMetrics]:
-        """Return what was counted since the worker started, by task."""
+        """Return the counts since the worker started, by task."""
         totals: dict[str, TaskMetrics] = {}
         for task, metrics in self._totals.items():
             totals.setdefault(task, TaskMetrics()).merge(metrics)
@@ -155,7 +155,7 @@ class Recorder:
         self.begin()
         while True:
             now = self._backend.now()
-            rest = INTERVAL - now % INTERVAL + 0.001
+            rest = RECORD_INTERVAL - now % RECORD_INTERVAL + 0.001
             await self._backend.clock.sleep(rest, upkeep=True)
             for write in self.take():
                 self._send(spawner, write)
@@ -165,9 +165,9 @@ class Recorder:
         self._taken_at = self._backend.now()
 
     async def close(self) -> None:
-        """Write what was counted since the last record, and wait until it is stored.
+        """Write the counts since the last record, and wait until they are stored.
 
-        What cannot be written is logged.
+        A write that fails is logged.
         """
         try:
             for write in self.take(closing=True):
@@ -180,13 +180,13 @@ class Recorder:
             self._warn(error)
 
     def take(self, *, closing: bool = False) -> list[Write]:
-        """Return the writes of what was counted since the last call, which is forgotten here."""
+        """Return the writes of the counts since the last call, and reset these."""
         taken, now = self._take_current(), self._backend.now()
         middle = (self._taken_at + now) / 2
         taken.slot_seconds = self._slots * max(0.0, now - self._taken_at)
         self._taken_at = now
         writes: list[Write] = []
-        for step in STEPS:
+        for step in STEP_SECONDS:
             start = math.floor(middle / step) * step
             stretch = self._stretches.get(step)
             if stretch is None or stretch.start != start:
@@ -195,7 +195,7 @@ class Recorder:
                 stretch = self._stretches[step] = _Stretch(start)
             stretch.add(taken)
             # The slots of an idle worker are worth one write per step.
-            if step == INTERVAL or taken.tasks or taken.incidents or closing:
+            if step == RECORD_INTERVAL or taken.tasks or taken.incidents or closing:
                 writes.append(self._write(step, stretch))
         return writes
 

@@ -36,7 +36,7 @@ ASYNCMQ_KEYS: Final = {
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RegisteredTask(Mapping[str, Any]):
-    """A function that workers run, and what its jobs get when their producer does not say.
+    """A function that workers run, and the default options of its jobs.
 
     It is a mapping, too, with the keys of AsyncMQ's registry: `func`, `queue`, `retries`, `ttl`,
     `progress_enabled`. As there, `func` is the `TaskWrapper`, if `@task` made one.
@@ -70,7 +70,7 @@ class RegisteredTask(Mapping[str, Any]):
 
     @property
     def options(self) -> dict[str, Any]:
-        """What AsyncMQ's keys do not say, as keywords of `TaskRegistry.register`."""
+        """The options without a key in AsyncMQ, as keywords of `TaskRegistry.register`."""
         return {
             "backoff": self.backoff_function or self.backoff,
             "timeout": self.timeout,
@@ -84,8 +84,7 @@ class RegisteredTask(Mapping[str, Any]):
         """Run the task on the job's arguments. Await the result.
 
         An async function here, a sync one in a thread, a `process` one in a process. `threads`
-        bounds the threads and processes. What a sync function returns is awaited here, if it can
-        be.
+        bounds the threads and processes. An awaitable result of a sync function is awaited here.
         """
         if self.is_async and not self.process:
             result: Awaitable[Any] = self._call(job, context)
@@ -359,7 +358,7 @@ def _origins(function: Any) -> list[tuple[str, str]]:
 
 
 def _runs_of_modules(function: Any) -> list[object]:
-    """Return what are other objects after one of the function's modules was loaded again."""
+    """Return the objects that are replaced when one of the function's modules is loaded again."""
     modules = [sys.modules.get(module) for module, _ in _origins(function)]
     return [getattr(module, "__spec__", None) or module for module in modules]
 

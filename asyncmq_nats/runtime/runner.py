@@ -28,7 +28,7 @@ from asyncmq_nats.runtime.slots import Slots
 from asyncmq_nats.runtime.vitals import Vitals, WorkerParts
 from asyncmq_nats.states import State
 from asyncmq_nats.store.announcing import WorkerEvents
-from asyncmq_nats.store.commit import FAREWELL
+from asyncmq_nats.store.commit import SHUTDOWN_STEP_TIMEOUT
 from asyncmq_nats.store.configuration import Configurations
 from asyncmq_nats.store.reads import Inspection
 from asyncmq_nats.store.topology import QueueAssets
@@ -147,6 +147,7 @@ class Runner:
             concurrency,
             self._running_ids,
             self._declarations.ids,
+            rate_limit=None if limit is None else (limit.starts, limit.interval),
             is_stopping=self._stop_is_set,
             has_siblings=has_siblings,
         )
@@ -183,7 +184,7 @@ class Runner:
 
     @property
     def slots(self) -> Slots:
-        """Where its jobs run."""
+        """The slots in which its jobs run."""
         return self._slots
 
     @property
@@ -199,7 +200,7 @@ class Runner:
     async def has_work(self) -> bool:
         """Return whether a job runs here, or waits to be run by any worker.
 
-        Jobs that are delayed do not count, nor those of a paused queue.
+        Delayed jobs do not count, nor do those of a paused queue.
         """
         busy = not self._fetcher.is_idle or self._completer.pending or self._slots.waits_in_line
         if busy or self._fetcher.is_paused:
@@ -247,7 +248,7 @@ class Runner:
     async def _take_configuration(self) -> None:
         """Use the settings that the queue keeps.
 
-        Change the server to those in force, if told to.
+        Apply those in force to the server, if told to.
         """
         await self._configurations.refresh()
         if self._backend.settings.apply:
@@ -281,8 +282,8 @@ class Runner:
                         self._group.cancel_scope.cancel()
                 finally:
                     self._completer.stop()
-                    await self._slots.end(FAREWELL)
-                    with anyio.move_on_after(FAREWELL):
+                    await self._slots.end(SHUTDOWN_STEP_TIMEOUT)
+                    with anyio.move_on_after(SHUTDOWN_STEP_TIMEOUT):
                         await self._fetcher.stop()  # again: not done yet if a loop has failed
                     await close_processes()
         finally:
@@ -294,7 +295,7 @@ class Runner:
         Then cancel and hand back the rest as well.
         """
         self._draining, self.vitals.taking = True, False
-        with anyio.move_on_after(FAREWELL):
+        with anyio.move_on_after(SHUTDOWN_STEP_TIMEOUT):
             await self._fetcher.stop()
             await self._slots.hand_back_suspects()
         if self._slots.running:
@@ -310,7 +311,7 @@ class Runner:
                 timeout,
             )
             self._slots.cancel_running()
-        with anyio.move_on_after(FAREWELL):
+        with anyio.move_on_after(SHUTDOWN_STEP_TIMEOUT):
             await self._wait_until_quiet()
         logger.info("worker %s has stopped", self.worker)
 
@@ -332,12 +333,12 @@ class Runner:
     async def _enter_registry(self) -> None:
         await self._entry.enter()
         await self._declarations.store(self._entry.since)
-        await self._assets.restore_lost()  # to learn which streams these are
+        await self._assets.restore_lost()  # to record the incarnation of the streams
         await self._entry.listen_for_pause(self._fetcher.pause)
         await self._entry.listen(RESUME, lambda _: self._fetcher.resume())
         await self._entry.listen(CANCEL, self._on_cancel)
         await self._entry.listen_for_stop(self._on_stop_signal)
-        # Again: a signal may have passed between the first look and now.
+        # Again: a signal may have come between the first read and now.
         await self._fetcher.refresh_pause()
         self._group.start_soon(self._heartbeat.run)
 
@@ -349,7 +350,7 @@ class Runner:
 
     @staticmethod
     async def _close_recorder(recorder: Recorder) -> None:
-        with anyio.move_on_after(FAREWELL):
+        with anyio.move_on_after(SHUTDOWN_STEP_TIMEOUT):
             await recorder.close()
 
     def _busy_seconds(self) -> float:
@@ -366,7 +367,7 @@ class Runner:
         }
 
     async def _leave_registry(self) -> None:
-        with anyio.move_on_after(FAREWELL) as scope:
+        with anyio.move_on_after(SHUTDOWN_STEP_TIMEOUT) as scope:
             try:
                 await self._entry.leave()
             except AsyncMQError as error:
@@ -386,7 +387,7 @@ class Runner:
         )
 
     async def _restore_lost(self) -> None:
-        """Declare again what a server has lost that came back without its store."""
+        """Declare the assets again that a server lost with its store."""
         self._lost_store |= await self._assets.restore_lost()
         if self._lost_store:
             await self._declarations.store(self._entry.since)

@@ -1,4 +1,4 @@
-"""The queues of one worker: who starts next, on how many slots in all, and how many jobs it runs.
+"""The queues of one worker: their order, their shared slots, and the number of their jobs.
 
 A worker of one queue has no group, unless it ends after some number of jobs.
 """
@@ -21,9 +21,9 @@ MAX_DEBT: Final = 8
 
 @dataclass(slots=True)
 class Probation:
-    """Which suspect runs in this process, and until when none starts beside it.
+    """The suspect that runs in this process, and until when none starts beside it.
 
-    The queues of one worker share it: a job that kills the process takes the jobs of all with it.
+    The queues of one worker share it: a job that kills the process takes down the jobs of all.
     `free_at`, `waiting_since`: monotonic seconds.
     """
 
@@ -62,7 +62,7 @@ class Member(Protocol):
 class _Share:
     member: Member
     cost: float
-    """What a start counts: 1 / weight."""
+    """The cost of a start: 1 / weight."""
     used: float = 0.0
     """The starts so far, each by its cost. The queue with the least is next."""
 
@@ -88,7 +88,7 @@ class SlotGroup:
     """Jobs that have started, of all queues."""
     _busy: int = 0
     _used: float = 0.0
-    """What the queue had used that started last: one that was idle begins there."""
+    """The cost so far of the queue that started last: a queue that was idle begins there."""
     _shares: list[_Share] = field(default_factory=list)
     _is_filling: bool = False
     _fill_again: bool = False

@@ -1,6 +1,6 @@
 """The slots of a worker: each delivery runs in an asyncio task and a context of its own.
 
-Takes deliveries while slots are free, runs them, and passes what became of them to the completer.
+Takes deliveries while slots are free, runs them, and passes their ends to the completer.
 """
 
 import asyncio
@@ -41,7 +41,7 @@ from asyncmq_nats.runtime.registry import RegisteredTask, TaskRegistry
 from asyncmq_nats.runtime.slot_group import SlotGroup
 from asyncmq_nats.runtime.suspects import Suspects
 from asyncmq_nats.store.announcing import WorkerEvents
-from asyncmq_nats.store.commit import FAREWELL, look_for
+from asyncmq_nats.store.commit import SHUTDOWN_STEP_TIMEOUT, look_for
 from asyncmq_nats.transitions.claim import Attempt, settle_delivery
 from asyncmq_nats.transitions.finish import Lifecycle, OnSettled
 from asyncmq_nats.wire.keys import QueueSubjects
@@ -59,10 +59,10 @@ INVALID_RESULT: Final = (
     TooManyPriorities,
 )
 """Errors of a result or of a follow-up job: another attempt would end in the same way."""
-MARK_AFTER: Final = 1.0
+MARK_DELAY: Final = 1.0
 """Seconds after which a job that runs is claimed, so that the loss of its worker is a stall."""
 
-RECORDED_AS: Final = {"retrying": "retried", "snoozed": ""}
+METRIC_NAMES: Final = {"retrying": "retried", "snoozed": ""}
 """Ends of attempts whose name in the metrics (`metrics.ENDS`) is another; `""` for none."""
 
 
@@ -101,6 +101,7 @@ class Slots:
             subjects.queue, lifecycle.worker, settings.job_log_level, backend.now
         )
         self._limits = RetryLimits(settings.max_retries_limit, settings.min_retry_delay)
+        self._concurrency = concurrency
         self._threads = anyio.CapacityLimiter(concurrency)
         self._suspects = Suspects(
             settings.max_stalls,
@@ -121,14 +122,14 @@ class Slots:
         self.lost = 0
         """Those of them whose worker was lost."""
         self.telling = 0
-        """Attempts of whose end the middleware is being told."""
+        """Attempts whose end the middleware is handling."""
         self.state: Any = None
-        """What the lifespan of the worker yielded."""
+        """The value that the worker's lifespan yielded."""
         self.fetcher: Fetcher
         self.completer: Completer
 
     def open(self) -> None:
-        """Begin to run what the fetcher has. Called by the task of the worker."""
+        """Begin to run fetched jobs. It is called in the task of the worker."""
         self._loop = asyncio.get_running_loop()
         self._context = copy_context()
         self._is_cancelled = running_task().cancelling
@@ -144,12 +145,13 @@ class Slots:
         if self._group is not None:
             self._group.fill()
         elif self._is_open:
-            while self.start_next():
+            while self.start_next() and self.fetcher.busy < self._concurrency:
                 pass
 
     def start_next(self) -> bool:
         """See `Member`. Suspects come first."""
-        if self._suspects.exist:
+        # Without a redelivery here or in another queue of the worker there is no suspect.
+        if (self.redelivered or self._group is not None) and self._suspects.exist:
             if self._start_suspect():
                 return True
             self._set_timer()
@@ -212,7 +214,10 @@ class Slots:
         self._tasks.discard(task)
         self.fetcher.release()
         if not task.cancelled() and (error := task.exception()) is not None:
-            logger.error("a delivery failed in the worker itself", exc_info=error)
+            logger.error(
+                "the worker itself failed on a delivery; the job will be redelivered",
+                exc_info=error,
+            )
         self.fill()
         self._on_change()
 
@@ -246,7 +251,7 @@ class Slots:
 
     def mark_long_runs(self) -> None:
         """Claim the jobs that have run for a while: see `Deliveries.mark_running`."""
-        latest = self._backend.now() - MARK_AFTER
+        latest = self._backend.now() - MARK_DELAY
         for running in self.running:
             attempt = running.attempt
             if attempt.started_at <= latest and not attempt.claim_sent:
@@ -264,7 +269,7 @@ class Slots:
                 await self._reject(delivery, problem)
         except AsyncMQError as error:
             logger.error(
-                "%.200r: not run now, it will be delivered again: %s", delivery.subject, error
+                "message %.200r: not run now; it will be redelivered: %s", delivery.subject, error
             )
             delivery.abandon()
         except BaseException:  # the worker ends, or has a fault: its lease must not be extended
@@ -296,7 +301,9 @@ class Slots:
         except InvalidJob as problem:
             await self._reject(attempt.delivery, problem)
         except AsyncMQError as error:
-            logger.error("job %s: not run now: %s", attempt.head.job_id, error)
+            logger.error(
+                "job %s: not run now; it will be redelivered: %s", attempt.head.job_id, error
+            )
             attempt.delivery.abandon()
         except BaseException:  # as above
             attempt.delivery.abandon()
@@ -315,7 +322,7 @@ class Slots:
         try:
             try:
                 head, now = attempt.head, self._backend.now()
-                if not head.may_run(now) or self._is_lost_for_good(attempt):
+                if not (head.is_plain and attempt.stalls == 0) and not self._may_run(attempt, now):
                     await self._end_without_run(attempt, now, on_settled)
                     return
                 try:
@@ -333,6 +340,9 @@ class Slots:
         except Exception:  # it has no final write
             self.completer.finish()
             raise
+
+    def _may_run(self, attempt: Attempt, now: float) -> bool:
+        return attempt.head.may_run(now) and not self._is_lost_for_good(attempt)
 
     def _is_lost_for_good(self, attempt: Attempt) -> bool:
         return attempt.stalls > 0 and attempt.losses >= self._backend.settings.max_stalls
@@ -358,7 +368,7 @@ class Slots:
     async def _put_off(
         self, attempt: Attempt, problem: NewerJob | TaskNotFound, on_settled: OnSettled
     ) -> None:
-        """Leave a job that this worker cannot run to one that can, for a while; then it fails."""
+        """Put off a job that this worker cannot run, for one that can; after a while it fails."""
         try:
             delay = await self._lifecycle.put_off(attempt, str(problem), on_settled)
         except (NotSerializable, PayloadTooLarge):  # it cannot be written again as it came
@@ -390,13 +400,15 @@ class Slots:
                 self._middleware,
             )
         except anyio.get_cancelled_exc_class():  # the worker ends, not the job
-            with anyio.move_on_after(FAREWELL, shield=True), suppress(AsyncMQError):
+            with anyio.move_on_after(SHUTDOWN_STEP_TIMEOUT, shield=True), suppress(AsyncMQError):
                 await self._give_up(attempt, cancelled=False)
             raise
         finally:
             del self.running[running]
+            attempt.ended_at = now = self._backend.now()
             if self._recorder is not None:
-                self._note_run(self._recorder, attempt)
+                wait, run = attempt.started_at - attempt.delivery.time, now - attempt.started_at
+                self._recorder.note_run(attempt.head.task_id, wait, run)
             self._lifecycle.logs.finish(attempt.token)
         self._lifecycle.progress.finish(attempt.token)
         if running.gave_in:
@@ -451,9 +463,9 @@ class Slots:
         failure: Failure | None = None,
         delay: float | None = None,
     ) -> None:
-        """Say how an attempt ends: metrics and middleware are told when its end is confirmed."""
+        """Note the end of an attempt: metrics and middleware get it once it is confirmed."""
         attempt.on_end = None
-        if self._recorder is not None and (end := RECORDED_AS.get(state, state)):
+        if self._recorder is not None and (end := METRIC_NAMES.get(state, state)):
             attempt.on_end = partial(self._recorder.note_end, attempt.head.task_id, end)
         if not self._middleware.ends:
             return
@@ -486,11 +498,6 @@ class Slots:
             self._on_change()
 
     # -- what became of an attempt
-
-    def _note_run(self, recorder: Recorder, attempt: Attempt) -> None:
-        started = attempt.started_at
-        wait, run = started - attempt.delivery.time, self._backend.now() - started
-        recorder.note_run(attempt.head.task_id, wait, run)
 
     async def _give_up(self, attempt: Attempt, *, cancelled: bool) -> None:
         """Leave a job that was cancelled or did not finish in time.
@@ -568,7 +575,7 @@ class Slots:
         on_settled: OnSettled,
         context: JobContext | None,
     ) -> bool:
-        """Have a job run again later, as its task wishes. Return whether that could be written."""
+        """Schedule a job again, as its task wishes. Return whether that could be written."""
         job = attempt.job
         delay = snooze_delay(job, failure, self._limits)
         logger.info("job %s (%s) is snoozed for %g s", job.job_id, job.task_id, delay)

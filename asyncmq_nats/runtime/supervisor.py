@@ -1,7 +1,7 @@
-"""Worker processes under a parent that starts one again that dies, and all when the code changes.
+"""Worker processes under a parent.
 
-A child is this very program run again, with a variable in its environment that says so: what the
-program prepares, its children have too.
+It starts a process again that dies, and all when the code changes. A child is this program run
+again, with a variable in its environment that marks it as one.
 """
 
 import importlib.util
@@ -24,9 +24,9 @@ from asyncmq_nats._logging import get_logger
 from asyncmq_nats.exceptions import InvalidArgument
 
 __all__ = [
-    "FINISHED",
+    "FINISHED_EXIT_CODE",
     "PROCESS_NUMBER",
-    "RECYCLED",
+    "RECYCLED_EXIT_CODE",
     "is_child",
     "parent_is_gone",
     "supervise",
@@ -37,16 +37,16 @@ logger = get_logger(__name__)
 PARENT: Final = "ASYNCMQ_NATS_PARENT"
 PROCESS_NUMBER: Final = "ASYNCMQ_NATS_PROCESS"
 """In the environment of a child its number, from 0: added to the ports of health and metrics."""
-FINISHED: Final = 78
+FINISHED_EXIT_CODE: Final = 78
 """Exit code of a child that is not started again: its queues are empty, or it was stopped by id."""
-RECYCLED: Final = 79
+RECYCLED_EXIT_CODE: Final = 79
 """Exit code of a child that is started again at once.
 
 It has run its jobs, or has grown too large.
 """
-LIVED_LONG: Final = 5.0
+LONG_LIFE_SECONDS: Final = 5.0
 LONGEST_DELAY: Final = 10.0
-PARENT_CHECK: Final = 1.0
+PARENT_CHECK_INTERVAL: Final = 1.0
 
 
 def is_child() -> bool:
@@ -58,7 +58,7 @@ async def parent_is_gone() -> None:
     """Return when the process that started this one has ended; never, if this one is no child."""
     parent = os.environ.get(PARENT)
     while parent is None or os.getppid() == int(parent):  # noqa: ASYNC110  no event tells
-        await anyio.sleep(PARENT_CHECK if parent is not None else 3600)
+        await anyio.sleep(PARENT_CHECK_INTERVAL if parent is not None else 3600)
 
 
 async def supervise(processes: int, watched: Sequence[Path] = ()) -> int:
@@ -156,7 +156,7 @@ class _Supervisor:
             if child.code is None:  # it is replaced
                 delay = 0.0
                 continue
-            if self._stopping.is_set() or child.code == FINISHED:
+            if self._stopping.is_set() or child.code == FINISHED_EXIT_CODE:
                 break
             delay = self._choose_delay(child, delay)
             logger.warning(
@@ -169,7 +169,7 @@ class _Supervisor:
 
     @staticmethod
     def _choose_delay(child: _Child, delay: float) -> float:
-        if child.code == RECYCLED or time.monotonic() - child.started > LIVED_LONG:
+        if child.code == RECYCLED_EXIT_CODE or time.monotonic() - child.started > LONG_LIFE_SECONDS:
             return 0.0
         return min(LONGEST_DELAY, max(0.1, delay * 2))
 
@@ -200,8 +200,8 @@ class _Supervisor:
             child.code = await process.wait()
         del self._children[child]
         if self._stopping.is_set():
-            # A child that had not come to handle the signal yet ended by it, as it should.
-            sound = (0, -signal.SIGTERM, FINISHED, RECYCLED)
+            # A child that did not handle the signal yet was ended by it, as it should be.
+            sound = (0, -signal.SIGTERM, FINISHED_EXIT_CODE, RECYCLED_EXIT_CODE)
             self.exit_code = self.exit_code or int(child.code not in sound)
         child.turn.set()
         self._all_ended.set()
@@ -214,7 +214,10 @@ class _Supervisor:
             if self._stopping.is_set():
                 return
             paths = sorted({path for _, path in changes})
-            logger.info("changed: %s; restarting", ", ".join(map(os.path.relpath, paths[:5])))
+            logger.info(
+                "code changed (%s); restarting the worker processes",
+                ", ".join(map(os.path.relpath, paths[:5])),
+            )
             self._changed.set()
             self._changed = anyio.Event()
             for child in self._current.values():

@@ -13,9 +13,9 @@ from asyncmq_nats.transitions.claim import Attempt
 
 __all__ = ["Suspects"]
 
-PROBATION: Final = 1.0
+PROBATION_SECONDS: Final = 1.0
 """Seconds that a suspect has to survive before the next one starts beside it."""
-LAST_PROBATION: Final = 5.0
+LAST_PROBATION_SECONDS: Final = 5.0
 """Likewise for the last run of a suspect, in which nothing at all starts beside it."""
 
 
@@ -59,11 +59,11 @@ class Suspects:
         exclusive = attempt.losses + 1 >= self._max_stalls
         if exclusive and not self._is_alone():
             probation.waiting_since = probation.waiting_since or now
-            if now - probation.waiting_since < LAST_PROBATION:
+            if now - probation.waiting_since < LAST_PROBATION_SECONDS:
                 return None
         probation.waiting_since = 0.0
         probation.current, probation.exclusive = self._line.popleft(), exclusive
-        probation.free_at = now + (LAST_PROBATION if exclusive else PROBATION)
+        probation.free_at = now + (LAST_PROBATION_SECONDS if exclusive else PROBATION_SECONDS)
         return attempt
 
     def leave(self, attempt: Attempt) -> None:
@@ -83,7 +83,7 @@ class Suspects:
         """Seconds after which `next` should be asked again, if no job ends before; else `None`."""
         probation = self._probation
         if probation.waiting_since:
-            return max(0.0, probation.waiting_since + LAST_PROBATION - self._now())
+            return max(0.0, probation.waiting_since + LAST_PROBATION_SECONDS - self._now())
         if self._line or probation.exclusive:
             return max(0.0, probation.free_at - self._now()) if probation.current else 0.0
         return None

@@ -1,4 +1,4 @@
-"""What a worker knows of each priority: whether jobs of it wait at the server. No I/O."""
+"""The tiers of a worker: whether jobs of each priority wait at the server. No I/O."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -10,14 +10,14 @@ from asyncmq_nats.wire.keys import tier_name, tier_priority
 __all__ = ["FRESH_SECONDS", "Tier", "Tiers"]
 
 FRESH_SECONDS: Final = 0.05
-"""What is known of a tier holds for this long while credit for it brings nothing."""
+"""Seconds for which the counts of a tier hold while credit for it brings nothing."""
 LOOK_TIMEOUT: Final = 1.0
 """Jobs of a lower tier wait this long for the answer whether a higher one has any."""
 
 
 @dataclass(slots=True)
 class Tier:
-    """What is known of one tier. Times are monotonic seconds, 0 if it has not happened.
+    """The counts of one tier. Times are monotonic seconds, 0 if it has not happened.
 
     `pending`: jobs that waited behind the last delivery. `heard`: when the server said so.
     `empty`: when it said that there are none. `looked`: when it was asked, if the answer is due.
@@ -72,7 +72,7 @@ class Tiers:
 
     @property
     def may_become_stale(self) -> bool:
-        """Whether what is known may become wrong while nothing happens."""
+        """Whether the counts may become wrong with time alone."""
         return len(self.known) > 1 and any(
             tier.pending or tier.looked for tier in self.known.values()
         )
@@ -91,7 +91,10 @@ class Tiers:
         )
 
     def view(self, now: float, held: Mapping[int, int]) -> list[TierView]:
-        """Return what to decide by, first the tier that runs first. `held`: jobs by priority."""
+        """Return the tier states for `prefetch`, first the tier that runs first.
+
+        `held`: jobs by priority.
+        """
         views: list[TierView] = []
         total = 0
         for priority in sorted(self.known):

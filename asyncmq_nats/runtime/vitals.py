@@ -1,4 +1,4 @@
-"""What a worker shows of itself: its health, its counts, and where these can be read."""
+"""The health and the counts of a worker, and the ports and the file that show them."""
 
 import asyncio
 from collections.abc import Callable
@@ -40,7 +40,7 @@ PORT_INTERVAL: Final = 0.5
 
 @dataclass(frozen=True, slots=True)
 class WorkerParts:
-    """The parts of a worker that are looked at."""
+    """The parts of a worker that are checked."""
 
     slots: Slots
     fetcher: Fetcher
@@ -49,7 +49,7 @@ class WorkerParts:
 
 
 class Vitals:
-    """What one worker shows of itself.
+    """The health and the counts of one worker.
 
     Args:
         backend: of the queue, and so are subjects and assets.
@@ -82,7 +82,7 @@ class Vitals:
         """Whether the worker takes jobs: it has started, and does not stop."""
 
     def health(self) -> WorkerHealth:
-        """Return what there is to say of the worker now."""
+        """Return the health of the worker now."""
         return judge_health(
             self._worker,
             self._subjects.queue,
@@ -117,7 +117,7 @@ class Vitals:
             if not is_child():
                 raise
             # The process that this one replaces has the port until it has finished its jobs.
-            logger.info("worker %s shows its health later: %s", self._worker, problem)
+            logger.info("worker %s: its port is in use, trying again: %s", self._worker, problem)
             task_status.started()
             leave = await self._open_later(probe)
         else:
@@ -134,7 +134,10 @@ class Vitals:
                 return await open_ports(self._backend.settings, probe)
 
     def _describe(self, task: "asyncio.Task[Any] | None") -> str | None:
-        """Say which job runs in a task of the loop. Called from the thread that watches it."""
+        """Return which job runs in a task of the loop.
+
+        It is called in the thread that watches the loop.
+        """
         running: Running | None = next(
             (each for each in list(self._parts.slots.running) if each.slot is task), None
         )

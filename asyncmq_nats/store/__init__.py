@@ -1,4 +1,4 @@
-"""One queue's logs: what exists, what is read, how a write is repeated.
+"""One queue's logs: its assets, its reads, the repetition of writes.
 
 Decides nothing about a job.
 """

@@ -1,7 +1,4 @@
-"""Events: they tell listeners, at most once, what leaves no record of its own.
-
-And all of them to the listeners of this process.
-"""
+"""Events: sent at most once for changes without a record, and passed to listeners here."""
 
 from collections.abc import Callable
 from typing import Any, Final
@@ -49,7 +46,7 @@ def without_large(body: bytes, limit: int) -> bytes:
 
 
 class WorkerEvents:
-    """What one worker tells of the jobs that it runs. On the path of every job."""
+    """The events of one worker's jobs. They are on the path of every job."""
 
     def __init__(self, backend: Backend, subjects: QueueSubjects, worker: str) -> None:
         self._backend = backend
@@ -63,7 +60,7 @@ class WorkerEvents:
 
         `body`: the job as it came; `job`: all of it, read if a listener here wants it.
         """
-        # The job's own bytes, with what is new spliced in: no second encoding.
+        # The job's own bytes, with the new members spliced in: no second encoding.
         data = splice(body, self._start % at)
         if len(data) > self._backend.max_body:
             data = without_large(data, self._backend.max_body)
@@ -73,15 +70,15 @@ class WorkerEvents:
             spawner.spawn(event_emitter.emit, PREFIX + STARTED, fields)
 
     def tell_progress(self, spawner: Spawner, data: dict[str, Any]) -> None:
-        """Tell the listeners of this process how far a job is; the signal tells all others."""
+        """Pass the progress of a job to this process's listeners; a signal reaches all others."""
         if event_emitter.listens(PREFIX + PROGRESS):
             told = data | {"queue": self._subjects.queue}
             spawner.spawn(event_emitter.emit, PREFIX + PROGRESS, told)
 
     def tell_end(self, spawner: Spawner, token: str, write: Write) -> None:
-        """Tell the listeners of this process what became of an attempt.
+        """Pass the end of an attempt to the listeners of this process.
 
-        The server tells all others.
+        The server sends it to all others.
         """
         if not event_emitter.listens():
             return

@@ -12,9 +12,9 @@ from asyncmq_nats.backends.base import Backend, Write
 from asyncmq_nats.exceptions import WriteRefused
 
 __all__ = [
-    "FAREWELL",
-    "LAG",
-    "LOOKS",
+    "REPLICA_LAG_DELAYS",
+    "REPLICA_READ_DELAYS",
+    "SHUTDOWN_STEP_TIMEOUT",
     "commit",
     "look_for",
     "looks",
@@ -25,32 +25,31 @@ __all__ = [
 Found = TypeVar("Found")
 Result = TypeVar("Result")
 
-LOOKS: Final = (0.0, 0.0, 0.1)
+REPLICA_READ_DELAYS: Final = (0.0, 0.0, 0.1)
 """Pauses (seconds) before each read for a job that may not exist: a replica may lag behind."""
-LOOKS_AT_ONE_SERVER: Final = (0.0, 0.0, 0.0)
-"""The same on a single server: a job that is not seen in one look moved during it.
+SINGLE_SERVER_READ_DELAYS: Final = (0.0, 0.0, 0.0)
+"""The same on a single server: a job that a read misses has moved during it.
 
-It cannot do so in three in a row.
+It cannot do so three times in a row.
 """
-LAG: Final = (0.0, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
-"""Pauses (seconds) before each look for what is known to be there.
+REPLICA_LAG_DELAYS: Final = (0.0, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
+"""Pauses (seconds) before each read of a record that exists: a replica may lag behind."""
 
-A read may be answered by a replica that has yet to hear of it.
-"""
-
-FAREWELL: Final = 5.0
-"""How long each step of a worker's stopping may take that needs the server: it may be gone."""
+SHUTDOWN_STEP_TIMEOUT: Final = 5.0
+"""Seconds for each step of a worker's shutdown that needs the server: it may be gone."""
 
 
 def looks(backend: Backend) -> Sequence[float]:
     """Return the pauses before each look for a job that may not exist."""
-    return LOOKS if backend.reads_may_lag else LOOKS_AT_ONE_SERVER
+    return REPLICA_READ_DELAYS if backend.reads_may_lag else SINGLE_SERVER_READ_DELAYS
 
 
-async def look_for(look: Callable[[], Awaitable[Found]], pauses: Sequence[float] = LOOKS) -> Found:
-    """Look for a job until it is found, or has been missed often enough not to exist.
+async def look_for(
+    look: Callable[[], Awaitable[Found]], pauses: Sequence[float] = REPLICA_READ_DELAYS
+) -> Found:
+    """Read until a job is found, or has been missed often enough not to exist.
 
-    Return what the last look returned.
+    Return the last result.
     """
     for pause in pauses[:-1]:
         if pause:

@@ -1,9 +1,8 @@
-"""The settings that a queue keeps on the server, and what there differs from the settings in force.
+"""The settings that a queue keeps on the server, and the differences from those in force.
 
-Who decides: what was stored by `Queue.configure` (the record `queue.config`) wins over the settings
-of any process. Without that, the server stays as the first process made it, until a process applies
-its own settings (`ASYNCMQ_NATS_APPLY=true` at the start of a worker): the last one to start
-decides.
+Settings stored by `Queue.configure` (the record `queue.config`) win over those of any process.
+Without them, the server stays as the first process made it, until a process applies its own
+settings (`ASYNCMQ_NATS_APPLY=true` at the start of a worker): the last one to start decides.
 """
 
 from collections.abc import Iterable, Mapping
@@ -16,16 +15,16 @@ from asyncmq_nats._logging import Throttle, get_logger
 from asyncmq_nats.backends.base import Backend, Difference, Expect, Write
 from asyncmq_nats.exceptions import AssetMissing, InvalidArgument, InvalidJob, WriteRefused
 from asyncmq_nats.settings import Settings
-from asyncmq_nats.store.commit import LAG
+from asyncmq_nats.store.commit import REPLICA_LAG_DELAYS
 from asyncmq_nats.store.topology import SHORTEST_LIVE_LEASE, QueueAssets
 from asyncmq_nats.wire.codec import dump_json, load_json
 from asyncmq_nats.wire.keys import QueueSubjects
 
-__all__ = ["CONFIGURABLE", "Configurations"]
+__all__ = ["CONFIGURABLE_SETTINGS", "Configurations"]
 
 logger = get_logger(__name__)
 
-CONFIGURABLE: Final = (
+CONFIGURABLE_SETTINGS: Final = (
     "stalled_after",
     "completed_ttl",
     "failed_ttl",
@@ -55,14 +54,16 @@ class Configurations:
         return (await self._read())[1]
 
     async def refresh(self) -> None:
-        """Have this process use what is stored: its workers call this at each heartbeat."""
+        """Have this process use the stored settings: its workers call this at each heartbeat."""
         self._use(await self.read())
 
     def _use(self, stored: Mapping[str, Any]) -> None:
         settings = self._backend.settings.model_copy(update=dict(stored))
         if settings != self._assets.settings:
             names = [
-                name for name in CONFIGURABLE if _differ(settings, self._assets.settings, name)
+                name
+                for name in CONFIGURABLE_SETTINGS
+                if _differ(settings, self._assets.settings, name)
             ]
             shown = ", ".join(f"{name}={getattr(settings, name)!r}" for name in names)
             logger.info("queue %s: settings in force now: %s", self._subjects.queue, shown)
@@ -79,7 +80,7 @@ class Configurations:
         """
         checked, reset = check_values(values), check_names(reset)
         await self._assets.declare()
-        for pause in LAG:
+        for pause in REPLICA_LAG_DELAYS:
             await brief_pause(pause)
             sequence, stored = await self._read()
             wanted = {name: value for name, value in stored.items() if name not in reset} | checked
@@ -116,7 +117,7 @@ class Configurations:
         return changed
 
     async def compare(self) -> list[Difference]:
-        """Return what of the queue's assets differs from the settings in force."""
+        """Return how the queue's assets differ from the settings in force."""
         await self.refresh()
         return await self._assets.compare()
 
@@ -155,17 +156,14 @@ class Configurations:
         return records[0].sequence, self._decode(records[0].body)
 
     def _decode(self, body: bytes) -> dict[str, Any]:
-        """Return the settings of a record.
-
-        What is malformed, or of a newer version, is left out.
-        """
+        """Return the settings of a record, without malformed ones and those of a newer version."""
         found: dict[str, Any] = {}
         try:
             data = load_json(body)
         except InvalidJob as problem:
             self._warn_of_malformed(problem)
             return {}
-        for name in filter(data.__contains__, CONFIGURABLE):
+        for name in filter(data.__contains__, CONFIGURABLE_SETTINGS):
             try:
                 found |= check_values({name: data[name]})
             except InvalidArgument as problem:
@@ -210,8 +208,10 @@ def check_names(names: Iterable[str]) -> list[str]:
     """
     names = list(names)
     for name in names:
-        if name not in CONFIGURABLE:
-            raise InvalidArgument(f"a queue can keep the settings {', '.join(CONFIGURABLE)}", name)
+        if name not in CONFIGURABLE_SETTINGS:
+            raise InvalidArgument(
+                f"a queue can keep the settings {', '.join(CONFIGURABLE_SETTINGS)}", name
+            )
     return names
 
 

@@ -18,7 +18,7 @@ READS_UNDER_WAY: Final = 32
 
 @dataclass(frozen=True, slots=True)
 class Flow:
-    """A job and those that it depends on, and these on.
+    """A job with all that it depends on, directly and indirectly.
 
     `jobs`: by id; `None` for one that was removed, or whose outcome was kept no longer. Each has
     the ids of those that it waits for in `depends_on`. `awaited_by`: jobs that wait for `job_id`

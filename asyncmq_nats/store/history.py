@@ -1,8 +1,8 @@
-"""The history of what workers did.
+"""The history of the workers: the place of its records, their time to live, their reads.
 
-Where its records are, how long they stay, and how they are read. A worker writes one record each
-ten seconds, and rewrites those of the running minute and of the running ten minutes. So a chart of
-any length reads few records. Nothing here decides anything about a job, and no job waits for it.
+A worker writes one record each ten seconds, and rewrites those of the running minute and of the
+running ten minutes. So a chart of any length reads few records. Nothing here decides anything about
+a job, and no job waits for it.
 """
 
 import math
@@ -17,13 +17,20 @@ from asyncmq_nats.settings import Settings
 from asyncmq_nats.wire.codec import load_json
 from asyncmq_nats.wire.keys import decode_token, encode_token, metrics_bucket, split_metrics
 
-__all__ = ["STEPS", "HistoryRecord", "history_key", "history_log", "history_ttl", "read_history"]
+__all__ = [
+    "STEP_SECONDS",
+    "HistoryRecord",
+    "history_key",
+    "history_log",
+    "history_ttl",
+    "read_history",
+]
 
-STEPS: Final = (10, 60, 600)
+STEP_SECONDS: Final = (10, 60, 600)
 """Seconds that one record stands for."""
-KEPT: Final = {10: 3 * 3600.0, 60: 2 * 86_400.0}
+STEP_TTLS: Final = {10: 3 * 3600.0, 60: 2 * 86_400.0}
 """How long the records of a step stay, in seconds; the longest one as the settings say."""
-BLOCK: Final = 60
+RECORDS_PER_BLOCK: Final = 60
 """Records of one worker under one `<block>` of the keys: what one request reads."""
 BLOCKS_AT_ONCE: Final = 8
 
@@ -56,7 +63,7 @@ def history_key(prefix: str, queue: str, worker: str, start: int, step: int) -> 
 
 def history_ttl(step: int, settings: Settings) -> float:
     """Return how long a record stays, in seconds."""
-    return min(KEPT.get(step, math.inf), settings.metrics_ttl)
+    return min(STEP_TTLS.get(step, math.inf), settings.metrics_ttl)
 
 
 async def read_history(
@@ -84,7 +91,7 @@ async def read_history(
 
 
 def _block(start: int, step: int) -> int:
-    return start // (step * BLOCK)
+    return start // (step * RECORDS_PER_BLOCK)
 
 
 def _parse(records: Iterable[Record], begin: int) -> Iterable[HistoryRecord]:

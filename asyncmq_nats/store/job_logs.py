@@ -1,7 +1,7 @@
-"""The lines that tasks keep with their jobs: `current_job().log(…)`. The last ones of each attempt.
+"""The last lines of each attempt that tasks keep with their jobs: `current_job().log(…)`.
 
-They are collected here and written together, soon, and at the latest before the outcome. What
-cannot be written is lost; no job waits for it. May be called from any thread.
+They are collected here and written together, soon, and at the latest before the outcome. Lines that
+cannot be written are lost; no job waits for them. May be called from any thread.
 """
 
 import asyncio
@@ -31,7 +31,7 @@ Send = Callable[[str, int, bytes], None]
 
 @dataclass(slots=True)
 class _Lines:
-    """What is kept of the attempt that runs. `is_new`: there are lines that were not written."""
+    """The lines of the running attempt. `is_new`: some are not written yet."""
 
     attempt: int
     lines: deque[JobLogLine]
@@ -94,7 +94,7 @@ class JobLogs:
     def _start_timer(self, token: str) -> None:
         try:
             loop = asyncio.get_running_loop()
-        except RuntimeError:  # a sync task's thread
+        except RuntimeError:  # in the thread of a sync task
             with suppress(RuntimeError):  # the worker has ended, and its thread goes on
                 if self._loop is not None:
                     self._loop.call_soon_threadsafe(self._start_timer, token)

@@ -29,7 +29,7 @@ class TierInfo:
 
 @dataclass(frozen=True, slots=True)
 class QueueInfo:
-    """What there is to know of a queue.
+    """An overview of a queue.
 
     `counts`: jobs by state. `paused_until`: Unix seconds; `None` if it is not paused or has no end.
     `oldest_waiting`: id of the job that has waited longest; `oldest_waiting_age`: for how many

@@ -21,9 +21,9 @@ from asyncmq_nats.wire.keys import INDEXED, QueueSubjects
 
 __all__ = ["JobLists", "Source"]
 
-FEW: Final = 500
+SMALL_LIST_LIMIT: Final = 500
 """A list of up to this many jobs is read whole: one request."""
-SPARSE: Final = 10_000
+COUNTED_MATCHES_LIMIT: Final = 10_000
 """The server counts up to this many matches in milliseconds before it sends the first."""
 INDEX_SLACK: Final = 32
 """Index entries that are read beyond a page.
@@ -52,11 +52,11 @@ class Source:
 
     @property
     def is_dense(self) -> bool:
-        """Whether to read all records and pass over the others.
+        """Whether to read all records and skip the others.
 
-        Few among many outcomes are as dear to the server as many: it looks at each job's keys.
+        A few among many outcomes cost the server as much as many: it checks each job's keys.
         """
-        return self.name.startswith("done.") or self.matches > SPARSE
+        return self.name.startswith("done.") or self.matches > COUNTED_MATCHES_LIMIT
 
     def holds(self, record: Record) -> bool:
         """Return whether a matching record is in the stretch."""
@@ -111,9 +111,9 @@ class JobLists:
         )
 
     async def _count(self, counter: str) -> int:
-        """Return what a counter counts; where there is none, a number that has all records read."""
+        """Return the count of a counter; without one, a number that has all records read."""
         count = await self._inspection.count_or_none(counter)
-        return SPARSE + 1 if count is None else count
+        return COUNTED_MATCHES_LIMIT + 1 if count is None else count
 
     async def _tiers(self, state: State) -> list[Source]:
         found = []
@@ -183,7 +183,7 @@ class JobLists:
         if not source.total:
             return []
         try:
-            if source.matches <= FEW:
+            if source.matches <= SMALL_LIST_LIMIT:
                 found = await self._read_few(source, after, limit, descending=descending)
             elif descending:
                 found = await self._read_back(source, after, limit)
@@ -264,10 +264,7 @@ class JobLists:
                 yield job
 
     async def read_raw(self, state: State) -> AsyncIterator[list[Record]]:
-        """Yield the records of the jobs in a state, page by page.
-
-        Of jobs that were released, all.
-        """
+        """Yield the records of the jobs in a state, and of all released jobs, page by page."""
         async for _, records in self._pages(state, PAGE_SIZE, descending=False):
             yield records
 
@@ -324,7 +321,7 @@ class JobLists:
         """Return the job that has waited longest to be run, and when that began (Unix seconds)."""
         oldest: tuple[Job, float] | None = None
         for source in await self.sources(State.WAITING):
-            for record in await self.read_records(source, None, FEW, descending=False):
+            for record in await self.read_records(source, None, SMALL_LIST_LIMIT, descending=False):
                 if oldest is not None and record.time >= oldest[1]:
                     break
                 if found := self.jobs_in(source, [record], State.WAITING):
@@ -355,7 +352,7 @@ class JobLists:
         """Return up to `wanted` jobs after the first `skip`, and the `skip` that is left."""
         if skip and state in OUTCOMES and wanted is not None:
             (source,) = await self.sources(state)
-            if source.total > SPARSE and 2 * skip > source.total:
+            if source.total > COUNTED_MATCHES_LIMIT and 2 * skip > source.total:
                 return await self._slice_from_end(source, state, skip, wanted, ascending=ascending)
         jobs: list[Job] = []
         first = PAGE_SIZE if wanted is None else skip + wanted

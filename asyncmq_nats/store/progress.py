@@ -1,6 +1,6 @@
 """Progress reports of the jobs that run here: coalesced, so that one job cannot flood the server.
 
-Of a job's reports only the last one counts. The first few are sent at once, then one each
+Only the last report of a job counts. The first few are sent at once, then one each
 `REPORT_INTERVAL`, and the last one before the outcome. May be called from any thread.
 """
 
@@ -24,7 +24,7 @@ Send = Callable[[str, bytes], None]
 
 @dataclass(slots=True)
 class _Job:
-    """What is known of one job. `pending`: its last report, if that was not sent yet."""
+    """The reports of one job. `pending`: the last one, if it was not sent yet."""
 
     at_once: int = FIRST_REPORTS
     pending: bytes | None = None
@@ -73,7 +73,7 @@ class ProgressReports:
     def _call_in_loop(self, function: Callable[..., None], *args: Any) -> None:
         try:
             asyncio.get_running_loop()
-        except RuntimeError:  # a sync task's thread
+        except RuntimeError:  # in the thread of a sync task
             with suppress(RuntimeError):  # the worker has ended, and its thread goes on
                 if self._loop is not None:
                     self._loop.call_soon_threadsafe(function, *args)

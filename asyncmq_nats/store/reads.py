@@ -30,9 +30,9 @@ PAGE_SIZE: Final = 500
 SMALL_QUEUE: Final = 5_000
 SILENCE_LIFETIME: Final = 10.0
 """Seconds for which a counter that did not answer is not asked again."""
-NOTHING: Final = ConsumerState(0, 0, 0)
+EMPTY_STATE: Final = ConsumerState(0, 0, 0)
 PLACE_STATES: Final = {Place.DELAYED: State.DELAYED, Place.PARKED: State.WAITING_CHILDREN}
-"""What a released job is its time decides: it is released a little early, see `LEAD`."""
+"""The state of a released job depends on its time: it is released early, see `TIMER_LEAD`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,10 +98,9 @@ class Inspection:
         return counts
 
     async def _count_early(self, counts: dict[State, int]) -> None:
-        """Count released jobs as what they are.
+        """Count released jobs by their state: delayed if released early, or waiting for others.
 
-        Delayed if released early, or still waiting for others. For the server this is a search:
-        where there are many jobs, they are waiting.
+        The server has to search for them: in a large queue they count as waiting.
         """
         with suppress(AssetMissing):
             page = await self._backend.page(
@@ -117,8 +116,8 @@ class Inspection:
         """Return the state of a tier's consumer; nothing if there is none."""
         with suppress(AssetMissing):
             state = await self._backend.look_up(self._subjects.ready_log, tier_name(priority))
-            return state or NOTHING
-        return NOTHING
+            return state or EMPTY_STATE
+        return EMPTY_STATE
 
     async def count(self, counter: str) -> int:
         """Return how many records a counter counts.
@@ -158,9 +157,9 @@ class Inspection:
         return await look_for(partial(self._find, encode_token(job_id)), looks(self._backend))
 
     async def _find(self, token: str) -> Job | None:
-        """Look at both places in turn.
+        """Read both logs in turn.
 
-        A job is written where it goes before it is removed where it was.
+        A job is written to its new place before it is removed from the old one.
         """
         try:
             job, progress = await self._find_in_bucket(token)

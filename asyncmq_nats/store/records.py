@@ -8,9 +8,9 @@ from asyncmq_nats.states import Place
 from asyncmq_nats.wire.codec import dump_json
 from asyncmq_nats.wire.keys import QueueSubjects
 
-__all__ = ["LEAD", "MARKER_TTL", "delayed_write", "outcome_body", "without_markers"]
+__all__ = ["MARKER_TTL", "TIMER_LEAD", "delayed_write", "outcome_body", "without_markers"]
 
-LEAD: Final = 0.4
+TIMER_LEAD: Final = 0.4
 """Seconds by which a timer is early: the server looks at its timers every 0.25 s.
 
 The promoter waits out the rest.
@@ -18,7 +18,7 @@ The promoter waits out the rest.
 MARKER_TTL: Final = 1.0
 """Seconds that a delete marker lives."""
 KEPT_WHEN_TRUNCATED: Final = ("id", "task", "reruns", "children", "wide_children")
-"""What an outcome keeps of a job that is too large for it: its children are told from it."""
+"""The fields of a job that a truncated outcome keeps: its children are told by them."""
 
 
 def without_markers(records: Iterable[Record]) -> list[Record]:
@@ -45,9 +45,11 @@ def delayed_write(
         expect: the condition of the write.
     """
     run_at, now = times
-    if run_at - LEAD <= now:  # beside: a promoter may be removing the record of the attempt before
+    if (
+        run_at - TIMER_LEAD <= now
+    ):  # beside: a promoter may be removing the record of the attempt before
         return Write(subjects.later(token, Place.RELEASED), body, expect, beside=True)
-    timer = Timer(run_at - LEAD, subjects.later(token, Place.RELEASED))
+    timer = Timer(run_at - TIMER_LEAD, subjects.later(token, Place.RELEASED))
     return Write(subjects.later(token, Place.DELAYED), body, expect, timer=timer)
 
 

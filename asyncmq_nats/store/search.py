@@ -85,7 +85,7 @@ class Search:
         ]
 
     async def _bounds(self, where: JobFilter) -> "_Bounds":
-        """Return the sequences between which the records of the times that are meant are."""
+        """Return the range of sequences that holds the records of the filter's times."""
         first: dict[str, int] = {}
         last: dict[str, int] = {}
         for log in self._lists.logs if (where.since, where.until) != (None, None) else ():

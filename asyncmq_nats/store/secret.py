@@ -8,7 +8,7 @@ from typing import Final
 from asyncmq_nats._logging import get_logger
 from asyncmq_nats.backends.base import Backend, Expect, Record, Write
 from asyncmq_nats.exceptions import StorageFull, WriteRefused
-from asyncmq_nats.store.commit import LAG, look_for
+from asyncmq_nats.store.commit import REPLICA_LAG_DELAYS, look_for
 from asyncmq_nats.wire.keys import QueueSubjects
 
 __all__ = ["QueueSecret", "keyed_id"]
@@ -22,8 +22,8 @@ ID_BYTES: Final = 16
 def keyed_id(secret: bytes, *parts: str) -> str:
     """Return an id that is the same in every process of the queue, and that no one else can tell.
 
-    For message ids: the server drops a write under an id that it knows, so a stranger who can
-    guess one makes a job vanish by writing first.
+    It is for message ids: the server drops a write under an id that it knows, so a stranger who
+    guesses one could make a job vanish by writing first.
     """
     return blake2b("\0".join(parts).encode(), key=secret, digest_size=ID_BYTES).hexdigest()
 
@@ -57,7 +57,7 @@ class QueueSecret:
         """Store a secret, unless another process does."""
         key, secret = self._subjects.secret, os.urandom(SECRET_BYTES).hex().encode()
         if malformed is not None:
-            logger.warning("%s is too short to be a secret: it is replaced", key)
+            logger.warning("%s is too short for a secret; replacing it", key)
         expect = Expect(key, 0 if malformed is None else malformed.sequence)
         try:
             await self._backend.write(self._subjects.bucket_log, Write(key, secret, expect))
@@ -67,7 +67,7 @@ class QueueSecret:
             logger.warning("queue %s: its secret is not stored: %s", self._subjects.queue, error)
             self._secret = secret
         except WriteRefused:  # another process was faster: a replica may not know it yet
-            await look_for(partial(self._is_other_than, malformed), LAG)
+            await look_for(partial(self._is_other_than, malformed), REPLICA_LAG_DELAYS)
         else:
             self._secret = secret
 

@@ -1,4 +1,4 @@
-"""All that is stored about one job in the bucket, read and classified once. Decides nothing."""
+"""The records of one job in the bucket, read and classified once. Decides nothing."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -8,7 +8,7 @@ from asyncmq_nats._clock import brief_pause
 from asyncmq_nats.backends.base import Backend, Expect, Record
 from asyncmq_nats.exceptions import InvalidJob
 from asyncmq_nats.states import Place, State
-from asyncmq_nats.store.commit import LAG
+from asyncmq_nats.store.commit import REPLICA_LAG_DELAYS
 from asyncmq_nats.wire.codec import load_json
 from asyncmq_nats.wire.keys import Key, Kind, QueueSubjects
 
@@ -59,7 +59,7 @@ class Snapshot:
 
     @property
     def exists(self) -> bool:
-        """Whether there is a job: a claim or an edge alone is none."""
+        """Whether there is a job: a claim or an edge alone does not count."""
         return self.ended or bool(self.later)
 
     def ended_since(self, reruns: int) -> bool:
@@ -76,7 +76,7 @@ class Snapshot:
 
     @classmethod
     def of(cls, token: str, records: Sequence[Record], keys: QueueSubjects) -> "Snapshot":
-        """Return what the records of one job say. Records of other jobs are passed over."""
+        """Return the snapshot of one job from records. Records of other jobs are skipped."""
         snapshot = cls(token, keys.done_all(token))
         for record in records:
             key = keys.parse(record.subject)
@@ -102,9 +102,9 @@ class Snapshot:
 
 
 async def read_snapshot(backend: Backend, keys: QueueSubjects, token: str) -> Snapshot:
-    """Read all that the bucket has of one job.
+    """Read all records of one job in the bucket.
 
-    On a cluster a replica may answer that lags behind.
+    On a cluster, a replica may answer that lags behind.
     """
     records = await backend.last(keys.bucket_log, keys.later_all(token), keys.done_all(token))
     return Snapshot.of(token, records, keys)
@@ -140,14 +140,14 @@ def group_by_job(records: Iterable[Record], keys: QueueSubjects) -> dict[str, li
 
 
 async def read_end(backend: Backend, keys: QueueSubjects, token: str) -> Snapshot:
-    """Read what the bucket has of one job but for most of its edges, which may be thousands.
+    """Read the records of one job in the bucket without most of its edges, which may be thousands.
 
     `last_end` is exact, also when it is an edge: a write that expects it is refused if anything
     came since. The second read is repeated until its replica knows what the first one knew.
     """
     latest: Record | None = None
     records: list[Record] = []
-    for pause in LAG:
+    for pause in REPLICA_LAG_DELAYS:
         await brief_pause(pause)
         latest = await backend.latest(keys.bucket_log, keys.done_all(token))
         filters = [keys.ends(token), keys.later_all(token)]

@@ -36,9 +36,9 @@ COUNTER_PATIENCE: Final = 2.0
 """Seconds for the answer of counters. They have one replica: its server may be lost."""
 SHORTEST_LIVE_LEASE: Final = 2.0
 """A queue in use is given no shorter lease: running workers extend theirs every 0.7 s."""
-LOOK_LIMIT: Final = 50_000
+TIER_SEARCH_LIMIT: Final = 50_000
 """Ready jobs whose priority is looked at each time."""
-LOOK_PAGE: Final = 1_000
+TIER_SEARCH_PAGE: Final = 1_000
 LATEST_PAUSE: Final = 32_503_680_000.0
 """The year 3000: a pause without an end."""
 TIER_SIGNAL: Final = "tier"
@@ -52,7 +52,7 @@ class QueueAssets:
         self._backend = backend
         self._subjects = subjects
         self.settings = backend.settings
-        """Those of the process, and what the queue keeps instead: see `configuration`."""
+        """The settings of the process, overridden by those of the queue: see `configuration`."""
         self._tiers: set[int] = set()
         self._logs_declared = False
         self._counters_declared = False
@@ -81,7 +81,7 @@ class QueueAssets:
     async def declare_all(self) -> None:
         """Make sure that the counters and the promoter exist as well.
 
-        What workers and readers need.
+        Workers and readers need them.
         """
         await self.declare()
         if not self._counters_declared:
@@ -170,8 +170,7 @@ class QueueAssets:
     async def _declare_tier(self, priority: int) -> None:
         paused = await self.read_pause()
         await self._backend.declare_consumer(self._subjects.ready_log, self._tier(priority, paused))
-        # A pause or its end and this tier may have passed each other. What comes after the last
-        # look finds the tier.
+        # A pause or its end may have missed this tier. One after the last read finds it.
         while (until := await self.read_pause()) != paused:
             if until is None:
                 await self._backend.resume(self._subjects.ready_log, tier_name(priority))
@@ -196,7 +195,7 @@ class QueueAssets:
         try:
             until = float(records[0].body[:100])
         except ValueError:
-            text = "queue %s: its pause record is malformed and passed over: %.100r"
+            text = "queue %s: its pause record is malformed; ignoring it: %.100r"
             logger.warning(text, self._subjects.queue, records[0].body[:100])
             return None
         until = min(until, LATEST_PAUSE)  # the server takes no later time
@@ -227,9 +226,9 @@ class QueueAssets:
 
         Without a tier, no worker would ever see the job. `declare=False` only returns them.
 
-        They come from producers that may not declare consumers. Looked for only when the log holds
-        more than its tiers know of, among what is new since the last look, and `LOOK_LIMIT` records
-        at most: anybody may add jobs of priorities that are none.
+        They come from producers that may not declare consumers. The search runs only when the log
+        holds more records than its tiers count. It reads those since the last search,
+        `TIER_SEARCH_LIMIT` at most: any producer may add jobs of invalid priorities.
         """
         log = self._subjects.ready_log
         before = await self._backend.count(log)
@@ -258,19 +257,19 @@ class QueueAssets:
         log = self._subjects.ready_log
         if await self._backend.last_sequence(log) < self._looked_at:
             self._looked_at = 0  # the log was lost, and made again
-        for _ in range(LOOK_LIMIT // LOOK_PAGE):
+        for _ in range(TIER_SEARCH_LIMIT // TIER_SEARCH_PAGE):
             page = await self._backend.page(
                 log,
                 self._subjects.all_ready,
                 from_sequence=self._looked_at + 1,
-                limit=LOOK_PAGE,
+                limit=TIER_SEARCH_PAGE,
                 mostly=True,
             )
             tiers = {self._subjects.tier_of(record.subject) for record in page}
             self._seen_priorities |= {tier for tier in tiers if tier is not None}
             if page:
                 self._looked_at = page[-1].sequence
-            if len(page) < LOOK_PAGE:
+            if len(page) < TIER_SEARCH_PAGE:
                 break
 
     def _warn_of_too_many(self, priority: int) -> None:
@@ -294,7 +293,7 @@ class QueueAssets:
         return sorted(priority for name in names if (priority := tier_priority(name)) is not None)
 
     async def restore_lost(self) -> bool:
-        """Declare again what is gone, as when a server came back without its store.
+        """Declare missing assets again, as after a server came back without its store.
 
         Return whether the bucket has lost all it had since the last call.
         """
@@ -310,7 +309,7 @@ class QueueAssets:
         return lost
 
     async def compare(self) -> list[Difference]:
-        """Return what of the queue's assets differs from the settings in force."""
+        """Return how the queue's assets differ from the settings in force."""
         tiers = [self._tier(priority) for priority in await self.list_tiers()]
         found = [
             *await self._backend.compare(self.ready_log, tiers, self.settings),
@@ -322,7 +321,7 @@ class QueueAssets:
         return found
 
     async def change(self) -> list[Difference]:
-        """Change of the queue's assets what differs and can be changed; return what was changed."""
+        """Apply the differences of the queue's assets that can be changed; return them."""
         is_safe = self.settings.stalled_after >= SHORTEST_LIVE_LEASE
         priorities = await self.list_tiers() if is_safe else []
         tiers = [self._tier(priority) for priority in priorities]

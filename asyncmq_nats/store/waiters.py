@@ -1,6 +1,6 @@
-"""Those in this process who wait for the end of a job.
+"""The waiters in this process for the end of a job.
 
-Told by signals, and by one look for all of them.
+Signals wake them, and one periodic read for all of them.
 """
 
 import asyncio
@@ -29,29 +29,29 @@ A shared one brings the outcomes of all jobs, also of those that no one here wai
 """
 LOOK_INTERVAL: Final = 5.0
 """How long after a lost event an outcome is seen all the same, in seconds."""
-FULL_LOOKS: Final = 50
+FULL_READS: Final = 50
 """The waiters that look for themselves at each interval: they also see that a job was removed."""
 IDS_PER_REQUEST: Final = 100
 
 
 class Waiter:
-    """One who waits for a job."""
+    """A waiter for a job."""
 
     def __init__(self, token: str) -> None:
         self.token = token
         self.heard = False
-        """Whether it was told that the job has ended."""
+        """Whether it has heard that the job has ended."""
         self.looks = False
-        """Whether it shall look at the job itself."""
+        """Whether it should read the job itself."""
         self.woken = anyio.Event()
 
     def hear(self, signal: Signal) -> None:
-        """Learn of an event of the job."""
+        """Take an event of the job."""
         if split_event(signal.subject)[0] in OUTCOMES:
             self.wake(heard=True)
 
     def wake(self, *, heard: bool = False, looks: bool = False) -> None:
-        """Have it go on."""
+        """Wake the waiter."""
         self.heard |= heard
         self.looks |= looks
         self.woken.set()
@@ -67,7 +67,7 @@ class Waiters:
 
     @asynccontextmanager
     async def join(self, token: str) -> AsyncIterator[Waiter]:
-        """Be told of the end of a job while the block runs, from its first line on."""
+        """Hear of the end of a job while the block runs, from its first line on."""
         crowd, waiter = self._crowd(), Waiter(token)
         crowd.add(waiter)
         own: Subscription | None = None
@@ -87,7 +87,7 @@ class Waiters:
                     await self._stop_sharing(crowd)
 
     async def wait(self, waiter: Waiter) -> bool:
-        """Return whether the waiter was told of an end; if not, it has to read for itself."""
+        """Return whether the waiter heard of an end; if not, it has to read the job itself."""
         crowd = self._crowd()
         while not (waiter.heard or waiter.looks):
             if crowd.leader is None:
@@ -99,9 +99,9 @@ class Waiters:
         return heard
 
     async def _lead(self, crowd: "_Crowd", leader: Waiter) -> None:
-        """Wait, and look for all others too, until told of one's own end.
+        """Wait, and read for all others too, until its own job has ended.
 
-        Then it is another's turn.
+        Then another waiter leads.
         """
         crowd.leader = leader
         try:
@@ -115,7 +115,7 @@ class Waiters:
             crowd.appoint(leader)
 
     async def _look(self, crowd: "_Crowd") -> None:
-        for waiter in crowd.next_ones(FULL_LOOKS):
+        for waiter in crowd.next_ones(FULL_READS):
             waiter.wake(looks=True)
         tokens = list({waiter.token for waiter in crowd.waiting if not waiter.looks})
         try:
@@ -123,7 +123,9 @@ class Waiters:
                 crowd.tell(await self._ended_among(tokens[start : start + IDS_PER_REQUEST]))
         except AsyncMQError as error:  # those that look for themselves are told
             logger.debug(
-                "queue %s: no look at the jobs waited for: %s", self._subjects.queue, error
+                "queue %s: could not read the outcomes of awaited jobs: %s",
+                self._subjects.queue,
+                error,
             )
 
     async def _ended_among(self, tokens: Sequence[str]) -> set[str]:
@@ -161,38 +163,35 @@ class _Crowd:
         self.sharing = anyio.Lock()
 
     def hear(self, signal: Signal) -> None:
-        """Learn of the outcome of any job."""
+        """Take the outcome of any job."""
         self.tell({last_token(signal.subject)})
 
     def tell(self, ended: set[str]) -> None:
-        """Tell those who wait for one of these jobs."""
+        """Wake the waiters for these jobs."""
         for token in ended & self.by_token.keys():
             for waiter in self.by_token[token]:
                 waiter.wake(heard=True)
 
     def add(self, waiter: Waiter) -> None:
-        """Take one in."""
+        """Add a waiter."""
         self.waiting[waiter] = None
         self.by_token.setdefault(waiter.token, set()).add(waiter)
 
     def remove(self, waiter: Waiter) -> None:
-        """Let one go."""
+        """Remove a waiter."""
         del self.waiting[waiter]
         self.by_token[waiter.token].discard(waiter)
         if not self.by_token[waiter.token]:
             del self.by_token[waiter.token]
 
     def appoint(self, last: Waiter) -> None:
-        """Have another one lead, if none does.
-
-        The one that came last, since it will probably stay longest.
-        """
+        """Have a waiter lead, if none does: the newest one, since it will probably stay longest."""
         successor = next((each for each in reversed(self.waiting) if each is not last), None)
         if self.leader is None and successor is not None:
             successor.wake()
 
     def next_ones(self, count: int) -> Iterator[Waiter]:
-        """Yield those whose turn it is, and put them at the end."""
+        """Yield the next waiters, and put them at the end of the line."""
         for waiter in list(islice(self.waiting, count)):
             del self.waiting[waiter]
             self.waiting[waiter] = None

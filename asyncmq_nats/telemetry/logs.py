@@ -12,20 +12,20 @@ from asyncmq_nats.exceptions import InvalidJob
 __all__ = ["FIELDS", "JSONFormatter", "JobFields", "JobLogHandler", "get_logger"]
 
 FIELDS: Final = ("job_id", "task", "queue", "attempt", "worker")
-"""What `JobFields` puts into each record."""
+"""The fields that `JobFields` adds to each record."""
 TRACE_FIELDS: Final = ("trace_id", "span_id")
-STANDARD: Final = frozenset(
+STANDARD_FIELDS: Final = frozenset(
     {*logging.makeLogRecord({}).__dict__, "message", "asctime", "taskName", *FIELDS, *TRACE_FIELDS}
 )
-"""What a record has that is no field of its caller."""
-OURS: Final = "asyncmq_nats."
+"""The standard fields of a record, which are not its caller's."""
+PACKAGE_PREFIX: Final = "asyncmq_nats."
 
 
 class JobFields(logging.Filter):
     """Puts `job_id`, `task`, `queue`, `attempt` and `worker` into each record that a job logs.
 
     Add it to a handler: `handler.addFilter(JobFields())`. Records from elsewhere have `""`, so a
-    format such as `%(job_id)s` is always filled in. What a record has already stays.
+    format such as `%(job_id)s` is always filled in. Existing fields of a record stay.
     """
 
     def filter(self, record: logging.LogRecord) -> bool:
@@ -64,7 +64,7 @@ class JSONFormatter(logging.Formatter):
         for name in (*FIELDS, *TRACE_FIELDS):
             if (value := getattr(record, name, "")) not in ("", None):
                 fields[name] = value
-        fields |= {key: value for key, value in vars(record).items() if key not in STANDARD}
+        fields |= {key: value for key, value in vars(record).items() if key not in STANDARD_FIELDS}
         if record.exc_info and not record.exc_text:
             record.exc_text = self.formatException(record.exc_info)
         if record.exc_text:
@@ -84,7 +84,7 @@ class JobLogHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Keep a record."""
         context = running_job.get(None)
-        if context is None or record.name.startswith(OURS):
+        if context is None or record.name.startswith(PACKAGE_PREFIX):
             return
         try:
             context.log(self.format(record), record.levelname)

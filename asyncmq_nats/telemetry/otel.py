@@ -2,7 +2,7 @@
 
 `instrument()` makes spans of additions, runs and ends of jobs. The context of a trace travels in
 the `meta` of a job (`traceparent`, `tracestate`, `baggage`), so programs in other languages can
-take part. Without an SDK that is set up, OpenTelemetry does nothing with what it is given.
+take part. Without an SDK that is set up, OpenTelemetry drops all spans and metrics.
 """
 
 import logging
@@ -32,9 +32,24 @@ from asyncmq_nats.settings import settings
 __all__ = ["OpenTelemetryMiddleware", "TraceFields", "instrument"]
 
 NAME: Final = "asyncmq_nats"
-NOTE: Final = "opentelemetry"
+CONTEXT_KEY: Final = "opentelemetry"
 """Under this name the context of a run is kept until its end."""
-BOUNDS: Final = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0)
+BUCKET_BOUNDS: Final = (
+    0.005,
+    0.01,
+    0.025,
+    0.05,
+    0.075,
+    0.1,
+    0.25,
+    0.5,
+    0.75,
+    1.0,
+    2.5,
+    5.0,
+    7.5,
+    10.0,
+)
 """Upper bounds of the histograms in seconds: those of the conventions."""
 NANOSECONDS: Final = 1_000_000_000
 DEFAULT_PORT: Final = 4222
@@ -84,13 +99,13 @@ class OpenTelemetryMiddleware(Middleware):
             "messaging.client.operation.duration",
             "s",
             "Duration of adding jobs and of storing their ends.",
-            explicit_bucket_boundaries_advisory=BOUNDS,
+            explicit_bucket_boundaries_advisory=BUCKET_BOUNDS,
         )
         self._process_seconds = meter.create_histogram(
             "messaging.process.duration",
             "s",
             "Duration of a run of a task.",
-            explicit_bucket_boundaries_advisory=BOUNDS,
+            explicit_bucket_boundaries_advisory=BUCKET_BOUNDS,
         )
         self._sent = meter.create_counter(
             "messaging.client.sent.messages", "{message}", "Jobs that were added."
@@ -136,7 +151,7 @@ class OpenTelemetryMiddleware(Middleware):
             links=links,
         )
         token = contexts.attach(trace.set_span_in_context(span, sender))
-        context.notes[NOTE] = contexts.get_current()
+        context.notes[CONTEXT_KEY] = contexts.get_current()
         begun = time.perf_counter()
         try:
             return await call()
@@ -150,8 +165,8 @@ class OpenTelemetryMiddleware(Middleware):
             span.end()
 
     async def end(self, context: JobContext, ending: Ending) -> None:
-        """Make a span of the storing of what became of a run."""
-        parent = context.notes.get(NOTE)
+        """Make a span for the storing of a run's outcome."""
+        parent = context.notes.get(CONTEXT_KEY)
         if parent is None:  # it did not run
             parent = _sender(context)
         attributes = self._attributes("settle", context.queue)

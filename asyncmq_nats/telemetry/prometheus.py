@@ -20,7 +20,7 @@ from asyncmq_nats._concurrency import open_task_group
 from asyncmq_nats.metrics import ENDS, INCIDENTS, Histogram, TaskMetrics
 
 __all__ = [
-    "BOUNDS",
+    "BUCKET_BOUNDS",
     "CONTENT_TYPE",
     "QueueGauges",
     "QueueSource",
@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
-BOUNDS: Final = (
+BUCKET_BOUNDS: Final = (
     *(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5),
     *(1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 900.0, 3600.0),
 )
@@ -46,7 +46,7 @@ INCIDENT_NAMES: Final = {
 
 
 class QueueSource(Protocol):
-    """What is asked of a `Queue`."""
+    """The methods of a `Queue` that are called."""
 
     name: str
 
@@ -65,7 +65,7 @@ class QueueSource(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class QueueGauges:
-    """What a queue is like now. `oldest_waiting`: seconds, 0 if no job waits."""
+    """The state of a queue now. `oldest_waiting`: seconds, 0 if no job waits."""
 
     queue: str
     counts: Mapping[str, int]
@@ -77,7 +77,7 @@ class QueueGauges:
 
 @dataclass(frozen=True, slots=True)
 class WorkerCounts:
-    """What a worker has done since it started. `incidents`: by the words of `metrics.INCIDENTS`."""
+    """The counts of a worker since it started. `incidents`: by the words of `metrics.INCIDENTS`."""
 
     queue: str
     slots: int
@@ -87,7 +87,7 @@ class WorkerCounts:
 
 
 async def read_queue(queue: QueueSource) -> QueueGauges:
-    """Return what a queue is like now. Costs the same for any number of jobs."""
+    """Return the state of a queue now. Costs the same for any number of jobs."""
     workers, oldest = await queue.list_workers(), await queue.oldest_waiting()
     return QueueGauges(
         queue.name,
@@ -100,7 +100,7 @@ async def read_queue(queue: QueueSource) -> QueueGauges:
 
 
 async def render_queues(queues: Iterable[QueueSource]) -> bytes:
-    """Return what the queues are like now, for a page that Prometheus reads.
+    """Return the states of the queues now, for a page that Prometheus reads.
 
     The counters of jobs are at the workers' own ports.
     """
@@ -214,6 +214,6 @@ def _job_metrics(workers: Sequence[WorkerCounts]) -> Iterator[Metric]:
 
 def _buckets(histogram: Histogram) -> tuple[list[tuple[str, float]], float]:
     """Return the counts up to each bound, and the sum, as Prometheus wants them."""
-    counts = zip(BOUNDS, histogram.count_below(BOUNDS), strict=True)
+    counts = zip(BUCKET_BOUNDS, histogram.count_below(BUCKET_BOUNDS), strict=True)
     found: list[tuple[str, float]] = [(str(bound), count) for bound, count in counts]
     return [*found, ("+Inf", histogram.count)], histogram.total

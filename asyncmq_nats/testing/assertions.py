@@ -1,4 +1,4 @@
-"""What was enqueued: read at once, from a test with or without an event loop."""
+"""Assertions on enqueued jobs, for tests with or without an event loop."""
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -19,8 +19,8 @@ from asyncmq_nats.wire.codec import dump_json, load_json
 __all__ = ["EnqueuedJob", "assert_enqueued", "enqueued", "refute_enqueued"]
 
 Task = TaskWrapper[..., Any] | str
-SHOWN: Final = 20
-TOLERANCE: Final = 1.0
+SHOWN_JOBS: Final = 20
+DELAY_TOLERANCE: Final = 1.0
 """By how many seconds a delay may differ from the one asked for."""
 
 
@@ -32,7 +32,7 @@ class EnqueuedJob:
     queue: str
     task: str
     args: list[Any]
-    """As plain data, as they travel."""
+    """The arguments as plain data, as they travel."""
     kwargs: dict[str, Any]
     state: State
     delay: float
@@ -53,7 +53,7 @@ def enqueued(
 ) -> list[EnqueuedJob]:
     """Return the jobs that were enqueued, in order: those that wait, and those that have run.
 
-    Not those that were cancelled, or removed, or whose time to live is over.
+    Jobs that were cancelled or removed, or whose time to live is over, are left out.
 
     Args:
         task: only those of this task, or of this task id.
@@ -146,7 +146,7 @@ def refute_enqueued(
 
 
 class _Wanted:
-    """What a job is compared with."""
+    """The expected values of a job."""
 
     def __init__(
         self,
@@ -183,7 +183,7 @@ class _Wanted:
 
     def _is_in_time(self, job: EnqueuedJob) -> bool:
         if self._delay is not None:
-            tolerance = TOLERANCE if self._within is None else self._within
+            tolerance = DELAY_TOLERANCE if self._within is None else self._within
             return abs(job.delay - self._delay) <= tolerance
         return self._within is None or job.due <= self._now + self._within
 
@@ -293,7 +293,7 @@ def _tell(backend: VirtualBackend, jobs: Sequence[EnqueuedJob]) -> str:
     lines = [
         f"  {job.task} args={job.args!r} kwargs={job.kwargs!r} delay={job.delay:g} "
         f"priority={job.priority} queue={job.queue} state={job.state}"
-        for job in shown[-SHOWN:]
+        for job in shown[-SHOWN_JOBS:]
     ]
     return "\n".join([f"enqueued {of}:", *lines])
 

@@ -31,10 +31,10 @@ from asyncmq_nats.workers import Worker
 
 __all__ = ["Addition", "VirtualBackend", "virtual_backend", "worker"]
 
-HEARTBEAT: Final = 3600.0
+HEARTBEAT_INTERVAL: Final = 3600.0
 """Seconds between two heartbeats of a worker, unless the settings are given: each is a stop."""
 DEFAULT_CONCURRENCY: Final[int] = signature(Queue).parameters["concurrency"].default
-ATOMIC: Final = (
+ATOMIC_METHODS: Final = (
     "declare_log", "incarnation", "delete_log", "list_logs", "declare_consumer", "list_consumers",
     "look_up", "pause", "resume", "write", "last", "page", "page_back", "count", "last_sequence",
     "delete", "delete_many", "purge", "publish", "subscribe",
@@ -141,7 +141,7 @@ class VirtualBackend(InMemoryBackend):
         settings: Settings | None = None,
     ) -> None:
         if settings is None:
-            settings = environment.model_copy(update={"heartbeat_interval": HEARTBEAT})
+            settings = environment.model_copy(update={"heartbeat_interval": HEARTBEAT_INTERVAL})
         clock = VirtualClock() if clock is None else clock
         super().__init__(settings, clock=clock)
         self._agenda = VirtualAgenda(clock)
@@ -242,7 +242,7 @@ class VirtualBackend(InMemoryBackend):
         return QueueSubjects(self.settings.prefix, queue)
 
     async def _give_way(self) -> None:
-        """Do nothing: `ATOMIC` methods give way before."""
+        """Do nothing: `ATOMIC_METHODS` methods give way before."""
 
     def _open(self) -> None:
         """Do nothing: every event loop is served."""
@@ -410,7 +410,7 @@ def _finish(coroutine: Any) -> Any:
     raise AssertionError("an atomic method of the backend has waited")
 
 
-for _name in ATOMIC:
+for _name in ATOMIC_METHODS:
     setattr(VirtualBackend, _name, _atomic(_name))
 
 

@@ -20,16 +20,16 @@ from weakref import WeakSet
 import anyio
 import anyio.lowlevel
 
-from asyncmq_nats._clock import PAUSES
+from asyncmq_nats._clock import ACTIVE_PAUSES
 from asyncmq_nats.exceptions import InvalidArgument, VirtualTimeStuck
 from asyncmq_nats.schedules import parse_every
 from asyncmq_nats.testing.waiting import JobWatch, settle_here, waits_by_clock
 
 __all__ = ["Due", "VirtualClock", "is_inside", "to_seconds"]
 
-TICK: Final = 1e-6
+TIME_RESOLUTION: Final = 1e-6
 """Sums of floats are off by less: what is due within a tick is due."""
-SHORT_WAITS: Final = 0.25
+SHORT_WAIT_SECONDS: Final = 0.25
 """Seconds by which `run_until_idle` moves the time at most, while a job that is due has not begun:
 an acknowledgement, or the answer of another worker, was on its way."""
 TURN_CHECK: Final = 0.001
@@ -70,7 +70,7 @@ class Due:
         self.loop = loop
 
     def cancel(self) -> None:
-        """Take it back."""
+        """Cancel the call."""
         self.call = None
 
 
@@ -200,20 +200,20 @@ class VirtualClock:
         await self._move(lambda now: now + seconds)
 
     async def advance_to(self, moment: float | datetime) -> None:
-        """Like `advance`, up to a moment: Unix seconds, or a `datetime`.
+        """Advance to a moment: Unix seconds, or a `datetime`.
 
         Raises:
             InvalidArgument: it is over.
         """
         at = moment.timestamp() if isinstance(moment, datetime) else float(moment)
-        if at < self._now - TICK:
+        if at < self._now - TIME_RESOLUTION:
             raise InvalidArgument(f"the clock is at {self.now()} and goes forward only", moment)
         await self._move(lambda now: max(at, now))
 
     async def run_until_idle(self) -> None:
         """Run all jobs that are due, and those that these add, without moving the time.
 
-        What is delayed, backs off or waits for a rate limit stays.
+        Jobs that are delayed, back off or wait for a rate limit stay.
 
         Raises:
             VirtualTimeStuck: as for `advance`.
@@ -229,7 +229,7 @@ class VirtualClock:
             ]
             mover = _Mover(self, crews)
             await mover.settle()
-            limit = self._now + SHORT_WAITS if end is None else end
+            limit = self._now + SHORT_WAIT_SECONDS if end is None else end
             while end is not None or mover.has_due_jobs():
                 if not self._go_to_next(limit):
                     break
@@ -270,7 +270,7 @@ class VirtualClock:
             stops = self._stops
             while stops and stops[0][2].call is None:
                 heapq.heappop(stops)
-            if not stops or stops[0][0] > limit + TICK:
+            if not stops or stops[0][0] > limit + TIME_RESOLUTION:
                 return False
             self._go_to(stops[0][0])
         return True
@@ -286,12 +286,12 @@ class VirtualClock:
         with self.lock:
             due = sorted([*self._pop(self._stops), *self._pop(self._upkeep)])
             for when, _, each in due:
-                self._now = max(self._now, when)  # what looks at the time finds that it has come
+                self._now = max(self._now, when)  # code that reads the time finds that it has come
                 _call(each)
         return bool(due)
 
     def _pop(self, heap: list[tuple[float, int, Due]]) -> Iterator[tuple[float, int, Due]]:
-        while heap and heap[0][0] <= self._now + TICK:
+        while heap and heap[0][0] <= self._now + TIME_RESOLUTION:
             entry = heapq.heappop(heap)
             if entry[2].call is not None:
                 yield entry
@@ -340,7 +340,7 @@ class _Mover:
         poll, longest = POLL_SECONDS
         begun = time.monotonic()
         seen = self._watch.look(self._clock.loops())
-        while PAUSES or seen.waits(time.monotonic() - begun):
+        while ACTIVE_PAUSES or seen.waits(time.monotonic() - begun):
             await asyncio.sleep(poll)
             poll = min(1.5 * poll, longest)
             if self._watch.look(self._clock.loops()) != seen:

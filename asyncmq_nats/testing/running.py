@@ -30,7 +30,7 @@ class _Source:
 
 @dataclass(slots=True)
 class _Services:
-    """What a worker would do for the task."""
+    """The services of a worker for the task."""
 
     parents: Mapping[str, Any]
     reports: list[tuple[float, Any]] = field(default_factory=list)
@@ -55,11 +55,11 @@ class RunningJob:
     """The job of a test, and what its task does."""
 
     context: JobContext
-    """What `current_job()` returns."""
+    """The value of `current_job()`."""
     reports: list[tuple[float, Any]]
     """The progress that was reported: share and data."""
     lines: Sequence[JobLogLine] = ()
-    """What was kept by `current_job().log`."""
+    """The lines that were kept by `current_job().log`."""
 
     @property
     def follow_ups(self) -> Sequence[Job]:
@@ -136,7 +136,7 @@ async def run_task(
 
     The arguments are written and read as for a job, so that what would not arrive is an error here
     too. `current_job()` is the job. A sync function runs in a thread, one with `process=True` too.
-    What the task raises is raised; nothing is retried and no time limit is kept.
+    An exception of the task is raised; there are no retries and no time limit.
 
     Args:
         task: the task.

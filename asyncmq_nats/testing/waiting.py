@@ -1,4 +1,4 @@
-"""What an event loop still has to do, and what the jobs in it wait for."""
+"""Whether an event loop is at rest, and what its jobs wait for."""
 
 import asyncio
 import inspect
@@ -17,8 +17,8 @@ BLIND_TURNS: Final = 25
 PASSIVE_SECONDS: Final = 0.02
 """How long to wait for a job that waits for another task of the program: usually for the test."""
 
-SLOTS: Final = frozenset({Slots._run_delivery.__code__, Slots._run_suspect.__code__})
-PASSIVE: Final = frozenset(
+SLOT_CODE: Final = frozenset({Slots._run_delivery.__code__, Slots._run_suspect.__code__})
+PASSIVE_CODE: Final = frozenset(
     each.__code__
     for each in (
         asyncio.Event.wait,
@@ -30,12 +30,12 @@ PASSIVE: Final = frozenset(
     )
 )
 Wait = tuple["asyncio.Task[Any]", "asyncio.Future[Any] | None"]
-BY_CLOCK: Final[set[CodeType]] = {Waiters.wait.__code__}
+CLOCK_CODE: Final[set[CodeType]] = {Waiters.wait.__code__}
 
 
 def waits_by_clock(function: Any) -> Any:
     """Mark a coroutine function: who awaits it waits until the clock is moved."""
-    BY_CLOCK.add(function.__code__)
+    CLOCK_CODE.add(function.__code__)
     return function
 
 
@@ -59,7 +59,7 @@ class Look:
     """The jobs that run, and for what each waits: task and future."""
 
     limits: dict[Wait, float]
-    """How long to wait for each, in real seconds; infinite: it is not at rest."""
+    """Real seconds to wait for each job; infinite: it is not at rest."""
 
     def waits(self, seconds: float) -> bool:
         """Return whether to wait on, after that many seconds."""
@@ -80,7 +80,7 @@ class JobWatch:
             task
             for loop in (here, *loops)
             for task in asyncio.all_tasks(loop)
-            if getattr(task.get_coro(), "cr_code", None) in SLOTS
+            if getattr(task.get_coro(), "cr_code", None) in SLOT_CODE
         ]
 
     def look(self, loops: list[asyncio.AbstractEventLoop]) -> Look:
@@ -100,13 +100,13 @@ class JobWatch:
     def _limit(self, task: "asyncio.Task[Any]") -> float:
         frames = list(_chain(task.get_coro()))
         codes = {frame.cr_code for frame in frames}
-        if codes & BY_CLOCK:
+        if codes & CLOCK_CODE:
             return 0.0
         last = frames[-1]
         if last.cr_code is asyncio.sleep.__code__ and last.cr_frame is not None:
             seconds = float(last.cr_frame.f_locals["delay"])
             return seconds + self._patience if seconds <= self._patience else 0.0
-        return PASSIVE_SECONDS if last.cr_code in PASSIVE else self._patience
+        return PASSIVE_SECONDS if last.cr_code in PASSIVE_CODE else self._patience
 
 
 def _chain(coroutine: Any) -> Iterator[Any]:

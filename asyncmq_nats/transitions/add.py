@@ -1,4 +1,4 @@
-"""New jobs: where they go, one by one, in batches, and as flows."""
+"""New jobs: they are added one by one, in batches, and as flows."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +19,7 @@ from asyncmq_nats.jobs import Job, size_limit
 from asyncmq_nats.settings import Settings
 from asyncmq_nats.states import Place
 from asyncmq_nats.store.announcing import announce
-from asyncmq_nats.store.commit import LAG, look_for, pause_after_refusal
+from asyncmq_nats.store.commit import REPLICA_LAG_DELAYS, look_for, pause_after_refusal
 from asyncmq_nats.store.records import delayed_write
 from asyncmq_nats.store.snapshot import read_end
 from asyncmq_nats.store.topology import QueueAssets
@@ -32,7 +32,7 @@ from asyncmq_nats.wire.keys import QueueSubjects, check_job_id, encode_token
 
 __all__ = ["Additions"]
 
-BATCH: Final = 1000
+BATCH_LIMIT: Final = 1000
 EDGES_IN_BATCH: Final = 100
 """A job with more edges than this has them written after the batch that it is in."""
 
@@ -43,9 +43,9 @@ class Batch:
 
     writes: list[Write] = field(default_factory=list)
     count: int = 0
-    """Jobs that they add."""
+    """The number of jobs that the writes add."""
     late: list[tuple[Job, list[str]]] = field(default_factory=list)
-    """Jobs whose edges are written afterwards, and the parents of these."""
+    """Jobs whose edges are written afterwards, with their parents."""
 
 
 class Additions:
@@ -58,14 +58,11 @@ class Additions:
         self.dependencies = Dependencies(backend, subjects, assets)
         self.plans = Plans(backend, subjects, assets, self.dependencies, self.first_write)
         self.refused = Turns()
-        """Held to repeat an addition that was refused.
-
-        Those of this process that wait for the same job take turns.
-        """
+        """A lock for refused additions: those that wait for the same job take turns."""
 
     @property
     def backend(self) -> Backend:
-        """Where the jobs are."""
+        """The backend of the jobs."""
         return self._backend
 
     @property
@@ -112,7 +109,7 @@ class Additions:
 
         The confirmation of an earlier sending was lost.
         """
-        if not await look_for(partial(self.are_stored, [job]), LAG):
+        if not await look_for(partial(self.are_stored, [job]), REPLICA_LAG_DELAYS):
             raise WriteRefused(self._subjects.bucket_log, f"job {job.job_id!r}")
         return job.job_id
 
@@ -258,7 +255,7 @@ class Additions:
             NotSerializable, PayloadTooLarge: as for `add`.
         """
         batch = Batch()
-        jobs = jobs[:BATCH]
+        jobs = jobs[:BATCH_LIMIT]
         known = await self.plans.links.read_parents(outside_of(jobs, inside))
         for job in jobs:
             planned = self.plans.links.plan(job, known, inside)
@@ -271,7 +268,7 @@ class Additions:
                 last=missing.get(job.job_id, 0),
                 in_bucket=in_bucket,
             )
-            if batch.writes and len(batch.writes) + len(writes) > BATCH:
+            if batch.writes and len(batch.writes) + len(writes) > BATCH_LIMIT:
                 break
             batch.writes += writes
             batch.count += 1
@@ -295,7 +292,7 @@ class Additions:
         for job in jobs:
             planned = self.plans.links.plan(job, known, inside, completed)
             outside = [parent for parent in planned.parents if parent not in inside]
-            # Without its edges, for which a promoter sees to them when its timer is over.
+            # Without its edges: a promoter writes them when its timer is over.
             late = bool(planned.wide) or len(outside) > EDGES_IN_BATCH
             writes += await self._writes(planned, {} if late else known, outside)
         return writes

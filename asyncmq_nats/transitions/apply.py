@@ -16,7 +16,7 @@ ACTIONS_UNDER_WAY: Final = 32
 
 
 class Action(StrEnum):
-    """What can be done to many jobs at once."""
+    """Applies an action to many jobs at once."""
 
     RETRY = "retry"
     CANCEL = "cancel"
@@ -30,16 +30,17 @@ ACTION_STATES: Final[dict[str, tuple[State, ...]]] = {
     Action.REMOVE: (State.WAITING, State.DELAYED, State.WAITING_CHILDREN, *OUTCOMES),
     Action.PROMOTE: (State.DELAYED,),
 }
-"""Where the jobs are looked for when the filter names no state."""
+"""The states that are searched when the filter names none."""
 
 
 @dataclass(frozen=True, slots=True)
 class Applied:
-    """What became of `Queue.apply`.
+    """The result of `Queue.apply`.
 
-    `matched`: jobs that were meant. `done`: those that it was done to; the others had moved on, or
-    could not. `until`: the time before which they reached their state (Unix seconds): with it as
-    the filter's `until`, a run that was interrupted goes on, and finds none that reached it since.
+    `matched`: jobs that match. `done`: those that were changed; the others had moved on, or could
+    not be changed. `until`: the time before which they reached their state (Unix seconds): with it
+    as the filter's `until`, a run that was interrupted goes on, and finds none that reached it
+    since.
     """
 
     matched: int
@@ -56,7 +57,7 @@ class _Tally:
     matched: int = 0
     done: int = 0
     wide: bool = False
-    """Whether one of them has many parents, of which more is stored elsewhere."""
+    """Whether one of them has many parents, which have records of their own."""
 
     async def act(self, act: Act, job_ids: Sequence[str]) -> None:
         async def act_on(job_id: str) -> None:
@@ -75,7 +76,7 @@ class _Tally:
 async def apply_to_ids(
     job_ids: Iterable[str], act: Act, *, dry_run: bool, progress: Progress | None
 ) -> Applied:
-    """Do something to some jobs, each once."""
+    """Apply an action to some jobs, each once."""
     tally, ids = _Tally(progress), list(dict.fromkeys(job_ids))
     if dry_run:
         return Applied(len(ids), 0)
@@ -93,7 +94,7 @@ async def apply_to_matches(
     limit: int | None,
     progress: Progress | None,
 ) -> Applied:
-    """Do something to what a search finds; to remove the jobs, give the `Cleanup`.
+    """Apply an action to the jobs of a search; to remove them, give the `Cleanup`.
 
     It removes the very records that were found: a job that has been retried since stays.
     """

@@ -24,7 +24,7 @@ IMPORTS_UNDER_WAY: Final = 32
 
 @dataclass(frozen=True, slots=True)
 class Imported:
-    """What became of `Queue.import_jobs`: jobs that were added, and those whose ids were there."""
+    """The result of `Queue.import_jobs`: added jobs, and those whose ids existed."""
 
     added: int
     existing: int

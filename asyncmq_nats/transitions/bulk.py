@@ -1,4 +1,4 @@
-"""Many jobs at once: what a bulk entry means, and batches that are all or nothing."""
+"""Many jobs at once: parsed bulk entries, and batches that are all or nothing."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
@@ -12,14 +12,14 @@ from asyncmq_nats.calls import Call, written
 from asyncmq_nats.events import DUPLICATED
 from asyncmq_nats.exceptions import AsyncMQError, BulkAddFailed, WriteRefused
 from asyncmq_nats.jobs import Job
-from asyncmq_nats.store.commit import LAG, look_for, pause_after_refusal
-from asyncmq_nats.transitions.add import BATCH, Additions
+from asyncmq_nats.store.commit import REPLICA_LAG_DELAYS, look_for, pause_after_refusal
+from asyncmq_nats.transitions.add import BATCH_LIMIT, Additions
 from asyncmq_nats.transitions.deduplicate import Window, take_window
 
 __all__ = ["add_many", "build_entries", "check_entries"]
 
 BATCHES_UNDER_WAY: Final = 4
-KEYS: Final = frozenset(
+ENTRY_KEYS: Final = frozenset(
     {
         "task_id",
         "args",
@@ -53,8 +53,7 @@ def build_entries(
     `now`: Unix seconds.
 
     Raises:
-        ValueError, TypeError: an entry is malformed; what is wrong with a value says a note of the
-            error in which entry.
+        ValueError, TypeError: an entry is malformed; a note of the error names the entry.
     """
     jobs: list[Job] = []
     windows: dict[int, Window] = {}
@@ -76,7 +75,7 @@ def build_entries(
 
 
 def check_entries(additions: Additions, jobs: Sequence[Job]) -> None:
-    """See that every job can be stored, before any of them is.
+    """Check that every job can be stored, before any of them is.
 
     Raises:
         InvalidJobId, NotSerializable, PayloadTooLarge: one cannot; a note of the error says which.
@@ -96,11 +95,10 @@ def _note(index: int) -> str:
 def _checked_entry(entry: Mapping[str, Any], index: int) -> dict[str, Any]:
     if not isinstance(entry, Mapping):
         raise TypeError(f"job {index} must be a mapping, not {type(entry).__name__}")
-    if not entry.keys() <= KEYS:
-        unknown = sorted(str(key) for key in entry if key not in KEYS)
-        raise ValueError(
-            f"job {index} has unknown keys: {', '.join(unknown)} (known: {', '.join(sorted(KEYS))})"
-        )
+    if not entry.keys() <= ENTRY_KEYS:
+        unknown = sorted(str(key) for key in entry if key not in ENTRY_KEYS)
+        known = ", ".join(sorted(ENTRY_KEYS))
+        raise ValueError(f"job {index} has unknown keys: {', '.join(unknown)} (known: {known})")
     if not isinstance(entry.get("task_id"), str):
         raise ValueError(f"job {index} needs a task_id, a str")
     fields = dict(entry)
@@ -121,7 +119,7 @@ async def add_many(additions: Additions, jobs: Sequence[Job]) -> list[str]:
     """
     # Each dependency is a write. A job with more than fit is added alone.
     most = max((len(job.depends_on or ()) for job in jobs), default=0)
-    size = BATCH // (1 + most) or 1
+    size = BATCH_LIMIT // (1 + most) or 1
     batches = [(first, jobs[first : first + size]) for first in range(0, len(jobs), size)]
     errors: dict[int, Exception] = {}
     # Batches of jobs that wait for the same one would refuse each other.
@@ -165,7 +163,10 @@ async def _add_batch(additions: Additions, batch: Sequence[Job]) -> None:
             # A repetition is refused by its own first sending, if the server stored that and was
             # lost before it said so.
             unique = not any(job.custom_id or job.depends_on for job in new)
-            if await look_for(partial(additions.are_stored, new), LAG if unique else LAG[:1]):
+            if await look_for(
+                partial(additions.are_stored, new),
+                REPLICA_LAG_DELAYS if unique else REPLICA_LAG_DELAYS[:1],
+            ):
                 return
             if unique:
                 raise

@@ -43,7 +43,7 @@ MAX_TRIES: Final = 20
 
 
 class Administration:
-    """What can be done to the jobs of one queue by hand."""
+    """The transitions of the jobs of one queue by hand."""
 
     def __init__(self, backend: Backend, subjects: QueueSubjects, assets: QueueAssets) -> None:
         self._backend = backend
@@ -57,7 +57,7 @@ class Administration:
         for place in (
             Place.DELAYED,
             Place.RELEASED,
-        ):  # in this order: it moves from one to the other
+        ):  # in this order: the job moves from one to the other
             records = await self._backend.last(
                 self._subjects.bucket_log, self._subjects.later(token, place)
             )
@@ -116,7 +116,7 @@ class Administration:
         return await commit(end)
 
     async def finish_cancel(self, job_id: str) -> None:
-        """Do what is left to do of a cancellation whose process died. Repeatable."""
+        """Finish a cancellation whose process died. Repeatable."""
         snapshot = await read_snapshot(self._backend, self._subjects, encode_token(job_id))
         if snapshot.outcome is not None and snapshot.state is State.CANCELLED:
             await self._finish_cancellation(snapshot, count_reruns(snapshot.outcome.body))
@@ -128,10 +128,7 @@ class Administration:
     def _cancellation(
         self, snapshot: Snapshot, ready: Sequence[Record], reason: str
     ) -> list[Write]:
-        """Return the writes that cancel a job.
-
-        Its outcome, and a reminder if others wait for it.
-        """
+        """Return the writes that cancel a job: its outcome, and a reminder for its children."""
         source = next(iter([*snapshot.later.values(), *ready]))
         outcome = self._cancelled(snapshot.token, source.body, snapshot.fence, reason)
         reminder = self._reminder(snapshot, outcome.body)
@@ -156,9 +153,9 @@ class Administration:
         ]
 
     async def _finish_cancellation(self, snapshot: Snapshot, reruns: int) -> None:
-        """Tell the children of a cancelled job, and delete what is left of it.
+        """Tell the children of a cancelled job, and delete its leftovers.
 
-        What a retry by hand has made of it since stays.
+        Records of a later retry by hand stay.
         """
         subjects, token = self._subjects, snapshot.token
         try:
@@ -180,8 +177,8 @@ class Administration:
     def _reminder(self, snapshot: Snapshot, outcome: bytes) -> list[Write]:
         """Return the write that has a promoter tell the children, should this process die first.
 
-        To a promoter it is a released job with a chosen id: it looks whether the job has ended.
-        Outcome and reminder are one batch, the only one of a cancellation: only for a parent.
+        A promoter reads the reminder as a released job with a chosen id, and checks whether the job
+        has ended. Outcome and reminder are one batch. Only a parent needs it.
         """
         job = load_json(outcome)
         if not job.get("children") and not snapshot.edges:
@@ -195,7 +192,7 @@ class Administration:
     async def remove(self, job_id: str) -> bool:
         """Remove a job that is not running, in any state. Return whether it was removed."""
         token, subjects, removed = encode_token(job_id), self._subjects, False
-        for _ in range(2):  # once more: it may have moved on after its place was looked at
+        for _ in range(2):  # once more: it may have moved on after its place was read
             records = await self._backend.last(
                 subjects.bucket_log, subjects.later_all(token), subjects.ends(token)
             )
@@ -259,7 +256,8 @@ class Administration:
         """Void what earlier workers may still write, release the job, then delete the outcome.
 
         The released record is the transaction: a promoter that finds it beside the outcome of an
-        earlier run finishes the rerun. It expects nothing new in transit: one caller releases it.
+        earlier run finishes the rerun. It expects nothing new in transit, so only one caller
+        releases it.
         """
         if snapshot.outcome is None or snapshot.state is State.COMPLETED:
             return False
@@ -301,7 +299,7 @@ class Administration:
         return is_delayed(record, self._subjects, self._backend.now())
 
     def _renewed(self, data: dict[str, Any]) -> bytes:
-        """Return a job as it was when it was new: only its errors tell what was.
+        """Return a job as if it were new, but with its errors.
 
         Its time to live begins now.
         """

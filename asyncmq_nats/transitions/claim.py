@@ -20,13 +20,13 @@ __all__ = ["CLAIM_TTL", "Attempt", "Claim", "Disposition", "FollowUps", "settle_
 logger = get_logger(__name__)
 
 CLAIM_TTL: Final = 86_400.0
-"""Seconds after which a claim goes by itself. Only a job that runs longer loses its protection."""
+"""Seconds after which a claim expires. Only a job that runs longer loses its protection."""
 LAST_DELIVERY: Final = 2**31
 """No message is delivered this often."""
 
 
 class Disposition(Enum):
-    """What to do with a delivery that is not run, or whose result was rejected."""
+    """The disposition of a delivery that is not run, or whose result was rejected."""
 
     ACK = auto()
     """The job has an outcome, or goes on elsewhere: acknowledge the message."""
@@ -44,18 +44,18 @@ def settle_delivery(delivery: Delivery, disposition: Disposition) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """The record with which a worker says that it runs a job, or that it has handed it back."""
+    """The record of a worker that it runs a job, or that it has handed it back."""
 
     worker: str
     message: int
     """Sequence of the ready message. A claim on an earlier message is void."""
     delivery: int
     stalls: int
-    """How often a worker was lost while it ran the job for certain: it had a claim."""
+    """The number of lost workers that certainly ran the job: they had a claim."""
     released: bool = False
-    """Handed back: the end of this worker is no loss of the job."""
+    """Whether the job was handed back: then the end of this worker is no loss."""
     suspected: bool = False
-    """A worker without a claim was lost: the job may have run in it."""
+    """Whether a worker without a claim was lost: the job may have run in it."""
 
     @classmethod
     def on_all_until(cls, message: int) -> "Claim":
@@ -74,7 +74,7 @@ class Claim:
 
     @property
     def disposition(self) -> Disposition:
-        """What to do with an earlier delivery."""
+        """The verdict on an earlier delivery."""
         return Disposition.ACK if self.voids_all else Disposition.ABANDON
 
     def encode(self) -> bytes:
@@ -105,18 +105,18 @@ class Claim:
 
 @dataclass(frozen=True, slots=True)
 class FollowUps:
-    """What is added with the outcome of a job."""
+    """The follow-ups that are added with the outcome of a job."""
 
     jobs: list[Job] = field(default_factory=list)
     members: bytes = b""
-    """To be put into the outcome; empty if they are a batch with it."""
+    """Members of the outcome; empty if the follow-ups are a batch with it."""
     batch: tuple[Write, ...] = ()
     """Writes to be committed with the outcome in one batch; empty if it holds them."""
 
 
 @dataclass(slots=True)
 class Attempt:
-    """One delivery of a job to this worker, and what its final write has to expect."""
+    """One delivery of a job to this worker, and the expectations of its final write."""
 
     delivery: Delivery
     token: str
@@ -134,12 +134,14 @@ class Attempt:
     lost: bool = False
     """Whether the worker of an earlier delivery was lost and may have run the job."""
     awaited: bool = False
-    """Whether edges to this job were seen: its end has to be told to children."""
+    """Whether edges to this job were seen: its children must be told of its end."""
     follow_ups: FollowUps | None = None
     """Jobs that are added with its result."""
     prepare_again: Callable[[], Awaitable[FollowUps]] | None = field(default=None, repr=False)
-    """Prepares those again that are a batch: what they expect of other jobs may have changed."""
+    """Prepares a batch of follow-ups again: its expectations of other jobs may have changed."""
     started_at: float = 0.0
+    ended_at: float = 0.0
+    """When its task ended; 0 if it did not run."""
     is_recorded: bool = False
     """Whether its final write was accepted, after it was rejected or had a sequel."""
     on_end: Callable[[], None] | None = field(default=None, repr=False)
@@ -167,7 +169,7 @@ class Attempt:
 
     @property
     def losses(self) -> int:
-        """How many workers were lost while they ran the job, the one that may have run it too."""
+        """The number of workers lost with the job, including one that may not have run it."""
         return self.stalls + self.suspected
 
     def count_losses(self, claim: Claim | None, now: float, lease: float) -> None:

@@ -1,7 +1,7 @@
-"""Removing many jobs at once: clean, drain, obliterate.
+"""Removes many jobs at once: clean, drain, obliterate.
 
-In steps: each holds the stream for a short time only. One purge by filter would be one call, but
-the server holds the stream for as long as it takes: 46 s for a million records.
+It works in steps that hold the stream for a short time each. One purge by filter would be one call,
+but the server holds the stream for as long as it takes: 46 s for a million records.
 """
 
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -23,14 +23,14 @@ from asyncmq_nats.wire.keys import INDEXED, QueueSubjects, decode_token
 
 __all__ = ["Cleanup", "Progress"]
 
-STEP: Final = 2_000
+RECORDS_PER_STEP: Final = 2_000
 """Records that are read and removed at a time."""
 
 PURGE_STEP: Final = 100_000
 """Sequences that are purged at a time: the server is busy with the stream meanwhile."""
 
 Progress = Callable[[int], None]
-"""Told how many jobs have been removed so far."""
+"""Called with the number of jobs removed so far."""
 
 
 class Cleanup:
@@ -67,7 +67,7 @@ class Cleanup:
         for source in await self._sources(state):
             if limit and len(ids) >= limit:
                 break
-            async for step in self._steps(source, older_than, limit or STEP):
+            async for step in self._steps(source, older_than, limit or RECORDS_PER_STEP):
                 wanted = step[: limit - len(ids)] if limit else step
                 ids += await self.remove_records(source, wanted)
                 if progress is not None:
@@ -116,18 +116,18 @@ class Cleanup:
             return []
         if state in OUTCOMES or state is State.WAITING:
             return await self._lists.sources(state)
-        # Of a released job its time decides what it is: see `drain`.
+        # The state of a released job depends on its time: see `drain`.
         return [await self._lists.place(place) for place in PLACES_OF[state]]
 
     async def _steps(
-        self, source: Source, older_than: float, limit: int = STEP
+        self, source: Source, older_than: float, limit: int = RECORDS_PER_STEP
     ) -> AsyncIterator[list[Record]]:
         """Yield the records of a source that are old enough, oldest first.
 
         The sequence grows with the time.
         """
         after: int | None = None
-        size = min(limit, STEP)
+        size = min(limit, RECORDS_PER_STEP)
         while True:
             records = await self._lists.read_records(source, after, size, descending=False)
             old = [
@@ -144,10 +144,10 @@ class Cleanup:
     async def remove_records(self, source: Source, records: Sequence[Record]) -> list[str]:
         """Remove records of a source, and return the ids of their jobs.
 
-        Those that a worker has got meanwhile stay.
+        Jobs that a worker has fetched meanwhile stay.
         """
         if source.tier is not None:
-            # Asked for each step: the tier goes on delivering.
+            # Read in each step: the tier goes on delivering.
             tier = await self._inspection.tier(self._subjects.split_ready(records[0].subject)[0])
             records = [record for record in records if record.sequence > tier.delivered_sequence]
         sequences = [record.sequence for record in records]
@@ -213,7 +213,7 @@ class Cleanup:
     async def obliterate(self) -> bool:
         """Remove everything of the queue: all jobs, repeatables, windows, a pause.
 
-        Return whether there was a queue. Its assets stay, for the workers that run, and so does its
+        Return whether there was a queue. Its assets stay for the running workers, and so does its
         secret: they make ids with it.
         """
         found, log, key = False, self._subjects.bucket_log, self._subjects.secret

@@ -1,9 +1,9 @@
 """Windows in which a second job with the same key is not added.
 
-Constant cost: one record a key, no scan, no lock. The record names the owner, and carries it until
-it is stored: window by compare-and-set, then the job, then the window without the job. A producer
-that finds a job in a window which is not stored stores it, so none is lost. A window without a
-`ttl` is over when its owner has ended, which is looked up when a producer asks.
+The cost is constant: one record a key, no scan, no lock. The record names the owner, and carries it
+until it is stored: window by compare-and-set, then the job, then the window without the job. A
+producer that finds a job in a window which is not stored stores it, so none is lost. A window
+without a `ttl` is over when its owner has ended, which is looked up when a producer asks.
 """
 
 from collections.abc import Mapping
@@ -28,7 +28,7 @@ __all__ = ["Deduplicator", "Window", "parse_window", "take_window"]
 
 logger = get_logger(__name__)
 
-LONGEST: Final = 10 * 365 * 86_400
+LONGEST_WINDOW: Final = 10 * 365 * 86_400
 """The longest window, in seconds."""
 
 
@@ -65,9 +65,9 @@ def parse_window(window: Mapping[str, Any]) -> Window:
         raise ValueError(f"deduplication needs an 'id', a text that is not empty, not {key!r}")
     if ttl is not None and (isinstance(ttl, bool) or not isinstance(ttl, int | float)):
         raise TypeError(f"deduplication ttl must be a number of seconds, not {type(ttl).__name__}")
-    if ttl is not None and not 0 < ttl <= LONGEST:  # not so for NaN, either
+    if ttl is not None and not 0 < ttl <= LONGEST_WINDOW:  # not so for NaN, either
         raise ValueError(
-            f"deduplication ttl must be above 0 and at most {LONGEST:.0f} s, not {ttl}"
+            f"deduplication ttl must be above 0 and at most {LONGEST_WINDOW:.0f} s, not {ttl}"
         )
     return Window(
         key,
@@ -141,7 +141,10 @@ class Deduplicator:
         self._take_out(window.id, job.job_id, until, sequence)
 
     def _take_out(self, key: str, owner: str, until: float | None, sequence: int) -> None:
-        """Take the owner out of its window: it is stored. Not awaited: it may be repeated."""
+        """Remove the owner from its window once it is stored.
+
+        It is not awaited: it may be repeated.
+        """
         write = self._record(key, owner, until, sequence)
         timeout = self._backend.settings.publish_timeout
         self._backend.send(self._log, write, lambda _: None, timeout=timeout)
@@ -236,7 +239,9 @@ class Deduplicator:
             )
             job = None if data.get("job") is None else Job.from_dict(data["job"])
         except (ValueError, TypeError, KeyError) as problem:
-            logger.warning("%.200r is malformed, and no window: %r", record.subject, problem)
+            logger.warning(
+                "deduplication window %.200r is malformed; ignoring it: %r", record.subject, problem
+            )
             return None
         if until is not None and until <= self._backend.now():
             return None

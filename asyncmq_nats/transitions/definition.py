@@ -1,7 +1,4 @@
-"""A repeatable as it is stored, and its next tick.
-
-Values only: `repeat.py` and `tick.py` write them.
-"""
+"""Values of a stored repeatable and its next tick; `repeat.py` and `tick.py` write them."""
 
 import math
 import random
@@ -23,7 +20,7 @@ from asyncmq_nats._arguments import (
 )
 from asyncmq_nats.backends.base import Expect, Timer, Write
 from asyncmq_nats.exceptions import InvalidArgument, InvalidJob
-from asyncmq_nats.jobs import LATEST, Job, new_job
+from asyncmq_nats.jobs import LATEST_TIME, Job, new_job
 from asyncmq_nats.schedules import (
     Schedule,
     definition_id,
@@ -35,7 +32,7 @@ from asyncmq_nats.wire.codec import dump_json, load_json
 from asyncmq_nats.wire.keys import QueueSubjects, encode_token, is_token
 
 __all__ = [
-    "CODE",
+    "CODE_OWNER",
     "MARKER_TTL",
     "Definition",
     "Tick",
@@ -44,18 +41,19 @@ __all__ = [
     "job_of",
     "make_definition",
     "next_tick_write",
+    "planned_time",
     "repeatable_id",
 ]
 
-LEAD: Final = 0.3
-NO_TIMER_BELOW: Final = 0.6
+TICK_LEAD: Final = 0.3
+SHORTEST_TIMER: Final = 0.6
 """A tick that is due within this many seconds has no timer, which would be late.
 
 A promoter waits.
 """
 MARKER_TTL: Final = 1.0
-CODE: Final = "code"
-"""Owner of what is declared in code, by `Queue.add_repeatable`."""
+CODE_OWNER: Final = "code"
+"""The owner of repeatables that code declares, by `Queue.add_repeatable`."""
 
 OVERLAPS: Final = ("allow", "skip")
 CATCH_UPS: Final = (None, "one", "all", "none")
@@ -70,11 +68,11 @@ class Tick:
     made. `last`: id of the last one.
     """
 
-    at: float = Field(ge=0, le=LATEST, allow_inf_nan=False, strict=True)
+    at: float = Field(ge=0, le=LATEST_TIME, allow_inf_nan=False, strict=True)
     of: str = ""
     runs: int = Field(default=0, ge=0)
     last: str | None = None
-    run_at: float = Field(default=0.0, ge=0, le=LATEST, allow_inf_nan=False)
+    run_at: float = Field(default=0.0, ge=0, le=LATEST_TIME, allow_inf_nan=False)
 
     @classmethod
     def decode(cls, body: bytes) -> "Tick":
@@ -85,13 +83,13 @@ class Tick:
         """
         data = load_json(body)
         try:
-            tick: Tick = TICKS.validate_python(data)
+            tick: Tick = TICK_ADAPTER.validate_python(data)
         except ValueError:
             raise InvalidJob(f"at: {data.get('at')!r:.50} is no time of a tick") from None
         return tick if tick.run_at else replace(tick, run_at=tick.at)
 
 
-TICKS: Final = TypeAdapter(Tick)
+TICK_ADAPTER: Final = TypeAdapter(Tick)
 
 
 @validated(frozen=True, slots=True, config=ConfigDict(extra="ignore"))
@@ -99,7 +97,7 @@ class Definition:
     """A repeatable as it is stored. `job`: the other parameters of the jobs it adds.
 
     `owner`: `"code"` for what is declared by `Queue.add_repeatable`. `finished`: its limit or its
-    end is reached. `left`: where the series was when it was paused or finished.
+    end is reached. `left`: the last tick of the series before it was paused or finished.
     """
 
     rid: str
@@ -175,11 +173,11 @@ class Definition:
         return Tick(at, fingerprint(body), runs, last, run_at)
 
 
-ADAPTER: Final = TypeAdapter(Definition)
+DEFINITION_ADAPTER: Final = TypeAdapter(Definition)
 
 
 def fingerprint(body: bytes) -> str:
-    """Return what tells an encoded definition from an earlier one of its name."""
+    """Return the fingerprint of an encoded definition: an earlier one of its name has another."""
     return blake2b(body, digest_size=8).hexdigest()
 
 
@@ -231,7 +229,7 @@ def make_definition(
         "kwargs": plain["kwargs"],
         "job": load_json(dump_json(fields)),
     }
-    definition: Definition = ADAPTER.validate_python(
+    definition: Definition = DEFINITION_ADAPTER.validate_python(
         {"rid": "-", "schedule": schedule, "name": name, "owner": owner, **described, **options}
     )
     if name is not None:
@@ -308,7 +306,7 @@ def decode_definition(body: bytes, rid: str) -> Definition:
         InvalidJob: it is none of that id, or no job or no schedule can be made of it.
     """
     try:
-        definition: Definition = ADAPTER.validate_json(body)
+        definition: Definition = DEFINITION_ADAPTER.validate_json(body)
         rhythm = definition.schedule
         _check_rhythm(rhythm.every, rhythm.cron, None if rhythm.cron is None else rhythm.timezone)
         if not math.isfinite(definition.jitter):
@@ -337,15 +335,21 @@ def job_of(definition: Definition, at: float, now: float) -> Job:
     )
 
 
+def planned_time(rid: str, job_id: str) -> float | None:
+    """Return when the job of a tick was planned to run; `None`: its id is of another form."""
+    digits = job_id.removeprefix(f"{rid}-")
+    return int(digits) / 1000 if digits.isdecimal() and len(digits) < 18 else None
+
+
 def next_tick_write(
     subjects: QueueSubjects, rid: str, tick: Tick, now: float, expect: Expect | None = None
 ) -> Write:
     """Return the write that plans a tick."""
     token = encode_token(rid)
     body = dump_json(_tick_fields(tick))
-    if tick.run_at - now < NO_TIMER_BELOW:
+    if tick.run_at - now < SHORTEST_TIMER:
         return Write(subjects.fire(token), body, expect)
-    timer = Timer(tick.run_at - LEAD, subjects.fire(token))
+    timer = Timer(tick.run_at - TICK_LEAD, subjects.fire(token))
     return Write(subjects.tick(token), body, expect, timer=timer)
 
 

@@ -1,4 +1,4 @@
-"""From a delivery to an attempt, and back to the queue.
+"""Turns a delivery into an attempt, or gives it back to the queue.
 
 `parse_delivery` reads the message; `inspect_redelivery` finds out what earlier deliveries did;
 `claim` voids them; `hand_back` returns a job that did not end.
@@ -35,7 +35,7 @@ __all__ = ["OUTCOME_FIELDS", "Deliveries"]
 logger = get_logger(__name__)
 
 OUR_JOBS: bytes = b'{"v":1,"id":"'
-"""How every job begins that this library writes."""
+"""The first bytes of every job that this library writes."""
 OUTCOME_FIELDS = (
     "status",
     "result",
@@ -51,7 +51,7 @@ OUTCOME_FIELDS = (
 
 
 class Deliveries:
-    """What a worker does with the deliveries of one queue before they run, or instead."""
+    """The transitions of deliveries before they run, or instead."""
 
     def __init__(
         self, backend: Backend, subjects: QueueSubjects, assets: QueueAssets, worker: str = ""
@@ -74,31 +74,21 @@ class Deliveries:
         Raises:
             InvalidJob: the message is not a job; `reject` it.
         """
-        token = last_token(delivery.subject)
+        token, body = last_token(delivery.subject), delivery.body
         if not is_token(token):
             raise InvalidJob(
                 "its id, the last token of its subject, must be UTF-8 and at most "
                 f"{LONGEST_TOKEN:,} bytes"
             )
         try:
-            return self._open_known(delivery, token)
+            if body.startswith(OUR_JOBS) and (head := _read_ours(body)) is not None:
+                same = "%" not in token and head.job_id == token
+                if same or head.job_id == decode_token(token):
+                    return Attempt(delivery, token, head, body)
+            body = self._normalize(delivery, token)
+            return Attempt(delivery, token, JobHead.decode(body), body)
         except NewerJob as problem:
             return _as_newer(delivery, token, problem.version)
-
-    def _open_known(self, delivery: Delivery, token: str) -> Attempt:
-        body = delivery.body
-        if body.startswith(OUR_JOBS):
-            try:
-                head = JobHead.decode(body)
-            except NewerJob:
-                raise
-            except InvalidJob:  # a foreign job may begin the same way and lack our fields
-                pass
-            else:
-                if head.job_id == decode_token(token):
-                    return Attempt(delivery, token, head, body)
-        body = self._normalize(delivery, token)
-        return Attempt(delivery, token, JobHead.decode(body), body)
 
     def _normalize(self, delivery: Delivery, token: str) -> bytes:
         """Return a foreign job as this library writes it: id and priority of the subject win."""
@@ -171,7 +161,7 @@ class Deliveries:
     def mark_running(self, attempt: Attempt) -> None:
         """Claim a job that has run for a while, so that the loss of this worker counts as a stall.
 
-        Sent, not awaited. An outcome that passes it on the way is confirmed by a second try.
+        The write is not awaited. An outcome that overtakes it is confirmed by a second try.
         """
         claim = attempt.claim(self.worker)
         expect = Expect(self._subjects.done_all(attempt.token), attempt.expect)
@@ -211,9 +201,9 @@ class Deliveries:
         self.handed_back += 1
 
     def judge(self, attempt: Attempt, snapshot: Snapshot) -> Disposition | None:
-        """Return what the records that refused a write say about the attempt.
+        """Return the verdict of the records that refused a write.
 
-        `None`: it still has the job, and may write again, expecting what was read.
+        `None`: the attempt still has the job, and may write again with new expectations.
         """
         if snapshot.ended:
             return Disposition.ACK
@@ -227,6 +217,16 @@ class Deliveries:
         return None
 
 
+def _read_ours(body: bytes) -> JobHead | None:
+    """Return the head of a job; `None` if a foreign job only begins the same way."""
+    try:
+        return JobHead.decode(body)
+    except NewerJob:
+        raise
+    except InvalidJob:
+        return None
+
+
 def _order(record: Record) -> tuple[int, int]:
     """Return which attempt a record in transit is of; junk is of none."""
     try:
@@ -236,7 +236,7 @@ def _order(record: Record) -> tuple[int, int]:
 
 
 def _as_newer(delivery: Delivery, token: str, version: int) -> Attempt:
-    """Return the attempt at a job of a newer version, with what can be read of it.
+    """Return the attempt at a job of a newer version, with its readable fields.
 
     Its body is kept as it is.
     """
@@ -250,7 +250,7 @@ def _as_newer(delivery: Delivery, token: str, version: int) -> Attempt:
 
 
 def _as_known(data: Mapping[str, Any], job_id: str, created_at: float) -> Job:
-    """Return what is needed of a newer job that cannot be read: how long it has been put off."""
+    """Return the put-off fields of a job of a newer version."""
     since, times = data.get("put_off_since"), data.get("put_offs")
     return Job(
         task_id="?",

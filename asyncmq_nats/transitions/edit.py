@@ -14,7 +14,7 @@ from asyncmq_nats.exceptions import WriteRefused, WrongState
 from asyncmq_nats.jobs import Job, check_size
 from asyncmq_nats.states import Place, State
 from asyncmq_nats.store.commit import commit
-from asyncmq_nats.store.records import LEAD, delayed_write
+from asyncmq_nats.store.records import TIMER_LEAD, delayed_write
 from asyncmq_nats.store.snapshot import Snapshot, read_end, read_snapshot
 from asyncmq_nats.store.topology import QueueAssets
 from asyncmq_nats.transitions.cancel import is_delayed
@@ -89,7 +89,7 @@ class Edits:
     async def _change_released(self, snapshot: Snapshot, run_at: float | None) -> bool:
         """Judge a job that the server has released, some tenths of a second before its time.
 
-        A promoter has it in hand: nothing can be promised of it any more, but that it runs now.
+        A promoter has it in hand: it can only run now.
         """
         released = snapshot.later.get(Place.RELEASED)
         if released is None or snapshot.ended:
@@ -103,7 +103,7 @@ class Edits:
         """
         data, token = load_json(delayed.body), self._subjects.token(delayed.subject)
         expect, now = Expect(delayed.subject, delayed.sequence), self._backend.now()
-        if run_at is not None and run_at - LEAD > now:
+        if run_at is not None and run_at - TIMER_LEAD > now:
             body = dump_json(data | {"delay_until": run_at})
             return delayed_write(self._subjects, token, body, (run_at, now), expect)
         data.pop("delay_until", None)
@@ -162,7 +162,7 @@ class Edits:
             return Write(record.subject, body, expect)
         run_at = float(data.get("delay_until") or record.time)
         released = self._subjects.later(self._subjects.token(record.subject), Place.RELEASED)
-        return Write(record.subject, body, expect, timer=Timer(run_at - LEAD, released))
+        return Write(record.subject, body, expect, timer=Timer(run_at - TIMER_LEAD, released))
 
     def _checked_body(self, data: Mapping[str, Any], record: Record) -> bytes:
         body = dump_json(data)
@@ -200,7 +200,7 @@ class Edits:
         return tier is None or tier.paused
 
     async def _void(self, token: str, sequence: int) -> None:
-        """Have the server refuse what a worker makes of a message, or of an earlier one."""
+        """Have the server refuse a worker's outcome of this message, or of an earlier one."""
         claim, key = Claim.on_all_until(sequence), self._subjects.claim(token)
 
         async def void() -> None:

@@ -211,7 +211,7 @@ class Lifecycle(Deliveries):
     async def reject(self, delivery: Delivery, problem: InvalidJob) -> None:
         """Record a message that is not a job as failed, with its body.
 
-        So it is neither lost nor delivered for ever.
+        Then it is neither lost nor delivered for ever.
         """
         token = fit_token(last_token(delivery.subject))
         now = self._backend.now()
@@ -243,7 +243,7 @@ class Lifecycle(Deliveries):
 
         found = await commit(record_failure)
         if found.ended:
-            logger.warning("%.200r: not a job, and there is an outcome: dropped", token)
+            logger.warning("message %.200r is not a job, and its id has an outcome: dropped", token)
         else:
             if found.claim is not None:
                 self._backend.discard(self._subjects.bucket_log, found.claim.sequence)
@@ -257,7 +257,7 @@ class Lifecycle(Deliveries):
         members = COMPLETED_MEMBERS % (
             dump_json(result, what),
             attempt.started_at,
-            self._backend.now(),
+            attempt.ended_at or self._backend.now(),
             self._worker_json,
         )
         if attempt.follow_ups is not None and attempt.follow_ups.members:
@@ -315,9 +315,9 @@ class Lifecycle(Deliveries):
     # -- for the tasks that run
 
     def report_progress(self, job: Job, progress: float, data: Any) -> None:
-        """Store how far a running job is, and tell its listeners.
+        """Store the progress of a running job, and tell its listeners.
 
-        Sent, not confirmed; from any thread.
+        The write is not confirmed. It may be called from any thread.
 
         Raises:
             NotSerializable: the data is not JSON.
@@ -336,7 +336,7 @@ class Lifecycle(Deliveries):
         self.on_progress(body)
 
     def keep_line(self, job_id: str, line: JobLogLine) -> None:
-        """Keep a line with a running job. From any thread."""
+        """Keep a line with a running job. It may be called from any thread."""
         line = replace(line, level=line.level[:20], message=cut_line(line.message))
         self.logs.add(encode_token(job_id), line)
 
@@ -348,7 +348,7 @@ class Lifecycle(Deliveries):
     async def results_of_parents(self, job: Job) -> dict[str, Any]:
         """Return the results of the jobs that a job depends on, by id.
 
-        Those that did not complete are left out.
+        Jobs that did not complete are left out.
         """
         return await self.dependencies.results(job)
 
@@ -385,7 +385,8 @@ class Lifecycle(Deliveries):
     def clean_up(self, attempt: Attempt, write: Write) -> None:
         """Delete the claim and the leftovers of an attempt whose end is confirmed.
 
-        Sent, not awaited: a claim that stays goes after a day, and means nothing beside an outcome.
+        It is not awaited: a claim that stays expires after a day, and means nothing beside an
+        outcome.
         """
         log, ended = self._subjects.bucket_log, self._subjects.outcome_state(write.subject)
         for key, sequence in attempt.leftovers.items():
@@ -426,7 +427,7 @@ class Lifecycle(Deliveries):
             result = await self._write_again(attempt, write)
         if isinstance(result, BackendError) and disposition is not Disposition.ACK:
             logger.error(
-                "job %s: could not record its outcome; it will be delivered again: %s",
+                "job %s: could not record its outcome; it will be redelivered: %s",
                 attempt.head.job_id,
                 result,
             )
@@ -446,7 +447,7 @@ class Lifecycle(Deliveries):
         *,
         ours: bool,
     ) -> None:
-        """Do what follows an outcome: add its follow-ups, tell its children."""
+        """Carry out the effects of an outcome: add its follow-ups, tell its children."""
         completed = self._subjects.outcome_state(write.subject) is State.COMPLETED
         if ours and completed and attempt.follow_ups is not None:
             await self._follow_ups.carry_out(attempt.follow_ups)
@@ -487,7 +488,7 @@ class Lifecycle(Deliveries):
 
 
 def without_arguments(record: bytes) -> bytes:
-    """Return an outcome as a full store takes it: without what an outcome can do without."""
+    """Return an outcome for a full store: without its optional fields."""
     data = load_json(record)
     for name in ARGUMENT_FIELDS:
         data.pop(name, None)
@@ -495,7 +496,7 @@ def without_arguments(record: bytes) -> bytes:
 
 
 def _fields_of_next(job: Job) -> dict[str, Any]:
-    """Return what the next attempt has to know of this one."""
+    """Return the fields of this attempt that the next one needs."""
     return {
         "id": job.job_id,
         "created_at": job.created_at,

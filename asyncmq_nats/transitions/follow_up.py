@@ -34,9 +34,9 @@ class FollowUpJobs:
         self._additions = additions
 
     async def prepare(self, job: Job, follow_ups: Sequence[Job], result: Any) -> FollowUps:
-        """Return what is added with the success of a job. `result`: its result.
+        """Return the follow-ups of a job that completes. `result`: its result.
 
-        Prepare a batch again when it was refused: what it expects of other jobs may have changed.
+        Prepare a batch again when it was refused: its expectations of other jobs may have changed.
 
         Raises:
             JobNotFound: one depends on a job that is not in this queue.
@@ -86,7 +86,7 @@ class FollowUpJobs:
     async def carry_out_again(self, outcome: bytes, job: Mapping[str, Any]) -> None:
         """Store the follow-ups that an outcome holds, unless they are there: its worker was lost.
 
-        `job`: the job as it came. What a foreign producer calls follow-ups is none.
+        `job`: the job as it came. Follow-ups in a job of another producer are ignored.
         """
         if b'"follow_ups"' not in outcome or FOLLOW_UPS in job:
             return

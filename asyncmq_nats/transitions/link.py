@@ -16,7 +16,7 @@ from asyncmq_nats.backends.base import Backend, Delivery, Expect, Write
 from asyncmq_nats.exceptions import InvalidJob, JobNotFound, WriteRefused
 from asyncmq_nats.jobs import Job
 from asyncmq_nats.states import Place
-from asyncmq_nats.store.commit import LOOKS, pause_after_refusal
+from asyncmq_nats.store.commit import REPLICA_READ_DELAYS, pause_after_refusal
 from asyncmq_nats.store.many import for_each, read_many
 from asyncmq_nats.store.snapshot import Snapshot, read_end, read_snapshot
 from asyncmq_nats.transitions.parked import ParkedJobs, linking_body, read_snapshots
@@ -31,7 +31,7 @@ EDGES_REMEMBERED: Final = 4096
 
 @dataclass(slots=True)
 class Linking:
-    """What came of writing the edges of a job."""
+    """The result of writing the edges of a job."""
 
     failed: bool = False
     """The job has ended as failed, for a parent."""
@@ -61,7 +61,7 @@ class Links:
         """
         found: dict[str, Parent] = {}
         missing = list(dict.fromkeys(job_ids))
-        for pause in LOOKS:
+        for pause in REPLICA_READ_DELAYS:
             if not missing:
                 break
             await brief_pause(pause)
@@ -227,7 +227,7 @@ class Links:
         self._last_edges[token] = sequence
 
     async def link(self, record: Delivery) -> list[str]:
-        """Go on with a job whose producer died while it wrote the edges: its timer released it.
+        """Go on with a job that its timer released: its producer died while it wrote the edges.
 
         Return the token of the job if it has ended as failed, for a parent. The record is gone
         afterwards. Repeatable.
@@ -311,8 +311,8 @@ def _is_over(parent: Parent, job: Job) -> bool:
 
 
 def _decides(parent: Parent, job: Job) -> bool:
-    """Return whether what has become of a parent changes the job.
+    """Return whether the state of a parent changes the job.
 
-    Else it waits for a retry of it.
+    If not, the job waits for a retry of the parent.
     """
     return parent.completed or (parent.state is not None and job.on_parent_failure != "wait")

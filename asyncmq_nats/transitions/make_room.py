@@ -12,7 +12,7 @@ __all__ = ["make_room"]
 logger = get_logger(__name__)
 
 REMOVED_AT_ONCE: Final = 1_000
-MARGIN: Final = 5.0
+LEAST_OUTCOME_AGE: Final = 5.0
 """Seconds. An outcome is the proof that its job ended until its message is gone."""
 
 
@@ -21,7 +21,7 @@ async def make_room(backend: Backend, subjects: QueueSubjects) -> int:
     if not backend.is_full:
         return 0
     log, filter = subjects.bucket_log, subjects.outcomes(State.COMPLETED)
-    newest = backend.now() - backend.settings.stalled_after - MARGIN
+    newest = backend.now() - backend.settings.stalled_after - LEAST_OUTCOME_AGE
     page = await backend.page(log, filter, limit=REMOVED_AT_ONCE)
     old = [record.sequence for record in page if record.time < newest]
     if not old:

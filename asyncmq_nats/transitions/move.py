@@ -29,7 +29,7 @@ from asyncmq_nats.transitions.clean import Progress
 from asyncmq_nats.wire.codec import dump_json, load_json
 from asyncmq_nats.wire.keys import QueueSubjects, encode_token
 
-__all__ = ["MOVABLE", "Moved", "Mover", "write_outcome"]
+__all__ = ["MOVABLE_STATES", "Moved", "Mover", "write_outcome"]
 
 MOVES_UNDER_WAY: Final = 16
 HOLD_TIME: Final = 10 * 365 * 86_400.0
@@ -38,16 +38,16 @@ MOVED_FROM: Final = "moved_from"
 """The member of a hold that says which queue it is from: its name alone may be another's too."""
 MOVED_TO: Final = "moved to queue "
 """How the error of a job begins that a mover ended. It is removed once the job is there."""
-MOVABLE: Final = (State.WAITING, State.DELAYED, *OUTCOMES)
-"""States in which a job can be moved. What runs stays, and so does what waits for others."""
+MOVABLE_STATES: Final = (State.WAITING, State.DELAYED, *OUTCOMES)
+"""States in which a job can be moved. Running jobs stay, and so do jobs that wait for others."""
 
 
 @dataclass(frozen=True, slots=True)
 class Moved:
-    """What became of `Queue.move`.
+    """The result of `Queue.move`.
 
-    `matched`: jobs that were meant. `moved`: those that are there now; the others stay: they have
-    moved on, are part of a flow, or the other queue has a job with their id.
+    `matched`: jobs that match. `moved`: those that are in the other queue now; the others stay:
+    they have moved on, are part of a flow, or the other queue has a job with their id.
     """
 
     matched: int
@@ -85,7 +85,7 @@ class Mover:
     async def move(
         self, pages: AsyncIterator[list[Found]], holds: AsyncIterator[list[Found]], told: Progress
     ) -> Moved:
-        """Move what a search finds here. `holds`: the delayed jobs there."""
+        """Move the jobs of a search. `holds`: the delayed jobs of the other queue."""
         async for page in holds:
             for found in page:
                 await self._finish(found)

@@ -1,4 +1,4 @@
-"""What becomes of a job that waits for others when one of them has ended.
+"""Transitions of a job that waits for others when one of them has ended.
 
 Each step is one message that expects what was read, so it can be repeated. While the edges of a
 parked job are being written its record says `linking` and has a timer: if its producer dies, the
@@ -21,7 +21,7 @@ from asyncmq_nats.states import Place, State
 from asyncmq_nats.store.announcing import announce
 from asyncmq_nats.store.commit import commit, pause_after_refusal
 from asyncmq_nats.store.many import read_many
-from asyncmq_nats.store.records import LEAD, MARKER_TTL, delayed_write
+from asyncmq_nats.store.records import MARKER_TTL, TIMER_LEAD, delayed_write
 from asyncmq_nats.store.secret import QueueSecret
 from asyncmq_nats.store.snapshot import Snapshot, group_by_job, read_end
 from asyncmq_nats.store.topology import QueueAssets
@@ -209,7 +209,7 @@ class ParkedJobs:
     async def _open(self, child: Snapshot, parked: Record) -> dict[str, Any] | None:
         """Return the parked job; `None` if it has gone on or is junk.
 
-        What is left over is deleted.
+        Delete its leftovers.
         """
         try:
             data = load_json(parked.body)
@@ -220,7 +220,9 @@ class ParkedJobs:
                 if place is not Place.PARKED
             )
         except InvalidJob as problem:
-            logger.warning("%.200r is malformed, and left alone: %s", parked.subject, problem)
+            logger.warning(
+                "parked job %.200r is malformed; leaving it alone: %s", parked.subject, problem
+            )
             return None
         if moved_on:
             await self._backend.delete(self._log, parked.sequence)
@@ -238,7 +240,7 @@ class ParkedJobs:
             data.pop(name, None)
         now, run_at = self._backend.now(), data.get("delay_until")
         run_at = run_at if isinstance(run_at, int | float) and run_at > now else now
-        if linking and run_at - LEAD <= now:
+        if linking and run_at - TIMER_LEAD <= now:
             await self.hand_over(child, record, data)
         elif run_at > now:
             await self._delay(child, record, dump_json(data), (run_at, now), linking=linking)
@@ -387,7 +389,7 @@ class ParkedJobs:
 async def read_snapshots(
     backend: Backend, keys: QueueSubjects, tokens: Collection[str]
 ) -> dict[str, Snapshot]:
-    """Read what the bucket has of some jobs but for the edges to their children, by token."""
+    """Read the records of some jobs in the bucket without the edges to their children, by token."""
     records = await read_many(backend, keys.bucket_log, _filters(keys, tokens))
     return _snapshots(keys, tokens, records)
 

@@ -14,7 +14,7 @@ from asyncmq_nats.backends.base import Backend, Delivery, Expect, Timer, Write
 from asyncmq_nats.exceptions import InvalidJob, WriteRefused
 from asyncmq_nats.jobs import Job, new_job_id
 from asyncmq_nats.states import Place
-from asyncmq_nats.store.commit import LAG, look_for
+from asyncmq_nats.store.commit import REPLICA_LAG_DELAYS, look_for
 from asyncmq_nats.store.many import for_each, read_many
 from asyncmq_nats.store.records import MARKER_TTL
 from asyncmq_nats.store.secret import keyed_id
@@ -116,13 +116,13 @@ class Plans:
     async def exists(self, job_id: str) -> bool:
         """Return whether the queue has a job with that id, in any state.
 
-        What waits for a job that was removed is no trace of it, nor is a claim: it may be added.
+        An edge or a claim of a removed job does not count: a job with its id may be added.
         """
         return not await self.missing([job_id])
 
     async def _require_stored(self, job: Job, refused: WriteRefused) -> None:
-        """Learn of a refusal: an earlier try has stored the job, or the refusal is an error."""
-        if not await look_for(partial(self.exists, job.job_id), LAG):
+        """Check a refusal: an earlier try has stored the job, or the refusal is an error."""
+        if not await look_for(partial(self.exists, job.job_id), REPLICA_LAG_DELAYS):
             raise refused
 
     # -- plan
@@ -152,7 +152,7 @@ class Plans:
                 self._log, Write(key, record, Expect(key, 0), timer=due)
             )
         except WriteRefused:  # no other job has this key: its confirmation was lost
-            found = await look_for(partial(self._backend.last, self._log, key), LAG)
+            found = await look_for(partial(self._backend.last, self._log, key), REPLICA_LAG_DELAYS)
             if not found:
                 raise
             sequence = found[0].sequence
@@ -161,7 +161,7 @@ class Plans:
         end = Write(key, b"", Expect(key, sequence), ttl=MARKER_TTL, marker=True)
         try:
             await self._backend.write(self._log, end)
-        except WriteRefused:  # this took so long that a promoter has carried it out as well
+        except WriteRefused:  # a promoter has carried it out meanwhile
             await self._remove_zombies(jobs)
         return True
 
@@ -228,7 +228,7 @@ class Plans:
         return sequences
 
     async def _complete_parts(self, jobs: Sequence[Job]) -> None:
-        """Store the parts of jobs with many parents that an earlier try may not have come to."""
+        """Store the parts of jobs with many parents that an earlier try may not have stored."""
         wide = [job for job in jobs if job.wide and job.parents]
         keys = [self._keys.later_all(encode_token(job.job_id)) for job in wide]
         records = await read_many(self._backend, self._log, keys)

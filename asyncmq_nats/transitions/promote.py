@@ -1,4 +1,4 @@
-"""A released job becomes ready: what a promoter reads, writes, and makes of what it finds.
+"""A released job becomes ready: the reads, the writes and the decisions of a promoter.
 
 `runtime/promoter.py` has the loop. A promotion is a write to the job's tier that expects nothing
 there, then the removal of the released record. Both can be repeated by any promoter: the message
@@ -15,12 +15,12 @@ from pydantic.dataclasses import dataclass as validated
 
 from asyncmq_nats.backends.base import Backend, Expect, Record, Write
 from asyncmq_nats.exceptions import InvalidJob, NotSerializable
-from asyncmq_nats.jobs import LATEST
+from asyncmq_nats.jobs import LATEST_TIME
 from asyncmq_nats.states import Place, State
 from asyncmq_nats.store.secret import keyed_id
 from asyncmq_nats.transitions.claim import CLAIM_TTL, Claim
 from asyncmq_nats.wire.codec import dump_json, load_json
-from asyncmq_nats.wire.keys import PRIORITIES, QueueSubjects, decode_token, is_token
+from asyncmq_nats.wire.keys import PRIORITY_LIMIT, QueueSubjects, decode_token, is_token
 
 __all__ = [
     "Finding",
@@ -37,14 +37,14 @@ __all__ = [
 
 @validated(frozen=True, config=ConfigDict(extra="ignore"))
 class Head:
-    """What a promoter has to know of a job. What else is wrong with it, the worker records."""
+    """The fields of a job that a promoter needs. A worker records all other faults of the job."""
 
-    priority: int = Field(default=5, gt=-PRIORITIES, lt=PRIORITIES)
+    priority: int = Field(default=5, gt=-PRIORITY_LIMIT, lt=PRIORITY_LIMIT)
     retries: int = Field(default=0, ge=0)
     reruns: int = Field(default=0, ge=0)
     put_offs: int = Field(default=0, ge=0)
     custom_id: bool = False
-    delay_until: float | None = Field(default=None, allow_inf_nan=False, le=LATEST)
+    delay_until: float | None = Field(default=None, allow_inf_nan=False, le=LATEST_TIME)
 
 
 HEADS: Final = TypeAdapter(Head).validator
@@ -115,7 +115,7 @@ def promotion(
 
 
 class Finding(Enum):
-    """What became of a released record while it was in hand."""
+    """The state of a released record that was in hand."""
 
     CURRENT = auto()
     """It is still there, and the job has not ended."""
@@ -126,13 +126,13 @@ class Finding(Enum):
     SUPERSEDED = auto()
     """There is a record of a later attempt."""
     GONE = auto()
-    """It is not there. Promoted, removed or cancelled; or a replica has yet to hear of it."""
+    """There is no record: it was promoted, removed or cancelled, or a replica lags behind."""
 
 
 def judge(
     subjects: QueueSubjects, released: Released, sequence: int, records: Sequence[Record]
 ) -> Finding:
-    """Return what the last records of a job say of a released record with that sequence."""
+    """Return the finding of a job's last records about a released record with that sequence."""
     current = superseded = False
     for record in records:
         key = subjects.parse(record.subject)
@@ -155,7 +155,7 @@ def order_of(body: bytes) -> tuple[int, int]:
     """Return which run and which attempt a record is of: `(reruns, retries + put_offs)`.
 
     The same as `Job.order`, or a redelivery would be acknowledged in favour of a record that a
-    promoter drops in favour of that delivery. What is not a job is earlier than any job.
+    promoter drops in favour of that delivery. A record that is not a job is earlier than any job.
     """
     try:
         data = load_json(body)

@@ -1,4 +1,4 @@
-"""Jobs that wait for others: what happens when one of these has ended.
+"""Jobs that wait for others are told when one of these has ended.
 
 A parent's end and the edges to the children that wait for it are in one log, and each write
 expects the other's absence: no interleaving loses a wake-up.
@@ -30,7 +30,7 @@ __all__ = ["MARKER_TTL", "Dependencies", "delayed_write"]
 
 CHILDREN_PER_READ: Final = 100
 """Each needs two filters."""
-DELETES: Final = 20
+DELETE_LIMIT: Final = 20
 """Above this number, records are removed by a purge, and markers by their time to live."""
 
 
@@ -46,7 +46,7 @@ class Dependencies:
     async def release(self, token: str, known: Sequence[Record] = ()) -> None:
         """Tell the children of a job that it has ended: each runs, fails, or goes on waiting.
 
-        Repeatable. Children that end as failed for it have their own children told.
+        Repeatable. The children of those that fail for it are told as well.
 
         Args:
             token: of the job.
@@ -94,10 +94,7 @@ class Dependencies:
         return failed
 
     def _children(self, data: dict[str, Any], edges: Sequence[Record]) -> dict[str, str]:
-        """Return the tokens of the children.
-
-        Of those with many parents with the part of this one.
-        """
+        """Return the tokens of the children; those with many parents with the part of this one."""
         places = data.get("wide_children")
         places = places if isinstance(places, dict) else {}
         children = {
@@ -133,7 +130,7 @@ class Dependencies:
         return failed
 
     async def _remove_edges(self, token: str, edges: Sequence[Record]) -> None:
-        if len(edges) > DELETES:
+        if len(edges) > DELETE_LIMIT:
             await self._backend.purge(self._log, self._subjects.edge(token, "*"))
         else:
             await for_each(
@@ -157,12 +154,12 @@ class Dependencies:
     async def write_and_sweep(self, *writes: Write) -> None:
         """Write a batch, and remove its markers, unless they are many.
 
-        They would be counted as records for the second that they live.
+        They would count as records for the second that they live.
         """
         last = await self._backend.write(self._log, *writes)
         # The sequences of a batch are consecutive.
         markers = [last - number for number, write in enumerate(reversed(writes)) if write.marker]
-        if len(markers) <= DELETES:
+        if len(markers) <= DELETE_LIMIT:
             await for_each(partial(self._backend.delete, self._log), markers)
 
     async def results(self, job: Job) -> dict[str, Any]:

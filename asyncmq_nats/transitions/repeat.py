@@ -19,7 +19,7 @@ from asyncmq_nats.schedules import RepeatableInfo, first_run, next_run_after
 from asyncmq_nats.store.commit import write_if_expected
 from asyncmq_nats.store.records import without_markers
 from asyncmq_nats.transitions.definition import (
-    CODE,
+    CODE_OWNER,
     MARKER_TTL,
     Definition,
     Tick,
@@ -27,6 +27,7 @@ from asyncmq_nats.transitions.definition import (
     job_of,
     make_definition,
     next_tick_write,
+    planned_time,
     repeatable_id,
 )
 from asyncmq_nats.wire.codec import dump_json
@@ -36,7 +37,7 @@ __all__ = ["Definition", "RepeatableInfo", "Repeatables", "make_definition", "re
 
 logger = get_logger(__name__)
 
-PAGE: Final = 500
+PAGE_SIZE: Final = 500
 
 
 class Repeatables:
@@ -134,7 +135,7 @@ class Repeatables:
         try:
             return decode_definition(record.body, self._subjects.rid(record.subject))
         except InvalidJob as problem:
-            logger.warning("%.200r is passed over: %s", record.subject, problem)
+            logger.warning("repeatable %.200r is skipped: %s", record.subject, problem)
             return None
 
     def _tick_in(self, records: Mapping[str, Record]) -> Tick | None:
@@ -145,7 +146,7 @@ class Repeatables:
                 try:
                     ticks.append(Tick.decode(record.body))
                 except InvalidJob as problem:
-                    logger.debug("%.200r is passed over: %s", record.subject, problem)
+                    logger.debug("repeatable %.200r is skipped: %s", record.subject, problem)
         return min(ticks, key=lambda tick: tick.at, default=None)
 
     async def find(self, rid: str) -> Definition | None:
@@ -157,14 +158,13 @@ class Repeatables:
         found: list[RepeatableInfo] = []
         for _, definition in await self._all():
             tick = self._tick_in(await self._read(definition.rid))
-            planned = None if tick is None or definition.paused else tick.at
-            found.append(RepeatableInfo(definition.to_dict(), planned, definition.paused))
+            found.append(_info_of(definition, tick))
         return found
 
     async def _all(self) -> list[tuple[Record, Definition]]:
         found, start = list[tuple[Record, Definition]](), 1
         while page := await self._backend.page(
-            self._log, self._subjects.repeat("*"), from_sequence=start, limit=PAGE
+            self._log, self._subjects.repeat("*"), from_sequence=start, limit=PAGE_SIZE
         ):
             for record in page:
                 definition = self._definition_in({record.subject: record})
@@ -237,7 +237,7 @@ class Repeatables:
         return {
             definition.rid: record.time
             for record, definition in await self._all()
-            if definition.owner == CODE
+            if definition.owner == CODE_OWNER
         }
 
     async def retire(self, rid: str, before: float) -> Definition | None:
@@ -246,9 +246,17 @@ class Repeatables:
         record, definition = self._record_in(records), self._definition_in(records)
         if record is None or definition is None:
             return None
-        if definition.owner != CODE or record.time >= before:
+        if definition.owner != CODE_OWNER or record.time >= before:
             return None
         return definition if await self._remove(rid, records) else None
+
+
+def _info_of(definition: Definition, tick: Tick | None) -> RepeatableInfo:
+    planned = None if tick is None or definition.paused else tick.at
+    reached = tick or definition.left
+    runs, last = (0, None) if reached is None else (reached.runs, reached.last)
+    last_run = None if last is None else planned_time(definition.rid, last)
+    return RepeatableInfo(definition.to_dict(), planned, definition.paused, runs, last, last_run)
 
 
 def _sequence(records: Mapping[str, Record], subject: str) -> int:

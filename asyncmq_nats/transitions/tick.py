@@ -37,19 +37,19 @@ __all__ = ["TickEnd", "Ticker", "read_fire"]
 
 logger = get_logger(__name__)
 
-CATCH_UP: Final = 30.0
+CATCH_UP_SECONDS: Final = 30.0
 """Ticks that were late because a worker died are all made up for, if they are no later."""
-HICCUP: Final = 3.0
+SHORT_DELAY_SECONDS: Final = 3.0
 """More seconds are an outage. Ticks that were late because a process or a server was busy are all
 made up for."""
-MAX_CACHED: Final = 10_000
+CACHED_DEFINITIONS: Final = 10_000
 """Definitions that a process keeps parsed."""
 
 read_fire: Final = Tick.decode
 
 
 class TickEnd(Enum):
-    """What is to be done with a fire that was carried out."""
+    """The disposition of a fire that was carried out."""
 
     ACK = auto()
     """The next tick has taken its place."""
@@ -80,7 +80,7 @@ class Ticker:
     async def fire(self, delivery: Delivery, *, trusted: bool) -> TickEnd:
         """Make the job of a tick that is due, and plan the next one.
 
-        What was changed, paused or removed meanwhile makes none.
+        A repeatable that was changed, paused or removed meanwhile makes none.
 
         Args:
             delivery: of `fire.<rid>`.
@@ -109,7 +109,7 @@ class Ticker:
     async def _look_up(
         self, delivery: Delivery, rid: str, tick: Tick
     ) -> tuple[Definition, bytes] | TickEnd:
-        """Return the definition, or what is to be done with a fire that makes no job."""
+        """Return the definition, or the disposition of a fire that makes no job."""
         subjects, token = self._subjects, encode_token(rid)
         keys = subjects.repeat(token), subjects.tick(token), subjects.fire(token)
         records = {
@@ -138,9 +138,9 @@ class Ticker:
         try:
             definition = decode_definition(stored.body, rid)
         except InvalidJob as problem:
-            logger.warning("%.200r is passed over: %s", stored.subject, problem)
+            logger.warning("repeatable %.200r is skipped: %s", stored.subject, problem)
             return None
-        if len(self._definitions) >= MAX_CACHED:
+        if len(self._definitions) >= CACHED_DEFINITIONS:
             self._definitions.clear()
         self._definitions[name] = definition, stored.body
         return definition
@@ -231,10 +231,10 @@ def _is_after(record: Record, tick: Tick) -> bool:
 def due_times(definition: Definition, tick: Tick, now: float, *, again: bool) -> list[float]:
     """Return the planned times for which a tick makes jobs. `again`: a worker died with it in hand.
 
-    All after a short delay. After an outage, as the definition says: by default one.
+    A short delay loses none. After an outage the definition decides: by default one.
     """
     schedule, late = definition.schedule, now - tick.run_at
-    if late <= (CATCH_UP if again else HICCUP):
+    if late <= (CATCH_UP_SECONDS if again else SHORT_DELAY_SECONDS):
         # With jitter, `now` may be later than the planned time by nearly an interval.
         due = missed_ticks(schedule, tick.at, tick.at + max(late, 0.0))
     elif definition.catch_up == "all":
@@ -249,6 +249,6 @@ def due_times(definition: Definition, tick: Tick, now: float, *, again: bool) ->
 def following(definition: Definition, tick: Tick, due: Sequence[float], now: float) -> float:
     """Return the planned time of the tick after those that were carried out."""
     last = due[-1] if due else tick.at
-    if definition.catch_up == "all" and due:  # what is left is carried out next
+    if definition.catch_up == "all" and due:  # the rest is carried out next
         return next_run(definition.schedule, last)
     return next_run_after(definition.schedule, last, now)

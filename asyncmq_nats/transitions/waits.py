@@ -23,7 +23,7 @@ from asyncmq_nats.backends.base import Backend, Expect, Record, Write
 from asyncmq_nats.exceptions import InvalidJob
 from asyncmq_nats.jobs import Job
 from asyncmq_nats.states import State
-from asyncmq_nats.store.commit import LAG, commit, write_if_expected
+from asyncmq_nats.store.commit import REPLICA_LAG_DELAYS, commit, write_if_expected
 from asyncmq_nats.store.many import for_each, read_many
 from asyncmq_nats.store.records import without_markers
 from asyncmq_nats.wire.codec import dump_json, load_json
@@ -43,14 +43,14 @@ __all__ = [
 
 NARROW_LIMIT: Final = 64
 """Open parents that one record keeps."""
-WIDE: Final = re.compile(r"([0-9a-f]{8})\.([1-9][0-9]{0,4})")
-PLACE: Final = re.compile(r"[0-9a-f]{8}\.[0-9]{1,5}")
+WIDE_PATTERN: Final = re.compile(r"([0-9a-f]{8})\.([1-9][0-9]{0,4})")
+PART_PATTERN: Final = re.compile(r"[0-9a-f]{8}\.[0-9]{1,5}")
 TOP: Final = "top"
 
 
 @dataclass(frozen=True, slots=True)
 class Parent:
-    """A job as those who depend on it see it."""
+    """A parent as its children see it."""
 
     id: str
     state: State | None
@@ -68,10 +68,10 @@ class Parent:
 
 
 class Wait(Enum):
-    """What the end of a parent means for a child with many parents."""
+    """The effect of a parent's end on a child with many parents."""
 
     GONE = auto()
-    """The child does not wait any more."""
+    """The child waits no more."""
     OPEN = auto()
     """It waits for others, or for this parent to be retried."""
     FAILS = auto()
@@ -92,7 +92,7 @@ def new_wide(parents: int) -> str:
 
 def place_of(value: object) -> str:
     """Return the value if it names a part, `<token>.<number>`; else nothing."""
-    return value if isinstance(value, str) and PLACE.fullmatch(value) else ""
+    return value if isinstance(value, str) and PART_PATTERN.fullmatch(value) else ""
 
 
 def places_of(job: Job) -> dict[str, str]:
@@ -100,7 +100,7 @@ def places_of(job: Job) -> dict[str, str]:
 
     Neighbours are in different parts: parents that end at the same time do not meet.
     """
-    match = WIDE.fullmatch(job.wide)
+    match = WIDE_PATTERN.fullmatch(job.wide)
     if match is None:
         return {}
     token, count = match[1], int(match[2])
@@ -115,7 +115,7 @@ async def read_when(
 ) -> list[Record]:
     """Return the last records of the filters, read again while a replica lags behind `seen`."""
     records: list[Record] = []
-    for pause in LAG:
+    for pause in REPLICA_LAG_DELAYS:
         await brief_pause(pause)
         records = await backend.last(log, *filters)
         if seen(records):
@@ -251,7 +251,7 @@ class Waits:
         return gathered
 
     async def _read_parts(self, child: str, wide: str) -> list[Mapping[str, Any]]:
-        match = WIDE.fullmatch(wide)
+        match = WIDE_PATTERN.fullmatch(wide)
         if match is None:
             return []
         keys = [self._keys.wait(child, f"{match[1]}.{number}") for number in range(int(match[2]))]

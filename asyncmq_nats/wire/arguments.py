@@ -1,6 +1,6 @@
 """How the arguments of a task are written as JSON and read again, by its annotations.
 
-What is accepted arrives equal (docs/arguments.md). Nothing here knows what a job is.
+Accepted values arrive equal (docs/arguments.md). Nothing here knows what a job is.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ __all__ = ["Arguments", "Results", "write_by_class"]
 
 CACHED_SHAPES: Final = 256
 """Shapes (a number of positions, and names) that are kept per task; `**kwargs` has any number."""
-EXACT: Final[Mapping[Any, frozenset[type]]] = {
+EXACT_TYPES: Final[Mapping[Any, frozenset[type]]] = {
     int: frozenset({int}),
     str: frozenset({str}),
     bool: frozenset({bool}),
@@ -54,7 +54,7 @@ class Arguments:
 
     Args:
         function: the one that is called, whatever it wraps.
-        validate: whether the annotations count. Without, the function is given plain data.
+        validate: whether the annotations count. If not, the function is given plain data.
         supplied: names of arguments that the worker gives.
     """
 
@@ -99,7 +99,8 @@ class Arguments:
         """
         if not self._validate:
             return list(args), dict(kwargs)
-        return self._shape(len(args), tuple(kwargs)).read(args, kwargs)
+        key = len(args), tuple(kwargs)
+        return (self._shapes.get(key) or self._shape(*key)).read(args, kwargs)
 
     def check(self, args: Sequence[Any], kwargs: Mapping[str, Any], task_id: str) -> None:
         """See that `read` takes these arguments, which are plain data already.
@@ -267,7 +268,7 @@ def _shown(slot: Slot) -> str:
 
 def _exact_classes(annotation: Any) -> frozenset[type]:
     try:
-        return EXACT.get(annotation, frozenset())
+        return EXACT_TYPES.get(annotation, frozenset())
     except TypeError:  # it cannot be hashed
         return frozenset()
 
@@ -421,7 +422,7 @@ def write_by_class(
 ) -> tuple[list[Any], dict[str, Any]]:
     """Return the arguments as plain data, written by their classes.
 
-    What is annotated is known to the worker only.
+    Only the worker knows the annotations.
 
     Raises:
         NotSerializable: a value does not arrive equal even where its own class is the annotation;

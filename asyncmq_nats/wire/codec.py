@@ -12,9 +12,9 @@ __all__ = ["dump_json", "find_non_finite", "load_json", "splice"]
 
 LONGEST_NUMBER: Final = 4_000
 """Readers of JSON take integers of some 4,300 digits, writers any."""
-DEEP: Final = 100
+MAX_DEPTH: Final = 100
 """Readers of JSON take values in some 200 lists and objects, one in the other, writers more."""
-ROOM: Final = 8
+RESERVED_DEPTH: Final = 8
 """Levels of nesting that may be put around a value later, as around a result for a child."""
 
 
@@ -31,7 +31,7 @@ def dump_json(value: Any, what: str = "the value") -> bytes:
             b"NaN" in body
             or b"Infinity" in body
             or len(body) > LONGEST_NUMBER
-            or body.count(b"[") + body.count(b"{") > DEEP
+            or body.count(b"[") + body.count(b"{") > MAX_DEPTH
         ):
             _read_back(body, what)
     except (PydanticSerializationError, ValueError, RecursionError) as error:
@@ -40,21 +40,21 @@ def dump_json(value: Any, what: str = "the value") -> bytes:
 
 
 def _read_back(body: bytes, what: str) -> None:
-    value = from_json(b"[" * ROOM + body + b"]" * ROOM)
+    value = from_json(b"[" * RESERVED_DEPTH + body + b"]" * RESERVED_DEPTH)
     if (bad := find_non_finite(value)) is not None:
         raise NotSerializable(what, f"{bad} is not a JSON number")
 
 
 def splice(body: bytes, members: bytes) -> bytes:
-    """Return the JSON object `body` with members it does not have yet appended.
+    """Return the JSON object `body` with new members appended.
 
-    What it has stays as it is, byte for byte.
+    Its own members stay as they are, byte for byte.
     """
     return (body if body[-1:] == b"}" else body.rstrip())[:-1] + b"," + members + b"}"
 
 
 def load_json(body: bytes) -> dict[str, Any]:
-    """Return a JSON object as a dict, with what this version does not know.
+    """Return a JSON object as a dict, with its unknown members.
 
     Raises:
         InvalidJob: it is not one.

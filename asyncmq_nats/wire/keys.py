@@ -1,4 +1,4 @@
-"""Every subject, key, asset name and header, spelled once.
+"""Every subject, key, asset name and header is spelled here, once.
 
 The reference for other languages is `docs/protocol.md`.
 """
@@ -15,7 +15,7 @@ from asyncmq_nats.states import OUTCOMES, Place, State
 __all__ = [
     "INDEXED",
     "LONGEST_TOKEN",
-    "PRIORITIES",
+    "PRIORITY_LIMIT",
     "PROMOTER",
     "Key",
     "Kind",
@@ -38,8 +38,8 @@ __all__ = [
 ]
 
 QUEUE_NAME: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")
-UNSAFE: Final = re.compile(r"[\s.*>%\x00-\x1f\x7f]")
-ESCAPED: Final = re.compile(r"(?:%[0-9A-Fa-f]{2})+")
+UNSAFE_CHARACTERS: Final = re.compile(r"[\s.*>%\x00-\x1f\x7f]")
+ESCAPED_BYTES: Final = re.compile(r"(?:%[0-9A-Fa-f]{2})+")
 STAND_IN: Final = re.compile("%h[0-9a-f]{64}")
 PLACES: Final = {str(place): place for place in Place}
 ENDS: Final = {str(state): state for state in OUTCOMES}
@@ -52,10 +52,10 @@ PROMOTER: Final = "promoter"
 TIER: Final = "tier_"
 TIER_NAME: Final = re.compile(TIER + "(-?[0-9]+)")
 COUNTER: Final = "count_"
-PRIORITIES: Final = 10**200
-"""Priorities are integers below this and above its negative."""
+PRIORITY_LIMIT: Final = 10**200
+"""The bound of priorities: integers below this and above its negative."""
 LONGEST_TOKEN: Final = 1024
-"""In bytes.
+"""Bytes of a token.
 
 A subject has to fit into a line of NATS's protocol (4,096 bytes by default), and some have two
 tokens.
@@ -65,21 +65,23 @@ tokens.
 def encode_token(text: str) -> str:
     """Return the text as one subject token.
 
-    `.`, `*`, `>`, `%`, white space and control characters percent-encoded as UTF-8. What no token
-    can hold (nothing, more than `LONGEST_TOKEN` bytes, a lone surrogate) gets one that stands for
-    it: see `fit_token`.
+    `.`, `*`, `>`, `%`, white space and control characters percent-encoded as UTF-8. A text that no
+    token can hold (empty, more than `LONGEST_TOKEN` bytes, a lone surrogate) gets a hash as its
+    token: see `fit_token`.
 
     Raises:
         TypeError: it is no text.
     """
     if not isinstance(text, str):
         raise TypeError(f"an id is a str, not {type(text).__name__}")
-    if UNSAFE.search(text) is None:
+    if UNSAFE_CHARACTERS.search(text) is None:
         return text if text.isascii() and 0 < len(text) <= LONGEST_TOKEN else fit_token(text)
     if STAND_IN.fullmatch(text) is not None:
         return text
     return fit_token(
-        UNSAFE.sub(lambda match: "".join(f"%{byte:02X}" for byte in match[0].encode()), text)
+        UNSAFE_CHARACTERS.sub(
+            lambda match: "".join(f"%{byte:02X}" for byte in match[0].encode()), text
+        )
     )
 
 
@@ -96,9 +98,9 @@ def is_token(token: str) -> bool:
 
 
 def fit_token(token: str) -> str:
-    """Return the token, or if no job can have it, what stands for it.
+    """Return the token, or a hash of it if no job can have it.
 
-    Something can be kept under that, such as what a foreign job was.
+    Records can be kept under the hash, such as the outcome of a foreign job.
     """
     if is_token(token) or STAND_IN.fullmatch(token):
         return token
@@ -122,7 +124,7 @@ def decode_token(token: str) -> str:
     """Return the text that `encode_token` made the token from."""
     if "%" not in token:
         return token
-    return ESCAPED.sub(
+    return ESCAPED_BYTES.sub(
         lambda match: bytes.fromhex(match[0].replace("%", "")).decode("utf-8", "replace"), token
     )
 
@@ -193,7 +195,7 @@ def check_queue_name(name: object) -> str:
 
 
 class Kind(StrEnum):
-    """What a key or a ready subject stands for."""
+    """The kind of a key or a ready subject."""
 
     READY = "ready"
     LATER = "later"
@@ -346,7 +348,7 @@ class QueueSubjects:
         """
         word = subject[len(self._ready) :].partition(".")[0][:210]
         priority = tier_priority(TIER + word)
-        return priority if str(priority) == word and abs(int(word)) < PRIORITIES else None
+        return priority if str(priority) == word and abs(int(word)) < PRIORITY_LIMIT else None
 
     # -- later
 
@@ -389,7 +391,7 @@ class QueueSubjects:
         return f"{self._done}{token}.{state}"
 
     def done_all(self, token: str) -> str:
-        """Return the filter for all that is known of the job's end: outcome, claim, dependents."""
+        """Return the filter for the records of the job's end: outcome, claim, edges."""
         return f"{self._done}{token}.>"
 
     def outcomes(self, state: State) -> str:
@@ -397,7 +399,7 @@ class QueueSubjects:
         return f"{self._done}*.{state}"
 
     def ends(self, token: str) -> str:
-        """Return the filter for what is known of the job's end, without edges to its children."""
+        """Return the filter for the records of the job's end, without edges to its children."""
         return f"{self._done}{token}.*"
 
     def edge(self, parent: str, child: str) -> str:
@@ -407,7 +409,7 @@ class QueueSubjects:
     # -- children with many parents, and flows
 
     def wait(self, child: str, place: str) -> str:
-        """Return the key of one part of what a child with many parents waits for."""
+        """Return the key of one part of the parents of a child with many parents."""
         return f"{self._bucket_key}wait.{child}.{place}"
 
     def split_wait(self, key: str) -> tuple[str, str]:
@@ -473,7 +475,7 @@ class QueueSubjects:
         return f"{self._bucket_key}dedup.{token}"
 
     def progress(self, token: str) -> str:
-        """Return the key of how far a running job is."""
+        """Return the key of the progress of a running job."""
         return f"{self._bucket_key}progress.{token}"
 
     def job_log(self, token: str, attempt: int | str) -> str:

@@ -1,7 +1,4 @@
-"""Which parameter each argument of a call is for.
-
-By the function that is called, then by those that it wraps.
-"""
+"""Matches the arguments of a call with the parameters of a function, then of those it wraps."""
 
 import functools
 import inspect
@@ -31,7 +28,7 @@ Kind = Literal[
     "unexpected_keyword_argument",
     "unexpected_positional_argument",
 ]
-"""What is wrong with a call, in the words of pydantic."""
+"""The problem of a call, in the words of pydantic."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +69,8 @@ class _Level:
 class Chain:
     """A function, and the functions that it wraps (`functools.wraps`), outermost first.
 
-    What is called is the outermost one. An argument that it takes as `*args` or `**kwargs` is for
-    the one that it wraps.
+    The outermost one is called. An argument that it takes as `*args` or `**kwargs` is for the one
+    that it wraps.
     """
 
     def __init__(self, function: Callable[..., Any], supplied: frozenset[str]) -> None:
@@ -90,7 +87,7 @@ class Chain:
 
     @property
     def names(self) -> frozenset[str]:
-        """The names of all parameters that are no `*args` and no `**kwargs`."""
+        """The names of all parameters other than `*args` and `**kwargs`."""
         return frozenset(
             parameter.name
             for function in self._functions

@@ -1,4 +1,4 @@
-"""The commands of queues, jobs, schedules, flows, events, settings and permissions, on real servers."""
+"""Commands of queues, jobs, schedules, flows, events, settings, permissions, on real servers."""
 
 import json
 import re
@@ -387,7 +387,7 @@ async def test_a_long_chain_is_shown_whole(
     amq: Amq, nats_backend: NATSBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At a terminal as well, and where Python's stack is too short for it."""
-    monkeypatch.setattr("asyncmq_nats.cli.output.WIDE", 80)
+    monkeypatch.setattr("asyncmq_nats.cli.output.PIPE_WIDTH", 80)
     chain = [
         Job("step", job_id=f"s{number}", depends_on=[f"s{number - 1}"] if number else [])
         for number in range(1100)

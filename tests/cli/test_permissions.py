@@ -1,4 +1,4 @@
-"""What `amq permissions` prints is enough for the commands of that role, on a server that enforces it."""
+"""The output of `amq permissions` is enough for the commands of that role, on a real server."""
 
 import re
 from pathlib import Path

@@ -5,11 +5,14 @@ from base64 import b64encode
 from pathlib import Path
 from typing import Any
 
+import anyio
 import httpx2 as httpx
 import pytest
 from starlette.requests import Request
+from starlette.routing import Route
 
 from asyncmq_nats import InMemoryBackend, InvalidArgument, Queue
+from asyncmq_nats.audit import AuditEntry, read_audit, record_action
 from asyncmq_nats.contrib.dashboard import (
     Account,
     BasicLogin,
@@ -22,7 +25,13 @@ from asyncmq_nats.contrib.dashboard import (
     read_accounts,
 )
 from asyncmq_nats.contrib.dashboard.access import MAX_FAILURES, is_loopback
-from tests.dashboard.web import ORIGIN, SAME_ORIGIN, client_of, make_app, post
+from asyncmq_nats.contrib.dashboard.app import OPEN_PATHS
+from asyncmq_nats.contrib.dashboard.pages import ROUTES
+from asyncmq_nats.contrib.dashboard.redaction import Shown
+from asyncmq_nats.workers import Worker, list_workers
+from tests.dashboard.web import ORIGIN, SAME_ORIGIN, client_of, make_app, post, served
+from tests.receiver import PATIENCE, until
+from tests.running import make_queue, run_jobs, running
 
 ACCOUNTS = {"ada": ("right", "operator"), "vic": ("see", "viewer")}
 PAGES = ("/", "/queues", "/queues/work", "/queues/work/jobs", "/failures", "/live?topic=queues")
@@ -62,9 +71,12 @@ async def test_a_page_of_another_name_that_points_here_is_refused(
         assert (await client.get("/queues", headers={"Host": host})).status_code == 403
 
 
-async def test_what_a_proxy_passes_on_is_refused_without_a_login(memory: InMemoryBackend) -> None:
+@pytest.mark.parametrize("header", ["Forwarded", "X-Forwarded-For", "X-Real-IP"])
+async def test_what_a_proxy_passes_on_is_refused_without_a_login(
+    memory: InMemoryBackend, header: str
+) -> None:
     async with client_of(make_app(memory)) as client:
-        answer = await client.get("/queues", headers={"X-Forwarded-For": "192.0.2.7"})
+        answer = await client.get("/queues", headers={header: "192.0.2.7"})
         assert answer.status_code == 403
 
 
@@ -82,15 +94,13 @@ def test_these_are_not(host: str) -> None:
 
 # -- foreign origins
 
-ACTIONS = (
-    "/queues/work/pause",
-    "/queues/work/drain",
-    "/queues/work/obliterate",
-    "/queues/work/jobs",
-    "/queues/work/add",
-    "/queues/work/jobs/one/remove",
-    "/queues/work/schedule",
+NAMES = {"queue": "work", "job": "one", "name": "often", "worker": "nobody"}
+ACTIONS = tuple(
+    route.path.format_map(NAMES)
+    for route in ROUTES
+    if isinstance(route, Route) and "POST" in (route.methods or ()) and route.path not in OPEN_PATHS
 )
+"""All of them, those of later releases too."""
 
 
 @pytest.mark.parametrize("path", ACTIONS)
@@ -132,7 +142,7 @@ async def test_a_trusted_origin_may_act(memory: InMemoryBackend) -> None:
 async def test_nothing_is_changed_by_asking_for_a_page(memory: InMemoryBackend) -> None:
     async with client_of(make_app(memory)) as client:
         for path in (*ACTIONS, "/logout"):
-            assert (await client.get(path)).status_code in (200, 404, 405)
+            assert (await client.get(path)).status_code in (200, 400, 404, 405)
     queue = Queue("work", memory)
     assert await queue.count() == 1
     assert not await queue.is_paused()
@@ -180,6 +190,69 @@ async def test_only_the_chosen_queues_are_shown(memory: InMemoryBackend) -> None
         assert (await post(client, "/queues/payroll/pause")).status_code == 404
 
 
+async def test_nothing_of_another_queue_is_on_any_page(memory: InMemoryBackend) -> None:
+    async def fail() -> None:
+        raise ValueError("no salary")
+
+    tasks: dict[str, Any] = {"hidden_task": fail}
+    payroll = make_queue(memory, "payroll", **tasks)
+    await payroll.add("hidden_task", job_id="hidden_job")
+    await run_jobs(payroll)
+    await payroll.add("hidden_task", delay=60, job_id="hidden_later")
+    await payroll.upsert_repeatable("hidden_task", 60, name="hidden_schedule")
+    await record_action(memory, AuditEntry("cli", "queue.pause", "payroll", "hidden_target"))
+    pages = [route.path for route in ROUTES if isinstance(route, Route) and "{" not in route.path]
+    asked = [path for path in pages if path not in OPEN_PATHS and "live" not in path]
+    async with (
+        client_of(make_app(memory, queues=["work"])) as client,
+        client_of(make_app(memory)) as all_seeing,
+        running(payroll) as worker,
+    ):
+        found = ""
+        for path in asked:
+            answer = await client.get(path)
+            for word in ("payroll", "hidden_", str(worker.id), "no salary"):
+                assert word not in answer.text, path
+            found += (await all_seeing.get(path)).text
+        for word in ("payroll", "hidden_job", "hidden_schedule", "hidden_target", str(worker.id)):
+            assert word in found
+        for text in ("hidden_job", "payroll"):
+            assert "No queue and no job" in (await client.get(f"/find?text={text}")).text
+        assert "hidden_target" not in (await client.get("/audit?queue=payroll")).text
+        for path in ("/metrics?queue=payroll", "/events?queue=payroll"):
+            assert (await client.get(path)).status_code == 404
+        stop = await post(client, f"/workers/{worker.id}/stop")
+        assert "no such worker answers" in stop.text
+
+
+async def test_a_worker_that_runs_hidden_queues_too_is_not_stopped(
+    memory: InMemoryBackend,
+) -> None:
+    worker = Worker([Queue("work", memory), Queue("payroll", memory)])
+    async with anyio.create_task_group() as group:
+        await group.start(worker.run)
+        async with client_of(make_app(memory, queues=["work"])) as client:
+            refused = await post(client, f"/workers/{worker.id}/stop")
+        assert "queues that are not shown here" in refused.text
+        assert not any(each.stopping for each in await list_workers(memory))
+        async with client_of(make_app(memory)) as client:
+            assert (await post(client, f"/workers/{worker.id}/stop")).status_code == 204
+
+
+async def test_older_entries_of_the_audit_log_are_found_behind_those_of_hidden_queues(
+    memory: InMemoryBackend,
+) -> None:
+    await record_action(memory, AuditEntry("ada", "queue.pause", "work"))
+    for _ in range(60):
+        await record_action(memory, AuditEntry("cli", "queue.pause", "payroll"))
+    async with client_of(make_app(memory, queues=["work"])) as client:
+        path, text = "/audit", ""
+        while path:
+            text = (await client.get(path)).text
+            path = text.partition('rel="next" href="')[2].partition('"')[0].replace("&amp;", "&")
+    assert "ada" in text
+
+
 # -- logins
 
 
@@ -220,6 +293,40 @@ async def test_who_guesses_is_slowed_down(memory: InMemoryBackend) -> None:
         assert (await log_in(client)).status_code == 429
 
 
+async def test_many_guesses_at_once_tell_no_more_than_one_after_the_other(
+    memory: InMemoryBackend,
+) -> None:
+    login = SessionLogin({"ada": hash_password("right")})
+    answers: list[int] = []
+
+    async with client_of(make_app(memory, login=login)) as client:
+
+        async def guess(password: str) -> None:
+            answers.append((await log_in(client, password=password)).status_code)
+
+        async with anyio.create_task_group() as group:
+            for number in range(50):  # more than there are threads for
+                group.start_soon(guess, f"{number}")
+            group.start_soon(guess, "right")
+    assert len(answers) == 51
+    assert set(answers) <= {401, 429}
+
+
+async def test_one_who_guesses_is_not_forgotten_while_others_guess(
+    memory: InMemoryBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("asyncmq_nats.contrib.dashboard.access.MAX_CLIENTS", 2)
+    app = make_app(memory, login=SessionLogin(ACCOUNTS))
+    async with (
+        client_of(app, client=("192.0.2.1", 1)) as first,
+        client_of(app, client=("192.0.2.2", 1)) as second,
+    ):
+        for number in range(MAX_FAILURES):
+            assert (await log_in(first, password=f"{number}")).status_code == 401
+            assert (await log_in(second, password=f"{number}")).status_code == 401
+        assert (await log_in(first)).status_code == 429
+
+
 async def log_in(client: httpx.AsyncClient, name: str = "ada", password: str = "right") -> Any:
     data = {"name": name, "password": password}
     return await client.post("/login?next=/queues/work", data=data, headers=SAME_ORIGIN)
@@ -238,10 +345,30 @@ async def test_a_session_begins_and_ends(memory: InMemoryBackend) -> None:
         cookie = welcome.headers["set-cookie"]
         assert "HttpOnly" in cookie
         assert "SameSite=lax" in cookie
+        assert "Max-Age=43200" in cookie
+        assert "Secure" not in cookie
         assert "ada" in (await client.get("/queues/work")).text
         assert (await post(client, "/queues/work/pause")).status_code == 204
         await client.post("/logout", data={"": ""}, headers=SAME_ORIGIN)
         assert (await client.get("/queues/work")).status_code == 303
+
+
+async def test_a_cookie_of_https_is_for_https_only(memory: InMemoryBackend) -> None:
+    address = ORIGIN.replace("http", "https")
+    async with client_of(make_app(memory, login=SessionLogin(ACCOUNTS))) as client:
+        data = {"name": "ada", "password": "right"}
+        answer = await client.post(f"{address}/login", data=data, headers={"Origin": address})
+        assert "Secure" in answer.headers["set-cookie"]
+
+
+async def test_only_who_has_a_session_is_offered_to_end_it(memory: InMemoryBackend) -> None:
+    async with client_of(make_app(memory, login=SessionLogin(ACCOUNTS))) as client:
+        await log_in(client)
+        assert 'action="/logout"' in (await client.get("/")).text
+    async with client_of(make_app(memory, login=BasicLogin(ACCOUNTS))) as client:
+        page = await client.get("/", headers=basic("vic", "see"))
+        assert "vic" in page.text
+        assert "/logout" not in page.text
 
 
 async def test_a_forged_or_foreign_session_is_refused(memory: InMemoryBackend) -> None:
@@ -292,6 +419,24 @@ async def test_a_login_leads_to_a_page_of_the_dashboard_only(
         assert answer.headers["location"] == "/"
 
 
+@pytest.mark.parametrize("target", ["https://evil.example.org", "//evil.example.org", "/\\evil"])
+async def test_a_form_without_a_script_leads_to_a_page_of_the_dashboard_only(
+    memory: InMemoryBackend, target: str
+) -> None:
+    async with client_of(make_app(memory)) as client:
+        for back, leads_to in ((target, "/"), ("/queues?sort=name", "/queues?sort=name")):
+            answer = await client.post(
+                "/queues/work/pause", params={"back": back}, data={"": ""}, headers=SAME_ORIGIN
+            )
+            assert answer.headers["location"] == leads_to
+
+
+async def test_the_audit_log_has_the_name_of_the_login(memory: InMemoryBackend) -> None:
+    async with client_of(make_app(memory, login=BasicLogin(ACCOUNTS))) as client:
+        await post(client, "/queues/work/pause", headers=basic("ada", "right"))
+    assert [each.who for each in (await read_audit(memory)).entries] == ["ada"]
+
+
 async def test_a_login_of_ones_own(memory: InMemoryBackend) -> None:
     async def by_header(request: Request) -> User | None:
         name = request.headers.get("x-user")
@@ -338,6 +483,16 @@ def test_a_malformed_file_of_accounts_is_refused(tmp_path: Path, text: str, prob
     with pytest.raises(InvalidArgument, match=problem) as caught:
         read_accounts(path)
     assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "accounts", [{}, {"ada": ("secret",)}, {"ada": ""}, {"ada": ("secret", "admin")}, {"a:b": "c"}]
+)
+def test_malformed_accounts_are_refused(accounts: dict[str, Any]) -> None:
+    for login in (SessionLogin, BasicLogin):
+        with pytest.raises(InvalidArgument) as caught:
+            login(accounts)
+        assert "secret" not in str(caught.value)
 
 
 def test_a_password_is_not_shown() -> None:
@@ -424,6 +579,45 @@ async def test_a_script_in_a_job_is_text(memory: InMemoryBackend) -> None:
             assert page.status_code == 200
             assert SCRIPT not in page.text
             assert "<img src=x" not in page.text
+
+
+async def test_an_event_is_shown_as_its_job_is(memory: InMemoryBackend) -> None:
+    def hide_cards(value: Any, where: Shown) -> Any:
+        return re.sub(r"\d{12,19}", "(card)", value) if where.field == "error" else value
+
+    async def pay() -> None:
+        raise ValueError(f"card 4111111111111111 {SCRIPT}")
+
+    tasks: dict[str, Any] = {"pay<b>": pay}
+    queue = make_queue(memory, **tasks)
+    found = ""
+
+    async def listen(address: str) -> None:
+        nonlocal found
+        async with (
+            httpx.AsyncClient(base_url=address) as client,
+            client.stream("GET", "/events/live?queue=work") as answer,
+        ):
+            async for line in answer.aiter_lines():
+                found += line
+
+    async def pay_again() -> str:
+        await queue.add("pay<b>")
+        return found
+
+    with anyio.fail_after(PATIENCE):
+        async with (
+            served(make_app(memory, redact_hook=hide_cards)) as address,
+            running(queue),
+            anyio.create_task_group() as group,
+        ):
+            group.start_soon(listen, address)
+            await until(pay_again, lambda text: 'data-event="failed"' in text)
+            group.cancel_scope.cancel()
+    assert "ValueError: card (card)" in found
+    assert "4111" not in found
+    assert SCRIPT not in found
+    assert "pay&lt;b&gt;" in found
 
 
 @pytest.mark.parametrize(

@@ -3,19 +3,24 @@
 import json
 import re
 from typing import Any
+from urllib.parse import unquote
 
 import anyio
 import httpx2 as httpx
 import pytest
 
-from asyncmq_nats import Backoff, current_job, task
+from asyncmq_nats import Backoff, NATSBackend, current_job, task
 from asyncmq_nats.audit import AuditEntry, read_audit, record_action
 from asyncmq_nats.backends.base import Backend
-from asyncmq_nats.contrib.dashboard.redaction import HIDDEN
+from asyncmq_nats.contrib.dashboard.pages.events import reader_of
+from asyncmq_nats.contrib.dashboard.pages.flow import read_graph
+from asyncmq_nats.contrib.dashboard.pages.summaries import version_of
+from asyncmq_nats.contrib.dashboard.redaction import MASK
 from asyncmq_nats.flow import FlowProducer
 from asyncmq_nats.jobs import Job
 from asyncmq_nats.queues import Queue
 from asyncmq_nats.settings import Settings
+from asyncmq_nats.testing import VirtualBackend
 from asyncmq_nats.workers import Worker
 from tests.dashboard.web import client_of, make_app, post, words_of
 from tests.receiver import until
@@ -62,6 +67,35 @@ async def test_a_queue_is_paused_and_goes_on(queue: Queue, client: httpx.AsyncCl
         ("local", "queue.resume"),
         ("local", "queue.pause"),
     ]
+
+
+async def test_a_pause_for_a_while_ends_by_the_clock_of_the_server() -> None:
+    backend = VirtualBackend()
+    queue = make_queue(backend, succeed=succeed)
+    await queue.add("succeed", delay=90_000)
+    await backend.clock.advance(80_000)
+    async with client_of(make_app(backend)) as client:
+        assert "paused for 1h" in said(await post(client, "/queues/work/pause", {"for": "1h"}))
+    info = await queue.info()
+    assert info is not None
+    assert info.paused_until == pytest.approx(backend.now() + 3600)
+
+
+async def test_a_page_is_told_of_changes_only_when_there_are_some(
+    queue: Queue,
+) -> None:
+    await queue.add("succeed", job_id="one")
+    await queue.add("succeed", job_id="two", depends_on=["one"])
+    app = make_app(queue.backend)
+    pages = ("/", "/queues", "/schedules", "/failures", "/flows", "/workers")
+    of_queue = ("", "/jobs", "/failures", "/schedules", "/jobs/one", "/jobs/one/flow")
+    async with client_of(app) as client:
+        for path in (*pages, *(f"/queues/work{each}" for each in of_queue)):
+            page = await client.get(path)
+            watched = re.search(r'sse-connect="/live\?topic=([^&]+)&amp;seen=([^"]*)"', page.text)
+            assert watched is not None, path
+            read = await reader_of(app.site, unquote(watched[1]))
+            assert watched[2] == version_of(await read()), path
 
 
 async def test_a_job_is_added_with_all_that_the_form_has(
@@ -228,7 +262,7 @@ async def test_one_job_is_told_whole(queue: Queue, client: httpx.AsyncClient) ->
         "ZeroDivisionError",
         "Traceback",
         "2 failed, 2 allowed",
-        HIDDEN,
+        MASK,
     ):
         assert part in text
     assert "hunter2" not in page.text
@@ -249,8 +283,8 @@ async def test_arguments_are_edited_and_what_is_hidden_stays(
 ) -> None:
     await queue.add("succeed", ["old"], {"token": "t"}, delay=3600, job_id="later")
     form = await client.get("/queues/work/jobs/later/edit")
-    assert HIDDEN in form.text
-    changed = {"args": '["new"]', "kwargs": json.dumps({"token": HIDDEN, "more": 1})}
+    assert MASK in form.text
+    changed = {"args": '["new"]', "kwargs": json.dumps({"token": MASK, "more": 1})}
     assert "new arguments" in said(await post(client, "/queues/work/jobs/later/edit", changed))
     job = await queue.get_job("later") or {}
     assert (job["args"], job["kwargs"]) == (["new"], {"token": "t", "more": 1})
@@ -281,9 +315,9 @@ async def test_secrets_are_on_no_page_and_stay_when_a_form_is_stored(
     for path in (job, f"{job}/edit", schedule, *lists, "/audit"):
         page = await client.get(path)
         assert page.status_code == 200
-        assert HIDDEN in page.text, path
+        assert MASK in page.text, path
         assert "hunter2" not in page.text, path
-    form = {"args": json.dumps(["eve", HIDDEN]), "kwargs": json.dumps({"token": HIDDEN})}
+    form = {"args": json.dumps(["eve", MASK]), "kwargs": json.dumps({"token": MASK})}
     said(await post(client, f"{job}/edit", form))
     stored = await queue.get_job("one") or {}
     assert (stored["args"], stored["kwargs"]) == (["eve", "hunter2"], {"token": "hunter2"})
@@ -335,7 +369,7 @@ async def test_a_schedule_is_created_changed_paused_run_and_removed(
         "id": "nightly",
         "cron": "",
         "every": "6h",
-        "kwargs": json.dumps({"secret": HIDDEN}),
+        "kwargs": json.dumps({"secret": MASK}),
     }
     said(await post(client, "/queues/work/schedule", change))
     (info,) = await queue.list_repeatables()
@@ -441,6 +475,16 @@ async def test_a_queue_or_a_job_is_found_by_its_name(
     assert (await client.get("/find")).status_code == 200
 
 
+async def test_probes_tell_that_the_server_is_away() -> None:
+    backend = NATSBackend("nats://127.0.0.1:1")
+    async with client_of(make_app(backend)) as client:
+        for path in ("/health", "/ready"):
+            answer = await client.get(path)
+            assert answer.status_code == 503
+            assert answer.json()["status"] == "unavailable"
+    await backend.close()
+
+
 async def test_probes_are_answered(backend: Backend, client: httpx.AsyncClient) -> None:
     for path in ("/health", "/ready"):
         answer = await client.get(path)
@@ -518,6 +562,20 @@ async def test_a_flow_is_drawn_from_each_of_its_jobs(
     assert "Waited for by d" in text
     assert "Flow" in words_of(await client.get("/flows"))
     assert (await client.get("/queues/work/jobs/nobody/flow")).status_code == 404
+
+
+async def test_a_flow_that_is_cut_says_so(queue: Queue) -> None:
+    flow = [Job("succeed", job_id="root")]
+    flow += [Job("succeed", job_id=f"near {n}", depends_on=["root"]) for n in range(2)]
+    flow += [Job("succeed", job_id=f"far {n}", depends_on=["near 0"]) for n in range(3)]
+    await FlowProducer(queue.backend).add_flow("work", flow)
+    for most in range(1, 10):
+        found = await read_graph(queue, "root", most)
+        assert found is not None
+        jobs, complete = found
+        assert len(jobs) == min(most, 6)
+        assert not (complete and len(jobs) < 6)
+        assert complete or most < 9
 
 
 async def test_the_server_is_told_of(queue: Queue, client: httpx.AsyncClient) -> None:

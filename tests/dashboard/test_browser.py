@@ -149,7 +149,7 @@ async def test_a_kind_of_failure_is_retried(browser: Browser, queue: Queue) -> N
     await queue.add_bulk({"task_id": "break_down", "args": [f"milk {n}"]} for n in range(3))
     await run_jobs(queue)
     await browser.open("/failures")
-    await browser.sees("1 kinds in 3 failed jobs")
+    await browser.sees("1 kind in 3 failed jobs")
     await browser.click(".group button", "Retry all")
     await browser.confirm()
     await browser.sees("No job is failed.")
@@ -187,6 +187,30 @@ async def test_events_come_as_they_happen(browser: Browser, queue: Queue) -> Non
     assert "started" not in text  # there are many of them: not shown at first
 
 
+async def test_events_of_before_are_there_and_come_once(browser: Browser, queue: Queue) -> None:
+    await queue.add("break_down", ["old"], job_id="old")
+    await run_jobs(queue)
+    await browser.open("/events")
+    await browser.sees("no 'old' here", "#feed")
+    await queue.add("break_down", ["new"], job_id="new")
+    await run_jobs(queue)
+    await browser.sees("no 'new' here", "#feed")
+    # As if the tab had been hidden: its stream ends, and what it missed is made up for.
+    hide = "Object.defineProperty(document, 'hidden', {value: arguments[0], configurable: true});"
+    hide += "document.dispatchEvent(new Event('visibilitychange'))"
+    await browser.run(hide, True)
+    await queue.add("break_down", ["missed"], job_id="missed")
+    await run_jobs(queue)
+    await browser.run(hide, False)
+    await browser.sees("no 'missed' here", "#feed")
+    rows = (
+        "return [...document.querySelectorAll('#feed li:not([hidden]) .id')].map(e => e.innerText)"
+    )
+    assert await browser.run(rows) == ["missed", "new", "old"]
+    await browser.click("#feed-filter label", "failed")
+    await browser.sees("No event of the chosen kinds yet.")
+
+
 async def test_keys_and_colours(browser: Browser, queue: Queue) -> None:
     await queue.add("succeed", job_id="needle")
     await browser.open("/")
@@ -194,7 +218,8 @@ async def test_keys_and_colours(browser: Browser, queue: Queue) -> None:
     async def press(keys: str) -> None:
         for key in keys:
             await browser.run(
-                "document.body.dispatchEvent(new KeyboardEvent('keydown', {key: arguments[0], bubbles: true}))",
+                "document.body.dispatchEvent("
+                "new KeyboardEvent('keydown', {key: arguments[0], bubbles: true}))",
                 key,
             )
 
@@ -260,10 +285,13 @@ async def _narrow(browser: Browser, on: bool) -> None:
 
 
 UNNAMED = """
-const named = (e) => (e.innerText || '').trim() || e.getAttribute('aria-label') || e.title || e.closest('label') ||
-  (e.id && document.querySelector(`label[for="${e.id}"]`)) || e.textContent.trim();
-return [...document.querySelectorAll('a, button, input:not([type=hidden]), select, textarea, img:not([alt]), svg[role=img]:not([aria-label])')]
+const named = (e) => (e.innerText || '').trim() || e.getAttribute('aria-label') || e.title ||
+  e.closest('label') || (e.id && document.querySelector(`label[for="${e.id}"]`)) ||
+  e.textContent.trim();
+return [...document.querySelectorAll('a, button, input:not([type=hidden]), select, textarea, ' +
+  'img:not([alt]), svg[role=img]:not([aria-label])')]
   .filter((e) => !named(e)).map((e) => e.outerHTML.slice(0, 120))
-  .concat(document.querySelectorAll('h1').length === 1 ? [] : ['h1: ' + document.querySelectorAll('h1').length])
+  .concat(document.querySelectorAll('h1').length === 1 ? [] :
+    ['h1: ' + document.querySelectorAll('h1').length])
   .concat(document.documentElement.lang ? [] : ['lang']);
 """

@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 
 from asyncmq_nats import InvalidArgument, task
-from asyncmq_nats.contrib.dashboard.failures import group_failures
+from asyncmq_nats.contrib.dashboard.failures import FailureGroups
 from asyncmq_nats.contrib.dashboard.graph import draw
 from asyncmq_nats.contrib.dashboard.redaction import (
-    HIDDEN,
+    MASK,
     Redactor,
     Shown,
     restore_hidden,
@@ -99,13 +99,13 @@ def test_values_under_secret_keys_are_hidden() -> None:
         "result": {"secretary": "hidden as well", "ok": True},
     }
     shown = Redactor().job("q", job)
-    assert shown["args"] == [{"user": "ada", "Api-Key": HIDDEN}, "plain"]
+    assert shown["args"] == [{"user": "ada", "Api-Key": MASK}, "plain"]
     assert shown["kwargs"] == {
-        "password": HIDDEN,
-        "list": [{"ACCESS_TOKEN": HIDDEN}],
+        "password": MASK,
+        "list": [{"ACCESS_TOKEN": MASK}],
         "passenger": "x",
     }
-    assert shown["result"] == {"secretary": HIDDEN, "ok": True}
+    assert shown["result"] == {"secretary": MASK, "ok": True}
     assert job["kwargs"]["password"] == {"a": 1}
 
 
@@ -134,22 +134,22 @@ def test_an_argument_is_hidden_by_the_name_of_its_parameter(
     monkeypatch.setattr("asyncmq_nats.tasks.TASK_REGISTRY._tasks", {})
     task("q", name="log in", **options)(function)
     job: dict[str, Any] = {"task": "log in", "args": ["ada", "hunter2"], "kwargs": {}}
-    assert Redactor().job("q", job)["args"] == ["ada", HIDDEN]
+    assert Redactor().job("q", job)["args"] == ["ada", MASK]
     assert Redactor().job("q", job | {"task": "other"})["args"] == ["ada", "hunter2"]
 
 
 def test_what_goes_with_a_job_is_hidden_as_its_arguments_are() -> None:
     job = {"task": "t", "meta": {"session_token": "t"}, "progress_data": [{"cookie": "c"}]}
     shown = Redactor().job("q", job)
-    assert shown["meta"] == {"session_token": HIDDEN}
-    assert shown["progress_data"] == [{"cookie": HIDDEN}]
+    assert shown["meta"] == {"session_token": MASK}
+    assert shown["progress_data"] == [{"cookie": MASK}]
 
 
 def test_arguments_in_the_audit_log_are_hidden() -> None:
     # A command line has them as text.
     given = {"kwargs": '{"password": "p"}', "kwarg": "['pin=1']", "args": "[1]", "arguments": "x"}
     shown = Redactor().details({"state": "failed", "token": "t"} | given)
-    assert shown == {"state": "failed", "token": HIDDEN} | dict.fromkeys(given, HIDDEN)
+    assert shown == {"state": "failed", "token": MASK} | dict.fromkeys(given, MASK)
 
 
 def test_a_hook_says_what_is_shown() -> None:
@@ -176,16 +176,16 @@ def test_a_value_without_end_is_cut() -> None:
     deep: Any = "x"
     for _ in range(100):
         deep = [deep]
-    assert HIDDEN in str(Redactor().hide(deep))
+    assert MASK in str(Redactor().hide(deep))
 
 
 def test_what_was_hidden_in_a_form_stays_as_it_is_stored() -> None:
     stored = {"to": "ada", "password": "p", "secret": None, "list": [{"token": "t"}, 2]}
     edited = {
         "to": "eve",
-        "password": HIDDEN,
-        "secret": HIDDEN,
-        "list": [{"token": HIDDEN}, 3, 4],
+        "password": MASK,
+        "secret": MASK,
+        "list": [{"token": MASK}, 3, 4],
         "new": 1,
     }
     assert restore_hidden(edited, Redactor().hide(stored), stored) == {
@@ -198,7 +198,7 @@ def test_what_was_hidden_in_a_form_stays_as_it_is_stored() -> None:
 
 
 @pytest.mark.parametrize(
-    "edited", [{"moved": HIDDEN}, {"to": HIDDEN}, {"to": [{"a": HIDDEN}]}, {"password": [HIDDEN]}]
+    "edited", [{"moved": MASK}, {"to": MASK}, {"to": [{"a": MASK}]}, {"password": [MASK]}]
 )
 def test_what_was_hidden_is_found_at_its_place_only(edited: Any) -> None:
     stored = {"to": "ada", "password": "p"}
@@ -224,23 +224,26 @@ def failed(
 
 
 def test_errors_that_differ_in_numbers_ids_and_texts_are_one_kind() -> None:
-    groups = group_failures(
-        [
-            failed("a", "send", "KeyError: 'ada'", 5.0),
-            failed("b", "send", "KeyError: 'eve'", 9.0),
-            failed("c", "send", "TimeoutError: 17 s", 2.0),
-            failed("d", "send", "TimeoutError: 3 s\nmore", 1.0),
-            failed("e", "send", "TimeoutError: 4.5 s", 3.0),
-            failed("f", "other", "KeyError: 'x'"),
-            failed("g", "send", None),
-        ]
-    )
-    assert [(g.task, g.signature, sorted(g.job_ids)) for g in groups] == [
-        ("send", "TimeoutError: ‹n› s", ["c", "d", "e"]),
-        ("send", "KeyError: ‹text›", ["a", "b"]),
-        ("other", "KeyError: ‹text›", ["f"]),
-        ("send", "no error was told", ["g"]),
+    grouping = FailureGroups()
+    jobs = [
+        failed("a", "send", "KeyError: 'ada'", 5.0),
+        failed("b", "send", "KeyError: 'eve'", 9.0),
+        failed("c", "send", "TimeoutError: 17 s", 2.0),
+        failed("d", "send", "TimeoutError: 3 s\nmore", 1.0),
+        failed("e", "send", "TimeoutError: 4.5 s", 3.0),
+        failed("f", "other", "KeyError: 'x'"),
+        failed("g", "send", None),
     ]
+    ids = [grouping.add(*each).id for each in jobs]
+    groups = grouping.largest_first()
+    assert [(g.task, g.signature, g.count, sorted(g.job_ids)) for g in groups] == [
+        ("send", "TimeoutError: ‹n› s", 3, ["c", "d", "e"]),
+        ("send", "KeyError: ‹text›", 2, ["a", "b"]),
+        ("other", "KeyError: ‹text›", 1, ["f"]),
+        ("send", "no error was told", 1, ["g"]),
+    ]
+    assert ids[0] == ids[1] == groups[1].id
+    assert (grouping.count, grouping.oldest, grouping.newest) == (7, 1.0, 9.0)
     assert (groups[1].first, groups[1].last, groups[1].example) == (5.0, 9.0, "KeyError: 'eve'")
     assert len({group.id for group in groups}) == 4
 

@@ -134,7 +134,8 @@ async def test_the_example_of_contributing() -> None:
     names = {"Backend": Backend, "make_queue": make_queue, "run_jobs": run_jobs}
     exec(block.source, names)
     (function,) = [node for node in ast.parse(block.source).body if hasattr(node, "name")]
-    await names[function.name](InMemoryBackend(settings=Settings(stalled_after=1.0)))  # type: ignore[operator]
+    backend = InMemoryBackend(settings=Settings(stalled_after=1.0))
+    await names[function.name](backend)  # type: ignore[operator]
 
 
 def test_every_error_has_its_cause_and_its_cure() -> None:

@@ -27,7 +27,7 @@ class Site:
         self.url = url
 
     def ask(self, path: str, body: Any = None, form: bytes | None = None) -> tuple[int, Any]:
-        """Send a request, a POST if it has a body, and return the status and the JSON of the answer."""
+        """Send a request, a POST if it has a body; return the status and the JSON of the answer."""
         data = form if form is not None else None if body is None else json.dumps(body).encode()
         headers = {} if form is not None else {"Content-Type": "application/json"}
         request = urllib.request.Request(self.url + path, data, headers)

@@ -1,4 +1,4 @@
-"""FastAPI, Starlette and Litestar, each with a queue and a worker in the web process, on a real server."""
+"""FastAPI, Starlette, Litestar: a queue and a worker in the web process, on a real server."""
 
 import importlib.util
 from typing import Any

@@ -148,7 +148,8 @@ async def post(site: Site, path: str, **fields: str) -> int:
 def test_settings_that_cannot_be_are_named() -> None:
     source = (
         "from django.conf import settings; import django;"
-        "settings.configure(INSTALLED_APPS=['asyncmq_nats.contrib.django'], ASYNCMQ_NATS={'severs': 'a'});"
+        "settings.configure(INSTALLED_APPS=['asyncmq_nats.contrib.django'],"
+        "ASYNCMQ_NATS={'severs': 'a'});"
         "django.setup()"
     )
     done = subprocess.run(

@@ -7,6 +7,7 @@ of a server.
 import random
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack
+from functools import partial
 from pathlib import Path
 
 import anyio
@@ -129,7 +130,7 @@ async def test_of_a_cancellation_and_the_failure_of_a_parent_one_wins(
             parent = await other.add("fail", ["p"], delay=0.05)
             child = await other.add("fail", ["c"], depends_on=[parent], on_parent_failure="fail")
             await anyio.sleep(0.05 + random.uniform(0.0, 0.01))
-            await race(lambda: other.cancel_job(child), lambda: queue.cancel_job(parent))  # noqa: B023
+            await race(partial(other.cancel_job, child), partial(queue.cancel_job, parent))
         await settle(queue, 80)
     async with plain_client(cluster.urls[0]) as client:
         ends = [key.split(".") for key in await Streams(client).keys("done")]

@@ -84,7 +84,7 @@ async def test_nkey(make_server: MakeServer, tmp_path: Path) -> None:
 
 @pytest.fixture
 def certificates(tmp_path: Path) -> Path:
-    """A directory with a certificate authority, and its certificates for the server and a client."""
+    """A directory with a certificate authority, and its certificates for a server and a client."""
     if shutil.which("openssl") is None:
         pytest.skip("no openssl program")
     directory = tmp_path / "certificates"

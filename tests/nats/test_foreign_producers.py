@@ -222,7 +222,8 @@ async def test_an_id_that_cannot_be_one_ends_as_failed(
     )
     subject = before + token[: 4060 - len(before + after)] + after
     # As another client would write it: ours takes text only.
-    foreign._transport.write(b"PUB %b 16\r\n" % subject + b'{"task": "echo"}\r\n')  # type: ignore[union-attr]
+    message = b"PUB %b 16\r\n" % subject + b'{"task": "echo"}\r\n'
+    foreign._transport.write(message)  # type: ignore[union-attr]
     await foreign.flush()
     await publish(foreign, "order-2", b'{"task": "echo"}')
     assert await running.wait_for("order-2") == "nothing"

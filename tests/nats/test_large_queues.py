@@ -14,7 +14,7 @@ from asyncmq_nats.backends.base import Settled, Write
 from asyncmq_nats.backends.nats.backend import NATSBackend
 from asyncmq_nats.queues import Queue
 
-FEW, MANY = 100, 20_000
+FEW_JOBS, MANY_JOBS = 100, 20_000
 UNDER_WAY = 5_000
 
 
@@ -67,19 +67,20 @@ async def test_looking_costs_about_the_same_for_few_and_for_many_outcomes(
     }
     with anyio.fail_after(50):
         await queue._assets.declare_all()
-        await fill(nats_backend, 0, FEW)
+        await fill(nats_backend, 0, FEW_JOBS)
         few = {name: await quickest(look) for name, look in looks.items()}
-        await fill(nats_backend, FEW, MANY)
+        await fill(nats_backend, FEW_JOBS, MANY_JOBS)
         many = {name: await quickest(look) for name, look in looks.items()}
         assert [job["result"] for job in await queue.get_completed(end=49)] == list(
-            range(MANY - 1, MANY - 51, -1)
+            range(MANY_JOBS - 1, MANY_JOBS - 51, -1)
         )
         assert [job["result"] for job in await queue.get_completed(end=49, asc=True)] == list(
             range(50)
         )
     for name in looks:
         print(
-            f"{name}: {few[name] * 1000:.2f} ms for {FEW}, {many[name] * 1000:.2f} ms for {MANY:,}"
+            f"{name}: {few[name] * 1000:.2f} ms for {FEW_JOBS}, "
+            f"{many[name] * 1000:.2f} ms for {MANY_JOBS:,}"
         )
         assert many[name] < max(10 * few[name], 0.1), name
 
@@ -89,18 +90,18 @@ async def test_cleaning_removes_what_is_old_and_no_more(
 ) -> None:
     with anyio.fail_after(50):
         await queue._assets.declare_all()
-        await fill(nats_backend, 0, MANY // 2)
+        await fill(nats_backend, 0, MANY_JOBS // 2)
         await anyio.sleep(0.05)
         between = nats_backend.now()
         await anyio.sleep(0.05)
-        await fill(nats_backend, MANY // 2, MANY)
+        await fill(nats_backend, MANY_JOBS // 2, MANY_JOBS)
         taken = []
-        for older_than, left in ((between, MANY // 2), (None, 0)):
+        for older_than, left in ((between, MANY_JOBS // 2), (None, 0)):
             started = time.perf_counter()
             await queue.clean("completed", older_than)
             taken.append(time.perf_counter() - started)
             assert (await queue.queue_stats())["completed"] == left
     print(
-        f"clean of {MANY // 2:,} outcomes: "
+        f"clean of {MANY_JOBS // 2:,} outcomes: "
         f"{taken[0] * 1000:.0f} ms by age, {taken[1] * 1000:.0f} ms of all"
     )

@@ -36,10 +36,12 @@ USERS = """
 authorization {
   users: [
     { user: "owner", password: "secret" }
-    { user: "producer", password: "secret", permissions: { publish: "amq.fleet.ready.>", subscribe: "_INBOX.>" } }
+    { user: "producer", password: "secret",
+      permissions: { publish: "amq.fleet.ready.>", subscribe: "_INBOX.>" } }
     { user: "reader", password: "secret", permissions: { publish: { deny: ["amq.>", "$KV.>"] } } }
     { user: "deaf", password: "secret", permissions: { subscribe: "others.>" } }
-    { user: "guest", password: "secret", permissions: { publish: { deny: ">" }, subscribe: "_INBOX.>" } }
+    { user: "guest", password: "secret",
+      permissions: { publish: { deny: ">" }, subscribe: "_INBOX.>" } }
   ]
 }
 """

@@ -193,7 +193,7 @@ async def test_what_is_not_answered_does_not_hold_up_a_stop(
 
     A worker that has to stop does not wait for that.
     """
-    monkeypatch.setattr(runner, "FAREWELL", 0.3)
+    monkeypatch.setattr(runner, "SHUTDOWN_STEP_TIMEOUT", 0.3)
     nats_backend.settings = Settings(shutdown_timeout=0.2)
     started = anyio.Event()
 

@@ -1,4 +1,4 @@
-"""`worker` and `server` of the command line, on real servers, as processes where they are programs."""
+"""`worker` and `server` of the command line, on real servers; programs are processes."""
 
 import json
 import os
@@ -47,7 +47,7 @@ def app(tmp_path: Path) -> Path:
 
 
 async def amq(*arguments: str) -> int:
-    """Run a command in a thread, since it has an event loop of its own, and return its exit code."""
+    """Run a command in a thread, as it has an event loop of its own; return its exit code."""
     return await to_thread.run_sync(run, arguments)
 
 

@@ -160,14 +160,14 @@ async def test_each_committed_row_is_one_job_whatever_is_killed(
             current[victim].wait()
             current[victim] = processes.start(f"{victim}.py", orders=ORDERS, keyed=10, batch=40)
 
+    def has_ended() -> bool:
+        return current["application"].poll() is not None
+
     queue = make_queue(nats_backend, "orders", concurrency=10, note=note)
     async with running(queue):
         for victim in itertools.cycle(("relay", "application", "server")):
-            known = len(runs)
-            await holds(
-                lambda: len(runs) > known + 10 or current["application"].poll() is not None,  # noqa: B023
-                2 * PATIENCE,
-            )
+            goal = len(runs) + 10
+            await holds(lambda: len(runs) > goal or has_ended(), 2 * PATIENCE)  # noqa: B023
             if current["application"].poll() is not None:
                 break
             await anyio.sleep(chance.uniform(0, 0.1))

@@ -1,4 +1,4 @@
-"""Rows are written in the user's transaction, checked as `Queue.add` checks, and in the form of the protocol."""
+"""Rows are written in the user's transaction, checked as by `Queue.add`, in the protocol's form."""
 
 import json
 from datetime import date

@@ -17,7 +17,7 @@ from asyncmq_nats.backends.base import Backend, Write
 from asyncmq_nats.backends.nats.backend import NATSBackend
 from asyncmq_nats.queues import Queue
 from asyncmq_nats.runtime.registry import TaskRegistry
-from asyncmq_nats.telemetry.logs import JobFields, JobLogHandler, JSONFormatter
+from asyncmq_nats.telemetry.logs import FIELDS, JobFields, JobLogHandler, JSONFormatter
 from asyncmq_nats.testing import private_server
 from tests.receiver import PATIENCE, until
 from tests.running import make_queue, outcome, run_jobs, running
@@ -72,9 +72,9 @@ async def test_each_record_of_a_task_has_the_fields_of_its_job(
         worker_id = worker.id
     user_logger.warning("from elsewhere")
     found = [
-        (r.getMessage(), r.job_id, r.task, r.queue, r.attempt, r.worker)  # type: ignore[attr-defined]
-        for r in kept.records
-        if r.name == user_logger.name
+        (record.getMessage(), *(getattr(record, name) for name in FIELDS))
+        for record in kept.records
+        if record.name == user_logger.name
     ]
     assert found == [
         ("from the loop", one, "in_loop", "work", 1, worker_id),
@@ -160,12 +160,7 @@ async def test_a_failure_has_its_exception_and_the_fields(backend: Backend, kept
     assert failed.levelname == "ERROR"
     assert failed.exc_info is not None
     assert isinstance(failed.exc_info[1], Fail)
-    assert (failed.job_id, failed.task, failed.queue, failed.attempt) == (  # type: ignore[attr-defined]
-        job_id,
-        "fail",
-        "work",
-        2,
-    )
+    assert [getattr(failed, name) for name in FIELDS[:4]] == [job_id, "fail", "work", 2]
 
 
 # -- lines that stay with the job

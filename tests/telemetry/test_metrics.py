@@ -151,7 +151,7 @@ async def test_a_cancelled_run_and_a_job_without_a_form_are_counted(backend: Bac
 async def test_a_worker_writes_while_it_runs(
     backend: Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("asyncmq_nats.runtime.recorder.INTERVAL", 0.2)
+    monkeypatch.setattr("asyncmq_nats.runtime.recorder.RECORD_INTERVAL", 0.2)
     queue, _ = await flaky_queue(backend)
     async with running(queue):
         job_id = await queue.add("work", ["a", 0])

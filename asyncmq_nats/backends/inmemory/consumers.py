@@ -373,7 +373,7 @@ class InMemoryPuller:
         except (
             AssetMissing
         ) as error:  # a server does not say so at once either, but by voiding the credit
-            logger.warning("%s: no deliveries: %s", consumer, error)
+            logger.warning("consumer %s: no deliveries: %s", consumer, error)
             asyncio.get_running_loop().call_soon(self.lapse, consumer, count)
         else:
             with cursor.lock:

@@ -71,7 +71,7 @@ FILTERS_AT_ONCE: Final = 200
 
 Each has up to some 1,100 bytes, and a request must fit into a message.
 """
-MISSING: Final = (STREAM_MISSING, CONSUMER_MISSING)
+MISSING_CODES: Final = (STREAM_MISSING, CONSUMER_MISSING)
 
 
 class NATSBackend:
@@ -476,7 +476,7 @@ class NATSBackend:
         answer = await connection.call(
             f"STREAM.MSG.DELETE.{log}", {"seq": sequence, "no_erase": True}
         )
-        if answer.get("error", {}).get("err_code") in MISSING:
+        if answer.get("error", {}).get("err_code") in MISSING_CODES:
             raise api_error(log, answer["error"])
         return in_doubt or bool(answer.get("success", False))
 
@@ -575,7 +575,7 @@ class NATSBackend:
     def _found(name: str, answer: Mapping[str, Any]) -> bool:
         if "error" not in answer:
             return True
-        if answer["error"].get("err_code") in MISSING:
+        if answer["error"].get("err_code") in MISSING_CODES:
             return False
         raise api_error(name, answer["error"])
 

@@ -60,7 +60,7 @@ LONG_CALL_TIMEOUT: Final = 600.0
 READ_CALLS: Final = ("INFO", "STREAM.INFO", "STREAM.NAMES", "CONSUMER.INFO", "CONSUMER.NAMES")
 LONG_CALLS: Final = ("STREAM.PURGE", "STREAM.DELETE")
 CLOCK_LIFETIME: Final = 60.0
-REFUSED: Final = re.compile(
+REFUSAL: Final = re.compile(
     r'permissions violation for (?:publish|subscription) to "(.+?)"', re.IGNORECASE
 )
 
@@ -470,7 +470,7 @@ class Connection:
     # -- callbacks of nats-py: they run outside our tasks and only note things
 
     async def _on_error(self, error: Exception) -> None:
-        refused = REFUSED.search(str(error))
+        refused = REFUSAL.search(str(error))
         if refused is not None:
             for hook in list(self.on_refusal):
                 hook(refused[1], str(error))

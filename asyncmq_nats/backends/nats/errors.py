@@ -48,7 +48,7 @@ REMOVES_REFUSED: Final = 10212
 TOO_MANY_REQUESTS: Final = 10167
 STORE_FAILED: Final = 10077
 NO_RESOURCES: Final = 10023
-FULL: Final = (10002, 10028, 10047)
+FULL_CODES: Final = (10002, 10028, 10047)
 """An account or a server has as much in its memory or file store as it may."""
 MAX_BYTES_REQUIRED: Final = 10113
 NO_PEERS: Final = 10005
@@ -116,7 +116,7 @@ def is_full(error: Mapping[str, Any]) -> bool:
     """
     code, text = error.get("err_code"), str(error.get("description", ""))
     return (
-        code in FULL
+        code in FULL_CODES
         or code == NO_RESOURCES
         or (code == STORE_FAILED and ("maximum" in text or "limits" in text or "space" in text))
     )

@@ -21,7 +21,7 @@ logger = get_logger(__name__)
 
 SHORTEST_LEASE: Final = 2.0
 """That of the promoter."""
-EXTEND: Final = b"+WPI"
+EXTENSION: Final = b"+WPI"
 
 
 class LeaseKeeper:
@@ -107,7 +107,7 @@ class LeaseKeeper:
             self._held
         ):  # the main thread adds and removes meanwhile; `list` of a dict is atomic
             try:
-                await client.publish(reply.decode(), EXTEND)
+                await client.publish(reply.decode(), EXTENSION)
             except nats.errors.Error as error:
                 logger.warning("lease of %s not extended: %s", reply.decode(), error)
                 return

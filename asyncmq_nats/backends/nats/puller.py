@@ -24,18 +24,18 @@ __all__ = ["NATSPuller"]
 logger = get_logger(__name__)
 
 NANOSECONDS: Final = 1_000_000_000
-HEARTBEAT: Final = 5.0
-CLUSTER_HEARTBEAT: Final = 1.0
+HEARTBEAT_INTERVAL: Final = 5.0
+CLUSTER_HEARTBEAT_INTERVAL: Final = 1.0
 """Seconds between idle heartbeats in a cluster: the leader of a consumer may be lost in silence."""
-GRACE: Final = 2.0
+LAPSE_DELAY: Final = 2.0
 CLOSE_TIMEOUT: Final = 5.0
-OVERHEAD: Final = 16 * 1024
+SUBJECT_BYTES: Final = 16 * 1024
 """Bytes that a message counts besides its body and headers: its subjects."""
-QUIET: Final = 0.05
+CLUSTER_IDLE_SECONDS: Final = 0.05
 """Seconds after which a server of a cluster that has not used credit has nothing to send."""
-BRIEF: Final = 0.02
+IDLE_SECONDS: Final = 0.02
 """Likewise for a single server, in seconds since the pull was sent."""
-RESTORE_AFTER: Final = 0.25
+RESTORE_DELAY: Final = 0.25
 """Seconds before a consumer that is missing is asked again.
 
 The server answers at once: without a pause, pull and answer would chase each other.
@@ -185,14 +185,14 @@ class NATSPuller:
         token = f"{next(self._tokens)}-{consumer}"
         payload: dict[str, int | bool] = {"batch": count}
         if count * self._client.max_payload > ANSWER_SIZE:
-            payload["max_bytes"] = max(ANSWER_SIZE, self._client.max_payload + OVERHEAD)
+            payload["max_bytes"] = max(ANSWER_SIZE, self._client.max_payload + SUBJECT_BYTES)
         if wait > 0:
             payload["expires"] = int(wait * NANOSECONDS)
         else:  # answered at once, with a 404 if less is there than was asked for
             payload["no_wait"] = True
             credit.looks[token] = Look(count, credit.outstanding)
         credit.outstanding += count
-        credit.lapses_at = max(credit.lapses_at, now + wait + GRACE)
+        credit.lapses_at = max(credit.lapses_at, now + wait + LAPSE_DELAY)
         credit.heard_at = now
         if self._unanswered_since is None:
             self._unanswered_since = now
@@ -204,11 +204,11 @@ class NATSPuller:
                 subject.encode(), json.dumps(payload).encode(), (self._inbox + token).encode()
             )
         except nats.errors.Error as error:
-            logger.warning("%s: pull not sent: %r", consumer, error)
+            logger.warning("consumer %s: pull not sent: %r", consumer, error)
 
     @property
     def _heartbeat(self) -> float:
-        return CLUSTER_HEARTBEAT if self._client.is_clustered else HEARTBEAT
+        return CLUSTER_HEARTBEAT_INTERVAL if self._client.is_clustered else HEARTBEAT_INTERVAL
 
     async def _open(self) -> None:
         self._inbox = self._client.new_inbox() + "."
@@ -263,7 +263,9 @@ class NATSPuller:
                     await self._client.stop_listening(*numbers)
         except (nats.errors.Error, TimeoutError, OSError) as error:
             logger.warning(
-                "%s: what was on its way comes back when its lease is over: %r", self._log, error
+                "%s: deliveries on their way are redelivered when their lease is over: %r",
+                self._log,
+                error,
             )
         finally:
             self._client.forget(*numbers)
@@ -275,7 +277,9 @@ class NATSPuller:
         and counts as a redelivery. If another server of a cluster leads the consumer, the one we
         are connected to drops it: then it returns when its lease is over.
         """
-        quiet, since = (QUIET, begun) if self._client.is_clustered else (BRIEF, 0.0)
+        quiet, since = (
+            (CLUSTER_IDLE_SECONDS, begun) if self._client.is_clustered else (IDLE_SECONDS, 0.0)
+        )
         while any(credit.outstanding for credit in self._credits.values()):
             now = time.monotonic()
             if (
@@ -311,7 +315,7 @@ class NATSPuller:
         try:
             self._client.post(reply, body)
         except nats.errors.Error as error:  # it will be delivered again, and found done
-            logger.warning("%s: not settled: %r", reply.decode(), error)
+            logger.warning("delivery %s: not settled: %r", reply.decode(), error)
 
     def abandon(self, reply: bytes) -> None:
         """Let go of a lease without an answer."""
@@ -364,7 +368,9 @@ class NATSPuller:
             self._send_pull(
                 consumer,
                 count,
-                0.0 if look is not None else max(1.0, credit.lapses_at - GRACE - time.monotonic()),
+                0.0
+                if look is not None
+                else max(1.0, credit.lapses_at - LAPSE_DELAY - time.monotonic()),
             )
 
     def _on_pause(self, subject: bytes, _: bytes, body: bytes, __: bytes | None) -> None:
@@ -389,7 +395,7 @@ class NATSPuller:
         if credit is None or credit.outstanding == 0:
             return
         if gone:
-            logger.warning("%s %s: pulls ended (%s)", self._log, consumer, reason)
+            logger.warning("stream %s, consumer %s: pulls ended (%s)", self._log, consumer, reason)
             self._connection.background.run(self._restore(consumer, credit))
         else:
             credit.give_up()
@@ -397,7 +403,7 @@ class NATSPuller:
 
     async def _restore(self, consumer: str, credit: Credit) -> None:
         try:
-            await asyncio.sleep(RESTORE_AFTER)
+            await asyncio.sleep(RESTORE_DELAY)
             await self._declare(consumer)
         finally:
             credit.give_up()
@@ -419,6 +425,9 @@ class NATSPuller:
             for consumer, credit in list(self._credits.items()):
                 if not credit.outstanding or not self._client.is_connected:
                     continue
-                if now > credit.lapses_at or now > credit.heard_at + 2 * self._heartbeat + GRACE:
+                if (
+                    now > credit.lapses_at
+                    or now > credit.heard_at + 2 * self._heartbeat + LAPSE_DELAY
+                ):
                     self._lapse(consumer, "no heartbeat", gone=True)
                     credit.heard_at = now

@@ -21,9 +21,9 @@ from asyncmq_nats.exceptions import AssetMissing, BackendError, Unconfirmed
 
 __all__ = ["Reader"]
 
-PROBE: Final = 48
+FIRST_READ_LIMIT: Final = 48
 """Records that are read at first."""
-WINDOW: Final = 500
+READ_LIMIT: Final = 500
 """Records that are read at once."""
 SCAN_LIMIT: Final = 2_000
 """Records that are passed over before the server is asked where the next match is."""
@@ -93,7 +93,7 @@ class Reader:
             payload = {"seq": at, "next_by_subj": filter, "batch": limit}
             return await self._get(log, payload) or []
         found: list[Record] = []
-        match, vain, patience, width = compile_filter(filter).match, 0, SCAN_LIMIT, PROBE
+        match, vain, patience, width = compile_filter(filter).match, 0, SCAN_LIMIT, FIRST_READ_LIMIT
         if at == 1:
             at = await self._first_from(log, ">", 1) or 1
         while True:
@@ -130,7 +130,12 @@ class Reader:
         The server reads forwards only: windows of sequences are read, from the end.
         """
         found: list[Record] = []
-        match, end, vain, span = compile_filter(filter).match, before, 0, min(limit, PROBE)
+        match, end, vain, span = (
+            compile_filter(filter).match,
+            before,
+            0,
+            min(limit, FIRST_READ_LIMIT),
+        )
         patience = SCAN_LIMIT
         while end > 1 and len(found) < limit:
             start = max(1, end - span)
@@ -178,7 +183,7 @@ class Reader:
             if start == 1:
                 return 1
             end, step = start, step * SPAN_GROWTH
-        while end - first > PROBE:
+        while end - first > FIRST_READ_LIMIT:
             middle = (first + end) // 2
             found = await self._first_from(log, filter, middle)
             if found is None or found >= end:
@@ -264,10 +269,12 @@ def _next_width(missing: int, window: Sequence[Record], matching: Sequence[Recor
     bound as well: the server disconnects a client for which 64 MiB wait.
     """
     if not window:
-        return PROBE
+        return FIRST_READ_LIMIT
     share = max(len(matching) / len(window), 0.1)
     size = max(len(record.body) for record in window) + 500
-    return max(8, min(WINDOW, ANSWER_SIZE // size, max(PROBE, math.ceil(missing / share))))
+    return max(
+        8, min(READ_LIMIT, ANSWER_SIZE // size, max(FIRST_READ_LIMIT, math.ceil(missing / share)))
+    )
 
 
 def _is_status(replies: list[Reply]) -> bool:

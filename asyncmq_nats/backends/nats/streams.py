@@ -98,7 +98,14 @@ def consumer_config(consumer: Consumer) -> dict[str, Any]:
     return config
 
 
-CHANGEABLE: Final = ("num_replicas", "max_bytes", "discard", "compression", "placement", "ack_wait")
+CHANGEABLE_SETTINGS: Final = (
+    "num_replicas",
+    "max_bytes",
+    "discard",
+    "compression",
+    "placement",
+    "ack_wait",
+)
 """Settings that the server changes in place; all others need a new stream."""
 DEFAULTS: Final = {"max_bytes": -1, "discard": "old", "compression": "none", "placement": None}
 """Defaults of a stream that was created without these settings.
@@ -111,7 +118,7 @@ def _find_differences(
     asset: str, wanted: Mapping[str, Any], found: Mapping[str, Any]
 ) -> list[Difference]:
     return [
-        Difference(asset, key, found.get(key), value, key in CHANGEABLE)
+        Difference(asset, key, found.get(key), value, key in CHANGEABLE_SETTINGS)
         for key, value in wanted.items()
         if not _same(found.get(key), value)
     ]

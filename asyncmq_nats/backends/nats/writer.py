@@ -412,7 +412,7 @@ class Writer:
         try:
             entry.settle(result)
         except Exception:
-            logger.exception("%s: what follows a write failed", entry.log)
+            logger.exception("%s: the callback of a write failed", entry.log)
 
     # -- repetition
 

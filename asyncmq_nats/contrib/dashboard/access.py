@@ -1,4 +1,4 @@
-"""Who may use the dashboard: logins, roles, sessions, and requests of other origins.
+"""Access to the dashboard: logins, roles, sessions, and requests of other origins.
 
 Nothing here knows a queue.
 """
@@ -57,7 +57,7 @@ MAX_CHECKED: Final = 256
 
 
 class Role(StrEnum):
-    """What a user may do: a viewer reads, an operator acts too."""
+    """The role of a user: a viewer reads, an operator acts too."""
 
     VIEWER = "viewer"
     OPERATOR = "operator"
@@ -65,7 +65,7 @@ class Role(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class User:
-    """Who makes a request. `name` is written into the audit log."""
+    """The user of a request. `name` is written into the audit log."""
 
     name: str
     role: Role
@@ -84,7 +84,7 @@ class Account:
 
 
 class Login(Protocol):
-    """How users are told from strangers."""
+    """Identifies the user of a request."""
 
     async def identify(self, request: Request) -> User | None:
         """Return who makes a request, `None` for a stranger."""
@@ -114,22 +114,32 @@ def _matches(password: str, stored: str) -> bool:
 
 
 def make_accounts(given: Mapping[str, Any] | Iterable[Account]) -> dict[str, Account]:
-    """Return accounts by name. A mapping has a password for each name, or `(password, role)`.
+    """Return accounts by name.
+
+    A mapping has an `Account` for each name, or a password, or `(password, role)`.
 
     Raises:
         InvalidArgument: there is none, or one lacks a password or has an unknown role.
     """
     if isinstance(given, Mapping):
-        pairs = {
-            name: (value, Role.OPERATOR) if isinstance(value, str) else value
-            for name, value in given.items()
-        }
-        accounts = [_account(name, *pair) for name, pair in pairs.items()]
-    else:
-        accounts = [_account(each.name, each.password, each.role) for each in given]
+        given = [_account_of(name, value) for name, value in given.items()]
+    accounts = [_account(each.name, each.password, each.role) for each in given]
     if not accounts:
         raise InvalidArgument("a login needs at least one account", accounts)
     return {account.name: account for account in accounts}
+
+
+def _account_of(name: str, value: Any) -> Account:
+    """Return the account of one item of a mapping; its values are not checked yet."""
+    if isinstance(value, Account):
+        return value
+    if isinstance(value, str):
+        return Account(name, value)
+    try:
+        password, role = value
+    except (TypeError, ValueError):
+        raise InvalidArgument("an account needs a password, or (password, role)", name) from None
+    return Account(name, password, role)
 
 
 def _account(name: str, password: str, role: str) -> Account:
@@ -191,9 +201,11 @@ class _Passwords:
         # An unknown name takes as long as a wrong password.
         stored = self._stand_in if account is None else account.password
         right = await to_thread.run_sync(_matches, password, stored)
+        if self.is_blocked(client):  # by now: guesses made at the same time count as well
+            return None
         if account is not None and right:
             return User(account.name, account.role)
-        if len(self._failures) >= MAX_CLIENTS:
+        if client not in self._failures and len(self._failures) >= MAX_CLIENTS:
             self._failures.pop(next(iter(self._failures)))
         self._failures.setdefault(client, []).append(time.monotonic())
         return None
@@ -221,7 +233,6 @@ class BasicLogin:
     """
 
     def __init__(self, accounts: Mapping[str, Any] | Iterable[Account]) -> None:
-        accounts = accounts.values() if _is_read(accounts) else accounts  # type: ignore[union-attr]
         self._passwords = _Passwords(accounts)
         self._key = os.urandom(32)
         self._checked: dict[bytes, User] = {}
@@ -255,20 +266,13 @@ class BasicLogin:
         return PlainTextResponse("Log in first.\n", 401, {"WWW-Authenticate": realm})
 
 
-def _is_read(accounts: object) -> bool:
-    """Return whether these are accounts by name already, as `read_accounts` returns them."""
-    return isinstance(accounts, Mapping) and all(
-        isinstance(value, Account) for value in accounts.values()
-    )
-
-
 class SessionLogin:
     """Accounts by a page with a form; the session is a signed cookie.
 
     Args:
         accounts: as for `BasicLogin`.
-        secret: signs the cookies. With several processes, give each the same one; by default it is
-            random, and a restart logs everybody out.
+        secret: signs the cookies. Several processes need the same one; by default it is random, and
+            a restart ends all sessions.
         lifetime: how long a login lasts, in seconds.
 
     Raises:
@@ -282,7 +286,6 @@ class SessionLogin:
         *,
         lifetime: float = SESSION_LIFETIME,
     ) -> None:
-        accounts = accounts.values() if _is_read(accounts) else accounts  # type: ignore[union-attr]
         self._passwords = _Passwords(accounts)
         self._signer = URLSafeTimedSerializer(
             secret or secrets.token_hex(32),
@@ -384,7 +387,7 @@ class LocalOnly:
     """No login: only programs on this machine are answered, all as operator.
 
     A browser may be made to ask us by a page of another name that points to this address (DNS
-    rebinding): so the name it asked for has to be one of this machine. What a proxy passes on is
+    rebinding): so the name it asked for has to be one of this machine. Requests of a proxy are
     refused, since the user is not on this machine.
     """
 
@@ -402,8 +405,7 @@ class LocalOnly:
         """See `Login`."""
         return PlainTextResponse(
             "This dashboard has no login, so it answers on this machine only, as localhost. "
-            "Give it "
-            "one: Dashboard(login=…), or asyncmq-nats dashboard --accounts FILE.\n",
+            "Give it one: Dashboard(login=…), or asyncmq-nats dashboard --accounts FILE.\n",
             403,
         )
 

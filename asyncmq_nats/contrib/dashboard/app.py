@@ -37,7 +37,7 @@ logger = get_logger(__name__)
 
 SAFE_METHODS: Final = frozenset({"GET", "HEAD", "OPTIONS"})
 OPEN_PATHS: Final = frozenset({"/health", "/ready", "/login", "/logout"})
-"""What a stranger may ask for. A probe has no login."""
+"""Paths without a login: a probe has none."""
 MAX_BODY_BYTES: Final = 4 * 1024 * 1024
 POLICY: Final = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
@@ -153,19 +153,19 @@ class Dashboard:
             return self.login.challenge(request)
         if changes and not self.site.may_act(user):
             why = "is read-only" if self.site.read_only else "lets viewers look only"
-            return _say(request, 403, f"This dashboard {why}.")
+            return _say(403, f"This dashboard {why}.")
         return None
 
     def _find_problem(self, request: Request) -> Response | None:
         """Return why this action is refused to every user."""
         foreign = find_foreign_origin(request, self._trusted)
         if foreign is not None:
-            return _say(request, 403, f"Refused, it is no action of this dashboard: {foreign}.")
+            return _say(403, f"Refused, it is no action of this dashboard: {foreign}.")
         length = request.headers.get("content-length", "")
         if not length.isdecimal():
-            return _say(request, 411, "The request must say how long it is.")
+            return _say(411, "The request must say how long it is.")
         if int(length) > MAX_BODY_BYTES:
-            return _say(request, 413, f"At most {MAX_BODY_BYTES:,} bytes can be sent.")
+            return _say(413, f"At most {MAX_BODY_BYTES:,} bytes can be sent.")
         return None
 
 
@@ -204,7 +204,7 @@ def _with_headers(send: Send, *, is_static: bool) -> Send:
     return send_with_headers
 
 
-def _say(request: Request, status: int, text: str) -> Response:
+def _say(status: int, text: str) -> Response:
     return PlainTextResponse(text + "\n", status)
 
 

@@ -15,7 +15,7 @@ MOST_TASKS: Final = 12
 
 @dataclass(frozen=True, slots=True)
 class Totals:
-    """What came of a stretch of time. Durations in seconds; `None` if nothing ran."""
+    """The totals of a period. Durations are in seconds; `None` if nothing ran."""
 
     completed: int
     failed: int
@@ -42,7 +42,7 @@ def totals_of(metrics: TaskMetrics, seconds: float) -> Totals:
 
 
 def merge_histories(histories: Iterable[MetricsHistory]) -> MetricsHistory | None:
-    """Return what several queues did together in the same time; `None` if there is none."""
+    """Return the joint history of several queues; `None` if there is none."""
     merged: MetricsHistory | None = None
     for history in histories:
         if merged is None:

@@ -12,7 +12,7 @@ HEIGHT: Final = 52
 GAP_X: Final = 64
 GAP_Y: Final = 18
 MARGIN: Final = 8
-SWEEPS: Final = 6
+ORDERING_PASSES: Final = 6
 """Passes that move each job near those it is tied to, so that few lines cross."""
 
 
@@ -84,8 +84,7 @@ def _columns(parents: Mapping[str, Sequence[str]]) -> dict[str, int]:
     left = dict(parents)
     while left:
         ready = [job for job, given in left.items() if all(p in columns for p in given)]
-        # None is ready: they wait for each other in a circle, which no flow has; the first one
-        # begins.
+        # None is ready: they form a circle, which no flow has; begin with the first one.
         for job in ready or [next(iter(left))]:
             known = [columns[p] for p in left.pop(job) if p in columns]
             columns[job] = max(known, default=-1) + 1
@@ -98,7 +97,7 @@ def _untangle(layers: list[list[str]], parents: Mapping[str, Sequence[str]]) -> 
     for job, given in parents.items():
         for parent in given:
             children[parent].append(job)
-    for sweep in range(SWEEPS):
+    for sweep in range(ORDERING_PASSES):
         forward = sweep % 2 == 0
         tied: Mapping[str, Sequence[str]] = parents if forward else children
         order = layers if forward else layers[::-1]

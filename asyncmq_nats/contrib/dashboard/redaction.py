@@ -1,4 +1,4 @@
-"""What of a job is shown: values under keys that look like secrets are not.
+"""Hides the secrets of jobs: values under keys that look like secrets are not shown.
 
 Pure, but for the tasks of this process, which name the positional arguments.
 """
@@ -12,10 +12,10 @@ from asyncmq_nats.events import Event
 from asyncmq_nats.exceptions import InvalidArgument
 from asyncmq_nats.tasks import list_tasks
 
-__all__ = ["HIDDEN", "SECRET_KEYS", "Redactor", "Shown", "restore_hidden"]
+__all__ = ["MASK", "SECRET_KEYS", "Redactor", "Shown", "restore_hidden"]
 
-HIDDEN: Final = "••••••"
-"""Stands for what is not shown."""
+MASK: Final = "••••••"
+"""The text in place of a hidden value."""
 SECRET_KEYS: Final = (
     "password", "passwd", "passphrase", "secret", "token", "apikey", "authorization", "cookie",
     "credential", "privatekey", "accesskey", "signature", "cardnumber", "cvv", "iban", "ssn",
@@ -90,15 +90,15 @@ class Redactor:
     def details(self, details: Mapping[str, Any]) -> dict[str, Any]:
         """Return the details of an entry of the audit log as they may be shown."""
         shown = self.hide(details)
-        return {name: HIDDEN if name in ARGUMENTS else each for name, each in shown.items()}
+        return {name: MASK if name in ARGUMENTS else each for name, each in shown.items()}
 
     def hide(self, value: Any, depth: int = 0) -> Any:
         """Return a value without what is under a secret key."""
         if depth > MAX_DEPTH:
-            return HIDDEN
+            return MASK
         if isinstance(value, Mapping):
             return {
-                key: HIDDEN if self.is_secret(str(key)) else self.hide(each, depth + 1)
+                key: MASK if self.is_secret(str(key)) else self.hide(each, depth + 1)
                 for key, each in value.items()
             }
         if isinstance(value, list | tuple):
@@ -112,7 +112,7 @@ class Redactor:
 
     def _hide_named(self, args: list[Any], names: tuple[str, ...]) -> list[Any]:
         secret = {index for index, name in enumerate(names) if self.is_secret(name)}
-        return [HIDDEN if index in secret else value for index, value in enumerate(args)]
+        return [MASK if index in secret else value for index, value in enumerate(args)]
 
     def _failure(self, failure: Any, queue: str, task: str) -> Any:
         if not isinstance(failure, Mapping):
@@ -166,6 +166,6 @@ def restore_hidden(edited: Any, shown: Any, stored: Any) -> Any:
         ]
     if edited == shown and shown != stored:
         return stored
-    if edited == HIDDEN:
+    if edited == MASK:
         raise InvalidArgument("a hidden value can only stay where it was", edited)
     return edited

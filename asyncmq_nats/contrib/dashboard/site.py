@@ -1,7 +1,8 @@
-"""What all pages share: the backend, what is shown to whom, templates, links and answers."""
+"""The parts that all pages share: backend, visibility, templates, links and answers."""
 
+import json
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final, TypeVar
@@ -11,18 +12,17 @@ from jinja2 import Environment, PackageLoader
 from starlette.datastructures import FormData
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
+from starlette.responses import HTMLResponse, RedirectResponse, Response
 
 from asyncmq_nats import default_backend
 from asyncmq_nats.audit import AuditEntry, record_action
 from asyncmq_nats.backends.base import Backend
 from asyncmq_nats.contrib.dashboard import words
-from asyncmq_nats.contrib.dashboard.access import Role, User
+from asyncmq_nats.contrib.dashboard.access import Role, SessionLogin, User
 from asyncmq_nats.contrib.dashboard.reading import SharedReads
 from asyncmq_nats.contrib.dashboard.redaction import Redactor
 from asyncmq_nats.exceptions import InvalidQueueName
 from asyncmq_nats.queues import Queue, list_queues
-from asyncmq_nats.search import JobFilter
 from asyncmq_nats.states import JOB_STATES, OUTCOMES
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "is_part",
     "job_link",
     "link",
+    "page_of_ours",
     "schedule_link",
     "site_of",
     "text_of",
@@ -96,7 +97,6 @@ class Operation:
     who: str
     what: str
     queue: str
-    where: JobFilter
     count: int = 0
     ended: float | None = None
     """When it ended, in seconds of `time.monotonic`."""
@@ -180,6 +180,7 @@ class Site:
             "site": self,
             "user": user,
             "may_act": self.may_act(user),
+            "may_log_out": isinstance(request.app.state.login, SessionLogin),
             "frame": "_part.html" if is_part(request) else "_frame.html",
             "now": now,
             "link": partial(link, request),
@@ -212,24 +213,19 @@ class Site:
         """
         self.reads.forget()
         if "hx-request" not in request.headers:
-            return RedirectResponse(to or _back(request), 303)
+            return RedirectResponse(to or page_of_ours(request, "back"), 303)
         events: dict[str, Any] = {"said": {"text": said, "kind": kind}}
         events |= {"leave": {"to": to}} if to is not None else {"refresh": {}}
-        return Response(status_code=204, headers={"HX-Trigger": _ascii_json(events)})
+        return Response(status_code=204, headers={"HX-Trigger": json.dumps(events)})
 
-    def begin(self, request: Request, what: str, queue: str, where: JobFilter) -> Operation:
+    def begin(self, request: Request, what: str, queue: str) -> Operation:
         """Note that something was begun: all pages tell of it until a while after its end."""
-        now = time.monotonic()
-        self.operations[:] = [
-            each
-            for each in self.operations
-            if each.ended is None or now - each.ended < TOLD_SECONDS
-        ]
-        self.operations.append(Operation(who_of(request), what, queue, where))
+        self.operations[:] = self.operations_of()
+        self.operations.append(Operation(who_of(request), what, queue))
         return self.operations[-1]
 
     def operations_of(self, queue: str | None = None) -> list[Operation]:
-        """Return what is under way, and what ended a moment ago, in one queue or in all."""
+        """Return the operations under way, or ended a moment ago, in one queue or in all."""
         now = time.monotonic()
         return [
             each
@@ -269,31 +265,18 @@ def site_of(request: Request) -> Site:
     return site
 
 
-def _ascii_json(value: Any) -> str:
-    body: bytes = JSONResponse(value).body  # type: ignore[assignment]
-    text = body.decode()
-    return "".join(
-        char if ord(char) < 127 else "".join(f"\\u{unit:04x}" for unit in _utf16(char))
-        for char in text
-    )
-
-
-def _utf16(char: str) -> Sequence[int]:
-    data = char.encode("utf-16-be", "surrogatepass")
-    return [int.from_bytes(data[at : at + 2], "big") for at in range(0, len(data), 2)]
-
-
 def _here(request: Request) -> str:
     """Return the path and the query of this page."""
     query = request.url.query
     return quote(request.url.path, safe="/%") + (f"?{query}" if query else "")
 
 
-def _back(request: Request) -> str:
-    """Return the page that a form was on, if it is one of ours."""
+def page_of_ours(request: Request, name: str) -> str:
+    """Return the page that a query names, if it is one of ours; otherwise the first one."""
     prefix = f"{request.scope.get('root_path', '')}/"
-    given = request.query_params.get("back", prefix)
-    return given if given.startswith(prefix) and not given.startswith("//") else prefix
+    given = request.query_params.get(name, prefix)
+    safe = given.startswith(prefix) and not given.startswith("//") and "\\" not in given
+    return given if safe and given.isprintable() else prefix
 
 
 def text_of(form: FormData, name: str) -> str:

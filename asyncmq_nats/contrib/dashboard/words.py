@@ -37,14 +37,14 @@ ALIASES: Final = {
     "@yearly": "0 0 1 1 *",
     "@annually": "0 0 1 1 *",
 }
-VARYING: Final = (
+VARYING_PARTS: Final = (
     (re.compile(r"\b[0-9a-f]{8}-(?:[0-9a-f]{4}-){3}[0-9a-f]{12}\b", re.IGNORECASE), "‹id›"),
     (re.compile(r"0x[0-9a-f]+", re.IGNORECASE), "‹address›"),
     (re.compile(r"'[^'\n]{1,200}'|\"[^\"\n]{1,200}\""), "‹text›"),
     (re.compile(r"\b[0-9a-f]{16,}\b", re.IGNORECASE), "‹id›"),
     (re.compile(r"\d+(?:[.,:]\d+)*"), "‹n›"),
 )
-"""What differs between two errors of one kind, and what stands for it."""
+"""The parts in which two errors of one kind differ, and their placeholders."""
 
 
 def duration(seconds: float | None) -> str:
@@ -139,9 +139,9 @@ def short_error(error: str | None) -> str:
 
 
 def signature_of_error(error: str | None) -> str:
-    """Return what two errors of one kind share: their first line without numbers, ids and texts."""
+    """Return the common form of errors of a kind: the first line without numbers, ids and texts."""
     text = short_error(error)
-    for pattern, stand_in in VARYING:
+    for pattern, stand_in in VARYING_PARTS:
         text = pattern.sub(stand_in, text)
     return text or "no error was told"
 

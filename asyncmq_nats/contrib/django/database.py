@@ -17,8 +17,8 @@ __all__ = ["close_old_connections_of_tasks"]
 def close_old_connections_of_tasks(registry: TaskRegistry) -> None:
     """Have tasks begin and end as a request does.
 
-    Without a connection that the database has closed. Nothing else closes those of a worker's
-    threads. Tasks of a process of their own are left alone.
+    Connections that the database has closed are dropped before and after each task: nothing else
+    closes those of a worker's threads. Tasks in a process of their own are left alone.
     """
     for task_id in list(registry):
         entry = registry[task_id]

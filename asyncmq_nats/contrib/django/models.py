@@ -1,6 +1,6 @@
 """The outbox as a model of Django.
 
-The same table as `asyncmq_nats.contrib.outbox` has with SQLAlchemy.
+The table is that of `asyncmq_nats.contrib.outbox` with SQLAlchemy.
 """
 
 from django.db import models
@@ -26,7 +26,7 @@ class OutboxRow(models.Model):
     error = models.TextField(null=True, blank=True)
 
     class Meta:
-        """Where it is, and how rows are found."""
+        """The table and its indexes."""
 
         app_label = "asyncmq_nats"
         db_table = TABLE

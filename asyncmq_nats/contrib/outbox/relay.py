@@ -1,8 +1,8 @@
 """The relay: takes rows out of the outbox and adds their jobs to the queues, each exactly once.
 
-One step is take → publish → finish. Whatever dies in between, the rows are taken again when their
-lease is over, and the queue refuses the ids that it has. So no step needs the one before to be
-undone, and relays need not know of each other.
+One step is take → publish → finish. If a relay dies in between, the rows are taken again when their
+lease is over, and the queue refuses the ids that it has. So no step has to be undone, and relays
+need not know of each other.
 """
 
 import json
@@ -41,7 +41,7 @@ TIDY_INTERVAL: Final = 60.0
 """Seconds between searches for order keys whose last job has ended, and their least age."""
 RELEASE_TIMEOUT: Final = 2.0
 """How long a relay that stops tries to give back what it has, in seconds."""
-ENDED: Final = (None, "completed", "failed", "expired", "cancelled")
+ENDED_STATES: Final = (None, "completed", "failed", "expired", "cancelled")
 
 
 class Relay:
@@ -187,7 +187,7 @@ class Relay:
         ended = [
             tail
             for tail in await self._store.idle_tails(age)
-            if await self._queue(tail.queue).get_job_state(tail.job_id) in ENDED
+            if await self._queue(tail.queue).get_job_state(tail.job_id) in ENDED_STATES
         ]
         if ended:
             await self._store.remove_tails(ended)
@@ -233,7 +233,7 @@ class Relay:
         rows = list(jobs)
         try:
             await self._queue(rows[0].queue).enqueue_bulk(jobs.values())
-        except (ValueError, TypeError):  # one of them is not valid: which one?
+        except (ValueError, TypeError):  # one of them is not valid: add them one by one
             return [row for row in rows if await self._add(row, jobs[row])]
         return rows
 

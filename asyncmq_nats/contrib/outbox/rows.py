@@ -1,4 +1,7 @@
-"""What a row of the outbox holds, whatever library writes it. No database, and no server."""
+"""Builds the rows of the outbox, for any library that writes them.
+
+Uses no database and no server.
+"""
 
 from collections.abc import Mapping, Sequence
 from functools import lru_cache

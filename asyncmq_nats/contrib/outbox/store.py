@@ -1,7 +1,7 @@
-"""The relay's side of the table: take rows on a lease, and say what became of them.
+"""The relay's side of the table: take rows on a lease, and record their end.
 
 It knows no queue. Each function is one transaction. A row belongs to the relay in `taken_by` until
-`taken_until`, by the database's clock. What a relay writes about a row expects that it still has
+`taken_until`, by the database's clock. A relay's write about a row expects that the relay still has
 it, so one that stood still for longer than its lease changes nothing.
 """
 
@@ -46,7 +46,7 @@ CLOCKS: Final = {
     "postgresql": "EXTRACT(epoch FROM clock_timestamp())",
     "sqlite": "((julianday('now') - 2440587.5) * 86400.0)",
 }
-FOLLOWERS: Final = 100
+FOLLOWERS_PER_KEY: Final = 100
 """How many rows of order keys are taken beside the first ones, at most for each of these."""
 ANSWER_TIMEOUT: Final = 2.0
 """How long a cancelled relay waits for the answer of PostgreSQL, in seconds."""
@@ -80,7 +80,7 @@ class Tail:
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """What is in the outbox.
+    """Counts of the outbox.
 
     `oldest`: the age in seconds of the oldest row that is not published.
     """
@@ -121,7 +121,7 @@ _is_first = _row.order_key.is_(None) | ~exists().where(
     _other.published_at.is_(None),
     _other.error.is_(None),
 )
-"""Of the rows with an order key, only the first one is there to take."""
+"""A row with an order key can be taken only if it is the first one of its key."""
 
 
 P = ParamSpec("P")
@@ -206,7 +206,7 @@ class OutboxStore:
                         _row.number.not_in(taken),
                     )
                     .order_by(_row.number)
-                    .limit(min(limit, FOLLOWERS * len(firsts)))
+                    .limit(min(limit, FOLLOWERS_PER_KEY * len(firsts)))
                 )
                 rows += await self._mark_taken(connection, followers, lease)
         return sorted(rows, key=lambda row: row.number)

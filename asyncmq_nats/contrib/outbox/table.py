@@ -70,7 +70,10 @@ class OutboxRow(_Base):
     taken_until: Mapped[float | None] = mapped_column(Float(53))
     """When another relay may take it."""
     published_at: Mapped[float | None] = mapped_column(Float(53))
-    """Of the last published job of an order key: the next one waits for it."""
+    """When the job was published.
+
+    The row of the last job of an order key stays: the next job waits for it.
+    """
     error: Mapped[str | None] = mapped_column(Text)
     """Why no queue takes this job. Set it to NULL to have it tried again."""
 

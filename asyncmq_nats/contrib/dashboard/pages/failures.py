@@ -1,14 +1,22 @@
-"""Failed jobs by task and error."""
+"""Failed jobs by task and error.
 
-from collections.abc import Mapping
-from typing import Any, Final
+They are read page by page, the newest first: so many at first, and further back if asked for.
+"""
 
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from math import inf
+from time import monotonic
+from typing import Final
+
+from starlette.background import BackgroundTask
 from starlette.requests import Request
 from starlette.responses import Response
 
-from asyncmq_nats.contrib.dashboard.failures import FailureGroup, group_failures
-from asyncmq_nats.contrib.dashboard.pages.jobs import ACTIONS
-from asyncmq_nats.contrib.dashboard.pages.summaries import for_all, summaries, version_of
+from asyncmq_nats.contrib.dashboard.failures import FailureGroups
+from asyncmq_nats.contrib.dashboard.pages.jobs import ACTIONS, MAX_SELECTED, carry_out
+from asyncmq_nats.contrib.dashboard.pages.summaries import for_all, summaries, summarize, version_of
 from asyncmq_nats.contrib.dashboard.site import Site, site_of, text_of
 from asyncmq_nats.exceptions import InvalidArgument
 from asyncmq_nats.queues import Queue
@@ -16,11 +24,76 @@ from asyncmq_nats.states import State
 
 __all__ = ["act", "show", "show_queue"]
 
-READ_PER_QUEUE: Final = 1_000
-"""The newest failed jobs of a queue that are grouped, at most."""
-READ_OF_ALL: Final = 2_000
-"""Those of all queues together."""
+STEPS: Final = (1_000, 10_000, 100_000)
+"""How many failed jobs of a queue are looked at: at first, and when it is asked for more."""
+LEAST: Final = 100
+"""Failed jobs of each queue that the page of all queues looks at, however many queues there are."""
+LOOK_SECONDS: Final = 5.0
+"""How long a page may look."""
+SHOWN_GROUPS: Final = 200
 PAGE: Final = 250
+WANTED: Final = ("id", "task", "last_error", "finished_at", "created_at")
+
+
+@dataclass(slots=True)
+class Look:
+    """What was looked at. `cursors`: where to go on, by queue; only of those that have more."""
+
+    groups: FailureGroups = field(default_factory=FailureGroups)
+    cursors: dict[str, str] = field(default_factory=dict)
+    looked_at: dict[str, int] = field(default_factory=dict)
+    in_time: bool = True
+    ids: list[str] = field(default_factory=list)
+    """Ids of the jobs of the group that was asked for."""
+
+
+async def look_at(
+    site: Site,
+    names: Iterable[str],
+    most: int,
+    after: str | None = None,
+    *,
+    seconds: float = LOOK_SECONDS,
+    group: str | None = None,
+) -> Look:
+    """Look at failed jobs of each queue, the newest first, page by page.
+
+    Args:
+        site: the dashboard.
+        names: of the queues.
+        most: how many jobs of each queue at most.
+        after: the cursor to go on from, if it is one queue.
+        seconds: it ends after so long, with those it has seen until then.
+        group: id of a group, of which all ids are wanted.
+    """
+    look, end = Look(), monotonic() + seconds
+
+    async def read(name: str) -> None:
+        queue, cursor, left = Queue(name, site.backend), after, most
+        while left > 0:  # one page of each queue, however late it is
+            page = await queue.list_page(State.FAILED, cursor, limit=min(PAGE, left))
+            for job in page.jobs:
+                shown = site.redactor.job(name, {each: job.get(each) for each in WANTED})
+                if look.groups.add(name, shown).id == group:
+                    look.ids.append(str(job["id"]))
+            left -= len(page.jobs)
+            cursor = page.cursor
+            if cursor is None:
+                break
+            if monotonic() >= end:
+                look.in_time = False
+                break
+        look.looked_at[name] = most - left
+        if cursor is not None:
+            look.cursors[name] = cursor
+
+    await for_all(names, read)
+    return look
+
+
+def _most(text: str) -> int:
+    """Return the step that was asked for."""
+    return next((step for step in STEPS if str(step) == text), STEPS[0])
 
 
 async def show(request: Request) -> Response:
@@ -28,9 +101,7 @@ async def show(request: Request) -> Response:
     site = site_of(request)
     found = await summaries(site)
     failed = {each.name: each.counts.get(State.FAILED, 0) for each in found}
-    failed = {name: n for name, n in failed.items() if n}
-    share = max(100, READ_OF_ALL // max(1, len(failed)))
-    return await _show(request, site, failed, min(share, READ_PER_QUEUE), None)
+    return await _show(request, site, {name: n for name, n in failed.items() if n}, None)
 
 
 async def show_queue(request: Request) -> Response:
@@ -38,50 +109,47 @@ async def show_queue(request: Request) -> Response:
     site = site_of(request)
     queue = await site.queue(request)
     counts = await site.counts(queue)
-    failed = {queue.name: counts.get(State.FAILED, 0)}
-    return await _show(request, site, failed, READ_PER_QUEUE, queue.name)
+    return await _show(request, site, {queue.name: counts.get(State.FAILED, 0)}, queue.name)
 
 
 async def _show(
-    request: Request, site: Site, failed: Mapping[str, int], most: int, chosen: str | None
+    request: Request, site: Site, failed: Mapping[str, int], chosen: str | None
 ) -> Response:
-    async def read(name: str) -> list[tuple[str, dict[str, Any]]]:
-        jobs = await read_failed(Queue(name, site.backend), most)
-        return [(name, site.redactor.job(name, job)) for job in jobs]
+    query = request.query_params
+    most = _most(query.get("most", ""))
+    after = (query.get("after") or None) if chosen else None
+    share = most if chosen else min(most, max(LEAST, 2 * most // max(1, len(failed))))
 
-    async def read_groups() -> tuple[list[FailureGroup], int]:
-        by_queue = await for_all(failed, read)
-        jobs = [job for each in by_queue.values() for job in each]
-        return group_failures(jobs), len(jobs)
+    async def read() -> Look:
+        look = await look_at(site, failed, share, after)
+        if after is None:  # a page that is just full has a cursor, though no job is older
+            more = {name for name, count in failed.items() if look.looked_at[name] < count}
+            look.cursors = {name: look.cursors[name] for name in look.cursors if name in more}
+        return look
 
     # Read again when a job failed, or was retried, since: the counts are part of the key.
-    key = ("failures", chosen, tuple(failed.items()))
-    groups, looked_at = await site.reads.get(key, read_groups)
-    everything = await summaries(site)
+    key = ("failures", chosen, share, after, tuple(failed.items()))
+    look = await site.reads.get(key, read)
+    groups = look.groups.largest_first()
+    # What takes long is looked at once: the page is brought up to date after an action only.
+    is_live = most == STEPS[0] and after is None
+    watched = await (summarize(site, Queue(chosen, site.backend)) if chosen else summaries(site))
     topic = f"queue:{chosen}" if chosen else "queues"
     context = {
         "section": "queues" if chosen else "failures",
-        "watch": (topic, version_of(everything)),
+        "watch": (topic, version_of(watched)) if is_live else None,
         "chosen": chosen,
-        "groups": groups,
-        "looked_at": looked_at,
+        "groups": groups[:SHOWN_GROUPS],
+        "kinds": len(groups),
+        "look": look,
+        "failed": failed,
         "total": sum(failed.values()),
+        "most": most,
+        "share": share,
+        "after": after,
+        "wider": next((step for step in STEPS if step > most), None) if look.in_time else None,
     }
     return site.page(request, "failures.html", context)
-
-
-async def read_failed(queue: Queue, most: int) -> list[dict[str, Any]]:
-    """Return the newest failed jobs of a queue, without their arguments and results."""
-    wanted = ("id", "task", "last_error", "finished_at", "created_at")
-    jobs: list[dict[str, Any]] = []
-    cursor: str | None = None
-    while len(jobs) < most:
-        page = await queue.list_page(State.FAILED, cursor, limit=min(PAGE, most - len(jobs)))
-        jobs += [{name: job.get(name) for name in wanted} for job in page.jobs]
-        cursor = page.cursor
-        if cursor is None:
-            break
-    return jobs
 
 
 async def act(request: Request) -> Response:
@@ -89,15 +157,31 @@ async def act(request: Request) -> Response:
     site = site_of(request)
     queue = await site.queue(request)
     form = await request.form()
-    action, group_id = text_of(form, "action"), text_of(form, "group")
+    action, group = text_of(form, "action"), text_of(form, "group")
     if action not in ("retry", "remove"):
         raise InvalidArgument("failed jobs can be retried or removed", action)
-    jobs = await read_failed(queue, READ_PER_QUEUE)
-    shown = [(queue.name, site.redactor.job(queue.name, job)) for job in jobs]
-    group = next((each for each in group_failures(shown) if each.id == group_id), None)
-    if group is None:
-        raise InvalidArgument("no job of this group is failed any more", group_id)
-    count = (await queue.apply(group.job_ids, action)).done
-    target = f"{group.task}: {group.signature}"
-    await site.record(request, f"job.{action}", queue.name, target, count)
+    most, after = text_of(form, "most"), text_of(form, "after") or None
+    limit = int(most) if most.isdecimal() and len(most) < 7 else STEPS[0]
+    look = await look_at(site, [queue.name], limit, after, seconds=inf, group=group)
+    if not look.ids:
+        raise InvalidArgument("no job of this group is failed any more", group)
+    told = next(f"{g.task}: {g.signature}" for g in look.groups.largest_first() if g.id == group)
+    if len(look.ids) > MAX_SELECTED:
+        return await _act_on_many(request, queue, action, look.ids, told)
+    count = (await queue.apply(look.ids, action)).done
+    await site.record(request, f"job.{action}", queue.name, told, count)
     return await site.done(request, f"{count:,} jobs were {ACTIONS[action][0]}.")
+
+
+async def _act_on_many(
+    request: Request, queue: Queue, action: str, ids: list[str], told: str
+) -> Response:
+    """Begin; go on when the answer was sent."""
+    site = site_of(request)
+    operation = site.begin(request, f"{action} {told}", queue.name)
+    said = f"{len(ids):,} jobs are being {ACTIONS[action][0]}; the page shows how far it is."
+    response = await site.done(request, said)
+    response.background = BackgroundTask(
+        partial(carry_out, request, queue, action, ids, told, operation)
+    )
+    return response

@@ -7,7 +7,7 @@ from starlette.responses import Response
 
 from asyncmq_nats.contrib.dashboard.graph import draw
 from asyncmq_nats.contrib.dashboard.pages.job import job_id_of
-from asyncmq_nats.contrib.dashboard.pages.summaries import for_all, version_of
+from asyncmq_nats.contrib.dashboard.pages.summaries import for_all, summaries, summarize, version_of
 from asyncmq_nats.contrib.dashboard.site import Site, site_of
 from asyncmq_nats.exceptions import JobNotFound
 from asyncmq_nats.queues import Queue
@@ -17,7 +17,7 @@ __all__ = ["read_graph", "show", "show_all"]
 
 MOST_JOBS: Final = 150
 """Jobs in one picture."""
-LISTED: Final = 20
+LISTED_PER_QUEUE: Final = 20
 """Jobs of each queue that wait for others, on the page of all flows."""
 
 Graph = dict[str, dict[str, Any] | None]
@@ -35,10 +35,9 @@ async def show(request: Request) -> Response:
         raise JobNotFound(queue.name, job_id)
     jobs, complete = found
     parents = {each: _parents(job) for each, job in jobs.items()}
-    counts = await site.counts(queue)
     context = {
         "section": "flows",
-        "watch": (f"queue:{queue.name}", version_of(counts)),
+        "watch": (f"queue:{queue.name}", version_of(await summarize(site, queue))),
         "queue_name": queue.name,
         "job_id": job_id,
         "jobs": jobs,
@@ -60,8 +59,10 @@ async def read_graph(queue: Queue, job_id: str, most: int) -> tuple[Graph, bool]
     jobs: Graph = {}
     ahead, looked, complete = [job_id], set[str](), True
     while ahead and len(jobs) < most:
-        looked.update(ahead)
-        flows = await for_all(ahead, lambda each: queue.get_flow(each, limit=most))
+        room = most - len(jobs)
+        batch, later = ahead[:room], ahead[room:]
+        looked.update(batch)
+        flows = await for_all(batch, lambda each: queue.get_flow(each, limit=most))
         if job_id not in jobs and flows[job_id] is None:
             return None
         children: list[str] = []
@@ -71,8 +72,8 @@ async def read_graph(queue: Queue, job_id: str, most: int) -> tuple[Graph, bool]
                 children += flow.awaited_by
                 complete = complete and flow.complete
         # A parent may have other children, too: they are part of the flow.
-        ahead = [each for each in dict.fromkeys([*children, *jobs]) if each not in looked]
-        ahead = ahead[: max(0, most - len(jobs)) or None] if len(jobs) < most else ahead
+        found = dict.fromkeys([*later, *children, *jobs])
+        ahead = [each for each in found if each not in looked]
     complete = complete and not ahead and len(jobs) <= most
     return dict(list(jobs.items())[:most]), complete
 
@@ -80,13 +81,19 @@ async def read_graph(queue: Queue, job_id: str, most: int) -> tuple[Graph, bool]
 async def show_all(request: Request) -> Response:
     """Show the jobs that wait for others, of all queues."""
     site = site_of(request)
-    context = {"section": "flows", "watch": ("queues", ""), "rows": await _waiting(site)}
+    context = {
+        "section": "flows",
+        "watch": ("queues", version_of(await summaries(site))),
+        "rows": await _waiting(site),
+    }
     return site.page(request, "flows.html", context)
 
 
 async def _waiting(site: Site) -> list[tuple[str, dict[str, Any]]]:
     async def read(name: str) -> list[dict[str, Any]]:
-        page = await Queue(name, site.backend).list_page(State.WAITING_CHILDREN, limit=LISTED)
+        page = await Queue(name, site.backend).list_page(
+            State.WAITING_CHILDREN, limit=LISTED_PER_QUEUE
+        )
         return page.jobs
 
     async def read_all() -> list[tuple[str, dict[str, Any]]]:

@@ -20,7 +20,7 @@ async def health(request: Request) -> Response:
 
 
 async def ready(request: Request) -> Response:
-    """Same as `health`, and whether queues can be read."""
+    """Tell the same as `health`, and whether queues can be read."""
     return await _probe(site_of(request), reads=True)
 
 

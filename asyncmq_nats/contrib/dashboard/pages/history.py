@@ -62,8 +62,8 @@ async def show(request: Request) -> Response:
     site = site_of(request)
     names = await site.list_queues()
     chosen, span = request.query_params.get("queue", ""), request.query_params.get("span", "1h")
-    if chosen and chosen not in names:
-        raise HTTPException(404, f"There is no queue {chosen!r}.")
+    if chosen:
+        await site.find_queue(chosen)
     history = await read_history(site, chosen or None, span)
     seconds = SPANS.get(span, SPANS["1h"])
     rows: list[tuple[str, Any]] = []

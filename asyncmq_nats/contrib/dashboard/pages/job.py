@@ -11,7 +11,7 @@ from starlette.responses import Response
 from asyncmq_nats.contrib.dashboard import words
 from asyncmq_nats.contrib.dashboard.pages.jobs import ACTIONS, possible_actions, read_arguments
 from asyncmq_nats.contrib.dashboard.pages.summaries import all_workers, for_all, version_of
-from asyncmq_nats.contrib.dashboard.redaction import HIDDEN, restore_hidden
+from asyncmq_nats.contrib.dashboard.redaction import MASK, restore_hidden
 from asyncmq_nats.contrib.dashboard.site import Site, job_link, link, site_of, text_of
 from asyncmq_nats.exceptions import InvalidArgument, JobNotFound
 from asyncmq_nats.queues import Queue
@@ -197,7 +197,7 @@ async def show_edit(request: Request) -> Response:
         "job": shown,
         "args": words.pretty_json(shown["args"]),
         "kwargs": words.pretty_json(shown["kwargs"]),
-        "hidden": HIDDEN,
+        "hidden": MASK,
     }
     return site.page(request, "edit.html", context)
 

@@ -34,7 +34,17 @@ from asyncmq_nats.search import JobFilter
 from asyncmq_nats.settings import mask_login
 from asyncmq_nats.states import OUTCOMES, State
 
-__all__ = ["ACTIONS", "act", "add", "read_arguments", "read_number", "show", "show_form"]
+__all__ = [
+    "ACTIONS",
+    "MAX_SELECTED",
+    "act",
+    "add",
+    "carry_out",
+    "read_arguments",
+    "read_number",
+    "show",
+    "show_form",
+]
 
 PAGE_SIZES: Final = (20, 50, 100)
 MOST_FOUND: Final = 500
@@ -54,12 +64,12 @@ ACTIONS: Final[Mapping[str, tuple[str, tuple[State, ...]]]] = {
     ),
     "remove": ("removed", tuple(state for state in State if state is not State.ACTIVE)),
 }
-"""What can be done to jobs, in which word it is told, and to jobs in which states."""
+"""The actions on jobs: the participle, and the states of the jobs."""
 
 
 @dataclass(frozen=True, slots=True)
 class Filters:
-    """What was asked of a list, as it was written into its form."""
+    """The query of a list, as it was written into its form."""
 
     state: str
     task: str = ""
@@ -70,7 +80,7 @@ class Filters:
 
     @classmethod
     def read(cls, query: QueryParams | FormData) -> "Filters":
-        """Return what a query or a form has.
+        """Return the query of a request or a form.
 
         Raises:
             InvalidArgument: there is no such state.
@@ -85,17 +95,17 @@ class Filters:
         return cls(state, **given)
 
     def query(self) -> dict[str, str]:
-        """Return what a link needs to ask for the same."""
+        """Return the parameters of a link with the same query."""
         names = ("task", "text", "since", "until", "worker")
         return {name: getattr(self, name) for name in names if getattr(self, name)}
 
     @property
     def narrows(self) -> bool:
-        """Whether more than a state was asked for."""
+        """Whether the query filters by more than a state."""
         return bool(self.query()) or self.state == ANY
 
     def job_filter(self, now: float) -> JobFilter:
-        """Return it for a search."""
+        """Return the query as a filter."""
         return JobFilter(
             state=None if self.state == ANY else self.state,
             task=self.task or None,
@@ -106,7 +116,7 @@ class Filters:
         )
 
     def in_words(self) -> str:
-        """Return it as the audit log tells it."""
+        """Return the query as text for the audit log."""
         return " ".join(
             [f"state={self.state}", *(f"{name}={value}" for name, value in self.query().items())]
         )
@@ -242,25 +252,30 @@ async def _act_on_all(
     """Begin to act on all jobs that match; go on when the answer was sent."""
     await site.backend.connect()
     where = filters.job_filter(site.backend.now())
-    # Refused now rather than later: an action that does nothing in that state, a bad filter.
+    # Refuse a bad filter now, and an action that does nothing in that state.
     await queue.apply(where, action, dry_run=True, limit=1)
-    operation = site.begin(request, f"{action} all that match", queue.name, where)
+    operation = site.begin(request, f"{action} all that match", queue.name)
     said = f"All jobs that match are being {ACTIONS[action][0]}; the page shows how far it is."
     response = await site.done(request, said)
     response.background = BackgroundTask(
-        partial(_carry_out, request, queue, action, filters, operation)
+        partial(carry_out, request, queue, action, where, filters.in_words(), operation)
     )
     return response
 
 
-async def _carry_out(
-    request: Request, queue: Queue, action: str, filters: Filters, operation: Operation
+async def carry_out(
+    request: Request,
+    queue: Queue,
+    action: str,
+    where: JobFilter | list[str],
+    told: str,
+    operation: Operation,
 ) -> None:
-    """Do it, and record it. The filter's times count from when it was asked for."""
+    """Do something to many jobs, and record it. `told`: which ones, for the audit log."""
     site = site_of(request)
     problem = "it broke off"
     try:
-        applied = await queue.apply(operation.where, action, progress=operation.progress)
+        applied = await queue.apply(where, action, progress=operation.progress)
         operation.progress(applied.done)
         problem = ""
     except AsyncMQError as error:
@@ -268,9 +283,7 @@ async def _carry_out(
     finally:
         operation.end(problem)
     details = {"problem": problem} if problem else {}
-    await site.record(
-        request, f"job.{action}", queue.name, filters.in_words(), operation.count, **details
-    )
+    await site.record(request, f"job.{action}", queue.name, told, operation.count, **details)
     site.reads.forget()
 
 

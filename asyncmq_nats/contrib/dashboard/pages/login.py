@@ -5,7 +5,7 @@ from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 
 from asyncmq_nats.contrib.dashboard.access import SessionLogin
-from asyncmq_nats.contrib.dashboard.site import link, site_of, text_of
+from asyncmq_nats.contrib.dashboard.site import link, page_of_ours, site_of, text_of
 
 __all__ = ["log_in", "log_out", "show"]
 
@@ -17,14 +17,6 @@ def _login_of(request: Request) -> SessionLogin:
     return login
 
 
-def _target(request: Request) -> str:
-    """Return where to go after the login: a page of ours, and nothing else."""
-    prefix = f"{request.scope.get('root_path', '')}/"
-    given = request.query_params.get("next", prefix)
-    safe = given.startswith(prefix) and not given.startswith("//") and "\\" not in given
-    return given if safe and given.isprintable() else prefix
-
-
 async def show(request: Request) -> Response:
     """Show the form."""
     _login_of(request)
@@ -32,7 +24,7 @@ async def show(request: Request) -> Response:
 
 
 def _form(request: Request, problem: str = "", status: int = 200) -> Response:
-    context = {"problem": problem, "next": _target(request), "now": 0.0}
+    context = {"problem": problem, "next": page_of_ours(request, "next"), "now": 0.0}
     return site_of(request).page(request, "login.html", context, status)
 
 
@@ -46,7 +38,7 @@ async def log_in(request: Request) -> Response:
         return value
     if value is None:
         return _form(request, "Name or password is wrong.", 401)
-    response = RedirectResponse(_target(request), 303)
+    response = RedirectResponse(page_of_ours(request, "next"), 303)
     login.set_cookie(request, response, value)
     return response
 

@@ -21,7 +21,7 @@ __all__ = ["find", "show"]
 
 SHOWN_QUEUES: Final = 12
 """Queues on the first page: those with most to do."""
-LATEST: Final = 8
+LATEST_JOBS: Final = 8
 """Latest jobs on the first page."""
 LATEST_QUEUES: Final = 6
 """Queues of which the latest jobs are read."""
@@ -48,7 +48,7 @@ async def show(request: Request) -> Response:
         "stuck": [each for each in found if each.is_stuck],
         "paused": [each for each in found if each.paused],
         "charts": link(request, "metrics", "history"),
-        "latest": await _latest(site, busiest),
+        "latest": await _latest(site, found),
     }
     return site.page(request, "overview.html", context)
 
@@ -66,15 +66,16 @@ async def _latest(site: Site, found: list[QueueSummary]) -> list[dict[str, Any]]
 
     async def read(pair: tuple[str, State]) -> list[dict[str, Any]]:
         queue, state = pair
-        page = await Queue(queue, site.backend).list_page(state, limit=LATEST)
+        page = await Queue(queue, site.backend).list_page(state, limit=LATEST_JOBS)
         return [job | {"queue": queue} for job in page.jobs]
 
     async def read_all() -> list[dict[str, Any]]:
         pages = await for_all(wanted, read)
         jobs = [job for page in pages.values() for job in page]
-        return sorted(jobs, key=lambda job: -(job.get("finished_at") or 0.0))[:LATEST]
+        return sorted(jobs, key=lambda job: -(job.get("finished_at") or 0.0))[:LATEST_JOBS]
 
-    jobs = await site.reads.get("latest", read_all)
+    # With what the page watches as a part of the key, a job that has just ended is seen.
+    jobs = await site.reads.get(("latest", version_of(found)), read_all)
     return [site.redactor.job(job["queue"], job) for job in jobs]
 
 

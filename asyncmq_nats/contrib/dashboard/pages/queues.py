@@ -14,7 +14,7 @@ from asyncmq_nats.states import State
 __all__ = ["clean", "drain", "list_names", "obliterate", "pause", "resume", "show", "show_all"]
 
 SORTS: Final = ("name", "waiting", "failed")
-SOONEST: Final = 5
+SHOWN_SCHEDULES: Final = 5
 """Schedules that the page of a queue shows."""
 
 
@@ -57,9 +57,10 @@ async def show(request: Request) -> Response:
         "watch": (f"queue:{queue.name}", version_of(summary)),
         "queue": summary,
         "info": info,
+        "limits": await site.share("limits", queue, queue.list_rate_limits),
         "configuration": await site.share("configuration", queue, queue.get_configuration),
         "charts": link(request, "queues", queue.name, "history"),
-        "schedules": coming[:SOONEST],
+        "schedules": coming[:SHOWN_SCHEDULES],
         "schedule_count": len(schedules),
     }
     return site.page(request, "queue.html", context)

@@ -34,7 +34,10 @@ NEXT_RUNS: Final = 3
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A schedule as it is shown. `runs`: the next times, in Unix seconds."""
+    """A schedule as it is shown. `runs`: the next times, in Unix seconds.
+
+    `last_run`: the time of the last one; `last_job`: id of its job.
+    """
 
     queue: str
     id: str
@@ -46,6 +49,8 @@ class Row:
     runs: list[float]
     paused: bool
     definition: dict[str, Any]
+    last_run: float | None
+    last_job: str | None
 
     @property
     def is_over(self) -> bool:
@@ -70,6 +75,8 @@ def _row(site: Site, queue: str, info: RepeatableInfo) -> Row:
         runs=_next_runs(info, site.backend.now()),
         paused=info.paused,
         definition=definition,
+        last_run=info.last_run,
+        last_job=info.last_job,
     )
 
 
@@ -105,14 +112,33 @@ async def _show(request: Request, site: Site, chosen: str | None) -> Response:
     by_queue = await for_all([chosen] if chosen else names, read)
     rows = [row for name in names for row in by_queue.get(name, [])]
     rows.sort(key=lambda row: (row.runs[0] if row.runs else float("inf"), row.queue, row.id))
+    version = version_of(await summaries(site))
+    last = [(row.queue, row.last_job) for row in rows if row.last_job is not None]
     context = {
         "section": "queues" if chosen else "schedules",
         "chosen": chosen,
         "rows": rows,
+        "last_jobs": await _read_last(site, last, version),
         "queues": names,
-        "watch": ("queues", version_of(await summaries(site))),
+        "watch": ("queues", version),
     }
     return site.page(request, "schedules.html", context)
+
+
+async def _read_last(
+    site: Site, last: list[tuple[str, str]], version: str
+) -> dict[tuple[str, str], dict[str, Any] | None]:
+    """Return the last job of each schedule; `None` for one that is gone.
+
+    `version`: of what the page watches, so that an end that changed it is seen.
+    """
+
+    async def read(name: tuple[str, str]) -> dict[str, Any] | None:
+        queue, job_id = name
+        job = await Queue(queue, site.backend).get_job(job_id)
+        return None if job is None else site.redactor.job(queue, job)
+
+    return await site.reads.get(("last runs", tuple(last), version), lambda: for_all(last, read))
 
 
 async def _find(queue: Queue, rid: str) -> RepeatableInfo | None:

@@ -1,4 +1,4 @@
-"""What several pages tell of a queue, read once for all viewers."""
+"""Summaries of queues that several pages show, read once for all viewers."""
 
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
@@ -45,8 +45,7 @@ class QueueSummary:
         return sum(n for state, n in self.counts.items() if state not in OUTCOMES)
 
     def __repr__(self) -> str:
-        # What the pages show: not the heartbeats, which would have them brought up to date for
-        # nothing.
+        # Only what the pages show: heartbeats would have them updated for nothing.
         workers = [
             (worker.id, worker.concurrency, worker.busy, worker.running, worker.stopping)
             for worker in self.workers
@@ -112,11 +111,11 @@ async def summaries(site: Site) -> list[QueueSummary]:
             return QueueSummary(name, counts, paused, [w for w in workers if w.queue == name])
 
         found = await for_all(names, read_one)
-        return [found[name] for name in names if name in found]
+        return [found[name] for name in names]
 
     return await site.reads.get("summaries", read)
 
 
 def version_of(value: Any) -> str:
-    """Return what changes when a value does, to tell a browser that its page is out of date."""
+    """Return a fingerprint of a value: it tells a browser that its page is out of date."""
     return f"{crc32(repr(value).encode(errors='replace')):08x}"

@@ -10,7 +10,7 @@ from starlette.responses import Response
 from asyncmq_nats.contrib.dashboard.pages.summaries import all_workers, version_of
 from asyncmq_nats.contrib.dashboard.site import site_of
 from asyncmq_nats.exceptions import InvalidArgument
-from asyncmq_nats.workers import WorkerInfo, stop_worker
+from asyncmq_nats.workers import WorkerInfo, list_workers, stop_worker
 
 __all__ = ["Row", "show", "stop"]
 
@@ -21,10 +21,9 @@ MAX_SHOWN_JOBS: Final = 20
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A worker as it is shown. `age`: seconds since its last heartbeat."""
+    """A worker as it is shown."""
 
     worker: WorkerInfo
-    age: float
     health: str
     """`healthy`; `ageing`: a heartbeat is overdue; `stopping`: it finishes what runs."""
 
@@ -44,10 +43,13 @@ async def stop(request: Request) -> Response:
     """Have a worker stop in order: what runs may finish."""
     site = site_of(request)
     worker = unquote(str(request.path_params["worker"]))
-    known = {each.id: each.queue for each in await all_workers(site)}
-    if worker not in known or not await stop_worker(site.backend, worker):
+    queues = {each.queue for each in await list_workers(site.backend) if each.id == worker}
+    shown = sorted(queues if site.queues is None else queues & site.queues)
+    if shown and len(shown) < len(queues):
+        raise InvalidArgument("it runs queues that are not shown here: stop it elsewhere", worker)
+    if not shown or not await stop_worker(site.backend, worker):
         raise InvalidArgument("no such worker answers", worker)
-    await site.record(request, "worker.stop", known[worker], worker)
+    await site.record(request, "worker.stop", shown[0], worker)
     return await site.done(request, f"Worker {worker} stops when its jobs have ended.")
 
 
@@ -57,11 +59,7 @@ async def show(request: Request) -> Response:
     workers = await all_workers(site)
     now, interval = site.backend.now(), site.backend.settings.heartbeat_interval
     rows = [
-        Row(
-            worker,
-            max(0.0, now - worker.heartbeat),
-            _health(worker, now, interval),
-        )
+        Row(worker, _health(worker, now, interval))
         for worker in sorted(workers, key=lambda each: (each.queue, each.host, each.pid))
     ]
     context = {

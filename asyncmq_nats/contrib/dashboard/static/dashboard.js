@@ -357,29 +357,41 @@
     let waiting = [];
     const only = () => new Set($$("input[name=event]:checked", $("#feed-filter")).map((box) => box.value));
     const text = () => $("input[name=text]", $("#feed-filter")).value.trim().toLowerCase();
-    const fits = (row, wanted, needle) => wanted.has(row.dataset.event) && (!needle || row.textContent.toLowerCase().includes(needle));
+    const fits = (row, wanted, needle) => row.dataset.event === "more" || (wanted.has(row.dataset.event) && (!needle || row.textContent.toLowerCase().includes(needle)));
     function filter() {
       const wanted = only(), needle = text();
       for (const row of feed.children) row.hidden = !fits(row, wanted, needle);
+      while (feed.children.length > 500) feed.lastElementChild.remove();
+      $("#feed-empty").hidden = [...feed.children].some((row) => !row.hidden);
+      showAges();
     }
+    const rowsOf = (html) => {
+      const template = document.createElement("template");
+      template.innerHTML = html;
+      return [...template.content.children];
+    };
     $("#feed-filter").addEventListener("input", filter);
     $("#feed-filter").addEventListener("submit", (event) => event.preventDefault());
     const show = () => {
       if (paused || !waiting.length) return;
-      const wanted = only(), needle = text();
-      const template = document.createElement("template");
-      template.innerHTML = waiting.reverse().join("");
+      feed.prepend(...rowsOf(waiting.reverse().join("")));
       waiting = [];
-      for (const row of template.content.children) row.hidden = !fits(row, wanted, needle);
-      feed.prepend(template.content);
-      while (feed.children.length > 500) feed.lastElementChild.remove();
-      const empty = $("#feed-empty");
-      if (empty) empty.hidden = true;
-      showAges();
+      filter();
     };
+    // What happened while there was no stream: each new row goes where its time belongs.
+    const fill = (event) => {
+      const known = new Set([...feed.children].map((row) => row.dataset.key));
+      for (const row of rowsOf(event.data).filter((each) => !known.has(each.dataset.key))) {
+        const at = (other) => Number($("time", other)?.dataset.at ?? Infinity);
+        feed.insertBefore(row, [...feed.children].find((other) => at(other) < at(row)) ?? null);
+      }
+      filter();
+    };
+    filter();
     const source = new LiveSource(feed.dataset.source);
     sources += 1;
     showLive("live");
+    source.addEventListener("past", fill);
     source.addEventListener("events", (event) => { waiting.push(event.data); if (waiting.length > 50) waiting.shift(); show(); });
     document.body.addEventListener("amq:live", show);
   }
