@@ -126,6 +126,16 @@ def test_no_line_of_code_is_too_long_to_be_read() -> None:
     assert too_long == []
 
 
+@pytest.mark.parametrize("name", ["architecture.md", "delivery.md"])
+def test_the_design_is_written_in_lines_of_100_characters(name: str) -> None:
+    too_long = [
+        line
+        for line in (DOCS / name).read_text().splitlines()
+        if len(line) > 100 and not line.startswith("|")
+    ]
+    assert too_long == []
+
+
 # -- what other tests do not cover
 
 
