@@ -1,19 +1,28 @@
 """Checks the arguments of `Queue` methods, and builds the job."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import fields
 from typing import Any, Final
 
+from asyncmq_nats._new_jobs import Addition, JobTemplate, NewJob
 from asyncmq_nats.exceptions import InvalidArgument
-from asyncmq_nats.jobs import Backoff, Job, new_job, new_job_id, validate_custom_job_id
+from asyncmq_nats.jobs import (
+    LATEST_TIME,
+    Backoff,
+    Job,
+    new_job,
+    new_job_id,
+    validate_custom_job_id,
+)
 from asyncmq_nats.schedules import parse_every
 from asyncmq_nats.states import State
 from asyncmq_nats.wire.arguments import write_by_class
 
 __all__ = [
     "WriteArguments",
-    "build_job",
+    "build_addition",
     "checked_args",
     "checked_call",
     "checked_mapping",
@@ -26,6 +35,7 @@ __all__ = [
 
 NOT_IN_PAYLOADS: Final = ("delay", "debounce", "jobId")
 """Parameters of `add` that a job as a dict does not have: they are refused, not dropped."""
+TEMPLATES_KEPT: Final = 256
 META_LIMIT: Final = 8_192
 """How many bytes (UTF-8) the names and values of a job's `meta` may have together."""
 FIELDS: Final = frozenset({field.name for field in fields(Job)} | {"id", "task"})
@@ -42,10 +52,11 @@ def write_plainly(
     return write_by_class(args, kwargs, task_id)
 
 
-def build_job(
+def build_addition(
     now: float,
     *,
     write: WriteArguments = write_plainly,
+    new_id: Callable[[], str] = new_job_id,
     task_id: str,
     args: Sequence[Any] | None = None,
     kwargs: Mapping[str, Any] | None = None,
@@ -60,8 +71,10 @@ def build_job(
     on_parent_failure: str = "wait",
     repeat_every: float | str | None = None,
     meta: Mapping[str, str] | None = None,
-) -> Job:
+) -> Addition:
     """Return a new job from the parameters of `Queue.add`. `now`: Unix seconds.
+
+    Options that were valid for an earlier job are not checked again.
 
     Raises:
         NotSerializable: an argument would not arrive equal; the message names it.
@@ -73,7 +86,14 @@ def build_job(
         depends_on = [depends_on]
     delay = None if delay is None else checked_seconds(delay, "delay")
     args, kwargs = checked_call(write, task_id, args, kwargs)
-    return new_job(
+    own_id = new_id() if job_id is None else validate_custom_job_id(job_id)
+    delay_until = None if delay is None or delay <= 0 else now + delay
+    options = (task_id, retries, backoff, ttl, timeout, priority, on_parent_failure, repeat_every)
+    key = (job_id is None, options, tuple(map(type, options)))  # 1, 1.0 and True are equal
+    template = None if depends_on is not None else _find_template(key)
+    if template is not None and (delay_until is None or delay_until <= LATEST_TIME):
+        return NewJob(template, own_id, args, kwargs, now, delay_until, checked_meta(meta))
+    job = new_job(
         task_id=task_id,
         args=args,
         kwargs=kwargs,
@@ -81,16 +101,36 @@ def build_job(
         backoff=backoff,
         ttl=ttl,
         timeout=timeout,
-        job_id=new_job_id() if job_id is None else validate_custom_job_id(job_id),
+        job_id=own_id,
         created_at=now,
         priority=priority,
-        delay_until=None if delay is None or delay <= 0 else now + delay,
+        delay_until=delay_until,
         custom_id=job_id is not None,
         depends_on=checked_args(depends_on, "depends_on"),
         on_parent_failure=on_parent_failure,
         repeat_every=None if repeat_every is None else parse_every(repeat_every),
         meta=checked_meta(meta),
     )
+    if depends_on is None:
+        _keep_template(key, job)
+    return job
+
+
+_templates: dict[Hashable, JobTemplate] = {}
+
+
+def _find_template(key: Hashable) -> JobTemplate | None:
+    try:
+        return _templates.get(key)
+    except TypeError:  # a value that cannot be hashed
+        return None
+
+
+def _keep_template(key: Hashable, job: Job) -> None:
+    if len(_templates) >= TEMPLATES_KEPT:
+        _templates.clear()
+    with suppress(TypeError):  # see above
+        _templates[key] = JobTemplate(job)
 
 
 def checked_call(
@@ -153,6 +193,8 @@ def checked_args(args: object, name: str) -> list[Any]:
     Raises:
         InvalidArgument: it is none of these. A text is one argument, not its letters.
     """
+    if type(args) is list:
+        return args.copy()
     if args is None:
         return []
     if isinstance(args, list | tuple) or (

@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Generic, TypeVar
 
-from asyncmq_nats._arguments import build_job
+from asyncmq_nats._arguments import build_addition
+from asyncmq_nats._new_jobs import whole_job
 from asyncmq_nats.exceptions import InvalidArgument
 from asyncmq_nats.jobs import Job
 
@@ -70,7 +71,8 @@ class Call(Generic[R_co]):
         for name in NOT_IN_FOLLOW_UPS:
             if self.options.get(name) is not None:
                 raise InvalidArgument(f"a follow-up job takes no {name}", self.options[name])
-        return build_job(now, write=written, **{"meta": meta, **self.fields})
+        given = {"meta": meta, **self.fields}
+        return whole_job(build_addition(now, write=written, **given))
 
 
 def written(

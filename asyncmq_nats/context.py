@@ -5,7 +5,8 @@ from contextvars import Context, ContextVar, copy_context
 from dataclasses import dataclass, field
 from typing import Any, Protocol, overload
 
-from asyncmq_nats._arguments import WriteArguments, build_job, write_plainly
+from asyncmq_nats._arguments import WriteArguments, build_addition, write_plainly
+from asyncmq_nats._new_jobs import whole_job
 from asyncmq_nats.calls import Call
 from asyncmq_nats.exceptions import InvalidFlow
 from asyncmq_nats.jobs import Backoff, Job, JobHead
@@ -128,6 +129,10 @@ class JobContext:
             self._notes = {}
         return self._notes
 
+    def now(self) -> float:
+        """Return the server's time, in Unix seconds: that of all times of a job."""
+        return self._services.now()
+
     def report_progress(self, progress: float, data: Any = None) -> _Awaitable:
         """Store how far the job is, and tell its listeners.
 
@@ -208,7 +213,7 @@ class JobContext:
         if isinstance(task_id, Call):
             task_id.require_queue(self.queue)
             return self._add(task_id.follow_up(now, self.meta))
-        job = build_job(
+        job = build_addition(
             now,
             write=self._write,
             task_id=task_id,
@@ -224,7 +229,7 @@ class JobContext:
             on_parent_failure=on_parent_failure,
             meta=self.meta if meta is None else meta,
         )
-        return self._add(job)
+        return self._add(whole_job(job))
 
     def _add(self, job: Job) -> str:
         job.encode()  # not JSON? Then say so here

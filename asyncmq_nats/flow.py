@@ -6,7 +6,8 @@ from graphlib import CycleError, TopologicalSorter
 from typing import Any
 from uuid import UUID
 
-from asyncmq_nats._arguments import build_job
+from asyncmq_nats._arguments import build_addition
+from asyncmq_nats._new_jobs import whole_job
 from asyncmq_nats.backends import default_backend
 from asyncmq_nats.backends.base import Backend
 from asyncmq_nats.calls import Call, written
@@ -78,10 +79,9 @@ def _job_of(call: Call[Any], ids: Mapping[int, str], now: float) -> Job:
                 "depends_on: a call that is waited for must be in the flow", parent
             )
         names.append(ids[id(parent)] if isinstance(parent, Call) else parent)
-    job = build_job(
-        now, write=written, **replace(call, options={**call.options, "depends_on": names}).fields
-    )
-    return replace(job, job_id=ids[id(call)])
+    options = {**call.options, "depends_on": names}
+    job = build_addition(now, write=written, **replace(call, options=options).fields)
+    return replace(whole_job(job), job_id=ids[id(call)])
 
 
 def _is_random(job_id: str) -> bool:

@@ -5,7 +5,7 @@ One JSON object, the same for a job that waits and for its outcome (`docs/protoc
 
 import os
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass as plain_dataclass
 from dataclasses import field, replace
 from time import time
@@ -36,14 +36,19 @@ __all__ = [
     "JobHead",
     "backoff_delay",
     "check_size",
+    "encoded_options",
     "new_job",
     "new_job_id",
+    "new_job_ids",
     "size_limit",
     "validate_custom_job_id",
 ]
 
 WIRE_VERSION: Final = 1
 OUTCOME_RESERVE: Final = 64 * 1024
+IDS_AT_ONCE: Final = 64
+VARIANTS: Final = {digit: "89ab"[int(digit, 16) & 3] for digit in "0123456789abcdef"}
+"""Of a random digit, that of a UUID in the same place."""
 MAX_DELAY: Final = 365 * 86_400.0
 """The longest delay before a retry, in seconds."""
 LATEST_TIME: Final = 250_000_000_000.0
@@ -52,10 +57,21 @@ LATEST_TIME: Final = 250_000_000_000.0
 
 def new_job_id() -> str:
     """Return a random job id: a UUID (version 4), made a little faster than by `uuid`."""
-    digits = os.urandom(16).hex()
+    return _uuid(os.urandom(16).hex())
+
+
+def new_job_ids() -> Iterator[str]:
+    """Yield random job ids, for one call that needs many: asking the system takes half the time."""
+    while True:
+        digits = os.urandom(16 * IDS_AT_ONCE).hex()
+        for start in range(0, 32 * IDS_AT_ONCE, 32):
+            yield _uuid(digits[start : start + 32])
+
+
+def _uuid(digits: str) -> str:
     return (
         f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-"
-        f"{'89ab'[int(digits[16], 16) & 3]}{digits[17:20]}-{digits[20:]}"
+        f"{VARIANTS[digits[16]]}{digits[17:20]}-{digits[20:]}"
     )
 
 
@@ -380,22 +396,15 @@ class Job:
         return encoded
 
     def _encode(self) -> bytes:
-        fields: dict[str, Any] = {
+        fields = {
             "v": self.v,
             "id": self.job_id,
             "task": self.task_id,
             "args": self.args,
             "kwargs": self.kwargs,
             "created_at": self.created_at,
-            "retries": self.retries,
-            "max_retries": self.max_retries,
-            "backoff": self.backoff,
-            "priority": self.priority,
+            **encoded_options(self),
         }
-        for name, default in OPTIONAL_FIELDS:
-            value = self.__dict__[name]
-            if value != default:
-                fields[name] = value
         try:
             return dump_json(fields)
         except NotSerializable:
@@ -408,6 +417,21 @@ class Job:
             *((f"argument {k!r}", v) for k, v in self.kwargs.items()),
         ]:
             dump_json(value, f"{where} of task {self.task_id!r}")
+
+
+def encoded_options(job: Job) -> dict[str, Any]:
+    """Return the members of a job's JSON that are the same for jobs with the same options."""
+    fields: dict[str, Any] = {
+        "retries": job.retries,
+        "max_retries": job.max_retries,
+        "backoff": job.backoff,
+        "priority": job.priority,
+    }
+    for name, default in OPTIONAL_FIELDS:
+        value = job.__dict__[name]
+        if value != default:
+            fields[name] = value
+    return fields
 
 
 def new_job(**fields: Any) -> Job:

@@ -26,7 +26,7 @@ import anyio
 from anyio.abc import TaskStatus
 
 from asyncmq_nats._arguments import (
-    build_job,
+    build_addition,
     checked_args,
     checked_call,
     checked_mapping,
@@ -36,6 +36,7 @@ from asyncmq_nats._arguments import (
     job_of_payload,
 )
 from asyncmq_nats._logging import Throttle, get_logger
+from asyncmq_nats._new_jobs import Addition, whole_job
 from asyncmq_nats.backends import default_backend
 from asyncmq_nats.backends.base import Backend, Difference, Signal
 from asyncmq_nats.calls import Call, written
@@ -52,7 +53,6 @@ from asyncmq_nats.exceptions import (
 )
 from asyncmq_nats.jobs import LATEST_TIME, Backoff, DelayedInfo, Job, new_job_id
 from asyncmq_nats.middleware import (
-    AddJobs,
     Chain,
     Hook,
     Hooks,
@@ -138,6 +138,7 @@ COUNTED_AS_TO_DO: Final = (State.WAITING, State.DELAYED, State.WAITING_CHILDREN)
 
 H = TypeVar("H", bound=Hook)
 R = TypeVar("R")
+A = TypeVar("A", bound=Addition)
 
 
 async def list_queues(backend: Backend) -> list[str]:
@@ -302,7 +303,7 @@ class Queue:
                 added.
         """
         await self.backend.connect()
-        job = build_job(
+        job = build_addition(
             self.backend.now(),
             write=self._registry.write,
             task_id=task_id,
@@ -333,28 +334,37 @@ class Queue:
         given = call.options.get("deduplication")
         window = None if given is None else parse_window(given)
         await self.backend.connect()
-        return await self._add(build_job(self.backend.now(), write=written, **call.fields), window)
+        job = build_addition(self.backend.now(), write=written, **call.fields)
+        return await self._add(job, window)
 
-    async def _add(self, job: Job, window: Window | None = None) -> str:
+    async def _add(self, job: Addition, window: Window | None = None) -> str:
         job.encode()  # nothing is declared for what cannot be sent
         if not self._middleware and not is_any_added():
             return await self._store(job, window)
-        chain = Chain.of(self.name, self._middleware)
+        chain, whole = Chain.of(self.name, self._middleware), whole_job(job)
+        whole.encode()  # what a middleware changes in place does not count
 
         async def store(jobs: Sequence[Job]) -> list[str]:
             return [await self._store(job, window) for job in jobs]
 
-        return (await chain.enqueue([job], store))[0]
+        return (await chain.enqueue([whole], store))[0]
 
-    async def _store(self, job: Job, window: Window | None) -> str:
-        await self._assets.declare()
-        return await (
-            self._additions.add(job) if window is None else self._deduplicator.add(job, window)
-        )
+    async def _store(self, job: Addition, window: Window | None) -> str:
+        if not self._assets.are_declared:
+            await self._assets.declare()
+        if window is not None:
+            return await self._deduplicator.add(whole_job(job), window)
+        return await self._additions.add(job)
 
-    async def _add_all(self, jobs: Sequence[Job], store: AddJobs) -> list[str]:
+    async def _add_all(
+        self,
+        jobs: Sequence[A],
+        store: Callable[[Sequence[A | Job]], Awaitable[list[str]]],
+    ) -> list[str]:
         chain = Chain.of(self.name, self._middleware)
-        return await (chain.enqueue(jobs, store) if chain.enqueues and jobs else store(jobs))
+        if not chain.enqueues or not jobs:
+            return await store(jobs)
+        return await chain.enqueue([whole_job(job) for job in jobs], store)
 
     async def add_bulk(self, jobs: Iterable[Mapping[str, Any] | Call[Any]]) -> list[str]:
         """Add many jobs and return their ids in order (AsyncMQ `Queue.add_bulk`).
@@ -373,7 +383,7 @@ class Queue:
         return await self._add_all(built, partial(self._store_bulk, windows=windows))
 
     async def _store_bulk(
-        self, built: Sequence[Job], *, windows: Mapping[int, Window]
+        self, built: Sequence[Addition], *, windows: Mapping[int, Window]
     ) -> list[str]:
         check_entries(self._additions, built)
         ids = [job.job_id for job in built]
@@ -389,7 +399,7 @@ class Queue:
                 {plain[index]: job_id for index, job_id in failed.added.items()}, errors
             ) from None
         for index, window in windows.items():
-            ids[index] = await self._deduplicator.add(built[index], window)
+            ids[index] = await self._deduplicator.add(whole_job(built[index]), window)
         return ids
 
     async def enqueue(self, payload: Mapping[str, Any]) -> str:

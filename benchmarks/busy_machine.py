@@ -94,7 +94,7 @@ class Case:
 
 @dataclass
 class Run:
-    """What was seen of one run: acknowledged jobs by time since the start, CPU time, counts."""
+    """The figures of one run: acknowledged jobs by time since the start, CPU time, counts."""
 
     jobs: int
     samples: list[tuple[float, int]] = field(default_factory=lambda: [(0.0, 0)])

@@ -1,4 +1,4 @@
-"""What the commands cost on a large queue.
+"""The cost of the commands on a large queue.
 
 Time of the whole process, its memory, and the search behind them. python benchmarks/commands.py
 [--sizes 1000,100000,1000000]

@@ -1,11 +1,11 @@
-"""What a browser costs that watches one queue, in requests and CPU time a minute.
+"""The cost of a browser that watches one queue, in requests and CPU time a minute.
 
     python benchmarks/dashboard.py [--jobs 1000000] [--seconds 60] [--idle]
 
-A server, the queue's jobs, and a dashboard as a program of its own. What asks for its pages does so
-as the page's script does: it listens for changes, reloads the page after each, and the charts
-every ten seconds. A worker runs jobs meanwhile, unless `--idle`. CPU times are those of the
-processes, by /proc.
+A server, the queue's jobs, and a dashboard as a program of its own. The client asks for pages as
+their script does: it listens for changes, reloads the page after each, and the charts every ten
+seconds. A worker runs jobs meanwhile, unless `--idle`. CPU times are those of the processes, by
+/proc.
 """
 
 import argparse

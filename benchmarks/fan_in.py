@@ -1,4 +1,4 @@
-"""What it costs a worker to end one of the many parents of one child, beside jobs without a child.
+"""The cost of ending one of the many parents of one child, beside jobs without a child.
 
     python benchmarks/fan_in.py [500 2000 8000] [--seconds 120]
 

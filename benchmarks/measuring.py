@@ -1,4 +1,4 @@
-"""What the benchmarks share: CPU time of processes, counted writes, worker processes, a raw loop.
+"""Shared parts: CPU time of processes, counted writes, worker processes, a raw loop.
 
 Public modules of asyncmq-nats only, so that a benchmark also runs against another release:
 `PYTHONPATH=<its checkout>`.

@@ -1,7 +1,10 @@
-"""Jobs per second.
+"""Jobs per second, and CPU time of this process per job.
 
 Adding one by one, concurrently and in bulk, and running no-op jobs, each beside plain nats-py doing
-the same traffic. python benchmarks/throughput.py [--jobs 10000] [--rounds 3]
+the same traffic. python benchmarks/throughput.py [--jobs 10000] [--rounds 3] [--only-adds]
+[--before <another checkout>]
+
+With `--before`, rounds of that code and of this one take turns, each in a process of its own.
 
 Every figure is compared within a round, so that a noisy machine shifts both sides; the table shows
 medians. The raw loop is the least
@@ -12,11 +15,17 @@ through a reply inbox of its own, ack.
 import argparse
 import itertools
 import json
+import os
 import statistics
+import subprocess
+import sys
 import time
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
 
 import anyio
 import nats
@@ -59,23 +68,36 @@ registry.register(no_operation, queue="bench", name="no_operation")
 
 @dataclass
 class Figures:
-    """Jobs per second by row, a value a round."""
+    """Jobs per second, and microseconds of CPU time per job, by row, a value a round."""
 
     rows: dict[str, list[float]] = field(default_factory=dict)
+    cpu: dict[str, list[float]] = field(default_factory=dict)
 
-    def note(self, row: str, jobs: int, seconds: float) -> None:
-        self.rows.setdefault(row, []).append(jobs / seconds)
+    def note(self, row: str, jobs: int, spent: "Spent") -> None:
+        self.rows.setdefault(row, []).append(jobs / spent.seconds)
+        self.cpu.setdefault(row, []).append(spent.cpu * 1e6 / jobs)
 
-    def ratio(self, row: str, base: str) -> float:
-        return statistics.median(
-            mine / raw for mine, raw in zip(self.rows[row], self.rows[base], strict=True)
-        )
+    def add(self, other: "Figures") -> None:
+        for mine, theirs in ((self.rows, other.rows), (self.cpu, other.cpu)):
+            for row, values in theirs.items():
+                mine.setdefault(row, []).extend(values)
 
 
-async def timed(work: Callable[[], Awaitable[object]]) -> float:
-    started = time.perf_counter()
+class Spent(NamedTuple):
+    """What a piece of work took, in seconds."""
+
+    seconds: float
+    cpu: float
+
+
+def median_ratio(ones: list[float], others: list[float]) -> float:
+    return statistics.median(one / other for one, other in zip(ones, others, strict=True))
+
+
+async def timed(work: Callable[[], Awaitable[object]]) -> Spent:
+    started, cpu = time.perf_counter(), time.process_time()
     await work()
-    return time.perf_counter() - started
+    return Spent(time.perf_counter() - started, time.process_time() - cpu)
 
 
 # -- plain nats-py
@@ -230,7 +252,7 @@ async def process(queue: Queue, jobs: int) -> None:
         runner.stop()
 
 
-async def one_round(figures: Figures, jobs: int) -> None:
+async def one_round(figures: Figures, jobs: int, *, only_adds: bool) -> None:
     backend = NATSBackend.embedded()
     await backend.connect()
     client = await nats.connect(backend.url)
@@ -238,7 +260,7 @@ async def one_round(figures: Figures, jobs: int) -> None:
     await raw.prepare()
     try:
         await measure_adds(figures, backend, raw, jobs)
-        for concurrency in (100, 10):
+        for concurrency in () if only_adds else (100, 10):
             await measure_processing(figures, backend, raw, jobs, concurrency)
     finally:
         await client.close()
@@ -306,23 +328,71 @@ PAIRS = (
 
 def show(figures: Figures) -> None:
     raw_of = dict(PAIRS)
-    print(f"{'':34}{'jobs/s':>10}{'ratio':>8}")
-    for row, values in figures.rows.items():
-        ratio = f"{figures.ratio(row, raw_of[row]):8.2f}" if row in raw_of else ""
-        print(f"{row:34}{statistics.median(values):10,.0f}{ratio}")
+    print(f"{'':34}{'jobs/s':>10}{'CPU, µs':>10}{'ratio to raw':>14}{'of CPU':>8}")
+    for row, rates in figures.rows.items():
+        ratios = ""
+        if row in raw_of:
+            rate = median_ratio(rates, figures.rows[raw_of[row]])
+            cpu = median_ratio(figures.cpu[raw_of[row]], figures.cpu[row])
+            ratios = f"{rate:14.2f}{cpu:8.2f}"
+        print(
+            f"{row:34}{statistics.median(rates):10,.0f}"
+            f"{statistics.median(figures.cpu[row]):10.1f}{ratios}"
+        )
 
 
-async def main() -> None:
+def compare(before: Figures, now: Figures) -> None:
+    print(
+        f"{'':34}{'jobs/s before':>14}{'now':>9}{'times':>7}{'CPU, µs':>10}{'now':>7}{'times':>7}"
+    )
+    for row, rates in now.rows.items():
+        old, cpu, old_cpu = before.rows[row], now.cpu[row], before.cpu[row]
+        print(
+            f"{row:34}{statistics.median(old):14,.0f}{statistics.median(rates):9,.0f}"
+            f"{median_ratio(rates, old):7.2f}{statistics.median(old_cpu):10.1f}"
+            f"{statistics.median(cpu):7.1f}{median_ratio(old_cpu, cpu):7.2f}"
+        )
+
+
+def in_turns(checkout: str, options: Sequence[str], rounds: int) -> None:
+    """Measure another checkout and this one in turns, and show both."""
+    figures = {checkout: Figures(), str(Path(__file__).parents[1]): Figures()}
+    for number in range(rounds):
+        print(f"round {number + 1} of {rounds}", flush=True)
+        for path in list(figures)[:: 1 if number % 2 else -1]:  # each is the first in turn
+            command = [sys.executable, __file__, *options, "--rounds", "1", "--json"]
+            environment = os.environ | {"PYTHONPATH": path}
+            run = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True)
+            figures[path].add(Figures(**json.loads(run.stdout)))
+    compare(*figures.values())
+
+
+async def main(arguments: argparse.Namespace) -> None:
+    figures = Figures()
+    for number in range(arguments.rounds):
+        if not arguments.json:
+            print(f"round {number + 1} of {arguments.rounds}", flush=True)
+        await one_round(figures, arguments.jobs, only_adds=arguments.only_adds)
+    if arguments.json:
+        print(json.dumps({"rows": figures.rows, "cpu": figures.cpu}))
+    else:
+        show(figures)
+
+
+def measure() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--jobs", type=int, default=10_000)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only-adds", action="store_true")
+    parser.add_argument("--before", metavar="CHECKOUT", help="code to compare this one with")
+    parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
-    figures = Figures()
-    for number in range(arguments.rounds):
-        print(f"round {number + 1} of {arguments.rounds}", flush=True)
-        await one_round(figures, arguments.jobs)
-    show(figures)
+    if arguments.before is None:
+        run_program(partial(main, arguments))
+    else:
+        options = ["--jobs", str(arguments.jobs), *["--only-adds"] * arguments.only_adds]
+        in_turns(arguments.before, options, arguments.rounds)
 
 
 if __name__ == "__main__":
-    run_program(main)
+    measure()

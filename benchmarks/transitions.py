@@ -1,4 +1,4 @@
-"""What each change of a job's state costs on one server: rate, CPU time, batches.
+"""The cost of each change of a job's state on one server: rate, CPU time, batches.
 
     python benchmarks/transitions.py [plain child follow-up ticks …] [--count 1000] [--seconds 20]
 

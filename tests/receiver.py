@@ -1,4 +1,4 @@
-"""What the tests of the seam have in common: someone who pulls, and patience with a bound."""
+"""Shared parts of the backend's tests: a receiver that pulls, and waits with a bound."""
 
 from collections.abc import Awaitable, Callable
 from typing import Final, TypeVar
@@ -12,7 +12,7 @@ T = TypeVar("T")
 PATIENCE: Final = 60.0
 """How long a test waits for what must happen, in seconds: a bound against hangs, never a measure.
 
-Also on a machine that does other work, what a test waits for once takes a small part of it.
+On a machine that does other work, an awaited event still takes a small part of it.
 """
 
 

@@ -1,4 +1,4 @@
-"""What the tests of queues and workers have in common.
+"""Shared parts of the tests of queues and workers.
 
 A worker that runs while a block does, and patience with a bound.
 """

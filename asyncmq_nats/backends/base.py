@@ -5,7 +5,7 @@ log, never reused) and the time the server stored it. **A log keeps the last rec
 subject**: a new write to a subject replaces the one before it (at once, but for
 `Write.beside`).
 A *filter* is a subject in which `*` stands for one token and a final `>` for one or more.
-`tests/test_backend_contract.py` states every promise made here, for both backends. Terms of NATS:
+`tests/contract` states every promise made here, for both backends. Terms of NATS:
 log = stream, write = publish.
 
 All times are Unix seconds by the *server's* clock, all durations seconds.

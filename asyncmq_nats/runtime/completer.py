@@ -65,8 +65,9 @@ class Completer:
             self._spawner.spawn(self._resolve, attempt, write, result)
 
     def _tell_end(self, attempt: Attempt, write: Write) -> None:
-        if attempt.on_end is not None:
-            attempt.on_end()
+        if (on_end := attempt.on_end) is not None:
+            attempt.on_end = None  # it holds the attempt: left to the garbage collector otherwise
+            on_end(attempt.head.task_id)
         self._events.tell_end(self._spawner, attempt.token, write)
 
     async def _resolve(self, attempt: Attempt, write: Write, result: Settled) -> None:

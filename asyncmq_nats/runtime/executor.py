@@ -1,7 +1,7 @@
 """One run of a task: its time limit, how it is interrupted, and its end."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -64,7 +64,7 @@ async def execute(
         if head.timeout is None:
             if not middleware.runs:
                 return await entry.run(head, threads, running.context), None
-            return await _execute(entry, running, threads, middleware), None
+            return await _start(entry, running, threads, middleware), None
         return await _execute_in_time(entry, running, threads, backend.clock, middleware), None
     except anyio.get_cancelled_exc_class() as error:
         if is_ending():
@@ -97,11 +97,11 @@ def _ends_worker(error: BaseException) -> bool:
         return True
 
 
-async def _execute(
+def _start(
     entry: RegisteredTask, running: Running, threads: anyio.CapacityLimiter, middleware: Chain
-) -> Any:
+) -> Awaitable[Any]:
     run = partial(entry.run, running.attempt.head, threads, running.context)
-    return await middleware.run(running.context, run)
+    return middleware.run(running.context, run)
 
 
 async def _execute_in_time(
@@ -113,7 +113,7 @@ async def _execute_in_time(
 ) -> Any:
     timeout = running.attempt.head.timeout or 0.0
     with clock.move_on_after(timeout) as scope:
-        result = await _execute(entry, running, threads, middleware)
+        result = await _start(entry, running, threads, middleware)
         if not scope.cancel_called:  # else it went on in spite of it
             return result
     running.context.cancel_requested = True

@@ -1,10 +1,11 @@
 """Counts the ends of a worker's jobs, and writes them to the history.
 
-Counting is a few additions per job. A task of its own writes, and no job waits for it: a write that
-fails is logged.
+What happens is noted, and counted later: many at once are cheap. A task of its own writes, and no
+job waits for it: a write that fails is logged.
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,7 +15,7 @@ from asyncmq_nats._concurrency import Spawner
 from asyncmq_nats._logging import Throttle, get_logger
 from asyncmq_nats.backends.base import Backend, Settled, Write
 from asyncmq_nats.exceptions import AssetMissing, AsyncMQError, BackendError
-from asyncmq_nats.metrics import TaskMetrics
+from asyncmq_nats.metrics import ENDS, TaskMetrics
 from asyncmq_nats.store.history import STEP_SECONDS, history_key, history_log, history_ttl
 from asyncmq_nats.wire.codec import dump_json
 from asyncmq_nats.wire.keys import metrics_bucket
@@ -27,8 +28,8 @@ UNKNOWN_TASK: Final = "?"
 """Stands for the tasks that a worker does not know: any program may add jobs with any name."""
 MOST_TASKS: Final = 2_000
 """Tasks that are counted apart; more can only be names that strangers made up."""
-MOST_DURATIONS: Final = 1_000
-"""Durations that are kept before they are sorted into buckets."""
+MOST_RUNS: Final = 1_000
+"""Attempts that are noted before they are counted."""
 RECORD_INTERVAL: Final = STEP_SECONDS[0]
 WARNING_INTERVAL: Final = 600.0
 
@@ -52,33 +53,6 @@ class _Stretch:
             self.tasks.setdefault(task, TaskMetrics()).merge(metrics)
         for name, count in other.incidents.items():
             self.incidents[name] = self.incidents.get(name, 0) + count
-
-
-@dataclass(slots=True)
-class _Counts:
-    """The counts of one task since the last record.
-
-    Durations are sorted into buckets late.
-    """
-
-    ends: dict[str, int] = field(default_factory=dict)
-    waits: list[float] = field(default_factory=list)
-    runs: list[float] = field(default_factory=list)
-    sorted: TaskMetrics = field(default_factory=TaskMetrics)
-
-    def sort_in(self) -> None:
-        """Sort the durations into buckets."""
-        self.sorted.wait.add_many(self.waits)
-        self.sorted.run.add_many(self.runs)
-        self.waits.clear()
-        self.runs.clear()
-
-    def read(self) -> TaskMetrics:
-        """Return it as metrics, which change when more is counted."""
-        self.sort_in()
-        for end, count in self.ends.items():
-            setattr(self.sorted, end, count)
-        return self.sorted
 
 
 class Recorder:
@@ -109,7 +83,16 @@ class Recorder:
         self._running_seconds = busy_seconds
         self.incidents = incidents
         self._log, _ = metrics_bucket(backend.settings.prefix)
-        self._counts: dict[str, _Counts] = {}
+        # Lists of texts and numbers: the garbage collector has nothing to look at.
+        self._tasks: list[str] = []
+        self._waits: list[float] = []
+        self._runs: list[float] = []
+        self._ends: dict[str, list[str]] = {end: [] for end in ENDS}
+        self.note_end: dict[str, Callable[[str], None]] = {
+            end: tasks.append for end, tasks in self._ends.items()
+        }
+        """By one of `metrics.ENDS`: counts an attempt of a task that ended so."""
+        self._counts: dict[str, TaskMetrics] = {}
         self._totals: dict[str, TaskMetrics] = {}
         self._ended_seconds = 0.0
         self._told_seconds = 0.0
@@ -122,30 +105,49 @@ class Recorder:
 
     def note_run(self, task: str, wait: float, run: float) -> None:
         """Count an attempt that waited and ran for this long, in seconds."""
-        counts = self._counts.get(task) or self._begin(task)
-        counts.waits.append(wait if wait > 0.0 else 0.0)
-        counts.runs.append(run if run > 0.0 else 0.0)
-        if len(counts.runs) >= MOST_DURATIONS:
-            counts.sort_in()
+        self._tasks.append(task)
+        self._waits.append(wait)
+        self._runs.append(run)
+        if len(self._runs) >= MOST_RUNS:
+            self._sort()
 
-    def note_end(self, task: str, end: str) -> None:
-        """Count the end of an attempt: one of `metrics.ENDS`."""
-        ends = (self._counts.get(task) or self._begin(task)).ends
-        ends[end] = ends.get(end, 0) + 1
+    # -- later
 
-    def _begin(self, task: str) -> _Counts:
-        known = task in self._totals or len(self._totals) + len(self._counts) < MOST_TASKS
-        return self._counts.setdefault(task if known else UNKNOWN_TASK, _Counts())
+    def _sort(self) -> None:
+        """Count by task what was noted: that is cheap for many at once, and dear one by one."""
+        durations: dict[str, tuple[list[float], list[float]]] = {}
+        for task, wait, run in zip(self._tasks, self._waits, self._runs, strict=True):
+            if task not in durations:
+                durations[task] = [], []
+            waits, runs = durations[task]
+            waits.append(max(0.0, wait))
+            runs.append(max(0.0, run))
+        for task, (waits, runs) in durations.items():
+            metrics = self._metrics_of(task)
+            metrics.wait.add_many(waits)
+            metrics.run.add_many(runs)
+        for noted in (self._tasks, self._waits, self._runs):
+            noted.clear()
+        for end, tasks in self._ends.items():
+            for task, count in Counter(tasks).items():
+                metrics = self._metrics_of(task)
+                setattr(metrics, end, getattr(metrics, end) + count)
+            tasks.clear()
+
+    def _metrics_of(self, task: str) -> TaskMetrics:
+        known = task in self._totals or task in self._counts
+        if not known and len(self._totals) + len(self._counts) >= MOST_TASKS:
+            task = UNKNOWN_TASK
+        return self._counts.setdefault(task, TaskMetrics())
 
     # -- since the start of the worker
 
     def totals(self) -> dict[str, TaskMetrics]:
         """Return the counts since the worker started, by task."""
+        self._sort()
         totals: dict[str, TaskMetrics] = {}
-        for task, metrics in self._totals.items():
+        for task, metrics in [*self._totals.items(), *self._counts.items()]:
             totals.setdefault(task, TaskMetrics()).merge(metrics)
-        for task, counts in self._counts.items():
-            totals.setdefault(task, TaskMetrics()).merge(counts.read())
         return totals
 
     # -- the history
@@ -200,7 +202,8 @@ class Recorder:
         return writes
 
     def _take_current(self) -> _Stretch:
-        tasks = {task: counts.read() for task, counts in self._counts.items()}
+        self._sort()
+        tasks, self._counts = self._counts, {}
         self._ended_seconds += sum(metrics.run.total for metrics in tasks.values())
         busy = self._ended_seconds + self._running_seconds()
         incidents = dict(self.incidents())
@@ -213,7 +216,7 @@ class Recorder:
         )
         for task, metrics in tasks.items():
             self._totals.setdefault(task, TaskMetrics()).merge(metrics)
-        self._counts, self._told_seconds, self._told_incidents = {}, busy, incidents
+        self._told_seconds, self._told_incidents = busy, incidents
         return taken
 
     def _write(self, step: int, stretch: _Stretch) -> Write:

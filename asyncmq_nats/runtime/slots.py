@@ -315,7 +315,7 @@ class Slots:
         logger.error("%.200r: %s", delivery.subject, problem)
         await self._lifecycle.reject(delivery, problem)
         if self._recorder is not None:
-            self._recorder.note_end(UNKNOWN_TASK, "failed")
+            self._recorder.note_end["failed"](UNKNOWN_TASK)
 
     async def _start(self, attempt: Attempt) -> None:
         on_settled = self.completer.begin(attempt)
@@ -466,13 +466,13 @@ class Slots:
         """Note the end of an attempt: metrics and middleware get it once it is confirmed."""
         attempt.on_end = None
         if self._recorder is not None and (end := METRIC_NAMES.get(state, state)):
-            attempt.on_end = partial(self._recorder.note_end, attempt.head.task_id, end)
-        if not self._middleware.ends:
+            attempt.on_end = self._recorder.note_end[end]
+        if not self._middleware.ends and not self._middleware.plain_ends:
             return
-        ending = Ending(state, attempt.started_at, self._backend.now(), result, delay=delay)
+        ended_at = attempt.ended_at or self._backend.now()
+        ending = Ending(state, attempt.started_at, ended_at, result, delay=delay)
         if failure is not None:
-            ending = replace(
-                ending,
+            ending = ending._replace(
                 error=failure.error,
                 error_type=failure.kind or None,
                 traceback=failure.traceback,
@@ -483,12 +483,18 @@ class Slots:
         )
 
     def _on_end(
-        self, record: Callable[[], None] | None, context: JobContext, ending: Ending
+        self,
+        record: Callable[[str], None] | None,
+        context: JobContext,
+        ending: Ending,
+        task: str,
     ) -> None:
         if record is not None:
-            record()
-        self.telling += 1
-        self._spawner.spawn(self._tell_end, context, ending)
+            record(task)
+        self._middleware.end_at_once(context, ending)
+        if self._middleware.ends:
+            self.telling += 1
+            self._spawner.spawn(self._tell_end, context, ending)
 
     async def _tell_end(self, context: JobContext, ending: Ending) -> None:
         try:
@@ -507,8 +513,9 @@ class Slots:
         is_cancelled = partial(self._lifecycle.is_cancelled, attempt.head.job_id)
         if cancelled and await look_for(is_cancelled):
             attempt.delivery.ack()
-            if attempt.on_end is not None:
-                attempt.on_end()
+            if (on_end := attempt.on_end) is not None:
+                attempt.on_end = None
+                on_end(attempt.head.task_id)
         else:
             await self._lifecycle.hand_back(attempt)
         self.completer.finish()

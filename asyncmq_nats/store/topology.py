@@ -63,6 +63,11 @@ class QueueAssets:
         self._incarnation = ""
         self._lock = Turns()
 
+    @property
+    def are_declared(self) -> bool:
+        """Whether this process knows that what a producer needs exists."""
+        return self._logs_declared
+
     async def declare(self) -> None:
         """Make sure that the logs and the default tier exist: what a producer needs."""
         if self._logs_declared:

@@ -33,7 +33,7 @@ __all__ = ["OpenTelemetryMiddleware", "TraceFields", "instrument"]
 
 NAME: Final = "asyncmq_nats"
 CONTEXT_KEY: Final = "opentelemetry"
-"""Under this name the context of a run is kept until its end."""
+"""Under this name the context of a run is kept until its end, if its span is recorded."""
 BUCKET_BOUNDS: Final = (
     0.005,
     0.01,
@@ -51,6 +51,11 @@ BUCKET_BOUNDS: Final = (
     10.0,
 )
 """Upper bounds of the histograms in seconds: those of the conventions."""
+API: Final = ("opentelemetry.trace", "opentelemetry.metrics")
+LOOK_INTERVAL: Final = 0.1
+"""Seconds for which it is taken as known whether there is an SDK."""
+FAILURES: Final = frozenset({"failed", "retrying"})
+NO_CONTEXT: Final = contexts.Context()
 NANOSECONDS: Final = 1_000_000_000
 DEFAULT_PORT: Final = 4222
 
@@ -92,9 +97,15 @@ class OpenTelemetryMiddleware(Middleware):
     ) -> None:
         self._tracer = trace.get_tracer(NAME, tracer_provider=tracer_provider)
         meter = metrics.get_meter(NAME, meter_provider=meter_provider)
+        self._providers = tracer_provider, meter_provider
+        self._is_heard = True
+        self._look_at = 0.0
         self._continue_trace = continue_trace
         self._common: dict[str, Any] = {"messaging.system": "nats", **_server()}
-        self._known: dict[tuple[str, str], dict[str, Any]] = {}
+        # What spans and metrics have in common: made once, and never changed.
+        self._of_send: dict[str, dict[str, Any]] = {}
+        self._of_settle: dict[str, dict[str, Any]] = {}
+        self._of_process: dict[tuple[str, str], dict[str, Any]] = {}
         self._operation_seconds = meter.create_histogram(
             "messaging.client.operation.duration",
             "s",
@@ -122,10 +133,12 @@ class OpenTelemetryMiddleware(Middleware):
 
     async def enqueue(self, queue: str, jobs: Sequence[Job], add: AddJobs) -> list[str]:
         """Add jobs within a span, and send its context along with each."""
-        attributes = self._attributes("send", queue)
-        with self._tracer.start_as_current_span(f"send {queue}", kind=SpanKind.PRODUCER) as span:
+        attributes = self._of_send.get(queue) or self._begin_send(queue)
+        with self._tracer.start_as_current_span(
+            f"send {queue}", kind=SpanKind.PRODUCER, attributes=attributes
+        ) as span:
             if span.is_recording():
-                span.set_attributes(attributes | _of_jobs(jobs))
+                span.set_attributes(_of_jobs(jobs))
             carrier: dict[str, str] = {}
             propagate.inject(carrier)
             sent = [replace(job, meta={**job.meta, **carrier}) for job in jobs] if carrier else jobs
@@ -136,68 +149,104 @@ class OpenTelemetryMiddleware(Middleware):
 
     async def run(self, context: JobContext, call: RunTask) -> Any:
         """Run a task within a span."""
-        sender = _sender(context)
-        parent, links = sender, None
+        begun = time.perf_counter()
+        if begun >= self._look_at:
+            self._look(begun)
+        if not self._is_heard and not context.meta:
+            return await call()
+        queue, task = context.queue, context.task_id
+        attributes = self._of_process.get((queue, task)) or self._begin_task(queue, task)
+        parent = sender = _sender(context)
+        links: list[Link] | None = None
         if not self._continue_trace:
             linked = trace.get_current_span(sender).get_span_context()
-            parent, links = contexts.Context(), [Link(linked)] if linked.is_valid else []
-        attributes = self._attributes("process", context.queue)
-        attributes["asyncmq.task"] = context.task_id
+            parent, links = NO_CONTEXT, [Link(linked)] if linked.is_valid else []
         span = self._tracer.start_span(
-            f"process {context.queue}",
-            parent,
-            SpanKind.CONSUMER,
-            attributes | _of_run(context),
-            links=links,
+            f"process {queue}", parent, SpanKind.CONSUMER, attributes, links
         )
-        token = contexts.attach(trace.set_span_in_context(span, sender))
-        context.notes[CONTEXT_KEY] = contexts.get_current()
+        token = None
+        if span is not trace.INVALID_SPAN or sender or contexts.get_current():
+            here = trace.set_span_in_context(span, sender)
+            token = contexts.attach(here)
+            if span.is_recording():
+                span.set_attributes(_of_run(context))
+                context.notes[CONTEXT_KEY] = here
         begun = time.perf_counter()
         try:
             return await call()
         except BaseException as error:
-            attributes["error.type"] = _blame(span, error)
+            attributes = {**attributes, "error.type": _blame(span, error)}
             raise
         finally:
-            contexts.detach(token)
+            seconds = time.perf_counter() - begun
+            if token is not None:
+                contexts.detach(token)
+                span.end()
             self._consumed.add(1, attributes)
-            self._process_seconds.record(time.perf_counter() - begun, attributes)
-            span.end()
+            self._process_seconds.record(seconds, attributes)
 
-    async def end(self, context: JobContext, ending: Ending) -> None:
-        """Make a span for the storing of a run's outcome."""
+    def end(self, context: JobContext, ending: Ending) -> None:
+        """Make a span for the storing of a run's outcome, if the run's own span is recorded."""
+        if not self._is_heard:
+            return
+        queue = context.queue
+        seconds = max(0.0, context.now() - ending.ended_at)
+        attributes = self._of_settle.get(queue) or self._begin_settle(queue)
+        if ending.state in FAILURES:
+            attributes = {**attributes, "error.type": ending.error_type or "_OTHER"}
+        self._operation_seconds.record(seconds, attributes)
         parent = context.notes.get(CONTEXT_KEY)
-        if parent is None:  # it did not run
-            parent = _sender(context)
-        attributes = self._attributes("settle", context.queue)
-        if ending.state in ("failed", "retrying"):
-            attributes["error.type"] = ending.error_type or "_OTHER"
-        now = time.time()
-        seconds = max(0.0, now - ending.ended_at)
+        if parent is None:
+            if ending.started_at:
+                return
+            parent = _sender(context)  # it did not run
         span = self._tracer.start_span(
             f"settle {context.queue}",
             parent,
             SpanKind.CLIENT,
-            attributes | {"asyncmq.state": ending.state} | _of_run(context),
-            start_time=int((now - seconds) * NANOSECONDS),
+            {
+                **attributes,
+                "asyncmq.state": ending.state,
+                "asyncmq.task": context.task_id,
+                **_of_run(context),
+            },
+            start_time=time.time_ns() - int(seconds * NANOSECONDS),
         )
         if ending.state == "failed":
             span.set_status(Status(StatusCode.ERROR, ending.error))
         span.end()
-        self._operation_seconds.record(seconds, attributes)
 
     # -- parts
 
+    def _look(self, now: float) -> None:
+        """See whether anything hears of spans and metrics: an SDK may be set up at any time."""
+        traces, meters = self._providers
+        self._is_heard = not (
+            _does_nothing(traces or trace.get_tracer_provider())
+            and _does_nothing(meters or metrics.get_meter_provider())
+        )
+        self._look_at = now + LOOK_INTERVAL
+
+    def _begin_send(self, queue: str) -> dict[str, Any]:
+        known = self._of_send[queue] = self._attributes("send", queue)
+        return known
+
+    def _begin_settle(self, queue: str) -> dict[str, Any]:
+        known = self._of_settle[queue] = self._attributes("settle", queue)
+        return known
+
+    def _begin_task(self, queue: str, task: str) -> dict[str, Any]:
+        known = self._attributes("process", queue) | {"asyncmq.task": task}
+        self._of_process[queue, task] = known
+        return known
+
     def _attributes(self, name: str, queue: str) -> dict[str, Any]:
-        known = self._known.get((name, queue))
-        if known is None:
-            known = self._known[name, queue] = {
-                **self._common,
-                "messaging.operation.name": name,
-                "messaging.operation.type": name,
-                "messaging.destination.name": queue,
-            }
-        return known.copy()
+        return {
+            **self._common,
+            "messaging.operation.name": name,
+            "messaging.operation.type": name,
+            "messaging.destination.name": queue,
+        }
 
     @contextmanager
     def _measured(self, span: Span, attributes: dict[str, Any]) -> Iterator[None]:
@@ -205,17 +254,23 @@ class OpenTelemetryMiddleware(Middleware):
         try:
             yield
         except BaseException as error:
-            attributes["error.type"] = type(error).__qualname__
-            span.set_attribute("error.type", type(error).__qualname__)
+            kind = type(error).__qualname__
+            attributes = {**attributes, "error.type": kind}
+            span.set_attribute("error.type", kind)
             raise
         finally:
             self._operation_seconds.record(time.perf_counter() - begun, attributes)
 
 
+def _does_nothing(provider: trace.TracerProvider | metrics.MeterProvider) -> bool:
+    """Return whether a provider is one of the API's own, which stand in for an SDK."""
+    return type(provider).__module__.startswith(API)
+
+
 def _sender(context: JobContext) -> contexts.Context:
     """Return the trace context that came with the job."""
     meta = context.meta
-    return propagate.extract(meta) if meta else contexts.Context()
+    return propagate.extract(meta) if meta else NO_CONTEXT
 
 
 def _server() -> dict[str, Any]:
@@ -237,7 +292,6 @@ def _of_jobs(jobs: Sequence[Job]) -> dict[str, Any]:
 def _of_run(context: JobContext) -> dict[str, Any]:
     return {
         "messaging.message.id": context.id,
-        "asyncmq.task": context.task_id,
         "asyncmq.attempt": context.attempt,
         "asyncmq.worker": context.worker,
     }
@@ -246,10 +300,11 @@ def _of_run(context: JobContext) -> dict[str, Any]:
 def _blame(span: Span, error: BaseException) -> str:
     """Note on a span what its task raised; return the kind of it."""
     kind = type(error).__qualname__
-    if isinstance(error, Exception):
-        span.record_exception(error)
-        span.set_status(Status(StatusCode.ERROR, f"{kind}: {error}"))
-    span.set_attribute("error.type", kind)
+    if span.is_recording():
+        if isinstance(error, Exception):
+            span.record_exception(error)
+            span.set_status(Status(StatusCode.ERROR, f"{kind}: {error}"))
+        span.set_attribute("error.type", kind)
     return kind
 
 

@@ -1,11 +1,13 @@
 """New jobs: they are added one by one, in batches, and as flows."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final
 
 from asyncmq_nats._concurrency import Turns
+from asyncmq_nats._new_jobs import Addition, whole_job
 from asyncmq_nats.backends.base import Backend, Expect, Write
 from asyncmq_nats.events import DUPLICATED
 from asyncmq_nats.exceptions import (
@@ -46,6 +48,8 @@ class Batch:
     """The number of jobs that the writes add."""
     late: list[tuple[Job, list[str]]] = field(default_factory=list)
     """Jobs whose edges are written afterwards, with their parents."""
+    failed: list[str] = field(default_factory=list)
+    """Tokens of the jobs that fail at once, with a parent."""
 
 
 class Additions:
@@ -75,7 +79,7 @@ class Additions:
         """The settings that hold for the queue."""
         return self._assets.settings
 
-    async def add(self, job: Job) -> str:
+    async def add(self, job: Addition) -> str:
         """Store a new job where it belongs and return its id.
 
         The existing one if the producer chose an id that exists.
@@ -86,12 +90,12 @@ class Additions:
             PayloadTooLarge: the job is too large for the server.
             Unconfirmed: it may or may not have been added.
         """
-        await self._assets.declare_tier(job.priority)
-        try:
+        if not self._assets.is_declared(job.priority):
+            await self._assets.declare_tier(job.priority)
+        if not job.custom_id and not job.depends_on:
+            return await self._add_plain(job)
+        with suppress(WriteRefused):
             return await self._add_once(job)
-        except WriteRefused:
-            if not job.custom_id and not job.depends_on:
-                return await self._confirm(job)
         async with self.refused:
             while True:
                 await pause_after_refusal()
@@ -104,16 +108,16 @@ class Additions:
                 ):  # a job with that id has appeared, or a parent has ended or got another child
                     continue
 
-    async def _confirm(self, job: Job) -> str:
-        """Return the id of a job that was refused although no other job can have its id.
-
-        The confirmation of an earlier sending was lost.
-        """
-        if not await look_for(partial(self.are_stored, [job]), REPLICA_LAG_DELAYS):
-            raise WriteRefused(self._subjects.bucket_log, f"job {job.job_id!r}")
+    async def _add_plain(self, job: Addition) -> str:
+        """Store a job that no other can have the id of, and that depends on none."""
+        try:
+            await self._write_again_when_missing([self.first_write(job)], {job.priority})
+        except WriteRefused:  # the confirmation of an earlier sending was lost
+            if not await look_for(partial(self.are_stored, [job]), REPLICA_LAG_DELAYS):
+                raise WriteRefused(self._subjects.bucket_log, f"job {job.job_id!r}") from None
         return job.job_id
 
-    async def _add_once(self, job: Job) -> str:
+    async def _add_once(self, job: Addition) -> str:
         last = 0
         if job.custom_id:
             missing = await self.plans.missing([job.job_id])
@@ -127,14 +131,14 @@ class Additions:
         await self._write_again_when_missing([write], {job.priority})
         return job.job_id
 
-    async def _add_waiting(self, job: Job, last: int) -> str:
+    async def _add_waiting(self, job: Addition, last: int) -> str:
         """Store a job that depends on others. `last`: see `Plans.missing`.
 
         Raises:
             WriteRefused: a job with its id is there, or an earlier try stored it.
         """
         known = await self.plans.links.find(job.depends_on or ())
-        planned = self.plans.links.plan(job, known)
+        planned = self.plans.links.plan(whole_job(job), known)
         if not planned.waits_for_others:
             write = self.first_write(planned, last=last)
             await self._write_again_when_missing([write], {job.priority})
@@ -149,7 +153,7 @@ class Additions:
             await self.dependencies.parked.settle(planned, sequence, closed=came.closed)
         return job.job_id
 
-    async def add_batch(self, jobs: Sequence[Job], missing: Mapping[str, int]) -> None:
+    async def add_batch(self, jobs: Sequence[Addition], missing: Mapping[str, int]) -> None:
         """Store up to 1,000 new jobs, all or none. `missing`: those with chosen ids.
 
         One batch is in one log: if any of them goes through the scheduler bucket, all of them do.
@@ -190,6 +194,9 @@ class Additions:
         for priority in priorities:
             await self._assets.declare_tier(priority)
         jobs = tie(jobs)
+        for job in jobs:
+            if not job.depends_on:
+                self.check(job)
         chosen = [job for job in jobs if job.custom_id]
         missing = await self._refuse_existing(chosen)
         if 1 < len(jobs) <= PLAN_JOBS and not chosen:
@@ -228,7 +235,7 @@ class Additions:
             await self._finish_batch(batch)
             return batch.count
 
-    async def are_stored(self, jobs: Sequence[Job]) -> bool:
+    async def are_stored(self, jobs: Sequence[Addition]) -> bool:
         """Return whether jobs that were refused are there, all as one.
 
         A confirmation was lost, and they have moved on since.
@@ -240,7 +247,7 @@ class Additions:
 
     async def _batch(
         self,
-        jobs: Sequence[Job],
+        jobs: Sequence[Addition],
         missing: Mapping[str, int],
         *,
         inside: Collection[str] = (),
@@ -248,7 +255,8 @@ class Additions:
     ) -> Batch:
         """Return the writes that add the first of the jobs, as many as fit into a batch.
 
-        `missing`: those with chosen ids, see `Plans.missing`.
+        Those that depend on no other have passed `check`. `missing`: those with chosen ids, see
+        `Plans.missing`.
 
         Raises:
             JobNotFound: one depends on a job that is neither in this queue nor `inside`.
@@ -258,15 +266,18 @@ class Additions:
         jobs = jobs[:BATCH_LIMIT]
         known = await self.plans.links.read_parents(outside_of(jobs, inside))
         for job in jobs:
-            planned = self.plans.links.plan(job, known, inside)
+            last = missing.get(job.job_id, 0)
+            if not job.depends_on:
+                if len(batch.writes) == BATCH_LIMIT:
+                    break
+                batch.writes.append(self._insertion(job, job.encode(), last, in_bucket=in_bucket))
+                batch.count += 1
+                continue
+            planned = self.plans.links.plan(whole_job(job), known, inside)
             outside = [parent for parent in planned.parents if parent not in inside]
             late = bool(planned.wide) or len(outside) > EDGES_IN_BATCH
             writes = await self._writes(
-                planned,
-                {} if late else known,
-                outside,
-                last=missing.get(job.job_id, 0),
-                in_bucket=in_bucket,
+                planned, {} if late else known, outside, last=last, in_bucket=in_bucket
             )
             if batch.writes and len(batch.writes) + len(writes) > BATCH_LIMIT:
                 break
@@ -274,6 +285,8 @@ class Additions:
             batch.count += 1
             if late and outside:
                 batch.late.append((planned, outside))
+            if any(self._subjects.outcome_state(write.subject) for write in writes):
+                batch.failed.append(encode_token(job.job_id))
         return batch
 
     async def batch_of(self, jobs: Sequence[Job], completed: Mapping[str, Any]) -> list[Write]:
@@ -349,9 +362,8 @@ class Additions:
                 await self.dependencies.release(encode_token(job.job_id))
             else:
                 await self.dependencies.parked.settle(job, 0, closed=came.closed)
-        for write in batch.writes:
-            if self._subjects.outcome_state(write.subject):  # failed at once, with a parent
-                await self.dependencies.release(self._subjects.token(write.subject))
+        for token in batch.failed:
+            await self.dependencies.release(token)
 
     async def _refuse_existing(self, jobs: Sequence[Job]) -> dict[str, int]:
         """Return what `Plans.missing` says of jobs that must not exist.
@@ -383,7 +395,7 @@ class Additions:
     def _log_of(self, write: Write) -> str:
         return self._subjects.log_of(write.subject)
 
-    def first_write(self, job: Job, *, last: int = 0, in_bucket: bool = False) -> Write:
+    def first_write(self, job: Addition, *, last: int = 0, in_bucket: bool = False) -> Write:
         """Return the write that adds the job.
 
         Args:
@@ -394,8 +406,12 @@ class Additions:
         Raises:
             InvalidJobId, NotSerializable, PayloadTooLarge: as for `add`.
         """
-        body, token = self.check(job), encode_token(job.job_id)
-        if not (job.custom_id or in_bucket) and job.delay_until is None:
+        return self._insertion(job, self.check(job), last, in_bucket=in_bucket)
+
+    def _insertion(self, job: Addition, body: bytes, last: int, *, in_bucket: bool) -> Write:
+        """Return the write that adds a job; see `first_write`. `body`: its record, checked."""
+        token = encode_token(job.job_id)
+        if job.delay_until is None and not (job.custom_id or in_bucket):
             return Write(self._subjects.ready(job.priority, token), body, message_id=job.job_id)
         nothing = Expect(self._subjects.later_all(token), last)
         if job.delay_until is not None:
@@ -404,29 +420,36 @@ class Additions:
             )
         return Write(self._subjects.later(token, Place.RELEASED), body, nothing)
 
-    def check(self, job: Job) -> bytes:
+    @property
+    def size_limit(self) -> int:
+        """How many bytes the record of a new job may have."""
+        return size_limit(self._backend.max_body, self._backend.settings.max_job_payload_bytes)
+
+    def check(self, job: Addition, limit: int | None = None) -> bytes:
         """Return the record of a job, before anything is written.
+
+        `limit`: that of `size_limit`, if it is known.
 
         Raises:
             InvalidJobId, NotSerializable, PayloadTooLarge: as for `add`.
         """
         if job.custom_id:
             check_job_id(job.job_id)
-        return self.check_size(job)
+        return self.check_size(job, limit)
 
-    def check_size(self, job: Job) -> bytes:
-        """Return the record of a job.
+    def check_size(self, job: Addition, limit: int | None = None) -> bytes:
+        """Return the record of a job. `limit`: see `check`.
 
         Raises:
             NotSerializable, PayloadTooLarge: as for `add`.
         """
         body = parked_body(job)
-        limit = size_limit(self._backend.max_body, self._backend.settings.max_job_payload_bytes)
-        if len(body) > limit:
+        most = self.size_limit if limit is None else limit
+        if len(body) > most:
             what = f"job {job.job_id!r} of task {job.task_id!r}"
             if job.depends_on and len(job.depends_on) > NARROW_LIMIT:
                 what += f", which depends on {len(job.depends_on):,} jobs (each id counts),"
-            raise PayloadTooLarge(what, len(body), limit)
+            raise PayloadTooLarge(what, len(body), most)
         return body
 
     async def is_duplicate(self, job_id: str) -> bool:

@@ -6,12 +6,13 @@ from typing import Any, Final
 
 import anyio
 
-from asyncmq_nats._arguments import WriteArguments, build_job, write_plainly
+from asyncmq_nats._arguments import WriteArguments, build_addition, checked_call, write_plainly
 from asyncmq_nats._concurrency import open_task_group
+from asyncmq_nats._new_jobs import Addition, JobTemplate, NewJob
 from asyncmq_nats.calls import Call, written
 from asyncmq_nats.events import DUPLICATED
 from asyncmq_nats.exceptions import AsyncMQError, BulkAddFailed, WriteRefused
-from asyncmq_nats.jobs import Job
+from asyncmq_nats.jobs import new_job_ids
 from asyncmq_nats.store.commit import REPLICA_LAG_DELAYS, look_for, pause_after_refusal
 from asyncmq_nats.transitions.add import BATCH_LIMIT, Additions
 from asyncmq_nats.transitions.deduplicate import Window, take_window
@@ -40,6 +41,8 @@ ENTRY_KEYS: Final = frozenset(
         "debounce",
     }
 )
+SIMPLE: Final = frozenset({str, int, float, type(None)})
+"""Classes of options that are equal only to what means the same."""
 
 
 def build_entries(
@@ -47,7 +50,7 @@ def build_entries(
     entries: Iterable[Mapping[str, Any] | Call[Any]],
     write: WriteArguments = write_plainly,
     queue: str = "",
-) -> tuple[list[Job], dict[int, Window]]:
+) -> tuple[list[Addition], dict[int, Window]]:
     """Return the jobs of the entries of `add_bulk`, and the deduplication windows by index.
 
     `now`: Unix seconds.
@@ -55,34 +58,82 @@ def build_entries(
     Raises:
         ValueError, TypeError: an entry is malformed; a note of the error names the entry.
     """
-    jobs: list[Job] = []
-    windows: dict[int, Window] = {}
-    for index, entry in enumerate(entries):
+    builder = _Builder(now, write, queue)
+    return [builder.build(index, entry) for index, entry in enumerate(entries)], builder.windows
+
+
+class _Builder:
+    """Builds the jobs of entries. Options that are those of the last one are not checked again."""
+
+    def __init__(self, now: float, write: WriteArguments, queue: str) -> None:
+        self._now = now
+        self._write = write
+        self._queue = queue
+        self._new_id = new_job_ids().__next__
+        self._options: dict[str, Any] = {}
+        self._classes: list[type] = []
+        self._template: JobTemplate | None = None
+        self._delay_until: float | None = None
+        self.windows: dict[int, Window] = {}
+
+    def build(self, index: int, entry: Mapping[str, Any] | Call[Any]) -> Addition:
+        """Return the job of an entry, and note its deduplication window."""
+        options: dict[str, Any] = {}
+        template = self._template
+        if type(entry) is dict:
+            options = entry.copy()
+            args, kwargs = options.pop("args", None), options.pop("kwargs", None)
+            # The classes come first: what is equal to a number need not be one.
+            if (
+                template is not None
+                and [*map(type, options.values())] == self._classes
+                and options == self._options
+            ):
+                try:
+                    args, kwargs = checked_call(self._write, template.task_id, args, kwargs)
+                except (ValueError, TypeError) as error:
+                    error.add_note(_note(index))
+                    raise
+                return NewJob(template, self._new_id(), args, kwargs, self._now, self._delay_until)
         is_call = isinstance(entry, Call)
         fields = {} if isinstance(entry, Call) else _checked_entry(entry, index)
         try:
             if isinstance(entry, Call):
-                entry.require_queue(queue)
+                entry.require_queue(self._queue)
                 fields = entry.fields | {"deduplication": entry.options.get("deduplication")}
             window = take_window(fields)
-            jobs.append(build_job(now, write=written if is_call else write, **fields))
+            write = written if is_call else self._write
+            job = build_addition(self._now, write=write, new_id=self._new_id, **fields)
         except (ValueError, TypeError) as error:
             error.add_note(_note(index))
             raise
         if window is not None:
-            windows[index] = window
-    return jobs, windows
+            self.windows[index] = window
+        self._remember(options, job)
+        return job
+
+    def _remember(self, options: dict[str, Any], job: Addition) -> None:
+        """Keep the options of a job, if they make another one like it."""
+        classes = [*map(type, options.values())]
+        alike = not job.custom_id and not job.depends_on and SIMPLE.issuperset(classes)
+        self._options, self._classes = options, classes
+        if not options or not alike:
+            self._template = None
+        else:
+            self._template = job.template if isinstance(job, NewJob) else JobTemplate(job)
+        self._delay_until = job.delay_until
 
 
-def check_entries(additions: Additions, jobs: Sequence[Job]) -> None:
+def check_entries(additions: Additions, jobs: Sequence[Addition]) -> None:
     """Check that every job can be stored, before any of them is.
 
     Raises:
         InvalidJobId, NotSerializable, PayloadTooLarge: one cannot; a note of the error says which.
     """
+    limit = additions.size_limit
     for index, job in enumerate(jobs):
         try:
-            additions.check(job)
+            additions.check(job, limit)
         except (ValueError, TypeError) as error:
             error.add_note(_note(index))
             raise
@@ -93,7 +144,7 @@ def _note(index: int) -> str:
 
 
 def _checked_entry(entry: Mapping[str, Any], index: int) -> dict[str, Any]:
-    if not isinstance(entry, Mapping):
+    if type(entry) is not dict and not isinstance(entry, Mapping):
         raise TypeError(f"job {index} must be a mapping, not {type(entry).__name__}")
     if not entry.keys() <= ENTRY_KEYS:
         unknown = sorted(str(key) for key in entry if key not in ENTRY_KEYS)
@@ -108,7 +159,7 @@ def _checked_entry(entry: Mapping[str, Any], index: int) -> dict[str, Any]:
     return fields
 
 
-async def add_many(additions: Additions, jobs: Sequence[Job]) -> list[str]:
+async def add_many(additions: Additions, jobs: Sequence[Addition]) -> list[str]:
     """Add the jobs and return their ids in order.
 
     Up to 1,000 are all or nothing; more go in batches of 1,000, each all or nothing.
@@ -125,7 +176,7 @@ async def add_many(additions: Additions, jobs: Sequence[Job]) -> list[str]:
     # Batches of jobs that wait for the same one would refuse each other.
     limit = anyio.CapacityLimiter(1 if any(job.depends_on for job in jobs) else BATCHES_UNDER_WAY)
 
-    async def add_batch(first: int, batch: Sequence[Job]) -> None:
+    async def add_batch(first: int, batch: Sequence[Addition]) -> None:
         async with limit:
             try:
                 await _add_batch(additions, batch)
@@ -145,7 +196,7 @@ async def add_many(additions: Additions, jobs: Sequence[Job]) -> list[str]:
     return [job.job_id for job in jobs]
 
 
-async def _add_batch(additions: Additions, batch: Sequence[Job]) -> None:
+async def _add_batch(additions: Additions, batch: Sequence[Addition]) -> None:
     """Add one batch.
 
     Jobs with a chosen id that exists are left out, also when one appears while this runs, and so is
@@ -177,10 +228,12 @@ async def _add_batch(additions: Additions, batch: Sequence[Job]) -> None:
 
 
 async def _without_existing(
-    additions: Additions, batch: Sequence[Job], existing: Iterable[str]
-) -> list[Job]:
+    additions: Additions, batch: Sequence[Addition], existing: Iterable[str]
+) -> list[Addition]:
     """Return the jobs whose ids are new; tell of the others."""
-    seen, new = set(existing), list[Job]()
+    seen, new = set(existing), list[Addition]()
+    if not seen and len({job.job_id for job in batch}) == len(batch):
+        return list(batch)
     for job in batch:
         if job.job_id in seen:
             await additions.announce(DUPLICATED, job.job_id)

@@ -144,8 +144,8 @@ class Attempt:
     """When its task ended; 0 if it did not run."""
     is_recorded: bool = False
     """Whether its final write was accepted, after it was rejected or had a sequel."""
-    on_end: Callable[[], None] | None = field(default=None, repr=False)
-    """Called when its end is confirmed."""
+    on_end: Callable[[str], None] | None = field(default=None, repr=False)
+    """Called with its task when its end is confirmed."""
     known: Job | None = field(default=None, repr=False)
     """All of the job, once it was read."""
 

@@ -13,6 +13,7 @@ from typing import Any, Final
 
 from asyncmq_nats._concurrency import KeyedTurns
 from asyncmq_nats._logging import get_logger
+from asyncmq_nats._new_jobs import Addition
 from asyncmq_nats.backends.base import Backend, Expect, Record, Timer, Write
 from asyncmq_nats.events import READY
 from asyncmq_nats.exceptions import InvalidJob, TooManyPriorities, WriteRefused
@@ -405,9 +406,11 @@ def _snapshots(
     return {token: Snapshot.of(token, grouped.get(token, ()), keys) for token in tokens}
 
 
-def parked_body(job: Job) -> bytes:
+def parked_body(job: Addition) -> bytes:
     """Return the record of a job that waits, with its open `parents`, or many of them in parts."""
-    return (replace(job, parents=[]) if job.wide else job).encode()
+    if isinstance(job, Job) and job.wide:
+        return replace(job, parents=[]).encode()
+    return job.encode()
 
 
 def linking_body(job: Job) -> bytes:

@@ -10,6 +10,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, Final
 
+from asyncmq_nats._new_jobs import Addition
 from asyncmq_nats.backends.base import Backend, Delivery, Expect, Timer, Write
 from asyncmq_nats.exceptions import InvalidJob, WriteRefused
 from asyncmq_nats.jobs import Job, new_job_id
@@ -33,7 +34,7 @@ PLAN_JOBS: Final = 50
 PLAN_TIMEOUT: Final = 10.0
 """Seconds after which a promoter carries out a flow whose producer has not."""
 
-FirstWrite = Callable[[Job], Write]
+FirstWrite = Callable[[Addition], Write]
 
 
 def tie(jobs: Sequence[Job]) -> list[Job]:
@@ -272,7 +273,7 @@ class Plans:
         return keyed_id(await self._dependencies.parked.secret.get(), "planned", job.job_id)
 
 
-def outside_of(jobs: Sequence[Job], inside: Collection[str]) -> list[str]:
+def outside_of(jobs: Sequence[Addition], inside: Collection[str]) -> list[str]:
     """Return the ids of those that the jobs depend on and that are not among `inside`."""
     ids = dict.fromkeys(parent for job in jobs for parent in job.depends_on or ())
     return [job_id for job_id in ids if job_id not in inside]

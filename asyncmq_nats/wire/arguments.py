@@ -44,6 +44,8 @@ EXACT_TYPES: Final[Mapping[Any, frozenset[type]]] = {
     float | None: frozenset({float, int, type(None)}),
 }
 """Annotations whose values JSON has itself: a value of these classes needs no trial."""
+PLAIN: Final = frozenset({str, int, float, bool, type(None)})
+"""Classes of values that are data already."""
 PLAIN_BITS: Final = 8_192
 """Readers of JSON take integers of more bits than these."""
 SerializationErrors: Final = (PydanticSerializationError, ValueError, TypeError, RecursionError)
@@ -428,6 +430,8 @@ def write_by_class(
         NotSerializable: a value does not arrive equal even where its own class is the annotation;
             the message names it.
     """
+    if PLAIN.issuperset(map(type, args)) and PLAIN.issuperset(map(type, kwargs.values())):
+        return list(args), dict(kwargs)
     return (
         [_by_class(arg, f"argument {i} of task {task_id!r}") for i, arg in enumerate(args)],
         {k: _by_class(value, f"argument {k!r} of task {task_id!r}") for k, value in kwargs.items()},
@@ -436,7 +440,7 @@ def write_by_class(
 
 def _by_class(value: Any, what: str) -> Any:
     kind = type(value)
-    if kind in (str, int, float, bool, type(None)):
+    if kind in PLAIN:
         return value
     if isinstance(value, Mapping) and not isinstance(value, BaseModel):
         return _mapping_by_class(value, what)

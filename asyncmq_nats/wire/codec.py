@@ -27,11 +27,12 @@ def dump_json(value: Any, what: str = "the value") -> bytes:
     """
     try:
         body = to_json(value)
+        # Quick tests come first: to look for words and brackets takes longer than to encode.
         if (
-            b"NaN" in body
-            or b"Infinity" in body
+            (b"N" in body and b"NaN" in body)
+            or (b"I" in body and b"Infinity" in body)
             or len(body) > LONGEST_NUMBER
-            or body.count(b"[") + body.count(b"{") > MAX_DEPTH
+            or (len(body) > 2 * MAX_DEPTH and body.count(b"[") + body.count(b"{") > MAX_DEPTH)
         ):
             _read_back(body, what)
     except (PydanticSerializationError, ValueError, RecursionError) as error:

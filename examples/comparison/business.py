@@ -1,4 +1,7 @@
-"""What the application does besides queueing. It is the same for all three, and is not counted."""
+"""The work of the application besides queueing.
+
+It is the same for all three, and is not counted.
+"""
 
 
 class Bank:

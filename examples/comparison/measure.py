@@ -2,11 +2,10 @@
 
     python examples/comparison/measure.py [--run ours celery_app saq_app] [--rounds 5]
 
-Lines are those with code: no blank ones, no comments, no docstrings. What the tests need besides
-themselves, pytest.ini included, is their support. Times are the best of the
-rounds: others use the machine, too. docs/comparison-application.md tells what they mean.
-`nox -s comparison` makes an environment with the versions that it names; SAQ needs the program
-`redis-server`.
+Lines are those with code: no blank ones, no comments, no docstrings. All other files of the tests,
+pytest.ini included, are their support. Times are the best of the rounds: others use the machine,
+too. docs/comparison-application.md tells what they mean. `nox -s comparison` makes an environment
+with the versions that it names; SAQ needs the program `redis-server`.
 """
 
 import argparse

@@ -16,7 +16,7 @@ from asyncmq_nats.cli.app import run
 
 @dataclass
 class Result:
-    """What a command printed, and its exit code."""
+    """The output of a command, and its exit code."""
 
     code: int
     out: str
@@ -24,7 +24,7 @@ class Result:
 
     @property
     def json(self) -> Any:
-        """What it printed, as JSON."""
+        """The output, parsed as JSON."""
         return json.loads(self.out)
 
     @property

@@ -1,4 +1,4 @@
-"""What a person changes by a command is in the audit: who, what, when, to how many."""
+"""Commands that change something are in the audit log: who, what, when, how many."""
 
 from asyncmq_nats import NATSBackend
 from asyncmq_nats.audit import read_audit

@@ -65,7 +65,7 @@ def test_asyncmqs_whole_list_of_commands_is_in_the_table() -> None:
 
 @dataclass
 class Seen:
-    """What there is after a command."""
+    """The state after a command."""
 
     jobs: dict[str, int]
     paused: bool
@@ -90,7 +90,7 @@ EFFECTS: dict[str, Callable[[Seen], bool]] = {
     "job cancel": lambda seen: seen.jobs["cancelled"] == 1,
     "job retry": was_retried,
 }
-"""What a command that changes something has done."""
+"""The effects of a command that changes something."""
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Who may do what: logins, roles, foreign origins, and what an attacker tries."""
+"""Access to the dashboard: logins, roles, foreign origins, and attacks."""
 
 import re
 from base64 import b64encode

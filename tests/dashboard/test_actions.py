@@ -1,4 +1,4 @@
-"""What is done by a request has its effect in the queue, is recorded, and is told in words."""
+"""An action has its effect in the queue, is in the audit log, and is confirmed in words."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""What the tests of the dashboard have in common: requests, a served dashboard, a browser."""
+"""Shared parts of the dashboard's tests: requests, a served dashboard, a browser."""
 
 import re
 import shutil

@@ -1,6 +1,7 @@
 """The pages of the documentation: their code runs, and says what it is said to print."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ TUTORIAL: Final = "docs/tutorial.md"
 OF_OTHER_TESTS: Final = {
     TUTORIAL: "test_tutorial.py",
     "CONTRIBUTING.md": "below",
-    "README.md": "tests/test_docs.py",
+    "README.md": "tests/docs/test_docs.py",
 }
 """Pages whose blocks are run elsewhere."""
 OF_OTHER_ROOMS: Final = {
@@ -39,7 +40,7 @@ NOT_RUN: Final = {
 """The blocks that no test runs, and why."""
 
 SKIPPED: Final = 77
-"""What a page exits with that cannot run here."""
+"""The exit code of a page that cannot run here."""
 
 ALL_PAGES: Final = [page.relative_to(ROOT).as_posix() for page in pages()]
 
@@ -164,6 +165,15 @@ def test_the_bases_of_errors_are_those_that_the_page_names() -> None:
         builtin.discard("object")
         first = text.partition(")")[0] if text.startswith("(`") else ""
         assert {word for word in builtin - {"Exception"} if f"`{word}`" not in first} == set(), name
+
+
+def test_the_pictures_of_the_dashboard_are_those_that_its_script_takes_in_both_colours() -> None:
+    script = (DOCS / "images" / "dashboard.py").read_text()
+    names = re.findall(r'^    "(\w+)": \("/', script, re.MULTILINE)
+    taken = {f"dashboard-{name}-{theme}.png" for name in names for theme in ("light", "dark")}
+    assert taken == {each.name for each in (DOCS / "images").glob("dashboard-*.png")}
+    page = (DOCS / "dashboard.md").read_text()
+    assert [name for name in sorted(taken) if f"images/{name}" not in page] == []
 
 
 def test_the_pictures_are_those_that_are_drawn(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ pytest.importorskip("furo", reason="the site needs the extra `docs`")
 
 
 class Links(HTMLParser):
-    """What a page links to, and the anchors that it has."""
+    """The links of a page, and its anchors."""
 
     def __init__(self, page: Path) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What docs/frameworks.md shows is in the examples, which other tests run."""
+"""The code in docs/frameworks.md is that of the examples, which other tests run."""
 
 from tests.outbox.shown import shown_nowhere
 

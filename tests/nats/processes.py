@@ -30,7 +30,7 @@ MakeServer = Callable[[str], EmbeddedServer]
 """Starts a server with that configuration."""
 PROGRAM: Final = Path(__file__).parent / "programs" / "worker.py"
 RUNS_QUEUE: Final = " runs queue "
-"""What a worker logs once it takes jobs."""
+"""The log line of a worker that takes jobs."""
 
 
 def alive(pid: int) -> bool:
@@ -104,7 +104,7 @@ class Program:
 
 @dataclass
 class Watched:
-    """What a fleet's tasks have noted down."""
+    """The notes of a fleet's tasks."""
 
     notes: Path
 

@@ -66,7 +66,7 @@ def fleet(cluster: Cluster, tmp_path: Path) -> Iterator[Fleet]:
 
 
 async def settle(queue: Queue, ended: int, left: int = 0) -> dict[str, int]:
-    """Wait until so many jobs have ended and no others are left, and return the counts.
+    """Wait until `ended` jobs have ended and no others are left, and return the counts.
 
     Those of a cluster lag behind a little.
     """

@@ -1,4 +1,4 @@
-"""What was stored, and its confirmation lost with the connection, is not stored again.
+"""A write whose confirmation was lost with the connection is not stored twice.
 
 Whatever has become of it meanwhile.
 """
@@ -45,7 +45,7 @@ async def distant(relay: Relay, settings: Settings) -> AsyncIterator[NATSBackend
 
 
 class Later:
-    """What a call returns that goes on in the background."""
+    """The result of a call that goes on in the background."""
 
     def __init__(self) -> None:
         self.result: Any = None

@@ -1,4 +1,4 @@
-"""What a request handler sees of a server that is away: an answer in the time that it allows."""
+"""A request handler gets an answer in the time that it allows, also while the server is away."""
 
 import time
 from collections.abc import Awaitable, Callable

@@ -1,4 +1,4 @@
-"""What a server will not do.
+"""Refusals of a server.
 
 Each refusal is an error that says so and what to do, and comes at once.
 """

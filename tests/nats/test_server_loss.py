@@ -172,7 +172,7 @@ async def test_unconfirmed_adds_can_be_repeated_under_their_job_ids(
 async def test_a_server_that_was_killed_brings_nothing_back(
     nats_backend: NATSBackend, server: EmbeddedServer
 ) -> None:
-    """What was removed stays so, also where one record had replaced another.
+    """Removed records stay removed, also where one had replaced another.
 
     Records that a limit removed come back by themselves.
     """

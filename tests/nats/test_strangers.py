@@ -1,4 +1,4 @@
-"""What somebody may do who may only publish to `ready.*.*`.
+"""The possible damage of a client that may only publish to `ready.*.*`.
 
 His message ends, and nothing else does.
 """

@@ -1,4 +1,4 @@
-"""What the doctor finds on real servers that lack something, and what it mends."""
+"""The doctor's findings on real servers that lack something, and its mends."""
 
 import re
 from collections.abc import Callable, Iterator

@@ -1,4 +1,4 @@
-"""Who starts next, of several queues in one worker. No server, no clock."""
+"""The order of starts of several queues in one worker. No server, no clock."""
 
 from collections import Counter
 

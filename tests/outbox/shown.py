@@ -1,4 +1,4 @@
-"""What a page shows is part of a program that a test runs."""
+"""The code of a page is part of a program that a test runs."""
 
 import re
 from pathlib import Path

@@ -1,7 +1,4 @@
-"""What a relay makes of rows: jobs, once each, in order where asked.
-
-And what it does when something is wrong.
-"""
+"""A relay turns each row into one job, in order where asked, also after faults."""
 
 from collections.abc import Callable
 from contextlib import asynccontextmanager
@@ -62,7 +59,7 @@ def rows(engine: Engine) -> int:
 
 
 class Notes(list[Any]):
-    """What the jobs of a queue did, in order."""
+    """The notes of a queue's jobs, in order."""
 
     def __init__(self, backend: Any, *, concurrency: int = 3) -> None:
         super().__init__()

@@ -22,7 +22,7 @@ REGISTRY = TaskRegistry()
 
 @task(queue="post", retries=4, ttl=60, timeout=5, backoff=2.5, name="send", registry=REGISTRY)
 async def send(to: str, on: date) -> None:
-    """What the tests add."""
+    """The task of the tests."""
 
 
 def bodies(engine: Engine) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""What can be a task.
+"""Functions and callables that can be tasks.
 
 Functions of every kind, methods, objects, classes, other people's callables.
 """

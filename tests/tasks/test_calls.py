@@ -1,4 +1,4 @@
-"""Calls: options, calls as values, handles of jobs. On both backends."""
+"""Calls: options, calls as values, handles of jobs, on both backends."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Context variables that travel from `enqueue` to the task. On both backends."""
+"""Context variables that travel from `enqueue` to the task, on both backends."""
 
 from collections.abc import Iterator
 from contextvars import ContextVar

@@ -3,7 +3,7 @@
 import anyio
 import pytest
 
-from tests.test_docs import run_block, runnable
+from tests.docs.test_docs import run_block, runnable
 
 PRINTS = [
     [

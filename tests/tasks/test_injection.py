@@ -1,4 +1,4 @@
-"""Dependencies by FastDepends. On both backends."""
+"""Dependencies by FastDepends, on both backends."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The lifespan of a worker: opened before its first job, closed after its last one.
 
-On both backends.
+The tests run on both backends.
 """
 
 from collections.abc import AsyncIterator

@@ -1,4 +1,4 @@
-"""`meta`: strings that go with a job, wherever it goes. On both backends."""
+"""`meta`: strings that go with a job, wherever it goes, on both backends."""
 
 import json
 from typing import Any

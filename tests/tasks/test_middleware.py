@@ -1,5 +1,6 @@
-"""Middleware: what happens around the addition, the run and the end of a job. On both backends."""
+"""Middleware: what happens around the addition, the run and the end of a job, on both backends."""
 
+import gc
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,7 +11,16 @@ from typing import Any
 import anyio
 import pytest
 
-from asyncmq_nats import Fail, FlowProducer, Job, JobFailed, Queue, Retry, current_job
+from asyncmq_nats import (
+    Fail,
+    FlowProducer,
+    InMemoryBackend,
+    Job,
+    JobFailed,
+    Queue,
+    Retry,
+    current_job,
+)
 from asyncmq_nats.backends.base import Backend
 from asyncmq_nats.context import JobContext
 from asyncmq_nats.exceptions import InvalidArgument
@@ -311,6 +321,47 @@ async def test_an_error_at_the_end_is_logged_and_the_others_are_told(
     assert endings.states == ["completed"]
     assert "no metrics" in caplog.text
     assert job_id in caplog.text
+
+
+async def test_a_plain_end_is_called_at_once_and_its_error_is_logged(
+    backend: Backend, caplog: pytest.LogCaptureFixture
+) -> None:
+    calls: list[str] = []
+
+    class Plain(Middleware):
+        def __init__(self, name: str, result: Any = None) -> None:
+            self.name, self.result = name, result
+
+        def end(self, context: JobContext, ending: Ending) -> Any:
+            calls.append(f"{self.name} {ending.state} {ending.result}")
+            return self.result
+
+    class Awaited(Middleware):
+        async def end(self, context: JobContext, ending: Ending) -> None:
+            calls.append("awaited")
+
+    members = Plain("outer"), Awaited(), Plain("inner", "no result is wanted")
+    queue = queue_of(backend, *members, work=lambda: 5)
+    await queue.add("work")
+    await run_jobs(queue)
+    assert calls == ["inner completed 5", "outer completed 5", "awaited"]
+    assert "write `async def end`" in caplog.text
+
+
+async def test_an_end_that_is_told_leaves_no_garbage() -> None:
+    """What an attempt holds goes with it: it is not left to the garbage collector."""
+    endings, count = Endings(), 500
+    queue = queue_of(InMemoryBackend(), endings, work=lambda: None)
+    await queue.add_bulk([{"task_id": "work"}] * count)
+    gc.collect()
+    gc.disable()
+    try:
+        await run_jobs(queue)
+        endings.found.clear()
+        found = gc.collect()
+    finally:
+        gc.enable()
+    assert found < 3 * count  # an attempt and what it holds are some twelve objects
 
 
 async def test_notes_go_from_the_run_to_the_end(backend: Backend) -> None:

@@ -1,6 +1,6 @@
-"""What a task can make of its job: retry, give up, snooze, expire.
+"""Outcomes that a task raises: retry, give up, snooze, expire.
 
-In coroutines, threads and processes.
+The tests use coroutines, threads and processes.
 """
 
 import math

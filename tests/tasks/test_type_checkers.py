@@ -1,4 +1,4 @@
-"""What pyright makes of the typed calls; mypy reads the same files in its normal run."""
+"""Pyright checks the typed calls; mypy reads the same files in its normal run."""
 
 import importlib.util
 import json
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-FILES = ["tests/tasks/typed_application.py", "tests/test_typing.py"]
+FILES = ["tests/tasks/typed_application.py", "tests/api/test_typing.py"]
 IGNORED = "# type: ignore"
 
 

@@ -1,7 +1,7 @@
 """An application that uses each typed call rightly, and misuses each of them.
 
-Never executed. mypy reads it in its normal run, pyright in `test_type_checkers.py`. Both refuse a
-`type: ignore` without an error: so each misuse is reported, and no right use is.
+It is never executed. mypy reads it in its normal run, pyright in `test_type_checkers.py`. Both
+refuse a `type: ignore` without an error: so each misuse is reported, and no right use is.
 """
 
 # pyright: standard, reportUnnecessaryTypeIgnoreComment=error
@@ -240,6 +240,11 @@ class Part(Middleware):
     async def end(self, context: JobContext, ending: Ending) -> None: ...
 
 
+class Plain(Middleware):
+    def end(self, context: JobContext, ending: Ending) -> None:
+        assert_type(context.now(), float)
+
+
 class Wrong(Middleware):
     async def run(self, context: JobContext) -> Any: ...  # type: ignore[override]
 
@@ -247,7 +252,7 @@ class Wrong(Middleware):
 def use_middleware() -> None:
     add_middleware(Log())
     add_middleware(Part(), queue="mail")
-    Queue("mail", backend, middleware=[Log(), Part()])
+    Queue("mail", backend, middleware=[Log(), Part(), Plain()])
     add_middleware(Log)  # type: ignore[arg-type]
     add_middleware(print)  # type: ignore[arg-type]
     Queue("mail", backend, middleware=Log())  # type: ignore[arg-type]

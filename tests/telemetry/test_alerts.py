@@ -18,7 +18,7 @@ from tests.running import make_queue, only, run_jobs, running
 
 
 class Address:
-    """Where webhooks go: it answers with these statuses in turn, then with 200."""
+    """A receiver of webhooks: it answers with these statuses in turn, then with 200."""
 
     def __init__(self, *statuses: int) -> None:
         self.taken: list[tuple[dict[str, str], bytes]] = []

@@ -1,4 +1,4 @@
-"""What operators did: written after the action, read page by page, and never in the way."""
+"""The audit log: written after the action, read page by page, and never in the way."""
 
 from collections.abc import Callable
 from typing import Any

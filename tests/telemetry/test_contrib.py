@@ -2,6 +2,8 @@
 
 import json
 import re
+import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from asyncmq_nats.queues import Queue
 from asyncmq_nats.runtime.registry import TaskRegistry
 from asyncmq_nats.telemetry.prometheus import QueueGauges, WorkerCounts, render
 from tests.receiver import until
-from tests.running import make_queue, running
+from tests.running import PATIENCE, make_queue, running
 from tests.telemetry.probing import ask, free_port
 
 yaml: Any = pytest.importorskip("yaml")
@@ -26,15 +28,21 @@ METRIC = re.compile(r"\basyncmq_[a-z_]+")
 
 
 @pytest.fixture(scope="module")
-def exported() -> set[str]:
-    """The names of all series that there are."""
+def shown() -> bytes:
+    """What a worker shows to Prometheus."""
     metrics = TaskMetrics(completed=1)
     metrics.wait.add(1.0)
     metrics.run.add(1.0)
-    text = render(
+    return render(
         [QueueGauges("q", {"waiting": 1}, 0.0, paused=False, workers=1, slots=1)],
         [WorkerCounts("q", 1, 0, {"t": metrics}, {})],
-    ).decode()
+    )
+
+
+@pytest.fixture(scope="module")
+def exported(shown: bytes) -> set[str]:
+    """The names of all series that there are."""
+    text = shown.decode()
     return {re.split(r"[{ ]", line)[0] for line in text.splitlines() if not line.startswith("#")}
 
 
@@ -59,6 +67,57 @@ def test_each_metric_of_the_alerts_is_exported(exported: set[str]) -> None:
         assert named - exported == set()
         assert rule["expr"].count("(") == rule["expr"].count(")")
         assert {"summary", "description"} <= rule["annotations"].keys()
+
+
+def promtool(*arguments: str, given: bytes = b"") -> str:
+    """Run Prometheus' own checks, and return their output."""
+    program = shutil.which("promtool")
+    if program is None:
+        pytest.skip("no promtool, of Debian's package prometheus")
+    done = subprocess.run([program, *arguments], input=given, capture_output=True, timeout=PATIENCE)
+    output = (done.stdout + done.stderr).decode()
+    assert done.returncode == 0, output
+    return output
+
+
+def test_promtool_accepts_the_alerts() -> None:
+    output = promtool("check", "rules", str(FILES / "prometheus-alerts.yml"))
+    assert re.search(r"SUCCESS: \d+ rules found", output)
+
+
+def test_promtool_finds_no_fault_with_the_metrics(shown: bytes) -> None:
+    assert promtool("check", "metrics", given=shown) == ""
+
+
+ALERTS = """
+rule_files: [{rules}]
+evaluation_interval: 1m
+tests:
+  - interval: 1m
+    input_series:
+      - {{series: 'asyncmq_oldest_waiting_seconds{{queue="q"}}', values: '0x10 400x20'}}
+      - {{series: 'asyncmq_jobs_failed_total{{queue="q",task="t"}}', values: '0+1x40'}}
+      - {{series: 'asyncmq_jobs_completed_total{{queue="q",task="t"}}', values: '0+4x40'}}
+      - {{series: 'asyncmq_lost_workers_total{{queue="q"}}', values: '0x40'}}
+      - {{series: 'asyncmq_jobs{{queue="q",state="waiting"}}', values: '3x40'}}
+      - {{series: 'asyncmq_workers{{queue="q"}}', values: '1x40'}}
+    promql_expr_test:
+      - expr: count(ALERTS{{alertstate="firing",alertname="AsyncmqJobsWaitTooLong"}})
+        eval_time: 20m
+        exp_samples: [{{labels: '{{}}', value: 1}}]
+      - expr: count(ALERTS{{alertstate="firing",alertname="AsyncmqManyFailures"}})
+        eval_time: 20m
+        exp_samples: [{{labels: '{{}}', value: 1}}]
+      - expr: count(ALERTS{{alertstate="firing"}})
+        eval_time: 20m
+        exp_samples: [{{labels: '{{}}', value: 2}}]
+"""
+
+
+def test_alerts_fire_when_they_should_and_no_others(tmp_path: Path) -> None:
+    tests = tmp_path / "tests.yml"
+    tests.write_text(ALERTS.format(rules=FILES / "prometheus-alerts.yml"))
+    promtool("test", "rules", str(tests))
 
 
 # -- KEDA

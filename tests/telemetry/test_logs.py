@@ -1,4 +1,4 @@
-"""What is logged of jobs.
+"""The log lines of jobs.
 
 Fields, lines of start and end, failures, and lines that stay with a job.
 """

@@ -25,8 +25,9 @@ from asyncmq_nats.queues import list_queues
 from asyncmq_nats.runtime.recorder import Recorder
 from asyncmq_nats.store.history import history_key, history_log, read_history
 from asyncmq_nats.wire.codec import dump_json, load_json
-from tests.receiver import PATIENCE, until
-from tests.running import make_queue, only, outcome, run_jobs, running
+from tests.nats.relay import relaying
+from tests.receiver import PATIENCE, holds, until
+from tests.running import lose_worker, make_queue, only, outcome, run_jobs, running
 
 DURATIONS = st.floats(min_value=1e-5, max_value=1e6)
 
@@ -146,6 +147,70 @@ async def test_a_cancelled_run_and_a_job_without_a_form_are_counted(backend: Bac
     tasks = (await read_metrics(backend, queue.name)).tasks
     assert tasks["endless"].cancelled == 1
     assert tasks["?"].failed == 1
+
+
+async def test_a_lost_worker_and_its_redelivery_are_incidents(backend: Backend) -> None:
+    queue = make_queue(backend, work=lambda: None)
+    await queue.add("work")
+    await lose_worker(queue, runs=True)
+    await run_jobs(queue)
+    incidents = (await read_metrics(backend, queue.name)).incidents
+    assert (incidents["lost"], incidents["redelivered"]) == (1, 1)
+
+
+async def test_a_job_that_is_handed_back_is_an_incident(backend: Backend) -> None:
+    backend.settings = backend.settings.model_copy(update={"shutdown_timeout": 0.0})
+    started = anyio.Event()
+
+    async def endless() -> None:
+        started.set()
+        await anyio.sleep_forever()
+
+    queue = make_queue(backend, endless=endless)
+    async with running(queue):
+        await queue.add("endless")
+        with anyio.fail_after(PATIENCE):
+            await started.wait()
+    incidents = (await read_metrics(backend, queue.name)).incidents
+    assert (incidents["handed_back"], incidents["lost"]) == (1, 0)
+
+
+async def test_a_lease_that_runs_out_beside_a_living_worker_is_an_incident(
+    backend: Backend,
+) -> None:
+    started, go = anyio.Event(), anyio.Event()
+
+    async def slow() -> None:
+        started.set()
+        await go.wait()
+
+    queue = make_queue(backend, slow=slow)
+    async with running(queue) as worker:
+        await queue.add("slow")
+        with anyio.fail_after(PATIENCE):
+            await started.wait()
+        runner = worker._runner
+        assert runner is not None
+        [run] = runner._slots.running
+        run.attempt.delivery.abandon()  # nothing extends the lease any more
+        await holds(lambda: runner._leases_lost == 1)
+        go.set()
+        await only(queue, completed=1)
+    incidents = (await read_metrics(backend, queue.name)).incidents
+    assert (incidents["lease_lost"], incidents["lost"]) == (1, 0)
+
+
+async def test_a_connection_that_is_made_again_is_an_incident(
+    server: EmbeddedServer, settings: Settings
+) -> None:
+    async with relaying(server) as relay, NATSBackend(relay.url, settings=settings) as backend:
+        queue = make_queue(backend, work=lambda: None)
+        async with running(queue):
+            await relay.cut()
+            await holds(lambda: backend.reconnects == 1)
+            await queue.add("work")
+            await only(queue, completed=1)
+        assert (await read_metrics(backend, queue.name)).incidents["reconnected"] == 1
 
 
 async def test_a_worker_writes_while_it_runs(
@@ -301,7 +366,7 @@ def test_too_many_tasks_for_a_record_are_counted_together(settings: Settings) ->
     for number in range(1_500):
         task = f"{number:05}" + 1_000 * "x"
         recorder.note_run(task, 0.1 * number, 0.2)
-        recorder.note_end(task, "completed")
+        recorder.note_end["completed"](task)
     for write in recorder.take():
         assert len(write.body) < 1_048_576
         assert load_json(write.body)["tasks"]["?"]["completed"] == 1_500
@@ -312,7 +377,7 @@ def test_an_idle_worker_writes_one_record_at_a_time(settings: Settings) -> None:
     recorder.begin()
     recorder.take()
     assert len(recorder.take()) in (1, 2)  # two, if a minute is over at this moment
-    recorder.note_end("send", "completed")
+    recorder.note_end["completed"]("send")
     assert len(recorder.take()) >= 3
 
 

@@ -4,12 +4,12 @@ Spans, attributes, and the context that travels with a job.
 """
 
 import logging
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from typing import Any, cast
 
 import anyio
 import pytest
-from opentelemetry import trace
+from opentelemetry import propagate, trace
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
@@ -17,14 +17,17 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode
 
-from asyncmq_nats import Fail, current_job
+from asyncmq_nats import Fail, Job, Queue, current_job
 from asyncmq_nats.backends.base import Backend, Write
+from asyncmq_nats.context import JobContext
+from asyncmq_nats.middleware import Ending, Middleware
+from asyncmq_nats.runtime.registry import TaskRegistry
 from asyncmq_nats.telemetry.otel import OpenTelemetryMiddleware, TraceFields, instrument
 from tests.running import make_queue, only, run_jobs, running
 
 
 class Spans:
-    """What was traced and measured."""
+    """The spans and the metrics that were recorded."""
 
     def __init__(self) -> None:
         self._exporter = InMemorySpanExporter()
@@ -35,6 +38,9 @@ class Spans:
 
     def named(self, name: str) -> list[ReadableSpan]:
         return [span for span in self._exporter.get_finished_spans() if span.name == name]
+
+    def names(self) -> list[str]:
+        return [span.name for span in self._exporter.get_finished_spans()]
 
     def points(self, name: str, **attributes: str) -> list[Any]:
         """Return the points of a metric whose attributes have these values (`_` for `.`)."""
@@ -279,3 +285,86 @@ async def test_a_cancelled_run_ends_its_span(backend: Backend, spans: Spans) -> 
         await only(queue, cancelled=1)
     [process] = spans.named("process work")
     assert _of(process)["error.type"] == "CancelledError"
+
+
+class Services:
+    """What a context asks of its worker: the time by the server's clock."""
+
+    def now(self) -> float:
+        return 100.5
+
+
+class Source:
+    """A job of the task `work`."""
+
+    job = Job("work")
+    head = job
+
+
+def queue_of(
+    backend: Backend, middleware: Middleware, work: Callable[[], Awaitable[None]]
+) -> Queue:
+    registry = TaskRegistry()
+    registry.register(work, queue="work", name="work")
+    return Queue("work", backend, registry=registry, middleware=[middleware])
+
+
+async def test_the_duration_of_an_end_is_by_the_clock_of_the_server(spans: Spans) -> None:
+    middleware = OpenTelemetryMiddleware(spans.traces, spans.meters)
+    context = JobContext("1", "work", Source(), cast("Any", Services()))
+    middleware.end(context, Ending("completed", 99.0, 100.0))
+    [point] = spans.points("messaging.client.operation.duration")
+    assert point.sum == 0.5
+
+
+async def test_a_run_that_is_not_sampled_carries_its_trace_on(
+    backend: Backend, spans: Spans
+) -> None:
+    inner: list[trace.SpanContext] = []
+
+    async def work() -> None:
+        inner.append(trace.get_current_span().get_span_context())
+
+    middleware = OpenTelemetryMiddleware(spans.traces, spans.meters)
+    queue = queue_of(backend, middleware, work)
+    sender = f"00-{'a' * 32}-{'b' * 16}-00"
+    await Queue("work", backend).add("work", meta={"traceparent": sender})
+    await run_jobs(queue)
+    assert spans.names() == []
+    assert format(inner[0].trace_id, "032x") == "a" * 32
+    assert not inner[0].trace_flags.sampled
+    [consumed] = spans.points("messaging.client.consumed.messages")
+    assert consumed.value == 1
+
+
+async def test_without_an_sdk_the_trace_is_carried_on_all_the_same(backend: Backend) -> None:
+    inner: list[str] = []
+
+    async def work() -> None:
+        carrier: dict[str, str] = {}
+        propagate.inject(carrier)
+        inner.append(carrier.get("traceparent", ""))
+
+    queue = queue_of(backend, OpenTelemetryMiddleware(), work)
+    sender = f"00-{'a' * 32}-{'b' * 16}-01"
+    await queue.add("work", meta={"traceparent": sender})
+    await queue.add("work")
+    await run_jobs(queue)
+    assert inner == [sender, ""]
+
+
+async def test_an_sdk_may_be_set_up_late(
+    backend: Backend, spans: Spans, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    middleware = OpenTelemetryMiddleware()
+
+    async def work() -> None: ...
+
+    queue = queue_of(backend, middleware, work)
+    await queue.add("work")
+    await run_jobs(queue)
+    monkeypatch.setattr(trace, "_TRACER_PROVIDER", spans.traces)
+    middleware._look_at = 0.0
+    await queue.add("work")
+    await run_jobs(queue)
+    assert spans.names() == ["send work", "process work", "settle work"]

@@ -1,4 +1,4 @@
-"""What Prometheus reads: of queues, and at a worker's own port."""
+"""The metrics for Prometheus: of queues, and at a worker's own port."""
 
 import sys
 from collections.abc import Mapping

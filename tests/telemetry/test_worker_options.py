@@ -1,4 +1,4 @@
-"""What the command line shows and opens: ports and JSON logs of a worker, lines of a job."""
+"""Options of the command line: ports and JSON logs of a worker, lines of a job."""
 
 import json
 import sys

@@ -1,7 +1,7 @@
 """A backend without a server: a twin of what we use of JetStream, for tests and first steps.
 
 One process, one event loop at a time, one store per instance. Where the twin and the server
-disagree, the twin is wrong (`tests/test_backend_contract.py`). Records outlast `close` and end with
+disagree, the twin is wrong (`tests/contract`). Records outlast `close` and end with
 the object.
 """
 

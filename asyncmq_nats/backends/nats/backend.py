@@ -180,6 +180,8 @@ class NATSBackend:
 
     def _come_home(self) -> None:
         """Drop the connection of an event loop that has ended."""
+        if self._home.loop is asyncio.get_running_loop():
+            return
         forked = self._home.is_elsewhere
         if self._home.move() and self._connection is not None:
             if not forked:  # otherwise the socket is the parent's too
@@ -376,8 +378,10 @@ class NATSBackend:
                 f"{len(writes)} writes in one batch: "
                 f"at least 1 and at most {BATCH_LIMIT} are possible"
             )
-        await self._open_connection()
-        await self._fills.check(log, writes)
+        if self._connection is None or self._home.loop is not asyncio.get_running_loop():
+            await self.connect()
+        if self._fills.has_limit(log):
+            await self._fills.check(log, writes)
         try:
             return await self._writer.write(log, writes)
         except AssetMissing:

@@ -31,14 +31,20 @@ class Budget:
         self._batches = self._messages = self._size = 0
         self._waiting: deque[tuple[asyncio.Future[None], Load]] = deque()
 
+    def take_now(self, load: Load) -> bool:
+        """Take room for a load if there is some and nobody waits. Return whether it was taken."""
+        fits = not self._waiting and self._fits(load)
+        if fits:
+            self._add(load)
+        return fits
+
     async def take(self, load: Load, timeout: float) -> None:
         """Reserve room for a load, first come, first served; `release` it.
 
         Raises:
             TimeoutError: there was none within `timeout` seconds.
         """
-        if not self._waiting and self._fits(load):
-            self._add(load)
+        if self.take_now(load):
             return
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.append((turn, load))

@@ -190,18 +190,18 @@ class Writer:
 
         if self._ends_in_wait:  # they go first: the end of a job makes room
             raise StorageFull(log, "the ends of jobs that run here wait for room")
-        first, *others = writes
+        first, count = writes[0], len(writes)
         if first.message_id is None:
             first = replace(first, message_id=new_message_id())
-        entry = Unsettled(log, (first, *others), settle, time.monotonic() + self._timeout)
-        load = Load(bool(others), len(writes), sum(len(write.body) for write in writes))
-        try:
-            await self._budget.take(load, self._timeout)
-        except TimeoutError:
-            raise Unconfirmed(f"the write to {first.subject}", self._timeout) from None
+            writes = (first, *writes[1:])
+        entry = Unsettled(log, writes, settle, time.monotonic() + self._timeout)
+        load = Load(count > 1, count, sum([len(write.body) for write in writes]))
+        if not self._budget.take_now(load):
+            await self._wait_for_budget(load, first.subject)
         try:
             self._submit(entry)
-            await self._client.make_room()
+            if self._client.is_overfull:
+                await self._client.make_room()
             result = await future
         finally:
             self._table.pop(entry.token, None)  # cancelled: the caller repeats it, if anyone
@@ -209,6 +209,12 @@ class Writer:
         if isinstance(result, BackendError):
             raise result
         return result
+
+    async def _wait_for_budget(self, load: Load, subject: str) -> None:
+        try:
+            await self._budget.take(load, self._timeout)
+        except TimeoutError:
+            raise Unconfirmed(f"the write to {subject}", self._timeout) from None
 
     @property
     def is_full(self) -> bool:
@@ -278,18 +284,15 @@ class Writer:
         # batch id is never used twice.
         batch_id = new_message_id()
         mixed_up = self._connection.mixes_up_expectations
-        messages: list[tuple[bytes, bytes, bytes, bytes]] = []
-        for number, write in enumerate(writes, 1):
-            last = number == len(writes)
-            more = f"Nats-Batch-Id: {batch_id}\r\nNats-Batch-Sequence: {number}\r\n" + (
-                "Nats-Batch-Commit: 1\r\n" if last else ""
-            )
+        prefix, count = f"Nats-Batch-Id: {batch_id}\r\nNats-Batch-Sequence: ", len(writes)
+
+        def message(number: int, write: Write) -> tuple[bytes, bytes, bytes, bytes]:
+            last = number == count
+            more = f"{prefix}{number}\r\n" + ("Nats-Batch-Commit: 1\r\n" if last else "")
             headers = encode_headers(write, more, number * mixed_up)
-            messages.append((write.subject.encode(), write.body, reply if last else b"", headers))
-        if not all(self._client.takes(*message) for message in messages):
-            raise nats.errors.MaxPayloadError
-        for message in messages:
-            self._client.post(*message)
+            return write.subject.encode(), write.body, reply if last else b"", headers
+
+        self._client.post_all(message(*each) for each in enumerate(writes, 1))
 
     def _on_reply(self, subject: bytes, _: bytes, body: bytes, __: bytes | None) -> None:
         entry = self._table.get(subject[len(self._inbox) :])

@@ -11,6 +11,8 @@ __all__ = ["SPANS", "Totals", "charts_of", "merge_histories", "totals_of"]
 SPANS: Final = {"1h": 3600.0, "6h": 6 * 3600.0, "24h": 86_400.0, "7d": 7 * 86_400.0}
 """How far back the charts go, in seconds."""
 MOST_TASKS: Final = 12
+RECORD_LAG: Final = 10.0
+"""So many seconds late workers write down what they did."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,9 +59,25 @@ def merge_histories(histories: Iterable[MetricsHistory]) -> MetricsHistory | Non
     return merged
 
 
+def _told(points: list[MetricsPoint]) -> list[MetricsPoint]:
+    """Return the points without the last ones, if workers have told too little of them so far.
+
+    A line would seem to fall at its end. All of them, if the others are of a time without workers.
+    """
+    if not points:
+        return points
+    now = points[-1].start + points[-1].seconds
+    told = [
+        point
+        for point in points
+        if point.start + point.step + RECORD_LAG <= now or point.seconds >= 6 * RECORD_LAG
+    ]
+    return told if any(point.slots or point.total.ended for point in told) else points
+
+
 def charts_of(history: MetricsHistory) -> dict[str, Any]:
     """Return the charts as the browser draws them: the times, and a line for each name."""
-    points = [point for point in history.points if point.seconds > 0]
+    points = _told([point for point in history.points if point.seconds > 0])
     totals = [point.total for point in points]
 
     def rate(count: Callable[[TaskMetrics], int]) -> list[float]:

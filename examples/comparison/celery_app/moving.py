@@ -1,4 +1,4 @@
-"""What Celery has no counterpart of: a clock that a test moves.
+"""A clock that a test moves: Celery has none.
 
 It takes jobs from the broker in memory and runs what is due, and has the scheduler look.
 """

@@ -1,4 +1,4 @@
-"""What SAQ has no counterpart of: a clock that a test moves.
+"""A clock that a test moves: SAQ has none.
 
 SAQ takes the time of Python, not that of Redis: so it is enough to move that, and to do what the
 loops of a worker would do in the meantime.

@@ -5,6 +5,7 @@ It adds a flow of `JOBS` jobs, or if `WAY` is `add` a job that depends on `JOBS`
 
 import os
 import signal
+from collections.abc import Iterable
 from typing import Any
 
 import anyio
@@ -39,6 +40,16 @@ def post_and_die(self: DirectClient, subject: bytes, *args: Any) -> None:
         die(self)
 
 
+def post_all_and_die(self: DirectClient, messages: Iterable[Any]) -> None:
+    for message in messages:
+        post_and_die(self, *message)
+
+
+def patch_client() -> None:
+    DirectClient.post = post_and_die  # type: ignore[method-assign, assignment]
+    DirectClient.post_all = post_all_and_die  # type: ignore[method-assign]
+
+
 def die(client: Any) -> None:
     """Hand what is buffered to the operating system, which sends it after this process is gone."""
     if client._pending:
@@ -59,10 +70,10 @@ async def main() -> None:
     last = Job(task_id="unnoted", max_retries=0, depends_on=[child.job_id for child in children])
     if os.environ["WAY"] == "add":
         parents = await queue.add_bulk([{"task_id": "unnoted"}] * (JOBS - 1))
-        DirectClient.post = post_and_die  # type: ignore[method-assign, assignment]
+        patch_client()
         await queue.add("unnoted", depends_on=parents)
     else:
-        DirectClient.post = post_and_die  # type: ignore[method-assign, assignment]
+        patch_client()
         await FlowProducer(backend).add_flow(QUEUE, [root, *children, last])
     die(backend._require_connection().client)
 

@@ -8,6 +8,7 @@ names of nats-py 2.16 that begin with `_`; the contract tests notice when they c
 
 import asyncio
 import socket
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from typing import Final
 
@@ -74,47 +75,54 @@ class DirectClient(Client):
                 connection.
             OutboundBufferLimitError: disconnected, and as much is waiting to be sent as may.
         """
+        command = self._command(subject, body, reply, headers)
+        self._queue((command,), len(command))
+
+    def post_all(self, messages: Iterable[tuple[bytes, bytes, bytes, bytes]]) -> None:
+        """Queue messages, all or none: their subjects, bodies, reply subjects, headers.
+
+        Raises:
+            ConnectionClosedError, MaxPayloadError, OutboundBufferLimitError: as for `post`.
+        """
+        command = self._command
+        commands = [command(*message) for message in messages]
+        self._queue(commands, sum(map(len, commands)))
+
+    def _command(self, subject: bytes, body: bytes, reply: bytes, headers: bytes) -> bytes:
         header_size = len(headers)
-        size = header_size + len(body)
+        size = header_size + len(body)  # headers count as payload
         if size > self._max_payload or len(subject) + len(reply) > MAX_SUBJECTS:
             raise MaxPayloadError
-        if header_size:
-            command = b"HPUB %b %b %d %d\r\n%b%b\r\n" % (
-                subject,
-                reply,
-                header_size,
-                size,
-                headers,
-                body,
-            )
-        else:
-            command = b"PUB %b %b %d\r\n%b\r\n" % (subject, reply, size, body)
+        if not headers:
+            return b"PUB %b %b %d\r\n%b\r\n" % (subject, reply, size, body)
+        parts = subject, reply, header_size, size, headers, body
+        return b"HPUB %b %b %d %d\r\n%b%b\r\n" % parts
+
+    def _queue(self, commands: Sequence[bytes], size: int) -> None:
         connected = self._status == Client.CONNECTED
         if not connected:
             if self.is_closed:
                 raise ConnectionClosedError
-            if self._pending_data_size + len(command) > self._max_pending_size:
+            if self._pending_data_size + size > self._max_pending_size:
                 raise OutboundBufferLimitError
-        self._pending.append(command)
-        self._pending_data_size += len(command)
+        self._pending += commands
+        self._pending_data_size += size
         queue = self._flush_queue
         if connected and queue is not None and queue.empty():
             queue.put_nowait(asyncio.get_running_loop().create_future())
 
-    def takes(self, subject: bytes, body: bytes, reply: bytes = b"", headers: bytes = b"") -> bool:
-        """Return whether the server takes a message of these sizes. Headers count as payload."""
-        return (
-            len(headers) + len(body) <= self._max_payload
-            and len(subject) + len(reply) <= MAX_SUBJECTS
-        )
+    @property
+    def is_overfull(self) -> bool:
+        """Whether more is queued than should be."""
+        return self._pending_data_size > self._max_pending_size
 
     async def make_room(self) -> None:
         """Wait while too much is queued, for the flush timeout at most.
 
         It does not use nats-py's `_flush_pending`, which swallows a cancellation (2.16).
         """
-        queue, too_much = self._flush_queue, self._pending_data_size > self._max_pending_size
-        if too_much and self.is_connected and queue is not None:
+        queue = self._flush_queue
+        if self.is_overfull and self.is_connected and queue is not None:
             flushed = asyncio.get_running_loop().create_future()
             await queue.put(flushed)
             await asyncio.wait([flushed], timeout=self._flush_timeout)

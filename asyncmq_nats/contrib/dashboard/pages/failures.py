@@ -1,6 +1,6 @@
 """Failed jobs by task and error.
 
-They are read page by page, the newest first: so many at first, and further back if asked for.
+They are read page by page, the newest first: some at first, and further back if asked for.
 """
 
 from collections.abc import Iterable, Mapping

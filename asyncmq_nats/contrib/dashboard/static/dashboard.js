@@ -100,7 +100,7 @@
   document.body.addEventListener("htmx:beforeRequest", (event) => {
     if (event.detail.requestConfig.triggeringEvent?.type === "sse:changed" && busy()) event.preventDefault();
   });
-  document.body.addEventListener("htmx:afterSwap", () => { if (sources) showLive("live"); showAges(); showPicks(); });
+  document.body.addEventListener("htmx:afterSwap", () => { if (sources) showLive("live"); showAges(); showPicks(); nameRoles(); });
   toggle.addEventListener("click", () => {
     paused = !paused;
     remember("amq-paused", paused ? "yes" : "no");
@@ -108,6 +108,13 @@
     document.body.dispatchEvent(new CustomEvent("amq:live", { detail: { paused } }));
     if (!paused) refresh();
   });
+  // A narrow page shows rows as cards: what is a table for the eye no longer stays one for the ear.
+  function nameRoles() {
+    const roles = { table: "table", thead: "rowgroup", tbody: "rowgroup", tr: "row", td: "cell", "thead th": "columnheader", "tbody th": "rowheader" };
+    for (const [selector, role] of Object.entries(roles)) {
+      for (const element of $$(selector === "table" ? "table.rows" : `table.rows ${selector}`)) element.setAttribute("role", role);
+    }
+  }
   function refresh() { window.htmx.trigger(document.body, "refresh"); }
 
   // What a person opened, ticked or wrote stays when the page is brought up to date.
@@ -281,7 +288,7 @@
       t: () => $("#theme-toggle").click(),
       j: () => move(1),
       k: () => move(-1),
-      x: () => { const box = row && $(".pick", row); if (box) box.click(); },
+      x: () => { const box = row && $("input.pick", row); if (box) box.click(); },
       "?": () => $("#keys").showModal(),
     }[event.key];
     if (action) { event.preventDefault(); action(); }
@@ -310,9 +317,11 @@
     const options = {
       width: Math.max(160, $(".plot", element).clientWidth), height: Number(element.dataset.height || 180),
       cursor: { points: { size: 6 } }, legend: { live: true },
+      // Without a pointer over it, the legend tells the last values.
+      hooks: { setLegend: [(plot) => { if (plot.legend.idx == null) plot.setLegend({ idx: data.at.length - 1 }, false); }] },
       scales: { y: { range: (_, low, high) => [0, Math.max(high || 0, data.unit === "s" ? 0.001 : 1) * 1.1] } },
       axes: [{ ...axis, size: 28, values: clock }, { ...axis, size: 56, values: (_, ticks) => ticks.map(words) }],
-      series: [{ value: "{YYYY}-{MM}-{DD} {HH}:{mm}:{ss}" }, ...data.series.map((line) => ({
+      series: [{ value: "{MM}-{DD} {HH}:{mm}" }, ...data.series.map((line) => ({
         label: line.label, stroke: colour(line.colour), width: 1.75, spanGaps: false,
         points: { show: line.values.filter((value) => value !== null).length < 40 && data.unit === "s", size: 5, fill: colour(line.colour) },
         fill: line.fill ? `color-mix(in srgb, ${colour(line.colour)} 14%, transparent)` : undefined,
@@ -321,7 +330,9 @@
     };
     const body = $(".plot", element);
     body.replaceChildren();
-    charts.set(element, { data, plot: new window.uPlot(options, [data.at, ...data.series.map((line) => line.values)], body) });
+    const plot = new window.uPlot(options, [data.at, ...data.series.map((line) => line.values)], body);
+    plot.setLegend({ idx: data.at.length - 1 }, false);
+    charts.set(element, { data, plot });
   }
   function drawAll() { for (const [element, { data }] of [...charts]) draw(element, data); }
 
@@ -399,6 +410,12 @@
   showLive("live");
   showAges();
   showPicks();
+  nameRoles();
+  // Of menus that are wider than the page, the chosen one is in sight.
+  for (const chosen of $$(".top nav [aria-current], .tabs [aria-current]")) {
+    const menu = chosen.parentElement;
+    menu.scrollLeft = chosen.offsetLeft - menu.offsetLeft - (menu.clientWidth - chosen.offsetWidth) / 2;
+  }
   loadCharts();
   document.documentElement.dataset.ready = "yes";
 })();
