@@ -5,6 +5,7 @@ ENV PYTHONUNBUFFERED=1
 
 WORKDIR /app
 COPY pyproject.toml README.md LICENSE ./
+COPY docs/protocol.md docs/
 COPY asyncmq_nats asyncmq_nats
 RUN pip install --no-cache-dir '.[cli,uvloop]'
 COPY examples examples

@@ -64,6 +64,13 @@ def comparison(session: nox.Session) -> None:
     session.run("python", "examples/comparison/measure.py", "--run", *applications)
 
 
+@nox.session(venv_backend="virtualenv")
+def peers(session: nox.Session) -> None:
+    """Measure other job queues beside ours. Needs redis-server, PostgreSQL's programs and npm."""
+    session.install("-e", ".[embedded,uvloop]", "matplotlib")
+    session.run("python", "-m", "benchmarks.peers", *session.posargs)
+
+
 @nox.session
 def docs(session: nox.Session) -> None:
     """Build the documentation into docs/_build; warnings are errors."""

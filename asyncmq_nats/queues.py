@@ -85,6 +85,7 @@ from asyncmq_nats.transitions.add import Additions
 from asyncmq_nats.transitions.apply import (
     ACTION_STATES,
     Action,
+    ActOnFound,
     Applied,
     apply_to_ids,
     apply_to_matches,
@@ -110,6 +111,7 @@ from asyncmq_nats.transitions.definition import (
 from asyncmq_nats.transitions.edit import Edits
 from asyncmq_nats.transitions.move import MOVABLE_STATES, Moved, Mover, Side
 from asyncmq_nats.transitions.repeat import Repeatables
+from asyncmq_nats.transitions.sweep import Sweep
 from asyncmq_nats.wire.keys import QueueSubjects, encode_token
 
 __all__ = ["Queue", "list_queues"]
@@ -218,6 +220,7 @@ class Queue:
         self._overview = Overview(
             self.backend, self._subjects, self._assets, self._inspection, self._lists
         )
+        self._sweep = Sweep(self.backend, self._subjects, self._administration)
         self._cleanup = Cleanup(
             self.backend, self._subjects, self._assets, self._inspection, self._lists
         )
@@ -1104,6 +1107,7 @@ class Queue:
             return await apply_to_matches(
                 pages,
                 self._cleanup if action == Action.REMOVE else act,
+                act_on_many=self._action_on_many(action),
                 until=until,
                 dry_run=dry_run,
                 limit=most,
@@ -1126,6 +1130,17 @@ class Queue:
                 f"action must be one of {', '.join(Action)}, or a function", action
             )
         return known[action]
+
+    def _action_on_many(self, action: str | Callable[[str], Awaitable[bool]]) -> ActOnFound | None:
+        if action == Action.RETRY:
+            return self._sweep.retry
+        return self._cancel_found if action == Action.CANCEL else None
+
+    async def _cancel_found(self, found: Sequence[Found]) -> set[str]:
+        cancelled = await self._sweep.cancel(found)
+        for job_id in cancelled:
+            await self._controls.signal_cancel(job_id)
+        return cancelled
 
     async def move(
         self,

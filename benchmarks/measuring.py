@@ -102,6 +102,11 @@ class CountingBackend(NATSBackend):
         self._count(writes)
         return await super().write(log, *writes)
 
+    async def write_each(self, log: str, writes: Sequence[Any]) -> Any:
+        for write in writes:
+            self._count([write])
+        return await super().write_each(log, writes)
+
     def send(self, log: str, write: Any, settle: Any, **options: Any) -> None:
         self._count([write])
         super().send(log, write, settle, **options)
@@ -113,6 +118,10 @@ class CountingBackend(NATSBackend):
     async def delete(self, log: str, *sequence: Any, **options: Any) -> Any:
         self.counts["deletes"] += 1
         return await super().delete(log, *sequence, **options)
+
+    async def delete_many(self, log: str, sequences: Sequence[int]) -> list[int]:
+        self.counts["deletes"] += len(sequences)
+        return await super().delete_many(log, sequences)
 
     def puller(
         self, log: str, on_delivery: Callable[[Any], None], *args: Any, **options: Any

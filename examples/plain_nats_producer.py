@@ -47,7 +47,7 @@ async def main(text: str) -> int:
             subject, json.dumps(job).encode(), timeout=PATIENCE, headers=headers
         )
         print(f"added {job_id}", flush=True)
-        return await follow(events)
+        return await follow(client, job_id, events)
     except NoStreamResponseError:
         print(f"There is no queue {QUEUE!r} yet: start a worker first.", file=sys.stderr)
         return 1
@@ -77,20 +77,46 @@ async def connect() -> Client:
     return client
 
 
-async def follow(events: asyncio.Queue[Msg]) -> int:
+async def follow(client: Client, job_id: str, events: asyncio.Queue[Msg]) -> int:
     """Print the events of the job until it has ended."""
     while True:
-        event = await events.get()
-        what = event.subject.split(".")[3]
-        if what not in ENDS:
+        what, body = await next_event(client, job_id, events)
+        if what in ENDS:
+            outcome = json.loads(body)
+            shown = outcome["result"] if what == "completed" else outcome["last_error"]
+            print(f"{what}: {shown}", flush=True)
+            return 0 if what == "completed" else 1
+        if what:
             print(what, flush=True)
-            continue
-        outcome = json.loads(event.data)
-        print(
-            f"{what}: {outcome['result'] if what == 'completed' else outcome['last_error']}",
-            flush=True,
-        )
-        return 0 if what == "completed" else 1
+
+
+async def next_event(client: Client, job_id: str, events: asyncio.Queue[Msg]) -> tuple[str, bytes]:
+    """Return the next event and its body.
+
+    Events are lost with a connection: when none has come for a while, read how the job has ended.
+    """
+    try:
+        async with asyncio.timeout(PATIENCE):
+            event = await events.get()
+    except TimeoutError:
+        return await read_outcome(client, job_id)
+    removed = "KV-Operation" in (event.headers or {})
+    return ("", b"") if removed else (event.subject.split(".")[3], event.data)
+
+
+async def read_outcome(client: Client, job_id: str) -> tuple[str, bytes]:
+    """Return how the job has ended, and its outcome; "" if it has not, or no server answers."""
+    bucket = f"{PREFIX}_{QUEUE}_scheduler"
+    keys = [f"$KV.{bucket}.done.{job_id}.{end}" for end in ENDS]
+    request = json.dumps({"multi_last": keys}).encode()
+    try:
+        answer = await client.request(f"$JS.API.DIRECT.GET.KV_{bucket}", request, timeout=PATIENCE)
+    except nats.errors.TimeoutError:
+        return "", b""
+    headers = answer.headers or {}
+    if headers.get("Status") == "404":
+        return "", b""
+    return headers["Nats-Subject"].rpartition(".")[2], answer.data
 
 
 if __name__ == "__main__":

@@ -211,7 +211,7 @@ async def show() -> int:
         job_ids = [*(entry.job_id for entry in added), *bulk]
         print(
             f"{len(job_ids)} jobs added in {time.perf_counter() - started:.2f} s; "
-            f"a worker runs them, {CONCURRENCY} at a time\n"
+            f"a worker runs them, {CONCURRENCY} at a time (active: fetched by it)\n"
         )
         started = time.perf_counter()
         async with anyio.create_task_group() as group:

@@ -27,7 +27,6 @@ __all__ = [
     "Expect",
     "Log",
     "LogState",
-    "OnRemoved",
     "Puller",
     "Record",
     "Settle",
@@ -331,8 +330,6 @@ class Signal:
 Settled = int | BackendError
 Settle = Callable[[Settled], None]
 """Called with the sequence of the record, or the error. Must not block: hand work over."""
-OnRemoved = Callable[[bool | BackendError], None]
-"""Called with whether the record was there, or the error that leaves it unknown. Must not block."""
 
 
 class Backend(Protocol):
@@ -481,6 +478,15 @@ class Backend(Protocol):
         before.
         """
 
+    async def write_each(self, log: str, writes: Sequence[Write]) -> list[Settled]:
+        """Write each by itself, many at a time, as `write` does.
+
+        Return for each, in order, its sequence or why there is none.
+
+        Raises:
+            StorageFull: there is no room for them.
+        """
+
     async def last(self, log: str, *filters: str) -> list[Record]:
         """Return the last record of each subject that matches any of the filters, by sequence.
 
@@ -539,16 +545,13 @@ class Backend(Protocol):
         """Return the highest sequence given out so far, 0 in a log that never had a record."""
 
     async def delete(self, log: str, sequence: int) -> bool:
-        """Remove one record.
+        """Remove one record. Its lease, if there is one, ends.
 
         Return whether it was there, or may have been: the answer to a first try may be lost.
         """
 
-    def discard(self, log: str, sequence: int, on_removed: OnRemoved | None = None) -> None:
-        """Like `delete`, but return at once, and tell `on_removed` later.
-
-        Connect before. Without `on_removed` it is sent and not confirmed: the record may stay.
-        """
+    def discard(self, log: str, sequence: int) -> None:
+        """Like `delete`, but sent and not confirmed: the record may stay. Connect before."""
 
     async def delete_many(self, log: str, sequences: Sequence[int]) -> list[int]:
         """Remove many records, many at a time.

@@ -1,9 +1,9 @@
 """Released jobs become ready: each worker runs a promoter, and any number gives the same result.
 
 The server's timers release jobs a little early, so a promoter waits out the rest. What is due is
-written to its tier and removed by callbacks, many records at a time; what has to be looked at
-first is read many at a time; the rest, such as ticks, is left to some tasks. The rule is in
-`transitions/promote.py`.
+written to its tier by callbacks; what has been written is removed, and what has to be looked at
+first is read, many records at a time; the rest, such as ticks, is left to some tasks. The rule is
+in `transitions/promote.py`.
 """
 
 import heapq
@@ -20,10 +20,9 @@ from anyio.abc import TaskStatus
 
 from asyncmq_nats._concurrency import open_task_group
 from asyncmq_nats._logging import get_logger
-from asyncmq_nats.backends.base import Backend, Delivery, Record, Settled
+from asyncmq_nats.backends.base import Backend, Delivery, Record, Settled, Write
 from asyncmq_nats.exceptions import (
     AsyncMQError,
-    BackendError,
     InvalidJob,
     PayloadTooLarge,
     TooManyPriorities,
@@ -58,12 +57,18 @@ CREDIT_LIMITS: Final = (16, 512)
 """Fewest and most records that are in hand or asked for at a time."""
 SLOW_PROMOTION: Final = 0.5
 """A due record that was in hand for this many seconds halves the credit."""
-MAX_IN_FLIGHT: Final = 128
+MAX_IN_FLIGHT: Final = 256
 """Promotions that are written and not yet confirmed."""
+BEGIN_BATCH: Final = 64
+"""Records that are begun with, or looked at, at a time: the server has these while the next are
+written."""
+REMOVE_BATCH: Final = 256
+"""Records that are removed at a time."""
+REMOVE_DELAY: Final = 0.02
+"""Removals wait for so many seconds while more is being written: its jobs start sooner then."""
 CONCURRENT_TASKS: Final = 32
 """The most concurrent tasks, for work that callbacks cannot do."""
-CHECK_BATCH: Final = 64
-CHECK_LEAD: Final = 0.015
+CHECK_LEAD: Final = 0.03
 """A record that was in hand for a while is checked this many seconds before it is due."""
 TRUSTED_SECONDS_IN_HAND: Final = 0.05
 """Time in hand, in seconds, in which anything may have become of a record."""
@@ -85,11 +90,11 @@ class Held:
         "delivery",
         "due",
         "fire",
-        "message_id",
         "plan",
         "problem",
         "ready",
         "released",
+        "write",
     )
 
     def __init__(self, delivery: Delivery, *, fire: bool) -> None:
@@ -99,7 +104,8 @@ class Held:
         """Whether it is a flow whose producer died."""
         self.released: Released | None = None
         self.problem: InvalidJob | None = None
-        self.message_id = ""
+        self.write: Write | None = None
+        """What makes the job ready, if it was made while there was time."""
         self.due = 0.0
         """When it is to be promoted, by the monotonic clock."""
         self.checked = True
@@ -129,6 +135,11 @@ class Promoter:
         self._order = itertools.count()
         self._monotonic = backend.clock.monotonic
         self._in_flight: set[Held] = set()
+        """Records that something is done with, those of `_written` among them."""
+        self._written: deque[Held] = deque()
+        """Records that are to be removed, as all else is done."""
+        self._being_removed = 0
+        self._may_remove = anyio.Event()
         self._credit = CREDIT_LIMITS[1]
         self._halved_at = 0.0
         self._work: deque[tuple[Callable[[], Awaitable[None]], Sequence[Held]]] = deque()
@@ -175,6 +186,12 @@ class Promoter:
         return max(0.0, self._monotonic() - self._waiting[0][0]) if self._waiting else 0.0
 
     @property
+    def _has_room(self) -> bool:
+        """Whether more may be begun: what is only to be removed does not count."""
+        done = len(self._written) + self._being_removed
+        return len(self._in_flight) - done < MAX_IN_FLIGHT
+
+    @property
     def _in_hand(self) -> int:
         return len(self._waiting) + len(self._in_flight)
 
@@ -213,6 +230,8 @@ class Promoter:
         wait = self._wait(delivery, run_at)
         held.due = arrived + wait
         held.checked = held.needs_no_check or not self._is_doubtful(held, wait)
+        if held.released is not None and wait > 0:
+            held.write = self._promotion_of(held, held.released)
         self._push(held.due if held.checked else max(arrived, held.due - CHECK_LEAD), held)
 
     def _wait(self, delivery: Delivery, run_at: float | None) -> float:
@@ -260,29 +279,26 @@ class Promoter:
         while True:
             self._wake = anyio.Event()
             self._begin_due()
-            full = len(self._in_flight) >= MAX_IN_FLIGHT
-            timeout = None if full or not self._waiting else self._waiting[0][0] - self._monotonic()
+            waits = self._waiting and self._has_room
+            timeout = self._waiting[0][0] - self._monotonic() if waits else None
             with self._backend.clock.move_on_after(timeout):
                 await self._wake.wait()
             await anyio.lowlevel.checkpoint()
 
     def _begin_due(self) -> None:
         now, doubtful = self._monotonic(), list[Held]()
-        while (
-            self._waiting
-            and self._waiting[0][0] <= now
-            and len(self._in_flight) < MAX_IN_FLIGHT
-            and not self._stopping
-        ):
+        for _ in range(BEGIN_BATCH):
+            due = self._waiting and self._waiting[0][0] <= now
+            if not due or self._stopping or not self._has_room:
+                break
             _, _, held = heapq.heappop(self._waiting)
             self._in_flight.add(held)
             if held.checked:
                 self._begin(held)
             else:
                 doubtful.append(held)
-        for start in range(0, len(doubtful), CHECK_BATCH):
-            batch = doubtful[start : start + CHECK_BATCH]
-            self._give(partial(self._check, batch), batch)
+        if doubtful:
+            self._give(partial(self._check, doubtful), doubtful)
 
     def _begin(self, held: Held) -> None:
         if held.problem is not None:
@@ -311,19 +327,21 @@ class Promoter:
         self._finish(held)
 
     def _promote(self, held: Held, released: Released) -> None:
-        held.message_id = promotion_id(self._secret, held.delivery.sequence, held.delivery.time)
-        write = promotion(
-            self._subjects, released.token, released.priority, released.body, held.message_id
-        )
         try:
             self._backend.send(
                 self._subjects.ready_log,
-                write,
+                held.write or self._promotion_of(held, released),
                 partial(self._on_written, held),
                 timeout=self._backend.settings.publish_timeout,
             )
         except AsyncMQError as error:
             self._give(partial(self._on_refused, held, released, error), [held])
+
+    def _promotion_of(self, held: Held, released: Released) -> Write:
+        message_id = promotion_id(self._secret, held.delivery.sequence, held.delivery.time)
+        return promotion(
+            self._subjects, released.token, released.priority, released.body, message_id
+        )
 
     def _on_written(self, held: Held, result: Settled) -> None:
         if isinstance(result, int):
@@ -333,16 +351,49 @@ class Promoter:
             self._give(partial(self._on_refused, held, held.released, result), [held])
 
     def _discard(self, held: Held) -> None:
-        self._backend.discard(
-            self._subjects.bucket_log, held.delivery.sequence, partial(self._on_removed, held)
-        )
+        """Remove a record, soon: those that come meanwhile are removed together with it."""
+        self._written.append(held)
+        if len(self._written) == 1 and not self._being_removed:
+            self._give(self._remove_written, ())
+        elif self._removes_now:
+            self._may_remove.set()
+        if self._waiting:
+            self._wake.set()
 
-    def _on_removed(self, held: Held, result: bool | BackendError) -> None:
-        if result is True:
-            held.delivery.ack()
-            self._finish(held)
-        else:
-            self._give(partial(self._on_absent, held, result), [held])
+    @property
+    def _removes_now(self) -> bool:
+        """Whether nothing else is under way, or much waits to be removed."""
+        count = len(self._written)
+        return count >= REMOVE_BATCH // 2 or count == len(self._in_flight)
+
+    async def _remove_written(self) -> None:
+        while self._written:
+            self._may_remove = anyio.Event()
+            if not self._removes_now:
+                with self._backend.clock.move_on_after(REMOVE_DELAY):
+                    await self._may_remove.wait()
+            count = min(len(self._written), REMOVE_BATCH)
+            batch = [self._written.popleft() for _ in range(count)]
+            self._being_removed = count
+            try:
+                await self._remove(batch)
+            finally:
+                self._being_removed = 0
+
+    async def _remove(self, batch: Sequence[Held]) -> None:
+        sequences = [held.delivery.sequence for held in batch]
+        try:
+            removed = set(await self._backend.delete_many(self._subjects.bucket_log, sequences))
+        except AsyncMQError as error:
+            for held in batch:
+                self._put_off(held, error)
+            return
+        for held in batch:
+            if held.delivery.sequence in removed:
+                held.delivery.abandon()  # its lease went with the record
+                self._finish(held)
+            else:
+                self._give(partial(self._on_absent, held), [held])
 
     def _finish(self, held: Held) -> None:
         """Let go of a record that is taken care of."""
@@ -352,7 +403,7 @@ class Promoter:
             self._credit = min(self._credit + 1, most)
         elif now > self._halved_at + SLOW_PROMOTION:
             self._credit, self._halved_at = max(self._credit // 2, fewest), now
-        if self._waiting and len(self._in_flight) < MAX_IN_FLIGHT // 2:
+        if self._waiting:
             self._wake.set()
         if self._in_hand < self._credit // 2:
             self._ask.set()
@@ -455,7 +506,7 @@ class Promoter:
                 released.priority,
                 error,
             )
-            released.priority = DEFAULT_PRIORITY
+            released.priority, held.write = DEFAULT_PRIORITY, None
         self._promote(held, released)
 
     async def _on_refused(self, held: Held, released: Released, error: AsyncMQError) -> None:
@@ -479,10 +530,8 @@ class Promoter:
         # A foreign job that was put off: we leave no time in ready jobs.
         return load_json(records[-1].body).get("delay_until") is not None
 
-    async def _on_absent(self, held: Held, result: bool | BackendError) -> None:
+    async def _on_absent(self, held: Held) -> None:
         """Let go of a record that was not there when it was to be removed."""
-        if isinstance(result, BackendError):
-            raise result
         if held.ready and held.released is not None:
             await self._take_back(held.released.token, held.ready)
         held.delivery.ack()

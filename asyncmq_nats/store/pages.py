@@ -49,6 +49,7 @@ class Source:
     index: str | None = None
     """Filter of the index entries, if each match has one."""
     tier: ConsumerState | None = None
+    place: Place | None = None
 
     @property
     def is_dense(self) -> bool:
@@ -106,8 +107,9 @@ class JobLists:
     async def place(self, place: Place) -> Source:
         """Return the source of the jobs at a place in transit."""
         total = await self._count(f"later_{place}")
+        filter = self._subjects.place(place)
         return Source(
-            f"later.{place}", self._subjects.bucket_log, self._subjects.place(place), total, total
+            f"later.{place}", self._subjects.bucket_log, filter, total, total, place=place
         )
 
     async def _count(self, counter: str) -> int:

@@ -98,7 +98,7 @@ class OpenTelemetryMiddleware(Middleware):
         self._tracer = trace.get_tracer(NAME, tracer_provider=tracer_provider)
         meter = metrics.get_meter(NAME, meter_provider=meter_provider)
         self._providers = tracer_provider, meter_provider
-        self._is_heard = True
+        self._is_traced = self._is_metered = True
         self._look_at = 0.0
         self._continue_trace = continue_trace
         self._common: dict[str, Any] = {"messaging.system": "nats", **_server()}
@@ -152,7 +152,7 @@ class OpenTelemetryMiddleware(Middleware):
         begun = time.perf_counter()
         if begun >= self._look_at:
             self._look(begun)
-        if not self._is_heard and not context.meta:
+        if not (self._is_traced or self._is_metered or context.meta):
             return await call()
         queue, task = context.queue, context.task_id
         attributes = self._of_process.get((queue, task)) or self._begin_task(queue, task)
@@ -164,13 +164,11 @@ class OpenTelemetryMiddleware(Middleware):
         span = self._tracer.start_span(
             f"process {queue}", parent, SpanKind.CONSUMER, attributes, links
         )
-        token = None
-        if span is not trace.INVALID_SPAN or sender or contexts.get_current():
-            here = trace.set_span_in_context(span, sender)
-            token = contexts.attach(here)
-            if span.is_recording():
-                span.set_attributes(_of_run(context))
-                context.notes[CONTEXT_KEY] = here
+        here = trace.set_span_in_context(span, sender)
+        token = contexts.attach(here)
+        if span.is_recording():
+            span.set_attributes(_of_run(context))
+            context.notes[CONTEXT_KEY] = here
         begun = time.perf_counter()
         try:
             return await call()
@@ -179,15 +177,17 @@ class OpenTelemetryMiddleware(Middleware):
             raise
         finally:
             seconds = time.perf_counter() - begun
-            if token is not None:
-                contexts.detach(token)
-                span.end()
-            self._consumed.add(1, attributes)
-            self._process_seconds.record(seconds, attributes)
+            contexts.detach(token)
+            span.end()
+            if self._is_metered:
+                self._consumed.add(1, attributes)
+                self._process_seconds.record(seconds, attributes)
 
     def end(self, context: JobContext, ending: Ending) -> None:
         """Make a span for the storing of a run's outcome, if the run's own span is recorded."""
-        if not self._is_heard:
+        parent = context.notes.get(CONTEXT_KEY)
+        has_span = self._is_traced and (parent is not None or not ending.started_at)
+        if not (has_span or self._is_metered):
             return
         queue = context.queue
         seconds = max(0.0, context.now() - ending.ended_at)
@@ -195,11 +195,10 @@ class OpenTelemetryMiddleware(Middleware):
         if ending.state in FAILURES:
             attributes = {**attributes, "error.type": ending.error_type or "_OTHER"}
         self._operation_seconds.record(seconds, attributes)
-        parent = context.notes.get(CONTEXT_KEY)
-        if parent is None:
-            if ending.started_at:
-                return
-            parent = _sender(context)  # it did not run
+        if not has_span:
+            return
+        if parent is None:  # it did not run
+            parent = _sender(context)
         span = self._tracer.start_span(
             f"settle {context.queue}",
             parent,
@@ -221,10 +220,8 @@ class OpenTelemetryMiddleware(Middleware):
     def _look(self, now: float) -> None:
         """See whether anything hears of spans and metrics: an SDK may be set up at any time."""
         traces, meters = self._providers
-        self._is_heard = not (
-            _does_nothing(traces or trace.get_tracer_provider())
-            and _does_nothing(meters or metrics.get_meter_provider())
-        )
+        self._is_traced = not _does_nothing(traces or trace.get_tracer_provider())
+        self._is_metered = not _does_nothing(meters or metrics.get_meter_provider())
         self._look_at = now + LOOK_INTERVAL
 
     def _begin_send(self, queue: str) -> dict[str, Any]:

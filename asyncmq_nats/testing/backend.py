@@ -194,10 +194,10 @@ class VirtualBackend(InMemoryBackend):
             super().send(log, write, settle, timeout=timeout)
             self._note(log, write)
 
-    def discard(self, log: str, sequence: int, on_removed: Any = None) -> None:
+    def discard(self, log: str, sequence: int) -> None:
         """See `Backend`."""
         with self._agenda.lock:
-            super().discard(log, sequence, on_removed)
+            super().discard(log, sequence)
 
     def _learn_log(self, log: Log) -> None:
         """Learn whether the log is the ready log of a queue."""

@@ -12,7 +12,7 @@ from asyncmq_nats.store.many import for_each
 from asyncmq_nats.store.search import Found
 from asyncmq_nats.transitions.clean import Cleanup, Progress
 
-__all__ = ["ACTION_STATES", "Action", "Applied", "apply_to_ids", "apply_to_matches"]
+__all__ = ["ACTION_STATES", "ActOnFound", "Action", "Applied", "apply_to_ids", "apply_to_matches"]
 
 ACTIONS_UNDER_WAY: Final = 32
 
@@ -51,6 +51,8 @@ class Applied:
 
 
 Act = Callable[[str], Awaitable[bool]]
+ActOnFound = Callable[[Sequence[Found]], Awaitable[set[str]]]
+"""Does something to many jobs, and returns the ids of those that it was done to."""
 
 
 @dataclass(slots=True)
@@ -69,6 +71,15 @@ class _Tally:
                 self.count(1)
 
         await for_each(act_on, job_ids, limit=ACTIONS_UNDER_WAY)
+
+    async def act_on_found(
+        self, found: Sequence[Found], act_on_many: ActOnFound | None, act: Act
+    ) -> None:
+        ids = [each.job.job_id for each in found]
+        done = set() if act_on_many is None else await act_on_many(found)
+        self.done += len(done)
+        self.count(len(done))
+        await self.act(act, [job_id for job_id in ids if job_id not in done])
 
     def count(self, matched: int) -> None:
         self.matched += matched
@@ -92,6 +103,7 @@ async def apply_to_matches(
     pages: AsyncIterator[list[Found]],
     act: Act | Cleanup,
     *,
+    act_on_many: ActOnFound | None = None,
     until: float,
     dry_run: bool,
     limit: int | None,
@@ -99,7 +111,8 @@ async def apply_to_matches(
 ) -> Applied:
     """Apply an action to the jobs of a search; to remove them, give the `Cleanup`.
 
-    It removes the very records that were found: a job that has been retried since stays.
+    `act_on_many`: done first to each page of what is found; `act` is done to the rest.
+    The `Cleanup` removes the very records that were found: a job that has been retried since stays.
     """
     tally = _Tally(progress)
     async for page in pages:
@@ -109,7 +122,7 @@ async def apply_to_matches(
         elif isinstance(act, Cleanup):
             await _remove(act, found, tally)
         elif found:
-            await tally.act(act, [each.job.job_id for each in found])
+            await tally.act_on_found(found, act_on_many, act)
         if limit is not None and tally.matched >= limit:
             break
     if isinstance(act, Cleanup) and tally.wide:

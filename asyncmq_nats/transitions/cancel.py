@@ -1,6 +1,6 @@
 """Transitions that a person or a program asks for, rather than a worker: retry, remove."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -32,6 +32,8 @@ __all__ = ["PLACES_OF", "Administration", "is_delayed"]
 
 logger = get_logger(__name__)
 
+CANCELLED: Final = "cancelled"
+"""The error of a job that was cancelled for no other reason."""
 PLACES_OF: Final = {
     State.WAITING: (Place.RELEASED,),
     State.DELAYED: (Place.DELAYED,),
@@ -88,7 +90,7 @@ class Administration:
             return False
         return await self._backend.delete(self._subjects.bucket_log, records[0].sequence)
 
-    async def cancel(self, job_id: str, reason: str = "cancelled") -> bool:
+    async def cancel(self, job_id: str, reason: str = CANCELLED) -> bool:
         """End a job that has not ended as cancelled, wherever it is. Return whether there was one.
 
         `reason`: its error. One write records the outcome; what is left of the job is deleted
@@ -130,7 +132,11 @@ class Administration:
     ) -> list[Write]:
         """Return the writes that cancel a job: its outcome, and a reminder for its children."""
         source = next(iter([*snapshot.later.values(), *ready]))
-        outcome = self._cancelled(snapshot.token, source.body, snapshot.fence, reason)
+        try:
+            job = load_json(source.body)
+        except InvalidJob:
+            job = {"task": "?"}
+        outcome = self.cancellation(snapshot.token, job, snapshot.fence, reason)
         reminder = self._reminder(snapshot, outcome.body)
         delayed = snapshot.later.get(Place.DELAYED)
         if reminder:
@@ -214,11 +220,15 @@ class Administration:
         tier = await self._backend.look_up(self._subjects.ready_log, tier_name(priority))
         return tier is not None and ready.sequence <= tier.delivered_sequence
 
-    def _cancelled(self, token: str, body: bytes, expect: Expect, reason: str) -> Write:
-        try:
-            job = load_json(body)
-        except InvalidJob:
-            job = {"task": "?"}
+    def cancellation(
+        self,
+        token: str,
+        job: Mapping[str, Any],
+        expect: Expect,
+        reason: str = CANCELLED,
+        removes: str | None = None,
+    ) -> Write:
+        """Return the write of an outcome `cancelled`. `removes`: the record of a delayed job."""
         now = self._backend.now()
         fields = {
             "id": decode_token(token),
@@ -232,6 +242,7 @@ class Administration:
             outcome_body(job, fields, self._backend.max_body),
             expect,
             ttl=self._assets.settings.failed_ttl,
+            removes=removes,
             beside=True,
             index=self._subjects.index(token, State.CANCELLED),
         )
@@ -273,7 +284,7 @@ class Administration:
                 await self._void_earlier_runs(snapshot)
             key = subjects.later(snapshot.token, Place.RELEASED)
             expect = Expect(subjects.later_all(snapshot.token), snapshot.last_later)
-            await self._backend.write(log, Write(key, self._renewed(job), expect, beside=True))
+            await self._backend.write(log, Write(key, self.renewed(job), expect, beside=True))
         await self._backend.delete(log, snapshot.outcome.sequence)
         return released
 
@@ -288,7 +299,7 @@ class Administration:
         released = self._subjects.later(token, Place.RELEASED)
         write = Write(
             released,
-            self._renewed(load_json(delayed.body)),
+            self.renewed(load_json(delayed.body)),
             Expect(delayed.subject, delayed.sequence),
             removes=None if delayed.subject == released else delayed.subject,
         )
@@ -298,10 +309,10 @@ class Administration:
     def _is_delayed(self, record: Record) -> bool:
         return is_delayed(record, self._subjects, self._backend.now())
 
-    def _renewed(self, data: dict[str, Any]) -> bytes:
+    def renewed(self, data: dict[str, Any]) -> bytes:
         """Return a job as if it were new, but with its errors.
 
-        Its time to live begins now.
+        Its time to live begins now. Changes `data`.
         """
         for name in (*OUTCOME_FIELDS, *PUT_OFF_FIELDS, "delay_until"):
             data.pop(name, None)

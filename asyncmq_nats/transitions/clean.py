@@ -26,7 +26,7 @@ __all__ = ["Cleanup", "Progress"]
 RECORDS_PER_STEP: Final = 2_000
 """Records that are read and removed at a time."""
 
-PURGE_STEP: Final = 100_000
+PURGE_STEP: Final = 200_000
 """Sequences that are purged at a time: the server is busy with the stream meanwhile."""
 
 Progress = Callable[[int], None]
@@ -75,7 +75,7 @@ class Cleanup:
                 if limit and len(ids) >= limit:
                     break
         if state in INDEXED and not (limit and len(ids) >= limit):
-            await self._remove_entries(state, older_than)
+            await self._purge([self._subjects.indexed(state)], older_than)
         if state is State.WAITING_CHILDREN and ids:
             await self.remove_orphans()
         return ids
@@ -95,14 +95,20 @@ class Cleanup:
         if state not in OUTCOMES:
             await self.clean_jobs(state, older_than, progress=progress)
             return
+        filters = [self._subjects.outcomes(state)]
+        filters += [self._subjects.indexed(state)] if state in INDEXED else []
+        await self._purge(filters, older_than, progress)
+
+    async def _purge(
+        self, filters: Sequence[str], older_than: float, progress: Progress | None = None
+    ) -> None:
+        """Purge what matches and is old enough, step by step. Progress is that of the first."""
         log, removed = self._subjects.bucket_log, 0
         try:
             oldest = await self._backend.page(log, ">", limit=1, mostly=True)
             end = await self._lists.first_sequence_since(log, older_than)
         except AssetMissing:
             return
-        filters = [self._subjects.outcomes(state)]
-        filters += [self._subjects.indexed(state)] if state in INDEXED else []
         start = oldest[0].sequence if oldest else end
         while start < end:
             start = min(end, start + PURGE_STEP)
@@ -130,11 +136,9 @@ class Cleanup:
         size = min(limit, RECORDS_PER_STEP)
         while True:
             records = await self._lists.read_records(source, after, size, descending=False)
-            old = [
-                record
-                for record in without_markers(records)
-                if record.time < older_than and not self._waits(record)
-            ]
+            old = [each for each in without_markers(records) if each.time < older_than]
+            if source.place is Place.RELEASED:
+                old = [record for record in old if not self._waits(record)]
             if old:
                 yield old
             if len(records) < size or records[-1].time >= older_than:
@@ -158,16 +162,6 @@ class Cleanup:
             if record.sequence in removed
         ]
 
-    async def _remove_entries(self, state: State, older_than: float) -> None:
-        """Remove the index entries of outcomes that were removed."""
-        total = await self._inspection.count(f"index_{state}")
-        filter = self._subjects.indexed(state)
-        entries = Source("", self._subjects.bucket_log, filter, total, total)
-        async for step in self._steps(entries, older_than):
-            await self._backend.delete_many(
-                self._subjects.bucket_log, [record.sequence for record in step]
-            )
-
     async def drain(self, *, include_delayed: bool, progress: Progress | None = None) -> list[str]:
         """Remove the jobs that wait to be run, and if wished those that are delayed.
 
@@ -180,26 +174,24 @@ class Cleanup:
         ]
         for source in [*tiers, *[await self._lists.place(place) for place in places]]:
             async for step in self._steps(source, inf):
-                wanted = step if include_delayed else [r for r in step if not self._is_early(r)]
+                wanted = step
+                if source.place is Place.RELEASED and not include_delayed:
+                    wanted = [record for record in step if not self._is_early(record)]
                 ids += await self.remove_records(source, wanted) if wanted else []
                 if progress is not None:
                     progress(len(ids))
         return ids
 
     def _waits(self, record: Record) -> bool:
-        """Return whether a job was released that waits for others: a promoter parks it again."""
-        if not self._subjects.is_later(record.subject, Place.RELEASED):
-            return False
+        """Return whether a released job waits for others: a promoter parks it again."""
         try:
             return Job.decode(record.body).waits_for_others
         except InvalidJob:
             return False
 
     def _is_early(self, record: Record) -> bool:
-        """Return whether a job was released a little before its time."""
-        return self._subjects.is_later(record.subject, Place.RELEASED) and is_delayed(
-            record, self._subjects, self._backend.now()
-        )
+        """Return whether a released job was released a little before its time."""
+        return is_delayed(record, self._subjects, self._backend.now())
 
     async def read_ids(self) -> list[str]:
         """Return the ids of all jobs."""

@@ -529,26 +529,7 @@ async def test_delete_says_whether_the_record_was_there(backend: Backend) -> Non
     assert await subjects(backend) == []
 
 
-async def test_a_discard_tells_whether_the_record_was_there(backend: Backend) -> None:
-    sequence = await backend.write("notes", Write("notes.a", b""))
-    removed: list[bool | BackendError] = []
-    told = anyio.Event()
-
-    def on_removed(result: bool | BackendError) -> None:
-        removed.append(result)
-        told.set()
-
-    for log in ("notes", "notes", "none"):
-        told = anyio.Event()
-        backend.discard(log, sequence, on_removed)
-        assert not told.is_set()
-        with anyio.fail_after(PATIENCE):
-            await told.wait()
-    assert removed[:2] == [True, False]
-    assert isinstance(removed[2], AssetMissing)
-
-
-async def test_a_discard_without_an_answer_removes(backend: Backend) -> None:
+async def test_a_discard_removes(backend: Backend) -> None:
     sequence = await backend.write("notes", Write("notes.a", b""))
     backend.discard("notes", sequence)
     await until(lambda: backend.count("notes"), lambda count: count == 0)

@@ -54,6 +54,36 @@ def service(name: str) -> str:
     return match[1]
 
 
+# -- the image
+
+
+@pytest.mark.slow
+def test_the_package_is_built_of_the_files_that_the_image_has(tmp_path: Path) -> None:
+    build = DOCKERFILE.partition("RUN pip install")[0]
+    copied = [words.split() for words in re.findall(r"^COPY (.+)$", build, re.MULTILINE)]
+    sources = [source for *names, _ in copied for source in names]
+    given = re.findall(r"^!(.+)$", (ROOT / ".dockerignore").read_text(), re.MULTILINE)
+    assert [source for source in sources if source not in given] == []
+    for source in sources:
+        target = tmp_path / "app" / source
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if (ROOT / source).is_dir():
+            shutil.copytree(ROOT / source, target)
+        else:
+            shutil.copy(ROOT / source, target)
+    wheels = tmp_path / "wheels"
+    done = subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", wheels, tmp_path / "app"],
+        capture_output=True,
+        text=True,
+        timeout=4 * PATIENCE,
+    )
+    if "No matching distribution" in done.stderr and not os.environ.get("CI"):
+        pytest.skip("no package index answers")
+    assert done.returncode == 0, done.stderr
+    assert len(list(wheels.iterdir())) == 1
+
+
 # -- the file
 
 

@@ -15,7 +15,10 @@ from typing import IO
 
 import pytest
 
+from asyncmq_nats import NATSBackend, Queue
 from asyncmq_nats.backends.nats.embedded.server import EmbeddedServer
+from asyncmq_nats.runtime.registry import TaskRegistry
+from tests.nats.following import follow_untold
 from tests.receiver import PATIENCE
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -179,3 +182,18 @@ def test_plain_producer_adds_a_job_and_follows_it(server: EmbeddedServer) -> Non
     assert added.startswith("added ")
     assert events == ["waiting", "started", "completed: 4"]
     assert worker.returncode == 0
+
+
+async def count_words(text: str) -> int:
+    return len(text.split())
+
+
+async def test_plain_producer_learns_of_an_end_that_it_was_not_told(
+    server: EmbeddedServer, nats_backend: NATSBackend
+) -> None:
+    registry = TaskRegistry()
+    registry.register(count_words, queue="examples", name="tasks.count_words")
+    queue = Queue("examples", nats_backend, registry=registry)
+    command = [sys.executable, "-u", str(EXAMPLES / "plain_nats_producer.py"), "too late"]
+    printed = await follow_untold(command, "ASYNCMQ_NATS_SERVERS", queue, server)
+    assert printed[1:] == ["waiting", "completed: 2"]

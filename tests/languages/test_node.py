@@ -24,6 +24,7 @@ from anyio import to_thread
 from asyncmq_nats import NATSBackend, Queue, Settings, stop_worker
 from asyncmq_nats.backends.nats.embedded.server import EmbeddedServer
 from asyncmq_nats.store.secret import keyed_id
+from tests.nats.following import follow_untold
 from tests.outbox.shown import shown_nowhere
 from tests.receiver import PATIENCE, holds, until
 from tests.running import make_queue, only, outcome, running
@@ -333,6 +334,15 @@ async def test_the_producer_in_node_follows_its_job(
     added, *events = done.stdout.splitlines()
     assert added.startswith("added ")
     assert events == ["waiting", "started", "completed", 'result "ä ✓"']
+
+
+async def test_the_producer_in_node_learns_of_an_end_that_it_was_not_told(
+    node: Path, server: EmbeddedServer, nats_backend: NATSBackend
+) -> None:
+    queue = make_queue(nats_backend, "mixed", echo=lambda text: text)
+    command = ["npm", "run", "--silent", "produce", "--", "mixed", "echo", '["late"]']
+    printed = await follow_untold(command, "NATS_URL", queue, server, cwd=node)
+    assert printed[1:] == ["waiting", "completed", 'result "late"']
 
 
 def test_both_promote_under_the_same_message_id(node: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 from asyncmq_nats.backends.base import Backend, Expect, Log, Settled, Timer, Write
 from asyncmq_nats.backends.nats.backend import NATSBackend
 from asyncmq_nats.backends.nats.embedded.server import EmbeddedServer
-from asyncmq_nats.exceptions import BackendError, ConnectionLost, Unconfirmed, WriteRefused
+from asyncmq_nats.exceptions import ConnectionLost, Unconfirmed, WriteRefused
 from asyncmq_nats.flow import FlowProducer
 from asyncmq_nats.jobs import Job
 from asyncmq_nats.queues import Queue
@@ -419,22 +419,42 @@ async def test_a_send_under_way_is_settled_when_its_backend_closes(
     assert [type(result) for result in settled] == [ConnectionLost]
 
 
+@pytest.mark.parametrize("deaf", [False, True])
+async def test_many_removals_whose_answers_are_lost_are_repeated(
+    deaf: bool, notes: NATSBackend, distant: NATSBackend, relay: Relay
+) -> None:
+    count = 1_500
+    for start in range(0, count, 500):
+        await notes.write("notes", *(Write(f"notes.{start + n}", b"") for n in range(500)))
+    await distant.connect()
+    (relay.lose_request if deaf else relay.lose_answer)(rb"MSG\.DELETE")
+    later = Later()
+    with anyio.fail_after(PATIENCE):
+        async with anyio.create_task_group() as group:
+            sequences = range(1, count + 1)
+            group.start_soon(later.run, lambda: distant.delete_many("notes", sequences))
+            await relay.lost.wait()
+            await relay.cut()
+    assert later.error is None
+    assert later.result == list(range(1, count + 1))
+    assert await notes.count("notes") == 0
+
+
 async def test_a_removal_under_way_opens_no_closed_backend(
     nats_backend: NATSBackend, server: EmbeddedServer
 ) -> None:
-    removed: list[bool | BackendError] = []
+    later = Later()
 
     async def is_connected() -> bool:
         return nats_backend._require_connection().client.is_connected
 
-    async def results() -> int:
-        return len(removed)
-
     server.kill()
     await until(is_connected, lambda connected: not connected)
-    nats_backend.discard("notes", 1, removed.append)
-    await nats_backend.close()
-    server.start()
-    await until(results, bool)
-    assert [type(result) for result in removed] == [ConnectionLost]
+    with anyio.fail_after(PATIENCE):
+        async with anyio.create_task_group() as group:
+            group.start_soon(later.run, lambda: nats_backend.delete_many("notes", [1, 2]))
+            await anyio.wait_all_tasks_blocked()
+            await nats_backend.close()
+            server.start()
+    assert isinstance(later.error, ConnectionLost)
     assert nats_backend._connection is None

@@ -8,6 +8,7 @@ the object.
 import asyncio
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import fields
 from functools import partial
 from itertools import count
@@ -26,7 +27,6 @@ from asyncmq_nats.backends.base import (
     Difference,
     Log,
     LogState,
-    OnRemoved,
     Puller,
     Record,
     ServerFacts,
@@ -257,6 +257,16 @@ class InMemoryBackend:
         await self._give_way()
         return self._find_log(log).write(writes)
 
+    async def write_each(self, log: str, writes: Sequence[Write]) -> list[Settled]:
+        """See `Backend`."""
+        results: list[Settled] = []
+        for write in writes:
+            try:
+                results.append(await self.write(log, write))
+            except BackendError as error:
+                results.append(error)
+        return results
+
     def send(self, log: str, write: Write, settle: Settle, *, timeout: float | None = None) -> None:
         """See `Backend`."""
         settled: Settled
@@ -331,15 +341,10 @@ class InMemoryBackend:
         await self._give_way()
         return self._find_log(log).delete(sequence)
 
-    def discard(self, log: str, sequence: int, on_removed: OnRemoved | None = None) -> None:
+    def discard(self, log: str, sequence: int) -> None:
         """See `Backend`."""
-        removed: bool | BackendError
-        try:
-            removed = self._find_log(log).delete(sequence)
-        except BackendError as error:
-            removed = error
-        if on_removed is not None:
-            asyncio.get_running_loop().call_soon(on_removed, removed)
+        with suppress(BackendError):
+            self._find_log(log).delete(sequence)
 
     async def delete_many(self, log: str, sequences: Sequence[int]) -> list[int]:
         """See `Backend`."""

@@ -9,12 +9,13 @@ import time
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final, Self
 
+import nats.errors
 from anyio import CancelScope, to_thread
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription as NatsSubscription
 
 from asyncmq_nats._clock import SYSTEM_CLOCK, Clock
-from asyncmq_nats._concurrency import Home, Turns, open_task_group
+from asyncmq_nats._concurrency import Home, Turns
 from asyncmq_nats._logging import Throttle, get_logger
 from asyncmq_nats.backends.base import (
     Consumer,
@@ -23,16 +24,16 @@ from asyncmq_nats.backends.base import (
     Difference,
     Log,
     LogState,
-    OnRemoved,
     Puller,
     Record,
     ServerFacts,
     Settle,
+    Settled,
     Signal,
     Subscription,
     Write,
 )
-from asyncmq_nats.backends.nats.connection import Connection, Reply, format_time
+from asyncmq_nats.backends.nats.connection import Connection, format_time
 from asyncmq_nats.backends.nats.embedded.server import EmbeddedServer
 from asyncmq_nats.backends.nats.errors import (
     CONSUMER_MISSING,
@@ -51,8 +52,6 @@ from asyncmq_nats.backends.nats.writer import BATCH_LIMIT, HEADER_ROOM, Writer
 from asyncmq_nats.exceptions import (
     AssetMissing,
     BackendError,
-    ConnectionLost,
-    PayloadTooLarge,
     Unconfirmed,
 )
 from asyncmq_nats.settings import Settings, mask_login, parse_servers
@@ -388,6 +387,11 @@ class NATSBackend:
             self._assets.forget(log)
             raise
 
+    async def write_each(self, log: str, writes: Sequence[Write]) -> list[Settled]:
+        await self._open_connection()
+        await self._fills.check(log, writes)
+        return await self._writer.write_each(log, writes)
+
     def send(self, log: str, write: Write, settle: Settle, *, timeout: float | None = None) -> None:
         self._require_connection()
         self._writer.send(log, write, settle, timeout)
@@ -484,59 +488,28 @@ class NATSBackend:
             raise api_error(log, answer["error"])
         return in_doubt or bool(answer.get("success", False))
 
-    def discard(self, log: str, sequence: int, on_removed: OnRemoved | None = None) -> None:
+    def discard(self, log: str, sequence: int) -> None:
         connection = self._require_connection()
-        subject, body = f"STREAM.MSG.DELETE.{log}", b'{"seq":%d,"no_erase":true}' % sequence
-        if on_removed is None:
-            if connection.client.is_connected:
-                connection.call_unheard(subject, body)
-            return
-
-        def on_reply(reply: Reply | None) -> None:
-            if reply is not None and b'"success":true' in reply.body:
-                on_removed(True)
-            elif connection.client.is_closed:
-                on_removed(ConnectionLost(connection.servers))
-            else:  # an error, or no answer: then this request may have removed it
-                connection.background.run(
-                    self._delete_again(log, sequence, on_removed, in_doubt=reply is None)
-                )
-
-        connection.ask(connection.api_prefix + subject, body, on_reply)
-
-    async def _delete_again(
-        self, log: str, sequence: int, on_removed: OnRemoved, *, in_doubt: bool
-    ) -> None:
-        removed: bool | BackendError
-        try:
-            removed = await self.delete(log, sequence) or in_doubt
-        except BackendError as error:
-            removed = error
-        on_removed(removed)
+        if connection.client.is_connected:
+            body = b'{"seq":%d,"no_erase":true}' % sequence
+            connection.call_unheard(f"STREAM.MSG.DELETE.{log}", body)
 
     async def delete_many(self, log: str, sequences: Sequence[int]) -> list[int]:
         connection = await self._open_connection()
         subject = f"{connection.api_prefix}STREAM.MSG.DELETE.{log}"
-        left = iter(sequences)
+        bodies = [b'{"seq":%d,"no_erase":true}' % sequence for sequence in sequences]
+        replies = await connection.ask_each(subject, bodies, timeout=5.0, under_way=DELETES_AT_ONCE)
         removed: list[int] = []
-
-        async def delete_some() -> None:
-            for sequence in left:
-                body = b'{"seq":%d,"no_erase":true}' % sequence
-                try:
-                    (reply,) = await connection.collect(subject, body, timeout=5.0, finished=bool)
-                    gone = b'"success":true' in reply.body
-                    if not gone and not any(code in reply.body for code in NO_MESSAGE):
-                        gone = await self.delete(log, sequence)
-                except TimeoutError:
-                    await self.delete(log, sequence)
-                    gone = True  # removed by this, or by a first request without an answer
-                if gone:
-                    removed.append(sequence)
-
-        async with open_task_group() as group:
-            for _ in range(min(DELETES_AT_ONCE, len(sequences))):
-                group.start_soon(delete_some)
+        for sequence, reply in zip(sequences, replies, strict=True):
+            if reply is None:
+                await self.delete(log, sequence)
+                gone = True  # by this, or by the first request, whose answer was lost
+            else:
+                gone = b'"success":true' in reply.body
+                if not gone and not any(code in reply.body for code in NO_MESSAGE):
+                    gone = await self.delete(log, sequence)
+            if gone:
+                removed.append(sequence)
         return sorted(removed)
 
     async def purge(
@@ -609,11 +582,10 @@ class NATSBackend:
 
     def signal(self, subject: str, body: bytes = b"") -> None:
         connection = self._require_connection()
-        if not connection.client.is_connected:
-            return
         try:
-            connection.post(subject, body)
-        except PayloadTooLarge as error:
+            connection.client.signal(subject.encode(), body)
+        except nats.errors.MaxPayloadError:
+            error = connection.too_large(subject, len(body))
             if times := self._dropped_signals.note():
                 logger.warning("%d signals were not sent: %s", times, error)
 

@@ -11,7 +11,9 @@ import json
 import re
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any, Final, NamedTuple
 
 import nats.errors
@@ -52,8 +54,6 @@ ANSWER_SIZE: Final = 4 * 1024 * 1024
 The server disconnects a client for which 64 MiB wait.
 """
 REQUEST_TIMEOUT: Final = 5.0
-ANSWER_TIMEOUT: Final = 2.0
-"""How long `Connection.ask` waits for an answer."""
 
 LONG_CALL_TIMEOUT: Final = 600.0
 """A purge takes as long as there is to remove."""
@@ -328,24 +328,42 @@ class Connection:
         """Call the JetStream API without waiting for its answer, which is dropped."""
         self.client.post((self._api + subject).encode(), body, self._inbox + b"0")
 
-    def ask(self, subject: str, body: bytes, on_reply: Callable[[Reply | None], None]) -> None:
-        """Send a request and return at once; `on_reply` gets the first reply, or `None` after 2 s.
+    async def ask_each(
+        self, subject: str, bodies: Sequence[bytes], *, timeout: float, under_way: int
+    ) -> list[Reply | None]:
+        """Send a request for each body, some at a time; return the first reply to each.
 
-        Unlike `collect` it makes no task wait: for requests of which there are thousands a second.
+        `None` where there is none: the server was silent for `timeout` seconds, or the connection
+        was lost meanwhile.
+
+        Raises:
+            PermissionRefused: this user may not send them.
         """
-        token = b"%d" % next(self._tokens)
-
-        def settle(reply: Reply | None) -> None:
-            if self._collectors.pop(token, None) is not None:
-                timer.cancel()
-                on_reply(reply)
-
-        timer = asyncio.get_running_loop().call_later(ANSWER_TIMEOUT, settle, None)
-        self._collectors[token] = settle
+        name = b"%d" % next(self._tokens)
+        requests = _Requests(bodies, partial(self._send_one, subject, name), under_way)
+        self._requests[name] = (subject, requests.done)
         try:
-            self.client.post(subject.encode(), body, self._inbox + token)
-        except nats.errors.Error as error:
-            logger.debug("%s: not sent: %r", subject, error)
+            requests.begin()
+            before = -1
+            while requests.answered > before and not requests.done.done():
+                before = requests.answered
+                await asyncio.wait([requests.done], timeout=timeout)
+            if requests.done.done():
+                with suppress(TimeoutError):  # the connection was lost
+                    requests.done.result()
+        finally:
+            requests.done.cancel()
+            del self._requests[name]
+            for number in range(len(bodies)):
+                self._collectors.pop(b"%b-%d" % (name, number), None)
+        return requests.replies
+
+    def _send_one(
+        self, subject: str, name: bytes, number: int, body: bytes, settle: Callable[[Reply], None]
+    ) -> None:
+        token = b"%b-%d" % (name, number)
+        self._collectors[token] = settle
+        self.post(subject, body, self._inbox + token)
 
     async def _watch_long_call(self, done: "asyncio.Future[None]", timeout: float) -> None:
         """Give up a call whose connection is lost.
@@ -357,6 +375,14 @@ class Connection:
             await asyncio.wait([done], timeout=timeout)
             if not self.client.is_connected or time.monotonic() > end:
                 _give_up(done)
+
+    def too_large(self, subject: str, size: int, reply_size: int = 0) -> PayloadTooLarge:
+        """Return the error of a message that the server would end the connection for."""
+        most = self.client.max_payload
+        if size > most:
+            return PayloadTooLarge(f"the message for {subject:.100}", size, most)
+        length = len(subject.encode()) + reply_size
+        return PayloadTooLarge(f"the subject {subject:.100}", length, MAX_CONTROL_LINE)
 
     def post(
         self, subject: str, body: bytes = b"", reply: bytes = b"", headers: bytes = b""
@@ -370,12 +396,7 @@ class Connection:
         try:
             self.client.post(subject.encode(), body, reply, headers)
         except nats.errors.MaxPayloadError:
-            size, most = len(headers) + len(body), self.client.max_payload
-            if size > most:
-                raise PayloadTooLarge(f"the message for {subject:.100}", size, most) from None
-            size = len(subject.encode()) + len(reply)
-            text = f"the subject {subject:.100}"
-            raise PayloadTooLarge(text, size, MAX_CONTROL_LINE) from None
+            raise self.too_large(subject, len(headers) + len(body), len(reply)) from None
         except nats.errors.Error as error:
             with mapped_errors(self.servers):
                 raise error
@@ -489,6 +510,50 @@ class Connection:
         logger.info("reconnected to NATS at %s", self.servers)
         for hook in list(self.on_reconnect):
             hook()
+
+
+class _Requests:
+    """Requests of which some are under way at a time, each with one reply.
+
+    `send`: called with a request's number, its body, and what takes the reply.
+    """
+
+    def __init__(
+        self,
+        bodies: Sequence[bytes],
+        send: Callable[[int, bytes, Callable[[Reply], None]], None],
+        under_way: int,
+    ) -> None:
+        self.replies: list[Reply | None] = [None] * len(bodies)
+        self.answered = 0
+        self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._left = iter(enumerate(bodies))
+        self._send = send
+        self._under_way = min(under_way, len(bodies))
+
+    def begin(self) -> None:
+        if not self._under_way:
+            self.done.set_result(None)
+        for _ in range(self._under_way):
+            self._send_next()
+
+    def _send_next(self) -> None:
+        for number, body in self._left:
+            self._send(number, body, partial(self._settle, number))
+            return
+
+    def _settle(self, number: int, reply: Reply) -> None:
+        if self.done.done() or self.replies[number] is not None:
+            return
+        self.replies[number] = reply
+        self.answered += 1
+        if self.answered == len(self.replies):
+            self.done.set_result(None)
+            return
+        try:
+            self._send_next()
+        except BackendError as error:
+            self.done.set_exception(error)
 
 
 def patience_with(tries: int) -> float:

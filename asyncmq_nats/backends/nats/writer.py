@@ -14,7 +14,7 @@ import random
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, Final
 
 import nats.errors
@@ -48,6 +48,8 @@ __all__ = ["BATCH_LIMIT", "HEADER_ROOM", "Writer", "encode_headers"]
 logger = get_logger(__name__)
 
 BATCH_LIMIT: Final = 1000
+WRITES_AT_ONCE: Final = 500
+"""Writes of `write_each` that are under way together."""
 RESEND_AFTER: Final = 2.0
 SWEEP_EVERY: Final = 0.25
 HEADER_ROOM: Final = 1024
@@ -209,6 +211,50 @@ class Writer:
         if isinstance(result, BackendError):
             raise result
         return result
+
+    async def write_each(self, log: str, writes: Sequence[Write]) -> list[Settled]:
+        """See `Backend.write_each`."""
+        if self._ends_in_wait:
+            raise StorageFull(log, "the ends of jobs that run here wait for room")
+        results: list[Settled] = []
+        for start in range(0, len(writes), WRITES_AT_ONCE):
+            results += await self._write_some(log, writes[start : start + WRITES_AT_ONCE])
+        return results
+
+    async def _write_some(self, log: str, writes: Sequence[Write]) -> list[Settled]:
+        deadline = time.monotonic() + self._timeout
+        load = Load(0, len(writes), sum(len(write.body) for write in writes))
+        await self._wait_for_budget(load, writes[0].subject)
+        found: dict[int, Settled] = {}
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+        def settle(number: int, result: Settled) -> None:
+            found[number] = result
+            if len(found) == len(writes) and not done.done():
+                done.set_result(None)
+
+        entries = [
+            Unsettled(
+                log,
+                (replace(write, message_id=write.message_id or new_message_id()),),
+                partial(settle, number),
+                deadline,
+            )
+            for number, write in enumerate(writes)
+        ]
+        try:
+            for number, entry in enumerate(entries):
+                try:
+                    self._submit(entry)
+                except BackendError as error:
+                    settle(number, error)
+            await self._client.make_room()
+            await done
+        finally:
+            for entry in entries:  # as in `write`
+                self._table.pop(entry.token, None)
+            self._budget.release(load)
+        return [found[number] for number in range(len(writes))]
 
     async def _wait_for_budget(self, load: Load, subject: str) -> None:
         try:

@@ -2,10 +2,15 @@
 //
 //     npm run --silent produce -- <queue> <task> '<JSON array of arguments>' ['<more fields>']
 
-import { jetstream } from "@nats-io/jetstream";
-import { connectAsTold, makeHeaders, Names, tokenOf } from "./protocol.js";
+import { setTimeout } from "node:timers/promises";
+import { jetstream, jetstreamManager } from "@nats-io/jetstream";
+import { TimeoutError } from "@nats-io/transport-node";
+import { connectAsTold, makeHeaders, Names, readLast, tokenOf } from "./protocol.js";
 import { parseEvent } from "./wire.js";
-import type { Job } from "./wire.js";
+import type { Event, Job } from "./wire.js";
+
+/** Milliseconds without an event after which the outcome is looked for. */
+const PATIENCE = 3000;
 
 const [queue, task, args = "[]", more = "{}"] = process.argv.slice(2);
 if (queue === undefined || task === undefined) {
@@ -33,10 +38,7 @@ await jetstream(nc).publish(names.ready(job.priority ?? 5, tokenOf(id)), JSON.st
 });
 console.log(`added ${id}`);
 
-follow: for await (const message of messages) {
-  if (message.headers?.has("KV-Operation")) continue; // something was removed
-  const event = parseEvent(message.subject.split(".")[3] ?? "", message.data);
-  if (event === undefined) continue;
+follow: for await (const event of follow()) {
   console.log(event.what === "progress" ? `progress ${event.body.progress}` : event.what);
   switch (event.what) {
     case "completed":
@@ -50,3 +52,39 @@ follow: for await (const message of messages) {
   }
 }
 await nc.close();
+
+/** The events. They are lost with a connection: without one for a while, the outcome is read. */
+async function* follow(): AsyncGenerator<Event> {
+  const told = messages[Symbol.asyncIterator]();
+  let next = told.next();
+  for (;;) {
+    const result = await Promise.race([next, setTimeout(PATIENCE)]);
+    if (result === undefined) {
+      yield* await readOutcome();
+      continue;
+    }
+    if (result.done) return;
+    next = told.next();
+    const { subject, headers, data } = result.value;
+    if (headers?.has("KV-Operation")) continue; // something was removed
+    const event = parseEvent(subject.split(".")[3] ?? "", data);
+    if (event !== undefined) yield event;
+  }
+}
+
+/** How the job has ended, as the event that told it; nothing if it has not, or no server answers. */
+async function readOutcome(): Promise<Event[]> {
+  const keys = ["completed", "failed", "expired", "cancelled"].map((what) =>
+    names.key(`done.${tokenOf(id)}.${what}`),
+  );
+  try {
+    const jsm = await jetstreamManager(nc, { checkAPI: false });
+    const found = await readLast(jsm, names.bucketStream, keys);
+    return found
+      .filter(({ removed }) => !removed)
+      .flatMap(({ subject, data }) => parseEvent(subject.split(".").at(-1) ?? "", data) ?? []);
+  } catch (error) {
+    if (error instanceof TimeoutError) return [];
+    throw error;
+  }
+}

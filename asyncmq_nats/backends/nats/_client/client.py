@@ -8,11 +8,12 @@ names of nats-py 2.16 that begin with `_`; the contract tests notice when they c
 
 import asyncio
 import socket
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import suppress
 from typing import Final
 
 from nats.aio.client import Client
+from nats.aio.transport import TcpTransport
 from nats.errors import ConnectionClosedError, MaxPayloadError, OutboundBufferLimitError
 
 from asyncmq_nats.backends.nats._client.parser import DirectParser, Handler
@@ -33,6 +34,7 @@ class DirectClient(Client):
         super().__init__()
         self._direct: dict[int, Handler] = {}
         self._ps = DirectParser(self, self._direct)
+        self._flush_due = False
 
     @property
     def is_clustered(self) -> bool:
@@ -76,7 +78,22 @@ class DirectClient(Client):
             OutboundBufferLimitError: disconnected, and as much is waiting to be sent as may.
         """
         command = self._command(subject, body, reply, headers)
-        self._queue((command,), len(command))
+        size = len(command)
+        if self._status != Client.CONNECTED:
+            self._check_buffer(size)
+        self._pending.append(command)
+        self._pending_data_size += size
+        if not self._flush_due:
+            self._flush_soon()
+
+    def signal(self, subject: bytes, body: bytes) -> None:
+        """Queue a message, or drop it while there is no connection.
+
+        Raises:
+            MaxPayloadError: as for `post`.
+        """
+        if self._status == Client.CONNECTED:
+            self.post(subject, body)
 
     def post_all(self, messages: Iterable[tuple[bytes, bytes, bytes, bytes]]) -> None:
         """Queue messages, all or none: their subjects, bodies, reply subjects, headers.
@@ -86,7 +103,13 @@ class DirectClient(Client):
         """
         command = self._command
         commands = [command(*message) for message in messages]
-        self._queue(commands, sum(map(len, commands)))
+        size = sum(map(len, commands))
+        if self._status != Client.CONNECTED:
+            self._check_buffer(size)
+        self._pending += commands
+        self._pending_data_size += size
+        if not self._flush_due:
+            self._flush_soon()
 
     def _command(self, subject: bytes, body: bytes, reply: bytes, headers: bytes) -> bytes:
         header_size = len(headers)
@@ -98,18 +121,35 @@ class DirectClient(Client):
         parts = subject, reply, header_size, size, headers, body
         return b"HPUB %b %b %d %d\r\n%b%b\r\n" % parts
 
-    def _queue(self, commands: Sequence[bytes], size: int) -> None:
-        connected = self._status == Client.CONNECTED
-        if not connected:
-            if self.is_closed:
-                raise ConnectionClosedError
-            if self._pending_data_size + size > self._max_pending_size:
-                raise OutboundBufferLimitError
-        self._pending += commands
-        self._pending_data_size += size
-        queue = self._flush_queue
-        if connected and queue is not None and queue.empty():
+    def _check_buffer(self, size: int) -> None:
+        if self.is_closed:
+            raise ConnectionClosedError
+        if self._pending_data_size + size > self._max_pending_size:
+            raise OutboundBufferLimitError
+
+    def _flush_soon(self) -> None:
+        if self._status == Client.CONNECTED:  # else nats-py flushes when it is connected again
+            self._flush_due = True
+            asyncio.get_running_loop().call_soon(self._flush_now)
+
+    def _flush_now(self) -> None:
+        """Write all that this turn of the event loop has queued.
+
+        nats-py's flusher does the same in a task of its own, which is left what has to wait: while
+        the socket takes no more, and what goes through a WebSocket.
+        """
+        self._flush_due = False
+        queue, transport = self._flush_queue, self._transport
+        if not self._pending or queue is None or self._status != Client.CONNECTED:
+            return
+        if not queue.empty():  # the flusher is about to
+            return
+        writer = transport._io_writer if isinstance(transport, TcpTransport) else None
+        if writer is None or writer.is_closing() or writer.transport.get_write_buffer_size():
             queue.put_nowait(asyncio.get_running_loop().create_future())
+            return
+        commands, self._pending, self._pending_data_size = self._pending, [], 0
+        writer.writelines(commands)
 
     @property
     def is_overfull(self) -> bool:

@@ -8,13 +8,11 @@ from typing import Any
 from uuid import UUID
 
 import pytest
-from nats.errors import MaxPayloadError, OutboundBufferLimitError
 
 from asyncmq_nats import _arguments
 from asyncmq_nats._arguments import build_addition
 from asyncmq_nats._new_jobs import NewJob, whole_job
 from asyncmq_nats.backends.base import Backend
-from asyncmq_nats.backends.nats._client.client import DirectClient
 from asyncmq_nats.exceptions import InvalidArgument, NotSerializable
 from asyncmq_nats.jobs import LATEST_TIME, Backoff, Job, new_job_ids
 from asyncmq_nats.middleware import AddJobs, Middleware
@@ -178,29 +176,3 @@ async def test_middleware_is_given_whole_jobs(backend: Backend) -> None:
     ids += [await queue.add("mail", [n]) for n in range(3, 5)]
     jobs = [await queue.get_job(job_id) for job_id in ids]
     assert [job and job["args"] for job in jobs] == [[n, "seen"] for n in range(5)]
-
-
-# -- the client queues a batch whole, or not at all
-
-
-def disconnected(room: int) -> DirectClient:
-    client = DirectClient()
-    client._status, client._max_pending_size = DirectClient.RECONNECTING, room
-    return client
-
-
-def test_a_batch_for_which_there_is_no_room_while_disconnected_is_not_begun() -> None:
-    client = disconnected(room=100)
-    with pytest.raises(OutboundBufferLimitError):
-        client.post_all([(b"a", b"x" * 60, b"", b""), (b"b", b"x" * 60, b"", b"")])
-    assert not client._pending
-    client.post_all([(b"a", b"x" * 20, b"", b""), (b"b", b"x" * 20, b"", b"")])
-    assert len(client._pending) == 2
-
-
-def test_a_batch_with_a_message_that_is_too_large_is_not_begun() -> None:
-    client = disconnected(room=10_000)
-    client._max_payload = 50
-    with pytest.raises(MaxPayloadError):
-        client.post_all([(b"a", b"x" * 20, b"", b""), (b"b", b"x" * 60, b"", b"")])
-    assert not client._pending

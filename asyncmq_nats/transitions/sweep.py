@@ -1,0 +1,167 @@
+"""A cancel, or a retry by hand, of many jobs that a search has found.
+
+Their records are known, so nothing is read first: single writes, many under way at a time, each
+of which expects that nothing about the end of its job has changed. What is refused, and what is
+not plain, is left to the caller, who takes the way of one job (`cancel.py`). So is what a process
+leaves that dies in between.
+"""
+
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from asyncmq_nats.backends.base import Backend, Expect, Write
+from asyncmq_nats.exceptions import BackendError, InvalidJob, WriteRefused
+from asyncmq_nats.states import OUTCOMES, Place, State
+from asyncmq_nats.store.many import read_many
+from asyncmq_nats.store.records import without_markers
+from asyncmq_nats.store.search import Found
+from asyncmq_nats.store.snapshot import count_reruns
+from asyncmq_nats.transitions.cancel import Administration
+from asyncmq_nats.transitions.claim import CLAIM_TTL, Claim
+from asyncmq_nats.wire.codec import load_json
+from asyncmq_nats.wire.keys import QueueSubjects
+
+__all__ = ["Sweep"]
+
+PART: Final = 128
+"""Jobs between two of their writes at a time: so many are left in between if this process dies."""
+NOT_PLAIN: Final = ("children", "wide_children", "wide", "truncated")
+"""Members of a job of which more is to be done than to write its records."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Item:
+    """A job that was found. `data`: what its record says."""
+
+    found: Found
+    token: str
+    data: dict[str, Any]
+
+    @property
+    def sequence(self) -> int:
+        return self.found.record.sequence
+
+
+class Sweep:
+    """Changes many jobs of one queue. Each call returns the ids of those that it has changed."""
+
+    def __init__(
+        self, backend: Backend, subjects: QueueSubjects, administration: Administration
+    ) -> None:
+        self._backend = backend
+        self._subjects = subjects
+        self._administration = administration
+
+    async def cancel(self, found: Sequence[Found]) -> set[str]:
+        """Cancel jobs that wait or are delayed, and that no other job waits for."""
+
+        def is_meant(each: Found) -> bool:
+            return each.source.place is Place.DELAYED or each.job.status is State.WAITING
+
+        return await self._in_parts(self._cancel_some, filter(is_meant, found))
+
+    async def retry(self, found: Sequence[Found]) -> set[str]:
+        """Run jobs again that ended badly."""
+
+        def is_meant(each: Found) -> bool:
+            return each.job.status in OUTCOMES and each.job.status is not State.COMPLETED
+
+        return await self._in_parts(self._retry_some, filter(is_meant, found))
+
+    async def _in_parts(
+        self, act: Callable[[list[_Item]], Awaitable[list[_Item]]], found: Iterator[Found]
+    ) -> set[str]:
+        items = [item for each in found if (item := self._read(each)) is not None]
+        done: set[str] = set()
+        for start in range(0, len(items), PART):
+            acted_on = await act(items[start : start + PART])
+            done.update(item.found.job.job_id for item in acted_on)
+        return done
+
+    def _read(self, found: Found) -> _Item | None:
+        try:
+            data = load_json(found.record.body)
+        except InvalidJob:
+            return None
+        if any(data.get(name) for name in NOT_PLAIN):
+            return None
+        return _Item(found, self._subjects.token(found.record.subject), data)
+
+    # -- cancel
+
+    async def _cancel_some(self, part: list[_Item]) -> list[_Item]:
+        cancelled, error = await self._write(part, self._cancellation)
+        ready = [item.sequence for item in cancelled if item.found.source.tier is not None]
+        removed = set(await self._backend.delete_many(self._subjects.ready_log, ready))
+        await self._remove_rest(self._subjects.bucket_log, self._subjects.later_all, cancelled)
+        # Nothing of a job becomes ready while its message of an earlier attempt is there.
+        moved = [
+            item
+            for item in cancelled
+            if item.found.source.tier is None or item.sequence not in removed
+        ]
+        await self._remove_rest(self._subjects.ready_log, self._subjects.ready_any, moved)
+        if error is not None:
+            raise error
+        return cancelled
+
+    def _cancellation(self, item: _Item) -> Write:
+        is_delayed = item.found.source.place is Place.DELAYED
+        return self._administration.cancellation(
+            item.token,
+            item.data,
+            Expect(self._subjects.done_all(item.token)),
+            removes=item.found.record.subject if is_delayed else None,
+        )
+
+    async def _remove_rest(
+        self, log: str, filter: Callable[[str], str], cancelled: Sequence[_Item]
+    ) -> None:
+        """Remove what else is there of cancelled jobs; what a retry has made of them since stays.
+
+        Before this, a worker may have put its job off, or a timer may have released it.
+        """
+        reruns = {item.token: count_reruns(item.found.record.body) for item in cancelled}
+        records = await read_many(self._backend, log, map(filter, reruns))
+        left = [
+            record.sequence
+            for record in without_markers(records)
+            if count_reruns(record.body) <= reruns[self._subjects.token(record.subject)]
+        ]
+        await self._backend.delete_many(log, left)
+
+    # -- retry
+
+    async def _retry_some(self, part: list[_Item]) -> list[_Item]:
+        log, subjects = self._subjects.bucket_log, self._subjects
+        claim = Claim.on_all_until(await self._backend.last_sequence(subjects.ready_log)).encode()
+
+        def fence(item: _Item) -> Write:
+            expect = Expect(subjects.done_all(item.token), item.sequence)
+            return Write(subjects.claim(item.token), claim, expect, ttl=CLAIM_TTL)
+
+        def release(item: _Item) -> Write:
+            key, expect = subjects.later(item.token, Place.RELEASED), subjects.later_all(item.token)
+            body = self._administration.renewed(item.data)
+            return Write(key, body, Expect(expect), beside=True)
+
+        fenced, error = await self._write(part, fence)
+        released, second = await self._write(fenced, release)
+        await self._backend.delete_many(log, [item.sequence for item in released])
+        if error is not None or second is not None:
+            raise error or second  # type: ignore[misc]
+        return released
+
+    async def _write(
+        self, items: Sequence[_Item], write: Callable[[_Item], Write]
+    ) -> tuple[list[_Item], BackendError | None]:
+        """Return those whose write was stored, and the first error that is no refusal."""
+        writes, stored, error = [write(item) for item in items], [], None
+        results = await self._backend.write_each(self._subjects.bucket_log, writes)
+        for item, result in zip(items, results, strict=True):
+            if isinstance(result, int):
+                stored.append(item)
+            elif not isinstance(result, WriteRefused):
+                error = error or result
+        return stored, error
