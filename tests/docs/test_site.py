@@ -45,6 +45,7 @@ def find_broken(site: Path) -> list[str]:
 
 
 @pytest.mark.timeout(600)
+@pytest.mark.slow
 def test_the_site_is_built_without_a_warning_and_has_no_broken_link(tmp_path: Path) -> None:
     program = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html"]
     done = subprocess.run(
@@ -61,6 +62,7 @@ def test_the_site_is_built_without_a_warning_and_has_no_broken_link(tmp_path: Pa
     assert (site / "searchindex.js").is_file()
 
 
+@pytest.mark.slow
 def test_a_broken_link_is_found(tmp_path: Path) -> None:
     (tmp_path / "a.html").write_text('<a href="b.html#there">b</a><a href="#here" id="here">a</a>')
     (tmp_path / "b.html").write_text('<a href="c.html">c</a>')

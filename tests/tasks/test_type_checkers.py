@@ -22,6 +22,7 @@ def has_pyright() -> bool:
 @pytest.mark.skipif(
     not has_pyright() and not os.environ.get("CI"), reason="pyright needs its package and node"
 )
+@pytest.mark.slow
 def test_pyright_reports_each_misuse_and_no_right_use() -> None:
     program = [sys.executable, "-m", "pyright", "--outputjson", "--pythonpath", sys.executable]
     done = subprocess.run([*program, *FILES], cwd=ROOT, capture_output=True, text=True, check=False)
