@@ -65,7 +65,7 @@ written."""
 REMOVE_BATCH: Final = 256
 """Records that are removed at a time."""
 REMOVE_DELAY: Final = 0.02
-"""Removals wait for so many seconds while more is being written: its jobs start sooner then."""
+"""Seconds that removals wait while more is being written, so that its jobs start sooner."""
 CONCURRENT_TASKS: Final = 32
 """The most concurrent tasks, for work that callbacks cannot do."""
 CHECK_LEAD: Final = 0.03
@@ -555,7 +555,7 @@ class Promoter:
                 await self._backend.write(self._subjects.ready_log, write)
             except PayloadTooLarge as error:
                 await self._record_failure(token, error)
-            except WriteRefused:
+            except WriteRefused:  # the removal of its record is on the way
                 logger.debug("record %.200r was promoted before", delivery.subject)
         self._discard(held)
 

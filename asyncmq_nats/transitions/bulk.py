@@ -210,7 +210,7 @@ async def _add_batch(additions: Additions, batch: Sequence[Addition]) -> None:
             return
         try:
             await additions.add_batch(new, missing)
-        except WriteRefused:
+        except WriteRefused:  # a job of it is there, or its confirmation was lost
             # A repetition is refused by its own first sending, if the server stored that and was
             # lost before it said so.
             unique = not any(job.custom_id or job.depends_on for job in new)

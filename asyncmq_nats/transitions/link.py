@@ -13,10 +13,10 @@ from typing import Any, Final
 from asyncmq_nats._clock import brief_pause
 from asyncmq_nats._concurrency import KeyedTurns
 from asyncmq_nats.backends.base import Backend, Delivery, Expect, Write
-from asyncmq_nats.exceptions import InvalidJob, JobNotFound, WriteRefused
+from asyncmq_nats.exceptions import InvalidJob, JobNotFound
 from asyncmq_nats.jobs import Job
 from asyncmq_nats.states import Place
-from asyncmq_nats.store.commit import REPLICA_READ_DELAYS, pause_after_refusal
+from asyncmq_nats.store.commit import REPLICA_READ_DELAYS, pause_after_refusal, write_if_expected
 from asyncmq_nats.store.many import for_each, read_many
 from asyncmq_nats.store.snapshot import Snapshot, read_end, read_snapshot
 from asyncmq_nats.transitions.parked import ParkedJobs, linking_body, read_snapshots
@@ -207,19 +207,19 @@ class Links:
                     body,
                     Expect(self._keys.done_all(token), last),
                 )
-                try:
-                    self._remember(token, await self._backend.write(self._log, write))
+                sequence = await write_if_expected(self._backend, self._log, write)
+                if sequence is not None:
+                    self._remember(token, sequence)
                     return None
-                except WriteRefused:
-                    self._last_edges.pop(token, None)
-                    if refused:
-                        await pause_after_refusal()
-                    refused = True
-                    end = await read_end(self._backend, self._keys, token)
-                    found = _parent(parent.id, end)
-                    if _decides(found, job):
-                        return found
-                    last = found.last
+                self._last_edges.pop(token, None)
+                if refused:
+                    await pause_after_refusal()
+                refused = True
+                end = await read_end(self._backend, self._keys, token)
+                found = _parent(parent.id, end)
+                if _decides(found, job):
+                    return found
+                last = found.last
 
     def _remember(self, token: str, sequence: int) -> None:
         if len(self._last_edges) >= EDGES_REMEMBERED:

@@ -295,7 +295,7 @@ class ParkedJobs:
         sequence = 0
         try:
             sequence = await self._backend.write(self._keys.ready_log, write)
-        except WriteRefused:
+        except WriteRefused:  # it is there, or an older attempt is
             if await self._older_attempt_is_ready(token, job):
                 raise  # its acknowledgement is on the way
         if not await self._backend.delete(self._log, record.sequence) and sequence:

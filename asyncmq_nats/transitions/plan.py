@@ -17,7 +17,7 @@ from asyncmq_nats.jobs import Job, new_job_id
 from asyncmq_nats.states import Place
 from asyncmq_nats.store.commit import REPLICA_LAG_DELAYS, look_for
 from asyncmq_nats.store.many import for_each, read_many
-from asyncmq_nats.store.records import MARKER_TTL
+from asyncmq_nats.store.records import MARKER_TTL, without_markers
 from asyncmq_nats.store.secret import keyed_id
 from asyncmq_nats.store.topology import QueueAssets
 from asyncmq_nats.transitions.link import Links
@@ -222,7 +222,7 @@ class Plans:
                 await self._backend.write(self._log, write)
                 if job.wide:
                     await self._dependencies.parked.waits.store(job)
-            except WriteRefused as refused:
+            except WriteRefused as refused:  # an earlier try stored it
                 await self._require_stored(job, refused)
 
         await for_each(park, jobs)
@@ -233,7 +233,7 @@ class Plans:
         wide = [job for job in jobs if job.wide and job.parents]
         keys = [self._keys.later_all(encode_token(job.job_id)) for job in wide]
         records = await read_many(self._backend, self._log, keys)
-        waiting = {self._keys.token(record.subject) for record in records if not record.marker}
+        waiting = {self._keys.token(record.subject) for record in without_markers(records)}
         await for_each(
             self._dependencies.parked.waits.store,
             [job for job in wide if encode_token(job.job_id) in waiting],
@@ -265,7 +265,7 @@ class Plans:
         log = self._keys.ready_log if write.message_id is not None else self._log
         try:
             await self._backend.write(log, write)
-        except WriteRefused as refused:
+        except WriteRefused as refused:  # an earlier try stored it
             await self._require_stored(job, refused)
 
     async def _message_id(self, job: Job) -> str:

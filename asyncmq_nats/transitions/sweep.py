@@ -25,7 +25,7 @@ from asyncmq_nats.wire.keys import QueueSubjects
 __all__ = ["Sweep"]
 
 PART: Final = 128
-"""Jobs between two of their writes at a time: so many are left in between if this process dies."""
+"""Jobs between two of their writes at a time: those are left half done if this process dies."""
 NOT_PLAIN: Final = ("children", "wide_children", "wide", "truncated")
 """Members of a job of which more is to be done than to write its records."""
 

@@ -32,7 +32,7 @@ class Budget:
         self._waiting: deque[tuple[asyncio.Future[None], Load]] = deque()
 
     def take_now(self, load: Load) -> bool:
-        """Take room for a load if there is some and nobody waits. Return whether it was taken."""
+        """Take room for a load if there is some and no other waits. Return whether it was taken."""
         fits = not self._waiting and self._fits(load)
         if fits:
             self._add(load)
