@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import anyio
 import pytest
@@ -316,8 +317,8 @@ async def test_a_check_compares_each_queue_with_the_thresholds(nats_backend: NAT
     for _ in range(3):
         await queue.add("x")
 
-    async def look(**thresholds: object) -> Check:
-        return await doctor.check(nats_backend, ["mail"], Thresholds(**thresholds))  # type: ignore[arg-type]
+    async def look(**thresholds: Any) -> Check:
+        return await doctor.check(nats_backend, ["mail"], Thresholds(**thresholds))
 
     fine = await look(waiting=(4, 5))
     assert (fine.level, fine.text) == (Level.OK, "1 queues, 3 jobs wait")
