@@ -81,4 +81,4 @@ async def test_what_cannot_be_recorded_is_logged(
     backend._assets._declare = False
     async with backend:
         assert not await record_action(backend, AuditEntry("ana", "queue.pause", "email"))
-    assert "not recorded: ana did queue.pause" in caplog.text
+    assert "could not record that ana did queue.pause" in caplog.text

@@ -135,6 +135,8 @@ export interface WorkerEntry {
   /** Bytes. */
   memory: number;
   stopping: boolean;
+  /** Starts, and in how many seconds; `null`: no limit. */
+  rate_limit: [number, number] | null;
 }
 
 /** The bodies of events, by the word in their subjects. */

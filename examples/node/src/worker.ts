@@ -252,6 +252,7 @@ export class Worker {
       busy: this.#running.size,
       memory: process.memoryUsage.rss(),
       stopping: this.#stopping,
+      rate_limit: null,
     };
     const options = { headers: makeHeaders({ ttl: 3 * HEARTBEAT, rollup: true }) };
     const key = `${this.names.workers}.${tokenOf(this.id)}`;
