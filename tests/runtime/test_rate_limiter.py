@@ -3,7 +3,9 @@
 The arithmetic of permits, and the workers that live by it.
 """
 
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 import anyio
@@ -265,6 +267,30 @@ async def test_a_worker_that_was_silent_has_no_permits(
 # -- workers
 
 
+@dataclass
+class Lag:
+    """How long the event loop was late, in all."""
+
+    seconds: float = 0.0
+
+
+@asynccontextmanager
+async def measured_lag() -> AsyncIterator[Lag]:
+    """Measure how late the event loop is: another program has the core meanwhile."""
+    lag, step = Lag(), 0.005
+
+    async def watch() -> None:
+        while True:
+            begun = time.monotonic()
+            await anyio.sleep(step)
+            lag.seconds += max(0.0, time.monotonic() - begun - 2 * step)
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(watch)
+        yield lag
+        group.cancel_scope.cancel()
+
+
 def limited(backend: Backend, limit: int | None, interval: float, concurrency: int = 10, **tasks):
     queue = make_queue(backend, concurrency=concurrency, **tasks)
     queue.rate_limit, queue.rate_interval = limit, interval
@@ -292,16 +318,16 @@ async def test_workers_together_keep_to_the_limit_and_use_it(
         limited(handle, limit.starts, limit.interval, note=note) for handle in (backend, twin)
     ]
     await queues[0].add_bulk([{"task_id": "note"}] * 80)
-    async with running(queues[0]), running(queues[1]):
+    async with running(queues[0]), running(queues[1]), measured_lag() as lag:
         with anyio.fail_after(PATIENCE):
             await until(queues[0].queue_stats, lambda stats: stats["completed"] == 80)
     assert len(starts) == 80
     for length, count in windows(starts):
         # A permit is leased a moment before its job starts.
         assert count <= limit.starts + limit.per_second * (length + 0.05)
-    assert (len(starts) - limit.starts) / (
-        starts[-1] - starts[0]
-    ) > 0.7 * limit.per_second  # generous: the machine may be busy
+    # Generous, and without the time in which this process had no core.
+    seconds = starts[-1] - starts[0] - lag.seconds
+    assert (len(starts) - limit.starts) / seconds > 0.7 * limit.per_second
 
 
 async def test_a_worker_whose_slots_are_taken_leaves_the_allowance_to_others(
