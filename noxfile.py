@@ -14,6 +14,8 @@ nox.options.sessions = ["fast"]
 nox.options.default_venv_backend = "none"
 nox.options.reuse_existing_virtualenvs = True
 
+FAST_TESTS = ("tests/values", "tests/contract")
+
 
 def check_style(session: nox.Session) -> None:
     session.run("ruff", "format", "--check", ".")
@@ -24,9 +26,12 @@ def check_style(session: nox.Session) -> None:
 
 @nox.session
 def fast(session: nox.Session) -> None:
-    """Check style, types and imports, and run the tests that need no server."""
+    """Check style, types and imports, and run tests that need no server, in under a minute.
+
+    `nox -s fast -- tests/transitions`: those of other folders.
+    """
     check_style(session)
-    session.run("pytest", "-m", "not server and not slow", *session.posargs)
+    session.run("pytest", "-m", "not server and not slow", *(session.posargs or FAST_TESTS))
 
 
 @nox.session
