@@ -6,8 +6,8 @@ One JSON object, the same for a job that waits and for its outcome (`docs/protoc
 import os
 import random
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import MISSING, field, fields, replace
 from dataclasses import dataclass as plain_dataclass
-from dataclasses import field, replace
 from time import time
 from typing import Annotated, Any, Final, Literal, Required, Self, get_type_hints
 
@@ -179,17 +179,10 @@ class JobHead:
         """Return whether its time to live is over."""
         return self.ttl is not None and now - self.created_at > self.ttl
 
-    @property
-    def is_plain(self) -> bool:
-        """Whether nothing limits when it may run."""
-        return self.ttl is None and self.delay_until is None
-
     def may_run(self, now: float) -> bool:
         """Return whether it has not expired and its time has come."""
-        return not (
-            (self.ttl is not None and self.is_expired(now))
-            or (self.delay_until is not None and self.delay_until > now)
-        )
+        is_due = self.delay_until is None or self.delay_until <= now
+        return is_due and not self.is_expired(now)
 
     @classmethod
     def decode(cls, body: bytes) -> Self:
@@ -468,12 +461,14 @@ NAMES_IN_ADD: Final = {
     "task": "task_id",
     "id": "job_id",
 }
-REQUIRED_OF_HEAD: Final = ("task_id", "job_id", "created_at")
+HEAD_TYPES: Final = get_type_hints(JobHead, include_extras=True)
 HeadFields: Any = TypedDict(  # type: ignore[misc]  # named once, in `JobHead`
     "HeadFields",
     {
-        name: Required[kind] if name in REQUIRED_OF_HEAD else kind
-        for name, kind in get_type_hints(JobHead, include_extras=True).items()
+        each.name: Required[HEAD_TYPES[each.name]]
+        if each.default is each.default_factory is MISSING
+        else HEAD_TYPES[each.name]
+        for each in fields(JobHead)
     },
     total=False,
 )

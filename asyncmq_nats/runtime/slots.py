@@ -322,7 +322,7 @@ class Slots:
         try:
             try:
                 head, now = attempt.head, self._backend.now()
-                if not (head.is_plain and attempt.stalls == 0) and not self._may_run(attempt, now):
+                if self._is_lost_for_good(attempt) or not head.may_run(now):
                     await self._end_without_run(attempt, now, on_settled)
                     return
                 try:
@@ -340,9 +340,6 @@ class Slots:
         except Exception:  # it has no final write
             self.completer.finish()
             raise
-
-    def _may_run(self, attempt: Attempt, now: float) -> bool:
-        return attempt.head.may_run(now) and not self._is_lost_for_good(attempt)
 
     def _is_lost_for_good(self, attempt: Attempt) -> bool:
         return attempt.stalls > 0 and attempt.losses >= self._backend.settings.max_stalls

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache
 from typing import Any, Final
 from urllib.parse import urlsplit
 
@@ -102,10 +103,8 @@ class OpenTelemetryMiddleware(Middleware):
         self._look_at = 0.0
         self._continue_trace = continue_trace
         self._common: dict[str, Any] = {"messaging.system": "nats", **_server()}
-        # What spans and metrics have in common: made once, and never changed.
-        self._of_send: dict[str, dict[str, Any]] = {}
-        self._of_settle: dict[str, dict[str, Any]] = {}
-        self._of_process: dict[tuple[str, str], dict[str, Any]] = {}
+        # The attributes that spans and metrics share: made once, and never changed.
+        self._attributes_of = cache(self._make_attributes)
         self._operation_seconds = meter.create_histogram(
             "messaging.client.operation.duration",
             "s",
@@ -133,7 +132,7 @@ class OpenTelemetryMiddleware(Middleware):
 
     async def enqueue(self, queue: str, jobs: Sequence[Job], add: AddJobs) -> list[str]:
         """Add jobs within a span, and send its context along with each."""
-        attributes = self._of_send.get(queue) or self._begin_send(queue)
+        attributes = self._attributes_of("send", queue)
         with self._tracer.start_as_current_span(
             f"send {queue}", kind=SpanKind.PRODUCER, attributes=attributes
         ) as span:
@@ -155,7 +154,7 @@ class OpenTelemetryMiddleware(Middleware):
         if not (self._is_traced or self._is_metered or context.meta):
             return await call()
         queue, task = context.queue, context.task_id
-        attributes = self._of_process.get((queue, task)) or self._begin_task(queue, task)
+        attributes = self._attributes_of("process", queue, task)
         parent = sender = _sender(context)
         links: list[Link] | None = None
         if not self._continue_trace:
@@ -191,7 +190,7 @@ class OpenTelemetryMiddleware(Middleware):
             return
         queue = context.queue
         seconds = max(0.0, context.now() - ending.ended_at)
-        attributes = self._of_settle.get(queue) or self._begin_settle(queue)
+        attributes = self._attributes_of("settle", queue)
         if ending.state in FAILURES:
             attributes = {**attributes, "error.type": ending.error_type or "_OTHER"}
         self._operation_seconds.record(seconds, attributes)
@@ -224,26 +223,14 @@ class OpenTelemetryMiddleware(Middleware):
         self._is_metered = not _does_nothing(meters or metrics.get_meter_provider())
         self._look_at = now + LOOK_INTERVAL
 
-    def _begin_send(self, queue: str) -> dict[str, Any]:
-        known = self._of_send[queue] = self._attributes("send", queue)
-        return known
-
-    def _begin_settle(self, queue: str) -> dict[str, Any]:
-        known = self._of_settle[queue] = self._attributes("settle", queue)
-        return known
-
-    def _begin_task(self, queue: str, task: str) -> dict[str, Any]:
-        known = self._attributes("process", queue) | {"asyncmq.task": task}
-        self._of_process[queue, task] = known
-        return known
-
-    def _attributes(self, name: str, queue: str) -> dict[str, Any]:
-        return {
+    def _make_attributes(self, name: str, queue: str, task: str | None = None) -> dict[str, Any]:
+        attributes = {
             **self._common,
             "messaging.operation.name": name,
             "messaging.operation.type": name,
             "messaging.destination.name": queue,
         }
+        return attributes if task is None else attributes | {"asyncmq.task": task}
 
     @contextmanager
     def _measured(self, span: Span, attributes: dict[str, Any]) -> Iterator[None]:

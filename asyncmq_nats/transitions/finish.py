@@ -257,7 +257,7 @@ class Lifecycle(Deliveries):
         members = COMPLETED_MEMBERS % (
             dump_json(result, what),
             attempt.started_at,
-            attempt.ended_at or self._backend.now(),
+            self._end_of(attempt),
             self._worker_json,
         )
         if attempt.follow_ups is not None and attempt.follow_ups.members:
@@ -280,7 +280,7 @@ class Lifecycle(Deliveries):
     def _outcome(self, attempt: Attempt, state: State, fields: dict[str, Any], what: str) -> Write:
         """Return the write of an outcome other than a result."""
         fields = {"status": state, **fields, "active_since": attempt.started_at or None}
-        fields |= {"finished_at": self._backend.now(), "worker": self.worker}
+        fields |= {"finished_at": self._end_of(attempt), "worker": self.worker}
         if attempt.stalls:
             fields["stalls"] = attempt.stalls
         record = outcome_body(load_json(attempt.body), fields, self._backend.max_body, what)
@@ -294,6 +294,9 @@ class Lifecycle(Deliveries):
             index=self._subjects.index(attempt.token, state),
             when_full=without_arguments,
         )
+
+    def _end_of(self, attempt: Attempt) -> float:
+        return attempt.ended_at or self._backend.now()
 
     def _fence(self, attempt: Attempt) -> Expect:
         return Expect(self._subjects.done_all(attempt.token), attempt.expect)

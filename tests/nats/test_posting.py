@@ -1,9 +1,12 @@
 """The client queues a batch whole, or not at all."""
 
+import asyncio
+
 import pytest
 from nats.errors import MaxPayloadError, OutboundBufferLimitError
 
 from asyncmq_nats.backends.nats._client.client import DirectClient
+from tests.receiver import holds
 
 
 def disconnected(room: int) -> DirectClient:
@@ -27,3 +30,44 @@ def test_a_batch_with_a_message_that_is_too_large_is_not_begun() -> None:
     with pytest.raises(MaxPayloadError):
         client.post_all([(b"a", b"x" * 20, b"", b""), (b"b", b"x" * 60, b"", b"")])
     assert not client._pending
+
+
+class SlowServer:
+    """Speaks as much of the protocol as a client needs, and reads nothing more until told to."""
+
+    def __init__(self) -> None:
+        self.reads = asyncio.Event()
+        self.received = b""
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b'INFO {"version": "2.12.2", "max_payload": 1048576, "headers": true}\r\n')
+        while (line := await reader.readline()) and not line.startswith(b"PING"):
+            pass
+        writer.write(b"PONG\r\n")
+        await self.reads.wait()
+        while data := await reader.read(1 << 20):
+            self.received += data
+        writer.close()
+
+
+async def test_what_the_socket_does_not_take_waits_in_the_queue_and_is_sent_later() -> None:
+    server, client = SlowServer(), DirectClient()
+    async with await asyncio.start_server(server.serve, "127.0.0.1", 0) as listening:
+        port = listening.sockets[0].getsockname()[1]
+        await client.connect(f"nats://127.0.0.1:{port}", allow_reconnect=False)
+        body, count = b"x" * 500_000, 60
+        try:
+            for _ in range(count):  # each in a turn of its own
+                client.post(b"a", body)
+                await asyncio.sleep(0)
+                await asyncio.sleep(0)
+            # The bound on what is queued holds only for what the transport was not given.
+            assert client.is_overfull
+            assert client._pending_data_size > (count - 40) * len(body)
+            server.reads.set()
+            await holds(lambda: server.received.count(b"PUB a  500000\r\n") == count)
+            assert not client.is_overfull
+        finally:
+            server.reads.set()
+            await client.close()
+    await holds(lambda: server.received.count(body) == count)
