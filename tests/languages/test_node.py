@@ -3,7 +3,6 @@
 Skipped without Node.js, and without a network for its packages.
 """
 
-import fcntl
 import json
 import os
 import re
@@ -24,6 +23,7 @@ from anyio import to_thread
 from asyncmq_nats import NATSBackend, Queue, Settings, stop_worker
 from asyncmq_nats.backends.nats.embedded.server import EmbeddedServer
 from asyncmq_nats.store.secret import keyed_id
+from tests.languages.building import build_once
 from tests.nats.following import follow_untold
 from tests.outbox.shown import shown_nowhere
 from tests.receiver import PATIENCE, holds, until
@@ -71,18 +71,7 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The example, installed and compiled once for all processes of this run."""
     if shutil.which("node") is None or shutil.which("npm") is None:
         pytest.skip("no node and npm")
-    base = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        base = base.parent
-    directory, problem = base / "node-example", base / "node-problem"
-    with (base / "node-lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not problem.exists():
-            shutil.rmtree(directory, ignore_errors=True)  # of one that failed
-            problem.write_text(build(directory))
-    if reason := problem.read_text():
-        pytest.skip(reason)
-    return directory
+    return build_once(tmp_path_factory, "node", build)
 
 
 class NodeWorker:
