@@ -136,7 +136,9 @@ async def test_a_publish_without_an_answer_is_repeated_and_stored_once(
         group.start_soon(cut)
         code, printed = await produce(producer, relay.url, "words", "count_words", '["one"]')
     assert printed.count("added") == 1
-    assert (code, printed.splitlines()[-1]) == (0, "completed 1"), "it reads what it was not told"
+    assert (code, printed.splitlines()[-1]) == (0, "completed 1"), (
+        "it reads the outcome whose event it missed"
+    )
     await only(queue, completed=1)
 
 

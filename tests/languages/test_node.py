@@ -305,6 +305,16 @@ async def test_a_child_in_python_waits_for_a_parent_in_node(
         assert await queue.wait_for(child, PATIENCE) == 4
 
 
+async def test_the_worker_program_ends_when_its_server_is_gone(
+    queue: Queue, start: Start, server: EmbeddedServer
+) -> None:
+    """A supervisor starts it again: it gives up after ten attempts to connect, in 20 seconds."""
+    worker = await start()
+    server.kill()
+    await holds(lambda: worker.process.poll() is not None)
+    assert (worker.process.returncode, worker.log.splitlines()[-1]) == (1, "the server is gone")
+
+
 async def test_the_producer_in_node_follows_its_job(
     node: Path, server: EmbeddedServer, nats_backend: NATSBackend
 ) -> None:
