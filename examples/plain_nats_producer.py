@@ -124,9 +124,8 @@ if __name__ == "__main__":
         code = asyncio.run(main(" ".join(sys.argv[1:]) or "six words, counted in a worker"))
     except KeyboardInterrupt:
         code = 130
-    except (
-        BrokenPipeError
-    ):  # the reader has gone, as with `| head`: drop what is still to be written
+    except BrokenPipeError:
+        # The reader has gone, as with `| head`: drop what is still to be written.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
     sys.exit(code)

@@ -108,9 +108,8 @@ def main() -> int:
         anyio.run(run)
     except* BackendError as errors:  # no server, or not one that will do
         print(*errors.exceptions, sep="\n", file=sys.stderr)
-    except* (
-        BrokenPipeError
-    ):  # the reader has gone, as with `| head`: drop what is still to be written
+    except* BrokenPipeError:
+        # The reader has gone, as with `| head`: drop what is still to be written.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     else:
         return 0

@@ -263,9 +263,8 @@ def main() -> int:
         sys.stdout.flush()
     except* AsyncMQError as errors:
         complain(errors)
-    except* (
-        BrokenPipeError
-    ):  # the reader has gone, as with `| head`: drop what is still to be written
+    except* BrokenPipeError:
+        # The reader has gone, as with `| head`: drop what is still to be written.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except* TimeoutError:
         print(f"\nNot all jobs ended within {PATIENCE:g} s.", file=sys.stderr)

@@ -65,9 +65,8 @@ def make_app() -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"]},
     )
 
-    def root(ctx: typer.Context, **_: Any) -> None:
-        if ctx.params.get("verbose"):
-            commands.log_verbosely()
+    def root(**_: Any) -> None:
+        """Have these options before a command too: the command reads them."""
 
     commands.set_parameters(root, commands.connection_parameters(hidden=False))
     app.callback()(root)

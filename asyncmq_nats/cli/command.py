@@ -27,6 +27,7 @@ from asyncmq_nats.audit import AuditEntry, record_action
 from asyncmq_nats.cli.connection import ConnectionOptions, make_backend
 from asyncmq_nats.cli.output import Output
 from asyncmq_nats.exceptions import AsyncMQError
+from asyncmq_nats.settings import mask_login
 
 __all__ = [
     "AsJson",
@@ -51,6 +52,8 @@ F = TypeVar("F", bound=Callable[..., Awaitable[None]])
 
 TARGETS: Final = ("ids", "job_id", "name", "names", "workers")
 """Parameters that name the targets of a command."""
+ADDRESSES: Final = ("to_server",)
+"""Parameters that are the address of a server: its login is not recorded."""
 AUDIT_LENGTH: Final = 500
 """Characters of the target of a command that the audit keeps."""
 COMPLETION_TIMEOUT: Final = 1.0
@@ -92,6 +95,7 @@ class Session:
         queue = str(told.pop("queue", ""))
         ids = next((told.pop(each) for each in TARGETS if each in told), "")
         target = ids if isinstance(ids, str) else ", ".join(ids)
+        told |= {name: mask_login(told[name]) for name in ADDRESSES if name in told}
         details = {name: str(value) for name, value in told.items() if name != "force"}
         entry = AuditEntry(operator(), action, queue, target[:AUDIT_LENGTH], self.count, details)
         await record_action(self.backend, entry)

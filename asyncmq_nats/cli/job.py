@@ -435,9 +435,10 @@ async def edit(
     refusals: list[str] = []
 
     async def edit_one(job_id: str) -> bool:
-        job = await _find(session, queue, job_id)
-        kept = job["kwargs"] if new_kwargs is None else new_kwargs
-        by_name = new_kwargs if changed is None else kept | changed
+        by_name = new_kwargs
+        if changed is not None:
+            kept = (await _find(session, queue, job_id))["kwargs"] if by_name is None else by_name
+            by_name = kept | changed
         await jobs.edit(job_id, args=new_args, kwargs=by_name)
         return True
 

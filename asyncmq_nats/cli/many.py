@@ -30,7 +30,7 @@ async def act_on_many(
     force: bool,
     dry_run: bool,
     limit: int | None = None,
-    again: str = "",
+    again: str,
 ) -> None:
     """Apply an action to the selected jobs, after a count and a confirmation.
 
@@ -71,12 +71,11 @@ async def act_on_many(
         with bar:
             result = await queue.apply(where, action, limit=limit, progress=note)
     except BaseException:  # interrupted, or the connection is lost: told, and raised again
-        if again:
+        if limit != done[0]:
             left = [] if limit is None else ["--limit", str(limit - done[0])]
-            if limit != done[0]:
-                again = f"{again} {shlex.join([*_words_until(selection, counted.until), *left])}"
-                of = count_jobs(counted.matched)
-                session.output.note(f"stopped after {number(done[0])} of {of}; to go on: {again}")
+            words = shlex.join([*_words_until(selection, counted.until), *left])
+            so_far = f"stopped after {number(done[0])} of {count_jobs(counted.matched)}"
+            session.output.note(f"{so_far}; to go on: {again} {words}")
         raise
     session.count = result.done
     session.output.line(f"{acted} {number(result.done)} of {count_jobs(result.matched)}")

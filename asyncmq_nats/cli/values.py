@@ -182,44 +182,18 @@ OfWorker = Annotated[
 ]
 AllJobs = Annotated[bool, typer.Option("--all", "-a", help="All jobs, without a filter.")]
 
-MatchingJobs = Annotated[
-    dict[str, Any],
-    Options(state=States, task=OfTask, search=Text, since=Since, until=Until, worker=OfWorker),
-]
+FILTER: Final[dict[str, Any]] = {"task": OfTask, "search": Text, "since": Since, "until": Until}
+CHOICE: Final[dict[str, Any]] = FILTER | {"everything": AllJobs}
+
+# The options that say which jobs a command is for: `select` takes them.
+MatchingJobs = Annotated[dict[str, Any], Options(state=States, **FILTER, worker=OfWorker)]
 ChosenJobs = Annotated[
     dict[str, Any],
-    Options(
-        ids=JobIds,
-        state=States,
-        task=OfTask,
-        search=Text,
-        since=Since,
-        until=Until,
-        worker=OfWorker,
-        everything=AllJobs,
-    ),
+    Options(ids=JobIds, state=States, **FILTER, worker=OfWorker, everything=AllJobs),
 ]
-ChosenToEdit = Annotated[
-    dict[str, Any],
-    Options(
-        ids=JobIds,
-        state=States,
-        task=OfTask,
-        search=Text,
-        since=Since,
-        until=Until,
-        everything=AllJobs,
-    ),
-]
-ChosenDelayed = Annotated[
-    dict[str, Any],
-    Options(ids=JobIds, task=OfTask, search=Text, since=Since, until=Until, everything=AllJobs),
-]
-JobsToMove = Annotated[
-    dict[str, Any],
-    Options(state=States, task=OfTask, search=Text, since=Since, until=Until, everything=AllJobs),
-]
-"""The options that say which jobs a command is for: `select` takes them."""
+ChosenToEdit = Annotated[dict[str, Any], Options(ids=JobIds, state=States, **CHOICE)]
+ChosenDelayed = Annotated[dict[str, Any], Options(ids=JobIds, **CHOICE)]
+JobsToMove = Annotated[dict[str, Any], Options(state=States, **CHOICE)]
 
 
 @dataclass(frozen=True, slots=True)

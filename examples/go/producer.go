@@ -37,11 +37,9 @@ type Outcome struct {
 	LastError string          `json:"last_error"`
 }
 
-// A PubAck is how the server answers: `Error` or the sequence of what it stored.
+// A PubAck is the answer of the server: `Error` is set if it stored nothing.
 type PubAck struct {
-	Sequence  uint64 `json:"seq"`
-	Duplicate bool   `json:"duplicate"`
-	Error     *struct {
+	Error *struct {
 		Description string `json:"description"`
 	} `json:"error"`
 }

@@ -1,6 +1,7 @@
 """Commands of queues, jobs, schedules, flows, events, settings, permissions, on real servers."""
 
 import json
+import os
 import re
 import shlex
 import signal
@@ -417,6 +418,18 @@ async def test_schedules_from_first_to_last(amq: Amq, nats_backend: NATSBackend)
     job = await queue.get_job(job_id)
     assert job is not None
     assert (job["task"], job["args"], job["kwargs"]) == ("clean", ["old"], {"deep": True})
+    assert "last run" not in (await amq.ok("schedule info mail nightly")).out
+    await amq.ok("schedule add mail soon ping --every 0.1s --runs 1")
+
+    async def last_job() -> Any:
+        return (await amq.ok("schedule info mail soon --json")).json["last_job"]
+
+    async with running(queue):
+        last = await until(last_job, bool)
+    lines = (await amq.ok("schedule info mail soon")).lines
+    assert [line.split()[2:] for line in lines if line.startswith("last job")] == [[last]]
+    assert any(line.startswith("last run") for line in lines)
+    await amq.ok("schedule rm mail soon")
     await amq.ok("schedule rm mail nightly")
     assert "no schedule 'nightly' (there: often)" in await amq.fails("schedule rm mail nightly")
     assert "cron '61 * * * *'" in await amq.fails("schedule add mail bad x --cron '61 * * * *'")
@@ -443,6 +456,18 @@ async def test_a_flow_is_a_tree(amq: Amq, nats_backend: NATSBackend) -> None:
     data = (await amq.ok("flow show mail top --json")).json
     assert (sorted(data["jobs"]), data["complete"]) == (["base", "l", "r", "top"], True)
     assert not (await amq.ok("flow show mail top --json --limit 2")).json["complete"]
+
+
+async def test_a_tree_is_drawn_in_ascii_where_the_output_takes_no_more(
+    nats_backend: NATSBackend, server: Any
+) -> None:
+    queue = make_queue(nats_backend, "mail")
+    await queue.add("load", job_id="base", delay=1000)
+    await queue.add("join", job_id="top", depends_on=["base"])
+    line = [sys.executable, "-m", "asyncmq_nats", "flow", "show", "mail", "top", "-s", server.url]
+    with anyio.fail_after(PATIENCE):
+        done = await anyio.run_process(line, env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    assert done.stdout == b"top  join  waiting-children\n`-- base  load  delayed\n"
 
 
 async def test_a_long_chain_is_shown_whole(
@@ -524,7 +549,10 @@ async def test_wrong_usage_is_one_line_and_code_2(amq: Amq) -> None:
     assert "no address" in await amq.fails("queue ls -s http://x")
 
 
-@pytest.mark.parametrize("line", ["queue info nothing -v", "worker start --app no.such:name -v"])
+@pytest.mark.parametrize(
+    "line",
+    ["queue info nothing -v", "-v queue info nothing", "worker start --app no.such:name -v"],
+)
 async def test_errors_have_their_traceback_with_v(
     amq: Amq, monkeypatch: pytest.MonkeyPatch, line: str
 ) -> None:

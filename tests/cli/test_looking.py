@@ -13,7 +13,7 @@ from asyncmq_nats import FlowProducer, Job, NATSBackend, Queue, Settings, curren
 from asyncmq_nats.cli.app import make_app
 from asyncmq_nats.store.records import MARKER_TTL
 from tests.cli.amq import Amq
-from tests.nats.streams import plain_client
+from tests.nats.streams import plain_client, stored
 from tests.receiver import PATIENCE, until
 from tests.running import make_queue, only, outcome, running
 
@@ -147,7 +147,7 @@ async def _make_odd(backend: NATSBackend, url: str) -> None:
     odd = Queue("odd", backend)
     await odd.configure(failed_ttl=86_400, ready_max_bytes=50_000_000)
     await odd.add("work", job_id="ordinary")
-    await odd.queue_stats()  # whoever counts first makes the counters
+    await odd.queue_stats()  # the first count makes the counters
     connection = backend._connection
     assert connection is not None
     async with plain_client(url) as client:
@@ -157,23 +157,6 @@ async def _make_odd(backend: NATSBackend, url: str) -> None:
         await client.request("$KV.amq_odd_scheduler.later.x.delayed", held)
     info = await connection.require("STREAM.INFO.amq_odd")
     await connection.require("STREAM.UPDATE.amq_odd", info["config"] | {"max_bytes": 60_000_000})
-
-
-async def stored(backend: NATSBackend) -> dict[str, Any]:
-    """Return all that a server says of its streams and consumers, but for times of being used."""
-    connection = backend._connection
-    assert connection is not None
-    found: dict[str, Any] = {}
-    for name in sorted((await connection.require("STREAM.NAMES"))["streams"]):
-        stream = await connection.require(f"STREAM.INFO.{name}")
-        found[name] = (stream["config"], stream["state"])
-        for each in (await connection.require(f"CONSUMER.LIST.{name}"))["consumers"]:
-            for key in ("delivered", "ack_floor"):
-                each[key].pop("last_active", None)
-            kept = ("config", "delivered", "ack_floor", "num_ack_pending", "num_redelivered")
-            more = ("num_pending", "paused")
-            found[f"{name} {each['name']}"] = {key: each.get(key) for key in (*kept, *more)}
-    return found
 
 
 async def settled(backend: NATSBackend) -> dict[str, Any]:

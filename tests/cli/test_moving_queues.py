@@ -36,6 +36,20 @@ def other_queue(backend: Backend) -> tuple[Queue, list[Any]]:
     return Queue("other", backend, registry=registry), seen
 
 
+async def interrupt(
+    queue: Queue, target: Queue, where: JobFilter | None = None, *, at: tuple[Any, str]
+) -> None:
+    """Begin a move whose mover dies `at` a step: a method, given by its owner and its name."""
+
+    async def die(*_: Any) -> None:
+        raise ConnectionLost("nowhere")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(*at, die)
+        with pytest.raises(ConnectionLost):
+            await queue.move(target, where)
+
+
 async def filled(backend: Backend) -> Queue:
     """Return a paused queue with jobs in each state that can be moved."""
     queue = make_queue(backend, echo=echo, fail=fail)
@@ -106,19 +120,13 @@ async def test_flows_and_ids_that_are_taken_stay(backend: Backend) -> None:
 
 @pytest.mark.parametrize("step", ["_end_and_release", "_release", "_remove_outcome"])
 async def test_a_move_that_was_interrupted_is_finished_by_the_next(
-    backend: Backend, monkeypatch: pytest.MonkeyPatch, step: str
+    backend: Backend, step: str
 ) -> None:
     """Wherever the mover dies: each job runs once, at the one or at the other queue."""
     queue = await filled(backend)
     target, seen = other_queue(backend)
 
-    async def die(*_: Any) -> None:
-        raise ConnectionLost("nowhere")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Mover, step, die)
-        with pytest.raises(ConnectionLost):
-            await queue.move(target, JobFilter(state=["waiting", "delayed"]))
+    await interrupt(queue, target, JobFilter(state=["waiting", "delayed"]), at=(Mover, step))
     await queue.move(target, JobFilter(state=["waiting", "delayed"]))
     assert await target.promote("soon")
     async with running(target):
@@ -128,22 +136,14 @@ async def test_a_move_that_was_interrupted_is_finished_by_the_next(
     assert (left["waiting"], left["delayed"]) == (0, 0)
 
 
-async def test_a_move_goes_on_after_a_cancellation_that_was_torn(
-    backend: Backend, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_move_goes_on_after_a_cancellation_that_was_torn(backend: Backend) -> None:
     """The mover is killed after the job has ended here, and before its message is gone."""
     queue = make_queue(backend, echo=echo)
     target, seen = other_queue(backend)
     await queue.add("echo", ["once"])
     await queue.pause()
 
-    async def die(*_: Any) -> None:
-        raise ConnectionLost("nowhere")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(queue._administration, "_finish_cancellation", die)
-        with pytest.raises(ConnectionLost):
-            await queue.move(target)
+    await interrupt(queue, target, at=(queue._administration, "_finish_cancellation"))
     assert (await queue.queue_stats())["waiting"] == 1
     await queue.move(target)
     await only(queue)
@@ -160,13 +160,7 @@ async def test_a_hold_that_another_mover_finishes_meanwhile_is_not_lost(
     target, seen = other_queue(backend)
     await queue.add("echo", ["once"], delay=5000)
 
-    async def die(*_: Any) -> None:
-        raise ConnectionLost("nowhere")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Mover, "_end_and_release", die)
-        with pytest.raises(ConnectionLost):
-            await queue.move(target)
+    await interrupt(queue, target, at=(Mover, "_end_and_release"))
     cancel = queue._administration.cancel
 
     async def cancel_second(job_id: str, reason: str) -> bool:
@@ -200,21 +194,13 @@ async def test_a_hold_that_is_released_meanwhile_does_not_end_the_move(
     await only(target, delayed=1)
 
 
-async def test_queues_of_one_name_on_two_servers_do_not_finish_each_others_moves(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+async def test_queues_of_one_name_on_two_servers_do_not_finish_each_others_moves() -> None:
     here, elsewhere = InMemoryBackend(), InMemoryBackend()
     queue, namesake = make_queue(here, echo=echo), make_queue(elsewhere, echo=echo)
     target, seen = other_queue(InMemoryBackend())
     await queue.add("echo", ["once"], delay=5000)
 
-    async def die(*_: Any) -> None:
-        raise ConnectionLost("nowhere")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Mover, "_release", die)
-        with pytest.raises(ConnectionLost):
-            await queue.move(target)
+    await interrupt(queue, target, at=(Mover, "_release"))
     await namesake.add("echo", delay=5000)
     assert (await namesake.move(target)).moved == 1
     await queue.move(target)
@@ -224,7 +210,7 @@ async def test_queues_of_one_name_on_two_servers_do_not_finish_each_others_moves
 
 
 async def test_a_move_to_a_third_queue_leaves_the_end_of_an_interrupted_one(
-    backend: Backend, monkeypatch: pytest.MonkeyPatch
+    backend: Backend,
 ) -> None:
     """By that outcome the hold is released: elsewhere, it would be read as a cancellation."""
     queue = make_queue(backend, echo=echo)
@@ -232,13 +218,7 @@ async def test_a_move_to_a_third_queue_leaves_the_end_of_an_interrupted_one(
     third = make_queue(backend, "third")
     await queue.add("echo", ["once"], delay=5000, job_id="x")
 
-    async def die(*_: Any) -> None:
-        raise ConnectionLost("nowhere")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Mover, "_release", die)
-        with pytest.raises(ConnectionLost):
-            await queue.move(target)
+    await interrupt(queue, target, at=(Mover, "_release"))
     assert (await queue.move(third)).moved == 0
     await only(third)
     await queue.move(target)
@@ -248,20 +228,12 @@ async def test_a_move_to_a_third_queue_leaves_the_end_of_an_interrupted_one(
     assert seen == ["once"]
 
 
-async def test_a_hold_is_kept_when_nothing_tells_what_became_of_its_job(
-    backend: Backend, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_hold_is_kept_when_nothing_tells_what_became_of_its_job(backend: Backend) -> None:
     queue = make_queue(backend, echo=echo)
     target, _ = other_queue(backend)
     await queue.add("echo", delay=5000, job_id="x")
 
-    async def die(*_: Any) -> None:
-        raise ConnectionLost("nowhere")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Mover, "_release", die)
-        with pytest.raises(ConnectionLost):
-            await queue.move(target)
+    await interrupt(queue, target, at=(Mover, "_release"))
     assert await queue.remove_job("x")  # or its time to live is over
     await queue.move(target)
     await only(target, delayed=1)

@@ -1,8 +1,7 @@
 """Every page in a real browser: it opens without a complaint, can be read, and needs no mouse."""
 
 from collections.abc import AsyncIterator
-from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import pytest
 from selenium.webdriver.common.action_chains import ActionChains
@@ -35,7 +34,6 @@ MORE: Final = (
     "/queues/mail/failures?after=done.failed:1",
 )  # fmt: skip
 TAB_STOPS: Final = 60
-INSPECTION: Final = (Path(__file__).parent / "inspection.js").read_text()
 
 
 def pages() -> list[str]:
@@ -88,11 +86,11 @@ async def test_every_page_opens_and_can_be_read(browser: Browser, queue: Queue) 
     await without_motion(browser)
     for path in pages():
         await browser.open(path)
-        await until(lambda: inspect(browser, "chartsAreThere"), bool)
-        assert (path, await inspect(browser, "findMalformed")) == (path, [])
+        await until(lambda: browser.inspect("chartsAreThere"), bool)
+        assert (path, await browser.inspect("findMalformed")) == (path, [])
         for theme in ("light", "dark"):
             await browser.run("document.documentElement.dataset.theme = arguments[0]", theme)
-            assert (path, theme, await inspect(browser, "findPale")) == (path, theme, [])
+            assert (path, theme, await browser.inspect("findPale")) == (path, theme, [])
         complaints = [each for each in await browser.problems() if "404" not in each]
         assert (path, complaints) == (path, [])
 
@@ -107,7 +105,7 @@ async def test_nothing_overlaps_or_is_wider_than_the_page(
     try:
         for path in pages():
             await browser.open(path)
-            assert (path, await inspect(browser, "findOverlaps")) == (path, [])
+            assert (path, await browser.inspect("findOverlaps")) == (path, [])
             found = await browser.run("return document.documentElement.scrollWidth")
             assert (path, found) == (path, width)
         await browser.problems()  # one page is that of a job that is not there
@@ -120,8 +118,8 @@ async def test_the_login_can_be_read(browser: Browser, nats_backend: NATSBackend
     async with served(make_app(nats_backend, login=SessionLogin({"ada": "x"}))) as address:
         person = Browser(browser.driver, address)
         await person.open("/login")
-        assert await inspect(person, "findMalformed") == []
-        assert await inspect(person, "findPale") == []
+        assert await person.inspect("findMalformed") == []
+        assert await person.inspect("findPale") == []
         await person.write("input[name=name]", "ada")
         await person.write("input[name=password]", "x")
         await press(person, Keys.ENTER)
@@ -136,13 +134,13 @@ async def test_the_keyboard_reaches_everything_and_shows_where_it_is(
     browser: Browser, queue: Queue, path: str
 ) -> None:
     await browser.open(path)
-    reachable = await inspect(browser, "countReachable")
+    reachable = await browser.inspect("countReachable")
     await press(browser, Keys.TAB)
     assert await browser.run("return document.activeElement.className") == "skip"
     seen = []
     for _ in range(min(TAB_STOPS, reachable)):
-        assert (path, await inspect(browser, "findUnseenFocus")) == (path, [])
-        seen.append(await inspect(browser, "pathOfFocus"))
+        assert (path, await browser.inspect("findUnseenFocus")) == (path, [])
+        seen.append(await browser.inspect("pathOfFocus"))
         await press(browser, Keys.TAB)
     assert len(set(seen)) == len(seen)
     assert len(seen) == min(TAB_STOPS, reachable)
@@ -188,10 +186,6 @@ async def test_rows_are_walked_and_selected_by_keys(browser: Browser, queue: Que
     await browser.run("document.body.dispatchEvent(new CustomEvent('refresh'))")
     await browser.sees("0 selected", "#bulk")
     assert await browser.run(focused) == first  # the page was brought up to date meanwhile
-
-
-async def inspect(browser: Browser, function: str) -> Any:
-    return await browser.run(f"{INSPECTION}\nreturn {function}();")
 
 
 async def press(browser: Browser, key: str) -> None:

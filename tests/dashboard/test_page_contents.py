@@ -277,10 +277,7 @@ def test_a_chart_ends_with_the_last_point_that_workers_have_told_whole() -> None
     def shown(of: MetricsHistory) -> list[float]:
         return list(charts_of(of)["slots"]["at"])
 
-    assert shown(history(5.0)) == [
-        0,
-        20,
-    ]  # the third one may lack what is written after ten seconds
+    assert shown(history(5.0)) == [0, 20]  # of the third one, ten seconds may be missing
     assert shown(history(10.0)) == [0, 20, 40]
     assert shown(history(20.0)) == [0, 20, 40]
     assert shown(history(5.0, count=1)) == [0]  # rather little than nothing

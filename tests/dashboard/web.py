@@ -29,6 +29,7 @@ FLAGS = (
     "--hide-scrollbars", "--window-size=1280,900",
 )  # fmt: skip
 SAME_ORIGIN = {"Origin": ORIGIN}
+INSPECTION = (Path(__file__).parent / "inspection.js").read_text()
 
 
 @asynccontextmanager
@@ -117,6 +118,10 @@ class Browser:
     async def run(self, script: str, *arguments: Any) -> Any:
         """Return what a script returns."""
         return await self.do(lambda: self.driver.execute_script(script, *arguments))
+
+    async def inspect(self, function: str) -> Any:
+        """Return what a function of `inspection.js` returns for this page."""
+        return await self.run(f"{INSPECTION}\nreturn {function}();")
 
     async def click(self, selector: str, text: str = "") -> None:
         """Click the first element that is shown, that matches, and has this text."""

@@ -3,7 +3,6 @@
 Skipped without Go, and without the packages of nats.go: Debian's, or those of a module proxy.
 """
 
-import fcntl
 import os
 import re
 import shutil
@@ -16,6 +15,7 @@ import pytest
 
 from asyncmq_nats import NATSBackend, Queue
 from asyncmq_nats.backends.nats.embedded.server import EmbeddedServer
+from tests.languages.building import build_once
 from tests.nats.following import follow_untold
 from tests.nats.relay import Relay, relaying
 from tests.outbox.shown import shown_nowhere
@@ -68,18 +68,7 @@ def producer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The program, compiled once for all processes of this run."""
     if shutil.which("go") is None:
         pytest.skip("no go")
-    base = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        base = base.parent
-    directory, problem = base / "go-example", base / "go-problem"
-    with (base / "go-lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not problem.exists():
-            shutil.rmtree(directory, ignore_errors=True)  # of one that failed
-            problem.write_text(build(directory))
-    if reason := problem.read_text():
-        pytest.skip(reason)
-    return directory / "producer"
+    return build_once(tmp_path_factory, "go", build) / "producer"
 
 
 @pytest.fixture
@@ -147,7 +136,9 @@ async def test_a_publish_without_an_answer_is_repeated_and_stored_once(
         group.start_soon(cut)
         code, printed = await produce(producer, relay.url, "words", "count_words", '["one"]')
     assert printed.count("added") == 1
-    assert (code, printed.splitlines()[-1]) == (0, "completed 1"), "it reads what it was not told"
+    assert (code, printed.splitlines()[-1]) == (0, "completed 1"), (
+        "it reads the outcome whose event it missed"
+    )
     await only(queue, completed=1)
 
 

@@ -3,7 +3,6 @@
 Skipped without Node.js, and without a network for its packages.
 """
 
-import fcntl
 import json
 import os
 import re
@@ -24,6 +23,7 @@ from anyio import to_thread
 from asyncmq_nats import NATSBackend, Queue, Settings, stop_worker
 from asyncmq_nats.backends.nats.embedded.server import EmbeddedServer
 from asyncmq_nats.store.secret import keyed_id
+from tests.languages.building import build_once
 from tests.nats.following import follow_untold
 from tests.outbox.shown import shown_nowhere
 from tests.receiver import PATIENCE, holds, until
@@ -71,18 +71,7 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The example, installed and compiled once for all processes of this run."""
     if shutil.which("node") is None or shutil.which("npm") is None:
         pytest.skip("no node and npm")
-    base = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        base = base.parent
-    directory, problem = base / "node-example", base / "node-problem"
-    with (base / "node-lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not problem.exists():
-            shutil.rmtree(directory, ignore_errors=True)  # of one that failed
-            problem.write_text(build(directory))
-    if reason := problem.read_text():
-        pytest.skip(reason)
-    return directory
+    return build_once(tmp_path_factory, "node", build)
 
 
 class NodeWorker:
@@ -314,6 +303,16 @@ async def test_a_child_in_python_waits_for_a_parent_in_node(
     child = await queue.add("add", [2, 2], depends_on=[parent])
     async with running(make_queue(nats_backend, "mixed", add=lambda a, b: a + b)):
         assert await queue.wait_for(child, PATIENCE) == 4
+
+
+async def test_the_worker_program_ends_when_its_server_is_gone(
+    queue: Queue, start: Start, server: EmbeddedServer
+) -> None:
+    """A supervisor starts it again: it gives up after ten attempts to connect, in 20 seconds."""
+    worker = await start()
+    server.kill()
+    await holds(lambda: worker.process.poll() is not None)
+    assert (worker.process.returncode, worker.log.splitlines()[-1]) == (1, "the server is gone")
 
 
 async def test_the_producer_in_node_follows_its_job(

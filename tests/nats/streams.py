@@ -9,9 +9,10 @@ from typing import Any
 import nats
 from nats.aio.client import Client
 
+from asyncmq_nats import NATSBackend
 from tests.receiver import until
 
-__all__ = ["Streams", "plain_client"]
+__all__ = ["Streams", "plain_client", "stored"]
 
 
 @asynccontextmanager
@@ -22,6 +23,23 @@ async def plain_client(url: str | list[str], **options: Any) -> AsyncIterator[Cl
         yield client
     finally:
         await client.close()
+
+
+async def stored(backend: NATSBackend) -> dict[str, Any]:
+    """Return all that a server says of its streams and consumers, but for times of being used."""
+    connection = backend._connection
+    assert connection is not None
+    found: dict[str, Any] = {}
+    for name in sorted((await connection.require("STREAM.NAMES"))["streams"]):
+        stream = await connection.require(f"STREAM.INFO.{name}")
+        found[name] = (stream["config"], stream["state"])
+        for each in (await connection.require(f"CONSUMER.LIST.{name}"))["consumers"]:
+            for key in ("delivered", "ack_floor"):
+                each[key].pop("last_active", None)
+            kept = ("config", "delivered", "ack_floor", "num_ack_pending", "num_redelivered")
+            more = ("num_pending", "paused")
+            found[f"{name} {each['name']}"] = {key: each.get(key) for key in (*kept, *more)}
+    return found
 
 
 class Streams:

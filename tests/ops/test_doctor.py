@@ -17,6 +17,7 @@ from asyncmq_nats.doctor import Check, Finding, Level, Role, Thresholds
 from asyncmq_nats.queues import Queue
 from asyncmq_nats.settings import Settings
 from tests.nats.cluster import Cluster
+from tests.nats.streams import stored
 from tests.nats.test_refusals import ageing
 from tests.receiver import PATIENCE
 from tests.running import make_queue, only, running
@@ -100,31 +101,12 @@ async def test_looking_changes_nothing(server: EmbeddedServer, nats_backend: NAT
     await queue.add("work", delay=5000)
     await queue.add("work")
     await queue.upsert_repeatable("work", every="1h")
-    connection = nats_backend._connection
-    assert connection is not None
-
-    async def stored() -> list[object]:
-        names = sorted((await connection.require("STREAM.NAMES"))["streams"])
-        streams = [await connection.require(f"STREAM.INFO.{name}") for name in names]
-        consumers = [await connection.require(f"CONSUMER.LIST.{name}") for name in names]
-        return [
-            [
-                (each["config"], each["state"]["messages"], each["state"]["last_seq"])
-                for each in streams
-            ],
-            [
-                (each["name"], each["config"], each.get("paused"))
-                for found in consumers
-                for each in found["consumers"]
-            ],
-        ]
-
-    before = await stored()
+    before = await stored(nats_backend)
     role: Role
     for role in ("worker", "admin", "reader", "producer"):
         async with NATSBackend(server.url, settings=nats_backend.settings) as other:
             await examine(other, role=role)
-    assert await stored() == before
+    assert await stored(nats_backend) == before
     assert await queue.is_paused()
     assert len(await queue.list_repeatables()) == 1
     await only(queue, waiting=1, delayed=1, completed=1, failed=1)

@@ -70,7 +70,7 @@ class Dashboard:
         prefix: the path below which it answers, such as `/jobs`, where the application around does
             not tell it by `root_path` (Litestar; a proxy that takes it away).
         title: shown at the top.
-        refresh: how often a page that somebody looks at is brought up to date, in seconds.
+        refresh: how often an open page is brought up to date, in seconds.
 
     Raises:
         InvalidArgument: a value is of the wrong kind.

@@ -12,7 +12,7 @@ SPANS: Final = {"1h": 3600.0, "6h": 6 * 3600.0, "24h": 86_400.0, "7d": 7 * 86_40
 """How far back the charts go, in seconds."""
 MOST_TASKS: Final = 12
 RECORD_LAG: Final = 10.0
-"""So many seconds late workers write down what they did."""
+"""Seconds after which workers have recorded what they did."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,9 +60,9 @@ def merge_histories(histories: Iterable[MetricsHistory]) -> MetricsHistory | Non
 
 
 def _told(points: list[MetricsPoint]) -> list[MetricsPoint]:
-    """Return the points without the last ones, if workers have told too little of them so far.
+    """Return the points without the last ones if workers have not recorded enough of them yet.
 
-    A line would seem to fall at its end. All of them, if the others are of a time without workers.
+    Otherwise a line would seem to fall at its end. If the other points have no data, return all.
     """
     if not points:
         return points

@@ -121,7 +121,7 @@ class Site:
     read_only: bool = False
     queues: frozenset[str] | None = None
     refresh: float = 2.0
-    """How often a page that somebody looks at is brought up to date, in seconds."""
+    """How often a page that is open is brought up to date, in seconds."""
     operations: list[Operation] = field(default_factory=list)
     reads: SharedReads = field(default_factory=SharedReads)
     templates: Environment = field(default_factory=lambda: _make_templates())

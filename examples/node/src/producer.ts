@@ -9,7 +9,7 @@ import { connectAsTold, makeHeaders, Names, readLast, tokenOf } from "./protocol
 import { parseEvent } from "./wire.js";
 import type { Event, Job } from "./wire.js";
 
-/** Milliseconds without an event after which the outcome is looked for. */
+/** Milliseconds without an event after which the outcome is read. */
 const PATIENCE = 3000;
 
 const [queue, task, args = "[]", more = "{}"] = process.argv.slice(2);
@@ -72,7 +72,7 @@ async function* follow(): AsyncGenerator<Event> {
   }
 }
 
-/** How the job has ended, as the event that told it; nothing if it has not, or no server answers. */
+/** The event of the end of the job; nothing if it has not ended, or no server answers. */
 async function readOutcome(): Promise<Event[]> {
   const keys = ["completed", "failed", "expired", "cancelled"].map((what) =>
     names.key(`done.${tokenOf(id)}.${what}`),

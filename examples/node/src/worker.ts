@@ -362,7 +362,7 @@ export class Worker {
       await this.#writeClaim(attempt);
     } catch (error) {
       if (!isRefused(error)) throw error;
-      message.nak(50); // somebody else wrote: look again
+      message.nak(50); // another writer was first: look again
       return false;
     }
     return true;
@@ -555,7 +555,7 @@ export class Worker {
     await this.#finish(attempt, `later.${token}.delayed`, next, { timer, rollup: true });
   }
 
-  /** Write the end. If it is refused, there is another outcome, or a child has begun to wait for the job. */
+  /** Write the end. It is refused after another outcome, or if a child has begun to wait for it. */
   async #finish(
     attempt: OpenAttempt,
     key: string,

@@ -155,7 +155,7 @@ async def _send_rows(
 ) -> None:
     """Read events of the queues, and send them on a few times a second, the newest of them."""
     heard: deque[Event] = deque(maxlen=MAX_BATCH)
-    count, missed = 0, True
+    count = 0
 
     async def listen(queue: Queue) -> None:
         nonlocal count
@@ -167,16 +167,14 @@ async def _send_rows(
     async with rows, open_task_group() as group:
         for queue in queues:
             group.start_soon(listen, queue)
+        await anyio.sleep(BATCH_SECONDS)  # by now it listens
+        # The events since the page was made, or since the browser's last stream.
+        past = await _read_missed(site, [queue.name for queue in queues])
+        known = {(event.name, event.queue, event.job_id) for event in heard}
+        past = [e for e in past if (e.name, e.queue, e.job_id) not in known]
+        await rows.send({"event": "past", "data": _render(request, site, past, 0)})
         for _ in range(int(STREAM_SECONDS / BATCH_SECONDS)):
             await anyio.sleep(BATCH_SECONDS)
-            if missed:
-                # What happened before this stream was there: since the page was made, or since the
-                # browser's last stream.
-                past = await _read_missed(site, [queue.name for queue in queues])
-                known = {(event.name, event.queue, event.job_id) for event in heard}
-                past = [e for e in past if (e.name, e.queue, e.job_id) not in known]
-                await rows.send({"event": "past", "data": _render(request, site, past, 0)})
-                missed = False
             if heard:
                 text = _render(request, site, list(heard)[::-1], count - len(heard))
                 heard.clear()

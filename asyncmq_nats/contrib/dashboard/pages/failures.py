@@ -5,17 +5,15 @@ They are read page by page, the newest first: some at first, and further back if
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from math import inf
 from time import monotonic
 from typing import Final
 
-from starlette.background import BackgroundTask
 from starlette.requests import Request
 from starlette.responses import Response
 
 from asyncmq_nats.contrib.dashboard.failures import FailureGroups
-from asyncmq_nats.contrib.dashboard.pages.jobs import ACTIONS, MAX_SELECTED, carry_out
+from asyncmq_nats.contrib.dashboard.pages.jobs import ACTIONS, MAX_SELECTED, act_in_background
 from asyncmq_nats.contrib.dashboard.pages.summaries import for_all, summaries, summarize, version_of
 from asyncmq_nats.contrib.dashboard.site import Site, site_of, text_of
 from asyncmq_nats.exceptions import InvalidArgument
@@ -25,7 +23,7 @@ from asyncmq_nats.states import State
 __all__ = ["act", "show", "show_queue"]
 
 STEPS: Final = (1_000, 10_000, 100_000)
-"""How many failed jobs of a queue are looked at: at first, and when it is asked for more."""
+"""How many failed jobs of a queue are read: at first, and when a user asks for more."""
 LEAST: Final = 100
 """Failed jobs of each queue that the page of all queues looks at, however many queues there are."""
 LOOK_SECONDS: Final = 5.0
@@ -37,7 +35,7 @@ WANTED: Final = ("id", "task", "last_error", "finished_at", "created_at")
 
 @dataclass(slots=True)
 class Look:
-    """What was looked at. `cursors`: where to go on, by queue; only of those that have more."""
+    """The failed jobs that were read. `cursors`: where to go on, of each queue that has more."""
 
     groups: FailureGroups = field(default_factory=FailureGroups)
     cursors: dict[str, str] = field(default_factory=dict)
@@ -63,8 +61,8 @@ async def look_at(
         names: of the queues.
         most: how many jobs of each queue at most.
         after: the cursor to go on from, if it is one queue.
-        seconds: it ends after so long, with those it has seen until then.
-        group: id of a group, of which all ids are wanted.
+        seconds: after this time it ends, with the jobs that it has seen.
+        group: id of a group; the ids of all its jobs are returned.
     """
     look, end = Look(), monotonic() + seconds
 
@@ -131,7 +129,7 @@ async def _show(
     key = ("failures", chosen, share, after, tuple(failed.items()))
     look = await site.reads.get(key, read)
     groups = look.groups.largest_first()
-    # What takes long is looked at once: the page is brought up to date after an action only.
+    # A long look is not repeated: the page is brought up to date after an action only.
     is_live = most == STEPS[0] and after is None
     watched = await (summarize(site, Queue(chosen, site.backend)) if chosen else summaries(site))
     topic = f"queue:{chosen}" if chosen else "queues"
@@ -167,21 +165,7 @@ async def act(request: Request) -> Response:
         raise InvalidArgument("no job of this group is failed any more", group)
     told = next(f"{g.task}: {g.signature}" for g in look.groups.largest_first() if g.id == group)
     if len(look.ids) > MAX_SELECTED:
-        return await _act_on_many(request, queue, action, look.ids, told)
+        return await act_in_background(request, queue, action, look.ids, told)
     count = (await queue.apply(look.ids, action)).done
     await site.record(request, f"job.{action}", queue.name, told, count)
     return await site.done(request, f"{count:,} jobs were {ACTIONS[action][0]}.")
-
-
-async def _act_on_many(
-    request: Request, queue: Queue, action: str, ids: list[str], told: str
-) -> Response:
-    """Begin; go on when the answer was sent."""
-    site = site_of(request)
-    operation = site.begin(request, f"{action} {told}", queue.name)
-    said = f"{len(ids):,} jobs are being {ACTIONS[action][0]}; the page shows how far it is."
-    response = await site.done(request, said)
-    response.background = BackgroundTask(
-        partial(carry_out, request, queue, action, ids, told, operation)
-    )
-    return response

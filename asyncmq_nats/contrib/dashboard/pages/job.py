@@ -71,7 +71,7 @@ async def show(request: Request) -> Response:
         "job": job,
         "now": now,
         "moments": timeline(job, now),
-        "parents": await _states(site, queue, job),
+        "parents": await _states(queue, job),
         "children": await _children(site, queue, job_id),
         "logs": [
             site.redactor.log_line(queue.name, job["task"], each) for each in logs[-MAX_LINES:]
@@ -87,7 +87,7 @@ async def show(request: Request) -> Response:
     return site.page(request, "job.html", context)
 
 
-async def _states(site: Site, queue: Queue, job: Mapping[str, Any]) -> list[tuple[str, str]]:
+async def _states(queue: Queue, job: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return the jobs that this one depends on, with their states."""
     ids = [str(each) for each in job.get("depends_on") or []]
 

@@ -38,8 +38,8 @@ __all__ = [
     "ACTIONS",
     "MAX_SELECTED",
     "act",
+    "act_in_background",
     "add",
-    "carry_out",
     "read_arguments",
     "read_number",
     "show",
@@ -254,16 +254,28 @@ async def _act_on_all(
     where = filters.job_filter(site.backend.now())
     # Refuse a bad filter now, and an action that does nothing in that state.
     await queue.apply(where, action, dry_run=True, limit=1)
-    operation = site.begin(request, f"{action} all that match", queue.name)
-    said = f"All jobs that match are being {ACTIONS[action][0]}; the page shows how far it is."
+    return await act_in_background(request, queue, action, where, filters.in_words())
+
+
+async def act_in_background(
+    request: Request, queue: Queue, action: str, where: JobFilter | list[str], told: str
+) -> Response:
+    """Begin to act on many jobs, answer, and go on. `told`: which ones, for the audit log."""
+    site = site_of(request)
+    if isinstance(where, JobFilter):
+        what, which = "all that match", "All jobs that match"
+    else:
+        what, which = told, f"{len(where):,} jobs"
+    operation = site.begin(request, f"{action} {what}", queue.name)
+    said = f"{which} are being {ACTIONS[action][0]}; the page shows how far it is."
     response = await site.done(request, said)
     response.background = BackgroundTask(
-        partial(carry_out, request, queue, action, where, filters.in_words(), operation)
+        partial(_carry_out, request, queue, action, where, told, operation)
     )
     return response
 
 
-async def carry_out(
+async def _carry_out(
     request: Request,
     queue: Queue,
     action: str,
@@ -271,7 +283,7 @@ async def carry_out(
     told: str,
     operation: Operation,
 ) -> None:
-    """Do something to many jobs, and record it. `told`: which ones, for the audit log."""
+    """Do something to many jobs, and record it."""
     site = site_of(request)
     problem = "it broke off"
     try:
