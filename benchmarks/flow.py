@@ -22,6 +22,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import anyio
+from measuring import quantile
 
 from asyncmq_nats import NATSBackend, Queue
 from asyncmq_nats.runtime.program import run_program
@@ -48,7 +49,7 @@ registry.register(work, queue="bench", name="work")
 
 def run_worker(arguments: argparse.Namespace) -> None:
     logging.basicConfig(level=logging.WARNING)
-    settings = Settings(shutdown_timeout=arguments.shutdown_timeout, any_task=True)
+    settings = Settings(shutdown_timeout=arguments.shutdown_timeout)
     backend = NATSBackend(arguments.worker, settings=settings)
     queue = Queue(
         arguments.queue, backend, arguments.concurrency, arguments.limit, registry=registry
@@ -112,10 +113,6 @@ async def completed(queue: Queue, count: int) -> list[tuple[float, int]]:
 
 def jobs(count: int, seconds: float = 0.0, priority: int = 5) -> list[dict[str, Any]]:
     return [{"task_id": "work", "args": [seconds], "priority": priority} for _ in range(count)]
-
-
-def quantile(values: Sequence[float], share: float) -> float:
-    return sorted(values)[min(len(values) - 1, int(share * len(values)))]
 
 
 def row(promise: str, measured: str, target: str) -> None:

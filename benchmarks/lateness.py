@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import anyio
-from measuring import cpu_seconds, launch, run_worker, server_pid
+from measuring import cpu_seconds, launch, quantile, run_worker, server_pid
 
 from asyncmq_nats import NATSBackend, Queue, Settings
 from asyncmq_nats.runtime.program import run_program
@@ -32,10 +32,6 @@ async def note_start(due: float) -> None:
 
 
 registry.register(note_start, queue="bench", name="note_start")
-
-
-def quantile(values: list[float], share: float) -> float:
-    return sorted(values)[min(len(values) - 1, int(share * len(values)))]
 
 
 def lateness() -> str:

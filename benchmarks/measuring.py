@@ -38,6 +38,11 @@ TICKS_PER_SECOND: Final = os.sysconf("SC_CLK_TCK")
 # The benchmarks put one task on many queues; a worker runs only the tasks of its own otherwise.
 os.environ.setdefault("ASYNCMQ_NATS_ANY_TASK", "true")
 
+
+def quantile(values: Sequence[float], share: float) -> float:
+    return sorted(values)[min(len(values) - 1, int(share * len(values)))]
+
+
 # -- CPU time
 
 

@@ -112,7 +112,7 @@ class EndAwaited(Middleware):
 
 @dataclass
 class Way:
-    """What the worker does beside running jobs, and the CPU seconds of its blocks."""
+    """The work of the worker beside its jobs, and the CPU seconds of its blocks."""
 
     name: str
     middleware: Middleware | None = None
@@ -200,7 +200,7 @@ class Bench:
         self._since = time.process_time()
 
     async def run(self, url: str, meta: Callable[[int], dict[str, str]]) -> None:
-        settings = Settings(storage="memory", any_task=True)
+        settings = Settings(storage="memory")
         async with NATSBackend(url, settings=settings) as backend:
             queue = Queue(QUEUE, backend, concurrency=16, registry=self.registry)
             for start in range(0, self.jobs, 5_000):

@@ -84,7 +84,7 @@ class Figures:
 
 
 class Spent(NamedTuple):
-    """What a piece of work took, in seconds."""
+    """The seconds that a piece of work took."""
 
     seconds: float
     cpu: float

@@ -1,4 +1,4 @@
-"""What a run found, as JSON, and the tables in Markdown that show it. Pure: reads no clock."""
+"""The figures of a run, as JSON and as tables in Markdown. Pure: reads no clock."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -45,7 +45,7 @@ COLUMNS: Final = (
 
 @dataclass(slots=True)
 class Row:
-    """What was measured of one library: a value a round for each figure."""
+    """The figures of one library: a value a round for each."""
 
     versions: dict[str, str] = field(default_factory=dict)
     server: str = ""

@@ -1,4 +1,4 @@
-"""Which libraries are measured: their adapters, servers and requirements."""
+"""The libraries that are measured: their adapters, servers and requirements."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +18,9 @@ class Peer:
     """The file in `adapters/`, which says how the library is used."""
     server: Literal["nats", "redis", "postgres"]
     requires: tuple[str, ...] = ()
-    """What pip or npm installs into its environment; nothing: it runs in the harness's own."""
+    """Packages for its environment, by pip or npm; none: it runs in the harness's own."""
     note: str = ""
-    """What a reader of its row has to know."""
+    """A remark for readers of its row."""
 
     @property
     def is_node(self) -> bool:

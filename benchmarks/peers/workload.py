@@ -27,7 +27,7 @@ __all__ = ["FULL", "TINY", "Round", "Size", "measure_round"]
 
 ANSWER_TIMEOUT: Final = 60.0
 LEAD: Final = 2.0
-"""How long all jobs that become due at one instant have been there then, in seconds; at least."""
+"""Seconds from the addition of the last job to the instant at which all are due, at least."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ TINY: Final = Size(one_by_one=20, many=300, due=5, seconds=2.0)
 
 @dataclass(slots=True)
 class Round:
-    """What one round found: numbers by column; for the other columns why there are none."""
+    """The figures of one round by column, and for the other columns why there are none."""
 
     figures: dict[str, float] = field(default_factory=dict)
     no_way: dict[str, str] = field(default_factory=dict)
@@ -240,21 +240,21 @@ def measure_round(
         workloads = []
         for peer in peers:
             log = stack.enter_context((logs / f"{Path(peer.adapter).stem}.log").open("wb"))
-            with _said(f"{peer.name}, its server"):
+            with _reported(f"{peer.name}, its server"):
                 workloads.append(stack.enter_context(open_workload(peer, size, log)))
         for step in STEPS:
             before_step(step.__name__)
             going, workloads = workloads, []
             for workload in going:
-                with _said(f"{workload.peer.name}, {step.__name__}"):
+                with _reported(f"{workload.peer.name}, {step.__name__}"):
                     step(workload)
                     workloads.append(workload)
         return {workload.peer.name: workload.round for workload in workloads}
 
 
 @contextmanager
-def _said(what: str) -> Iterator[None]:
-    """Print an error of a foreign program: the others go on."""
+def _reported(what: str) -> Iterator[None]:
+    """Print an error of one library: the others go on."""
     try:
         yield
     except Exception:

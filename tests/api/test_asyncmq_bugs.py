@@ -73,7 +73,7 @@ async def test_a_cancelled_worker_does_not_keep_its_job(backend: Backend) -> Non
         assert await queue.wait_for(job_id, timeout=PATIENCE) == "recovered"
 
 
-class TestB6:
+class TestMaxStalls:
     @pytest.fixture
     def settings(self) -> Settings:
         return Settings(stalled_after=1.0, max_stalls=1)
@@ -437,7 +437,7 @@ async def test_a_look_costs_the_same_for_any_number_of_jobs(
     assert max(many.values()) < 20
 
 
-class TestB30:
+class TestTimes:
     @pytest.fixture
     def settings(self) -> Settings:
         return Settings(completed_ttl=1, unknown_task_timeout=0)

@@ -63,6 +63,19 @@ def runnable(document: str, language: str) -> list[str]:
 # -- complete, and without dead ends
 
 
+def test_contributing_names_each_folder_of_the_tests() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text().partition("* `tests/`, ")[2].partition("\n* ")[0]
+    folders = {path.parent.name for path in (ROOT / "tests").glob("*/test_*.py")}
+    assert folders == set(re.findall(r"`(\w+)/`", text))
+
+
+def test_each_benchmark_has_a_row() -> None:
+    named = set(
+        re.findall(r"^\| `(\w+\.py)` \|", (ROOT / "benchmarks" / "README.md").read_text(), re.M)
+    )
+    assert named == {path.name for path in (ROOT / "benchmarks").glob("*.py")} - {"measuring.py"}
+
+
 def test_every_module_has_one_row_in_the_architecture() -> None:
     text = ARCHITECTURE.read_text().partition("## Where to find what")[2]
     named = re.findall(r"`([\w/]+\.py)`", text.partition("\n## ")[0])

@@ -349,7 +349,7 @@ async def test_a_plain_end_is_called_at_once_and_its_error_is_logged(
 
 
 async def test_an_end_that_is_told_leaves_no_garbage() -> None:
-    """What an attempt holds goes with it: it is not left to the garbage collector."""
+    """The objects of an attempt are freed with it, without the garbage collector."""
     endings, count = Endings(), 500
     queue = queue_of(InMemoryBackend(), endings, work=lambda: None)
     await queue.add_bulk([{"task_id": "work"}] * count)

@@ -29,7 +29,7 @@ METRIC = re.compile(r"\basyncmq_[a-z_]+")
 
 @pytest.fixture(scope="module")
 def shown() -> bytes:
-    """What a worker shows to Prometheus."""
+    """The metrics of a queue and a worker, as Prometheus reads them."""
     metrics = TaskMetrics(completed=1)
     metrics.wait.add(1.0)
     metrics.run.add(1.0)

@@ -288,7 +288,7 @@ async def test_a_cancelled_run_ends_its_span(backend: Backend, spans: Spans) -> 
 
 
 class Services:
-    """What a context asks of its worker: the time by the server's clock."""
+    """The worker of a context: it tells the time by the server's clock."""
 
     def now(self) -> float:
         return 100.5

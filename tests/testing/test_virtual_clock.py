@@ -109,6 +109,33 @@ async def test_a_queue_that_is_made_again_takes_no_hook_away(
     assert [name for _, name in notes.all] == ["startup", "job"]
 
 
+async def test_a_queue_that_is_made_again_takes_no_limit_away(
+    backend: VirtualBackend, clock: VirtualClock, notes: Notes
+) -> None:
+    queue = make_queue(backend, note=notes.run)
+    queue.rate_limit, queue.rate_interval = 1, 3600.0
+    again = Queue(queue.name, backend, registry=queue._registry)
+    await again.add_bulk([{"task_id": "note", "args": [name]} for name in "ab"])
+    await clock.advance("30m")
+    assert notes.all == [(0, "a")]
+    await clock.advance("1h")
+    assert [name for _, name in notes.all] == ["a", "b"]
+
+
+async def test_a_task_is_told_the_time_of_the_server(
+    backend: VirtualBackend, clock: VirtualClock
+) -> None:
+    told: list[float] = []
+
+    async def note() -> None:
+        told.append(current_job().now())
+
+    queue = make_queue(backend, note=note)
+    await queue.add("note", delay=3600)
+    await clock.advance("1h")
+    assert told == [pytest.approx(NOON.timestamp() + 3600)]
+
+
 async def test_a_repeatable_of_the_code_runs_at_its_interval(
     backend: VirtualBackend, clock: VirtualClock, notes: Notes
 ) -> None:

@@ -1,6 +1,6 @@
 """Retries and failures of a job.
 
-Attempts and their errors, backoffs, timeouts, and retries by hand. They run on both backends.
+Attempts and their errors, backoffs, timeouts, and retries by hand; on both backends.
 """
 
 import threading

@@ -1,4 +1,4 @@
-"""What an adapter has to say of its library, and the program around it.
+"""The interface of an adapter, and the program around it.
 
 Runs in the library's own environment: standard library and uvloop only. The harness starts an
 adapter's file in one of two ways:
@@ -31,7 +31,7 @@ QUEUE = os.environ.get("PEER_QUEUE", "")
 CONCURRENCY = int(os.environ.get("PEER_CONCURRENCY", "1"))
 JOBS = int(os.environ.get("PEER_JOBS", "0"))
 SECONDS = float(os.environ.get("PEER_SECONDS", "inf"))
-"""A slow worker is measured for that long instead of for all its jobs."""
+"""A slow worker is measured for this long instead of for all its jobs."""
 
 PRODUCERS = 100
 WARM_UP = -1
@@ -65,7 +65,7 @@ class Adapter(ABC):
         return await at_once(lambda number: self.add(queue, number), jobs)
 
     async def add_bulk(self, queue: str, jobs: int) -> None:
-        """Add so many jobs by the library's call for many.
+        """Add this many jobs by the library's call for many.
 
         Raises:
             NoWay: it has none.
@@ -116,7 +116,7 @@ def cpu_seconds(process: int) -> float:
 class Meter:
     """Counts the jobs that a worker runs, and tells the harness what they took.
 
-    The clocks run from the `2 × CONCURRENCY`th job, when the worker is in its stride, to the last
+    The clocks run from the `2 × CONCURRENCY`th job, when the worker has its full rate, to the last
     one, or to the first that comes after `SECONDS`.
     """
 
@@ -180,7 +180,7 @@ def become(*command: str) -> None:
 
 
 def numbers(jobs: int, seconds: float) -> Iterator[int]:
-    """Return the numbers of so many jobs, or of those whose turn comes within so many seconds."""
+    """Return the numbers of `jobs` jobs, or of those whose turn comes within `seconds`."""
     end = time.perf_counter() + seconds
     for number in range(jobs):
         if time.perf_counter() > end:
