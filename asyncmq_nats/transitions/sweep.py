@@ -2,8 +2,8 @@
 
 Their records are known, so nothing is read first: single writes, many under way at a time, each
 of which expects that nothing about the end of its job has changed. What is refused, and what is
-not plain, is left to the caller, who takes the way of one job (`cancel.py`). So is what a process
-leaves that dies in between.
+not plain, is left to the caller, who takes the way of one job (`cancel.py`). Should this process
+die in between, each job is as after a cancel or a retry of one job: workers and promoters go on.
 """
 
 from collections.abc import Awaitable, Callable, Iterator, Sequence
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from asyncmq_nats.backends.base import Backend, Expect, Write
-from asyncmq_nats.exceptions import BackendError, InvalidJob, WriteRefused
+from asyncmq_nats.exceptions import AsyncMQError, InvalidJob, WriteRefused
 from asyncmq_nats.states import OUTCOMES, Place, State
 from asyncmq_nats.store.many import read_many
 from asyncmq_nats.store.records import without_markers
@@ -155,7 +155,7 @@ class Sweep:
 
     async def _write(
         self, items: Sequence[_Item], write: Callable[[_Item], Write]
-    ) -> tuple[list[_Item], BackendError | None]:
+    ) -> tuple[list[_Item], AsyncMQError | None]:
         """Return those whose write was stored, and the first error that is no refusal."""
         writes, stored, error = [write(item) for item in items], [], None
         results = await self._backend.write_each(self._subjects.bucket_log, writes)
