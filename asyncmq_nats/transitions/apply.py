@@ -52,7 +52,7 @@ class Applied:
 
 Act = Callable[[str], Awaitable[bool]]
 ActOnFound = Callable[[Sequence[Found]], Awaitable[set[str]]]
-"""Does something to many jobs, and returns the ids of those that it was done to."""
+"""Changes many jobs, and returns the ids of those that it has changed."""
 
 
 @dataclass(slots=True)
@@ -114,7 +114,7 @@ async def apply_to_matches(
 ) -> Applied:
     """Apply an action to the jobs of a search; to remove them, give the `Cleanup`.
 
-    `act_on_many`: done first to each page of what is found; `act` is done to the rest.
+    `act_on_many`: called first with each page; `act` is called for the jobs that it left.
     The `Cleanup` removes the very records that were found: a job that has been retried since stays.
     """
     tally = _Tally(progress)

@@ -2,8 +2,9 @@
 
 Their records are known, so nothing is read first: single writes, many under way at a time, each
 of which expects that nothing about the end of its job has changed. What is refused, and what is
-not plain, is left to the caller, who takes the way of one job (`cancel.py`). Should this process
-die in between, each job is as after a cancel or a retry of one job: workers and promoters go on.
+not plain, is left to the caller, who takes the way of one job (`cancel.py`). If this process dies
+in between, a cancelled job may still run, and its result is refused; a promoter goes on with a
+retry that was released, and any other can be repeated.
 """
 
 from collections.abc import Awaitable, Callable, Iterator, Sequence
