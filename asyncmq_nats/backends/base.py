@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, Self
 
 from asyncmq_nats._clock import Clock
-from asyncmq_nats.exceptions import BackendError
+from asyncmq_nats.exceptions import AsyncMQError, BackendError
 from asyncmq_nats.settings import Settings
 
 __all__ = [
@@ -478,10 +478,10 @@ class Backend(Protocol):
         before.
         """
 
-    async def write_each(self, log: str, writes: Sequence[Write]) -> list[Settled]:
+    async def write_each(self, log: str, writes: Sequence[Write]) -> list[int | AsyncMQError]:
         """Write each by itself, many at a time, as `write` does.
 
-        Return for each, in order, its sequence or why there is none.
+        Return for each, in order, its sequence or the error that `write` would raise.
 
         Raises:
             StorageFull: there is no room for them.

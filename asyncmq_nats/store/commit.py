@@ -61,7 +61,7 @@ async def look_for(
 
 
 async def commit(decide: Callable[[], Awaitable[Result]], tries: int | None = None) -> Result:
-    """Read, decide and write, again after each write that is refused, and return what came of it.
+    """Read, decide and write, again after each refused write, and return the result.
 
     Args:
         decide: reads what is stored, and writes what expects just that. Called again, it must find

@@ -1,4 +1,4 @@
-"""What happened last to the jobs of a queue, as far as its records still tell.
+"""The latest events of a queue, as far as its records still tell them.
 
 The server sends most events whenever a record is written (`docs/protocol.md`): a record that is
 still there is an event of the past.
@@ -11,7 +11,7 @@ from asyncmq_nats.backends.base import Backend, Record
 from asyncmq_nats.events import Event, read_event
 from asyncmq_nats.exceptions import AssetMissing
 from asyncmq_nats.states import State
-from asyncmq_nats.wire.keys import QueueSubjects
+from asyncmq_nats.wire.keys import QueueSubjects, last_token
 
 __all__ = ["read_past_events"]
 
@@ -22,20 +22,18 @@ async def read_past_events(backend: Backend, subjects: QueueSubjects, limit: int
     with suppress(AssetMissing):
         filter, _ = subjects.republish_ready
         for record in await backend.page_back(subjects.ready_log, filter, limit=limit):
-            token = record.subject.rpartition(".")[2]
-            found.append(_event_in(record, subjects, State.WAITING, token))
+            subject = subjects.event(State.WAITING, last_token(record.subject))
+            found.append(_event_in(record, subjects.queue, subject))
     with suppress(AssetMissing):
         filter, _ = subjects.republish_bucket
         for record in await backend.page_back(subjects.bucket_log, filter, limit=limit):
-            _, token, word = record.subject.rsplit(".", 2)
-            found.append(_event_in(record, subjects, word, token))
+            subject = subjects.event_of(record.subject, subjects.token(record.subject))
+            found.append(_event_in(record, subjects.queue, subject))
     events = [event for event in found if event is not None]
     return sorted(events, key=lambda event: -(event.at or 0.0))[:limit]
 
 
-def _event_in(record: Record, subjects: QueueSubjects, what: str, token: str) -> Event | None:
+def _event_in(record: Record, queue: str, subject: str) -> Event | None:
     """Return the event that the server sent of a record; `None` if it is none for users."""
-    if record.marker:
-        return None
-    event = read_event(subjects.queue, subjects.event(what, token), record.body)
+    event = None if record.marker else read_event(queue, subject, record.body)
     return None if event is None else replace(event, at=record.time)

@@ -117,7 +117,7 @@ class QueueAssets:
 
     @property
     def counters(self) -> dict[str, str]:
-        """What is counted of the bucket: by word, the filter of its records."""
+        """The counters of the bucket: by word, the filter of the records that each counts."""
         subjects = self._subjects
         return {
             **{f"later_{place}": subjects.place(place) for place in Place},

@@ -382,7 +382,7 @@ class Additions:
     async def _write_again_when_missing(
         self, writes: Sequence[Write], priorities: Iterable[int]
     ) -> None:
-        log = self._log_of(writes[0])
+        log = self._subjects.log_of(writes[0].subject)
         try:
             await self._backend.write(log, *writes)
         except AssetMissing:  # deleted since this process declared it
@@ -391,9 +391,6 @@ class Additions:
             for priority in priorities:
                 await self._assets.declare_tier(priority)
             await self._backend.write(log, *writes)
-
-    def _log_of(self, write: Write) -> str:
-        return self._subjects.log_of(write.subject)
 
     def first_write(self, job: Addition, *, last: int = 0, in_bucket: bool = False) -> Write:
         """Return the write that adds the job.

@@ -18,7 +18,7 @@ ACTIONS_UNDER_WAY: Final = 32
 
 
 class Action(StrEnum):
-    """Applies an action to many jobs at once."""
+    """The actions that can be applied to many jobs at once."""
 
     RETRY = "retry"
     CANCEL = "cancel"
@@ -52,7 +52,7 @@ class Applied:
 
 Act = Callable[[str], Awaitable[bool]]
 ActOnFound = Callable[[Sequence[Found]], Awaitable[set[str]]]
-"""Does something to many jobs, and returns the ids of those that it was done to."""
+"""Changes many jobs, and returns the ids of those that it has changed."""
 
 
 @dataclass(slots=True)
@@ -75,10 +75,13 @@ class _Tally:
     async def act_on_found(
         self, found: Sequence[Found], act_on_many: ActOnFound | None, act: Act
     ) -> None:
+        done = set[str]()
+        if act_on_many is not None:
+            with CancelScope(shield=True):  # as above, and no job is left half done
+                done = await act_on_many(found)
+                self.done += len(done)
+                self.count(len(done))
         ids = [each.job.job_id for each in found]
-        done = set() if act_on_many is None else await act_on_many(found)
-        self.done += len(done)
-        self.count(len(done))
         await self.act(act, [job_id for job_id in ids if job_id not in done])
 
     def count(self, matched: int) -> None:
@@ -111,7 +114,7 @@ async def apply_to_matches(
 ) -> Applied:
     """Apply an action to the jobs of a search; to remove them, give the `Cleanup`.
 
-    `act_on_many`: done first to each page of what is found; `act` is done to the rest.
+    `act_on_many`: called first with each page; `act` is called for the jobs that it left.
     The `Cleanup` removes the very records that were found: a job that has been retried since stays.
     """
     tally = _Tally(progress)

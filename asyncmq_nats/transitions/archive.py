@@ -31,7 +31,7 @@ class Imported:
 
 
 async def export_jobs(pages: AsyncIterator[list[Found]]) -> AsyncIterator[dict[str, Any]]:
-    """Yield a line for each job: its state, when it reached it, and what is stored of it."""
+    """Yield a line for each job: its state, when it reached it, and its record."""
     async for page in pages:
         for found in page:
             try:

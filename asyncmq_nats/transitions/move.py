@@ -153,7 +153,7 @@ class Mover:
                 await administration.finish_cancel(job_id)
             try:
                 await self._release(data, sequence)
-            except WriteRefused:  # another mover released it, or somebody changed the hold
+            except WriteRefused:  # another mover released it, or a user changed the hold
                 return False
             await self._remove_outcome(job_id)
         return True

@@ -262,7 +262,7 @@ class Plans:
         if write.message_id is not None:  # it goes to its tier
             expect = Expect(self._keys.ready_any(encode_token(job.job_id)))
             write = replace(write, expect=expect, message_id=await self._message_id(job))
-        log = self._keys.ready_log if write.message_id is not None else self._log
+        log = self._keys.log_of(write.subject)
         try:
             await self._backend.write(log, write)
         except WriteRefused as refused:  # an earlier try stored it

@@ -2,8 +2,9 @@
 
 Their records are known, so nothing is read first: single writes, many under way at a time, each
 of which expects that nothing about the end of its job has changed. What is refused, and what is
-not plain, is left to the caller, who takes the way of one job (`cancel.py`). So is what a process
-leaves that dies in between.
+not plain, is left to the caller, who takes the way of one job (`cancel.py`). If this process dies
+in between, a cancelled job may still run, and its result is refused; a promoter goes on with a
+retry that was released, and any other can be repeated.
 """
 
 from collections.abc import Awaitable, Callable, Iterator, Sequence
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from asyncmq_nats.backends.base import Backend, Expect, Write
-from asyncmq_nats.exceptions import BackendError, InvalidJob, WriteRefused
+from asyncmq_nats.exceptions import AsyncMQError, InvalidJob, WriteRefused
 from asyncmq_nats.states import OUTCOMES, Place, State
 from asyncmq_nats.store.many import read_many
 from asyncmq_nats.store.records import without_markers
@@ -155,7 +156,7 @@ class Sweep:
 
     async def _write(
         self, items: Sequence[_Item], write: Callable[[_Item], Write]
-    ) -> tuple[list[_Item], BackendError | None]:
+    ) -> tuple[list[_Item], AsyncMQError | None]:
         """Return those whose write was stored, and the first error that is no refusal."""
         writes, stored, error = [write(item) for item in items], [], None
         results = await self._backend.write_each(self._subjects.bucket_log, writes)

@@ -216,6 +216,22 @@ async def test_a_log_is_declared_again_once_its_loss_is_known(
     assert await twin.list_consumers("notes") == ["counter"]
 
 
+async def test_a_log_is_declared_again_once_a_write_has_missed_it(
+    backend: Backend, twin: Backend
+) -> None:
+    write = Write("notes.a", b"")
+    for many in (False, True):
+        await twin.delete_log("notes")
+        if many:
+            (missed,) = await backend.write_each("notes", [write])
+            assert isinstance(missed, AssetMissing)
+        else:
+            with pytest.raises(AssetMissing):
+                await backend.write("notes", write)
+        await backend.declare_log(NOTES)
+        assert await backend.write("notes", write) == 1
+
+
 async def test_list_logs_goes_by_prefix_and_is_sorted(backend: Backend) -> None:
     for name in ("no_b", "other", "no_a"):
         await backend.declare_log(Log(name, (f"{name}.>",)))
@@ -296,6 +312,24 @@ async def test_the_records_that_match_a_filter_are_counted(backend: Backend) -> 
     await backend.write("KV_keys", writes[0])  # replaces the first
     for filter, expected in (("a.*", 3), ("b.*", 2), ("*.2", 2), ("a.3", 1), ("c.*", 0), (">", 5)):
         assert await backend.count("KV_keys", f"$KV.keys.{filter}") == expected
+
+
+async def test_each_of_many_writes_is_stored_or_refused_by_itself(backend: Backend) -> None:
+    kept = await backend.write("notes", Write("notes.7", b"kept"))
+    writes = [Write(f"notes.{n}", b"%d" % n, Expect(f"notes.{n}")) for n in range(1200)]
+    results = await backend.write_each("notes", writes)
+    assert isinstance(results[7], WriteRefused)
+    sequences = {n: result for n, result in enumerate(results) if n != 7}
+    stored = {record.subject: record for record in await backend.last("notes", "notes.>")}
+    assert len(stored) == 1200
+    assert (stored["notes.7"].sequence, stored["notes.7"].body) == (kept, b"kept")
+    assert {n: stored[f"notes.{n}"].sequence for n in sequences} == sequences
+    assert {n: stored[f"notes.{n}"].body for n in sequences} == {n: b"%d" % n for n in sequences}
+    large = Write("notes.large", b"x" * (backend.max_body + 1))
+    refused, stored_too = await backend.write_each("notes", [large, Write("notes.after", b"")])
+    assert isinstance(refused, PayloadTooLarge)
+    assert isinstance(stored_too, int)
+    assert await backend.write_each("notes", []) == []
 
 
 async def test_overwrite_replaces(backend: Backend) -> None:

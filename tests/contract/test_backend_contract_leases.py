@@ -276,7 +276,7 @@ async def test_the_purge_of_a_single_record_ends_its_lease(
     )
 
 
-@pytest.mark.parametrize("way", ["delete", "purge"])
+@pytest.mark.parametrize("way", ["delete", "delete_many", "purge"])
 async def test_what_is_removed_is_neither_pending_nor_leased(
     backend: Backend, receiver: Receiver, way: str
 ) -> None:
@@ -285,6 +285,8 @@ async def test_what_is_removed_is_neither_pending_nor_leased(
     if way == "delete":
         for sequence in (1, 2):
             assert await backend.delete("jobs", sequence)
+    elif way == "delete_many":
+        assert await backend.delete_many("jobs", [1, 2]) == [1, 2]
     else:
         assert await backend.purge("jobs", "jobs.1.*") == 2
     await until(

@@ -142,6 +142,21 @@ async def test_a_repetition_that_its_own_first_sending_refuses_is_confirmed(
     assert await notes.last_sequence("notes") == 1 + size
 
 
+async def test_none_of_many_writes_is_repeated_when_what_it_expects_holds_again(
+    notes: NATSBackend, distant: NATSBackend, relay: Relay
+) -> None:
+    writes = [Write(f"notes.{n}", b"", Expect(f"notes.{n}")) for n in range(700)]
+
+    async def remove() -> None:
+        (sequence,) = await stored(notes, "notes.0")
+        await notes.delete("notes", sequence)
+
+    later = await write_losing(relay, lambda: distant.write_each("notes", writes), remove)
+    assert later.error is None
+    assert sorted(later.result) == list(range(1, 701))
+    assert await notes.last_sequence("notes") == 700
+
+
 @pytest.mark.parametrize("size", [1, 2])
 async def test_what_another_one_wrote_is_not_taken_for_the_own_write(
     size: int, notes: NATSBackend, distant: NATSBackend, relay: Relay

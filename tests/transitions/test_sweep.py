@@ -43,6 +43,39 @@ async def find(queue: Queue, state: str) -> list[Found]:
     ]
 
 
+# -- both
+
+
+@pytest.mark.parametrize(("action", "state"), [("cancel", "waiting"), ("retry", "failed")])
+async def test_an_interruption_is_told_how_many_jobs_were_changed(
+    action: str, state: str, backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tasks = Tasks()
+    queue = queue_of(backend, tasks)
+    await queue.add_bulk([{"task_id": "fail", "args": [n]} for n in range(150)])
+    if state == "failed":
+        await run_jobs(queue)
+    write_each = backend.write_each
+    seen: list[int] = []
+    with anyio.CancelScope() as scope, monkeypatch.context() as patch:
+
+        async def interrupt(log: str, writes: Sequence[Any]) -> Any:
+            scope.cancel()
+            return await write_each(log, writes)
+
+        patch.setattr(backend, "write_each", interrupt)
+        await queue.apply(JobFilter(state=state), action, progress=seen.append)
+    assert scope.cancelled_caught
+    assert seen == [100]  # the first page
+    tasks.broken, tasks.ran = False, []
+    await run_jobs(queue)
+    if action == "cancel":
+        await only(queue, cancelled=100, completed=50)
+    else:
+        await only(queue, completed=100, failed=50)
+    assert len(tasks.ran) == (50 if action == "cancel" else 100)
+
+
 # -- cancel
 
 

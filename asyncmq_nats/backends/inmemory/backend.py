@@ -40,7 +40,7 @@ from asyncmq_nats.backends.filters import compile_filter
 from asyncmq_nats.backends.inmemory.consumers import Counter, Cursor, InMemoryPuller
 from asyncmq_nats.backends.inmemory.log import MAX_BODY, StoredLog
 from asyncmq_nats.backends.inmemory.timers import Agenda
-from asyncmq_nats.exceptions import AssetMissing, BackendError, PayloadTooLarge
+from asyncmq_nats.exceptions import AssetMissing, AsyncMQError, BackendError, PayloadTooLarge
 from asyncmq_nats.settings import Settings
 from asyncmq_nats.settings import settings as environment
 
@@ -257,13 +257,13 @@ class InMemoryBackend:
         await self._give_way()
         return self._find_log(log).write(writes)
 
-    async def write_each(self, log: str, writes: Sequence[Write]) -> list[Settled]:
+    async def write_each(self, log: str, writes: Sequence[Write]) -> list[int | AsyncMQError]:
         """See `Backend`."""
-        results: list[Settled] = []
+        results: list[int | AsyncMQError] = []
         for write in writes:
             try:
                 results.append(await self.write(log, write))
-            except BackendError as error:
+            except AsyncMQError as error:
                 results.append(error)
         return results
 

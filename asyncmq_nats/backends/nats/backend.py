@@ -28,7 +28,6 @@ from asyncmq_nats.backends.base import (
     Record,
     ServerFacts,
     Settle,
-    Settled,
     Signal,
     Subscription,
     Write,
@@ -51,6 +50,7 @@ from asyncmq_nats.backends.nats.streams import Assets
 from asyncmq_nats.backends.nats.writer import BATCH_LIMIT, HEADER_ROOM, Writer
 from asyncmq_nats.exceptions import (
     AssetMissing,
+    AsyncMQError,
     BackendError,
     Unconfirmed,
 )
@@ -379,18 +379,20 @@ class NATSBackend:
             )
         if self._connection is None or self._home.loop is not asyncio.get_running_loop():
             await self.connect()
-        if self._fills.has_limit(log):
-            await self._fills.check(log, writes)
+        await self._fills.check(log, writes)
         try:
             return await self._writer.write(log, writes)
         except AssetMissing:
             self._assets.forget(log)
             raise
 
-    async def write_each(self, log: str, writes: Sequence[Write]) -> list[Settled]:
+    async def write_each(self, log: str, writes: Sequence[Write]) -> list[int | AsyncMQError]:
         await self._open_connection()
         await self._fills.check(log, writes)
-        return await self._writer.write_each(log, writes)
+        results = await self._writer.write_each(log, writes)
+        if any(isinstance(result, AssetMissing) for result in results):
+            self._assets.forget(log)
+        return results
 
     def send(self, log: str, write: Write, settle: Settle, *, timeout: float | None = None) -> None:
         self._require_connection()

@@ -147,10 +147,6 @@ class Fills:
         if limit != fill.limit:
             fill.limit, fill.read_at = limit, float("-inf")
 
-    def has_limit(self, log: str) -> bool:
-        """Return whether it is one of these streams."""
-        return log in self._fills
-
     async def check(self, log: str, writes: Sequence[Write]) -> None:
         """Make sure that a stream has room for the writes.
 

@@ -33,6 +33,7 @@ from asyncmq_nats.backends.nats.errors import (
 )
 from asyncmq_nats.exceptions import (
     AssetMissing,
+    AsyncMQError,
     BackendError,
     ConnectionLost,
     PayloadTooLarge,
@@ -212,23 +213,23 @@ class Writer:
             raise result
         return result
 
-    async def write_each(self, log: str, writes: Sequence[Write]) -> list[Settled]:
+    async def write_each(self, log: str, writes: Sequence[Write]) -> list[int | AsyncMQError]:
         """See `Backend.write_each`."""
         if self._ends_in_wait:
             raise StorageFull(log, "the ends of jobs that run here wait for room")
-        results: list[Settled] = []
+        results: list[int | AsyncMQError] = []
         for start in range(0, len(writes), WRITES_AT_ONCE):
             results += await self._write_some(log, writes[start : start + WRITES_AT_ONCE])
         return results
 
-    async def _write_some(self, log: str, writes: Sequence[Write]) -> list[Settled]:
+    async def _write_some(self, log: str, writes: Sequence[Write]) -> list[int | AsyncMQError]:
         deadline = time.monotonic() + self._timeout
         load = Load(0, len(writes), sum(len(write.body) for write in writes))
         await self._wait_for_budget(load, writes[0].subject)
-        found: dict[int, Settled] = {}
+        found: dict[int, int | AsyncMQError] = {}
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
-        def settle(number: int, result: Settled) -> None:
+        def settle(number: int, result: int | AsyncMQError) -> None:
             found[number] = result
             if len(found) == len(writes) and not done.done():
                 done.set_result(None)
@@ -246,7 +247,7 @@ class Writer:
             for number, entry in enumerate(entries):
                 try:
                     self._submit(entry)
-                except BackendError as error:
+                except AsyncMQError as error:
                     settle(number, error)
             await self._client.make_room()
             await done
