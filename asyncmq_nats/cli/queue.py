@@ -313,13 +313,13 @@ async def move(
     chosen = select(session.backend.now(), **which)
     assert chosen.where is not None
     other = session if to_server is None else session.elsewhere(to_server)
-    was_paused = await jobs.is_paused()
     counted = await jobs.move(other.queue(target), chosen.where, dry_run=True)
     if dry_run:
         session.output.line(f"would move up to {count_jobs(counted.matched)}")
         return
     text = f"move up to {count_jobs(counted.matched)} of queue {queue} to {target}?"
     confirm(text, force=force)
+    was_paused = await jobs.is_paused()
     try:
         await jobs.pause()
         result = await run_with_progress(

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import anyio
+import anyio.from_thread
 import pytest
 
 from asyncmq_nats import FlowProducer, Job, NATSBackend, current_job
@@ -195,6 +196,20 @@ async def test_a_queue_is_saved_moved_and_restored(
     assert not await queue.is_paused()
     await only(make_queue(nats_backend, "post"), waiting=5, failed=1)
     assert len((await amq.ok("queue export post")).lines) == 7
+
+
+async def test_a_queue_that_is_paused_while_a_move_asks_stays_paused(
+    amq: Amq, nats_backend: NATSBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queue = make_queue(nats_backend, "mail")
+    await queue.add("t")
+
+    def confirm(*_: Any, **__: Any) -> None:
+        anyio.from_thread.run(queue.pause)
+
+    monkeypatch.setattr("asyncmq_nats.cli.queue.confirm", confirm)
+    assert (await amq.ok("queue move mail post --all")).out == "moved 1 of 1 job\n"
+    assert await queue.is_paused()
 
 
 async def test_a_list_says_when_delayed_jobs_run(amq: Amq, nats_backend: NATSBackend) -> None:
