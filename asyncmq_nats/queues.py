@@ -515,7 +515,7 @@ class Queue:
     async def queue_stats(self) -> dict[str, int]:
         """Return how many jobs are in each state (AsyncMQ's three keys, and the others).
 
-        Costs the same for any number of jobs.
+        Costs the same for any number of jobs. The server counts some milliseconds after it stores.
         """
         return {
             str(state): count for state, count in (await self._inspection.count_by_state()).items()
@@ -553,7 +553,10 @@ class Queue:
         return sum((await self.get_job_counts(*types)).values())
 
     async def count(self) -> int:
-        """Return how many jobs are to be started: they wait for a worker, a time, or others."""
+        """Return how many jobs are to be started: they wait for a worker, a time, or others.
+
+        The server counts a job some milliseconds after it has stored it.
+        """
         counts = await self._inspection.count_by_state()
         return sum(counts[state] for state in COUNTED_AS_TO_DO)
 
