@@ -4,7 +4,7 @@ A worker that runs while a block does, and patience with a bound.
 """
 
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import anyio
@@ -12,9 +12,12 @@ import anyio.lowlevel
 import pytest
 
 from asyncmq_nats.backends.base import Backend
+from asyncmq_nats.backends.inmemory import InMemoryBackend
+from asyncmq_nats.exceptions import AssetMissing
 from asyncmq_nats.queues import Queue
 from asyncmq_nats.runtime.registry import TaskRegistry
 from asyncmq_nats.transitions.finish import Lifecycle
+from asyncmq_nats.wire.keys import tier_name
 from asyncmq_nats.workers import Worker
 from tests.passing import clocks, pass_time
 from tests.receiver import PATIENCE as PATIENCE
@@ -56,13 +59,57 @@ async def wait_until_done(queue: Queue) -> None:
         while empty < 2:
             busy = await queue.count() + await queue.get_job_count_by_types("active")
             empty = 0 if busy else empty + 1
+            if empty == 1:
+                await counted(queue)
             await pass_time(pause)
             pause = min(1.2 * pause, 0.1)  # many jobs: counting them is work as well
 
 
 async def only(queue: Queue, *, within: float = PATIENCE, **counts: int) -> None:
     """Wait until the queue has these jobs and no others: an acknowledgement may be on its way."""
-    await until(queue.queue_stats, lambda stats: stats == dict.fromkeys(stats, 0) | counts, within)
+
+    def are_there(stats: dict[str, int]) -> bool:
+        return stats == dict.fromkeys(stats, 0) | counts
+
+    await until(queue.queue_stats, are_there, within)
+    await counted(queue)  # what was stored before, and should not have been, is seen now
+    await until(queue.queue_stats, are_there, within)
+
+
+async def has(queue: Queue, count: int, *states: str) -> None:
+    """Wait until so many jobs are in these states together: by default those to be started."""
+
+    async def read() -> int:
+        return await (queue.get_job_count_by_types(*states) if states else queue.count())
+
+    await until(read, lambda found: found == count)
+    await counted(queue)  # one too many that was stored before is seen now
+    await until(read, lambda found: found == count)
+
+
+async def counted(queue: Queue) -> None:
+    """Wait until the server has counted what is stored: its counters lag by some milliseconds.
+
+    What is read from a count, as a list of a state is, then has all that was stored before.
+    """
+    if isinstance(queue.backend, InMemoryBackend):
+        return
+    backend, subjects, assets = queue.backend, queue._subjects, queue._assets
+    inspection = queue._inspection
+
+    async def read() -> dict[str, tuple[int, int]]:
+        found: dict[str, tuple[int, int]] = {}
+        with suppress(AssetMissing):
+            for priority in await assets.list_tiers():
+                tier = await inspection.tier(priority)
+                stored = await backend.count(subjects.ready_log, subjects.tier(priority))
+                found[tier_name(priority)] = tier.pending + tier.leased, stored
+            for counter, filter in assets.counters.items():
+                count = await inspection.count(counter)
+                found[counter] = count, await backend.count(subjects.bucket_log, filter)
+        return found
+
+    await until(read, lambda found: all(count == stored for count, stored in found.values()))
 
 
 async def outcome(queue: Queue, job_id: str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from asyncmq_nats.queues import Queue
 from asyncmq_nats.runtime import registry
 from asyncmq_nats.tasks import task
 from asyncmq_nats.workers import Worker, list_workers, run_worker
-from tests.running import PATIENCE, make_queue, running
+from tests.running import PATIENCE, has, make_queue, running
 
 KEYWORDS = dict(Queue.__init__.__kwdefaults__ or {})
 
@@ -132,7 +132,7 @@ async def test_a_job_over_the_limit_of_the_settings_is_refused(backend: Backend)
             assert await queue.wait_for(fits, timeout=PATIENCE) == "x" * 100
     finally:
         backend.settings.max_job_payload_bytes = before
-    assert await queue.count() == 0
+    await has(queue, 0)
     assert await queue.list_repeatables() == []
 
 

@@ -34,6 +34,8 @@ from asyncmq_nats.states import State
 from tests.receiver import until
 from tests.running import (
     PATIENCE,
+    counted,
+    has,
     make_queue,
     only,
     outcome,
@@ -131,7 +133,7 @@ async def test_queues_are_kept_apart(backend: Backend) -> None:
     one, other = make_queue(backend, "one", echo=echo), make_queue(backend, "one_more", echo=echo)
     job_id = await one.add("echo")
     assert await other.get_job(job_id) is None
-    assert await other.queue_stats() == EMPTY
+    await only(other)
     await run_jobs(other)
     assert await one.get_job_state(job_id) == "waiting"
 
@@ -249,7 +251,7 @@ async def test_an_argument_that_is_not_json_is_refused_by_name(queue: Queue, val
         await queue.add("echo", kwargs={"body": value})
     with pytest.raises(NotSerializable, match="argument 'value' of task 'echo'"):
         await queue.add_bulk([{"task_id": "echo"}, {"task_id": "echo", "args": [value]}])
-    assert await queue.queue_stats() == EMPTY
+    await only(queue)
 
 
 async def test_an_argument_that_is_too_large_is_refused(queue: Queue) -> None:
@@ -260,7 +262,7 @@ async def test_an_argument_that_is_too_large_is_refused(queue: Queue) -> None:
         await queue.add("echo", [large], delay=60, job_id="large")
     with pytest.raises(PayloadTooLarge):
         await queue.add_bulk([{"task_id": "echo"}, {"task_id": "echo", "args": [large]}])
-    assert await queue.queue_stats() == EMPTY
+    await only(queue)
 
 
 @pytest.mark.parametrize(
@@ -281,7 +283,7 @@ async def test_a_value_of_the_wrong_kind_is_refused_by_name(
 ) -> None:
     with pytest.raises(InvalidArgument, match=name):
         await queue.add(**({"task_id": "echo"} | fields))
-    assert await queue.queue_stats() == EMPTY
+    await only(queue)
 
 
 async def test_the_order_of_one_priority_is_that_of_adding(backend: Backend) -> None:
@@ -342,7 +344,7 @@ async def test_a_job_that_starts_in_time_does_not_expire(queue: Queue) -> None:
 async def test_a_custom_id_outside_asyncmqs_rules_is_refused(queue: Queue, job_id: str) -> None:
     with pytest.raises(InvalidJobId):
         await queue.add("echo", job_id=job_id)
-    assert await queue.queue_stats() == EMPTY
+    await only(queue)
 
 
 async def test_a_custom_id_that_is_no_text_is_refused(queue: Queue) -> None:
@@ -357,6 +359,7 @@ async def test_any_other_custom_id_is_taken_as_it_is(queue: Queue, job_id: str) 
     assert await queue.add("echo", [job_id], job_id=job_id) == job_id
     async with running(queue):
         assert await queue.wait_for(job_id, timeout=PATIENCE) == job_id
+    await counted(queue)
     assert [job["id"] for job in await queue.list_jobs("completed")] == [job_id]
 
 
@@ -431,7 +434,7 @@ async def test_racing_adds_of_one_id_make_one_job(backend: Backend, twin: Backen
         result = await queues[0].wait_for("a", timeout=PATIENCE)
         await wait_until_done(queues[0])
     assert runs == [result]
-    assert await queues[0].queue_stats() == EMPTY | {"completed": 1}
+    await only(queues[0], completed=1)
 
 
 def _adding(queue: Queue, number: int) -> Callable[[], Any]:
@@ -457,7 +460,7 @@ async def test_bulk_returns_ids_in_order(queue: Queue) -> None:
 
 async def test_bulk_of_nothing_is_nothing(queue: Queue) -> None:
     assert await queue.add_bulk([]) == []
-    assert await queue.queue_stats() == EMPTY
+    await only(queue)
 
 
 async def test_bulk_may_mix_jobs_for_now_and_for_later(queue: Queue) -> None:
@@ -473,7 +476,7 @@ async def test_bulk_may_mix_jobs_for_now_and_for_later(queue: Queue) -> None:
         "delayed",
         "waiting",
     ]
-    assert await queue.queue_stats() == EMPTY | {"waiting": 2, "delayed": 1}
+    await only(queue, waiting=2, delayed=1)
 
 
 @pytest.mark.parametrize(
@@ -495,7 +498,7 @@ async def test_a_bad_entry_adds_nothing_at_all(
 ) -> None:
     with pytest.raises(error, match=told):
         await queue.add_bulk([{"task_id": "echo"}, bad, {"task_id": "echo"}])
-    assert await queue.queue_stats() == EMPTY
+    await only(queue)
 
 
 async def test_bulk_leaves_existing_ids_alone(queue: Queue) -> None:
@@ -506,7 +509,7 @@ async def test_bulk_leaves_existing_ids_alone(queue: Queue) -> None:
     assert ids == ["a", "b", "b"]
     await run_jobs(queue)
     assert await queue.get_job_result("a") == "first"
-    assert await queue.queue_stats() == EMPTY | {"completed": 2}
+    await only(queue, completed=2)
 
 
 async def test_bulk_of_more_than_a_batch(backend: Backend) -> None:
@@ -518,7 +521,7 @@ async def test_bulk_of_more_than_a_batch(backend: Backend) -> None:
     queue = make_queue(backend, concurrency=50, note=note)
     ids = await queue.add_bulk({"task_id": "note", "args": [number]} for number in range(1500))
     assert len(set(ids)) == 1500
-    assert (await queue.queue_stats())["waiting"] == 1500
+    await has(queue, 1500, "waiting")
     await run_jobs(queue)
     assert sorted(ran) == list(range(1500))
 
@@ -589,7 +592,7 @@ async def test_enqueue_with_an_id_is_idempotent(queue: Queue) -> None:
         assert await queue.enqueue({"id": "a", "task": "echo", "args": [value]}) == "a"
     await run_jobs(queue)
     assert await queue.get_job_result("a") == "first"
-    assert await queue.queue_stats() == EMPTY | {"completed": 1}
+    await only(queue, completed=1)
 
 
 async def test_a_dict_whose_time_is_to_come_is_delayed(queue: Queue) -> None:
@@ -611,7 +614,7 @@ async def test_an_old_dict_has_expired(queue: Queue) -> None:
 async def test_a_dict_that_is_no_job_is_refused(queue: Queue, payload: dict[str, Any]) -> None:
     with pytest.raises(InvalidArgument):
         await queue.enqueue(payload)
-    assert await queue.queue_stats() == EMPTY
+    await only(queue)
 
 
 async def test_a_dict_that_is_too_large_is_refused(queue: Queue) -> None:
@@ -653,7 +656,7 @@ async def test_a_result_that_cannot_be_stored_fails_the_job_once(
         assert await queue.wait_for(await queue.add("echo", ["on"]), timeout=PATIENCE) == "on"
         await wait_until_done(queue)
     assert len(runs) == 1
-    assert await queue.queue_stats() == EMPTY | {"failed": 1, "completed": 1}
+    await only(queue, failed=1, completed=1)
 
 
 @pytest.mark.parametrize(
@@ -674,7 +677,7 @@ async def test_a_message_that_is_no_job_fails_once(queue: Queue, body: bytes) ->
         with pytest.raises(JobFailed, match="not a job of the wire format"):
             await queue.wait_for("foreign", timeout=PATIENCE)
         await wait_until_done(queue)
-    assert await queue.queue_stats() == EMPTY | {"failed": 1}
+    await only(queue, failed=1)
 
 
 @pytest.mark.parametrize("task", ["echo", "fail"])
@@ -686,7 +689,7 @@ async def test_a_number_too_large_for_json_fails_once(queue: Queue, task: str) -
         with pytest.raises(JobFailed):
             await queue.wait_for("foreign", timeout=PATIENCE)
         await wait_until_done(queue)
-    assert await queue.queue_stats() == EMPTY | {"failed": 1}
+    await only(queue, failed=1)
 
 
 async def test_the_least_a_foreign_producer_must_send_runs(queue: Queue) -> None:
@@ -909,6 +912,7 @@ async def busy_queue(queue: Queue, gate: Gate) -> Queue:
         [{"task_id": "echo", "args": [number], "priority": 5 + number % 2} for number in range(4)]
     )
     await queue.add_bulk([{"task_id": "echo", "delay": 3600}, {"task_id": "echo", "delay": 7200}])
+    await counted(queue)
     return queue
 
 
@@ -937,11 +941,11 @@ async def test_jobs_that_run_are_counted(queue: Queue, gate: Gate) -> None:
     await queue.add_bulk([{"task_id": "gate"}] * 5)
     async with running(queue):
         await until(queue.queue_stats, lambda stats: stats == EMPTY | {"active": 3, "waiting": 2})
-        assert await queue.count() == 2
+        await has(queue, 2)
         assert [len(await queue.list_jobs(state)) for state in ("active", "waiting")] == [3, 2]
         gate.opened.set()
         await wait_until_done(queue)
-    assert await queue.queue_stats() == EMPTY | {"completed": 5}
+    await only(queue, completed=5)
 
 
 async def test_another_handle_counts_the_same(busy_queue: Queue, twin: Backend) -> None:
@@ -975,6 +979,7 @@ async def test_a_list_may_be_short(busy_queue: Queue, limit: int | None, count: 
 @pytest.fixture
 async def ten_jobs(queue: Queue) -> Queue:
     await queue.add_bulk([{"task_id": "echo", "args": [number]} for number in range(10)])
+    await counted(queue)
     return queue
 
 
@@ -1035,6 +1040,7 @@ async def test_pages_make_no_difference(
     await queue.add_bulk(
         [{"task_id": "echo", "args": [number], "delay": 3600} for number in range(20, 30)]
     )
+    await counted(queue)
     expected = {order: await queue.get_jobs(asc=order) for order in (True, False)}
     for few in (0, 500):
         monkeypatch.setattr("asyncmq_nats.store.pages.PAGE_SIZE", page)

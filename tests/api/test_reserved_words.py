@@ -10,7 +10,7 @@ import pytest
 
 from asyncmq_nats.backends.base import Backend, Write
 from asyncmq_nats.queues import Queue
-from tests.running import PATIENCE, make_queue, run_jobs, running
+from tests.running import PATIENCE, counted, make_queue, run_jobs, running
 
 WORDS = [
     "done",
@@ -48,6 +48,7 @@ def queue(backend: Backend) -> Queue:
 
 async def ids(queue: Queue, state: str) -> list[str]:
     """Return the ids of a list, read in both orders and by page."""
+    await counted(queue)
     forwards = [job["id"] for job in await queue.get_jobs(state, asc=True)]
     assert [job["id"] for job in await queue.get_jobs(state)] == forwards[::-1]
     page = await queue.list_page(state)
@@ -110,6 +111,7 @@ async def test_it_can_be_a_parent_and_a_child(queue: Queue, word: str) -> None:
     async with running(queue):
         with anyio.fail_after(PATIENCE):
             assert await queue.wait_for(child) == "ran"
+    await counted(queue)
     assert await queue.drain(include_delayed=True) == [other]
     removed = await queue.obliterate()
     assert sorted(removed) == sorted([word, child, f"{word}.{word}"])

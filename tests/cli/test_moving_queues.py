@@ -12,7 +12,7 @@ from asyncmq_nats.backends.base import Backend, Write
 from asyncmq_nats.exceptions import ConnectionLost, QueueNotPaused
 from asyncmq_nats.runtime.registry import TaskRegistry
 from asyncmq_nats.transitions.move import Mover
-from tests.running import make_queue, only, run_jobs, running
+from tests.running import has, make_queue, only, run_jobs, running
 
 
 async def echo(value: Any = None) -> Any:
@@ -132,8 +132,7 @@ async def test_a_move_that_was_interrupted_is_finished_by_the_next(
     async with running(target):
         await only(target, completed=21, delayed=1)
     assert sorted(seen, key=str) == sorted([*range(20), "soon"], key=str)
-    left = await queue.queue_stats()
-    assert (left["waiting"], left["delayed"]) == (0, 0)
+    await has(queue, 0, "waiting", "delayed")
 
 
 async def test_a_move_goes_on_after_a_cancellation_that_was_torn(backend: Backend) -> None:
@@ -144,7 +143,7 @@ async def test_a_move_goes_on_after_a_cancellation_that_was_torn(backend: Backen
     await queue.pause()
 
     await interrupt(queue, target, at=(queue._administration, "_finish_cancellation"))
-    assert (await queue.queue_stats())["waiting"] == 1
+    await has(queue, 1, "waiting")
     await queue.move(target)
     await only(queue)
     async with running(target):
@@ -263,7 +262,7 @@ async def test_a_queue_is_saved_and_restored(backend: Backend) -> None:
     assert (result.added, result.existing, told[-1]) == (26, 0, 26)
     again = await target.import_jobs(lines)
     assert (again.added, again.existing) == (0, 26)
-    assert await target.queue_stats() == await queue.queue_stats()
+    await only(target, **await queue.queue_stats())
     for job_id in ("done", "failed", "late", child):
         before, after = await queue.get_job(job_id), await target.get_job(job_id)
         assert before is not None

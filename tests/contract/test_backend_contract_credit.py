@@ -50,7 +50,7 @@ def heard_more(receiver: Receiver, lapses: int) -> bool:
 async def test_without_credit_nothing_is_delivered(backend: Backend, receiver: Receiver) -> None:
     await add(backend, "1.a", "2.a")
     await receiver.pull("two")
-    assert (await look_up(backend, "one")).pending == 1
+    await until(lambda: look_up(backend, "one"), lambda state: state.pending == 1)
     assert len(receiver.deliveries) == 1
 
 
@@ -181,7 +181,7 @@ async def test_credit_lapses_after_its_time(backend: Backend, receiver: Receiver
     assert len(receiver.deliveries) == 1
     assert receiver.puller.outstanding("one") == 0
     await add(backend, "1.b")
-    assert (await look_up(backend, "one")).pending == 1
+    await until(lambda: look_up(backend, "one"), lambda state: state.pending == 1)
 
 
 async def test_a_request_without_wait_takes_what_is_there(

@@ -73,8 +73,8 @@ async def test_a_consumer_with_other_settings_stays_and_a_warning_names_the_diff
     (warning,) = caplog.records
     assert warning.levelname == "WARNING"
     assert "jobs.11.*" in warning.getMessage()
-    await add(twin, "11.a")
-    assert (await look_up(twin, "one")).pending == 0
+    await add(twin, "11.a", "1.a")
+    await until(lambda: look_up(twin, "one"), lambda state: state.pending == 1)
 
 
 async def test_list_consumers_is_sorted(backend: Backend) -> None:
@@ -142,9 +142,15 @@ async def test_look_up_knows_what_waits_and_what_is_leased(
     backend: Backend, receiver: Receiver
 ) -> None:
     await add(backend, "1.a", "1.b", "1.c")
-    assert await look_up(backend, "one") == ConsumerState(pending=3, leased=0, delivered_sequence=0)
+    await until(
+        lambda: look_up(backend, "one"),
+        lambda state: state == ConsumerState(pending=3, leased=0, delivered_sequence=0),
+    )
     first, _ = await receiver.pull("one", 2)
-    assert await look_up(backend, "one") == ConsumerState(pending=1, leased=2, delivered_sequence=2)
+    await until(
+        lambda: look_up(backend, "one"),
+        lambda state: state == ConsumerState(pending=1, leased=2, delivered_sequence=2),
+    )
     first.ack()
     assert (
         await until(lambda: look_up(backend, "one"), lambda state: state.leased == 1)
@@ -157,7 +163,7 @@ async def test_ack_removes_from_a_work_queue(backend: Backend, receiver: Receive
     delivery.ack()
     delivery.ack()
     await wait_until_empty(backend)
-    assert await look_up(backend, "one") == ConsumerState(0, 0, 1)
+    await until(lambda: look_up(backend, "one"), lambda state: state == ConsumerState(0, 0, 1))
 
 
 async def test_ack_leaves_the_record_in_any_other_log(backend: Backend) -> None:
@@ -168,7 +174,9 @@ async def test_ack_leaves_the_record_in_any_other_log(backend: Backend) -> None:
     (delivery,) = await receiver.pull("reader")
     delivery.ack()
     assert await receiver.pull_rest("reader", wait=2 * LEASE) == []
-    assert await look_up(backend, "reader", "news") == ConsumerState(0, 0, 1)
+    await until(
+        lambda: look_up(backend, "reader", "news"), lambda state: state == ConsumerState(0, 0, 1)
+    )
     assert len(await backend.last("news", "news.>")) == 1
 
 
@@ -246,7 +254,7 @@ async def test_late_ack_is_accepted(backend: Backend, twin: Backend) -> None:
     late.ack()
     await wait_until_empty(backend)
     current.ack()
-    assert await look_up(backend, "rushed") == ConsumerState(0, 0, 1)
+    await until(lambda: look_up(backend, "rushed"), lambda state: state == ConsumerState(0, 0, 1))
 
 
 async def test_overwriting_a_leased_record_ends_its_lease(
@@ -261,7 +269,7 @@ async def test_overwriting_a_leased_record_ends_its_lease(
     old.ack()
     (new,) = await receiver.pull("one")
     assert (new.sequence, new.deliveries) == (2, 1)
-    assert await look_up(backend, "one") == ConsumerState(0, 1, 2)
+    await until(lambda: look_up(backend, "one"), lambda state: state == ConsumerState(0, 1, 2))
 
 
 async def test_the_purge_of_a_single_record_ends_its_lease(

@@ -31,7 +31,7 @@ from asyncmq_nats.contrib.dashboard.redaction import Shown
 from asyncmq_nats.workers import Worker, list_workers
 from tests.dashboard.web import ORIGIN, SAME_ORIGIN, client_of, make_app, post, served
 from tests.receiver import PATIENCE, until
-from tests.running import make_queue, run_jobs, running
+from tests.running import has, make_queue, run_jobs, running
 
 ACCOUNTS = {"ada": ("right", "operator"), "vic": ("see", "viewer")}
 PAGES = ("/", "/queues", "/queues/work", "/queues/work/jobs", "/failures", "/live?topic=queues")
@@ -125,7 +125,7 @@ async def test_an_action_from_elsewhere_is_refused(
         assert answer.status_code == 403
         assert "no action of this dashboard" in answer.text
     queue = Queue("work", memory)
-    assert await queue.count() == 1
+    await has(queue, 1)
     assert not await queue.is_paused()
 
 
@@ -144,7 +144,7 @@ async def test_nothing_is_changed_by_asking_for_a_page(memory: InMemoryBackend) 
         for path in (*ACTIONS, "/logout"):
             assert (await client.get(path)).status_code in (200, 400, 404, 405)
     queue = Queue("work", memory)
-    assert await queue.count() == 1
+    await has(queue, 1)
     assert not await queue.is_paused()
 
 

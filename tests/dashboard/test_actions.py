@@ -24,7 +24,7 @@ from asyncmq_nats.testing import VirtualBackend
 from asyncmq_nats.workers import Worker
 from tests.dashboard.web import client_of, make_app, post, words_of
 from tests.receiver import until
-from tests.running import make_queue, only, run_jobs, running
+from tests.running import has, make_queue, only, run_jobs, running
 
 
 async def break_down(text: str = "") -> None:
@@ -148,7 +148,7 @@ async def test_a_wrong_field_is_named(
     answer = await post(client, "/queues/work/add", {"task": "succeed"} | {field: value})
     assert answer.status_code in (400, 404)
     assert problem in answer.text
-    assert await queue.count() == 1
+    await has(queue, 1)
 
 
 async def test_selected_jobs_are_retried_cancelled_promoted_and_removed(
@@ -209,7 +209,7 @@ async def test_an_action_that_means_nothing_is_refused(
     answer = await post(client, "/queues/work/jobs", form)
     assert answer.status_code == 400
     assert problem in answer.text
-    assert await queue.count() == 1
+    await has(queue, 1)
 
 
 async def test_jobs_are_found(queue: Queue, client: httpx.AsyncClient) -> None:
@@ -441,9 +441,9 @@ async def test_a_queue_is_cleaned_drained_and_obliterated(
     assert said(await post(client, "/queues/work/drain")) == "1 jobs were removed."
     refused = await post(client, "/queues/work/obliterate", {"name": "other"})
     assert refused.status_code == 400
-    assert await queue.count() == 1
+    await has(queue, 1)
     assert "1 jobs" in said(await post(client, "/queues/work/obliterate", {"name": "work"}))
-    assert await queue.count() == 0
+    await has(queue, 0)
 
 
 async def test_a_form_works_without_a_script(queue: Queue, backend: Backend) -> None:

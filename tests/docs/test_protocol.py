@@ -33,6 +33,7 @@ from asyncmq_nats.queues import list_queues
 from asyncmq_nats.runtime.registry import TaskRegistry
 from tests.docs.test_docs import run_block, runnable
 from tests.receiver import PATIENCE
+from tests.running import has
 
 QUEUE = "email"
 
@@ -307,7 +308,7 @@ async def test_a_priority_without_a_tier_is_stored_and_runs_when_a_worker_finds_
 ) -> None:
     queue = Queue(QUEUE, nats_backend, registry=registry)
     await add(stream, "early", priority=3, args=["a"])
-    assert (await queue.queue_stats())["waiting"] == 0
+    await has(queue, 0, "waiting")
     async with working(queue):
         assert await queue.wait_for("early", timeout=PATIENCE) == 1
         await add(stream, "signalled", priority=4, args=["a b"])
@@ -479,7 +480,7 @@ async def test_a_delayed_job_can_be_left_with_the_servers_timer(
     }
     body = json.dumps({"task": "tasks.count_words", "args": ["a"], "delay_until": run_at}).encode()
     await stream.publish(f"{key}.delayed", body, headers=headers)
-    assert (await queue.queue_stats())["delayed"] == 1
+    await has(queue, 1, "delayed")
     async with working(queue):
         job = await outcome(queue, "timed")
     assert 0 <= job["active_since"] - run_at < 1

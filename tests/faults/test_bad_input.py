@@ -30,7 +30,7 @@ from asyncmq_nats.runtime.registry import TaskRegistry
 from asyncmq_nats.tasks import task
 from asyncmq_nats.wire.codec import dump_json, load_json
 from tests.receiver import Receiver, until
-from tests.running import PATIENCE, make_queue, run_jobs, running
+from tests.running import PATIENCE, counted, has, make_queue, run_jobs, running
 
 
 async def echo(value: Any = None) -> Any:
@@ -84,7 +84,7 @@ async def test_no_job_is_found_under_an_id_that_none_can_have(queue: Queue, job_
         assert await look(job_id) is False
     with pytest.raises((JobNotFound, NotSerializable)):
         await queue.add("echo", depends_on=[job_id])
-    assert await queue.count() == 1
+    await has(queue, 1)
     await run_jobs(queue)
 
 
@@ -98,7 +98,7 @@ async def test_no_job_is_added_under_an_id_that_none_can_have(queue: Queue, job_
         await FlowProducer(queue.backend).add_flow(
             "work", [Job("echo", job_id=job_id), Job("echo")]
         )
-    assert await queue.count() == 0
+    await has(queue, 0)
 
 
 @pytest.mark.parametrize(
@@ -464,6 +464,7 @@ async def test_a_job_that_is_tried_again_tells_what_went_wrong(backend: Backend)
     before = backend.now()
     async with running(queue):
         await until(lambda: queue.get_job_state(job_id), lambda state: state == "delayed")
+    await counted(queue)
     (job,) = [delayed.payload for delayed in await queue.list_delayed()]
     assert job["last_error"] == "ValueError: no"
     assert "Traceback" in job["error_traceback"]

@@ -14,7 +14,7 @@ from asyncmq_nats.exceptions import ConnectionFailed, InvalidArgument
 from asyncmq_nats.settings import Settings
 from tests.frameworks.sites import EXAMPLES, serving
 from tests.receiver import PATIENCE, holds, until
-from tests.running import make_queue
+from tests.running import has, make_queue
 
 
 @pytest.mark.slow
@@ -44,7 +44,7 @@ async def test_the_connection_is_that_of_the_lifespan(server: EmbeddedServer) ->
     queue = Queue("web", NATSBackend(server.url))
     async with web.lifespan(queue)(None):
         await queue.backend.ping()
-        assert await queue.count() == 0
+        await has(queue, 0)
 
 
 async def test_without_a_server_the_application_does_not_start() -> None:

@@ -18,6 +18,7 @@ from asyncmq_nats.exceptions import BackendError, ConnectionFailed
 from asyncmq_nats.queues import Queue
 from asyncmq_nats.settings import Settings
 from tests.nats.processes import Fleet, MakeServer
+from tests.running import has
 
 SOON = 15.0
 
@@ -266,10 +267,10 @@ async def test_prefix_keeps_deployments_on_one_server_apart(
                 in_green = await green.add("last", [0], job_id="same-id")
                 assert await green.wait_for(in_green) == "green"
                 assert await blue.get_job_state(in_blue) == "waiting"
-                assert (await blue.queue_stats())["completed"] == 0
+                await has(blue, 0, "completed")
                 await fleets["blue"].start("blue")
                 assert await blue.wait_for(in_blue) == "blue"
-            assert (await green.queue_stats())["completed"] == 1
+            await has(green, 1, "completed")
             for name in await blue_backend.list_logs(""):
                 assert name.removeprefix("KV_").startswith(("blue_", "green_")), name
     finally:

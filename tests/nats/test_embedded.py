@@ -20,6 +20,7 @@ from asyncmq_nats.exceptions import BackendError, ConnectionFailed, ServerBinary
 from asyncmq_nats.queues import Queue
 from asyncmq_nats.settings import Settings
 from tests.nats.processes import alive, freeze, holds
+from tests.running import has
 
 pytestmark = pytest.mark.usefixtures(
     "server"
@@ -159,7 +160,7 @@ async def test_the_address_of_an_embedded_backend_serves_other_processes(tmp_pat
     async with NATSBackend.embedded(tmp_path / "store") as backend:
         await Queue("work", backend).add("echo", [1])
         async with NATSBackend(backend.url) as other:
-            assert (await Queue("work", other).queue_stats())["waiting"] == 1
+            await has(Queue("work", other), 1, "waiting")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no such permissions there")

@@ -17,6 +17,7 @@ from asyncmq_nats.queues import Queue
 from asyncmq_nats.runtime.registry import TaskRegistry
 from tests.nats.processes import PATIENCE, eventually
 from tests.nats.streams import Streams, plain_client
+from tests.running import has
 
 runs: list[str] = []
 registry = TaskRegistry()
@@ -106,7 +107,7 @@ async def test_job_published_before_any_worker_ran_waits(
     runs.clear()
     await queue._assets.declare_all()
     await publish(foreign, "order-1", b'{"task": "echo"}')
-    assert (await queue.queue_stats())["waiting"] == 1
+    await has(queue, 1, "waiting")
     assert await queue.get_job_state("order-1") == "waiting"
     with anyio.fail_after(2 * PATIENCE):
         async with anyio.create_task_group() as group:

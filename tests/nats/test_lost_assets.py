@@ -10,6 +10,7 @@ from asyncmq_nats.queues import Queue
 from asyncmq_nats.settings import Settings
 from tests.nats.processes import PATIENCE, Fleet, eventually
 from tests.nats.streams import Streams, plain_client
+from tests.running import counted
 
 UNFINISHED = ("waiting", "active", "delayed")
 LOG_LIMIT = 200
@@ -84,6 +85,7 @@ async def test_counters_in_memory_come_back_after_a_restart(
 ) -> None:
     await queue.add("brief", [1])
     await queue.add("brief", [2], delay=60)
+    await counted(queue)
     before = await queue.queue_stats()
     server.kill()
     server.start()

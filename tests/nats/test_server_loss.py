@@ -25,7 +25,7 @@ from asyncmq_nats.settings import Settings
 from tests.nats.processes import PATIENCE, Fleet, freeze, holds
 from tests.nats.streams import Streams, plain_client
 from tests.receiver import until
-from tests.running import make_queue, only, outcome, running
+from tests.running import counted, make_queue, only, outcome, running
 
 CRASHES = 4
 PRODUCERS = 4
@@ -217,12 +217,13 @@ async def test_a_server_that_was_killed_brings_nothing_back(
                     == {"done": 26, "index": 2, "queue": 2}
                 ),
             )
+    await counted(queue)
     stats = await queue.queue_stats()
     await to_thread.run_sync(server.kill)
     await to_thread.run_sync(server.start)
     async with plain_client(server.url) as client:
         assert sorted(await Streams(client).keys("*")) == sorted(kept)
-    assert await queue.queue_stats() == stats
+    await only(queue, **stats)
     assert (stats["cancelled"], stats["completed"], sum(stats.values())) == (1, 25, 26)
     assert await queue.get_job_state(cancelled) == "cancelled"
     assert not await queue.is_paused()

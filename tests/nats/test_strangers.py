@@ -18,7 +18,7 @@ from asyncmq_nats.queues import Queue
 from asyncmq_nats.settings import Settings
 from tests.nats.processes import MakeServer, eventually
 from tests.nats.streams import plain_client
-from tests.running import make_queue, outcome, running
+from tests.running import has, make_queue, outcome, running
 
 USERS = """
 authorization {
@@ -211,4 +211,4 @@ async def test_many_bulks_at_once_are_all_added(size: int, owner: NATSBackend) -
         for _ in range(400):
             group.start_soon(add)
     assert len(set(ids)) == 400 * size
-    assert (await queue.queue_stats())["waiting"] == 400 * size
+    await has(queue, 400 * size, "waiting")

@@ -13,7 +13,7 @@ from asyncmq_nats.queues import Queue
 from asyncmq_nats.runtime.registry import TaskRegistry
 from asyncmq_nats.workers import Worker, list_workers, stop_worker
 from tests.receiver import PATIENCE, holds
-from tests.running import only, outcome
+from tests.running import counted, only, outcome
 
 
 class Shop:
@@ -153,6 +153,8 @@ async def test_a_worker_ends_after_its_number_of_jobs(backend: Backend) -> None:
     assert len(shop.started) == 7
     await run(Worker(shop.mail, max_jobs=2))
     assert len(shop.started) == 9
+    for queue in shop.queues:
+        await counted(queue)
     counts = [await queue.queue_stats() for queue in shop.queues]
     assert sum(each["completed"] for each in counts) == 9
     assert sum(each["failed"] for each in counts) == 0

@@ -86,8 +86,7 @@ async def test_no_more_is_taken_in_than_can_be_started(backend: Backend) -> None
     jobs = await add(make_queue(backend), *[5] * 10)
     async with fetching(backend, 3) as fetcher:
         assert ids(await take(fetcher, 3)) == jobs[:3]
-        state = await until(lambda: tier(backend), lambda state: state.leased == 3)
-        assert state.pending == 7
+        await until(lambda: tier(backend), lambda state: (state.leased, state.pending) == (3, 7))
         fetcher.release()
         assert ids(await take(fetcher, 1)) == jobs[3:4]
 

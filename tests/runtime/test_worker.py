@@ -27,8 +27,11 @@ from asyncmq_nats.workers import Worker, run_worker
 from tests.receiver import holds, until
 from tests.running import (
     PATIENCE,
+    counted,
+    has,
     lose_worker,
     make_queue,
+    only,
     outcome,
     race,
     round_trips,
@@ -81,7 +84,7 @@ async def test_as_many_jobs_run_at_a_time_as_there_are_slots(
     )
     await run_jobs(queue)
     assert slots.most == concurrency
-    assert (await queue.queue_stats())["completed"] == 5 * concurrency + 10
+    await has(queue, 5 * concurrency + 10, "completed")
 
 
 async def test_jobs_that_arrive_one_by_one_do_not_overbook(backend: Backend) -> None:
@@ -227,12 +230,14 @@ async def _fails_and_goes_on(queue: Queue, told: str) -> None:
         with pytest.raises(JobFailed) as raised:
             await queue.wait_for(failing, timeout=PATIENCE)
         assert await queue.wait_for(after, timeout=PATIENCE) == "on"
+        await counted(queue)
         assert {job["worker"] for job in await queue.get_jobs(["failed", "completed"])} == {
             worker.id
         }
         await wait_until_done(queue)
     assert (raised.value.error or "").startswith(told)
-    assert (raised.value.state, (await queue.queue_stats())["failed"]) == ("failed", 1)
+    assert raised.value.state == "failed"
+    await has(queue, 1, "failed")
 
 
 # -- retries
@@ -508,8 +513,7 @@ async def test_jobs_added_after_a_worker_has_stopped_wait(backend: Backend) -> N
     queue = make_queue(backend, echo=echo)
     await run_jobs(queue)
     jobs = [await queue.add("echo", [number]) for number in range(5)]
-    stats = await queue.queue_stats()
-    assert (stats["waiting"], stats["active"]) == (5, 0)
+    await only(queue, waiting=5)
     await run_jobs(queue)
     for job_id in jobs:
         job = await queue.get_job(job_id)
@@ -893,8 +897,7 @@ async def test_a_field_that_only_a_failure_needs_may_be_malformed_and_then_fails
         with pytest.raises(JobFailed, match="max_retries"):
             await queue.wait_for("fail", timeout=PATIENCE)
         await wait_until_done(queue)
-    job_counts = await queue.queue_stats()
-    assert (job_counts["completed"], job_counts["failed"]) == (1, 1)
+    await only(queue, completed=1, failed=1)
 
 
 # -- a worker that ends otherwise than it should
@@ -972,6 +975,7 @@ async def test_when_a_loop_of_a_worker_fails_its_jobs_run_elsewhere_at_once(
     async with running(second):
         go.set()
         assert [await second.wait_for(job_id, timeout=PATIENCE) for job_id in ids] == ["second"] * 5
+    await counted(second)
     assert {job["stalls"] for job in await second.get_completed()} == {0}
 
 

@@ -32,6 +32,7 @@ from asyncmq_nats.runtime.registry import TaskRegistry
 from asyncmq_nats.sync import Queue, enqueue
 from asyncmq_nats.testing import VirtualBackend, assert_enqueued, virtual_backend, worker
 from tests.receiver import PATIENCE
+from tests.running import has
 
 PROGRAMS = Path(__file__).parent / "programs"
 registry = TaskRegistry()
@@ -180,7 +181,7 @@ async def test_in_a_thread_beside_an_event_loop_it_works(server: EmbeddedServer)
         for number in range(3):
             await plain.add("send", [f"async {number}"])
             await anyio.to_thread.run_sync(blocking.add, "send", [f"sync {number}"])
-        assert await plain.count() == 6
+        await has(plain, 6)
     await anyio.to_thread.run_sync(sync.close)
 
 

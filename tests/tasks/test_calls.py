@@ -35,7 +35,7 @@ from asyncmq_nats.exceptions import InvalidCall, InvalidFlow, InvalidResult, Not
 from asyncmq_nats.runtime.registry import TaskRegistry
 from asyncmq_nats.tasks import TaskWrapper, task
 from tests.receiver import holds
-from tests.running import PATIENCE, only, running
+from tests.running import PATIENCE, has, only, running
 
 
 class Person(BaseModel):
@@ -157,7 +157,7 @@ async def test_a_call_that_the_task_would_refuse_is_refused(
             await add()
     with pytest.raises(InvalidCall, match=rf"task '{write.task_id}' would refuse.*{told}"):
         loose.call(*args, **kwargs)
-    assert await queue.count() == 0
+    await has(queue, 0)
     loose.options(validate=False).call(*args, **kwargs)
 
 
@@ -250,7 +250,7 @@ async def test_a_flow_says_what_is_wrong_with_its_calls(backend: Backend) -> Non
         await flow.add_flow("work", [once])
     with pytest.raises(InvalidArgument, match="only a call in a flow can wait for another call"):
         await gather.options(backend=backend, depends_on=[call]).enqueue()
-    assert await queue_on(backend).count() == 0
+    await has(queue_on(backend), 0)
 
 
 @pytest.mark.parametrize("in_thread", [True, False])

@@ -11,7 +11,7 @@ from asyncmq_nats.backends.base import Backend
 from asyncmq_nats.exceptions import InvalidArgument
 from asyncmq_nats.runtime.registry import TaskRegistry
 from tests.receiver import until
-from tests.running import PATIENCE, make_queue, outcome, run_jobs, running
+from tests.running import PATIENCE, counted, make_queue, outcome, run_jobs, running
 
 META = {"request": "r-7", "tenant": "açme"}
 
@@ -51,6 +51,7 @@ async def test_a_delayed_job_and_one_of_a_bulk_keep_it(backend: Backend) -> None
     payload = await queue.enqueue({"task": "work", "id": "payload", "meta": META})
     jobs = [await queue.get_job(bulk), await queue.get_job(payload)]
     assert [job and job["meta"] for job in jobs] == [META, META]
+    await counted(queue)
     assert [each.payload["meta"] for each in await queue.list_delayed()] == [META]
 
 

@@ -36,7 +36,7 @@ from asyncmq_nats.middleware import (
 from asyncmq_nats.runtime.registry import TaskRegistry
 from asyncmq_nats.tasks import task
 from tests.receiver import holds
-from tests.running import PATIENCE, outcome, run_jobs, running
+from tests.running import PATIENCE, has, outcome, run_jobs, running
 
 
 class Recorder(Middleware):
@@ -153,7 +153,7 @@ async def test_it_is_called_for_jobs_of_every_kind_of_addition(backend: Backend)
         *["enqueue work 1"] * 3,
         *["enqueue work 2"] * 2,
     ]
-    assert await queue.get_job_count_by_types("waiting", "waiting-children") == 7
+    await has(queue, 7, "waiting", "waiting-children")
 
 
 async def test_it_may_change_what_is_added(backend: Backend) -> None:

@@ -26,7 +26,7 @@ from asyncmq_nats.exceptions import InvalidArgument, InvalidCall, JobFailed
 from asyncmq_nats.queues import Queue
 from asyncmq_nats.runtime.registry import TASK_REGISTRY, TaskRegistry
 from asyncmq_nats.tasks import OUR_KEYWORDS, QUEUES, TaskWrapper, list_tasks, task
-from tests.running import PATIENCE, run_jobs, running
+from tests.running import PATIENCE, has, run_jobs, running
 
 
 class Colour(Enum):
@@ -166,7 +166,7 @@ async def test_enqueue_later_returns_the_id_too(backend: Backend, registry: Task
 async def test_enqueue_with_an_id_is_idempotent(backend: Backend, registry: TaskRegistry) -> None:
     wrapped = task("work", registry=registry)(double)
     assert [await wrapped.enqueue(4, backend=backend, job_id="a") for _ in range(2)] == ["a", "a"]
-    assert await Queue("work", backend).count() == 1
+    await has(Queue("work", backend), 1)
 
 
 async def test_enqueue_goes_to_the_default_backend(registry: TaskRegistry) -> None:

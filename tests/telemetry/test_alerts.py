@@ -14,7 +14,7 @@ from asyncmq_nats.backends.base import Backend
 from asyncmq_nats.queues import Queue
 from asyncmq_nats.runtime.registry import TaskRegistry
 from tests.receiver import holds, until
-from tests.running import make_queue, only, run_jobs, running
+from tests.running import counted, make_queue, only, run_jobs, running
 
 
 class Address:
@@ -121,6 +121,7 @@ async def test_a_stuck_queue_is_told_unless_it_is_paused(backend: Backend) -> No
     alerts.on_queue_stuck(longer_than=0.0)(told.append)
     await alerts.check()
     job_id = await queue.add("x")
+    await counted(queue)
     await queue.pause()
     await alerts.check()
     assert told == []
@@ -142,6 +143,7 @@ async def test_a_hook_that_fails_ends_nothing(
     alerts = Alerts(queue)
     alerts.on_queue_stuck(longer_than=0.0)(broken)
     await queue.add("x")
+    await counted(queue)
     await alerts.check()
     assert "out of paper" in caplog.text
 

@@ -10,7 +10,7 @@ from asyncmq_nats import Fail, InMemoryBackend, InvalidArgument, Settings
 from asyncmq_nats.backends.base import Backend
 from asyncmq_nats.metrics import TaskMetrics
 from asyncmq_nats.telemetry.prometheus import WorkerCounts, render, render_queues
-from tests.running import make_queue, only, running
+from tests.running import counted, make_queue, only, running
 from tests.telemetry.probing import ask, free_port
 
 
@@ -86,6 +86,7 @@ async def test_queues_are_shown_for_a_page_of_a_web_application(backend: Backend
     await queues[0].add("x")
     await queues[0].add("x", delay=3600)
     await queues[1].pause()
+    await counted(queues[0])
     text = await render_queues(queues)
     assert read(text, "asyncmq_jobs", {"queue": "a", "state": "waiting"}) == 1
     assert read(text, "asyncmq_jobs", {"queue": "a", "state": "delayed"}) == 1

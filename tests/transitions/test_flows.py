@@ -20,7 +20,17 @@ from asyncmq_nats.exceptions import (
 from asyncmq_nats.flow import FlowProducer
 from asyncmq_nats.jobs import Job
 from asyncmq_nats.queues import Queue
-from tests.running import PATIENCE, make_queue, outcome, race, run_jobs, running, wait_until_done
+from tests.running import (
+    PATIENCE,
+    has,
+    make_queue,
+    only,
+    outcome,
+    race,
+    run_jobs,
+    running,
+    wait_until_done,
+)
 
 
 async def echo(value: Any = None) -> Any:
@@ -66,7 +76,7 @@ async def test_ids_come_in_the_order_given_and_parents_first(backend: Backend) -
     jobs = [grandchild, parent, child]
     queue = queue_of(backend)
     assert await FlowProducer(backend).add_flow("work", jobs) == [each.job_id for each in jobs]
-    assert await queue.get_job_count_by_types("waiting-children") == 2
+    await has(queue, 2, "waiting-children")
     async with running(queue):
         result = await queue.wait_for(grandchild.job_id, timeout=PATIENCE)
     assert result == {child.job_id: {parent.job_id: "parent"}}
@@ -102,8 +112,7 @@ async def test_fan_out_to_10_000_children_each_once(backend: Backend) -> None:
                 await anyio.sleep(0.05)
             await wait_until_done(queue)
     assert sorted(runs) == list(range(10_000))
-    stats = await queue.queue_stats()
-    assert stats == dict.fromkeys(stats, 0) | {"completed": 10_001}
+    await only(queue, completed=10_001)
 
 
 async def test_a_flow_may_hang_on_jobs_outside_of_it(backend: Backend) -> None:
@@ -158,7 +167,7 @@ async def test_a_circle_is_refused(backend: Backend, length: int) -> None:
     jobs += [job(), Job(task_id="echo", depends_on=[ids[0]])]
     with pytest.raises(InvalidFlow, match="circle"):
         await FlowProducer(backend).add_flow("work", jobs)
-    assert await queue_of(backend).count() == 0
+    await has(queue_of(backend), 0)
 
 
 async def test_two_jobs_with_one_id_are_refused(backend: Backend) -> None:
@@ -166,7 +175,7 @@ async def test_two_jobs_with_one_id_are_refused(backend: Backend) -> None:
         await FlowProducer(backend).add_flow(
             "work", [Job(task_id="echo", job_id="x"), Job(task_id="echo", job_id="x")]
         )
-    assert await queue_of(backend).count() == 0
+    await has(queue_of(backend), 0)
 
 
 async def test_an_id_that_exists_is_refused_and_nothing_is_added(backend: Backend) -> None:
@@ -175,7 +184,7 @@ async def test_an_id_that_exists_is_refused_and_nothing_is_added(backend: Backen
     parent = job()
     with pytest.raises(InvalidFlow, match="mine"):
         await FlowProducer(backend).add_flow("work", [parent, job("echo", parent, job_id="mine")])
-    assert await queue.count() == 1
+    await has(queue, 1)
 
 
 async def test_an_unknown_parent_is_an_error_and_nothing_is_added(backend: Backend) -> None:
@@ -183,14 +192,14 @@ async def test_an_unknown_parent_is_an_error_and_nothing_is_added(backend: Backe
         await FlowProducer(backend).add_flow(
             "work", [job(), Job(task_id="echo", depends_on=["nobody"])]
         )
-    assert await queue_of(backend).count() == 0
+    await has(queue_of(backend), 0)
 
 
 async def test_an_unsound_job_adds_nothing(backend: Backend) -> None:
     parent = job()
     with pytest.raises(NotSerializable):
         await FlowProducer(backend).add_flow("work", [parent, job("echo", parent, args=[object()])])
-    assert await queue_of(backend).count() == 0
+    await has(queue_of(backend), 0)
 
 
 async def test_an_empty_flow_is_nothing(backend: Backend) -> None:
@@ -298,7 +307,7 @@ async def test_a_refused_batch_of_a_larger_flow_is_planned_again(
     root = job()
     await FlowProducer(backend).add_flow("work", [root, *(job("echo", root) for _ in range(1500))])
     assert [size for size in sizes if size > 1] == [1000, 501, 501]
-    assert await queue_of(backend).get_job_count_by_types("waiting-children", "waiting") == 1501
+    await has(queue_of(backend), 1501, "waiting-children", "waiting")
 
 
 async def test_a_flow_whose_confirmation_was_lost_is_no_error(
@@ -314,8 +323,7 @@ async def test_a_flow_whose_confirmation_was_lost_is_no_error(
     with monkeypatch.context() as patch:
         patch.setattr(backend, "write", write)
         await FlowProducer(backend).add_flow("work", [root, job("echo", root)])
-    stats = await queue_of(backend).queue_stats()
-    assert (stats["waiting-children"], stats["waiting"]) == (1, 1)
+    await only(queue_of(backend), waiting=1, **{"waiting-children": 1})
 
 
 async def test_of_a_larger_flow_nothing_runs_before_all_of_it_is_there(
@@ -328,8 +336,7 @@ async def test_of_a_larger_flow_nothing_runs_before_all_of_it_is_there(
             "work", [root, *(job("echo", root) for _ in range(2500))]
         )
     assert len(batches) == 3
-    stats = await queue_of(backend).queue_stats()
-    assert stats == dict.fromkeys(stats, 0) | {"waiting-children": 2000}
+    await only(queue_of(backend), **{"waiting-children": 2000})
 
 
 @pytest.mark.parametrize("stored", [False, True])
@@ -384,7 +391,7 @@ async def test_a_bulk_with_an_unsound_job_adds_nothing(backend: Backend) -> None
         await queue.add_bulk(
             [{"task_id": "echo"}] * 1500 + [{"task_id": "echo", "args": [object()]}]
         )
-    assert await queue.count() == 0
+    await has(queue, 0)
 
 
 async def test_a_large_bulk_says_what_was_added(
@@ -398,7 +405,7 @@ async def test_a_large_bulk_says_what_was_added(
             [{"task_id": "echo", "job_id": f"job-{number}"} for number in range(2500)]
         )
     assert set(caught.value.added) | set(caught.value.errors) == set(range(2500))
-    assert await queue.count() == len(caught.value.added)
+    await has(queue, len(caught.value.added))
 
 
 def watch_writes(
@@ -442,7 +449,7 @@ async def test_two_producers_of_one_flow_make_one(backend: Backend, twin: Backen
     queue = queue_of(backend)
     await run_jobs(queue)
     assert await queue.get_job_result("child") == {"parent": "x"}
-    assert (await queue.queue_stats())["completed"] == 2
+    await has(queue, 2, "completed")
 
 
 async def test_two_producers_of_500_ids_make_500_jobs(backend: Backend, twin: Backend) -> None:
@@ -468,8 +475,7 @@ async def test_two_producers_of_500_ids_make_500_jobs(backend: Backend, twin: Ba
         await race(lambda: produce(queues[0], 1), lambda: produce(queues[1], 2))
         await wait_until_done(queues[0])
     assert sorted(runs) == list(range(500))
-    stats = await queues[0].queue_stats()
-    assert stats == dict.fromkeys(stats, 0) | {"completed": 500}
+    await only(queues[0], completed=500)
 
 
 async def test_every_child_of_many_small_flows_runs_once(backend: Backend, twin: Backend) -> None:

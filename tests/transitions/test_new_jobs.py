@@ -18,7 +18,7 @@ from asyncmq_nats.jobs import LATEST_TIME, Backoff, Job, new_job_ids
 from asyncmq_nats.middleware import AddJobs, Middleware
 from asyncmq_nats.queues import Queue
 from asyncmq_nats.transitions.bulk import build_entries
-from tests.running import make_queue
+from tests.running import make_queue, only
 
 NOW = 1_700_000_000.125
 
@@ -159,7 +159,7 @@ async def test_a_bad_entry_after_good_ones_adds_nothing(
         await queue.add_bulk([good, good, bad, good])
     told = f"{caught.value} {getattr(caught.value, '__notes__', '')}"
     assert "job 2" in told
-    assert not any((await queue.queue_stats()).values())
+    await only(queue)
 
 
 class Marking(Middleware):

@@ -24,7 +24,7 @@ from asyncmq_nats.transitions.tick import Ticker
 from asyncmq_nats.workers import Worker
 from tests.passing import clocks, pass_time
 from tests.receiver import holds, until
-from tests.running import PATIENCE, make_queue, outcome, race, running
+from tests.running import PATIENCE, counted, make_queue, outcome, race, running
 
 VIRTUAL_TIME = True
 
@@ -471,9 +471,11 @@ async def test_a_removed_one_makes_no_more_jobs(queue: Queue, ticks: Ticks) -> N
     async with running(queue):
         await ticks.wait_for(1)
         assert await queue.remove_repeatable("report")
+        await counted(queue)
         made = len(await queue.get_jobs())
         assert made >= 1
         await outcome(queue, await queue.add("tick", ["later"], delay=3 * EVERY))
+        await counted(queue)
         assert len(await queue.get_jobs()) == made + 1
     left = await queue.backend.last(BUCKET, f"{KEY}repeat.>", f"{KEY}tick.>", f"{KEY}fire.>")
     assert [record for record in left if not record.marker] == []
@@ -534,6 +536,7 @@ async def no_tick_is_left(queue: Queue) -> None:
     """See that a worker which runs now makes no job of a tick."""
     async with running(queue):
         await outcome(queue, await queue.add("tick", delay=0.3))
+    await counted(queue)
     assert len(await queue.get_jobs()) == 1
 
 
@@ -669,6 +672,7 @@ async def test_the_last_run_of_a_series_is_listed(queue: Queue, ticks: Ticks) ->
     async with running(queue):
         await ticks.wait_for(2)
         (info,) = await until(queue.list_repeatables, lambda found: found[0].runs == 2)
+    await counted(queue)
     last = max(await planned_of(queue))
     assert info.last_job == f"a report-7-{last}"
     assert info.last_run == last / 1000
@@ -714,6 +718,7 @@ async def test_no_run_begins_while_the_last_one_is_unfinished(backend: Backend) 
         await until(queue.queue_stats, lambda stats: stats["active"] == 1)
         await outcome(queue, await queue.add("echo", delay=0.6))
         assert len(starts) == 1
+        await counted(queue)
         assert len(await queue.get_jobs()) == 2
         free.set()
         await holds(lambda: len(starts) >= 3)
@@ -752,6 +757,7 @@ async def test_what_an_outage_missed_is_made_up_for_as_wished(
     async with running(queue):
         await until(queue.queue_stats, lambda stats: stats["completed"] == made)
         await outcome(queue, await queue.add("tick", ["later"], delay=0.2))
+    await counted(queue)
     assert len(await queue.get_jobs()) == made + 1
     [info] = await queue.list_repeatables()
     assert info.next_run == pytest.approx(first + 11 * 3600)
@@ -768,6 +774,7 @@ async def test_what_a_pause_missed_is_made_up_for_as_wished(
     async with running(queue):
         await until(queue.queue_stats, lambda stats: stats["completed"] == made)
         await outcome(queue, await queue.add("tick", ["later"], delay=0.2))
+    await counted(queue)
     assert len(await queue.get_jobs()) == made + 1
 
 

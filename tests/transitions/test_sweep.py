@@ -11,7 +11,7 @@ from asyncmq_nats import JobFilter, Queue
 from asyncmq_nats.backends.base import Backend
 from asyncmq_nats.exceptions import BackendError, Unconfirmed
 from asyncmq_nats.store.search import Found
-from tests.running import make_queue, only, outcome, run_jobs, running
+from tests.running import counted, make_queue, only, outcome, run_jobs, running
 
 
 class Tasks:
@@ -35,6 +35,7 @@ def queue_of(backend: Backend, tasks: Tasks) -> Queue:
 
 
 async def find(queue: Queue, state: str) -> list[Found]:
+    await counted(queue)
     where = JobFilter(state=state)
     return [
         found
@@ -156,6 +157,7 @@ async def test_a_cancel_that_dies_half_way_is_finished(
     queue = queue_of(backend, tasks)
     await queue.add_bulk([{"task_id": "note", "args": [n]} for n in range(5)])
     await queue.add_bulk([{"task_id": "note", "args": [n], "delay": 3600} for n in range(5)])
+    await counted(queue)
 
     async def die(log: str, sequences: Sequence[int]) -> list[int]:
         raise Unconfirmed("the removal", 30.0)
