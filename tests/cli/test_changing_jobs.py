@@ -10,7 +10,7 @@ from asyncmq_nats import InvalidArgument, JobFilter, JobNotFound, PayloadTooLarg
 from asyncmq_nats.backends.base import Backend
 from asyncmq_nats.exceptions import WrongState
 from tests.receiver import PATIENCE, until
-from tests.running import make_queue, only, outcome, race, run_jobs, running
+from tests.running import counted, make_queue, only, outcome, race, run_jobs, running
 
 
 class Notes:
@@ -243,6 +243,7 @@ async def test_an_action_meets_each_job_once(backend: Backend) -> None:
 async def test_a_dry_run_changes_nothing(backend: Backend) -> None:
     queue = make_queue(backend)
     await queue.add_bulk([{"task_id": "t", "delay": 1000}] * 30)
+    await counted(queue)
     for action in ("promote", "cancel", "remove"):
         assert (await queue.apply(JobFilter(), action, dry_run=True)).matched == 30
     assert (await queue.apply(["a", "b", "a"], "cancel", dry_run=True)).matched == 2
@@ -254,6 +255,7 @@ async def test_actions_act_on_what_matches_and_on_nothing_else(backend: Backend)
     await queue.add_bulk([{"task_id": "a", "delay": 1000}] * 10)
     await queue.add_bulk([{"task_id": "b", "delay": 1000}] * 10)
     await queue.add_bulk([{"task_id": "a"}] * 5)
+    await counted(queue)
     assert (await queue.apply(JobFilter(task="a"), "promote", limit=4)).done == 4
     assert (await queue.apply(JobFilter(task="b"), "cancel")).done == 10
     assert (await queue.apply(JobFilter(task="a", state="delayed"), "remove")).done == 6
@@ -262,6 +264,7 @@ async def test_actions_act_on_what_matches_and_on_nothing_else(backend: Backend)
     await only(queue, waiting=9, cancelled=10)
     run_at = backend.now() + 500
     await queue.add("c", delay=1000)
+    await counted(queue)
     result = await queue.apply(JobFilter(task="c"), partial(queue.reschedule, run_at=run_at))
     assert result.done == 1
     assert (await queue.list_delayed())[0].run_at == run_at

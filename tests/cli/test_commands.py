@@ -21,7 +21,7 @@ from asyncmq_nats.cli import permissions
 from asyncmq_nats.cli.app import run
 from tests.cli.amq import Amq
 from tests.receiver import PATIENCE, until
-from tests.running import has, make_queue, only, run_jobs, running
+from tests.running import counted, has, make_queue, only, run_jobs, running
 
 COMMANDS = (Path(__file__).parents[2] / "docs" / "commands.md").read_text()
 TABLE = COMMANDS.partition("## Coming from AsyncMQ")[2].partition("\nOnly here")[0]
@@ -115,7 +115,9 @@ async def test_each_of_asyncmqs_commands_has_one_here(
     async with running(queue) as worker:
         for word, value in (("JOB", job), ("NAME", "hourly"), ("ID", worker.id or "")):
             command = re.sub(rf"\b{word}\b", value, command)
+        await counted(queue)
         await amq.ok(command)
+    await counted(queue)
     seen = Seen(
         await queue.queue_stats(),
         await queue.is_paused(),
@@ -135,6 +137,7 @@ async def test_queues_are_listed_and_shown(amq: Amq, nats_backend: NATSBackend) 
     await queue.add("echo")
     await run_jobs(queue)
     await queue.add_bulk([{"task_id": "echo", "priority": 1}] * 3)
+    await counted(queue)
     assert (await amq.ok("queue ls --names")).lines == ["mail"]
     (row,) = (await amq.ok("queue ls --json")).json
     assert (row["name"], row["paused"], row["counts"]["waiting"]) == ("mail", False, 3)
@@ -152,7 +155,9 @@ async def test_queues_are_listed_and_shown(amq: Amq, nats_backend: NATSBackend) 
 
 
 async def test_counts_are_watched(amq: Amq, nats_backend: NATSBackend) -> None:
-    await make_queue(nats_backend, "mail").add("echo")
+    queue = make_queue(nats_backend, "mail")
+    await queue.add("echo")
+    await counted(queue)
     watched = await amq.ok("queue stats mail --watch --every 50ms --count 3 --json")
     assert [json.loads(line)["counts"]["waiting"] for line in watched.lines] == [1, 1, 1]
     plain = await amq.ok("queue stats mail --watch --every 50ms --count 2")
@@ -203,6 +208,7 @@ async def test_a_queue_that_is_paused_while_a_move_asks_stays_paused(
 ) -> None:
     queue = make_queue(nats_backend, "mail")
     await queue.add("t")
+    await counted(queue)
 
     def confirm(*_: Any, **__: Any) -> None:
         anyio.from_thread.run(queue.pause)
@@ -217,6 +223,7 @@ async def test_a_list_says_when_delayed_jobs_run(amq: Amq, nats_backend: NATSBac
     await queue.add("t")
     assert "runs at" not in (await amq.ok("job ls mail")).out
     await amq.ok("job add mail t --delay 2100-01-31T12:00")
+    await counted(queue)
     header, waiting, delayed = (await amq.ok("job ls mail")).lines
     assert "runs at" in header
     assert "2100-01-31 12:00:00" in delayed
@@ -227,6 +234,7 @@ async def test_some_of_many_jobs_cannot_be_edited(amq: Amq, nats_backend: NATSBa
     queue = make_queue(nats_backend, "mail", echo=echo)
     waits = await queue.add("echo")
     await queue.add("echo", job_id="delayed", delay=1000)
+    await counted(queue)
     result = await amq.ok("job edit mail --all -k value=1 --force")
     assert result.out == "edited 1 of 2 jobs\n"
     assert "pause the queue first" in result.err
@@ -239,6 +247,7 @@ async def test_some_of_many_jobs_cannot_be_edited(amq: Amq, nats_backend: NATSBa
 async def test_one_job_is_one_job(amq: Amq, nats_backend: NATSBackend) -> None:
     queue = make_queue(nats_backend, "mail")
     await queue.add("t", delay=1000)
+    await counted(queue)
     assert (await amq.ok("job cancel mail --all --dry-run")).out.startswith("1 job matches;")
     assert "cancel 1 job of queue mail?" in await amq.fails("job cancel mail --all")
     assert (await amq.ok("job cancel mail --all -f")).out == "cancelled 1 of 1 job\n"
@@ -272,6 +281,7 @@ async def test_lines_of_tables_have_no_blanks_at_their_ends(
 async def test_what_destroys_asks_first(amq: Amq, nats_backend: NATSBackend) -> None:
     queue = make_queue(nats_backend, "mail")
     await queue.add_bulk([{"task_id": "t"}] * 4)
+    await counted(queue)
     for line in ("queue drain mail", "queue obliterate mail", "job rm mail --all"):
         assert "add --force" in await amq.fails(line)
         assert "4 jobs" in (await amq.ok(f"{line} --dry-run")).out
@@ -308,6 +318,7 @@ async def test_jobs_are_listed_by_filters(amq: Amq, nats_backend: NATSBackend) -
     await queue.add_bulk([{"task_id": "fail", "args": [n], "job_id": f"j{n}"} for n in range(4)])
     await run_jobs(queue)
     await queue.add("other", delay=1000, job_id="late")
+    await counted(queue)
     names = await amq.ok("job ls mail --state failed --search 'boom 2' --names")
     assert names.lines == ["j2"]
     everything = (await amq.ok("job ls mail --since 1h --json")).json
@@ -356,6 +367,7 @@ async def test_delayed_jobs_are_promoted_moved_in_time_and_edited(
         "job edit mail --state failed -k a=1"
     )
     await amq.ok("job reschedule mail one --at 2h")
+    await counted(queue)
     (first,) = [each for each in await queue.list_delayed() if each.job_id == "one"]
     assert first.run_at == pytest.approx(nats_backend.now() + 7200, abs=PATIENCE)
     assert "say which jobs" in await amq.fails("job reschedule mail --at 2h")

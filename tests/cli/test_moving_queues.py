@@ -12,7 +12,7 @@ from asyncmq_nats.backends.base import Backend, Write
 from asyncmq_nats.exceptions import ConnectionLost, QueueNotPaused
 from asyncmq_nats.runtime.registry import TaskRegistry
 from asyncmq_nats.transitions.move import Mover
-from tests.running import has, make_queue, only, run_jobs, running
+from tests.running import counted, has, make_queue, only, run_jobs, running
 
 
 async def echo(value: Any = None) -> Any:
@@ -44,10 +44,13 @@ async def interrupt(
     async def die(*_: Any) -> None:
         raise ConnectionLost("nowhere")
 
+    await counted(queue)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(*at, die)
         with pytest.raises(ConnectionLost):
             await queue.move(target, where)
+    await counted(queue)
+    await counted(target)
 
 
 async def filled(backend: Backend) -> Queue:
@@ -60,6 +63,7 @@ async def filled(backend: Backend) -> Queue:
     await queue.add("echo", ["soon"], delay=5000, job_id="soon")
     await queue.add("echo", ["late"], delay=5000, job_id="late")
     await queue.add_bulk([{"task_id": "echo", "args": [number]} for number in range(20)])
+    await counted(queue)
     return queue
 
 
@@ -94,6 +98,7 @@ async def test_jobs_that_wait_move_only_out_of_a_paused_queue(backend: Backend) 
     queue = make_queue(backend)
     target, _ = other_queue(backend)
     await queue.add("echo")
+    await counted(queue)
     with pytest.raises(QueueNotPaused, match="pause it first"):
         await queue.move(target)
     with pytest.raises(InvalidArgument, match="another queue"):
@@ -110,6 +115,7 @@ async def test_flows_and_ids_that_are_taken_stay(backend: Backend) -> None:
     await queue.add("echo", depends_on=[parent])
     await queue.add("echo", ["here"], delay=1000, job_id="taken")
     await target.add("echo", ["there"], delay=1000, job_id="taken")
+    await counted(queue)
     result = await queue.move(target)
     assert (result.matched, result.moved) == (2, 0)
     await only(queue, delayed=2, **{"waiting-children": 1})
@@ -169,6 +175,7 @@ async def test_a_hold_that_another_mover_finishes_meanwhile_is_not_lost(
     monkeypatch.setattr(queue._administration, "cancel", cancel_second)
     await queue.move(target)
     await only(queue)
+    await counted(target)
     (held,) = await target.list_delayed()
     assert await target.promote(held.job_id)
     await run_jobs(target)
@@ -188,6 +195,7 @@ async def test_a_hold_that_is_released_meanwhile_does_not_end_the_move(
         await release(self, *given)
 
     monkeypatch.setattr(Mover, "_release", release_second)
+    await counted(queue)
     result = await queue.move(target, JobFilter(state="delayed"))
     assert (result.matched, result.moved) == (1, 0)
     await only(target, delayed=1)
@@ -243,6 +251,7 @@ async def test_what_is_no_job_stays_and_the_rest_moves(backend: Backend) -> None
     target, _ = other_queue(backend)
     keys = queue._subjects
     await backend.write(keys.ready_log, Write(keys.ready(5, "junk"), b"junk"))
+    await counted(queue)
     result = await queue.move(target)
     assert (result.matched, result.moved) == (25, 24)
     await only(queue, waiting=1)
@@ -255,6 +264,7 @@ async def test_a_queue_is_saved_and_restored(backend: Backend) -> None:
     await queue.pause_repeatable("hourly")
     parent = await queue.add("echo", ["parent"], delay=5000)
     child = await queue.add("echo", ["child"], depends_on=[parent, "done"])
+    await counted(queue)
     lines = [line async for line in queue.export()]
     target, seen = other_queue(backend)
     told: list[int] = []

@@ -11,7 +11,7 @@ from asyncmq_nats import InvalidArgument, Job, JobFilter, Queue, Settings, State
 from asyncmq_nats.backends.base import Backend
 from asyncmq_nats.store import search
 from tests.receiver import PATIENCE, holds, until
-from tests.running import make_queue, run_jobs, running
+from tests.running import counted, make_queue, run_jobs, running
 
 
 async def ids(jobs: AsyncIterator[dict[str, Any]]) -> list[str]:
@@ -34,6 +34,7 @@ async def test_each_criterion_narrows_the_search(backend: Backend) -> None:
     await run_jobs(queue)
     await queue.add("echo", ["later"], delay=1000, job_id="d-1")
     await queue.add("echo", ["now"], priority=3)
+    await counted(queue)
 
     async def found(**criteria: Any) -> set[str]:
         return set(await ids(queue.search(JobFilter(**criteria))))
@@ -66,6 +67,7 @@ async def test_a_search_is_bounded_by_time(backend: Backend) -> None:
     middle = backend.now()
     await holds(lambda: backend.now() > middle + 0.02)
     second = await queue.add("t", delay=100)
+    await counted(queue)
     at = middle + 0.01
     assert await ids(queue.search(JobFilter(since=at))) == [second]
     assert await ids(queue.search(JobFilter(until=at))) == [first]
@@ -115,6 +117,7 @@ async def test_the_oldest_waiting_job_is_found_over_all_priorities(backend: Back
     await queue.add("t", delay=1000)
     first = await queue.add("t", priority=9)
     await queue.add("t", priority=1)
+    await counted(queue)
     oldest = await queue.oldest_waiting()
     assert oldest is not None
     assert oldest.job["id"] == first

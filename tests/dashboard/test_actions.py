@@ -24,7 +24,7 @@ from asyncmq_nats.testing import VirtualBackend
 from asyncmq_nats.workers import Worker
 from tests.dashboard.web import client_of, make_app, post, words_of
 from tests.receiver import until
-from tests.running import has, make_queue, only, run_jobs, running
+from tests.running import counted, has, make_queue, only, run_jobs, running
 
 
 async def break_down(text: str = "") -> None:
@@ -217,6 +217,7 @@ async def test_jobs_are_found(queue: Queue, client: httpx.AsyncClient) -> None:
     await run_jobs(queue)
     await queue.add("succeed", ["hay"], job_id="waiting-one")
     await queue.add("succeed", ["needle"], job_id="waiting-two")
+    await counted(queue)
 
     async def find(**query: str) -> set[str]:
         page = await client.get("/queues/work/jobs", params=query)
@@ -310,6 +311,7 @@ async def test_secrets_are_on_no_page_and_stay_when_a_form_is_stored(
     await queue.upsert_repeatable("log in", 60, None, *arguments, name="often")
     entry = AuditEntry("cli", "job.edit", "work", "one", details={"kwargs": '{"token": "hunter2"}'})
     await record_action(queue.backend, entry)
+    await counted(queue)
     job, schedule = "/queues/work/jobs/one", "/queues/work/schedule?name=often"
     lists = ("/queues/work/jobs?state=delayed", "/queues/work/jobs?state=any&text=ada")
     for path in (job, f"{job}/edit", schedule, *lists, "/audit"):
@@ -404,6 +406,7 @@ async def test_a_schedule_keeps_what_its_form_cannot_say(
     said(await post(client, "/queues/work/schedule", fields | {"id": "often", "name": "often"}))
     assert (await queue.list_repeatables())[0].job_def == before
     said(await post(client, "/queues/work/schedules/often/run"))
+    await counted(queue)
     (job,) = await queue.list_jobs("waiting")
     assert (job["max_retries"], job["backoff"]) == (3, backoff)
 
@@ -435,6 +438,7 @@ async def test_a_queue_is_cleaned_drained_and_obliterated(
     await run_jobs(queue)
     await queue.add("succeed")
     await queue.add("succeed", delay=3600)
+    await counted(queue)
     clean = {"state": "completed", "age": "1d"}
     assert said(await post(client, "/queues/work/clean", clean)) == "0 completed jobs were removed."
     assert "1 completed" in said(await post(client, "/queues/work/clean", clean | {"age": "0"}))
@@ -592,6 +596,7 @@ async def test_the_page_of_a_queue_tells_of_priorities_and_age(
 ) -> None:
     await queue.add("succeed", priority=1)
     await queue.add("succeed", priority=9)
+    await counted(queue)
     text = words_of(await client.get("/queues/work"))
     assert "Oldest waiting" in text
     assert "Priorities" in text

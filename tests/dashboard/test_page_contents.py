@@ -17,7 +17,7 @@ from asyncmq_nats.queues import Queue
 from asyncmq_nats.settings import Settings
 from tests.dashboard.web import make_app, post, served, words_of
 from tests.receiver import until
-from tests.running import PATIENCE, make_queue, only, run_jobs, running
+from tests.running import PATIENCE, counted, make_queue, only, run_jobs, running
 
 
 async def break_down(text: str = "") -> None:
@@ -201,6 +201,7 @@ async def test_the_jobs_that_a_page_looked_at_are_acted_on_and_no_others(
     fields = dict(re.findall(r'<input type="hidden" name="(\w+)" value="([^"]*)">', older.text))
     answer = await post(client, "/queues/work/failures", fields | {"action": "retry"})
     assert "3 jobs were retried." in answer.headers["HX-Trigger"]
+    await counted(queue)
     waiting = {job["id"] for job in await queue.list_jobs("waiting")}
     assert waiting == {f"break_down {number}" for number in range(3)}
     assert "the newest 4 of" not in words_of(await client.get("/queues/work/failures"))

@@ -32,7 +32,7 @@ from asyncmq_nats.flow import FlowProducer
 from asyncmq_nats.queues import list_queues
 from asyncmq_nats.runtime.registry import TaskRegistry
 from tests.docs.test_docs import run_block, runnable
-from tests.receiver import PATIENCE
+from tests.receiver import PATIENCE, until
 from tests.running import has
 
 QUEUE = "email"
@@ -177,7 +177,7 @@ async def use_as_producer(queue: Queue) -> None:
 
 
 async def use_as_reader(queue: Queue) -> None:
-    assert (await queue.queue_stats())["completed"] >= 4
+    await until(queue.queue_stats, lambda stats: stats["completed"] >= 4)
     assert await queue.get_job_state("mine") == "completed"
     assert len(await queue.get_jobs("completed", end=1)) == 2
     assert [info.job_def["name"] for info in await queue.list_repeatables()] == ["clock"]
@@ -197,7 +197,8 @@ async def use_as_admin(queue: Queue) -> None:
     await queue.upsert_repeatable("tasks.count_words", every=3600, args=["tick"], name="hourly")
     await queue.pause_repeatable("hourly")
     await queue.resume_repeatable("hourly")
-    assert await queue.retry_job((await queue.get_jobs("failed", end=0))[0]["id"])
+    (failed,) = await until(lambda: queue.get_jobs("failed", end=0), bool)
+    assert await queue.retry_job(failed["id"])
     await queue.clean_jobs(0, 1)
     assert await queue.remove_deduplication_key("one")
     await queue.pause()

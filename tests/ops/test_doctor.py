@@ -20,7 +20,7 @@ from tests.nats.cluster import Cluster
 from tests.nats.streams import stored
 from tests.nats.test_refusals import ageing
 from tests.receiver import PATIENCE
-from tests.running import make_queue, only, running
+from tests.running import counted, make_queue, only, running
 
 MakeServer = Callable[[str], EmbeddedServer]
 PROTOCOL = Path(__file__).parents[2] / "docs" / "protocol.md"
@@ -252,6 +252,7 @@ async def test_jobs_that_no_worker_runs_are_found_and_orphans_mended(
     client = nats_backend._require_connection().client
     client.post(b"amq.mail.ready.77.foreign", b'{"v":1,"task":"x"}')
     await client.barrier()
+    await counted(queue)
     findings = await examine(nats_backend)
     assert bad(findings) == [("error", "workers"), ("warning", "orphans")]
     assert "1 jobs wait, and no worker runs" in findings[-2].what
@@ -298,6 +299,7 @@ async def test_a_check_compares_each_queue_with_the_thresholds(nats_backend: NAT
     queue = Queue("mail", nats_backend)
     for _ in range(3):
         await queue.add("x")
+    await counted(queue)
 
     async def look(**thresholds: Any) -> Check:
         return await doctor.check(nats_backend, ["mail"], Thresholds(**thresholds))

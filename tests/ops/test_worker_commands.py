@@ -19,7 +19,7 @@ from asyncmq_nats.queues import Queue
 from asyncmq_nats.workers import Worker
 from tests.ops.programs import started
 from tests.receiver import PATIENCE
-from tests.running import only
+from tests.running import counted, only
 
 AMQ = [sys.executable, "-m", "asyncmq_nats"]
 SHOP = """
@@ -188,7 +188,9 @@ async def test_a_server_that_ends_by_itself_ends_the_command(tmp_path: Path) -> 
 async def test_the_doctor_tells_what_is_wrong_and_mends_it(
     server: EmbeddedServer, nats_backend: NATSBackend, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    await Queue("mail", nats_backend).add("x", priority=3)
+    queue = Queue("mail", nats_backend)
+    await queue.add("x", priority=3)
+    await counted(queue)
     at = ["-s", server.url]
     assert await amq("doctor", *at) == 1
     shown = capsys.readouterr().out
@@ -208,7 +210,9 @@ async def test_the_doctor_tells_what_is_wrong_and_mends_it(
 async def test_a_check_is_one_line_and_an_exit_code(
     server: EmbeddedServer, nats_backend: NATSBackend, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    await Queue("mail", nats_backend).add_bulk([{"task_id": "x"}] * 3)
+    queue = Queue("mail", nats_backend)
+    await queue.add_bulk([{"task_id": "x"}] * 3)
+    await counted(queue)
     at = ["-s", server.url]
     assert await amq("check", *at) == 0
     line = capsys.readouterr().out

@@ -32,7 +32,7 @@ from asyncmq_nats.runtime.registry import TaskRegistry
 from asyncmq_nats.sync import Queue, enqueue
 from asyncmq_nats.testing import VirtualBackend, assert_enqueued, virtual_backend, worker
 from tests.receiver import PATIENCE
-from tests.running import has
+from tests.running import counted, has
 
 PROGRAMS = Path(__file__).parent / "programs"
 registry = TaskRegistry()
@@ -71,8 +71,14 @@ def virtual() -> Iterator[VirtualBackend]:
 
 def args_of(server: EmbeddedServer) -> Counter[str]:
     """Return what the jobs of the queue `mail` were given."""
-    jobs = Queue("mail", NATSBackend(server.url)).get_jobs("waiting")
-    return Counter(job["args"][0] for job in jobs)
+
+    async def read() -> list[dict[str, Any]]:
+        async with NATSBackend(server.url) as backend:
+            queue = asyncmq_nats.Queue("mail", backend)
+            await counted(queue)
+            return await queue.get_jobs("waiting")
+
+    return Counter(job["args"][0] for job in asyncio.run(read()))
 
 
 # -- the same as the async one
@@ -295,6 +301,7 @@ def test_it_starts_again_after_it_was_closed(server: EmbeddedServer) -> None:
     for _ in range(3):
         queue.add("send", ["again"])
         sync.close()
+    assert args_of(server) == Counter({"again": 3})
     assert queue.count() == 3
 
 
