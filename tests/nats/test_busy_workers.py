@@ -19,7 +19,7 @@ from asyncmq_nats.queues import Queue
 from asyncmq_nats.settings import Settings
 from tests.nats.processes import PATIENCE, Fleet, Program, alive, eventually, holds
 from tests.nats.streams import Streams, plain_client
-from tests.running import only
+from tests.running import counted, only
 
 PAUSE = "CONSUMER.PAUSE.amq_fleet.tier_5"
 TIER = "CONSUMER.INFO.amq_fleet.tier_5"
@@ -276,6 +276,7 @@ async def test_twenty_jobs_that_do_not_finish_run_elsewhere_at_once(
         assert await first.wait() == 0
         fleet.watched.say("go")
         assert {await queue.wait_for(job_id) for job_id in jobs} == {"second"}
+    await counted(queue)
     assert {job["stalls"] for job in await queue.get_jobs("completed")} == {0}
 
 

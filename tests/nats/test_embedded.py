@@ -20,7 +20,7 @@ from asyncmq_nats.exceptions import BackendError, ConnectionFailed, ServerBinary
 from asyncmq_nats.queues import Queue
 from asyncmq_nats.settings import Settings
 from tests.nats.processes import alive, freeze, holds
-from tests.running import has
+from tests.running import counted, has
 
 pytestmark = pytest.mark.usefixtures(
     "server"
@@ -348,6 +348,7 @@ async def test_backend_that_was_closed_starts_its_server_again(keep: bool, tmp_p
     first = await queue.add("brief")
     await backend.close()
     second = await queue.add("brief")
+    await counted(queue)
     assert {job["id"] for job in await queue.get_jobs("waiting")} == (
         {first, second} if keep else {second}
     )

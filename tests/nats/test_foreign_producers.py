@@ -17,7 +17,7 @@ from asyncmq_nats.queues import Queue
 from asyncmq_nats.runtime.registry import TaskRegistry
 from tests.nats.processes import PATIENCE, eventually
 from tests.nats.streams import Streams, plain_client
-from tests.running import has
+from tests.running import counted, has
 
 runs: list[str] = []
 registry = TaskRegistry()
@@ -204,6 +204,7 @@ async def test_strange_id_does_not_stop_the_worker(
     await publish(foreign, "order-2", b'{"task": "echo"}')
     assert await running.wait_for("order-2") == "nothing"
     await nothing_is_ready(foreign)
+    await counted(running)
     assert [job["status"] for job in await running.get_jobs()] == ["completed", "completed"]
 
 

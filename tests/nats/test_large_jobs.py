@@ -10,7 +10,7 @@ from asyncmq_nats.backends.base import Log, Write
 from asyncmq_nats.backends.nats.backend import NATSBackend
 from asyncmq_nats.queues import Queue
 from tests.nats.processes import eventually
-from tests.running import make_queue, running
+from tests.running import counted, make_queue, running
 
 SIZE = 950_000
 JOBS = 120
@@ -53,6 +53,7 @@ async def test_large_jobs_are_listed_and_read_in_any_number(
     queue: Queue, nats_backend: NATSBackend
 ) -> None:
     ids = await add_large(queue)
+    await counted(queue)
     assert [job["id"] for job in await queue.list_jobs("waiting")] == ids
     read: list[str] = []
 

@@ -14,7 +14,7 @@ from asyncmq_nats.exceptions import ConnectionFailed, Unconfirmed
 from asyncmq_nats.queues import Queue, list_queues
 from asyncmq_nats.settings import Settings
 from tests.nats.processes import eventually
-from tests.running import make_queue, running
+from tests.running import counted, make_queue, running
 
 ALLOWED = 0.3
 MUCH_LATER = 8.0
@@ -85,6 +85,7 @@ async def test_a_write_that_was_given_up_is_not_repeated(
     server.start()
     with anyio.fail_after(15):
         second = await cut_off.add("echo", [2])
+    await counted(cut_off)
     jobs = await cut_off.list_jobs("waiting")
     # What was queued for the lost connection may be sent by the next one, once.
     assert second in [job["id"] for job in jobs]

@@ -18,7 +18,7 @@ from asyncmq_nats.queues import Queue
 from asyncmq_nats.settings import Settings
 from tests.nats.processes import MakeServer, eventually
 from tests.nats.streams import plain_client
-from tests.running import has, make_queue, outcome, running
+from tests.running import counted, has, make_queue, outcome, running
 
 USERS = """
 authorization {
@@ -164,6 +164,7 @@ async def test_a_header_makes_no_marker_of_a_ready_job(
         await client.publish("amq.work.ready.5.marked", b'{"task": "note"}', headers=headers)
         await client.flush()
     await eventually(lambda: queue.get_job("marked"), lambda job: job is not None)
+    await counted(queue)
     assert [job["id"] for job in await queue.list_jobs("waiting")] == ["marked"]
     assert await queue.cancel_job("marked")
     async with running(queue):
