@@ -168,8 +168,9 @@ async def test_other_ends_are_events(backend: Backend) -> None:
 async def test_a_child_that_is_released_says_so(backend: Backend) -> None:
     queue = queue_of(backend)
     async with listening(queue) as heard, running(queue):
-        parent = await queue.add("echo", delay=0.3)
+        parent = await queue.add("echo", delay=3600)
         child = await queue.add("echo", depends_on=[parent])
+        assert await queue.promote(parent)
         await heard.until("job:completed", 2)
     names = heard.of(child)
     assert names.count("job:ready") == 1
@@ -184,8 +185,11 @@ async def test_a_child_that_is_released_says_so(backend: Backend) -> None:
 async def test_a_child_is_ready_when_its_last_parent_is_done(backend: Backend) -> None:
     queue = queue_of(backend)
     async with listening(queue, "job:ready") as heard, running(queue):
-        first, last = await queue.add("echo", delay=0.3), await queue.add("echo", delay=0.5)
+        first, last = await queue.add("echo", delay=3600), await queue.add("echo", delay=3600)
         child = await queue.add("echo", depends_on=[first, last])
+        assert await queue.promote(first)
+        await queue.wait_for(first, timeout=PATIENCE)
+        assert await queue.promote(last)
         [ready] = await heard.until("job:ready")
         state = await queue.get_job_state(last)
     assert (ready.job_id, ready.data["id"], ready.data["queue"]) == (child, child, "work")

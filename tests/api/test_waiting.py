@@ -89,7 +89,7 @@ class TestLostEvents:
 
     async def test_one_that_gives_up_leaves_the_look_to_another(self, backend: Backend) -> None:
         queue = make_queue(backend, echo=echo)
-        job_id = await queue.add("echo", ["told"], delay=1.0)
+        job_id = await queue.add("echo", ["told"], delay=3600)
         with pytest.raises(TimeoutError):
             await queue.wait_for(job_id, timeout=0.05)
         async with running(queue), anyio.create_task_group() as group:
@@ -98,6 +98,7 @@ class TestLostEvents:
             async def give_up() -> None:
                 with pytest.raises(TimeoutError):
                     await queue.wait_for(job_id, timeout=0.3)
+                assert await queue.promote(job_id)
 
             async def wait() -> None:
                 results.append(await queue.wait_for(job_id, PATIENCE))

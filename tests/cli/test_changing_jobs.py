@@ -86,13 +86,14 @@ async def test_a_job_is_rescheduled_later_and_sooner(backend: Backend) -> None:
 async def test_a_delayed_job_runs_with_the_arguments_it_was_given_last(backend: Backend) -> None:
     notes = Notes()
     queue = make_queue(backend, note=notes.note)
-    job_id = await queue.add("note", ["old"], delay=0.8)
+    job_id = await queue.add("note", ["old"], delay=3600)
     before = await queue.get_job(job_id)
     await queue.edit(job_id, args=["new"], kwargs={"more": 1})
     after = await queue.get_job(job_id)
     assert before is not None
     assert after is not None
     assert after == before | {"args": ["new"], "kwargs": {"more": 1}}
+    assert await queue.reschedule(job_id, backend.now() + 0.5)
     await run_jobs(queue)
     assert notes.calls == [("new", {"more": 1})]
 

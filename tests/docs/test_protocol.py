@@ -184,7 +184,7 @@ async def use_as_reader(queue: Queue) -> None:
     assert len(await queue.list_workers()) == 1
     assert await list_queues(queue.backend) == [QUEUE]
     assert not await queue.is_paused()
-    with anyio.fail_after(5):
+    with anyio.fail_after(PATIENCE):
         async for event in queue.events("job:started"):
             assert event.data["task"] == "tasks.count_words"
             break
@@ -407,7 +407,7 @@ async def test_the_events_of_a_retried_job(
     async with working(queue):
         await add(stream, "again", task="tasks.fail", max_retries=1, backoff=0.6)
         await outcome(queue, "again")
-        with anyio.fail_after(5):
+        with anyio.fail_after(PATIENCE):
             heard = [await events.get() for _ in range(7)]
     await client.close()
     words = [event.subject.split(".")[3] for event in heard]
@@ -464,7 +464,7 @@ async def test_a_ready_job_with_a_time_to_come_is_delayed(
         run_at = time.time() + 0.6
         await add(stream, "soon", args=["a"], delay_until=run_at)
         job = await outcome(queue, "soon")
-    assert 0 <= job["active_since"] - run_at < 1
+    assert run_at <= job["active_since"] < run_at + PATIENCE
 
 
 async def test_a_delayed_job_can_be_left_with_the_servers_timer(
@@ -484,4 +484,4 @@ async def test_a_delayed_job_can_be_left_with_the_servers_timer(
     await has(queue, 1, "delayed")
     async with working(queue):
         job = await outcome(queue, "timed")
-    assert 0 <= job["active_since"] - run_at < 1
+    assert run_at <= job["active_since"] < run_at + PATIENCE

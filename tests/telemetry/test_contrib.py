@@ -175,7 +175,7 @@ async def test_kedas_jetstream_scaler_sees_what_waits_and_what_runs(
         await queue.add_bulk([{"task_id": "slow"}] * 7)
         await queue.queue_stats()
         await queue.add("slow", delay=0.2)
-        assert await lag(port, tier) == 7
+        await until(lambda: lag(port, tier), lambda count: count == 7)
 
         async def due() -> int:
             return await lag(port, promoter)

@@ -128,7 +128,7 @@ async def test_the_window_lasts_while_the_owner_runs_and_is_retried(backend: Bac
             raise ValueError("not yet")
 
     queue = queue_of(backend, flaky=flaky)
-    owner = await queue.add("flaky", retries=1, backoff=0.6, deduplication=KEY)
+    owner = await queue.add("flaky", retries=1, backoff=3600, deduplication=KEY)
     async with running(queue):
         with anyio.fail_after(PATIENCE):
             await started.wait()
@@ -136,6 +136,7 @@ async def test_the_window_lasts_while_the_owner_runs_and_is_retried(backend: Bac
         opened.set()
         await until(lambda: queue.get_job_state(owner), lambda state: state == "delayed")
         assert await queue.add("echo", deduplication=KEY) == owner
+        assert await queue.promote(owner)
         await queue.wait_for(owner, timeout=PATIENCE)
     assert await queue.add("echo", deduplication=KEY) != owner
 
@@ -166,12 +167,16 @@ async def test_a_ttl_ends_before_its_owner(backend: Backend) -> None:
 async def test_extend_begins_the_window_again(backend: Backend) -> None:
     queue = queue_of(backend)
     window = KEY | {"ttl": 0.8, "extend": True}
-    owner = await queue.add("echo", deduplication=window)
-    begun = backend.now()
-    while backend.now() < begun + 1.2:  # longer than the window
-        assert await queue.add("echo", deduplication=window) == owner
+    owners = [await queue.add("echo", deduplication=window)]
+    begun = hit = backend.now()
+    while (now := backend.now()) < begun + 1.2:  # longer than the window
+        found = await queue.add("echo", deduplication=window)
+        if backend.now() > hit + 0.7:  # this machine was too slow: the window may be over
+            owners, begun = [*owners, found], now
+        assert found == owners[-1]
+        hit = now
         await anyio.sleep(0.05)
-    await has(queue, 1)
+    await has(queue, len(set(owners)))
 
 
 async def test_a_window_that_is_not_extended_ends_in_spite_of_hits(backend: Backend) -> None:
@@ -187,11 +192,12 @@ async def test_a_window_that_is_not_extended_ends_in_spite_of_hits(backend: Back
 async def test_debounce_swaps_what_is_still_delayed(backend: Backend) -> None:
     queue = queue_of(backend)
     window = KEY | {"ttl": 60, "replace": True, "extend": True}
-    owner = await queue.add("echo", [0], delay=0.5, deduplication=window)
-    for number in (1, 2, 3):
-        assert await queue.add("echo", [number], delay=0.7, deduplication=window) == owner
-    last = backend.now()
+    owner = await queue.add("echo", [0], delay=3600, deduplication=window)
+    for number in (1, 2):
+        assert await queue.add("echo", [number], delay=3600, deduplication=window) == owner
     await has(queue, 1, "delayed")
+    last = backend.now()
+    assert await queue.add("echo", [3], delay=0.7, deduplication=window) == owner
     async with running(queue):
         assert await queue.wait_for(owner, timeout=PATIENCE) == 3
     job = await queue.get_job(owner)
