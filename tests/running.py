@@ -77,7 +77,7 @@ async def only(queue: Queue, *, within: float = PATIENCE, **counts: int) -> None
 
 
 async def has(queue: Queue, count: int, *states: str) -> None:
-    """Wait until so many jobs are in these states together: by default those to be started."""
+    """Wait until this number of jobs is in these states: by default those to be started."""
 
     async def read() -> int:
         return await (queue.get_job_count_by_types(*states) if states else queue.count())

@@ -181,7 +181,7 @@ async def use_as_reader(queue: Queue) -> None:
     assert await queue.get_job_state("mine") == "completed"
     assert len(await queue.get_jobs("completed", end=1)) == 2
     assert [info.job_def["name"] for info in await queue.list_repeatables()] == ["clock"]
-    assert len(await queue.list_workers()) == 1
+    await until(queue.list_workers, lambda found: len(found) == 1)
     assert await list_queues(queue.backend) == [QUEUE]
     assert not await queue.is_paused()
     with anyio.fail_after(PATIENCE):

@@ -9,6 +9,7 @@ from asyncmq_nats.exceptions import BackendError, StorageFull
 from asyncmq_nats.queues import Queue
 from asyncmq_nats.settings import Settings
 from tests.nats.processes import MakeServer, eventually
+from tests.receiver import until
 from tests.running import make_queue, running
 
 SERVER = "jetstream { max_file_store: 2MB, max_memory_store: 2MB }"
@@ -92,7 +93,7 @@ async def test_an_account_that_asks_for_limits_is_served_with_them(
         queue = make_queue(backend, echo=echo)
         async with running(queue):
             assert await queue.wait_for(await queue.add("echo", [1, "x"]), timeout=10) == 1
-            assert len(await queue.list_workers()) == 1
+            await until(queue.list_workers, lambda found: len(found) == 1)
 
 
 async def test_a_bucket_with_a_limit_never_discards_a_delayed_job(server: EmbeddedServer) -> None:

@@ -68,7 +68,7 @@ async def test_a_worker_is_listed_with_all_about_it(backend: Backend, twin: Back
 async def test_a_worker_that_stopped_is_not_listed(backend: Backend) -> None:
     queue = make_queue(backend)
     async with running(queue):
-        assert len(await queue.list_workers()) == 1
+        await until(queue.list_workers, lambda found: len(found) == 1)
     assert await queue.list_workers() == []
 
 
@@ -110,9 +110,11 @@ async def test_an_entry_that_is_not_renewed_goes(backend: Backend) -> None:
 async def test_workers_are_listed_by_queue_or_all(backend: Backend) -> None:
     one, other = make_queue(backend, "one"), make_queue(backend, "other")
     async with running(one) as first, running(other) as second, running(other) as third:
-        assert [worker.id for worker in await one.list_workers()] == [first.id]
-        assert {worker.id for worker in await other.list_workers()} == {second.id, third.id}
-        assert len(await list_workers(backend)) == 3
+        (listed,) = await until(one.list_workers, lambda found: len(found) == 1)
+        assert listed.id == first.id
+        others = await until(other.list_workers, lambda found: len(found) == 2)
+        assert {worker.id for worker in others} == {second.id, third.id}
+        await until(lambda: list_workers(backend), lambda found: len(found) == 3)
 
 
 async def test_workers_of_any_name_can_be_listed(backend: Backend) -> None:
@@ -293,7 +295,8 @@ async def test_malformed_signals_end_no_worker(what: str, backend: Backend) -> N
             await backend.publish(subject, body)
         await queue.resume()
         assert await queue.wait_for(await queue.add("echo", [7]), timeout=PATIENCE) == 7
-        assert [info.id for info in await queue.list_workers()] == [worker.id]
+        (info,) = await until(queue.list_workers, lambda found: len(found) == 1)
+        assert info.id == worker.id
 
 
 @pytest.mark.parametrize(

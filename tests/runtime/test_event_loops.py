@@ -23,6 +23,7 @@ from asyncmq_nats.exceptions import Retry, TaskTimeout
 from asyncmq_nats.flow import FlowProducer
 from asyncmq_nats.jobs import Job
 from asyncmq_nats.queues import Queue
+from tests.receiver import until
 from tests.running import PATIENCE, has, make_queue, outcome, running
 
 Scenario = Callable[[Backend], Awaitable[None]]
@@ -218,7 +219,7 @@ async def starts_are_limited(backend: Backend) -> None:
         ids = [await queue.add("double", [n]) for n in range(25)]
         assert [await queue.wait_for(job_id) for job_id in ids] == [2 * n for n in range(25)]
         assert worker is not None
-        assert len(await queue.list_workers()) == 1
+        await until(queue.list_workers, lambda found: len(found) == 1)
 
 
 SCENARIOS = [
