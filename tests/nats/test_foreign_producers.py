@@ -119,13 +119,14 @@ async def test_job_published_before_any_worker_ran_waits(
 async def test_job_whose_time_is_to_come_waits_for_it(running: Queue, foreign: Client) -> None:
     due = time.time() + 1.5
     await publish(foreign, "order-1", json.dumps({"task": "echo", "delay_until": due}).encode())
-    await eventually(
-        lambda: running.get_job_state("order-1"), lambda state: state == "delayed", within=1.4
+    state = await eventually(
+        lambda: running.get_job_state("order-1"), lambda state: state in ("delayed", "completed")
     )
+    assert state == "delayed" or time.time() >= due
     assert await running.wait_for("order-1") == "nothing"
     job = await ended(running, "order-1")
     started = float(str(job["active_since"]))
-    assert due <= started < due + 1.0
+    assert due <= started < due + PATIENCE
     print(f"started {(started - due) * 1000:.1f} ms after its time")
     assert runs == ["nothing"]
 
