@@ -268,6 +268,7 @@ async def test_actions_act_on_what_matches_and_on_nothing_else(backend: Backend)
     await counted(queue)
     result = await queue.apply(JobFilter(task="c"), partial(queue.reschedule, run_at=run_at))
     assert result.done == 1
+    await counted(queue)
     assert (await queue.list_delayed())[0].run_at == run_at
 
 

@@ -184,6 +184,7 @@ async def test_a_queue_is_saved_moved_and_restored(
     await queue.add("fail")
     await run_jobs(queue)
     await queue.add_bulk([{"task_id": "fail", "args": [n]} for n in range(5)])
+    await counted(queue)
     saved = await amq.ok(f"queue export mail {tmp_path / 'mail.jsonl'}")
     assert "saved 6 jobs" in saved.err
     added = await amq.ok(f"queue import copy {tmp_path / 'mail.jsonl'}")
@@ -200,6 +201,7 @@ async def test_a_queue_is_saved_moved_and_restored(
     assert (await amq.ok("queue move mail post --all --force")).out == "moved 6 of 6 jobs\n"
     assert not await queue.is_paused()
     await only(make_queue(nats_backend, "post"), waiting=5, failed=1)
+    await counted(make_queue(nats_backend, "post"))
     assert len((await amq.ok("queue export post")).lines) == 7
 
 
@@ -241,6 +243,7 @@ async def test_some_of_many_jobs_cannot_be_edited(amq: Amq, nats_backend: NATSBa
     assert "edited 1 of 2 jobs" in (await amq(f"job edit mail {waits} delayed -k value=2")).err
     assert "pause the queue first" in await amq.fails(f"job edit mail {waits} -k value=2")
     await queue.pause()
+    await counted(queue)
     assert (await amq.ok("job edit mail --all -k value=3 --force")).out == "edited 2 of 2 jobs\n"
 
 
@@ -356,10 +359,12 @@ async def test_delayed_jobs_are_promoted_moved_in_time_and_edited(
     await amq.ok("job edit mail two --args '[]' -k value=20")
     assert "must be a JSON list" in await amq.fails("job edit mail one --args 5")
     assert "say what to change" in await amq.fails("job edit mail one")
+    await counted(queue)
     assert (await amq.ok("job edit mail --task echo -k more=1 --dry-run")).out.startswith("2 jobs")
     assert (await amq.ok("job edit mail --all -k n=1 -f")).out == "edited 2 of 2 jobs\n"
     edited = [(await queue.get_job(job_id) or {})["kwargs"] for job_id in ("one", "two")]
     assert edited == [{"n": 1}, {"value": 20, "n": 1}]
+    await counted(queue)
     await amq.ok("job edit mail --search '*' --state delayed --kwargs '{}' -f")
     await amq.ok("job edit mail one two --kwargs '{}'")
     await amq.ok("job edit mail two -k value=20")
@@ -609,6 +614,7 @@ async def test_an_interrupted_command_says_how_to_go_on(
     queue = make_queue(nats_backend, "mail", fail=fail)
     await queue.add_bulk([{"task_id": "fail", "args": [n]} for n in range(1500)])
     await run_jobs(queue)
+    await counted(queue)
     line = [sys.executable, "-m", "asyncmq_nats", "job", "retry", "mail", "--task", "fail", "-f"]
     line += ["--since", "1h", "--limit", "1400"]
     async with await anyio.open_process([*line, "-s", server.url]) as process:
