@@ -1019,8 +1019,8 @@ class Queue:
     async def reschedule(self, job_id: str, run_at: float) -> bool:
         """Let a delayed job run at another time, in Unix seconds; one that is over is now.
 
-        Return whether it was delayed. One that the server has just released, less than half a
-        second before its time, is left as it is, and not counted as delayed.
+        Return whether it was delayed. One whose time is less than half a second away is left as it
+        is, and not counted as delayed: the server may be releasing it.
         """
         at = checked_seconds(run_at, "run_at")
         if at > LATEST_TIME:

@@ -355,6 +355,10 @@ class Backend(Protocol):
     def reads_may_lag(self) -> bool:
         """Whether a read may miss a write that was confirmed: a replica answered it."""
 
+    @property
+    def timers_lag(self) -> bool:
+        """Whether a timer may release a record as it was before a write that was confirmed."""
+
     async def connect(self) -> None:
         """Connect, unless connected."""
 

@@ -8,13 +8,22 @@ from asyncmq_nats.states import Place
 from asyncmq_nats.wire.codec import dump_json
 from asyncmq_nats.wire.keys import QueueSubjects
 
-__all__ = ["MARKER_TTL", "TIMER_LEAD", "delayed_write", "outcome_body", "without_markers"]
+__all__ = [
+    "MARKER_TTL",
+    "MOVED_FROM",
+    "TIMER_LEAD",
+    "delayed_write",
+    "outcome_body",
+    "without_markers",
+]
 
 TIMER_LEAD: Final = 0.4
 """Seconds by which a timer is early: the server looks at its timers every 0.25 s.
 
 The promoter waits out the rest.
 """
+MOVED_FROM: Final = "moved_from"
+"""The member of a hold (see `transitions/move.py`) that says which queue it is from."""
 MARKER_TTL: Final = 1.0
 """Seconds that a delete marker lives."""
 KEPT_WHEN_TRUNCATED: Final = ("id", "task", "reruns", "children", "wide_children")

@@ -25,6 +25,7 @@ from asyncmq_nats.transitions.claim import CLAIM_TTL, Claim
 from asyncmq_nats.transitions.deliver import OUTCOME_FIELDS
 from asyncmq_nats.transitions.finish import PUT_OFF_FIELDS
 from asyncmq_nats.transitions.release import Dependencies
+from asyncmq_nats.transitions.timers import follow_timers, is_ringing
 from asyncmq_nats.wire.codec import dump_json, load_json
 from asyncmq_nats.wire.keys import QueueSubjects, decode_token, encode_token, tier_name
 
@@ -63,8 +64,10 @@ class Administration:
             records = await self._backend.last(
                 self._subjects.bucket_log, self._subjects.later(token, place)
             )
-            if any(self._is_delayed(record) for record in records):
-                return await self._backend.delete(self._subjects.bucket_log, records[0].sequence)
+            if not any(self._is_delayed(record) for record in records):
+                continue
+            for record in await follow_timers(self._backend, self._subjects, records):
+                return await self._backend.delete(self._subjects.bucket_log, record.sequence)
         return False
 
     async def take_due(self, jobs: Sequence[Job]) -> list[Job]:
@@ -100,7 +103,7 @@ class Administration:
 
         async def end() -> bool:
             nonlocal written
-            snapshot = await read_snapshot(self._backend, self._subjects, token)
+            snapshot = await self._read_after_timer(token)
             if snapshot.outcome is not None and snapshot.outcome.body != written:
                 return False
             if snapshot.outcome is None:  # else the confirmation of ours was lost
@@ -116,6 +119,15 @@ class Administration:
             return True
 
         return await commit(end)
+
+    async def _read_after_timer(self, token: str) -> Snapshot:
+        """Return the records of a job; wait for its timer if that goes off at this moment."""
+        snapshot = await read_snapshot(self._backend, self._subjects, token)
+        delayed = snapshot.later.get(Place.DELAYED)
+        if delayed is None or not is_ringing(self._backend, self._subjects, delayed):
+            return snapshot
+        await follow_timers(self._backend, self._subjects, [delayed])
+        return await read_snapshot(self._backend, self._subjects, token)
 
     async def finish_cancel(self, job_id: str) -> None:
         """Finish a cancellation whose process died. Repeatable."""
@@ -202,6 +214,7 @@ class Administration:
             records = await self._backend.last(
                 subjects.bucket_log, subjects.later_all(token), subjects.ends(token)
             )
+            records = await follow_timers(self._backend, subjects, records)
             ready = await self._backend.last(subjects.ready_log, subjects.ready_any(token))
             if any([await self._is_taken(record) for record in ready]):
                 return False
@@ -257,7 +270,7 @@ class Administration:
         return False
 
     async def _rerun(self, token: str) -> bool:
-        snapshot = await read_snapshot(self._backend, self._subjects, token)
+        snapshot = await self._read_after_timer(token)
         if snapshot.ended:
             return await self._rerun_ended(snapshot)
         delayed = [record for record in snapshot.later.values() if self._is_delayed(record)]

@@ -18,6 +18,7 @@ from asyncmq_nats.store.reads import Inspection
 from asyncmq_nats.store.records import without_markers
 from asyncmq_nats.store.topology import QueueAssets
 from asyncmq_nats.transitions.cancel import PLACES_OF, is_delayed
+from asyncmq_nats.transitions.timers import follow_timers
 from asyncmq_nats.transitions.waits import Waits
 from asyncmq_nats.wire.keys import INDEXED, QueueSubjects, decode_token
 
@@ -154,6 +155,8 @@ class Cleanup:
             # Read in each step: the tier goes on delivering.
             tier = await self._inspection.tier(self._subjects.split_ready(records[0].subject)[0])
             records = [record for record in records if record.sequence > tier.delivered_sequence]
+        elif source.place is Place.DELAYED:
+            records = await follow_timers(self._backend, self._subjects, records)
         sequences = [record.sequence for record in records]
         removed = set(await self._backend.delete_many(source.log, sequences))
         return [
@@ -168,11 +171,12 @@ class Cleanup:
         Return their ids. Jobs that run stay.
         """
         ids: list[str] = []
-        places = (Place.RELEASED, Place.DELAYED) if include_delayed else (Place.RELEASED,)
+        places = (Place.DELAYED, Place.RELEASED) if include_delayed else (Place.RELEASED,)
         tiers = [
             source for source in await self._lists.sources(State.WAITING) if source.tier is not None
         ]
-        for source in [*tiers, *[await self._lists.place(place) for place in places]]:
+        # In the order in which jobs move: one that becomes ready meanwhile is not missed.
+        for source in [*[await self._lists.place(place) for place in places], *tiers]:
             async for step in self._steps(source, inf):
                 wanted = step
                 if source.place is Place.RELEASED and not include_delayed:

@@ -21,6 +21,7 @@ from asyncmq_nats.store.commit import commit, look_for, write_if_expected
 from asyncmq_nats.store.snapshot import read_stage
 from asyncmq_nats.transitions.add import Additions
 from asyncmq_nats.transitions.release import MARKER_TTL, delayed_write
+from asyncmq_nats.transitions.timers import expect_to_stay, follow_timers
 from asyncmq_nats.wire.codec import dump_json, load_json, splice
 from asyncmq_nats.wire.keys import QueueSubjects, encode_token
 
@@ -181,11 +182,14 @@ class Deduplicator:
                 self._subjects.later(encode_token(owner), place)
                 for place in (Place.DELAYED, Place.RELEASED)
             ]
-            for delayed in await self._backend.last(self._log, *keys):
+            records = await self._backend.last(self._log, *keys)
+            for delayed in await follow_timers(self._backend, self._subjects, records):
                 if not delayed.marker and Job.decode(delayed.body).is_early(
                     self._backend.now()
                 ):  # it is released a little before its time
-                    await self._backend.write(self._log, *self._swapped(job, owner, delayed))
+                    writes = self._swapped(job, owner, delayed)
+                    sequence = await self._backend.write(self._log, *writes)
+                    await expect_to_stay(self._backend, self._subjects, delayed, sequence)
                     break
         if window.extend and window.ttl is not None:
             until = self._end_of(window)

@@ -6,6 +6,7 @@ that moves meanwhile is read again, and is neither lost nor there twice.
 
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any, Final
 
 from asyncmq_nats._logging import get_logger
@@ -19,6 +20,7 @@ from asyncmq_nats.store.snapshot import Snapshot, read_end, read_snapshot
 from asyncmq_nats.store.topology import QueueAssets
 from asyncmq_nats.transitions.cancel import is_delayed
 from asyncmq_nats.transitions.claim import CLAIM_TTL, Claim
+from asyncmq_nats.transitions.timers import CLOCK_SLACK, expect_to_stay, follow_timers, is_ringing
 from asyncmq_nats.wire.codec import dump_json, load_json
 from asyncmq_nats.wire.keys import QueueSubjects, decode_token, encode_token, tier_name
 
@@ -34,6 +36,7 @@ BEING_ADDED: Final = "it is being added at this moment; try again"
 BEING_MADE_READY: Final = (
     "a worker is about to make it ready, and none may run: try again, or cancel it"
 )
+HAS_COME: Final = "its time came meanwhile, and it may run with the arguments that it had"
 MAY_START: Final = "it may be started at any moment: pause the queue first"
 
 Change = Callable[[dict[str, Any]], dict[str, Any]]
@@ -68,7 +71,11 @@ class Edits:
             delayed = snapshot.later.get(Place.DELAYED)
             if delayed is None or snapshot.ended:
                 return await self._change_released(snapshot, run_at)
+            if is_ringing(self._backend, self._subjects, delayed):
+                return run_at is None  # as if it were released
             sequence = await self._backend.write(self._log, self._moved(delayed, run_at))
+            if run_at is not None:
+                await expect_to_stay(self._backend, self._subjects, delayed, sequence)
             return not await self._undo_if_ended(token, sequence)
 
         with suppress(WriteRefused):  # others change it each time
@@ -139,7 +146,13 @@ class Edits:
         """
         record = snapshot.later.get(Place.DELAYED) or snapshot.later.get(Place.PARKED)
         if record is not None:
-            sequence = await self._backend.write(self._log, self._rewritten(record, change))
+            if is_ringing(self._backend, self._subjects, record):
+                raise WrongState(job_id, State.WAITING, "edited", BEING_MADE_READY)
+            write = self._rewritten(record, change)
+            sequence = await self._backend.write(self._log, write)
+            if is_ringing(self._backend, self._subjects, record, CLOCK_SLACK):
+                edited = replace(record, body=write.body, sequence=sequence)
+                await self._expect_edited(job_id, edited)
             return not await self._undo_if_ended(snapshot.token, sequence)
         if snapshot.later.get(Place.RELEASED) is not None:
             raise WrongState(job_id, State.WAITING, "edited", BEING_MADE_READY)
@@ -149,6 +162,16 @@ class Edits:
         if ready:
             await self._edit_ready(job_id, ready[-1], change)
         return bool(ready)
+
+    async def _expect_edited(self, job_id: str, edited: Record) -> None:
+        """Wait for the timer of an edited job, and look with which arguments it released the job.
+
+        Raises:
+            WrongState: with the old ones, or that cannot be told any more.
+        """
+        after = await follow_timers(self._backend, self._subjects, [edited])
+        if all(record.body != edited.body for record in after):
+            raise WrongState(job_id, State.WAITING, "edited", HAS_COME)
 
     def _rewritten(self, record: Record, change: Change) -> Write:
         """Return the write that changes a delayed or a parked job in its place, its timer kept."""

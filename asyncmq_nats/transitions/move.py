@@ -19,7 +19,7 @@ from asyncmq_nats.backends.base import Expect, Record, Timer, Write
 from asyncmq_nats.exceptions import InvalidJob, WriteRefused
 from asyncmq_nats.states import OUTCOMES, Place, State
 from asyncmq_nats.store.many import for_each
-from asyncmq_nats.store.records import delayed_write, without_markers
+from asyncmq_nats.store.records import MOVED_FROM, delayed_write, without_markers
 from asyncmq_nats.store.search import Found
 from asyncmq_nats.store.secret import QueueSecret, keyed_id
 from asyncmq_nats.store.snapshot import read_snapshot
@@ -34,8 +34,6 @@ __all__ = ["MOVABLE_STATES", "Moved", "Mover", "write_outcome"]
 MOVES_UNDER_WAY: Final = 16
 HOLD_TIME: Final = 10 * 365 * 86_400.0
 """Seconds after which a hold would become due by itself."""
-MOVED_FROM: Final = "moved_from"
-"""The member of a hold that says which queue it is from: its name alone may be another's too."""
 MOVED_TO: Final = "moved to queue "
 """How the error of a job begins that a mover ended. It is removed once the job is there."""
 MOVABLE_STATES: Final = (State.WAITING, State.DELAYED, *OUTCOMES)

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Final
 
+from asyncmq_nats._clock import brief_pause
 from asyncmq_nats._logging import get_logger
 from asyncmq_nats.backends.base import Backend, Expect, Record, Write
 from asyncmq_nats.exceptions import InvalidJob
@@ -21,6 +22,7 @@ from asyncmq_nats.store.records import without_markers
 from asyncmq_nats.transitions.definition import (
     CODE_OWNER,
     MARKER_TTL,
+    TICK_LEAD,
     Definition,
     Tick,
     decode_definition,
@@ -30,6 +32,7 @@ from asyncmq_nats.transitions.definition import (
     planned_time,
     repeatable_id,
 )
+from asyncmq_nats.transitions.timers import POLL_DELAYS
 from asyncmq_nats.wire.codec import dump_json
 from asyncmq_nats.wire.keys import QueueSubjects, encode_token
 
@@ -38,6 +41,8 @@ __all__ = ["Definition", "RepeatableInfo", "Repeatables", "make_definition", "re
 logger = get_logger(__name__)
 
 PAGE_SIZE: Final = 500
+TICK_SLACK: Final = 0.2
+"""Seconds before its timer from which a tick is not changed any more: see `timers.py`."""
 
 
 class Repeatables:
@@ -65,7 +70,7 @@ class Repeatables:
             self._backend.settings.max_job_payload_bytes,
         )
         while True:
-            records = await self._read(definition.rid)
+            records = await self._read_after_timer(definition.rid)
             stored, tick, now = (
                 self._definition_in(records),
                 self._tick_in(records),
@@ -110,6 +115,26 @@ class Repeatables:
     async def _write(self, writes: Sequence[Write]) -> bool:
         """Write, and return whether what was read still held."""
         return await write_if_expected(self._backend, self._log, *writes) is not None
+
+    async def _read_after_timer(self, rid: str) -> dict[str, Record]:
+        """Return what is stored of one; wait for its timer if that goes off at this moment.
+
+        Its tick would be carried out, and the series go on, in spite of what is written now.
+        """
+        records = await self._read(rid)
+        for pause in POLL_DELAYS:
+            if not self._is_ringing(records, encode_token(rid)):
+                break
+            await brief_pause(pause)
+            records = await self._read(rid)
+        return records
+
+    def _is_ringing(self, records: Mapping[str, Record], token: str) -> bool:
+        record = records.get(self._subjects.tick(token))
+        if record is None or record.marker or not self._backend.timers_lag:
+            return False
+        tick = self._tick_in({record.subject: record})
+        return tick is not None and tick.run_at - TICK_LEAD - TICK_SLACK <= self._backend.now()
 
     async def _read(self, rid: str) -> dict[str, Record]:
         token = encode_token(rid)
@@ -176,7 +201,7 @@ class Repeatables:
     async def remove(self, rid: str) -> bool:
         """Remove one. Return whether it was there."""
         while True:
-            records = await self._read(rid)
+            records = await self._read_after_timer(rid)
             if self._record_in(records) is None:
                 return False
             if await self._remove(rid, records):
@@ -200,7 +225,7 @@ class Repeatables:
     async def pause(self, rid: str) -> bool:
         """Stop its series. Return whether it was there."""
         while True:
-            records = await self._read(rid)
+            records = await self._read_after_timer(rid)
             definition = self._definition_in(records)
             if definition is None or definition.paused:
                 return definition is not None
@@ -219,7 +244,7 @@ class Repeatables:
             KeyError: it is not there.
         """
         while True:
-            records = await self._read(rid)
+            records = await self._read_after_timer(rid)
             definition, tick = self._definition_in(records), self._tick_in(records)
             if definition is None:
                 raise KeyError(f"no repeatable {rid!r}")
@@ -242,7 +267,7 @@ class Repeatables:
 
     async def retire(self, rid: str, before: float) -> Definition | None:
         """Remove a definition of code that was not changed since `before`, and return it."""
-        records = await self._read(rid)
+        records = await self._read_after_timer(rid)
         record, definition = self._record_in(records), self._definition_in(records)
         if record is None or definition is None:
             return None

@@ -20,6 +20,7 @@ from asyncmq_nats.store.search import Found
 from asyncmq_nats.store.snapshot import count_reruns
 from asyncmq_nats.transitions.cancel import Administration
 from asyncmq_nats.transitions.claim import CLAIM_TTL, Claim
+from asyncmq_nats.transitions.timers import is_ringing
 from asyncmq_nats.wire.codec import load_json
 from asyncmq_nats.wire.keys import QueueSubjects
 
@@ -58,7 +59,9 @@ class Sweep:
         """Cancel jobs that wait or are delayed, and that no other job waits for."""
 
         def is_meant(each: Found) -> bool:
-            return each.source.place is Place.DELAYED or each.job.status is State.WAITING
+            if each.source.place is Place.DELAYED:
+                return not is_ringing(self._backend, self._subjects, each.record)
+            return each.job.status is State.WAITING
 
         return await self._in_parts(self._cancel_some, filter(is_meant, found))
 

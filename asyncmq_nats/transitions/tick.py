@@ -125,7 +125,11 @@ class Ticker:
         if definition is None or definition.paused or definition.finished:
             return TickEnd.REMOVE
         if tick.of not in ("", fingerprint(stored.body)):  # it was planned before a change
-            return TickEnd.REMOVE
+            if planned is not None:
+                return TickEnd.REMOVE
+            # Its timer took away the tick that the change had planned: the series goes on.
+            known = definition, stored.body
+            return await self._plan_next(delivery, known, tick, [], self._backend.now())
         if delivery.deliveries > 1 and planned is not None and _is_after(planned, tick):
             return TickEnd.REMOVE  # its worker died after it had planned the next one
         return definition, stored.body

@@ -192,13 +192,16 @@ async def test_arguments_that_cannot_be_are_refused(backend: Backend) -> None:
 
 
 async def test_edits_and_starts_that_meet_lose_nothing(backend: Backend, twin: Backend) -> None:
-    """Each job runs once, with the last arguments of which its editor was told that they are in."""
+    """Each job runs once, with the last arguments of which its editor was told that they are in.
+
+    Or with the next ones, when its time came meanwhile: that edit is not confirmed.
+    """
     notes = Notes()
     queue = make_queue(backend, concurrency=5, note=notes.note)
     other = Queue("work", twin)
     told = dict.fromkeys(range(20), 0)
     for number in range(20):
-        await queue.add("note", [[number, 0]], delay=0.5 + number / 100, job_id=f"n-{number}")
+        await queue.add("note", [[number, 0]], delay=1 + number / 100, job_id=f"n-{number}")
 
     async def edit(number: int) -> None:
         for version in range(1, 200):
@@ -212,7 +215,7 @@ async def test_edits_and_starts_that_meet_lose_nothing(backend: Backend, twin: B
         await race(*(partial(edit, number) for number in range(20)))
         await only(queue, completed=20)
     assert sorted(number for number, _ in notes.calls) == list(range(20))
-    assert dict(notes.calls) == told
+    assert all(0 <= version - told[number] <= 1 for number, version in notes.calls)
 
 
 # -- many at once

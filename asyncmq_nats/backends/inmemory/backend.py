@@ -148,6 +148,11 @@ class InMemoryBackend:
         return False
 
     @property
+    def timers_lag(self) -> bool:
+        """See `Backend`."""
+        return False
+
+    @property
     def max_body(self) -> int:
         """See `Backend`."""
         return MAX_BODY

@@ -276,6 +276,10 @@ class NATSBackend:
         return connection is None or connection.client.is_clustered or bool(self.settings.domain)
 
     @property
+    def timers_lag(self) -> bool:
+        return True
+
+    @property
     def max_body(self) -> int:
         connection = self._connection
         most = 1024 * 1024 if connection is None else connection.client.max_payload

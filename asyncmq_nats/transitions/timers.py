@@ -1,0 +1,92 @@
+"""A delayed job is changed just as its timer goes off.
+
+nats-server first reads the records whose time has come, then stores what they release, one by one,
+and removes what is there by then. So a write over such a record, or its removal, is accepted and
+has no effect. With many timers at one instant this takes a second and more. So nobody changes such
+a record: the job is followed to where its timer puts it.
+"""
+
+from collections.abc import Iterable
+from typing import Final
+
+from asyncmq_nats._clock import brief_pause
+from asyncmq_nats.backends.base import Backend, Record
+from asyncmq_nats.exceptions import InvalidJob, WriteRefused
+from asyncmq_nats.states import Place
+from asyncmq_nats.store.many import read_many
+from asyncmq_nats.store.records import MOVED_FROM, TIMER_LEAD, without_markers
+from asyncmq_nats.wire.codec import load_json
+from asyncmq_nats.wire.keys import QueueSubjects
+
+__all__ = ["CLOCK_SLACK", "POLL_DELAYS", "expect_to_stay", "follow_timers", "is_ringing"]
+
+WRITE_SLACK: Final = 0.1
+"""Seconds before its timer from which a record is not changed any more: a write takes its time."""
+CLOCK_SLACK: Final = 0.05
+"""Seconds by which the time that is known of the server may be wrong."""
+OVERTAKING_SECONDS: Final = 1.0
+"""How long a timer that has gone off may take to overtake a write, in seconds."""
+POLL_DELAYS: Final = (0.0, 0.01, 0.02, *[0.05] * 100)
+"""Pauses (seconds) between the looks at timers that go off."""
+
+
+def is_ringing(
+    backend: Backend, keys: QueueSubjects, record: Record, slack: float = WRITE_SLACK
+) -> bool:
+    """Return whether a record is of a delayed job whose timer goes off, within `slack` seconds."""
+    if not backend.timers_lag or record.marker or not keys.is_later(record.subject, Place.DELAYED):
+        return False
+    try:
+        data = load_json(record.body)
+    except InvalidJob:
+        return False
+    run_at = data.get("delay_until")
+    if not isinstance(run_at, int | float) or MOVED_FROM in data:  # a hold has another timer
+        return False
+    return run_at - TIMER_LEAD - slack <= backend.now()
+
+
+async def follow_timers(
+    backend: Backend,
+    keys: QueueSubjects,
+    records: Iterable[Record],
+) -> list[Record]:
+    """Return records as they are once the timers that go off now have done so.
+
+    A record that was released is replaced by the one that its timer made; it is left out if a
+    promoter has already taken that one. If the server takes too long, it is returned as it is.
+    """
+    kept, ringing = list[Record](), dict[str, Record]()
+    for record in records:
+        if is_ringing(backend, keys, record):
+            ringing[record.subject] = record
+        else:
+            kept.append(record)
+    if not ringing:
+        return kept
+    there = list(ringing.values())
+    for pause in POLL_DELAYS:
+        await brief_pause(pause)
+        there = without_markers(await read_many(backend, keys.bucket_log, ringing))
+        if not there:
+            break
+    tokens = [keys.token(subject) for subject in ringing]
+    released = [keys.later(token, Place.RELEASED) for token in tokens]
+    found = await read_many(backend, keys.bucket_log, released)
+    return [*kept, *there, *without_markers(found)]
+
+
+async def expect_to_stay(
+    backend: Backend, keys: QueueSubjects, before: Record, sequence: int
+) -> None:
+    """Look whether a write over a delayed job is still there, if its timer may have overtaken it.
+
+    Raises:
+        WriteRefused: it is not: read the job again.
+    """
+    if not is_ringing(backend, keys, before, CLOCK_SLACK):
+        return
+    await brief_pause(OVERTAKING_SECONDS)
+    records = await backend.last(keys.bucket_log, keys.later_all(keys.token(before.subject)))
+    if all(record.sequence != sequence for record in records):
+        raise WriteRefused(keys.bucket_log, "the timer of the job has gone off meanwhile")
