@@ -188,7 +188,8 @@ async def test_a_job_that_was_taken_out_at_its_time_is_not_released(
     log, released = queue._subjects.bucket_log, queue._subjects.place(Place.RELEASED)
     left = {queue._subjects.token(each.subject) for each in await queue.backend.last(log, released)}
     assert not taken & left
-    assert change is cancel_all or taken >= {*ids}
+    if change not in (cancel_all, remove_delayed):  # these spare a job whose time has come
+        assert taken >= {*ids}
 
 
 # -- schedules
