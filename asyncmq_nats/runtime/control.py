@@ -66,9 +66,9 @@ _malformed = Throttle()
 class Controls:
     """Pause and resume of one queue, and signals to its workers."""
 
-    def __init__(self, backend: Backend, subjects: QueueSubjects, assets: QueueAssets) -> None:
+    def __init__(self, backend: Backend, keys: QueueSubjects, assets: QueueAssets) -> None:
         self._backend = backend
-        self._subjects = subjects
+        self._keys = keys
         self._assets = assets
 
     async def pause(self, until: float | None = None) -> None:
@@ -81,33 +81,31 @@ class Controls:
         await self._assets.write_pause(end)
         # The default tier first: a tier that is made meanwhile finds it paused, or else is among
         # those that are listed after it.
-        await self._backend.pause(self._subjects.ready_log, tier_name(DEFAULT_PRIORITY), end)
+        await self._backend.pause(self._keys.ready_log, tier_name(DEFAULT_PRIORITY), end)
         for priority in await self._assets.list_tiers():
             if priority != DEFAULT_PRIORITY:
-                await self._backend.pause(self._subjects.ready_log, tier_name(priority), end)
+                await self._backend.pause(self._keys.ready_log, tier_name(priority), end)
         await self._tell_all(PAUSE, str(end).encode())
 
     async def resume(self) -> None:
         """Let the queue go on at once."""
         await self._assets.write_pause(None)
         for priority in await self._assets.list_tiers():
-            await self._backend.resume(self._subjects.ready_log, tier_name(priority))
-        await self._backend.publish(self._subjects.control(RESUME))
+            await self._backend.resume(self._keys.ready_log, tier_name(priority))
+        await self._backend.publish(self._keys.control(RESUME))
 
     async def signal_cancel(self, job_id: str) -> None:
         """Tell the workers that a job was cancelled."""
-        await self._backend.publish(self._subjects.control(CANCEL), job_id.encode())
+        await self._backend.publish(self._keys.control(CANCEL), job_id.encode())
 
     async def _tell_all(self, what: str, body: bytes) -> None:
         """Signal the queue's workers and wait, for a time, until each one has answered."""
-        workers = {worker.id for worker in await list_workers(self._backend, self._subjects.queue)}
-        missing = await _tell(
-            self._backend, self._subjects, what, body, workers, PAUSE_ANSWER_TIMEOUT
-        )
+        workers = {worker.id for worker in await list_workers(self._backend, self._keys.queue)}
+        missing = await _tell(self._backend, self._keys, what, body, workers, PAUSE_ANSWER_TIMEOUT)
         if missing:
             logger.warning(
                 "queue %s: no answer to %s from %s",
-                self._subjects.queue,
+                self._keys.queue,
                 what,
                 ", ".join(sorted(missing)),
             )
@@ -115,7 +113,7 @@ class Controls:
 
 async def _tell(
     backend: Backend,
-    subjects: QueueSubjects,
+    keys: QueueSubjects,
     what: str,
     body: bytes,
     workers: set[str],
@@ -124,7 +122,7 @@ async def _tell(
     """Signal the queue's workers; return those of `workers` that have not answered in time."""
     missing = set(workers)
     answered = anyio.Event()
-    inbox = subjects.control(f"answer.{encode_token(os.urandom(6).hex())}")
+    inbox = keys.control(f"answer.{encode_token(os.urandom(6).hex())}")
 
     def on_answer(signal: Signal) -> None:
         missing.discard(signal.body.decode(errors="replace"))
@@ -133,7 +131,7 @@ async def _tell(
 
     subscription = await backend.subscribe(inbox, on_answer)
     try:
-        await backend.publish(subjects.control(what), body + b" " + inbox.encode())
+        await backend.publish(keys.control(what), body + b" " + inbox.encode())
         if missing:
             with anyio.move_on_after(timeout):
                 await answered.wait()
@@ -156,9 +154,9 @@ async def stop_worker(backend: Backend, worker: str) -> bool:
             return False
         if entries[0].stopping:
             return True
-        subjects = QueueSubjects(backend.settings.prefix, entries[0].queue)
+        keys = QueueSubjects(backend.settings.prefix, entries[0].queue)
         body = encode_token(worker).encode()
-        if not await _tell(backend, subjects, STOP, body, {worker}, STOP_ANSWER_TIMEOUT):
+        if not await _tell(backend, keys, STOP, body, {worker}, STOP_ANSWER_TIMEOUT):
             return True
     return False
 
@@ -298,7 +296,7 @@ class WorkerRegistry:
     def __init__(
         self,
         backend: Backend,
-        subjects: QueueSubjects,
+        keys: QueueSubjects,
         worker: str,
         concurrency: int,
         running: Callable[[], list[str]],
@@ -310,7 +308,7 @@ class WorkerRegistry:
     ) -> None:
         """`has_siblings`: the worker serves other queues too, and has an entry for each."""
         self._backend = backend
-        self._subjects = subjects
+        self._keys = keys
         self._worker = worker
         self._is_stopping = is_stopping
         self._concurrency = concurrency
@@ -318,7 +316,7 @@ class WorkerRegistry:
         self._running = running
         self._repeatables = list(repeatables)
         self._log, key = workers_bucket(backend.settings.prefix)
-        self._key = key + encode_token(f"{worker}/{subjects.queue}" if has_siblings else worker)
+        self._key = key + encode_token(f"{worker}/{keys.queue}" if has_siblings else worker)
         self._subscriptions: list[Subscription] = []
         self._since = 0.0
         self._writing = anyio.Lock()
@@ -354,7 +352,7 @@ class WorkerRegistry:
         """Renew the entry, unless it was removed."""
         entry = {
             "id": self._worker,
-            "queue": self._subjects.queue,
+            "queue": self._keys.queue,
             "concurrency": self._concurrency,
             "rate_limit": self._rate_limit,
             "host": socket.gethostname(),
@@ -400,14 +398,14 @@ class WorkerRegistry:
             heard(signal.body.decode(errors="replace"))
 
         self._subscriptions.append(
-            await self._backend.subscribe(self._subjects.control(what), on_signal)
+            await self._backend.subscribe(self._keys.control(what), on_signal)
         )
 
     async def listen_for_pause(self, pause: Callable[[float], None]) -> None:
         """Call `pause` with the time (Unix seconds) of each signal to pause, then answer it."""
 
         def on_pause(text: str) -> None:
-            parsed = parse_pause(text, self._subjects.control("answer."))
+            parsed = parse_pause(text, self._keys.control("answer."))
             if parsed is None:
                 if times := _malformed.note():
                     logger.warning("%d malformed signals to pause, the last: %.200r", times, text)
@@ -426,7 +424,7 @@ class WorkerRegistry:
             worker, _, inbox = text.partition(" ")
             if worker == encode_token(self._worker):
                 stop()
-                if inbox := _checked_inbox(inbox, self._subjects.control("answer.")):
+                if inbox := _checked_inbox(inbox, self._keys.control("answer.")):
                     self._backend.signal(inbox, self._worker.encode())
 
         await self.listen(STOP, on_stop)

@@ -23,12 +23,12 @@ class Declarations:
     """The declarations of one worker's code, by id."""
 
     def __init__(
-        self, backend: Backend, subjects: QueueSubjects, definitions: Mapping[str, Definition]
+        self, backend: Backend, keys: QueueSubjects, definitions: Mapping[str, Definition]
     ) -> None:
         self._backend = backend
-        self._queue = subjects.queue
+        self._queue = keys.queue
         self._definitions = dict(definitions)
-        self._repeatables = Repeatables(backend, subjects)
+        self._repeatables = Repeatables(backend, keys)
         self._since = 0.0
         self._others: set[str] = set()
         """Ids that other code declared before this worker started."""

@@ -45,7 +45,7 @@ class Fetcher:
     def __init__(
         self,
         backend: Backend,
-        subjects: QueueSubjects,
+        keys: QueueSubjects,
         assets: QueueAssets,
         lifecycle: Lifecycle,
         *,
@@ -59,8 +59,8 @@ class Fetcher:
         """Fetch for one worker.
 
         Args:
-            backend: of the queue, and so are subjects, assets and lifecycle.
-            subjects: see backend.
+            backend: of the queue, and so are keys, assets and lifecycle.
+            keys: see backend.
             assets: see backend.
             lifecycle: see backend.
             concurrency: slots of the worker.
@@ -71,7 +71,7 @@ class Fetcher:
             group: of the queues of the worker, if there are several.
         """
         self._backend = backend
-        self._subjects = subjects
+        self._keys = keys
         self._assets = assets
         self._concurrency = concurrency
         self._limiter = limiter
@@ -83,7 +83,7 @@ class Fetcher:
         self._pause_signals = 0
         self._pause_doubtful = False
         self._buffer = Buffer()
-        self._hand_back = HandBack(backend, subjects.ready_log, lifecycle, self._buffer)
+        self._hand_back = HandBack(backend, keys.ready_log, lifecycle, self._buffer)
         self._throughput = Throughput()
         self._new_tiers: set[int] = set()
         self._tier_heard = anyio.Event()
@@ -108,12 +108,10 @@ class Fetcher:
 
     async def start(self, group: TaskGroup) -> None:
         """Begin to ask for jobs; the loops run in the group."""
-        self._puller = self._backend.puller(
-            self._subjects.ready_log, self._on_delivery, self._on_lapse
-        )
+        self._puller = self._backend.puller(self._keys.ready_log, self._on_delivery, self._on_lapse)
         self._tiers = Tiers(self._puller.outstanding)
         self._tier_signals = await self._backend.subscribe(
-            self._subjects.control(TIER_SIGNAL), self._on_tier
+            self._keys.control(TIER_SIGNAL), self._on_tier
         )
         self._open = True
         await self._assets.find_orphans()
@@ -138,7 +136,7 @@ class Fetcher:
         except AsyncMQError as error:
             logger.warning(
                 "queue %s: fetched jobs are redelivered when their lease is over: %s",
-                self._subjects.queue,
+                self._keys.queue,
                 error,
             )
         finally:
@@ -262,7 +260,7 @@ class Fetcher:
         for priority in await self._assets.list_tiers():
             await self._assets.declare_tier(priority)
             if priority not in self._tiers.known:
-                state = await self._backend.look_up(self._subjects.ready_log, tier_name(priority))
+                state = await self._backend.look_up(self._keys.ready_log, tier_name(priority))
                 pending = state.pending if state is not None else 0
                 self._tiers.add(priority, pending, self._monotonic())
 
@@ -293,7 +291,7 @@ class Fetcher:
             await self._assets.declare_tier(priority)
         except AsyncMQError as error:
             logger.warning(
-                "queue %s: no tier for priority %d: %s", self._subjects.queue, priority, error
+                "queue %s: no tier for priority %d: %s", self._keys.queue, priority, error
             )
             self._tiers.known.pop(priority, None)
 
@@ -303,7 +301,7 @@ class Fetcher:
             await self._find_tiers()
             await self.refresh_pause()
         except AsyncMQError as error:
-            logger.warning("queue %s: could not list its tiers: %s", self._subjects.queue, error)
+            logger.warning("queue %s: could not list its tiers: %s", self._keys.queue, error)
 
     # -- credit
 
@@ -362,7 +360,7 @@ class Fetcher:
         except AsyncMQError as error:
             logger.warning(
                 "queue %s: could not lease permits of its rate limit: %s",
-                self._subjects.queue,
+                self._keys.queue,
                 error,
             )
             return 1.0
@@ -463,7 +461,7 @@ class Fetcher:
             except AsyncMQError as error:
                 logger.warning(
                     "queue %s: could not check whether other workers wait: %s",
-                    self._subjects.queue,
+                    self._keys.queue,
                     error,
                 )
 

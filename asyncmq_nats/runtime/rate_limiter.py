@@ -152,11 +152,11 @@ class RateLimitInfo:
     leased: int
 
 
-async def read_rate_limit(backend: Backend, subjects: QueueSubjects, limit: Limit) -> RateLimitInfo:
+async def read_rate_limit(backend: Backend, keys: QueueSubjects, limit: Limit) -> RateLimitInfo:
     """Return how much of a limit is left now."""
     now, stored = backend.now(), None
     try:
-        for record in await backend.last(subjects.bucket_log, subjects.rate_limit):
+        for record in await backend.last(keys.bucket_log, keys.rate_limit):
             stored = _bucket_in(record, now)
     except (AssetMissing, InvalidJob):  # workers make it again
         pass
@@ -182,12 +182,10 @@ def _bucket_in(record: Record, now: float) -> Bucket | None:
 class RateLimiter:
     """The permits of one worker of a queue."""
 
-    def __init__(
-        self, backend: Backend, subjects: QueueSubjects, limit: Limit, worker: str
-    ) -> None:
+    def __init__(self, backend: Backend, keys: QueueSubjects, limit: Limit, worker: str) -> None:
         self._backend = backend
-        self._log = subjects.bucket_log
-        self._key = subjects.rate_limit
+        self._log = keys.bucket_log
+        self._key = keys.rate_limit
         self._limit = limit
         self._worker = worker
         self._read: tuple[int, Bucket | None] | None = None

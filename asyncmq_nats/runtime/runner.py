@@ -50,7 +50,7 @@ class Runner:
 
     Args:
         backend: connected or not.
-        subjects: of the queue.
+        keys: of the queue.
         assets: of the queue.
         registry: the tasks that can be run.
         any_task: whether all of them are, and not only those of the queue.
@@ -67,7 +67,7 @@ class Runner:
     def __init__(
         self,
         backend: Backend,
-        subjects: QueueSubjects,
+        keys: QueueSubjects,
         assets: QueueAssets,
         *,
         registry: TaskRegistry,
@@ -87,13 +87,13 @@ class Runner:
         self.worker = worker or new_worker_id()
         self._on_stop_signal = on_stop_signal or self.stop
         self._backend = backend
-        self._subjects = subjects
+        self._keys = keys
         self._assets = assets
         self._concurrency = concurrency
         self._hooks = hooks or Hooks()
         self._spawner = Spawner()
-        self._lifecycle = Lifecycle(backend, subjects, assets, self.worker)
-        events = WorkerEvents(backend, subjects, self.worker)
+        self._lifecycle = Lifecycle(backend, keys, assets, self.worker)
+        events = WorkerEvents(backend, keys, self.worker)
         self._lifecycle.on_progress = lambda body: events.tell_progress(
             self._spawner, load_json(body)
         )
@@ -101,7 +101,7 @@ class Runner:
         if backend.settings.metrics:
             self.recorder = Recorder(
                 backend,
-                subjects.queue,
+                keys.queue,
                 self.worker,
                 concurrency,
                 self._busy_seconds,
@@ -109,7 +109,7 @@ class Runner:
             )
         self._slots = Slots(
             backend,
-            subjects,
+            keys,
             self._lifecycle,
             registry,
             concurrency,
@@ -122,10 +122,10 @@ class Runner:
             recorder=self.recorder,
         )
         self._completer = Completer(self._lifecycle, events, self._spawner, self._on_settled)
-        limiter = None if limit is None else RateLimiter(backend, subjects, limit, self.worker)
+        limiter = None if limit is None else RateLimiter(backend, keys, limit, self.worker)
         self._fetcher = Fetcher(
             backend,
-            subjects,
+            keys,
             assets,
             self._lifecycle,
             concurrency=concurrency,
@@ -138,11 +138,11 @@ class Runner:
         self._slots.fetcher, self._slots.completer = self._fetcher, self._completer
         if group is not None:
             self._fetcher.member = self._slots
-        self._configurations = Configurations(backend, subjects, assets)
-        self._declarations = declarations or Declarations(backend, subjects, {})
+        self._configurations = Configurations(backend, keys, assets)
+        self._declarations = declarations or Declarations(backend, keys, {})
         self._entry = WorkerRegistry(
             backend,
-            subjects,
+            keys,
             self.worker,
             concurrency,
             self._running_ids,
@@ -158,16 +158,16 @@ class Runner:
             self._restore_lost,
             self._lifecycle.trim,
             self._declarations.retire,
-            partial(make_room, backend, subjects),
+            partial(make_room, backend, keys),
             self._look_for_cancelled,
             self._configurations.refresh,
         )
         self._heartbeat = Heartbeat(
             self.worker, backend.settings.heartbeat_interval, steps, backend.clock
         )
-        self._promoter = Promoter(backend, subjects, assets)
+        self._promoter = Promoter(backend, keys, assets)
         parts = WorkerParts(self._slots, self._fetcher, self._promoter, self.recorder)
-        self.vitals = Vitals(backend, subjects, assets, self.worker, concurrency, parts)
+        self.vitals = Vitals(backend, keys, assets, self.worker, concurrency, parts)
         self._progress = anyio.Event()
         self._draining = False
         self._stop = anyio.Event()
@@ -190,7 +190,7 @@ class Runner:
     @property
     def queue(self) -> str:
         """The name of its queue."""
-        return self._subjects.queue
+        return self._keys.queue
 
     @property
     def started(self) -> int:
@@ -205,7 +205,7 @@ class Runner:
         busy = not self._fetcher.is_idle or self._completer.pending or self._slots.waits_in_line
         if busy or self._fetcher.is_paused:
             return bool(busy)
-        inspection = Inspection(self._backend, self._subjects, self._assets)
+        inspection = Inspection(self._backend, self._keys, self._assets)
         return (await inspection.count_by_state())[State.WAITING] > 0
 
     async def run(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
@@ -234,7 +234,7 @@ class Runner:
                 logger.info(
                     "worker %s runs queue %s with %d slots",
                     self.worker,
-                    self._subjects.queue,
+                    self._keys.queue,
                     self._concurrency,
                 )
                 task_status.started()
@@ -256,7 +256,7 @@ class Runner:
                 await self._configurations.apply()
             except (BackendError, InvalidArgument) as error:
                 text = "queue %s: its settings are not applied: %s"
-                logger.warning(text, self._subjects.queue, error)
+                logger.warning(text, self._keys.queue, error)
 
     async def _serve(self, serving: anyio.Event, finished: anyio.Event) -> None:
         """Run all loops, shielded from outside cancellation: `stop` ends them in order."""

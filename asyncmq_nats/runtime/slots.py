@@ -72,7 +72,7 @@ class Slots:
     def __init__(
         self,
         backend: Backend,
-        subjects: QueueSubjects,
+        keys: QueueSubjects,
         lifecycle: Lifecycle,
         registry: TaskRegistry,
         concurrency: int,
@@ -86,20 +86,18 @@ class Slots:
         middleware: Chain,
     ) -> None:
         self._backend = backend
-        self._subjects = subjects
+        self._keys = keys
         self._lifecycle = lifecycle
         self._registry = registry
         self._group = group
-        self._tasks_of = None if any_task else subjects.queue
+        self._tasks_of = None if any_task else keys.queue
         self._events = events
         self._spawner = spawner
         self._on_change = on_change
         self._recorder = recorder
         self._middleware = middleware
         settings = backend.settings
-        self._lines = JobLines(
-            subjects.queue, lifecycle.worker, settings.job_log_level, backend.now
-        )
+        self._lines = JobLines(keys.queue, lifecycle.worker, settings.job_log_level, backend.now)
         self._limits = RetryLimits(settings.max_retries_limit, settings.min_retry_delay)
         self._concurrency = concurrency
         self._threads = anyio.CapacityLimiter(concurrency)
@@ -422,7 +420,7 @@ class Slots:
     def _context_of(self, attempt: Attempt) -> JobContext:
         return JobContext(
             attempt.head.job_id,
-            self._subjects.queue,
+            self._keys.queue,
             attempt,
             self._lifecycle,
             worker=self._lifecycle.worker,

@@ -52,8 +52,8 @@ class Vitals:
     """The health and the counts of one worker.
 
     Args:
-        backend: of the queue, and so are subjects and assets.
-        subjects: see backend.
+        backend: of the queue, and so are keys and assets.
+        keys: see backend.
         assets: see backend.
         worker: its id.
         concurrency: its slots.
@@ -63,17 +63,17 @@ class Vitals:
     def __init__(
         self,
         backend: Backend,
-        subjects: QueueSubjects,
+        keys: QueueSubjects,
         assets: QueueAssets,
         worker: str,
         concurrency: int,
         parts: WorkerParts,
     ) -> None:
         self._backend = backend
-        self._subjects = subjects
+        self._keys = keys
         self._assets = assets
-        self._inspection = Inspection(backend, subjects, assets)
-        self._lists = JobLists(backend, subjects, assets, self._inspection)
+        self._inspection = Inspection(backend, keys, assets)
+        self._lists = JobLists(backend, keys, assets, self._inspection)
         self._worker = worker
         self._concurrency = concurrency
         self._parts = parts
@@ -85,7 +85,7 @@ class Vitals:
         """Return the health of the worker now."""
         return judge_health(
             self._worker,
-            self._subjects.queue,
+            self._keys.queue,
             connected=self._backend.is_connected,
             taking=self.taking,
             silent_for=self._parts.fetcher.silent_for,
@@ -168,11 +168,11 @@ class Vitals:
         return Probe(self.health, read, render)
 
     async def _read_queue(self, prometheus: Any) -> Any:
-        workers = await list_workers(self._backend, self._subjects.queue)
+        workers = await list_workers(self._backend, self._keys.queue)
         counts = await self._inspection.count_by_state()
         oldest = await self._lists.oldest_waiting()
         return prometheus.QueueGauges(
-            self._subjects.queue,
+            self._keys.queue,
             {str(state): counts[state] for state in State},
             0.0 if oldest is None else max(0.0, self._backend.now() - oldest[1]),
             await self._assets.is_paused(),
@@ -183,7 +183,7 @@ class Vitals:
     def _counts(self, prometheus: Any) -> Any:
         recorder = self._parts.recorder
         return prometheus.WorkerCounts(
-            self._subjects.queue,
+            self._keys.queue,
             self._concurrency,
             len(self._parts.slots.running),
             {} if recorder is None else recorder.totals(),

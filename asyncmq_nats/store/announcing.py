@@ -18,15 +18,15 @@ TRUNCATED: Final = {"truncated": True}
 
 
 async def announce(
-    backend: Backend, subjects: QueueSubjects, what: str, job_id: str, **data: Any
+    backend: Backend, keys: QueueSubjects, what: str, job_id: str, **data: Any
 ) -> None:
     """Tell that something happened to a job. `what`: one of the words in `events.ANNOUNCED`."""
     fields = {"id": job_id, "job_id": job_id, **data}
     body = dump_json(fields)
     if len(body) > backend.max_body:
         body = without_large(body, backend.max_body)
-    backend.signal(subjects.event(what, encode_token(job_id)), body)
-    await event_emitter.emit(PREFIX + what, fields | {"queue": subjects.queue})
+    backend.signal(keys.event(what, encode_token(job_id)), body)
+    await event_emitter.emit(PREFIX + what, fields | {"queue": keys.queue})
 
 
 def without_large(body: bytes, limit: int) -> bytes:
@@ -48,9 +48,9 @@ def without_large(body: bytes, limit: int) -> bytes:
 class WorkerEvents:
     """The events of one worker's jobs. They are on the path of every job."""
 
-    def __init__(self, backend: Backend, subjects: QueueSubjects, worker: str) -> None:
+    def __init__(self, backend: Backend, keys: QueueSubjects, worker: str) -> None:
         self._backend = backend
-        self._subjects = subjects
+        self._keys = keys
         self._start = b'"active_since":%r,"worker":' + dump_json(worker).replace(b"%", b"%%")
 
     def tell_start(
@@ -64,15 +64,15 @@ class WorkerEvents:
         data = splice(body, self._start % at)
         if len(data) > self._backend.max_body:
             data = without_large(data, self._backend.max_body)
-        self._backend.signal(self._subjects.event(STARTED, token), data)
+        self._backend.signal(self._keys.event(STARTED, token), data)
         if event_emitter.listens() and event_emitter.listens(PREFIX + STARTED):
-            fields = job().to_dict() | {"queue": self._subjects.queue, "status": State.ACTIVE}
+            fields = job().to_dict() | {"queue": self._keys.queue, "status": State.ACTIVE}
             spawner.spawn(event_emitter.emit, PREFIX + STARTED, fields)
 
     def tell_progress(self, spawner: Spawner, data: dict[str, Any]) -> None:
         """Pass the progress of a job to this process's listeners; a signal reaches all others."""
         if event_emitter.listens(PREFIX + PROGRESS):
-            told = data | {"queue": self._subjects.queue}
+            told = data | {"queue": self._keys.queue}
             spawner.spawn(event_emitter.emit, PREFIX + PROGRESS, told)
 
     def tell_end(self, spawner: Spawner, token: str, write: Write) -> None:
@@ -83,8 +83,8 @@ class WorkerEvents:
         if not event_emitter.listens():
             return
         event = read_event(
-            self._subjects.queue,
-            self._subjects.event_of(write.subject, token),
+            self._keys.queue,
+            self._keys.event_of(write.subject, token),
             write.body,
         )
         if event is not None and event_emitter.listens(event.name):

@@ -43,9 +43,9 @@ CONFIGURABLE_SETTINGS: Final = (
 class Configurations:
     """Reads, stores and applies the configuration of one queue."""
 
-    def __init__(self, backend: Backend, subjects: QueueSubjects, assets: QueueAssets) -> None:
+    def __init__(self, backend: Backend, keys: QueueSubjects, assets: QueueAssets) -> None:
         self._backend = backend
-        self._subjects = subjects
+        self._keys = keys
         self._assets = assets
         self._malformed = Throttle()
 
@@ -66,7 +66,7 @@ class Configurations:
                 if _differ(settings, self._assets.settings, name)
             ]
             shown = ", ".join(f"{name}={getattr(settings, name)!r}" for name in names)
-            logger.info("queue %s: settings in force now: %s", self._subjects.queue, shown)
+            logger.info("queue %s: settings in force now: %s", self._keys.queue, shown)
             self._assets.settings = settings
 
     async def store(self, values: Mapping[str, Any], reset: Iterable[str]) -> list[Difference]:
@@ -86,18 +86,18 @@ class Configurations:
             wanted = {name: value for name, value in stored.items() if name not in reset} | checked
             await self._check_room(self._backend.settings.model_copy(update=wanted))
             write = Write(
-                self._subjects.configuration,
+                self._keys.configuration,
                 dump_json(wanted),
-                Expect(self._subjects.configuration, sequence),
+                Expect(self._keys.configuration, sequence),
             )
             try:
-                await self._backend.write(self._subjects.bucket_log, write)
+                await self._backend.write(self._keys.bucket_log, write)
             except WriteRefused:  # another process has changed it, or a replica lags behind
                 continue
             self._use(wanted)  # not read again: a replica may not know it yet
             return await self._change()
-        detail = f"the configuration of queue {self._subjects.queue!r} changes all the time"
-        raise WriteRefused(self._subjects.bucket_log, detail)
+        detail = f"the configuration of queue {self._keys.queue!r} changes all the time"
+        raise WriteRefused(self._keys.bucket_log, detail)
 
     async def apply(self) -> list[Difference]:
         """Change on the server what differs from the settings in force and can be changed.
@@ -130,8 +130,8 @@ class Configurations:
             InvalidArgument: a size is too small.
         """
         for name, log in (
-            ("ready_max_bytes", self._subjects.ready_log),
-            ("bucket_max_bytes", self._subjects.bucket_log),
+            ("ready_max_bytes", self._keys.ready_log),
+            ("bucket_max_bytes", self._keys.bucket_log),
         ):
             limit = getattr(settings, name)
             state = None if limit is None else await self._backend.describe_log(log)
@@ -146,9 +146,7 @@ class Configurations:
 
     async def _read(self) -> tuple[int, dict[str, Any]]:
         try:
-            records = await self._backend.last(
-                self._subjects.bucket_log, self._subjects.configuration
-            )
+            records = await self._backend.last(self._keys.bucket_log, self._keys.configuration)
         except AssetMissing:
             return 0, {}
         if not records or records[0].marker:
@@ -173,7 +171,7 @@ class Configurations:
     def _warn_of_malformed(self, problem: Exception) -> None:
         if times := self._malformed.note():
             text = "queue %s: its configuration is malformed (%d times): %s"
-            logger.warning(text, self._subjects.queue, times, problem)
+            logger.warning(text, self._keys.queue, times, problem)
 
 
 def check_values(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -32,7 +32,7 @@ class Flow:
 
 
 async def read_flow(
-    backend: Backend, subjects: QueueSubjects, inspection: Inspection, job_id: str, limit: int
+    backend: Backend, keys: QueueSubjects, inspection: Inspection, job_id: str, limit: int
 ) -> Flow | None:
     """Return the flow of a job, up to `limit` jobs; `None` if there is no such job."""
     first = await inspection.find(job_id)
@@ -53,10 +53,10 @@ async def read_flow(
         ahead = [p for p in dict.fromkeys([*ahead[len(part) :], *parents]) if p not in found]
     waiting = list(first.children)
     with suppress(AssetMissing):
-        edges = subjects.edge(encode_token(job_id), "*")
+        edges = keys.edge(encode_token(job_id), "*")
         waiting += [
-            decode_token(subjects.parse(record.subject).child)
-            for record in await backend.last(subjects.bucket_log, edges)
+            decode_token(keys.parse(record.subject).child)
+            for record in await backend.last(keys.bucket_log, edges)
             if not record.marker
         ]
     jobs = {each: None if job is None else job.to_dict() for each, job in found.items()}

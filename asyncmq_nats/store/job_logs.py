@@ -121,12 +121,10 @@ def cut_line(text: str) -> str:
     return text if len(text) <= LONGEST_LINE else text[:LONGEST_LINE] + "…"
 
 
-async def read_job_logs(backend: Backend, subjects: QueueSubjects, job_id: str) -> list[JobLogLine]:
+async def read_job_logs(backend: Backend, keys: QueueSubjects, job_id: str) -> list[JobLogLine]:
     """Return the lines that were kept of a job's attempts, in order."""
     try:
-        records = await backend.last(
-            subjects.bucket_log, subjects.job_log(encode_token(job_id), "*")
-        )
+        records = await backend.last(keys.bucket_log, keys.job_log(encode_token(job_id), "*"))
     except AssetMissing:
         return []
     found: list[JobLogLine] = []

@@ -56,28 +56,28 @@ class Overview:
     def __init__(
         self,
         backend: Backend,
-        subjects: QueueSubjects,
+        keys: QueueSubjects,
         assets: QueueAssets,
         inspection: Inspection,
         lists: JobLists,
     ) -> None:
         self._backend = backend
-        self._subjects = subjects
+        self._keys = keys
         self._assets = assets
         self._inspection = inspection
         self._lists = lists
 
     async def read(self) -> QueueInfo | None:
         """Return what there is to know; `None` if there is no such queue."""
-        ready = await self._backend.describe_log(self._subjects.ready_log)
-        records = await self._backend.describe_log(self._subjects.bucket_log)
+        ready = await self._backend.describe_log(self._keys.ready_log)
+        records = await self._backend.describe_log(self._keys.bucket_log)
         if ready is None and records is None:
             return None
         until = await self._assets.read_pause()
         oldest = await self._lists.oldest_waiting()
         now = self._backend.now()
         return QueueInfo(
-            name=self._subjects.queue,
+            name=self._keys.queue,
             counts={
                 str(state): count
                 for state, count in (await self._inspection.count_by_state()).items()

@@ -58,9 +58,9 @@ class WaitingJob:
 class Inspection:
     """Reads of one queue."""
 
-    def __init__(self, backend: Backend, subjects: QueueSubjects, assets: QueueAssets) -> None:
+    def __init__(self, backend: Backend, keys: QueueSubjects, assets: QueueAssets) -> None:
         self._backend = backend
-        self._subjects = subjects
+        self._keys = keys
         self._assets = assets
         self._silent_until: dict[str, float] = {}
         """When a counter that did not answer is asked again."""
@@ -104,7 +104,7 @@ class Inspection:
         """
         with suppress(AssetMissing):
             page = await self._backend.page(
-                self._subjects.bucket_log, self._subjects.place(Place.RELEASED), limit=PAGE_SIZE
+                self._keys.bucket_log, self._keys.place(Place.RELEASED), limit=PAGE_SIZE
             )
             for record in page:
                 job = self.job_in_bucket(record)
@@ -115,7 +115,7 @@ class Inspection:
     async def tier(self, priority: int) -> ConsumerState:
         """Return the state of a tier's consumer; nothing if there is none."""
         with suppress(AssetMissing):
-            state = await self._backend.look_up(self._subjects.ready_log, tier_name(priority))
+            state = await self._backend.look_up(self._keys.ready_log, tier_name(priority))
             return state or EMPTY_STATE
         return EMPTY_STATE
 
@@ -132,7 +132,7 @@ class Inspection:
         `None` when there is no such counter, and this process may not make it. The records of a
         counter that does not answer are searched: its server may be lost, and others have them.
         """
-        log, now = self._subjects.bucket_log, self._backend.now()
+        log, now = self._keys.bucket_log, self._backend.now()
         try:
             if self._silent_until.get(counter, now) <= now:
                 with suppress(AssetOffline, Unconfirmed), deadline(COUNTER_PATIENCE):
@@ -143,7 +143,7 @@ class Inspection:
             return 0
 
     async def _ask(self, counter: str) -> int | None:
-        log, name = self._subjects.bucket_log, counter_name(counter)
+        log, name = self._keys.bucket_log, counter_name(counter)
         state = await self._backend.look_up(log, name)
         if state is None:  # it is in memory, and is made again
             await self._assets.declare_counters()
@@ -183,9 +183,9 @@ class Inspection:
 
     async def _find_in_bucket(self, token: str) -> tuple[Job | None, dict[str, Any]]:
         """Return the job, if the bucket has it, and what its task reported of its progress."""
-        subjects = self._subjects
-        filters = subjects.later_all(token), subjects.done_all(token), subjects.progress(token)
-        records = await self._backend.last(subjects.bucket_log, *filters)
+        keys = self._keys
+        filters = keys.later_all(token), keys.done_all(token), keys.progress(token)
+        records = await self._backend.last(keys.bucket_log, *filters)
         reports = [
             record.body for record in records if record.subject == filters[-1] and not record.marker
         ]
@@ -196,20 +196,18 @@ class Inspection:
         ) if reports else {}
 
     async def _find_ready(self, token: str) -> Job | None:
-        records = await self._backend.last(
-            self._subjects.ready_log, self._subjects.ready_any(token)
-        )
+        records = await self._backend.last(self._keys.ready_log, self._keys.ready_any(token))
         if not records:
             return None
         record = records[-1]
-        priority, _ = self._subjects.split_ready(record.subject)
+        priority, _ = self._keys.split_ready(record.subject)
         return self.ready_job(record, await self.tier(priority))
 
     def ready_job(self, record: Record, tier: ConsumerState) -> Job:
         """Return the job in a ready record."""
         # A ready job is active if the tier has delivered it: no write per start is needed to know.
         state = State.ACTIVE if record.sequence <= tier.delivered_sequence else State.WAITING
-        priority, token = self._subjects.split_ready(record.subject)
+        priority, token = self._keys.split_ready(record.subject)
         return self._decode(record, token, status=state, priority=priority)
 
     def job_in_bucket(self, record: Record) -> Job | None:
@@ -219,7 +217,7 @@ class Inspection:
         """
         if record.marker:
             return None
-        key = self._subjects.parse(record.subject)
+        key = self._keys.parse(record.subject)
         if key.state is not None:
             return self._decode(record, key.token, status=key.state)
         if key.place is Place.RELEASED:

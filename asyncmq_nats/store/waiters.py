@@ -60,9 +60,9 @@ class Waiter:
 class Waiters:
     """The waiters of one queue, in each event loop."""
 
-    def __init__(self, backend: Backend, subjects: QueueSubjects) -> None:
+    def __init__(self, backend: Backend, keys: QueueSubjects) -> None:
         self._backend = backend
-        self._subjects = subjects
+        self._keys = keys
         self._crowds: WeakKeyDictionary[asyncio.AbstractEventLoop, _Crowd] = WeakKeyDictionary()
 
     @asynccontextmanager
@@ -75,7 +75,7 @@ class Waiters:
             if crowd.shared or len(crowd.waiting) > OWN_SUBSCRIPTIONS:
                 await self._share(crowd)
             else:
-                own = await self._backend.subscribe(self._subjects.event("*", token), waiter.hear)
+                own = await self._backend.subscribe(self._keys.event("*", token), waiter.hear)
             yield waiter
         finally:
             crowd.remove(waiter)
@@ -124,20 +124,20 @@ class Waiters:
         except AsyncMQError as error:  # those that look for themselves are told
             logger.debug(
                 "queue %s: could not read the outcomes of awaited jobs: %s",
-                self._subjects.queue,
+                self._keys.queue,
                 error,
             )
 
     async def _ended_among(self, tokens: Sequence[str]) -> set[str]:
-        keys = [self._subjects.outcome(token, state) for token in tokens for state in OUTCOMES]
-        records = await self._backend.last(self._subjects.bucket_log, *keys)
-        return {self._subjects.token(each.subject) for each in records if not each.marker}
+        keys = [self._keys.outcome(token, state) for token in tokens for state in OUTCOMES]
+        records = await self._backend.last(self._keys.bucket_log, *keys)
+        return {self._keys.token(each.subject) for each in records if not each.marker}
 
     async def _share(self, crowd: "_Crowd") -> None:
         async with crowd.sharing:
             if not crowd.shared:
                 crowd.shared = [
-                    await self._backend.subscribe(self._subjects.event(state, "*"), crowd.hear)
+                    await self._backend.subscribe(self._keys.event(state, "*"), crowd.hear)
                     for state in OUTCOMES
                 ]
 

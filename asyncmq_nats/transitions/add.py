@@ -55,12 +55,12 @@ class Batch:
 class Additions:
     """Adds jobs to one queue."""
 
-    def __init__(self, backend: Backend, subjects: QueueSubjects, assets: QueueAssets) -> None:
+    def __init__(self, backend: Backend, keys: QueueSubjects, assets: QueueAssets) -> None:
         self._backend = backend
-        self._subjects = subjects
+        self._keys = keys
         self._assets = assets
-        self.dependencies = Dependencies(backend, subjects, assets)
-        self.plans = Plans(backend, subjects, assets, self.dependencies, self.first_write)
+        self.dependencies = Dependencies(backend, keys, assets)
+        self.plans = Plans(backend, keys, assets, self.dependencies, self.first_write)
         self.refused = Turns()
         """A lock for refused additions: those that wait for the same job take turns."""
 
@@ -70,9 +70,9 @@ class Additions:
         return self._backend
 
     @property
-    def subjects(self) -> QueueSubjects:
+    def keys(self) -> QueueSubjects:
         """The names of the queue."""
-        return self._subjects
+        return self._keys
 
     @property
     def settings(self) -> Settings:
@@ -114,7 +114,7 @@ class Additions:
             await self._write_again_when_missing([self.first_write(job)], {job.priority})
         except WriteRefused:  # the confirmation of an earlier sending was lost
             if not await look_for(partial(self.are_stored, [job]), REPLICA_LAG_DELAYS):
-                raise WriteRefused(self._subjects.bucket_log, f"job {job.job_id!r}") from None
+                raise WriteRefused(self._keys.bucket_log, f"job {job.job_id!r}") from None
         return job.job_id
 
     async def _add_once(self, job: Addition) -> str:
@@ -285,7 +285,7 @@ class Additions:
             batch.count += 1
             if late and outside:
                 batch.late.append((planned, outside))
-            if any(self._subjects.outcome_state(write.subject) for write in writes):
+            if any(self._keys.outcome_state(write.subject) for write in writes):
                 batch.failed.append(encode_token(job.job_id))
         return batch
 
@@ -330,15 +330,15 @@ class Additions:
         linking = bool(outside) and not known
         parked = self.dependencies.parked
         body = linking_body(job) if linking else parked_body(job)
-        expect = Expect(self._subjects.later_all(token), last)
+        expect = Expect(self._keys.later_all(token), last)
         writes = [
             *parked.waits.writes(job),
             parked.parked_write(token, body, expect, linking=linking),
         ]
         for parent_id in outside if known else ():
             parent = encode_token(parent_id)
-            edge = self._subjects.edge(parent, token)
-            open_still = Expect(self._subjects.done_all(parent), known[parent_id].last)
+            edge = self._keys.edge(parent, token)
+            open_still = Expect(self._keys.done_all(parent), known[parent_id].last)
             writes.append(Write(edge, b"{}", open_still))
         return writes
 
@@ -348,9 +348,9 @@ class Additions:
         Raises:
             WriteRefused: a job with its id has ended already.
         """
-        end = await read_end(self._backend, self._subjects, token)
+        end = await read_end(self._backend, self._keys, token)
         if end.ended:
-            raise WriteRefused(self._subjects.bucket_log, f"job {job.job_id!r} has ended")
+            raise WriteRefused(self._keys.bucket_log, f"job {job.job_id!r} has ended")
         data = load_json(parked_body(job))
         return self.dependencies.parked.failure(data, token, parent_id, end.fence)
 
@@ -382,7 +382,7 @@ class Additions:
     async def _write_again_when_missing(
         self, writes: Sequence[Write], priorities: Iterable[int]
     ) -> None:
-        log = self._subjects.log_of(writes[0].subject)
+        log = self._keys.log_of(writes[0].subject)
         try:
             await self._backend.write(log, *writes)
         except AssetMissing:  # deleted since this process declared it
@@ -409,13 +409,13 @@ class Additions:
         """Return the write that adds a job; see `first_write`. `body`: its record, checked."""
         token = encode_token(job.job_id)
         if job.delay_until is None and not (job.custom_id or in_bucket):
-            return Write(self._subjects.ready(job.priority, token), body, message_id=job.job_id)
-        nothing = Expect(self._subjects.later_all(token), last)
+            return Write(self._keys.ready(job.priority, token), body, message_id=job.job_id)
+        nothing = Expect(self._keys.later_all(token), last)
         if job.delay_until is not None:
             return delayed_write(
-                self._subjects, token, body, (job.delay_until, self._backend.now()), nothing
+                self._keys, token, body, (job.delay_until, self._backend.now()), nothing
             )
-        return Write(self._subjects.later(token, Place.RELEASED), body, nothing)
+        return Write(self._keys.later(token, Place.RELEASED), body, nothing)
 
     @property
     def size_limit(self) -> int:
@@ -461,7 +461,7 @@ class Additions:
 
     async def announce(self, what: str, job_id: str, **data: Any) -> None:
         """See `announcing.announce`."""
-        await announce(self._backend, self._subjects, what, job_id, **data)
+        await announce(self._backend, self._keys, what, job_id, **data)
 
     async def exists(self, job_id: str) -> bool:
         """See `Plans.exists`."""

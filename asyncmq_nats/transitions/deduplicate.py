@@ -92,11 +92,11 @@ def take_window(entry: dict[str, Any]) -> Window | None:
 class Deduplicator:
     """The windows of one queue."""
 
-    def __init__(self, backend: Backend, subjects: QueueSubjects, additions: Additions) -> None:
+    def __init__(self, backend: Backend, keys: QueueSubjects, additions: Additions) -> None:
         self._backend = backend
-        self._subjects = subjects
+        self._keys = keys
         self._additions = additions
-        self._log = subjects.bucket_log
+        self._log = keys.bucket_log
 
     async def add(self, job: Job, window: Window) -> str:
         """Add the job, or return the id of the owner of the window; see `Queue.add`."""
@@ -167,7 +167,7 @@ class Deduplicator:
 
         `job`: the owner, while it may not be stored.
         """
-        subject = self._subjects.deduplication(encode_token(key))
+        subject = self._keys.deduplication(encode_token(key))
         body = dump_json({"job_id": owner, "until": until})
         if job is not None:
             body = splice(body, b'"job":' + job.encode())
@@ -179,17 +179,17 @@ class Deduplicator:
         """Replace the owner if that is wished and it is still delayed, then extend the window."""
         if window.replace:
             keys = [
-                self._subjects.later(encode_token(owner), place)
+                self._keys.later(encode_token(owner), place)
                 for place in (Place.DELAYED, Place.RELEASED)
             ]
             records = await self._backend.last(self._log, *keys)
-            for delayed in await follow_timers(self._backend, self._subjects, records):
+            for delayed in await follow_timers(self._backend, self._keys, records):
                 if not delayed.marker and Job.decode(delayed.body).is_early(
                     self._backend.now()
                 ):  # it is released a little before its time
                     writes = self._swapped(job, owner, delayed)
                     sequence = await self._backend.write(self._log, *writes)
-                    await expect_to_stay(self._backend, self._subjects, delayed, sequence)
+                    await expect_to_stay(self._backend, self._keys, delayed, sequence)
                     break
         if window.extend and window.ttl is not None:
             until = self._end_of(window)
@@ -210,9 +210,9 @@ class Deduplicator:
             replace(job, job_id=owner, delay_until=run_at).encode(),
             Expect(record.subject, record.sequence),
         )
-        if self._subjects.is_later(record.subject, Place.DELAYED):
-            return [delayed_write(self._subjects, token, body, (run_at, 0.0), expect)]
-        write = delayed_write(self._subjects, token, body, (run_at, self._backend.now()))
+        if self._keys.is_later(record.subject, Place.DELAYED):
+            return [delayed_write(self._keys, token, body, (run_at, 0.0), expect)]
+        write = delayed_write(self._keys, token, body, (run_at, self._backend.now()))
         if write.subject == record.subject:
             return [replace(write, expect=expect, beside=False)]
         return [Write(record.subject, b"", expect, ttl=MARKER_TTL, marker=True), write]
@@ -224,13 +224,11 @@ class Deduplicator:
 
     async def remove(self, key: str) -> bool:
         """End a window. Return whether there was one."""
-        subject = self._subjects.deduplication(encode_token(key))
+        subject = self._keys.deduplication(encode_token(key))
         return await self._backend.purge(self._log, subject) > 0
 
     async def _read(self, key: str) -> Record | None:
-        records = await self._backend.last(
-            self._log, self._subjects.deduplication(encode_token(key))
-        )
+        records = await self._backend.last(self._log, self._keys.deduplication(encode_token(key)))
         return records[0] if records else None
 
     async def _live_owner(self, key: str, record: Record) -> str | None:
@@ -251,7 +249,7 @@ class Deduplicator:
             return None
         if job is None and until is not None:
             return owner
-        read = partial(read_stage, self._backend, self._subjects, encode_token(owner))
+        read = partial(read_stage, self._backend, self._keys, encode_token(owner))
         stage = await look_for(read)
         if job is not None:
             if stage is None:  # its producer may have died before it stored it

@@ -54,12 +54,12 @@ class Deliveries:
     """The transitions of deliveries before they run, or instead."""
 
     def __init__(
-        self, backend: Backend, subjects: QueueSubjects, assets: QueueAssets, worker: str = ""
+        self, backend: Backend, keys: QueueSubjects, assets: QueueAssets, worker: str = ""
     ) -> None:
         self._backend = backend
-        self._subjects = subjects
+        self._keys = keys
         self._assets = assets
-        self._additions = Additions(backend, subjects, assets)
+        self._additions = Additions(backend, keys, assets)
         self.dependencies = self._additions.dependencies
         self._follow_ups = FollowUpJobs(backend, assets, self._additions)
         self.worker = worker
@@ -98,7 +98,7 @@ class Deliveries:
         Job.decode(delivery.body)
         for name in OUTCOME_FIELDS:
             data.pop(name, None)
-        priority, _ = self._subjects.split_ready(delivery.subject)
+        priority, _ = self._keys.split_ready(delivery.subject)
         known = {"v": data.pop("v", WIRE_VERSION), "id": decode_token(token), "priority": priority}
         rest = {key: value for key, value in data.items() if key not in known}
         try:
@@ -114,7 +114,7 @@ class Deliveries:
         `attempt.lost` says whether a worker was lost while it may have run the job: then it needs
         a claim before it runs.
         """
-        snapshot = await read_snapshot(self._backend, self._subjects, attempt.token)
+        snapshot = await read_snapshot(self._backend, self._keys, attempt.token)
         if snapshot.outcome is not None:
             job = load_json(attempt.body)
             await self._follow_ups.carry_out_again(snapshot.outcome.body, job)
@@ -144,15 +144,15 @@ class Deliveries:
             return False
         if attempt.stalls and attempt.lost:
             job_id, stalls = attempt.head.job_id, attempt.stalls
-            await announce(self._backend, self._subjects, STALLED, job_id, stalls=stalls)
+            await announce(self._backend, self._keys, STALLED, job_id, stalls=stalls)
         return True
 
     async def _write_claim(self, attempt: Attempt, *, released: bool) -> bool:
         claim = attempt.claim(self.worker, released=released)
-        expect = Expect(self._subjects.done_all(attempt.token), attempt.expect)
-        key = self._subjects.claim(attempt.token)
+        expect = Expect(self._keys.done_all(attempt.token), attempt.expect)
+        key = self._keys.claim(attempt.token)
         write = Write(key, claim.encode(), expect, ttl=CLAIM_TTL)
-        sequence = await write_if_expected(self._backend, self._subjects.bucket_log, write)
+        sequence = await write_if_expected(self._backend, self._keys.bucket_log, write)
         if sequence is None:
             return False
         attempt.expect = attempt.claim_sequence = sequence
@@ -164,16 +164,16 @@ class Deliveries:
         The write is not awaited. An outcome that overtakes it is confirmed by a second try.
         """
         claim = attempt.claim(self.worker)
-        expect = Expect(self._subjects.done_all(attempt.token), attempt.expect)
+        expect = Expect(self._keys.done_all(attempt.token), attempt.expect)
 
         def on_settled(result: int | BackendError) -> None:
             if isinstance(result, int):
                 attempt.expect = attempt.claim_sequence = result
 
         attempt.claim_sent = True
-        key = self._subjects.claim(attempt.token)
+        key = self._keys.claim(attempt.token)
         write = Write(key, claim.encode(), expect, ttl=CLAIM_TTL)
-        self._backend.send(self._subjects.bucket_log, write, on_settled)
+        self._backend.send(self._keys.bucket_log, write, on_settled)
 
     async def verify(self, attempt: Attempt) -> Attempt | Disposition:
         """Do `inspect`, and `claim` the job if a worker was lost with it."""
@@ -190,7 +190,7 @@ class Deliveries:
     async def hand_back(self, attempt: Attempt) -> None:
         """Return a job that did not end to the queue. It does not count as stalled."""
         while not await self._write_claim(attempt, released=True):
-            snapshot = await read_snapshot(self._backend, self._subjects, attempt.token)
+            snapshot = await read_snapshot(self._backend, self._keys, attempt.token)
             disposition = self.judge(attempt, snapshot)
             if disposition is not None:
                 settle_delivery(attempt.delivery, disposition)

@@ -46,11 +46,11 @@ Change = Callable[[dict[str, Any]], dict[str, Any]]
 class Edits:
     """Changes of the jobs of one queue that have not started."""
 
-    def __init__(self, backend: Backend, subjects: QueueSubjects, assets: QueueAssets) -> None:
+    def __init__(self, backend: Backend, keys: QueueSubjects, assets: QueueAssets) -> None:
         self._backend = backend
-        self._subjects = subjects
+        self._keys = keys
         self._assets = assets
-        self._log = subjects.bucket_log
+        self._log = keys.bucket_log
 
     # -- when it runs
 
@@ -67,15 +67,15 @@ class Edits:
 
     async def _change_delayed(self, token: str, run_at: float | None) -> bool:
         async def change() -> bool:
-            snapshot = await read_snapshot(self._backend, self._subjects, token)
+            snapshot = await read_snapshot(self._backend, self._keys, token)
             delayed = snapshot.later.get(Place.DELAYED)
             if delayed is None or snapshot.ended:
                 return await self._change_released(snapshot, run_at)
-            if is_ringing(self._backend, self._subjects, delayed):
+            if is_ringing(self._backend, self._keys, delayed):
                 return run_at is None  # as if it were released
             sequence = await self._backend.write(self._log, self._moved(delayed, run_at))
             if run_at is not None:
-                await expect_to_stay(self._backend, self._subjects, delayed, sequence)
+                await expect_to_stay(self._backend, self._keys, delayed, sequence)
             return not await self._undo_if_ended(token, sequence)
 
         with suppress(WriteRefused):  # others change it each time
@@ -87,7 +87,7 @@ class Edits:
 
         A leader that has yet to apply a cancellation takes both writes.
         """
-        end = await read_end(self._backend, self._subjects, token)
+        end = await read_end(self._backend, self._keys, token)
         if not end.ended or end.is_rerun:
             return False
         await self._backend.delete(self._log, sequence)
@@ -101,20 +101,20 @@ class Edits:
         released = snapshot.later.get(Place.RELEASED)
         if released is None or snapshot.ended:
             return False
-        return run_at is None and is_delayed(released, self._subjects, self._backend.now())
+        return run_at is None and is_delayed(released, self._keys, self._backend.now())
 
     def _moved(self, delayed: Record, run_at: float | None) -> Write:
         """Return the write that lets a delayed job run at another time, or now.
 
         It takes the timer with it, so the job cannot become due twice.
         """
-        data, token = load_json(delayed.body), self._subjects.token(delayed.subject)
+        data, token = load_json(delayed.body), self._keys.token(delayed.subject)
         expect, now = Expect(delayed.subject, delayed.sequence), self._backend.now()
         if run_at is not None and run_at - TIMER_LEAD > now:
             body = dump_json(data | {"delay_until": run_at})
-            return delayed_write(self._subjects, token, body, (run_at, now), expect)
+            return delayed_write(self._keys, token, body, (run_at, now), expect)
         data.pop("delay_until", None)
-        key = self._subjects.later(token, Place.RELEASED)
+        key = self._keys.later(token, Place.RELEASED)
         return Write(key, dump_json(data), expect, removes=delayed.subject, beside=True)
 
     # -- what it is called with
@@ -129,7 +129,7 @@ class Edits:
         token = encode_token(job_id)
 
         async def edit() -> bool:
-            snapshot = await read_snapshot(self._backend, self._subjects, token)
+            snapshot = await read_snapshot(self._backend, self._keys, token)
             if snapshot.ended and not snapshot.is_rerun:
                 raise WrongState(job_id, str(snapshot.state), "edited", NOT_STARTED)
             return await self._edit_there(job_id, snapshot, change)
@@ -146,19 +146,17 @@ class Edits:
         """
         record = snapshot.later.get(Place.DELAYED) or snapshot.later.get(Place.PARKED)
         if record is not None:
-            if is_ringing(self._backend, self._subjects, record):
+            if is_ringing(self._backend, self._keys, record):
                 raise WrongState(job_id, State.WAITING, "edited", BEING_MADE_READY)
             write = self._rewritten(record, change)
             sequence = await self._backend.write(self._log, write)
-            if is_ringing(self._backend, self._subjects, record, CLOCK_SLACK):
+            if is_ringing(self._backend, self._keys, record, CLOCK_SLACK):
                 edited = replace(record, body=write.body, sequence=sequence)
                 await self._expect_edited(job_id, edited)
             return not await self._undo_if_ended(snapshot.token, sequence)
         if snapshot.later.get(Place.RELEASED) is not None:
             raise WrongState(job_id, State.WAITING, "edited", BEING_MADE_READY)
-        ready = await self._backend.last(
-            self._subjects.ready_log, self._subjects.ready_any(snapshot.token)
-        )
+        ready = await self._backend.last(self._keys.ready_log, self._keys.ready_any(snapshot.token))
         if ready:
             await self._edit_ready(job_id, ready[-1], change)
         return bool(ready)
@@ -169,7 +167,7 @@ class Edits:
         Raises:
             WrongState: with the old ones, or that cannot be told any more.
         """
-        after = await follow_timers(self._backend, self._subjects, [edited])
+        after = await follow_timers(self._backend, self._keys, [edited])
         if all(record.body != edited.body for record in after):
             raise WrongState(job_id, State.WAITING, "edited", HAS_COME)
 
@@ -177,20 +175,20 @@ class Edits:
         """Return the write that changes a delayed or a parked job in its place, its timer kept."""
         data = load_json(record.body)
         if "linking" in data:
-            job_id = decode_token(self._subjects.token(record.subject))
+            job_id = decode_token(self._keys.token(record.subject))
             raise WrongState(job_id, State.WAITING_CHILDREN, "edited", BEING_ADDED)
         body = self._checked_body(change(data), record)
         expect = Expect(record.subject, record.sequence)
-        if not self._subjects.is_later(record.subject, Place.DELAYED):
+        if not self._keys.is_later(record.subject, Place.DELAYED):
             return Write(record.subject, body, expect)
         run_at = float(data.get("delay_until") or record.time)
-        released = self._subjects.later(self._subjects.token(record.subject), Place.RELEASED)
+        released = self._keys.later(self._keys.token(record.subject), Place.RELEASED)
         return Write(record.subject, body, expect, timer=Timer(run_at - TIMER_LEAD, released))
 
     def _checked_body(self, data: Mapping[str, Any], record: Record) -> bytes:
         body = dump_json(data)
         job = Job.decode(body)
-        what = f"job {decode_token(self._subjects.token(record.subject))!r} of task {job.task_id!r}"
+        what = f"job {decode_token(self._keys.token(record.subject))!r} of task {job.task_id!r}"
         limit = self._backend.settings.max_job_payload_bytes
         check_size(body, what, self._backend.max_body, limit)
         return body
@@ -202,32 +200,32 @@ class Edits:
         queue have been resumed at that very moment, and a worker have got the old one, a claim
         makes the server refuse its outcome.
         """
-        priority, token = self._subjects.split_ready(ready.subject)
+        priority, token = self._keys.split_ready(ready.subject)
         if await self._is_delivered(priority, ready):
             raise WrongState(job_id, State.ACTIVE, "edited", NOT_STARTED)
         if not await self._is_held_back(priority):
             raise WrongState(job_id, State.WAITING, "edited", MAY_START)
         body = self._checked_body(change(load_json(ready.body)), ready)
         write = Write(ready.subject, body, Expect(ready.subject, ready.sequence))
-        await self._backend.write(self._subjects.ready_log, write)
+        await self._backend.write(self._keys.ready_log, write)
         if await self._is_delivered(priority, ready):
             logger.warning("job %s may have started while it was edited: it runs again", job_id)
             await self._void(token, ready.sequence)
 
     async def _is_delivered(self, priority: int, ready: Record) -> bool:
-        tier = await self._backend.look_up(self._subjects.ready_log, tier_name(priority))
+        tier = await self._backend.look_up(self._keys.ready_log, tier_name(priority))
         return tier is not None and tier.delivered_sequence >= ready.sequence
 
     async def _is_held_back(self, priority: int) -> bool:
-        tier = await self._backend.look_up(self._subjects.ready_log, tier_name(priority))
+        tier = await self._backend.look_up(self._keys.ready_log, tier_name(priority))
         return tier is None or tier.paused
 
     async def _void(self, token: str, sequence: int) -> None:
         """Have the server refuse a worker's outcome of this message, or of an earlier one."""
-        claim, key = Claim.on_all_until(sequence), self._subjects.claim(token)
+        claim, key = Claim.on_all_until(sequence), self._keys.claim(token)
 
         async def void() -> None:
-            end = await read_end(self._backend, self._subjects, token)
+            end = await read_end(self._backend, self._keys, token)
             if not end.ended:
                 write = Write(key, claim.encode(), end.fence, ttl=CLAIM_TTL)
                 await self._backend.write(self._log, write)

@@ -16,11 +16,11 @@ LEAST_OUTCOME_AGE: Final = 5.0
 """Seconds. An outcome is the proof that its job ended until its message is gone."""
 
 
-async def make_room(backend: Backend, subjects: QueueSubjects) -> int:
+async def make_room(backend: Backend, keys: QueueSubjects) -> int:
     """Remove the oldest outcomes of completed jobs while others find no room. Return how many."""
     if not backend.is_full:
         return 0
-    log, filter = subjects.bucket_log, subjects.outcomes(State.COMPLETED)
+    log, filter = keys.bucket_log, keys.outcomes(State.COMPLETED)
     newest = backend.now() - backend.settings.stalled_after - LEAST_OUTCOME_AGE
     page = await backend.page(log, filter, limit=REMOVED_AT_ONCE)
     old = [record.sequence for record in page if record.time < newest]
@@ -29,7 +29,7 @@ async def make_room(backend: Backend, subjects: QueueSubjects) -> int:
     removed = await backend.purge(log, filter, before=old[-1] + 1)
     logger.error(
         "queue %s: the store is full; the oldest %d results were removed for the next ones",
-        subjects.queue,
+        keys.queue,
         removed,
     )
     return removed

@@ -60,9 +60,9 @@ class Side:
     administration: Administration
 
     @property
-    def subjects(self) -> QueueSubjects:
+    def keys(self) -> QueueSubjects:
         """The keys of the queue."""
-        return self.additions.subjects
+        return self.additions.keys
 
 
 class Mover:
@@ -72,12 +72,12 @@ class Mover:
         self._here = here
         self._there = there
         self._source, self._target = here.additions.backend, there.additions.backend
-        self._reason = f"{MOVED_TO}{there.subjects.queue!r}"
-        self._secret = QueueSecret(self._source, here.subjects)
+        self._reason = f"{MOVED_TO}{there.keys.queue!r}"
+        self._secret = QueueSecret(self._source, here.keys)
 
     async def _origin(self) -> str:
         """Return what no other queue has, not even one of the same name on another server."""
-        queue = self._here.subjects.queue
+        queue = self._here.keys.queue
         return f"{queue}:{keyed_id(await self._secret.get(), MOVED_FROM)}"
 
     async def move(
@@ -124,12 +124,12 @@ class Mover:
         return await self._end_and_release(job.job_id, data, sequence)
 
     async def _is_awaited(self, job_id: str) -> bool:
-        edges = self._here.subjects.edge(encode_token(job_id), "*")
-        found = await self._source.last(self._here.subjects.bucket_log, edges)
+        edges = self._here.keys.edge(encode_token(job_id), "*")
+        found = await self._source.last(self._here.keys.bucket_log, edges)
         return bool(without_markers(found))
 
     async def _hold(self, data: dict[str, Any], last: int) -> int:
-        keys, token = self._there.subjects, encode_token(data["id"])
+        keys, token = self._there.keys, encode_token(data["id"])
         body = dump_json(data | {MOVED_FROM: await self._origin()})
         timer = Timer(self._target.now() + HOLD_TIME, keys.later(token, Place.RELEASED))
         key = keys.later(token, Place.DELAYED)
@@ -145,7 +145,7 @@ class Mover:
         with CancelScope(shield=True):
             if not await administration.cancel(job_id, self._reason):
                 if await self._our_outcome(job_id) is None:
-                    await self._target.delete(self._there.subjects.bucket_log, sequence)
+                    await self._target.delete(self._there.keys.bucket_log, sequence)
                     return False
                 # Another mover ended it, and may have died since: its message may be there still.
                 await administration.finish_cancel(job_id)
@@ -157,7 +157,7 @@ class Mover:
         return True
 
     async def _release(self, data: dict[str, Any], sequence: int) -> None:
-        keys, token, now = self._there.subjects, encode_token(data["id"]), self._target.now()
+        keys, token, now = self._there.keys, encode_token(data["id"]), self._target.now()
         held = keys.later(token, Place.DELAYED)
         run_at = data.get("delay_until")
         times = (float(run_at) if isinstance(run_at, int | float) else now, now)
@@ -169,11 +169,11 @@ class Mover:
     async def _remove_outcome(self, job_id: str) -> None:
         record = await self._our_outcome(job_id)
         if record is not None:
-            await self._source.delete(self._here.subjects.bucket_log, record.sequence)
+            await self._source.delete(self._here.keys.bucket_log, record.sequence)
 
     async def _our_outcome(self, job_id: str) -> Record | None:
         """Return the outcome of a job here if a mover ended it."""
-        snapshot = await read_snapshot(self._source, self._here.subjects, encode_token(job_id))
+        snapshot = await read_snapshot(self._source, self._here.keys, encode_token(job_id))
         if snapshot.state is not State.CANCELLED or snapshot.outcome is None:
             return None
         ended_by = load_json(snapshot.outcome.body).get("last_error")
@@ -200,7 +200,7 @@ async def write_outcome(additions: Additions, data: dict[str, Any], state: State
     Raises:
         WriteRefused: it has.
     """
-    keys, token = additions.subjects, encode_token(str(data["id"]))
+    keys, token = additions.keys, encode_token(str(data["id"]))
     settings = additions.settings
     completed = state is State.COMPLETED
     write = Write(

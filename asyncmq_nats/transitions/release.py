@@ -37,11 +37,11 @@ DELETE_LIMIT: Final = 20
 class Dependencies:
     """The edges between the jobs of one queue."""
 
-    def __init__(self, backend: Backend, subjects: QueueSubjects, assets: QueueAssets) -> None:
+    def __init__(self, backend: Backend, keys: QueueSubjects, assets: QueueAssets) -> None:
         self._backend = backend
-        self._subjects = subjects
-        self._log = subjects.bucket_log
-        self.parked = ParkedJobs(backend, subjects, assets)
+        self._keys = keys
+        self._log = keys.bucket_log
+        self.parked = ParkedJobs(backend, keys, assets)
 
     async def release(self, token: str, known: Sequence[Record] = ()) -> None:
         """Tell the children of a job that it has ended: each runs, fails, or goes on waiting.
@@ -61,11 +61,11 @@ class Dependencies:
 
     async def _release_one(self, token: str, known: Sequence[Record] = ()) -> list[str]:
         """Return the children that have ended because this parent failed."""
-        subjects = self._subjects
+        keys = self._keys
         records = known or await read_when(
             self._backend,
             self._log,
-            [subjects.done_all(token)],
+            [keys.done_all(token)],
             lambda found: self._outcome_in(found) is not None,
         )
         outcome = self._outcome_in(records)
@@ -77,13 +77,13 @@ class Dependencies:
         data = _json(outcome.body)
         parent = Parent(
             decode_token(token),
-            subjects.outcome_state(outcome.subject),
+            keys.outcome_state(outcome.subject),
             data.get("result"),
             outcome.sequence,
             outcome.subject,
         )
         # These are all edges: none is added after an outcome.
-        edges = [record for record in records if subjects.is_edge(record.subject)]
+        edges = [record for record in records if keys.is_edge(record.subject)]
         children = self._children(data, edges)
         failed = await self._tell(parent, [each for each, place in children.items() if not place])
         failed += await self._tell_wide(
@@ -102,7 +102,7 @@ class Dependencies:
             for child in texts(data.get("children"))
         }
         for edge in edges:
-            child = self._subjects.parse(edge.subject).child
+            child = self._keys.parse(edge.subject).child
             children[child] = place_of(_json(edge.body).get("wait"))
         return children
 
@@ -131,7 +131,7 @@ class Dependencies:
 
     async def _remove_edges(self, token: str, edges: Sequence[Record]) -> None:
         if len(edges) > DELETE_LIMIT:
-            await self._backend.purge(self._log, self._subjects.edge(token, "*"))
+            await self._backend.purge(self._log, self._keys.edge(token, "*"))
         else:
             await for_each(
                 partial(self._backend.delete, self._log), [edge.sequence for edge in edges]
@@ -142,7 +142,7 @@ class Dependencies:
             (
                 record
                 for record in without_markers(records)
-                if self._subjects.outcome_state(record.subject)
+                if self._keys.outcome_state(record.subject)
             ),
             None,
         )
@@ -165,10 +165,10 @@ class Dependencies:
     async def results(self, job: Job) -> dict[str, Any]:
         """Return the results of the jobs that a job depends on, by id; only of those completed."""
         missing = [parent for parent in job.depends_on or () if parent not in job.parent_results]
-        keys = [self._subjects.outcome(encode_token(parent), State.COMPLETED) for parent in missing]
+        keys = [self._keys.outcome(encode_token(parent), State.COMPLETED) for parent in missing]
         records = await look_for(partial(read_many, self._backend, self._log, keys)) if keys else []
         read = {
-            decode_token(self._subjects.token(record.subject)): _json(record.body).get("result")
+            decode_token(self._keys.token(record.subject)): _json(record.body).get("result")
             for record in without_markers(records)
         }
         known = job.parent_results | read

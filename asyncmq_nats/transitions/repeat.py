@@ -48,10 +48,10 @@ TICK_SLACK: Final = 0.2
 class Repeatables:
     """The repeatables of one queue."""
 
-    def __init__(self, backend: Backend, subjects: QueueSubjects) -> None:
+    def __init__(self, backend: Backend, keys: QueueSubjects) -> None:
         self._backend = backend
-        self._subjects = subjects
-        self._log = subjects.bucket_log
+        self._keys = keys
+        self._log = keys.bucket_log
 
     async def upsert(self, definition: Definition) -> float:
         """Store a definition and return its next run; `inf` if none is to come.
@@ -93,14 +93,12 @@ class Repeatables:
 
         Return the time of its next run, or `None` if what was read has changed since.
         """
-        key = self._subjects.repeat(encode_token(definition.rid))
-        fire = self._subjects.fire(encode_token(definition.rid))
+        key = self._keys.repeat(encode_token(definition.rid))
+        fire = self._keys.fire(encode_token(definition.rid))
         body, writes = dump_json(definition), list[Write]()
         if tick is not None and not definition.paused and not definition.finished:
             planned = definition.plan(tick.at, body, runs=tick.runs, last=tick.last)
-            writes.append(
-                next_tick_write(self._subjects, definition.rid, planned, self._backend.now())
-            )
+            writes.append(next_tick_write(self._keys, definition.rid, planned, self._backend.now()))
         writes += [
             Write(record.subject, b"", ttl=MARKER_TTL, marker=True)
             for record in without_markers(records.values())
@@ -130,7 +128,7 @@ class Repeatables:
         return records
 
     def _is_ringing(self, records: Mapping[str, Record], token: str) -> bool:
-        record = records.get(self._subjects.tick(token))
+        record = records.get(self._keys.tick(token))
         if record is None or record.marker or not self._backend.timers_lag:
             return False
         tick = self._tick_in({record.subject: record})
@@ -140,15 +138,15 @@ class Repeatables:
         token = encode_token(rid)
         records = await self._backend.last(
             self._log,
-            self._subjects.repeat(token),
-            self._subjects.tick(token),
-            self._subjects.fire(token),
+            self._keys.repeat(token),
+            self._keys.tick(token),
+            self._keys.fire(token),
         )
         return {record.subject: record for record in records}
 
     def _record_in(self, records: Mapping[str, Record]) -> Record | None:
         return next(
-            (r for r in records.values() if self._subjects.is_repeat(r.subject) and not r.marker),
+            (r for r in records.values() if self._keys.is_repeat(r.subject) and not r.marker),
             None,
         )
 
@@ -158,7 +156,7 @@ class Repeatables:
         if record is None:
             return None
         try:
-            return decode_definition(record.body, self._subjects.rid(record.subject))
+            return decode_definition(record.body, self._keys.rid(record.subject))
         except InvalidJob as problem:
             logger.warning("repeatable %.200r is skipped: %s", record.subject, problem)
             return None
@@ -167,7 +165,7 @@ class Repeatables:
         """Return the next tick among the records of a repeatable. A malformed one is no tick."""
         ticks = list[Tick]()
         for record in without_markers(records.values()):
-            if not self._subjects.is_repeat(record.subject):
+            if not self._keys.is_repeat(record.subject):
                 try:
                     ticks.append(Tick.decode(record.body))
                 except InvalidJob as problem:
@@ -189,7 +187,7 @@ class Repeatables:
     async def _all(self) -> list[tuple[Record, Definition]]:
         found, start = list[tuple[Record, Definition]](), 1
         while page := await self._backend.page(
-            self._log, self._subjects.repeat("*"), from_sequence=start, limit=PAGE_SIZE
+            self._log, self._keys.repeat("*"), from_sequence=start, limit=PAGE_SIZE
         ):
             for record in page:
                 definition = self._definition_in({record.subject: record})
@@ -209,7 +207,7 @@ class Repeatables:
 
     async def _remove(self, rid: str, records: Mapping[str, Record]) -> bool:
         """Remove what was read. Return `False` if it has changed since."""
-        key, fire = self._subjects.repeat(encode_token(rid)), self._subjects.fire(encode_token(rid))
+        key, fire = self._keys.repeat(encode_token(rid)), self._keys.fire(encode_token(rid))
         writes = [
             Write(
                 record.subject,

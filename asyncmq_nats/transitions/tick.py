@@ -65,15 +65,15 @@ class Ticker:
     def __init__(
         self,
         backend: Backend,
-        subjects: QueueSubjects,
+        keys: QueueSubjects,
         assets: QueueAssets,
         secret: QueueSecret,
     ) -> None:
         self._backend = backend
-        self._subjects = subjects
+        self._keys = keys
         self._assets = assets
         self._secret = secret
-        self._log = subjects.bucket_log
+        self._log = keys.bucket_log
         self._definitions: dict[tuple[str, str], tuple[Definition, bytes]] = {}
         """By id and fingerprint, with the record's body."""
 
@@ -90,7 +90,7 @@ class Ticker:
         Raises:
             InvalidJob: it is no tick.
         """
-        tick, rid = Tick.decode(delivery.body), self._subjects.rid(delivery.subject)
+        tick, rid = Tick.decode(delivery.body), self._keys.rid(delivery.subject)
         known = self._definitions.get((rid, tick.of)) if trusted else None
         if known is None:
             found = await self._look_up(delivery, rid, tick)
@@ -110,13 +110,13 @@ class Ticker:
         self, delivery: Delivery, rid: str, tick: Tick
     ) -> tuple[Definition, bytes] | TickEnd:
         """Return the definition, or the disposition of a fire that makes no job."""
-        subjects, token = self._subjects, encode_token(rid)
-        keys = subjects.repeat(token), subjects.tick(token), subjects.fire(token)
+        keys, token = self._keys, encode_token(rid)
+        names = keys.repeat(token), keys.tick(token), keys.fire(token)
         records = {
             record.subject: record
-            for record in without_markers(await self._backend.last(self._log, *keys))
+            for record in without_markers(await self._backend.last(self._log, *names))
         }
-        stored, planned, fire = (records.get(key) for key in keys)
+        stored, planned, fire = (records.get(name) for name in names)
         if fire is None or fire.sequence != delivery.sequence:
             return TickEnd.ACK if fire and fire.sequence > delivery.sequence else TickEnd.UNSEEN
         if stored is None:
@@ -153,7 +153,7 @@ class Ticker:
         """Return whether a job is there and has not ended."""
         if job_id is None:
             return False
-        read = partial(read_stage, self._backend, self._subjects, encode_token(job_id))
+        read = partial(read_stage, self._backend, self._keys, encode_token(job_id))
         return await look_for(read, looks(self._backend)) == "unfinished"
 
     # -- jobs
@@ -166,12 +166,12 @@ class Ticker:
         for job in jobs:
             priority, token = await self._tier_of(job), encode_token(job.job_id)
             write = Write(
-                self._subjects.ready(priority, token),
+                self._keys.ready(priority, token),
                 job.encode(),
-                Expect(self._subjects.ready_any(token)),
+                Expect(self._keys.ready_any(token)),
                 message_id=keyed_id(await self._secret.get(), "tick", job.job_id),
             )
-            if await write_if_expected(self._backend, self._subjects.ready_log, write) is None:
+            if await write_if_expected(self._backend, self._keys.ready_log, write) is None:
                 logger.debug("job %s of a repeatable is there already", job.job_id)
 
     async def _tier_of(self, job: Job) -> int:
@@ -183,15 +183,15 @@ class Ticker:
         return job.priority
 
     async def _existing(self, tokens: Sequence[str]) -> set[str]:
-        subjects, filters = self._subjects, list[str]()
+        keys, filters = self._keys, list[str]()
         for token in tokens:
-            filters += [subjects.ends(token), subjects.later_all(token)]
+            filters += [keys.ends(token), keys.later_all(token)]
         bucket = await self._backend.last(self._log, *filters)
         ready = await self._backend.last(
-            subjects.ready_log, *(subjects.ready_any(token) for token in tokens)
+            keys.ready_log, *(keys.ready_any(token) for token in tokens)
         )
         found = without_markers([*bucket, *ready])
-        return {subjects.token(record.subject) for record in found}
+        return {keys.token(record.subject) for record in found}
 
     # -- the next tick
 
@@ -215,10 +215,10 @@ class Ticker:
         expect = Expect(delivery.subject, delivery.sequence)
         if definition.is_done(planned):
             ended = replace(definition, finished=True, left=planned)
-            key = self._subjects.repeat(encode_token(rid))
+            key = self._keys.repeat(encode_token(rid))
             write = Write(key, dump_json(ended), expect)
         else:
-            write = next_tick_write(self._subjects, rid, planned, now, expect)
+            write = next_tick_write(self._keys, rid, planned, now, expect)
         if await write_if_expected(self._backend, self._log, write) is None:
             logger.debug("repeatable %s was changed, or its tick was carried out elsewhere", rid)
             return TickEnd.ACK
