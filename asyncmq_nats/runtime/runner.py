@@ -10,7 +10,7 @@ from anyio.abc import TaskGroup, TaskStatus
 
 from asyncmq_nats._concurrency import Spawner, all_done_before, open_task_group
 from asyncmq_nats._logging import get_logger
-from asyncmq_nats.backends.base import Backend, Delivery
+from asyncmq_nats.backends.base import Delivery
 from asyncmq_nats.exceptions import AsyncMQError, BackendError, InvalidArgument
 from asyncmq_nats.middleware import Chain, Hooks
 from asyncmq_nats.runtime.completer import Completer
@@ -30,12 +30,11 @@ from asyncmq_nats.states import State
 from asyncmq_nats.store.announcing import WorkerEvents
 from asyncmq_nats.store.commit import SHUTDOWN_STEP_TIMEOUT
 from asyncmq_nats.store.configuration import Configurations
+from asyncmq_nats.store.queue_store import QueueStore
 from asyncmq_nats.store.reads import Inspection
-from asyncmq_nats.store.topology import QueueAssets
 from asyncmq_nats.transitions.finish import Lifecycle
 from asyncmq_nats.transitions.make_room import make_room
 from asyncmq_nats.wire.codec import load_json
-from asyncmq_nats.wire.keys import QueueSubjects
 
 __all__ = ["Runner"]
 
@@ -49,9 +48,7 @@ class Runner:
     """Runs the jobs of one queue in this process.
 
     Args:
-        backend: connected or not.
-        keys: of the queue.
-        assets: of the queue.
+        store: of the queue; its backend is connected or not.
         registry: the tasks that can be run.
         any_task: whether all of them are, and not only those of the queue.
         concurrency: slots; never more jobs run at a time.
@@ -66,9 +63,7 @@ class Runner:
 
     def __init__(
         self,
-        backend: Backend,
-        keys: QueueSubjects,
-        assets: QueueAssets,
+        store: QueueStore,
         *,
         registry: TaskRegistry,
         concurrency: int,
@@ -86,6 +81,8 @@ class Runner:
             raise ValueError(f"concurrency must be at least 1, not {concurrency}")
         self.worker = worker or new_worker_id()
         self._on_stop_signal = on_stop_signal or self.stop
+        self._store = store
+        backend, keys, assets = store.backend, store.keys, store.assets
         self._backend = backend
         self._keys = keys
         self._assets = assets
@@ -138,7 +135,7 @@ class Runner:
         self._slots.fetcher, self._slots.completer = self._fetcher, self._completer
         if group is not None:
             self._fetcher.member = self._slots
-        self._configurations = Configurations(backend, keys, assets)
+        self._configurations = Configurations(store)
         self._declarations = declarations or Declarations(backend, keys, {})
         self._entry = WorkerRegistry(
             backend,
@@ -167,7 +164,7 @@ class Runner:
         )
         self._promoter = Promoter(backend, keys, assets)
         parts = WorkerParts(self._slots, self._fetcher, self._promoter, self.recorder)
-        self.vitals = Vitals(backend, keys, assets, self.worker, concurrency, parts)
+        self.vitals = Vitals(store, self.worker, concurrency, parts)
         self._progress = anyio.Event()
         self._draining = False
         self._stop = anyio.Event()
@@ -205,7 +202,7 @@ class Runner:
         busy = not self._fetcher.is_idle or self._completer.pending or self._slots.waits_in_line
         if busy or self._fetcher.is_paused:
             return bool(busy)
-        inspection = Inspection(self._backend, self._keys, self._assets)
+        inspection = Inspection(self._store)
         return (await inspection.count_by_state())[State.WAITING] > 0
 
     async def run(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:

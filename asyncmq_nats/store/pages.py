@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from math import inf
 from typing import Final
 
-from asyncmq_nats.backends.base import Backend, ConsumerState, Record
+from asyncmq_nats.backends.base import ConsumerState, Record
 from asyncmq_nats.exceptions import AssetMissing, InvalidArgument
 from asyncmq_nats.jobs import Job
 from asyncmq_nats.states import OUTCOMES, Place, State
+from asyncmq_nats.store.queue_store import QueueStore
 from asyncmq_nats.store.reads import PAGE_SIZE, PLACE_STATES, Inspection
-from asyncmq_nats.store.topology import QueueAssets
-from asyncmq_nats.wire.keys import INDEXED, QueueSubjects
+from asyncmq_nats.wire.keys import INDEXED
 
 __all__ = ["JobLists", "Source"]
 
@@ -67,16 +67,10 @@ class Source:
 class JobLists:
     """The lists of one queue."""
 
-    def __init__(
-        self,
-        backend: Backend,
-        keys: QueueSubjects,
-        assets: QueueAssets,
-        inspection: Inspection,
-    ) -> None:
-        self._backend = backend
-        self._keys = keys
-        self._assets = assets
+    def __init__(self, store: QueueStore, inspection: Inspection) -> None:
+        self._store = store
+        self._backend = store.backend
+        self._keys = store.keys
         self._inspection = inspection
 
     @property
@@ -117,7 +111,7 @@ class JobLists:
 
     async def _tiers(self, state: State) -> list[Source]:
         found = []
-        for priority in await self._assets.list_tiers():
+        for priority in await self._store.assets.list_tiers():
             tier = await self._inspection.tier(priority)
             delivered = tier.delivered_sequence
             source = Source(

@@ -7,17 +7,19 @@ still there is an event of the past.
 from contextlib import suppress
 from dataclasses import replace
 
-from asyncmq_nats.backends.base import Backend, Record
+from asyncmq_nats.backends.base import Record
 from asyncmq_nats.events import Event, read_event
 from asyncmq_nats.exceptions import AssetMissing
 from asyncmq_nats.states import State
-from asyncmq_nats.wire.keys import QueueSubjects, last_token
+from asyncmq_nats.store.queue_store import QueueStore
+from asyncmq_nats.wire.keys import last_token
 
 __all__ = ["read_past_events"]
 
 
-async def read_past_events(backend: Backend, keys: QueueSubjects, limit: int) -> list[Event]:
+async def read_past_events(store: QueueStore, limit: int) -> list[Event]:
     """Return the latest events whose records are still there, the newest first."""
+    backend, keys = store.backend, store.keys
     found: list[Event | None] = []
     with suppress(AssetMissing):
         filter, _ = keys.republish_ready

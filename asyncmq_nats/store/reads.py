@@ -9,19 +9,18 @@ from functools import partial
 from typing import Any, Final
 
 from asyncmq_nats._concurrency import deadline, open_task_group
-from asyncmq_nats.backends.base import Backend, ConsumerState, Record
+from asyncmq_nats.backends.base import ConsumerState, Record
 from asyncmq_nats.exceptions import AssetMissing, AssetOffline, InvalidJob, Unconfirmed
 from asyncmq_nats.jobs import Job, new_job
 from asyncmq_nats.states import OUTCOMES, Place, State
 from asyncmq_nats.store.commit import look_for, looks
-from asyncmq_nats.store.topology import COUNTER_PATIENCE, QueueAssets
+from asyncmq_nats.store.queue_store import QueueStore
+from asyncmq_nats.store.topology import COUNTER_PATIENCE
 from asyncmq_nats.wire.codec import load_json
 from asyncmq_nats.wire.keys import (
-    QueueSubjects,
     counter_name,
     decode_token,
     encode_token,
-    tier_name,
 )
 
 __all__ = ["PAGE_SIZE", "PLACE_STATES", "Inspection", "JobPage", "WaitingJob"]
@@ -58,10 +57,10 @@ class WaitingJob:
 class Inspection:
     """Reads of one queue."""
 
-    def __init__(self, backend: Backend, keys: QueueSubjects, assets: QueueAssets) -> None:
-        self._backend = backend
-        self._keys = keys
-        self._assets = assets
+    def __init__(self, store: QueueStore) -> None:
+        self._store = store
+        self._backend = store.backend
+        self._keys = store.keys
         self._silent_until: dict[str, float] = {}
         """When a counter that did not answer is asked again."""
 
@@ -86,7 +85,7 @@ class Inspection:
             counts[state] += pending
 
         async with open_task_group() as group:
-            for priority in await self._assets.list_tiers():
+            for priority in await self._store.assets.list_tiers():
                 group.start_soon(count_tier, priority)
             group.start_soon(count_records, f"later_{Place.RELEASED}", State.WAITING)
             for place, state in PLACE_STATES.items():
@@ -115,7 +114,7 @@ class Inspection:
     async def tier(self, priority: int) -> ConsumerState:
         """Return the state of a tier's consumer; nothing if there is none."""
         with suppress(AssetMissing):
-            state = await self._backend.look_up(self._keys.ready_log, tier_name(priority))
+            state = await self._store.look_up_tier(priority)
             return state or EMPTY_STATE
         return EMPTY_STATE
 
@@ -132,13 +131,13 @@ class Inspection:
         `None` when there is no such counter, and this process may not make it. The records of a
         counter that does not answer are searched: its server may be lost, and others have them.
         """
-        log, now = self._keys.bucket_log, self._backend.now()
+        log, now = self._keys.bucket_log, self._store.now()
         try:
             if self._silent_until.get(counter, now) <= now:
                 with suppress(AssetOffline, Unconfirmed), deadline(COUNTER_PATIENCE):
                     return await self._ask(counter)
                 self._silent_until[counter] = now + SILENCE_LIFETIME
-            return await self._backend.count(log, self._assets.counters[counter])
+            return await self._backend.count(log, self._store.assets.counters[counter])
         except AssetMissing:
             return 0
 
@@ -146,7 +145,7 @@ class Inspection:
         log, name = self._keys.bucket_log, counter_name(counter)
         state = await self._backend.look_up(log, name)
         if state is None:  # it is in memory, and is made again
-            await self._assets.declare_counters()
+            await self._store.assets.declare_counters()
             state = await self._backend.look_up(log, name)
         return None if state is None else state.pending
 
@@ -185,7 +184,7 @@ class Inspection:
         """Return the job, if the bucket has it, and what its task reported of its progress."""
         keys = self._keys
         filters = keys.later_all(token), keys.done_all(token), keys.progress(token)
-        records = await self._backend.last(keys.bucket_log, *filters)
+        records = await self._store.last(*filters)
         reports = [
             record.body for record in records if record.subject == filters[-1] and not record.marker
         ]
@@ -196,7 +195,7 @@ class Inspection:
         ) if reports else {}
 
     async def _find_ready(self, token: str) -> Job | None:
-        records = await self._backend.last(self._keys.ready_log, self._keys.ready_any(token))
+        records = await self._store.last(self._keys.ready_any(token))
         if not records:
             return None
         record = records[-1]
@@ -224,7 +223,7 @@ class Inspection:
             job = self._decode(record, key.token, status=State.WAITING)
             if job.waits_for_others:  # a promoter writes its edges: its producer died
                 return replace(job, status=State.WAITING_CHILDREN)
-            return replace(job, status=State.DELAYED) if job.is_early(self._backend.now()) else job
+            return replace(job, status=State.DELAYED) if job.is_early(self._store.now()) else job
         if key.place is None:
             return None
         return self._decode(record, key.token, status=PLACE_STATES[key.place])

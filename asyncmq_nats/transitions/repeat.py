@@ -82,11 +82,11 @@ class Repeatables:
                 and (tick is not None or stored.paused or stored.finished)
             ):
                 return _next_of(stored, tick, now)
-            at = await self._store(*_changed(stored, tick, definition, now), records)
+            at = await self._put(*_changed(stored, tick, definition, now), records)
             if at is not None:
                 return at
 
-    async def _store(
+    async def _put(
         self, definition: Definition, tick: Tick | None, records: Mapping[str, Record]
     ) -> float | None:
         """Write a definition and, unless it is paused or finished, its next tick.
@@ -229,7 +229,7 @@ class Repeatables:
                 return definition is not None
             left = self._tick_in(records) or definition.left
             paused = replace(definition, paused=True, left=left)
-            if await self._store(paused, None, records) is not None:
+            if await self._put(paused, None, records) is not None:
                 return True
 
     async def resume(self, rid: str) -> float:
@@ -249,7 +249,7 @@ class Repeatables:
             now = self._backend.now()
             if not definition.paused and (tick is not None or definition.finished):
                 return _next_of(definition, tick, now)
-            at = await self._store(*_resumed(definition, now), records)
+            at = await self._put(*_resumed(definition, now), records)
             if at is not None:
                 return at
 
