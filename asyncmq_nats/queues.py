@@ -214,19 +214,17 @@ class Queue:
         )
         self._store = QueueStore.of(self.backend, name)
         self._subjects, self._assets = self._store.keys, self._store.assets
-        self._additions = Additions(self.backend, self._subjects, self._assets)
+        self._additions = Additions(self._store)
         self._inspection = Inspection(self._store)
-        self._administration = Administration(self.backend, self._subjects, self._assets)
+        self._administration = Administration(self._store)
         self._lists = JobLists(self._store, self._inspection)
         self._overview = Overview(self._store, self._inspection, self._lists)
-        self._sweep = Sweep(self.backend, self._subjects, self._administration)
-        self._cleanup = Cleanup(
-            self.backend, self._subjects, self._assets, self._inspection, self._lists
-        )
+        self._sweep = Sweep(self._store, self._administration)
+        self._cleanup = Cleanup(self._store, self._inspection, self._lists)
         self._search = Search(self._lists)
-        self._edits = Edits(self.backend, self._subjects, self._assets)
-        self._deduplicator = Deduplicator(self.backend, self._subjects, self._additions)
-        self._repeatables = Repeatables(self.backend, self._subjects)
+        self._edits = Edits(self._store)
+        self._deduplicator = Deduplicator(self._store, self._additions)
+        self._repeatables = Repeatables(self._store)
         self._controls = Controls(self.backend, self._subjects, self._assets)
         self._hooks = Hooks({"backend": self.backend, "queue": name}, lifespan=lifespan)
         self._middleware = [checked_middleware(each) for each in middleware]
@@ -482,9 +480,7 @@ class Queue:
             limit=None if self.rate_limit is None else Limit(self.rate_limit, self.rate_interval),
             hooks=self._hooks,
             middleware=Chain.of(self.name, self._middleware),
-            declarations=Declarations(
-                self.backend, self._subjects, {d.rid: d for d in self._local_repeatables}
-            ),
+            declarations=Declarations(self._store, {d.rid: d for d in self._local_repeatables}),
             **options,
         )
 
@@ -899,9 +895,7 @@ class Queue:
         """Return the rate limits that the running workers keep to: one, if they agree, or none."""
         workers = await self.list_workers()
         limits = sorted({each.rate_limit for each in workers if each.rate_limit is not None})
-        return [
-            await read_rate_limit(self.backend, self._subjects, Limit(*limit)) for limit in limits
-        ]
+        return [await read_rate_limit(self._store, Limit(*limit)) for limit in limits]
 
     def on_startup(self, hook: H) -> H:
         """Have this queue's workers call a function, sync or async, before their first job.

@@ -20,7 +20,7 @@ from anyio.abc import TaskStatus
 
 from asyncmq_nats._concurrency import open_task_group
 from asyncmq_nats._logging import get_logger
-from asyncmq_nats.backends.base import Backend, Delivery, Record, Settled, Write
+from asyncmq_nats.backends.base import Delivery, Record, Settled, Write
 from asyncmq_nats.exceptions import (
     AsyncMQError,
     InvalidJob,
@@ -30,8 +30,9 @@ from asyncmq_nats.exceptions import (
 )
 from asyncmq_nats.states import Place
 from asyncmq_nats.store.commit import SHUTDOWN_STEP_TIMEOUT
+from asyncmq_nats.store.queue_store import QueueStore
 from asyncmq_nats.store.secret import QueueSecret
-from asyncmq_nats.store.topology import DEFAULT_PRIORITY, QueueAssets
+from asyncmq_nats.store.topology import DEFAULT_PRIORITY
 from asyncmq_nats.transitions.add import Additions
 from asyncmq_nats.transitions.promote import (
     Finding,
@@ -46,7 +47,7 @@ from asyncmq_nats.transitions.promote import (
 )
 from asyncmq_nats.transitions.tick import TickEnd, Ticker, read_fire
 from asyncmq_nats.wire.codec import load_json
-from asyncmq_nats.wire.keys import PROMOTER, Kind, QueueSubjects, fit_token
+from asyncmq_nats.wire.keys import PROMOTER, Kind, fit_token
 
 __all__ = ["Promoter"]
 
@@ -122,18 +123,18 @@ class Held:
 class Promoter:
     """Moves released jobs to their tiers."""
 
-    def __init__(self, backend: Backend, keys: QueueSubjects, assets: QueueAssets) -> None:
-        self._backend = backend
-        self._keys = keys
-        self._assets = assets
-        self._queue_secret = QueueSecret(backend, keys)
-        self._additions = Additions(backend, keys, assets)
-        self._ticker = Ticker(backend, keys, assets, self._queue_secret)
+    def __init__(self, store: QueueStore) -> None:
+        self._store = store
+        self._backend = store.backend
+        self._keys = store.keys
+        self._queue_secret = QueueSecret(store)
+        self._additions = Additions(store)
+        self._ticker = Ticker(store, self._queue_secret)
         self._secret = b""
         self._waiting: list[tuple[float, int, Held]] = []
         """A heap: when to begin with each record in hand that nothing is done with yet."""
         self._order = itertools.count()
-        self._monotonic = backend.clock.monotonic
+        self._monotonic = store.backend.clock.monotonic
         self._in_flight: set[Held] = set()
         """Records that something is done with, those of `_written` among them."""
         self._written: deque[Held] = deque()
@@ -309,7 +310,7 @@ class Promoter:
             self._give(partial(self._link, held), [held])
         elif held.released is None:
             self._give(partial(self._fire, held), [held])
-        elif not self._assets.is_declared(held.released.priority):
+        elif not self._store.assets.is_declared(held.released.priority):
             self._give(partial(self._declare, held), [held])
         else:
             self._promote(held, held.released)
@@ -452,7 +453,7 @@ class Promoter:
                 token = held.released.token
                 filters += [keys.later(token, Place.DELAYED), keys.ends(token)]
         found: dict[tuple[bool, str], list[Record]] = {}
-        for record in await self._backend.last(keys.bucket_log, *filters):
+        for record in await self._store.last(*filters):
             name = keys.is_fire(record.subject), keys.token(record.subject)
             found.setdefault(name, []).append(record)
         for held in batch:
@@ -471,7 +472,7 @@ class Promoter:
             finding = Finding.CURRENT
         if finding is Finding.RERUN and held.released is not None:
             token = held.released.token
-            await finish_rerun(self._backend, self._keys, token, records)
+            await finish_rerun(self._store, token, records)
             finding = Finding.CURRENT
         if finding is Finding.CURRENT:
             held.checked = True
@@ -495,7 +496,7 @@ class Promoter:
         released = held.released
         assert released is not None
         try:
-            await self._assets.declare_tier(released.priority)
+            await self._store.assets.declare_tier(released.priority)
         except TooManyPriorities as error:
             logger.error(
                 "job %s runs with priority %d instead of %d: %s",
@@ -520,9 +521,7 @@ class Promoter:
 
     async def _is_older_there(self, released: Released) -> bool:
         """Return whether the record that refused a promotion is of an earlier attempt, or gone."""
-        records = await self._backend.last(
-            self._keys.ready_log, self._keys.ready_any(released.token)
-        )
+        records = await self._store.last(self._keys.ready_any(released.token))
         if not records or order_of(records[-1].body) < released.order:
             return True
         # A foreign job that was put off: we leave no time in ready jobs.
@@ -537,7 +536,7 @@ class Promoter:
 
     async def _take_back(self, token: str, sequence: int) -> None:
         """Remove what was made ready, if the job was cancelled before: its record had gone."""
-        records = await self._backend.last(self._keys.bucket_log, self._keys.ends(token))
+        records = await self._store.last(self._keys.ends(token))
         if any(not r.marker and self._keys.outcome_state(r.subject) for r in records):
             await self._backend.delete(self._keys.ready_log, sequence)
 
@@ -550,7 +549,7 @@ class Promoter:
             message_id = promotion_id(self._secret, delivery.sequence, delivery.time)
             write = promotion(self._keys, token, DEFAULT_PRIORITY, delivery.body, message_id)
             try:
-                await self._backend.write(self._keys.ready_log, write)
+                await self._store.write(write)
             except PayloadTooLarge as error:
                 await self._record_failure(token, error)
             except WriteRefused:  # the removal of its record is on the way
@@ -560,12 +559,11 @@ class Promoter:
     async def _record_failure(self, token: str, error: AsyncMQError) -> None:
         """Record a job as failed that no ready message can hold."""
         logger.error("job %s failed: %s", token, error)
-        backend = self._backend
         write = refusal_outcome(
-            self._keys, token, str(error), backend.now(), self._assets.settings.failed_ttl
+            self._keys, token, str(error), self._store.now(), self._store.assets.settings.failed_ttl
         )
         with suppress(WriteRefused):  # it has ended, or another worker knows better
-            await backend.write(self._keys.bucket_log, write)
+            await self._store.write(write)
 
     async def _fire(self, held: Held) -> None:
         delivery = held.delivery

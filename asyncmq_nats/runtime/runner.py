@@ -89,8 +89,8 @@ class Runner:
         self._concurrency = concurrency
         self._hooks = hooks or Hooks()
         self._spawner = Spawner()
-        self._lifecycle = Lifecycle(backend, keys, assets, self.worker)
-        events = WorkerEvents(backend, keys, self.worker)
+        self._lifecycle = Lifecycle(store, self.worker)
+        events = WorkerEvents(store, self.worker)
         self._lifecycle.on_progress = lambda body: events.tell_progress(
             self._spawner, load_json(body)
         )
@@ -119,7 +119,7 @@ class Runner:
             recorder=self.recorder,
         )
         self._completer = Completer(self._lifecycle, events, self._spawner, self._on_settled)
-        limiter = None if limit is None else RateLimiter(backend, keys, limit, self.worker)
+        limiter = None if limit is None else RateLimiter(store, limit, self.worker)
         self._fetcher = Fetcher(
             backend,
             keys,
@@ -136,7 +136,7 @@ class Runner:
         if group is not None:
             self._fetcher.member = self._slots
         self._configurations = Configurations(store)
-        self._declarations = declarations or Declarations(backend, keys, {})
+        self._declarations = declarations or Declarations(store, {})
         self._entry = WorkerRegistry(
             backend,
             keys,
@@ -155,14 +155,14 @@ class Runner:
             self._restore_lost,
             self._lifecycle.trim,
             self._declarations.retire,
-            partial(make_room, backend, keys),
+            partial(make_room, store),
             self._look_for_cancelled,
             self._configurations.refresh,
         )
         self._heartbeat = Heartbeat(
             self.worker, backend.settings.heartbeat_interval, steps, backend.clock
         )
-        self._promoter = Promoter(backend, keys, assets)
+        self._promoter = Promoter(store)
         parts = WorkerParts(self._slots, self._fetcher, self._promoter, self.recorder)
         self.vitals = Vitals(store, self.worker, concurrency, parts)
         self._progress = anyio.Event()

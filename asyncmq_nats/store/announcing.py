@@ -4,29 +4,28 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from asyncmq_nats._concurrency import Spawner
-from asyncmq_nats.backends.base import Backend, Write
+from asyncmq_nats.backends.base import Write
 from asyncmq_nats.events import PREFIX, PROGRESS, STARTED, event_emitter, read_event
 from asyncmq_nats.exceptions import InvalidJob
 from asyncmq_nats.jobs import Job
 from asyncmq_nats.states import State
+from asyncmq_nats.store.queue_store import QueueStore
 from asyncmq_nats.wire.codec import dump_json, load_json, splice
-from asyncmq_nats.wire.keys import QueueSubjects, encode_token
+from asyncmq_nats.wire.keys import encode_token
 
 __all__ = ["WorkerEvents", "announce", "without_large"]
 
 TRUNCATED: Final = {"truncated": True}
 
 
-async def announce(
-    backend: Backend, keys: QueueSubjects, what: str, job_id: str, **data: Any
-) -> None:
+async def announce(store: QueueStore, what: str, job_id: str, **data: Any) -> None:
     """Tell that something happened to a job. `what`: one of the words in `events.ANNOUNCED`."""
     fields = {"id": job_id, "job_id": job_id, **data}
     body = dump_json(fields)
-    if len(body) > backend.max_body:
-        body = without_large(body, backend.max_body)
-    backend.signal(keys.event(what, encode_token(job_id)), body)
-    await event_emitter.emit(PREFIX + what, fields | {"queue": keys.queue})
+    if len(body) > store.backend.max_body:
+        body = without_large(body, store.backend.max_body)
+    store.backend.signal(store.keys.event(what, encode_token(job_id)), body)
+    await event_emitter.emit(PREFIX + what, fields | {"queue": store.keys.queue})
 
 
 def without_large(body: bytes, limit: int) -> bytes:
@@ -48,9 +47,9 @@ def without_large(body: bytes, limit: int) -> bytes:
 class WorkerEvents:
     """The events of one worker's jobs. They are on the path of every job."""
 
-    def __init__(self, backend: Backend, keys: QueueSubjects, worker: str) -> None:
-        self._backend = backend
-        self._keys = keys
+    def __init__(self, store: QueueStore, worker: str) -> None:
+        self._backend = store.backend
+        self._keys = store.keys
         self._start = b'"active_since":%r,"worker":' + dump_json(worker).replace(b"%", b"%%")
 
     def tell_start(

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from asyncmq_nats._concurrency import Turns
 from asyncmq_nats._new_jobs import Addition, whole_job
-from asyncmq_nats.backends.base import Backend, Expect, Write
+from asyncmq_nats.backends.base import Expect, Write
 from asyncmq_nats.events import DUPLICATED
 from asyncmq_nats.exceptions import (
     AssetMissing,
@@ -18,19 +18,17 @@ from asyncmq_nats.exceptions import (
     WriteRefused,
 )
 from asyncmq_nats.jobs import Job, size_limit
-from asyncmq_nats.settings import Settings
 from asyncmq_nats.states import Place
 from asyncmq_nats.store.announcing import announce
 from asyncmq_nats.store.commit import REPLICA_LAG_DELAYS, look_for, pause_after_refusal
+from asyncmq_nats.store.queue_store import QueueStore
 from asyncmq_nats.store.records import delayed_write
-from asyncmq_nats.store.snapshot import read_end
-from asyncmq_nats.store.topology import QueueAssets
 from asyncmq_nats.transitions.parked import linking_body, parked_body
 from asyncmq_nats.transitions.plan import PLAN_JOBS, Plans, outside_of, tie
 from asyncmq_nats.transitions.release import Dependencies
 from asyncmq_nats.transitions.waits import NARROW_LIMIT, Parent
 from asyncmq_nats.wire.codec import load_json
-from asyncmq_nats.wire.keys import QueueSubjects, check_job_id, encode_token
+from asyncmq_nats.wire.keys import check_job_id, encode_token
 
 __all__ = ["Additions"]
 
@@ -55,29 +53,15 @@ class Batch:
 class Additions:
     """Adds jobs to one queue."""
 
-    def __init__(self, backend: Backend, keys: QueueSubjects, assets: QueueAssets) -> None:
-        self._backend = backend
-        self._keys = keys
-        self._assets = assets
-        self.dependencies = Dependencies(backend, keys, assets)
-        self.plans = Plans(backend, keys, assets, self.dependencies, self.first_write)
+    def __init__(self, store: QueueStore) -> None:
+        self.store = store
+        self._backend = store.backend
+        self._keys = store.keys
+        self._assets = store.assets
+        self.dependencies = Dependencies(store)
+        self.plans = Plans(store, self.dependencies, self.first_write)
         self.refused = Turns()
         """A lock for refused additions: those that wait for the same job take turns."""
-
-    @property
-    def backend(self) -> Backend:
-        """The backend of the jobs."""
-        return self._backend
-
-    @property
-    def keys(self) -> QueueSubjects:
-        """The names of the queue."""
-        return self._keys
-
-    @property
-    def settings(self) -> Settings:
-        """The settings that hold for the queue."""
-        return self._assets.settings
 
     async def add(self, job: Addition) -> str:
         """Store a new job where it belongs and return its id.
@@ -348,7 +332,7 @@ class Additions:
         Raises:
             WriteRefused: a job with its id has ended already.
         """
-        end = await read_end(self._backend, self._keys, token)
+        end = await self.store.read_end(token)
         if end.ended:
             raise WriteRefused(self._keys.bucket_log, f"job {job.job_id!r} has ended")
         data = load_json(parked_body(job))
@@ -461,7 +445,7 @@ class Additions:
 
     async def announce(self, what: str, job_id: str, **data: Any) -> None:
         """See `announcing.announce`."""
-        await announce(self._backend, self._keys, what, job_id, **data)
+        await announce(self.store, what, job_id, **data)
 
     async def exists(self, job_id: str) -> bool:
         """See `Plans.exists`."""

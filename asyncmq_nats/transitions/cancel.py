@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any, Final
 
 from asyncmq_nats._logging import get_logger
-from asyncmq_nats.backends.base import Backend, Expect, Record, Write
+from asyncmq_nats.backends.base import Expect, Record, Write
 from asyncmq_nats.exceptions import (
     BackendError,
     ConnectionLost,
@@ -18,16 +18,16 @@ from asyncmq_nats.exceptions import (
 from asyncmq_nats.jobs import Job
 from asyncmq_nats.states import Place, State
 from asyncmq_nats.store.commit import commit
+from asyncmq_nats.store.queue_store import QueueStore
 from asyncmq_nats.store.records import MARKER_TTL, outcome_body, without_markers
-from asyncmq_nats.store.snapshot import Snapshot, count_reruns, read_snapshot
-from asyncmq_nats.store.topology import QueueAssets
+from asyncmq_nats.store.snapshot import Snapshot, count_reruns
 from asyncmq_nats.transitions.claim import CLAIM_TTL, Claim
 from asyncmq_nats.transitions.deliver import OUTCOME_FIELDS
 from asyncmq_nats.transitions.finish import PUT_OFF_FIELDS
 from asyncmq_nats.transitions.release import Dependencies
 from asyncmq_nats.transitions.timers import follow_timers, is_ringing
 from asyncmq_nats.wire.codec import dump_json, load_json
-from asyncmq_nats.wire.keys import QueueSubjects, decode_token, encode_token, tier_name
+from asyncmq_nats.wire.keys import QueueSubjects, decode_token, encode_token
 
 __all__ = ["PLACES_OF", "Administration", "is_delayed"]
 
@@ -48,11 +48,10 @@ MAX_TRIES: Final = 20
 class Administration:
     """The transitions of the jobs of one queue by hand."""
 
-    def __init__(self, backend: Backend, keys: QueueSubjects, assets: QueueAssets) -> None:
-        self._backend = backend
-        self._keys = keys
-        self._assets = assets
-        self._dependencies = Dependencies(backend, keys, assets)
+    def __init__(self, store: QueueStore) -> None:
+        self._store = store
+        self._keys = store.keys
+        self._dependencies = Dependencies(store)
 
     async def remove_delayed(self, job_id: str) -> bool:
         """Remove a job that is delayed. Return whether it was."""
@@ -61,13 +60,11 @@ class Administration:
             Place.DELAYED,
             Place.RELEASED,
         ):  # in this order: the job moves from one to the other
-            records = await self._backend.last(
-                self._keys.bucket_log, self._keys.later(token, place)
-            )
+            records = await self._store.last(self._keys.later(token, place))
             if not any(self._is_delayed(record) for record in records):
                 continue
-            for record in await follow_timers(self._backend, self._keys, records):
-                return await self._backend.delete(self._keys.bucket_log, record.sequence)
+            for record in await follow_timers(self._store, records):
+                return await self._store.delete(record)
         return False
 
     async def take_due(self, jobs: Sequence[Job]) -> list[Job]:
@@ -88,10 +85,10 @@ class Administration:
         return taken
 
     async def _delete_record(self, subject: str) -> bool:
-        records = await self._backend.last(self._keys.bucket_log, subject)
+        records = await self._store.last(subject)
         if not records or records[0].marker:
             return False
-        return await self._backend.delete(self._keys.bucket_log, records[0].sequence)
+        return await self._store.delete(records[0])
 
     async def cancel(self, job_id: str, reason: str = CANCELLED) -> bool:
         """End a job that has not ended as cancelled, wherever it is. Return whether there was one.
@@ -107,7 +104,7 @@ class Administration:
             if snapshot.outcome is not None and snapshot.outcome.body != written:
                 return False
             if snapshot.outcome is None:  # else the confirmation of ours was lost
-                ready = await self._read_ready(token)
+                ready = await self._store.last(self._keys.ready_any(token))
                 if not snapshot.later and not ready:
                     return False
                 writes = self._cancellation(snapshot, ready, reason)
@@ -122,22 +119,18 @@ class Administration:
 
     async def _read_after_timer(self, token: str) -> Snapshot:
         """Return the records of a job; wait for its timer if that goes off at this moment."""
-        snapshot = await read_snapshot(self._backend, self._keys, token)
+        snapshot = await self._store.read_snapshot(token)
         delayed = snapshot.later.get(Place.DELAYED)
-        if delayed is None or not is_ringing(self._backend, self._keys, delayed):
+        if delayed is None or not is_ringing(self._store, delayed):
             return snapshot
-        await follow_timers(self._backend, self._keys, [delayed])
-        return await read_snapshot(self._backend, self._keys, token)
+        await follow_timers(self._store, [delayed])
+        return await self._store.read_snapshot(token)
 
     async def finish_cancel(self, job_id: str) -> None:
         """Finish a cancellation whose process died. Repeatable."""
-        snapshot = await read_snapshot(self._backend, self._keys, encode_token(job_id))
+        snapshot = await self._store.read_snapshot(encode_token(job_id))
         if snapshot.outcome is not None and snapshot.state is State.CANCELLED:
             await self._finish_cancellation(snapshot, count_reruns(snapshot.outcome.body))
-
-    async def _read_ready(self, token: str) -> list[Record]:
-        keys = self._keys
-        return await self._backend.last(keys.ready_log, keys.ready_any(token))
 
     def _cancellation(
         self, snapshot: Snapshot, ready: Sequence[Record], reason: str
@@ -180,17 +173,14 @@ class Administration:
             await self._dependencies.release(token)
         except BackendError:
             key = keys.outcome(token, State.CANCELLED)
-            if any(not r.marker for r in await self._backend.last(keys.bucket_log, key)):
+            if any(not r.marker for r in await self._store.last(key)):
                 raise
-        for log, filter in (
-            (keys.bucket_log, keys.later_all(token)),
-            (keys.ready_log, keys.ready_any(token)),
-        ):
-            for record in without_markers(await self._backend.last(log, filter)):
+        for filter in (keys.later_all(token), keys.ready_any(token)):
+            for record in without_markers(await self._store.last(filter)):
                 if count_reruns(record.body) <= reruns:
-                    await self._backend.delete(log, record.sequence)
+                    await self._store.delete(record)
         if snapshot.claim is not None:
-            await self._backend.delete(keys.bucket_log, snapshot.claim.sequence)
+            await self._store.delete(snapshot.claim)
 
     def _reminder(self, snapshot: Snapshot, outcome: bytes) -> list[Write]:
         """Return the write that has a promoter tell the children, should this process die first.
@@ -211,18 +201,13 @@ class Administration:
         """Remove a job that is not running, in any state. Return whether it was removed."""
         token, keys, removed = encode_token(job_id), self._keys, False
         for _ in range(2):  # once more: it may have moved on after its place was read
-            records = await self._backend.last(
-                keys.bucket_log, keys.later_all(token), keys.ends(token)
-            )
-            records = await follow_timers(self._backend, keys, records)
-            ready = await self._backend.last(keys.ready_log, keys.ready_any(token))
+            records = await self._store.last(keys.later_all(token), keys.ends(token))
+            records = await follow_timers(self._store, records)
+            ready = await self._store.last(keys.ready_any(token))
             if any([await self._is_taken(record) for record in ready]):
                 return False
-            found = [(keys.bucket_log, record) for record in without_markers(records)] + [
-                (keys.ready_log, r) for r in ready
-            ]
-            for log, record in found:
-                if await self._backend.delete(log, record.sequence):
+            for record in [*without_markers(records), *ready]:
+                if await self._store.delete(record):
                     removed |= not keys.is_claim(record.subject)
                     if b'"wide"' in record.body:
                         await self._dependencies.forget(token)
@@ -230,7 +215,7 @@ class Administration:
 
     async def _is_taken(self, ready: Record) -> bool:
         priority, _ = self._keys.split_ready(ready.subject)
-        tier = await self._backend.look_up(self._keys.ready_log, tier_name(priority))
+        tier = await self._store.look_up_tier(priority)
         return tier is not None and ready.sequence <= tier.delivered_sequence
 
     def cancellation(
@@ -242,7 +227,7 @@ class Administration:
         removes: str | None = None,
     ) -> Write:
         """Return the write of an outcome `cancelled`. `removes`: the record of a delayed job."""
-        now = self._backend.now()
+        now = self._store.now()
         fields = {
             "id": decode_token(token),
             "status": State.CANCELLED,
@@ -252,9 +237,9 @@ class Administration:
         subject = self._keys.outcome(token, State.CANCELLED)
         return Write(
             subject,
-            outcome_body(job, fields, self._backend.max_body),
+            outcome_body(job, fields, self._store.backend.max_body),
             expect,
-            ttl=self._assets.settings.failed_ttl,
+            ttl=self._store.assets.settings.failed_ttl,
             removes=removes,
             beside=True,
             index=self._keys.index(token, State.CANCELLED),
@@ -285,8 +270,7 @@ class Administration:
         """
         if snapshot.outcome is None or snapshot.state is State.COMPLETED:
             return False
-        log, keys = self._keys.bucket_log, self._keys
-        released = not snapshot.is_rerun
+        keys, released = self._keys, not snapshot.is_rerun
         if released:
             job = load_json(snapshot.outcome.body)
             if job.get("truncated"):
@@ -297,16 +281,16 @@ class Administration:
                 await self._void_earlier_runs(snapshot)
             key = keys.later(snapshot.token, Place.RELEASED)
             expect = Expect(keys.later_all(snapshot.token), snapshot.last_later)
-            await self._backend.write(log, Write(key, self.renewed(job), expect, beside=True))
-        await self._backend.delete(log, snapshot.outcome.sequence)
+            await self._store.write(Write(key, self.renewed(job), expect, beside=True))
+        await self._store.delete(snapshot.outcome)
         return released
 
     async def _void_earlier_runs(self, snapshot: Snapshot) -> None:
         keys = self._keys
-        claim = Claim.on_all_until(await self._backend.last_sequence(keys.ready_log))
+        claim = Claim.on_all_until(await self._store.backend.last_sequence(keys.ready_log))
         key = keys.claim(snapshot.token)
         write = Write(key, claim.encode(), snapshot.fence, ttl=CLAIM_TTL)
-        await self._backend.write(keys.bucket_log, write)
+        await self._store.write(write)
 
     async def _rerun_delayed(self, token: str, delayed: Record) -> bool:
         released = self._keys.later(token, Place.RELEASED)
@@ -316,11 +300,11 @@ class Administration:
             Expect(delayed.subject, delayed.sequence),
             removes=None if delayed.subject == released else delayed.subject,
         )
-        await self._backend.write(self._keys.bucket_log, write)
+        await self._store.write(write)
         return True
 
     def _is_delayed(self, record: Record) -> bool:
-        return is_delayed(record, self._keys, self._backend.now())
+        return is_delayed(record, self._keys, self._store.now())
 
     def renewed(self, data: dict[str, Any]) -> bytes:
         """Return a job as if it were new, but with its errors.
@@ -331,7 +315,7 @@ class Administration:
             data.pop(name, None)
         return dump_json(
             data
-            | {"retries": 0, "reruns": data.get("reruns", 0) + 1, "created_at": self._backend.now()}
+            | {"retries": 0, "reruns": data.get("reruns", 0) + 1, "created_at": self._store.now()}
         )
 
 

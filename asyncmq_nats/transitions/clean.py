@@ -9,18 +9,18 @@ from contextlib import suppress
 from math import inf
 from typing import Final
 
-from asyncmq_nats.backends.base import Backend, Expect, Record, Write
+from asyncmq_nats.backends.base import Expect, Record, Write
 from asyncmq_nats.exceptions import AssetMissing, InvalidJob, WriteRefused
 from asyncmq_nats.jobs import Job
 from asyncmq_nats.states import OUTCOMES, Place, State
 from asyncmq_nats.store.pages import JobLists, Source
+from asyncmq_nats.store.queue_store import QueueStore
 from asyncmq_nats.store.reads import Inspection
 from asyncmq_nats.store.records import without_markers
-from asyncmq_nats.store.topology import QueueAssets
 from asyncmq_nats.transitions.cancel import PLACES_OF, is_delayed
 from asyncmq_nats.transitions.timers import follow_timers
 from asyncmq_nats.transitions.waits import Waits
-from asyncmq_nats.wire.keys import INDEXED, QueueSubjects, decode_token
+from asyncmq_nats.wire.keys import INDEXED, decode_token
 
 __all__ = ["Cleanup", "Progress"]
 
@@ -37,17 +37,10 @@ Progress = Callable[[int], None]
 class Cleanup:
     """Removes many jobs of one queue."""
 
-    def __init__(
-        self,
-        backend: Backend,
-        keys: QueueSubjects,
-        assets: QueueAssets,
-        inspection: Inspection,
-        lists: JobLists,
-    ) -> None:
-        self._backend = backend
-        self._keys = keys
-        self._assets = assets
+    def __init__(self, store: QueueStore, inspection: Inspection, lists: JobLists) -> None:
+        self._store = store
+        self._backend = store.backend
+        self._keys = store.keys
         self._inspection = inspection
         self._lists = lists
 
@@ -83,7 +76,7 @@ class Cleanup:
 
     async def remove_orphans(self) -> None:
         """Remove the parts of jobs with many parents that were removed."""
-        await Waits(self._backend, self._keys).remove_orphans()
+        await Waits(self._store).remove_orphans()
 
     async def clean(
         self, state: State, older_than: float = inf, progress: Progress | None = None
@@ -156,7 +149,7 @@ class Cleanup:
             tier = await self._inspection.tier(self._keys.split_ready(records[0].subject)[0])
             records = [record for record in records if record.sequence > tier.delivered_sequence]
         elif source.place is Place.DELAYED:
-            records = await follow_timers(self._backend, self._keys, records)
+            records = await follow_timers(self._store, records)
         sequences = [record.sequence for record in records]
         removed = set(await self._backend.delete_many(source.log, sequences))
         return [
@@ -195,7 +188,7 @@ class Cleanup:
 
     def _is_early(self, record: Record) -> bool:
         """Return whether a released job was released a little before its time."""
-        return is_delayed(record, self._keys, self._backend.now())
+        return is_delayed(record, self._keys, self._store.now())
 
     async def read_ids(self) -> list[str]:
         """Return the ids of all jobs."""
@@ -215,12 +208,12 @@ class Cleanup:
         found, log, key = False, self._keys.bucket_log, self._keys.secret
         secrets: list[Record] = []
         with suppress(AssetMissing):
-            secrets = await self._backend.last(log, key)
+            secrets = await self._store.last(key)
         for each in (self._keys.ready_log, log):
             with suppress(AssetMissing):
                 await self._backend.purge(each, ">")
                 found = True
         for secret in secrets:
             with suppress(WriteRefused):  # a worker was faster
-                await self._backend.write(log, Write(key, secret.body, Expect(key)))
+                await self._store.write(Write(key, secret.body, Expect(key)))
         return found

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any, Final
 
 from asyncmq_nats._logging import get_logger
-from asyncmq_nats.backends.base import Backend, Delivery, Expect, Record, Settled, Write
+from asyncmq_nats.backends.base import Delivery, Expect, Record, Settled, Write
 from asyncmq_nats.context import JobLogLine
 from asyncmq_nats.exceptions import BackendError, InvalidJob, PayloadTooLarge, WriteRefused
 from asyncmq_nats.jobs import Job
@@ -20,13 +20,13 @@ from asyncmq_nats.states import OUTCOMES, Place, State
 from asyncmq_nats.store.commit import commit, pause_after_refusal
 from asyncmq_nats.store.job_logs import JobLogs, cut_line
 from asyncmq_nats.store.progress import ProgressReports
+from asyncmq_nats.store.queue_store import QueueStore
 from asyncmq_nats.store.records import delayed_write, outcome_body, without_markers
-from asyncmq_nats.store.snapshot import Snapshot, read_snapshot
-from asyncmq_nats.store.topology import QueueAssets
+from asyncmq_nats.store.snapshot import Snapshot
 from asyncmq_nats.transitions.claim import Attempt, Disposition
 from asyncmq_nats.transitions.deliver import Deliveries
 from asyncmq_nats.wire.codec import dump_json, load_json, splice
-from asyncmq_nats.wire.keys import QueueSubjects, decode_token, encode_token, fit_token, last_token
+from asyncmq_nats.wire.keys import decode_token, encode_token, fit_token, last_token
 
 __all__ = ["PUT_OFF_FIELDS", "Lifecycle"]
 
@@ -65,13 +65,11 @@ COMPLETED_MEMBERS: Final = (
 class Lifecycle(Deliveries):
     """The transitions of the jobs of one queue that a worker makes."""
 
-    def __init__(
-        self, backend: Backend, keys: QueueSubjects, assets: QueueAssets, worker: str = ""
-    ) -> None:
-        super().__init__(backend, keys, assets, worker)
+    def __init__(self, store: QueueStore, worker: str = "") -> None:
+        super().__init__(store, worker)
         self.progress = ProgressReports(self._send_progress)
         self.logs = JobLogs(
-            self._send_lines, self._assets.settings.job_log_lines, lambda: backend.max_body
+            self._send_lines, self._assets.settings.job_log_lines, lambda: store.backend.max_body
         )
         self.on_progress: Callable[[bytes], None] = lambda report: None
         """Told of each progress report that was sent."""
@@ -235,10 +233,10 @@ class Lifecycle(Deliveries):
         )
 
         async def record_failure() -> Snapshot:
-            snapshot = await read_snapshot(self._backend, self._keys, token)
+            snapshot = await self._store.read_snapshot(token)
             if not snapshot.ended:
                 fenced = replace(write, expect=snapshot.fence)
-                await self._backend.write(self._keys.bucket_log, fenced)
+                await self._store.write(fenced)
             return snapshot
 
         found = await commit(record_failure)
@@ -309,7 +307,7 @@ class Lifecycle(Deliveries):
     ) -> None:
         """Write an outcome and its many follow-ups, which do not fit into it, in one batch."""
         try:
-            settle(write, await self._backend.write(self._keys.bucket_log, write, *follow_ups))
+            settle(write, await self._store.write(write, *follow_ups))
         except PayloadTooLarge:
             raise
         except BackendError as error:
@@ -373,7 +371,7 @@ class Lifecycle(Deliveries):
     async def cancelled_among(self, job_ids: Sequence[str]) -> list[str]:
         """Return those of the jobs that were cancelled."""
         keys = [self._keys.outcome(encode_token(job_id), State.CANCELLED) for job_id in job_ids]
-        records = await self._backend.last(self._keys.bucket_log, *keys) if keys else []
+        records = await self._store.last(*keys) if keys else []
         return [
             decode_token(self._keys.token(record.subject)) for record in without_markers(records)
         ]
@@ -417,7 +415,7 @@ class Lifecycle(Deliveries):
                 break
             if rejections:
                 await pause_after_refusal()
-            snapshot = await read_snapshot(self._backend, self._keys, attempt.token)
+            snapshot = await self._store.read_snapshot(attempt.token)
             disposition, edges = self._judge_end(attempt, write, snapshot), snapshot.edges
             if disposition is Disposition.ACK and snapshot.outcome is not None:
                 ours = snapshot.outcome.body == write.body
@@ -484,7 +482,7 @@ class Lifecycle(Deliveries):
             if self._keys.outcome_state(write.subject) is State.COMPLETED:
                 batch = attempt.follow_ups.batch
         try:
-            return await self._backend.write(self._keys.bucket_log, write, *batch)
+            return await self._store.write(write, *batch)
         except BackendError as error:
             return error
 

@@ -13,10 +13,11 @@ from typing import Final
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as validated
 
-from asyncmq_nats.backends.base import Backend, Expect, Record, Write
+from asyncmq_nats.backends.base import Expect, Record, Write
 from asyncmq_nats.exceptions import InvalidJob, NotSerializable
 from asyncmq_nats.jobs import LATEST_TIME
 from asyncmq_nats.states import Place, State
+from asyncmq_nats.store.queue_store import QueueStore
 from asyncmq_nats.store.secret import keyed_id
 from asyncmq_nats.transitions.claim import CLAIM_TTL, Claim
 from asyncmq_nats.wire.codec import dump_json, load_json
@@ -167,22 +168,21 @@ def order_of(body: bytes) -> tuple[int, int]:
     return (-1, 0)
 
 
-async def finish_rerun(
-    backend: Backend, keys: QueueSubjects, token: str, records: Sequence[Record]
-) -> None:
+async def finish_rerun(store: QueueStore, token: str, records: Sequence[Record]) -> None:
     """Finish a retry by hand whose process died: fence the earlier run, then remove its outcome.
 
     Raises:
         WriteRefused: the end of the job has changed since `records` were read.
     """
+    keys = store.keys
     outcomes = [r for r in records if not r.marker and keys.outcome_state(r.subject)]
     ends = [record.sequence for record in records if keys.is_done(record.subject)]
-    claim = Claim.on_all_until(await backend.last_sequence(keys.ready_log))
+    claim = Claim.on_all_until(await store.backend.last_sequence(keys.ready_log))
     expect = Expect(keys.done_all(token), max(ends))
     fence = Write(keys.claim(token), claim.encode(), expect, ttl=CLAIM_TTL)
-    await backend.write(keys.bucket_log, fence)
+    await store.write(fence)
     for outcome in outcomes:
-        await backend.delete(keys.bucket_log, outcome.sequence)
+        await store.delete(outcome)
 
 
 def refusal_outcome(

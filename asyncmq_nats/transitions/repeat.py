@@ -13,11 +13,11 @@ from typing import Final
 
 from asyncmq_nats._clock import brief_pause
 from asyncmq_nats._logging import get_logger
-from asyncmq_nats.backends.base import Backend, Expect, Record, Write
+from asyncmq_nats.backends.base import Expect, Record, Write
 from asyncmq_nats.exceptions import InvalidJob
 from asyncmq_nats.jobs import check_size
 from asyncmq_nats.schedules import RepeatableInfo, first_run, next_run_after
-from asyncmq_nats.store.commit import write_if_expected
+from asyncmq_nats.store.queue_store import QueueStore
 from asyncmq_nats.store.records import without_markers
 from asyncmq_nats.transitions.definition import (
     CODE_OWNER,
@@ -34,7 +34,7 @@ from asyncmq_nats.transitions.definition import (
 )
 from asyncmq_nats.transitions.timers import POLL_DELAYS
 from asyncmq_nats.wire.codec import dump_json
-from asyncmq_nats.wire.keys import QueueSubjects, encode_token
+from asyncmq_nats.wire.keys import encode_token
 
 __all__ = ["Definition", "RepeatableInfo", "Repeatables", "make_definition", "repeatable_id"]
 
@@ -48,10 +48,10 @@ TICK_SLACK: Final = 0.2
 class Repeatables:
     """The repeatables of one queue."""
 
-    def __init__(self, backend: Backend, keys: QueueSubjects) -> None:
-        self._backend = backend
-        self._keys = keys
-        self._log = keys.bucket_log
+    def __init__(self, store: QueueStore) -> None:
+        self._store = store
+        self._backend = store.backend
+        self._keys = store.keys
 
     async def upsert(self, definition: Definition) -> float:
         """Store a definition and return its next run; `inf` if none is to come.
@@ -62,7 +62,7 @@ class Repeatables:
         Raises:
             PayloadTooLarge: its jobs are too large for the server.
         """
-        sample = job_of(definition, self._backend.now(), self._backend.now()).encode()
+        sample = job_of(definition, self._store.now(), self._store.now()).encode()
         check_size(
             sample,
             f"the repeated job of task {definition.task_id!r}",
@@ -74,7 +74,7 @@ class Repeatables:
             stored, tick, now = (
                 self._definition_in(records),
                 self._tick_in(records),
-                self._backend.now(),
+                self._store.now(),
             )
             if (
                 stored is not None
@@ -98,7 +98,7 @@ class Repeatables:
         body, writes = dump_json(definition), list[Write]()
         if tick is not None and not definition.paused and not definition.finished:
             planned = definition.plan(tick.at, body, runs=tick.runs, last=tick.last)
-            writes.append(next_tick_write(self._keys, definition.rid, planned, self._backend.now()))
+            writes.append(next_tick_write(self._keys, definition.rid, planned, self._store.now()))
         writes += [
             Write(record.subject, b"", ttl=MARKER_TTL, marker=True)
             for record in without_markers(records.values())
@@ -108,11 +108,11 @@ class Repeatables:
         writes.append(Write(key, body, expect))
         if not await self._write(_fenced(writes, fire, records)):
             return None
-        return _next_of(definition, tick, self._backend.now())
+        return _next_of(definition, tick, self._store.now())
 
     async def _write(self, writes: Sequence[Write]) -> bool:
         """Write, and return whether what was read still held."""
-        return await write_if_expected(self._backend, self._log, *writes) is not None
+        return await self._store.write_if_expected(*writes) is not None
 
     async def _read_after_timer(self, rid: str) -> dict[str, Record]:
         """Return what is stored of one; wait for its timer if that goes off at this moment.
@@ -132,12 +132,11 @@ class Repeatables:
         if record is None or record.marker or not self._backend.timers_lag:
             return False
         tick = self._tick_in({record.subject: record})
-        return tick is not None and tick.run_at - TICK_LEAD - TICK_SLACK <= self._backend.now()
+        return tick is not None and tick.run_at - TICK_LEAD - TICK_SLACK <= self._store.now()
 
     async def _read(self, rid: str) -> dict[str, Record]:
         token = encode_token(rid)
-        records = await self._backend.last(
-            self._log,
+        records = await self._store.last(
             self._keys.repeat(token),
             self._keys.tick(token),
             self._keys.fire(token),
@@ -187,7 +186,7 @@ class Repeatables:
     async def _all(self) -> list[tuple[Record, Definition]]:
         found, start = list[tuple[Record, Definition]](), 1
         while page := await self._backend.page(
-            self._log, self._keys.repeat("*"), from_sequence=start, limit=PAGE_SIZE
+            self._keys.bucket_log, self._keys.repeat("*"), from_sequence=start, limit=PAGE_SIZE
         ):
             for record in page:
                 definition = self._definition_in({record.subject: record})
@@ -246,7 +245,7 @@ class Repeatables:
             definition, tick = self._definition_in(records), self._tick_in(records)
             if definition is None:
                 raise KeyError(f"no repeatable {rid!r}")
-            now = self._backend.now()
+            now = self._store.now()
             if not definition.paused and (tick is not None or definition.finished):
                 return _next_of(definition, tick, now)
             at = await self._put(*_resumed(definition, now), records)

@@ -11,10 +11,10 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from asyncmq_nats.backends.base import Backend, Expect, Write
+from asyncmq_nats.backends.base import Expect, Write
 from asyncmq_nats.exceptions import AsyncMQError, InvalidJob, WriteRefused
 from asyncmq_nats.states import OUTCOMES, Place, State
-from asyncmq_nats.store.many import read_many
+from asyncmq_nats.store.queue_store import QueueStore
 from asyncmq_nats.store.records import without_markers
 from asyncmq_nats.store.search import Found
 from asyncmq_nats.store.snapshot import count_reruns
@@ -22,7 +22,6 @@ from asyncmq_nats.transitions.cancel import Administration
 from asyncmq_nats.transitions.claim import CLAIM_TTL, Claim
 from asyncmq_nats.transitions.timers import is_ringing
 from asyncmq_nats.wire.codec import load_json
-from asyncmq_nats.wire.keys import QueueSubjects
 
 __all__ = ["Sweep"]
 
@@ -48,11 +47,10 @@ class _Item:
 class Sweep:
     """Changes many jobs of one queue. Each call returns the ids of those that it has changed."""
 
-    def __init__(
-        self, backend: Backend, keys: QueueSubjects, administration: Administration
-    ) -> None:
-        self._backend = backend
-        self._keys = keys
+    def __init__(self, store: QueueStore, administration: Administration) -> None:
+        self._store = store
+        self._backend = store.backend
+        self._keys = store.keys
         self._administration = administration
 
     async def cancel(self, found: Sequence[Found]) -> set[str]:
@@ -60,7 +58,7 @@ class Sweep:
 
         def is_meant(each: Found) -> bool:
             if each.source.place is Place.DELAYED:
-                return not is_ringing(self._backend, self._keys, each.record)
+                return not is_ringing(self._store, each.record)
             return each.job.status is State.WAITING
 
         return await self._in_parts(self._cancel_some, filter(is_meant, found))
@@ -127,7 +125,7 @@ class Sweep:
         Before this, a worker may have put its job off, or a timer may have released it.
         """
         reruns = {item.token: count_reruns(item.found.record.body) for item in cancelled}
-        records = await read_many(self._backend, log, map(filter, reruns))
+        records = await self._store.last_of_many(map(filter, reruns))
         left = [
             record.sequence
             for record in without_markers(records)
