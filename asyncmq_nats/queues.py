@@ -225,7 +225,7 @@ class Queue:
         self._edits = Edits(self._store)
         self._deduplicator = Deduplicator(self._store, self._additions)
         self._repeatables = Repeatables(self._store)
-        self._controls = Controls(self.backend, self._subjects, self._assets)
+        self._controls = Controls(self._store)
         self._hooks = Hooks({"backend": self.backend, "queue": name}, lifespan=lifespan)
         self._middleware = [checked_middleware(each) for each in middleware]
         self._local_repeatables: list[Definition] = []

@@ -12,7 +12,7 @@ import anyio
 from anyio.abc import TaskGroup
 
 from asyncmq_nats._logging import get_logger
-from asyncmq_nats.backends.base import Backend, Delivery, Signal
+from asyncmq_nats.backends.base import Delivery, Signal
 from asyncmq_nats.exceptions import AsyncMQError
 from asyncmq_nats.runtime.buffer import Buffer
 from asyncmq_nats.runtime.handback import HandBack
@@ -20,9 +20,10 @@ from asyncmq_nats.runtime.prefetch import Throughput, starts_late, tiers_to_ask
 from asyncmq_nats.runtime.rate_limiter import LEASE_SECONDS, RateLimiter
 from asyncmq_nats.runtime.slot_group import Member, SlotGroup
 from asyncmq_nats.runtime.tiers import FRESH_SECONDS, Tiers
-from asyncmq_nats.store.topology import TIER_SIGNAL, QueueAssets
+from asyncmq_nats.store.queue_store import QueueStore
+from asyncmq_nats.store.topology import TIER_SIGNAL
 from asyncmq_nats.transitions.finish import Lifecycle
-from asyncmq_nats.wire.keys import QueueSubjects, tier_name
+from asyncmq_nats.wire.keys import tier_name
 
 __all__ = ["Fetcher"]
 
@@ -44,9 +45,7 @@ class Fetcher:
 
     def __init__(
         self,
-        backend: Backend,
-        keys: QueueSubjects,
-        assets: QueueAssets,
+        store: QueueStore,
         lifecycle: Lifecycle,
         *,
         concurrency: int,
@@ -59,10 +58,8 @@ class Fetcher:
         """Fetch for one worker.
 
         Args:
-            backend: of the queue, and so are keys, assets and lifecycle.
-            keys: see backend.
-            assets: see backend.
-            lifecycle: see backend.
+            store: of the queue.
+            lifecycle: of the worker.
             concurrency: slots of the worker.
             limiter: of starts in the whole queue.
             adopt: asked whether a redelivered job runs here already: then it needs no slot.
@@ -70,9 +67,10 @@ class Fetcher:
             pending: returns how many attempts have started whose end is not confirmed.
             group: of the queues of the worker, if there are several.
         """
-        self._backend = backend
-        self._keys = keys
-        self._assets = assets
+        self._store = store
+        self._backend = backend = store.backend
+        self._keys = store.keys
+        self._assets = store.assets
         self._concurrency = concurrency
         self._limiter = limiter
         self._adopt = adopt
@@ -83,7 +81,7 @@ class Fetcher:
         self._pause_signals = 0
         self._pause_doubtful = False
         self._buffer = Buffer()
-        self._hand_back = HandBack(backend, keys.ready_log, lifecycle, self._buffer)
+        self._hand_back = HandBack(store, lifecycle, self._buffer)
         self._throughput = Throughput()
         self._new_tiers: set[int] = set()
         self._tier_heard = anyio.Event()
@@ -260,7 +258,7 @@ class Fetcher:
         for priority in await self._assets.list_tiers():
             await self._assets.declare_tier(priority)
             if priority not in self._tiers.known:
-                state = await self._backend.look_up(self._keys.ready_log, tier_name(priority))
+                state = await self._store.look_up_tier(priority)
                 pending = state.pending if state is not None else 0
                 self._tiers.add(priority, pending, self._monotonic())
 

@@ -82,10 +82,8 @@ class Runner:
         self.worker = worker or new_worker_id()
         self._on_stop_signal = on_stop_signal or self.stop
         self._store = store
-        backend, keys, assets = store.backend, store.keys, store.assets
-        self._backend = backend
-        self._keys = keys
-        self._assets = assets
+        self._backend = backend = store.backend
+        self._assets = store.assets
         self._concurrency = concurrency
         self._hooks = hooks or Hooks()
         self._spawner = Spawner()
@@ -98,15 +96,14 @@ class Runner:
         if backend.settings.metrics:
             self.recorder = Recorder(
                 backend,
-                keys.queue,
+                store.keys.queue,
                 self.worker,
                 concurrency,
                 self._busy_seconds,
                 self._incidents,
             )
         self._slots = Slots(
-            backend,
-            keys,
+            store,
             self._lifecycle,
             registry,
             concurrency,
@@ -121,9 +118,7 @@ class Runner:
         self._completer = Completer(self._lifecycle, events, self._spawner, self._on_settled)
         limiter = None if limit is None else RateLimiter(store, limit, self.worker)
         self._fetcher = Fetcher(
-            backend,
-            keys,
-            assets,
+            store,
             self._lifecycle,
             concurrency=concurrency,
             limiter=limiter,
@@ -138,8 +133,7 @@ class Runner:
         self._configurations = Configurations(store)
         self._declarations = declarations or Declarations(store, {})
         self._entry = WorkerRegistry(
-            backend,
-            keys,
+            store,
             self.worker,
             concurrency,
             self._running_ids,
@@ -187,7 +181,7 @@ class Runner:
     @property
     def queue(self) -> str:
         """The name of its queue."""
-        return self._keys.queue
+        return self._store.keys.queue
 
     @property
     def started(self) -> int:
@@ -231,7 +225,7 @@ class Runner:
                 logger.info(
                     "worker %s runs queue %s with %d slots",
                     self.worker,
-                    self._keys.queue,
+                    self._store.keys.queue,
                     self._concurrency,
                 )
                 task_status.started()
@@ -253,7 +247,7 @@ class Runner:
                 await self._configurations.apply()
             except (BackendError, InvalidArgument) as error:
                 text = "queue %s: its settings are not applied: %s"
-                logger.warning(text, self._keys.queue, error)
+                logger.warning(text, self._store.keys.queue, error)
 
     async def _serve(self, serving: anyio.Event, finished: anyio.Event) -> None:
         """Run all loops, shielded from outside cancellation: `stop` ends them in order."""

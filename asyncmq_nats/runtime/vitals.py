@@ -64,7 +64,7 @@ class Vitals:
         parts: WorkerParts,
     ) -> None:
         self._backend = store.backend
-        self._keys = store.keys
+        self._queue = store.keys.queue
         self._assets = store.assets
         self._inspection = Inspection(store)
         self._lists = JobLists(store, self._inspection)
@@ -79,7 +79,7 @@ class Vitals:
         """Return the health of the worker now."""
         return judge_health(
             self._worker,
-            self._keys.queue,
+            self._queue,
             connected=self._backend.is_connected,
             taking=self.taking,
             silent_for=self._parts.fetcher.silent_for,
@@ -162,11 +162,11 @@ class Vitals:
         return Probe(self.health, read, render)
 
     async def _read_queue(self, prometheus: Any) -> Any:
-        workers = await list_workers(self._backend, self._keys.queue)
+        workers = await list_workers(self._backend, self._queue)
         counts = await self._inspection.count_by_state()
         oldest = await self._lists.oldest_waiting()
         return prometheus.QueueGauges(
-            self._keys.queue,
+            self._queue,
             {str(state): counts[state] for state in State},
             0.0 if oldest is None else max(0.0, self._backend.now() - oldest[1]),
             await self._assets.is_paused(),
@@ -177,7 +177,7 @@ class Vitals:
     def _counts(self, prometheus: Any) -> Any:
         recorder = self._parts.recorder
         return prometheus.WorkerCounts(
-            self._keys.queue,
+            self._queue,
             self._concurrency,
             len(self._parts.slots.running),
             {} if recorder is None else recorder.totals(),

@@ -39,9 +39,7 @@ async def fetching(backend: Backend, concurrency: int) -> AsyncIterator[Fetcher]
     store = QueueStore.of(backend, "work")
     await store.assets.declare_all()
     fetcher = Fetcher(
-        backend,
-        store.keys,
-        store.assets,
+        store,
         Lifecycle(store, "worker"),
         concurrency=concurrency,
     )
