@@ -132,8 +132,11 @@ async def show(session: Session, queue: QueueName, job_id: JobId, as_json: AsJso
         return
     runs_on = ""
     if job["status"] == State.ACTIVE:
-        workers = await list_workers(session.backend, queue)
-        runs_on = ", ".join(each.id for each in workers if job_id in each.running)
+        workers = [
+            each for each in await list_workers(session.backend, queue) if job_id in each.running
+        ]
+        runs_on = ", ".join(each.id for each in workers)
+        job["active_since"] = next((each.start_of(job_id) for each in workers), None)
     session.output.fields(_fields(job, runs_on))
     for failure in job["errors"]:
         at = instant(failure.get("at"))

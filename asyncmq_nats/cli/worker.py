@@ -205,7 +205,12 @@ def _summary(entries: Sequence[WorkerInfo]) -> dict[str, Any]:
     return {
         "id": first.id,
         "queues": {
-            each.queue: {"slots": each.concurrency, "busy": each.busy, "running": each.running}
+            each.queue: {
+                "slots": each.concurrency,
+                "busy": each.busy,
+                "running": each.running,
+                "starts": each.starts,
+            }
             for each in entries
         },
         "state": "stopping" if any(each.stopping for each in entries) else "running",

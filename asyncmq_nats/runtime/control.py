@@ -8,7 +8,7 @@ import os
 import socket
 import sys
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -209,6 +209,12 @@ class WorkerInfo:
     """Whether it was told to stop and finishes what runs."""
     rate_limit: tuple[int, float] | None = None
     """How many jobs the whole queue may start in how many seconds; `None`: no limit, or untold."""
+    starts: tuple[float, ...] = ()
+    """When each of `running` started; empty if its release does not tell."""
+
+    def start_of(self, job_id: str) -> float | None:
+        """Return when a job that it runs started; `None` if it does not run it, or is not told."""
+        return dict(zip(self.running, self.starts, strict=False)).get(job_id)
 
 
 async def list_workers(backend: Backend, queue: str | None = None) -> list[WorkerInfo]:
@@ -258,7 +264,19 @@ def _worker_of(record: Record) -> WorkerInfo | None:
         data["memory"] if isinstance(data.get("memory"), int) else None,
         data.get("stopping") is True,
         _rate_limit_of(data.get("rate_limit")),
+        _starts_of(data.get("starts"), running),
     )
+
+
+def _starts_of(given: Any, running: Sequence[str]) -> tuple[float, ...]:
+    match given:
+        case [*times] if len(times) == len(running) and all(_is_time(time) for time in times):
+            return tuple(map(float, times))
+    return ()
+
+
+def _is_time(given: Any) -> bool:
+    return isinstance(given, int | float) and not isinstance(given, bool) and math.isfinite(given)
 
 
 def _rate_limit_of(given: Any) -> tuple[int, float] | None:
@@ -298,14 +316,18 @@ class WorkerRegistry:
         store: QueueStore,
         worker: str,
         concurrency: int,
-        running: Callable[[], list[str]],
+        running: Callable[[], Mapping[str, float]],
         repeatables: Sequence[str] = (),
         *,
         rate_limit: tuple[int, float] | None = None,
         is_stopping: Callable[[], bool] = lambda: False,
         has_siblings: bool = False,
     ) -> None:
-        """`has_siblings`: the worker serves other queues too, and has an entry for each."""
+        """Make its entry, and do no I/O.
+
+        `running`: returns the jobs that run, and when each started. `has_siblings`: the worker
+        serves other queues too, and has an entry for each.
+        """
         self._backend = store.backend
         self._keys = store.keys
         self._worker = worker
@@ -373,11 +395,11 @@ class WorkerRegistry:
     async def _write(self, entry: dict[str, Any]) -> None:
         running = self._running()
         entry["busy"] = len(running)
-        running = running[:MAX_SHOWN_JOBS]
-        body = dump_json(entry | {"running": running})
-        while running and len(body) > self._backend.max_body:
-            running = running[: len(running) // 2]
-            body = dump_json(entry | {"running": running})
+        shown, starts = list(running)[:MAX_SHOWN_JOBS], list(running.values())[:MAX_SHOWN_JOBS]
+        body = dump_json(entry | {"running": shown, "starts": starts})
+        while shown and len(body) > self._backend.max_body:
+            shown, starts = shown[: len(shown) // 2], starts[: len(shown) // 2]
+            body = dump_json(entry | {"running": shown, "starts": starts})
         ttl = 3 * self._backend.settings.heartbeat_interval
         await self._backend.write(self._log, Write(self._key, body, ttl=ttl))
 

@@ -136,7 +136,7 @@ class Runner:
             store,
             self.worker,
             concurrency,
-            self._running_ids,
+            self._starts,
             self._declarations.ids,
             rate_limit=None if limit is None else (limit.starts, limit.interval),
             is_stopping=self._stop_is_set,
@@ -386,7 +386,7 @@ class Runner:
 
     async def _look_for_cancelled(self) -> None:
         """Cancel the jobs whose cancellation was missed."""
-        for job_id in await self._lifecycle.cancelled_among(self._running_ids()):
+        for job_id in await self._lifecycle.cancelled_among(list(self._starts())):
             self._on_cancel(job_id)
 
     async def _mark_long_runs(self) -> None:
@@ -394,8 +394,9 @@ class Runner:
             await self._backend.clock.sleep(MARK_INTERVAL, upkeep=True)
             self._slots.mark_long_runs()
 
-    def _running_ids(self) -> list[str]:
-        return [running.context.id for running in self._slots.running]
+    def _starts(self) -> dict[str, float]:
+        """Return the jobs that run, and when each started."""
+        return {each.context.id: each.attempt.started_at for each in self._slots.running}
 
     def _on_cancel(self, job_id: str) -> None:
         for running in [each for each in self._slots.running if each.context.id == job_id]:

@@ -449,7 +449,7 @@ async def worker(queue: Queue | str, *, concurrency: int | None = None) -> Async
 def _dismiss(worker: Worker) -> list[str]:
     """Tell a worker to end at once. Return the ids of the jobs that it puts back."""
     runner = worker._runner
-    unfinished = [] if runner is None else runner._running_ids()
+    unfinished = [] if runner is None else list(runner._starts())
     if runner is not None:
         runner._slots.cancel_running()
     worker.stop()

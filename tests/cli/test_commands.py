@@ -267,7 +267,8 @@ async def test_a_job_that_runs_is_shown_with_its_worker(
         async def shown() -> str:
             return (await amq.ok(f"job info mail {job_id}")).out
 
-        await until(shown, lambda text: f"worker    {worker.id}" in text)
+        text = await until(shown, lambda text: f"worker    {worker.id}" in text)
+        assert "\nstarted   20" in text
         release.set()
 
 

@@ -285,3 +285,14 @@ def test_a_chart_ends_with_the_last_point_that_workers_have_told_whole() -> None
     assert shown(MetricsHistory("work", 0, 80, 20, [])) == []
     hours = [MetricsPoint(3600.0 * n, 3600.0, 3600.0 if n == 0 else 60.0) for n in range(2)]
     assert shown(MetricsHistory("work", 0, 7200, 3600, hours)) == [0, 3600]
+
+
+async def test_a_job_that_runs_is_shown_with_its_start_and_its_worker(
+    backend: Backend, client: httpx.AsyncClient
+) -> None:
+    release = anyio.Event()
+    queue = make_queue(backend, wait=release.wait)
+    async with running(queue) as worker:
+        job_id = await queue.add("wait")
+        await shows(client, f"/queues/work/jobs/{job_id}", "Started", "Ran", f"Runs on {worker.id}")
+        release.set()

@@ -188,7 +188,8 @@ async def test_a_job_that_was_taken_out_at_its_time_is_not_released(
     log, released = queue._subjects.bucket_log, queue._subjects.place(Place.RELEASED)
     left = {queue._subjects.token(each.subject) for each in await queue.backend.last(log, released)}
     assert not taken & left
-    assert change is cancel_all or taken >= {*ids}
+    if change not in (cancel_all, remove_delayed):  # these spare a job whose time has come
+        assert taken >= {*ids}
 
 
 # -- schedules
@@ -227,7 +228,12 @@ async def test_a_schedule_that_is_changed_at_its_tick_is_as_it_was_changed(
         await holds(lambda: bool(ran))
         await wait_for_the_first(queue)
         await change(queue)
-        await anyio.sleep(0.5)  # the tick that was due may be carried out
+        # The tick that was due may be carried out.
+        await until(queue.queue_stats, lambda stats: stats["completed"] >= TIMERS)
+        await until(queue.queue_stats, lambda stats: stats["waiting"] + stats["active"] == 0)
         ran.clear()
-        await anyio.sleep(2.2)
-    assert ran in ([1, 1], [1, 1, 1]) if change is change_schedule else ran == []
+        if change is change_schedule:
+            await holds(lambda: len(ran) >= 2)
+        else:
+            await anyio.sleep(2.2)
+    assert {*ran} == ({1} if change is change_schedule else set())

@@ -30,7 +30,7 @@ def settings() -> Settings:
 
 
 def entry(backend: Backend, worker: str, queue: str = "work") -> WorkerRegistry:
-    return WorkerRegistry(QueueStore.of(backend, queue), worker, 3, list)
+    return WorkerRegistry(QueueStore.of(backend, queue), worker, 3, dict)
 
 
 async def test_there_are_no_workers_before_the_first(backend: Backend) -> None:
@@ -61,6 +61,10 @@ async def test_a_worker_is_listed_with_all_about_it(backend: Backend, twin: Back
         )
         assert (seen.host, seen.pid) == (socket.gethostname(), os.getpid())
         assert before - 0.1 <= seen.since <= seen.heartbeat <= backend.now() + 0.1
+        start = seen.start_of(job_id)
+        assert start is not None
+        assert seen.since - 0.1 <= start <= seen.heartbeat + 0.1
+        assert seen.start_of("another") is None
         opened.set()
         await outcome(queue, job_id)
         await until(other.list_workers, lambda workers: not workers[0].running)
@@ -234,6 +238,19 @@ async def test_a_malformed_token_bucket_is_made_again(junk: bytes, backend: Back
     await backend.write(subjects.bucket_log, Write(subjects.rate_limit, junk))
     async with running(queue):
         assert await queue.wait_for(await queue.add("echo", [7]), timeout=PATIENCE) == 7
+
+
+@pytest.mark.parametrize("starts", [None, 1, [], [1.0, 2.0], ["1"], [True], {"a": 1}])
+async def test_a_worker_whose_starts_are_malformed_is_listed_without(
+    starts: Any, backend: Backend
+) -> None:
+    async with running(make_queue(backend)):  # makes the bucket
+        log, key = workers_bucket(backend.settings.prefix)
+        entry = SOUND_ENTRY | {"id": "other", "running": ["job"], "starts": starts}
+        await backend.write(log, Write(f"{key}other", dump_json(entry)))
+        (other,) = [each for each in await list_workers(backend) if each.id == "other"]
+    assert other.running == ("job",)
+    assert other.start_of("job") is None
 
 
 @pytest.mark.parametrize(

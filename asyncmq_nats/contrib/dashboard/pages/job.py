@@ -60,6 +60,14 @@ async def show(request: Request) -> Response:
     queue = await site.queue(request)
     found = await _find(request, site, queue)
     job_id = str(found["id"])
+    workers = [
+        worker
+        for worker in await all_workers(site)
+        if worker.queue == queue.name and job_id in worker.running
+    ]
+    if found["status"] == State.ACTIVE:
+        start = next((worker.start_of(job_id) for worker in workers), None)
+        found = found | {"active_since": start}
     job = site.redactor.job(queue.name, found)
     now = site.backend.now()
     paused = await site.share("paused", queue, queue.is_paused)
@@ -77,7 +85,7 @@ async def show(request: Request) -> Response:
             site.redactor.log_line(queue.name, job["task"], each) for each in logs[-MAX_LINES:]
         ],
         "logs_cut": len(logs) if len(logs) > MAX_LINES else 0,
-        "runs_on": [w for w in await all_workers(site) if job_id in w.running],
+        "runs_on": workers,
         "actions": possible_actions(job["status"]),
         "editable": _editable(job, paused=paused),
         "bundle": words.pretty_json(_bundle(queue.name, job)),
