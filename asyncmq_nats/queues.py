@@ -77,9 +77,10 @@ from asyncmq_nats.store.job_logs import read_job_logs
 from asyncmq_nats.store.overview import Overview, QueueInfo
 from asyncmq_nats.store.pages import JobLists
 from asyncmq_nats.store.past_events import read_past_events
+from asyncmq_nats.store.queue_store import QueueStore
 from asyncmq_nats.store.reads import Inspection, JobPage, WaitingJob
 from asyncmq_nats.store.search import Found, Search
-from asyncmq_nats.store.topology import DEFAULT_PRIORITY, QueueAssets
+from asyncmq_nats.store.topology import DEFAULT_PRIORITY
 from asyncmq_nats.store.waiters import Waiters
 from asyncmq_nats.transitions.add import Additions
 from asyncmq_nats.transitions.apply import (
@@ -112,7 +113,7 @@ from asyncmq_nats.transitions.edit import Edits
 from asyncmq_nats.transitions.move import MOVABLE_STATES, Moved, Mover, Side
 from asyncmq_nats.transitions.repeat import Repeatables
 from asyncmq_nats.transitions.sweep import Sweep
-from asyncmq_nats.wire.keys import QueueSubjects, encode_token
+from asyncmq_nats.wire.keys import encode_token
 
 __all__ = ["Queue", "list_queues"]
 
@@ -211,29 +212,25 @@ class Queue:
         self.scan_interval = (
             self.backend.settings.scan_interval if scan_interval is None else scan_interval
         )
-        self._subjects = QueueSubjects(self.backend.settings.prefix, name)
-        self._assets = QueueAssets(self.backend, self._subjects)
-        self._additions = Additions(self.backend, self._subjects, self._assets)
-        self._inspection = Inspection(self.backend, self._subjects, self._assets)
-        self._administration = Administration(self.backend, self._subjects, self._assets)
-        self._lists = JobLists(self.backend, self._subjects, self._assets, self._inspection)
-        self._overview = Overview(
-            self.backend, self._subjects, self._assets, self._inspection, self._lists
-        )
-        self._sweep = Sweep(self.backend, self._subjects, self._administration)
-        self._cleanup = Cleanup(
-            self.backend, self._subjects, self._assets, self._inspection, self._lists
-        )
+        self._store = QueueStore.of(self.backend, name)
+        self._subjects, self._assets = self._store.keys, self._store.assets
+        self._additions = Additions(self._store)
+        self._inspection = Inspection(self._store)
+        self._administration = Administration(self._store)
+        self._lists = JobLists(self._store, self._inspection)
+        self._overview = Overview(self._store, self._inspection, self._lists)
+        self._sweep = Sweep(self._store, self._administration)
+        self._cleanup = Cleanup(self._store, self._inspection, self._lists)
         self._search = Search(self._lists)
-        self._edits = Edits(self.backend, self._subjects, self._assets)
-        self._deduplicator = Deduplicator(self.backend, self._subjects, self._additions)
-        self._repeatables = Repeatables(self.backend, self._subjects)
-        self._controls = Controls(self.backend, self._subjects, self._assets)
+        self._edits = Edits(self._store)
+        self._deduplicator = Deduplicator(self._store, self._additions)
+        self._repeatables = Repeatables(self._store)
+        self._controls = Controls(self._store)
         self._hooks = Hooks({"backend": self.backend, "queue": name}, lifespan=lifespan)
         self._middleware = [checked_middleware(each) for each in middleware]
         self._local_repeatables: list[Definition] = []
-        self._configurations = Configurations(self.backend, self._subjects, self._assets)
-        self._waiters = Waiters(self.backend, self._subjects)
+        self._configurations = Configurations(self._store)
+        self._waiters = Waiters(self._store)
         self._registry = registry
         note_queue = getattr(self.backend, "note_queue", None)
         if note_queue is not None:  # that of tests, which runs the jobs of its queues
@@ -343,16 +340,16 @@ class Queue:
     async def _add(self, job: Addition, window: Window | None = None) -> str:
         job.encode()  # nothing is declared for what cannot be sent
         if not self._middleware and not is_any_added():
-            return await self._store(job, window)
+            return await self._add_one(job, window)
         chain, whole = Chain.of(self.name, self._middleware), whole_job(job)
         whole.encode()  # what a middleware changes in place does not count
 
         async def store(jobs: Sequence[Job]) -> list[str]:
-            return [await self._store(job, window) for job in jobs]
+            return [await self._add_one(job, window) for job in jobs]
 
         return (await chain.enqueue([whole], store))[0]
 
-    async def _store(self, job: Addition, window: Window | None) -> str:
+    async def _add_one(self, job: Addition, window: Window | None) -> str:
         if not self._assets.are_declared:
             await self._assets.declare()
         if window is not None:
@@ -476,18 +473,14 @@ class Queue:
         """Return a worker for this queue that is not yet running. `options`: of `Runner`."""
         import_tasks(self.backend.settings.tasks)
         return Runner(
-            self.backend,
-            self._subjects,
-            self._assets,
+            self._store,
             registry=self._registry,
             any_task=self.any_task,
             concurrency=self.concurrency,
             limit=None if self.rate_limit is None else Limit(self.rate_limit, self.rate_interval),
             hooks=self._hooks,
             middleware=Chain.of(self.name, self._middleware),
-            declarations=Declarations(
-                self.backend, self._subjects, {d.rid: d for d in self._local_repeatables}
-            ),
+            declarations=Declarations(self._store, {d.rid: d for d in self._local_repeatables}),
             **options,
         )
 
@@ -566,7 +559,7 @@ class Queue:
         They are written twice a second while it runs. There are none if it kept none, they are too
         old (`Settings.job_log_ttl`), or there is no such job.
         """
-        return await read_job_logs(self.backend, self._subjects, job_id)
+        return await read_job_logs(self._store, job_id)
 
     async def get_job(self, job_id: str) -> dict[str, Any] | None:
         """Return the job as a dict with AsyncMQ's keys, and ours beside them, or `None`."""
@@ -579,7 +572,7 @@ class Queue:
         `None` if there is no such job.
         """
         most = checked_number(limit, "limit", 1)
-        return await read_flow(self.backend, self._subjects, self._inspection, job_id, most)
+        return await read_flow(self._store, self._inspection, job_id, most)
 
     async def get_job_state(self, job_id: str) -> str | None:
         """Return the state of the job, or `None` if there is no such job."""
@@ -786,9 +779,7 @@ class Queue:
         and progress leave none.
         """
         await self.backend.connect()
-        return await read_past_events(
-            self.backend, self._subjects, checked_number(limit, "limit", 1)
-        )
+        return await read_past_events(self._store, checked_number(limit, "limit", 1))
 
     async def _patience_for(self, job_id: str) -> float | None:
         """Return how long to wait for each event of a job: for ever, unless it has ended."""
@@ -904,9 +895,7 @@ class Queue:
         """Return the rate limits that the running workers keep to: one, if they agree, or none."""
         workers = await self.list_workers()
         limits = sorted({each.rate_limit for each in workers if each.rate_limit is not None})
-        return [
-            await read_rate_limit(self.backend, self._subjects, Limit(*limit)) for limit in limits
-        ]
+        return [await read_rate_limit(self._store, Limit(*limit)) for limit in limits]
 
     def on_startup(self, hook: H) -> H:
         """Have this queue's workers call a function, sync or async, before their first job.

@@ -177,5 +177,5 @@ async def lose_worker(queue: Queue, *, runs: bool = False) -> None:
     await receiver.pull("tier_5")
     if runs:
         await receiver.wait_for(lambda: bool(receiver.deliveries))
-        lifecycle = Lifecycle(queue.backend, queue._subjects, queue._assets, "lost")
+        lifecycle = Lifecycle(queue._store, "lost")
         assert await lifecycle.claim(lifecycle.open(receiver.deliveries[0]))

@@ -27,10 +27,11 @@ from asyncmq_nats.exceptions import (
     PayloadTooLarge,
     PermissionRefused,
 )
+from asyncmq_nats.store.queue_store import QueueStore
 from asyncmq_nats.store.records import without_markers
-from asyncmq_nats.store.topology import DEFAULT_PRIORITY, LATEST_PAUSE, QueueAssets
+from asyncmq_nats.store.topology import DEFAULT_PRIORITY, LATEST_PAUSE
 from asyncmq_nats.wire.codec import dump_json, load_json
-from asyncmq_nats.wire.keys import QueueSubjects, encode_token, tier_name, workers_bucket
+from asyncmq_nats.wire.keys import encode_token, tier_name, workers_bucket
 
 __all__ = [
     "CANCEL",
@@ -66,10 +67,10 @@ _malformed = Throttle()
 class Controls:
     """Pause and resume of one queue, and signals to its workers."""
 
-    def __init__(self, backend: Backend, subjects: QueueSubjects, assets: QueueAssets) -> None:
-        self._backend = backend
-        self._subjects = subjects
-        self._assets = assets
+    def __init__(self, store: QueueStore) -> None:
+        self._store = store
+        self._backend = store.backend
+        self._keys = store.keys
 
     async def pause(self, until: float | None = None) -> None:
         """Stop the queue.
@@ -78,44 +79,41 @@ class Controls:
         what they hold.
         """
         end = LATEST_PAUSE if until is None else min(until, LATEST_PAUSE)
-        await self._assets.write_pause(end)
+        await self._store.assets.write_pause(end)
         # The default tier first: a tier that is made meanwhile finds it paused, or else is among
         # those that are listed after it.
-        await self._backend.pause(self._subjects.ready_log, tier_name(DEFAULT_PRIORITY), end)
-        for priority in await self._assets.list_tiers():
+        await self._backend.pause(self._keys.ready_log, tier_name(DEFAULT_PRIORITY), end)
+        for priority in await self._store.assets.list_tiers():
             if priority != DEFAULT_PRIORITY:
-                await self._backend.pause(self._subjects.ready_log, tier_name(priority), end)
+                await self._backend.pause(self._keys.ready_log, tier_name(priority), end)
         await self._tell_all(PAUSE, str(end).encode())
 
     async def resume(self) -> None:
         """Let the queue go on at once."""
-        await self._assets.write_pause(None)
-        for priority in await self._assets.list_tiers():
-            await self._backend.resume(self._subjects.ready_log, tier_name(priority))
-        await self._backend.publish(self._subjects.control(RESUME))
+        await self._store.assets.write_pause(None)
+        for priority in await self._store.assets.list_tiers():
+            await self._backend.resume(self._keys.ready_log, tier_name(priority))
+        await self._backend.publish(self._keys.control(RESUME))
 
     async def signal_cancel(self, job_id: str) -> None:
         """Tell the workers that a job was cancelled."""
-        await self._backend.publish(self._subjects.control(CANCEL), job_id.encode())
+        await self._backend.publish(self._keys.control(CANCEL), job_id.encode())
 
     async def _tell_all(self, what: str, body: bytes) -> None:
         """Signal the queue's workers and wait, for a time, until each one has answered."""
-        workers = {worker.id for worker in await list_workers(self._backend, self._subjects.queue)}
-        missing = await _tell(
-            self._backend, self._subjects, what, body, workers, PAUSE_ANSWER_TIMEOUT
-        )
+        workers = {worker.id for worker in await list_workers(self._backend, self._keys.queue)}
+        missing = await _tell(self._store, what, body, workers, PAUSE_ANSWER_TIMEOUT)
         if missing:
             logger.warning(
                 "queue %s: no answer to %s from %s",
-                self._subjects.queue,
+                self._keys.queue,
                 what,
                 ", ".join(sorted(missing)),
             )
 
 
 async def _tell(
-    backend: Backend,
-    subjects: QueueSubjects,
+    store: QueueStore,
     what: str,
     body: bytes,
     workers: set[str],
@@ -124,16 +122,16 @@ async def _tell(
     """Signal the queue's workers; return those of `workers` that have not answered in time."""
     missing = set(workers)
     answered = anyio.Event()
-    inbox = subjects.control(f"answer.{encode_token(os.urandom(6).hex())}")
+    inbox = store.keys.control(f"answer.{encode_token(os.urandom(6).hex())}")
 
     def on_answer(signal: Signal) -> None:
         missing.discard(signal.body.decode(errors="replace"))
         if not missing:
             answered.set()
 
-    subscription = await backend.subscribe(inbox, on_answer)
+    subscription = await store.backend.subscribe(inbox, on_answer)
     try:
-        await backend.publish(subjects.control(what), body + b" " + inbox.encode())
+        await store.backend.publish(store.keys.control(what), body + b" " + inbox.encode())
         if missing:
             with anyio.move_on_after(timeout):
                 await answered.wait()
@@ -156,9 +154,9 @@ async def stop_worker(backend: Backend, worker: str) -> bool:
             return False
         if entries[0].stopping:
             return True
-        subjects = QueueSubjects(backend.settings.prefix, entries[0].queue)
+        store = QueueStore.of(backend, entries[0].queue)
         body = encode_token(worker).encode()
-        if not await _tell(backend, subjects, STOP, body, {worker}, STOP_ANSWER_TIMEOUT):
+        if not await _tell(store, STOP, body, {worker}, STOP_ANSWER_TIMEOUT):
             return True
     return False
 
@@ -315,8 +313,7 @@ class WorkerRegistry:
 
     def __init__(
         self,
-        backend: Backend,
-        subjects: QueueSubjects,
+        store: QueueStore,
         worker: str,
         concurrency: int,
         running: Callable[[], Mapping[str, float]],
@@ -331,16 +328,16 @@ class WorkerRegistry:
         `running`: returns the jobs that run, and when each started. `has_siblings`: the worker
         serves other queues too, and has an entry for each.
         """
-        self._backend = backend
-        self._subjects = subjects
+        self._backend = store.backend
+        self._keys = store.keys
         self._worker = worker
         self._is_stopping = is_stopping
         self._concurrency = concurrency
         self._rate_limit = rate_limit
         self._running = running
         self._repeatables = list(repeatables)
-        self._log, key = workers_bucket(backend.settings.prefix)
-        self._key = key + encode_token(f"{worker}/{subjects.queue}" if has_siblings else worker)
+        self._log, key = workers_bucket(store.backend.settings.prefix)
+        self._key = key + encode_token(f"{worker}/{store.keys.queue}" if has_siblings else worker)
         self._subscriptions: list[Subscription] = []
         self._since = 0.0
         self._writing = anyio.Lock()
@@ -376,7 +373,7 @@ class WorkerRegistry:
         """Renew the entry, unless it was removed."""
         entry = {
             "id": self._worker,
-            "queue": self._subjects.queue,
+            "queue": self._keys.queue,
             "concurrency": self._concurrency,
             "rate_limit": self._rate_limit,
             "host": socket.gethostname(),
@@ -422,14 +419,14 @@ class WorkerRegistry:
             heard(signal.body.decode(errors="replace"))
 
         self._subscriptions.append(
-            await self._backend.subscribe(self._subjects.control(what), on_signal)
+            await self._backend.subscribe(self._keys.control(what), on_signal)
         )
 
     async def listen_for_pause(self, pause: Callable[[float], None]) -> None:
         """Call `pause` with the time (Unix seconds) of each signal to pause, then answer it."""
 
         def on_pause(text: str) -> None:
-            parsed = parse_pause(text, self._subjects.control("answer."))
+            parsed = parse_pause(text, self._keys.control("answer."))
             if parsed is None:
                 if times := _malformed.note():
                     logger.warning("%d malformed signals to pause, the last: %.200r", times, text)
@@ -448,7 +445,7 @@ class WorkerRegistry:
             worker, _, inbox = text.partition(" ")
             if worker == encode_token(self._worker):
                 stop()
-                if inbox := _checked_inbox(inbox, self._subjects.control("answer.")):
+                if inbox := _checked_inbox(inbox, self._keys.control("answer.")):
                     self._backend.signal(inbox, self._worker.encode())
 
         await self.listen(STOP, on_stop)

@@ -8,11 +8,10 @@ running worker declares it.
 from collections.abc import Mapping
 
 from asyncmq_nats._logging import get_logger
-from asyncmq_nats.backends.base import Backend
 from asyncmq_nats.runtime.control import list_workers
+from asyncmq_nats.store.queue_store import QueueStore
 from asyncmq_nats.transitions.definition import Definition
 from asyncmq_nats.transitions.repeat import Repeatables
-from asyncmq_nats.wire.keys import QueueSubjects
 
 __all__ = ["Declarations"]
 
@@ -22,13 +21,11 @@ logger = get_logger(__name__)
 class Declarations:
     """The declarations of one worker's code, by id."""
 
-    def __init__(
-        self, backend: Backend, subjects: QueueSubjects, definitions: Mapping[str, Definition]
-    ) -> None:
-        self._backend = backend
-        self._queue = subjects.queue
+    def __init__(self, store: QueueStore, definitions: Mapping[str, Definition]) -> None:
+        self._backend = store.backend
+        self._queue = store.keys.queue
         self._definitions = dict(definitions)
-        self._repeatables = Repeatables(backend, subjects)
+        self._repeatables = Repeatables(store)
         self._since = 0.0
         self._others: set[str] = set()
         """Ids that other code declared before this worker started."""

@@ -12,7 +12,7 @@ import anyio
 from anyio.abc import TaskGroup
 
 from asyncmq_nats._logging import get_logger
-from asyncmq_nats.backends.base import Backend, Delivery, Signal
+from asyncmq_nats.backends.base import Delivery, Signal
 from asyncmq_nats.exceptions import AsyncMQError
 from asyncmq_nats.runtime.buffer import Buffer
 from asyncmq_nats.runtime.handback import HandBack
@@ -20,9 +20,10 @@ from asyncmq_nats.runtime.prefetch import Throughput, starts_late, tiers_to_ask
 from asyncmq_nats.runtime.rate_limiter import LEASE_SECONDS, RateLimiter
 from asyncmq_nats.runtime.slot_group import Member, SlotGroup
 from asyncmq_nats.runtime.tiers import FRESH_SECONDS, Tiers
-from asyncmq_nats.store.topology import TIER_SIGNAL, QueueAssets
+from asyncmq_nats.store.queue_store import QueueStore
+from asyncmq_nats.store.topology import TIER_SIGNAL
 from asyncmq_nats.transitions.finish import Lifecycle
-from asyncmq_nats.wire.keys import QueueSubjects, tier_name
+from asyncmq_nats.wire.keys import tier_name
 
 __all__ = ["Fetcher"]
 
@@ -44,9 +45,7 @@ class Fetcher:
 
     def __init__(
         self,
-        backend: Backend,
-        subjects: QueueSubjects,
-        assets: QueueAssets,
+        store: QueueStore,
         lifecycle: Lifecycle,
         *,
         concurrency: int,
@@ -59,10 +58,8 @@ class Fetcher:
         """Fetch for one worker.
 
         Args:
-            backend: of the queue, and so are subjects, assets and lifecycle.
-            subjects: see backend.
-            assets: see backend.
-            lifecycle: see backend.
+            store: of the queue.
+            lifecycle: of the worker.
             concurrency: slots of the worker.
             limiter: of starts in the whole queue.
             adopt: asked whether a redelivered job runs here already: then it needs no slot.
@@ -70,9 +67,10 @@ class Fetcher:
             pending: returns how many attempts have started whose end is not confirmed.
             group: of the queues of the worker, if there are several.
         """
-        self._backend = backend
-        self._subjects = subjects
-        self._assets = assets
+        self._store = store
+        self._backend = backend = store.backend
+        self._keys = store.keys
+        self._assets = store.assets
         self._concurrency = concurrency
         self._limiter = limiter
         self._adopt = adopt
@@ -83,7 +81,7 @@ class Fetcher:
         self._pause_signals = 0
         self._pause_doubtful = False
         self._buffer = Buffer()
-        self._hand_back = HandBack(backend, subjects.ready_log, lifecycle, self._buffer)
+        self._hand_back = HandBack(store, lifecycle, self._buffer)
         self._throughput = Throughput()
         self._new_tiers: set[int] = set()
         self._tier_heard = anyio.Event()
@@ -108,12 +106,10 @@ class Fetcher:
 
     async def start(self, group: TaskGroup) -> None:
         """Begin to ask for jobs; the loops run in the group."""
-        self._puller = self._backend.puller(
-            self._subjects.ready_log, self._on_delivery, self._on_lapse
-        )
+        self._puller = self._backend.puller(self._keys.ready_log, self._on_delivery, self._on_lapse)
         self._tiers = Tiers(self._puller.outstanding)
         self._tier_signals = await self._backend.subscribe(
-            self._subjects.control(TIER_SIGNAL), self._on_tier
+            self._keys.control(TIER_SIGNAL), self._on_tier
         )
         self._open = True
         await self._assets.find_orphans()
@@ -138,7 +134,7 @@ class Fetcher:
         except AsyncMQError as error:
             logger.warning(
                 "queue %s: fetched jobs are redelivered when their lease is over: %s",
-                self._subjects.queue,
+                self._keys.queue,
                 error,
             )
         finally:
@@ -262,7 +258,7 @@ class Fetcher:
         for priority in await self._assets.list_tiers():
             await self._assets.declare_tier(priority)
             if priority not in self._tiers.known:
-                state = await self._backend.look_up(self._subjects.ready_log, tier_name(priority))
+                state = await self._store.look_up_tier(priority)
                 pending = state.pending if state is not None else 0
                 self._tiers.add(priority, pending, self._monotonic())
 
@@ -293,7 +289,7 @@ class Fetcher:
             await self._assets.declare_tier(priority)
         except AsyncMQError as error:
             logger.warning(
-                "queue %s: no tier for priority %d: %s", self._subjects.queue, priority, error
+                "queue %s: no tier for priority %d: %s", self._keys.queue, priority, error
             )
             self._tiers.known.pop(priority, None)
 
@@ -303,7 +299,7 @@ class Fetcher:
             await self._find_tiers()
             await self.refresh_pause()
         except AsyncMQError as error:
-            logger.warning("queue %s: could not list its tiers: %s", self._subjects.queue, error)
+            logger.warning("queue %s: could not list its tiers: %s", self._keys.queue, error)
 
     # -- credit
 
@@ -362,7 +358,7 @@ class Fetcher:
         except AsyncMQError as error:
             logger.warning(
                 "queue %s: could not lease permits of its rate limit: %s",
-                self._subjects.queue,
+                self._keys.queue,
                 error,
             )
             return 1.0
@@ -463,7 +459,7 @@ class Fetcher:
             except AsyncMQError as error:
                 logger.warning(
                     "queue %s: could not check whether other workers wait: %s",
-                    self._subjects.queue,
+                    self._keys.queue,
                     error,
                 )
 

@@ -10,13 +10,13 @@ import anyio
 
 from asyncmq_nats._concurrency import open_task_group
 from asyncmq_nats._logging import get_logger
-from asyncmq_nats.backends.base import Backend, Delivery, Puller
+from asyncmq_nats.backends.base import Delivery, Puller
 from asyncmq_nats.exceptions import AsyncMQError, InvalidJob
 from asyncmq_nats.runtime.buffer import Buffer, Late
 from asyncmq_nats.runtime.tiers import Tiers
+from asyncmq_nats.store.queue_store import QueueStore
 from asyncmq_nats.transitions.claim import settle_delivery
 from asyncmq_nats.transitions.finish import Lifecycle
-from asyncmq_nats.wire.keys import tier_name
 
 __all__ = ["HandBack"]
 
@@ -31,14 +31,13 @@ GROWTH_FACTOR: Final = 2
 
 
 class HandBack:
-    """Gives back what is in the buffer. `log`: the queue's ready log."""
+    """Gives back what is in the buffer."""
 
-    def __init__(self, backend: Backend, log: str, lifecycle: Lifecycle, buffer: Buffer) -> None:
-        self._backend = backend
-        self._log = log
+    def __init__(self, store: QueueStore, lifecycle: Lifecycle, buffer: Buffer) -> None:
+        self._store = store
         self._lifecycle = lifecycle
         self._buffer = buffer
-        self._monotonic = backend.clock.monotonic
+        self._monotonic = store.backend.clock.monotonic
         self._look_at = 0.0
         self._pause = LOOK_SECONDS
         self._given: dict[int, int] = {}
@@ -91,7 +90,7 @@ class HandBack:
         """
         waiting: dict[int, int] = {}
         for priority in priorities:
-            state = await self._backend.look_up(self._log, tier_name(priority))
+            state = await self._store.look_up_tier(priority)
             if state is None or state.pending or state.paused:  # what waits there comes first
                 continue
             others = state.waiting_pulls - (1 if tiers.credit(priority) else 0)

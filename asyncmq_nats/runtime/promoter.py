@@ -20,7 +20,7 @@ from anyio.abc import TaskStatus
 
 from asyncmq_nats._concurrency import open_task_group
 from asyncmq_nats._logging import get_logger
-from asyncmq_nats.backends.base import Backend, Delivery, Record, Settled, Write
+from asyncmq_nats.backends.base import Delivery, Record, Settled, Write
 from asyncmq_nats.exceptions import (
     AsyncMQError,
     InvalidJob,
@@ -30,8 +30,9 @@ from asyncmq_nats.exceptions import (
 )
 from asyncmq_nats.states import Place
 from asyncmq_nats.store.commit import SHUTDOWN_STEP_TIMEOUT
+from asyncmq_nats.store.queue_store import QueueStore
 from asyncmq_nats.store.secret import QueueSecret
-from asyncmq_nats.store.topology import DEFAULT_PRIORITY, QueueAssets
+from asyncmq_nats.store.topology import DEFAULT_PRIORITY
 from asyncmq_nats.transitions.add import Additions
 from asyncmq_nats.transitions.promote import (
     Finding,
@@ -46,7 +47,7 @@ from asyncmq_nats.transitions.promote import (
 )
 from asyncmq_nats.transitions.tick import TickEnd, Ticker, read_fire
 from asyncmq_nats.wire.codec import load_json
-from asyncmq_nats.wire.keys import PROMOTER, Kind, QueueSubjects, fit_token
+from asyncmq_nats.wire.keys import PROMOTER, Kind, fit_token
 
 __all__ = ["Promoter"]
 
@@ -122,18 +123,18 @@ class Held:
 class Promoter:
     """Moves released jobs to their tiers."""
 
-    def __init__(self, backend: Backend, subjects: QueueSubjects, assets: QueueAssets) -> None:
-        self._backend = backend
-        self._subjects = subjects
-        self._assets = assets
-        self._queue_secret = QueueSecret(backend, subjects)
-        self._additions = Additions(backend, subjects, assets)
-        self._ticker = Ticker(backend, subjects, assets, self._queue_secret)
+    def __init__(self, store: QueueStore) -> None:
+        self._store = store
+        self._backend = store.backend
+        self._keys = store.keys
+        self._queue_secret = QueueSecret(store)
+        self._additions = Additions(store)
+        self._ticker = Ticker(store, self._queue_secret)
         self._secret = b""
         self._waiting: list[tuple[float, int, Held]] = []
         """A heap: when to begin with each record in hand that nothing is done with yet."""
         self._order = itertools.count()
-        self._monotonic = backend.clock.monotonic
+        self._monotonic = store.backend.clock.monotonic
         self._in_flight: set[Held] = set()
         """Records that something is done with, those of `_written` among them."""
         self._written: deque[Held] = deque()
@@ -153,7 +154,7 @@ class Promoter:
         """Promote until cancelled. Started when the first pull is out."""
         self._secret = await self._queue_secret.get()
         puller = self._backend.puller(
-            self._subjects.bucket_log, self._on_delivery, lambda _: self._ask.set()
+            self._keys.bucket_log, self._on_delivery, lambda _: self._ask.set()
         )
         try:
             async with open_task_group() as group:
@@ -212,7 +213,7 @@ class Promoter:
         if not delivery.body:  # a delete marker
             delivery.ack()
             return
-        key = self._subjects.parse(delivery.subject)
+        key = self._keys.parse(delivery.subject)
         held = Held(delivery, fire=key.kind is Kind.FIRE)
         arrived = self._monotonic()
         run_at: float | None = None
@@ -309,7 +310,7 @@ class Promoter:
             self._give(partial(self._link, held), [held])
         elif held.released is None:
             self._give(partial(self._fire, held), [held])
-        elif not self._assets.is_declared(held.released.priority):
+        elif not self._store.assets.is_declared(held.released.priority):
             self._give(partial(self._declare, held), [held])
         else:
             self._promote(held, held.released)
@@ -329,7 +330,7 @@ class Promoter:
     def _promote(self, held: Held, released: Released) -> None:
         try:
             self._backend.send(
-                self._subjects.ready_log,
+                self._keys.ready_log,
                 held.write or self._promotion_of(held, released),
                 partial(self._on_written, held),
                 timeout=self._backend.settings.publish_timeout,
@@ -339,9 +340,7 @@ class Promoter:
 
     def _promotion_of(self, held: Held, released: Released) -> Write:
         message_id = promotion_id(self._secret, held.delivery.sequence, held.delivery.time)
-        return promotion(
-            self._subjects, released.token, released.priority, released.body, message_id
-        )
+        return promotion(self._keys, released.token, released.priority, released.body, message_id)
 
     def _on_written(self, held: Held, result: Settled) -> None:
         if isinstance(result, int):
@@ -383,7 +382,7 @@ class Promoter:
     async def _remove(self, batch: Sequence[Held]) -> None:
         sequences = [held.delivery.sequence for held in batch]
         try:
-            removed = set(await self._backend.delete_many(self._subjects.bucket_log, sequences))
+            removed = set(await self._backend.delete_many(self._keys.bucket_log, sequences))
         except AsyncMQError as error:
             for held in batch:
                 self._put_off(held, error)
@@ -447,18 +446,18 @@ class Promoter:
 
     async def _check(self, batch: Sequence[Held]) -> None:
         """Read the jobs of some records, in one read; go on with the current records."""
-        subjects, filters = self._subjects, list[str]()
+        keys, filters = self._keys, list[str]()
         for held in batch:
             filters.append(held.delivery.subject)
             if held.released is not None and self._is_old(held):
                 token = held.released.token
-                filters += [subjects.later(token, Place.DELAYED), subjects.ends(token)]
+                filters += [keys.later(token, Place.DELAYED), keys.ends(token)]
         found: dict[tuple[bool, str], list[Record]] = {}
-        for record in await self._backend.last(subjects.bucket_log, *filters):
-            name = subjects.is_fire(record.subject), subjects.token(record.subject)
+        for record in await self._store.last(*filters):
+            name = keys.is_fire(record.subject), keys.token(record.subject)
             found.setdefault(name, []).append(record)
         for held in batch:
-            records = found.get((held.fire, subjects.token(held.delivery.subject)), [])
+            records = found.get((held.fire, keys.token(held.delivery.subject)), [])
             try:
                 await self._act_on(held, records)
             except AsyncMQError as error:
@@ -468,12 +467,12 @@ class Promoter:
         """Go on with a record whose job was read, or let go of it."""
         delivery, finding = held.delivery, Finding.GONE
         if held.released is not None:
-            finding = judge(self._subjects, held.released, delivery.sequence, records)
+            finding = judge(self._keys, held.released, delivery.sequence, records)
         elif any(record.sequence == delivery.sequence for record in records):
             finding = Finding.CURRENT
         if finding is Finding.RERUN and held.released is not None:
             token = held.released.token
-            await finish_rerun(self._backend, self._subjects, token, records)
+            await finish_rerun(self._store, token, records)
             finding = Finding.CURRENT
         if finding is Finding.CURRENT:
             held.checked = True
@@ -497,7 +496,7 @@ class Promoter:
         released = held.released
         assert released is not None
         try:
-            await self._assets.declare_tier(released.priority)
+            await self._store.assets.declare_tier(released.priority)
         except TooManyPriorities as error:
             logger.error(
                 "job %s runs with priority %d instead of %d: %s",
@@ -522,9 +521,7 @@ class Promoter:
 
     async def _is_older_there(self, released: Released) -> bool:
         """Return whether the record that refused a promotion is of an earlier attempt, or gone."""
-        records = await self._backend.last(
-            self._subjects.ready_log, self._subjects.ready_any(released.token)
-        )
+        records = await self._store.last(self._keys.ready_any(released.token))
         if not records or order_of(records[-1].body) < released.order:
             return True
         # A foreign job that was put off: we leave no time in ready jobs.
@@ -539,20 +536,20 @@ class Promoter:
 
     async def _take_back(self, token: str, sequence: int) -> None:
         """Remove what was made ready, if the job was cancelled before: its record had gone."""
-        records = await self._backend.last(self._subjects.bucket_log, self._subjects.ends(token))
-        if any(not r.marker and self._subjects.outcome_state(r.subject) for r in records):
-            await self._backend.delete(self._subjects.ready_log, sequence)
+        records = await self._store.last(self._keys.ends(token))
+        if any(not r.marker and self._keys.outcome_state(r.subject) for r in records):
+            await self._backend.delete(self._keys.ready_log, sequence)
 
     async def _pass_on(self, held: Held) -> None:
         """Make ready what is not a job, for a worker to record as failed. A malformed tick goes."""
         delivery = held.delivery
         logger.error("record %.200r is not a valid job: %s", delivery.subject, held.problem)
         if not held.fire:
-            token = fit_token(self._subjects.token(delivery.subject))
+            token = fit_token(self._keys.token(delivery.subject))
             message_id = promotion_id(self._secret, delivery.sequence, delivery.time)
-            write = promotion(self._subjects, token, DEFAULT_PRIORITY, delivery.body, message_id)
+            write = promotion(self._keys, token, DEFAULT_PRIORITY, delivery.body, message_id)
             try:
-                await self._backend.write(self._subjects.ready_log, write)
+                await self._store.write(write)
             except PayloadTooLarge as error:
                 await self._record_failure(token, error)
             except WriteRefused:  # the removal of its record is on the way
@@ -562,12 +559,11 @@ class Promoter:
     async def _record_failure(self, token: str, error: AsyncMQError) -> None:
         """Record a job as failed that no ready message can hold."""
         logger.error("job %s failed: %s", token, error)
-        backend = self._backend
         write = refusal_outcome(
-            self._subjects, token, str(error), backend.now(), self._assets.settings.failed_ttl
+            self._keys, token, str(error), self._store.now(), self._store.assets.settings.failed_ttl
         )
         with suppress(WriteRefused):  # it has ended, or another worker knows better
-            await backend.write(self._subjects.bucket_log, write)
+            await self._store.write(write)
 
     async def _fire(self, held: Held) -> None:
         delivery = held.delivery

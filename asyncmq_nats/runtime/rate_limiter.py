@@ -12,11 +12,10 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from asyncmq_nats._logging import Throttle, get_logger
-from asyncmq_nats.backends.base import Backend, Expect, Record, Write
+from asyncmq_nats.backends.base import Expect, Record, Write
 from asyncmq_nats.exceptions import AssetMissing, InvalidJob
-from asyncmq_nats.store.commit import write_if_expected
+from asyncmq_nats.store.queue_store import QueueStore
 from asyncmq_nats.wire.codec import dump_json, load_json
-from asyncmq_nats.wire.keys import QueueSubjects
 
 __all__ = [
     "LEASE_SECONDS",
@@ -152,11 +151,11 @@ class RateLimitInfo:
     leased: int
 
 
-async def read_rate_limit(backend: Backend, subjects: QueueSubjects, limit: Limit) -> RateLimitInfo:
+async def read_rate_limit(store: QueueStore, limit: Limit) -> RateLimitInfo:
     """Return how much of a limit is left now."""
-    now, stored = backend.now(), None
+    now, stored = store.now(), None
     try:
-        for record in await backend.last(subjects.bucket_log, subjects.rate_limit):
+        for record in await store.last(store.keys.rate_limit):
             stored = _bucket_in(record, now)
     except (AssetMissing, InvalidJob):  # workers make it again
         pass
@@ -182,12 +181,9 @@ def _bucket_in(record: Record, now: float) -> Bucket | None:
 class RateLimiter:
     """The permits of one worker of a queue."""
 
-    def __init__(
-        self, backend: Backend, subjects: QueueSubjects, limit: Limit, worker: str
-    ) -> None:
-        self._backend = backend
-        self._log = subjects.bucket_log
-        self._key = subjects.rate_limit
+    def __init__(self, store: QueueStore, limit: Limit, worker: str) -> None:
+        self._store = store
+        self._key = store.keys.rate_limit
         self._limit = limit
         self._worker = worker
         self._read: tuple[int, Bucket | None] | None = None
@@ -208,7 +204,7 @@ class RateLimiter:
 
         A worker that was silent for longer than its lease has none.
         """
-        return self._held if self._held and self._backend.now() < self._ends_at else 0
+        return self._held if self._held and self._store.now() < self._ends_at else 0
 
     def use(self) -> None:
         """Spend a permit: a job starts."""
@@ -220,7 +216,7 @@ class RateLimiter:
         Return how long to wait for more, 0 if all were there.
         """
         self._held = self.permits
-        renew = self._held > 0 and self._backend.now() > self._renew_at
+        renew = self._held > 0 and self._store.now() > self._renew_at
         # A worker that wants no more still reports the permits it used: recorded leases are kept
         # from the others.
         report = renew or (wanted == 0 and self._held < self._recorded)
@@ -229,7 +225,7 @@ class RateLimiter:
         for _ in range(50):
             remembered = self._read is not None
             sequence, bucket = self._read or await self._look()
-            now = self._backend.now()
+            now = self._store.now()
             held = self._held
             changed, granted, wait = lease(bucket, self._limit, self._worker, held, wanted, now)
             if granted == 0 and not report:
@@ -238,7 +234,7 @@ class RateLimiter:
                     continue
                 return wait
             write = Write(self._key, changed.encode(), Expect(self._key, sequence))
-            stored = await write_if_expected(self._backend, self._log, write)
+            stored = await self._store.write_if_expected(write)
             if stored is None:
                 self._read = None
                 continue
@@ -247,19 +243,21 @@ class RateLimiter:
             self._recorded = held + granted
             self._renew_at, self._ends_at = now + LEASE_SECONDS / 2, now + LEASE_SECONDS
             return wait
-        logger.warning("queue %s: too many workers change the rate limit at once", self._log)
+        logger.warning(
+            "queue %s: too many workers change the rate limit at once", self._store.keys.bucket_log
+        )
         return self._limit.interval
 
     async def _look(self) -> tuple[int, Bucket | None]:
-        records = await self._backend.last(self._log, self._key)
+        records = await self._store.last(self._key)
         return (records[0].sequence, self._bucket_of(records[0])) if records else (0, None)
 
     def _bucket_of(self, record: Record) -> Bucket | None:
         """Return the bucket of a record; `None`, for a new one, if it is malformed."""
         try:
-            return _bucket_in(record, self._backend.now())
+            return _bucket_in(record, self._store.now())
         except InvalidJob as problem:
             if times := self._malformed.note():
                 text = "%s: the record of the rate limit is malformed and made again (%d times): %s"
-                logger.warning(text, self._log, times, problem)
+                logger.warning(text, self._store.keys.bucket_log, times, problem)
             return None

@@ -10,7 +10,7 @@ from anyio.abc import TaskGroup, TaskStatus
 
 from asyncmq_nats._concurrency import Spawner, all_done_before, open_task_group
 from asyncmq_nats._logging import get_logger
-from asyncmq_nats.backends.base import Backend, Delivery
+from asyncmq_nats.backends.base import Delivery
 from asyncmq_nats.exceptions import AsyncMQError, BackendError, InvalidArgument
 from asyncmq_nats.middleware import Chain, Hooks
 from asyncmq_nats.runtime.completer import Completer
@@ -30,12 +30,11 @@ from asyncmq_nats.states import State
 from asyncmq_nats.store.announcing import WorkerEvents
 from asyncmq_nats.store.commit import SHUTDOWN_STEP_TIMEOUT
 from asyncmq_nats.store.configuration import Configurations
+from asyncmq_nats.store.queue_store import QueueStore
 from asyncmq_nats.store.reads import Inspection
-from asyncmq_nats.store.topology import QueueAssets
 from asyncmq_nats.transitions.finish import Lifecycle
 from asyncmq_nats.transitions.make_room import make_room
 from asyncmq_nats.wire.codec import load_json
-from asyncmq_nats.wire.keys import QueueSubjects
 
 __all__ = ["Runner"]
 
@@ -49,9 +48,7 @@ class Runner:
     """Runs the jobs of one queue in this process.
 
     Args:
-        backend: connected or not.
-        subjects: of the queue.
-        assets: of the queue.
+        store: of the queue; its backend is connected or not.
         registry: the tasks that can be run.
         any_task: whether all of them are, and not only those of the queue.
         concurrency: slots; never more jobs run at a time.
@@ -66,9 +63,7 @@ class Runner:
 
     def __init__(
         self,
-        backend: Backend,
-        subjects: QueueSubjects,
-        assets: QueueAssets,
+        store: QueueStore,
         *,
         registry: TaskRegistry,
         concurrency: int,
@@ -86,14 +81,14 @@ class Runner:
             raise ValueError(f"concurrency must be at least 1, not {concurrency}")
         self.worker = worker or new_worker_id()
         self._on_stop_signal = on_stop_signal or self.stop
-        self._backend = backend
-        self._subjects = subjects
-        self._assets = assets
+        self._store = store
+        self._backend = backend = store.backend
+        self._assets = store.assets
         self._concurrency = concurrency
         self._hooks = hooks or Hooks()
         self._spawner = Spawner()
-        self._lifecycle = Lifecycle(backend, subjects, assets, self.worker)
-        events = WorkerEvents(backend, subjects, self.worker)
+        self._lifecycle = Lifecycle(store, self.worker)
+        events = WorkerEvents(store, self.worker)
         self._lifecycle.on_progress = lambda body: events.tell_progress(
             self._spawner, load_json(body)
         )
@@ -101,15 +96,14 @@ class Runner:
         if backend.settings.metrics:
             self.recorder = Recorder(
                 backend,
-                subjects.queue,
+                store.keys.queue,
                 self.worker,
                 concurrency,
                 self._busy_seconds,
                 self._incidents,
             )
         self._slots = Slots(
-            backend,
-            subjects,
+            store,
             self._lifecycle,
             registry,
             concurrency,
@@ -122,11 +116,9 @@ class Runner:
             recorder=self.recorder,
         )
         self._completer = Completer(self._lifecycle, events, self._spawner, self._on_settled)
-        limiter = None if limit is None else RateLimiter(backend, subjects, limit, self.worker)
+        limiter = None if limit is None else RateLimiter(store, limit, self.worker)
         self._fetcher = Fetcher(
-            backend,
-            subjects,
-            assets,
+            store,
             self._lifecycle,
             concurrency=concurrency,
             limiter=limiter,
@@ -138,11 +130,10 @@ class Runner:
         self._slots.fetcher, self._slots.completer = self._fetcher, self._completer
         if group is not None:
             self._fetcher.member = self._slots
-        self._configurations = Configurations(backend, subjects, assets)
-        self._declarations = declarations or Declarations(backend, subjects, {})
+        self._configurations = Configurations(store)
+        self._declarations = declarations or Declarations(store, {})
         self._entry = WorkerRegistry(
-            backend,
-            subjects,
+            store,
             self.worker,
             concurrency,
             self._starts,
@@ -158,16 +149,16 @@ class Runner:
             self._restore_lost,
             self._lifecycle.trim,
             self._declarations.retire,
-            partial(make_room, backend, subjects),
+            partial(make_room, store),
             self._look_for_cancelled,
             self._configurations.refresh,
         )
         self._heartbeat = Heartbeat(
             self.worker, backend.settings.heartbeat_interval, steps, backend.clock
         )
-        self._promoter = Promoter(backend, subjects, assets)
+        self._promoter = Promoter(store)
         parts = WorkerParts(self._slots, self._fetcher, self._promoter, self.recorder)
-        self.vitals = Vitals(backend, subjects, assets, self.worker, concurrency, parts)
+        self.vitals = Vitals(store, self.worker, concurrency, parts)
         self._progress = anyio.Event()
         self._draining = False
         self._stop = anyio.Event()
@@ -190,7 +181,7 @@ class Runner:
     @property
     def queue(self) -> str:
         """The name of its queue."""
-        return self._subjects.queue
+        return self._store.keys.queue
 
     @property
     def started(self) -> int:
@@ -205,7 +196,7 @@ class Runner:
         busy = not self._fetcher.is_idle or self._completer.pending or self._slots.waits_in_line
         if busy or self._fetcher.is_paused:
             return bool(busy)
-        inspection = Inspection(self._backend, self._subjects, self._assets)
+        inspection = Inspection(self._store)
         return (await inspection.count_by_state())[State.WAITING] > 0
 
     async def run(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
@@ -234,7 +225,7 @@ class Runner:
                 logger.info(
                     "worker %s runs queue %s with %d slots",
                     self.worker,
-                    self._subjects.queue,
+                    self._store.keys.queue,
                     self._concurrency,
                 )
                 task_status.started()
@@ -256,7 +247,7 @@ class Runner:
                 await self._configurations.apply()
             except (BackendError, InvalidArgument) as error:
                 text = "queue %s: its settings are not applied: %s"
-                logger.warning(text, self._subjects.queue, error)
+                logger.warning(text, self._store.keys.queue, error)
 
     async def _serve(self, serving: anyio.Event, finished: anyio.Event) -> None:
         """Run all loops, shielded from outside cancellation: `stop` ends them in order."""

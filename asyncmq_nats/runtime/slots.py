@@ -16,7 +16,7 @@ import anyio
 from asyncmq_nats._clock import Cancellable
 from asyncmq_nats._concurrency import Spawner, running_task
 from asyncmq_nats._logging import get_logger
-from asyncmq_nats.backends.base import Backend, Delivery
+from asyncmq_nats.backends.base import Delivery
 from asyncmq_nats.context import JobContext, running_job
 from asyncmq_nats.exceptions import (
     AsyncMQError,
@@ -42,9 +42,9 @@ from asyncmq_nats.runtime.slot_group import SlotGroup
 from asyncmq_nats.runtime.suspects import Suspects
 from asyncmq_nats.store.announcing import WorkerEvents
 from asyncmq_nats.store.commit import SHUTDOWN_STEP_TIMEOUT, look_for
+from asyncmq_nats.store.queue_store import QueueStore
 from asyncmq_nats.transitions.claim import Attempt, settle_delivery
 from asyncmq_nats.transitions.finish import Lifecycle, OnSettled
-from asyncmq_nats.wire.keys import QueueSubjects
 
 __all__ = ["Slots"]
 
@@ -71,8 +71,7 @@ class Slots:
 
     def __init__(
         self,
-        backend: Backend,
-        subjects: QueueSubjects,
+        store: QueueStore,
         lifecycle: Lifecycle,
         registry: TaskRegistry,
         concurrency: int,
@@ -85,21 +84,19 @@ class Slots:
         recorder: Recorder | None = None,
         middleware: Chain,
     ) -> None:
-        self._backend = backend
-        self._subjects = subjects
+        self._backend = backend = store.backend
+        self._queue = store.keys.queue
         self._lifecycle = lifecycle
         self._registry = registry
         self._group = group
-        self._tasks_of = None if any_task else subjects.queue
+        self._tasks_of = None if any_task else self._queue
         self._events = events
         self._spawner = spawner
         self._on_change = on_change
         self._recorder = recorder
         self._middleware = middleware
         settings = backend.settings
-        self._lines = JobLines(
-            subjects.queue, lifecycle.worker, settings.job_log_level, backend.now
-        )
+        self._lines = JobLines(self._queue, lifecycle.worker, settings.job_log_level, backend.now)
         self._limits = RetryLimits(settings.max_retries_limit, settings.min_retry_delay)
         self._concurrency = concurrency
         self._threads = anyio.CapacityLimiter(concurrency)
@@ -422,7 +419,7 @@ class Slots:
     def _context_of(self, attempt: Attempt) -> JobContext:
         return JobContext(
             attempt.head.job_id,
-            self._subjects.queue,
+            self._queue,
             attempt,
             self._lifecycle,
             worker=self._lifecycle.worker,

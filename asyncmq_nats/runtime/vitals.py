@@ -12,7 +12,6 @@ from anyio.abc import TaskStatus
 
 from asyncmq_nats._concurrency import open_task_group
 from asyncmq_nats._logging import get_logger
-from asyncmq_nats.backends.base import Backend
 from asyncmq_nats.exceptions import InvalidArgument
 from asyncmq_nats.runtime.control import list_workers
 from asyncmq_nats.runtime.executor import Running
@@ -26,9 +25,8 @@ from asyncmq_nats.runtime.slots import Slots
 from asyncmq_nats.runtime.supervisor import is_child
 from asyncmq_nats.states import State
 from asyncmq_nats.store.pages import JobLists
+from asyncmq_nats.store.queue_store import QueueStore
 from asyncmq_nats.store.reads import Inspection
-from asyncmq_nats.store.topology import QueueAssets
-from asyncmq_nats.wire.keys import QueueSubjects
 
 __all__ = ["Vitals", "WorkerParts"]
 
@@ -52,9 +50,7 @@ class Vitals:
     """The health and the counts of one worker.
 
     Args:
-        backend: of the queue, and so are subjects and assets.
-        subjects: see backend.
-        assets: see backend.
+        store: of the queue.
         worker: its id.
         concurrency: its slots.
         parts: what is looked at.
@@ -62,22 +58,20 @@ class Vitals:
 
     def __init__(
         self,
-        backend: Backend,
-        subjects: QueueSubjects,
-        assets: QueueAssets,
+        store: QueueStore,
         worker: str,
         concurrency: int,
         parts: WorkerParts,
     ) -> None:
-        self._backend = backend
-        self._subjects = subjects
-        self._assets = assets
-        self._inspection = Inspection(backend, subjects, assets)
-        self._lists = JobLists(backend, subjects, assets, self._inspection)
+        self._backend = store.backend
+        self._queue = store.keys.queue
+        self._assets = store.assets
+        self._inspection = Inspection(store)
+        self._lists = JobLists(store, self._inspection)
         self._worker = worker
         self._concurrency = concurrency
         self._parts = parts
-        self._pulse = Pulse(worker, backend.settings.loop_block_warning, self._describe)
+        self._pulse = Pulse(worker, store.backend.settings.loop_block_warning, self._describe)
         self.taking = False
         """Whether the worker takes jobs: it has started, and does not stop."""
 
@@ -85,7 +79,7 @@ class Vitals:
         """Return the health of the worker now."""
         return judge_health(
             self._worker,
-            self._subjects.queue,
+            self._queue,
             connected=self._backend.is_connected,
             taking=self.taking,
             silent_for=self._parts.fetcher.silent_for,
@@ -168,11 +162,11 @@ class Vitals:
         return Probe(self.health, read, render)
 
     async def _read_queue(self, prometheus: Any) -> Any:
-        workers = await list_workers(self._backend, self._subjects.queue)
+        workers = await list_workers(self._backend, self._queue)
         counts = await self._inspection.count_by_state()
         oldest = await self._lists.oldest_waiting()
         return prometheus.QueueGauges(
-            self._subjects.queue,
+            self._queue,
             {str(state): counts[state] for state in State},
             0.0 if oldest is None else max(0.0, self._backend.now() - oldest[1]),
             await self._assets.is_paused(),
@@ -183,7 +177,7 @@ class Vitals:
     def _counts(self, prometheus: Any) -> Any:
         recorder = self._parts.recorder
         return prometheus.WorkerCounts(
-            self._subjects.queue,
+            self._queue,
             self._concurrency,
             len(self._parts.slots.running),
             {} if recorder is None else recorder.totals(),

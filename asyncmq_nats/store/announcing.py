@@ -4,29 +4,28 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from asyncmq_nats._concurrency import Spawner
-from asyncmq_nats.backends.base import Backend, Write
+from asyncmq_nats.backends.base import Write
 from asyncmq_nats.events import PREFIX, PROGRESS, STARTED, event_emitter, read_event
 from asyncmq_nats.exceptions import InvalidJob
 from asyncmq_nats.jobs import Job
 from asyncmq_nats.states import State
+from asyncmq_nats.store.queue_store import QueueStore
 from asyncmq_nats.wire.codec import dump_json, load_json, splice
-from asyncmq_nats.wire.keys import QueueSubjects, encode_token
+from asyncmq_nats.wire.keys import encode_token
 
 __all__ = ["WorkerEvents", "announce", "without_large"]
 
 TRUNCATED: Final = {"truncated": True}
 
 
-async def announce(
-    backend: Backend, subjects: QueueSubjects, what: str, job_id: str, **data: Any
-) -> None:
+async def announce(store: QueueStore, what: str, job_id: str, **data: Any) -> None:
     """Tell that something happened to a job. `what`: one of the words in `events.ANNOUNCED`."""
     fields = {"id": job_id, "job_id": job_id, **data}
     body = dump_json(fields)
-    if len(body) > backend.max_body:
-        body = without_large(body, backend.max_body)
-    backend.signal(subjects.event(what, encode_token(job_id)), body)
-    await event_emitter.emit(PREFIX + what, fields | {"queue": subjects.queue})
+    if len(body) > store.backend.max_body:
+        body = without_large(body, store.backend.max_body)
+    store.backend.signal(store.keys.event(what, encode_token(job_id)), body)
+    await event_emitter.emit(PREFIX + what, fields | {"queue": store.keys.queue})
 
 
 def without_large(body: bytes, limit: int) -> bytes:
@@ -48,9 +47,9 @@ def without_large(body: bytes, limit: int) -> bytes:
 class WorkerEvents:
     """The events of one worker's jobs. They are on the path of every job."""
 
-    def __init__(self, backend: Backend, subjects: QueueSubjects, worker: str) -> None:
-        self._backend = backend
-        self._subjects = subjects
+    def __init__(self, store: QueueStore, worker: str) -> None:
+        self._backend = store.backend
+        self._keys = store.keys
         self._start = b'"active_since":%r,"worker":' + dump_json(worker).replace(b"%", b"%%")
 
     def tell_start(
@@ -64,15 +63,15 @@ class WorkerEvents:
         data = splice(body, self._start % at)
         if len(data) > self._backend.max_body:
             data = without_large(data, self._backend.max_body)
-        self._backend.signal(self._subjects.event(STARTED, token), data)
+        self._backend.signal(self._keys.event(STARTED, token), data)
         if event_emitter.listens() and event_emitter.listens(PREFIX + STARTED):
-            fields = job().to_dict() | {"queue": self._subjects.queue, "status": State.ACTIVE}
+            fields = job().to_dict() | {"queue": self._keys.queue, "status": State.ACTIVE}
             spawner.spawn(event_emitter.emit, PREFIX + STARTED, fields)
 
     def tell_progress(self, spawner: Spawner, data: dict[str, Any]) -> None:
         """Pass the progress of a job to this process's listeners; a signal reaches all others."""
         if event_emitter.listens(PREFIX + PROGRESS):
-            told = data | {"queue": self._subjects.queue}
+            told = data | {"queue": self._keys.queue}
             spawner.spawn(event_emitter.emit, PREFIX + PROGRESS, told)
 
     def tell_end(self, spawner: Spawner, token: str, write: Write) -> None:
@@ -83,8 +82,8 @@ class WorkerEvents:
         if not event_emitter.listens():
             return
         event = read_event(
-            self._subjects.queue,
-            self._subjects.event_of(write.subject, token),
+            self._keys.queue,
+            self._keys.event_of(write.subject, token),
             write.body,
         )
         if event is not None and event_emitter.listens(event.name):

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Final, TypeVar
 
 from asyncmq_nats._clock import brief_pause
-from asyncmq_nats.backends.base import Backend, Write
+from asyncmq_nats.backends.base import Backend
 from asyncmq_nats.exceptions import WriteRefused
 
 __all__ = [
@@ -19,7 +19,6 @@ __all__ = [
     "look_for",
     "looks",
     "pause_after_refusal",
-    "write_if_expected",
 ]
 
 Found = TypeVar("Found")
@@ -80,14 +79,6 @@ async def commit(decide: Callable[[], Awaitable[Result]], tries: int | None = No
             if refusals == tries:
                 raise
         await pause_after_refusal()
-
-
-async def write_if_expected(backend: Backend, log: str, *writes: Write) -> int | None:
-    """Write, and return the sequence; `None` if what it expects does not hold."""
-    try:
-        return await backend.write(log, *writes)
-    except WriteRefused:
-        return None
 
 
 async def pause_after_refusal() -> None:

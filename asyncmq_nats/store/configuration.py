@@ -12,13 +12,13 @@ from pydantic import ValidationError
 
 from asyncmq_nats._clock import brief_pause
 from asyncmq_nats._logging import Throttle, get_logger
-from asyncmq_nats.backends.base import Backend, Difference, Expect, Write
+from asyncmq_nats.backends.base import Difference, Expect, Write
 from asyncmq_nats.exceptions import AssetMissing, InvalidArgument, InvalidJob, WriteRefused
 from asyncmq_nats.settings import Settings
 from asyncmq_nats.store.commit import REPLICA_LAG_DELAYS
-from asyncmq_nats.store.topology import SHORTEST_LIVE_LEASE, QueueAssets
+from asyncmq_nats.store.queue_store import QueueStore
+from asyncmq_nats.store.topology import SHORTEST_LIVE_LEASE
 from asyncmq_nats.wire.codec import dump_json, load_json
-from asyncmq_nats.wire.keys import QueueSubjects
 
 __all__ = ["CONFIGURABLE_SETTINGS", "Configurations"]
 
@@ -43,10 +43,10 @@ CONFIGURABLE_SETTINGS: Final = (
 class Configurations:
     """Reads, stores and applies the configuration of one queue."""
 
-    def __init__(self, backend: Backend, subjects: QueueSubjects, assets: QueueAssets) -> None:
-        self._backend = backend
-        self._subjects = subjects
-        self._assets = assets
+    def __init__(self, store: QueueStore) -> None:
+        self._store = store
+        self._keys = store.keys
+        self._assets = store.assets
         self._malformed = Throttle()
 
     async def read(self) -> dict[str, Any]:
@@ -58,7 +58,7 @@ class Configurations:
         self._use(await self.read())
 
     def _use(self, stored: Mapping[str, Any]) -> None:
-        settings = self._backend.settings.model_copy(update=dict(stored))
+        settings = self._store.backend.settings.model_copy(update=dict(stored))
         if settings != self._assets.settings:
             names = [
                 name
@@ -66,7 +66,7 @@ class Configurations:
                 if _differ(settings, self._assets.settings, name)
             ]
             shown = ", ".join(f"{name}={getattr(settings, name)!r}" for name in names)
-            logger.info("queue %s: settings in force now: %s", self._subjects.queue, shown)
+            logger.info("queue %s: settings in force now: %s", self._keys.queue, shown)
             self._assets.settings = settings
 
     async def store(self, values: Mapping[str, Any], reset: Iterable[str]) -> list[Difference]:
@@ -84,20 +84,20 @@ class Configurations:
             await brief_pause(pause)
             sequence, stored = await self._read()
             wanted = {name: value for name, value in stored.items() if name not in reset} | checked
-            await self._check_room(self._backend.settings.model_copy(update=wanted))
+            await self._check_room(self._store.backend.settings.model_copy(update=wanted))
             write = Write(
-                self._subjects.configuration,
+                self._keys.configuration,
                 dump_json(wanted),
-                Expect(self._subjects.configuration, sequence),
+                Expect(self._keys.configuration, sequence),
             )
             try:
-                await self._backend.write(self._subjects.bucket_log, write)
+                await self._store.write(write)
             except WriteRefused:  # another process has changed it, or a replica lags behind
                 continue
             self._use(wanted)  # not read again: a replica may not know it yet
             return await self._change()
-        detail = f"the configuration of queue {self._subjects.queue!r} changes all the time"
-        raise WriteRefused(self._subjects.bucket_log, detail)
+        detail = f"the configuration of queue {self._keys.queue!r} changes all the time"
+        raise WriteRefused(self._keys.bucket_log, detail)
 
     async def apply(self) -> list[Difference]:
         """Change on the server what differs from the settings in force and can be changed.
@@ -130,11 +130,11 @@ class Configurations:
             InvalidArgument: a size is too small.
         """
         for name, log in (
-            ("ready_max_bytes", self._subjects.ready_log),
-            ("bucket_max_bytes", self._subjects.bucket_log),
+            ("ready_max_bytes", self._keys.ready_log),
+            ("bucket_max_bytes", self._keys.bucket_log),
         ):
             limit = getattr(settings, name)
-            state = None if limit is None else await self._backend.describe_log(log)
+            state = None if limit is None else await self._store.backend.describe_log(log)
             if state is None or (state.max_bytes is not None and limit >= state.max_bytes):
                 continue
             if state.bytes > limit * 0.9:
@@ -146,9 +146,7 @@ class Configurations:
 
     async def _read(self) -> tuple[int, dict[str, Any]]:
         try:
-            records = await self._backend.last(
-                self._subjects.bucket_log, self._subjects.configuration
-            )
+            records = await self._store.last(self._keys.configuration)
         except AssetMissing:
             return 0, {}
         if not records or records[0].marker:
@@ -173,7 +171,7 @@ class Configurations:
     def _warn_of_malformed(self, problem: Exception) -> None:
         if times := self._malformed.note():
             text = "queue %s: its configuration is malformed (%d times): %s"
-            logger.warning(text, self._subjects.queue, times, problem)
+            logger.warning(text, self._keys.queue, times, problem)
 
 
 def check_values(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,12 +4,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final
 
-from asyncmq_nats.backends.base import Backend
 from asyncmq_nats.exceptions import AssetMissing
 from asyncmq_nats.jobs import Job
 from asyncmq_nats.store.many import for_each
+from asyncmq_nats.store.queue_store import QueueStore
 from asyncmq_nats.store.reads import Inspection
-from asyncmq_nats.wire.keys import QueueSubjects, decode_token, encode_token
+from asyncmq_nats.wire.keys import decode_token, encode_token
 
 __all__ = ["Flow", "read_flow"]
 
@@ -32,7 +32,7 @@ class Flow:
 
 
 async def read_flow(
-    backend: Backend, subjects: QueueSubjects, inspection: Inspection, job_id: str, limit: int
+    store: QueueStore, inspection: Inspection, job_id: str, limit: int
 ) -> Flow | None:
     """Return the flow of a job, up to `limit` jobs; `None` if there is no such job."""
     first = await inspection.find(job_id)
@@ -53,10 +53,9 @@ async def read_flow(
         ahead = [p for p in dict.fromkeys([*ahead[len(part) :], *parents]) if p not in found]
     waiting = list(first.children)
     with suppress(AssetMissing):
-        edges = subjects.edge(encode_token(job_id), "*")
         waiting += [
-            decode_token(subjects.parse(record.subject).child)
-            for record in await backend.last(subjects.bucket_log, edges)
+            decode_token(store.keys.parse(record.subject).child)
+            for record in await store.last(store.keys.edge(encode_token(job_id), "*"))
             if not record.marker
         ]
     jobs = {each: None if job is None else job.to_dict() for each, job in found.items()}

@@ -12,11 +12,11 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
-from asyncmq_nats.backends.base import Backend
 from asyncmq_nats.context import JobLogLine
 from asyncmq_nats.exceptions import AssetMissing, InvalidJob
+from asyncmq_nats.store.queue_store import QueueStore
 from asyncmq_nats.wire.codec import dump_json, load_json
-from asyncmq_nats.wire.keys import QueueSubjects, encode_token
+from asyncmq_nats.wire.keys import encode_token
 
 __all__ = ["JobLogs", "cut_line", "read_job_logs"]
 
@@ -121,12 +121,10 @@ def cut_line(text: str) -> str:
     return text if len(text) <= LONGEST_LINE else text[:LONGEST_LINE] + "…"
 
 
-async def read_job_logs(backend: Backend, subjects: QueueSubjects, job_id: str) -> list[JobLogLine]:
+async def read_job_logs(store: QueueStore, job_id: str) -> list[JobLogLine]:
     """Return the lines that were kept of a job's attempts, in order."""
     try:
-        records = await backend.last(
-            subjects.bucket_log, subjects.job_log(encode_token(job_id), "*")
-        )
+        records = await store.last(store.keys.job_log(encode_token(job_id), "*"))
     except AssetMissing:
         return []
     found: list[JobLogLine] = []

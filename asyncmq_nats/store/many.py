@@ -4,10 +4,9 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from typing import Final, TypeVar
 
 from asyncmq_nats._concurrency import open_task_group
-from asyncmq_nats.backends.base import Backend, Record
 from asyncmq_nats.exceptions import AsyncMQError
 
-__all__ = ["FILTERS_PER_READ", "for_each", "read_many", "split_filters"]
+__all__ = ["FILTERS_PER_READ", "for_each", "split_filters"]
 
 Item = TypeVar("Item")
 
@@ -28,14 +27,6 @@ def split_filters(filters: Iterable[str], *, most: int = FILTERS_PER_READ) -> It
         size += len(filter)
     if part:
         yield part
-
-
-async def read_many(backend: Backend, log: str, filters: Iterable[str]) -> list[Record]:
-    """Return the last record of every subject that matches any of the filters, however many."""
-    records: list[Record] = []
-    for part in split_filters(filters):
-        records += await backend.last(log, *part)
-    return records
 
 
 async def for_each(

@@ -4,12 +4,12 @@ from dataclasses import dataclass
 from typing import Final
 
 from asyncmq_nats._concurrency import open_task_group
-from asyncmq_nats.backends.base import Backend, LogState
+from asyncmq_nats.backends.base import LogState
 from asyncmq_nats.states import OUTCOMES, State
 from asyncmq_nats.store.pages import JobLists, Source
+from asyncmq_nats.store.queue_store import QueueStore
 from asyncmq_nats.store.reads import PAGE_SIZE, Inspection
-from asyncmq_nats.store.topology import LATEST_PAUSE, QueueAssets
-from asyncmq_nats.wire.keys import QueueSubjects
+from asyncmq_nats.store.topology import LATEST_PAUSE
 
 __all__ = ["Overview", "QueueInfo", "TierInfo"]
 
@@ -53,36 +53,28 @@ class QueueInfo:
 class Overview:
     """Reads of one queue as a whole."""
 
-    def __init__(
-        self,
-        backend: Backend,
-        subjects: QueueSubjects,
-        assets: QueueAssets,
-        inspection: Inspection,
-        lists: JobLists,
-    ) -> None:
-        self._backend = backend
-        self._subjects = subjects
-        self._assets = assets
+    def __init__(self, store: QueueStore, inspection: Inspection, lists: JobLists) -> None:
+        self._store = store
+        self._keys = store.keys
         self._inspection = inspection
         self._lists = lists
 
     async def read(self) -> QueueInfo | None:
         """Return what there is to know; `None` if there is no such queue."""
-        ready = await self._backend.describe_log(self._subjects.ready_log)
-        records = await self._backend.describe_log(self._subjects.bucket_log)
+        ready = await self._store.backend.describe_log(self._keys.ready_log)
+        records = await self._store.backend.describe_log(self._keys.bucket_log)
         if ready is None and records is None:
             return None
-        until = await self._assets.read_pause()
+        until = await self._store.assets.read_pause()
         oldest = await self._lists.oldest_waiting()
-        now = self._backend.now()
+        now = self._store.now()
         return QueueInfo(
-            name=self._subjects.queue,
+            name=self._keys.queue,
             counts={
                 str(state): count
                 for state, count in (await self._inspection.count_by_state()).items()
             },
-            paused=await self._assets.is_paused(),
+            paused=await self._store.assets.is_paused(),
             paused_until=None if until is None or until >= LATEST_PAUSE else until,
             oldest_waiting=None if oldest is None else oldest[0].job_id,
             oldest_waiting_age=None if oldest is None else max(0.0, now - oldest[1]),
@@ -94,7 +86,7 @@ class Overview:
 
     async def _tiers(self) -> list[TierInfo]:
         found = []
-        for priority in await self._assets.list_tiers():
+        for priority in await self._store.assets.list_tiers():
             tier = await self._inspection.tier(priority)
             found.append(TierInfo(priority, tier.pending, tier.leased))
         return found
@@ -116,8 +108,8 @@ class Overview:
         return {str(state): rates[str(state)] for state in OUTCOMES}
 
     async def _rate(self, source: Source, period: float) -> float:
-        await self._backend.connect()
-        now = oldest = self._backend.now()
+        await self._store.backend.connect()
+        now = oldest = self._store.now()
         count = 0
         async for records in self._lists.source_pages(source, PAGE_SIZE, descending=True):
             recent = [r.time for r in records if r.time >= now - period and not r.marker]

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from math import inf
 from typing import Final
 
-from asyncmq_nats.backends.base import Backend, ConsumerState, Record
+from asyncmq_nats.backends.base import ConsumerState, Record
 from asyncmq_nats.exceptions import AssetMissing, InvalidArgument
 from asyncmq_nats.jobs import Job
 from asyncmq_nats.states import OUTCOMES, Place, State
+from asyncmq_nats.store.queue_store import QueueStore
 from asyncmq_nats.store.reads import PAGE_SIZE, PLACE_STATES, Inspection
-from asyncmq_nats.store.topology import QueueAssets
-from asyncmq_nats.wire.keys import INDEXED, QueueSubjects
+from asyncmq_nats.wire.keys import INDEXED
 
 __all__ = ["JobLists", "Source"]
 
@@ -67,22 +67,16 @@ class Source:
 class JobLists:
     """The lists of one queue."""
 
-    def __init__(
-        self,
-        backend: Backend,
-        subjects: QueueSubjects,
-        assets: QueueAssets,
-        inspection: Inspection,
-    ) -> None:
-        self._backend = backend
-        self._subjects = subjects
-        self._assets = assets
+    def __init__(self, store: QueueStore, inspection: Inspection) -> None:
+        self._store = store
+        self._backend = store.backend
+        self._keys = store.keys
         self._inspection = inspection
 
     @property
     def logs(self) -> tuple[str, str]:
         """The logs that the jobs are in."""
-        return self._subjects.ready_log, self._subjects.bucket_log
+        return self._keys.ready_log, self._keys.bucket_log
 
     # -- sources
 
@@ -97,20 +91,18 @@ class JobLists:
         return found + [await self.place(place) for place in places]
 
     async def _outcomes(self, state: State) -> Source:
-        log, filter = self._subjects.bucket_log, self._subjects.outcomes(state)
+        log, filter = self._keys.bucket_log, self._keys.outcomes(state)
         total = await self._count(f"done_{state}")
         index = None
         if state in INDEXED and total and await self._inspection.count(f"index_{state}") >= total:
-            index = self._subjects.indexed(state)
+            index = self._keys.indexed(state)
         return Source(f"done.{state}", log, filter, total, total, index=index)
 
     async def place(self, place: Place) -> Source:
         """Return the source of the jobs at a place in transit."""
         total = await self._count(f"later_{place}")
-        filter = self._subjects.place(place)
-        return Source(
-            f"later.{place}", self._subjects.bucket_log, filter, total, total, place=place
-        )
+        filter = self._keys.place(place)
+        return Source(f"later.{place}", self._keys.bucket_log, filter, total, total, place=place)
 
     async def _count(self, counter: str) -> int:
         """Return the count of a counter; without one, a number that has all records read."""
@@ -119,13 +111,13 @@ class JobLists:
 
     async def _tiers(self, state: State) -> list[Source]:
         found = []
-        for priority in await self._assets.list_tiers():
+        for priority in await self._store.assets.list_tiers():
             tier = await self._inspection.tier(priority)
             delivered = tier.delivered_sequence
             source = Source(
                 f"ready.{priority}",
-                self._subjects.ready_log,
-                self._subjects.tier(priority),
+                self._keys.ready_log,
+                self._keys.tier(priority),
                 tier.leased if state is State.ACTIVE else tier.pending,
                 tier.leased + tier.pending,
                 first=1 if state is State.ACTIVE else delivered + 1,
@@ -232,7 +224,7 @@ class JobLists:
         """Read a page of outcomes by the keys in their index entries, more when some are gone."""
         assert source.index is not None
         entries = await self._backend.last(source.log, source.index)
-        keys = [self._subjects.indexed_key(entry.subject) for entry in entries]
+        keys = [self._keys.indexed_key(entry.subject) for entry in entries]
         sequences = [entry.sequence for entry in entries]
         if descending:
             end = len(keys) if after is None else bisect_left(sequences, after) + INDEX_SLACK

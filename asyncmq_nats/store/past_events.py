@@ -7,28 +7,30 @@ still there is an event of the past.
 from contextlib import suppress
 from dataclasses import replace
 
-from asyncmq_nats.backends.base import Backend, Record
+from asyncmq_nats.backends.base import Record
 from asyncmq_nats.events import Event, read_event
 from asyncmq_nats.exceptions import AssetMissing
 from asyncmq_nats.states import State
-from asyncmq_nats.wire.keys import QueueSubjects, last_token
+from asyncmq_nats.store.queue_store import QueueStore
+from asyncmq_nats.wire.keys import last_token
 
 __all__ = ["read_past_events"]
 
 
-async def read_past_events(backend: Backend, subjects: QueueSubjects, limit: int) -> list[Event]:
+async def read_past_events(store: QueueStore, limit: int) -> list[Event]:
     """Return the latest events whose records are still there, the newest first."""
+    backend, keys = store.backend, store.keys
     found: list[Event | None] = []
     with suppress(AssetMissing):
-        filter, _ = subjects.republish_ready
-        for record in await backend.page_back(subjects.ready_log, filter, limit=limit):
-            subject = subjects.event(State.WAITING, last_token(record.subject))
-            found.append(_event_in(record, subjects.queue, subject))
+        filter, _ = keys.republish_ready
+        for record in await backend.page_back(keys.ready_log, filter, limit=limit):
+            subject = keys.event(State.WAITING, last_token(record.subject))
+            found.append(_event_in(record, keys.queue, subject))
     with suppress(AssetMissing):
-        filter, _ = subjects.republish_bucket
-        for record in await backend.page_back(subjects.bucket_log, filter, limit=limit):
-            subject = subjects.event_of(record.subject, subjects.token(record.subject))
-            found.append(_event_in(record, subjects.queue, subject))
+        filter, _ = keys.republish_bucket
+        for record in await backend.page_back(keys.bucket_log, filter, limit=limit):
+            subject = keys.event_of(record.subject, keys.token(record.subject))
+            found.append(_event_in(record, keys.queue, subject))
     events = [event for event in found if event is not None]
     return sorted(events, key=lambda event: -(event.at or 0.0))[:limit]
 

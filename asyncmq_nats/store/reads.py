@@ -9,19 +9,18 @@ from functools import partial
 from typing import Any, Final
 
 from asyncmq_nats._concurrency import deadline, open_task_group
-from asyncmq_nats.backends.base import Backend, ConsumerState, Record
+from asyncmq_nats.backends.base import ConsumerState, Record
 from asyncmq_nats.exceptions import AssetMissing, AssetOffline, InvalidJob, Unconfirmed
 from asyncmq_nats.jobs import Job, new_job
 from asyncmq_nats.states import OUTCOMES, Place, State
 from asyncmq_nats.store.commit import look_for, looks
-from asyncmq_nats.store.topology import COUNTER_PATIENCE, QueueAssets
+from asyncmq_nats.store.queue_store import QueueStore
+from asyncmq_nats.store.topology import COUNTER_PATIENCE
 from asyncmq_nats.wire.codec import load_json
 from asyncmq_nats.wire.keys import (
-    QueueSubjects,
     counter_name,
     decode_token,
     encode_token,
-    tier_name,
 )
 
 __all__ = ["PAGE_SIZE", "PLACE_STATES", "Inspection", "JobPage", "WaitingJob"]
@@ -58,10 +57,10 @@ class WaitingJob:
 class Inspection:
     """Reads of one queue."""
 
-    def __init__(self, backend: Backend, subjects: QueueSubjects, assets: QueueAssets) -> None:
-        self._backend = backend
-        self._subjects = subjects
-        self._assets = assets
+    def __init__(self, store: QueueStore) -> None:
+        self._store = store
+        self._backend = store.backend
+        self._keys = store.keys
         self._silent_until: dict[str, float] = {}
         """When a counter that did not answer is asked again."""
 
@@ -86,7 +85,7 @@ class Inspection:
             counts[state] += pending
 
         async with open_task_group() as group:
-            for priority in await self._assets.list_tiers():
+            for priority in await self._store.assets.list_tiers():
                 group.start_soon(count_tier, priority)
             group.start_soon(count_records, f"later_{Place.RELEASED}", State.WAITING)
             for place, state in PLACE_STATES.items():
@@ -104,7 +103,7 @@ class Inspection:
         """
         with suppress(AssetMissing):
             page = await self._backend.page(
-                self._subjects.bucket_log, self._subjects.place(Place.RELEASED), limit=PAGE_SIZE
+                self._keys.bucket_log, self._keys.place(Place.RELEASED), limit=PAGE_SIZE
             )
             for record in page:
                 job = self.job_in_bucket(record)
@@ -115,7 +114,7 @@ class Inspection:
     async def tier(self, priority: int) -> ConsumerState:
         """Return the state of a tier's consumer; nothing if there is none."""
         with suppress(AssetMissing):
-            state = await self._backend.look_up(self._subjects.ready_log, tier_name(priority))
+            state = await self._store.look_up_tier(priority)
             return state or EMPTY_STATE
         return EMPTY_STATE
 
@@ -132,21 +131,21 @@ class Inspection:
         `None` when there is no such counter, and this process may not make it. The records of a
         counter that does not answer are searched: its server may be lost, and others have them.
         """
-        log, now = self._subjects.bucket_log, self._backend.now()
+        log, now = self._keys.bucket_log, self._store.now()
         try:
             if self._silent_until.get(counter, now) <= now:
                 with suppress(AssetOffline, Unconfirmed), deadline(COUNTER_PATIENCE):
                     return await self._ask(counter)
                 self._silent_until[counter] = now + SILENCE_LIFETIME
-            return await self._backend.count(log, self._assets.counters[counter])
+            return await self._backend.count(log, self._store.assets.counters[counter])
         except AssetMissing:
             return 0
 
     async def _ask(self, counter: str) -> int | None:
-        log, name = self._subjects.bucket_log, counter_name(counter)
+        log, name = self._keys.bucket_log, counter_name(counter)
         state = await self._backend.look_up(log, name)
         if state is None:  # it is in memory, and is made again
-            await self._assets.declare_counters()
+            await self._store.assets.declare_counters()
             state = await self._backend.look_up(log, name)
         return None if state is None else state.pending
 
@@ -183,9 +182,9 @@ class Inspection:
 
     async def _find_in_bucket(self, token: str) -> tuple[Job | None, dict[str, Any]]:
         """Return the job, if the bucket has it, and what its task reported of its progress."""
-        subjects = self._subjects
-        filters = subjects.later_all(token), subjects.done_all(token), subjects.progress(token)
-        records = await self._backend.last(subjects.bucket_log, *filters)
+        keys = self._keys
+        filters = keys.later_all(token), keys.done_all(token), keys.progress(token)
+        records = await self._store.last(*filters)
         reports = [
             record.body for record in records if record.subject == filters[-1] and not record.marker
         ]
@@ -196,20 +195,18 @@ class Inspection:
         ) if reports else {}
 
     async def _find_ready(self, token: str) -> Job | None:
-        records = await self._backend.last(
-            self._subjects.ready_log, self._subjects.ready_any(token)
-        )
+        records = await self._store.last(self._keys.ready_any(token))
         if not records:
             return None
         record = records[-1]
-        priority, _ = self._subjects.split_ready(record.subject)
+        priority, _ = self._keys.split_ready(record.subject)
         return self.ready_job(record, await self.tier(priority))
 
     def ready_job(self, record: Record, tier: ConsumerState) -> Job:
         """Return the job in a ready record."""
         # A ready job is active if the tier has delivered it: no write per start is needed to know.
         state = State.ACTIVE if record.sequence <= tier.delivered_sequence else State.WAITING
-        priority, token = self._subjects.split_ready(record.subject)
+        priority, token = self._keys.split_ready(record.subject)
         return self._decode(record, token, status=state, priority=priority)
 
     def job_in_bucket(self, record: Record) -> Job | None:
@@ -219,14 +216,14 @@ class Inspection:
         """
         if record.marker:
             return None
-        key = self._subjects.parse(record.subject)
+        key = self._keys.parse(record.subject)
         if key.state is not None:
             return self._decode(record, key.token, status=key.state)
         if key.place is Place.RELEASED:
             job = self._decode(record, key.token, status=State.WAITING)
             if job.waits_for_others:  # a promoter writes its edges: its producer died
                 return replace(job, status=State.WAITING_CHILDREN)
-            return replace(job, status=State.DELAYED) if job.is_early(self._backend.now()) else job
+            return replace(job, status=State.DELAYED) if job.is_early(self._store.now()) else job
         if key.place is None:
             return None
         return self._decode(record, key.token, status=PLACE_STATES[key.place])

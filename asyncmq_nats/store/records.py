@@ -36,7 +36,7 @@ def without_markers(records: Iterable[Record]) -> list[Record]:
 
 
 def delayed_write(
-    subjects: QueueSubjects,
+    keys: QueueSubjects,
     token: str,
     body: bytes,
     times: tuple[float, float],
@@ -47,7 +47,7 @@ def delayed_write(
     A job whose time is near is released at once: the promoter waits for it, a timer would be late.
 
     Args:
-        subjects: the keys of the queue.
+        keys: the keys of the queue.
         token: of the job.
         body: the job.
         times: when it is to run and the time now (Unix seconds).
@@ -57,9 +57,9 @@ def delayed_write(
     if (
         run_at - TIMER_LEAD <= now
     ):  # beside: a promoter may be removing the record of the attempt before
-        return Write(subjects.later(token, Place.RELEASED), body, expect, beside=True)
-    timer = Timer(run_at - TIMER_LEAD, subjects.later(token, Place.RELEASED))
-    return Write(subjects.later(token, Place.DELAYED), body, expect, timer=timer)
+        return Write(keys.later(token, Place.RELEASED), body, expect, beside=True)
+    timer = Timer(run_at - TIMER_LEAD, keys.later(token, Place.RELEASED))
+    return Write(keys.later(token, Place.DELAYED), body, expect, timer=timer)
 
 
 def outcome_body(

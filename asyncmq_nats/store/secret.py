@@ -6,10 +6,10 @@ from hashlib import blake2b
 from typing import Final
 
 from asyncmq_nats._logging import get_logger
-from asyncmq_nats.backends.base import Backend, Expect, Record, Write
+from asyncmq_nats.backends.base import Expect, Record, Write
 from asyncmq_nats.exceptions import StorageFull, WriteRefused
 from asyncmq_nats.store.commit import REPLICA_LAG_DELAYS, look_for
-from asyncmq_nats.wire.keys import QueueSubjects
+from asyncmq_nats.store.queue_store import QueueStore
 
 __all__ = ["QueueSecret", "keyed_id"]
 
@@ -34,9 +34,9 @@ class QueueSecret:
     The key has two tokens, so no event is made of it.
     """
 
-    def __init__(self, backend: Backend, subjects: QueueSubjects) -> None:
-        self._backend = backend
-        self._subjects = subjects
+    def __init__(self, store: QueueStore) -> None:
+        self._store = store
+        self._keys = store.keys
         self._secret = b""
 
     async def get(self) -> bytes:
@@ -55,16 +55,16 @@ class QueueSecret:
 
     async def _make(self, malformed: Record | None) -> None:
         """Store a secret, unless another process does."""
-        key, secret = self._subjects.secret, os.urandom(SECRET_BYTES).hex().encode()
+        key, secret = self._keys.secret, os.urandom(SECRET_BYTES).hex().encode()
         if malformed is not None:
             logger.warning("%s is too short for a secret; replacing it", key)
         expect = Expect(key, 0 if malformed is None else malformed.sequence)
         try:
-            await self._backend.write(self._subjects.bucket_log, Write(key, secret, expect))
+            await self._store.write(Write(key, secret, expect))
         except StorageFull as error:
             # Its own secret makes this process's ids unguessable. Another process has another
             # one: then only what a write expects refuses a repetition.
-            logger.warning("queue %s: its secret is not stored: %s", self._subjects.queue, error)
+            logger.warning("queue %s: its secret is not stored: %s", self._keys.queue, error)
             self._secret = secret
         except WriteRefused:  # another process was faster: a replica may not know it yet
             await look_for(partial(self._is_other_than, malformed), REPLICA_LAG_DELAYS)
@@ -72,7 +72,7 @@ class QueueSecret:
             self._secret = secret
 
     async def _read(self) -> Record | None:
-        records = await self._backend.last(self._subjects.bucket_log, self._subjects.secret)
+        records = await self._store.last(self._keys.secret)
         return records[0] if records else None
 
     async def _is_other_than(self, malformed: Record | None) -> bool:

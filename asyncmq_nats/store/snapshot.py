@@ -1,14 +1,12 @@
-"""The records of one job in the bucket, read and classified once. Decides nothing."""
+"""What the bucket has of a job, classified. Decides nothing."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from asyncmq_nats._clock import brief_pause
-from asyncmq_nats.backends.base import Backend, Expect, Record
+from asyncmq_nats.backends.base import Expect, Record
 from asyncmq_nats.exceptions import InvalidJob
 from asyncmq_nats.states import Place, State
-from asyncmq_nats.store.commit import REPLICA_LAG_DELAYS
 from asyncmq_nats.wire.codec import load_json
 from asyncmq_nats.wire.keys import Key, Kind, QueueSubjects
 
@@ -16,10 +14,8 @@ __all__ = [
     "Snapshot",
     "Stage",
     "count_reruns",
-    "group_by_job",
-    "read_end",
-    "read_snapshot",
-    "read_stage",
+    "filters_of",
+    "snapshots_of",
 ]
 
 Stage = Literal["unfinished", "ended"]
@@ -101,27 +97,6 @@ class Snapshot:
             self.later[key.place] = record
 
 
-async def read_snapshot(backend: Backend, keys: QueueSubjects, token: str) -> Snapshot:
-    """Read all records of one job in the bucket.
-
-    On a cluster, a replica may answer that lags behind.
-    """
-    records = await backend.last(keys.bucket_log, keys.later_all(token), keys.done_all(token))
-    return Snapshot.of(token, records, keys)
-
-
-async def read_stage(backend: Backend, keys: QueueSubjects, token: str) -> Stage | None:
-    """Return whether a job has ended; `None` if there is none, or it moved during the two reads.
-
-    Its edges, which may be thousands, are not read.
-    """
-    records = await backend.last(keys.bucket_log, keys.later_all(token), keys.ends(token))
-    snapshot = Snapshot.of(token, records, keys)
-    if snapshot.exists:
-        return "ended" if snapshot.ended else "unfinished"
-    return "unfinished" if await backend.last(keys.ready_log, keys.ready_any(token)) else None
-
-
 def count_reruns(body: bytes) -> int:
     """Return how often a job was retried by hand; 0 for a body that is not a job."""
     try:
@@ -131,34 +106,16 @@ def count_reruns(body: bytes) -> int:
     return reruns if isinstance(reruns, int) else 0
 
 
-def group_by_job(records: Iterable[Record], keys: QueueSubjects) -> dict[str, list[Record]]:
-    """Return the records by the token of the job that their keys are about."""
+def filters_of(tokens: Iterable[str], keys: QueueSubjects) -> list[str]:
+    """Return the filters for the records of some jobs, without the edges to their children."""
+    return [each for token in tokens for each in (keys.later_all(token), keys.ends(token))]
+
+
+def snapshots_of(
+    tokens: Iterable[str], records: Iterable[Record], keys: QueueSubjects
+) -> dict[str, Snapshot]:
+    """Return the snapshots of some jobs from records of any, by token."""
     grouped: dict[str, list[Record]] = {}
     for record in records:
         grouped.setdefault(keys.parse(record.subject).token, []).append(record)
-    return grouped
-
-
-async def read_end(backend: Backend, keys: QueueSubjects, token: str) -> Snapshot:
-    """Read the records of one job in the bucket without most of its edges, which may be thousands.
-
-    `last_end` is exact, also when it is an edge: a write that expects it is refused if anything
-    came since. The second read is repeated until its replica knows what the first one knew.
-    """
-    latest: Record | None = None
-    records: list[Record] = []
-    for pause in REPLICA_LAG_DELAYS:
-        await brief_pause(pause)
-        latest = await backend.latest(keys.bucket_log, keys.done_all(token))
-        filters = [keys.ends(token), keys.later_all(token)]
-        if latest is not None:
-            filters.append(latest.subject)
-        records = await backend.last(keys.bucket_log, *filters)
-        if latest is None or any(
-            record.subject == latest.subject and record.sequence >= latest.sequence
-            for record in records
-        ):
-            break
-    snapshot = Snapshot.of(token, records, keys)
-    snapshot.last_end = 0 if latest is None else latest.sequence
-    return snapshot
+    return {token: Snapshot.of(token, grouped.get(token, ()), keys) for token in tokens}

@@ -48,9 +48,9 @@ TIER_SIGNAL: Final = "tier"
 class QueueAssets:
     """Declares the assets of one queue on one backend, each once per process."""
 
-    def __init__(self, backend: Backend, subjects: QueueSubjects) -> None:
+    def __init__(self, backend: Backend, keys: QueueSubjects) -> None:
         self._backend = backend
-        self._subjects = subjects
+        self._keys = keys
         self.settings = backend.settings
         """The settings of the process, overridden by those of the queue: see `configuration`."""
         self._tiers: set[int] = set()
@@ -77,9 +77,7 @@ class QueueAssets:
                 return
             await self._backend.declare_log(self.ready_log)
             await self._backend.declare_log(self.bucket_log)
-            await self._backend.declare_consumer(
-                self._subjects.ready_log, self._tier(DEFAULT_PRIORITY)
-            )
+            await self._backend.declare_consumer(self._keys.ready_log, self._tier(DEFAULT_PRIORITY))
             self._tiers.add(DEFAULT_PRIORITY)
             self._logs_declared = True
 
@@ -98,7 +96,7 @@ class QueueAssets:
 
         Reads make no log. Nothing waits for counters on a lost server: their records are searched.
         """
-        log, silent = self._subjects.bucket_log, []
+        log, silent = self._keys.bucket_log, []
         await self._backend.declare_consumer(log, self._promoter)
 
         async def declare(counter: Consumer) -> None:
@@ -113,22 +111,22 @@ class QueueAssets:
                 group.start_soon(declare, Consumer(counter_name(word), (filter,)))
         if silent:
             text = "queue %s: counters that do not answer, is each server up? %s"
-            logger.warning(text, self._subjects.queue, ", ".join(sorted(silent)))
+            logger.warning(text, self._keys.queue, ", ".join(sorted(silent)))
 
     @property
     def counters(self) -> dict[str, str]:
         """The counters of the bucket: by word, the filter of the records that each counts."""
-        subjects = self._subjects
+        keys = self._keys
         return {
-            **{f"later_{place}": subjects.place(place) for place in Place},
-            **{f"done_{state}": subjects.outcomes(state) for state in OUTCOMES},
-            **{f"index_{state}": subjects.indexed(state) for state in INDEXED},
+            **{f"later_{place}": keys.place(place) for place in Place},
+            **{f"done_{state}": keys.outcomes(state) for state in OUTCOMES},
+            **{f"index_{state}": keys.indexed(state) for state in INDEXED},
         }
 
     @property
     def _promoter(self) -> Consumer:
         lease = min(PROMOTER_LEASE, self.settings.stalled_after)
-        places = self._subjects.place(Place.RELEASED), self._subjects.fire("*")
+        places = self._keys.place(Place.RELEASED), self._keys.fire("*")
         return Consumer(PROMOTER, places, lease=lease)
 
     async def declare_tier(self, priority: int) -> None:
@@ -144,7 +142,7 @@ class QueueAssets:
         if not self._backend.may_declare:
             self._tiers.add(priority)
             await self._backend.publish(
-                self._subjects.control(TIER_SIGNAL), str(priority).encode()
+                self._keys.control(TIER_SIGNAL), str(priority).encode()
             )  # a worker declares it
             return
         async with self._lock:
@@ -152,10 +150,10 @@ class QueueAssets:
                 existing = await self.list_tiers()
                 if priority not in existing:
                     if len(existing) >= MAX_TIERS:
-                        raise TooManyPriorities(self._subjects.queue, MAX_TIERS)
+                        raise TooManyPriorities(self._keys.queue, MAX_TIERS)
                     await self._declare_tier(priority)
                     await self._backend.publish(
-                        self._subjects.control(TIER_SIGNAL), str(priority).encode()
+                        self._keys.control(TIER_SIGNAL), str(priority).encode()
                     )
                 self._tiers.add(priority)
 
@@ -167,20 +165,20 @@ class QueueAssets:
         lease = self.settings.stalled_after
         return Consumer(
             tier_name(priority),
-            (self._subjects.tier(priority),),
+            (self._keys.tier(priority),),
             lease=lease,
             paused_until=paused_until,
         )
 
     async def _declare_tier(self, priority: int) -> None:
         paused = await self.read_pause()
-        await self._backend.declare_consumer(self._subjects.ready_log, self._tier(priority, paused))
+        await self._backend.declare_consumer(self._keys.ready_log, self._tier(priority, paused))
         # A pause or its end may have missed this tier. One after the last read finds it.
         while (until := await self.read_pause()) != paused:
             if until is None:
-                await self._backend.resume(self._subjects.ready_log, tier_name(priority))
+                await self._backend.resume(self._keys.ready_log, tier_name(priority))
             else:
-                await self._backend.pause(self._subjects.ready_log, tier_name(priority), until)
+                await self._backend.pause(self._keys.ready_log, tier_name(priority), until)
             paused = until
 
     # -- the pause, of which a tier must know when it is made
@@ -192,7 +190,7 @@ class QueueAssets:
         resumed the consumers.
         """
         try:
-            records = await self._backend.last(self._subjects.bucket_log, self._subjects.pause)
+            records = await self._backend.last(self._keys.bucket_log, self._keys.pause)
         except AssetMissing:
             return None
         if not records or records[0].marker:
@@ -201,7 +199,7 @@ class QueueAssets:
             until = float(records[0].body[:100])
         except ValueError:
             text = "queue %s: its pause record is malformed; ignoring it: %.100r"
-            logger.warning(text, self._subjects.queue, records[0].body[:100])
+            logger.warning(text, self._keys.queue, records[0].body[:100])
             return None
         until = min(until, LATEST_PAUSE)  # the server takes no later time
         return until if until > self._backend.now() and await self.is_paused() else None
@@ -209,9 +207,7 @@ class QueueAssets:
     async def is_paused(self) -> bool:
         """Return whether the server holds the default tier's jobs back."""
         try:
-            state = await self._backend.look_up(
-                self._subjects.ready_log, tier_name(DEFAULT_PRIORITY)
-            )
+            state = await self._backend.look_up(self._keys.ready_log, tier_name(DEFAULT_PRIORITY))
         except AssetMissing:
             return False
         return state is not None and state.paused
@@ -220,10 +216,10 @@ class QueueAssets:
         """Store until when the queue is paused; `None`: it is not."""
         await self.declare()
         if until is None:
-            await self._backend.purge(self._subjects.bucket_log, self._subjects.pause)
+            await self._backend.purge(self._keys.bucket_log, self._keys.pause)
         else:
             await self._backend.write(
-                self._subjects.bucket_log, Write(self._subjects.pause, str(until).encode())
+                self._keys.bucket_log, Write(self._keys.pause, str(until).encode())
             )
 
     async def find_orphans(self, *, declare: bool = True) -> list[int]:
@@ -235,7 +231,7 @@ class QueueAssets:
         holds more records than its tiers count. It reads those since the last search,
         `TIER_SEARCH_LIMIT` at most: any producer may add jobs of invalid priorities.
         """
-        log = self._subjects.ready_log
+        log = self._keys.ready_log
         before = await self._backend.count(log)
         known = 0
         for priority in await self.list_tiers():
@@ -259,18 +255,18 @@ class QueueAssets:
 
     async def _read_priorities(self) -> None:
         """Note the priorities of the ready jobs that were not looked at before."""
-        log = self._subjects.ready_log
+        log = self._keys.ready_log
         if await self._backend.last_sequence(log) < self._looked_at:
             self._looked_at = 0  # the log was lost, and made again
         for _ in range(TIER_SEARCH_LIMIT // TIER_SEARCH_PAGE):
             page = await self._backend.page(
                 log,
-                self._subjects.all_ready,
+                self._keys.all_ready,
                 from_sequence=self._looked_at + 1,
                 limit=TIER_SEARCH_PAGE,
                 mostly=True,
             )
-            tiers = {self._subjects.tier_of(record.subject) for record in page}
+            tiers = {self._keys.tier_of(record.subject) for record in page}
             self._seen_priorities |= {tier for tier in tiers if tier is not None}
             if page:
                 self._looked_at = page[-1].sequence
@@ -284,7 +280,7 @@ class QueueAssets:
                 "queue %s has jobs of more than %d priorities: "
                 "those of priority %d, and of each later one that has no "
                 "tier, are not run",
-                self._subjects.queue,
+                self._keys.queue,
                 MAX_TIERS,
                 priority,
             )
@@ -292,7 +288,7 @@ class QueueAssets:
     async def list_tiers(self) -> list[int]:
         """Return the priorities that have a consumer, the first to run first."""
         try:
-            names = await self._backend.list_consumers(self._subjects.ready_log)
+            names = await self._backend.list_consumers(self._keys.ready_log)
         except AssetMissing:
             return []
         return sorted(priority for name in names if (priority := tier_priority(name)) is not None)
@@ -302,11 +298,11 @@ class QueueAssets:
 
         Return whether the bucket has lost all it had since the last call.
         """
-        logs = (self._subjects.ready_log, self._subjects.bucket_log)
+        logs = (self._keys.ready_log, self._keys.bucket_log)
         found = [await self._backend.incarnation(log) for log in logs]
         lost = self._incarnation not in ("", found[1])
         if lost or None in found:
-            logger.error("queue %s: its streams were gone and are made again", self._subjects.queue)
+            logger.error("queue %s: its streams were gone and are made again", self._keys.queue)
             self.forget()
             await self.declare_all()
             found = [await self._backend.incarnation(log) for log in logs]
@@ -347,20 +343,20 @@ class QueueAssets:
     def ready_log(self) -> Log:
         """The log of the jobs that can be run."""
         return Log(
-            self._subjects.ready_log,
-            (self._subjects.all_ready,),
+            self._keys.ready_log,
+            (self._keys.all_ready,),
             work_queue=True,
-            republish=self._subjects.republish_ready,
+            republish=self._keys.republish_ready,
         )
 
     @property
     def bucket_log(self) -> Log:
         """The log of all other jobs: the scheduler bucket."""
         return Log(
-            self._subjects.bucket_log,
-            (self._subjects.all_bucket,),
+            self._keys.bucket_log,
+            (self._keys.all_bucket,),
             timers=True,
-            republish=self._subjects.republish_bucket,
-            ballast=self._subjects.ballast,
+            republish=self._keys.republish_bucket,
+            ballast=self._keys.ballast,
             max_bytes=self.settings.bucket_max_bytes,
         )

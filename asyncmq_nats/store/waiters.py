@@ -13,10 +13,11 @@ from weakref import WeakKeyDictionary
 import anyio
 
 from asyncmq_nats._logging import get_logger
-from asyncmq_nats.backends.base import Backend, Signal, Subscription
+from asyncmq_nats.backends.base import Signal, Subscription
 from asyncmq_nats.exceptions import AsyncMQError
 from asyncmq_nats.states import OUTCOMES
-from asyncmq_nats.wire.keys import QueueSubjects, last_token, split_event
+from asyncmq_nats.store.queue_store import QueueStore
+from asyncmq_nats.wire.keys import last_token, split_event
 
 __all__ = ["Waiter", "Waiters"]
 
@@ -60,9 +61,9 @@ class Waiter:
 class Waiters:
     """The waiters of one queue, in each event loop."""
 
-    def __init__(self, backend: Backend, subjects: QueueSubjects) -> None:
-        self._backend = backend
-        self._subjects = subjects
+    def __init__(self, store: QueueStore) -> None:
+        self._store = store
+        self._keys = store.keys
         self._crowds: WeakKeyDictionary[asyncio.AbstractEventLoop, _Crowd] = WeakKeyDictionary()
 
     @asynccontextmanager
@@ -75,7 +76,7 @@ class Waiters:
             if crowd.shared or len(crowd.waiting) > OWN_SUBSCRIPTIONS:
                 await self._share(crowd)
             else:
-                own = await self._backend.subscribe(self._subjects.event("*", token), waiter.hear)
+                own = await self._store.backend.subscribe(self._keys.event("*", token), waiter.hear)
             yield waiter
         finally:
             crowd.remove(waiter)
@@ -124,20 +125,20 @@ class Waiters:
         except AsyncMQError as error:  # those that look for themselves are told
             logger.debug(
                 "queue %s: could not read the outcomes of awaited jobs: %s",
-                self._subjects.queue,
+                self._keys.queue,
                 error,
             )
 
     async def _ended_among(self, tokens: Sequence[str]) -> set[str]:
-        keys = [self._subjects.outcome(token, state) for token in tokens for state in OUTCOMES]
-        records = await self._backend.last(self._subjects.bucket_log, *keys)
-        return {self._subjects.token(each.subject) for each in records if not each.marker}
+        keys = [self._keys.outcome(token, state) for token in tokens for state in OUTCOMES]
+        records = await self._store.last(*keys)
+        return {self._keys.token(each.subject) for each in records if not each.marker}
 
     async def _share(self, crowd: "_Crowd") -> None:
         async with crowd.sharing:
             if not crowd.shared:
                 crowd.shared = [
-                    await self._backend.subscribe(self._subjects.event(state, "*"), crowd.hear)
+                    await self._store.backend.subscribe(self._keys.event(state, "*"), crowd.hear)
                     for state in OUTCOMES
                 ]
 

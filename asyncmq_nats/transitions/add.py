@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from asyncmq_nats._concurrency import Turns
 from asyncmq_nats._new_jobs import Addition, whole_job
-from asyncmq_nats.backends.base import Backend, Expect, Write
+from asyncmq_nats.backends.base import Expect, Write
 from asyncmq_nats.events import DUPLICATED
 from asyncmq_nats.exceptions import (
     AssetMissing,
@@ -18,19 +18,17 @@ from asyncmq_nats.exceptions import (
     WriteRefused,
 )
 from asyncmq_nats.jobs import Job, size_limit
-from asyncmq_nats.settings import Settings
 from asyncmq_nats.states import Place
 from asyncmq_nats.store.announcing import announce
 from asyncmq_nats.store.commit import REPLICA_LAG_DELAYS, look_for, pause_after_refusal
+from asyncmq_nats.store.queue_store import QueueStore
 from asyncmq_nats.store.records import delayed_write
-from asyncmq_nats.store.snapshot import read_end
-from asyncmq_nats.store.topology import QueueAssets
 from asyncmq_nats.transitions.parked import linking_body, parked_body
 from asyncmq_nats.transitions.plan import PLAN_JOBS, Plans, outside_of, tie
 from asyncmq_nats.transitions.release import Dependencies
 from asyncmq_nats.transitions.waits import NARROW_LIMIT, Parent
 from asyncmq_nats.wire.codec import load_json
-from asyncmq_nats.wire.keys import QueueSubjects, check_job_id, encode_token
+from asyncmq_nats.wire.keys import check_job_id, encode_token
 
 __all__ = ["Additions"]
 
@@ -55,29 +53,15 @@ class Batch:
 class Additions:
     """Adds jobs to one queue."""
 
-    def __init__(self, backend: Backend, subjects: QueueSubjects, assets: QueueAssets) -> None:
-        self._backend = backend
-        self._subjects = subjects
-        self._assets = assets
-        self.dependencies = Dependencies(backend, subjects, assets)
-        self.plans = Plans(backend, subjects, assets, self.dependencies, self.first_write)
+    def __init__(self, store: QueueStore) -> None:
+        self.store = store
+        self._backend = store.backend
+        self._keys = store.keys
+        self._assets = store.assets
+        self.dependencies = Dependencies(store)
+        self.plans = Plans(store, self.dependencies, self.first_write)
         self.refused = Turns()
         """A lock for refused additions: those that wait for the same job take turns."""
-
-    @property
-    def backend(self) -> Backend:
-        """The backend of the jobs."""
-        return self._backend
-
-    @property
-    def subjects(self) -> QueueSubjects:
-        """The names of the queue."""
-        return self._subjects
-
-    @property
-    def settings(self) -> Settings:
-        """The settings that hold for the queue."""
-        return self._assets.settings
 
     async def add(self, job: Addition) -> str:
         """Store a new job where it belongs and return its id.
@@ -114,7 +98,7 @@ class Additions:
             await self._write_again_when_missing([self.first_write(job)], {job.priority})
         except WriteRefused:  # the confirmation of an earlier sending was lost
             if not await look_for(partial(self.are_stored, [job]), REPLICA_LAG_DELAYS):
-                raise WriteRefused(self._subjects.bucket_log, f"job {job.job_id!r}") from None
+                raise WriteRefused(self._keys.bucket_log, f"job {job.job_id!r}") from None
         return job.job_id
 
     async def _add_once(self, job: Addition) -> str:
@@ -285,7 +269,7 @@ class Additions:
             batch.count += 1
             if late and outside:
                 batch.late.append((planned, outside))
-            if any(self._subjects.outcome_state(write.subject) for write in writes):
+            if any(self._keys.outcome_state(write.subject) for write in writes):
                 batch.failed.append(encode_token(job.job_id))
         return batch
 
@@ -330,15 +314,15 @@ class Additions:
         linking = bool(outside) and not known
         parked = self.dependencies.parked
         body = linking_body(job) if linking else parked_body(job)
-        expect = Expect(self._subjects.later_all(token), last)
+        expect = Expect(self._keys.later_all(token), last)
         writes = [
             *parked.waits.writes(job),
             parked.parked_write(token, body, expect, linking=linking),
         ]
         for parent_id in outside if known else ():
             parent = encode_token(parent_id)
-            edge = self._subjects.edge(parent, token)
-            open_still = Expect(self._subjects.done_all(parent), known[parent_id].last)
+            edge = self._keys.edge(parent, token)
+            open_still = Expect(self._keys.done_all(parent), known[parent_id].last)
             writes.append(Write(edge, b"{}", open_still))
         return writes
 
@@ -348,9 +332,9 @@ class Additions:
         Raises:
             WriteRefused: a job with its id has ended already.
         """
-        end = await read_end(self._backend, self._subjects, token)
+        end = await self.store.read_end(token)
         if end.ended:
-            raise WriteRefused(self._subjects.bucket_log, f"job {job.job_id!r} has ended")
+            raise WriteRefused(self._keys.bucket_log, f"job {job.job_id!r} has ended")
         data = load_json(parked_body(job))
         return self.dependencies.parked.failure(data, token, parent_id, end.fence)
 
@@ -382,7 +366,7 @@ class Additions:
     async def _write_again_when_missing(
         self, writes: Sequence[Write], priorities: Iterable[int]
     ) -> None:
-        log = self._subjects.log_of(writes[0].subject)
+        log = self._keys.log_of(writes[0].subject)
         try:
             await self._backend.write(log, *writes)
         except AssetMissing:  # deleted since this process declared it
@@ -409,13 +393,13 @@ class Additions:
         """Return the write that adds a job; see `first_write`. `body`: its record, checked."""
         token = encode_token(job.job_id)
         if job.delay_until is None and not (job.custom_id or in_bucket):
-            return Write(self._subjects.ready(job.priority, token), body, message_id=job.job_id)
-        nothing = Expect(self._subjects.later_all(token), last)
+            return Write(self._keys.ready(job.priority, token), body, message_id=job.job_id)
+        nothing = Expect(self._keys.later_all(token), last)
         if job.delay_until is not None:
             return delayed_write(
-                self._subjects, token, body, (job.delay_until, self._backend.now()), nothing
+                self._keys, token, body, (job.delay_until, self._backend.now()), nothing
             )
-        return Write(self._subjects.later(token, Place.RELEASED), body, nothing)
+        return Write(self._keys.later(token, Place.RELEASED), body, nothing)
 
     @property
     def size_limit(self) -> int:
@@ -461,7 +445,7 @@ class Additions:
 
     async def announce(self, what: str, job_id: str, **data: Any) -> None:
         """See `announcing.announce`."""
-        await announce(self._backend, self._subjects, what, job_id, **data)
+        await announce(self.store, what, job_id, **data)
 
     async def exists(self, job_id: str) -> bool:
         """See `Plans.exists`."""

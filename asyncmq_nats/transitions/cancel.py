@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any, Final
 
 from asyncmq_nats._logging import get_logger
-from asyncmq_nats.backends.base import Backend, Expect, Record, Write
+from asyncmq_nats.backends.base import Expect, Record, Write
 from asyncmq_nats.exceptions import (
     BackendError,
     ConnectionLost,
@@ -18,16 +18,16 @@ from asyncmq_nats.exceptions import (
 from asyncmq_nats.jobs import Job
 from asyncmq_nats.states import Place, State
 from asyncmq_nats.store.commit import commit
+from asyncmq_nats.store.queue_store import QueueStore
 from asyncmq_nats.store.records import MARKER_TTL, outcome_body, without_markers
-from asyncmq_nats.store.snapshot import Snapshot, count_reruns, read_snapshot
-from asyncmq_nats.store.topology import QueueAssets
+from asyncmq_nats.store.snapshot import Snapshot, count_reruns
 from asyncmq_nats.transitions.claim import CLAIM_TTL, Claim
 from asyncmq_nats.transitions.deliver import OUTCOME_FIELDS
 from asyncmq_nats.transitions.finish import PUT_OFF_FIELDS
 from asyncmq_nats.transitions.release import Dependencies
 from asyncmq_nats.transitions.timers import follow_timers, is_ringing
 from asyncmq_nats.wire.codec import dump_json, load_json
-from asyncmq_nats.wire.keys import QueueSubjects, decode_token, encode_token, tier_name
+from asyncmq_nats.wire.keys import QueueSubjects, decode_token, encode_token
 
 __all__ = ["PLACES_OF", "Administration", "is_delayed"]
 
@@ -48,11 +48,10 @@ MAX_TRIES: Final = 20
 class Administration:
     """The transitions of the jobs of one queue by hand."""
 
-    def __init__(self, backend: Backend, subjects: QueueSubjects, assets: QueueAssets) -> None:
-        self._backend = backend
-        self._subjects = subjects
-        self._assets = assets
-        self._dependencies = Dependencies(backend, subjects, assets)
+    def __init__(self, store: QueueStore) -> None:
+        self._store = store
+        self._keys = store.keys
+        self._dependencies = Dependencies(store)
 
     async def remove_delayed(self, job_id: str) -> bool:
         """Remove a job that is delayed. Return whether it was."""
@@ -61,13 +60,11 @@ class Administration:
             Place.DELAYED,
             Place.RELEASED,
         ):  # in this order: the job moves from one to the other
-            records = await self._backend.last(
-                self._subjects.bucket_log, self._subjects.later(token, place)
-            )
+            records = await self._store.last(self._keys.later(token, place))
             if not any(self._is_delayed(record) for record in records):
                 continue
-            for record in await follow_timers(self._backend, self._subjects, records):
-                return await self._backend.delete(self._subjects.bucket_log, record.sequence)
+            for record in await follow_timers(self._store, records):
+                return await self._store.delete(record)
         return False
 
     async def take_due(self, jobs: Sequence[Job]) -> list[Job]:
@@ -80,7 +77,7 @@ class Administration:
         for job in jobs:
             try:
                 if await self._delete_record(
-                    self._subjects.later(encode_token(job.job_id), Place.RELEASED)
+                    self._keys.later(encode_token(job.job_id), Place.RELEASED)
                 ):
                     taken.append(job)
             except (ConnectionLost, Unconfirmed):
@@ -88,10 +85,10 @@ class Administration:
         return taken
 
     async def _delete_record(self, subject: str) -> bool:
-        records = await self._backend.last(self._subjects.bucket_log, subject)
+        records = await self._store.last(subject)
         if not records or records[0].marker:
             return False
-        return await self._backend.delete(self._subjects.bucket_log, records[0].sequence)
+        return await self._store.delete(records[0])
 
     async def cancel(self, job_id: str, reason: str = CANCELLED) -> bool:
         """End a job that has not ended as cancelled, wherever it is. Return whether there was one.
@@ -107,7 +104,7 @@ class Administration:
             if snapshot.outcome is not None and snapshot.outcome.body != written:
                 return False
             if snapshot.outcome is None:  # else the confirmation of ours was lost
-                ready = await self._read_ready(token)
+                ready = await self._store.last(self._keys.ready_any(token))
                 if not snapshot.later and not ready:
                     return False
                 writes = self._cancellation(snapshot, ready, reason)
@@ -122,22 +119,18 @@ class Administration:
 
     async def _read_after_timer(self, token: str) -> Snapshot:
         """Return the records of a job; wait for its timer if that goes off at this moment."""
-        snapshot = await read_snapshot(self._backend, self._subjects, token)
+        snapshot = await self._store.read_snapshot(token)
         delayed = snapshot.later.get(Place.DELAYED)
-        if delayed is None or not is_ringing(self._backend, self._subjects, delayed):
+        if delayed is None or not is_ringing(self._store, delayed):
             return snapshot
-        await follow_timers(self._backend, self._subjects, [delayed])
-        return await read_snapshot(self._backend, self._subjects, token)
+        await follow_timers(self._store, [delayed])
+        return await self._store.read_snapshot(token)
 
     async def finish_cancel(self, job_id: str) -> None:
         """Finish a cancellation whose process died. Repeatable."""
-        snapshot = await read_snapshot(self._backend, self._subjects, encode_token(job_id))
+        snapshot = await self._store.read_snapshot(encode_token(job_id))
         if snapshot.outcome is not None and snapshot.state is State.CANCELLED:
             await self._finish_cancellation(snapshot, count_reruns(snapshot.outcome.body))
-
-    async def _read_ready(self, token: str) -> list[Record]:
-        subjects = self._subjects
-        return await self._backend.last(subjects.ready_log, subjects.ready_any(token))
 
     def _cancellation(
         self, snapshot: Snapshot, ready: Sequence[Record], reason: str
@@ -175,22 +168,19 @@ class Administration:
 
         Records of a later retry by hand stay.
         """
-        subjects, token = self._subjects, snapshot.token
+        keys, token = self._keys, snapshot.token
         try:
             await self._dependencies.release(token)
         except BackendError:
-            key = subjects.outcome(token, State.CANCELLED)
-            if any(not r.marker for r in await self._backend.last(subjects.bucket_log, key)):
+            key = keys.outcome(token, State.CANCELLED)
+            if any(not r.marker for r in await self._store.last(key)):
                 raise
-        for log, filter in (
-            (subjects.bucket_log, subjects.later_all(token)),
-            (subjects.ready_log, subjects.ready_any(token)),
-        ):
-            for record in without_markers(await self._backend.last(log, filter)):
+        for filter in (keys.later_all(token), keys.ready_any(token)):
+            for record in without_markers(await self._store.last(filter)):
                 if count_reruns(record.body) <= reruns:
-                    await self._backend.delete(log, record.sequence)
+                    await self._store.delete(record)
         if snapshot.claim is not None:
-            await self._backend.delete(subjects.bucket_log, snapshot.claim.sequence)
+            await self._store.delete(snapshot.claim)
 
     def _reminder(self, snapshot: Snapshot, outcome: bytes) -> list[Write]:
         """Return the write that has a promoter tell the children, should this process die first.
@@ -202,35 +192,30 @@ class Administration:
         if not job.get("children") and not snapshot.edges:
             return []
         there = snapshot.later.get(Place.RELEASED)
-        key = self._subjects.later(snapshot.token, Place.RELEASED)
+        key = self._keys.later(snapshot.token, Place.RELEASED)
         expect = Expect(key, 0 if there is None else there.sequence)
         body = dump_json(job | {"custom_id": True, "retries": 0, "reruns": 0})
         return [Write(key, body, expect)]
 
     async def remove(self, job_id: str) -> bool:
         """Remove a job that is not running, in any state. Return whether it was removed."""
-        token, subjects, removed = encode_token(job_id), self._subjects, False
+        token, keys, removed = encode_token(job_id), self._keys, False
         for _ in range(2):  # once more: it may have moved on after its place was read
-            records = await self._backend.last(
-                subjects.bucket_log, subjects.later_all(token), subjects.ends(token)
-            )
-            records = await follow_timers(self._backend, subjects, records)
-            ready = await self._backend.last(subjects.ready_log, subjects.ready_any(token))
+            records = await self._store.last(keys.later_all(token), keys.ends(token))
+            records = await follow_timers(self._store, records)
+            ready = await self._store.last(keys.ready_any(token))
             if any([await self._is_taken(record) for record in ready]):
                 return False
-            found = [(subjects.bucket_log, record) for record in without_markers(records)] + [
-                (subjects.ready_log, r) for r in ready
-            ]
-            for log, record in found:
-                if await self._backend.delete(log, record.sequence):
-                    removed |= not subjects.is_claim(record.subject)
+            for record in [*without_markers(records), *ready]:
+                if await self._store.delete(record):
+                    removed |= not keys.is_claim(record.subject)
                     if b'"wide"' in record.body:
                         await self._dependencies.forget(token)
         return removed
 
     async def _is_taken(self, ready: Record) -> bool:
-        priority, _ = self._subjects.split_ready(ready.subject)
-        tier = await self._backend.look_up(self._subjects.ready_log, tier_name(priority))
+        priority, _ = self._keys.split_ready(ready.subject)
+        tier = await self._store.look_up_tier(priority)
         return tier is not None and ready.sequence <= tier.delivered_sequence
 
     def cancellation(
@@ -242,22 +227,22 @@ class Administration:
         removes: str | None = None,
     ) -> Write:
         """Return the write of an outcome `cancelled`. `removes`: the record of a delayed job."""
-        now = self._backend.now()
+        now = self._store.now()
         fields = {
             "id": decode_token(token),
             "status": State.CANCELLED,
             "finished_at": now,
             "last_error": reason,
         }
-        subject = self._subjects.outcome(token, State.CANCELLED)
+        subject = self._keys.outcome(token, State.CANCELLED)
         return Write(
             subject,
-            outcome_body(job, fields, self._backend.max_body),
+            outcome_body(job, fields, self._store.backend.max_body),
             expect,
-            ttl=self._assets.settings.failed_ttl,
+            ttl=self._store.assets.settings.failed_ttl,
             removes=removes,
             beside=True,
-            index=self._subjects.index(token, State.CANCELLED),
+            index=self._keys.index(token, State.CANCELLED),
         )
 
     async def rerun(self, job_id: str) -> bool:
@@ -285,8 +270,7 @@ class Administration:
         """
         if snapshot.outcome is None or snapshot.state is State.COMPLETED:
             return False
-        log, subjects = self._subjects.bucket_log, self._subjects
-        released = not snapshot.is_rerun
+        keys, released = self._keys, not snapshot.is_rerun
         if released:
             job = load_json(snapshot.outcome.body)
             if job.get("truncated"):
@@ -295,32 +279,32 @@ class Administration:
                 return False
             if snapshot.claim is None or not Claim.decode(snapshot.claim.body).voids_all:
                 await self._void_earlier_runs(snapshot)
-            key = subjects.later(snapshot.token, Place.RELEASED)
-            expect = Expect(subjects.later_all(snapshot.token), snapshot.last_later)
-            await self._backend.write(log, Write(key, self.renewed(job), expect, beside=True))
-        await self._backend.delete(log, snapshot.outcome.sequence)
+            key = keys.later(snapshot.token, Place.RELEASED)
+            expect = Expect(keys.later_all(snapshot.token), snapshot.last_later)
+            await self._store.write(Write(key, self.renewed(job), expect, beside=True))
+        await self._store.delete(snapshot.outcome)
         return released
 
     async def _void_earlier_runs(self, snapshot: Snapshot) -> None:
-        subjects = self._subjects
-        claim = Claim.on_all_until(await self._backend.last_sequence(subjects.ready_log))
-        key = subjects.claim(snapshot.token)
+        keys = self._keys
+        claim = Claim.on_all_until(await self._store.backend.last_sequence(keys.ready_log))
+        key = keys.claim(snapshot.token)
         write = Write(key, claim.encode(), snapshot.fence, ttl=CLAIM_TTL)
-        await self._backend.write(subjects.bucket_log, write)
+        await self._store.write(write)
 
     async def _rerun_delayed(self, token: str, delayed: Record) -> bool:
-        released = self._subjects.later(token, Place.RELEASED)
+        released = self._keys.later(token, Place.RELEASED)
         write = Write(
             released,
             self.renewed(load_json(delayed.body)),
             Expect(delayed.subject, delayed.sequence),
             removes=None if delayed.subject == released else delayed.subject,
         )
-        await self._backend.write(self._subjects.bucket_log, write)
+        await self._store.write(write)
         return True
 
     def _is_delayed(self, record: Record) -> bool:
-        return is_delayed(record, self._subjects, self._backend.now())
+        return is_delayed(record, self._keys, self._store.now())
 
     def renewed(self, data: dict[str, Any]) -> bytes:
         """Return a job as if it were new, but with its errors.
@@ -331,20 +315,20 @@ class Administration:
             data.pop(name, None)
         return dump_json(
             data
-            | {"retries": 0, "reruns": data.get("reruns", 0) + 1, "created_at": self._backend.now()}
+            | {"retries": 0, "reruns": data.get("reruns", 0) + 1, "created_at": self._store.now()}
         )
 
 
-def is_delayed(record: Record, subjects: QueueSubjects, now: float) -> bool:
+def is_delayed(record: Record, keys: QueueSubjects, now: float) -> bool:
     """Return whether a record in transit is of a job that is delayed.
 
     Jobs are released a little before their time.
     """
     if record.marker:
         return False
-    if subjects.is_later(record.subject, Place.RELEASED):
+    if keys.is_later(record.subject, Place.RELEASED):
         try:
             return Job.decode(record.body).is_early(now)
         except InvalidJob:  # a promoter makes it ready, for a worker to record as failed
             return False
-    return subjects.is_later(record.subject, Place.DELAYED)
+    return keys.is_later(record.subject, Place.DELAYED)

@@ -9,18 +9,18 @@ from contextlib import suppress
 from math import inf
 from typing import Final
 
-from asyncmq_nats.backends.base import Backend, Expect, Record, Write
+from asyncmq_nats.backends.base import Expect, Record, Write
 from asyncmq_nats.exceptions import AssetMissing, InvalidJob, WriteRefused
 from asyncmq_nats.jobs import Job
 from asyncmq_nats.states import OUTCOMES, Place, State
 from asyncmq_nats.store.pages import JobLists, Source
+from asyncmq_nats.store.queue_store import QueueStore
 from asyncmq_nats.store.reads import Inspection
 from asyncmq_nats.store.records import without_markers
-from asyncmq_nats.store.topology import QueueAssets
 from asyncmq_nats.transitions.cancel import PLACES_OF, is_delayed
 from asyncmq_nats.transitions.timers import follow_timers
 from asyncmq_nats.transitions.waits import Waits
-from asyncmq_nats.wire.keys import INDEXED, QueueSubjects, decode_token
+from asyncmq_nats.wire.keys import INDEXED, decode_token
 
 __all__ = ["Cleanup", "Progress"]
 
@@ -37,17 +37,10 @@ Progress = Callable[[int], None]
 class Cleanup:
     """Removes many jobs of one queue."""
 
-    def __init__(
-        self,
-        backend: Backend,
-        subjects: QueueSubjects,
-        assets: QueueAssets,
-        inspection: Inspection,
-        lists: JobLists,
-    ) -> None:
-        self._backend = backend
-        self._subjects = subjects
-        self._assets = assets
+    def __init__(self, store: QueueStore, inspection: Inspection, lists: JobLists) -> None:
+        self._store = store
+        self._backend = store.backend
+        self._keys = store.keys
         self._inspection = inspection
         self._lists = lists
 
@@ -76,14 +69,14 @@ class Cleanup:
                 if limit and len(ids) >= limit:
                     break
         if state in INDEXED and not (limit and len(ids) >= limit):
-            await self._purge([self._subjects.indexed(state)], older_than)
+            await self._purge([self._keys.indexed(state)], older_than)
         if state is State.WAITING_CHILDREN and ids:
             await self.remove_orphans()
         return ids
 
     async def remove_orphans(self) -> None:
         """Remove the parts of jobs with many parents that were removed."""
-        await Waits(self._backend, self._subjects).remove_orphans()
+        await Waits(self._store).remove_orphans()
 
     async def clean(
         self, state: State, older_than: float = inf, progress: Progress | None = None
@@ -96,15 +89,15 @@ class Cleanup:
         if state not in OUTCOMES:
             await self.clean_jobs(state, older_than, progress=progress)
             return
-        filters = [self._subjects.outcomes(state)]
-        filters += [self._subjects.indexed(state)] if state in INDEXED else []
+        filters = [self._keys.outcomes(state)]
+        filters += [self._keys.indexed(state)] if state in INDEXED else []
         await self._purge(filters, older_than, progress)
 
     async def _purge(
         self, filters: Sequence[str], older_than: float, progress: Progress | None = None
     ) -> None:
         """Purge what matches and is old enough, step by step. Progress is that of the first."""
-        log, removed = self._subjects.bucket_log, 0
+        log, removed = self._keys.bucket_log, 0
         try:
             oldest = await self._backend.page(log, ">", limit=1, mostly=True)
             end = await self._lists.first_sequence_since(log, older_than)
@@ -153,14 +146,14 @@ class Cleanup:
         """
         if source.tier is not None:
             # Read in each step: the tier goes on delivering.
-            tier = await self._inspection.tier(self._subjects.split_ready(records[0].subject)[0])
+            tier = await self._inspection.tier(self._keys.split_ready(records[0].subject)[0])
             records = [record for record in records if record.sequence > tier.delivered_sequence]
         elif source.place is Place.DELAYED:
-            records = await follow_timers(self._backend, self._subjects, records)
+            records = await follow_timers(self._store, records)
         sequences = [record.sequence for record in records]
         removed = set(await self._backend.delete_many(source.log, sequences))
         return [
-            decode_token(self._subjects.parse(record.subject).token)
+            decode_token(self._keys.parse(record.subject).token)
             for record in records
             if record.sequence in removed
         ]
@@ -195,14 +188,14 @@ class Cleanup:
 
     def _is_early(self, record: Record) -> bool:
         """Return whether a released job was released a little before its time."""
-        return is_delayed(record, self._subjects, self._backend.now())
+        return is_delayed(record, self._keys, self._store.now())
 
     async def read_ids(self) -> list[str]:
         """Return the ids of all jobs."""
         ids: dict[str, None] = {}
         for state in State:
             async for records in self._lists.read_raw(state):
-                keys = [self._subjects.parse(r.subject) for r in records if not r.marker]
+                keys = [self._keys.parse(r.subject) for r in records if not r.marker]
                 ids |= dict.fromkeys(decode_token(key.token) for key in keys)
         return list(ids)
 
@@ -212,15 +205,15 @@ class Cleanup:
         Return whether there was a queue. Its assets stay for the running workers, and so does its
         secret: they make ids with it.
         """
-        found, log, key = False, self._subjects.bucket_log, self._subjects.secret
+        found, log, key = False, self._keys.bucket_log, self._keys.secret
         secrets: list[Record] = []
         with suppress(AssetMissing):
-            secrets = await self._backend.last(log, key)
-        for each in (self._subjects.ready_log, log):
+            secrets = await self._store.last(key)
+        for each in (self._keys.ready_log, log):
             with suppress(AssetMissing):
                 await self._backend.purge(each, ">")
                 found = True
         for secret in secrets:
             with suppress(WriteRefused):  # a worker was faster
-                await self._backend.write(log, Write(key, secret.body, Expect(key)))
+                await self._store.write(Write(key, secret.body, Expect(key)))
         return found

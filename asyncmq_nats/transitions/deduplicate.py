@@ -12,18 +12,18 @@ from functools import partial
 from typing import Any, Final
 
 from asyncmq_nats._logging import get_logger
-from asyncmq_nats.backends.base import Backend, Expect, Record, Write
+from asyncmq_nats.backends.base import Expect, Record, Write
 from asyncmq_nats.events import DEBOUNCED, DEDUPLICATED
 from asyncmq_nats.exceptions import AsyncMQError, ConnectionLost, Unconfirmed
 from asyncmq_nats.jobs import Job
 from asyncmq_nats.states import Place
-from asyncmq_nats.store.commit import commit, look_for, write_if_expected
-from asyncmq_nats.store.snapshot import read_stage
+from asyncmq_nats.store.commit import commit, look_for
+from asyncmq_nats.store.queue_store import QueueStore
 from asyncmq_nats.transitions.add import Additions
 from asyncmq_nats.transitions.release import MARKER_TTL, delayed_write
 from asyncmq_nats.transitions.timers import expect_to_stay, follow_timers
 from asyncmq_nats.wire.codec import dump_json, load_json, splice
-from asyncmq_nats.wire.keys import QueueSubjects, encode_token
+from asyncmq_nats.wire.keys import encode_token
 
 __all__ = ["Deduplicator", "Window", "parse_window", "take_window"]
 
@@ -92,11 +92,10 @@ def take_window(entry: dict[str, Any]) -> Window | None:
 class Deduplicator:
     """The windows of one queue."""
 
-    def __init__(self, backend: Backend, subjects: QueueSubjects, additions: Additions) -> None:
-        self._backend = backend
-        self._subjects = subjects
+    def __init__(self, store: QueueStore, additions: Additions) -> None:
+        self._store = store
+        self._keys = store.keys
         self._additions = additions
-        self._log = subjects.bucket_log
 
     async def add(self, job: Job, window: Window) -> str:
         """Add the job, or return the id of the owner of the window; see `Queue.add`."""
@@ -126,7 +125,7 @@ class Deduplicator:
         """Open a window in the place of a record with that sequence, and store its owner."""
         until = self._end_of(window)
         opened = self._record(window.id, job.job_id, until, replaced, job)
-        sequence = await self._backend.write(self._log, opened)
+        sequence = await self._store.write(opened)
         try:
             await self._additions.add(job)
         except (ConnectionLost, Unconfirmed):  # the next producer that asks stores it
@@ -137,7 +136,7 @@ class Deduplicator:
             expect = Expect(opened.subject, sequence)
             # Refused: another producer has stored it, or opened its own.
             ended = Write(opened.subject, over, expect, ttl=MARKER_TTL)
-            await write_if_expected(self._backend, self._log, ended)
+            await self._store.write_if_expected(ended)
             raise
         self._take_out(window.id, job.job_id, until, sequence)
 
@@ -147,8 +146,8 @@ class Deduplicator:
         It is not awaited: it may be repeated.
         """
         write = self._record(key, owner, until, sequence)
-        timeout = self._backend.settings.publish_timeout
-        self._backend.send(self._log, write, lambda _: None, timeout=timeout)
+        backend, log = self._store.backend, self._keys.bucket_log
+        backend.send(log, write, lambda _: None, timeout=backend.settings.publish_timeout)
 
     async def _announce(self, job: Job, window: Window, owner: str) -> None:
         await self._additions.announce(DEBOUNCED, owner, debounce_id=window.id)
@@ -158,7 +157,7 @@ class Deduplicator:
 
     def _end_of(self, window: Window) -> float | None:
         """Return when a window ends that begins now; `None`: with its owner."""
-        return None if window.ttl is None else self._backend.now() + window.ttl
+        return None if window.ttl is None else self._store.now() + window.ttl
 
     def _record(
         self, key: str, owner: str, until: float | None, replaced: int, job: Job | None = None
@@ -167,34 +166,34 @@ class Deduplicator:
 
         `job`: the owner, while it may not be stored.
         """
-        subject = self._subjects.deduplication(encode_token(key))
+        subject = self._keys.deduplication(encode_token(key))
         body = dump_json({"job_id": owner, "until": until})
         if job is not None:
             body = splice(body, b'"job":' + job.encode())
         # The server removes it some time after its end at the earliest; `until` is exact.
-        ttl = None if until is None else until - self._backend.now() + 1
+        ttl = None if until is None else until - self._store.now() + 1
         return Write(subject, body, Expect(subject, replaced), ttl=ttl)
 
     async def _hit(self, job: Job, window: Window, record: Record, owner: str) -> None:
         """Replace the owner if that is wished and it is still delayed, then extend the window."""
         if window.replace:
             keys = [
-                self._subjects.later(encode_token(owner), place)
+                self._keys.later(encode_token(owner), place)
                 for place in (Place.DELAYED, Place.RELEASED)
             ]
-            records = await self._backend.last(self._log, *keys)
-            for delayed in await follow_timers(self._backend, self._subjects, records):
+            records = await self._store.last(*keys)
+            for delayed in await follow_timers(self._store, records):
                 if not delayed.marker and Job.decode(delayed.body).is_early(
-                    self._backend.now()
+                    self._store.now()
                 ):  # it is released a little before its time
                     writes = self._swapped(job, owner, delayed)
-                    sequence = await self._backend.write(self._log, *writes)
-                    await expect_to_stay(self._backend, self._subjects, delayed, sequence)
+                    sequence = await self._store.write(*writes)
+                    await expect_to_stay(self._store, delayed, sequence)
                     break
         if window.extend and window.ttl is not None:
             until = self._end_of(window)
             extended = self._record(window.id, owner, until, record.sequence)
-            await self._backend.write(self._log, extended)
+            await self._store.write(extended)
 
     def _swapped(self, job: Job, owner: str, record: Record) -> list[Write]:
         """Return the writes that put the job in the place of one that is delayed, under its id.
@@ -210,9 +209,9 @@ class Deduplicator:
             replace(job, job_id=owner, delay_until=run_at).encode(),
             Expect(record.subject, record.sequence),
         )
-        if self._subjects.is_later(record.subject, Place.DELAYED):
-            return [delayed_write(self._subjects, token, body, (run_at, 0.0), expect)]
-        write = delayed_write(self._subjects, token, body, (run_at, self._backend.now()))
+        if self._keys.is_later(record.subject, Place.DELAYED):
+            return [delayed_write(self._keys, token, body, (run_at, 0.0), expect)]
+        write = delayed_write(self._keys, token, body, (run_at, self._store.now()))
         if write.subject == record.subject:
             return [replace(write, expect=expect, beside=False)]
         return [Write(record.subject, b"", expect, ttl=MARKER_TTL, marker=True), write]
@@ -224,13 +223,11 @@ class Deduplicator:
 
     async def remove(self, key: str) -> bool:
         """End a window. Return whether there was one."""
-        subject = self._subjects.deduplication(encode_token(key))
-        return await self._backend.purge(self._log, subject) > 0
+        subject = self._keys.deduplication(encode_token(key))
+        return await self._store.purge(subject) > 0
 
     async def _read(self, key: str) -> Record | None:
-        records = await self._backend.last(
-            self._log, self._subjects.deduplication(encode_token(key))
-        )
+        records = await self._store.last(self._keys.deduplication(encode_token(key)))
         return records[0] if records else None
 
     async def _live_owner(self, key: str, record: Record) -> str | None:
@@ -247,11 +244,11 @@ class Deduplicator:
                 "deduplication window %.200r is malformed; ignoring it: %r", record.subject, problem
             )
             return None
-        if until is not None and until <= self._backend.now():
+        if until is not None and until <= self._store.now():
             return None
         if job is None and until is not None:
             return owner
-        read = partial(read_stage, self._backend, self._subjects, encode_token(owner))
+        read = partial(self._store.read_stage, encode_token(owner))
         stage = await look_for(read)
         if job is not None:
             if stage is None:  # its producer may have died before it stored it

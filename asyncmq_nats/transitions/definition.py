@@ -342,15 +342,15 @@ def planned_time(rid: str, job_id: str) -> float | None:
 
 
 def next_tick_write(
-    subjects: QueueSubjects, rid: str, tick: Tick, now: float, expect: Expect | None = None
+    keys: QueueSubjects, rid: str, tick: Tick, now: float, expect: Expect | None = None
 ) -> Write:
     """Return the write that plans a tick."""
     token = encode_token(rid)
     body = dump_json(_tick_fields(tick))
     if tick.run_at - now < SHORTEST_TIMER:
-        return Write(subjects.fire(token), body, expect)
-    timer = Timer(tick.run_at - TICK_LEAD, subjects.fire(token))
-    return Write(subjects.tick(token), body, expect, timer=timer)
+        return Write(keys.fire(token), body, expect)
+    timer = Timer(tick.run_at - TICK_LEAD, keys.fire(token))
+    return Write(keys.tick(token), body, expect, timer=timer)
 
 
 def _tick_fields(tick: Tick) -> dict[str, Any]:

@@ -10,14 +10,14 @@ from math import isfinite
 from typing import Any
 
 from asyncmq_nats._logging import get_logger
-from asyncmq_nats.backends.base import Backend, Delivery, Expect, Record, Write
+from asyncmq_nats.backends.base import Delivery, Expect, Record, Write
 from asyncmq_nats.events import STALLED
 from asyncmq_nats.exceptions import BackendError, InvalidJob, NewerJob, NotSerializable
 from asyncmq_nats.jobs import WIRE_VERSION, Job, JobHead
 from asyncmq_nats.store.announcing import announce
-from asyncmq_nats.store.commit import pause_after_refusal, write_if_expected
-from asyncmq_nats.store.snapshot import Snapshot, read_snapshot
-from asyncmq_nats.store.topology import QueueAssets
+from asyncmq_nats.store.commit import pause_after_refusal
+from asyncmq_nats.store.queue_store import QueueStore
+from asyncmq_nats.store.snapshot import Snapshot
 from asyncmq_nats.transitions.add import Additions
 from asyncmq_nats.transitions.claim import (
     CLAIM_TTL,
@@ -28,7 +28,7 @@ from asyncmq_nats.transitions.claim import (
 )
 from asyncmq_nats.transitions.follow_up import FollowUpJobs
 from asyncmq_nats.wire.codec import dump_json, load_json
-from asyncmq_nats.wire.keys import LONGEST_TOKEN, QueueSubjects, decode_token, is_token, last_token
+from asyncmq_nats.wire.keys import LONGEST_TOKEN, decode_token, is_token, last_token
 
 __all__ = ["OUTCOME_FIELDS", "Deliveries"]
 
@@ -53,15 +53,14 @@ OUTCOME_FIELDS = (
 class Deliveries:
     """The transitions of deliveries before they run, or instead."""
 
-    def __init__(
-        self, backend: Backend, subjects: QueueSubjects, assets: QueueAssets, worker: str = ""
-    ) -> None:
-        self._backend = backend
-        self._subjects = subjects
-        self._assets = assets
-        self._additions = Additions(backend, subjects, assets)
+    def __init__(self, store: QueueStore, worker: str = "") -> None:
+        self._store = store
+        self._backend = store.backend
+        self._keys = store.keys
+        self._assets = store.assets
+        self._additions = Additions(store)
         self.dependencies = self._additions.dependencies
-        self._follow_ups = FollowUpJobs(backend, assets, self._additions)
+        self._follow_ups = FollowUpJobs(store, self._additions)
         self.worker = worker
         self.handed_back = 0
         """Jobs that were returned to the queue."""
@@ -98,7 +97,7 @@ class Deliveries:
         Job.decode(delivery.body)
         for name in OUTCOME_FIELDS:
             data.pop(name, None)
-        priority, _ = self._subjects.split_ready(delivery.subject)
+        priority, _ = self._keys.split_ready(delivery.subject)
         known = {"v": data.pop("v", WIRE_VERSION), "id": decode_token(token), "priority": priority}
         rest = {key: value for key, value in data.items() if key not in known}
         try:
@@ -114,7 +113,7 @@ class Deliveries:
         `attempt.lost` says whether a worker was lost while it may have run the job: then it needs
         a claim before it runs.
         """
-        snapshot = await read_snapshot(self._backend, self._subjects, attempt.token)
+        snapshot = await self._store.read_snapshot(attempt.token)
         if snapshot.outcome is not None:
             job = load_json(attempt.body)
             await self._follow_ups.carry_out_again(snapshot.outcome.body, job)
@@ -144,15 +143,15 @@ class Deliveries:
             return False
         if attempt.stalls and attempt.lost:
             job_id, stalls = attempt.head.job_id, attempt.stalls
-            await announce(self._backend, self._subjects, STALLED, job_id, stalls=stalls)
+            await announce(self._store, STALLED, job_id, stalls=stalls)
         return True
 
     async def _write_claim(self, attempt: Attempt, *, released: bool) -> bool:
         claim = attempt.claim(self.worker, released=released)
-        expect = Expect(self._subjects.done_all(attempt.token), attempt.expect)
-        key = self._subjects.claim(attempt.token)
+        expect = Expect(self._keys.done_all(attempt.token), attempt.expect)
+        key = self._keys.claim(attempt.token)
         write = Write(key, claim.encode(), expect, ttl=CLAIM_TTL)
-        sequence = await write_if_expected(self._backend, self._subjects.bucket_log, write)
+        sequence = await self._store.write_if_expected(write)
         if sequence is None:
             return False
         attempt.expect = attempt.claim_sequence = sequence
@@ -164,16 +163,16 @@ class Deliveries:
         The write is not awaited. An outcome that overtakes it is confirmed by a second try.
         """
         claim = attempt.claim(self.worker)
-        expect = Expect(self._subjects.done_all(attempt.token), attempt.expect)
+        expect = Expect(self._keys.done_all(attempt.token), attempt.expect)
 
         def on_settled(result: int | BackendError) -> None:
             if isinstance(result, int):
                 attempt.expect = attempt.claim_sequence = result
 
         attempt.claim_sent = True
-        key = self._subjects.claim(attempt.token)
+        key = self._keys.claim(attempt.token)
         write = Write(key, claim.encode(), expect, ttl=CLAIM_TTL)
-        self._backend.send(self._subjects.bucket_log, write, on_settled)
+        self._backend.send(self._keys.bucket_log, write, on_settled)
 
     async def verify(self, attempt: Attempt) -> Attempt | Disposition:
         """Do `inspect`, and `claim` the job if a worker was lost with it."""
@@ -190,7 +189,7 @@ class Deliveries:
     async def hand_back(self, attempt: Attempt) -> None:
         """Return a job that did not end to the queue. It does not count as stalled."""
         while not await self._write_claim(attempt, released=True):
-            snapshot = await read_snapshot(self._backend, self._subjects, attempt.token)
+            snapshot = await self._store.read_snapshot(attempt.token)
             disposition = self.judge(attempt, snapshot)
             if disposition is not None:
                 settle_delivery(attempt.delivery, disposition)

@@ -10,19 +10,19 @@ from dataclasses import replace
 from typing import Any, Final
 
 from asyncmq_nats._logging import get_logger
-from asyncmq_nats.backends.base import Backend, Expect, Record, Timer, Write
+from asyncmq_nats.backends.base import Expect, Record, Timer, Write
 from asyncmq_nats.exceptions import WriteRefused, WrongState
 from asyncmq_nats.jobs import Job, check_size
 from asyncmq_nats.states import Place, State
 from asyncmq_nats.store.commit import commit
+from asyncmq_nats.store.queue_store import QueueStore
 from asyncmq_nats.store.records import TIMER_LEAD, delayed_write
-from asyncmq_nats.store.snapshot import Snapshot, read_end, read_snapshot
-from asyncmq_nats.store.topology import QueueAssets
+from asyncmq_nats.store.snapshot import Snapshot
 from asyncmq_nats.transitions.cancel import is_delayed
 from asyncmq_nats.transitions.claim import CLAIM_TTL, Claim
 from asyncmq_nats.transitions.timers import CLOCK_SLACK, expect_to_stay, follow_timers, is_ringing
 from asyncmq_nats.wire.codec import dump_json, load_json
-from asyncmq_nats.wire.keys import QueueSubjects, decode_token, encode_token, tier_name
+from asyncmq_nats.wire.keys import decode_token, encode_token
 
 __all__ = ["Edits"]
 
@@ -46,11 +46,9 @@ Change = Callable[[dict[str, Any]], dict[str, Any]]
 class Edits:
     """Changes of the jobs of one queue that have not started."""
 
-    def __init__(self, backend: Backend, subjects: QueueSubjects, assets: QueueAssets) -> None:
-        self._backend = backend
-        self._subjects = subjects
-        self._assets = assets
-        self._log = subjects.bucket_log
+    def __init__(self, store: QueueStore) -> None:
+        self._store = store
+        self._keys = store.keys
 
     # -- when it runs
 
@@ -67,15 +65,15 @@ class Edits:
 
     async def _change_delayed(self, token: str, run_at: float | None) -> bool:
         async def change() -> bool:
-            snapshot = await read_snapshot(self._backend, self._subjects, token)
+            snapshot = await self._store.read_snapshot(token)
             delayed = snapshot.later.get(Place.DELAYED)
             if delayed is None or snapshot.ended:
                 return await self._change_released(snapshot, run_at)
-            if is_ringing(self._backend, self._subjects, delayed):
+            if is_ringing(self._store, delayed):
                 return run_at is None  # as if it were released
-            sequence = await self._backend.write(self._log, self._moved(delayed, run_at))
+            sequence = await self._store.write(self._moved(delayed, run_at))
             if run_at is not None:
-                await expect_to_stay(self._backend, self._subjects, delayed, sequence)
+                await expect_to_stay(self._store, delayed, sequence)
             return not await self._undo_if_ended(token, sequence)
 
         with suppress(WriteRefused):  # others change it each time
@@ -87,10 +85,10 @@ class Edits:
 
         A leader that has yet to apply a cancellation takes both writes.
         """
-        end = await read_end(self._backend, self._subjects, token)
+        end = await self._store.read_end(token)
         if not end.ended or end.is_rerun:
             return False
-        await self._backend.delete(self._log, sequence)
+        await self._store.backend.delete(self._keys.bucket_log, sequence)
         return True
 
     async def _change_released(self, snapshot: Snapshot, run_at: float | None) -> bool:
@@ -101,20 +99,20 @@ class Edits:
         released = snapshot.later.get(Place.RELEASED)
         if released is None or snapshot.ended:
             return False
-        return run_at is None and is_delayed(released, self._subjects, self._backend.now())
+        return run_at is None and is_delayed(released, self._keys, self._store.now())
 
     def _moved(self, delayed: Record, run_at: float | None) -> Write:
         """Return the write that lets a delayed job run at another time, or now.
 
         It takes the timer with it, so the job cannot become due twice.
         """
-        data, token = load_json(delayed.body), self._subjects.token(delayed.subject)
-        expect, now = Expect(delayed.subject, delayed.sequence), self._backend.now()
+        data, token = load_json(delayed.body), self._keys.token(delayed.subject)
+        expect, now = Expect(delayed.subject, delayed.sequence), self._store.now()
         if run_at is not None and run_at - TIMER_LEAD > now:
             body = dump_json(data | {"delay_until": run_at})
-            return delayed_write(self._subjects, token, body, (run_at, now), expect)
+            return delayed_write(self._keys, token, body, (run_at, now), expect)
         data.pop("delay_until", None)
-        key = self._subjects.later(token, Place.RELEASED)
+        key = self._keys.later(token, Place.RELEASED)
         return Write(key, dump_json(data), expect, removes=delayed.subject, beside=True)
 
     # -- what it is called with
@@ -129,7 +127,7 @@ class Edits:
         token = encode_token(job_id)
 
         async def edit() -> bool:
-            snapshot = await read_snapshot(self._backend, self._subjects, token)
+            snapshot = await self._store.read_snapshot(token)
             if snapshot.ended and not snapshot.is_rerun:
                 raise WrongState(job_id, str(snapshot.state), "edited", NOT_STARTED)
             return await self._edit_there(job_id, snapshot, change)
@@ -146,19 +144,17 @@ class Edits:
         """
         record = snapshot.later.get(Place.DELAYED) or snapshot.later.get(Place.PARKED)
         if record is not None:
-            if is_ringing(self._backend, self._subjects, record):
+            if is_ringing(self._store, record):
                 raise WrongState(job_id, State.WAITING, "edited", BEING_MADE_READY)
             write = self._rewritten(record, change)
-            sequence = await self._backend.write(self._log, write)
-            if is_ringing(self._backend, self._subjects, record, CLOCK_SLACK):
+            sequence = await self._store.write(write)
+            if is_ringing(self._store, record, CLOCK_SLACK):
                 edited = replace(record, body=write.body, sequence=sequence)
                 await self._expect_edited(job_id, edited)
             return not await self._undo_if_ended(snapshot.token, sequence)
         if snapshot.later.get(Place.RELEASED) is not None:
             raise WrongState(job_id, State.WAITING, "edited", BEING_MADE_READY)
-        ready = await self._backend.last(
-            self._subjects.ready_log, self._subjects.ready_any(snapshot.token)
-        )
+        ready = await self._store.last(self._keys.ready_any(snapshot.token))
         if ready:
             await self._edit_ready(job_id, ready[-1], change)
         return bool(ready)
@@ -169,7 +165,7 @@ class Edits:
         Raises:
             WrongState: with the old ones, or that cannot be told any more.
         """
-        after = await follow_timers(self._backend, self._subjects, [edited])
+        after = await follow_timers(self._store, [edited])
         if all(record.body != edited.body for record in after):
             raise WrongState(job_id, State.WAITING, "edited", HAS_COME)
 
@@ -177,22 +173,22 @@ class Edits:
         """Return the write that changes a delayed or a parked job in its place, its timer kept."""
         data = load_json(record.body)
         if "linking" in data:
-            job_id = decode_token(self._subjects.token(record.subject))
+            job_id = decode_token(self._keys.token(record.subject))
             raise WrongState(job_id, State.WAITING_CHILDREN, "edited", BEING_ADDED)
         body = self._checked_body(change(data), record)
         expect = Expect(record.subject, record.sequence)
-        if not self._subjects.is_later(record.subject, Place.DELAYED):
+        if not self._keys.is_later(record.subject, Place.DELAYED):
             return Write(record.subject, body, expect)
         run_at = float(data.get("delay_until") or record.time)
-        released = self._subjects.later(self._subjects.token(record.subject), Place.RELEASED)
+        released = self._keys.later(self._keys.token(record.subject), Place.RELEASED)
         return Write(record.subject, body, expect, timer=Timer(run_at - TIMER_LEAD, released))
 
     def _checked_body(self, data: Mapping[str, Any], record: Record) -> bytes:
         body = dump_json(data)
         job = Job.decode(body)
-        what = f"job {decode_token(self._subjects.token(record.subject))!r} of task {job.task_id!r}"
-        limit = self._backend.settings.max_job_payload_bytes
-        check_size(body, what, self._backend.max_body, limit)
+        what = f"job {decode_token(self._keys.token(record.subject))!r} of task {job.task_id!r}"
+        limit = self._store.backend.settings.max_job_payload_bytes
+        check_size(body, what, self._store.backend.max_body, limit)
         return body
 
     async def _edit_ready(self, job_id: str, ready: Record, change: Change) -> None:
@@ -202,34 +198,34 @@ class Edits:
         queue have been resumed at that very moment, and a worker have got the old one, a claim
         makes the server refuse its outcome.
         """
-        priority, token = self._subjects.split_ready(ready.subject)
+        priority, token = self._keys.split_ready(ready.subject)
         if await self._is_delivered(priority, ready):
             raise WrongState(job_id, State.ACTIVE, "edited", NOT_STARTED)
         if not await self._is_held_back(priority):
             raise WrongState(job_id, State.WAITING, "edited", MAY_START)
         body = self._checked_body(change(load_json(ready.body)), ready)
         write = Write(ready.subject, body, Expect(ready.subject, ready.sequence))
-        await self._backend.write(self._subjects.ready_log, write)
+        await self._store.write(write)
         if await self._is_delivered(priority, ready):
             logger.warning("job %s may have started while it was edited: it runs again", job_id)
             await self._void(token, ready.sequence)
 
     async def _is_delivered(self, priority: int, ready: Record) -> bool:
-        tier = await self._backend.look_up(self._subjects.ready_log, tier_name(priority))
+        tier = await self._store.look_up_tier(priority)
         return tier is not None and tier.delivered_sequence >= ready.sequence
 
     async def _is_held_back(self, priority: int) -> bool:
-        tier = await self._backend.look_up(self._subjects.ready_log, tier_name(priority))
+        tier = await self._store.look_up_tier(priority)
         return tier is None or tier.paused
 
     async def _void(self, token: str, sequence: int) -> None:
         """Have the server refuse a worker's outcome of this message, or of an earlier one."""
-        claim, key = Claim.on_all_until(sequence), self._subjects.claim(token)
+        claim, key = Claim.on_all_until(sequence), self._keys.claim(token)
 
         async def void() -> None:
-            end = await read_end(self._backend, self._subjects, token)
+            end = await self._store.read_end(token)
             if not end.ended:
                 write = Write(key, claim.encode(), end.fence, ttl=CLAIM_TTL)
-                await self._backend.write(self._log, write)
+                await self._store.write(write)
 
         await commit(void)

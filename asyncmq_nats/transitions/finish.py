@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any, Final
 
 from asyncmq_nats._logging import get_logger
-from asyncmq_nats.backends.base import Backend, Delivery, Expect, Record, Settled, Write
+from asyncmq_nats.backends.base import Delivery, Expect, Record, Settled, Write
 from asyncmq_nats.context import JobLogLine
 from asyncmq_nats.exceptions import BackendError, InvalidJob, PayloadTooLarge, WriteRefused
 from asyncmq_nats.jobs import Job
@@ -20,13 +20,13 @@ from asyncmq_nats.states import OUTCOMES, Place, State
 from asyncmq_nats.store.commit import commit, pause_after_refusal
 from asyncmq_nats.store.job_logs import JobLogs, cut_line
 from asyncmq_nats.store.progress import ProgressReports
+from asyncmq_nats.store.queue_store import QueueStore
 from asyncmq_nats.store.records import delayed_write, outcome_body, without_markers
-from asyncmq_nats.store.snapshot import Snapshot, read_snapshot
-from asyncmq_nats.store.topology import QueueAssets
+from asyncmq_nats.store.snapshot import Snapshot
 from asyncmq_nats.transitions.claim import Attempt, Disposition
 from asyncmq_nats.transitions.deliver import Deliveries
 from asyncmq_nats.wire.codec import dump_json, load_json, splice
-from asyncmq_nats.wire.keys import QueueSubjects, decode_token, encode_token, fit_token, last_token
+from asyncmq_nats.wire.keys import decode_token, encode_token, fit_token, last_token
 
 __all__ = ["PUT_OFF_FIELDS", "Lifecycle"]
 
@@ -65,13 +65,11 @@ COMPLETED_MEMBERS: Final = (
 class Lifecycle(Deliveries):
     """The transitions of the jobs of one queue that a worker makes."""
 
-    def __init__(
-        self, backend: Backend, subjects: QueueSubjects, assets: QueueAssets, worker: str = ""
-    ) -> None:
-        super().__init__(backend, subjects, assets, worker)
+    def __init__(self, store: QueueStore, worker: str = "") -> None:
+        super().__init__(store, worker)
         self.progress = ProgressReports(self._send_progress)
         self.logs = JobLogs(
-            self._send_lines, self._assets.settings.job_log_lines, lambda: backend.max_body
+            self._send_lines, self._assets.settings.job_log_lines, lambda: store.backend.max_body
         )
         self.on_progress: Callable[[bytes], None] = lambda report: None
         """Told of each progress report that was sent."""
@@ -91,7 +89,7 @@ class Lifecycle(Deliveries):
             PayloadTooLarge: the outcome is too large for the server.
         """
         write = self._completed(attempt, result)
-        self._backend.send(self._subjects.bucket_log, write, partial(settle, write))
+        self._backend.send(self._keys.bucket_log, write, partial(settle, write))
 
     async def complete_with_follow_ups(
         self, attempt: Attempt, result: Any, settle: OnSettled
@@ -175,7 +173,7 @@ class Lifecycle(Deliveries):
         fields = {
             "id": job.job_id,
             "created_at": job.created_at,
-            "priority": self._subjects.split_ready(attempt.delivery.subject)[0],
+            "priority": self._keys.split_ready(attempt.delivery.subject)[0],
             "put_offs": job.put_offs + 1,
             "put_off_since": since,
             "put_off_reason": reason[:MAX_REASON_LENGTH],
@@ -193,14 +191,14 @@ class Lifecycle(Deliveries):
         expect = self._fence(attempt)
         if run_at is None:
             write = Write(
-                self._subjects.later(attempt.token, Place.RELEASED),
+                self._keys.later(attempt.token, Place.RELEASED),
                 dump_json(data),
                 expect,
                 beside=True,
             )
         else:
             write = delayed_write(
-                self._subjects,
+                self._keys,
                 attempt.token,
                 dump_json(data),
                 (run_at, self._backend.now()),
@@ -227,18 +225,18 @@ class Lifecycle(Deliveries):
             "body": delivery.body[:100_000].decode("utf-8", "replace"),
         }
         write = Write(
-            self._subjects.outcome(token, State.FAILED),
+            self._keys.outcome(token, State.FAILED),
             dump_json(record),
             ttl=self._assets.settings.failed_ttl,
             beside=True,
-            index=self._subjects.index(token, State.FAILED),
+            index=self._keys.index(token, State.FAILED),
         )
 
         async def record_failure() -> Snapshot:
-            snapshot = await read_snapshot(self._backend, self._subjects, token)
+            snapshot = await self._store.read_snapshot(token)
             if not snapshot.ended:
                 fenced = replace(write, expect=snapshot.fence)
-                await self._backend.write(self._subjects.bucket_log, fenced)
+                await self._store.write(fenced)
             return snapshot
 
         found = await commit(record_failure)
@@ -246,7 +244,7 @@ class Lifecycle(Deliveries):
             logger.warning("message %.200r is not a job, and its id has an outcome: dropped", token)
         else:
             if found.claim is not None:
-                self._backend.discard(self._subjects.bucket_log, found.claim.sequence)
+                self._backend.discard(self._keys.bucket_log, found.claim.sequence)
             if found.edges:
                 await self.dependencies.release(token)
         delivery.ack()
@@ -267,7 +265,7 @@ class Lifecycle(Deliveries):
         record = splice(attempt.body, members)
         if len(record) > self._backend.max_body:
             raise PayloadTooLarge(what, len(record), self._backend.max_body)
-        subject = self._subjects.outcome(attempt.token, State.COMPLETED)
+        subject = self._keys.outcome(attempt.token, State.COMPLETED)
         return Write(
             subject,
             record,
@@ -284,14 +282,14 @@ class Lifecycle(Deliveries):
         if attempt.stalls:
             fields["stalls"] = attempt.stalls
         record = outcome_body(load_json(attempt.body), fields, self._backend.max_body, what)
-        subject = self._subjects.outcome(attempt.token, state)
+        subject = self._keys.outcome(attempt.token, state)
         return Write(
             subject,
             record,
             self._fence(attempt),
             ttl=self._assets.settings.failed_ttl,
             beside=True,
-            index=self._subjects.index(attempt.token, state),
+            index=self._keys.index(attempt.token, state),
             when_full=without_arguments,
         )
 
@@ -299,17 +297,17 @@ class Lifecycle(Deliveries):
         return attempt.ended_at or self._backend.now()
 
     def _fence(self, attempt: Attempt) -> Expect:
-        return Expect(self._subjects.done_all(attempt.token), attempt.expect)
+        return Expect(self._keys.done_all(attempt.token), attempt.expect)
 
     def _send(self, write: Write, settle: OnSettled) -> None:
-        self._backend.send(self._subjects.bucket_log, write, partial(settle, write))
+        self._backend.send(self._keys.bucket_log, write, partial(settle, write))
 
     async def _write_batch(
         self, write: Write, follow_ups: Sequence[Write], settle: OnSettled
     ) -> None:
         """Write an outcome and its many follow-ups, which do not fit into it, in one batch."""
         try:
-            settle(write, await self._backend.write(self._subjects.bucket_log, write, *follow_ups))
+            settle(write, await self._store.write(write, *follow_ups))
         except PayloadTooLarge:
             raise
         except BackendError as error:
@@ -333,9 +331,9 @@ class Lifecycle(Deliveries):
         self.progress.report(encode_token(job.job_id), body)
 
     def _send_progress(self, token: str, body: bytes) -> None:
-        write = Write(self._subjects.progress(token), body, ttl=self._assets.settings.progress_ttl)
-        self._backend.send(self._subjects.bucket_log, write, lambda _: None)
-        self._backend.signal(self._subjects.event("progress", token), body)
+        write = Write(self._keys.progress(token), body, ttl=self._assets.settings.progress_ttl)
+        self._backend.send(self._keys.bucket_log, write, lambda _: None)
+        self._backend.signal(self._keys.event("progress", token), body)
         self.on_progress(body)
 
     def keep_line(self, job_id: str, line: JobLogLine) -> None:
@@ -344,9 +342,9 @@ class Lifecycle(Deliveries):
         self.logs.add(encode_token(job_id), line)
 
     def _send_lines(self, token: str, attempt: int, body: bytes) -> None:
-        key = self._subjects.job_log(token, attempt)
+        key = self._keys.job_log(token, attempt)
         write = Write(key, body, ttl=self._assets.settings.job_log_ttl)
-        self._backend.send(self._subjects.bucket_log, write, lambda _: None)
+        self._backend.send(self._keys.bucket_log, write, lambda _: None)
 
     async def results_of_parents(self, job: Job) -> dict[str, Any]:
         """Return the results of the jobs that a job depends on, by id.
@@ -367,16 +365,15 @@ class Lifecycle(Deliveries):
             )
             if keep is not None:
                 await self._backend.purge(
-                    self._subjects.bucket_log, self._subjects.outcomes(state), keep=keep
+                    self._keys.bucket_log, self._keys.outcomes(state), keep=keep
                 )
 
     async def cancelled_among(self, job_ids: Sequence[str]) -> list[str]:
         """Return those of the jobs that were cancelled."""
-        keys = [self._subjects.outcome(encode_token(job_id), State.CANCELLED) for job_id in job_ids]
-        records = await self._backend.last(self._subjects.bucket_log, *keys) if keys else []
+        keys = [self._keys.outcome(encode_token(job_id), State.CANCELLED) for job_id in job_ids]
+        records = await self._store.last(*keys) if keys else []
         return [
-            decode_token(self._subjects.token(record.subject))
-            for record in without_markers(records)
+            decode_token(self._keys.token(record.subject)) for record in without_markers(records)
         ]
 
     async def is_cancelled(self, job_id: str) -> bool:
@@ -391,7 +388,7 @@ class Lifecycle(Deliveries):
         It is not awaited: a claim that stays expires after a day, and means nothing beside an
         outcome.
         """
-        log, ended = self._subjects.bucket_log, self._subjects.outcome_state(write.subject)
+        log, ended = self._keys.bucket_log, self._keys.outcome_state(write.subject)
         for key, sequence in attempt.leftovers.items():
             if key != write.subject:
                 self._backend.discard(log, sequence)
@@ -404,7 +401,7 @@ class Lifecycle(Deliveries):
         """Return whether follow-ups are to be added, or children told, of this end."""
         if not (attempt.awaited or attempt.head.children or attempt.follow_ups):
             return False
-        return self._subjects.outcome_state(write.subject) is not None
+        return self._keys.outcome_state(write.subject) is not None
 
     async def settled(self, attempt: Attempt, write: Write, result: Settled) -> Disposition:
         """Decide what a confirmed or rejected end of an attempt means, and finish it.
@@ -418,7 +415,7 @@ class Lifecycle(Deliveries):
                 break
             if rejections:
                 await pause_after_refusal()
-            snapshot = await read_snapshot(self._backend, self._subjects, attempt.token)
+            snapshot = await self._store.read_snapshot(attempt.token)
             disposition, edges = self._judge_end(attempt, write, snapshot), snapshot.edges
             if disposition is Disposition.ACK and snapshot.outcome is not None:
                 ours = snapshot.outcome.body == write.body
@@ -451,7 +448,7 @@ class Lifecycle(Deliveries):
         ours: bool,
     ) -> None:
         """Carry out the effects of an outcome: add its follow-ups, tell its children."""
-        completed = self._subjects.outcome_state(write.subject) is State.COMPLETED
+        completed = self._keys.outcome_state(write.subject) is State.COMPLETED
         if ours and completed and attempt.follow_ups is not None:
             await self._follow_ups.carry_out(attempt.follow_ups)
         if attempt.awaited or attempt.head.children:
@@ -482,10 +479,10 @@ class Lifecycle(Deliveries):
         batch: tuple[Write, ...] = ()
         if attempt.prepare_again is not None:
             attempt.follow_ups = await attempt.prepare_again()
-            if self._subjects.outcome_state(write.subject) is State.COMPLETED:
+            if self._keys.outcome_state(write.subject) is State.COMPLETED:
                 batch = attempt.follow_ups.batch
         try:
-            return await self._backend.write(self._subjects.bucket_log, write, *batch)
+            return await self._store.write(write, *batch)
         except BackendError as error:
             return error
 

@@ -9,11 +9,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from asyncmq_nats.backends.base import Backend
 from asyncmq_nats.exceptions import InvalidJob
 from asyncmq_nats.jobs import Job, new_job_id
 from asyncmq_nats.schedules import parse_every
-from asyncmq_nats.store.topology import QueueAssets
+from asyncmq_nats.store.queue_store import QueueStore
 from asyncmq_nats.transitions.add import Additions
 from asyncmq_nats.transitions.claim import FollowUps
 from asyncmq_nats.transitions.plan import PLAN_JOBS, decode_jobs, encode_jobs, tie
@@ -28,9 +27,8 @@ FOLLOW_UPS = "follow_ups"
 class FollowUpJobs:
     """The follow-ups of the jobs of one queue."""
 
-    def __init__(self, backend: Backend, assets: QueueAssets, additions: Additions) -> None:
-        self._backend = backend
-        self._assets = assets
+    def __init__(self, store: QueueStore, additions: Additions) -> None:
+        self._store = store
         self._additions = additions
 
     async def prepare(self, job: Job, follow_ups: Sequence[Job], result: Any) -> FollowUps:
@@ -47,23 +45,23 @@ class FollowUpJobs:
         if job.repeat_every is not None:
             jobs.append(self._next_run(job))
         for priority in {each.priority for each in jobs}:
-            await self._assets.declare_tier(priority)
+            await self._store.assets.declare_tier(priority)
         planned = await self._additions.plans.plan(jobs, {job.job_id: result})
         for each in planned:
             self._additions.check_size(each)
         members = b'"%b":%b' % (FOLLOW_UPS.encode(), encode_jobs(planned))
-        if len(planned) <= PLAN_JOBS and len(members) < self._backend.max_body // 4:
+        if len(planned) <= PLAN_JOBS and len(members) < self._store.backend.max_body // 4:
             return FollowUps(planned, members)
         writes = await self._additions.batch_of(planned, {job.job_id: result})
         return FollowUps(planned, batch=tuple(writes))
 
     def _next_run(self, job: Job) -> Job:
-        now = self._backend.now()
+        now = self._store.now()
         try:
             every = parse_every(job.repeat_every or 0.0)
         except (TypeError, ValueError) as error:
             raise InvalidJob(f"repeat_every: {error}") from None
-        run_at = now + max(every, self._backend.settings.min_repeat_interval)
+        run_at = now + max(every, self._store.backend.settings.min_repeat_interval)
         again = replace(
             job, job_id=new_job_id(), created_at=now, delay_until=run_at, custom_id=False
         )

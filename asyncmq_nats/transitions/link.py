@@ -12,17 +12,18 @@ from typing import Any, Final
 
 from asyncmq_nats._clock import brief_pause
 from asyncmq_nats._concurrency import KeyedTurns
-from asyncmq_nats.backends.base import Backend, Delivery, Expect, Write
+from asyncmq_nats.backends.base import Delivery, Expect, Write
 from asyncmq_nats.exceptions import InvalidJob, JobNotFound
 from asyncmq_nats.jobs import Job
 from asyncmq_nats.states import Place
-from asyncmq_nats.store.commit import REPLICA_READ_DELAYS, pause_after_refusal, write_if_expected
-from asyncmq_nats.store.many import for_each, read_many
-from asyncmq_nats.store.snapshot import Snapshot, read_end, read_snapshot
-from asyncmq_nats.transitions.parked import ParkedJobs, linking_body, read_snapshots
+from asyncmq_nats.store.commit import REPLICA_READ_DELAYS, pause_after_refusal
+from asyncmq_nats.store.many import for_each
+from asyncmq_nats.store.queue_store import QueueStore
+from asyncmq_nats.store.snapshot import Snapshot
+from asyncmq_nats.transitions.parked import ParkedJobs, linking_body
 from asyncmq_nats.transitions.waits import NARROW_LIMIT, Parent, Wait, new_wide, places_of
 from asyncmq_nats.wire.codec import dump_json, load_json
-from asyncmq_nats.wire.keys import QueueSubjects, decode_token, encode_token
+from asyncmq_nats.wire.keys import decode_token, encode_token
 
 __all__ = ["Linking", "Links"]
 
@@ -43,10 +44,9 @@ class Linking:
 class Links:
     """Adds the jobs of one queue that depend on others."""
 
-    def __init__(self, backend: Backend, keys: QueueSubjects, parked: ParkedJobs) -> None:
-        self._backend = backend
-        self._keys = keys
-        self._log = keys.bucket_log
+    def __init__(self, store: QueueStore, parked: ParkedJobs) -> None:
+        self._store = store
+        self._keys = store.keys
         self._turns = KeyedTurns()
         self._last_edges: dict[str, int] = {}
         self.parked = parked
@@ -77,16 +77,11 @@ class Links:
         Most parents wait to be run, and jobs go from there to the bucket.
         """
         tokens = {job_id: encode_token(job_id) for job_id in job_ids}
-        ready = {
-            self._keys.token(record.subject)
-            for record in await read_many(
-                self._backend,
-                self._keys.ready_log,
-                [self._keys.ready_any(token) for token in tokens.values()],
-            )
-        }
+        filters = map(self._keys.ready_any, tokens.values())
+        found = await self._store.last_of_many(filters)
+        ready = {self._keys.token(record.subject) for record in found}
         rest = [token for token in tokens.values() if token not in ready]
-        snapshots = await read_snapshots(self._backend, self._keys, rest)
+        snapshots = await self._store.read_snapshots(rest)
         return {
             job_id: Parent(job_id, None) if token in ready else _parent(job_id, snapshots[token])
             for job_id, token in tokens.items()
@@ -98,7 +93,7 @@ class Links:
         parents: dict[str, Parent] = {}
 
         async def read(job_id: str) -> None:
-            end = await read_end(self._backend, self._keys, encode_token(job_id))
+            end = await self._store.read_end(encode_token(job_id))
             parents[job_id] = _parent(job_id, end)
 
         await for_each(read, list(await self.find(job_ids)))
@@ -138,7 +133,7 @@ class Links:
 
     def _fitting(self, results: Mapping[str, Any]) -> dict[str, Any]:
         """Return the results that fit into half a message together."""
-        room = self._backend.max_body // 2
+        room = self._store.backend.max_body // 2
         fitting: dict[str, Any] = {}
         for parent, result in results.items():
             size = len(dump_json({parent: result}))
@@ -162,7 +157,7 @@ class Links:
         write = self.parked.parked_write(
             token, linking_body(job), expect, linking=True, parents=len(job.parents)
         )
-        sequence = await self._backend.write(self._log, write)
+        sequence = await self._store.write(write)
         if job.wide:
             await self.parked.waits.store(job)
         return sequence
@@ -207,7 +202,7 @@ class Links:
                     body,
                     Expect(self._keys.done_all(token), last),
                 )
-                sequence = await write_if_expected(self._backend, self._log, write)
+                sequence = await self._store.write_if_expected(write)
                 if sequence is not None:
                     self._remember(token, sequence)
                     return None
@@ -215,7 +210,7 @@ class Links:
                 if refused:
                     await pause_after_refusal()
                 refused = True
-                end = await read_end(self._backend, self._keys, token)
+                end = await self._store.read_end(token)
                 found = _parent(parent.id, end)
                 if _decides(found, job):
                     return found
@@ -237,7 +232,7 @@ class Links:
         """
         token = self._keys.token(record.subject)
         job = Job.decode(record.body, job_id=decode_token(token))
-        child = await read_snapshot(self._backend, self._keys, token)
+        child = await self._store.read_snapshot(token)
         parked = child.later.get(Place.PARKED)
         if not await self._has_gone_on(child, job, record):
             if parked is None and job.wide and await self.parked.waits.is_closed(token, job.wide):
@@ -251,7 +246,7 @@ class Links:
                 job = replace(job, depends_on=[])  # all edges are there
         else:
             job = replace(job, depends_on=[])
-        await self._backend.delete(self._log, record.sequence)
+        await self._store.delete(record)
         return await self._connect_again(token, job) if job.depends_on else []
 
     async def _has_gone_on(self, child: Snapshot, job: Job, record: Delivery) -> bool:
@@ -260,7 +255,7 @@ class Links:
             return True
         if child.ended_since(job.reruns) or Place.DELAYED in child.later:
             return True
-        ready = await self._backend.last(self._keys.ready_log, self._keys.ready_any(child.token))
+        ready = await self._store.last(self._keys.ready_any(child.token))
         try:
             return any(Job.decode(record.body).order >= job.order for record in ready)
         except InvalidJob:
@@ -275,7 +270,7 @@ class Links:
         write = self.parked.parked_write(
             child.token, body, expect, linking=True, parents=len(parents or ())
         )
-        await self._backend.write(self._log, write)
+        await self._store.write(write)
 
     async def _connect_again(self, token: str, job: Job) -> list[str]:
         parents = job.parents

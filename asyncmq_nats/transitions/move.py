@@ -19,15 +19,15 @@ from asyncmq_nats.backends.base import Expect, Record, Timer, Write
 from asyncmq_nats.exceptions import InvalidJob, WriteRefused
 from asyncmq_nats.states import OUTCOMES, Place, State
 from asyncmq_nats.store.many import for_each
+from asyncmq_nats.store.queue_store import QueueStore
 from asyncmq_nats.store.records import MOVED_FROM, delayed_write, without_markers
 from asyncmq_nats.store.search import Found
 from asyncmq_nats.store.secret import QueueSecret, keyed_id
-from asyncmq_nats.store.snapshot import read_snapshot
 from asyncmq_nats.transitions.add import Additions
 from asyncmq_nats.transitions.cancel import Administration
 from asyncmq_nats.transitions.clean import Progress
 from asyncmq_nats.wire.codec import dump_json, load_json
-from asyncmq_nats.wire.keys import QueueSubjects, encode_token
+from asyncmq_nats.wire.keys import encode_token
 
 __all__ = ["MOVABLE_STATES", "Moved", "Mover", "write_outcome"]
 
@@ -60,9 +60,9 @@ class Side:
     administration: Administration
 
     @property
-    def subjects(self) -> QueueSubjects:
-        """The keys of the queue."""
-        return self.additions.subjects
+    def store(self) -> QueueStore:
+        """The records of the queue."""
+        return self.additions.store
 
 
 class Mover:
@@ -71,13 +71,13 @@ class Mover:
     def __init__(self, here: Side, there: Side) -> None:
         self._here = here
         self._there = there
-        self._source, self._target = here.additions.backend, there.additions.backend
-        self._reason = f"{MOVED_TO}{there.subjects.queue!r}"
-        self._secret = QueueSecret(self._source, here.subjects)
+        self._source, self._target = here.store, there.store
+        self._reason = f"{MOVED_TO}{there.store.keys.queue!r}"
+        self._secret = QueueSecret(here.store)
 
     async def _origin(self) -> str:
         """Return what no other queue has, not even one of the same name on another server."""
-        queue = self._here.subjects.queue
+        queue = self._source.keys.queue
         return f"{queue}:{keyed_id(await self._secret.get(), MOVED_FROM)}"
 
     async def move(
@@ -117,24 +117,23 @@ class Mover:
         try:
             if job.status in OUTCOMES:
                 await write_outcome(self._there.additions, data, job.status)
-                return await self._source.delete(found.source.log, found.record.sequence)
+                return await self._source.delete(found.record)
             sequence = await self._hold(data, missing[job.job_id])
         except WriteRefused:  # a job with that id has appeared there
             return False
         return await self._end_and_release(job.job_id, data, sequence)
 
     async def _is_awaited(self, job_id: str) -> bool:
-        edges = self._here.subjects.edge(encode_token(job_id), "*")
-        found = await self._source.last(self._here.subjects.bucket_log, edges)
+        found = await self._source.last(self._source.keys.edge(encode_token(job_id), "*"))
         return bool(without_markers(found))
 
     async def _hold(self, data: dict[str, Any], last: int) -> int:
-        keys, token = self._there.subjects, encode_token(data["id"])
+        keys, token = self._target.keys, encode_token(data["id"])
         body = dump_json(data | {MOVED_FROM: await self._origin()})
         timer = Timer(self._target.now() + HOLD_TIME, keys.later(token, Place.RELEASED))
         key = keys.later(token, Place.DELAYED)
         write = Write(key, body, Expect(keys.later_all(token), last), timer=timer)
-        return await self._target.write(keys.bucket_log, write)
+        return await self._target.write(write)
 
     async def _end_and_release(self, job_id: str, data: dict[str, Any], sequence: int) -> bool:
         """End a job here, and make of its hold what the job was.
@@ -145,7 +144,7 @@ class Mover:
         with CancelScope(shield=True):
             if not await administration.cancel(job_id, self._reason):
                 if await self._our_outcome(job_id) is None:
-                    await self._target.delete(self._there.subjects.bucket_log, sequence)
+                    await self._target.backend.delete(self._target.keys.bucket_log, sequence)
                     return False
                 # Another mover ended it, and may have died since: its message may be there still.
                 await administration.finish_cancel(job_id)
@@ -157,23 +156,23 @@ class Mover:
         return True
 
     async def _release(self, data: dict[str, Any], sequence: int) -> None:
-        keys, token, now = self._there.subjects, encode_token(data["id"]), self._target.now()
+        keys, token, now = self._target.keys, encode_token(data["id"]), self._target.now()
         held = keys.later(token, Place.DELAYED)
         run_at = data.get("delay_until")
         times = (float(run_at) if isinstance(run_at, int | float) else now, now)
         write = delayed_write(keys, token, dump_json(data), times, Expect(held, sequence))
         if write.subject != held:
             write.removes = held
-        await self._target.write(keys.bucket_log, write)
+        await self._target.write(write)
 
     async def _remove_outcome(self, job_id: str) -> None:
         record = await self._our_outcome(job_id)
         if record is not None:
-            await self._source.delete(self._here.subjects.bucket_log, record.sequence)
+            await self._source.delete(record)
 
     async def _our_outcome(self, job_id: str) -> Record | None:
         """Return the outcome of a job here if a mover ended it."""
-        snapshot = await read_snapshot(self._source, self._here.subjects, encode_token(job_id))
+        snapshot = await self._source.read_snapshot(encode_token(job_id))
         if snapshot.state is not State.CANCELLED or snapshot.outcome is None:
             return None
         ended_by = load_json(snapshot.outcome.body).get("last_error")
@@ -200,8 +199,8 @@ async def write_outcome(additions: Additions, data: dict[str, Any], state: State
     Raises:
         WriteRefused: it has.
     """
-    keys, token = additions.subjects, encode_token(str(data["id"]))
-    settings = additions.settings
+    store, token = additions.store, encode_token(str(data["id"]))
+    keys, settings = store.keys, store.assets.settings
     completed = state is State.COMPLETED
     write = Write(
         keys.outcome(token, state),
@@ -210,4 +209,4 @@ async def write_outcome(additions: Additions, data: dict[str, Any], state: State
         ttl=settings.completed_ttl if completed else settings.failed_ttl,
         index=None if completed else keys.index(token, state),
     )
-    await additions.backend.write(keys.bucket_log, write)
+    await store.write(write)

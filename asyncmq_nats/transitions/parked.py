@@ -6,7 +6,7 @@ server releases it and a promoter goes on. Such a record leaves its place by a w
 the timer; another one is written where it goes, and then deleted.
 """
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Final
@@ -14,22 +14,21 @@ from typing import Any, Final
 from asyncmq_nats._concurrency import KeyedTurns
 from asyncmq_nats._logging import get_logger
 from asyncmq_nats._new_jobs import Addition
-from asyncmq_nats.backends.base import Backend, Expect, Record, Timer, Write
+from asyncmq_nats.backends.base import Expect, Record, Timer, Write
 from asyncmq_nats.events import READY
 from asyncmq_nats.exceptions import InvalidJob, TooManyPriorities, WriteRefused
 from asyncmq_nats.jobs import Job
 from asyncmq_nats.states import Place, State
 from asyncmq_nats.store.announcing import announce
 from asyncmq_nats.store.commit import commit, pause_after_refusal
-from asyncmq_nats.store.many import read_many
+from asyncmq_nats.store.queue_store import QueueStore
 from asyncmq_nats.store.records import MARKER_TTL, TIMER_LEAD, delayed_write
 from asyncmq_nats.store.secret import QueueSecret
-from asyncmq_nats.store.snapshot import Snapshot, group_by_job, read_end
-from asyncmq_nats.store.topology import QueueAssets
+from asyncmq_nats.store.snapshot import Snapshot, filters_of, snapshots_of
 from asyncmq_nats.transitions.promote import promotion_id
-from asyncmq_nats.transitions.waits import Parent, Wait, Waits, read_when, texts
+from asyncmq_nats.transitions.waits import Parent, Wait, Waits, texts
 from asyncmq_nats.wire.codec import dump_json, load_json, splice
-from asyncmq_nats.wire.keys import QueueSubjects, decode_token, encode_token
+from asyncmq_nats.wire.keys import decode_token, encode_token
 
 __all__ = [
     "LINK_TIMEOUT",
@@ -37,7 +36,6 @@ __all__ = [
     "blame",
     "linking_body",
     "parked_body",
-    "read_snapshots",
 ]
 
 logger = get_logger(__name__)
@@ -56,26 +54,23 @@ def blame(parent_id: str) -> str:
 class ParkedJobs:
     """The jobs of one queue that wait for others."""
 
-    def __init__(self, backend: Backend, keys: QueueSubjects, assets: QueueAssets) -> None:
-        self._backend = backend
-        self._keys = keys
-        self._assets = assets
-        self._log = keys.bucket_log
+    def __init__(self, store: QueueStore) -> None:
+        self._store = store
+        self._keys = store.keys
         self._turns = KeyedTurns()
-        self.secret = QueueSecret(backend, keys)
-        self.waits = Waits(backend, keys)
+        self.secret = QueueSecret(store)
+        self.waits = Waits(store)
 
     async def read(self, witness: str, children: Sequence[str]) -> dict[str, Snapshot]:
         """Read some children from a replica that has the record `witness`, and all before it."""
-        records = await read_when(
-            self._backend,
-            self._log,
-            [witness, *_filters(self._keys, children)],
+        records = await self._store.last_when(
             lambda found: any(record.subject == witness for record in found),
+            witness,
+            *filters_of(children, self._keys),
         )
         # The witness may be a part of the child, which is no record of it in transit.
         told = [record for record in records if record.subject != witness]
-        return _snapshots(self._keys, children, told)
+        return snapshots_of(children, told, self._keys)
 
     def parked_write(
         self, token: str, body: bytes, expect: Expect, *, linking: bool, parents: int = 0
@@ -87,13 +82,13 @@ class ParkedJobs:
         key = self._keys.later(token, Place.PARKED)
         if not linking:
             return Write(key, body, expect)
-        due = self._backend.now() + LINK_TIMEOUT + parents * LINK_TIMEOUT_PER_PARENT
+        due = self._store.now() + LINK_TIMEOUT + parents * LINK_TIMEOUT_PER_PARENT
         timer = Timer(due, self._keys.later(token, Place.RELEASED))
         return Write(key, body, expect, timer=timer)
 
     def fits(self, stored: Mapping[str, Any], result: Any) -> bool:
         """Return whether a result can be stored with the child: up to half a message."""
-        return len(dump_json(stored)) + len(dump_json(result)) < self._backend.max_body // 2
+        return len(dump_json(stored)) + len(dump_json(result)) < self._store.backend.max_body // 2
 
     # -- a parent has ended
 
@@ -139,7 +134,7 @@ class ParkedJobs:
             write = self.parked_write(
                 child.token, dump_json(data), expect, linking="linking" in data
             )
-            await self._backend.write(self._log, write)
+            await self._store.write(write)
         else:
             await self._free(child, parked, data, quietly=quietly)
         return False
@@ -196,7 +191,7 @@ class ParkedJobs:
     async def free_wide(self, child: Snapshot, record: Record, data: dict[str, Any]) -> None:
         """Release a child without open parents: with the results that fit, from the parts."""
         results = await self.waits.results(child.token, str(data.get("wide")))
-        room = self._backend.max_body // 2 - len(record.body)
+        room = self._store.backend.max_body // 2 - len(record.body)
         kept: dict[str, Any] = {}
         for parent, result in results.items():
             room -= len(dump_json({parent: result}))
@@ -226,7 +221,7 @@ class ParkedJobs:
             )
             return None
         if moved_on:
-            await self._backend.delete(self._log, parked.sequence)
+            await self._store.delete(parked)
             return None
         return data
 
@@ -239,7 +234,7 @@ class ParkedJobs:
         linking = data.pop("linking", None) is not None
         for name in ("parents", "wide"):
             data.pop(name, None)
-        now, run_at = self._backend.now(), data.get("delay_until")
+        now, run_at = self._store.now(), data.get("delay_until")
         run_at = run_at if isinstance(run_at, int | float) and run_at > now else now
         if linking and run_at - TIMER_LEAD <= now:
             await self.hand_over(child, record, data)
@@ -248,7 +243,7 @@ class ParkedJobs:
         else:
             await self._make_ready(child.token, record, data)
         if not quietly:
-            await announce(self._backend, self._keys, READY, decode_token(child.token))
+            await announce(self._store, READY, decode_token(child.token))
 
     async def _delay(
         self,
@@ -260,14 +255,12 @@ class ParkedJobs:
         linking: bool,
     ) -> None:
         expect = Expect(self._keys.later_all(child.token), child.last_later)
-        await self._backend.write(
-            self._log, delayed_write(self._keys, child.token, body, times, expect)
-        )
+        await self._store.write(delayed_write(self._keys, child.token, body, times, expect))
         if linking:  # producers may not delete: a marker ends the timer as well
             marker = Write(record.subject, b"", ttl=MARKER_TTL, marker=True)
-            await self._backend.write(self._log, marker)
+            await self._store.write(marker)
         else:
-            await self._backend.delete(self._log, record.sequence)
+            await self._store.delete(record)
 
     async def hand_over(self, child: Snapshot, record: Record, data: Mapping[str, Any]) -> None:
         """Move a job from where it waits with a timer to the promoters, in one message."""
@@ -278,14 +271,14 @@ class ParkedJobs:
             removes=record.subject,
             beside=True,
         )
-        await self._backend.write(self._log, write)
+        await self._store.write(write)
 
     async def _make_ready(self, token: str, record: Record, data: dict[str, Any]) -> None:
         data.pop("delay_until", None)
         body = dump_json(data)
         job = Job.decode(body)
         with suppress(TooManyPriorities):  # workers look for jobs whose tier is missing
-            await self._assets.declare_tier(job.priority)
+            await self._store.assets.declare_tier(job.priority)
         write = Write(
             self._keys.ready(job.priority, token),
             body,
@@ -294,15 +287,15 @@ class ParkedJobs:
         )
         sequence = 0
         try:
-            sequence = await self._backend.write(self._keys.ready_log, write)
+            sequence = await self._store.write(write)
         except WriteRefused:  # it is there, or an older attempt is
             if await self._older_attempt_is_ready(token, job):
                 raise  # its acknowledgement is on the way
-        if not await self._backend.delete(self._log, record.sequence) and sequence:
+        if not await self._store.delete(record) and sequence:
             await self._take_back(token, sequence)
 
     async def _older_attempt_is_ready(self, token: str, job: Job) -> bool:
-        records = await self._backend.last(self._keys.ready_log, self._keys.ready_any(token))
+        records = await self._store.last(self._keys.ready_any(token))
         try:
             return not records or Job.decode(records[-1].body).order < job.order
         except InvalidJob:
@@ -313,21 +306,21 @@ class ParkedJobs:
 
         Its parked record was gone by then.
         """
-        records = await self._backend.last(self._log, self._keys.ends(token))
+        records = await self._store.last(self._keys.ends(token))
         if Snapshot.of(token, records, self._keys).ended:
-            await self._backend.delete(self._keys.ready_log, sequence)
+            await self._store.backend.delete(self._keys.ready_log, sequence)
 
     async def _fail(self, child: Snapshot, data: Mapping[str, Any], parent: Parent) -> bool:
         """End a child as failed. Return whether it has, also if an earlier try did."""
         parked = child.later[Place.PARKED]
-        end = await read_end(self._backend, self._keys, child.token)
+        end = await self._store.read_end(child.token)
         if not end.ended:
             write = self.failure(data, child.token, parent.id, end.fence)
             if "linking" in data:
                 write = replace(write, removes=parked.subject)
-            await self._backend.write(self._log, write)
+            await self._store.write(write)
         if end.ended or "linking" not in data:
-            await self._backend.delete(self._log, parked.sequence)
+            await self._store.delete(parked)
         return not end.ended or _failed_for(end, parent)
 
     def failure(self, data: Mapping[str, Any], token: str, parent_id: str, expect: Expect) -> Write:
@@ -335,10 +328,10 @@ class ParkedJobs:
         fields = {
             "status": State.FAILED,
             "last_error": blame(parent_id),
-            "finished_at": self._backend.now(),
+            "finished_at": self._store.now(),
         }
         body = dump_json({name: data[name] for name in data if name != "linking"} | fields)
-        ttl = self._assets.settings.failed_ttl
+        ttl = self._store.assets.settings.failed_ttl
         return Write(
             self._keys.outcome(token, State.FAILED),
             body,
@@ -363,10 +356,10 @@ class ParkedJobs:
 
         async def unlink(body: bytes, sequence: int) -> None:
             write = self.parked_write(token, body, Expect(key, sequence), linking=False)
-            await self._backend.write(self._log, write)
+            await self._store.write(write)
 
         async def read_and_unlink() -> None:
-            child = (await read_snapshots(self._backend, self._keys, [token]))[token]
+            child = (await self._store.read_snapshots([token]))[token]
             parked = child.later.get(Place.PARKED)
             data = None if parked is None else await self._open(child, parked)
             if parked is None or data is None or data.pop("linking", None) is None:
@@ -385,25 +378,6 @@ class ParkedJobs:
                 else:
                     return
             await commit(read_and_unlink)
-
-
-async def read_snapshots(
-    backend: Backend, keys: QueueSubjects, tokens: Collection[str]
-) -> dict[str, Snapshot]:
-    """Read the records of some jobs in the bucket without the edges to their children, by token."""
-    records = await read_many(backend, keys.bucket_log, _filters(keys, tokens))
-    return _snapshots(keys, tokens, records)
-
-
-def _filters(keys: QueueSubjects, tokens: Iterable[str]) -> list[str]:
-    return [each for token in tokens for each in (keys.later_all(token), keys.ends(token))]
-
-
-def _snapshots(
-    keys: QueueSubjects, tokens: Iterable[str], records: Iterable[Record]
-) -> dict[str, Snapshot]:
-    grouped = group_by_job(records, keys)
-    return {token: Snapshot.of(token, grouped.get(token, ()), keys) for token in tokens}
 
 
 def parked_body(job: Addition) -> bytes:

@@ -11,21 +11,21 @@ from functools import partial
 from typing import Any, Final
 
 from asyncmq_nats._new_jobs import Addition
-from asyncmq_nats.backends.base import Backend, Delivery, Expect, Timer, Write
+from asyncmq_nats.backends.base import Delivery, Expect, Timer, Write
 from asyncmq_nats.exceptions import InvalidJob, WriteRefused
 from asyncmq_nats.jobs import Job, new_job_id
 from asyncmq_nats.states import Place
 from asyncmq_nats.store.commit import REPLICA_LAG_DELAYS, look_for
-from asyncmq_nats.store.many import for_each, read_many
+from asyncmq_nats.store.many import for_each
+from asyncmq_nats.store.queue_store import QueueStore
 from asyncmq_nats.store.records import MARKER_TTL, without_markers
 from asyncmq_nats.store.secret import keyed_id
-from asyncmq_nats.store.topology import QueueAssets
 from asyncmq_nats.transitions.link import Links
-from asyncmq_nats.transitions.parked import parked_body, read_snapshots
+from asyncmq_nats.transitions.parked import parked_body
 from asyncmq_nats.transitions.release import Dependencies
 from asyncmq_nats.transitions.waits import NARROW_LIMIT, new_wide, places_of
 from asyncmq_nats.wire.codec import load_json
-from asyncmq_nats.wire.keys import QueueSubjects, encode_token
+from asyncmq_nats.wire.keys import encode_token
 
 __all__ = ["PLAN_JOBS", "Plans", "decode_jobs", "encode_jobs", "tie"]
 
@@ -83,20 +83,13 @@ class Plans:
     """Adds several jobs of one queue that belong together."""
 
     def __init__(
-        self,
-        backend: Backend,
-        keys: QueueSubjects,
-        assets: QueueAssets,
-        dependencies: Dependencies,
-        first_write: FirstWrite,
+        self, store: QueueStore, dependencies: Dependencies, first_write: FirstWrite
     ) -> None:
-        self._backend = backend
-        self._keys = keys
-        self._assets = assets
+        self._store = store
+        self._keys = store.keys
         self._first_write = first_write
-        self._log = keys.bucket_log
         self._dependencies = dependencies
-        self.links = Links(backend, keys, dependencies.parked)
+        self.links = Links(store, dependencies.parked)
 
     # -- what is there
 
@@ -107,10 +100,10 @@ class Plans:
         record at its keys in transit, 0 if there is none. It is a marker, or junk.
         """
         ids = {encode_token(job_id): job_id for job_id in job_ids}
-        found = await read_snapshots(self._backend, self._keys, ids)
+        found = await self._store.read_snapshots(ids)
         missing = {token: each.last_later for token, each in found.items() if not each.exists}
         filters = [self._keys.ready_any(token) for token in missing]
-        for record in await read_many(self._backend, self._keys.ready_log, filters):
+        for record in await self._store.last_of_many(filters):
             missing.pop(self._keys.token(record.subject), None)
         return {ids[token]: last for token, last in missing.items()}
 
@@ -143,17 +136,15 @@ class Plans:
     async def add_flow(self, jobs: Sequence[Job]) -> bool:
         """Add planned jobs, all or none. Return whether they fit into one record."""
         record = b'{"jobs":%b}' % encode_jobs(jobs)
-        if len(record) > self._backend.max_body:
+        if len(record) > self._store.backend.max_body:
             return False
         token = new_job_id()
-        due = Timer(self._backend.now() + PLAN_TIMEOUT, self._keys.plan_due(token))
+        due = Timer(self._store.now() + PLAN_TIMEOUT, self._keys.plan_due(token))
         key = self._keys.plan(token)
         try:
-            sequence = await self._backend.write(
-                self._log, Write(key, record, Expect(key, 0), timer=due)
-            )
+            sequence = await self._store.write(Write(key, record, Expect(key, 0), timer=due))
         except WriteRefused:  # no other job has this key: its confirmation was lost
-            found = await look_for(partial(self._backend.last, self._log, key), REPLICA_LAG_DELAYS)
+            found = await look_for(partial(self._store.last, key), REPLICA_LAG_DELAYS)
             if not found:
                 raise
             sequence = found[0].sequence
@@ -161,7 +152,7 @@ class Plans:
         # A marker, since producers may not delete: it ends the timer as well.
         end = Write(key, b"", Expect(key, sequence), ttl=MARKER_TTL, marker=True)
         try:
-            await self._backend.write(self._log, end)
+            await self._store.write(end)
         except WriteRefused:  # a promoter has carried it out meanwhile
             await self._remove_zombies(jobs)
         return True
@@ -169,10 +160,10 @@ class Plans:
     async def _remove_zombies(self, jobs: Sequence[Job]) -> None:
         """Remove jobs that were parked here after a promoter had added them, and they had ended."""
         tokens = [encode_token(job.job_id) for job in jobs if job.waits_for_others]
-        for child in (await read_snapshots(self._backend, self._keys, tokens)).values():
+        for child in (await self._store.read_snapshots(tokens)).values():
             parked = child.later.get(Place.PARKED)
             if child.ended and parked is not None:
-                await self._backend.delete(self._log, parked.sequence)
+                await self._store.delete(parked)
 
     # -- carry out
 
@@ -190,7 +181,7 @@ class Plans:
         `repeated`: another process may have stored some of them, or all.
         """
         for priority in {job.priority for job in jobs}:
-            await self._assets.declare_tier(priority)
+            await self._store.assets.declare_tier(priority)
         inside = {job.job_id for job in jobs}
         missing = await self.missing(inside) if repeated else inside
         new = [job for job in jobs if job.job_id in missing]
@@ -219,7 +210,7 @@ class Plans:
                     Expect(self._keys.later_all(token)),
                     message_id=await self._message_id(job),
                 )
-                await self._backend.write(self._log, write)
+                await self._store.write(write)
                 if job.wide:
                     await self._dependencies.parked.waits.store(job)
             except WriteRefused as refused:  # an earlier try stored it
@@ -232,7 +223,7 @@ class Plans:
         """Store the parts of jobs with many parents that an earlier try may not have stored."""
         wide = [job for job in jobs if job.wide and job.parents]
         keys = [self._keys.later_all(encode_token(job.job_id)) for job in wide]
-        records = await read_many(self._backend, self._log, keys)
+        records = await self._store.last_of_many(keys)
         waiting = {self._keys.token(record.subject) for record in without_markers(records)}
         await for_each(
             self._dependencies.parked.waits.store,
@@ -264,7 +255,7 @@ class Plans:
             write = replace(write, expect=expect, message_id=await self._message_id(job))
         log = self._keys.log_of(write.subject)
         try:
-            await self._backend.write(log, write)
+            await self._store.backend.write(log, write)
         except WriteRefused as refused:  # an earlier try stored it
             await self._require_stored(job, refused)
 

@@ -13,10 +13,11 @@ from typing import Final
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as validated
 
-from asyncmq_nats.backends.base import Backend, Expect, Record, Write
+from asyncmq_nats.backends.base import Expect, Record, Write
 from asyncmq_nats.exceptions import InvalidJob, NotSerializable
 from asyncmq_nats.jobs import LATEST_TIME
 from asyncmq_nats.states import Place, State
+from asyncmq_nats.store.queue_store import QueueStore
 from asyncmq_nats.store.secret import keyed_id
 from asyncmq_nats.transitions.claim import CLAIM_TTL, Claim
 from asyncmq_nats.wire.codec import dump_json, load_json
@@ -103,13 +104,13 @@ def promotion_id(secret: bytes, sequence: int, time: float) -> str:
 
 
 def promotion(
-    subjects: QueueSubjects, token: str, priority: int, body: bytes, message_id: str
+    keys: QueueSubjects, token: str, priority: int, body: bytes, message_id: str
 ) -> Write:
     """Return the write that makes a job ready."""
     return Write(
-        subjects.ready(priority, token),
+        keys.ready(priority, token),
         body,
-        Expect(subjects.ready_any(token)),
+        Expect(keys.ready_any(token)),
         message_id=message_id,
     )
 
@@ -130,12 +131,12 @@ class Finding(Enum):
 
 
 def judge(
-    subjects: QueueSubjects, released: Released, sequence: int, records: Sequence[Record]
+    keys: QueueSubjects, released: Released, sequence: int, records: Sequence[Record]
 ) -> Finding:
     """Return the finding of a job's last records about a released record with that sequence."""
     current = superseded = False
     for record in records:
-        key = subjects.parse(record.subject)
+        key = keys.parse(record.subject)
         if key.token != released.token:
             continue
         if key.state is not None and not record.marker:
@@ -167,26 +168,25 @@ def order_of(body: bytes) -> tuple[int, int]:
     return (-1, 0)
 
 
-async def finish_rerun(
-    backend: Backend, subjects: QueueSubjects, token: str, records: Sequence[Record]
-) -> None:
+async def finish_rerun(store: QueueStore, token: str, records: Sequence[Record]) -> None:
     """Finish a retry by hand whose process died: fence the earlier run, then remove its outcome.
 
     Raises:
         WriteRefused: the end of the job has changed since `records` were read.
     """
-    outcomes = [r for r in records if not r.marker and subjects.outcome_state(r.subject)]
-    ends = [record.sequence for record in records if subjects.is_done(record.subject)]
-    claim = Claim.on_all_until(await backend.last_sequence(subjects.ready_log))
-    expect = Expect(subjects.done_all(token), max(ends))
-    fence = Write(subjects.claim(token), claim.encode(), expect, ttl=CLAIM_TTL)
-    await backend.write(subjects.bucket_log, fence)
+    keys = store.keys
+    outcomes = [r for r in records if not r.marker and keys.outcome_state(r.subject)]
+    ends = [record.sequence for record in records if keys.is_done(record.subject)]
+    claim = Claim.on_all_until(await store.backend.last_sequence(keys.ready_log))
+    expect = Expect(keys.done_all(token), max(ends))
+    fence = Write(keys.claim(token), claim.encode(), expect, ttl=CLAIM_TTL)
+    await store.write(fence)
     for outcome in outcomes:
-        await backend.delete(subjects.bucket_log, outcome.sequence)
+        await store.delete(outcome)
 
 
 def refusal_outcome(
-    subjects: QueueSubjects, token: str, error: str, now: float, ttl: float | None
+    keys: QueueSubjects, token: str, error: str, now: float, ttl: float | None
 ) -> Write:
     """Return the outcome of a record that no ready message can hold."""
     body = {
@@ -197,6 +197,6 @@ def refusal_outcome(
         "created_at": now,
         "finished_at": now,
     }
-    key = subjects.outcome(token, State.FAILED)
-    index = subjects.index(token, State.FAILED)
-    return Write(key, dump_json(body), Expect(subjects.done_all(token)), ttl=ttl, index=index)
+    key = keys.outcome(token, State.FAILED)
+    index = keys.index(token, State.FAILED)
+    return Write(key, dump_json(body), Expect(keys.done_all(token)), ttl=ttl, index=index)

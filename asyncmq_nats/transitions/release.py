@@ -13,18 +13,18 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any, Final
 
-from asyncmq_nats.backends.base import Backend, Record, Write
+from asyncmq_nats.backends.base import Record, Write
 from asyncmq_nats.exceptions import BackendError, InvalidJob
 from asyncmq_nats.jobs import Job
 from asyncmq_nats.states import State
 from asyncmq_nats.store.commit import look_for
-from asyncmq_nats.store.many import for_each, read_many
+from asyncmq_nats.store.many import for_each
+from asyncmq_nats.store.queue_store import QueueStore
 from asyncmq_nats.store.records import MARKER_TTL, delayed_write, without_markers
-from asyncmq_nats.store.topology import QueueAssets
 from asyncmq_nats.transitions.parked import ParkedJobs
-from asyncmq_nats.transitions.waits import Parent, Wait, place_of, read_when, texts
+from asyncmq_nats.transitions.waits import Parent, Wait, place_of, texts
 from asyncmq_nats.wire.codec import load_json
-from asyncmq_nats.wire.keys import QueueSubjects, decode_token, encode_token
+from asyncmq_nats.wire.keys import decode_token, encode_token
 
 __all__ = ["MARKER_TTL", "Dependencies", "delayed_write"]
 
@@ -37,11 +37,10 @@ DELETE_LIMIT: Final = 20
 class Dependencies:
     """The edges between the jobs of one queue."""
 
-    def __init__(self, backend: Backend, subjects: QueueSubjects, assets: QueueAssets) -> None:
-        self._backend = backend
-        self._subjects = subjects
-        self._log = subjects.bucket_log
-        self.parked = ParkedJobs(backend, subjects, assets)
+    def __init__(self, store: QueueStore) -> None:
+        self._store = store
+        self._keys = store.keys
+        self.parked = ParkedJobs(store)
 
     async def release(self, token: str, known: Sequence[Record] = ()) -> None:
         """Tell the children of a job that it has ended: each runs, fails, or goes on waiting.
@@ -61,12 +60,9 @@ class Dependencies:
 
     async def _release_one(self, token: str, known: Sequence[Record] = ()) -> list[str]:
         """Return the children that have ended because this parent failed."""
-        subjects = self._subjects
-        records = known or await read_when(
-            self._backend,
-            self._log,
-            [subjects.done_all(token)],
-            lambda found: self._outcome_in(found) is not None,
+        keys = self._keys
+        records = known or await self._store.last_when(
+            lambda found: self._outcome_in(found) is not None, keys.done_all(token)
         )
         outcome = self._outcome_in(records)
         if outcome is None:
@@ -77,13 +73,13 @@ class Dependencies:
         data = _json(outcome.body)
         parent = Parent(
             decode_token(token),
-            subjects.outcome_state(outcome.subject),
+            keys.outcome_state(outcome.subject),
             data.get("result"),
             outcome.sequence,
             outcome.subject,
         )
         # These are all edges: none is added after an outcome.
-        edges = [record for record in records if subjects.is_edge(record.subject)]
+        edges = [record for record in records if keys.is_edge(record.subject)]
         children = self._children(data, edges)
         failed = await self._tell(parent, [each for each, place in children.items() if not place])
         failed += await self._tell_wide(
@@ -102,7 +98,7 @@ class Dependencies:
             for child in texts(data.get("children"))
         }
         for edge in edges:
-            child = self._subjects.parse(edge.subject).child
+            child = self._keys.parse(edge.subject).child
             children[child] = place_of(_json(edge.body).get("wait"))
         return children
 
@@ -131,18 +127,16 @@ class Dependencies:
 
     async def _remove_edges(self, token: str, edges: Sequence[Record]) -> None:
         if len(edges) > DELETE_LIMIT:
-            await self._backend.purge(self._log, self._subjects.edge(token, "*"))
+            await self._store.purge(self._keys.edge(token, "*"))
         else:
-            await for_each(
-                partial(self._backend.delete, self._log), [edge.sequence for edge in edges]
-            )
+            await for_each(self._store.delete, edges)
 
     def _outcome_in(self, records: Sequence[Record]) -> Record | None:
         return next(
             (
                 record
                 for record in without_markers(records)
-                if self._subjects.outcome_state(record.subject)
+                if self._keys.outcome_state(record.subject)
             ),
             None,
         )
@@ -156,19 +150,20 @@ class Dependencies:
 
         They would count as records for the second that they live.
         """
-        last = await self._backend.write(self._log, *writes)
+        last = await self._store.write(*writes)
         # The sequences of a batch are consecutive.
         markers = [last - number for number, write in enumerate(reversed(writes)) if write.marker]
         if len(markers) <= DELETE_LIMIT:
-            await for_each(partial(self._backend.delete, self._log), markers)
+            delete = partial(self._store.backend.delete, self._keys.bucket_log)
+            await for_each(delete, markers)
 
     async def results(self, job: Job) -> dict[str, Any]:
         """Return the results of the jobs that a job depends on, by id; only of those completed."""
         missing = [parent for parent in job.depends_on or () if parent not in job.parent_results]
-        keys = [self._subjects.outcome(encode_token(parent), State.COMPLETED) for parent in missing]
-        records = await look_for(partial(read_many, self._backend, self._log, keys)) if keys else []
+        keys = [self._keys.outcome(encode_token(parent), State.COMPLETED) for parent in missing]
+        records = await look_for(partial(self._store.last_of_many, keys)) if keys else []
         read = {
-            decode_token(self._subjects.token(record.subject)): _json(record.body).get("result")
+            decode_token(self._keys.token(record.subject)): _json(record.body).get("result")
             for record in without_markers(records)
         }
         known = job.parent_results | read

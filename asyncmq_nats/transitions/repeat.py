@@ -13,11 +13,11 @@ from typing import Final
 
 from asyncmq_nats._clock import brief_pause
 from asyncmq_nats._logging import get_logger
-from asyncmq_nats.backends.base import Backend, Expect, Record, Write
+from asyncmq_nats.backends.base import Expect, Record, Write
 from asyncmq_nats.exceptions import InvalidJob
 from asyncmq_nats.jobs import check_size
 from asyncmq_nats.schedules import RepeatableInfo, first_run, next_run_after
-from asyncmq_nats.store.commit import write_if_expected
+from asyncmq_nats.store.queue_store import QueueStore
 from asyncmq_nats.store.records import without_markers
 from asyncmq_nats.transitions.definition import (
     CODE_OWNER,
@@ -34,7 +34,7 @@ from asyncmq_nats.transitions.definition import (
 )
 from asyncmq_nats.transitions.timers import POLL_DELAYS
 from asyncmq_nats.wire.codec import dump_json
-from asyncmq_nats.wire.keys import QueueSubjects, encode_token
+from asyncmq_nats.wire.keys import encode_token
 
 __all__ = ["Definition", "RepeatableInfo", "Repeatables", "make_definition", "repeatable_id"]
 
@@ -48,10 +48,10 @@ TICK_SLACK: Final = 0.2
 class Repeatables:
     """The repeatables of one queue."""
 
-    def __init__(self, backend: Backend, subjects: QueueSubjects) -> None:
-        self._backend = backend
-        self._subjects = subjects
-        self._log = subjects.bucket_log
+    def __init__(self, store: QueueStore) -> None:
+        self._store = store
+        self._backend = store.backend
+        self._keys = store.keys
 
     async def upsert(self, definition: Definition) -> float:
         """Store a definition and return its next run; `inf` if none is to come.
@@ -62,7 +62,7 @@ class Repeatables:
         Raises:
             PayloadTooLarge: its jobs are too large for the server.
         """
-        sample = job_of(definition, self._backend.now(), self._backend.now()).encode()
+        sample = job_of(definition, self._store.now(), self._store.now()).encode()
         check_size(
             sample,
             f"the repeated job of task {definition.task_id!r}",
@@ -74,7 +74,7 @@ class Repeatables:
             stored, tick, now = (
                 self._definition_in(records),
                 self._tick_in(records),
-                self._backend.now(),
+                self._store.now(),
             )
             if (
                 stored is not None
@@ -82,25 +82,23 @@ class Repeatables:
                 and (tick is not None or stored.paused or stored.finished)
             ):
                 return _next_of(stored, tick, now)
-            at = await self._store(*_changed(stored, tick, definition, now), records)
+            at = await self._put(*_changed(stored, tick, definition, now), records)
             if at is not None:
                 return at
 
-    async def _store(
+    async def _put(
         self, definition: Definition, tick: Tick | None, records: Mapping[str, Record]
     ) -> float | None:
         """Write a definition and, unless it is paused or finished, its next tick.
 
         Return the time of its next run, or `None` if what was read has changed since.
         """
-        key = self._subjects.repeat(encode_token(definition.rid))
-        fire = self._subjects.fire(encode_token(definition.rid))
+        key = self._keys.repeat(encode_token(definition.rid))
+        fire = self._keys.fire(encode_token(definition.rid))
         body, writes = dump_json(definition), list[Write]()
         if tick is not None and not definition.paused and not definition.finished:
             planned = definition.plan(tick.at, body, runs=tick.runs, last=tick.last)
-            writes.append(
-                next_tick_write(self._subjects, definition.rid, planned, self._backend.now())
-            )
+            writes.append(next_tick_write(self._keys, definition.rid, planned, self._store.now()))
         writes += [
             Write(record.subject, b"", ttl=MARKER_TTL, marker=True)
             for record in without_markers(records.values())
@@ -110,11 +108,11 @@ class Repeatables:
         writes.append(Write(key, body, expect))
         if not await self._write(_fenced(writes, fire, records)):
             return None
-        return _next_of(definition, tick, self._backend.now())
+        return _next_of(definition, tick, self._store.now())
 
     async def _write(self, writes: Sequence[Write]) -> bool:
         """Write, and return whether what was read still held."""
-        return await write_if_expected(self._backend, self._log, *writes) is not None
+        return await self._store.write_if_expected(*writes) is not None
 
     async def _read_after_timer(self, rid: str) -> dict[str, Record]:
         """Return what is stored of one; wait for its timer if that goes off at this moment.
@@ -130,25 +128,24 @@ class Repeatables:
         return records
 
     def _is_ringing(self, records: Mapping[str, Record], token: str) -> bool:
-        record = records.get(self._subjects.tick(token))
+        record = records.get(self._keys.tick(token))
         if record is None or record.marker or not self._backend.timers_lag:
             return False
         tick = self._tick_in({record.subject: record})
-        return tick is not None and tick.run_at - TICK_LEAD - TICK_SLACK <= self._backend.now()
+        return tick is not None and tick.run_at - TICK_LEAD - TICK_SLACK <= self._store.now()
 
     async def _read(self, rid: str) -> dict[str, Record]:
         token = encode_token(rid)
-        records = await self._backend.last(
-            self._log,
-            self._subjects.repeat(token),
-            self._subjects.tick(token),
-            self._subjects.fire(token),
+        records = await self._store.last(
+            self._keys.repeat(token),
+            self._keys.tick(token),
+            self._keys.fire(token),
         )
         return {record.subject: record for record in records}
 
     def _record_in(self, records: Mapping[str, Record]) -> Record | None:
         return next(
-            (r for r in records.values() if self._subjects.is_repeat(r.subject) and not r.marker),
+            (r for r in records.values() if self._keys.is_repeat(r.subject) and not r.marker),
             None,
         )
 
@@ -158,7 +155,7 @@ class Repeatables:
         if record is None:
             return None
         try:
-            return decode_definition(record.body, self._subjects.rid(record.subject))
+            return decode_definition(record.body, self._keys.rid(record.subject))
         except InvalidJob as problem:
             logger.warning("repeatable %.200r is skipped: %s", record.subject, problem)
             return None
@@ -167,7 +164,7 @@ class Repeatables:
         """Return the next tick among the records of a repeatable. A malformed one is no tick."""
         ticks = list[Tick]()
         for record in without_markers(records.values()):
-            if not self._subjects.is_repeat(record.subject):
+            if not self._keys.is_repeat(record.subject):
                 try:
                     ticks.append(Tick.decode(record.body))
                 except InvalidJob as problem:
@@ -189,7 +186,7 @@ class Repeatables:
     async def _all(self) -> list[tuple[Record, Definition]]:
         found, start = list[tuple[Record, Definition]](), 1
         while page := await self._backend.page(
-            self._log, self._subjects.repeat("*"), from_sequence=start, limit=PAGE_SIZE
+            self._keys.bucket_log, self._keys.repeat("*"), from_sequence=start, limit=PAGE_SIZE
         ):
             for record in page:
                 definition = self._definition_in({record.subject: record})
@@ -209,7 +206,7 @@ class Repeatables:
 
     async def _remove(self, rid: str, records: Mapping[str, Record]) -> bool:
         """Remove what was read. Return `False` if it has changed since."""
-        key, fire = self._subjects.repeat(encode_token(rid)), self._subjects.fire(encode_token(rid))
+        key, fire = self._keys.repeat(encode_token(rid)), self._keys.fire(encode_token(rid))
         writes = [
             Write(
                 record.subject,
@@ -231,7 +228,7 @@ class Repeatables:
                 return definition is not None
             left = self._tick_in(records) or definition.left
             paused = replace(definition, paused=True, left=left)
-            if await self._store(paused, None, records) is not None:
+            if await self._put(paused, None, records) is not None:
                 return True
 
     async def resume(self, rid: str) -> float:
@@ -248,10 +245,10 @@ class Repeatables:
             definition, tick = self._definition_in(records), self._tick_in(records)
             if definition is None:
                 raise KeyError(f"no repeatable {rid!r}")
-            now = self._backend.now()
+            now = self._store.now()
             if not definition.paused and (tick is not None or definition.finished):
                 return _next_of(definition, tick, now)
-            at = await self._store(*_resumed(definition, now), records)
+            at = await self._put(*_resumed(definition, now), records)
             if at is not None:
                 return at
 

@@ -11,10 +11,10 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from asyncmq_nats.backends.base import Backend, Expect, Write
+from asyncmq_nats.backends.base import Expect, Write
 from asyncmq_nats.exceptions import AsyncMQError, InvalidJob, WriteRefused
 from asyncmq_nats.states import OUTCOMES, Place, State
-from asyncmq_nats.store.many import read_many
+from asyncmq_nats.store.queue_store import QueueStore
 from asyncmq_nats.store.records import without_markers
 from asyncmq_nats.store.search import Found
 from asyncmq_nats.store.snapshot import count_reruns
@@ -22,7 +22,6 @@ from asyncmq_nats.transitions.cancel import Administration
 from asyncmq_nats.transitions.claim import CLAIM_TTL, Claim
 from asyncmq_nats.transitions.timers import is_ringing
 from asyncmq_nats.wire.codec import load_json
-from asyncmq_nats.wire.keys import QueueSubjects
 
 __all__ = ["Sweep"]
 
@@ -48,11 +47,10 @@ class _Item:
 class Sweep:
     """Changes many jobs of one queue. Each call returns the ids of those that it has changed."""
 
-    def __init__(
-        self, backend: Backend, subjects: QueueSubjects, administration: Administration
-    ) -> None:
-        self._backend = backend
-        self._subjects = subjects
+    def __init__(self, store: QueueStore, administration: Administration) -> None:
+        self._store = store
+        self._backend = store.backend
+        self._keys = store.keys
         self._administration = administration
 
     async def cancel(self, found: Sequence[Found]) -> set[str]:
@@ -60,7 +58,7 @@ class Sweep:
 
         def is_meant(each: Found) -> bool:
             if each.source.place is Place.DELAYED:
-                return not is_ringing(self._backend, self._subjects, each.record)
+                return not is_ringing(self._store, each.record)
             return each.job.status is State.WAITING
 
         return await self._in_parts(self._cancel_some, filter(is_meant, found))
@@ -90,22 +88,22 @@ class Sweep:
             return None
         if any(data.get(name) for name in NOT_PLAIN):
             return None
-        return _Item(found, self._subjects.token(found.record.subject), data)
+        return _Item(found, self._keys.token(found.record.subject), data)
 
     # -- cancel
 
     async def _cancel_some(self, part: list[_Item]) -> list[_Item]:
         cancelled, error = await self._write(part, self._cancellation)
         ready = [item.sequence for item in cancelled if item.found.source.tier is not None]
-        removed = set(await self._backend.delete_many(self._subjects.ready_log, ready))
-        await self._remove_rest(self._subjects.bucket_log, self._subjects.later_all, cancelled)
+        removed = set(await self._backend.delete_many(self._keys.ready_log, ready))
+        await self._remove_rest(self._keys.bucket_log, self._keys.later_all, cancelled)
         # Nothing of a job becomes ready while its message of an earlier attempt is there.
         moved = [
             item
             for item in cancelled
             if item.found.source.tier is None or item.sequence not in removed
         ]
-        await self._remove_rest(self._subjects.ready_log, self._subjects.ready_any, moved)
+        await self._remove_rest(self._keys.ready_log, self._keys.ready_any, moved)
         if error is not None:
             raise error
         return cancelled
@@ -115,7 +113,7 @@ class Sweep:
         return self._administration.cancellation(
             item.token,
             item.data,
-            Expect(self._subjects.done_all(item.token)),
+            Expect(self._keys.done_all(item.token)),
             removes=item.found.record.subject if is_delayed else None,
         )
 
@@ -127,26 +125,26 @@ class Sweep:
         Before this, a worker may have put its job off, or a timer may have released it.
         """
         reruns = {item.token: count_reruns(item.found.record.body) for item in cancelled}
-        records = await read_many(self._backend, log, map(filter, reruns))
+        records = await self._store.last_of_many(map(filter, reruns))
         left = [
             record.sequence
             for record in without_markers(records)
-            if count_reruns(record.body) <= reruns[self._subjects.token(record.subject)]
+            if count_reruns(record.body) <= reruns[self._keys.token(record.subject)]
         ]
         await self._backend.delete_many(log, left)
 
     # -- retry
 
     async def _retry_some(self, part: list[_Item]) -> list[_Item]:
-        log, subjects = self._subjects.bucket_log, self._subjects
-        claim = Claim.on_all_until(await self._backend.last_sequence(subjects.ready_log)).encode()
+        log, keys = self._keys.bucket_log, self._keys
+        claim = Claim.on_all_until(await self._backend.last_sequence(keys.ready_log)).encode()
 
         def fence(item: _Item) -> Write:
-            expect = Expect(subjects.done_all(item.token), item.sequence)
-            return Write(subjects.claim(item.token), claim, expect, ttl=CLAIM_TTL)
+            expect = Expect(keys.done_all(item.token), item.sequence)
+            return Write(keys.claim(item.token), claim, expect, ttl=CLAIM_TTL)
 
         def release(item: _Item) -> Write:
-            key, expect = subjects.later(item.token, Place.RELEASED), subjects.later_all(item.token)
+            key, expect = keys.later(item.token, Place.RELEASED), keys.later_all(item.token)
             body = self._administration.renewed(item.data)
             return Write(key, body, Expect(expect), beside=True)
 
@@ -162,7 +160,7 @@ class Sweep:
     ) -> tuple[list[_Item], AsyncMQError | None]:
         """Return those whose write was stored, and the first error that is no refusal."""
         writes, stored, error = [write(item) for item in items], [], None
-        results = await self._backend.write_each(self._subjects.bucket_log, writes)
+        results = await self._backend.write_each(self._keys.bucket_log, writes)
         for item, result in zip(items, results, strict=True):
             if isinstance(result, int):
                 stored.append(item)

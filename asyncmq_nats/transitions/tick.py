@@ -13,15 +13,16 @@ from functools import partial
 from typing import Final
 
 from asyncmq_nats._logging import get_logger
-from asyncmq_nats.backends.base import Backend, Delivery, Expect, Record, Write
+from asyncmq_nats.backends.base import Delivery, Expect, Record, Write
 from asyncmq_nats.exceptions import InvalidJob, TooManyPriorities
 from asyncmq_nats.jobs import Job
 from asyncmq_nats.schedules import missed_ticks, next_run, next_run_after
-from asyncmq_nats.store.commit import look_for, looks, write_if_expected
+from asyncmq_nats.store.commit import look_for, looks
+from asyncmq_nats.store.queue_store import QueueStore
 from asyncmq_nats.store.records import without_markers
 from asyncmq_nats.store.secret import QueueSecret, keyed_id
-from asyncmq_nats.store.snapshot import read_stage
-from asyncmq_nats.store.topology import DEFAULT_PRIORITY, QueueAssets
+from asyncmq_nats.store.snapshot import filters_of
+from asyncmq_nats.store.topology import DEFAULT_PRIORITY
 from asyncmq_nats.transitions.definition import (
     Definition,
     Tick,
@@ -31,7 +32,7 @@ from asyncmq_nats.transitions.definition import (
     next_tick_write,
 )
 from asyncmq_nats.wire.codec import dump_json
-from asyncmq_nats.wire.keys import QueueSubjects, encode_token
+from asyncmq_nats.wire.keys import encode_token
 
 __all__ = ["TickEnd", "Ticker", "read_fire"]
 
@@ -62,18 +63,10 @@ class TickEnd(Enum):
 class Ticker:
     """Carries out the ticks of one queue."""
 
-    def __init__(
-        self,
-        backend: Backend,
-        subjects: QueueSubjects,
-        assets: QueueAssets,
-        secret: QueueSecret,
-    ) -> None:
-        self._backend = backend
-        self._subjects = subjects
-        self._assets = assets
+    def __init__(self, store: QueueStore, secret: QueueSecret) -> None:
+        self._store = store
+        self._keys = store.keys
         self._secret = secret
-        self._log = subjects.bucket_log
         self._definitions: dict[tuple[str, str], tuple[Definition, bytes]] = {}
         """By id and fingerprint, with the record's body."""
 
@@ -90,14 +83,14 @@ class Ticker:
         Raises:
             InvalidJob: it is no tick.
         """
-        tick, rid = Tick.decode(delivery.body), self._subjects.rid(delivery.subject)
+        tick, rid = Tick.decode(delivery.body), self._keys.rid(delivery.subject)
         known = self._definitions.get((rid, tick.of)) if trusted else None
         if known is None:
             found = await self._look_up(delivery, rid, tick)
             if isinstance(found, TickEnd):
                 return found
             known = found
-        definition, now = known[0], self._backend.now()
+        definition, now = known[0], self._store.now()
         due = due_times(definition, tick, now, again=delivery.deliveries > 1)
         if definition.overlap == "skip" and due:
             # The first one: a repetition after a crash makes the same job.
@@ -110,13 +103,12 @@ class Ticker:
         self, delivery: Delivery, rid: str, tick: Tick
     ) -> tuple[Definition, bytes] | TickEnd:
         """Return the definition, or the disposition of a fire that makes no job."""
-        subjects, token = self._subjects, encode_token(rid)
-        keys = subjects.repeat(token), subjects.tick(token), subjects.fire(token)
+        keys, token = self._keys, encode_token(rid)
+        names = keys.repeat(token), keys.tick(token), keys.fire(token)
         records = {
-            record.subject: record
-            for record in without_markers(await self._backend.last(self._log, *keys))
+            record.subject: record for record in without_markers(await self._store.last(*names))
         }
-        stored, planned, fire = (records.get(key) for key in keys)
+        stored, planned, fire = (records.get(name) for name in names)
         if fire is None or fire.sequence != delivery.sequence:
             return TickEnd.ACK if fire and fire.sequence > delivery.sequence else TickEnd.UNSEEN
         if stored is None:
@@ -129,7 +121,7 @@ class Ticker:
                 return TickEnd.REMOVE
             # Its timer took away the tick that the change had planned: the series goes on.
             known = definition, stored.body
-            return await self._plan_next(delivery, known, tick, [], self._backend.now())
+            return await self._plan_next(delivery, known, tick, [], self._store.now())
         if delivery.deliveries > 1 and planned is not None and _is_after(planned, tick):
             return TickEnd.REMOVE  # its worker died after it had planned the next one
         return definition, stored.body
@@ -153,8 +145,8 @@ class Ticker:
         """Return whether a job is there and has not ended."""
         if job_id is None:
             return False
-        read = partial(read_stage, self._backend, self._subjects, encode_token(job_id))
-        return await look_for(read, looks(self._backend)) == "unfinished"
+        read = partial(self._store.read_stage, encode_token(job_id))
+        return await look_for(read, looks(self._store.backend)) == "unfinished"
 
     # -- jobs
 
@@ -166,32 +158,28 @@ class Ticker:
         for job in jobs:
             priority, token = await self._tier_of(job), encode_token(job.job_id)
             write = Write(
-                self._subjects.ready(priority, token),
+                self._keys.ready(priority, token),
                 job.encode(),
-                Expect(self._subjects.ready_any(token)),
+                Expect(self._keys.ready_any(token)),
                 message_id=keyed_id(await self._secret.get(), "tick", job.job_id),
             )
-            if await write_if_expected(self._backend, self._subjects.ready_log, write) is None:
+            if await self._store.write_if_expected(write) is None:
                 logger.debug("job %s of a repeatable is there already", job.job_id)
 
     async def _tier_of(self, job: Job) -> int:
         try:
-            await self._assets.declare_tier(job.priority)
+            await self._store.assets.declare_tier(job.priority)
         except TooManyPriorities as error:
             logger.error("job %s runs with priority %d: %s", job.job_id, DEFAULT_PRIORITY, error)
             return DEFAULT_PRIORITY
         return job.priority
 
     async def _existing(self, tokens: Sequence[str]) -> set[str]:
-        subjects, filters = self._subjects, list[str]()
-        for token in tokens:
-            filters += [subjects.ends(token), subjects.later_all(token)]
-        bucket = await self._backend.last(self._log, *filters)
-        ready = await self._backend.last(
-            subjects.ready_log, *(subjects.ready_any(token) for token in tokens)
-        )
+        keys = self._keys
+        bucket = await self._store.last(*filters_of(tokens, keys))
+        ready = await self._store.last(*(keys.ready_any(token) for token in tokens))
         found = without_markers([*bucket, *ready])
-        return {subjects.token(record.subject) for record in found}
+        return {keys.token(record.subject) for record in found}
 
     # -- the next tick
 
@@ -215,11 +203,11 @@ class Ticker:
         expect = Expect(delivery.subject, delivery.sequence)
         if definition.is_done(planned):
             ended = replace(definition, finished=True, left=planned)
-            key = self._subjects.repeat(encode_token(rid))
+            key = self._keys.repeat(encode_token(rid))
             write = Write(key, dump_json(ended), expect)
         else:
-            write = next_tick_write(self._subjects, rid, planned, now, expect)
-        if await write_if_expected(self._backend, self._log, write) is None:
+            write = next_tick_write(self._keys, rid, planned, now, expect)
+        if await self._store.write_if_expected(write) is None:
             logger.debug("repeatable %s was changed, or its tick was carried out elsewhere", rid)
             return TickEnd.ACK
         return TickEnd.ACK if write.subject == delivery.subject else TickEnd.REMOVE

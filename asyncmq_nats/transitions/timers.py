@@ -10,13 +10,12 @@ from collections.abc import Iterable
 from typing import Final
 
 from asyncmq_nats._clock import brief_pause
-from asyncmq_nats.backends.base import Backend, Record
+from asyncmq_nats.backends.base import Record
 from asyncmq_nats.exceptions import InvalidJob, WriteRefused
 from asyncmq_nats.states import Place
-from asyncmq_nats.store.many import read_many
+from asyncmq_nats.store.queue_store import QueueStore
 from asyncmq_nats.store.records import MOVED_FROM, TIMER_LEAD, without_markers
 from asyncmq_nats.wire.codec import load_json
-from asyncmq_nats.wire.keys import QueueSubjects
 
 __all__ = ["CLOCK_SLACK", "POLL_DELAYS", "expect_to_stay", "follow_timers", "is_ringing"]
 
@@ -30,11 +29,11 @@ POLL_DELAYS: Final = (0.0, 0.01, 0.02, *[0.05] * 100)
 """Pauses (seconds) between the looks at timers that go off."""
 
 
-def is_ringing(
-    backend: Backend, keys: QueueSubjects, record: Record, slack: float = WRITE_SLACK
-) -> bool:
+def is_ringing(store: QueueStore, record: Record, slack: float = WRITE_SLACK) -> bool:
     """Return whether a record is of a delayed job whose timer goes off, within `slack` seconds."""
-    if not backend.timers_lag or record.marker or not keys.is_later(record.subject, Place.DELAYED):
+    if not store.backend.timers_lag or record.marker:
+        return False
+    if not store.keys.is_later(record.subject, Place.DELAYED):
         return False
     try:
         data = load_json(record.body)
@@ -43,14 +42,10 @@ def is_ringing(
     run_at = data.get("delay_until")
     if not isinstance(run_at, int | float) or MOVED_FROM in data:  # a hold has another timer
         return False
-    return run_at - TIMER_LEAD - slack <= backend.now()
+    return run_at - TIMER_LEAD - slack <= store.now()
 
 
-async def follow_timers(
-    backend: Backend,
-    keys: QueueSubjects,
-    records: Iterable[Record],
-) -> list[Record]:
+async def follow_timers(store: QueueStore, records: Iterable[Record]) -> list[Record]:
     """Return records as they are once the timers that go off now have done so.
 
     A record that was released is replaced by the one that its timer made; it is left out if a
@@ -58,7 +53,7 @@ async def follow_timers(
     """
     kept, ringing = list[Record](), dict[str, Record]()
     for record in records:
-        if is_ringing(backend, keys, record):
+        if is_ringing(store, record):
             ringing[record.subject] = record
         else:
             kept.append(record)
@@ -67,26 +62,26 @@ async def follow_timers(
     there = list(ringing.values())
     for pause in POLL_DELAYS:
         await brief_pause(pause)
-        there = without_markers(await read_many(backend, keys.bucket_log, ringing))
+        there = without_markers(await store.last_of_many(ringing))
         if not there:
             break
+    keys = store.keys
     tokens = [keys.token(subject) for subject in ringing]
     released = [keys.later(token, Place.RELEASED) for token in tokens]
-    found = await read_many(backend, keys.bucket_log, released)
+    found = await store.last_of_many(released)
     return [*kept, *there, *without_markers(found)]
 
 
-async def expect_to_stay(
-    backend: Backend, keys: QueueSubjects, before: Record, sequence: int
-) -> None:
+async def expect_to_stay(store: QueueStore, before: Record, sequence: int) -> None:
     """Look whether a write over a delayed job is still there, if its timer may have overtaken it.
 
     Raises:
         WriteRefused: it is not: read the job again.
     """
-    if not is_ringing(backend, keys, before, CLOCK_SLACK):
+    if not is_ringing(store, before, CLOCK_SLACK):
         return
+    keys = store.keys
     await brief_pause(OVERTAKING_SECONDS)
-    records = await backend.last(keys.bucket_log, keys.later_all(keys.token(before.subject)))
+    records = await store.last(keys.later_all(keys.token(before.subject)))
     if all(record.sequence != sequence for record in records):
         raise WriteRefused(keys.bucket_log, "the timer of the job has gone off meanwhile")

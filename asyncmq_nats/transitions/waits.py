@@ -12,22 +12,22 @@ the server is of a child that has gone on.
 
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any, Final
 
-from asyncmq_nats._clock import brief_pause
 from asyncmq_nats._concurrency import KeyedTurns
-from asyncmq_nats.backends.base import Backend, Expect, Record, Write
+from asyncmq_nats.backends.base import Expect, Record, Write
 from asyncmq_nats.exceptions import InvalidJob
 from asyncmq_nats.jobs import Job
 from asyncmq_nats.states import State
-from asyncmq_nats.store.commit import REPLICA_LAG_DELAYS, commit, write_if_expected
-from asyncmq_nats.store.many import for_each, read_many
+from asyncmq_nats.store.commit import commit
+from asyncmq_nats.store.many import for_each
+from asyncmq_nats.store.queue_store import QueueStore
 from asyncmq_nats.store.records import without_markers
 from asyncmq_nats.wire.codec import dump_json, load_json
-from asyncmq_nats.wire.keys import QueueSubjects, encode_token
+from asyncmq_nats.wire.keys import encode_token
 
 __all__ = [
     "NARROW_LIMIT",
@@ -37,7 +37,6 @@ __all__ = [
     "new_wide",
     "place_of",
     "places_of",
-    "read_when",
     "texts",
 ]
 
@@ -110,26 +109,12 @@ def places_of(job: Job) -> dict[str, str]:
     }
 
 
-async def read_when(
-    backend: Backend, log: str, filters: Sequence[str], seen: Callable[[Sequence[Record]], bool]
-) -> list[Record]:
-    """Return the last records of the filters, read again while a replica lags behind `seen`."""
-    records: list[Record] = []
-    for pause in REPLICA_LAG_DELAYS:
-        await brief_pause(pause)
-        records = await backend.last(log, *filters)
-        if seen(records):
-            break
-    return records
-
-
 class Waits:
     """The parts of one queue."""
 
-    def __init__(self, backend: Backend, keys: QueueSubjects) -> None:
-        self._backend = backend
-        self._keys = keys
-        self._log = keys.bucket_log
+    def __init__(self, store: QueueStore) -> None:
+        self._store = store
+        self._keys = store.keys
         self._turns = KeyedTurns()
 
     def writes(self, job: Job) -> list[Write]:
@@ -156,7 +141,7 @@ class Waits:
         """Store the parts of a job, but for those that are there."""
 
         async def write(each: Write) -> None:  # refused: an earlier try stored it
-            await write_if_expected(self._backend, self._log, each)
+            await self._store.write_if_expected(each)
 
         *parts, top = self.writes(job)
         await for_each(write, parts)
@@ -168,11 +153,10 @@ class Waits:
 
         async def take() -> Wait | Record:
             """Return the part without that parent, or why it is not taken out."""
-            records = await read_when(
-                self._backend,
-                self._log,
-                [parent.outcome, key],
+            records = await self._store.last_when(
                 lambda found: any(record.subject == parent.outcome for record in found),
+                parent.outcome,
+                key,
             )
             record = next((each for each in records if each.subject == key), None)
             part = None if record is None else _read(record)
@@ -184,7 +168,7 @@ class Waits:
                 return Wait.FAILS if part.get("policy") == "fail" else Wait.OPEN
             body = dump_json(self._without(part, parent))
             write = Write(key, body, Expect(key, record.sequence), beside=True)
-            return Record(key, body, await self._backend.write(self._log, write), 0.0)
+            return Record(key, body, await self._store.write(write), 0.0)
 
         async with self._turns.of(key):
             part = await commit(take)
@@ -195,7 +179,7 @@ class Waits:
     def _without(self, part: dict[str, Any], parent: Parent) -> dict[str, Any]:
         results = part.get("results")
         results = dict(results) if isinstance(results, dict) else {}
-        share = self._backend.max_body // 2 // max(1, _count(part))
+        share = self._store.backend.max_body // 2 // max(1, _count(part))
         if parent.completed and len(dump_json([results, parent.result])) < share:
             results[parent.id] = parent.result
         left = [other for other in texts(part.get("open")) if other != parent.id]
@@ -207,14 +191,13 @@ class Waits:
         key = self._keys.wait(child, f"{token}.{TOP}")
 
         async def close() -> Wait:
-            records = await read_when(
-                self._backend,
-                self._log,
-                [part.subject, key],
+            records = await self._store.last_when(
                 lambda found: any(
                     each.subject == part.subject and each.sequence >= part.sequence
                     for each in found
                 ),
+                part.subject,
+                key,
             )
             record = next((each for each in records if each.subject == key), None)
             top = None if record is None else _read(record)
@@ -224,7 +207,7 @@ class Waits:
             if left != _numbers(top):
                 body = dump_json(top | {"open": left})
                 write = Write(key, body, Expect(key, record.sequence), beside=True)
-                await self._backend.write(self._log, write)
+                await self._store.write(write)
             return Wait.OPEN if left else Wait.CLOSED
 
         async with self._turns.of(key):
@@ -233,7 +216,7 @@ class Waits:
     async def is_closed(self, child: str, wide: str) -> bool:
         """Return whether no parent of the child is open any more."""
         key = self._keys.wait(child, f"{wide.partition('.')[0]}.{TOP}")
-        records = await self._backend.last(self._log, key)
+        records = await self._store.last(key)
         top = _read(records[0]) if records else None
         return top is not None and not _numbers(top)
 
@@ -255,22 +238,24 @@ class Waits:
         if match is None:
             return []
         keys = [self._keys.wait(child, f"{match[1]}.{number}") for number in range(int(match[2]))]
-        records = await read_many(self._backend, self._log, keys)
+        records = await self._store.last_of_many(keys)
         return [part for record in records if (part := _read(record)) is not None]
 
     async def remove(self, child: str) -> None:
         """Remove all parts of a child that does not wait any more."""
-        await self._backend.purge(self._log, self._keys.wait_all(child))
+        await self._store.purge(self._keys.wait_all(child))
 
     async def remove_orphans(self) -> None:
         """Remove the parts of children that are not waiting any more.
 
         Costs as much as there are.
         """
-        subjects = await self._backend.list_subjects(self._log, self._keys.wait_all("*"))
+        subjects = await self._store.backend.list_subjects(
+            self._keys.bucket_log, self._keys.wait_all("*")
+        )
         children = {self._keys.token(subject) for subject in subjects}
         filters = [self._keys.later_all(child) for child in children]
-        records = await read_many(self._backend, self._log, filters)
+        records = await self._store.last_of_many(filters)
         waiting = {self._keys.token(record.subject) for record in without_markers(records)}
         await for_each(self.remove, sorted(children - waiting))
 

@@ -241,8 +241,8 @@ async def taken_over(queue: Queue) -> tuple[Frozen, Lifecycle, Attempt]:
     [delivery] = await first.pull("tier_5")
     [again] = await second.pull("tier_5")
     assert again.deliveries == 2
-    frozen = Lifecycle(queue.backend, queue._subjects, queue._assets, "frozen")
-    other = Lifecycle(queue.backend, queue._subjects, queue._assets, "other")
+    frozen = Lifecycle(queue._store, "frozen")
+    other = Lifecycle(queue._store, "other")
     attempt = await other.verify(other.open(again))
     assert isinstance(attempt, Attempt)
     return Frozen(frozen, frozen.open(delivery)), other, attempt
@@ -288,7 +288,7 @@ async def test_a_frozen_worker_has_no_say_after_a_retry_by_hand(what: str, queue
 async def test_an_outcome_that_is_sent_again_does_not_undo_a_retry_by_hand(queue: Queue) -> None:
     job_id = await queue.add("echo", ["ran"])
     [delivery] = await Receiver(queue.backend, READY).pull("tier_5")
-    lifecycle = Lifecycle(queue.backend, queue._subjects, queue._assets, "worker")
+    lifecycle = Lifecycle(queue._store, "worker")
     attempt = lifecycle.open(delivery)
     sent: list[Write] = []
     await lifecycle.fail(

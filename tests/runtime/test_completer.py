@@ -18,10 +18,9 @@ from asyncmq_nats.queues import Queue
 from asyncmq_nats.runtime.completer import Completer
 from asyncmq_nats.runtime.registry import TaskRegistry
 from asyncmq_nats.store.announcing import WorkerEvents
-from asyncmq_nats.store.topology import QueueAssets
+from asyncmq_nats.store.queue_store import QueueStore
 from asyncmq_nats.transitions.claim import Attempt, Disposition
 from asyncmq_nats.transitions.finish import Lifecycle
-from asyncmq_nats.wire.keys import QueueSubjects
 from tests.receiver import PATIENCE, holds
 from tests.running import running
 
@@ -51,11 +50,11 @@ class World:
     """A completer, and one attempt whose end the server has refused."""
 
     def __init__(self) -> None:
-        backend, subjects = InMemoryBackend(), QueueSubjects("amq", "work")
-        self.lifecycle = Lifecycle(backend, subjects, QueueAssets(backend, subjects), "worker")
+        store = QueueStore.of(InMemoryBackend(), "work")
+        self.lifecycle = Lifecycle(store, "worker")
         self.spawner = Spawner()
         self.changes = 0
-        events = WorkerEvents(backend, subjects, "worker")
+        events = WorkerEvents(store, "worker")
         self.completer = Completer(self.lifecycle, events, self.spawner, self._on_change)
         self.message = Message()
         self.on_settled = self.completer.begin(Attempt(self.message, "a", JobHead("t", "a", 0.0)))

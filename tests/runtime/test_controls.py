@@ -17,6 +17,7 @@ from asyncmq_nats.runtime.control import (
     parse_pause,
 )
 from asyncmq_nats.settings import Settings
+from asyncmq_nats.store.queue_store import QueueStore
 from asyncmq_nats.wire.codec import dump_json
 from asyncmq_nats.wire.keys import QueueSubjects, workers_bucket
 from tests.receiver import until
@@ -29,7 +30,7 @@ def settings() -> Settings:
 
 
 def entry(backend: Backend, worker: str, queue: str = "work") -> WorkerRegistry:
-    return WorkerRegistry(backend, QueueSubjects(backend.settings.prefix, queue), worker, 3, dict)
+    return WorkerRegistry(QueueStore.of(backend, queue), worker, 3, dict)
 
 
 async def test_there_are_no_workers_before_the_first(backend: Backend) -> None:

@@ -19,7 +19,7 @@ from asyncmq_nats.runtime.fetcher import Fetcher
 from asyncmq_nats.runtime.handback import LOOK_SECONDS, MAX_LOOK_SECONDS
 from asyncmq_nats.runtime.prefetch import MAX_PREFETCH, Throughput
 from asyncmq_nats.settings import Settings
-from asyncmq_nats.store.topology import QueueAssets
+from asyncmq_nats.store.queue_store import QueueStore
 from asyncmq_nats.transitions.claim import Attempt
 from asyncmq_nats.transitions.finish import Lifecycle
 from asyncmq_nats.wire.keys import QueueSubjects, tier_name
@@ -36,14 +36,11 @@ def settings() -> Settings:
 @asynccontextmanager
 async def fetching(backend: Backend, concurrency: int) -> AsyncIterator[Fetcher]:
     """Run the fetcher of a worker without slots: the test takes the jobs."""
-    subjects = QueueSubjects(backend.settings.prefix, "work")
-    assets = QueueAssets(backend, subjects)
-    await assets.declare_all()
+    store = QueueStore.of(backend, "work")
+    await store.assets.declare_all()
     fetcher = Fetcher(
-        backend,
-        subjects,
-        assets,
-        Lifecycle(backend, subjects, assets, "worker"),
+        store,
+        Lifecycle(store, "worker"),
         concurrency=concurrency,
     )
     async with anyio.create_task_group() as group:
@@ -268,13 +265,12 @@ async def test_nothing_is_asked_while_nothing_is_held(backend: Backend) -> None:
 
 async def test_a_job_that_was_handed_back_did_not_stall(backend: Backend, twin: Backend) -> None:
     (job_id,) = await add(make_queue(backend), 5)
-    subjects = QueueSubjects(backend.settings.prefix, "work")
     async with fetching(backend, 1):
         await until(lambda: tier(backend), lambda state: state.leased == 1)
     async with fetching(twin, 1) as fetcher:
         (delivery,) = await take(fetcher, 1)
         assert ids([delivery]) == [job_id]
-        lifecycle = Lifecycle(twin, subjects, QueueAssets(twin, subjects), "worker")
+        lifecycle = Lifecycle(QueueStore.of(twin, "work"), "worker")
         attempt = await lifecycle.verify(lifecycle.open(delivery))
     assert isinstance(attempt, Attempt)
     assert (attempt.job.stalls, delivery.deliveries) == (0, 2)
@@ -301,7 +297,7 @@ class TestLateDeliveries:
         owner = Receiver(twin, subjects.ready_log)
         (delivery,) = await owner.pull(tier_name(5))
         assert (stale.deliveries, delivery.deliveries) == (2, 3)
-        lifecycle = Lifecycle(twin, subjects, QueueAssets(twin, subjects), "owner")
+        lifecycle = Lifecycle(QueueStore.of(twin, "work"), "owner")
         await lifecycle.verify(lifecycle.open(delivery))
         async with fetching(backend, 1) as fetcher:
             await fetcher._hand_back.give_back([stale])

@@ -22,6 +22,7 @@ from asyncmq_nats.runtime.rate_limiter import (
     RateLimiter,
     lease,
 )
+from asyncmq_nats.store.queue_store import QueueStore
 from asyncmq_nats.wire.keys import QueueSubjects
 from tests.receiver import until
 from tests.running import PATIENCE, make_queue, only, outcome, running
@@ -209,7 +210,7 @@ def test_a_bucket_survives_its_record(
 
 
 def limiter(backend: Backend, worker: str, limit: Limit) -> RateLimiter:
-    return RateLimiter(backend, QueueSubjects(backend.settings.prefix, "work"), limit, worker)
+    return RateLimiter(QueueStore.of(backend, "work"), limit, worker)
 
 
 async def test_workers_share_the_permits(backend: Backend, twin: Backend) -> None:

@@ -16,6 +16,7 @@ from asyncmq_nats.queues import Queue
 from asyncmq_nats.runtime import promoter
 from asyncmq_nats.runtime.promoter import Promoter
 from asyncmq_nats.settings import Settings
+from asyncmq_nats.store.queue_store import QueueStore
 from asyncmq_nats.store.secret import QueueSecret
 from asyncmq_nats.transitions.claim import Attempt
 from asyncmq_nats.transitions.finish import Lifecycle
@@ -427,7 +428,7 @@ async def test_a_promoter_that_cannot_begin_says_so_and_ends(
 
     monkeypatch.setattr(backend, "puller", lambda *_, **__: NoPuller())
     with anyio.fail_after(PATIENCE), pytest.raises(BackendError, match="no pulls today"):
-        await Promoter(backend, queue._subjects, queue._assets).run()
+        await Promoter(queue._store).run()
 
 
 @pytest.mark.parametrize("forgotten", [False, True])
@@ -448,7 +449,7 @@ async def test_what_reaches_a_promoter_late_is_not_made_ready_again(
     async with running(queue):
         await queue.wait_for(job_id, timeout=PATIENCE)
         assert late.deliveries == 1
-        other = Promoter(backend, queue._subjects, queue._assets)
+        other = Promoter(queue._store)
         async with anyio.create_task_group() as group:
             await group.start(other.run)
             other._on_delivery(late)
@@ -472,7 +473,7 @@ async def test_a_promotion_that_is_not_answered_does_not_hold_up_a_stop(
     with anyio.fail_after(PATIENCE), monkeypatch.context() as patch:
         patch.setattr(backend, "send", send)
         async with anyio.create_task_group() as group:
-            await group.start(Promoter(backend, queue._subjects, queue._assets).run)
+            await group.start(Promoter(queue._store).run)
             await queue.add("note", delay=0.01)
             await promoting.wait()
             group.cancel_scope.cancel()
@@ -489,7 +490,7 @@ async def hold(queue: Queue) -> tuple[Lifecycle, Attempt, Delivery]:
     """Take the next job as a worker does whose acknowledgement will be slow."""
     receiver = Receiver(queue.backend, f"amq_{queue.name}")
     [delivery] = await receiver.pull("tier_5")
-    lifecycle = Lifecycle(queue.backend, queue._subjects, queue._assets, "slow")
+    lifecycle = Lifecycle(queue._store, "slow")
     attempt = lifecycle.open(delivery)
     return lifecycle, attempt, delivery
 
@@ -546,21 +547,21 @@ async def test_the_secret_of_a_queue_is_one_and_tells_nothing(
     await queue._assets.declare_all()
     told: list[str] = []
     subscription = await backend.subscribe("amq.>", lambda signal: told.append(signal.subject))
-    secrets = [QueueSecret(handle, queue._subjects) for handle in (backend, twin) * 3]
+    secrets = [QueueSecret(QueueStore.of(handle, queue.name)) for handle in (backend, twin) * 3]
     values = await race(*(secret.get for secret in secrets))
     await subscription.unsubscribe()
     assert len(set(values)) == 1
     assert len(values[0]) >= 32
     assert [subject for subject in told if "secret" in subject] == []
     await queue.obliterate()
-    assert await QueueSecret(twin, queue._subjects).get() == values[0]
+    assert await QueueSecret(QueueStore.of(twin, queue.name)).get() == values[0]
 
 
 async def test_a_malformed_secret_is_replaced(backend: Backend) -> None:
     queue = make_queue(backend)
     await queue._assets.declare_all()
     await backend.write("KV_amq_work_scheduler", Write(queue._subjects.secret, b"1234"))
-    first, second = (QueueSecret(backend, queue._subjects) for _ in range(2))
+    first, second = (QueueSecret(QueueStore.of(backend, queue.name)) for _ in range(2))
     assert len(await first.get()) >= 32
     assert await second.get() == await first.get()
 

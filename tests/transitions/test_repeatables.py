@@ -743,7 +743,7 @@ async def test_a_last_run_that_is_retried_while_it_is_looked_for_is_unfinished(
 
     with monkeypatch.context() as patch:
         patch.setattr(backend, "last", last)
-        ticker = Ticker(backend, subjects, queue._assets, QueueSecret(backend, subjects))
+        ticker = Ticker(queue._store, QueueSecret(queue._store))
         assert await ticker._is_unfinished(job_id)
 
 

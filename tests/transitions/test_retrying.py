@@ -535,7 +535,7 @@ async def test_a_slow_acknowledgement_does_not_lose_a_job_that_is_retried(
     flaky.failures = 0
     receiver = Receiver(queue.backend, "amq_work")
     [delivery] = await receiver.pull("tier_5")
-    lifecycle = Lifecycle(queue.backend, queue._subjects, queue._assets, "slow")
+    lifecycle = Lifecycle(queue._store, "slow")
     attempt = lifecycle.open(delivery)
     await lifecycle.fail(attempt, Failure("ValueError: no", "", time.time()), lambda *_: None)
     assert await queue.retry_job(job_id)
