@@ -26,13 +26,14 @@ from asyncmq_nats.transitions.definition import (
     Definition,
     Tick,
     decode_definition,
+    fingerprint,
     job_of,
     make_definition,
     next_tick_write,
     planned_time,
     repeatable_id,
 )
-from asyncmq_nats.transitions.timers import POLL_DELAYS
+from asyncmq_nats.transitions.timers import CLOCK_SLACK, OVERTAKING_SECONDS, POLL_DELAYS
 from asyncmq_nats.wire.codec import dump_json
 from asyncmq_nats.wire.keys import encode_token
 
@@ -79,7 +80,7 @@ class Repeatables:
             if (
                 stored is not None
                 and stored.same_as(definition)
-                and (tick is not None or stored.paused or stored.finished)
+                and (self._goes_on(records) or stored.paused or stored.finished)
             ):
                 return _next_of(stored, tick, now)
             at = await self._put(*_changed(stored, tick, definition, now), records)
@@ -106,13 +107,32 @@ class Repeatables:
         ]
         expect = Expect(key, _sequence(records, key))
         writes.append(Write(key, body, expect))
-        if not await self._write(_fenced(writes, fire, records)):
+        if not await self._write(_fenced(writes, fire, records), definition.rid, records):
             return None
         return _next_of(definition, tick, self._store.now())
 
-    async def _write(self, writes: Sequence[Write]) -> bool:
-        """Write, and return whether what was read still held."""
-        return await self._store.write_if_expected(*writes) is not None
+    async def _write(
+        self, writes: Sequence[Write], rid: str, records: Mapping[str, Record]
+    ) -> bool:
+        """Write, and return whether what was read still held.
+
+        A write that took so long that the timer of the tick has gone off looks whether it holds.
+        """
+        if await self._store.write_if_expected(*writes) is None:
+            return False
+        if not self._is_ringing(records, encode_token(rid), CLOCK_SLACK):
+            return True
+        await brief_pause(OVERTAKING_SECONDS)
+        records = await self._read(rid)
+        definition = self._definition_in(records)
+        if definition is None or definition.paused or definition.finished:
+            return self._tick_in(records) is None
+        return self._goes_on(records)
+
+    def _goes_on(self, records: Mapping[str, Record]) -> bool:
+        """Return whether there is a tick that was planned with the definition that is there."""
+        record, tick = self._record_in(records), self._tick_in(records)
+        return record is not None and tick is not None and tick.of in ("", fingerprint(record.body))
 
     async def _read_after_timer(self, rid: str) -> dict[str, Record]:
         """Return what is stored of one; wait for its timer if that goes off at this moment.
@@ -127,12 +147,14 @@ class Repeatables:
             records = await self._read(rid)
         return records
 
-    def _is_ringing(self, records: Mapping[str, Record], token: str) -> bool:
+    def _is_ringing(
+        self, records: Mapping[str, Record], token: str, slack: float = TICK_SLACK
+    ) -> bool:
         record = records.get(self._keys.tick(token))
         if record is None or record.marker or not self._backend.timers_lag:
             return False
         tick = self._tick_in({record.subject: record})
-        return tick is not None and tick.run_at - TICK_LEAD - TICK_SLACK <= self._store.now()
+        return tick is not None and tick.run_at - TICK_LEAD - slack <= self._store.now()
 
     async def _read(self, rid: str) -> dict[str, Record]:
         token = encode_token(rid)
@@ -197,10 +219,13 @@ class Repeatables:
 
     async def remove(self, rid: str) -> bool:
         """Remove one. Return whether it was there."""
+        was_there = False
         while True:
             records = await self._read_after_timer(rid)
-            if self._record_in(records) is None:
-                return False
+            if self._record_in(records) is not None:
+                was_there = True
+            elif not was_there or self._tick_in(records) is None:
+                return was_there
             if await self._remove(rid, records):
                 return True
 
@@ -217,16 +242,17 @@ class Repeatables:
             )
             for record in without_markers(records.values())
         ]
-        return await self._write(_fenced(writes, fire, records))
+        return await self._write(_fenced(writes, fire, records), rid, records)
 
     async def pause(self, rid: str) -> bool:
         """Stop its series. Return whether it was there."""
         while True:
             records = await self._read_after_timer(rid)
             definition = self._definition_in(records)
-            if definition is None or definition.paused:
+            tick = self._tick_in(records)
+            if definition is None or (definition.paused and tick is None):
                 return definition is not None
-            left = self._tick_in(records) or definition.left
+            left = tick or definition.left
             paused = replace(definition, paused=True, left=left)
             if await self._put(paused, None, records) is not None:
                 return True
@@ -246,7 +272,7 @@ class Repeatables:
             if definition is None:
                 raise KeyError(f"no repeatable {rid!r}")
             now = self._store.now()
-            if not definition.paused and (tick is not None or definition.finished):
+            if not definition.paused and (self._goes_on(records) or definition.finished):
                 return _next_of(definition, tick, now)
             at = await self._put(*_resumed(definition, now), records)
             if at is not None:

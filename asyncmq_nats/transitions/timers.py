@@ -17,7 +17,14 @@ from asyncmq_nats.store.queue_store import QueueStore
 from asyncmq_nats.store.records import MOVED_FROM, TIMER_LEAD, without_markers
 from asyncmq_nats.wire.codec import load_json
 
-__all__ = ["CLOCK_SLACK", "POLL_DELAYS", "expect_to_stay", "follow_timers", "is_ringing"]
+__all__ = [
+    "CLOCK_SLACK",
+    "OVERTAKING_SECONDS",
+    "POLL_DELAYS",
+    "expect_to_stay",
+    "follow_timers",
+    "is_ringing",
+]
 
 WRITE_SLACK: Final = 0.1
 """Seconds before its timer from which a record is not changed any more: a write takes its time."""

@@ -207,10 +207,15 @@ async def change_schedule(queue: Queue) -> None:
     await queue.upsert_repeatable("tick", every=1, args=[1], name="tick")
 
 
+@pytest.mark.parametrize("in_time", [False, True])
 @pytest.mark.parametrize("change", [pause, remove_schedule, change_schedule])
 async def test_a_schedule_that_is_changed_at_its_tick_is_as_it_was_changed(
-    nats_backend: NATSBackend, change: Callable[[Queue], Awaitable[None]]
+    nats_backend: NATSBackend,
+    monkeypatch: pytest.MonkeyPatch,
+    change: Callable[[Queue], Awaitable[None]],
+    in_time: bool,
 ) -> None:
+    """`in_time`: the call began before the tick, and its write took so long."""
     ran = list[int]()
 
     async def tick(value: int) -> None:
@@ -226,8 +231,13 @@ async def test_a_schedule_that_is_changed_at_its_tick_is_as_it_was_changed(
     await queue.upsert_repeatable("tick", every=1, args=[0], name="tick", start=first)
     async with running(queue):
         await holds(lambda: bool(ran))
-        await wait_for_the_first(queue)
-        await change(queue)
+        other = Queue("work", nats_backend.copy())
+        if in_time:
+            hold_up_writes(other, monkeypatch)
+        else:
+            await wait_for_the_first(queue)
+        await change(other)
+        await other.backend.close()
         # The tick that was due may be carried out.
         await until(queue.queue_stats, lambda stats: stats["completed"] >= TIMERS)
         await until(queue.queue_stats, lambda stats: stats["waiting"] + stats["active"] == 0)
