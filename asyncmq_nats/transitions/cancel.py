@@ -25,7 +25,7 @@ from asyncmq_nats.transitions.claim import CLAIM_TTL, Claim
 from asyncmq_nats.transitions.deliver import OUTCOME_FIELDS
 from asyncmq_nats.transitions.finish import PUT_OFF_FIELDS
 from asyncmq_nats.transitions.release import Dependencies
-from asyncmq_nats.transitions.timers import follow_timers, is_ringing
+from asyncmq_nats.transitions.timers import follow_timers, is_ringing, remove_overtaken
 from asyncmq_nats.wire.codec import dump_json, load_json
 from asyncmq_nats.wire.keys import QueueSubjects, decode_token, encode_token
 
@@ -64,7 +64,9 @@ class Administration:
             if not any(self._is_delayed(record) for record in records):
                 continue
             for record in await follow_timers(self._store, records):
-                return await self._store.delete(record)
+                removed = await self._store.delete(record)
+                await remove_overtaken(self._store, [record])
+                return removed
         return False
 
     async def take_due(self, jobs: Sequence[Job]) -> list[Job]:
@@ -181,6 +183,7 @@ class Administration:
                     await self._store.delete(record)
         if snapshot.claim is not None:
             await self._store.delete(snapshot.claim)
+        await remove_overtaken(self._store, snapshot.later.values())
 
     def _reminder(self, snapshot: Snapshot, outcome: bytes) -> list[Write]:
         """Return the write that has a promoter tell the children, should this process die first.
@@ -211,6 +214,7 @@ class Administration:
                     removed |= not keys.is_claim(record.subject)
                     if b'"wide"' in record.body:
                         await self._dependencies.forget(token)
+            await remove_overtaken(self._store, records)
         return removed
 
     async def _is_taken(self, ready: Record) -> bool:

@@ -18,7 +18,7 @@ from asyncmq_nats.store.queue_store import QueueStore
 from asyncmq_nats.store.reads import Inspection
 from asyncmq_nats.store.records import without_markers
 from asyncmq_nats.transitions.cancel import PLACES_OF, is_delayed
-from asyncmq_nats.transitions.timers import follow_timers
+from asyncmq_nats.transitions.timers import follow_timers, remove_overtaken
 from asyncmq_nats.transitions.waits import Waits
 from asyncmq_nats.wire.keys import INDEXED, decode_token
 
@@ -152,6 +152,7 @@ class Cleanup:
             records = await follow_timers(self._store, records)
         sequences = [record.sequence for record in records]
         removed = set(await self._backend.delete_many(source.log, sequences))
+        await remove_overtaken(self._store, records)
         return [
             decode_token(self._keys.parse(record.subject).token)
             for record in records
@@ -164,12 +165,7 @@ class Cleanup:
         Return their ids. Jobs that run stay.
         """
         ids: list[str] = []
-        places = (Place.DELAYED, Place.RELEASED) if include_delayed else (Place.RELEASED,)
-        tiers = [
-            source for source in await self._lists.sources(State.WAITING) if source.tier is not None
-        ]
-        # In the order in which jobs move: one that becomes ready meanwhile is not missed.
-        for source in [*[await self._lists.place(place) for place in places], *tiers]:
+        async for source in self._drained(include_delayed=include_delayed):
             async for step in self._steps(source, inf):
                 wanted = step
                 if source.place is Place.RELEASED and not include_delayed:
@@ -178,6 +174,18 @@ class Cleanup:
                 if progress is not None:
                     progress(len(ids))
         return ids
+
+    async def _drained(self, *, include_delayed: bool) -> AsyncIterator[Source]:
+        """Yield what is drained in the order in which jobs move, each looked up when it is due.
+
+        So a job that moves on meanwhile is not missed.
+        """
+        if include_delayed:
+            yield await self._lists.place(Place.DELAYED)
+        yield await self._lists.place(Place.RELEASED)
+        for source in await self._lists.sources(State.WAITING):
+            if source.tier is not None:
+                yield source
 
     def _waits(self, record: Record) -> bool:
         """Return whether a released job waits for others: a promoter parks it again."""

@@ -20,7 +20,7 @@ from asyncmq_nats.store.search import Found
 from asyncmq_nats.store.snapshot import count_reruns
 from asyncmq_nats.transitions.cancel import Administration
 from asyncmq_nats.transitions.claim import CLAIM_TTL, Claim
-from asyncmq_nats.transitions.timers import is_ringing
+from asyncmq_nats.transitions.timers import is_ringing, remove_overtaken
 from asyncmq_nats.wire.codec import load_json
 
 __all__ = ["Sweep"]
@@ -104,6 +104,7 @@ class Sweep:
             if item.found.source.tier is None or item.sequence not in removed
         ]
         await self._remove_rest(self._keys.ready_log, self._keys.ready_any, moved)
+        await remove_overtaken(self._store, [item.found.record for item in cancelled])
         if error is not None:
             raise error
         return cancelled

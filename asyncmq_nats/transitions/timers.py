@@ -24,6 +24,7 @@ __all__ = [
     "expect_to_stay",
     "follow_timers",
     "is_ringing",
+    "remove_overtaken",
 ]
 
 WRITE_SLACK: Final = 0.1
@@ -32,6 +33,8 @@ CLOCK_SLACK: Final = 0.05
 """Seconds by which the time that is known of the server may be wrong."""
 OVERTAKING_SECONDS: Final = 1.0
 """How long a timer that has gone off may take to overtake a write, in seconds."""
+REMOVAL_PAUSE: Final = 0.25
+"""The same for a removal, in seconds: less than the lead of timers, so that none has run yet."""
 POLL_DELAYS: Final = (0.0, 0.01, 0.02, *[0.05] * 100)
 """Pauses (seconds) between the looks at timers that go off."""
 
@@ -77,6 +80,20 @@ async def follow_timers(store: QueueStore, records: Iterable[Record]) -> list[Re
     released = [keys.later(token, Place.RELEASED) for token in tokens]
     found = await store.last_of_many(released)
     return [*kept, *there, *without_markers(found)]
+
+
+async def remove_overtaken(store: QueueStore, removed: Iterable[Record]) -> None:
+    """Remove what timers have released of records whose removal took so long that they went off."""
+    bodies = {
+        store.keys.later(store.keys.token(record.subject), Place.RELEASED): record.body
+        for record in removed
+        if is_ringing(store, record, CLOCK_SLACK)
+    }
+    if bodies:
+        await brief_pause(REMOVAL_PAUSE)
+        for record in without_markers(await store.last_of_many(bodies)):
+            if record.body == bodies[record.subject]:
+                await store.delete(record)
 
 
 async def expect_to_stay(store: QueueStore, before: Record, sequence: int) -> None:

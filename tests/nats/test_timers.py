@@ -12,7 +12,6 @@ import anyio
 import pytest
 
 from asyncmq_nats import JobFilter, Queue
-from asyncmq_nats.backends.base import Write
 from asyncmq_nats.backends.nats.backend import NATSBackend
 from asyncmq_nats.exceptions import WrongState
 from asyncmq_nats.states import Place
@@ -74,13 +73,16 @@ async def test_an_edit_that_was_confirmed_is_not_lost(nats_backend: NATSBackend)
 
 def hold_up_writes(queue: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
     """Have the writes of the queue, begun in time, reach the server when its timers go off."""
-    write = queue.backend.write
 
-    async def held_up(log: str, *writes: Write) -> int:
-        await wait_for_the_first(queue)
-        return await write(log, *writes)
+    def held_up(call: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+        async def hold_up(*args: Any) -> Any:
+            await wait_for_the_first(queue)
+            return await call(*args)
 
-    monkeypatch.setattr(queue.backend, "write", held_up)
+        return hold_up
+
+    for name in ("write", "write_each", "delete", "delete_many"):
+        monkeypatch.setattr(queue.backend, name, held_up(getattr(queue.backend, name)))
 
 
 async def test_an_edit_whose_timer_overtakes_it_is_not_confirmed(
@@ -175,13 +177,18 @@ async def cancel_all(queue: Queue, ids: list[str]) -> set[str]:
     return {job["id"] for job in await queue.list_jobs("cancelled")}
 
 
+@pytest.mark.parametrize("in_time", [False, True])
 @pytest.mark.parametrize("change", [cancel, remove, remove_delayed, drain, cancel_all])
 async def test_a_job_that_was_taken_out_at_its_time_is_not_released(
-    nats_backend: NATSBackend, change: Change
+    nats_backend: NATSBackend, monkeypatch: pytest.MonkeyPatch, change: Change, in_time: bool
 ) -> None:
+    """`in_time`: the call began before its time, and its write took so long."""
     queue = Queue("work", nats_backend)
     ids = await add_jobs(queue)
-    await wait_for_the_first(queue)
+    if in_time:
+        hold_up_writes(queue, monkeypatch)
+    else:
+        await wait_for_the_first(queue)
     taken = await change(queue, ids)
     await wait_for_all(queue)
     await anyio.sleep(0.3)  # the last that was due may yet be stored
