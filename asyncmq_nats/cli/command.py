@@ -9,15 +9,18 @@
 The function is async; its first parameter is the session, the rest is what Typer makes options of.
 """
 
+import asyncio
 import functools
 import getpass
 import inspect
 import logging
+import signal
 import socket
 import sys
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import suppress
-from typing import Annotated, Any, Final, TypeVar, get_args
+import threading
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from typing import Annotated, Any, Final, NoReturn, TypeVar, get_args
 
 import anyio
 import typer
@@ -316,13 +319,55 @@ def start(ctx: typer.Context, act: Callable[[Session], Awaitable[None]]) -> None
     session = Session(connection_options(ctx), Output())
 
     async def run() -> None:
-        try:
-            await act(session)
-        finally:
-            with anyio.CancelScope(shield=True):
-                await session.close()
+        with anyio.CancelScope() as scope, cancelled_by_sigint(scope):
+            try:
+                await act(session)
+            finally:
+                with anyio.CancelScope(shield=True):
+                    await session.close()
+        if scope.cancelled_caught:
+            raise KeyboardInterrupt
 
     anyio.run(run)
+
+
+@contextmanager
+def on_sigint(handle: Callable[[], object]) -> Iterator[None]:
+    """Have SIGINT call `handle` while the block runs; not outside of the main thread.
+
+    A program that ignores SIGINT goes on to: a shell that has a job in the background says so.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield
+        return
+    signal.signal(signal.SIGINT, lambda *_: handle())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def interrupt() -> NoReturn:
+    """End the command at once."""
+    raise KeyboardInterrupt
+
+
+@contextmanager
+def cancelled_by_sigint(scope: anyio.CancelScope) -> Iterator[None]:
+    """Have SIGINT cancel a scope, so that what is shielded ends; a second one ends at once.
+
+    asyncio would cancel the task itself, which tears what is shielded.
+    """
+    loop = asyncio.get_running_loop()
+
+    def cancel() -> None:
+        if scope.cancel_called:
+            interrupt()
+        loop.call_soon_threadsafe(scope.cancel)
+
+    with on_sigint(cancel):
+        yield
 
 
 def log_verbosely() -> None:
@@ -368,5 +413,7 @@ def confirm(question: str, *, force: bool) -> None:
         return
     if not sys.stdin.isatty():
         raise CommandFailed(f"{question} No one can answer here: add --force to do it")
-    if not typer.confirm(question, err=True):
+    with on_sigint(interrupt):  # nothing is under way that it could tear
+        is_wanted = typer.confirm(question, err=True)
+    if not is_wanted:
         raise CommandFailed("nothing was done")

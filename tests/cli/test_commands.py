@@ -640,6 +640,28 @@ async def test_an_interrupted_command_says_how_to_go_on(
     await only(queue, waiting=1400, failed=100)
 
 
+async def test_a_question_ends_at_the_first_sigint(nats_backend: NATSBackend, server: Any) -> None:
+    queue = make_queue(nats_backend, "mail")
+    await queue.add("fail")
+    await counted(queue)
+    line = [sys.executable, "-m", "asyncmq_nats", "job", "cancel", "mail", "--all"]
+    terminal, inner = os.openpty()
+    try:
+        async with await anyio.open_process(
+            [*line, "-s", server.url], stdin=inner, stdout=inner, stderr=inner
+        ) as process:
+            told = b""
+            while b"[y/N]" not in told:
+                told += await anyio.to_thread.run_sync(os.read, terminal, 1000)
+            process.send_signal(signal.SIGINT)
+            with anyio.fail_after(PATIENCE):
+                assert await process.wait() == 130
+    finally:
+        os.close(terminal)
+        os.close(inner)
+    await has(queue, 1)
+
+
 # -- documents
 
 
