@@ -648,11 +648,12 @@ async def test_a_question_ends_at_the_first_sigint(nats_backend: NATSBackend, se
     terminal, inner = os.openpty()
     try:
         async with await anyio.open_process(
-            [*line, "-s", server.url], stdin=inner, stdout=inner, stderr=inner
+            [*line, "-s", server.url], stdin=inner, start_new_session=True
         ) as process:
+            assert process.stderr is not None
             told = b""
             while b"[y/N]" not in told:
-                told += await anyio.to_thread.run_sync(os.read, terminal, 1000)
+                told += await process.stderr.receive()
             process.send_signal(signal.SIGINT)
             with anyio.fail_after(PATIENCE):
                 assert await process.wait() == 130
