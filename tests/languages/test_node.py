@@ -216,7 +216,10 @@ async def test_the_job_of_a_killed_node_worker_is_run_by_the_next(
     first.kill()
     second = await start()
     async with told(queue, "job:started") as seen:
-        await until(queue.list_workers, lambda found: any(job_id in w.running for w in found[-1:]))
+        found = await until(
+            queue.list_workers, lambda found: any(job_id in w.running for w in found[-1:])
+        )
+        assert found[-1].since <= (found[-1].start_of(job_id) or 0) <= found[-1].heartbeat + 0.1
         await queue.cancel_job(job_id)
         assert (await outcome(queue, job_id))["status"] == "cancelled"
         await only(queue, cancelled=1)

@@ -129,6 +129,8 @@ export interface WorkerEntry {
   pid: number;
   since: number;
   running: string[];
+  /** When each of `running` started. */
+  starts: number[];
   repeatables: string[];
   version: string;
   busy: number;

@@ -101,7 +101,7 @@ export class Worker {
   readonly stopped: Promise<void>;
   readonly #concurrency: number;
   readonly #since = now();
-  readonly #running = new Map<string, AbortController>(); // by id
+  readonly #running = new Map<string, { abort: AbortController; since: number }>(); // by id
   readonly #held = new Set<JsMsg>(); // messages on lease
   readonly #pulls: ConsumerMessages[] = [];
   readonly #timers: NodeJS.Timeout[] = [];
@@ -162,7 +162,7 @@ export class Worker {
   async #begin(tiers: string[]): Promise<void> {
     const { names } = this;
     this.#every(this.lease / 3, async () => this.#held.forEach((message) => message.working()));
-    this.#hear("cancel", (id) => this.#running.get(id)?.abort(new Error("cancelled")));
+    this.#hear("cancel", (id) => this.#running.get(id)?.abort.abort(new Error("cancelled")));
     this.#hear("stop", (worker, inbox) => this.#onStop(worker, inbox));
     this.#hear("pause", (until, inbox) => this.#onPause(Number(until), inbox));
     this.#hear("resume", () => (this.#pausedUntil = 0));
@@ -247,6 +247,7 @@ export class Worker {
       pid: process.pid,
       since: this.#since,
       running: [...this.#running.keys()].slice(0, 100),
+      starts: [...this.#running.values()].slice(0, 100).map(({ since }) => since),
       repeatables: [],
       version: `node ${process.versions.node}`,
       busy: this.#running.size,
@@ -441,7 +442,7 @@ export class Worker {
       const reason = new Error(`it ran longer than ${job.timeout} s`);
       limit = setTimeout(() => abort.abort(reason), job.timeout * 1000);
     }
-    this.#running.set(id, abort);
+    this.#running.set(id, { abort, since: now() });
     try {
       const call = task as (context: Context, ...args: Json[]) => Promise<Json | void>;
       return (await Promise.race([call(context, ...(job.args ?? [])), aborted])) ?? null;
