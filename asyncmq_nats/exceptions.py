@@ -463,14 +463,15 @@ class Unconfirmed(BackendError, TimeoutError):
     """No answer came before the deadline: a write may or may not have happened."""
 
     def __init__(self, what: str, seconds: float, *, read: bool = False) -> None:
+        shown = f"{round(seconds, 2):g} s"
         if read:
             super().__init__(
-                f"{what} was not answered within {seconds:g} s: "
+                f"{what} was not answered within {shown}: "
                 "is the server up, and has each stream a leader? Try again"
             )
         else:
             super().__init__(
-                f"{what} was not confirmed within {seconds:g} s: it may or may not have happened; "
+                f"{what} was not confirmed within {shown}: it may or may not have happened; "
                 "to make a repetition safe, give the job a job_id of your own"
             )
 

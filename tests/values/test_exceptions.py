@@ -178,3 +178,9 @@ def test_an_error_survives_a_process_boundary(error: AsyncMQError) -> None:
     assert [str(value) for value in vars(again).values()] == [
         str(value) for value in vars(error).values()
     ]
+
+
+def test_the_seconds_of_an_unconfirmed_write_are_those_that_were_asked_for() -> None:
+    """What is left of them when it is sent is a little less."""
+    assert "not confirmed within 1.5 s:" in str(Unconfirmed("the write", 1.49999))
+    assert "not answered within 0.25 s:" in str(Unconfirmed("the read", 0.25, read=True))
