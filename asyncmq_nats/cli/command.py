@@ -9,18 +9,15 @@
 The function is async; its first parameter is the session, the rest is what Typer makes options of.
 """
 
-import asyncio
 import functools
 import getpass
 import inspect
 import logging
-import signal
 import socket
 import sys
-import threading
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from typing import Annotated, Any, Final, NoReturn, TypeVar, get_args
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
+from typing import Annotated, Any, Final, TypeVar, get_args
 
 import anyio
 import typer
@@ -28,6 +25,7 @@ import typer
 from asyncmq_nats import NATSBackend, Queue, list_queues
 from asyncmq_nats.audit import AuditEntry, record_action
 from asyncmq_nats.cli.connection import ConnectionOptions, make_backend
+from asyncmq_nats.cli.interrupts import cancelled_by_sigint, interrupt, on_sigint
 from asyncmq_nats.cli.output import Output
 from asyncmq_nats.exceptions import AsyncMQError
 from asyncmq_nats.settings import mask_login
@@ -329,45 +327,6 @@ def start(ctx: typer.Context, act: Callable[[Session], Awaitable[None]]) -> None
             raise KeyboardInterrupt
 
     anyio.run(run)
-
-
-@contextmanager
-def on_sigint(handle: Callable[[], object]) -> Iterator[None]:
-    """Have SIGINT call `handle` while the block runs; not outside of the main thread.
-
-    A program that ignores SIGINT goes on to: a shell that has a job in the background says so.
-    """
-    before = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(before):
-        yield
-        return
-    signal.signal(signal.SIGINT, lambda *_: handle())
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def interrupt() -> NoReturn:
-    """End the command at once."""
-    raise KeyboardInterrupt
-
-
-@contextmanager
-def cancelled_by_sigint(scope: anyio.CancelScope) -> Iterator[None]:
-    """Have SIGINT cancel a scope, so that what is shielded ends; a second one ends at once.
-
-    asyncio would cancel the task itself, which tears what is shielded.
-    """
-    loop = asyncio.get_running_loop()
-
-    def cancel() -> None:
-        if scope.cancel_called:
-            interrupt()
-        loop.call_soon_threadsafe(scope.cancel)
-
-    with on_sigint(cancel):
-        yield
 
 
 def log_verbosely() -> None:

@@ -25,7 +25,12 @@ from asyncmq_nats.transitions.claim import CLAIM_TTL, Claim
 from asyncmq_nats.transitions.deliver import OUTCOME_FIELDS
 from asyncmq_nats.transitions.finish import PUT_OFF_FIELDS
 from asyncmq_nats.transitions.release import Dependencies
-from asyncmq_nats.transitions.timers import follow_timers, is_ringing, remove_overtaken
+from asyncmq_nats.transitions.timers import (
+    follow_timers,
+    is_ringing,
+    remove_overtaken,
+    wait_for_timers,
+)
 from asyncmq_nats.wire.codec import dump_json, load_json
 from asyncmq_nats.wire.keys import QueueSubjects, decode_token, encode_token
 
@@ -125,7 +130,7 @@ class Administration:
         delayed = snapshot.later.get(Place.DELAYED)
         if delayed is None or not is_ringing(self._store, delayed):
             return snapshot
-        await follow_timers(self._store, [delayed])
+        await wait_for_timers(self._store, [delayed])
         return await self._store.read_snapshot(token)
 
     async def finish_cancel(self, job_id: str) -> None:

@@ -33,7 +33,7 @@ from asyncmq_nats.transitions.definition import (
     planned_time,
     repeatable_id,
 )
-from asyncmq_nats.transitions.timers import CLOCK_SLACK, OVERTAKING_SECONDS, POLL_DELAYS
+from asyncmq_nats.transitions.timers import CLOCK_SLACK, OVERTAKING_SECONDS, wait_for_timers
 from asyncmq_nats.wire.codec import dump_json
 from asyncmq_nats.wire.keys import encode_token
 
@@ -120,7 +120,7 @@ class Repeatables:
         """
         if await self._store.write_if_expected(*writes) is None:
             return False
-        if not self._is_ringing(records, encode_token(rid), CLOCK_SLACK):
+        if self._ringing(rid, records, CLOCK_SLACK) is None:
             return True
         await brief_pause(OVERTAKING_SECONDS)
         records = await self._read(rid)
@@ -140,21 +140,22 @@ class Repeatables:
         Its tick would be carried out, and the series go on, in spite of what is written now.
         """
         records = await self._read(rid)
-        for pause in POLL_DELAYS:
-            if not self._is_ringing(records, encode_token(rid)):
-                break
-            await brief_pause(pause)
-            records = await self._read(rid)
-        return records
+        ringing = self._ringing(rid, records)
+        if ringing is None:
+            return records
+        await wait_for_timers(self._store, [ringing])
+        return await self._read(rid)
 
-    def _is_ringing(
-        self, records: Mapping[str, Record], token: str, slack: float = TICK_SLACK
-    ) -> bool:
-        record = records.get(self._keys.tick(token))
-        if record is None or record.marker or not self._backend.timers_lag:
-            return False
+    def _ringing(
+        self, rid: str, records: Mapping[str, Record], slack: float = TICK_SLACK
+    ) -> Record | None:
+        """Return the record of the tick if its timer goes off, within `slack` seconds."""
+        record = records.get(self._keys.tick(encode_token(rid)))
+        if record is None or not self._backend.timers_lag:
+            return None
         tick = self._tick_in({record.subject: record})
-        return tick is not None and tick.run_at - TICK_LEAD - slack <= self._store.now()
+        is_due = tick is not None and tick.run_at - TICK_LEAD - slack <= self._store.now()
+        return record if is_due else None
 
     async def _read(self, rid: str) -> dict[str, Record]:
         token = encode_token(rid)

@@ -2,11 +2,11 @@
 
 nats-server first reads the records whose time has come, then stores what they release, one by one,
 and removes what is there by then. So a write over such a record, or its removal, is accepted and
-has no effect. With many timers at one instant this takes a second and more. So nobody changes such
-a record: the job is followed to where its timer puts it.
+has no effect. With many timers at one instant this takes a second and more. So such a record is
+left alone, and the job is followed to where its timer puts it.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Final
 
 from asyncmq_nats._clock import brief_pause
@@ -20,11 +20,11 @@ from asyncmq_nats.wire.codec import load_json
 __all__ = [
     "CLOCK_SLACK",
     "OVERTAKING_SECONDS",
-    "POLL_DELAYS",
     "expect_to_stay",
     "follow_timers",
     "is_ringing",
     "remove_overtaken",
+    "wait_for_timers",
 ]
 
 WRITE_SLACK: Final = 0.1
@@ -61,31 +61,41 @@ async def follow_timers(store: QueueStore, records: Iterable[Record]) -> list[Re
     A record that was released is replaced by the one that its timer made; it is left out if a
     promoter has already taken that one. If the server takes too long, it is returned as it is.
     """
-    kept, ringing = list[Record](), dict[str, Record]()
+    kept, ringing = list[Record](), list[Record]()
     for record in records:
-        if is_ringing(store, record):
-            ringing[record.subject] = record
-        else:
-            kept.append(record)
+        (ringing if is_ringing(store, record) else kept).append(record)
     if not ringing:
         return kept
-    there = list(ringing.values())
+    there = await wait_for_timers(store, ringing)
+    found = await store.last_of_many([_released(store, record) for record in ringing])
+    return [*kept, *there, *without_markers(found)]
+
+
+async def wait_for_timers(store: QueueStore, ringing: Sequence[Record]) -> list[Record]:
+    """Wait until the timers of these records have gone off.
+
+    Return the records that are there all the same: the server takes too long.
+    """
+    there = list(ringing)
     for pause in POLL_DELAYS:
         await brief_pause(pause)
-        there = without_markers(await store.last_of_many(ringing))
+        found = await store.last_of_many([record.subject for record in there])
+        left = {(record.subject, record.sequence) for record in found}
+        there = [record for record in there if (record.subject, record.sequence) in left]
         if not there:
             break
-    keys = store.keys
-    tokens = [keys.token(subject) for subject in ringing]
-    released = [keys.later(token, Place.RELEASED) for token in tokens]
-    found = await store.last_of_many(released)
-    return [*kept, *there, *without_markers(found)]
+    return there
+
+
+def _released(store: QueueStore, delayed: Record) -> str:
+    """Return the key of the record that the timer of a delayed job makes."""
+    return store.keys.later(store.keys.token(delayed.subject), Place.RELEASED)
 
 
 async def remove_overtaken(store: QueueStore, removed: Iterable[Record]) -> None:
     """Remove what timers have released of records whose removal took so long that they went off."""
     bodies = {
-        store.keys.later(store.keys.token(record.subject), Place.RELEASED): record.body
+        _released(store, record): record.body
         for record in removed
         if is_ringing(store, record, CLOCK_SLACK)
     }

@@ -380,3 +380,13 @@ async def run_block(source: str, **environment: str) -> str:
 async def test_the_example_of_the_readme() -> None:
     (source,) = runnable("README.md", "python")
     assert await run_block(source) == "sent to ada@example.org\n"
+
+
+def test_the_package_has_none_of_the_words_that_hide_who_does_what() -> None:
+    words = re.compile(r"\b(whoever|nobody|anew|came to|so many)\b", re.IGNORECASE)
+    assert [
+        f"{path.relative_to(PACKAGE)}: {line.strip()}"
+        for path in PACKAGE.rglob("*.py")
+        for line in path.read_text().splitlines()
+        if words.search(line)
+    ] == []

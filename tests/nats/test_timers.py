@@ -20,7 +20,7 @@ from tests.receiver import holds, until
 from tests.running import make_queue, race, running
 
 TIMERS = 4_000
-"""So many that the server takes some tenths of a second to store what they release."""
+"""Enough that the server takes some tenths of a second to store what they release."""
 CHANGED = 10
 SECONDS = 2.0
 
@@ -85,6 +85,14 @@ def hold_up_writes(queue: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(queue.backend, name, held_up(getattr(queue.backend, name)))
 
 
+async def come_late(queue: Queue, monkeypatch: pytest.MonkeyPatch, in_time: bool) -> None:
+    """Have a change come when the timers go off. `in_time`: it begins before, and takes so long."""
+    if in_time:
+        hold_up_writes(queue, monkeypatch)
+    else:
+        await wait_for_the_first(queue)
+
+
 async def test_an_edit_whose_timer_overtakes_it_is_not_confirmed(
     nats_backend: NATSBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -110,13 +118,9 @@ async def test_an_edit_whose_timer_overtakes_it_is_not_confirmed(
 async def test_a_job_that_was_put_off_at_its_time_is_not_released(
     nats_backend: NATSBackend, monkeypatch: pytest.MonkeyPatch, in_time: bool
 ) -> None:
-    """`in_time`: the call began before its time, and its write took so long."""
     queue = Queue("work", nats_backend)
     ids = await add_jobs(queue)
-    if in_time:
-        hold_up_writes(queue, monkeypatch)
-    else:
-        await wait_for_the_first(queue)
+    await come_late(queue, monkeypatch, in_time)
     later = nats_backend.now() + 1000
     put_off = await race(*(partial(queue.reschedule, job_id, later) for job_id in ids))
     await until(queue.queue_stats, lambda stats: stats["delayed"] == sum(put_off))
@@ -182,13 +186,9 @@ async def cancel_all(queue: Queue, ids: list[str]) -> set[str]:
 async def test_a_job_that_was_taken_out_at_its_time_is_not_released(
     nats_backend: NATSBackend, monkeypatch: pytest.MonkeyPatch, change: Change, in_time: bool
 ) -> None:
-    """`in_time`: the call began before its time, and its write took so long."""
     queue = Queue("work", nats_backend)
     ids = await add_jobs(queue)
-    if in_time:
-        hold_up_writes(queue, monkeypatch)
-    else:
-        await wait_for_the_first(queue)
+    await come_late(queue, monkeypatch, in_time)
     taken = await change(queue, ids)
     await wait_for_all(queue)
     await anyio.sleep(0.3)  # the last that was due may yet be stored
@@ -222,7 +222,6 @@ async def test_a_schedule_that_is_changed_at_its_tick_is_as_it_was_changed(
     change: Callable[[Queue], Awaitable[None]],
     in_time: bool,
 ) -> None:
-    """`in_time`: the call began before the tick, and its write took so long."""
     ran = list[int]()
 
     async def tick(value: int) -> None:
@@ -239,10 +238,7 @@ async def test_a_schedule_that_is_changed_at_its_tick_is_as_it_was_changed(
     async with running(queue):
         await holds(lambda: bool(ran))
         other = Queue("work", nats_backend.copy())
-        if in_time:
-            hold_up_writes(other, monkeypatch)
-        else:
-            await wait_for_the_first(queue)
+        await come_late(other, monkeypatch, in_time)
         await change(other)
         await other.backend.close()
         # The tick that was due may be carried out.

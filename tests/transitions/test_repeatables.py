@@ -21,6 +21,7 @@ from asyncmq_nats.store.secret import QueueSecret
 from asyncmq_nats.transitions.definition import planned_time
 from asyncmq_nats.transitions.repeat import repeatable_id
 from asyncmq_nats.transitions.tick import Ticker
+from asyncmq_nats.wire.keys import QueueSubjects
 from asyncmq_nats.workers import Worker
 from tests.passing import clocks, pass_time
 from tests.receiver import holds, until
@@ -893,3 +894,24 @@ async def test_a_redeploy_keeps_a_pause(backend: Backend) -> None:
                 await queue.pause_repeatable("report")
             [info] = await queue.list_repeatables()
             assert (info.paused, info.job_def["args"]) == (True, [label])
+
+
+async def test_a_series_whose_tick_was_taken_away_by_the_timer_of_an_earlier_one_goes_on(
+    backend: Backend,
+) -> None:
+    """A foreign writer may change a definition just as its tick becomes due."""
+    ran = list[str]()
+
+    async def note(label: str) -> None:
+        ran.append(label)
+
+    queue, keys = make_queue(backend, note=note), QueueSubjects(backend.settings.prefix, "work")
+    await queue.upsert_repeatable("note", every=1, args=["old"], name="n")
+    (old,) = await backend.last(keys.bucket_log, keys.tick("n"))
+    await queue.upsert_repeatable("note", every=1, args=["new"], name="n")
+    for planned in await backend.last(keys.bucket_log, keys.tick("n"), keys.fire("n")):
+        await backend.delete(keys.bucket_log, planned.sequence)
+    await backend.write(keys.bucket_log, Write(keys.fire("n"), old.body))
+    async with running(queue):
+        await holds(lambda: len(ran) >= 2)
+    assert {*ran} == {"new"}
