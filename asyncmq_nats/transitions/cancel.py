@@ -70,8 +70,7 @@ class Administration:
                 continue
             for record in await follow_timers(self._store, records):
                 removed = await self._store.delete(record)
-                await remove_overtaken(self._store, [record])
-                return removed
+                return bool(await remove_overtaken(self._store, [record])) or removed
         return False
 
     async def take_due(self, jobs: Sequence[Job]) -> list[Job]:
@@ -219,7 +218,7 @@ class Administration:
                     removed |= not keys.is_claim(record.subject)
                     if b'"wide"' in record.body:
                         await self._dependencies.forget(token)
-            await remove_overtaken(self._store, records)
+            removed |= bool(await remove_overtaken(self._store, records))
         return removed
 
     async def _is_taken(self, ready: Record) -> bool:

@@ -152,11 +152,12 @@ class Cleanup:
             records = await follow_timers(self._store, records)
         sequences = [record.sequence for record in records]
         removed = set(await self._backend.delete_many(source.log, sequences))
-        await remove_overtaken(self._store, records)
+        overtaken = await remove_overtaken(self._store, records)
+        tokens = [(record.sequence, self._keys.parse(record.subject).token) for record in records]
         return [
-            decode_token(self._keys.parse(record.subject).token)
-            for record in records
-            if record.sequence in removed
+            decode_token(token)
+            for sequence, token in tokens
+            if sequence in removed or token in overtaken
         ]
 
     async def drain(self, *, include_delayed: bool, progress: Progress | None = None) -> list[str]:

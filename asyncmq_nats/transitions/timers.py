@@ -92,18 +92,24 @@ def _released(store: QueueStore, delayed: Record) -> str:
     return store.keys.later(store.keys.token(delayed.subject), Place.RELEASED)
 
 
-async def remove_overtaken(store: QueueStore, removed: Iterable[Record]) -> None:
-    """Remove what timers have released of records whose removal took so long that they went off."""
+async def remove_overtaken(store: QueueStore, removed: Iterable[Record]) -> set[str]:
+    """Remove what timers have released of records whose removal took so long that they went off.
+
+    Return the tokens of the jobs that were removed so.
+    """
     bodies = {
         _released(store, record): record.body
         for record in removed
         if is_ringing(store, record, CLOCK_SLACK)
     }
-    if bodies:
-        await brief_pause(REMOVAL_PAUSE)
-        for record in without_markers(await store.last_of_many(bodies)):
-            if record.body == bodies[record.subject]:
-                await store.delete(record)
+    if not bodies:
+        return set()
+    await brief_pause(REMOVAL_PAUSE)
+    return {
+        store.keys.token(record.subject)
+        for record in without_markers(await store.last_of_many(bodies))
+        if record.body == bodies[record.subject] and await store.delete(record)
+    }
 
 
 async def expect_to_stay(store: QueueStore, before: Record, sequence: int) -> None:
