@@ -74,13 +74,20 @@ class Histogram:
         self._counts[index] = self._counts.get(index, 0) + 1
 
     def add_many(self, durations: Sequence[float]) -> None:
-        """Count many durations at once: that takes a third of the time for each."""
+        """Count many durations at once: that takes a third of the time for each.
+
+        One below 0 (a clock was put back) counts as 0.
+        """
         if not durations:
             return
+        shortest, longest = min(durations), max(durations)
+        if shortest < 0:
+            durations = [max(0.0, each) for each in durations]
         self.count += len(durations)
         self.total += sum(durations)
-        self.maximum = max(self.maximum, *durations)
-        if min(durations) < SHORTEST_SECONDS or self.maximum > LONGEST_SECONDS:
+        if longest > self.maximum:
+            self.maximum = longest
+        if shortest < SHORTEST_SECONDS or longest > LONGEST_SECONDS:
             durations = [min(max(each, SHORTEST_SECONDS), LONGEST_SECONDS) for each in durations]
         log2, ceil = math.log2, math.ceil
         found = Counter([ceil(log2(each) * PER_DOUBLING) for each in durations])

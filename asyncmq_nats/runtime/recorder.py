@@ -5,7 +5,7 @@ job waits for it: a write that fails is logged.
 """
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -29,7 +29,7 @@ UNKNOWN_TASK: Final = "?"
 MOST_TASKS: Final = 2_000
 """Tasks that are counted apart; more can only be names that strangers made up."""
 MOST_RUNS: Final = 1_000
-"""Attempts that are noted before they are counted."""
+"""Attempts of a task that are noted before they are counted."""
 RECORD_INTERVAL: Final = STEP_SECONDS[0]
 WARNING_INTERVAL: Final = 600.0
 
@@ -83,10 +83,8 @@ class Recorder:
         self._running_seconds = busy_seconds
         self.incidents = incidents
         self._log, _ = metrics_bucket(backend.settings.prefix)
-        # Lists of texts and numbers: the garbage collector has nothing to look at.
-        self._tasks: list[str] = []
-        self._waits: list[float] = []
-        self._runs: list[float] = []
+        self._noted: dict[str, tuple[list[float], list[float]]] = defaultdict(lambda: ([], []))
+        """By task: how long its attempts waited, and ran, in seconds."""
         self._ends: dict[str, list[str]] = {end: [] for end in ENDS}
         self.note_end: dict[str, Callable[[str], None]] = {
             end: tasks.append for end, tasks in self._ends.items()
@@ -105,29 +103,22 @@ class Recorder:
 
     def note_run(self, task: str, wait: float, run: float) -> None:
         """Count an attempt that waited and ran for this long, in seconds."""
-        self._tasks.append(task)
-        self._waits.append(wait)
-        self._runs.append(run)
-        if len(self._runs) >= MOST_RUNS:
-            self._sort()
+        waits, runs = self._noted[task]
+        waits.append(wait)
+        runs.append(run)
+        if len(runs) >= MOST_RUNS:
+            self._count_noted()
 
     # -- later
 
-    def _sort(self) -> None:
-        """Count by task what was noted: that is cheap for many at once, and dear one by one."""
-        durations: dict[str, tuple[list[float], list[float]]] = {}
-        for task, wait, run in zip(self._tasks, self._waits, self._runs, strict=True):
-            if task not in durations:
-                durations[task] = [], []
-            waits, runs = durations[task]
-            waits.append(max(0.0, wait))
-            runs.append(max(0.0, run))
-        for task, (waits, runs) in durations.items():
+    def _count_noted(self) -> None:
+        """Count what was noted: that is cheap for many at once, and dear one by one."""
+        noted = dict(self._noted)
+        self._noted.clear()
+        for task, (waits, runs) in noted.items():
             metrics = self._metrics_of(task)
             metrics.wait.add_many(waits)
             metrics.run.add_many(runs)
-        for noted in (self._tasks, self._waits, self._runs):
-            noted.clear()
         for end, tasks in self._ends.items():
             for task, count in Counter(tasks).items():
                 metrics = self._metrics_of(task)
@@ -144,7 +135,7 @@ class Recorder:
 
     def totals(self) -> dict[str, TaskMetrics]:
         """Return the counts since the worker started, by task."""
-        self._sort()
+        self._count_noted()
         totals: dict[str, TaskMetrics] = {}
         for task, metrics in [*self._totals.items(), *self._counts.items()]:
             totals.setdefault(task, TaskMetrics()).merge(metrics)
@@ -202,7 +193,7 @@ class Recorder:
         return writes
 
     def _take_current(self) -> _Stretch:
-        self._sort()
+        self._count_noted()
         tasks, self._counts = self._counts, {}
         self._ended_seconds += sum(metrics.run.total for metrics in tasks.values())
         busy = self._ended_seconds + self._running_seconds()

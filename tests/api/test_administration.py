@@ -216,6 +216,41 @@ async def test_clean_jobs_reads_page_after_page(backend: Backend) -> None:
     assert await queue.clean_jobs(0, 0, "delayed") == ids[1200:]
 
 
+@pytest.mark.parametrize("limit", [3, 2100])
+async def test_what_a_clean_leaves_is_counted_and_runs(backend: Backend, limit: int) -> None:
+    """A few are removed one by one, many by a purge."""
+    queue = queue_of(backend)
+    ids = await queue.add_bulk([{"task_id": "echo"}] * 2400)
+    urgent = await queue.add("echo", priority=1)
+    await counted(queue)
+    assert await queue.clean_jobs(0, limit, "waiting") == [urgent, *ids][:limit]
+    await only(queue, waiting=2401 - limit)
+    await run_jobs(queue)
+    await only(queue, completed=2401 - limit)
+    left = await queue.clean_jobs(0, limit, "completed")
+    assert len(left) == min(limit, 2401 - limit)
+    await only(queue, completed=max(0, 2401 - 2 * limit))
+
+
+async def test_a_job_that_no_worker_has_fetched_yet_goes_with_a_drain(backend: Backend) -> None:
+    """A worker asks for jobs: what it has fetched stays, the rest goes."""
+    hold = Hold()
+    queue = queue_of(backend, hold=hold.run)
+    queue.concurrency = 1
+    async with running(queue):
+        active = await queue.add("hold")
+        with anyio.fail_after(PATIENCE):
+            await hold.started.wait()
+        ids = await queue.add_bulk([{"task_id": "echo"}] * 1500)
+        removed = await queue.drain()
+        assert set(removed) <= set(ids)
+        hold.opened.set()
+        left = {active, *ids} - set(removed)
+        for job_id in left:
+            await queue.wait_for(job_id, timeout=PATIENCE)
+    await only(queue, completed=len(left))
+
+
 async def test_cleaning_parents_leaves_their_results_to_a_child_that_waits(
     backend: Backend,
 ) -> None:
