@@ -399,6 +399,9 @@ class Backend(Protocol):
     def now(self) -> float:
         """Return the server's time."""
 
+    def now_at_least(self) -> float:
+        """Return a time that the server's clock has certainly reached, near `now`."""
+
     @property
     def max_body(self) -> int:
         """Return the largest body a write may have, in bytes."""

@@ -65,6 +65,8 @@ BEGIN_BATCH: Final = 64
 written."""
 REMOVE_BATCH: Final = 256
 """Records that are removed at a time."""
+FEW: Final = 16
+"""Records whose removal is in nobody's way."""
 REMOVE_DELAY: Final = 0.02
 """Seconds that removals wait while more is being written, so that its jobs start sooner."""
 CONCURRENT_TASKS: Final = 32
@@ -75,6 +77,9 @@ TRUSTED_SECONDS_IN_HAND: Final = 0.05
 """Time in hand, in seconds, in which anything may have become of a record."""
 TRUSTED_AGE: Final = 60.0
 """Half of the time for which the server knows a message id: an older record is looked at."""
+LONGEST_WAY: Final = 0.05
+"""Seconds for which a fresh record was under way, at most. More is a difference of clocks: those of
+the server that released it and of the one that is connected."""
 LONGEST_WAIT: Final = 0.7
 """No fresh delivery waits longer: timers are set up to 0.4 s early, and a tick without a timer is
 due within 0.6 s."""
@@ -239,14 +244,16 @@ class Promoter:
         """Return how many seconds the record must still wait.
 
         Only the server's clock matters: the record's time stamp is that of the moment in which it
-        was released. A record that was delivered before, or that no promoter fetched for a while,
-        has spent some of its time since.
+        was released. It was under way since, for long if many were released at once; one that was
+        delivered before, or that no promoter fetched for a while, was so for any time.
         """
         if run_at is None:
             return 0.0
         now = self._backend.now()
-        fresh = delivery.deliveries == 1 and now - delivery.time <= LONGEST_WAIT
-        return min(max(run_at - (delivery.time if fresh else now), 0.0), LONGEST_WAIT)
+        if delivery.deliveries == 1 and now - delivery.time <= LONGEST_WAIT:
+            way = self._backend.now_at_least() - delivery.time
+            now = delivery.time + min(max(way, 0.0), LONGEST_WAY)
+        return min(max(run_at - now, 0.0), LONGEST_WAIT)
 
     def _is_doubtful(self, held: Held, wait: float) -> bool:
         """Return whether to read a record or its job first.
@@ -361,9 +368,9 @@ class Promoter:
 
     @property
     def _removes_now(self) -> bool:
-        """Whether nothing else is under way, or much waits to be removed."""
+        """Whether few are under way, or so many wait to be removed as are removed at a time."""
         count = len(self._written)
-        return count >= REMOVE_BATCH // 2 or count == len(self._in_flight)
+        return count >= REMOVE_BATCH or (count == len(self._in_flight) and count <= FEW)
 
     async def _remove_written(self) -> None:
         while self._written:

@@ -4,6 +4,7 @@ A log is a stream, a record a message, a consumer a durable pull consumer.
 """
 
 import asyncio
+import math
 import os
 import time
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
@@ -269,6 +270,9 @@ class NATSBackend:
 
     def now(self) -> float:
         return self._connection.now() if self._connection is not None else time.time()
+
+    def now_at_least(self) -> float:
+        return -math.inf if self._connection is None else self._connection.now_at_least()
 
     @property
     def reads_may_lag(self) -> bool:

@@ -249,6 +249,10 @@ class Connection:
         """Return the server's time, in Unix seconds."""
         return time.monotonic() + self._offset
 
+    def now_at_least(self) -> float:
+        """Return what the server's time is at least: it is known up to half of a round trip."""
+        return self.now() - self._offset_precision / 2
+
     def learn_time(self, stamp: str, sent: float, received: float) -> None:
         """Measure the offset of the clocks by a time stamp of the server.
 
