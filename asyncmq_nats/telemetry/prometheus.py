@@ -3,10 +3,12 @@
 `render_queues` is for a web application; a worker has a port of its own (`Settings.metrics_port`).
 """
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
+import anyio
 from prometheus_client import generate_latest
 from prometheus_client.metrics_core import (
     CounterMetricFamily,
@@ -17,11 +19,20 @@ from prometheus_client.metrics_core import (
 from prometheus_client.registry import Collector
 
 from asyncmq_nats._concurrency import open_task_group
-from asyncmq_nats.metrics import ENDS, INCIDENTS, Histogram, TaskMetrics
+from asyncmq_nats.backends.base import Backend
+from asyncmq_nats.metrics import (
+    ENDS,
+    INCIDENTS,
+    Histogram,
+    MetricsPoint,
+    TaskMetrics,
+    read_all_metrics,
+)
 
 __all__ = [
     "BUCKET_BOUNDS",
     "CONTENT_TYPE",
+    "HistoryCounts",
     "QueueGauges",
     "QueueSource",
     "WorkerCounts",
@@ -36,6 +47,11 @@ BUCKET_BOUNDS: Final = (
     *(1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 900.0, 3600.0),
 )
 """Upper bounds of the buckets of both histograms, in seconds."""
+POINT_SECONDS: Final = 10.0
+SETTLED_AFTER: Final = 120.0
+"""Seconds after which no worker adds to a point of the history any more."""
+KNOWN_SECONDS: Final = 3600.0
+"""Tasks that ran in so many seconds before the first read have counters from then on."""
 INCIDENT_NAMES: Final = {
     "redelivered": ("redeliveries", "Deliveries of jobs that had been delivered before."),
     "lost": ("lost_workers", "Jobs that were delivered again since their worker was lost."),
@@ -99,10 +115,65 @@ async def read_queue(queue: QueueSource) -> QueueGauges:
     )
 
 
-async def render_queues(queues: Iterable[QueueSource]) -> bytes:
+class HistoryCounts:
+    """The counts of all workers since the first read, from the history that they write.
+
+    They are up to ten seconds old: that is how often a worker writes. Workers with
+    `Settings.metrics` off are not counted.
+    """
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self._settled: dict[str, WorkerCounts] = {}
+        self._since: float | None = None
+        """Start of the first point that is not counted among the settled ones, in Unix seconds."""
+        self._lock = anyio.Lock()
+
+    async def read(self) -> list[WorkerCounts]:
+        """Return the counts of each queue. Costs the same however many jobs ran."""
+        async with self._lock:
+            if self._since is None:
+                self._since = await self._begin()
+            now = self._backend.now()
+            histories = await read_all_metrics(
+                self._backend, since=self._since, until=now + POINT_SECONDS, step=POINT_SECONDS
+            )
+            settled = _start_of_point(now - SETTLED_AFTER)
+            recent: dict[str, WorkerCounts] = {}
+            for queue, history in histories.items():
+                for point in history.points:
+                    found = self._settled if point.start < settled else recent
+                    found[queue] = _with_point(found.get(queue, WorkerCounts(queue, 0, 0)), point)
+            self._since = max(self._since, settled)
+            return _by_queue([*self._settled.values(), *recent.values()])
+
+    async def _begin(self) -> float:
+        """Return where the counts begin. What ran lately has counters that are 0."""
+        await self._backend.connect()
+        start = _start_of_point(self._backend.now())
+        histories = await read_all_metrics(self._backend, since=start - KNOWN_SECONDS, until=start)
+        for queue, history in histories.items():
+            tasks = {task: TaskMetrics() for task in history.tasks}
+            self._settled[queue] = WorkerCounts(queue, 0, 0, tasks)
+        return start
+
+
+def _start_of_point(time: float) -> float:
+    return math.floor(time / POINT_SECONDS) * POINT_SECONDS
+
+
+def _with_point(counts: WorkerCounts, point: MetricsPoint) -> WorkerCounts:
+    """Return the counts together with those of a point."""
+    (found,) = _by_queue([counts, WorkerCounts(counts.queue, 0, 0, point.tasks, point.incidents)])
+    return found
+
+
+async def render_queues(
+    queues: Iterable[QueueSource], history: HistoryCounts | None = None
+) -> bytes:
     """Return the states of the queues now, for a page that Prometheus reads.
 
-    The counters of jobs are at the workers' own ports.
+    With `history`, also the counters of their jobs, which workers show at ports of their own, too.
     """
     found: dict[str, QueueGauges] = {}
 
@@ -112,27 +183,50 @@ async def render_queues(queues: Iterable[QueueSource]) -> bytes:
     async with open_task_group() as group:
         for queue in queues:
             group.start_soon(read, queue)
-    return render([found[name] for name in sorted(found)])
+    counts = [] if history is None else await history.read()
+    return render(
+        [found[name] for name in sorted(found)],
+        history=[each for each in counts if each.queue in found],
+    )
 
 
-def render(queues: Sequence[QueueGauges] = (), workers: Sequence[WorkerCounts] = ()) -> bytes:
-    """Return queues and workers in the text format of Prometheus."""
-    return generate_latest(_Collector(queues, workers))
+def render(
+    queues: Sequence[QueueGauges] = (),
+    workers: Sequence[WorkerCounts] = (),
+    history: Sequence[WorkerCounts] = (),
+) -> bytes:
+    """Return queues and workers in the text format of Prometheus.
+
+    `history`: counts of all workers of a queue, whose slots are among those of the queues.
+    """
+    return generate_latest(_Collector(queues, workers, history))
 
 
 class _Collector(Collector):
     """Makes the metrics of one answer."""
 
-    def __init__(self, queues: Sequence[QueueGauges], workers: Sequence[WorkerCounts]) -> None:
+    def __init__(
+        self,
+        queues: Sequence[QueueGauges],
+        workers: Sequence[WorkerCounts],
+        history: Sequence[WorkerCounts],
+    ) -> None:
         self._queues = queues
         self._workers = workers
+        self._history = history
 
     def collect(self) -> Iterator[Metric]:
         """Yield all metrics that have a sample."""
         if self._queues:
             yield from _queue_metrics(self._queues)
         if self._workers:
-            yield from _worker_metrics(_by_queue(self._workers))
+            workers = _by_queue(self._workers)
+            yield from _slot_metrics(workers)
+            yield from _incident_metrics(workers)
+            yield from _job_metrics(workers)
+        if self._history:
+            yield from _incident_metrics(self._history)
+            yield from _job_metrics(self._history)
 
 
 def _by_queue(workers: Iterable[WorkerCounts]) -> list[WorkerCounts]:
@@ -174,20 +268,24 @@ def _queue_metrics(queues: Sequence[QueueGauges]) -> Iterator[Metric]:
     yield from (jobs, oldest, paused, workers, slots)
 
 
-def _worker_metrics(workers: Sequence[WorkerCounts]) -> Iterator[Metric]:
+def _slot_metrics(workers: Sequence[WorkerCounts]) -> Iterator[Metric]:
     slots = _gauge("worker_slots", "Slots of this worker.")
     busy = _gauge("worker_slots_busy", "Slots of this worker that run a job.")
+    for worker in workers:
+        slots.add_metric((worker.queue,), worker.slots)
+        busy.add_metric((worker.queue,), worker.busy)
+    yield from (slots, busy)
+
+
+def _incident_metrics(workers: Sequence[WorkerCounts]) -> Iterator[Metric]:
     incidents = {
         name: CounterMetricFamily(f"asyncmq_{word}", text, labels=("queue",))
         for name, (word, text) in INCIDENT_NAMES.items()
     }
     for worker in workers:
-        slots.add_metric((worker.queue,), worker.slots)
-        busy.add_metric((worker.queue,), worker.busy)
         for name, metric in incidents.items():
             metric.add_metric((worker.queue,), worker.incidents.get(name, 0))
-    yield from (slots, busy, *incidents.values())
-    yield from _job_metrics(workers)
+    yield from incidents.values()
 
 
 def _job_metrics(workers: Sequence[WorkerCounts]) -> Iterator[Metric]:

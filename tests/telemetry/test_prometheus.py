@@ -7,10 +7,13 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from asyncmq_nats import Fail, InMemoryBackend, InvalidArgument, Settings
-from asyncmq_nats.backends.base import Backend
+from asyncmq_nats.backends.base import Backend, Write
 from asyncmq_nats.metrics import TaskMetrics
-from asyncmq_nats.telemetry.prometheus import WorkerCounts, render, render_queues
-from tests.running import counted, make_queue, only, running
+from asyncmq_nats.store.history import history_key, history_log
+from asyncmq_nats.telemetry.prometheus import HistoryCounts, WorkerCounts, render, render_queues
+from asyncmq_nats.testing import VirtualBackend, VirtualClock
+from asyncmq_nats.wire.codec import dump_json
+from tests.running import counted, make_queue, only, run_jobs, running
 from tests.telemetry.probing import ask, free_port
 
 
@@ -94,6 +97,62 @@ async def test_queues_are_shown_for_a_page_of_a_web_application(backend: Backend
     assert read(text, "asyncmq_oldest_waiting_seconds", {"queue": "b"}) == 0
     assert read(text, "asyncmq_queue_paused", {"queue": "b"}) == 1
     assert read(text, "asyncmq_workers", {"queue": "b"}) == 0
+
+
+async def send() -> None: ...
+
+
+async def test_a_page_of_queues_counts_their_jobs(backend: Backend) -> None:
+    """All workers write the history, so the page counts what they do together."""
+    queue, other = make_queue(backend, "a", send=send), make_queue(backend, "b", send=send)
+    history = HistoryCounts(backend)
+    text = await render_queues([queue, other], history)
+    assert b"asyncmq_jobs_completed_total{" not in text
+    for runs in (1, 2):
+        await queue.add_bulk([{"task_id": "send"}] * 3)
+        await other.add("send")
+        await run_jobs(queue)  # a worker writes its history when it stops, too
+        await run_jobs(other)
+        text = await render_queues([queue], history)
+        of = {"queue": "a", "task": "send"}
+        assert read(text, "asyncmq_jobs_completed_total", of) == 3 * runs
+        assert read(text, "asyncmq_job_run_seconds_count", of) == 3 * runs
+        assert read(text, "asyncmq_reconnects_total", {"queue": "a"}) == 0
+        assert b'queue="b"' not in text
+    assert b"asyncmq_worker_slots" not in text
+
+
+async def test_counts_of_the_history_grow_by_each_of_its_records_once() -> None:
+    """Read at any time, also long after the last read; a record may be written again."""
+    clock = VirtualClock(1_767_614_400)
+    async with VirtualBackend(clock) as backend:
+        await backend.declare_log(history_log(backend.settings))
+        log = history_log(backend.settings).name
+
+        async def write(start: float, completed: int) -> None:
+            key = history_key(backend.settings.prefix, "a", "w", int(start), 10)
+            metrics = TaskMetrics(completed=completed)
+            body = {"tasks": {"send": metrics.to_dict()}, "incidents": {"redelivered": completed}}
+            await backend.write(log, Write(key, dump_json(body)))
+
+        await write(clock.time() - 600, 1000)  # before the first read: only its task is known
+        history = HistoryCounts(backend)
+        [counts] = await history.read()
+        assert (counts.tasks["send"].completed, counts.incidents["redelivered"]) == (0, 0)
+        for times, pause in enumerate((1, 9, 15, 60, 5, 119, 121, 400, 3, 130, 7200, 30)):
+            await clock.advance(pause)
+            start = clock.time() // 10 * 10 + 10
+            await clock.advance_to(start + 2)
+            await write(start, 2)
+            await clock.advance(times % 2 and 4)
+            if times % 3:
+                [counts] = await history.read()
+                assert counts.tasks["send"].completed == 5 * times + 2
+            await write(start, 5)
+            if times % 4:
+                [counts] = await history.read()
+                assert counts.tasks["send"].completed == 5 * times + 5
+        assert counts.incidents["redelivered"] == counts.tasks["send"].completed == 5 * 12
 
 
 def test_workers_of_one_queue_in_one_process_are_counted_together() -> None:

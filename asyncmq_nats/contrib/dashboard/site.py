@@ -5,7 +5,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 from urllib.parse import quote, urlencode
 
 from jinja2 import Environment, PackageLoader
@@ -24,6 +24,9 @@ from asyncmq_nats.contrib.dashboard.redaction import Redactor
 from asyncmq_nats.exceptions import InvalidQueueName
 from asyncmq_nats.queues import Queue, list_queues
 from asyncmq_nats.states import JOB_STATES, OUTCOMES
+
+if TYPE_CHECKING:
+    from asyncmq_nats.telemetry.prometheus import HistoryCounts
 
 __all__ = [
     "Operation",
@@ -125,6 +128,8 @@ class Site:
     operations: list[Operation] = field(default_factory=list)
     reads: SharedReads = field(default_factory=SharedReads)
     templates: Environment = field(default_factory=lambda: _make_templates())
+    history_counts: "HistoryCounts | None" = None
+    """What Prometheus has been shown so far."""
 
     @property
     def backend(self) -> Backend:

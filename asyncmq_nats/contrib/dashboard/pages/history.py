@@ -84,17 +84,22 @@ async def show(request: Request) -> Response:
 
 
 async def prometheus(request: Request) -> Response:
-    """Return all queues in the text format of Prometheus; needs the extra `prometheus`."""
+    """Return all queues in the text format of Prometheus; needs the extra `prometheus`.
+
+    With `?only=queues`, without the counters of jobs, for who reads them from the workers.
+    """
     try:
-        from asyncmq_nats.telemetry.prometheus import CONTENT_TYPE, render_queues
+        from asyncmq_nats.telemetry.prometheus import CONTENT_TYPE, HistoryCounts, render_queues
     except ImportError:
         text = "pip install 'asyncmq-nats[prometheus]' for the text format of Prometheus"
         raise HTTPException(404, text) from None
     site = site_of(request)
-    names = await site.list_queues()
+    names, with_jobs = await site.list_queues(), request.query_params.get("only") != "queues"
+    counts = site.history_counts = site.history_counts or HistoryCounts(site.backend)
 
     async def read() -> bytes:
-        return await render_queues([Queue(name, site.backend) for name in names])
+        queues = [Queue(name, site.backend) for name in names]
+        return await render_queues(queues, counts if with_jobs else None)
 
-    body = await site.reads.get(("prometheus", tuple(names)), read)
+    body = await site.reads.get(("prometheus", tuple(names), with_jobs), read)
     return Response(body, headers={"Content-Type": CONTENT_TYPE})
