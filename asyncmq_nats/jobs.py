@@ -8,7 +8,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, field, fields, replace
 from dataclasses import dataclass as plain_dataclass
-from time import time
+from time import time, time_ns
 from typing import Annotated, Any, Final, Literal, Required, Self, get_type_hints
 
 from pydantic import AliasChoices, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
@@ -47,6 +47,8 @@ __all__ = [
 WIRE_VERSION: Final = 1
 OUTCOME_RESERVE: Final = 64 * 1024
 IDS_AT_ONCE: Final = 64
+RANDOM_BYTES: Final = 10
+"""Random bytes for one id, of which 74 bits are used."""
 VARIANTS: Final = {digit: "89ab"[int(digit, 16) & 3] for digit in "0123456789abcdef"}
 """Of a random digit, that of a UUID in the same place."""
 MAX_DELAY: Final = 365 * 86_400.0
@@ -56,22 +58,31 @@ LATEST_TIME: Final = 250_000_000_000.0
 
 
 def new_job_id() -> str:
-    """Return a random job id: a UUID (version 4), made a little faster than by `uuid`."""
-    return _uuid(os.urandom(16).hex())
+    """Return a fresh job id: a UUID of version 7 (RFC 9562), which begins with the time.
+
+    So what the server keeps of jobs of one time lies together: random ids cost it a fifth more in a
+    large queue.
+    """
+    return _uuid(_milliseconds(), os.urandom(RANDOM_BYTES).hex())
 
 
 def new_job_ids() -> Iterator[str]:
-    """Yield random job ids, for one call that needs many: asking the system takes half the time."""
+    """Yield fresh job ids, for one call that needs many: asking the system takes half the time."""
     while True:
-        digits = os.urandom(16 * IDS_AT_ONCE).hex()
-        for start in range(0, 32 * IDS_AT_ONCE, 32):
-            yield _uuid(digits[start : start + 32])
+        time_digits = _milliseconds()
+        digits = os.urandom(RANDOM_BYTES * IDS_AT_ONCE).hex()
+        for start in range(0, len(digits), 2 * RANDOM_BYTES):
+            yield _uuid(time_digits, digits[start : start + 2 * RANDOM_BYTES])
 
 
-def _uuid(digits: str) -> str:
+def _milliseconds() -> str:
+    return f"{time_ns() // 1_000_000:012x}"
+
+
+def _uuid(time_digits: str, digits: str) -> str:
     return (
-        f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-"
-        f"{VARIANTS[digits[16]]}{digits[17:20]}-{digits[20:]}"
+        f"{time_digits[:8]}-{time_digits[8:]}-7{digits[:3]}-"
+        f"{VARIANTS[digits[3]]}{digits[4:7]}-{digits[7:19]}"
     )
 
 

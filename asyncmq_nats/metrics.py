@@ -5,7 +5,7 @@ read costs the same however many jobs ran. Times are Unix seconds by the server'
 """
 
 import math
-from collections import Counter
+from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -89,10 +89,12 @@ class Histogram:
             self.maximum = longest
         if shortest < SHORTEST_SECONDS or longest > LONGEST_SECONDS:
             durations = [min(max(each, SHORTEST_SECONDS), LONGEST_SECONDS) for each in durations]
-        log2, ceil = math.log2, math.ceil
-        found = Counter([ceil(log2(each) * PER_DOUBLING) for each in durations])
-        for index, count in found.items():
-            self._counts[index] = self._counts.get(index, 0) + count
+        ordered, start, counts = sorted(durations), 0, self._counts
+        while start < len(ordered):
+            index = math.ceil(math.log2(ordered[start]) * PER_DOUBLING)
+            end = bisect_right(ordered, 2 ** (index / PER_DOUBLING), start + 1)
+            counts[index] = counts.get(index, 0) + end - start
+            start = end
 
     def merge(self, other: "Histogram") -> None:
         """Count all durations of another histogram as well."""

@@ -459,8 +459,8 @@ class Slots:
     ) -> None:
         """Note the end of an attempt: metrics and middleware get it once it is confirmed."""
         attempt.on_end = None
-        if self._recorder is not None and (end := METRIC_NAMES.get(state, state)):
-            attempt.on_end = self._recorder.note_end[end]
+        if self._recorder is not None:
+            attempt.on_end = self._recorder.note_end.get(METRIC_NAMES.get(state, state))
         if not self._middleware.ends and not self._middleware.plain_ends:
             return
         ended_at = attempt.ended_at or self._backend.now()

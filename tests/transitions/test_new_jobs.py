@@ -1,11 +1,12 @@
 """Jobs with the same options: checked and encoded once, and like those that were made alone."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from typing import Any
-from uuid import UUID
+from uuid import RFC_4122, UUID
 
 import pytest
 
@@ -14,7 +15,7 @@ from asyncmq_nats._arguments import build_addition
 from asyncmq_nats._new_jobs import NewJob, whole_job
 from asyncmq_nats.backends.base import Backend
 from asyncmq_nats.exceptions import InvalidArgument, NotSerializable
-from asyncmq_nats.jobs import LATEST_TIME, Backoff, Job, new_job_ids
+from asyncmq_nats.jobs import LATEST_TIME, Backoff, Job, new_job_id, new_job_ids
 from asyncmq_nats.middleware import AddJobs, Middleware
 from asyncmq_nats.queues import Queue
 from asyncmq_nats.transitions.bulk import build_entries
@@ -90,10 +91,18 @@ def test_only_some_kinds_of_jobs_are_remembered() -> None:
     assert len(_arguments._templates) <= _arguments.TEMPLATES_KEPT
 
 
-def test_ids_are_random_uuids() -> None:
-    ids = list(islice(new_job_ids(), 200))
-    assert len(set(ids)) == 200
-    assert {(UUID(job_id).version, str(UUID(job_id)) == job_id) for job_id in ids} == {(4, True)}
+@pytest.mark.parametrize("source", [new_job_ids, lambda: iter(new_job_id, "")])
+def test_ids_are_uuids_that_begin_with_the_time(source: Callable[[], Iterator[str]]) -> None:
+    before = time.time_ns() // 1_000_000
+    ids = list(islice(source(), 200))
+    after = time.time_ns() // 1_000_000
+    assert len(set(ids)) == len({job_id[14:] for job_id in ids}) == 200
+    for job_id in ids:
+        uuid = UUID(job_id)
+        assert (str(uuid), uuid.version, uuid.variant) == (job_id, 7, RFC_4122)
+        assert before <= uuid.int >> 80 <= after
+    for place in set(range(15, 36)) - {18, 19, 23}:  # all other digits are random
+        assert len({job_id[place] for job_id in ids}) > 8
 
 
 # -- entries of a bulk
