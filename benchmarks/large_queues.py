@@ -10,7 +10,6 @@ import argparse
 import os
 import statistics
 import time
-import uuid
 from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any
@@ -20,6 +19,7 @@ import anyio
 from asyncmq_nats import NATSBackend, Queue
 from asyncmq_nats.backends.base import Settled, Write
 from asyncmq_nats.exceptions import AsyncMQError
+from asyncmq_nats.jobs import new_job_id
 
 UNDER_WAY = 5_000
 RARE = 100
@@ -66,7 +66,7 @@ async def fill_outcomes(backend: NATSBackend, name: str, count: int) -> str:
     """Write outcomes, a rare one now and then; return the id of the first."""
     filling, first, every = Filling(backend), "", max(2, count // RARE)
     for number in range(count):
-        job_id = str(uuid.uuid4())
+        job_id = new_job_id()
         first = first or job_id
         state = "failed" if number % every == every - 1 else "completed"
         key = f"$KV.amq_{name}_scheduler"
@@ -84,7 +84,7 @@ async def fill_outcomes(backend: NATSBackend, name: str, count: int) -> str:
 async def fill_ready(backend: NATSBackend, name: str, count: int) -> None:
     filling = Filling(backend)
     for number in range(count):
-        job_id = str(uuid.uuid4())
+        job_id = new_job_id()
         body = job_body(number, job_id, "waiting")
         await filling.send(f"amq_{name}", Write(f"amq.{name}.ready.5.{job_id}", body))
     await filling.wait()

@@ -1,6 +1,6 @@
 """The cost of the history and of OpenTelemetry for a worker, in CPU time per job.
 
-    python benchmarks/telemetry.py [--blocks 60] [--work 0.001] [--only traced]
+    python benchmarks/telemetry.py [--blocks 60] [--work 0.001] [--only traced] [--rates]
 
 Needs the extras `embedded` and `otel`, and opentelemetry-sdk. One worker runs one queue of jobs
 that do nothing, or compute for `--work` seconds. After each 500 jobs it is switched to another
@@ -13,6 +13,8 @@ hundred was sampled, in `recorded` all were, and the SDK has a batch processor w
 what it gets. `metrics`: with a reader. `bare`: not this library, but only the calls that the
 conventions need for a job, as the least that OpenTelemetry costs: the context is read from the job
 and attached, a span of the run and one of its end if recorded, two histograms and a counter.
+
+`--rates`: jobs per second by the clock too, of a whole block, with the server's share of the time.
 """
 
 import argparse
@@ -118,6 +120,8 @@ class Way:
     middleware: Middleware | None = None
     history: bool = False
     seconds: list[float] = field(default_factory=list)
+    taken: list[float] = field(default_factory=list)
+    """Seconds by the clock of the same blocks, for each job."""
 
 
 def tracer_provider() -> TracerProvider:
@@ -162,7 +166,7 @@ class Bench:
         self._turns = self._order(blocks)
         self._way: Way | None = None
         self._work = work
-        self._since = 0.0
+        self._since = self._begun = 0.0
         self._count = 0
         self._over = anyio.Event()
         self._runner: Runner
@@ -189,6 +193,7 @@ class Bench:
         now = time.process_time()
         if self._way is not None:
             self._way.seconds.append((now - self._since) / BLOCK)
+            self._way.taken.append((time.perf_counter() - self._begun) / BLOCK)
         self._way = next(self._turns, None)
         if self._way is None:
             self._over.set()
@@ -197,7 +202,7 @@ class Bench:
         slots._recorder = self._recorder if self._way.history else None
         middleware = self._way.middleware
         slots._middleware = Chain.of(QUEUE, [] if middleware is None else [middleware])
-        self._since = time.process_time()
+        self._since, self._begun = time.process_time(), time.perf_counter()
 
     async def run(self, url: str, meta: Callable[[int], dict[str, str]]) -> None:
         settings = Settings(storage="memory")
@@ -221,6 +226,13 @@ def traceparent(flags: Iterator[str]) -> Callable[[int], dict[str, str]]:
     return lambda n: {"traceparent": f"00-{n + 1:032x}-{n + 1:016x}-{next(flags)}"}
 
 
+def show_rates(title: str, ways: Sequence[Way]) -> None:
+    print(f"\n| {title} | jobs/s, median | less, % |\n| --- | --- | --- |")
+    for way in ways:
+        ratio = statistics.median(p / m for m, p in zip(way.taken, ways[0].taken, strict=True))
+        print(f"| {way.name} | {1 / statistics.median(way.taken):,.0f} | {100 * (1 - ratio):.1f} |")
+
+
 def show(title: str, ways: Sequence[Way]) -> None:
     plain = ways[0].seconds
     least = statistics.quantiles(plain, n=4)[0]
@@ -235,7 +247,7 @@ def show(title: str, ways: Sequence[Way]) -> None:
         )
 
 
-async def main(blocks: int, work: float, only: str) -> None:
+async def main(blocks: int, work: float, only: str, rates: bool) -> None:
     rare = cycle(["01"] + 99 * ["00"])
     kinds: list[tuple[str, list[Way], Callable[[int], dict[str, str]]]] = [
         ("not traced", ways_untraced(), lambda n: {}),
@@ -249,6 +261,8 @@ async def main(blocks: int, work: float, only: str) -> None:
         async with NATSBackend.embedded() as backend:
             await bench.run(backend.url, meta)
         show(title, ways)
+        if rates:
+            show_rates(title, ways)
 
 
 if __name__ == "__main__":
@@ -256,5 +270,6 @@ if __name__ == "__main__":
     parser.add_argument("--blocks", type=int, default=60)
     parser.add_argument("--work", type=float, default=0.0)
     parser.add_argument("--only", default="", help="a part of the title of a table")
+    parser.add_argument("--rates", action="store_true")
     given = parser.parse_args()
-    run_program(lambda: main(given.blocks, given.work, given.only))
+    run_program(lambda: main(given.blocks, given.work, given.only, given.rates))

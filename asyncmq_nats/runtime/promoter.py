@@ -66,7 +66,7 @@ written."""
 REMOVE_BATCH: Final = 256
 """Records that are removed at a time."""
 FEW: Final = 16
-"""Records whose removal is in nobody's way."""
+"""Records that may be removed while jobs start: it takes the server no time that they need."""
 REMOVE_DELAY: Final = 0.02
 """Seconds that removals wait while more is being written, so that its jobs start sooner."""
 CONCURRENT_TASKS: Final = 32
@@ -368,7 +368,7 @@ class Promoter:
 
     @property
     def _removes_now(self) -> bool:
-        """Whether few are under way, or so many wait to be removed as are removed at a time."""
+        """Whether few are under way, or as many wait as are removed at a time."""
         count = len(self._written)
         return count >= REMOVE_BATCH or (count == len(self._in_flight) and count <= FEW)
 

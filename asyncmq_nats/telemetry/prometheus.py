@@ -51,7 +51,7 @@ POINT_SECONDS: Final = 10.0
 SETTLED_AFTER: Final = 120.0
 """Seconds after which no worker adds to a point of the history any more."""
 KNOWN_SECONDS: Final = 3600.0
-"""Tasks that ran in so many seconds before the first read have counters from then on."""
+"""Tasks that ran in these seconds before the first read have counters of 0 at it."""
 INCIDENT_NAMES: Final = {
     "redelivered": ("redeliveries", "Deliveries of jobs that had been delivered before."),
     "lost": ("lost_workers", "Jobs that were delivered again since their worker was lost."),
