@@ -8,13 +8,23 @@ import asyncio
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Protocol
+from typing import Final, Protocol
 
 import anyio
 import anyio.lowlevel
 
-__all__ = ["ACTIVE_PAUSES", "SYSTEM_CLOCK", "Cancellable", "Clock", "SystemClock", "brief_pause"]
+__all__ = [
+    "ACTIVE_PAUSES",
+    "NANOSECONDS",
+    "SYSTEM_CLOCK",
+    "Cancellable",
+    "Clock",
+    "SystemClock",
+    "brief_pause",
+]
 
+NANOSECONDS: Final = 1_000_000_000
+"""In a second."""
 ACTIVE_PAUSES: set[object] = set()
 """The short pauses in real time that are under way in this process: see `brief_pause`."""
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final
 
+from asyncmq_nats._clock import NANOSECONDS
 from asyncmq_nats._concurrency import Spawner
 from asyncmq_nats._logging import Throttle, get_logger
 from asyncmq_nats.backends.base import Backend, Settled, Write
@@ -28,7 +29,7 @@ UNKNOWN_TASK: Final = "?"
 """Stands for the tasks that a worker does not know: any program may add jobs with any name."""
 MOST_TASKS: Final = 2_000
 """Tasks that are counted apart; more can only be names that strangers made up."""
-MOST_RUNS: Final = 1_000
+MOST_RUNS: Final = 500
 """Attempts of a task that are noted before they are counted."""
 RECORD_INTERVAL: Final = STEP_SECONDS[0]
 WARNING_INTERVAL: Final = 600.0
@@ -83,8 +84,10 @@ class Recorder:
         self._running_seconds = busy_seconds
         self.incidents = incidents
         self._log, _ = metrics_bucket(backend.settings.prefix)
-        self._noted: dict[str, tuple[list[float], list[float]]] = defaultdict(lambda: ([], []))
-        """By task: how long its attempts waited, and ran, in seconds."""
+        self._noted: dict[str, tuple[list[bytes | int], list[float], list[float]]] = defaultdict(
+            lambda: ([], [], [])
+        )
+        """By task: the stamps of its deliveries, and when its attempts started and ended."""
         self._ends: dict[str, list[str]] = {end: [] for end in ENDS}
         self.note_end: dict[str, Callable[[str], None]] = {
             end: tasks.append for end, tasks in self._ends.items()
@@ -101,12 +104,13 @@ class Recorder:
 
     # -- on the path of every job
 
-    def note_run(self, task: str, wait: float, run: float) -> None:
-        """Count an attempt that waited and ran for this long, in seconds."""
-        waits, runs = self._noted[task]
-        waits.append(wait)
-        runs.append(run)
-        if len(runs) >= MOST_RUNS:
+    def note_run(self, task: str, stored: bytes | int, started: float, ended: float) -> None:
+        """Count an attempt. `stored`: the stamp of its delivery; the others in Unix seconds."""
+        stamps, starts, ends = self._noted[task]
+        stamps.append(stored)
+        starts.append(started)
+        ends.append(ended)
+        if len(ends) >= MOST_RUNS:
             self._count_noted()
 
     # -- later
@@ -115,10 +119,15 @@ class Recorder:
         """Count what was noted: that is cheap for many at once, and dear one by one."""
         noted = dict(self._noted)
         self._noted.clear()
-        for task, (waits, runs) in noted.items():
+        for task, (stamps, starts, ends) in noted.items():
             metrics = self._metrics_of(task)
-            metrics.wait.add_many(waits)
-            metrics.run.add_many(runs)
+            metrics.wait.add_many(
+                [
+                    start - int(stamp) / NANOSECONDS
+                    for stamp, start in zip(stamps, starts, strict=True)
+                ]
+            )
+            metrics.run.add_many([end - start for start, end in zip(starts, ends, strict=True)])
         for end, tasks in self._ends.items():
             for task, count in Counter(tasks).items():
                 metrics = self._metrics_of(task)

@@ -401,8 +401,9 @@ class Slots:
             del self.running[running]
             attempt.ended_at = now = self._backend.now()
             if self._recorder is not None:
-                wait, run = attempt.started_at - attempt.delivery.time, now - attempt.started_at
-                self._recorder.note_run(attempt.head.task_id, wait, run)
+                self._recorder.note_run(
+                    attempt.head.task_id, attempt.delivery.stamp, attempt.started_at, now
+                )
             self._lifecycle.logs.finish(attempt.token)
         self._lifecycle.progress.finish(attempt.token)
         if running.gave_in:

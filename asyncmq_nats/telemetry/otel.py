@@ -18,6 +18,7 @@ from opentelemetry import context as contexts
 from opentelemetry import metrics, propagate, trace
 from opentelemetry.trace import Link, Span, SpanKind, Status, StatusCode
 
+from asyncmq_nats._clock import NANOSECONDS
 from asyncmq_nats.context import JobContext
 from asyncmq_nats.jobs import Job
 from asyncmq_nats.middleware import (
@@ -57,7 +58,6 @@ LOOK_INTERVAL: Final = 0.1
 """Seconds for which it is taken as known whether there is an SDK."""
 FAILURES: Final = frozenset({"failed", "retrying"})
 NO_CONTEXT: Final = contexts.Context()
-NANOSECONDS: Final = 1_000_000_000
 DEFAULT_PORT: Final = 4222
 
 

@@ -31,7 +31,7 @@ class Message:
     """A delivery that notes what was done with it."""
 
     subject, body, consumer, pending = "amq.work.ready.5.a", b"", "tier_5", 0
-    sequence, deliveries, time = 7, 1, 0.0
+    sequence, deliveries, time, stamp = 7, 1, 0.0, 0
 
     def __init__(self) -> None:
         self.ends: list[str] = []

@@ -19,6 +19,7 @@ class Message:
         self.sequence = sequence
         self.deliveries = deliveries
         self.time = time
+        self.stamp = 0
 
     def ack(self) -> None: ...
     def nak(self, delay: float = 0.0) -> None: ...

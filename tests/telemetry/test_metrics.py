@@ -365,7 +365,7 @@ def test_too_many_tasks_for_a_record_are_counted_together(settings: Settings) ->
     recorder.begin()
     for number in range(1_500):
         task = f"{number:05}" + 1_000 * "x"
-        recorder.note_run(task, 0.1 * number, 0.2)
+        recorder.note_run(task, 0, 0.1 * number, 0.1 * number + 0.2)
         recorder.note_end["completed"](task)
     for write in recorder.take():
         assert len(write.body) < 1_048_576

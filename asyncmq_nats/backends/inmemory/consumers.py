@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
+from asyncmq_nats._clock import NANOSECONDS
 from asyncmq_nats._logging import get_logger
 from asyncmq_nats.backends.base import Consumer, ConsumerState, Delivery, Record
 from asyncmq_nats.backends.filters import matches
@@ -301,6 +302,7 @@ class InMemoryDelivery:
         "deliveries",
         "pending",
         "sequence",
+        "stamp",
         "subject",
         "time",
     )
@@ -311,6 +313,7 @@ class InMemoryDelivery:
         self.body = record.body
         self.sequence = record.sequence
         self.time = record.time
+        self.stamp = round(record.time * NANOSECONDS)
         self.deliveries = deliveries
         self.consumer = cursor.declaration.name
         self.pending = pending

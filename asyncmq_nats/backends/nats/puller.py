@@ -13,6 +13,7 @@ from typing import Final
 
 import nats.errors
 
+from asyncmq_nats._clock import NANOSECONDS
 from asyncmq_nats._logging import get_logger
 from asyncmq_nats.backends.base import Delivery
 from asyncmq_nats.backends.nats._client.client import parse_headers, status_of
@@ -23,7 +24,6 @@ __all__ = ["NATSPuller"]
 
 logger = get_logger(__name__)
 
-NANOSECONDS: Final = 1_000_000_000
 HEARTBEAT_INTERVAL: Final = 5.0
 CLUSTER_HEARTBEAT_INTERVAL: Final = 1.0
 """Seconds between idle heartbeats in a cluster: the leader of a consumer may be lost in silence."""
@@ -51,12 +51,12 @@ class NATSDelivery:
     __slots__ = (
         "_puller",
         "_reply",
-        "_stamp",
         "body",
         "consumer",
         "deliveries",
         "pending",
         "sequence",
+        "stamp",
         "subject",
     )
 
@@ -70,14 +70,14 @@ class NATSDelivery:
         self.consumer = tokens[first].decode()
         self.deliveries = int(tokens[first + 1])
         self.sequence = int(tokens[first + 2])
-        self._stamp = tokens[first + 4]
+        self.stamp = tokens[first + 4]
         self.pending = int(tokens[first + 5])
         self._reply = reply
         self._puller = puller
 
     @property
     def time(self) -> float:
-        return int(self._stamp) / NANOSECONDS
+        return int(self.stamp) / NANOSECONDS
 
     def ack(self) -> None:
         self._puller.settle(self._reply, b"")

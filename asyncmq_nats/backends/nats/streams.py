@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
+from asyncmq_nats._clock import NANOSECONDS
 from asyncmq_nats._logging import get_logger
 from asyncmq_nats.backends.base import Consumer, Difference, Log
 from asyncmq_nats.backends.filters import is_key
@@ -23,7 +24,6 @@ __all__ = ["Assets", "consumer_config", "stream_config"]
 
 logger = get_logger(__name__)
 
-NANOSECONDS: Final = 1_000_000_000
 MAX_CONSUMERS: Final = 300
 """256 tiers, and some for other tools. Left out, the server stops at 1,000."""
 
