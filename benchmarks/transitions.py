@@ -246,7 +246,7 @@ async def ticks(bench: Bench) -> None:
     each = (time.monotonic() - begun) / PRODUCERS
     for definition in await queue.list_repeatables():
         await queue.remove_repeatable(definition.job_def)
-    count = min(bench.count, 400)
+    count = min(bench.count, 2_000)
     due = datetime.now(UTC) + timedelta(seconds=5 + each * count * 2)
     cron = f"{due.second} {due.minute} {due.hour} * * *".split()
     await _declare_ticks(bench, queue, " ".join([*cron[1:], cron[0]]), count)
