@@ -24,7 +24,7 @@ from asyncmq_nats.testing import VirtualBackend
 from asyncmq_nats.workers import Worker
 from tests.dashboard.web import client_of, make_app, post, words_of
 from tests.receiver import until
-from tests.running import counted, has, make_queue, only, run_jobs, running
+from tests.running import PATIENCE, counted, has, make_queue, only, run_jobs, running
 
 
 async def break_down(text: str = "") -> None:
@@ -628,9 +628,16 @@ async def test_charts_count_what_the_workers_did(queue: Queue, client: httpx.Asy
 async def test_prometheus_is_answered(queue: Queue, client: httpx.AsyncClient) -> None:
     pytest.importorskip("prometheus_client")
     await queue.add("succeed")
+    await counted(queue)
     answer = await client.get("/metrics/prometheus")
     assert answer.headers["content-type"].startswith("text/plain")
-    assert 'queue="work"' in answer.text
+    assert 'asyncmq_jobs{queue="work",state="waiting"} 1.0' in answer.text
+    await run_jobs(queue)
+    count = 'asyncmq_jobs_completed_total{queue="work",task="succeed"} 1.0'
+    with anyio.fail_after(PATIENCE):
+        while count not in (await client.get("/metrics/prometheus")).text:  # noqa: ASYNC110
+            await anyio.sleep(0.1)  # an answer is used again for a second
+    assert count not in (await client.get("/metrics/prometheus?only=queues")).text
 
 
 async def test_the_log_of_a_job_is_shown(queue: Queue, client: httpx.AsyncClient) -> None:
