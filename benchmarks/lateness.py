@@ -12,11 +12,9 @@ import argparse
 import random
 import statistics
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import anyio
-from measuring import cpu_seconds, launch, quantile, run_worker, server_pid
+from measuring import Cost, cpu_seconds, launch, quantile, run_worker, server_pid
 
 from asyncmq_nats import NATSBackend, Queue, Settings
 from asyncmq_nats.runtime.program import run_program
@@ -38,24 +36,6 @@ def lateness() -> str:
     late = [seconds * 1000 for seconds in started]
     text = f"late by p50 {quantile(late, 0.5):.1f} ms, p95 {quantile(late, 0.95):.1f} ms"
     return f"{text}, max {max(late):.1f} ms; early: {sum(value < -0.5 for value in late)}"
-
-
-class Cost:
-    """CPU time of this process and of the server while a block runs."""
-
-    own = server = 0.0
-
-    @contextmanager
-    def measure(self) -> Iterator[None]:
-        pid = server_pid()
-        self.own, self.server = time.process_time(), cpu_seconds(pid)
-        yield
-        self.own = time.process_time() - self.own
-        self.server = cpu_seconds(pid) - self.server
-
-    def of(self, jobs: int) -> str:
-        own, server = self.own / jobs * 1e6, self.server / jobs * 1e6
-        return f"{own:.0f} µs of this process, {server:.0f} µs of the server each"
 
 
 def make_queue(name: str, backend: NATSBackend, concurrency: int = 100) -> Queue:

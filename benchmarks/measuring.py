@@ -69,6 +69,24 @@ def server_pid() -> int:
     raise RuntimeError("this process has started no nats-server")
 
 
+class Cost:
+    """CPU time of this process and of the server while a block runs."""
+
+    own = server = 0.0
+
+    @contextmanager
+    def measure(self) -> Iterator[None]:
+        pid = server_pid()
+        self.own, self.server = time.process_time(), cpu_seconds(pid)
+        yield
+        self.own = time.process_time() - self.own
+        self.server = cpu_seconds(pid) - self.server
+
+    def of(self, jobs: int) -> str:
+        own, server = self.own / jobs * 1e6, self.server / jobs * 1e6
+        return f"{own:.0f} µs of this process, {server:.0f} µs of the server each"
+
+
 @contextmanager
 def hogs(count: int) -> Iterator[None]:
     """Keep cores busy with `count` processes while the block runs."""

@@ -2,15 +2,14 @@
 
     python benchmarks/scaling.py [processes sizes] [--jobs 20000] [--sizes 1000 100000 1000000]
 
-processes: jobs that do nothing, and that compute for 1 ms, by `Worker(processes=N)`. sizes:
-`--jobs` jobs are added by 100 tasks to a queue in which so many wait, and as many are run. Each
+processes: jobs that do nothing, and that compute for 1 ms, by `Worker(processes=N)`. sizes: 100
+tasks add `--jobs` jobs to a queue in which 1,000 to 1,000,000 wait, and as many are run. Each
 figure is CPU time: of workers or producer, and of the server. `on paper` is the rate of that many
 cores if they do nothing else: cores ÷ CPU time of a job.
 """
 
 import argparse
 import itertools
-import os
 import statistics
 import time
 from collections.abc import Sequence
@@ -18,10 +17,11 @@ from pathlib import Path
 from typing import Final
 
 import anyio
-from measuring import cpu_seconds, launch, server_pid, wait_for_go
+from measuring import Cost, cpu_seconds, launch, server_pid, wait_for_go
 
 from asyncmq_nats import NATSBackend, Queue
 from asyncmq_nats.runtime.program import run_program
+from asyncmq_nats.runtime.supervisor import is_child
 from asyncmq_nats.tasks import TaskRegistry
 from asyncmq_nats.workers import Worker
 
@@ -108,17 +108,17 @@ async def measure_processes(backend: NATSBackend, jobs: int) -> None:
 
 async def add(queue: Queue, jobs: int) -> tuple[float, float]:
     """Add jobs by 100 tasks. Return the CPU µs of this process and of the server for each."""
-    server = server_pid()
-    own, cpu = time.process_time(), cpu_seconds(server)
+    cost = Cost()
 
     async def produce() -> None:
         for _ in range(jobs // PRODUCERS):
             await queue.add("work", [0.0])
 
-    async with anyio.create_task_group() as group:
-        for _ in range(PRODUCERS):
-            group.start_soon(produce)
-    return (time.process_time() - own) / jobs * 1e6, (cpu_seconds(server) - cpu) / jobs * 1e6
+    with cost.measure():
+        async with anyio.create_task_group() as group:
+            for _ in range(PRODUCERS):
+                group.start_soon(produce)
+    return cost.own / jobs * 1e6, cost.server / jobs * 1e6
 
 
 async def measure_sizes(backend: NATSBackend, jobs: int, sizes: Sequence[int]) -> None:
@@ -157,8 +157,7 @@ async def main(arguments: argparse.Namespace) -> None:
 
 
 def be_worker(url: str, queue: str, processes: int) -> None:
-    if "BENCHMARK_OF_WORKERS" not in os.environ:  # the processes that it starts need not wait
-        os.environ["BENCHMARK_OF_WORKERS"] = "1"
+    if not is_child():  # the processes that it starts need not wait
         wait_for_go()
     made = Queue(queue, NATSBackend(url), SLOTS, registry=registry, any_task=True)
     Worker(made, processes=processes).start()

@@ -65,8 +65,8 @@ BEGIN_BATCH: Final = 64
 written."""
 REMOVE_BATCH: Final = 256
 """Records that are removed at a time."""
-FEW: Final = 16
-"""Records that may be removed while jobs start: it takes the server no time that they need."""
+SMALL_REMOVAL: Final = 16
+"""Records whose removal takes the server no time that starting jobs need."""
 REMOVE_DELAY: Final = 0.02
 """Seconds that removals wait while more is being written, so that its jobs start sooner."""
 CONCURRENT_TASKS: Final = 32
@@ -77,9 +77,9 @@ TRUSTED_SECONDS_IN_HAND: Final = 0.05
 """Time in hand, in seconds, in which anything may have become of a record."""
 TRUSTED_AGE: Final = 60.0
 """Half of the time for which the server knows a message id: an older record is looked at."""
-LONGEST_WAY: Final = 0.05
-"""Seconds for which a fresh record was under way, at most. More is a difference of clocks: those of
-the server that released it and of the one that is connected."""
+LONGEST_TRANSIT: Final = 0.05
+"""The longest time in transit (seconds) that is subtracted for a fresh record. A longer one is a
+difference of clocks: of the server that released the record and of the connected one."""
 LONGEST_WAIT: Final = 0.7
 """No fresh delivery waits longer: timers are set up to 0.4 s early, and a tick without a timer is
 due within 0.6 s."""
@@ -243,16 +243,16 @@ class Promoter:
     def _wait(self, delivery: Delivery, run_at: float | None) -> float:
         """Return how many seconds the record must still wait.
 
-        Only the server's clock matters: the record's time stamp is that of the moment in which it
-        was released. It was under way since, for long if many were released at once; one that was
-        delivered before, or that no promoter fetched for a while, was so for any time.
+        The server's clock decides: the record's time stamp is that of its release. The time in
+        transit is subtracted: it is some milliseconds if many are released at once. If the record
+        was delivered before, or no promoter fetched it for a while, only the time now is known.
         """
         if run_at is None:
             return 0.0
         now = self._backend.now()
         if delivery.deliveries == 1 and now - delivery.time <= LONGEST_WAIT:
-            way = self._backend.now_at_least() - delivery.time
-            now = delivery.time + min(max(way, 0.0), LONGEST_WAY)
+            transit = self._backend.now_at_least() - delivery.time
+            now = delivery.time + min(max(transit, 0.0), LONGEST_TRANSIT)
         return min(max(run_at - now, 0.0), LONGEST_WAIT)
 
     def _is_doubtful(self, held: Held, wait: float) -> bool:
@@ -370,7 +370,7 @@ class Promoter:
     def _removes_now(self) -> bool:
         """Whether few are under way, or as many wait as are removed at a time."""
         count = len(self._written)
-        return count >= REMOVE_BATCH or (count == len(self._in_flight) and count <= FEW)
+        return count >= REMOVE_BATCH or (count == len(self._in_flight) and count <= SMALL_REMOVAL)
 
     async def _remove_written(self) -> None:
         while self._written:

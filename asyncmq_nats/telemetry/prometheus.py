@@ -24,7 +24,6 @@ from asyncmq_nats.metrics import (
     ENDS,
     INCIDENTS,
     Histogram,
-    MetricsPoint,
     TaskMetrics,
     read_all_metrics,
 )
@@ -48,6 +47,7 @@ BUCKET_BOUNDS: Final = (
 )
 """Upper bounds of the buckets of both histograms, in seconds."""
 POINT_SECONDS: Final = 10.0
+"""Seconds of the shortest points of the history: a worker writes that often."""
 SETTLED_AFTER: Final = 120.0
 """Seconds after which no worker adds to a point of the history any more."""
 KNOWN_SECONDS: Final = 3600.0
@@ -124,9 +124,10 @@ class HistoryCounts:
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
-        self._settled: dict[str, WorkerCounts] = {}
+        self._settled: list[WorkerCounts] = []
+        """The counts of the points before `_since`."""
         self._since: float | None = None
-        """Start of the first point that is not counted among the settled ones, in Unix seconds."""
+        """Start of the first point that may still change, in Unix seconds."""
         self._lock = anyio.Lock()
 
     async def read(self) -> list[WorkerCounts]:
@@ -138,23 +139,25 @@ class HistoryCounts:
             histories = await read_all_metrics(
                 self._backend, since=self._since, until=now + POINT_SECONDS, step=POINT_SECONDS
             )
-            settled = _start_of_point(now - SETTLED_AFTER)
-            recent: dict[str, WorkerCounts] = {}
+            unsettled = max(self._since, _start_of_point(now - SETTLED_AFTER))
+            recent: list[WorkerCounts] = []
             for queue, history in histories.items():
                 for point in history.points:
-                    found = self._settled if point.start < settled else recent
-                    found[queue] = _with_point(found.get(queue, WorkerCounts(queue, 0, 0)), point)
-            self._since = max(self._since, settled)
-            return _by_queue([*self._settled.values(), *recent.values()])
+                    counts = WorkerCounts(queue, 0, 0, point.tasks, point.incidents)
+                    # After hours without a read, points are longer: the first may begin earlier.
+                    if point.start >= self._since:
+                        (recent if point.start >= unsettled else self._settled).append(counts)
+            self._settled, self._since = _by_queue(self._settled), unsettled
+            return _by_queue([*self._settled, *recent])
 
     async def _begin(self) -> float:
-        """Return where the counts begin. What ran lately has counters that are 0."""
+        """Return where the counts begin. Tasks that ran lately have counters of 0."""
         await self._backend.connect()
         start = _start_of_point(self._backend.now())
         histories = await read_all_metrics(self._backend, since=start - KNOWN_SECONDS, until=start)
         for queue, history in histories.items():
             tasks = {task: TaskMetrics() for task in history.tasks}
-            self._settled[queue] = WorkerCounts(queue, 0, 0, tasks)
+            self._settled.append(WorkerCounts(queue, 0, 0, tasks))
         return start
 
 
@@ -162,18 +165,12 @@ def _start_of_point(time: float) -> float:
     return math.floor(time / POINT_SECONDS) * POINT_SECONDS
 
 
-def _with_point(counts: WorkerCounts, point: MetricsPoint) -> WorkerCounts:
-    """Return the counts together with those of a point."""
-    (found,) = _by_queue([counts, WorkerCounts(counts.queue, 0, 0, point.tasks, point.incidents)])
-    return found
-
-
 async def render_queues(
     queues: Iterable[QueueSource], history: HistoryCounts | None = None
 ) -> bytes:
     """Return the states of the queues now, for a page that Prometheus reads.
 
-    With `history`, also the counters of their jobs, which workers show at ports of their own, too.
+    With `history`, also the counters of their jobs: workers show these at their own ports, too.
     """
     found: dict[str, QueueGauges] = {}
 
@@ -231,20 +228,20 @@ class _Collector(Collector):
 
 def _by_queue(workers: Iterable[WorkerCounts]) -> list[WorkerCounts]:
     """Return one entry per queue: a series may be there once."""
-    found: dict[str, WorkerCounts] = {}
+    found: dict[str, list[WorkerCounts]] = {}
     for worker in workers:
-        known = found.get(worker.queue, WorkerCounts(worker.queue, 0, 0))
-        tasks: dict[str, TaskMetrics] = {}
-        for part in (known.tasks, worker.tasks):
-            for task, metrics in part.items():
-                tasks.setdefault(task, TaskMetrics()).merge(metrics)
-        incidents = {
-            name: known.incidents.get(name, 0) + worker.incidents.get(name, 0) for name in INCIDENTS
-        }
-        found[worker.queue] = WorkerCounts(
-            worker.queue, known.slots + worker.slots, known.busy + worker.busy, tasks, incidents
-        )
-    return list(found.values())
+        found.setdefault(worker.queue, []).append(worker)
+    return [_merged(queue, parts) for queue, parts in found.items()]
+
+
+def _merged(queue: str, parts: Sequence[WorkerCounts]) -> WorkerCounts:
+    tasks: dict[str, TaskMetrics] = {}
+    for part in parts:
+        for task, metrics in part.tasks.items():
+            tasks.setdefault(task, TaskMetrics()).merge(metrics)
+    incidents = {name: sum(part.incidents.get(name, 0) for part in parts) for name in INCIDENTS}
+    slots, busy = sum(part.slots for part in parts), sum(part.busy for part in parts)
+    return WorkerCounts(queue, slots, busy, tasks, incidents)
 
 
 def _gauge(name: str, text: str, labels: Sequence[str] = ("queue",)) -> GaugeMetricFamily:

@@ -7,6 +7,7 @@ but the server holds the stream for as long as it takes: 46 s for a million reco
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from itertools import takewhile
 from math import inf
 from typing import Final
 
@@ -135,20 +136,22 @@ class Cleanup:
         The sequence grows with the time.
         """
         after: int | None = None
-        most = RECORDS_PER_STEP
-        if _can_be_purged(source):
+        purged, most = self._can_be_purged(source), RECORDS_PER_STEP
+        if purged:
             most = max(RECORDS_PER_PURGE, source.total // PURGES)
         most = min(most, limit or most)
         size = min(most, RECORDS_PER_STEP)
         step: list[Record] = []
         while True:
             records = await self._lists.read_records(source, after, size, descending=False)
-            old = [each for each in without_markers(records) if each.time < older_than]
-            is_last = len(records) < size or records[-1].time >= older_than
+            # Up to the first young one: a purge takes all before it, and clocks may go back.
+            old = list(takewhile(lambda record: record.time < older_than, records))
+            is_last = len(records) < size or len(old) < len(records)
+            old = without_markers(old)
             if source.place is Place.RELEASED:
                 old = [record for record in old if not self._waits(record)]
-            # Many are kept for a purge: without what is in them.
-            step += old if source.place else [replace(record, body=b"") for record in old]
+            # Many records are kept for a purge: without their bodies.
+            step += [replace(record, body=b"") for record in old] if purged else old
             if step and (is_last or len(step) >= most):
                 yield step
                 step = []
@@ -186,18 +189,27 @@ class Cleanup:
     async def _remove_first(self, source: Source, records: Sequence[Record]) -> list[str]:
         """Remove the first records of a source as `remove_records` does, by one purge if possible.
 
-        That costs the server less than as many removals, but takes all that comes before: so only
-        outcomes, and a tier that no worker asks and that has no jobs that run.
+        That costs the server less than as many removals, but takes all that comes before.
         """
-        purges = _can_be_purged(source) and len(records) >= source.total * PURGED_SHARE
-        if purges and source.tier is not None:
-            tier = await self._tier_of(records)
-            purges = not tier.leased and not tier.waiting_pulls
-        if not purges:
+        if (
+            not self._can_be_purged(source)
+            or len(records) < source.total * PURGED_SHARE
+            or (source.tier is not None and not _is_idle(await self._tier_of(records)))
+        ):
             return await self.remove_records(source, records)
         before = records[-1].sequence + 1
         await self._backend.purge(source.log, source.filter, before=before)
         return [decode_token(self._keys.parse(record.subject).token) for record in records]
+
+    def _can_be_purged(self, source: Source) -> bool:
+        """Return whether a purge by filter may remove the first records of a source.
+
+        Only outcomes, and a tier that no worker uses. Not in a cluster: a replica that lags may
+        leave out records that a purge would remove.
+        """
+        if source.place is not None or self._backend.reads_may_lag:
+            return False
+        return source.tier is None or _is_idle(source.tier)
 
     async def _tier_of(self, records: Sequence[Record]) -> ConsumerState:
         priority, _ = self._keys.split_ready(records[0].subject)
@@ -271,6 +283,6 @@ class Cleanup:
         return found
 
 
-def _can_be_purged(source: Source) -> bool:
-    """Return whether a purge by filter can remove its first records, if no job of them runs."""
-    return source.place is None
+def _is_idle(tier: ConsumerState) -> bool:
+    """Return whether no job of a tier runs, and no worker asks for one."""
+    return not tier.leased and not tier.waiting_pulls

@@ -4,12 +4,13 @@ Clean, remove, drain, obliterate, the getters, retention; on both backends.
 """
 
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import Any
 
 import anyio
 import pytest
 
-from asyncmq_nats.backends.base import Backend, Write
+from asyncmq_nats.backends.base import Backend, Record, Write
 from asyncmq_nats.context import current_job
 from asyncmq_nats.queues import Queue, list_queues
 from asyncmq_nats.settings import Settings
@@ -232,6 +233,50 @@ async def test_what_a_clean_leaves_is_counted_and_runs(backend: Backend, limit: 
     await only(queue, completed=max(0, 2401 - 2 * limit))
 
 
+@pytest.mark.parametrize(
+    ("limit", "clustered", "purges"), [(0, False, 1), (0, True, 0), (1, False, 0)]
+)
+async def test_many_are_purged_where_reads_are_exact(
+    backend: Backend, monkeypatch: pytest.MonkeyPatch, limit: int, clustered: bool, purges: int
+) -> None:
+    """A lagging replica may leave out jobs that a purge removes. Of a few, a purge costs more."""
+    queue = queue_of(backend)
+    ids = await queue.add_bulk([{"task_id": "echo"}] * 100)
+    await counted(queue)
+    monkeypatch.setattr(type(backend), "reads_may_lag", property(lambda _: clustered))
+    purged, purge = list[str](), backend.purge
+
+    async def note(log: str, filter: str, **options: Any) -> int:
+        purged.append(filter)
+        return await purge(log, filter, **options)
+
+    monkeypatch.setattr(backend, "purge", note)
+    assert await queue.clean_jobs(0, limit, "waiting") == ids[: limit or 100]
+    assert purged == purges * [queue._subjects.tier(5)]
+    await only(queue, waiting=100 - (limit or 100))
+
+
+async def test_what_comes_after_a_young_record_stays(
+    backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Clocks may be put back: a purge of an old record would take the young ones before it."""
+    queue = queue_of(backend)
+    ids = [await queue.add("echo") for _ in range(4)]
+    await run_jobs(queue)
+    await only(queue, completed=4)
+    lists, now = queue._cleanup._lists, backend.now()
+    read = lists.read_records
+
+    async def read_with_times(*args: Any, **options: Any) -> list[Record]:
+        times = (now - 90, now - 80, now, now - 70)
+        records = await read(*args, **options)
+        return [replace(record, time=time) for record, time in zip(records, times, strict=False)]
+
+    monkeypatch.setattr(lists, "read_records", read_with_times)
+    assert set(await queue.clean_jobs(60)) < set(ids)
+    await only(queue, completed=2)
+
+
 async def test_a_job_that_no_worker_has_fetched_yet_goes_with_a_drain(backend: Backend) -> None:
     """A worker asks for jobs: what it has fetched stays, the rest goes."""
     hold = Hold()
@@ -242,8 +287,10 @@ async def test_a_job_that_no_worker_has_fetched_yet_goes_with_a_drain(backend: B
         with anyio.fail_after(PATIENCE):
             await hold.started.wait()
         ids = await queue.add_bulk([{"task_id": "echo"}] * 1500)
+        await counted(queue)
         removed = await queue.drain()
         assert set(removed) <= set(ids)
+        assert len(removed) > 900  # a worker has 512 in hand at most
         hold.opened.set()
         left = {active, *ids} - set(removed)
         for job_id in left:

@@ -24,7 +24,7 @@ from asyncmq_nats.testing import VirtualBackend
 from asyncmq_nats.workers import Worker
 from tests.dashboard.web import client_of, make_app, post, words_of
 from tests.receiver import until
-from tests.running import PATIENCE, counted, has, make_queue, only, run_jobs, running
+from tests.running import counted, has, make_queue, only, run_jobs, running
 
 
 async def break_down(text: str = "") -> None:
@@ -634,9 +634,8 @@ async def test_prometheus_is_answered(queue: Queue, client: httpx.AsyncClient) -
     assert 'asyncmq_jobs{queue="work",state="waiting"} 1.0' in answer.text
     await run_jobs(queue)
     count = 'asyncmq_jobs_completed_total{queue="work",task="succeed"} 1.0'
-    with anyio.fail_after(PATIENCE):
-        while count not in (await client.get("/metrics/prometheus")).text:  # noqa: ASYNC110
-            await anyio.sleep(0.1)  # an answer is used again for a second
+    # An answer is used again for a second.
+    await until(lambda: client.get("/metrics/prometheus"), lambda answer: count in answer.text)
     assert count not in (await client.get("/metrics/prometheus?only=queues")).text
 
 

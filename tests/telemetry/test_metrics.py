@@ -38,10 +38,30 @@ DURATIONS = st.floats(min_value=1e-5, max_value=1e6)
 @given(st.lists(DURATIONS, min_size=1, max_size=200), st.floats(min_value=0.0, max_value=1.0))
 def test_a_percentile_is_right_within_one_percent(durations: list[float], share: float) -> None:
     histogram = Histogram()
-    for duration in durations:
-        histogram.add(duration)
+    histogram.add_many(durations)
     exact = sorted(durations)[max(1, math.ceil(share * len(durations))) - 1]
     assert histogram.percentile(share) == pytest.approx(exact, rel=0.01)
+
+
+def test_many_durations_at_once_are_counted_as_one_by_one() -> None:
+    generator = random.Random(7)
+    durations = [generator.lognormvariate(-5, 4) for _ in range(5_000)] + [0.0, -0.5, 1e-9, 1e9]
+    one_by_one, at_once = Histogram(), Histogram()
+    for duration in durations:
+        one_by_one.add(duration)
+    at_once.add_many(durations[:2_000])
+    at_once.add_many(durations[2_000:])
+    assert at_once.to_list() == one_by_one.to_list()
+    assert (at_once.count, at_once.maximum) == (5_004, 1e9)
+    assert at_once.total == pytest.approx(sum(max(0.0, each) for each in durations))
+
+
+def test_a_duration_below_zero_counts_as_zero() -> None:
+    """A clock was put back."""
+    histogram = Histogram()
+    histogram.add_many([-0.5, 0.5, -2.0])
+    assert (histogram.count, histogram.total, histogram.maximum) == (3, 0.5, 0.5)
+    assert histogram.count_below([0.001, 1.0]) == [2, 3]
 
 
 @given(st.lists(DURATIONS, max_size=50), st.lists(DURATIONS, max_size=50))

@@ -155,6 +155,32 @@ async def test_counts_of_the_history_grow_by_each_of_its_records_once() -> None:
         assert counts.incidents["redelivered"] == counts.tasks["send"].completed == 5 * 12
 
 
+async def test_counts_of_the_history_are_not_counted_again_after_hours_without_a_read() -> None:
+    """The points of ten seconds are gone by then; those of a minute begin earlier."""
+    clock = VirtualClock(1_767_614_400)
+    async with VirtualBackend(clock) as backend:
+        log = history_log(backend.settings)
+        await backend.declare_log(log)
+
+        async def write(start: float, step: int, completed: int) -> None:
+            key = history_key(backend.settings.prefix, "a", "w", int(start), step)
+            body = {"tasks": {"send": {"completed": completed}}}
+            await backend.write(log.name, Write(key, dump_json(body)))
+
+        history, start = HistoryCounts(backend), clock.time()
+        await history.read()
+        await write(start, 10, 5)
+        await write(start, 60, 5)
+        await clock.advance(150)  # the first half of the minute is settled
+        [counts] = await history.read()
+        assert counts.tasks["send"].completed == 5
+        await write(start + 600, 60, 2)
+        await clock.advance(4 * 3600)
+        for _ in range(2):
+            [counts] = await history.read()
+            assert counts.tasks["send"].completed == 5 + 2
+
+
 def test_workers_of_one_queue_in_one_process_are_counted_together() -> None:
     metrics = TaskMetrics(completed=3)
     metrics.wait.add(0.02)

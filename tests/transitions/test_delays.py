@@ -3,14 +3,17 @@
 The tests run on both backends.
 """
 
+import math
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import anyio
 import pytest
 
 from asyncmq_nats.backends.base import Backend, Delivery, Settle, Write
+from asyncmq_nats.backends.memory import InMemoryBackend
 from asyncmq_nats.exceptions import BackendError, InvalidArgument, Unconfirmed
 from asyncmq_nats.queues import Queue
 from asyncmq_nats.runtime import promoter
@@ -18,6 +21,7 @@ from asyncmq_nats.runtime.promoter import Promoter
 from asyncmq_nats.settings import Settings
 from asyncmq_nats.store.queue_store import QueueStore
 from asyncmq_nats.store.secret import QueueSecret
+from asyncmq_nats.testing import VirtualBackend, VirtualClock
 from asyncmq_nats.transitions.claim import Attempt
 from asyncmq_nats.transitions.finish import Lifecycle
 from asyncmq_nats.transitions.promote import promotion_id
@@ -623,3 +627,51 @@ async def test_a_job_of_one_priority_too_many_runs_all_the_same(
             "KV_amq_work_scheduler", Write("$KV.amq_work_scheduler.later.one.released", body)
         )
         assert (await outcome(queue, "one"))["result"] == "ran"
+
+
+@pytest.mark.parametrize(
+    ("transit", "wait"), [(0.0, 0.3), (0.02, 0.28), (0.5, 0.25), (-0.1, 0.3), (-math.inf, 0.3)]
+)
+def test_the_time_in_transit_of_a_fresh_record_is_subtracted(
+    monkeypatch: pytest.MonkeyPatch, settings: Settings, transit: float, wait: float
+) -> None:
+    """Only up to a bound: a longer one is a difference of clocks."""
+    backend = InMemoryBackend(settings)
+    released_at = backend.now() - 0.05
+    monkeypatch.setattr(backend, "now_at_least", lambda: released_at + transit)
+    delivery: Any = SimpleNamespace(deliveries=1, time=released_at)
+    promoter = Promoter(make_queue(backend)._store)
+    assert promoter._wait(delivery, released_at + 0.3) == pytest.approx(wait, abs=1e-4)
+
+
+async def test_the_time_that_the_server_has_reached_at_least_is_not_ahead_of_its_clock(
+    backend: Backend,
+) -> None:
+    """The server of the tests has the clock of this machine."""
+    await backend.connect()
+    await make_queue(backend, echo=echo).add("echo")
+    for _ in range(50):
+        at_least = backend.now_at_least()
+        assert time.time() - 5 < at_least <= time.time() + 0.001
+        assert at_least <= backend.now()
+
+
+@pytest.mark.parametrize(("jobs", "later"), [(3, 0.0), (40, 0.02)])
+async def test_the_jobs_of_a_burst_start_before_their_records_are_removed(
+    monkeypatch: pytest.MonkeyPatch, jobs: int, later: float
+) -> None:
+    clock = VirtualClock(1_767_614_400)
+    async with VirtualBackend(clock) as backend:
+        queue = make_queue(backend, echo=echo)
+        removals, delete_many = list[tuple[float, int]](), backend.delete_many
+
+        async def note(log: str, sequences: Sequence[int]) -> list[int]:
+            removals.append((clock.time(), len(sequences)))
+            return await delete_many(log, sequences)
+
+        monkeypatch.setattr(backend, "delete_many", note)
+        due = clock.time() + 5
+        await queue.add_bulk([{"task_id": "echo", "delay": 5}] * jobs)
+        async with running(queue):
+            await clock.advance(6)
+        assert [(round(at - due, 3), count) for at, count in removals] == [(later, jobs)]

@@ -302,7 +302,6 @@ class InMemoryDelivery:
         "deliveries",
         "pending",
         "sequence",
-        "stamp",
         "subject",
         "time",
     )
@@ -313,10 +312,14 @@ class InMemoryDelivery:
         self.body = record.body
         self.sequence = record.sequence
         self.time = record.time
-        self.stamp = round(record.time * NANOSECONDS)
         self.deliveries = deliveries
         self.consumer = cursor.declaration.name
         self.pending = pending
+
+    @property
+    def stamp(self) -> int:
+        """See `Delivery`."""
+        return round(self.time * NANOSECONDS)
 
     def ack(self) -> None:
         """See `Delivery`."""

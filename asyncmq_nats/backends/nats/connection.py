@@ -250,7 +250,7 @@ class Connection:
         return time.monotonic() + self._offset
 
     def now_at_least(self) -> float:
-        """Return what the server's time is at least: it is known up to half of a round trip."""
+        """Return a lower bound of the server's time: its error is half a round trip at most."""
         return self.now() - self._offset_precision / 2
 
     def learn_time(self, stamp: str, sent: float, received: float) -> None:

@@ -86,7 +86,7 @@ async def show(request: Request) -> Response:
 async def prometheus(request: Request) -> Response:
     """Return all queues in the text format of Prometheus; needs the extra `prometheus`.
 
-    With `?only=queues`, without the counters of jobs, for who reads them from the workers.
+    `?only=queues` leaves out the counters of jobs: Prometheus may read these from the workers.
     """
     try:
         from asyncmq_nats.telemetry.prometheus import CONTENT_TYPE, HistoryCounts, render_queues
