@@ -35,13 +35,13 @@ from asyncmq_nats._arguments import (
     checked_seconds,
     job_of_payload,
 )
-from asyncmq_nats._logging import Throttle, get_logger
+from asyncmq_nats._logging import get_logger
 from asyncmq_nats._new_jobs import Addition, whole_job
 from asyncmq_nats.backends import default_backend
-from asyncmq_nats.backends.base import Backend, Difference, Signal
+from asyncmq_nats.backends.base import Backend, Difference, Staged
 from asyncmq_nats.calls import Call, written
 from asyncmq_nats.context import JobLogLine
-from asyncmq_nats.events import PREFIX, Event, read_event
+from asyncmq_nats.events import PREFIX, Event
 from asyncmq_nats.exceptions import (
     AssetMissing,
     BulkAddFailed,
@@ -74,6 +74,7 @@ from asyncmq_nats.store.commit import REPLICA_LAG_DELAYS, look_for, looks
 from asyncmq_nats.store.configuration import Configurations
 from asyncmq_nats.store.flows import Flow, read_flow
 from asyncmq_nats.store.job_logs import read_job_logs
+from asyncmq_nats.store.listening import Inbox
 from asyncmq_nats.store.overview import Overview, QueueInfo
 from asyncmq_nats.store.pages import JobLists
 from asyncmq_nats.store.past_events import read_past_events
@@ -98,7 +99,7 @@ from asyncmq_nats.transitions.archive import (
     export_jobs,
     split_line,
 )
-from asyncmq_nats.transitions.bulk import add_many, build_entries, check_entries
+from asyncmq_nats.transitions.bulk import NONE_STAGED, Bulk, add_many, check_entries
 from asyncmq_nats.transitions.cancel import Administration
 from asyncmq_nats.transitions.clean import Cleanup, Progress
 from asyncmq_nats.transitions.deduplicate import Deduplicator, Window, parse_window
@@ -119,7 +120,6 @@ __all__ = ["Queue", "list_queues"]
 
 logger = get_logger(__name__)
 
-EVENT_BUFFER: Final = 10_000
 READS_OF_OUTCOME: Final = 5
 """Reads for an outcome after its event, if no replica lags: then the job must have been retried."""
 RETRYABLE_STATES: Final = (State.FAILED, State.EXPIRED, State.CANCELLED, State.DELAYED)
@@ -379,18 +379,31 @@ class Queue:
             BulkAddFailed: of more than 1,000, some were added and some were not; it says which.
         """
         await self.backend.connect()
-        built, windows = build_entries(self.backend.now(), jobs, self._registry.write, self.name)
-        return await self._add_all(built, partial(self._store_bulk, windows=windows))
+        early = not Chain.of(self.name, self._middleware).enqueues
+        bulk = Bulk(self._additions, self._registry.write, self.name, early=early)
+        try:
+            await bulk.build(jobs)
+            store = partial(
+                self._store_bulk, windows=bulk.windows, checked=bulk.checked, staged=bulk.staged
+            )
+            return await self._add_all(bulk.jobs, store)
+        finally:
+            bulk.drop()
 
     async def _store_bulk(
-        self, built: Sequence[Addition], *, windows: Mapping[int, Window]
+        self,
+        built: Sequence[Addition],
+        *,
+        windows: Mapping[int, Window],
+        checked: int = 0,
+        staged: Mapping[int, Staged] = NONE_STAGED,
     ) -> list[str]:
-        check_entries(self._additions, built)
+        check_entries(self._additions, built[checked:], checked)
         ids = [job.job_id for job in built]
         plain = [index for index in range(len(built)) if index not in windows]
         await self._assets.declare()
         try:
-            await add_many(self._additions, [built[index] for index in plain])
+            await add_many(self._additions, [built[index] for index in plain], staged)
         except BulkAddFailed as failed:
             errors = {
                 plain[index]: error for index, error in failed.errors.items()
@@ -754,23 +767,15 @@ class Queue:
         events behind, events are lost.
         """
         last = frozenset() if job_id is None else LAST_EVENTS
-        inbox = _Inbox(self.name, frozenset(names) | last if names else frozenset())
-        token = "*" if job_id is None else encode_token(job_id)
-        with inbox.send, inbox.receive:
-            subscription = await self.backend.subscribe(
-                self._subjects.event("*", token), inbox.hear
-            )
-            try:
-                patience = None if job_id is None else await self._patience_for(job_id)
-                while (event := await inbox.next(patience)) is not None:
-                    if not names or event.name in names:
-                        yield event
-                    if event.name in last:
-                        break
-            finally:
-                inbox.warn_of_losses(inbox.losses.take())
-                with anyio.CancelScope(shield=True):
-                    await subscription.unsubscribe()
+        inbox = Inbox(self._store, frozenset(names) | last if names else (), job_id)
+        await self.backend.connect()
+        async with inbox.open():
+            patience = None if job_id is None else await self._patience_for(job_id)
+            while (event := await inbox.next(patience)) is not None:
+                if not names or event.name in names:
+                    yield event
+                if event.name in last:
+                    break
 
     async def past_events(self, limit: int = 100) -> list[Event]:
         """Return the latest events of this queue that its records still tell, the newest first.
@@ -1562,34 +1567,6 @@ async def _each(
     else:
         for line in lines:
             yield line
-
-
-class _Inbox:
-    """The events that a reader has yet to read. `names`: only these; none means all."""
-
-    def __init__(self, queue: str, names: Collection[str]) -> None:
-        self._queue = queue
-        self._names = names
-        self.losses = Throttle()
-        self.send, self.receive = anyio.create_memory_object_stream[Event](EVENT_BUFFER)
-
-    def hear(self, signal: Signal) -> None:
-        event = read_event(self._queue, signal.subject, signal.body)
-        if event is not None and (not self._names or event.name in self._names):
-            try:
-                self.send.send_nowait(event)
-            except anyio.WouldBlock:
-                self.warn_of_losses(self.losses.note())
-
-    def warn_of_losses(self, count: int) -> None:
-        if count:
-            text = "queue %s: a reader of events is too slow, %d events are lost"
-            logger.warning(text, self._queue, count)
-
-    async def next(self, timeout: float | None) -> Event | None:
-        with anyio.move_on_after(timeout):
-            return await self.receive.receive()
-        return None
 
 
 def _result_of(job: Job) -> Any:

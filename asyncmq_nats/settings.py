@@ -257,6 +257,11 @@ class Settings(BaseSettings):
 
     `None` warns of nothing.
     """
+    waiting_events: bool = False
+    """Whether the server itself tells when a job begins to wait, for programs without this library.
+
+    A fifth more work for it per job that is added. `Queue.events` reads the stream instead.
+    """
     metrics: bool = True
     """Whether workers write the history of what they do, from which charts and rates are read."""
     metrics_ttl: float = Field(7 * DAY, ge=60)

@@ -11,7 +11,7 @@ import anyio
 import anyio.lowlevel
 import pytest
 
-from asyncmq_nats.backends.base import Backend
+from asyncmq_nats.backends.base import Backend, Write
 from asyncmq_nats.backends.inmemory import InMemoryBackend
 from asyncmq_nats.exceptions import AssetMissing
 from asyncmq_nats.queues import Queue
@@ -153,6 +153,23 @@ def make_queue(
     for task_id, function in tasks.items():
         registry.register(function, queue=name, name=task_id)
     return Queue(name, backend, concurrency=concurrency, registry=registry)
+
+
+class Unsent:
+    """A staged batch that is written when it is committed."""
+
+    def __init__(self, write: Callable[..., Awaitable[int]]) -> None:
+        self._write = write
+        self._writes: list[Write] = []
+
+    async def add(self, *writes: Write) -> None:
+        self._writes += writes
+
+    async def commit(self) -> int:
+        return await self._write(*self._writes)
+
+    def drop(self) -> None:
+        self._writes.clear()
 
 
 Action = Callable[[], Awaitable[Any]]

@@ -32,8 +32,10 @@ __all__ = [
     "Settle",
     "Settled",
     "Signal",
+    "Staged",
     "Subscription",
     "Timer",
+    "Watching",
     "Write",
 ]
 
@@ -315,11 +317,31 @@ class Puller(Protocol):
         """
 
 
+class Staged(Protocol):
+    """A batch of writes, on its way while it is made. Nothing of it is stored before `commit`."""
+
+    async def add(self, *writes: Write) -> None:
+        """Add writes: 1,000 in all at most. They may be sent now."""
+
+    async def commit(self) -> int:
+        """Store all of them, as `Backend.write` does, with its errors. Nothing is added then."""
+
+    def drop(self) -> None:
+        """Store nothing of it, unless it was committed. Does not block."""
+
+
 class Subscription(Protocol):
     """Interest in signals."""
 
     async def unsubscribe(self) -> None:
         """Receive no more signals."""
+
+
+class Watching(Subscription, Protocol):
+    """Interest in the records of a log."""
+
+    def covers(self, sequence: int, time: float) -> bool:
+        """Return whether a record was stored since this began. `time`: when it was."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -484,6 +506,12 @@ class Backend(Protocol):
             Unconfirmed: the deadline passed.
         """
 
+    def stage(self, log: str) -> Staged:
+        """Begin a batch whose writes are sent while it is made. Connect before.
+
+        End it within seconds, by `commit` or `drop`: a server keeps a few open batches only.
+        """
+
     def send(self, log: str, write: Write, settle: Settle, *, timeout: float | None = None) -> None:
         """Like `write` for one write, but return at once, and tell `settle` later.
 
@@ -601,17 +629,27 @@ class Backend(Protocol):
             PayloadTooLarge: the server would not take it.
         """
 
-    def signal(self, subject: str, body: bytes = b"") -> None:
+    def signal(
+        self, subject: str, body: bytes = b"", on_unheard: Callable[[], None] | None = None
+    ) -> None:
         """Send a signal without waiting for room. Connect before.
 
         Dropped while there is no connection; dropped with a warning if the server would not take
-        it.
+        it. `on_unheard` is called soon if the server says that no one listens to it.
         """
 
     async def subscribe(self, subject: str, on_signal: Callable[[Signal], None]) -> Subscription:
         """Call `on_signal` for every signal whose subject matches, from now on.
 
         Its exceptions are logged.
+        """
+
+    async def watch(self, log: str, filter: str, on_record: Callable[[Record], None]) -> Watching:
+        """Call `on_record` for each matching record that is stored from now on, in order.
+
+        At most once, up to 0.2 s late: one that is removed before that is missed, and so are those
+        of a log that this login may not read. The log may be missing. The callback's exceptions are
+        logged.
         """
 
     async def request(

@@ -27,7 +27,7 @@ from asyncmq_nats.runtime.slot_group import SlotGroup
 from asyncmq_nats.runtime.slots import Slots
 from asyncmq_nats.runtime.vitals import Vitals, WorkerParts
 from asyncmq_nats.states import State
-from asyncmq_nats.store.announcing import WorkerEvents
+from asyncmq_nats.store.announcing import LISTEN, WorkerEvents
 from asyncmq_nats.store.commit import SHUTDOWN_STEP_TIMEOUT
 from asyncmq_nats.store.configuration import Configurations
 from asyncmq_nats.store.queue_store import QueueStore
@@ -88,7 +88,7 @@ class Runner:
         self._hooks = hooks or Hooks()
         self._spawner = Spawner()
         self._lifecycle = Lifecycle(store, self.worker)
-        events = WorkerEvents(store, self.worker)
+        self._events = events = WorkerEvents(store, self.worker)
         self._lifecycle.on_progress = lambda body: events.tell_progress(
             self._spawner, load_json(body)
         )
@@ -328,6 +328,7 @@ class Runner:
         await self._entry.listen_for_pause(self._fetcher.pause)
         await self._entry.listen(RESUME, lambda _: self._fetcher.resume())
         await self._entry.listen(CANCEL, self._on_cancel)
+        await self._entry.listen(LISTEN, lambda _: self._events.expect_listener())
         await self._entry.listen_for_stop(self._on_stop_signal)
         # Again: a signal may have come between the first read and now.
         await self._fetcher.refresh_pause()

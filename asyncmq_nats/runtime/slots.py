@@ -382,7 +382,12 @@ class Slots:
         running_job.set(context)
         self._lines.started(attempt)
         self._events.tell_start(
-            self._spawner, attempt.token, attempt.body, attempt.started_at, lambda: attempt.job
+            self._spawner,
+            attempt.token,
+            attempt.body,
+            attempt.started_at,
+            attempt.delivery,
+            lambda: attempt.job,
         )
         try:
             result, failure = await execute(

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from asyncmq_nats._concurrency import Spawner
-from asyncmq_nats.backends.base import Write
+from asyncmq_nats.backends.base import Delivery, Write
 from asyncmq_nats.events import PREFIX, PROGRESS, STARTED, event_emitter, read_event
 from asyncmq_nats.exceptions import InvalidJob
 from asyncmq_nats.jobs import Job
@@ -13,9 +13,27 @@ from asyncmq_nats.store.queue_store import QueueStore
 from asyncmq_nats.wire.codec import dump_json, load_json, splice
 from asyncmq_nats.wire.keys import encode_token
 
-__all__ = ["WorkerEvents", "announce", "without_large"]
+__all__ = [
+    "LISTEN",
+    "LISTENING_TIME",
+    "READY_MESSAGE",
+    "START_MEMBERS",
+    "WorkerEvents",
+    "announce",
+    "without_large",
+]
 
 TRUNCATED: Final = {"truncated": True}
+LISTEN: Final = "listen"
+"""Control signal: a reader of events has come, or is still there."""
+LISTENING_TIME: Final = 3.0
+"""Seconds after this signal for which workers tell of starts, heard or not."""
+READY_MESSAGE: Final = "ready_message"
+"""Member of the start on a first delivery: the message's sequence, and its time in nanoseconds."""
+READY_MEMBER: Final = b'"ready_message":[%d,%d]'
+START_MEMBERS: Final = ("active_since", "worker")
+ASKING_INTERVAL: Final = 1.0
+"""Seconds after which a worker finds out again whether anyone hears of starts."""
 
 
 async def announce(store: QueueStore, what: str, job_id: str, **data: Any) -> None:
@@ -51,22 +69,46 @@ class WorkerEvents:
         self._backend = store.backend
         self._keys = store.keys
         self._start = b'"active_since":%r,"worker":' + dump_json(worker).replace(b"%", b"%%")
+        self._is_heard = True
+        self._ask_at = self._expected_until = 0.0
+
+    def expect_listener(self) -> None:
+        """Tell of starts for some seconds: a reader of events has come, or is still there."""
+        self._is_heard = True
+        self._expected_until = self._backend.now() + LISTENING_TIME
 
     def tell_start(
-        self, spawner: Spawner, token: str, body: bytes, at: float, job: Callable[[], Job]
+        self,
+        spawner: Spawner,
+        token: str,
+        body: bytes,
+        at: float,
+        delivery: Delivery,
+        job: Callable[[], Job],
     ) -> None:
-        """Tell that an attempt began.
+        """Tell that an attempt began, if anyone hears it; once a second, find that out.
 
         `body`: the job as it came; `job`: all of it, read if a listener here wants it.
         """
-        # The job's own bytes, with the new members spliced in: no second encoding.
-        data = splice(body, self._start % at)
-        if len(data) > self._backend.max_body:
-            data = without_large(data, self._backend.max_body)
-        self._backend.signal(self._keys.event(STARTED, token), data)
+        if self._is_heard or at >= self._ask_at:
+            # The job's own bytes, with the new members spliced in: no second encoding.
+            data = splice(body, self._start % at)
+            if delivery.deliveries == 1:
+                data = splice(data, READY_MEMBER % (delivery.sequence, int(delivery.stamp)))
+            if len(data) > self._backend.max_body:
+                data = without_large(data, self._backend.max_body)
+            asks = at >= self._ask_at
+            if asks:
+                self._ask_at, self._is_heard = at + ASKING_INTERVAL, True
+            on_unheard = self._stop_telling if asks else None
+            self._backend.signal(self._keys.event(STARTED, token), data, on_unheard)
         if event_emitter.listens() and event_emitter.listens(PREFIX + STARTED):
             fields = job().to_dict() | {"queue": self._keys.queue, "status": State.ACTIVE}
             spawner.spawn(event_emitter.emit, PREFIX + STARTED, fields)
+
+    def _stop_telling(self) -> None:
+        if self._backend.now() >= self._expected_until:
+            self._is_heard = False
 
     def tell_progress(self, spawner: Spawner, data: dict[str, Any]) -> None:
         """Pass the progress of a job to this process's listeners; a signal reaches all others."""

@@ -22,8 +22,7 @@ async def read_past_events(store: QueueStore, limit: int) -> list[Event]:
     backend, keys = store.backend, store.keys
     found: list[Event | None] = []
     with suppress(AssetMissing):
-        filter, _ = keys.republish_ready
-        for record in await backend.page_back(keys.ready_log, filter, limit=limit):
+        for record in await backend.page_back(keys.ready_log, keys.all_ready, limit=limit):
             subject = keys.event(State.WAITING, last_token(record.subject))
             found.append(_event_in(record, keys.queue, subject))
     with suppress(AssetMissing):

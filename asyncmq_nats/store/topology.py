@@ -346,7 +346,7 @@ class QueueAssets:
             self._keys.ready_log,
             (self._keys.all_ready,),
             work_queue=True,
-            republish=self._keys.republish_ready,
+            republish=self._keys.republish_ready if self.settings.waiting_events else None,
         )
 
     @property

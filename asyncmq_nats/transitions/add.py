@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from asyncmq_nats._concurrency import Turns
 from asyncmq_nats._new_jobs import Addition, whole_job
-from asyncmq_nats.backends.base import Expect, Write
+from asyncmq_nats.backends.base import Expect, Staged, Write
 from asyncmq_nats.events import DUPLICATED
 from asyncmq_nats.exceptions import (
     AssetMissing,
@@ -30,11 +30,16 @@ from asyncmq_nats.transitions.waits import NARROW_LIMIT, Parent
 from asyncmq_nats.wire.codec import load_json
 from asyncmq_nats.wire.keys import check_job_id, encode_token
 
-__all__ = ["Additions"]
+__all__ = ["Additions", "is_plain"]
 
 BATCH_LIMIT: Final = 1000
 EDGES_IN_BATCH: Final = 100
 """A job with more edges than this has them written after the batch that it is in."""
+
+
+def is_plain(job: Addition) -> bool:
+    """Return whether a new job is ready at once: it is one record in the ready log."""
+    return job.delay_until is None and not job.custom_id and not job.depends_on
 
 
 @dataclass(slots=True)
@@ -137,10 +142,16 @@ class Additions:
             await self.dependencies.parked.settle(planned, sequence, closed=came.closed)
         return job.job_id
 
-    async def add_batch(self, jobs: Sequence[Addition], missing: Mapping[str, int]) -> None:
-        """Store up to 1,000 new jobs, all or none. `missing`: those with chosen ids.
+    async def add_batch(
+        self,
+        jobs: Sequence[Addition],
+        missing: Mapping[str, int],
+        staged: Staged | None = None,
+    ) -> None:
+        """Store up to 1,000 new jobs, all or none.
 
         One batch is in one log: if any of them goes through the scheduler bucket, all of them do.
+        `missing`: those with chosen ids. `staged`: has all their writes, and they are plain.
 
         Raises:
             WriteRefused: one of them exists.
@@ -152,18 +163,37 @@ class Additions:
         priorities = {job.priority for job in jobs}
         for priority in priorities:
             await self._assets.declare_tier(priority)
-        in_bucket = any(
-            job.custom_id or job.delay_until is not None or job.depends_on for job in jobs
-        )
-        batch = await self._batch(jobs, missing, in_bucket=in_bucket)
+        in_bucket = not all(map(is_plain, jobs))
+        batch = Batch()
         try:
-            await self._write_again_when_missing(batch.writes, priorities)
+            if staged is None or not await self._commit(staged):
+                batch = await self._batch(jobs, missing, in_bucket=in_bucket)
+                await self._write_again_when_missing(batch.writes, priorities)
         except StreamBusy:  # strangers can keep batches of the ready log open, not of the bucket
             if in_bucket:
                 raise
             batch = await self._batch(jobs, missing, in_bucket=True)
             await self._write_again_when_missing(batch.writes, priorities)
         await self._finish_batch(batch)
+
+    async def stage(self) -> Staged:
+        """Begin a batch of plain jobs, of `plain_writes`, that is sent while it is made."""
+        await self._assets.declare()
+        return self._backend.stage(self._keys.ready_log)
+
+    async def plain_writes(self, jobs: Sequence[Addition]) -> list[Write]:
+        """Return the writes that add plain jobs in one batch; they have passed `check`."""
+        for priority in {job.priority for job in jobs}:
+            await self._assets.declare_tier(priority)
+        return [self._insertion(job, job.encode(), in_batch=True) for job in jobs]
+
+    async def _commit(self, staged: Staged) -> bool:
+        """Store a batch. Return whether the log was there."""
+        try:
+            await staged.commit()
+        except AssetMissing:  # deleted since this process declared it
+            return False
+        return True
 
     async def add_linked(self, jobs: Sequence[Job]) -> None:
         """Store jobs that depend on each other; each comes after its `children`.
@@ -254,7 +284,8 @@ class Additions:
             if not job.depends_on:
                 if len(batch.writes) == BATCH_LIMIT:
                     break
-                batch.writes.append(self._insertion(job, job.encode(), last, in_bucket=in_bucket))
+                write = self._insertion(job, job.encode(), last, in_bucket=in_bucket, in_batch=True)
+                batch.writes.append(write)
                 batch.count += 1
                 continue
             planned = self.plans.links.plan(whole_job(job), known, inside)
@@ -389,11 +420,23 @@ class Additions:
         """
         return self._insertion(job, self.check(job), last, in_bucket=in_bucket)
 
-    def _insertion(self, job: Addition, body: bytes, last: int, *, in_bucket: bool) -> Write:
-        """Return the write that adds a job; see `first_write`. `body`: its record, checked."""
+    def _insertion(
+        self,
+        job: Addition,
+        body: bytes,
+        last: int = 0,
+        *,
+        in_bucket: bool = False,
+        in_batch: bool = False,
+    ) -> Write:
+        """Return the write that adds a job; see `first_write`.
+
+        `body`: its record, checked. `in_batch`: a batch is known by its first message.
+        """
         token = encode_token(job.job_id)
         if job.delay_until is None and not (job.custom_id or in_bucket):
-            return Write(self._keys.ready(job.priority, token), body, message_id=job.job_id)
+            message_id = None if in_batch else job.job_id
+            return Write(self._keys.ready(job.priority, token), body, message_id=message_id)
         nothing = Expect(self._keys.later_all(token), last)
         if job.delay_until is not None:
             return delayed_write(

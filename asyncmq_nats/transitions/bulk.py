@@ -1,25 +1,34 @@
 """Many jobs at once: parsed bulk entries, and batches that are all or nothing."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import islice
+from types import MappingProxyType
 from typing import Any, Final
 
 import anyio
+import anyio.lowlevel
 
 from asyncmq_nats._arguments import WriteArguments, build_addition, checked_call, write_plainly
 from asyncmq_nats._concurrency import open_task_group
 from asyncmq_nats._new_jobs import Addition, JobTemplate, NewJob
+from asyncmq_nats.backends.base import Staged
 from asyncmq_nats.calls import Call, written
 from asyncmq_nats.events import DUPLICATED
 from asyncmq_nats.exceptions import AsyncMQError, BulkAddFailed, WriteRefused
 from asyncmq_nats.jobs import new_job_ids
 from asyncmq_nats.store.commit import REPLICA_LAG_DELAYS, look_for, pause_after_refusal
-from asyncmq_nats.transitions.add import BATCH_LIMIT, Additions
+from asyncmq_nats.transitions.add import BATCH_LIMIT, Additions, is_plain
 from asyncmq_nats.transitions.deduplicate import Window, take_window
 
-__all__ = ["add_many", "build_entries", "check_entries"]
+__all__ = ["NONE_STAGED", "Bulk", "EntryBuilder", "add_many", "check_entries"]
 
 BATCHES_UNDER_WAY: Final = 4
+PIECE: Final = 250
+"""Jobs of a bulk that are sent together while the next ones are built; divides `BATCH_LIMIT`."""
+STAGED_BATCHES: Final = 5
+"""Batches of a bulk that are sent before all of it is known; others have room beside them."""
+NONE_STAGED: Final[Mapping[int, Staged]] = MappingProxyType({})
 ENTRY_KEYS: Final = frozenset(
     {
         "task_id",
@@ -45,27 +54,76 @@ SIMPLE: Final = frozenset({str, int, float, type(None)})
 """Classes of options that are equal only to what means the same."""
 
 
-def build_entries(
-    now: float,
-    entries: Iterable[Mapping[str, Any] | Call[Any]],
-    write: WriteArguments = write_plainly,
-    queue: str = "",
-) -> tuple[list[Addition], dict[int, Window]]:
-    """Return the jobs of the entries of `add_bulk`, and the deduplication windows by index.
+class Bulk:
+    """The jobs of one `add_bulk`. All are built and checked before any is stored.
 
-    `now`: Unix seconds.
-
-    Raises:
-        ValueError, TypeError: an entry is malformed; a note of the error names the entry.
+    Plain jobs are sent while the next ones are built, in batches that `add_many` commits.
     """
-    builder = _Builder(now, write, queue)
-    return [builder.build(index, entry) for index, entry in enumerate(entries)], builder.windows
+
+    def __init__(
+        self,
+        additions: Additions,
+        write: WriteArguments = write_plainly,
+        queue: str = "",
+        *,
+        early: bool = True,
+    ) -> None:
+        """`early`: jobs may be sent as they are built. Not if a middleware sees them first."""
+        self._additions = additions
+        self._builder = EntryBuilder(additions.store.backend.now(), write, queue)
+        self._early = early
+        self.jobs: list[Addition] = []
+        self.staged: dict[int, Staged] = {}
+        """Batches that are on their way, by the index of their first job."""
+        self.checked = 0
+        """How many of the jobs were checked."""
+
+    @property
+    def windows(self) -> Mapping[int, Window]:
+        """The deduplication windows, by index."""
+        return self._builder.windows
+
+    async def build(self, entries: Iterable[Mapping[str, Any] | Call[Any]]) -> None:
+        """Build the jobs of the entries.
+
+        Raises:
+            ValueError, TypeError: an entry is malformed, or its job cannot be stored; a note of the
+                error names the entry.
+        """
+        build = self._builder.build
+        left = enumerate(entries if isinstance(entries, Iterator) else tuple(entries))
+        while jobs := [build(index, entry) for index, entry in islice(left, PIECE)]:
+            first = len(self.jobs)
+            self.jobs += jobs
+            if self._early and (first or len(jobs) == PIECE):
+                await self._send(first, jobs)
+
+    async def _send(self, first: int, jobs: Sequence[Addition]) -> None:
+        if self.windows or not all(map(is_plain, jobs)):
+            self.drop()
+            return
+        check_entries(self._additions, jobs, first)
+        self.checked += len(jobs)
+        batch = first - first % BATCH_LIMIT
+        if batch == first and len(self.staged) < STAGED_BATCHES:
+            self.staged[batch] = await self._additions.stage()
+        if batch in self.staged:
+            await self.staged[batch].add(*await self._additions.plain_writes(jobs))
+        else:
+            await anyio.lowlevel.checkpoint()
+
+    def drop(self) -> None:
+        """Store nothing of what was sent and not committed, and send no more."""
+        self._early = False
+        while self.staged:
+            self.staged.popitem()[1].drop()
 
 
-class _Builder:
+class EntryBuilder:
     """Builds the jobs of entries. Options that are those of the last one are not checked again."""
 
-    def __init__(self, now: float, write: WriteArguments, queue: str) -> None:
+    def __init__(self, now: float, write: WriteArguments = write_plainly, queue: str = "") -> None:
+        """`now`: Unix seconds."""
         self._now = now
         self._write = write
         self._queue = queue
@@ -124,14 +182,14 @@ class _Builder:
         self._delay_until = job.delay_until
 
 
-def check_entries(additions: Additions, jobs: Sequence[Addition]) -> None:
-    """Check that every job can be stored, before any of them is.
+def check_entries(additions: Additions, jobs: Sequence[Addition], first: int = 0) -> None:
+    """Check that every job can be stored, before any of them is. `first`: the index of the first.
 
     Raises:
         InvalidJobId, NotSerializable, PayloadTooLarge: one cannot; a note of the error says which.
     """
     limit = additions.size_limit
-    for index, job in enumerate(jobs):
+    for index, job in enumerate(jobs, first):
         try:
             additions.check(job, limit)
         except (ValueError, TypeError) as error:
@@ -159,10 +217,13 @@ def _checked_entry(entry: Mapping[str, Any], index: int) -> dict[str, Any]:
     return fields
 
 
-async def add_many(additions: Additions, jobs: Sequence[Addition]) -> list[str]:
+async def add_many(
+    additions: Additions, jobs: Sequence[Addition], staged: Mapping[int, Staged] = NONE_STAGED
+) -> list[str]:
     """Add the jobs and return their ids in order.
 
-    Up to 1,000 are all or nothing; more go in batches of 1,000, each all or nothing.
+    Up to 1,000 are all or nothing; more go in batches of 1,000, each all or nothing. `staged`: of
+    `Bulk`.
 
     Raises:
         BulkAddFailed: of more than 1,000, some batches were added and some were not; it says which.
@@ -179,7 +240,7 @@ async def add_many(additions: Additions, jobs: Sequence[Addition]) -> list[str]:
     async def add_batch(first: int, batch: Sequence[Addition]) -> None:
         async with limit:
             try:
-                await _add_batch(additions, batch)
+                await _add_batch(additions, batch, staged.get(first))
             except AsyncMQError as error:
                 errors.update(dict.fromkeys(range(first, first + len(batch)), error))
 
@@ -196,7 +257,9 @@ async def add_many(additions: Additions, jobs: Sequence[Addition]) -> list[str]:
     return [job.job_id for job in jobs]
 
 
-async def _add_batch(additions: Additions, batch: Sequence[Addition]) -> None:
+async def _add_batch(
+    additions: Additions, batch: Sequence[Addition], staged: Staged | None
+) -> None:
     """Add one batch.
 
     Jobs with a chosen id that exists are left out, also when one appears while this runs, and so is
@@ -209,7 +272,7 @@ async def _add_batch(additions: Additions, batch: Sequence[Addition]) -> None:
         if not new:
             return
         try:
-            await additions.add_batch(new, missing)
+            await additions.add_batch(new, missing, staged)
         except WriteRefused:  # a job of it is there, or its confirmation was lost
             # A repetition is refused by its own first sending, if the server stored that and was
             # lost before it said so.
@@ -221,7 +284,7 @@ async def _add_batch(additions: Additions, batch: Sequence[Addition]) -> None:
                 return
             if unique:
                 raise
-            batch = new
+            batch, staged = new, None
             await pause_after_refusal()
         else:
             return

@@ -5,6 +5,7 @@ The tests run on both backends.
 
 import functools
 import logging
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -23,7 +24,8 @@ from asyncmq_nats.jobs import Job
 from asyncmq_nats.queues import Queue
 from asyncmq_nats.settings import Settings
 from asyncmq_nats.store import announcing
-from tests.receiver import holds
+from asyncmq_nats.store.listening import Inbox
+from tests.receiver import holds, until
 from tests.running import PATIENCE, lose_worker, make_queue, only, outcome, race, run_jobs, running
 
 
@@ -68,19 +70,20 @@ async def listening(queue: Queue, *names: str) -> AsyncIterator[Heard]:
     """Read the queue's events while the block runs. Jobs that are added in the block are heard."""
     heard = Heard()
     subscribed = anyio.Event()
-    real = queue.backend.subscribe
+    real = Inbox.open
 
-    async def subscribe(*args: Any) -> Any:
-        subscription = await real(*args)
-        subscribed.set()
-        return subscription
+    @asynccontextmanager
+    async def open(self: Inbox) -> AsyncIterator[None]:
+        async with real(self):
+            subscribed.set()
+            yield
 
     async def read() -> None:
         async for event in queue.events(*names):
             heard.note(event)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(queue.backend, "subscribe", subscribe)
+        patch.setattr(Inbox, "open", open)
         async with anyio.create_task_group() as group:
             group.start_soon(read)
             with anyio.fail_after(PATIENCE):
@@ -153,9 +156,10 @@ async def test_other_ends_are_events(backend: Backend) -> None:
     queue = queue_of(backend)
     async with listening(queue) as heard:
         cancelled = await queue.add("echo")
-        await queue.cancel_job(cancelled)
         expired = await queue.add("echo", ttl=0.000001)
         parent = await queue.add("fail")
+        await heard.until("job:waiting", 3)
+        await queue.cancel_job(cancelled)
         child = await queue.add("echo", depends_on=[parent], on_parent_failure="fail")
         await run_jobs(queue)
         await heard.until("job:failed", 2)
@@ -355,7 +359,7 @@ async def test_a_reader_that_stops_hears_no_more(backend: Backend) -> None:
 async def test_a_slow_reader_loses_events_and_hinders_no_other(
     backend: Backend, caplog: pytest.LogCaptureFixture, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr("asyncmq_nats.queues.EVENT_BUFFER", 10)
+    monkeypatch.setattr("asyncmq_nats.store.listening.EVENT_BUFFER", 10)
     queue = queue_of(backend)
     stuck = anyio.Event()
     heard: list[Event] = []
@@ -365,7 +369,7 @@ async def test_a_slow_reader_loses_events_and_hinders_no_other(
             heard.append(event)
             await stuck.wait()
 
-    with caplog.at_level(logging.WARNING, "asyncmq_nats.queues"):
+    with caplog.at_level(logging.WARNING, "asyncmq_nats.store.listening"):
         async with anyio.create_task_group() as group:
             group.start_soon(read)
             with anyio.fail_after(PATIENCE):
@@ -373,6 +377,152 @@ async def test_a_slow_reader_loses_events_and_hinders_no_other(
                     await queue.add("echo")
             group.cancel_scope.cancel()
     assert len(heard) == 1
+
+
+# -- only what someone hears is sent
+
+
+class Starts:
+    """The starts that workers have told of."""
+
+    def __init__(self, backend: Backend, patch: pytest.MonkeyPatch) -> None:
+        self._subject, self._signal = (
+            make_queue(backend)._subjects.event("started", ""),
+            backend.signal,
+        )
+        self.tokens: list[str] = []
+        patch.setattr(backend, "signal", self.send)
+
+    def send(self, subject: str, *args: Any) -> None:
+        if subject.startswith(self._subject):
+            self.tokens.append(subject.removeprefix(self._subject))
+        self._signal(subject, *args)
+
+
+@pytest.fixture
+def starts(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> Starts:
+    return Starts(backend, monkeypatch)
+
+
+async def run_one(queue: Queue) -> str:
+    job_id = await queue.add("echo")
+    await outcome(queue, job_id)
+    return job_id
+
+
+async def runs_silently(queue: Queue, starts: Starts) -> bool:
+    return await run_one(queue) not in starts.tokens
+
+
+async def runs_aloud(queue: Queue, starts: Starts) -> bool:
+    return await run_one(queue) in starts.tokens
+
+
+async def test_starts_are_told_while_someone_listens(
+    backend: Backend, twin: Backend, starts: Starts
+) -> None:
+    queue, other = queue_of(backend), make_queue(twin)
+    async with running(queue):
+        await until(lambda: runs_silently(queue, starts), bool)
+        async with listening(other) as heard:
+            job_id = await run_one(queue)
+            await heard.until("job:completed")
+            assert heard.of(job_id) == ["job:waiting", "job:started", "job:completed"]
+            assert "ready_message" not in heard.events[1].data
+        await until(lambda: runs_silently(queue, starts), bool)
+
+
+@pytest.mark.parametrize("subject", ["started.*", "*.*", ">"])
+async def test_starts_are_told_to_a_program_without_the_library(
+    backend: Backend, twin: Backend, starts: Starts, subject: str
+) -> None:
+    queue, heard = queue_of(backend), list[str]()
+    async with running(queue):
+        await until(lambda: runs_silently(queue, starts), bool)
+        pattern = queue._subjects.event("x", "y").replace("x.y", subject)
+        subscription = await twin.subscribe(pattern, lambda signal: heard.append(signal.subject))
+        await until(lambda: runs_aloud(queue, starts), bool)
+        await holds(lambda: any(".started." in subject for subject in heard))
+        for _ in range(3):
+            assert await runs_aloud(queue, starts)
+        await subscription.unsubscribe()
+        await until(lambda: runs_silently(queue, starts), bool)
+
+
+async def test_the_start_of_one_job_is_told_to_its_listener(
+    backend: Backend, twin: Backend, starts: Starts
+) -> None:
+    queue = queue_of(backend)
+    async with running(queue):
+        await until(lambda: runs_silently(queue, starts), bool)
+        job_id = await queue.add("echo", delay=1.5)
+
+        names = [event.name async for event in make_queue(twin).events(job_id=job_id)]
+    assert names == ["job:waiting", "job:started", "job:completed"]
+
+
+async def test_a_start_each_second_finds_out_who_listens(backend: Backend, starts: Starts) -> None:
+    queue = queue_of(backend)
+    async with running(queue):
+        assert await runs_aloud(queue, starts)  # it is not known yet
+        await until(lambda: runs_silently(queue, starts), bool)
+        began = time.monotonic()
+        await until(lambda: runs_aloud(queue, starts), bool)
+        assert len(starts.tokens) <= 2 + 2 * (time.monotonic() - began)
+
+
+async def test_each_job_waits_once_however_soon_it_starts(backend: Backend, twin: Backend) -> None:
+    queue = queue_of(backend)
+    async with listening(make_queue(twin)) as heard, running(queue):
+        early = await queue.add_bulk([{"task_id": "echo"}] * 300)
+        await heard.until("job:completed", 300)
+        late = [await queue.add("fail", retries=1, backoff=0.6) for _ in range(2)]
+        await heard.until("job:failed", 2)
+    for job_id in early:
+        assert heard.of(job_id) == ["job:waiting", "job:started", "job:completed"]
+    once = ["job:waiting", "job:started", "job:retrying", "job:waiting", "job:started"]
+    assert [heard.of(job_id) for job_id in late] == [[*once, "job:failed"]] * 2
+    waiting = next(event for event in heard.events if event.name == "job:waiting")
+    assert waiting.data["status"] == "waiting"
+    assert not {"worker", "ready_message"} & {
+        name for name, value in waiting.data.items() if value is not None
+    }
+
+
+async def test_what_waited_before_is_not_told_when_it_starts(backend: Backend) -> None:
+    queue = queue_of(backend)
+    before = await queue.add("echo")
+    async with listening(queue) as heard, running(queue):
+        await heard.until("job:completed")
+    assert heard.of(before) == ["job:started", "job:completed"]
+
+
+class TestWaitingEvents:
+    @pytest.fixture
+    def settings(self) -> Settings:
+        return Settings(waiting_events=True)
+
+    async def test_the_server_may_tell_others_that_a_job_waits(self, backend: Backend) -> None:
+        queue, signals = queue_of(backend), list[str]()
+        subject = queue._subjects.event("waiting", "*")
+        await backend.subscribe(subject, lambda signal: signals.append(signal.subject))
+        async with listening(queue) as heard:
+            first = await queue.add("echo")
+            await holds(lambda: bool(signals))
+            await run_jobs(queue)
+            await heard.until("job:completed")
+        assert signals == [subject.replace("*", first)]
+        assert heard.of(first) == ["job:waiting", "job:started", "job:completed"]
+
+
+async def test_a_server_does_not_tell_by_itself_that_a_job_waits(backend: Backend) -> None:
+    queue, signals = queue_of(backend), list[str]()
+    events = queue._subjects.event("*", "*")
+    await backend.subscribe(events, lambda signal: signals.append(signal.subject))
+    await queue.add("echo")
+    await run_jobs(queue)
+    await holds(lambda: any("completed" in subject for subject in signals))
+    assert not any("waiting" in subject for subject in signals)
 
 
 # -- of this process's workers

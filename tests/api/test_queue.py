@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from datetime import UTC, date, datetime
 from decimal import Decimal
 from enum import Enum
+from functools import partial
 from typing import Any
 from uuid import UUID
 
@@ -34,6 +35,7 @@ from asyncmq_nats.states import State
 from tests.receiver import until
 from tests.running import (
     PATIENCE,
+    Unsent,
     counted,
     has,
     make_queue,
@@ -539,6 +541,7 @@ async def test_bulk_says_which_batches_were_added(
         return await real(log, *writes)
 
     monkeypatch.setattr(queue.backend, "write", write)
+    monkeypatch.setattr(queue.backend, "stage", lambda log: Unsent(partial(write, log)))
     with pytest.raises(BulkAddFailed) as raised:
         await queue.add_bulk(
             [

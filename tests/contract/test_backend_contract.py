@@ -803,3 +803,84 @@ async def test_a_send_that_fails_is_settled_with_the_reason(backend: Backend) ->
     with anyio.fail_after(PATIENCE):
         await done.wait()
     assert {type(result) for result in settled} == {WriteRefused, AssetMissing}
+
+
+# -- batches that are sent while they are made
+
+
+async def test_a_staged_batch_is_stored_as_a_whole_when_it_is_committed(
+    backend: Backend, twin: Backend
+) -> None:
+    staged = backend.stage("notes")
+    writes = [Write(f"notes.{number:03}", b"%d" % number) for number in range(1000)]
+    for start in range(0, 1000, 300):
+        await staged.add(*writes[start : start + 300])
+    assert await twin.last("notes", "notes.>") == []
+    await twin.write("notes", Write("notes.meanwhile", b""))
+    assert await staged.commit() == 1001
+    staged.drop()
+    records = await twin.last("notes", "notes.*")
+    assert [(each.subject, each.body) for each in records[1:]] == [
+        (write.subject, write.body) for write in writes
+    ]
+
+
+async def test_a_staged_batch_that_is_dropped_stores_nothing(backend: Backend) -> None:
+    for _ in range(120):  # a server has room for 50 open batches
+        staged = backend.stage("notes")
+        await staged.add(Write("notes.a", b"1"), Write("notes.b", b"2"))
+        await staged.add(Write("notes.c", b"3"))
+        staged.drop()
+        staged.drop()
+    began = time.monotonic()
+    await backend.write("notes", Write("notes.x", b""), Write("notes.y", b""))
+    assert time.monotonic() - began < 3  # not after the seconds of a batch that is left open
+    assert await subjects(backend) == ["notes.x", "notes.y"]
+
+
+async def test_a_staged_batch_of_one_write_or_of_too_many(backend: Backend) -> None:
+    staged = backend.stage("notes")
+    await staged.add(Write("notes.a", b"1"))
+    await staged.commit()
+    assert await subjects(backend) == ["notes.a"]
+    with pytest.raises(BackendError, match="0 writes in one batch"):
+        await backend.stage("notes").commit()
+    staged = backend.stage("notes")
+    for start in (0, 501):
+        await staged.add(*[Write(f"notes.{n}", b"") for n in range(start, start + 501)])
+    with pytest.raises(BackendError, match="1002 writes in one batch"):
+        await staged.commit()
+    assert await subjects(backend) == ["notes.a"]
+
+
+async def test_a_staged_batch_keeps_its_expectations(backend: Backend) -> None:
+    last = await backend.write("notes", Write("notes.a", b"1"))
+    for expect, stored in ((Expect("notes.a", last + 7), False), (Expect("notes.a", last), True)):
+        staged = backend.stage("notes")
+        await staged.add(Write("notes.b", b"2"))
+        await staged.add(Write("notes.a", b"2", expect=expect), Write("notes.c", b"2"))
+        if stored:
+            await staged.commit()
+        else:
+            with pytest.raises(WriteRefused):
+                await staged.commit()
+    assert {
+        each.subject: each.body for each in await backend.last("notes", "notes.>")
+    } == dict.fromkeys(("notes.a", "notes.b", "notes.c"), b"2")
+
+
+async def test_a_staged_write_may_be_too_large(backend: Backend) -> None:
+    staged = backend.stage("notes")
+    await staged.add(Write("notes.a", b""), Write("notes.b", bytes(backend.max_body + 1)))
+    await staged.add(Write("notes.c", b""))
+    with pytest.raises(PayloadTooLarge):
+        await staged.commit()
+    assert await subjects(backend) == []
+
+
+async def test_a_staged_batch_to_a_log_that_is_not_there(backend: Backend) -> None:
+    await backend.delete_log("notes")
+    staged = backend.stage("notes")
+    await staged.add(Write("notes.a", b""), Write("notes.b", b""))
+    with pytest.raises(AssetMissing):
+        await staged.commit()

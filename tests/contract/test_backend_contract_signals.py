@@ -1,11 +1,11 @@
-"""The promises about signals, for every backend. See `test_backend_contract.py`."""
+"""The promises about signals and watched logs, for every backend: `test_backend_contract.py`."""
 
 import anyio
 import pytest
 
-from asyncmq_nats.backends.base import Backend, Expect, Log, Signal, Timer, Write
+from asyncmq_nats.backends.base import Backend, Expect, Log, Record, Signal, Timer, Write
 from asyncmq_nats.exceptions import PayloadTooLarge, WriteRefused
-from tests.receiver import PATIENCE
+from tests.receiver import PATIENCE, holds
 
 
 class Listener:
@@ -14,6 +14,10 @@ class Listener:
     def __init__(self) -> None:
         self.signals: list[Signal] = []
         self._changed = anyio.Event()
+
+    @property
+    def bodies(self) -> list[bytes]:
+        return [signal.body for signal in self.signals]
 
     def hear(self, signal: Signal) -> None:
         self.signals.append(signal)
@@ -169,3 +173,128 @@ async def test_a_refused_or_repeated_write_signals_nothing(backend: Backend) -> 
         )
     await backend.write("bucket", Write("bucket.fence", b""))
     assert [signal.subject for signal in await listener.wait_for(2)] == ["event.a", "event.fence"]
+
+
+async def test_who_sends_a_signal_learns_that_no_one_hears_it(
+    backend: Backend, twin: Backend
+) -> None:
+    unheard: list[str] = []
+
+    def send(name: str) -> None:
+        backend.signal("control.a.b", name.encode(), lambda: unheard.append(name))
+
+    send("first")
+    await holds(lambda: unheard == ["first"])
+    listener, other = Listener(), Listener()
+    await twin.subscribe("control.a", other.hear)
+    subscription = await twin.subscribe("control.*.b", listener.hear)
+    send("second")
+    assert [signal.body for signal in await listener.wait_for(1)] == [b"second"]
+    await subscription.unsubscribe()
+    send("third")
+    await holds(lambda: unheard[1:] == ["third"])
+    assert (len(listener.signals), other.signals) == (1, [])
+
+
+# -- watched logs
+
+JOBS = Log("jobs", ("jobs.>",), work_queue=True)
+
+
+class Watcher(Listener):
+    """The records that a watch has handed out."""
+
+    def see(self, record: Record) -> None:
+        self.records.append(record)
+        self.hear(Signal(record.subject, record.body))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.records: list[Record] = []
+
+
+async def test_a_watch_hands_out_what_is_stored_from_then_on_in_order(
+    backend: Backend, twin: Backend
+) -> None:
+    watcher = Watcher()
+    await backend.declare_log(JOBS)
+    before = await backend.write("jobs", Write("jobs.a.1", b"before"))
+    (old,) = await backend.last("jobs", "jobs.a.1")
+    watching = await backend.watch("jobs", "jobs.*.*", watcher.see)
+    for number in range(3):
+        await twin.write("jobs", Write(f"jobs.a.{number}", b"%d" % number))
+    await twin.write("jobs", Write("jobs.other", b"no match"))
+    await twin.write("jobs", *[Write(f"jobs.b.{n}", b"%d" % n) for n in range(3, 1003)])
+    await watcher.wait_for(1003)
+    assert watcher.bodies == [b"%d" % number for number in range(1003)]
+    assert watcher.records[0] == (await backend.last("jobs", "jobs.a.0"))[0]
+    assert not watching.covers(before, old.time)
+    assert all(watching.covers(each.sequence, each.time) for each in watcher.records)
+    await watching.unsubscribe()
+
+
+async def test_a_watch_of_an_empty_log_covers_what_comes(backend: Backend) -> None:
+    watcher = Watcher()
+    await backend.declare_log(JOBS)
+    watching = await backend.watch("jobs", "jobs.>", watcher.see)
+    sequence = await backend.write("jobs", Write("jobs.a", b"1"))
+    await watcher.wait_for(1)
+    assert watching.covers(sequence, watcher.records[0].time)
+    await watching.unsubscribe()
+
+
+async def test_a_watch_may_be_of_one_subject(backend: Backend) -> None:
+    watcher = Watcher()
+    await backend.declare_log(JOBS)
+    watching = await backend.watch("jobs", "jobs.*.b", watcher.see)
+    for subject in ("jobs.1.a", "jobs.1.b", "jobs.2.a", "jobs.2.b"):
+        await backend.write("jobs", Write(subject, subject.encode()))
+    await watcher.wait_for(2)
+    assert watcher.bodies == [b"jobs.1.b", b"jobs.2.b"]
+    await watching.unsubscribe()
+
+
+async def test_a_watch_goes_on_with_a_log_that_is_made_later_or_again(backend: Backend) -> None:
+    watcher = Watcher()
+    watching = await backend.watch("jobs", "jobs.>", watcher.see)
+    for time, writes in ((1, 3), (2, 1)):
+        await backend.declare_log(JOBS)
+        for number in range(writes):
+            await backend.write("jobs", Write(f"jobs.{number}", b"%d" % time))
+        await watcher.wait_for(3 if time == 1 else 4)
+        await backend.delete_log("jobs")
+    assert watcher.bodies == [b"1", b"1", b"1", b"2"]
+    await watching.unsubscribe()
+
+
+async def test_a_watch_that_has_ended_hands_out_nothing(backend: Backend) -> None:
+    left, stayed = Watcher(), Watcher()
+    await backend.declare_log(JOBS)
+    watching = await backend.watch("jobs", "jobs.>", left.see)
+    other = await backend.watch("jobs", "jobs.>", stayed.see)
+    await watching.unsubscribe()
+    await backend.write("jobs", Write("jobs.a", b"1"))
+    await stayed.wait_for(1)
+    await other.unsubscribe()
+    assert left.signals == []
+
+
+async def test_a_watch_whose_callback_fails_goes_on(
+    backend: Backend, caplog: pytest.LogCaptureFixture
+) -> None:
+    watcher = Watcher()
+
+    def see(record: Record) -> None:
+        watcher.see(record)
+        if record.body == b"bad":
+            raise ValueError(record.body)
+
+    await backend.declare_log(JOBS)
+    watching = await backend.watch("jobs", "jobs.>", see)
+    for body in (b"bad", b"good"):
+        await backend.write("jobs", Write(f"jobs.{body.decode()}", body))
+    await watcher.wait_for(2)
+    assert watcher.bodies == [b"bad", b"good"]
+    (record,) = caplog.records
+    assert "a callback for" in record.getMessage()
+    await watching.unsubscribe()

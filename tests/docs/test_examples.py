@@ -180,7 +180,8 @@ def test_plain_producer_adds_a_job_and_follows_it(server: EmbeddedServer) -> Non
     assert done.returncode == 0, done.stderr
     added, *events = done.stdout.splitlines()
     assert added.startswith("added ")
-    assert events == ["waiting", "started", "completed: 4"]
+    assert events[-1] == "completed: 4"
+    assert events[:-1] in ([], ["started"])
     assert worker.returncode == 0
 
 
@@ -196,4 +197,4 @@ async def test_plain_producer_learns_of_an_end_that_it_was_not_told(
     queue = Queue("examples", nats_backend, registry=registry)
     command = [sys.executable, "-u", str(EXAMPLES / "plain_nats_producer.py"), "too late"]
     printed = await follow_untold(command, "ASYNCMQ_NATS_SERVERS", queue, server)
-    assert printed[1:] == ["waiting", "completed: 2"]
+    assert printed[1:] == ["completed: 2"]

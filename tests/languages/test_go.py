@@ -148,7 +148,7 @@ async def test_go_learns_of_an_end_that_it_was_not_told(
     queue = make_queue(nats_backend, "lonely", count=len)
     command = [str(producer), "lonely", "count", '["late"]']
     printed = await follow_untold(command, "NATS_URL", queue, server)
-    assert printed[1:] == ["waiting", "completed 4"]
+    assert printed[1:] == ["completed 4"]
 
 
 async def test_what_cannot_be_added_is_said_in_a_line(

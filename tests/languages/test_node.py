@@ -335,7 +335,8 @@ async def test_the_producer_in_node_follows_its_job(
     assert done.returncode == 0, done.stderr
     added, *events = done.stdout.splitlines()
     assert added.startswith("added ")
-    assert events == ["waiting", "started", "completed", 'result "ä ✓"']
+    assert events[-2:] == ["completed", 'result "ä ✓"']
+    assert events[:-2] in ([], ["started"])
 
 
 async def test_the_producer_in_node_learns_of_an_end_that_it_was_not_told(
@@ -344,7 +345,7 @@ async def test_the_producer_in_node_learns_of_an_end_that_it_was_not_told(
     queue = make_queue(nats_backend, "mixed", echo=lambda text: text)
     command = ["npm", "run", "--silent", "produce", "--", "mixed", "echo", '["late"]']
     printed = await follow_untold(command, "NATS_URL", queue, server, cwd=node)
-    assert printed[1:] == ["waiting", "completed", 'result "late"']
+    assert printed[1:] == ["completed", 'result "late"']
 
 
 def test_both_promote_under_the_same_message_id(node: Path) -> None:

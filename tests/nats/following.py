@@ -33,7 +33,7 @@ async def follow_untold(
             assert process.stdout is not None
             with anyio.fail_after(PATIENCE):
                 printed = b""
-                while b"waiting" not in printed:
+                while not printed.startswith(b"added "):
                     printed += await process.stdout.receive()
                 relay.lost.set()
                 async with running(queue):

@@ -124,6 +124,62 @@ async def test_a_batch_is_not_repeated_when_what_it_expects_holds_again(
     assert await notes.last_sequence("notes") == 3
 
 
+async def commit_in_two(backend: NATSBackend, writes: list[Write]) -> int:
+    """Stage all but the last of the writes, and commit them with it."""
+    staged = backend.stage("notes")
+    await staged.add(*writes[:-1])
+    await staged.add(writes[-1])
+    return await staged.commit()
+
+
+async def test_a_staged_batch_is_not_stored_twice(
+    notes: NATSBackend, distant: NATSBackend, relay: Relay
+) -> None:
+    batch = [Write(f"notes.{name}", b"") for name in "abc"]
+
+    async def remove() -> None:
+        for sequence in await stored(notes, *(write.subject for write in batch)):
+            await notes.delete("notes", sequence)
+
+    relay.lose_answer(rb"Nats-Batch-Commit")
+    later = Later()
+    with anyio.fail_after(PATIENCE):
+        async with anyio.create_task_group() as group:
+            group.start_soon(later.run, lambda: commit_in_two(distant, batch))
+            await relay.lost.wait()
+            await remove()
+            await relay.cut()
+    assert (later.result, later.error) == (3, None)
+    assert await notes.last_sequence("notes") == 3
+
+
+@pytest.mark.parametrize("lost", [rb"notes\.a ", rb"notes\.c ", rb"Nats-Batch-Commit"])
+async def test_a_staged_batch_of_which_a_part_is_lost_is_sent_again(
+    lost: bytes, notes: NATSBackend, distant: NATSBackend, relay: Relay
+) -> None:
+    batch = [Write(f"notes.{name}", b"") for name in "abcde"]
+
+    async def commit() -> int:
+        staged = distant.stage("notes")
+        await staged.add(*batch[:2])
+        await staged.add(*batch[2:4])
+        if relay.lost.is_set():  # with the connection: what comes now goes by the next one
+            await relay.cut()
+        await staged.add(batch[4])
+        return await staged.commit()
+
+    relay.lose_request(lost)
+    later = Later()
+    with anyio.fail_after(PATIENCE):
+        async with anyio.create_task_group() as group:
+            group.start_soon(later.run, commit)
+            await relay.lost.wait()
+            await relay.cut()
+    assert (later.result, later.error) == (5, None)
+    found = await notes.last("notes", "notes.>")
+    assert [record.subject for record in found] == [write.subject for write in batch]
+
+
 @pytest.mark.parametrize("size", [1, 3])
 async def test_a_repetition_that_its_own_first_sending_refuses_is_confirmed(
     size: int, notes: NATSBackend, distant: NATSBackend, relay: Relay

@@ -452,7 +452,7 @@ async def test_an_addition_whose_confirmation_was_lost_is_no_hit(
     await run_jobs(queue)
     await subscription.unsubscribe()
     assert await queue.get_job_result(owner) is None
-    assert told[0] == "waiting"
+    assert "completed" in told
     assert "debounced" not in told
 
 

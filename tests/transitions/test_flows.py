@@ -1,6 +1,7 @@
 """Flows: jobs that depend on each other, added as a whole; on both backends."""
 
 import random
+from functools import partial
 from typing import Any
 
 import anyio
@@ -22,6 +23,7 @@ from asyncmq_nats.jobs import Job
 from asyncmq_nats.queues import Queue
 from tests.running import (
     PATIENCE,
+    Unsent,
     has,
     make_queue,
     only,
@@ -427,6 +429,7 @@ def watch_writes(
         return await write(log, *writes)
 
     monkeypatch.setattr(backend, "write", watched)
+    monkeypatch.setattr(backend, "stage", lambda log: Unsent(partial(watched, log)))
     return batches
 
 

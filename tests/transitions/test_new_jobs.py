@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from typing import Any
@@ -18,7 +18,7 @@ from asyncmq_nats.exceptions import InvalidArgument, NotSerializable
 from asyncmq_nats.jobs import LATEST_TIME, Backoff, Job, new_job_id, new_job_ids
 from asyncmq_nats.middleware import AddJobs, Middleware
 from asyncmq_nats.queues import Queue
-from asyncmq_nats.transitions.bulk import build_entries
+from asyncmq_nats.transitions.bulk import EntryBuilder
 from tests.running import make_queue, only
 
 NOW = 1_700_000_000.125
@@ -109,7 +109,12 @@ def test_ids_are_uuids_that_begin_with_the_time(source: Callable[[], Iterator[st
 
 
 def bulk(*entries: Mapping[str, Any]) -> list[Job]:
-    return [whole_job(job) for job in build_entries(NOW, entries)[0]]
+    return built(entries)
+
+
+def built(entries: Iterable[Mapping[str, Any]]) -> list[Job]:
+    builder = EntryBuilder(NOW)
+    return [whole_job(builder.build(*each)) for each in enumerate(entries)]
 
 
 def test_entries_with_the_options_of_the_last_one_differ_in_id_and_arguments() -> None:
@@ -128,7 +133,7 @@ def test_an_entry_that_is_changed_and_given_again_counts_as_it_is_then() -> None
             entry["args"][0], entry["meta"]["n"], entry["ttl"] = n, str(n), n + 1
             yield entry
 
-    jobs = [whole_job(job) for job in build_entries(NOW, entries())[0]]
+    jobs = built(entries())
     assert [(job.args, job.meta, job.ttl) for job in jobs] == [
         ([n], {"n": str(n)}, n + 1) for n in range(3)
     ]

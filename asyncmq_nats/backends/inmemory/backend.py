@@ -7,12 +7,12 @@ the object.
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import fields
 from functools import partial
 from itertools import count
-from typing import Self
+from typing import Any, Self
 from weakref import WeakSet
 
 import anyio
@@ -33,7 +33,9 @@ from asyncmq_nats.backends.base import (
     Settle,
     Settled,
     Signal,
+    Staged,
     Subscription,
+    Watching,
     Write,
 )
 from asyncmq_nats.backends.filters import compile_filter
@@ -49,17 +51,44 @@ __all__ = ["InMemoryBackend"]
 logger = get_logger(__name__)
 
 
+class InMemoryStaged:
+    """A `Staged`."""
+
+    def __init__(self, write: Callable[..., Awaitable[int]]) -> None:
+        """`write`: `Backend.write` to its log."""
+        self._write = write
+        self._writes: list[Write] = []
+
+    async def add(self, *writes: Write) -> None:
+        """See `Staged`."""
+        self._writes += writes
+        await asyncio.sleep(0)
+
+    async def commit(self) -> int:
+        """See `Staged`."""
+        return await self._write(*self._writes)
+
+    def drop(self) -> None:
+        """See `Staged`."""
+        self._writes.clear()
+
+
 class InMemorySubscription:
-    """A `Subscription`."""
+    """A `Subscription` to signals, or a `Watching` of the records of a log."""
 
     def __init__(
         self,
         subject: str,
-        on_signal: Callable[[Signal], None],
+        on_arrival: Callable[[Any], None],
         leave: Callable[["InMemorySubscription"], None],
+        log: str | None = None,
+        begin: int = 0,
     ) -> None:
+        """`log`: whose records; signals if `None`. `begin`: its last sequence."""
+        self.log = log
+        self._begin = begin
         self.match = compile_filter(subject).match
-        self._on_signal = on_signal
+        self._on_arrival = on_arrival
         self._leave = leave
         self.loop = asyncio.get_running_loop()
         self.active = True
@@ -69,13 +98,17 @@ class InMemorySubscription:
         self.active = False
         self._leave(self)
 
-    def arrive(self, signal: Signal) -> None:
-        """Take a signal."""
+    def covers(self, sequence: int, time: float) -> bool:
+        """See `Watching`."""
+        return sequence > self._begin
+
+    def arrive(self, what: Signal | Record) -> None:
+        """Take a signal or a record."""
         if self.active:
             try:
-                self._on_signal(signal)
-            except Exception:  # a malformed signal must not end the subscription
-                logger.exception("a callback for signals on %.200s failed", signal.subject)
+                self._on_arrival(what)
+            except Exception:  # a malformed one must not end the subscription
+                logger.exception("a callback for signals on %.200s failed", what.subject)
 
 
 class InMemoryBackend:
@@ -166,7 +199,8 @@ class InMemoryBackend:
         await self._give_way()
         existing = self._logs.get(log.name)
         if existing is None:
-            self._logs[log.name] = StoredLog(log, self._agenda, self._send_signal)
+            told = partial(self._tell, log.name)
+            self._logs[log.name] = StoredLog(log, self._agenda, self._send_signal, told)
         else:
             warn_of_difference("log", existing.declaration, log)
 
@@ -275,6 +309,10 @@ class InMemoryBackend:
             except AsyncMQError as error:
                 results.append(error)
         return results
+
+    def stage(self, log: str) -> Staged:
+        """See `Backend`."""
+        return InMemoryStaged(partial(self.write, log))
 
     def send(self, log: str, write: Write, settle: Settle, *, timeout: float | None = None) -> None:
         """See `Backend`."""
@@ -388,10 +426,13 @@ class InMemoryBackend:
         await self._give_way()
         self._post(subject, body)
 
-    def signal(self, subject: str, body: bytes = b"") -> None:
+    def signal(
+        self, subject: str, body: bytes = b"", on_unheard: Callable[[], None] | None = None
+    ) -> None:
         """See `Backend`."""
         try:
-            self._post(subject, body)
+            if not self._post(subject, body) and on_unheard is not None:
+                self._agenda.soon(on_unheard)
         except PayloadTooLarge as error:
             if times := self._dropped_signals.note():
                 logger.warning("%d signals were not sent: %s", times, error)
@@ -400,6 +441,15 @@ class InMemoryBackend:
         """See `Backend`."""
         await self._give_way()
         subscription = InMemorySubscription(subject, on_signal, self._leave)
+        self._subscriptions.append(subscription)
+        return subscription
+
+    async def watch(self, log: str, filter: str, on_record: Callable[[Record], None]) -> Watching:
+        """See `Backend`."""
+        await self._give_way()
+        stored = self._logs.get(log)
+        begin = 0 if stored is None else stored.sequence
+        subscription = InMemorySubscription(filter, on_record, self._leave, log, begin)
         self._subscriptions.append(subscription)
         return subscription
 
@@ -480,11 +530,17 @@ class InMemoryBackend:
 
     def _send_signal(self, subject: str, body: bytes, reply: str = "") -> bool:
         """Hand a signal to everyone who listens now, soon. Return whether anyone does."""
-        listeners = [
-            subscription for subscription in self._subscriptions if subscription.match(subject)
+        return self._hand_out(None, Signal(subject, body, reply))
+
+    def _tell(self, log: str, record: Record) -> None:
+        self._hand_out(log, record)
+
+    def _hand_out(self, log: str | None, what: Signal | Record) -> bool:
+        sent = [
+            self._agenda.soon(each.arrive, what, loop=each.loop)
+            for each in self._subscriptions
+            if each.log == log and each.match(what.subject)
         ]
-        signal = Signal(subject, body, reply)
-        sent = [self._agenda.soon(each.arrive, signal, loop=each.loop) for each in listeners]
         return any(sent)
 
     def _leave(self, subscription: InMemorySubscription) -> None:

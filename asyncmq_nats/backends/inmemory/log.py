@@ -38,16 +38,21 @@ class Stored:
 
 
 class StoredLog:
-    """The records of one log. `signal` sends a republished record."""
+    """The records of one log. `signal` sends a republished record, `told` hears of each."""
 
     def __init__(
-        self, declaration: Log, agenda: Agenda, signal: Callable[[str, bytes], object]
+        self,
+        declaration: Log,
+        agenda: Agenda,
+        signal: Callable[[str, bytes], object],
+        told: Callable[[Record], None],
     ) -> None:
         self.declaration = declaration
         self.incarnation = f"{id(self)}-{agenda.now()}"
         self.consumers: dict[str, Counter | Cursor] = {}
         self._agenda = agenda
         self._signal = signal
+        self._told = told
         self._records: dict[int, Stored] = {}
         self._subjects: SubjectTree[Stored] = SubjectTree()
         self._order: list[
@@ -252,6 +257,7 @@ class StoredLog:
             destination = transform(*self.declaration.republish, record.subject)
             if destination is not None:
                 self._signal(destination, record.body)
+        self._told(record)
 
     def _drop(self, stored: Stored | None) -> bool:
         """Remove a record, unless it is gone already. Return whether it was there."""

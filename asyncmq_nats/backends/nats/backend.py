@@ -42,13 +42,16 @@ from asyncmq_nats.backends.nats.errors import (
     mapped_errors,
 )
 from asyncmq_nats.backends.nats.facts import describe_server, find_refused, read_log_state
+from asyncmq_nats.backends.nats.headers import HEADER_ROOM
 from asyncmq_nats.backends.nats.lease_keeper import LeaseKeeper
 from asyncmq_nats.backends.nats.options import connect_options, server_addresses
 from asyncmq_nats.backends.nats.puller import NATSPuller
 from asyncmq_nats.backends.nats.reader import Reader
 from asyncmq_nats.backends.nats.room import Ballasts, Fills
+from asyncmq_nats.backends.nats.staging import Staged
 from asyncmq_nats.backends.nats.streams import Assets
-from asyncmq_nats.backends.nats.writer import BATCH_LIMIT, HEADER_ROOM, Writer
+from asyncmq_nats.backends.nats.watching import Watch
+from asyncmq_nats.backends.nats.writer import BATCH_LIMIT, Writer
 from asyncmq_nats.exceptions import (
     AssetMissing,
     AsyncMQError,
@@ -71,6 +74,8 @@ FILTERS_AT_ONCE: Final = 200
 
 Each has up to some 1,100 bytes, and a request must fit into a message.
 """
+WATCH_OVERLAP: Final = 1.0
+"""Seconds before now from which a watch reads at first, if the server's clock is hardly known."""
 MISSING_CODES: Final = (STREAM_MISSING, CONSUMER_MISSING)
 
 
@@ -380,19 +385,26 @@ class NATSBackend:
     # -- records
 
     async def write(self, log: str, *writes: Write) -> int:
+        if self._connection is None or self._home.loop is not asyncio.get_running_loop():
+            await self.connect()
+        return await self._write(log, writes)
+
+    async def _write(self, log: str, writes: Sequence[Write], staged: Staged | None = None) -> int:
         if not 1 <= len(writes) <= BATCH_LIMIT:
             raise BackendError(
                 f"{len(writes)} writes in one batch: "
                 f"at least 1 and at most {BATCH_LIMIT} are possible"
             )
-        if self._connection is None or self._home.loop is not asyncio.get_running_loop():
-            await self.connect()
         await self._fills.check(log, writes)
         try:
-            return await self._writer.write(log, writes)
+            return await self._writer.write(log, writes, staged)
         except AssetMissing:
             self._assets.forget(log)
             raise
+
+    def stage(self, log: str) -> Staged:
+        self._require_connection()
+        return self._writer.stage(log, self._write)
 
     async def write_each(self, log: str, writes: Sequence[Write]) -> list[int | AsyncMQError]:
         await self._open_connection()
@@ -590,10 +602,13 @@ class NATSBackend:
         connection.post(subject, body)
         await connection.client.make_room()
 
-    def signal(self, subject: str, body: bytes = b"") -> None:
+    def signal(
+        self, subject: str, body: bytes = b"", on_unheard: Callable[[], None] | None = None
+    ) -> None:
         connection = self._require_connection()
+        reply = b"" if on_unheard is None else connection.reply_if_unheard(on_unheard)
         try:
-            connection.client.signal(subject.encode(), body)
+            connection.client.signal(subject.encode(), body, reply)
         except nats.errors.MaxPayloadError:
             error = connection.too_large(subject, len(body))
             if times := self._dropped_signals.note():
@@ -623,6 +638,13 @@ class NATSBackend:
                     f"the subscription to {subject}", self.settings.request_patience, read=True
                 ) from None
         return interest
+
+    async def watch(self, log: str, filter: str, on_record: Callable[[Record], None]) -> Watch:
+        await self._open_connection()
+        after = max(self.now_at_least(), self.now() - WATCH_OVERLAP)
+        watch = Watch(self._reader, log, filter, on_record, after)
+        await watch.begin()
+        return watch
 
     async def request(
         self, subject: str, body: bytes = b"", *, timeout: float = 1.0

@@ -55,6 +55,8 @@ The server disconnects a client for which 64 MiB wait.
 """
 REQUEST_TIMEOUT: Final = 5.0
 
+HEARING: Final = 5.0
+"""Seconds within which a server says that no one listens to a subject."""
 LONG_CALL_TIMEOUT: Final = 600.0
 """A purge takes as long as there is to remove."""
 READ_CALLS: Final = ("INFO", "STREAM.INFO", "STREAM.NAMES", "CONSUMER.INFO", "CONSUMER.NAMES")
@@ -327,6 +329,18 @@ class Connection:
             timer.cancel()
             del self._collectors[token], self._requests[token]
         return replies
+
+    def reply_if_unheard(self, on_unheard: Callable[[], None]) -> bytes:
+        """Return a reply subject: `on_unheard` is called if no one hears what it is sent with."""
+        token = b"%d" % next(self._tokens)
+
+        def on_reply(reply: Reply) -> None:
+            if reply.status == "503":
+                on_unheard()
+
+        self._collectors[token] = on_reply
+        asyncio.get_running_loop().call_later(HEARING, self._collectors.pop, token, None)
+        return self._inbox + token
 
     def call_unheard(self, subject: str, body: bytes) -> None:
         """Call the JetStream API without waiting for its answer, which is dropped."""

@@ -14,12 +14,13 @@ from asyncmq_nats.backends.nats.connection import (
     ANSWER_SIZE,
     Connection,
     Reply,
+    format_time,
     parse_time,
     patience_with,
 )
 from asyncmq_nats.exceptions import AssetMissing, BackendError, Unconfirmed
 
-__all__ = ["Reader"]
+__all__ = ["READ_LIMIT", "Reader"]
 
 FIRST_READ_LIMIT: Final = 48
 """Records that are read at first."""
@@ -35,6 +36,8 @@ SPAN_GROWTH: Final = 8
 MOST_LAST: Final = 1024
 """The server's own limit for the last records of several subjects."""
 READS_AT_ONCE: Final = 32
+CLOCK_STEP: Final = 2e-6
+"""Seconds to which a time of the server is known here."""
 SUBJECT: Final = b"\r\nNats-Subject: "
 OPERATION: Final = b"KV-Operation"
 
@@ -117,6 +120,22 @@ class Reader:
             if hop is None:
                 return found
             at, width = max(at, hop), _next_width(limit - len(found), window, matching)
+
+    async def read_on(
+        self, log: str, filter: str, *, from_sequence: int | None, after: float
+    ) -> list[Record]:
+        """Return up to `READ_LIMIT` of the records that follow, those that match a filter.
+
+        `from_sequence`: the first one to read; `None` begins at the time `after`, or just before.
+        """
+        start: dict[str, Any] = {"seq": from_sequence}
+        if from_sequence is None:
+            start = {"start_time": format_time(after - CLOCK_STEP)}
+        if filter.endswith(("*", ">")):  # as `page`: without a filter, the server counts nothing
+            match = compile_filter(filter).match
+            read = await self._get(log, {**start, "batch": READ_LIMIT}) or []
+            return [record for record in read if match(record.subject)]
+        return await self._get(log, {**start, "next_by_subj": filter, "batch": READ_LIMIT}) or []
 
     async def page_back(
         self,
@@ -223,6 +242,7 @@ class Reader:
             ):
                 return records
             payload = {**payload, "seq": found[-1].sequence + 1}  # it was cut off for its size
+            payload.pop("start_time", None)
 
     async def _ask(
         self,

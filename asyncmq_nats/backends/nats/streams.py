@@ -104,10 +104,17 @@ CHANGEABLE_SETTINGS: Final = (
     "discard",
     "compression",
     "placement",
+    "republish",
     "ack_wait",
 )
 """Settings that the server changes in place; all others need a new stream."""
-DEFAULTS: Final = {"max_bytes": -1, "discard": "old", "compression": "none", "placement": None}
+DEFAULTS: Final = {
+    "max_bytes": -1,
+    "discard": "old",
+    "compression": "none",
+    "placement": None,
+    "republish": None,
+}
 """Defaults of a stream that was created without these settings.
 
 A comparison shows them, a declaration does not.

@@ -1,4 +1,4 @@
-"""Writes to a stream: headers, atomic batches, repetition until confirmed.
+"""Writes to a stream, repeated until they are confirmed.
 
 Writes that are sent and not confirmed are in one table. A reconnect sends the whole table again, so
 does a confirmation that is overdue. A write that is awaited has a random message id of its own, in
@@ -9,21 +9,20 @@ again and all that it expects holds once more.
 import asyncio
 import itertools
 import json
-import os
 import random
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any, Final
 
 import nats.errors
 
 from asyncmq_nats._logging import Throttle, get_logger
-from asyncmq_nats.backends.base import Expect, Record, Settle, Settled, Write
+from asyncmq_nats.backends.base import Record, Settle, Settled, Write
 from asyncmq_nats.backends.filters import is_key, matches
 from asyncmq_nats.backends.nats.budget import Budget, Load
-from asyncmq_nats.backends.nats.connection import Connection, format_time
+from asyncmq_nats.backends.nats.connection import Connection
 from asyncmq_nats.backends.nats.errors import (
     STREAM_MISSING,
     is_full,
@@ -31,6 +30,13 @@ from asyncmq_nats.backends.nats.errors import (
     is_transient,
     write_error,
 )
+from asyncmq_nats.backends.nats.headers import (
+    BATCH_LINES,
+    HEADER_ROOM,
+    encode_headers,
+    new_message_id,
+)
+from asyncmq_nats.backends.nats.staging import Commit, Staged, named, post_batch, post_index_entry
 from asyncmq_nats.exceptions import (
     AssetMissing,
     AsyncMQError,
@@ -44,7 +50,7 @@ from asyncmq_nats.exceptions import (
     WriteRefused,
 )
 
-__all__ = ["BATCH_LIMIT", "HEADER_ROOM", "Writer", "encode_headers"]
+__all__ = ["BATCH_LIMIT", "Writer"]
 
 logger = get_logger(__name__)
 
@@ -53,8 +59,6 @@ WRITES_AT_ONCE: Final = 500
 """Writes of `write_each` that are under way together."""
 RESEND_AFTER: Final = 2.0
 SWEEP_EVERY: Final = 0.25
-HEADER_ROOM: Final = 1024
-"""The server counts headers as payload."""
 LONGEST_HEADERS: Final = 8 * 1024
 """Ids have up to 1,024 bytes, and headers name a few."""
 FULL_PATIENCE: Final = 1.0
@@ -67,75 +71,7 @@ FULL_SIGHT: Final = 5.0
 ERROR: Final = b'"error"'
 SEQUENCE: Final = b'"seq":'
 
-BATCH_LINES: Final = "Nats-Batch-Id: " + "x" * 60 + "\r\nNats-Batch-Sequence: 1000\r\n"
-"""A placeholder as long as the headers that a batch adds to a write."""
-
 Last = Callable[[str, str], Awaitable[list[Record]]]
-
-
-def _may_replace(write: Write) -> bool:
-    """Return whether an older record may have to be replaced.
-
-    There is none if the write expects none at its subject.
-    """
-    expect = write.expect
-    if write.removes is not None:  # with a roll-up, servers before 2.14 do not remove the timer
-        return False
-    if expect is None or expect.sequence:
-        return True
-    return expect.filter != write.subject and not (
-        expect.filter[-1] == ">" and write.subject.startswith(expect.filter[:-1])
-    )
-
-
-def _encode_expectation(expect: Expect, subject: str, indent: int) -> str:
-    line = f"Nats-Expected-Last-Subject-Sequence: {expect.sequence}\r\n"
-    if expect.filter == subject:
-        return line
-    return f"{line}Nats-Expected-Last-Subject-Sequence-Subject: {' ' * indent}{expect.filter}\r\n"
-
-
-@lru_cache(maxsize=64)
-def _encode_ttl(seconds: float) -> str:
-    return f"Nats-TTL: {max(1, round(seconds))}s\r\n"
-
-
-def encode_headers(write: Write, more: str = "", indent: int = 0) -> bytes:
-    """Return the headers of the write on the wire, followed by the lines `more`.
-
-    `indent`: see `Connection.mixes_up_expectations`.
-    """
-    lines = "NATS/1.0\r\n"
-    if write.message_id is not None:
-        lines += f"Nats-Msg-Id: {write.message_id}\r\n"
-    if write.expect is not None:
-        lines += _encode_expectation(write.expect, write.subject, indent)
-    if write.ttl is not None:
-        lines += _encode_ttl(write.ttl)
-    if write.timer is not None:
-        lines += (
-            f"Nats-Schedule: @at {format_time(write.timer.at)}\r\n"
-            f"Nats-Schedule-Target: {write.timer.target}\r\n"
-        )
-    if write.removes is not None:
-        lines += f"Nats-Schedule-Next: purge\r\nNats-Scheduler: {write.removes}\r\n"
-    if write.marker:
-        lines += "KV-Operation: DEL\r\n"
-    if not write.beside and is_key(write.subject) and _may_replace(write):
-        # A record that is replaced by the limit of one per subject comes back after a crash of the
-        # server, once its successor is deleted.
-        lines += "Nats-Rollup: sub\r\n"
-    lines += more
-    return f"{lines}\r\n".encode() if len(lines) > 10 else b""
-
-
-def new_message_id() -> str:
-    """Return an id for a write or a batch that no one can guess.
-
-    Readers of events see the ids of what was stored: under the next one of a series, a stranger
-    could write first, and the server would take our write for a repetition.
-    """
-    return os.urandom(12).hex()
 
 
 def _nothing() -> None:
@@ -154,6 +90,8 @@ class Unsettled:
     sent_at: float = 0.0
     sendings: int = 0
     full_since: float = 0.0
+    staged: Staged | None = None
+    """What was sent of a batch before all of it was known."""
     begun: float = field(default_factory=time.monotonic)
 
 
@@ -183,8 +121,8 @@ class Writer:
         """Listen for confirmations."""
         await self._client.listen(self._inbox.decode() + "*", self._on_reply)
 
-    async def write(self, log: str, writes: Sequence[Write]) -> int:
-        """See `Backend.write`."""
+    async def write(self, log: str, writes: Sequence[Write], staged: Staged | None = None) -> int:
+        """See `Backend.write`. `staged`: has sent some of them."""
         future: asyncio.Future[Settled] = asyncio.get_running_loop().create_future()
 
         def settle(result: Settled) -> None:
@@ -193,14 +131,13 @@ class Writer:
 
         if self._ends_in_wait:  # they go first: the end of a job makes room
             raise StorageFull(log, "the ends of jobs that run here wait for room")
-        first, count = writes[0], len(writes)
-        if first.message_id is None:
-            first = replace(first, message_id=new_message_id())
-            writes = (first, *writes[1:])
-        entry = Unsettled(log, writes, settle, time.monotonic() + self._timeout)
+        writes, count = named(writes), len(writes)
+        entry = Unsettled(log, writes, settle, time.monotonic() + self._timeout, staged=staged)
+        if staged is not None:
+            staged.release()
         load = Load(count > 1, count, sum([len(write.body) for write in writes]))
         if not self._budget.take_now(load):
-            await self._wait_for_budget(load, first.subject)
+            await self._wait_for_budget(load, writes[0].subject)
         try:
             self._submit(entry)
             if self._client.is_overfull:
@@ -212,6 +149,10 @@ class Writer:
         if isinstance(result, BackendError):
             raise result
         return result
+
+    def stage(self, log: str, write: Commit) -> Staged:
+        """Begin a batch that is sent while it is made. `write`: stores it."""
+        return Staged(self._connection, self._budget, write, log)
 
     async def write_each(self, log: str, writes: Sequence[Write]) -> list[int | AsyncMQError]:
         """See `Backend.write_each`."""
@@ -294,20 +235,23 @@ class Writer:
     def _transmit(self, entry: Unsettled) -> None:
         entry.sent_at = time.monotonic()
         entry.sendings += 1
+        reply = self._inbox + entry.token
+        staged, entry.staged = entry.staged, None
         try:
+            if staged is not None and staged.finish(reply):
+                return
             for write in entry.writes:
                 if write.index is not None:
-                    self._post_index_entry(write.index, write.ttl)
+                    post_index_entry(self._connection, write.index, write.ttl)
             if len(entry.writes) == 1:
                 write = entry.writes[0]
-                self._client.post(
-                    write.subject.encode(),
-                    write.body,
-                    self._inbox + entry.token,
-                    encode_headers(write),
-                )
+                headers = encode_headers(write)
+                self._client.post(write.subject.encode(), write.body, reply, headers)
             else:
-                self._transmit_batch(entry.writes, self._inbox + entry.token)
+                count = len(entry.writes)
+                post_batch(
+                    self._connection, new_message_id(), entry.writes, commit=count, reply=reply
+                )
         except nats.errors.MaxPayloadError:  # another server of the cluster, with a lower limit
             subject, most = entry.writes[0].subject, self._client.max_payload
             text = (
@@ -319,27 +263,6 @@ class Writer:
                 self._finish(entry, ConnectionLost(self._connection.servers))
             else:
                 logger.debug("%s: sending again later: %s", entry.log, error)
-
-    def _post_index_entry(self, subject: str, ttl: float | None) -> None:
-        # Unconfirmed: on one connection a stream stores in order, so it is there if what follows
-        # is.
-        self._client.post(subject.encode(), b"", b"", encode_headers(Write(subject, b"", ttl=ttl)))
-
-    def _transmit_batch(self, writes: Sequence[Write], reply: bytes) -> None:
-        # One flush, without awaiting the first message's answer. Only the last message has a reply
-        # subject: a refused first message makes the batch "incomplete" there, which is repeated; a
-        # batch id is never used twice.
-        batch_id = new_message_id()
-        mixed_up = self._connection.mixes_up_expectations
-        prefix, count = f"Nats-Batch-Id: {batch_id}\r\nNats-Batch-Sequence: ", len(writes)
-
-        def message(number: int, write: Write) -> tuple[bytes, bytes, bytes, bytes]:
-            last = number == count
-            more = f"{prefix}{number}\r\n" + ("Nats-Batch-Commit: 1\r\n" if last else "")
-            headers = encode_headers(write, more, number * mixed_up)
-            return write.subject.encode(), write.body, reply if last else b"", headers
-
-        self._client.post_all(message(*each) for each in enumerate(writes, 1))
 
     def _on_reply(self, subject: bytes, _: bytes, body: bytes, __: bytes | None) -> None:
         entry = self._table.get(subject[len(self._inbox) :])

@@ -86,14 +86,14 @@ class DirectClient(Client):
         if not self._flush_due:
             self._flush_soon()
 
-    def signal(self, subject: bytes, body: bytes) -> None:
+    def signal(self, subject: bytes, body: bytes, reply: bytes = b"") -> None:
         """Queue a message, or drop it while there is no connection.
 
         Raises:
             MaxPayloadError: as for `post`.
         """
         if self._status == Client.CONNECTED:
-            self.post(subject, body)
+            self.post(subject, body, reply)
 
     def post_all(self, messages: Iterable[tuple[bytes, bytes, bytes, bytes]]) -> None:
         """Queue messages, all or none: their subjects, bodies, reply subjects, headers.

@@ -1,0 +1,169 @@
+"""Atomic batches: their messages, and those that are sent while they are still being made."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from typing import Final
+
+import nats.errors
+
+from asyncmq_nats.backends.base import Write
+from asyncmq_nats.backends.nats.budget import Budget, Load
+from asyncmq_nats.backends.nats.connection import Connection
+from asyncmq_nats.backends.nats.headers import batch_lines, encode_headers, new_message_id
+
+__all__ = ["Commit", "Staged", "named", "post_batch", "post_index_entry"]
+
+NOTHING: Final = Load(0, 0, 0)
+
+Commit = Callable[[str, Sequence[Write], "Staged"], Awaitable[int]]
+
+
+def post_index_entry(connection: Connection, subject: str, ttl: float | None) -> None:
+    """Send an index entry, unconfirmed.
+
+    On one connection a stream stores in order, so it is there if what follows is.
+    """
+    headers = encode_headers(Write(subject, b"", ttl=ttl))
+    connection.client.post(subject.encode(), b"", b"", headers)
+
+
+def post_batch(
+    connection: Connection,
+    batch_id: str,
+    writes: Iterable[Write],
+    *,
+    first: int = 1,
+    commit: int = 0,
+    reply: bytes = b"",
+) -> None:
+    """Send messages of a batch, all or none of them.
+
+    One flush, without awaiting the first message's answer. Only the last message of the batch has a
+    reply subject: a refused first message makes the batch "incomplete" there, which is repeated; a
+    batch id is never used twice.
+
+    Args:
+        connection: to the server.
+        batch_id: any text of up to 64 bytes.
+        writes: those to send now.
+        first: the number of the first of them in the batch.
+        commit: the number of the batch's last one; 0 if it is not among these.
+        reply: the subject for the answer to the last one.
+
+    Raises:
+        nats.errors.Error: as for `DirectClient.post`.
+    """
+    lines, mixed_up = batch_lines(batch_id), connection.mixes_up_expectations
+
+    def message(number: int, write: Write) -> tuple[bytes, bytes, bytes, bytes]:
+        last = number == commit
+        more = f"{lines}{number}\r\n" + ("Nats-Batch-Commit: 1\r\n" if last else "")
+        headers = encode_headers(write, more, number * mixed_up)
+        return write.subject.encode(), write.body, reply if last else b"", headers
+
+    connection.client.post_all(message(*each) for each in enumerate(writes, first))
+
+
+def named(writes: Sequence[Write]) -> Sequence[Write]:
+    """Return the writes, the first of them with a message id."""
+    if not writes or writes[0].message_id is not None:
+        return writes
+    return (replace(writes[0], message_id=new_message_id()), *writes[1:])
+
+
+class Staged:
+    """A batch that is sent while it is made; see `Backend.stage`.
+
+    The server keeps what it got apart, and stores it with the last message, the commit: the last
+    write that is known is held back. If anything of it was lost on the way, the server refuses the
+    commit as incomplete, and the writer sends the whole batch again under another id.
+    """
+
+    def __init__(
+        self,
+        connection: Connection,
+        budget: Budget,
+        write: Commit,
+        log: str,
+    ) -> None:
+        """`write`: stores the batch."""
+        self._connection = connection
+        self._budget = budget
+        self._write = write
+        self._log = log
+        self._writes: list[Write] = []
+        self._id = new_message_id()
+        self._sent = 0
+        self._load = NOTHING
+        self._is_open = True
+        """Whether all but the last write are on their way."""
+
+    async def add(self, *writes: Write) -> None:
+        """See `base.Staged`."""
+        self._writes += writes if self._writes else named(writes)
+        if self._is_open and not self._send():
+            self.drop()
+        await asyncio.sleep(0)  # it is flushed now
+        await self._connection.client.make_room()
+
+    def _send(self) -> bool:
+        """Send all but the last write. Return whether that is on its way."""
+        client = self._connection.client
+        writes = self._writes[self._sent : -1]
+        load = Load(int(not self._sent), len(writes), sum([len(write.body) for write in writes]))
+        if not writes:
+            return True
+        if not client.is_connected or client.is_overfull or not self._budget.take_now(load):
+            return False
+        self._load = Load(*map(sum, zip(self._load, load, strict=True)))
+        try:
+            for write in writes:
+                if write.index is not None:
+                    post_index_entry(self._connection, write.index, write.ttl)
+            post_batch(self._connection, self._id, writes, first=self._sent + 1)
+        except nats.errors.Error:
+            return False
+        self._sent += len(writes)
+        return True
+
+    async def commit(self) -> int:
+        """See `base.Staged`."""
+        try:
+            return await self._write(self._log, self._writes, self)
+        finally:
+            self.drop()
+
+    def finish(self, reply: bytes) -> bool:
+        """Send the rest, with the commit. Return `False` if the whole batch has to be sent.
+
+        Raises:
+            nats.errors.Error: as for `DirectClient.post`.
+        """
+        if not self._is_open or not self._sent:
+            return False
+        rest, count = self._writes[self._sent :], len(self._writes)
+        for write in rest:
+            if write.index is not None:
+                post_index_entry(self._connection, write.index, write.ttl)
+        post_batch(
+            self._connection, self._id, rest, first=self._sent + 1, commit=count, reply=reply
+        )
+        self._is_open = False
+        return True
+
+    def release(self) -> None:
+        """Give back the room in the budget, for the whole batch to take its own."""
+        load, self._load = self._load, NOTHING
+        self._budget.release(load)
+
+    def drop(self) -> None:
+        """See `base.Staged`."""
+        if self._is_open and self._sent and self._connection.client.is_connected:
+            # A number that does not follow ends a batch; else it would stay for ten seconds.
+            gap = Write(self._writes[0].subject, b"")
+            with suppress(nats.errors.Error):
+                post_batch(self._connection, self._id, [gap], first=self._sent + 2)
+        self._is_open = False
+        self.release()

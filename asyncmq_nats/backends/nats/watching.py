@@ -1,0 +1,109 @@
+"""Follows a stream by reading it: a work queue allows no second consumer.
+
+A republish rule would have the server tell of each message at once, heard or not: a fifth of what
+it costs to store a small one.
+"""
+
+import asyncio
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Final
+
+from asyncmq_nats._logging import get_logger
+from asyncmq_nats.backends.base import Record
+from asyncmq_nats.backends.nats.reader import READ_LIMIT, Reader
+from asyncmq_nats.exceptions import AssetMissing, AsyncMQError, ConnectionLost, PermissionRefused
+
+__all__ = ["Watch"]
+
+logger = get_logger(__name__)
+
+INTERVAL: Final = 0.1
+"""Seconds between two reads, unless the first one brought all it may."""
+MISSING_INTERVAL: Final = 1.0
+"""Seconds after a read of a stream that is not there, or does not answer."""
+QUIET_READS: Final = 10
+"""Reads without a record after which to ask by time: a stream that is made again begins at 1."""
+
+
+class Watch:
+    """A `Watching`: see there."""
+
+    def __init__(
+        self,
+        reader: Reader,
+        log: str,
+        filter: str,
+        on_record: Callable[[Record], None],
+        after: float,
+    ) -> None:
+        """`after`: Unix seconds by the server's clock."""
+        self._reader = reader
+        self._log = log
+        self._filter = filter
+        self._on_record = on_record
+        self._begin = self._time = after
+        self._first = self._sequence = 0
+        self._quiet = QUIET_READS
+        self._task: asyncio.Task[None] | None = None
+
+    async def begin(self) -> None:
+        """Hand out what is stored from now on."""
+        with suppress(AsyncMQError):
+            while len(await self._read()) == READ_LIMIT:
+                pass
+        self._first = self._sequence
+        self._task = asyncio.get_running_loop().create_task(self._follow())
+
+    def covers(self, sequence: int, time: float) -> bool:
+        """See `Watching`."""
+        return sequence > self._first if self._first else time > self._begin
+
+    async def unsubscribe(self) -> None:
+        """See `Subscription`."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait([self._task])
+
+    async def _follow(self) -> None:
+        while True:
+            pause = INTERVAL
+            try:
+                records = await self._read()
+            except (ConnectionLost, PermissionRefused) as error:
+                logger.warning("%s: its new records are not heard of: %s", self._log, error)
+                return
+            except AssetMissing:
+                records, pause, self._quiet = [], MISSING_INTERVAL, QUIET_READS
+            except AsyncMQError as error:
+                logger.debug("%s: could not be read: %s", self._log, error)
+                records, pause = [], MISSING_INTERVAL
+            for record in records:
+                self._hand_out(record)
+            await asyncio.sleep(0.0 if len(records) == READ_LIMIT else pause)
+
+    async def _read(self) -> list[Record]:
+        """Return the next records."""
+        by_time = self._quiet >= QUIET_READS
+        start = None if by_time else self._sequence + 1
+        found = await self._reader.read_on(
+            self._log, self._filter, from_sequence=start, after=self._time
+        )
+        # A time is asked for less exactly than the server knows it.
+        records = [
+            each for each in found if each.time > self._time or each.sequence > self._sequence
+        ]
+        self._quiet = 0 if records else self._quiet + 1
+        if records:
+            self._sequence, self._time = records[-1].sequence, records[-1].time
+        return records
+
+    def _is_new(self, record: Record) -> bool:
+        """Return whether it was not read before: times are asked for less exactly than they are."""
+        return record.time > self._time or record.sequence > self._sequence
+
+    def _hand_out(self, record: Record) -> None:
+        try:
+            self._on_record(record)
+        except Exception:
+            logger.exception("a callback for records of %s failed", self._log)

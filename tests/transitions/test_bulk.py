@@ -1,0 +1,188 @@
+"""Bulks that are sent while they are built: nothing of them is stored before all are checked."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import anyio
+import pytest
+
+from asyncmq_nats.backends.base import Backend, Staged, Write
+from asyncmq_nats.exceptions import InvalidArgument, NotSerializable
+from asyncmq_nats.middleware import Middleware
+from asyncmq_nats.queues import Queue
+from tests.running import PATIENCE, has, make_queue, only, run_jobs
+
+
+async def echo(value: Any = None) -> Any:
+    return value
+
+
+class WatchedStage:
+    """Counts what is sent early, committed and dropped."""
+
+    def __init__(self, staged: Staged, stages: "list[WatchedStage]") -> None:
+        self._staged = staged
+        self.sizes: list[int] = []
+        self.end = ""
+        stages.append(self)
+
+    async def add(self, *writes: Write) -> None:
+        self.sizes.append(len(writes))
+        await self._staged.add(*writes)
+
+    async def commit(self) -> int:
+        self.end = "committed"
+        return await self._staged.commit()
+
+    def drop(self) -> None:
+        self.end = self.end or "dropped"
+        self._staged.drop()
+
+
+@pytest.fixture
+def stages(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> list[WatchedStage]:
+    stages: list[WatchedStage] = []
+    stage = backend.stage
+    monkeypatch.setattr(backend, "stage", lambda log: WatchedStage(stage(log), stages))
+    return stages
+
+
+def entries(count: int, **options: Any) -> list[dict[str, Any]]:
+    return [{"task_id": "echo", "args": [number], **options} for number in range(count)]
+
+
+async def test_a_bulk_is_sent_while_it_is_built(
+    backend: Backend, stages: list[WatchedStage]
+) -> None:
+    queue = make_queue(backend, echo=echo)
+    seen: list[int] = []
+
+    def slowly() -> Iterator[dict[str, Any]]:
+        for number, entry in enumerate(entries(6300)):
+            seen.append(sum(map(sum, (stage.sizes for stage in stages))))
+            yield entry if number % 2 else entry | {"priority": 1}
+
+    ids = await queue.add_bulk(slowly())
+    assert [sum(stage.sizes) for stage in stages] == [1000] * 5  # the rest goes as it is
+    assert {stage.end for stage in stages} == {"committed"}
+    assert (seen[249], seen[250], seen[3100], seen[-1]) == (0, 250, 3000, 5000)
+    assert len(set(ids)) == 6300
+    await has(queue, 6300)
+    jobs = await queue.get_jobs(["waiting"], asc=True)
+    by_id = {job["id"]: job["args"] for job in jobs}
+    assert [by_id[job_id] for job_id in ids] == [[number] for number in range(6300)]
+
+
+async def test_a_small_bulk_is_one_write(backend: Backend, stages: list[WatchedStage]) -> None:
+    queue = make_queue(backend, echo=echo)
+    await queue.add_bulk(entries(249))
+    assert stages == []
+    await queue.add_bulk(entries(251))
+    assert [stage.sizes for stage in stages] == [[250, 1]]
+    await has(queue, 500)
+
+
+@pytest.mark.parametrize("index", [249, 250, 999, 1000, 1700])
+@pytest.mark.parametrize(
+    ("wrong", "error"),
+    [
+        ({"task_id": "echo", "args": [object()]}, NotSerializable),
+        ({"task_id": "echo", "retries": -1}, InvalidArgument),
+        ({"task_id": "echo", "unknown": 1}, ValueError),
+    ],
+)
+async def test_a_wrong_entry_leaves_nothing_of_what_was_sent(
+    backend: Backend, stages: list[WatchedStage], index: int, wrong: dict[str, Any], error: Any
+) -> None:
+    queue = make_queue(backend, echo=echo)
+    with pytest.raises(error) as caught:
+        await queue.add_bulk([*entries(index), wrong, *entries(700)])
+    notes = getattr(caught.value, "__notes__", [])
+    assert any(f"job {index}" in text for text in (*notes, str(caught.value)))
+    assert {stage.end for stage in stages} <= {"dropped"}
+    assert len(stages) == (index + 750) // 1000
+    await queue.add_bulk(entries(3))
+    await has(queue, 3)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"delay": 3600}, {"job_id": "chosen"}, {"deduplication": {"id": "x"}}, {"depends_on": ["p"]}],
+)
+async def test_a_bulk_with_other_jobs_is_sent_when_it_is_known(
+    backend: Backend, stages: list[WatchedStage], other: dict[str, Any]
+) -> None:
+    queue = make_queue(backend, echo=echo)
+    await queue.add("echo", job_id="p", delay=3600)
+    ids = await queue.add_bulk([*entries(700), {"task_id": "echo", **other}, *entries(700)])
+    assert [(stage.sizes, stage.end) for stage in stages] == [([250, 250], "dropped")]
+    assert len(set(ids)) == 1401
+    await has(queue, 1402)
+
+
+async def test_a_middleware_sees_the_jobs_before_they_are_sent(
+    backend: Backend, stages: list[WatchedStage]
+) -> None:
+    class Stamp(Middleware):
+        async def enqueue(self, queue: str, jobs: Any, call_next: Any) -> Any:
+            assert stages == []
+            return await call_next([replace(job, args=["stamped"]) for job in jobs])
+
+    queue = Queue("work", backend, middleware=[Stamp()])
+    await queue.add_bulk(entries(600))
+    assert stages == []
+    assert [job["args"] for job in await queue.get_waiting()] == [["stamped"]] * 600
+
+
+async def test_a_cancelled_bulk_adds_nothing(backend: Backend, stages: list[WatchedStage]) -> None:
+    queue = make_queue(backend, echo=echo)
+    with anyio.CancelScope() as scope:
+
+        def until_cancelled() -> Iterator[dict[str, Any]]:
+            for number, entry in enumerate(entries(2000)):
+                if number == 1600:
+                    scope.cancel()
+                yield entry
+
+        await queue.add_bulk(until_cancelled())
+    assert [stage.end for stage in stages] == ["dropped", "dropped"]
+    await queue.add_bulk(entries(2))
+    await has(queue, 2)
+
+
+async def test_the_list_of_a_bulk_may_change_meanwhile(backend: Backend) -> None:
+    queue, given = make_queue(backend, echo=echo), entries(1200)
+
+    async def clear() -> None:
+        await anyio.lowlevel.checkpoint()
+        given.clear()
+
+    with anyio.fail_after(PATIENCE):
+        async with anyio.create_task_group() as group:
+            group.start_soon(clear)
+            assert len(await queue.add_bulk(given)) == 1200
+    await has(queue, 1200)
+
+
+async def test_a_bulk_to_a_log_that_was_removed_makes_it_again(
+    backend: Backend, twin: Backend
+) -> None:
+    queue = make_queue(backend, echo=echo)
+    await queue.add_bulk(entries(1))
+    other = make_queue(twin, echo=echo)
+    await twin.delete_log(queue._subjects.ready_log)
+    ids = await queue.add_bulk(entries(600))
+    await only(other, waiting=600)
+    await run_jobs(queue)
+    assert sorted(job["id"] for job in await other.get_completed()) == sorted(ids)
+
+
+async def test_bulks_side_by_side(backend: Backend) -> None:
+    queues: list[Queue] = [make_queue(backend, f"q{number}", echo=echo) for number in range(4)]
+    with anyio.fail_after(PATIENCE):
+        async with anyio.create_task_group() as group:
+            for queue in queues * 2:
+                group.start_soon(queue.add_bulk, entries(2500))
+    for queue in queues:
+        await has(queue, 5000)
