@@ -79,13 +79,14 @@ from asyncmq_nats.store.overview import Overview, QueueInfo
 from asyncmq_nats.store.pages import JobLists
 from asyncmq_nats.store.past_events import read_past_events
 from asyncmq_nats.store.queue_store import QueueStore
-from asyncmq_nats.store.reads import Inspection, JobPage, WaitingJob
+from asyncmq_nats.store.reads import PAGE_SIZE, Inspection, JobPage, WaitingJob
 from asyncmq_nats.store.search import Found, Search
 from asyncmq_nats.store.topology import DEFAULT_PRIORITY
 from asyncmq_nats.store.waiters import Waiters
 from asyncmq_nats.transitions.add import Additions
 from asyncmq_nats.transitions.apply import (
     ACTION_STATES,
+    JOBS_PER_PAGE,
     Action,
     ActOnFound,
     Applied,
@@ -686,7 +687,12 @@ class Queue:
                         return
 
     async def _pages_of(
-        self, where: JobFilter, states: Sequence[State], *, descending: bool
+        self,
+        where: JobFilter,
+        states: Sequence[State],
+        *,
+        descending: bool,
+        largest: int = PAGE_SIZE,
     ) -> AsyncGenerator[list[Found], None]:
         running: set[str] = set()
         if where.worker is not None and State.ACTIVE in states:
@@ -697,7 +703,9 @@ class Queue:
                 if where.fits_worker(worker.id)
                 for job_id in worker.running
             }
-        async for page in self._search.pages(where, states, descending=descending, running=running):
+        async for page in self._search.pages(
+            where, states, descending=descending, running=running, largest=largest
+        ):
             yield page
 
     async def oldest_waiting(self) -> WaitingJob | None:
@@ -1099,7 +1107,9 @@ class Queue:
                     f"{action} is for jobs that are {', '.join(possible)}", useless[0]
                 )
         async with aclosing(
-            self._pages_of(replace(jobs, until=until), states, descending=False)
+            self._pages_of(
+                replace(jobs, until=until), states, descending=False, largest=JOBS_PER_PAGE
+            )
         ) as pages:
             return await apply_to_matches(
                 pages,

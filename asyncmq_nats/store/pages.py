@@ -25,6 +25,10 @@ SMALL_LIST_LIMIT: Final = 500
 """A list of up to this many jobs is read whole: one request."""
 COUNTED_MATCHES_LIMIT: Final = 10_000
 """The server counts up to this many matches in milliseconds before it sends the first."""
+PAGE_BYTES: Final = 4 * 1024 * 1024
+"""About the most that a page with more than the usual number of records holds."""
+RECORD_BYTES: Final = 500
+"""What a record takes beside its body, about."""
 INDEX_SLACK: Final = 32
 """Index entries that are read beyond a page.
 
@@ -279,9 +283,12 @@ class JobLists:
                 yield source, records
 
     async def source_pages(
-        self, source: Source, first_limit: int, *, descending: bool
+        self, source: Source, first_limit: int, *, descending: bool, largest: int = PAGE_SIZE
     ) -> AsyncIterator[list[Record]]:
-        """Yield the records of a source page by page, markers included; the first page is small."""
+        """Yield the records of a source page by page, markers included; the first page is small.
+
+        `largest`: how many records a page may have if they are small.
+        """
         after: int | None = None
         limit = max(1, min(first_limit, PAGE_SIZE))
         while True:
@@ -289,7 +296,7 @@ class JobLists:
             yield records
             if len(records) < limit:
                 return
-            after, limit = records[-1].sequence, PAGE_SIZE
+            after, limit = records[-1].sequence, _next_limit(records, largest)
 
     # -- by time
 
@@ -374,6 +381,12 @@ class JobLists:
             state, max(0, beyond), wanted + min(0, beyond), ascending=not ascending
         )
         return found[::-1], 0
+
+
+def _next_limit(page: Sequence[Record], largest: int) -> int:
+    """Return how many records the page after this one may have."""
+    size = max(len(record.body) for record in page) + RECORD_BYTES
+    return max(PAGE_SIZE, min(largest, PAGE_BYTES // size))
 
 
 def _parse_cursor(

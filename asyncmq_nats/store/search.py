@@ -14,6 +14,7 @@ from asyncmq_nats.jobs import Job
 from asyncmq_nats.search import JobFilter
 from asyncmq_nats.states import State
 from asyncmq_nats.store.pages import JobLists, Source
+from asyncmq_nats.store.reads import PAGE_SIZE
 from asyncmq_nats.wire.codec import load_json
 
 __all__ = ["Found", "Search"]
@@ -24,11 +25,16 @@ FIRST_PAGE: Final = 100
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A job, and the record that it was found in."""
+    """A job, and the record that it was found in.
+
+    `before`: sequence of the record of the source that comes right before it, whether it matches or
+    not; 0 for the first of a page.
+    """
 
     source: Source
     record: Record
     job: Job
+    before: int = 0
 
     def stored(self) -> dict[str, Any]:
         """Return all that is stored of the job, with what its key and its record say.
@@ -54,17 +60,19 @@ class Search:
         *,
         descending: bool,
         running: Collection[str] = (),
+        largest: int = PAGE_SIZE,
     ) -> AsyncGenerator[list[Found], None]:
         """Yield what matches, a list for each page that was read; many of them may be empty.
 
-        `states`: where to look, in this order. `running`: see `JobFilter.matches`.
+        `states`: where to look, in this order. `running`: see `JobFilter.matches`. `largest`: see
+        `JobLists.source_pages`.
         """
         bounds = await self._bounds(where)
         for state in states:
             sources = [bounds.within(source) for source in await self._lists.sources(state)]
             for source in reversed(sources) if descending else sources:
                 async for records in self._lists.source_pages(
-                    source, FIRST_PAGE, descending=descending
+                    source, FIRST_PAGE, descending=descending, largest=largest
                 ):
                     yield self._matching(source, records, state, where, running)
 
@@ -76,9 +84,10 @@ class Search:
         where: JobFilter,
         running: Collection[str],
     ) -> list[Found]:
+        sequences = [record.sequence for record in records]
         return [
-            Found(source, record, job)
-            for record in records
+            Found(source, record, job, before)
+            for record, before in zip(records, [0, *sequences], strict=False)
             if not record.marker and where.may_match(record.subject, record.body)
             for job in self._lists.jobs_in(source, [record], state)
             if where.matches(job, record.time, running)

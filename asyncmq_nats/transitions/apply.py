@@ -3,18 +3,31 @@
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 from typing import Final
 
 from anyio import CancelScope
+from anyio.lowlevel import checkpoint_if_cancelled
 
+from asyncmq_nats._concurrency import open_task_group
 from asyncmq_nats.states import OUTCOMES, State
 from asyncmq_nats.store.many import for_each
 from asyncmq_nats.store.search import Found
 from asyncmq_nats.transitions.clean import Cleanup, Progress
 
-__all__ = ["ACTION_STATES", "ActOnFound", "Action", "Applied", "apply_to_ids", "apply_to_matches"]
+__all__ = [
+    "ACTION_STATES",
+    "JOBS_PER_PAGE",
+    "ActOnFound",
+    "Action",
+    "Applied",
+    "apply_to_ids",
+    "apply_to_matches",
+]
 
 ACTIONS_UNDER_WAY: Final = 32
+JOBS_PER_PAGE: Final = 2_000
+"""Small jobs that are acted on together: an interruption waits for them."""
 
 
 class Action(StrEnum):
@@ -118,19 +131,42 @@ async def apply_to_matches(
     The `Cleanup` removes the very records that were found: a job that has been retried since stays.
     """
     tally = _Tally(progress)
-    async for page in pages:
-        found = page if limit is None else page[: limit - tally.matched]
+
+    async def act_on(found: Sequence[Found]) -> None:
         if dry_run:
             tally.count(len(found))
         elif isinstance(act, Cleanup):
             await _remove(act, found, tally)
         elif found:
             await tally.act_on_found(found, act_on_many, act)
-        if limit is not None and tally.matched >= limit:
+
+    page = await anext(pages, None)
+    while page is not None:
+        found = page if limit is None else page[: limit - tally.matched]
+        if limit is not None and tally.matched + len(found) >= limit:
+            await act_on(found)
             break
+        page = await _act_and_read(partial(act_on, found), pages)
     if isinstance(act, Cleanup) and tally.wide:
         await act.remove_orphans()
     return Applied(tally.matched, tally.done, until)
+
+
+async def _act_and_read(
+    act: Callable[[], Awaitable[None]], pages: AsyncIterator[list[Found]]
+) -> list[Found] | None:
+    """Act on one page while the next one is read, and return that; `None` if there is none."""
+    page: list[Found] | None = None
+
+    async def read() -> None:
+        nonlocal page
+        page = await anext(pages, None)
+
+    async with open_task_group() as group:
+        group.start_soon(read)
+        await act()
+    await checkpoint_if_cancelled()  # only the reading was: it has no page to show for it
+    return page
 
 
 async def _remove(cleanup: Cleanup, found: Sequence[Found], tally: _Tally) -> None:

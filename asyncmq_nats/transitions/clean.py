@@ -24,7 +24,7 @@ from asyncmq_nats.transitions.timers import follow_timers, remove_overtaken
 from asyncmq_nats.transitions.waits import Waits
 from asyncmq_nats.wire.keys import INDEXED, decode_token
 
-__all__ = ["Cleanup", "Progress"]
+__all__ = ["PURGED_SHARE", "Cleanup", "Progress", "is_idle"]
 
 RECORDS_PER_STEP: Final = 2_000
 """Records that are read at a time, and removed where each is removed by itself."""
@@ -194,7 +194,7 @@ class Cleanup:
         if (
             not self._can_be_purged(source)
             or len(records) < source.total * PURGED_SHARE
-            or (source.tier is not None and not _is_idle(await self._tier_of(records)))
+            or (source.tier is not None and not is_idle(await self._tier_of(records)))
         ):
             return await self.remove_records(source, records)
         before = records[-1].sequence + 1
@@ -209,7 +209,7 @@ class Cleanup:
         """
         if source.place is not None or self._backend.reads_may_lag:
             return False
-        return source.tier is None or _is_idle(source.tier)
+        return source.tier is None or is_idle(source.tier)
 
     async def _tier_of(self, records: Sequence[Record]) -> ConsumerState:
         priority, _ = self._keys.split_ready(records[0].subject)
@@ -283,6 +283,6 @@ class Cleanup:
         return found
 
 
-def _is_idle(tier: ConsumerState) -> bool:
+def is_idle(tier: ConsumerState) -> bool:
     """Return whether no job of a tier runs, and no worker asks for one."""
     return not tier.leased and not tier.waiting_pulls

@@ -1,32 +1,42 @@
 """A cancel, or a retry by hand, of many jobs that a search has found.
 
-Their records are known, so nothing is read first: single writes, many under way at a time, each
-of which expects that nothing about the end of its job has changed. What is refused, and what is
-not plain, is left to the caller, who takes the way of one job (`cancel.py`). If this process dies
-in between, a cancelled job may still run, and its result is refused; a promoter goes on with a
-retry that was released, and any other can be repeated.
+Their records are known, so nothing is read first: many writes are under way at a time, each of
+which expects that nothing about the end of its job has changed. What is refused, and what is not
+plain, is left to the caller, who takes the way of one job (`cancel.py`). If this process dies in
+between, a cancelled job may still run, and its result is refused; a promoter goes on with a retry
+that was released, and any other can be repeated.
 """
 
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
 from typing import Any, Final
 
 from asyncmq_nats.backends.base import Expect, Write
-from asyncmq_nats.exceptions import AsyncMQError, InvalidJob, WriteRefused
+from asyncmq_nats.exceptions import AsyncMQError, InvalidJob, PayloadTooLarge, WriteRefused
 from asyncmq_nats.states import OUTCOMES, Place, State
+from asyncmq_nats.store.many import for_each
 from asyncmq_nats.store.queue_store import QueueStore
 from asyncmq_nats.store.records import without_markers
 from asyncmq_nats.store.search import Found
 from asyncmq_nats.store.snapshot import count_reruns
 from asyncmq_nats.transitions.cancel import Administration
 from asyncmq_nats.transitions.claim import CLAIM_TTL, Claim
+from asyncmq_nats.transitions.clean import PURGED_SHARE, is_idle
 from asyncmq_nats.transitions.timers import is_ringing, remove_overtaken
 from asyncmq_nats.wire.codec import load_json
 
 __all__ = ["Sweep"]
 
-PART: Final = 128
-"""Jobs between two of their writes at a time: those are left half done if this process dies."""
+PART: Final = 250
+"""Jobs that are written together."""
+PART_BYTES: Final = 4 * 1024 * 1024
+"""The size of their records, about."""
+PARTS_AT_ONCE: Final = 3
+"""Parts under way, each in another step: their jobs are left half done if this process dies."""
+SMALL_PART: Final = 50
+"""Jobs of which single writes cost the server less than a batch: that takes it some 7 ms."""
 NOT_PLAIN: Final = ("children", "wide_children", "wide", "truncated")
 """Members of a job of which more is to be done than to write its records."""
 
@@ -43,9 +53,21 @@ class _Item:
     def sequence(self) -> int:
         return self.found.record.sequence
 
+    @property
+    def reruns(self) -> int:
+        reruns = self.data.get("reruns")
+        return reruns if isinstance(reruns, int) else 0
+
+
+Act = Callable[[list[_Item]], Awaitable[tuple[list[_Item], AsyncMQError | None]]]
+"""Acts on jobs, and returns those that it has changed, and an error that is no refusal."""
+
 
 class Sweep:
-    """Changes many jobs of one queue. Each call returns the ids of those that it has changed."""
+    """Changes many jobs of one queue. Each call returns the ids of those that it has changed.
+
+    It is given one page of a search: records of one list, oldest first.
+    """
 
     def __init__(self, store: QueueStore, administration: Administration) -> None:
         self._store = store
@@ -61,7 +83,10 @@ class Sweep:
                 return not is_ringing(self._store, each.record)
             return each.job.status is State.WAITING
 
-        return await self._in_parts(self._cancel_some, filter(is_meant, found))
+        items = self._read_all(filter(is_meant, found))
+        if not await self._can_be_purged(items):
+            return await self._in_parts(self._cancel_some, items)
+        return await self._cancel_and_purge(items)
 
     async def retry(self, found: Sequence[Found]) -> set[str]:
         """Run jobs again that ended badly."""
@@ -69,17 +94,10 @@ class Sweep:
         def is_meant(each: Found) -> bool:
             return each.job.status in OUTCOMES and each.job.status is not State.COMPLETED
 
-        return await self._in_parts(self._retry_some, filter(is_meant, found))
+        return await self._in_parts(self._retry_some, self._read_all(filter(is_meant, found)))
 
-    async def _in_parts(
-        self, act: Callable[[list[_Item]], Awaitable[list[_Item]]], found: Iterator[Found]
-    ) -> set[str]:
-        items = [item for each in found if (item := self._read(each)) is not None]
-        done: set[str] = set()
-        for start in range(0, len(items), PART):
-            acted_on = await act(items[start : start + PART])
-            done.update(item.found.job.job_id for item in acted_on)
-        return done
+    def _read_all(self, found: Iterable[Found]) -> list[_Item]:
+        return [item for each in found if (item := self._read(each)) is not None]
 
     def _read(self, found: Found) -> _Item | None:
         try:
@@ -90,24 +108,78 @@ class Sweep:
             return None
         return _Item(found, self._keys.token(found.record.subject), data)
 
-    # -- cancel
-
-    async def _cancel_some(self, part: list[_Item]) -> list[_Item]:
-        cancelled, error = await self._write(part, self._cancellation)
-        ready = [item.sequence for item in cancelled if item.found.source.tier is not None]
-        removed = set(await self._backend.delete_many(self._keys.ready_log, ready))
-        await self._remove_rest(self._keys.bucket_log, self._keys.later_all, cancelled)
-        # Nothing of a job becomes ready while its message of an earlier attempt is there.
-        moved = [
-            item
-            for item in cancelled
-            if item.found.source.tier is None or item.sequence not in removed
-        ]
-        await self._remove_rest(self._keys.ready_log, self._keys.ready_any, moved)
-        await remove_overtaken(self._store, [item.found.record for item in cancelled])
+    async def _in_parts(self, act: Act, items: Sequence[_Item]) -> set[str]:
+        done, error = await self._run_parts(act, items)
         if error is not None:
             raise error
-        return cancelled
+        return {item.found.job.job_id for item in done}
+
+    async def _run_parts(
+        self, act: Act, items: Sequence[_Item]
+    ) -> tuple[list[_Item], AsyncMQError | None]:
+        """Act on parts, a few at a time. After an error those under way are finished."""
+        done, errors = list[_Item](), list[AsyncMQError]()
+
+        async def act_on(part: list[_Item]) -> None:
+            if errors:
+                return
+            try:
+                acted_on, error = await act(part)
+            except AsyncMQError as failure:
+                acted_on, error = [], failure
+            done.extend(acted_on)
+            if error is not None:
+                errors.append(error)
+
+        await for_each(act_on, list(_split(items)), limit=PARTS_AT_ONCE)
+        return done, errors[0] if errors else None
+
+    # -- cancel
+
+    async def _cancel_some(self, part: list[_Item]) -> tuple[list[_Item], AsyncMQError | None]:
+        cancelled, error = await self._write(part, self._cancellation)
+        await self._remove(cancelled, set())
+        return cancelled, error
+
+    async def _cancel_and_purge(self, items: Sequence[_Item]) -> set[str]:
+        write = partial(self._write, write=self._cancellation)
+        cancelled, error = await self._run_parts(write, items)
+        cancelled.sort(key=lambda item: item.sequence)
+        await self._remove(cancelled, await self._purge(cancelled))
+        if error is not None:
+            raise error
+        return {item.found.job.job_id for item in cancelled}
+
+    async def _can_be_purged(self, items: Sequence[_Item]) -> bool:
+        """Return whether to remove ready jobs by a purge: it costs less, and no worker is there.
+
+        Not in a cluster, as for `Cleanup`. To the server a purge costs as much as the tier is long.
+        """
+        if not items or items[0].found.source.tier is None or self._backend.reads_may_lag:
+            return False
+        priority, _ = self._keys.split_ready(items[0].found.record.subject)
+        tier = await self._store.look_up_tier(priority)
+        return tier is not None and is_idle(tier) and len(items) >= tier.pending * PURGED_SHARE
+
+    async def _purge(self, cancelled: Sequence[_Item]) -> set[int]:
+        """Remove the first jobs of a tier by one purge, as far as all of them are cancelled ones.
+
+        Return the sequences of those that it has certainly removed.
+        """
+        if not await self._can_be_purged(cancelled):
+            return set()
+        source = cancelled[0].found.source
+        # No record comes before the oldest one, and none was passed over between these.
+        oldest = await self._backend.page(source.log, source.filter, limit=1, mostly=True)
+        if not oldest or oldest[0].sequence != cancelled[0].sequence:
+            return set()
+        run = [cancelled[0].sequence]
+        for one, next_one in pairwise(cancelled):
+            if next_one.found.before != one.sequence:
+                break
+            run.append(next_one.sequence)
+        purged = await self._backend.purge(source.log, source.filter, before=run[-1] + 1)
+        return set(run) if purged == len(run) else set()
 
     def _cancellation(self, item: _Item) -> Write:
         is_delayed = item.found.source.place is Place.DELAYED
@@ -118,6 +190,21 @@ class Sweep:
             removes=item.found.record.subject if is_delayed else None,
         )
 
+    async def _remove(self, cancelled: Sequence[_Item], purged: set[int]) -> None:
+        """Remove what is left of cancelled jobs. `purged`: ready jobs that are gone."""
+        waited = [item.sequence for item in cancelled if item.found.source.tier is not None]
+        left = [sequence for sequence in waited if sequence not in purged]
+        removed = purged | set(await self._backend.delete_many(self._keys.ready_log, left))
+        await self._remove_rest(self._keys.bucket_log, self._keys.later_all, cancelled)
+        # Nothing of a job becomes ready while its message of an earlier attempt is there.
+        moved = [
+            item
+            for item in cancelled
+            if item.found.source.tier is None or item.sequence not in removed
+        ]
+        await self._remove_rest(self._keys.ready_log, self._keys.ready_any, moved)
+        await remove_overtaken(self._store, [item.found.record for item in cancelled])
+
     async def _remove_rest(
         self, log: str, filter: Callable[[str], str], cancelled: Sequence[_Item]
     ) -> None:
@@ -125,7 +212,7 @@ class Sweep:
 
         Before this, a worker may have put its job off, or a timer may have released it.
         """
-        reruns = {item.token: count_reruns(item.found.record.body) for item in cancelled}
+        reruns = {item.token: item.reruns for item in cancelled}
         records = await self._store.last_of_many(map(filter, reruns))
         left = [
             record.sequence
@@ -136,8 +223,8 @@ class Sweep:
 
     # -- retry
 
-    async def _retry_some(self, part: list[_Item]) -> list[_Item]:
-        log, keys = self._keys.bucket_log, self._keys
+    async def _retry_some(self, part: list[_Item]) -> tuple[list[_Item], AsyncMQError | None]:
+        keys = self._keys
         claim = Claim.on_all_until(await self._backend.last_sequence(keys.ready_log)).encode()
 
         def fence(item: _Item) -> Write:
@@ -149,12 +236,27 @@ class Sweep:
             body = self._administration.renewed(item.data)
             return Write(key, body, Expect(expect), beside=True)
 
-        fenced, error = await self._write(part, fence)
-        released, second = await self._write(fenced, release)
-        await self._backend.delete_many(log, [item.sequence for item in released])
-        if error is not None or second is not None:
-            raise error or second  # type: ignore[misc]
-        return released
+        released, error = part, None
+        writes = [write(item) for item in part for write in (fence, release)]
+        if not await self._write_batch(part, writes):
+            fenced, error = await self._write(part, fence)
+            released, second = await self._write(fenced, release)
+            error = error or second
+        await self._backend.delete_many(keys.bucket_log, [item.sequence for item in released])
+        return released, error
+
+    async def _write_batch(self, part: Sequence[_Item], writes: Sequence[Write]) -> bool:
+        """Write all in one batch, and return whether it was stored; if not, write one by one.
+
+        In a cluster, older servers mix up what the writes of a batch expect.
+        """
+        if len(part) < SMALL_PART or self._backend.reads_may_lag:
+            return False
+        try:
+            await self._backend.write(self._keys.bucket_log, *writes)
+        except (WriteRefused, PayloadTooLarge):  # one of them is not as it was found
+            return False
+        return True
 
     async def _write(
         self, items: Sequence[_Item], write: Callable[[_Item], Write]
@@ -168,3 +270,16 @@ class Sweep:
             elif not isinstance(result, WriteRefused):
                 error = error or result
         return stored, error
+
+
+def _split(items: Iterable[_Item]) -> Iterator[list[_Item]]:
+    part, size = list[_Item](), 0
+    for item in items:
+        more = len(item.found.record.body)
+        if part and (len(part) == PART or size + more > PART_BYTES):
+            yield part
+            part, size = [], 0
+        part.append(item)
+        size += more
+    if part:
+        yield part

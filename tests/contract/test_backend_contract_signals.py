@@ -223,7 +223,7 @@ async def test_a_watch_hands_out_what_is_stored_from_then_on_in_order(
     watching = await backend.watch("jobs", "jobs.*.*", watcher.see)
     for number in range(3):
         await twin.write("jobs", Write(f"jobs.a.{number}", b"%d" % number))
-    await twin.write("jobs", Write("jobs.other", b"no match"))
+    await twin.write("jobs", *[Write(f"jobs.other_{n}", b"no match") for n in range(700)])
     await twin.write("jobs", *[Write(f"jobs.b.{n}", b"%d" % n) for n in range(3, 1003)])
     await watcher.wait_for(1003)
     assert watcher.bodies == [b"%d" % number for number in range(1003)]

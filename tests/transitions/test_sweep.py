@@ -8,9 +8,10 @@ import anyio
 import pytest
 
 from asyncmq_nats import JobFilter, Queue
-from asyncmq_nats.backends.base import Backend
-from asyncmq_nats.exceptions import BackendError, Unconfirmed
+from asyncmq_nats.backends.base import Backend, ConsumerState
+from asyncmq_nats.exceptions import BackendError, PayloadTooLarge, Unconfirmed, WriteRefused
 from asyncmq_nats.store.search import Found
+from tests.receiver import until
 from tests.running import counted, make_queue, only, outcome, run_jobs, running
 
 
@@ -56,15 +57,16 @@ async def test_an_interruption_is_told_how_many_jobs_were_changed(
     await queue.add_bulk([{"task_id": "fail", "args": [n]} for n in range(150)])
     if state == "failed":
         await run_jobs(queue)
-    write_each = backend.write_each
+    name = "write" if action == "retry" else "write_each"
+    act = getattr(backend, name)
     seen: list[int] = []
     with anyio.CancelScope() as scope, monkeypatch.context() as patch:
 
-        async def interrupt(log: str, writes: Sequence[Any]) -> Any:
+        async def interrupt(*arguments: Any) -> Any:
             scope.cancel()
-            return await write_each(log, writes)
+            return await act(*arguments)
 
-        patch.setattr(backend, "write_each", interrupt)
+        patch.setattr(backend, name, interrupt)
         await queue.apply(JobFilter(state=state), action, progress=seen.append)
     assert scope.cancelled_caught
     assert seen == [100]  # the first page
@@ -75,6 +77,41 @@ async def test_an_interruption_is_told_how_many_jobs_were_changed(
     else:
         await only(queue, completed=100, failed=50)
     assert len(tasks.ran) == (50 if action == "cancel" else 100)
+
+
+@pytest.mark.parametrize(("size", "pages"), [(1, [100, 2100, 2200]), (20_000, [100, 600, 1100])])
+async def test_small_jobs_are_acted_on_many_at_a_time(
+    size: int, pages: list[int], backend: Backend
+) -> None:
+    queue = queue_of(backend, Tasks())
+    await queue.add_bulk([{"task_id": "note", "args": ["x" * size]}] * pages[-1])
+    await counted(queue)
+    seen: list[int] = []
+    await queue.apply(JobFilter(state="waiting"), "cancel", progress=seen.append)
+    assert seen == pages
+
+
+async def test_the_next_jobs_are_read_while_the_first_are_acted_on(
+    backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queue = queue_of(backend, Tasks())
+    await queue.add_bulk([{"task_id": "note"}] * 1200)
+    await counted(queue)
+    read, lists = anyio.Event(), queue._lists
+    read_records = lists.read_records
+
+    async def note(source: Any, after: int | None, *args: Any, **options: Any) -> Any:
+        if after is not None:
+            read.set()
+        return await read_records(source, after, *args, **options)
+
+    async def act(job_id: str) -> bool:
+        with anyio.fail_after(10):
+            await read.wait()
+        return True
+
+    monkeypatch.setattr(lists, "read_records", note)
+    assert (await queue.apply(JobFilter(state="waiting"), act)).done == 1200
 
 
 # -- cancel
@@ -171,6 +208,131 @@ async def test_a_cancel_that_dies_half_way_is_finished(
     await only(queue, cancelled=10)
 
 
+# -- a cancel by a purge
+
+
+class Purges:
+    """Notes what a backend is told to purge."""
+
+    def __init__(self, backend: Backend, patch: pytest.MonkeyPatch) -> None:
+        self.filters: list[str] = []
+        self.counts: list[int] = []
+        self._purge = backend.purge
+        patch.setattr(backend, "purge", self.purge)
+
+    async def purge(self, log: str, filter: str, **options: Any) -> int:
+        self.filters.append(filter)
+        self.counts.append(await self._purge(log, filter, **options))
+        return self.counts[-1]
+
+
+async def test_jobs_that_no_worker_asks_for_are_removed_together(
+    backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tasks = Tasks()
+    queue = queue_of(backend, tasks)
+    await queue.add("note", ["urgent"], priority=1)
+    await queue.add_bulk([{"task_id": "note", "args": [n]} for n in range(300)])
+    await counted(queue)
+    purges = Purges(backend, monkeypatch)
+    result = await queue.apply(JobFilter(state="waiting", task="note"), "cancel")
+    assert (result.matched, result.done) == (301, 301)
+    assert purges.filters == [queue._subjects.tier(1), *2 * [queue._subjects.tier(5)]]
+    assert purges.counts == [1, 100, 200]
+    await only(queue, cancelled=301)
+    assert await backend.last_sequence(queue._subjects.ready_log) == 301
+    assert not await backend.last(queue._subjects.ready_log, ">")
+    await queue.add("note", ["later"])
+    await run_jobs(queue)
+    assert tasks.ran == ["later"]
+
+
+@pytest.mark.parametrize("others", [{0}, {299}, {150}, {0, 150}, {120, 121, 250}, set(range(90))])
+async def test_a_purge_leaves_jobs_that_do_not_match(
+    others: set[int], backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`others`: which of the jobs are of another task."""
+    tasks = Tasks()
+    queue = make_queue(backend, concurrency=10, note=tasks.note, other=tasks.note)
+    await queue.add_bulk(
+        [{"task_id": "other" if n in others else "note", "args": [n]} for n in range(300)]
+    )
+    await counted(queue)
+    purges = Purges(backend, monkeypatch)
+    result = await queue.apply(JobFilter(state="waiting", task="note"), "cancel")
+    assert result.done == 300 - len(others)
+    assert bool(purges.counts) == (0 not in others)
+    await only(queue, cancelled=300 - len(others), waiting=len(others))
+    await run_jobs(queue)
+    assert sorted(tasks.ran) == sorted(others)
+
+
+async def test_a_purge_leaves_jobs_whose_cancel_was_refused_and_those_that_came_since(
+    backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tasks = Tasks()
+    queue = queue_of(backend, tasks)
+    ids = await queue.add_bulk([{"task_id": "note", "args": [n]} for n in range(100)])
+    await queue.add("note", ["child"], depends_on=[ids[50]])  # its parent is not cancelled here
+    found = await find(queue, "waiting")
+    await queue.add("note", ["new"])
+    purges = Purges(backend, monkeypatch)
+    assert await queue._sweep.cancel(found) == {*ids} - {ids[50]}
+    assert purges.counts == [50]
+    await run_jobs(queue)
+    await only(queue, cancelled=99, completed=3)
+    assert sorted(map(str, tasks.ran)) == ["50", "child", "new"]
+
+
+async def test_a_purge_finds_jobs_that_have_been_written_anew_since(
+    backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tasks = Tasks()
+    queue = queue_of(backend, tasks)
+    ids = await queue.add_bulk([{"task_id": "note", "args": [n]} for n in range(100)])
+    await queue.pause()
+    found = await find(queue, "waiting")
+    await queue.edit(ids[3], args=["edited"])
+    purges = Purges(backend, monkeypatch)
+    assert await queue._sweep.cancel(found) == {*ids}
+    assert purges.counts == [99]
+    await only(queue, cancelled=100)
+    await queue.resume()
+    await run_jobs(queue)
+    assert tasks.ran == []
+
+
+@pytest.mark.parametrize("why", ["cluster", "few of many", "a worker"])
+async def test_jobs_are_removed_one_by_one(
+    why: str, backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a purge is not safe, or costs more, or keeps workers waiting."""
+    queue = queue_of(backend, Tasks())
+    ids = await queue.add_bulk([{"task_id": "note", "args": [n]} for n in range(300)])
+    found = await find(queue, "waiting")
+    if why == "cluster":
+        monkeypatch.setattr(type(backend), "reads_may_lag", property(lambda _: True))
+    elif why == "few of many":
+        found = found[:4]
+    purges = Purges(backend, monkeypatch)
+    if why == "a worker":
+        await queue.pause()
+        async with running(queue):
+            await until_pulled(queue)
+            await queue._sweep.cancel(found)
+    else:
+        await queue._sweep.cancel(found)
+    assert purges.counts == []
+    await only(queue, cancelled=len(found), waiting=len(ids) - len(found))
+
+
+async def until_pulled(queue: Queue) -> None:
+    async def state() -> ConsumerState:
+        return await queue._inspection.tier(5)
+
+    await until(state, lambda tier: tier.waiting_pulls > 0)
+
+
 # -- retry
 
 
@@ -232,13 +394,15 @@ async def test_a_retry_spares_what_has_been_retried_or_removed_since(backend: Ba
     await only(queue, waiting=2)
 
 
+@pytest.mark.parametrize("count", [5, 60])
 @pytest.mark.parametrize("step", ["release", "remove"])
 async def test_a_retry_that_dies_half_way_goes_on(
-    step: str, backend: Backend, monkeypatch: pytest.MonkeyPatch
+    step: str, count: int, backend: Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A few jobs are written one by one, and so are many if one of them is refused."""
     tasks = Tasks()
     queue = queue_of(backend, tasks)
-    await failed(queue, 5)
+    await failed(queue, count)
     tasks.broken, tasks.ran = False, []
     write_each = backend.write_each
     calls = 0
@@ -252,12 +416,169 @@ async def test_a_retry_that_dies_half_way_goes_on(
 
     with monkeypatch.context() as patch:
         patch.setattr(backend, "delete_many" if step == "remove" else "write_each", die)
+        if step == "release":
+            Batches(backend, patch, WriteRefused("log", "test"))
         with pytest.raises(BackendError):
             await queue.apply(JobFilter(state="failed"), "retry")
     await queue.apply(JobFilter(state="failed"), "retry")
     await run_jobs(queue)
-    await only(queue, completed=5)
-    assert sorted(tasks.ran) == list(range(5))
+    await only(queue, completed=count)
+    assert sorted(tasks.ran) == list(range(count))
+
+
+@pytest.mark.parametrize("stored", [False, True])
+async def test_a_retry_whose_batch_is_in_doubt_goes_on(
+    stored: bool, backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tasks = Tasks()
+    queue = queue_of(backend, tasks)
+    await failed(queue, 60)
+    tasks.broken, tasks.ran = False, []
+    write = backend.write
+
+    async def die(log: str, *writes: Any) -> int:
+        if stored:
+            await write(log, *writes)
+        raise Unconfirmed("the write", 30.0)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(backend, "write", die)
+        with pytest.raises(Unconfirmed):
+            await queue.apply(JobFilter(state="failed"), "retry")
+    await queue.apply(JobFilter(state="failed"), "retry")
+    await run_jobs(queue)
+    await only(queue, completed=60)
+    assert sorted(tasks.ran) == list(range(60))
+
+
+class Batches:
+    """Notes how many writes each batch has that a backend is given, and how many were refused.
+
+    `error`: raised by each batch.
+    """
+
+    def __init__(
+        self, backend: Backend, patch: pytest.MonkeyPatch, error: Exception | None = None
+    ) -> None:
+        self.sizes: list[int] = []
+        self.refused = 0
+        self._error = error
+        self._write = backend.write
+        patch.setattr(backend, "write", self.write)
+
+    async def write(self, log: str, *writes: Any) -> int:
+        if len(writes) == 1:
+            return await self._write(log, *writes)
+        self.sizes.append(len(writes))
+        if self._error is not None:
+            raise self._error
+        try:
+            return await self._write(log, *writes)
+        except WriteRefused:
+            self.refused += 1
+            raise
+
+
+async def test_each_retry_of_many_is_in_one_batch_with_what_voids_its_earlier_run(
+    backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tasks = Tasks()
+    queue = queue_of(backend, tasks)
+    await failed(queue, 300)
+    found = await find(queue, "failed")
+    batches = Batches(backend, monkeypatch)
+    assert len(await queue._sweep.retry(found)) == 300
+    assert sorted(batches.sizes) == [100, 500]
+
+
+async def test_the_records_of_a_batch_have_a_bound(
+    backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queue = queue_of(backend, Tasks())
+    await queue.add_bulk([{"task_id": "fail", "args": ["x" * 50_000]} for _ in range(120)])
+    await run_jobs(queue)
+    found = await find(queue, "failed")
+    batches = Batches(backend, monkeypatch)
+    assert len(await queue._sweep.retry(found)) == 120
+    assert len(batches.sizes) == 1
+    assert batches.sizes[0] < 180  # and the other part is small enough for single writes
+
+
+async def test_a_retry_is_no_batch_where_older_servers_mix_up_expectations(
+    backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queue = queue_of(backend, Tasks())
+    await failed(queue, 60)
+    found = await find(queue, "failed")
+    batches = Batches(backend, monkeypatch)
+    monkeypatch.setattr(type(backend), "reads_may_lag", property(lambda _: True))
+    assert len(await queue._sweep.retry(found)) == 60
+    assert batches.sizes == []
+
+
+async def test_one_that_is_refused_takes_no_other_with_it(
+    backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tasks = Tasks()
+    queue = queue_of(backend, tasks)
+    await failed(queue, 100)
+    found = await find(queue, "failed")
+    retried, removed, ended, *left = [each.job.job_id for each in found]
+    tasks.broken, tasks.ran = False, []
+    assert await queue.remove_job(removed)
+    assert await queue.retry_job(ended)
+    await run_jobs(queue)
+    assert await queue.retry_job(retried)
+    batches = Batches(backend, monkeypatch)
+    assert await queue._sweep.retry(found) == {*left}
+    assert batches.refused == 1
+    await run_jobs(queue)
+    await only(queue, completed=99)
+    assert len(tasks.ran) == 99
+
+
+@pytest.mark.parametrize(
+    "error", [WriteRefused("log", "test"), PayloadTooLarge("the body", 2, 1)], ids=str
+)
+async def test_a_batch_that_cannot_be_stored_is_written_one_by_one(
+    error: Exception, backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tasks = Tasks()
+    queue = queue_of(backend, tasks)
+    await failed(queue, 60)
+    tasks.broken, tasks.ran = False, []
+    found = await find(queue, "failed")
+    with monkeypatch.context() as patch:
+        Batches(backend, patch, error)
+        assert len(await queue._sweep.retry(found)) == 60
+    await run_jobs(queue)
+    await only(queue, completed=60)
+    assert sorted(tasks.ran) == list(range(60))
+
+
+async def test_after_an_error_no_other_part_is_begun_and_those_under_way_are_finished(
+    backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queue = queue_of(backend, Tasks())
+    await queue.add_bulk([{"task_id": "note", "delay": 3600}] * 2000)
+    found = await find(queue, "delayed")
+    write_each, third, calls = backend.write_each, anyio.Event(), 0
+
+    async def die(log: str, writes: Sequence[Any]) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            third.set()
+            raise Unconfirmed("the write", 30.0)
+        with anyio.fail_after(10):
+            await third.wait()
+        return await write_each(log, writes)
+
+    monkeypatch.setattr(backend, "write_each", die)
+    with pytest.raises(Unconfirmed):
+        await queue._sweep.cancel(found)
+    assert calls == 3
+    await only(queue, cancelled=500, delayed=1500)
 
 
 async def test_jobs_whose_arguments_were_not_kept_are_not_retried(backend: Backend) -> None:

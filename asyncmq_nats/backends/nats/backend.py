@@ -640,9 +640,9 @@ class NATSBackend:
         return interest
 
     async def watch(self, log: str, filter: str, on_record: Callable[[Record], None]) -> Watch:
-        await self._open_connection()
+        connection = await self._open_connection()
         after = max(self.now_at_least(), self.now() - WATCH_OVERLAP)
-        watch = Watch(self._reader, log, filter, on_record, after)
+        watch = Watch(self._reader, connection.background, log, filter, on_record, after)
         await watch.begin()
         return watch
 

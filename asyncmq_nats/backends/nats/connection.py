@@ -595,14 +595,15 @@ class Background:
         self._tasks: set[asyncio.Task[None]] = set()
         self._stopped = False
 
-    def run(self, work: Coroutine[Any, Any, None]) -> None:
+    def run(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None] | None:
         """Run the work and log its exceptions. Drop it after `stop`."""
         if self._stopped:
             work.close()
-            return
+            return None
         task = asyncio.ensure_future(self._guard(work))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
     async def _guard(self, work: Coroutine[Any, Any, None]) -> None:
         try:

@@ -122,20 +122,20 @@ class Reader:
             at, width = max(at, hop), _next_width(limit - len(found), window, matching)
 
     async def read_on(
-        self, log: str, filter: str, *, from_sequence: int | None, after: float
+        self, log: str, filter: str | None, *, from_sequence: int | None, after: float
     ) -> list[Record]:
-        """Return up to `READ_LIMIT` of the records that follow, those that match a filter.
+        """Return up to `READ_LIMIT` of the records that follow, those that match a filter, or all.
 
         `from_sequence`: the first one to read; `None` begins at the time `after`, or just before.
         """
-        start: dict[str, Any] = {"seq": from_sequence}
+        payload: dict[str, Any] = {"batch": READ_LIMIT}
         if from_sequence is None:
-            start = {"start_time": format_time(after - CLOCK_STEP)}
-        if filter.endswith(("*", ">")):  # as `page`: without a filter, the server counts nothing
-            match = compile_filter(filter).match
-            read = await self._get(log, {**start, "batch": READ_LIMIT}) or []
-            return [record for record in read if match(record.subject)]
-        return await self._get(log, {**start, "next_by_subj": filter, "batch": READ_LIMIT}) or []
+            payload["start_time"] = format_time(after - CLOCK_STEP)
+        else:
+            payload["seq"] = from_sequence
+        if filter is not None:
+            payload["next_by_subj"] = filter
+        return await self._get(log, payload) or []
 
     async def page_back(
         self,

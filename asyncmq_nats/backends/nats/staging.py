@@ -3,7 +3,8 @@
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import fields
+from operator import attrgetter
 from typing import Final
 
 import nats.errors
@@ -15,6 +16,7 @@ from asyncmq_nats.backends.nats.headers import batch_lines, encode_headers, new_
 
 __all__ = ["Commit", "Staged", "named", "post_batch", "post_index_entry"]
 
+values_of: Final = attrgetter(*[each.name for each in fields(Write)])
 NOTHING: Final = Load(0, 0, 0)
 
 Commit = Callable[[str, Sequence[Write], "Staged"], Awaitable[int]]
@@ -70,7 +72,9 @@ def named(writes: Sequence[Write]) -> Sequence[Write]:
     """Return the writes, the first of them with a message id."""
     if not writes or writes[0].message_id is not None:
         return writes
-    return (replace(writes[0], message_id=new_message_id()), *writes[1:])
+    first = Write(*values_of(writes[0]))  # `dataclasses.replace` takes five times as long
+    first.message_id = new_message_id()
+    return (first, *writes[1:])
 
 
 class Staged:

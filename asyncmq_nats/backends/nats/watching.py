@@ -11,8 +11,10 @@ from typing import Final
 
 from asyncmq_nats._logging import get_logger
 from asyncmq_nats.backends.base import Record
+from asyncmq_nats.backends.filters import compile_filter
+from asyncmq_nats.backends.nats.connection import Background
 from asyncmq_nats.backends.nats.reader import READ_LIMIT, Reader
-from asyncmq_nats.exceptions import AssetMissing, AsyncMQError, ConnectionLost, PermissionRefused
+from asyncmq_nats.exceptions import AssetMissing, AsyncMQError, PermissionRefused
 
 __all__ = ["Watch"]
 
@@ -32,6 +34,7 @@ class Watch:
     def __init__(
         self,
         reader: Reader,
+        background: Background,
         log: str,
         filter: str,
         on_record: Callable[[Record], None],
@@ -39,12 +42,15 @@ class Watch:
     ) -> None:
         """`after`: Unix seconds by the server's clock."""
         self._reader = reader
+        self._background = background
         self._log = log
-        self._filter = filter
+        self._match = compile_filter(filter).match
+        # A filter of many subjects has the server count all that match, so all are read then.
+        self._filter = None if filter.endswith(("*", ">")) else filter
         self._on_record = on_record
         self._begin = self._time = after
         self._first = self._sequence = 0
-        self._quiet = QUIET_READS
+        self._quiet = 0
         self._task: asyncio.Task[None] | None = None
 
     async def begin(self) -> None:
@@ -53,7 +59,7 @@ class Watch:
             while len(await self._read()) == READ_LIMIT:
                 pass
         self._first = self._sequence
-        self._task = asyncio.get_running_loop().create_task(self._follow())
+        self._task = self._background.run(self._follow())
 
     def covers(self, sequence: int, time: float) -> bool:
         """See `Watching`."""
@@ -70,11 +76,11 @@ class Watch:
             pause = INTERVAL
             try:
                 records = await self._read()
-            except (ConnectionLost, PermissionRefused) as error:
+            except PermissionRefused as error:
                 logger.warning("%s: its new records are not heard of: %s", self._log, error)
                 return
             except AssetMissing:
-                records, pause, self._quiet = [], MISSING_INTERVAL, QUIET_READS
+                records, pause, self._sequence = [], MISSING_INTERVAL, 0
             except AsyncMQError as error:
                 logger.debug("%s: could not be read: %s", self._log, error)
                 records, pause = [], MISSING_INTERVAL
@@ -84,26 +90,22 @@ class Watch:
 
     async def _read(self) -> list[Record]:
         """Return the next records."""
-        by_time = self._quiet >= QUIET_READS
+        by_time = not self._sequence or self._quiet == QUIET_READS
         start = None if by_time else self._sequence + 1
         found = await self._reader.read_on(
             self._log, self._filter, from_sequence=start, after=self._time
         )
         # A time is asked for less exactly than the server knows it.
-        records = [
-            each for each in found if each.time > self._time or each.sequence > self._sequence
-        ]
-        self._quiet = 0 if records else self._quiet + 1
+        time, sequence = self._time, self._sequence
+        records = [each for each in found if each.time > time or each.sequence > sequence]
+        self._quiet = 0 if records or by_time else self._quiet + 1
         if records:
             self._sequence, self._time = records[-1].sequence, records[-1].time
         return records
 
-    def _is_new(self, record: Record) -> bool:
-        """Return whether it was not read before: times are asked for less exactly than they are."""
-        return record.time > self._time or record.sequence > self._sequence
-
     def _hand_out(self, record: Record) -> None:
-        try:
-            self._on_record(record)
-        except Exception:
-            logger.exception("a callback for records of %s failed", self._log)
+        if self._match(record.subject):
+            try:
+                self._on_record(record)
+            except Exception:
+                logger.exception("a callback for records of %s failed", self._log)

@@ -178,7 +178,7 @@ class Writer:
         entries = [
             Unsettled(
                 log,
-                (replace(write, message_id=write.message_id or new_message_id()),),
+                named((write,)),
                 partial(settle, number),
                 deadline,
             )
