@@ -647,9 +647,9 @@ class Backend(Protocol):
     async def watch(self, log: str, filter: str, on_record: Callable[[Record], None]) -> Watching:
         """Call `on_record` for each matching record that is stored from now on, in order.
 
-        At most once, up to 0.2 s late: one that is removed before that is missed, and so are those
-        of a log that this login may not read. The log may be missing. The callback's exceptions are
-        logged.
+        At most once, up to 0.2 s late, or more beside more than ten others: one that is removed
+        before that is missed, and so are those of a log that this login may not read. The log may
+        be missing. The callback's exceptions are logged.
         """
 
     async def request(

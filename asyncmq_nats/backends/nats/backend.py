@@ -50,7 +50,7 @@ from asyncmq_nats.backends.nats.reader import Reader
 from asyncmq_nats.backends.nats.room import Ballasts, Fills
 from asyncmq_nats.backends.nats.staging import Staged
 from asyncmq_nats.backends.nats.streams import Assets
-from asyncmq_nats.backends.nats.watching import Watch
+from asyncmq_nats.backends.nats.watching import Watch, Watches
 from asyncmq_nats.backends.nats.writer import BATCH_LIMIT, Writer
 from asyncmq_nats.exceptions import (
     AssetMissing,
@@ -119,6 +119,7 @@ class NATSBackend:
         self._assets = Assets(self.settings, declare=declare)
         self._keeper: LeaseKeeper
         self._dropped_signals = Throttle()
+        self._watches: Watches
         self._incarnations: dict[str, str | None] = {}
         self._embedded: EmbeddedServer | None = None
 
@@ -216,6 +217,7 @@ class NATSBackend:
         self._assets.use(connection, ballasts, self._fills)
         self._reader, self._writer, self._keeper = reader, writer, keeper
         self._connection, self._life = connection, life
+        self._watches = Watches(reader, connection.background)
 
     async def close(self) -> None:
         self._come_home()
@@ -640,9 +642,9 @@ class NATSBackend:
         return interest
 
     async def watch(self, log: str, filter: str, on_record: Callable[[Record], None]) -> Watch:
-        connection = await self._open_connection()
+        await self._open_connection()
         after = max(self.now_at_least(), self.now() - WATCH_OVERLAP)
-        watch = Watch(self._reader, connection.background, log, filter, on_record, after)
+        watch = Watch(self._watches, log, filter, on_record, after)
         await watch.begin()
         return watch
 

@@ -603,6 +603,7 @@ class Background:
         task = asyncio.ensure_future(self._guard(work))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(lambda _: work.close())  # if it was stopped before it began
         return task
 
     async def _guard(self, work: Coroutine[Any, Any, None]) -> None:

@@ -16,16 +16,32 @@ from asyncmq_nats.backends.nats.connection import Background
 from asyncmq_nats.backends.nats.reader import READ_LIMIT, Reader
 from asyncmq_nats.exceptions import AssetMissing, AsyncMQError, PermissionRefused
 
-__all__ = ["Watch"]
+__all__ = ["Watch", "Watches"]
 
 logger = get_logger(__name__)
 
 INTERVAL: Final = 0.1
 """Seconds between two reads, unless the first one brought all it may."""
+READS_A_SECOND: Final = 100
+"""Of all watches of one connection: a page of a dashboard may watch hundreds of queues."""
 MISSING_INTERVAL: Final = 1.0
 """Seconds after a read of a stream that is not there, or does not answer."""
 QUIET_READS: Final = 10
 """Reads without a record after which to ask by time: a stream that is made again begins at 1."""
+
+
+class Watches:
+    """The watches of one connection."""
+
+    def __init__(self, reader: Reader, background: Background) -> None:
+        self.reader = reader
+        self.background = background
+        self.open: set[Watch] = set()
+
+    @property
+    def interval(self) -> float:
+        """Seconds between two reads of a watch."""
+        return max(INTERVAL, len(self.open) / READS_A_SECOND)
 
 
 class Watch:
@@ -33,16 +49,14 @@ class Watch:
 
     def __init__(
         self,
-        reader: Reader,
-        background: Background,
+        watches: Watches,
         log: str,
         filter: str,
         on_record: Callable[[Record], None],
         after: float,
     ) -> None:
         """`after`: Unix seconds by the server's clock."""
-        self._reader = reader
-        self._background = background
+        self._watches = watches
         self._log = log
         self._match = compile_filter(filter).match
         # A filter of many subjects has the server count all that match, so all are read then.
@@ -59,7 +73,8 @@ class Watch:
             while len(await self._read()) == READ_LIMIT:
                 pass
         self._first = self._sequence
-        self._task = self._background.run(self._follow())
+        self._watches.open.add(self)
+        self._task = self._watches.background.run(self._follow())
 
     def covers(self, sequence: int, time: float) -> bool:
         """See `Watching`."""
@@ -67,13 +82,14 @@ class Watch:
 
     async def unsubscribe(self) -> None:
         """See `Subscription`."""
+        self._watches.open.discard(self)
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait([self._task])
 
     async def _follow(self) -> None:
         while True:
-            pause = INTERVAL
+            pause = self._watches.interval
             try:
                 records = await self._read()
             except PermissionRefused as error:
@@ -92,7 +108,7 @@ class Watch:
         """Return the next records."""
         by_time = not self._sequence or self._quiet == QUIET_READS
         start = None if by_time else self._sequence + 1
-        found = await self._reader.read_on(
+        found = await self._watches.reader.read_on(
             self._log, self._filter, from_sequence=start, after=self._time
         )
         # A time is asked for less exactly than the server knows it.
