@@ -30,16 +30,21 @@ from asyncmq_nats.transitions.waits import NARROW_LIMIT, Parent
 from asyncmq_nats.wire.codec import load_json
 from asyncmq_nats.wire.keys import check_job_id, encode_token
 
-__all__ = ["Additions", "is_plain"]
+__all__ = ["Additions", "is_independent", "is_plain"]
 
 BATCH_LIMIT: Final = 1000
 EDGES_IN_BATCH: Final = 100
 """A job with more edges than this has them written after the batch that it is in."""
 
 
+def is_independent(job: Addition) -> bool:
+    """Return whether a new job is one record, with an id that no other has."""
+    return not job.custom_id and not job.depends_on
+
+
 def is_plain(job: Addition) -> bool:
     """Return whether a new job is ready at once: it is one record in the ready log."""
-    return job.delay_until is None and not job.custom_id and not job.depends_on
+    return job.delay_until is None and is_independent(job)
 
 
 @dataclass(slots=True)
@@ -151,7 +156,7 @@ class Additions:
         """Store up to 1,000 new jobs, all or none.
 
         One batch is in one log: if any of them goes through the scheduler bucket, all of them do.
-        `missing`: those with chosen ids. `staged`: has all their writes, and they are plain.
+        `missing`: those with chosen ids. `staged`: has all their writes, by `early_writes`.
 
         Raises:
             WriteRefused: one of them exists.
@@ -176,13 +181,16 @@ class Additions:
             await self._write_again_when_missing(batch.writes, priorities)
         await self._finish_batch(batch)
 
-    async def stage(self) -> Staged:
-        """Begin a batch of plain jobs, of `plain_writes`, that is sent while it is made."""
-        await self._assets.declare()
-        return self._backend.stage(self._keys.ready_log)
+    async def stage(self, *, in_bucket: bool) -> Staged:
+        """Begin a batch of independent jobs, of `early_writes`, that is sent while it is made.
 
-    async def plain_writes(self, jobs: Sequence[Addition]) -> list[Write]:
-        """Return the writes that add plain jobs in one batch; they have passed `check`."""
+        `in_bucket`: whether they are delayed; else they are plain.
+        """
+        await self._assets.declare()
+        return self._backend.stage(self._keys.bucket_log if in_bucket else self._keys.ready_log)
+
+    async def early_writes(self, jobs: Sequence[Addition]) -> list[Write]:
+        """Return the writes that add independent jobs in one batch; they have passed `check`."""
         for priority in {job.priority for job in jobs}:
             await self._assets.declare_tier(priority)
         return [self._insertion(job, job.encode(), in_batch=True) for job in jobs]

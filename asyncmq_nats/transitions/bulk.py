@@ -18,7 +18,7 @@ from asyncmq_nats.events import DUPLICATED
 from asyncmq_nats.exceptions import AsyncMQError, BulkAddFailed, WriteRefused
 from asyncmq_nats.jobs import new_job_ids
 from asyncmq_nats.store.commit import REPLICA_LAG_DELAYS, look_for, pause_after_refusal
-from asyncmq_nats.transitions.add import BATCH_LIMIT, Additions, is_plain
+from asyncmq_nats.transitions.add import BATCH_LIMIT, Additions, is_independent, is_plain
 from asyncmq_nats.transitions.deduplicate import Window, take_window
 
 __all__ = ["NONE_STAGED", "Bulk", "EntryBuilder", "add_many", "check_entries"]
@@ -57,7 +57,8 @@ SIMPLE: Final = frozenset({str, int, float, type(None)})
 class Bulk:
     """The jobs of one `add_bulk`. All are built and checked before any is stored.
 
-    Plain jobs are sent while the next ones are built, in batches that `add_many` commits.
+    If all of them are plain, or all are delayed, they are sent while the next ones are built, in
+    batches that `add_many` commits.
     """
 
     def __init__(
@@ -99,18 +100,26 @@ class Bulk:
                 await self._send(first, jobs)
 
     async def _send(self, first: int, jobs: Sequence[Addition]) -> None:
-        if self.windows or not all(map(is_plain, jobs)):
+        if not self._can_be_sent(jobs):
             self.drop()
             return
         check_entries(self._additions, jobs, first)
         self.checked += len(jobs)
         batch = first - first % BATCH_LIMIT
         if batch == first and len(self.staged) < STAGED_BATCHES:
-            self.staged[batch] = await self._additions.stage()
+            in_bucket = not is_plain(self.jobs[0])
+            self.staged[batch] = await self._additions.stage(in_bucket=in_bucket)
         if batch in self.staged:
-            await self.staged[batch].add(*await self._additions.plain_writes(jobs))
+            await self.staged[batch].add(*await self._additions.early_writes(jobs))
         else:
             await anyio.lowlevel.checkpoint()
+
+    def _can_be_sent(self, jobs: Sequence[Addition]) -> bool:
+        """Return whether no job of the bulk has to be looked at first, and all go to one log."""
+        if self.windows or not all(map(is_independent, jobs)):
+            return False
+        plain = is_plain(self.jobs[0])
+        return all(is_plain(job) == plain for job in jobs)
 
     def drop(self) -> None:
         """Store nothing of what was sent and not committed, and send no more."""

@@ -74,6 +74,25 @@ async def test_a_bulk_is_sent_while_it_is_built(
     assert [by_id[job_id] for job_id in ids] == [[number] for number in range(6300)]
 
 
+@pytest.mark.parametrize("delay", [0.2, 3600])
+async def test_delayed_jobs_are_sent_while_they_are_built(
+    backend: Backend, stages: list[WatchedStage], delay: float
+) -> None:
+    queue = make_queue(backend, echo=echo)
+    ids = await queue.add_bulk(entries(1400, delay=delay))
+    assert [(sum(stage.sizes), stage.end) for stage in stages] == [
+        (1000, "committed"),
+        (400, "committed"),
+    ]
+    if delay > 1:
+        jobs = await queue.get_delayed(asc=True)
+        assert [job["id"] for job in jobs] == ids
+        assert all(abs(job["delay_until"] - job["created_at"] - delay) < 1 for job in jobs)
+    else:
+        await run_jobs(queue)
+        await only(queue, completed=1400)
+
+
 async def test_a_small_bulk_is_one_write(backend: Backend, stages: list[WatchedStage]) -> None:
     queue = make_queue(backend, echo=echo)
     await queue.add_bulk(entries(249))
