@@ -8,16 +8,17 @@ from collections.abc import Callable
 from functools import partial
 
 import anyio
+import anyio.lowlevel
 import pytest
 
-from asyncmq_nats.backends.base import Backend, Record
+from asyncmq_nats.backends.base import Backend, Record, Signal
 from asyncmq_nats.backends.nats import room
 from asyncmq_nats.backends.nats.backend import NATSBackend
 from asyncmq_nats.backends.nats.embedded.server import EmbeddedServer
 from asyncmq_nats.exceptions import InvalidArgument, ServerUnsuitable, StorageFull, WriteRefused
 from asyncmq_nats.queues import Queue
 from asyncmq_nats.settings import Settings
-from tests.receiver import PATIENCE, until
+from tests.receiver import PATIENCE, holds, until
 from tests.running import make_queue, only, outcome, running
 
 Make = Callable[..., NATSBackend]
@@ -58,6 +59,26 @@ async def test_a_lease_that_is_stored_is_that_of_all_tiers_and_processes(
     assert len(await other.configure(reset=["stalled_after"])) == 2
     assert await queue.get_configuration() == {}
     assert await queue.find_drift() == []
+
+
+async def test_whether_the_server_tells_that_jobs_wait_can_be_applied(make: Make) -> None:
+    for tells in (True, False, True):
+        told: list[str] = []
+        async with make(waiting_events=tells) as backend, make(waiting_events=not tells) as other:
+            queue = make_queue(other, no_op=no_op)
+            await queue.add("no_op")
+            drift = await Queue("work", backend).find_drift()
+            assert [(each.key, each.can_change) for each in drift] in ([], [("republish", True)])
+            await Queue("work", backend).apply_settings()
+            assert await Queue("work", backend).find_drift() == []
+            await backend.subscribe(queue._subjects.event("*", "*"), partial(note, told))
+            await queue.cancel_job(await queue.add("no_op"))
+            await holds(partial(bool, told))
+            assert any(".waiting." in subject for subject in told) == tells
+
+
+def note(told: list[str], signal: Signal) -> None:
+    told.append(signal.subject)
 
 
 async def test_a_running_worker_takes_up_what_is_stored(backend: Backend, twin: Backend) -> None:
