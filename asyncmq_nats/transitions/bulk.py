@@ -23,7 +23,7 @@ from asyncmq_nats.transitions.deduplicate import Window, take_window
 
 __all__ = ["NONE_STAGED", "Bulk", "EntryBuilder", "add_many", "check_entries"]
 
-BATCHES_UNDER_WAY: Final = 4
+BATCHES_UNDER_WAY: Final = 5
 PIECE: Final = 250
 """Jobs of a bulk that are sent together while the next ones are built; divides `BATCH_LIMIT`."""
 STAGED_BATCHES: Final = 5
