@@ -1,11 +1,14 @@
 """The client queues a batch whole, or not at all."""
 
 import asyncio
+from collections.abc import Iterable
 
 import pytest
 from nats.errors import MaxPayloadError, OutboundBufferLimitError
 
+from asyncmq_nats.backends.base import Log, Write
 from asyncmq_nats.backends.nats._client.client import DirectClient
+from asyncmq_nats.backends.nats.backend import NATSBackend
 from tests.receiver import holds
 
 
@@ -30,6 +33,25 @@ def test_a_batch_with_a_message_that_is_too_large_is_not_begun() -> None:
     with pytest.raises(MaxPayloadError):
         client.post_all([(b"a", b"x" * 20, b"", b""), (b"b", b"x" * 60, b"", b"")])
     assert not client._pending
+
+
+async def test_what_was_staged_is_sent_once(
+    nats_backend: NATSBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await nats_backend.declare_log(Log("notes", ("notes.>",)))
+    sizes, post_all = list[int](), DirectClient.post_all
+
+    def counted(client: DirectClient, messages: Iterable[tuple[bytes, ...]]) -> None:
+        given = list(messages)
+        sizes.append(len(given))
+        post_all(client, given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(DirectClient, "post_all", counted)
+    staged = nats_backend.stage("notes")
+    for start in range(0, 30, 10):
+        await staged.add(*[Write(f"notes.{n}", b"") for n in range(start, start + 10)])
+    await staged.commit()
+    assert sizes == [9, 10, 10, 1]  # the last one that is known is held back: it commits
 
 
 class SlowServer:

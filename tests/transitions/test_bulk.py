@@ -140,6 +140,18 @@ async def test_a_bulk_with_other_jobs_is_sent_when_it_is_known(
     await has(queue, 1402)
 
 
+async def test_jobs_with_ids_or_parents_are_not_sent_early(
+    backend: Backend, stages: list[WatchedStage]
+) -> None:
+    queue = make_queue(backend, echo=echo)
+    await queue.add("echo", job_id="p", delay=3600)
+    named = [{"task_id": "echo", "job_id": f"job {number}"} for number in range(300)]
+    assert await queue.add_bulk(named) == await queue.add_bulk(named)
+    await queue.add_bulk(entries(300, depends_on=["p"]))
+    assert stages == []
+    await only(queue, waiting=300, delayed=1, **{"waiting-children": 300})
+
+
 async def test_a_middleware_sees_the_jobs_before_they_are_sent(
     backend: Backend, stages: list[WatchedStage]
 ) -> None:

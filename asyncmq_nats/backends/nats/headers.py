@@ -8,7 +8,14 @@ from asyncmq_nats.backends.base import Expect, Write
 from asyncmq_nats.backends.filters import is_key
 from asyncmq_nats.backends.nats.connection import format_time
 
-__all__ = ["BATCH_LINES", "HEADER_ROOM", "batch_lines", "encode_headers", "new_message_id"]
+__all__ = [
+    "BATCH_LINES",
+    "HEADER_ROOM",
+    "batch_lines",
+    "encode_headers",
+    "has_headers",
+    "new_message_id",
+]
 
 HEADER_ROOM: Final = 1024
 """The server counts headers as payload."""
@@ -48,6 +55,19 @@ def _encode_expectation(expect: Expect, subject: str, indent: int) -> str:
 @lru_cache(maxsize=64)
 def _encode_ttl(seconds: float) -> str:
     return f"Nats-TTL: {max(1, round(seconds))}s\r\n"
+
+
+def has_headers(write: Write) -> bool:
+    """Return whether `encode_headers` has more than `more` to say of the write."""
+    return (
+        write.message_id is not None
+        or write.expect is not None
+        or write.subject.startswith("$")  # a key
+        or write.ttl is not None
+        or write.timer is not None
+        or write.removes is not None
+        or write.marker
+    )
 
 
 def encode_headers(write: Write, more: str = "", indent: int = 0) -> bytes:

@@ -12,7 +12,12 @@ import nats.errors
 from asyncmq_nats.backends.base import Write
 from asyncmq_nats.backends.nats.budget import Budget, Load
 from asyncmq_nats.backends.nats.connection import Connection
-from asyncmq_nats.backends.nats.headers import batch_lines, encode_headers, new_message_id
+from asyncmq_nats.backends.nats.headers import (
+    batch_lines,
+    encode_headers,
+    has_headers,
+    new_message_id,
+)
 
 __all__ = ["Commit", "Staged", "named", "post_batch", "post_index_entry"]
 
@@ -58,14 +63,20 @@ def post_batch(
         nats.errors.Error: as for `DirectClient.post`.
     """
     lines, mixed_up = batch_lines(batch_id), connection.mixes_up_expectations
-
-    def message(number: int, write: Write) -> tuple[bytes, bytes, bytes, bytes]:
-        last = number == commit
-        more = f"{lines}{number}\r\n" + ("Nats-Batch-Commit: 1\r\n" if last else "")
-        headers = encode_headers(write, more, number * mixed_up)
-        return write.subject.encode(), write.body, reply if last else b"", headers
-
-    connection.client.post_all(message(*each) for each in enumerate(writes, first))
+    plain = f"NATS/1.0\r\n{lines}".encode()
+    messages: list[tuple[bytes, bytes, bytes, bytes]] = []
+    for number, write in enumerate(writes, first):
+        if number == commit:
+            more = f"{lines}{number}\r\nNats-Batch-Commit: 1\r\n"
+            headers = encode_headers(write, more, number * mixed_up)
+            messages.append((write.subject.encode(), write.body, reply, headers))
+        elif has_headers(write):
+            headers = encode_headers(write, f"{lines}{number}\r\n", number * mixed_up)
+            messages.append((write.subject.encode(), write.body, b"", headers))
+        else:
+            headers = b"%b%d\r\n\r\n" % (plain, number)
+            messages.append((write.subject.encode(), write.body, b"", headers))
+    connection.client.post_all(messages)
 
 
 def named(writes: Sequence[Write]) -> Sequence[Write]:

@@ -10,6 +10,7 @@ import asyncio
 import socket
 from collections.abc import Iterable
 from contextlib import suppress
+from itertools import starmap
 from typing import Final
 
 from nats.aio.client import Client
@@ -101,8 +102,7 @@ class DirectClient(Client):
         Raises:
             ConnectionClosedError, MaxPayloadError, OutboundBufferLimitError: as for `post`.
         """
-        command = self._command
-        commands = [command(*message) for message in messages]
+        commands = list(starmap(self._command, messages))
         size = sum(map(len, commands))
         if self._status != Client.CONNECTED:
             self._check_buffer(size)
