@@ -24,6 +24,7 @@ from asyncmq_nats.jobs import Job
 from asyncmq_nats.queues import Queue
 from asyncmq_nats.settings import Settings
 from asyncmq_nats.store import announcing
+from asyncmq_nats.store import listening as listening_module
 from asyncmq_nats.store.listening import Inbox
 from tests.receiver import holds, until
 from tests.running import PATIENCE, lose_worker, make_queue, only, outcome, race, run_jobs, running
@@ -450,14 +451,24 @@ async def test_starts_are_told_to_a_program_without_the_library(
 
 
 async def test_the_start_of_one_job_is_told_to_its_listener(
-    backend: Backend, twin: Backend, starts: Starts
+    backend: Backend, twin: Backend, starts: Starts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """No one hears the starts of other jobs, so the workers have to be told again and again."""
+    monkeypatch.setattr(announcing, "LISTENING_TIME", 0.5)
+    monkeypatch.setattr(listening_module, "LISTENING_TIME", 0.5)
     queue = queue_of(backend)
-    async with running(queue):
-        await until(lambda: runs_silently(queue, starts), bool)
-        job_id = await queue.add("echo", delay=1.5)
 
+    async def run_others() -> None:
+        while True:
+            await run_one(queue)
+
+    async with running(queue), anyio.create_task_group() as group:
+        group.start_soon(run_others)
+        await until(lambda: runs_silently(queue, starts), bool)
+        job_id = await queue.add("echo", delay=2.5)
         names = [event.name async for event in make_queue(twin).events(job_id=job_id)]
+        await until(lambda: runs_silently(queue, starts), bool)
+        group.cancel_scope.cancel()
     assert names == ["job:waiting", "job:started", "job:completed"]
 
 
