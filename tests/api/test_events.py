@@ -472,6 +472,20 @@ async def test_the_start_of_one_job_is_told_to_its_listener(
     assert names == ["job:waiting", "job:started", "job:completed"]
 
 
+async def test_all_starts_are_told_for_a_time_after_a_reader_has_come(
+    backend: Backend, starts: Starts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(announcing, "LISTENING_TIME", 60.0)
+    queue = queue_of(backend)
+    async with running(queue):
+        await until(lambda: runs_silently(queue, starts), bool)
+        backend.signal(queue._subjects.control("listen"))
+        await until(lambda: runs_aloud(queue, starts), bool)
+        end = time.monotonic() + 1.5  # longer than between two that find out who listens
+        while time.monotonic() < end:
+            assert await runs_aloud(queue, starts)
+
+
 async def test_a_start_each_second_finds_out_who_listens(backend: Backend, starts: Starts) -> None:
     queue = queue_of(backend)
     async with running(queue):
