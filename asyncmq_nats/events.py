@@ -33,6 +33,7 @@ __all__ = [
     "Event",
     "EventEmitter",
     "event_emitter",
+    "event_of",
     "read_event",
 ]
 
@@ -97,6 +98,14 @@ def read_event(queue: str, subject: str, body: bytes) -> Event | None:
         data = load_json(body)
     except InvalidJob:
         data = {}
+    return event_of(queue, what, token, data)
+
+
+def event_of(queue: str, what: str, token: str, data: dict[str, Any]) -> Event | None:
+    """Return the event that a record tells of, `None` if it is none for users.
+
+    `what`: the word in the event's subject; `token`: of the job; `data`: what the record says.
+    """
     name = _name(what, data)
     if name is None:
         return None

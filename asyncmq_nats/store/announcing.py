@@ -30,8 +30,9 @@ LISTENING_TIME: Final = 3.0
 """Seconds after this signal for which workers tell of starts, heard or not."""
 READY_MESSAGE: Final = "ready_message"
 """Member of the start on a first delivery: the message's sequence, and its time in nanoseconds."""
-READY_MEMBER: Final = b'"ready_message":[%d,%d]'
 START_MEMBERS: Final = ("active_since", "worker")
+"""What a start says of the attempt, besides."""
+READY_MEMBER: Final = b'"ready_message":[%d,%d]'
 ASKING_INTERVAL: Final = 1.0
 """Seconds after which a worker finds out again whether anyone hears of starts."""
 
@@ -90,14 +91,14 @@ class WorkerEvents:
 
         `body`: the job as it came; `job`: all of it, read if a listener here wants it.
         """
-        if self._is_heard or at >= self._ask_at:
+        asks = at >= self._ask_at
+        if self._is_heard or asks:
             # The job's own bytes, with the new members spliced in: no second encoding.
             data = splice(body, self._start % at)
             if delivery.deliveries == 1:
                 data = splice(data, READY_MEMBER % (delivery.sequence, int(delivery.stamp)))
             if len(data) > self._backend.max_body:
                 data = without_large(data, self._backend.max_body)
-            asks = at >= self._ask_at
             if asks:
                 self._ask_at, self._is_heard = at + ASKING_INTERVAL, True
             on_unheard = self._stop_telling if asks else None

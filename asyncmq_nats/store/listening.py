@@ -12,12 +12,12 @@ import anyio
 
 from asyncmq_nats._logging import Throttle, get_logger
 from asyncmq_nats.backends.base import Record, Signal, Subscription, Watching
-from asyncmq_nats.events import PREFIX, STARTED, Event, read_event
+from asyncmq_nats.events import PREFIX, STARTED, Event, event_of, read_event
 from asyncmq_nats.exceptions import InvalidJob
 from asyncmq_nats.states import State
 from asyncmq_nats.store.announcing import LISTEN, LISTENING_TIME, READY_MESSAGE, START_MEMBERS
 from asyncmq_nats.store.queue_store import QueueStore
-from asyncmq_nats.wire.codec import dump_json, load_json
+from asyncmq_nats.wire.codec import load_json
 from asyncmq_nats.wire.keys import encode_token, last_token, split_event
 
 __all__ = ["Inbox"]
@@ -94,40 +94,39 @@ class Inbox:
         """Tell of a ready message, unless its start was heard first."""
         if record.sequence not in self._told:
             self._remember(record.sequence)
-            self._tell_waiting(last_token(record.subject), record.body)
+            subject = self._keys.event(State.WAITING, last_token(record.subject))
+            self._put(read_event(self._keys.queue, subject, record.body))
 
     def _hear(self, signal: Signal) -> None:
         what, token = split_event(signal.subject)
         if what == State.WAITING:  # from a server that sends them to others, too
             return
-        body = signal.body
-        if what == STARTED:
-            body = self._hear_start(token, body)
-        self._put(read_event(self._keys.queue, signal.subject, body))
+        if what == STARTED and READY_MESSAGE.encode() in signal.body:
+            self._hear_start(token, signal.body)
+        else:
+            self._put(read_event(self._keys.queue, signal.subject, signal.body))
 
-    def _hear_start(self, token: str, body: bytes) -> bytes:
-        """Tell that a job waited, if that was not heard. Return the event of its start."""
+    def _hear_start(self, token: str, body: bytes) -> None:
+        """Tell of a start, and before it that the job waited, if that was not heard."""
         try:
             data = load_json(body)
         except InvalidJob:
-            return body
-        message = data.pop(READY_MESSAGE, None)
-        if self._watching is not None and isinstance(message, list) and len(message) == 2:
-            sequence, stamp = message
-            if sequence not in self._told and self._watching.covers(sequence, stamp / 1e9):
+            data = {}
+        match data.pop(READY_MESSAGE, None):
+            case [int(sequence), int(stamp)] if (
+                self._watching is not None
+                and sequence not in self._told
+                and self._watching.covers(sequence, stamp / 1e9)
+            ):
                 self._remember(sequence)
-                job = {name: value for name, value in data.items() if name not in START_MEMBERS}
-                self._tell_waiting(token, dump_json(job))
-        return dump_json(data)
+                record = {name: data[name] for name in data if name not in START_MEMBERS}
+                self._put(event_of(self._keys.queue, State.WAITING, token, record))
+        self._put(event_of(self._keys.queue, STARTED, token, data))
 
     def _remember(self, sequence: int) -> None:
         self._told[sequence] = None
         if len(self._told) > REMEMBERED:
             del self._told[next(iter(self._told))]
-
-    def _tell_waiting(self, token: str, body: bytes) -> None:
-        if self._wants(State.WAITING):
-            self._put(read_event(self._keys.queue, self._keys.event(State.WAITING, token), body))
 
     def _put(self, event: Event | None) -> None:
         if event is not None and (not self._names or event.name in self._names):

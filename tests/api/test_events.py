@@ -514,6 +514,39 @@ async def test_each_job_waits_once_however_soon_it_starts(backend: Backend, twin
     }
 
 
+@pytest.mark.parametrize(
+    "message", [b"[[1],2]", b'["1",2]', b"[1,null]", b"[1]", b"{}", b"7", b"[1e999,1]"], ids=str
+)
+async def test_a_start_of_a_stranger_is_told_without_its_message(
+    backend: Backend, message: bytes
+) -> None:
+    queue = queue_of(backend)
+    async with listening(queue) as heard:
+        body = b'{"id":"a","task":"echo","large":1e999,"ready_message":' + message + b"}"
+        await backend.publish(queue._subjects.event("started", "a"), body)
+        await heard.until("job:started")
+    assert heard.of("a") == ["job:started"]
+    assert "ready_message" not in heard.events[0].data
+
+
+async def test_a_job_that_started_at_once_waited_as_others_do(backend: Backend) -> None:
+    queue = queue_of(backend)
+    async with listening(queue) as heard:
+        seen = await queue.add("echo", ["x"], retries=2, meta={"a": "b"})
+        await heard.until("job:waiting")
+        async with running(queue):
+            started = await queue.add("echo", ["x"], retries=2, meta={"a": "b"})
+            await heard.until("job:completed", 2)
+    first, second = (
+        next(e for e in heard.events if (e.name, e.job_id) == ("job:waiting", job_id))
+        for job_id in (seen, started)
+    )
+    own = {"id", "job_id", "created_at", "updated_at"}
+    assert {name: value for name, value in first.data.items() if name not in own} == {
+        name: value for name, value in second.data.items() if name not in own
+    }
+
+
 async def test_what_waited_before_is_not_told_when_it_starts(backend: Backend) -> None:
     queue = queue_of(backend)
     before = await queue.add("echo")

@@ -2,13 +2,15 @@
 
 import asyncio
 from collections.abc import Iterable
+from typing import Any
 
 import pytest
 from nats.errors import MaxPayloadError, OutboundBufferLimitError
 
-from asyncmq_nats.backends.base import Log, Write
+from asyncmq_nats.backends.base import Expect, Log, Timer, Write
 from asyncmq_nats.backends.nats._client.client import DirectClient
 from asyncmq_nats.backends.nats.backend import NATSBackend
+from asyncmq_nats.backends.nats.headers import encode_headers, has_headers
 from tests.receiver import holds
 
 
@@ -33,6 +35,28 @@ def test_a_batch_with_a_message_that_is_too_large_is_not_begun() -> None:
     with pytest.raises(MaxPayloadError):
         client.post_all([(b"a", b"x" * 20, b"", b""), (b"b", b"x" * 60, b"", b"")])
     assert not client._pending
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"expect": Expect("notes.a")},
+        {"ttl": 60.0},
+        {"timer": Timer(1.0, "notes.b")},
+        {"message_id": "m"},
+        {"removes": "notes.b"},
+        {"marker": True},
+        {"beside": True},
+        {"index": "notes.b"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("subject", ["notes.a", "$KV.notes.a"])
+def test_a_write_without_headers_has_none(subject: str, options: dict[str, Any]) -> None:
+    write = Write(subject, b"", **options)
+    assert has_headers(write) or encode_headers(write) == b""
+    assert not has_headers(Write("notes.a", b""))
 
 
 async def test_what_was_staged_is_sent_once(

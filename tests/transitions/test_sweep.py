@@ -342,6 +342,12 @@ async def failed(queue: Queue, count: int) -> None:
     await only(queue, failed=count)
 
 
+async def failed_and_mended(queue: Queue, tasks: Tasks, count: int) -> None:
+    """Have jobs fail, and their task mended: a retry succeeds."""
+    await failed(queue, count)
+    tasks.broken, tasks.ran = False, []
+
+
 async def test_retried_jobs_run_once_and_release_those_that_wait_for_them(
     backend: Backend,
 ) -> None:
@@ -366,8 +372,7 @@ async def test_two_that_retry_the_same_jobs_make_each_run_once(
 ) -> None:
     tasks = Tasks()
     queue = queue_of(backend, tasks)
-    await failed(queue, 150)
-    tasks.broken, tasks.ran = False, []
+    await failed_and_mended(queue, tasks, 150)
     done: list[int] = []
 
     async def retry(each: Queue) -> None:
@@ -402,8 +407,7 @@ async def test_a_retry_that_dies_half_way_goes_on(
     """A few jobs are written one by one, and so are many if one of them is refused."""
     tasks = Tasks()
     queue = queue_of(backend, tasks)
-    await failed(queue, count)
-    tasks.broken, tasks.ran = False, []
+    await failed_and_mended(queue, tasks, count)
     write_each = backend.write_each
     calls = 0
 
@@ -432,8 +436,7 @@ async def test_a_retry_whose_batch_is_in_doubt_goes_on(
 ) -> None:
     tasks = Tasks()
     queue = queue_of(backend, tasks)
-    await failed(queue, 60)
-    tasks.broken, tasks.ran = False, []
+    await failed_and_mended(queue, tasks, 60)
     write = backend.write
 
     async def die(log: str, *writes: Any) -> int:
@@ -545,8 +548,7 @@ async def test_a_batch_that_cannot_be_stored_is_written_one_by_one(
 ) -> None:
     tasks = Tasks()
     queue = queue_of(backend, tasks)
-    await failed(queue, 60)
-    tasks.broken, tasks.ran = False, []
+    await failed_and_mended(queue, tasks, 60)
     found = await find(queue, "failed")
     with monkeypatch.context() as patch:
         Batches(backend, patch, error)

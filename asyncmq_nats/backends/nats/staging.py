@@ -45,7 +45,7 @@ def post_batch(
     commit: int = 0,
     reply: bytes = b"",
 ) -> None:
-    """Send messages of a batch, all or none of them.
+    """Send messages of a batch, all or none of them, after their index entries.
 
     One flush, without awaiting the first message's answer. Only the last message of the batch has a
     reply subject: a refused first message makes the batch "incomplete" there, which is repeated; a
@@ -66,16 +66,15 @@ def post_batch(
     plain = f"NATS/1.0\r\n{lines}".encode()
     messages: list[tuple[bytes, bytes, bytes, bytes]] = []
     for number, write in enumerate(writes, first):
-        if number == commit:
-            more = f"{lines}{number}\r\nNats-Batch-Commit: 1\r\n"
+        if write.index is not None:
+            post_index_entry(connection, write.index, write.ttl)
+        last = number == commit
+        if last or has_headers(write):
+            more = f"{lines}{number}\r\n" + ("Nats-Batch-Commit: 1\r\n" if last else "")
             headers = encode_headers(write, more, number * mixed_up)
-            messages.append((write.subject.encode(), write.body, reply, headers))
-        elif has_headers(write):
-            headers = encode_headers(write, f"{lines}{number}\r\n", number * mixed_up)
-            messages.append((write.subject.encode(), write.body, b"", headers))
         else:
             headers = b"%b%d\r\n\r\n" % (plain, number)
-            messages.append((write.subject.encode(), write.body, b"", headers))
+        messages.append((write.subject.encode(), write.body, reply if last else b"", headers))
     connection.client.post_all(messages)
 
 
@@ -127,16 +126,13 @@ class Staged:
         """Send all but the last write. Return whether that is on its way."""
         client = self._connection.client
         writes = self._writes[self._sent : -1]
-        load = Load(int(not self._sent), len(writes), sum([len(write.body) for write in writes]))
         if not writes:
             return True
+        load = Load(int(not self._sent), len(writes), sum([len(write.body) for write in writes]))
         if not client.is_connected or client.is_overfull or not self._budget.take_now(load):
             return False
         self._load = Load(*map(sum, zip(self._load, load, strict=True)))
         try:
-            for write in writes:
-                if write.index is not None:
-                    post_index_entry(self._connection, write.index, write.ttl)
             post_batch(self._connection, self._id, writes, first=self._sent + 1)
         except nats.errors.Error:
             return False
@@ -159,9 +155,6 @@ class Staged:
         if not self._is_open or not self._sent:
             return False
         rest, count = self._writes[self._sent :], len(self._writes)
-        for write in rest:
-            if write.index is not None:
-                post_index_entry(self._connection, write.index, write.ttl)
         post_batch(
             self._connection, self._id, rest, first=self._sent + 1, commit=count, reply=reply
         )

@@ -240,11 +240,10 @@ class Writer:
         try:
             if staged is not None and staged.finish(reply):
                 return
-            for write in entry.writes:
-                if write.index is not None:
-                    post_index_entry(self._connection, write.index, write.ttl)
             if len(entry.writes) == 1:
                 write = entry.writes[0]
+                if write.index is not None:
+                    post_index_entry(self._connection, write.index, write.ttl)
                 headers = encode_headers(write)
                 self._client.post(write.subject.encode(), write.body, reply, headers)
             else:
