@@ -884,3 +884,14 @@ async def test_a_staged_batch_to_a_log_that_is_not_there(backend: Backend) -> No
     await staged.add(Write("notes.a", b""), Write("notes.b", b""))
     with pytest.raises(AssetMissing):
         await staged.commit()
+
+
+async def test_the_writes_of_a_batch_have_their_index_entries(backend: Backend) -> None:
+    writes = [Write(f"notes.{name}", b"", index=f"notes.index.{name}", ttl=60) for name in "abcd"]
+    await backend.write("notes", *writes[:2])
+    staged = backend.stage("notes")
+    await staged.add(writes[2])
+    await staged.add(writes[3])
+    await staged.commit()
+    found = set(await subjects(backend))
+    assert found == {subject for each in writes for subject in (each.subject, each.index)}
