@@ -13,6 +13,7 @@ from collections.abc import (
     Collection,
     Coroutine,
     Iterable,
+    Iterator,
     Mapping,
     Sequence,
 )
@@ -380,9 +381,18 @@ class Queue:
             BulkAddFailed: of more than 1,000, some were added and some were not; it says which.
         """
         await self.backend.connect()
-        early = not Chain.of(self.name, self._middleware).enqueues
-        bulk = Bulk(self._additions, self._registry.write, self.name, early=early)
+        bulk = Bulk(
+            self._additions,
+            self._registry.write,
+            self.name,
+            classes_of=self._registry.plain_classes,
+            early=not Chain.of(self.name, self._middleware).enqueues,
+        )
         try:
+            if not isinstance(jobs, Iterator):
+                jobs = tuple(jobs)
+                if ids := await bulk.add_series(jobs):
+                    return ids
             await bulk.build(jobs)
             store = partial(
                 self._store_bulk, windows=bulk.windows, checked=bulk.checked, staged=bulk.staged

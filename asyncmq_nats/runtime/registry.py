@@ -17,7 +17,7 @@ from asyncmq_nats.exceptions import InvalidArgument, TaskNotFound
 from asyncmq_nats.jobs import Backoff, JobHead, new_job
 from asyncmq_nats.retries import BackoffFunction, ErrorTypes, checked_errors
 from asyncmq_nats.runtime.processes import run_in_process
-from asyncmq_nats.wire.arguments import Arguments, write_by_class
+from asyncmq_nats.wire.arguments import PLAIN, Arguments, write_by_class
 from asyncmq_nats.wire.keys import check_queue_name
 
 __all__ = ["TASK_REGISTRY", "RegisteredTask", "TaskRegistry"]
@@ -262,6 +262,24 @@ class TaskRegistry(MutableMapping[str, RegisteredTask]):
         if entry is None:
             return write_by_class(args, kwargs, task_id)
         return entry.arguments.write(args, kwargs, task_id)
+
+    def plain_classes(
+        self, task_id: str, count: int, names: tuple[str, ...]
+    ) -> Sequence[frozenset[type]] | None:
+        """Return the classes of arguments of which `write` passes on all values that JSON has.
+
+        Args:
+            task_id: what a job names.
+            count: of the positional arguments.
+            names: of the others.
+
+        Returns:
+            The classes of each argument, in order; `None` if some are not known before.
+        """
+        entry = self._tasks.get(task_id)
+        if entry is None:
+            return [PLAIN] * (count + len(names))
+        return entry.arguments.plain_classes(count, names)
 
     def __getitem__(self, task_id: str) -> RegisteredTask:
         return self._tasks[task_id]

@@ -20,6 +20,7 @@ from asyncmq_nats.jobs import new_job_ids
 from asyncmq_nats.store.commit import REPLICA_LAG_DELAYS, look_for, pause_after_refusal
 from asyncmq_nats.transitions.add import BATCH_LIMIT, Additions, is_independent, is_plain
 from asyncmq_nats.transitions.deduplicate import Window, take_window
+from asyncmq_nats.transitions.series import SIMPLE, ClassesOf, Series, find_series
 
 __all__ = ["NONE_STAGED", "Bulk", "EntryBuilder", "add_many", "check_entries"]
 
@@ -50,15 +51,14 @@ ENTRY_KEYS: Final = frozenset(
         "debounce",
     }
 )
-SIMPLE: Final = frozenset({str, int, float, type(None)})
-"""Classes of options that are equal only to what means the same."""
 
 
 class Bulk:
-    """The jobs of one `add_bulk`. All are built and checked before any is stored.
+    """The jobs of one `add_bulk`. Nothing is stored before all entries are known to be sound.
 
-    If all of them are plain, or all are delayed, they are sent while the next ones are built, in
-    batches that `add_many` commits.
+    Of a series (see `series.py`) that is known before a job is built: each batch is stored while
+    the next one is built. Of others, if all are plain or all are delayed, batches are sent
+    meanwhile, and `add_many` commits them.
     """
 
     def __init__(
@@ -67,11 +67,14 @@ class Bulk:
         write: WriteArguments = write_plainly,
         queue: str = "",
         *,
+        classes_of: ClassesOf = lambda *_: None,
         early: bool = True,
     ) -> None:
         """`early`: jobs may be sent as they are built. Not if a middleware sees them first."""
         self._additions = additions
         self._builder = EntryBuilder(additions.store.backend.now(), write, queue)
+        self._classes_of = classes_of
+        self._queue = queue
         self._early = early
         self.jobs: list[Addition] = []
         self.staged: dict[int, Staged] = {}
@@ -83,6 +86,79 @@ class Bulk:
     def windows(self) -> Mapping[int, Window]:
         """The deduplication windows, by index."""
         return self._builder.windows
+
+    async def add_series(self, entries: Sequence[Mapping[str, Any] | Call[Any]]) -> list[str]:
+        """Add the jobs of many entries that are a series, and return their ids.
+
+        Of others return none: nothing was added.
+
+        Raises:
+            BulkAddFailed, AsyncMQError: as for `add_many`.
+            ValueError, TypeError: as for `build`; nothing was added.
+        """
+        series = await self._find_series(entries) if self._early else []
+        if not series or not self._is_sound(entries[0], series):
+            return []
+        errors: dict[int, Exception] = {}
+        room = anyio.Semaphore(BATCHES_UNDER_WAY)
+
+        async def commit(first: int, jobs: Sequence[Addition]) -> None:
+            staged = self.staged.pop(first)
+            try:
+                await _try_batch(self._additions, first, jobs, staged, errors)
+            finally:
+                staged.drop()
+                room.release()
+
+        async with open_task_group() as group:
+            for part in series:
+                await room.acquire()
+                first = len(self.jobs)
+                await self._stage_series(first, part)
+                group.start_soon(commit, first, self.jobs[first:])
+        return _ids(self.jobs, errors)
+
+    async def _find_series(self, entries: Sequence[Mapping[str, Any] | Call[Any]]) -> list[Series]:
+        """Return what batches of the entries have in common; none if they are no series."""
+        found: list[Series] = []
+        for first in range(0, len(entries) if len(entries) >= PIECE else 0, BATCH_LIMIT):
+            part = find_series(
+                self._as_dicts(entries[first : first + BATCH_LIMIT]), self._classes_of
+            )
+            if part is None or (found and part.options != found[0].options):
+                return []
+            found.append(part)
+            await anyio.lowlevel.checkpoint()
+        return found
+
+    def _as_dicts(self, entries: Sequence[Mapping[str, Any] | Call[Any]]) -> Sequence[Any]:
+        """Return entries that are calls as dicts; none if one is for another queue."""
+        if type(entries[0]) is not Call:
+            return entries
+        calls = [each for each in entries if type(each) is Call and each.queue == self._queue]
+        return [
+            {"task_id": each.task_id, "args": each.args, "kwargs": each.kwargs, **each.options}
+            for each in (calls if len(calls) == len(entries) else ())
+        ]
+
+    def _is_sound(self, entry: Mapping[str, Any] | Call[Any], series: Sequence[Series]) -> bool:
+        """Return whether no entry of a series can be refused. `entry`: the first.
+
+        Raises:
+            ValueError, TypeError: as for `build`.
+        """
+        job = self._builder.build(0, self._as_dicts([entry])[0])
+        most = len(job.encode()) + max(part.most_bytes for part in series)
+        return self._builder.can_repeat and most <= self._additions.size_limit
+
+    async def _stage_series(self, first: int, series: Series) -> None:
+        """Build and send a batch."""
+        in_bucket = self._builder.delay_until is not None
+        staged = self.staged[first] = await self._additions.stage(in_bucket=in_bucket)
+        calls = series.calls()
+        while jobs := [self._builder.repeat(*call) for call in islice(calls, PIECE)]:
+            self.jobs += jobs
+            await staged.add(*await self._additions.early_writes(jobs))
 
     async def build(self, entries: Iterable[Mapping[str, Any] | Call[Any]]) -> None:
         """Build the jobs of the entries.
@@ -140,7 +216,8 @@ class EntryBuilder:
         self._options: dict[str, Any] = {}
         self._classes: list[type] = []
         self._template: JobTemplate | None = None
-        self._delay_until: float | None = None
+        self.delay_until: float | None = None
+        """When the last job may run, in Unix seconds; `None`: at once."""
         self.windows: dict[int, Window] = {}
 
     def build(self, index: int, entry: Mapping[str, Any] | Call[Any]) -> Addition:
@@ -161,7 +238,7 @@ class EntryBuilder:
                 except (ValueError, TypeError) as error:
                     error.add_note(_note(index))
                     raise
-                return NewJob(template, self._new_id(), args, kwargs, self._now, self._delay_until)
+                return NewJob(template, self._new_id(), args, kwargs, self._now, self.delay_until)
         is_call = isinstance(entry, Call)
         fields = {} if isinstance(entry, Call) else _checked_entry(entry, index)
         try:
@@ -188,7 +265,17 @@ class EntryBuilder:
             self._template = None
         else:
             self._template = job.template if isinstance(job, NewJob) else JobTemplate(job)
-        self._delay_until = job.delay_until
+        self.delay_until = job.delay_until
+
+    @property
+    def can_repeat(self) -> bool:
+        """Whether other arguments make a job like the last one."""
+        return self._template is not None
+
+    def repeat(self, args: list[Any], kwargs: dict[str, Any]) -> NewJob:
+        """Return a job like the last one, with other arguments, which are plain data."""
+        assert self._template is not None
+        return NewJob(self._template, self._new_id(), args, kwargs, self._now, self.delay_until)
 
 
 def check_entries(additions: Additions, jobs: Sequence[Addition], first: int = 0) -> None:
@@ -248,14 +335,21 @@ async def add_many(
 
     async def add_batch(first: int, batch: Sequence[Addition]) -> None:
         async with limit:
-            try:
-                await _add_batch(additions, batch, staged.get(first))
-            except AsyncMQError as error:
-                errors.update(dict.fromkeys(range(first, first + len(batch)), error))
+            await _try_batch(additions, first, batch, staged.get(first), errors)
 
     async with open_task_group() as group:
         for first, batch in batches:
             group.start_soon(add_batch, first, batch)
+    return _ids(jobs, errors)
+
+
+def _ids(jobs: Sequence[Addition], errors: Mapping[int, Exception]) -> list[str]:
+    """Return the ids of jobs that were added. `errors`: of those that were not, by index.
+
+    Raises:
+        BulkAddFailed: some were not; it says which.
+        AsyncMQError: none was added.
+    """
     if len(errors) == len(jobs) and errors:
         raise errors[0]
     if errors:
@@ -264,6 +358,20 @@ async def add_many(
             dict(sorted(errors.items())),
         )
     return [job.job_id for job in jobs]
+
+
+async def _try_batch(
+    additions: Additions,
+    first: int,
+    jobs: Sequence[Addition],
+    staged: Staged | None,
+    errors: dict[int, Exception],
+) -> None:
+    """Add one batch. Note an error for each of its jobs; `first`: the index of the first."""
+    try:
+        await _add_batch(additions, jobs, staged)
+    except AsyncMQError as error:
+        errors.update(dict.fromkeys(range(first, first + len(jobs)), error))
 
 
 async def _add_batch(

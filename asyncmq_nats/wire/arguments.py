@@ -29,7 +29,7 @@ from asyncmq_nats.wire.signatures import (
     return_annotation,
 )
 
-__all__ = ["Arguments", "Results", "write_by_class"]
+__all__ = ["PLAIN", "Arguments", "Results", "write_by_class"]
 
 CACHED_SHAPES: Final = 256
 """Shapes (a number of positions, and names) that are kept per task; `**kwargs` has any number."""
@@ -44,7 +44,7 @@ EXACT_TYPES: Final[Mapping[Any, frozenset[type]]] = {
     float | None: frozenset({float, int, type(None)}),
 }
 """Annotations whose values JSON has itself: a value of these classes needs no trial."""
-PLAIN: Final = frozenset({str, int, float, bool, type(None)})
+PLAIN: Final[frozenset[type]] = frozenset({str, int, float, bool, type(None)})
 """Classes of values that are data already."""
 PLAIN_BITS: Final = 8_192
 """Readers of JSON take integers of more bits than these."""
@@ -90,6 +90,10 @@ class Arguments:
             NotSerializable: one would not; the message names it.
         """
         return self._shape(len(args), tuple(kwargs)).write(args, kwargs, task_id)
+
+    def plain_classes(self, count: int, names: tuple[str, ...]) -> Sequence[frozenset[type]] | None:
+        """Return the classes of the values that `write` passes on, by argument; `None`: of none."""
+        return self._shape(count, names).plain_classes
 
     def read(
         self, args: Sequence[Any], kwargs: Mapping[str, Any]
@@ -140,6 +144,10 @@ class _Shape:
         self._typed = any(slot.annotation is not Any for slot in call.slots)
 
     # -- write
+
+    @property
+    def plain_classes(self) -> Sequence[frozenset[type]] | None:
+        return self._exact if self._all_exact else None
 
     def write(
         self, args: Sequence[Any], kwargs: Mapping[str, Any], task_id: str

@@ -2,13 +2,21 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import count
 from typing import Any
 
 import anyio
 import pytest
 
 from asyncmq_nats.backends.base import Backend, Staged, Write
-from asyncmq_nats.exceptions import InvalidArgument, NotSerializable
+from asyncmq_nats.calls import Call
+from asyncmq_nats.exceptions import (
+    BulkAddFailed,
+    InvalidArgument,
+    NotSerializable,
+    PayloadTooLarge,
+    StorageFull,
+)
 from asyncmq_nats.middleware import Middleware
 from asyncmq_nats.queues import Queue
 from tests.running import PATIENCE, has, make_queue, only, run_jobs
@@ -18,6 +26,10 @@ async def echo(value: Any = None) -> Any:
     return value
 
 
+async def mail(to: str, times: int, *, urgent: bool = False) -> None:
+    """Send a mail some times."""
+
+
 class WatchedStage:
     """Counts what is sent early, committed and dropped."""
 
@@ -25,6 +37,8 @@ class WatchedStage:
         self._staged = staged
         self.sizes: list[int] = []
         self.end = ""
+        self.earlier = [each.end for each in stages]
+        """How the ones before it had ended when it began."""
         stages.append(self)
 
     async def add(self, *writes: Write) -> None:
@@ -32,8 +46,9 @@ class WatchedStage:
         await self._staged.add(*writes)
 
     async def commit(self) -> int:
+        sequence = await self._staged.commit()
         self.end = "committed"
-        return await self._staged.commit()
+        return sequence
 
     def drop(self) -> None:
         self.end = self.end or "dropped"
@@ -72,6 +87,129 @@ async def test_a_bulk_is_sent_while_it_is_built(
     jobs = await queue.get_jobs(["waiting"], asc=True)
     by_id = {job["id"]: job["args"] for job in jobs}
     assert [by_id[job_id] for job_id in ids] == [[number] for number in range(6300)]
+
+
+def mails(count: int, **options: Any) -> list[dict[str, Any]]:
+    return [
+        {"task_id": "mail", "args": [f"user {n}", n], "kwargs": {"urgent": True}, **options}
+        for n in range(count)
+    ]
+
+
+@pytest.mark.parametrize("as_calls", [False, True])
+async def test_each_batch_of_a_series_is_stored_while_the_next_is_built(
+    backend: Backend, stages: list[WatchedStage], as_calls: bool
+) -> None:
+    queue = make_queue(backend, mail=mail)
+    given: list[Any] = mails(8200)
+    if as_calls:
+        given = [Call("mail", "work", each["args"], each["kwargs"]) for each in given]
+    ids = await queue.add_bulk(given)
+    assert [sum(stage.sizes) for stage in stages] == [1000] * 8 + [200]
+    assert {stage.end for stage in stages} == {"committed"}
+    stored = [stage.earlier.count("committed") for stage in stages[5:]]
+    assert all(number >= least for least, number in enumerate(stored, 1))
+    await has(queue, 8200)
+    jobs = {job["id"]: job for job in await queue.get_jobs(["waiting"])}
+    assert [jobs[job_id]["args"] for job_id in ids] == [[f"user {n}", n] for n in range(8200)]
+    assert {str(job["kwargs"]) for job in jobs.values()} == {"{'urgent': True}"}
+
+
+@pytest.mark.parametrize("refused", [{2}, {0, 8}, set(range(9))])
+async def test_a_batch_of_a_series_that_is_refused_is_told(
+    backend: Backend, monkeypatch: pytest.MonkeyPatch, refused: set[int]
+) -> None:
+    queue, stage = make_queue(backend, mail=mail), backend.stage
+    begun = count()
+
+    class Full(WatchedStage):
+        async def commit(self) -> int:
+            raise StorageFull("the log", "it is full")
+
+    monkeypatch.setattr(
+        backend,
+        "stage",
+        lambda log: (Full if next(begun) in refused else WatchedStage)(stage(log), []),
+    )
+    with pytest.raises(StorageFull if len(refused) == 9 else BulkAddFailed) as caught:
+        await queue.add_bulk(mails(8200))
+    await has(queue, 8200 - sum(200 if batch == 8 else 1000 for batch in refused))
+    if isinstance(caught.value, BulkAddFailed):
+        assert {index // 1000 for index in caught.value.errors} == refused
+        assert len(caught.value.errors) + len(caught.value.added) == 8200
+        for index, job_id in [*caught.value.added.items()][::700]:
+            job = await queue.get_job(job_id)
+            assert job is not None
+            assert job["args"][1] == index
+
+
+@pytest.mark.parametrize(
+    ("other", "error"),
+    [
+        ({"args": ["x", 1, 2, 3]}, None),
+        ({"args": ["x" * 2_000_000, 1]}, PayloadTooLarge),
+        ({"args": ["\ud800", 1]}, NotSerializable),
+        ({"args": ["x", float("nan")]}, NotSerializable),
+        ({"task_id": 3}, ValueError),
+    ],
+)
+async def test_one_entry_of_another_kind_ends_a_series(
+    backend: Backend, stages: list[WatchedStage], other: dict[str, Any], error: Any
+) -> None:
+    queue, entries = make_queue(backend, mail=mail), mails(7000)
+    entries[6500] |= other
+    if error is None:
+        await queue.add_bulk(entries)
+        await has(queue, 7000)
+        return
+    with pytest.raises(error) as caught:
+        await queue.add_bulk(entries)
+    notes = getattr(caught.value, "__notes__", [])
+    assert any("job 6500" in text for text in (*notes, str(caught.value)))
+    assert {stage.end for stage in stages} == {"dropped"}
+    await only(queue)
+
+
+async def test_a_series_of_jobs_that_are_too_large_is_refused(
+    backend: Backend, stages: list[WatchedStage]
+) -> None:
+    queue = make_queue(backend, mail=mail)
+    with pytest.raises(PayloadTooLarge) as caught:
+        await queue.add_bulk([{"task_id": "mail", "args": ["x" * 2_000_000, 1]}] * 300)
+    assert "job 0" in str(caught.value.__notes__)
+    assert stages == []
+    large = "x" * (backend.max_body // 2)
+    await queue.add_bulk([{"task_id": "mail", "args": [large, n]} for n in range(260)])
+    await only(queue, waiting=260)
+
+
+async def test_a_call_for_another_queue_is_refused(backend: Backend) -> None:
+    queue = make_queue(backend, mail=mail)
+    calls: list[Call[None]] = [Call("mail", "work", ["a", n]) for n in range(1200)]
+    with pytest.raises(InvalidArgument, match="other"):
+        await queue.add_bulk([*calls, Call("mail", "other", ["a", 1])])
+    await only(queue)
+
+
+async def test_a_series_that_is_cancelled_leaves_no_batch_open(
+    backend: Backend, stages: list[WatchedStage], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queue = make_queue(backend, mail=mail)
+    with anyio.CancelScope() as scope:
+        add = WatchedStage.add
+
+        async def cancel(stage: WatchedStage, *writes: Write) -> None:
+            await add(stage, *writes)
+            if len(stages) == 3:
+                scope.cancel()
+
+        monkeypatch.setattr(WatchedStage, "add", cancel)
+        await queue.add_bulk(mails(8000))
+    assert len(stages) == 3
+    assert {stage.end for stage in stages} <= {"committed", "dropped"}
+    assert stages[2].end == "dropped"
+    stored = sum((await queue.queue_stats()).values())
+    assert stored % 1000 == 0
 
 
 @pytest.mark.parametrize("delay", [0.2, 3600])
