@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import fields
+from operator import is_
 from typing import Any, Final
 
 from asyncmq_nats._new_jobs import Addition, JobTemplate, NewJob
@@ -88,9 +89,18 @@ def build_addition(
     args, kwargs = checked_call(write, task_id, args, kwargs)
     own_id = new_id() if job_id is None else validate_custom_job_id(job_id)
     delay_until = None if delay is None or delay <= 0 else now + delay
-    options = (task_id, retries, backoff, ttl, timeout, priority, on_parent_failure, repeat_every)
-    key = (job_id is None, options, tuple(map(type, options)))  # 1, 1.0 and True are equal
-    template = None if depends_on is not None else _find_template(key)
+    options = (
+        task_id,
+        retries,
+        backoff,
+        ttl,
+        timeout,
+        priority,
+        on_parent_failure,
+        repeat_every,
+        job_id is None,
+    )
+    template = None if depends_on is not None else _templates.find(options)
     if template is not None and (delay_until is None or delay_until <= LATEST_TIME):
         return NewJob(template, own_id, args, kwargs, now, delay_until, checked_meta(meta))
     job = new_job(
@@ -112,25 +122,47 @@ def build_addition(
         meta=checked_meta(meta),
     )
     if depends_on is None:
-        _keep_template(key, job)
+        _templates.keep(options, job)
     return job
 
 
-_templates: dict[Hashable, JobTemplate] = {}
+class Templates:
+    """The templates of kinds of jobs that were added: by their options, all but the arguments."""
+
+    def __init__(self) -> None:
+        self._known: dict[Hashable, JobTemplate] = {}
+        self._latest: tuple[tuple[object, ...], JobTemplate] | None = None
+        """The options of the last job, and its template: as a rule the next one is like it."""
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def find(self, options: tuple[object, ...]) -> JobTemplate | None:
+        """Return the template of jobs with these options, if one was kept."""
+        # The very same objects are found four times as fast as equal ones.
+        if self._latest is not None and all(map(is_, self._latest[0], options)):
+            return self._latest[1]
+        try:
+            found = self._known.get(self._key(options))
+        except TypeError:  # a value that cannot be hashed
+            return None
+        if found is not None:
+            self._latest = options, found
+        return found
+
+    def keep(self, options: tuple[object, ...], job: Job) -> None:
+        """Keep the template of a job."""
+        if len(self._known) >= TEMPLATES_KEPT:
+            self._known.clear()
+        with suppress(TypeError):  # see above
+            self._known[self._key(options)] = JobTemplate(job)
+
+    @staticmethod
+    def _key(options: tuple[object, ...]) -> Hashable:
+        return options, tuple(map(type, options))  # 1, 1.0 and True are equal
 
 
-def _find_template(key: Hashable) -> JobTemplate | None:
-    try:
-        return _templates.get(key)
-    except TypeError:  # a value that cannot be hashed
-        return None
-
-
-def _keep_template(key: Hashable, job: Job) -> None:
-    if len(_templates) >= TEMPLATES_KEPT:
-        _templates.clear()
-    with suppress(TypeError):  # see above
-        _templates[key] = JobTemplate(job)
+_templates = Templates()
 
 
 def checked_call(

@@ -5,6 +5,7 @@ One JSON object, the same for a job that waits and for its outcome (`docs/protoc
 
 import os
 import random
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, field, fields, replace
 from dataclasses import dataclass as plain_dataclass
@@ -57,33 +58,42 @@ LATEST_TIME: Final = 250_000_000_000.0
 """No time is later than the year 9892."""
 
 
+_tails: deque[str] = deque()
+"""The random parts of ids to come: asking the system for many at once takes a third of the time."""
+os.register_at_fork(after_in_child=_tails.clear)  # else two processes would make the same ids
+
+
 def new_job_id() -> str:
     """Return a fresh job id: a UUID of version 7 (RFC 9562), which begins with the time.
 
     So what the server keeps of jobs of one time lies together: random ids cost it a fifth more in a
     large queue.
     """
-    return _uuid(_milliseconds(), os.urandom(RANDOM_BYTES).hex())
+    try:
+        tail = _tails.popleft()
+    except IndexError:
+        tail, *others = _random_tails()
+        _tails.extend(others)
+    return _time_digits() + tail
 
 
 def new_job_ids() -> Iterator[str]:
-    """Yield fresh job ids, for one call that needs many: asking the system takes half the time."""
+    """Yield fresh job ids, for one call that needs many: the clock is read for some at once."""
     while True:
-        time_digits = _milliseconds()
-        digits = os.urandom(RANDOM_BYTES * IDS_AT_ONCE).hex()
-        for start in range(0, len(digits), 2 * RANDOM_BYTES):
-            yield _uuid(time_digits, digits[start : start + 2 * RANDOM_BYTES])
+        time_digits = _time_digits()
+        for tail in _random_tails():
+            yield time_digits + tail
 
 
-def _milliseconds() -> str:
-    return f"{time_ns() // 1_000_000:012x}"
+def _time_digits() -> str:
+    digits = f"{time_ns() // 1_000_000:012x}"
+    return f"{digits[:8]}-{digits[8:]}"
 
 
-def _uuid(time_digits: str, digits: str) -> str:
-    return (
-        f"{time_digits[:8]}-{time_digits[8:]}-7{digits[:3]}-"
-        f"{VARIANTS[digits[3]]}{digits[4:7]}-{digits[7:19]}"
-    )
+def _random_tails() -> list[str]:
+    digits = os.urandom(RANDOM_BYTES * IDS_AT_ONCE).hex()
+    parts = [digits[i : i + 2 * RANDOM_BYTES] for i in range(0, len(digits), 2 * RANDOM_BYTES)]
+    return [f"-7{part[:3]}-{VARIANTS[part[3]]}{part[4:7]}-{part[7:19]}" for part in parts]
 
 
 def validate_custom_job_id(job_id: object) -> str:

@@ -339,10 +339,14 @@ class Queue:
         job = build_addition(self.backend.now(), write=written, **call.fields)
         return await self._add(job, window)
 
-    async def _add(self, job: Addition, window: Window | None = None) -> str:
+    def _add(self, job: Addition, window: Window | None = None) -> Coroutine[Any, Any, str]:
         job.encode()  # nothing is declared for what cannot be sent
         if not self._middleware and not is_any_added():
-            return await self._add_one(job, window)
+            return self._add_one(job, window)
+        return self._pass_on(job, window)
+
+    async def _pass_on(self, job: Addition, window: Window | None) -> str:
+        """Add a job by way of the middleware."""
         chain, whole = Chain.of(self.name, self._middleware), whole_job(job)
         whole.encode()  # what a middleware changes in place does not count
 

@@ -1,6 +1,6 @@
 """New jobs: they are added one by one, in batches, and as flows."""
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Coroutine, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -73,7 +73,7 @@ class Additions:
         self.refused = Turns()
         """A lock for refused additions: those that wait for the same job take turns."""
 
-    async def add(self, job: Addition) -> str:
+    def add(self, job: Addition) -> Coroutine[Any, Any, str]:
         """Store a new job where it belongs and return its id.
 
         The existing one if the producer chose an id that exists.
@@ -84,10 +84,14 @@ class Additions:
             PayloadTooLarge: the job is too large for the server.
             Unconfirmed: it may or may not have been added.
         """
+        if not job.custom_id and not job.depends_on:
+            return self._add_independent(job)
+        return self._add_other(job)
+
+    async def _add_other(self, job: Addition) -> str:
+        """Store a job with a chosen id, or one that depends on others."""
         if not self._assets.is_declared(job.priority):
             await self._assets.declare_tier(job.priority)
-        if not job.custom_id and not job.depends_on:
-            return await self._add_plain(job)
         with suppress(WriteRefused):
             return await self._add_once(job)
         async with self.refused:
@@ -102,10 +106,18 @@ class Additions:
                 ):  # a job with that id has appeared, or a parent has ended or got another child
                     continue
 
-    async def _add_plain(self, job: Addition) -> str:
+    async def _add_independent(self, job: Addition) -> str:
         """Store a job that no other can have the id of, and that depends on none."""
+        if not self._assets.is_declared(job.priority):
+            await self._assets.declare_tier(job.priority)
+        write = self.first_write(job)
+        log = self._keys.log_of(write.subject)
         try:
-            await self._write_again_when_missing([self.first_write(job)], {job.priority})
+            try:
+                await self._backend.write(log, write)
+            except AssetMissing:
+                await self._declare_again({job.priority})
+                await self._backend.write(log, write)
         except WriteRefused:  # the confirmation of an earlier sending was lost
             if not await look_for(partial(self.are_stored, [job]), REPLICA_LAG_DELAYS):
                 raise WriteRefused(self._keys.bucket_log, f"job {job.job_id!r}") from None
@@ -408,12 +420,16 @@ class Additions:
         log = self._keys.log_of(writes[0].subject)
         try:
             await self._backend.write(log, *writes)
-        except AssetMissing:  # deleted since this process declared it
-            self._assets.forget()
-            await self._assets.declare()
-            for priority in priorities:
-                await self._assets.declare_tier(priority)
+        except AssetMissing:
+            await self._declare_again(priorities)
             await self._backend.write(log, *writes)
+
+    async def _declare_again(self, priorities: Iterable[int]) -> None:
+        """Declare what was deleted since this process declared it."""
+        self._assets.forget()
+        await self._assets.declare()
+        for priority in priorities:
+            await self._assets.declare_tier(priority)
 
     def first_write(self, job: Addition, *, last: int = 0, in_bucket: bool = False) -> Write:
         """Return the write that adds the job.

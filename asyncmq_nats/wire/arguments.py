@@ -155,6 +155,8 @@ class _Shape:
         values = [*args, *kwargs.values()]
         if not self._all_exact or not all(map(_is_plain, values, self._exact)):
             values = self._write(values, task_id)
+        if not kwargs:
+            return values, {}
         return values[: len(args)], dict(zip(kwargs, values[len(args) :], strict=True))
 
     def _write(self, values: list[Any], task_id: str) -> list[Any]:

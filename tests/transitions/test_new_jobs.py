@@ -1,6 +1,8 @@
 """Jobs with the same options: checked and encoded once, and like those that were made alone."""
 
 import json
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -11,7 +13,7 @@ from uuid import RFC_4122, UUID
 import pytest
 
 from asyncmq_nats import _arguments
-from asyncmq_nats._arguments import build_addition
+from asyncmq_nats._arguments import Templates, build_addition
 from asyncmq_nats._new_jobs import NewJob, whole_job
 from asyncmq_nats.backends.base import Backend
 from asyncmq_nats.exceptions import InvalidArgument, NotSerializable
@@ -26,7 +28,7 @@ NOW = 1_700_000_000.125
 
 @pytest.fixture(autouse=True)
 def _forget_templates(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_arguments, "_templates", {})
+    monkeypatch.setattr(_arguments, "_templates", Templates())
 
 
 OPTIONS: list[dict[str, Any]] = [
@@ -45,8 +47,10 @@ OPTIONS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("options", OPTIONS)
 def test_a_job_like_an_earlier_one_is_as_if_it_were_the_first(options: dict[str, Any]) -> None:
     given: dict[str, Any] = {"task_id": "mail", "args": [1, "a"], "kwargs": {"b": None}} | options
-    first, second = build_addition(NOW, **given), build_addition(NOW, **given)
+    first, *others = (build_addition(NOW, **given) for _ in range(3))
     assert isinstance(first, Job)
+    second = others[-1]
+    assert all(isinstance(each, NewJob) for each in others)
     assert isinstance(second, NewJob)
     body = json.loads(second.encode())
     assert body | {"id": ""} == json.loads(first.encode()) | {"id": ""}
@@ -103,6 +107,21 @@ def test_ids_are_uuids_that_begin_with_the_time(source: Callable[[], Iterator[st
         assert before <= uuid.int >> 80 <= after
     for place in set(range(15, 36)) - {18, 19, 23}:  # all other digits are random
         assert len({job_id[place] for job_id in ids}) > 8
+
+
+def test_a_process_and_its_fork_make_ids_of_their_own() -> None:
+    script = """
+import os
+from asyncmq_nats.jobs import new_job_id
+new_job_id()
+child = os.fork()
+print(new_job_id()[14:], flush=True)
+if child:
+    os.wait()
+"""
+    command = [sys.executable, "-c", script]
+    ran = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert len(set(ran.stdout.split())) == 2
 
 
 # -- entries of a bulk

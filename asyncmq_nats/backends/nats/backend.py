@@ -7,7 +7,15 @@ import asyncio
 import math
 import os
 import time
-from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    Callable,
+    Coroutine,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from typing import Any, Final, Self
 
 import nats.errors
@@ -386,9 +394,14 @@ class NATSBackend:
 
     # -- records
 
-    async def write(self, log: str, *writes: Write) -> int:
+    def write(self, log: str, *writes: Write) -> Coroutine[Any, Any, int]:
+        # Each coroutine that awaits another costs a hundredth of a small job.
         if self._connection is None or self._home.loop is not asyncio.get_running_loop():
-            await self.connect()
+            return self._connect_and_write(log, writes)
+        return self._write(log, writes)
+
+    async def _connect_and_write(self, log: str, writes: Sequence[Write]) -> int:
+        await self.connect()
         return await self._write(log, writes)
 
     async def _write(self, log: str, writes: Sequence[Write], staged: Staged | None = None) -> int:
@@ -397,7 +410,8 @@ class NATSBackend:
                 f"{len(writes)} writes in one batch: "
                 f"at least 1 and at most {BATCH_LIMIT} are possible"
             )
-        await self._fills.check(log, writes)
+        if self._fills.needs_check(log):
+            await self._fills.check(log, writes)
         try:
             return await self._writer.write(log, writes, staged)
         except AssetMissing:

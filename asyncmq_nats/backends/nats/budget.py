@@ -33,10 +33,7 @@ class Budget:
 
     def take_now(self, load: Load) -> bool:
         """Take room for a load if there is some and no other waits. Return whether it was taken."""
-        fits = not self._waiting and self._fits(load)
-        if fits:
-            self._add(load)
-        return fits
+        return not self._waiting and self._take(load)
 
     async def take(self, load: Load, timeout: float) -> None:
         """Reserve room for a load, first come, first served; `release` it.
@@ -64,7 +61,8 @@ class Budget:
         self._batches -= load.batches
         self._messages -= load.messages
         self._size -= load.size
-        self._admit()
+        if self._waiting:
+            self._admit()
 
     def _admit(self) -> None:
         """Admit waiters in order.
@@ -74,20 +72,22 @@ class Budget:
         while self._waiting:
             turn, load = self._waiting[0]
             if not turn.done():
-                if not self._fits(load):
+                if not self._take(load):
                     return
-                self._add(load)
                 turn.set_result(None)
             self._waiting.popleft()
 
-    def _fits(self, load: Load) -> bool:
-        return not self._messages or (
-            self._batches + load.batches <= MAX_BATCHES
-            and self._messages + load.messages <= MAX_MESSAGES
-            and self._size + load.size <= MAX_BYTES
+    def _take(self, load: Load) -> bool:
+        """Take room for a load if there is some. Return whether it was taken."""
+        batches, messages, size = load
+        batches, messages, size = (
+            self._batches + batches,
+            self._messages + messages,
+            self._size + size,
         )
-
-    def _add(self, load: Load) -> None:
-        self._batches += load.batches
-        self._messages += load.messages
-        self._size += load.size
+        if self._messages and (
+            batches > MAX_BATCHES or messages > MAX_MESSAGES or size > MAX_BYTES
+        ):
+            return False
+        self._batches, self._messages, self._size = batches, messages, size
+        return True

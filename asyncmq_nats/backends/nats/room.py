@@ -147,6 +147,11 @@ class Fills:
         if limit != fill.limit:
             fill.limit, fill.read_at = limit, float("-inf")
 
+    def needs_check(self, log: str) -> bool:
+        """Return whether a stream may have a limit: as a rule there is none."""
+        fill = self._fills.get(log)
+        return fill is not None and (fill.limit > 0 or fill.is_old)
+
     async def check(self, log: str, writes: Sequence[Write]) -> None:
         """Make sure that a stream has room for the writes.
 

@@ -135,7 +135,8 @@ class Writer:
         entry = Unsettled(log, writes, settle, time.monotonic() + self._timeout, staged=staged)
         if staged is not None:
             staged.release()
-        load = Load(count > 1, count, sum([len(write.body) for write in writes]))
+        size = len(writes[0].body) if count == 1 else sum([len(write.body) for write in writes])
+        load = Load(count > 1, count, size)
         if not self._budget.take_now(load):
             await self._wait_for_budget(load, writes[0].subject)
         try:
