@@ -196,6 +196,11 @@ class JobHead:
     meta: Any = None
     v: int = WIRE_VERSION
 
+    @property
+    def has_times(self) -> bool:
+        """Whether it depends on the time that it may run."""
+        return self.ttl is not None or self.delay_until is not None
+
     def is_expired(self, now: float) -> bool:
         """Return whether its time to live is over."""
         return self.ttl is not None and now - self.created_at > self.ttl
@@ -215,9 +220,11 @@ class JobHead:
         """
         fields = _validate(HEADS.validate_json, body)
         args, kwargs = fields.setdefault("args", []), fields.setdefault("kwargs", {})
-        _check_numbers(body, args, kwargs)
+        if b"NaN" in body or b"Infinity" in body:
+            _check_numbers(args, kwargs)
         head = object.__new__(cls)
-        head.__dict__.update(fields)  # they are valid: the constructor takes as long as to read
+        # They are valid: the constructor takes as long as to read them.
+        object.__setattr__(head, "__dict__", fields)
         if head.v > WIRE_VERSION:
             raise NewerJob(head.v, WIRE_VERSION)
         return head
@@ -388,7 +395,8 @@ class Job:
             InvalidJob: the body is not a job.
         """
         job: Self = _validate(JOBS.validate_json, body)
-        _check_numbers(body, job.args, job.kwargs)
+        if b"NaN" in body or b"Infinity" in body:
+            _check_numbers(job.args, job.kwargs)
         if job_id is not None and job.job_id != job_id:
             job = replace(job, job_id=job_id)
         if created_at is not None and b'"created_at"' not in body:
@@ -563,10 +571,8 @@ def _validate(validate: Callable[..., Any], value: Any) -> Any:
         raise InvalidJob(_first_problem(error)) from None
 
 
-def _check_numbers(body: bytes, args: list[Any], kwargs: dict[str, Any]) -> None:
-    if (b"NaN" in body or b"Infinity" in body) and (
-        bad := find_non_finite([args, kwargs])
-    ) is not None:
+def _check_numbers(args: list[Any], kwargs: dict[str, Any]) -> None:
+    if (bad := find_non_finite([args, kwargs])) is not None:
         raise InvalidJob(f"{bad} is not a JSON number")
 
 

@@ -220,7 +220,8 @@ class Fetcher:
     def note_free_slot(self) -> None:
         """Decide again how much to ask for: a slot is free that other queues have, too."""
         self._freed_at = self._monotonic()
-        self.refill()
+        if not self._refill_due:
+            self.refill()
 
     @property
     def is_idle(self) -> bool:
@@ -431,7 +432,9 @@ class Fetcher:
         if not self._held_watched:
             self._held_watched = True
             self._held.set()
-        if self.is_paused:  # it was on its way, or another program has resumed the consumer
+        if (
+            self._paused_until and self.is_paused
+        ):  # it was on its way, or another program has resumed the consumer
             self._pause_doubtful = True
             self._held.set()
         if not delivery.pending:

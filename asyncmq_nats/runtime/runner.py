@@ -313,7 +313,8 @@ class Runner:
 
     def _on_settled(self) -> None:
         self._fetcher.refill()
-        self._note_progress()
+        if self._draining:
+            self._progress.set()
 
     def _note_progress(self) -> None:
         if self._draining:

@@ -141,9 +141,12 @@ class Slots:
         """Start jobs while slots are free. May be called from any callback."""
         if self._group is not None:
             self._group.fill()
-        elif self._is_open:
+        elif self._is_open and self.redelivered:  # otherwise there is no suspect
             while self.start_next() and self.fetcher.busy < self._concurrency:
                 pass
+        elif self._is_open:
+            while (delivery := self.fetcher.take()) is not None:
+                self._spawn(self._run_delivery(delivery))
 
     def start_next(self) -> bool:
         """See `Member`. Suspects come first."""
@@ -319,7 +322,9 @@ class Slots:
         try:
             try:
                 head, now = attempt.head, self._backend.now()
-                if self._is_lost_for_good(attempt) or not head.may_run(now):
+                if (attempt.stalls and self._is_lost_for_good(attempt)) or (
+                    head.has_times and not head.may_run(now)
+                ):
                     await self._end_without_run(attempt, now, on_settled)
                     return
                 try:
@@ -377,7 +382,9 @@ class Slots:
 
     async def _run(self, attempt: Attempt, entry: RegisteredTask, on_settled: OnSettled) -> None:
         context = self._context_of(attempt)
-        running = Running(attempt, context, running_task())
+        slot = asyncio.current_task(self._loop)
+        assert slot is not None
+        running = Running(attempt, context, slot)
         self.running[running] = None
         running_job.set(context)
         self._lines.started(attempt)

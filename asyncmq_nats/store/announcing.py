@@ -103,7 +103,7 @@ class WorkerEvents:
                 self._ask_at, self._is_heard = at + ASKING_INTERVAL, True
             on_unheard = self._stop_telling if asks else None
             self._backend.signal(self._keys.event(STARTED, token), data, on_unheard)
-        if event_emitter.listens() and event_emitter.listens(PREFIX + STARTED):
+        if event_emitter.is_heard and event_emitter.listens(PREFIX + STARTED):
             fields = job().to_dict() | {"queue": self._keys.queue, "status": State.ACTIVE}
             spawner.spawn(event_emitter.emit, PREFIX + STARTED, fields)
 
@@ -122,7 +122,7 @@ class WorkerEvents:
 
         The server sends it to all others.
         """
-        if not event_emitter.listens():
+        if not event_emitter.is_heard:
             return
         event = read_event(
             self._keys.queue,

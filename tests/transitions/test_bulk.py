@@ -19,7 +19,7 @@ from asyncmq_nats.exceptions import (
 )
 from asyncmq_nats.middleware import Middleware
 from asyncmq_nats.queues import Queue
-from tests.running import PATIENCE, has, make_queue, only, run_jobs
+from tests.running import PATIENCE, has, make_queue, only, run_jobs, until
 
 
 async def echo(value: Any = None) -> Any:
@@ -208,8 +208,8 @@ async def test_a_series_that_is_cancelled_leaves_no_batch_open(
     assert len(stages) == 3
     assert {stage.end for stage in stages} <= {"committed", "dropped"}
     assert stages[2].end == "dropped"
-    stored = sum((await queue.queue_stats()).values())
-    assert stored % 1000 == 0
+    # A batch whose commit was on its way may still be stored.
+    await until(queue.queue_stats, lambda stats: stats["waiting"] in (0, 1000, 2000))
 
 
 @pytest.mark.parametrize("delay", [0.2, 3600])

@@ -30,20 +30,13 @@ class LeaseKeeper:
     def __init__(self, options: Mapping[str, Any], lease: float) -> None:
         self._options = dict(options)
         self._every = min(lease, SHORTEST_LEASE) / 3
-        self._held: dict[bytes, None] = {}
+        self.held: dict[bytes, None] = {}
+        """The reply subjects of the deliveries whose leases are extended."""
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._serving: asyncio.Task[None] | None = None
         self._stopping = False
         self._ready = threading.Event()
-
-    def hold(self, reply: bytes) -> None:
-        """Extend this lease from now on. `reply`: the reply subject of the delivery."""
-        self._held[reply] = None
-
-    def release(self, reply: bytes) -> None:
-        """Extend it no more."""
-        self._held.pop(reply, None)
 
     async def start(self) -> None:
         """Start the thread, unless it runs, and wait for its first attempt to connect."""
@@ -104,7 +97,7 @@ class LeaseKeeper:
 
     async def _extend_all(self, client: Client) -> None:
         for reply in list(
-            self._held
+            self.held
         ):  # the main thread adds and removes meanwhile; `list` of a dict is atomic
             try:
                 await client.publish(reply.decode(), EXTENSION)

@@ -151,6 +151,7 @@ class NATSPuller:
         self._on_delivery, self._tell_lapse = callbacks
         self._declare = declare
         self._keeper = keeper
+        self._held: dict[bytes, None] = {} if keeper is None else keeper.held
         self._credits: dict[str, Credit] = {}
         self._tokens = itertools.count(1)
         self._inbox = ""
@@ -304,14 +305,12 @@ class NATSPuller:
         if self._listening is None:
             delivery.nak()
             return
-        if self._keeper is not None:
-            self._keeper.hold(reply)
+        self._held[reply] = None
         self._on_delivery(delivery)
 
     def settle(self, reply: bytes, body: bytes) -> None:
         """Answer a delivery and let go of its lease."""
-        if self._keeper is not None:
-            self._keeper.release(reply)
+        self._held.pop(reply, None)
         try:
             self._client.post(reply, body)
         except nats.errors.Error as error:  # it will be delivered again, and found done
@@ -319,8 +318,7 @@ class NATSPuller:
 
     def abandon(self, reply: bytes) -> None:
         """Let go of a lease without an answer."""
-        if self._keeper is not None:
-            self._keeper.release(reply)
+        self._held.pop(reply, None)
 
     # -- credit
 

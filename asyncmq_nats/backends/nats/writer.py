@@ -216,7 +216,10 @@ class Writer:
         self._submit(Unsettled(log, (write,), settle, deadline))
 
     def _submit(self, entry: Unsettled) -> None:
-        self._check_sizes(entry.writes)
+        most = self._client.max_payload - LONGEST_HEADERS
+        for write in entry.writes:
+            if len(write.body) > most:
+                self._check_size(write)
         token = entry.token = b"%d" % next(self._tokens)
         self._table[token] = entry
         if not self._sweeping:
@@ -224,14 +227,11 @@ class Writer:
             self._connection.background.run(self._sweep())
         self._transmit(entry)
 
-    def _check_sizes(self, writes: Sequence[Write]) -> None:
-        most = self._client.max_payload
-        for write in writes:
-            size = len(write.body)
-            if size + LONGEST_HEADERS > most:
-                room = most - max(HEADER_ROOM, len(encode_headers(write, BATCH_LINES)))
-                if size > room:
-                    raise PayloadTooLarge(f"the body for {write.subject}", size, room)
+    def _check_size(self, write: Write) -> None:
+        size, most = len(write.body), self._client.max_payload
+        room = most - max(HEADER_ROOM, len(encode_headers(write, BATCH_LINES)))
+        if size > room:
+            raise PayloadTooLarge(f"the body for {write.subject}", size, room)
 
     def _transmit(self, entry: Unsettled) -> None:
         entry.sent_at = time.monotonic()
