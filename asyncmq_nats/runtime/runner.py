@@ -330,6 +330,7 @@ class Runner:
         await self._entry.listen(RESUME, lambda _: self._fetcher.resume())
         await self._entry.listen(CANCEL, self._on_cancel)
         await self._entry.listen(LISTEN, lambda _: self._events.expect_listener())
+        self._events.begin()
         await self._entry.listen_for_stop(self._on_stop_signal)
         # Again: a signal may have come between the first read and now.
         await self._fetcher.refresh_pause()

@@ -1,5 +1,6 @@
 """Events: sent at most once for changes without a record, and passed to listeners here."""
 
+import math
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -33,8 +34,12 @@ READY_MESSAGE: Final = "ready_message"
 START_MEMBERS: Final = ("active_since", "worker")
 """What a start says of the attempt, besides."""
 READY_MEMBER: Final = b'"ready_message":[%d,%d]'
+BEGUN: Final = "worker"
+"""Event, of a worker and not of a job: it begins to run jobs."""
 ASKING_INTERVAL: Final = 1.0
 """Seconds after which a worker finds out again whether anyone hears of starts."""
+ANSWER_TIME: Final = 0.1
+"""Seconds after which a start that was not answered was heard. Until then, one tells for all."""
 
 
 async def announce(store: QueueStore, what: str, job_id: str, **data: Any) -> None:
@@ -70,12 +75,20 @@ class WorkerEvents:
         self._backend = store.backend
         self._keys = store.keys
         self._start = b'"active_since":%r,"worker":' + dump_json(worker).replace(b"%", b"%%")
-        self._is_heard = True
+        self._worker = worker
+        self._heard_from = 0.0
+        """When starts began to be heard, as far as is known; infinity: they are not."""
         self._ask_at = self._expected_until = 0.0
+
+    def begin(self) -> None:
+        """Tell that the worker begins, and so find out whether anyone hears of its jobs."""
+        subject = self._keys.event(BEGUN, encode_token(self._worker))
+        body = dump_json({"worker": self._worker})
+        self._backend.signal(subject, body, self._stop_telling)
 
     def expect_listener(self) -> None:
         """Tell of starts for some seconds: a reader of events has come, or is still there."""
-        self._is_heard = True
+        self._heard_from = 0.0
         self._expected_until = self._backend.now() + LISTENING_TIME
 
     def tell_start(
@@ -92,7 +105,7 @@ class WorkerEvents:
         `body`: the job as it came; `job`: all of it, read if a listener here wants it.
         """
         asks = at >= self._ask_at
-        if self._is_heard or asks:
+        if asks or at >= self._heard_from:
             # The job's own bytes, with the new members spliced in: no second encoding.
             data = splice(body, self._start % at)
             if delivery.deliveries == 1:
@@ -100,7 +113,8 @@ class WorkerEvents:
             if len(data) > self._backend.max_body:
                 data = without_large(data, self._backend.max_body)
             if asks:
-                self._ask_at, self._is_heard = at + ASKING_INTERVAL, True
+                self._ask_at = at + ASKING_INTERVAL
+                self._heard_from = min(self._heard_from, at + ANSWER_TIME)
             on_unheard = self._stop_telling if asks else None
             self._backend.signal(self._keys.event(STARTED, token), data, on_unheard)
         if event_emitter.is_heard and event_emitter.listens(PREFIX + STARTED):
@@ -109,7 +123,7 @@ class WorkerEvents:
 
     def _stop_telling(self) -> None:
         if self._backend.now() >= self._expected_until:
-            self._is_heard = False
+            self._heard_from = math.inf
 
     def tell_progress(self, spawner: Spawner, data: dict[str, Any]) -> None:
         """Pass the progress of a job to this process's listeners; a signal reaches all others."""

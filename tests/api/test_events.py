@@ -4,6 +4,7 @@ The tests run on both backends.
 """
 
 import functools
+import json
 import logging
 import time
 from collections.abc import AsyncIterator, Callable
@@ -419,6 +420,15 @@ async def runs_aloud(queue: Queue, starts: Starts) -> bool:
     return await run_one(queue) in starts.tokens
 
 
+async def run_many_aloud(queue: Queue, starts: Starts) -> int:
+    """Run a hundred jobs at a time. Return how many starts were told."""
+    before = len(starts.tokens)
+    ids = await queue.add_bulk([{"task_id": "echo"}] * 100)
+    for job_id in ids:
+        await outcome(queue, job_id)
+    return len(starts.tokens) - before
+
+
 async def test_starts_are_told_while_someone_listens(
     backend: Backend, twin: Backend, starts: Starts
 ) -> None:
@@ -444,6 +454,7 @@ async def test_starts_are_told_to_a_program_without_the_library(
         subscription = await twin.subscribe(pattern, lambda signal: heard.append(signal.subject))
         await until(lambda: runs_aloud(queue, starts), bool)
         await holds(lambda: any(".started." in subject for subject in heard))
+        await until(lambda: run_many_aloud(queue, starts), lambda told: told == 100)
         for _ in range(3):
             assert await runs_aloud(queue, starts)
         await subscription.unsubscribe()
@@ -494,6 +505,39 @@ async def test_a_start_each_second_finds_out_who_listens(backend: Backend, start
         began = time.monotonic()
         await until(lambda: runs_aloud(queue, starts), bool)
         assert len(starts.tokens) <= 2 + 2 * (time.monotonic() - began)
+
+
+async def test_of_a_burst_that_no_one_hears_one_start_finds_that_out(
+    backend: Backend, starts: Starts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(announcing, "ASKING_INTERVAL", 3600.0)
+    queue = queue_of(backend)
+    async with running(queue):
+        await backend.ping()  # the server has said that no one heard of the worker
+        assert await run_many_aloud(queue, starts) == 1
+        assert await run_many_aloud(queue, starts) == 0
+    monkeypatch.setattr(announcing, "ASKING_INTERVAL", 0.0)
+    monkeypatch.setattr(announcing, "ANSWER_TIME", 3600.0)
+    async with running(queue):
+        await backend.ping()
+        assert await run_many_aloud(queue, starts) == 100  # each asks
+
+
+@pytest.mark.parametrize("subject", ["*.*", ">"])
+async def test_a_worker_that_begins_knows_who_listens(
+    backend: Backend, twin: Backend, starts: Starts, monkeypatch: pytest.MonkeyPatch, subject: str
+) -> None:
+    monkeypatch.setattr(announcing, "ANSWER_TIME", 3600.0)
+    queue, heard = queue_of(backend), list[Any]()
+    await queue.queue_stats()
+    pattern = queue._subjects.event("x", "y").replace("x.y", subject)
+    await twin.subscribe(pattern, heard.append)
+    async with running(queue) as worker:
+        await backend.ping()
+        assert await run_many_aloud(queue, starts) == 100
+        begun = next(signal for signal in heard if ".worker." in signal.subject)
+        assert json.loads(begun.body) == {"worker": worker.id}
+        assert begun.subject.endswith(f".{worker.id}")
 
 
 async def test_each_job_waits_once_however_soon_it_starts(backend: Backend, twin: Backend) -> None:

@@ -19,7 +19,8 @@ from asyncmq_nats.exceptions import (
 )
 from asyncmq_nats.middleware import Middleware
 from asyncmq_nats.queues import Queue
-from tests.running import PATIENCE, has, make_queue, only, run_jobs, until
+from tests.receiver import until
+from tests.running import PATIENCE, has, make_queue, only, run_jobs
 
 
 async def echo(value: Any = None) -> Any:
