@@ -408,8 +408,10 @@ async def test_the_events_of_a_retried_job(
         await add(stream, "again", task="tasks.fail", max_retries=1, backoff=0.6)
         await outcome(queue, "again")
         with anyio.fail_after(PATIENCE):
-            heard = [await events.get() for _ in range(5)]
+            begun, *heard = [await events.get() for _ in range(6)]
     await client.close()
+    worker = json.loads(begun.data)["worker"]
+    assert begun.subject == f"amq.{QUEUE}.event.worker.{worker}"
     words = [event.subject.split(".")[3] for event in heard]
     assert words == ["started", "delayed", "released", "started", "failed"]
     assert heard[-1].headers is not None
