@@ -355,12 +355,14 @@ class Queue:
 
         return (await chain.enqueue([whole], store))[0]
 
-    async def _add_one(self, job: Addition, window: Window | None) -> str:
-        if not self._assets.are_declared:
-            await self._assets.declare()
+    def _add_one(self, job: Addition, window: Window | None) -> Coroutine[Any, Any, str]:
         if window is not None:
-            return await self._deduplicator.add(whole_job(job), window)
-        return await self._additions.add(job)
+            return self._add_in_window(job, window)
+        return self._additions.add(job)
+
+    async def _add_in_window(self, job: Addition, window: Window) -> str:
+        await self._assets.declare()
+        return await self._deduplicator.add(whole_job(job), window)
 
     async def _add_all(
         self,

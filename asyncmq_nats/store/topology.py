@@ -63,11 +63,6 @@ class QueueAssets:
         self._incarnation = ""
         self._lock = Turns()
 
-    @property
-    def are_declared(self) -> bool:
-        """Whether this process knows that what a producer needs exists."""
-        return self._logs_declared
-
     async def declare(self) -> None:
         """Make sure that the logs and the default tier exist: what a producer needs."""
         if self._logs_declared:
@@ -158,8 +153,8 @@ class QueueAssets:
                 self._tiers.add(priority)
 
     def is_declared(self, priority: int) -> bool:
-        """Return whether this process knows that the priority has its consumer."""
-        return priority in self._tiers
+        """Return whether this process knows that the logs, and the priority's consumer, exist."""
+        return self._logs_declared and priority in self._tiers
 
     def _tier(self, priority: int, paused_until: float | None = None) -> Consumer:
         lease = self.settings.stalled_after

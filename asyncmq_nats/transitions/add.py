@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any, Final
 
 from asyncmq_nats._concurrency import Turns
-from asyncmq_nats._new_jobs import Addition, whole_job
+from asyncmq_nats._new_jobs import Addition, NewJob, whole_job
 from asyncmq_nats.backends.base import Expect, Staged, Write
 from asyncmq_nats.events import DUPLICATED
 from asyncmq_nats.exceptions import (
@@ -91,7 +91,7 @@ class Additions:
     async def _add_other(self, job: Addition) -> str:
         """Store a job with a chosen id, or one that depends on others."""
         if not self._assets.is_declared(job.priority):
-            await self._assets.declare_tier(job.priority)
+            await self._declare({job.priority})
         with suppress(WriteRefused):
             return await self._add_once(job)
         async with self.refused:
@@ -109,8 +109,8 @@ class Additions:
     async def _add_independent(self, job: Addition) -> str:
         """Store a job that no other can have the id of, and that depends on none."""
         if not self._assets.is_declared(job.priority):
-            await self._assets.declare_tier(job.priority)
-        write = self.first_write(job)
+            await self._declare({job.priority})
+        write = self._insertion(job, self.check_size(job))
         log = self._keys.log_of(write.subject)
         try:
             try:
@@ -427,6 +427,9 @@ class Additions:
     async def _declare_again(self, priorities: Iterable[int]) -> None:
         """Declare what was deleted since this process declared it."""
         self._assets.forget()
+        await self._declare(priorities)
+
+    async def _declare(self, priorities: Iterable[int]) -> None:
         await self._assets.declare()
         for priority in priorities:
             await self._assets.declare_tier(priority)
@@ -491,7 +494,7 @@ class Additions:
         Raises:
             NotSerializable, PayloadTooLarge: as for `add`.
         """
-        body = parked_body(job)
+        body = job.encode() if isinstance(job, NewJob) else parked_body(job)
         most = self.size_limit if limit is None else limit
         if len(body) > most:
             what = f"job {job.job_id!r} of task {job.task_id!r}"

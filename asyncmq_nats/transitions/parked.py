@@ -13,7 +13,6 @@ from typing import Any, Final
 
 from asyncmq_nats._concurrency import KeyedTurns
 from asyncmq_nats._logging import get_logger
-from asyncmq_nats._new_jobs import Addition
 from asyncmq_nats.backends.base import Expect, Record, Timer, Write
 from asyncmq_nats.events import READY
 from asyncmq_nats.exceptions import InvalidJob, TooManyPriorities, WriteRefused
@@ -380,9 +379,9 @@ class ParkedJobs:
             await commit(read_and_unlink)
 
 
-def parked_body(job: Addition) -> bytes:
+def parked_body(job: Job) -> bytes:
     """Return the record of a job that waits, with its open `parents`, or many of them in parts."""
-    if isinstance(job, Job) and job.wide:
+    if job.wide:
         return replace(job, parents=[]).encode()
     return job.encode()
 

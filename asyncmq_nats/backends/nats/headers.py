@@ -5,7 +5,6 @@ from functools import lru_cache
 from typing import Final
 
 from asyncmq_nats.backends.base import Expect, Write
-from asyncmq_nats.backends.filters import is_key
 from asyncmq_nats.backends.nats.connection import format_time
 
 __all__ = [
@@ -91,7 +90,7 @@ def encode_headers(write: Write, more: str = "", indent: int = 0) -> bytes:
         lines += f"Nats-Schedule-Next: purge\r\nNats-Scheduler: {write.removes}\r\n"
     if write.marker:
         lines += "KV-Operation: DEL\r\n"
-    if not write.beside and is_key(write.subject) and _may_replace(write):
+    if not write.beside and write.subject.startswith("$") and _may_replace(write):  # a key
         # A record that is replaced by the limit of one per subject comes back after a crash of the
         # server, once its successor is deleted.
         lines += "Nats-Rollup: sub\r\n"
