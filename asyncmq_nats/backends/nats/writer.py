@@ -12,7 +12,7 @@ import json
 import random
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Final
 
@@ -85,6 +85,7 @@ class Unsettled:
     log: str
     writes: Sequence[Write]
     settle: Settle
+    begun: float
     deadline: float
     token: bytes = b""
     sent_at: float = 0.0
@@ -92,7 +93,6 @@ class Unsettled:
     full_since: float = 0.0
     staged: Staged | None = None
     """What was sent of a batch before all of it was known."""
-    begun: float = field(default_factory=time.monotonic)
 
 
 class Writer:
@@ -123,16 +123,12 @@ class Writer:
 
     async def write(self, log: str, writes: Sequence[Write], staged: Staged | None = None) -> int:
         """See `Backend.write`. `staged`: has sent some of them."""
-        future: asyncio.Future[Settled] = asyncio.get_running_loop().create_future()
-
-        def settle(result: Settled) -> None:
-            if not future.done():
-                future.set_result(result)
-
         if self._ends_in_wait:  # they go first: the end of a job makes room
             raise StorageFull(log, "the ends of jobs that run here wait for room")
+        future: asyncio.Future[Settled] = asyncio.get_running_loop().create_future()
         writes, count = named(writes), len(writes)
-        entry = Unsettled(log, writes, settle, time.monotonic() + self._timeout, staged=staged)
+        now = time.monotonic()
+        entry = Unsettled(log, writes, future.set_result, now, now + self._timeout, staged=staged)
         if staged is not None:
             staged.release()
         size = len(writes[0].body) if count == 1 else sum([len(write.body) for write in writes])
@@ -165,7 +161,7 @@ class Writer:
         return results
 
     async def _write_some(self, log: str, writes: Sequence[Write]) -> list[int | AsyncMQError]:
-        deadline = time.monotonic() + self._timeout
+        now = time.monotonic()
         load = Load(0, len(writes), sum(len(write.body) for write in writes))
         await self._wait_for_budget(load, writes[0].subject)
         found: dict[int, int | AsyncMQError] = {}
@@ -181,7 +177,8 @@ class Writer:
                 log,
                 named((write,)),
                 partial(settle, number),
-                deadline,
+                now,
+                now + self._timeout,
             )
             for number, write in enumerate(writes)
         ]
@@ -212,8 +209,9 @@ class Writer:
 
     def send(self, log: str, write: Write, settle: Settle, timeout: float | None = None) -> None:
         """See `Backend.send`."""
-        deadline = NEVER if timeout is None else time.monotonic() + timeout
-        self._submit(Unsettled(log, (write,), settle, deadline))
+        now = time.monotonic()
+        deadline = NEVER if timeout is None else now + timeout
+        self._submit(Unsettled(log, (write,), settle, now, deadline))
 
     def _submit(self, entry: Unsettled) -> None:
         most = self._client.max_payload - LONGEST_HEADERS
@@ -384,6 +382,8 @@ class Writer:
         self._ends_in_wait.discard(entry.token)
         try:
             entry.settle(result)
+        except asyncio.InvalidStateError:  # the caller was cancelled just now
+            pass
         except Exception:
             logger.exception("%s: the callback of a write failed", entry.log)
 
