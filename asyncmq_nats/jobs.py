@@ -7,14 +7,21 @@ import os
 import random
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import MISSING, field, fields, replace
 from dataclasses import dataclass as plain_dataclass
+from dataclasses import replace
 from time import time, time_ns
-from typing import Annotated, Any, Final, Literal, Required, Self, get_type_hints
+from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import AliasChoices, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import (
+    AliasChoices,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+)
 from pydantic.dataclasses import dataclass
-from typing_extensions import TypedDict
 
 from asyncmq_nats.exceptions import (
     InvalidArgument,
@@ -174,18 +181,20 @@ def backoff_delay(
     return delay
 
 
-@plain_dataclass(frozen=True)  # without slots: see `decode`
-class JobHead:
+class JobHead(BaseModel):
     """What a worker has to know of a job to run it.
 
-    All of it, a `Job`, takes four times as long, and is read when it is needed.
+    All of it, a `Job`, takes four times as long, and is read when it is needed. A model: of a
+    dataclass, to make it takes as long as to read it.
     """
+
+    model_config = ConfigDict(frozen=True)
 
     task_id: Annotated[str, Field(validation_alias=AliasChoices("task", "task_id"), min_length=1)]
     job_id: Annotated[str, Field(validation_alias=AliasChoices("id", "job_id"), min_length=1)]
     created_at: Annotated[float, Field(allow_inf_nan=False)]
-    args: list[Any] = field(default_factory=list)
-    kwargs: dict[str, Any] = field(default_factory=dict)
+    args: list[Any] = Field(default_factory=list)
+    kwargs: dict[str, Any] = Field(default_factory=dict)
     ttl: Annotated[float | None, Field(ge=0, allow_inf_nan=False)] = None
     timeout: Annotated[float | None, Field(gt=0, allow_inf_nan=False)] = None
     delay_until: Annotated[float | None, Field(allow_inf_nan=False, le=LATEST_TIME)] = None
@@ -218,13 +227,9 @@ class JobHead:
             InvalidJob: the body is not a job.
             NewerJob: it is of a newer version of the format.
         """
-        fields = _validate(HEADS.validate_json, body)
-        args, kwargs = fields.setdefault("args", []), fields.setdefault("kwargs", {})
+        head: Self = _validate(cls.__pydantic_validator__.validate_json, body)
         if b"NaN" in body or b"Infinity" in body:
-            _check_numbers(args, kwargs)
-        head = object.__new__(cls)
-        # They are valid: the constructor takes as long as to read them.
-        object.__setattr__(head, "__dict__", fields)
+            _check_numbers(head.args, head.kwargs)
         if head.v > WIRE_VERSION:
             raise NewerJob(head.v, WIRE_VERSION)
         return head
@@ -490,19 +495,6 @@ NAMES_IN_ADD: Final = {
     "task": "task_id",
     "id": "job_id",
 }
-HEAD_TYPES: Final = get_type_hints(JobHead, include_extras=True)
-HeadFields: Any = TypedDict(  # type: ignore[misc]  # named once, in `JobHead`
-    "HeadFields",
-    {
-        each.name: Required[HEAD_TYPES[each.name]]
-        if each.default is each.default_factory is MISSING
-        else HEAD_TYPES[each.name]
-        for each in fields(JobHead)
-    },
-    total=False,
-)
-HEADS: Final = TypeAdapter(HeadFields).validator
-"""Reads the fields of a `JobHead` out of JSON."""
 JOBS: Final = TypeAdapter(Job).validator
 DICT_FIELDS: Final = (
     "args",

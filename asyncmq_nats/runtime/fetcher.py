@@ -184,9 +184,13 @@ class Fetcher:
         """Return the next job to run, if one may start and a slot is free: the slot is taken."""
         if not self._buffer.heap or self.busy >= self._concurrency or not self._may_start:
             return None
-        if self._group is not None and self._group.limit(1) < 1:
+        if self._group is None:
+            self.busy += 1
+            self.started += 1
+        elif self._group.limit(1) < 1:
             return None
-        self.occupy()
+        else:
+            self.occupy()
         if self._limiter is not None:
             self._limiter.use()
             self.refill()

@@ -244,7 +244,13 @@ def _as_newer(delivery: Delivery, token: str, version: int) -> Attempt:
         job = Job.decode(delivery.body, job_id=job_id, created_at=delivery.time)
     except InvalidJob:
         job = _as_known(load_json(delivery.body), job_id, delivery.time)
-    head = JobHead(job.task_id, job_id, job.created_at, children=job.children, v=version)
+    head = JobHead(
+        task_id=job.task_id,
+        job_id=job_id,
+        created_at=job.created_at,
+        children=job.children,
+        v=version,
+    )
     return Attempt(delivery, token, head, delivery.body, known=job)
 
 

@@ -255,7 +255,7 @@ class Lifecycle(Deliveries):
         members = COMPLETED_MEMBERS % (
             dump_json(result, what),
             attempt.started_at,
-            self._end_of(attempt),
+            attempt.ended_at or self._backend.now(),
             self._worker_json,
         )
         if attempt.follow_ups is not None and attempt.follow_ups.members:

@@ -57,7 +57,9 @@ class World:
         events = WorkerEvents(store, "worker")
         self.completer = Completer(self.lifecycle, events, self.spawner, self._on_change)
         self.message = Message()
-        self.on_settled = self.completer.begin(Attempt(self.message, "a", JobHead("t", "a", 0.0)))
+        self.on_settled = self.completer.begin(
+            Attempt(self.message, "a", JobHead(task_id="t", job_id="a", created_at=0.0))
+        )
 
     def _on_change(self) -> None:
         self.changes += 1

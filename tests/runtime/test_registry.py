@@ -28,7 +28,7 @@ def registry() -> TaskRegistry:
 
 
 async def run(registry: TaskRegistry, task_id: str, *args: object, **kwargs: object) -> object:
-    job = JobHead(task_id, "id", 0.0, list(args), kwargs)
+    job = JobHead(task_id=task_id, job_id="id", created_at=0.0, args=list(args), kwargs=kwargs)
     context = cast("JobContext", None)  # only what reports progress looks at it
     return await registry.find(task_id).run(job, anyio.CapacityLimiter(1), context)
 

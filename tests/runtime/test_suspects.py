@@ -36,7 +36,7 @@ class World:
 
 
 def attempt(losses: int = 0) -> Attempt:
-    found = Attempt(Message(), "a", JobHead("t", "a", 0.0))
+    found = Attempt(Message(), "a", JobHead(task_id="t", job_id="a", created_at=0.0))
     found.stalls = losses
     return found
 
@@ -105,7 +105,7 @@ def test_a_job_that_was_handed_back_was_not_lost() -> None:
 
 
 def test_a_worker_lost_after_a_hand_back_is_a_suspicion() -> None:
-    again = Attempt(Message(deliveries=3), "a", JobHead("t", "a", 0.0))
+    again = Attempt(Message(deliveries=3), "a", JobHead(task_id="t", job_id="a", created_at=0.0))
     again.count_losses(Claim("w", 7, 1, stalls=0, released=True), 1000.0, 30.0)
     assert (again.stalls, again.suspected, again.lost) == (0, True, True)
 
