@@ -7,9 +7,9 @@ the same traffic. python benchmarks/throughput.py [--jobs 10000] [--rounds 3] [-
 With `--before`, rounds of that code and of this one take turns, each in a process of its own.
 
 Every figure is compared within a round, so that a noisy machine shifts both sides; the table shows
-medians. The raw loop is the least
-that any queue on JetStream must do: pull requests into one callback, parse, publish one record
-through a reply inbox of its own, ack.
+medians. The raw loop is the least that any queue on JetStream must do: pull requests into one
+callback, parse, publish one record through a reply inbox of its own, ack. The start and the stop
+of a worker, some 40 ms, are in its rows: a tenth of them with 10,000 jobs, little with 30,000.
 """
 
 import argparse

@@ -90,7 +90,7 @@ def encode_headers(write: Write, more: str = "", indent: int = 0) -> bytes:
         lines += f"Nats-Schedule-Next: purge\r\nNats-Scheduler: {write.removes}\r\n"
     if write.marker:
         lines += "KV-Operation: DEL\r\n"
-    if not write.beside and write.subject.startswith("$") and _may_replace(write):  # a key
+    if not write.beside and write.subject.startswith("$KV.") and _may_replace(write):
         # A record that is replaced by the limit of one per subject comes back after a crash of the
         # server, once its successor is deleted.
         lines += "Nats-Rollup: sub\r\n"
