@@ -387,7 +387,7 @@ class Slots:
         running = Running(attempt, context, slot)
         self.running[running] = None
         running_job.set(context)
-        self._lines.started(attempt)
+        is_logged = self._lines.started(attempt)
         self._events.tell_start(
             self._spawner,
             attempt.token,
@@ -416,8 +416,10 @@ class Slots:
                 self._recorder.note_run(
                     attempt.head.task_id, attempt.delivery.stamp, attempt.started_at, now
                 )
-            self._lifecycle.logs.finish(attempt.token)
-        self._lifecycle.progress.finish(attempt.token)
+            if self._lifecycle.logs.jobs:
+                self._lifecycle.logs.finish(attempt.token)
+        if self._lifecycle.progress.jobs:
+            self._lifecycle.progress.finish(attempt.token)
         if running.gave_in:
             self._note_end(attempt, context, "cancelled")
             await self._give_up(attempt, cancelled=running.cancelled)
@@ -427,7 +429,7 @@ class Slots:
         if failure is not None:
             await self._report_failure(attempt, failure, on_settled, context)
         else:
-            await self._report_result(attempt, result, context, on_settled)
+            await self._report_result(attempt, result, context, on_settled, is_logged=is_logged)
 
     def _context_of(self, attempt: Attempt) -> JobContext:
         return JobContext(
@@ -533,6 +535,8 @@ class Slots:
         result: Any,
         context: JobContext,
         on_settled: OnSettled,
+        *,
+        is_logged: bool,
     ) -> None:
         follow_ups = context.follow_ups
         self._note_end(attempt, context, "completed", result=result)
@@ -542,7 +546,8 @@ class Slots:
                 await self._lifecycle.complete_with_follow_ups(attempt, result, on_settled)
             else:
                 self._lifecycle.complete(attempt, result, on_settled)
-            self._lines.completed(attempt)
+            if is_logged:
+                self._lines.completed(attempt)
         except INVALID_RESULT as error:
             failure = replace(Failure.of(error, self._backend.now()), traceback="")
             self._lines.failed(attempt.job, failure)

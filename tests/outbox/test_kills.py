@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -136,18 +137,20 @@ async def test_relays_may_die_at_each_step(
 
 @pytest.mark.slow
 async def test_each_committed_row_is_one_job_whatever_is_killed(
-    processes: Processes, engine: Engine, server: EmbeddedServer, nats_backend: NATSBackend
+    processes: Processes,
+    engine: Engine,
+    server: EmbeddedServer,
+    nats_backend: NATSBackend,
+    tmp_path: Path,
 ) -> None:
-    chance = random.Random(7)
+    chance, may_end = random.Random(7), tmp_path / "may_end"
     runs: list[int | str] = []
 
     async def note(number: int | str) -> None:
         runs.append(number)
 
-    current = {
-        name: processes.start(f"{name}.py", orders=ORDERS, keyed=10, batch=40)
-        for name in ("application", "relay")
-    }
+    start = partial(processes.start, orders=ORDERS, keyed=10, batch=40, may_end=may_end)
+    current = {name: start(f"{name}.py") for name in ("application", "relay")}
     processes.start("relay.py", batch=40)  # this one is only cut off from the server
     kills = Counter[str]()
 
@@ -156,10 +159,11 @@ async def test_each_committed_row_is_one_job_whatever_is_killed(
         if victim == "server":
             await to_thread.run_sync(server.kill)
             await to_thread.run_sync(server.start)
+            may_end.touch()  # it is the last kind to be killed
         elif current[victim].poll() is None:
             current[victim].kill()
             current[victim].wait()
-            current[victim] = processes.start(f"{victim}.py", orders=ORDERS, keyed=10, batch=40)
+            current[victim] = start(f"{victim}.py")
 
     def has_ended() -> bool:
         return current["application"].poll() is not None

@@ -153,6 +153,7 @@ export interface EventBodies {
   cancelled: Cancelled;
   claim: Claim;
   started: Job & { active_since: number; worker: string };
+  worker: { worker: string };
   progress: Progress;
   stalled: { id: string; job_id: string; stalls: number };
   ready: { id: string; job_id: string };
@@ -313,8 +314,8 @@ export function parseClaim(data: Uint8Array): Claim | undefined {
 
 const EVENTS: { [What in keyof EventBodies]: true } = {
   waiting: true, delayed: true, parked: true, released: true, completed: true, failed: true,
-  expired: true, cancelled: true, claim: true, started: true, progress: true, stalled: true,
-  ready: true, duplicated: true, debounced: true, deduplicated: true,
+  expired: true, cancelled: true, claim: true, started: true, worker: true, progress: true,
+  stalled: true, ready: true, duplicated: true, debounced: true, deduplicated: true,
 };
 
 /** The event in a message; undefined if a later version of the format sent it. */

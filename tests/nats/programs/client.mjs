@@ -19,6 +19,7 @@ const seen = Object.fromEntries(ids.map((id) => [id, []]));
 let results = {};
 
 const events = client.subscribe(`amq.${queue}.event.>`);
+client.publish(`amq.${queue}.control.listen`);  // so workers tell of starts at once
 await client.flush();
 const followed = (async () => {
   const missing = new Set(ids);
