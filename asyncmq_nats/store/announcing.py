@@ -11,7 +11,7 @@ from asyncmq_nats.exceptions import InvalidJob
 from asyncmq_nats.jobs import Job
 from asyncmq_nats.states import State
 from asyncmq_nats.store.queue_store import QueueStore
-from asyncmq_nats.wire.codec import dump_json, load_json, splice
+from asyncmq_nats.wire.codec import dump_json, dump_number, load_json, splice
 from asyncmq_nats.wire.keys import encode_token
 
 __all__ = [
@@ -74,7 +74,7 @@ class WorkerEvents:
     def __init__(self, store: QueueStore, worker: str) -> None:
         self._backend = store.backend
         self._keys = store.keys
-        self._start = b'"active_since":%r,"worker":' + dump_json(worker).replace(b"%", b"%%")
+        self._start = b'"active_since":%b,"worker":' + dump_json(worker).replace(b"%", b"%%")
         self._worker = worker
         self._heard_from = 0.0
         """When starts began to be heard, as far as is known; infinity: they are not."""
@@ -107,7 +107,7 @@ class WorkerEvents:
         asks = at >= self._ask_at
         if asks or at >= self._heard_from:
             # The job's own bytes, with the new members spliced in: no second encoding.
-            data = splice(body, self._start % at)
+            data = splice(body, self._start % dump_number(at))
             if delivery.deliveries == 1:
                 data = splice(data, READY_MEMBER % (delivery.sequence, int(delivery.stamp)))
             if len(data) > self._backend.max_body:

@@ -25,7 +25,7 @@ from asyncmq_nats.store.records import delayed_write, outcome_body, without_mark
 from asyncmq_nats.store.snapshot import Snapshot
 from asyncmq_nats.transitions.claim import Attempt, Disposition
 from asyncmq_nats.transitions.deliver import Deliveries
-from asyncmq_nats.wire.codec import dump_json, load_json, splice
+from asyncmq_nats.wire.codec import dump_json, dump_number, load_json, splice
 from asyncmq_nats.wire.keys import decode_token, encode_token, fit_token, last_token
 
 __all__ = ["PUT_OFF_FIELDS", "Lifecycle"]
@@ -58,7 +58,7 @@ MAX_REJECTIONS = 20
 """How often the end of an attempt is written again after it was rejected."""
 
 COMPLETED_MEMBERS: Final = (
-    b'"status":"completed","result":%b,"active_since":%r,"finished_at":%r,"worker":%b'
+    b'"status":"completed","result":%b,"active_since":%b,"finished_at":%b,"worker":%b'
 )
 
 
@@ -254,8 +254,8 @@ class Lifecycle(Deliveries):
         what = f"the result of task {attempt.head.task_id!r}"
         members = COMPLETED_MEMBERS % (
             dump_json(result, what),
-            attempt.started_at,
-            attempt.ended_at or self._backend.now(),
+            dump_number(attempt.started_at),
+            dump_number(attempt.ended_at or self._backend.now()),
             self._worker_json,
         )
         if attempt.follow_ups is not None and attempt.follow_ups.members:

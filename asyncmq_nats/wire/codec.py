@@ -1,14 +1,14 @@
 """JSON as it is written and read here: strict, and fast."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 from pydantic_core import PydanticSerializationError, from_json, to_json
 
 from asyncmq_nats.exceptions import InvalidJob, NotSerializable
 
-__all__ = ["dump_json", "find_non_finite", "load_json", "splice"]
+__all__ = ["dump_json", "dump_number", "find_non_finite", "load_json", "splice"]
 
 LONGEST_NUMBER: Final = 4_000
 """Readers of JSON take integers of some 4,300 digits, writers any."""
@@ -16,6 +16,10 @@ MAX_DEPTH: Final = 100
 """Readers of JSON take values in some 200 lists and objects, one in the other, writers more."""
 RESERVED_DEPTH: Final = 8
 """Levels of nesting that may be put around a value later, as around a result for a child."""
+
+
+dump_number: Final[Callable[[float], bytes]] = to_json
+"""Return a finite number as JSON: in less than half of the time that its `repr` takes."""
 
 
 def dump_json(value: Any, what: str = "the value") -> bytes:

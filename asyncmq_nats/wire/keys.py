@@ -368,7 +368,7 @@ class QueueSubjects:
 
     def outcome(self, token: str, state: State) -> str:
         """Return the key of an outcome."""
-        return f"{self._done}{token}.{state}"
+        return self._done + token + "." + state  # to format a `State` takes three times as long
 
     def claim(self, token: str) -> str:
         """Return the key of the claim on a job that was delivered again."""
