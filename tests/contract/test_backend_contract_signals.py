@@ -191,6 +191,7 @@ async def test_who_sends_a_signal_learns_that_no_one_hears_it(
     send("second")
     assert [signal.body for signal in await listener.wait_for(1)] == [b"second"]
     await subscription.unsubscribe()
+    await twin.ping()  # the server knows
     send("third")
     await holds(lambda: unheard[1:] == ["third"])
     assert (len(listener.signals), other.signals) == (1, [])
