@@ -57,7 +57,6 @@ def build_addition(
     now: float,
     *,
     write: WriteArguments = write_plainly,
-    new_id: Callable[[], str] = new_job_id,
     task_id: str,
     args: Sequence[Any] | None = None,
     kwargs: Mapping[str, Any] | None = None,
@@ -87,7 +86,7 @@ def build_addition(
         depends_on = [depends_on]
     delay = None if delay is None else checked_seconds(delay, "delay")
     args, kwargs = checked_call(write, task_id, args, kwargs)
-    own_id = new_id() if job_id is None else validate_custom_job_id(job_id)
+    own_id = new_job_id() if job_id is None else validate_custom_job_id(job_id)
     delay_until = None if delay is None or delay <= 0 else now + delay
     options = (
         task_id,
@@ -133,9 +132,6 @@ class Templates:
         self._known: dict[Hashable, JobTemplate] = {}
         self._latest: tuple[tuple[object, ...], JobTemplate] | None = None
         """The options of the last job, and its template: as a rule the next one is like it."""
-
-    def __len__(self) -> int:
-        return len(self._known)
 
     def find(self, options: tuple[object, ...]) -> JobTemplate | None:
         """Return the template of jobs with these options, if one was kept."""

@@ -153,8 +153,6 @@ class EventEmitter:
         self._listeners: dict[str, list[Listener]] = {}
         self._history: deque[dict[str, Any]] = deque(maxlen=max(1, history_limit))
         self._keeps_history = False
-        self.is_heard = False
-        """Whether anything listens, or the history is kept: it is asked for each job."""
 
     @overload
     def on(self, event: str, callback: None = None) -> Callable[[L], L]: ...
@@ -169,7 +167,6 @@ class EventEmitter:
 
         def register(listener: L) -> L:
             self._listeners.setdefault(event, []).append(listener)
-            self.is_heard = True
             return listener
 
         return register if callback is None else register(callback)
@@ -180,11 +177,12 @@ class EventEmitter:
             self._listeners[event].remove(callback)
         if not self._listeners.get(event):
             self._listeners.pop(event, None)
-        self.is_heard = self._keeps_history or bool(self._listeners)
 
-    def listens(self, event: str) -> bool:
-        """Return whether there is a listener for this event, or the history is kept."""
-        return self._keeps_history or bool(self._listeners.get(event))
+    def listens(self, event: str | None = None) -> bool:
+        """Return whether there is a listener, for this event or for any."""
+        if self._keeps_history:
+            return True
+        return bool(self._listeners if event is None else self._listeners.get(event))
 
     async def emit(self, event: str, data: Mapping[str, Any]) -> None:
         """Call all listeners. Exceptions of a callback are logged."""
@@ -214,7 +212,7 @@ class EventEmitter:
             queue: only those of this queue.
             q: only those whose name or data contain this text, in upper or lower case.
         """
-        self._keeps_history = self.is_heard = True
+        self._keeps_history = True
         found = [
             record
             for record in list(self._history)

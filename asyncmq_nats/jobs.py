@@ -6,7 +6,7 @@ One JSON object, the same for a job that waits and for its outcome (`docs/protoc
 import os
 import random
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass as plain_dataclass
 from dataclasses import replace
 from time import time, time_ns
@@ -47,7 +47,6 @@ __all__ = [
     "encoded_options",
     "new_job",
     "new_job_id",
-    "new_job_ids",
     "size_limit",
     "validate_custom_job_id",
 ]
@@ -67,7 +66,8 @@ LATEST_TIME: Final = 250_000_000_000.0
 
 _tails: deque[str] = deque()
 """The random parts of ids to come: asking the system for many at once takes a third of the time."""
-os.register_at_fork(after_in_child=_tails.clear)  # else two processes would make the same ids
+if hasattr(os, "register_at_fork"):  # else two processes would make the same ids
+    os.register_at_fork(after_in_child=_tails.clear)
 
 
 def new_job_id() -> str:
@@ -81,20 +81,8 @@ def new_job_id() -> str:
     except IndexError:
         tail, *others = _random_tails()
         _tails.extend(others)
-    return _time_digits() + tail
-
-
-def new_job_ids() -> Iterator[str]:
-    """Yield fresh job ids, for one call that needs many: the clock is read for some at once."""
-    while True:
-        time_digits = _time_digits()
-        for tail in _random_tails():
-            yield time_digits + tail
-
-
-def _time_digits() -> str:
     digits = f"{time_ns() // 1_000_000:012x}"
-    return f"{digits[:8]}-{digits[8:]}"
+    return f"{digits[:8]}-{digits[8:]}{tail}"
 
 
 def _random_tails() -> list[str]:
@@ -205,19 +193,15 @@ class JobHead(BaseModel):
     meta: Any = None
     v: int = WIRE_VERSION
 
-    @property
-    def has_times(self) -> bool:
-        """Whether it depends on the time that it may run."""
-        return self.ttl is not None or self.delay_until is not None
-
     def is_expired(self, now: float) -> bool:
         """Return whether its time to live is over."""
         return self.ttl is not None and now - self.created_at > self.ttl
 
     def may_run(self, now: float) -> bool:
         """Return whether it has not expired and its time has come."""
-        is_due = self.delay_until is None or self.delay_until <= now
-        return is_due and not self.is_expired(now)
+        if self.delay_until is not None and self.delay_until > now:
+            return False
+        return self.ttl is None or not self.is_expired(now)
 
     @classmethod
     def decode(cls, body: bytes) -> Self:

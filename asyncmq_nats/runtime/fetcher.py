@@ -184,13 +184,9 @@ class Fetcher:
         """Return the next job to run, if one may start and a slot is free: the slot is taken."""
         if not self._buffer.heap or self.busy >= self._concurrency or not self._may_start:
             return None
-        if self._group is None:
-            self.busy += 1
-            self.started += 1
-        elif self._group.limit(1) < 1:
+        if self._group is not None and self._group.limit(1) < 1:
             return None
-        else:
-            self.occupy()
+        self.occupy()
         if self._limiter is not None:
             self._limiter.use()
             self.refill()
@@ -224,8 +220,7 @@ class Fetcher:
     def note_free_slot(self) -> None:
         """Decide again how much to ask for: a slot is free that other queues have, too."""
         self._freed_at = self._monotonic()
-        if not self._refill_due:
-            self.refill()
+        self.refill()
 
     @property
     def is_idle(self) -> bool:
@@ -436,9 +431,7 @@ class Fetcher:
         if not self._held_watched:
             self._held_watched = True
             self._held.set()
-        if (
-            self._paused_until and self.is_paused
-        ):  # it was on its way, or another program has resumed the consumer
+        if self.is_paused:  # it was on its way, or another program has resumed the consumer
             self._pause_doubtful = True
             self._held.set()
         if not delivery.pending:

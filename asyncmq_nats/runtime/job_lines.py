@@ -36,19 +36,16 @@ class JobLines:
             "worker": self._worker,
         }
 
-    def started(self, attempt: Attempt) -> bool:
-        """Log a start. Return whether its result is to be logged, too."""
-        if not logger.isEnabledFor(self._level):
-            return False
-        if (job := _read(attempt)) is not None:
+    def started(self, attempt: Attempt) -> None:
+        """Log a start. It is on the path of every job."""
+        if logger.isEnabledFor(self._level) and (job := _read(attempt)) is not None:
             text = "job %s (%s) started, attempt %d"
             args = (job.job_id, job.task_id, job.retries + 1)
             logger.log(self._level, text, *args, extra=self._fields(job))
-        return True
 
     def completed(self, attempt: Attempt) -> None:
-        """Log a result."""
-        if (job := _read(attempt)) is not None:
+        """Log a result. It is on the path of every job."""
+        if logger.isEnabledFor(self._level) and (job := _read(attempt)) is not None:
             seconds = round(self._now() - attempt.started_at, 6)
             extra = self._fields(job) | {"duration": seconds}
             text = "job %s (%s) completed in %.3f s"

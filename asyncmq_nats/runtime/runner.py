@@ -313,8 +313,7 @@ class Runner:
 
     def _on_settled(self) -> None:
         self._fetcher.refill()
-        if self._draining:
-            self._progress.set()
+        self._note_progress()
 
     def _note_progress(self) -> None:
         if self._draining:

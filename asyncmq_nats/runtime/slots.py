@@ -322,9 +322,7 @@ class Slots:
         try:
             try:
                 head, now = attempt.head, self._backend.now()
-                if (attempt.stalls and self._is_lost_for_good(attempt)) or (
-                    head.has_times and not head.may_run(now)
-                ):
+                if self._is_lost_for_good(attempt) or not head.may_run(now):
                     await self._end_without_run(attempt, now, on_settled)
                     return
                 try:
@@ -382,12 +380,10 @@ class Slots:
 
     async def _run(self, attempt: Attempt, entry: RegisteredTask, on_settled: OnSettled) -> None:
         context = self._context_of(attempt)
-        slot = asyncio.current_task(self._loop)
-        assert slot is not None
-        running = Running(attempt, context, slot)
+        running = Running(attempt, context, running_task())
         self.running[running] = None
         running_job.set(context)
-        is_logged = self._lines.started(attempt)
+        self._lines.started(attempt)
         self._events.tell_start(
             self._spawner,
             attempt.token,
@@ -416,10 +412,8 @@ class Slots:
                 self._recorder.note_run(
                     attempt.head.task_id, attempt.delivery.stamp, attempt.started_at, now
                 )
-            if self._lifecycle.logs.jobs:
-                self._lifecycle.logs.finish(attempt.token)
-        if self._lifecycle.progress.jobs:
-            self._lifecycle.progress.finish(attempt.token)
+            self._lifecycle.logs.finish(attempt.token)
+        self._lifecycle.progress.finish(attempt.token)
         if running.gave_in:
             self._note_end(attempt, context, "cancelled")
             await self._give_up(attempt, cancelled=running.cancelled)
@@ -429,7 +423,7 @@ class Slots:
         if failure is not None:
             await self._report_failure(attempt, failure, on_settled, context)
         else:
-            await self._report_result(attempt, result, context, on_settled, is_logged=is_logged)
+            await self._report_result(attempt, result, context, on_settled)
 
     def _context_of(self, attempt: Attempt) -> JobContext:
         return JobContext(
@@ -535,8 +529,6 @@ class Slots:
         result: Any,
         context: JobContext,
         on_settled: OnSettled,
-        *,
-        is_logged: bool,
     ) -> None:
         follow_ups = context.follow_ups
         self._note_end(attempt, context, "completed", result=result)
@@ -546,8 +538,7 @@ class Slots:
                 await self._lifecycle.complete_with_follow_ups(attempt, result, on_settled)
             else:
                 self._lifecycle.complete(attempt, result, on_settled)
-            if is_logged:
-                self._lines.completed(attempt)
+            self._lines.completed(attempt)
         except INVALID_RESULT as error:
             failure = replace(Failure.of(error, self._backend.now()), traceback="")
             self._lines.failed(attempt.job, failure)

@@ -64,8 +64,7 @@ class JobLogs:
         self._send = send
         self._most = most
         self._max_body = max_body
-        self.jobs: dict[str, _Lines] = {}
-        """Those that run and have kept lines, by token."""
+        self._jobs: dict[str, _Lines] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def attach(self) -> None:
@@ -76,9 +75,9 @@ class JobLogs:
         """Keep a line of the job with this token."""
         if not self._most:
             return
-        job = self.jobs.get(token)
+        job = self._jobs.get(token)
         if job is None:
-            job = self.jobs.setdefault(token, _Lines(line.attempt, deque(maxlen=self._most)))
+            job = self._jobs.setdefault(token, _Lines(line.attempt, deque(maxlen=self._most)))
         with job.lock:
             job.lines.append(line)
             job.count += 1
@@ -89,7 +88,7 @@ class JobLogs:
 
     def finish(self, token: str) -> None:
         """Write the last lines of a job that has ended; call it before the outcome."""
-        if (job := self.jobs.pop(token, None)) is not None and job.is_new:
+        if self._jobs and (job := self._jobs.pop(token, None)) is not None and job.is_new:
             self._send_lines(token, job)
 
     def _start_timer(self, token: str) -> None:
@@ -103,7 +102,7 @@ class JobLogs:
             loop.call_later(WRITE_INTERVAL, self._write, token)
 
     def _write(self, token: str) -> None:
-        job = self.jobs.get(token)
+        job = self._jobs.get(token)
         if job is None:
             return
         with job.lock:

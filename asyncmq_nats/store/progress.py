@@ -36,8 +36,7 @@ class ProgressReports:
 
     def __init__(self, send: Send) -> None:
         self._send = send
-        self.jobs: dict[str, _Job] = {}
-        """Those that run and have reported, by token."""
+        self._jobs: dict[str, _Job] = {}
         self._lock = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -48,7 +47,7 @@ class ProgressReports:
     def report(self, token: str, body: bytes) -> None:
         """Send a report now or soon, unless a later one takes its place. `token`: of the job."""
         with self._lock:
-            job = self.jobs.setdefault(token, _Job())
+            job = self._jobs.setdefault(token, _Job())
             if job.at_once > 0:
                 job.at_once -= 1
                 call: tuple[Any, ...] | None = (self._send, token, body)
@@ -64,8 +63,10 @@ class ProgressReports:
 
         Call it before the outcome.
         """
+        if not self._jobs:  # its own report, if any, came before its end
+            return
         with self._lock:
-            job = self.jobs.pop(token, None)
+            job = self._jobs.pop(token, None)
         if job is not None and job.pending is not None:
             self._send(token, job.pending)
 
@@ -84,7 +85,7 @@ class ProgressReports:
 
     def _send_pending(self, token: str) -> None:
         with self._lock:
-            job = self.jobs.get(token)
+            job = self._jobs.get(token)
             if job is None:
                 return
             body, job.pending = job.pending, None

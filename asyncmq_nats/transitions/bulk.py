@@ -16,7 +16,7 @@ from asyncmq_nats.backends.base import Staged
 from asyncmq_nats.calls import Call, written
 from asyncmq_nats.events import DUPLICATED
 from asyncmq_nats.exceptions import AsyncMQError, BulkAddFailed, WriteRefused
-from asyncmq_nats.jobs import new_job_ids
+from asyncmq_nats.jobs import new_job_id
 from asyncmq_nats.store.commit import REPLICA_LAG_DELAYS, look_for, pause_after_refusal
 from asyncmq_nats.transitions.add import BATCH_LIMIT, Additions, is_independent, is_plain
 from asyncmq_nats.transitions.deduplicate import Window, take_window
@@ -212,7 +212,6 @@ class EntryBuilder:
         self._now = now
         self._write = write
         self._queue = queue
-        self._new_id = new_job_ids().__next__
         self._options: dict[str, Any] = {}
         self._classes: list[type] = []
         self._template: JobTemplate | None = None
@@ -238,7 +237,7 @@ class EntryBuilder:
                 except (ValueError, TypeError) as error:
                     error.add_note(_note(index))
                     raise
-                return NewJob(template, self._new_id(), args, kwargs, self._now, self.delay_until)
+                return NewJob(template, new_job_id(), args, kwargs, self._now, self.delay_until)
         is_call = isinstance(entry, Call)
         fields = {} if isinstance(entry, Call) else _checked_entry(entry, index)
         try:
@@ -247,7 +246,7 @@ class EntryBuilder:
                 fields = entry.fields | {"deduplication": entry.options.get("deduplication")}
             window = take_window(fields)
             write = written if is_call else self._write
-            job = build_addition(self._now, write=write, new_id=self._new_id, **fields)
+            job = build_addition(self._now, write=write, **fields)
         except (ValueError, TypeError) as error:
             error.add_note(_note(index))
             raise
@@ -275,7 +274,7 @@ class EntryBuilder:
     def repeat(self, args: list[Any], kwargs: dict[str, Any]) -> NewJob:
         """Return a job like the last one, with other arguments, which are plain data."""
         assert self._template is not None
-        return NewJob(self._template, self._new_id(), args, kwargs, self._now, self.delay_until)
+        return NewJob(self._template, new_job_id(), args, kwargs, self._now, self.delay_until)
 
 
 def check_entries(additions: Additions, jobs: Sequence[Addition], first: int = 0) -> None:

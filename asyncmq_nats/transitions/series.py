@@ -98,9 +98,9 @@ def _rows(
         return ()
     rows = [*map(itemgetter(key), entries)]
     found = {*map(type, rows)}
-    return (
-        rows if len(found) == 1 and found.issubset(kinds) and len({*map(len, rows)}) == 1 else None
-    )
+    if len(found) > 1 or not found.issubset(kinds) or len({*map(len, rows)}) > 1:
+        return None
+    return rows
 
 
 def _size(column: Sequence[Any], classes: frozenset[type]) -> int | None:

@@ -105,8 +105,7 @@ class Arguments:
         """
         if not self._validate:
             return list(args), dict(kwargs)
-        shape = self._shapes.get((len(args), tuple(kwargs)))
-        return (shape or self._shape(len(args), tuple(kwargs))).read(args, kwargs)
+        return self._shape(len(args), tuple(kwargs)).read(args, kwargs)
 
     def check(self, args: Sequence[Any], kwargs: Mapping[str, Any], task_id: str) -> None:
         """See that `read` takes these arguments, which are plain data already.

@@ -284,8 +284,7 @@ class NATSBackend:
         return self._connection is not None and self._connection.client.is_connected
 
     def now(self) -> float:
-        connection = self._connection
-        return time.time() if connection is None else time.monotonic() + connection.offset
+        return self._connection.now() if self._connection is not None else time.time()
 
     def now_at_least(self) -> float:
         return -math.inf if self._connection is None else self._connection.now_at_least()
@@ -432,8 +431,7 @@ class NATSBackend:
         return results
 
     def send(self, log: str, write: Write, settle: Settle, *, timeout: float | None = None) -> None:
-        if self._connection is None:
-            self._require_connection()
+        self._require_connection()
         self._writer.send(log, write, settle, timeout)
 
     async def last(self, log: str, *filters: str) -> list[Record]:

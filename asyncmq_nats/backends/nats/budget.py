@@ -79,12 +79,9 @@ class Budget:
 
     def _take(self, load: Load) -> bool:
         """Take room for a load if there is some. Return whether it was taken."""
-        batches, messages, size = load
-        batches, messages, size = (
-            self._batches + batches,
-            self._messages + messages,
-            self._size + size,
-        )
+        batches = self._batches + load.batches
+        messages = self._messages + load.messages
+        size = self._size + load.size
         if self._messages and (
             batches > MAX_BATCHES or messages > MAX_MESSAGES or size > MAX_BYTES
         ):

@@ -107,8 +107,7 @@ class Connection:
         self._tokens = itertools.count(1)
         self._inbox = b""
         self._slow = Throttle()
-        self.offset = time.time() - time.monotonic()
-        """Seconds by which the server's time is ahead of the monotonic clock of this machine."""
+        self._offset = time.time() - time.monotonic()
         self._offset_until = 0.0
         self._offset_precision = float("inf")
         self.on_reconnect: list[Callable[[], None]] = [self._interrupt_requests]
@@ -250,7 +249,7 @@ class Connection:
 
     def now(self) -> float:
         """Return the server's time, in Unix seconds."""
-        return time.monotonic() + self.offset
+        return time.monotonic() + self._offset
 
     def now_at_least(self) -> float:
         """Return a lower bound of the server's time: its error is half a round trip at most."""
@@ -266,13 +265,13 @@ class Connection:
             return
         offset = parse_time(stamp) - (sent + received) / 2
         wrong = time.time() - time.monotonic() - offset
-        if abs(wrong) > 1 and abs(offset - self.offset) > 1:
+        if abs(wrong) > 1 and abs(offset - self._offset) > 1:
             logger.warning(
                 "the clock of this machine is %.1f s off the clock of the NATS server; "
                 "the server's is used",
                 wrong,
             )
-        self.offset, self._offset_precision, self._offset_until = (
+        self._offset, self._offset_precision, self._offset_until = (
             offset,
             round_trip,
             received + CLOCK_LIFETIME,

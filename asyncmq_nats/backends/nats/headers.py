@@ -5,6 +5,7 @@ from functools import lru_cache
 from typing import Final
 
 from asyncmq_nats.backends.base import Expect, Write
+from asyncmq_nats.backends.filters import is_key
 from asyncmq_nats.backends.nats.connection import format_time
 
 __all__ = [
@@ -61,7 +62,7 @@ def has_headers(write: Write) -> bool:
     return (
         write.message_id is not None
         or write.expect is not None
-        or write.subject.startswith("$")  # a key
+        or is_key(write.subject)
         or write.ttl is not None
         or write.timer is not None
         or write.removes is not None
@@ -90,7 +91,7 @@ def encode_headers(write: Write, more: str = "", indent: int = 0) -> bytes:
         lines += f"Nats-Schedule-Next: purge\r\nNats-Scheduler: {write.removes}\r\n"
     if write.marker:
         lines += "KV-Operation: DEL\r\n"
-    if not write.beside and write.subject.startswith("$KV.") and _may_replace(write):
+    if not write.beside and is_key(write.subject) and _may_replace(write):
         # A record that is replaced by the limit of one per subject comes back after a crash of the
         # server, once its successor is deleted.
         lines += "Nats-Rollup: sub\r\n"

@@ -114,8 +114,12 @@ class Credit:
     heard_at: float = 0.0
     looks: dict[str, Look] = field(default_factory=dict)
 
-    def count_look(self) -> None:
+    def count_delivery(self) -> None:
         """Take note that one more has come. The server serves its pulls in order."""
+        if self.outstanding > 0:
+            self.outstanding -= 1
+        if not self.looks:
+            return
         for token, look in list(self.looks.items()):
             if look.behind > 0:
                 look.behind -= 1
@@ -296,10 +300,7 @@ class NATSPuller:
         delivery = NATSDelivery(subject.decode("utf-8", "surrogateescape"), reply, body, self)
         credit = self._credits.get(delivery.consumer)
         if credit is not None:
-            if credit.looks:
-                credit.count_look()
-            if credit.outstanding > 0:
-                credit.outstanding -= 1
+            credit.count_delivery()
             credit.heard_at = time.monotonic()
         if self._listening is None:
             delivery.nak()

@@ -126,9 +126,14 @@ class Writer:
         if self._ends_in_wait:  # they go first: the end of a job makes room
             raise StorageFull(log, "the ends of jobs that run here wait for room")
         future: asyncio.Future[Settled] = asyncio.get_running_loop().create_future()
+
+        def settle(result: Settled) -> None:
+            if not future.done():
+                future.set_result(result)
+
         writes, count = named(writes), len(writes)
         now = time.monotonic()
-        entry = Unsettled(log, writes, future.set_result, now, now + self._timeout, staged=staged)
+        entry = Unsettled(log, writes, settle, now, now + self._timeout, staged=staged)
         if staged is not None:
             staged.release()
         size = len(writes[0].body) if count == 1 else sum([len(write.body) for write in writes])
@@ -382,8 +387,6 @@ class Writer:
         self._ends_in_wait.discard(entry.token)
         try:
             entry.settle(result)
-        except asyncio.InvalidStateError:  # the caller was cancelled just now
-            pass
         except Exception:
             logger.exception("%s: the callback of a write failed", entry.log)
 
