@@ -12,7 +12,9 @@ from asyncmq_nats.testing import assert_enqueued
 
 
 @pytest.fixture(autouse=True)
-def clean():
+def at_noon(amq_clock):
+    tomorrow = amq_clock.now().astimezone(ZoneInfo("Europe/Berlin")) + timedelta(days=1)
+    asyncio.run(amq_clock.advance_to(tomorrow.replace(hour=12, minute=0, second=0, microsecond=0)))
     business.reset()
 
 
@@ -49,10 +51,7 @@ def test_a_reminder_comes_an_hour_after_the_charge(advance):
     assert Mailbox.sent == ["How do you like A1?"]
 
 
-def test_the_day_is_closed_at_two_in_the_night(advance, amq_clock):
-    tomorrow = amq_clock.now().astimezone(ZoneInfo("Europe/Berlin")) + timedelta(days=1)
-    asyncio.run(amq_clock.advance_to(tomorrow.replace(hour=12, minute=0, second=0, microsecond=0)))
-    Mailbox.sent.clear()
+def test_the_day_is_closed_at_two_in_the_night(advance):
     place_order("A1", 500)
     place_order("A2", 700)
     advance("13h59m")
