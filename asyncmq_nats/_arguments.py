@@ -55,6 +55,7 @@ def write_plainly(
 
 def build_addition(
     now: float,
+    latest: float | None = None,
     *,
     write: WriteArguments = write_plainly,
     task_id: str,
@@ -72,7 +73,10 @@ def build_addition(
     repeat_every: float | str | None = None,
     meta: Mapping[str, str] | None = None,
 ) -> Addition:
-    """Return a new job from the parameters of `Queue.add`. `now`: Unix seconds.
+    """Return a new job from the parameters of `Queue.add`.
+
+    `now`: in Unix seconds. `latest`: the time from which `delay` counts, by default `now`; see
+    `Backend.now_at_most`.
 
     Options that were valid for an earlier job are not checked again.
 
@@ -87,7 +91,7 @@ def build_addition(
     delay = None if delay is None else checked_seconds(delay, "delay")
     args, kwargs = checked_call(write, task_id, args, kwargs)
     own_id = new_job_id() if job_id is None else validate_custom_job_id(job_id)
-    delay_until = None if delay is None or delay <= 0 else now + delay
+    delay_until = None if delay is None or delay <= 0 else (latest or now) + delay
     options = (
         task_id,
         retries,

@@ -62,8 +62,10 @@ class Call(Generic[R_co]):
                 name,
             )
 
-    def follow_up(self, now: float, meta: Mapping[str, str]) -> Job:
+    def follow_up(self, now: float, latest: float, meta: Mapping[str, str]) -> Job:
         """Return the job as one that a task adds. `meta`: that of its job.
+
+        `now`, `latest`: see `build_addition`.
 
         Raises:
             InvalidArgument: it has an option that no follow-up takes.
@@ -72,7 +74,7 @@ class Call(Generic[R_co]):
             if self.options.get(name) is not None:
                 raise InvalidArgument(f"a follow-up job takes no {name}", self.options[name])
         given = {"meta": meta, **self.fields}
-        return whole_job(build_addition(now, write=written, **given))
+        return whole_job(build_addition(now, latest, write=written, **given))
 
 
 def written(

@@ -43,6 +43,9 @@ class JobServices(Protocol):
     def now(self) -> float:
         """Return the server's time."""
 
+    def now_at_most(self) -> float:
+        """Return the latest time that the server's clock may show now: delays count from it."""
+
     def report_progress(self, job: Job, progress: float, data: Any) -> None:
         """Store the progress of a job. It is called from any thread and must not block."""
 
@@ -209,12 +212,13 @@ class JobContext:
             raise InvalidFlow(
                 f"a job can have {MOST_FOLLOW_UPS} follow-ups at most: add one that adds the others"
             )
-        now = self._services.now()
+        now, latest = self._services.now(), self._services.now_at_most()
         if isinstance(task_id, Call):
             task_id.require_queue(self.queue)
-            return self._add(task_id.follow_up(now, self.meta))
+            return self._add(task_id.follow_up(now, latest, self.meta))
         job = build_addition(
             now,
+            latest,
             write=self._write,
             task_id=task_id,
             args=args,

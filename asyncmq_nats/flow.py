@@ -42,7 +42,7 @@ class FlowProducer:
             ValueError: the `repeat_every` of one is no interval.
         """
         await self.backend.connect()
-        built = _build(jobs, queue, self.backend.now())
+        built = _build(jobs, queue, self.backend)
         for job in built:
             if job.repeat_every is not None:
                 parse_every(job.repeat_every)
@@ -55,7 +55,7 @@ class FlowProducer:
         return [job.job_id for job in built]
 
 
-def _build(jobs: Sequence[Job | Call[Any]], queue: str, now: float) -> list[Job]:
+def _build(jobs: Sequence[Job | Call[Any]], queue: str, backend: Backend) -> list[Job]:
     """Return the jobs of a flow, each call as a job with an id."""
     ids: dict[int, str] = {}
     for call in jobs:
@@ -66,10 +66,10 @@ def _build(jobs: Sequence[Job | Call[Any]], queue: str, now: float) -> list[Job]
             if id(call) in ids:
                 raise InvalidFlow("a call is twice in the flow: make one for each job")
             ids[id(call)] = call.options.get("job_id") or new_job_id()
-    return [_job_of(job, ids, now) if isinstance(job, Call) else job for job in jobs]
+    return [_job_of(job, ids, backend) if isinstance(job, Call) else job for job in jobs]
 
 
-def _job_of(call: Call[Any], ids: Mapping[int, str], now: float) -> Job:
+def _job_of(call: Call[Any], ids: Mapping[int, str], backend: Backend) -> Job:
     given = call.options.get("depends_on") or ()
     parents = [given] if isinstance(given, str) else given
     names = []
@@ -80,7 +80,8 @@ def _job_of(call: Call[Any], ids: Mapping[int, str], now: float) -> Job:
             )
         names.append(ids[id(parent)] if isinstance(parent, Call) else parent)
     options = {**call.options, "depends_on": names}
-    job = build_addition(now, write=written, **replace(call, options=options).fields)
+    fields = replace(call, options=options).fields
+    job = build_addition(backend.now(), backend.now_at_most(), write=written, **fields)
     return replace(whole_job(job), job_id=ids[id(call)])
 
 

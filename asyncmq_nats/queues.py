@@ -307,6 +307,7 @@ class Queue:
         await self.backend.connect()
         job = build_addition(
             self.backend.now(),
+            None if delay is None else self.backend.now_at_most(),
             write=self._registry.write,
             task_id=task_id,
             args=args,
@@ -336,7 +337,8 @@ class Queue:
         given = call.options.get("deduplication")
         window = None if given is None else parse_window(given)
         await self.backend.connect()
-        job = build_addition(self.backend.now(), write=written, **call.fields)
+        now, latest = self.backend.now(), self.backend.now_at_most()
+        job = build_addition(now, latest, write=written, **call.fields)
         return await self._add(job, window)
 
     def _add(self, job: Addition, window: Window | None = None) -> Coroutine[Any, Any, str]:

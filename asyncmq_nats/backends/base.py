@@ -431,6 +431,12 @@ class Backend(Protocol):
     def now_at_least(self) -> float:
         """Return a time that the server's clock has certainly reached, near `now`."""
 
+    def now_at_most(self) -> float:
+        """Return a time that the server's clock has not passed, near `now`: delays count from it.
+
+        So no job starts early that is to wait for some time.
+        """
+
     @property
     def max_body(self) -> int:
         """Return the largest body a write may have, in bytes."""

@@ -220,7 +220,6 @@ class Promoter:
             return
         key = self._keys.parse(delivery.subject)
         held = Held(delivery, fire=key.kind is Kind.FIRE)
-        arrived = self._monotonic()
         run_at: float | None = None
         held.plan = key.kind is Kind.PLAN_DUE
         try:
@@ -234,6 +233,7 @@ class Promoter:
         except InvalidJob as problem:
             held.problem = problem
         wait = self._wait(delivery, run_at)
+        arrived = self._monotonic()  # read last: a pause in between makes it late, not early
         held.due = arrived + wait
         held.checked = held.needs_no_check or not self._is_doubtful(held, wait)
         if held.released is not None and wait > 0:
@@ -249,10 +249,9 @@ class Promoter:
         """
         if run_at is None:
             return 0.0
-        now = self._backend.now()
+        now = self._backend.now_at_least()
         if delivery.deliveries == 1 and now - delivery.time <= LONGEST_WAIT:
-            transit = self._backend.now_at_least() - delivery.time
-            now = delivery.time + min(max(transit, 0.0), LONGEST_TRANSIT)
+            now = delivery.time + min(max(now - delivery.time, 0.0), LONGEST_TRANSIT)
         return min(max(run_at - now, 0.0), LONGEST_WAIT)
 
     def _is_doubtful(self, held: Held, wait: float) -> bool:

@@ -33,6 +33,10 @@ class QueueStore:
         """Return the server's time."""
         return self.backend.now()
 
+    def now_at_most(self) -> float:
+        """Return the latest time that the server's clock may show now: delays count from it."""
+        return self.backend.now_at_most()
+
     async def last(self, *filters: str) -> list[Record]:
         """Return the last record of each subject that matches any of the filters, of one log."""
         return await self.backend.last(self.keys.log_of(filters[0]), *filters)

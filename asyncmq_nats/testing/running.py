@@ -40,6 +40,9 @@ class _Services:
         backend = settings.backend
         return new_job(task_id="now").created_at if backend is None else float(backend.now())
 
+    def now_at_most(self) -> float:
+        return self.now()
+
     def report_progress(self, job: Job, progress: float, data: Any) -> None:
         self.reports.append((progress, data))
 

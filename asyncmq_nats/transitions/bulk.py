@@ -71,8 +71,8 @@ class Bulk:
         early: bool = True,
     ) -> None:
         """`early`: jobs may be sent as they are built. Not if a middleware sees them first."""
-        self._additions = additions
-        self._builder = EntryBuilder(additions.store.backend.now(), write, queue)
+        self._additions, backend = additions, additions.store.backend
+        self._builder = EntryBuilder(backend.now(), write, queue, latest=backend.now_at_most())
         self._classes_of = classes_of
         self._queue = queue
         self._early = early
@@ -207,9 +207,16 @@ class Bulk:
 class EntryBuilder:
     """Builds the jobs of entries. Options that are those of the last one are not checked again."""
 
-    def __init__(self, now: float, write: WriteArguments = write_plainly, queue: str = "") -> None:
-        """`now`: Unix seconds."""
-        self._now = now
+    def __init__(
+        self,
+        now: float,
+        write: WriteArguments = write_plainly,
+        queue: str = "",
+        *,
+        latest: float | None = None,
+    ) -> None:
+        """`now`, `latest`: see `build_addition`."""
+        self._now, self._latest = now, latest
         self._write = write
         self._queue = queue
         self._options: dict[str, Any] = {}
@@ -246,7 +253,7 @@ class EntryBuilder:
                 fields = entry.fields | {"deduplication": entry.options.get("deduplication")}
             window = take_window(fields)
             write = written if is_call else self._write
-            job = build_addition(self._now, write=write, **fields)
+            job = build_addition(self._now, self._latest, write=write, **fields)
         except (ValueError, TypeError) as error:
             error.add_note(_note(index))
             raise

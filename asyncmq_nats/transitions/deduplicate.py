@@ -157,7 +157,7 @@ class Deduplicator:
 
     def _end_of(self, window: Window) -> float | None:
         """Return when a window ends that begins now; `None`: with its owner."""
-        return None if window.ttl is None else self._store.now() + window.ttl
+        return None if window.ttl is None else self._store.now_at_most() + window.ttl
 
     def _record(
         self, key: str, owner: str, until: float | None, replaced: int, job: Job | None = None

@@ -79,6 +79,10 @@ class Lifecycle(Deliveries):
         """Return the server's time."""
         return self._backend.now()
 
+    def now_at_most(self) -> float:
+        """Return the latest time that the server's clock may show now: delays count from it."""
+        return self._backend.now_at_most()
+
     # -- end
 
     def complete(self, attempt: Attempt, result: Any, settle: OnSettled) -> None:
@@ -142,14 +146,14 @@ class Lifecycle(Deliveries):
     ) -> None:
         """Schedule the next attempt, `delay` seconds from now."""
         job = add_failure(attempt.job, failure)
-        run_at = self._backend.now() + delay if delay > 0 else None
+        run_at = self._backend.now_at_most() + delay if delay > 0 else None
         await self._reschedule(attempt, _fields_of_next(job), run_at, settle)
 
     async def snooze(self, attempt: Attempt, delay: float, settle: OnSettled) -> None:
         """Have the job run again in `delay` seconds, as its task wishes; no retry is counted."""
         job = attempt.job
         fields = _fields_of_next(job) | {"put_offs": job.put_offs + 1, "snoozes": job.snoozes + 1}
-        run_at = self._backend.now() + delay if delay > 0 else None
+        run_at = self._backend.now_at_most() + delay if delay > 0 else None
         await self._reschedule(attempt, fields, run_at, settle)
 
     async def postpone(self, attempt: Attempt, settle: OnSettled) -> None:
@@ -178,7 +182,7 @@ class Lifecycle(Deliveries):
             "put_off_since": since,
             "put_off_reason": reason[:MAX_REASON_LENGTH],
         }
-        await self._reschedule(attempt, fields, now + delay, settle)
+        await self._reschedule(attempt, fields, self._backend.now_at_most() + delay, settle)
         return delay
 
     async def _reschedule(

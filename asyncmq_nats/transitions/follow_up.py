@@ -61,7 +61,8 @@ class FollowUpJobs:
             every = parse_every(job.repeat_every or 0.0)
         except (TypeError, ValueError) as error:
             raise InvalidJob(f"repeat_every: {error}") from None
-        run_at = now + max(every, self._store.backend.settings.min_repeat_interval)
+        every = max(every, self._store.backend.settings.min_repeat_interval)
+        run_at = self._store.now_at_most() + every
         again = replace(
             job, job_id=new_job_id(), created_at=now, delay_until=run_at, custom_id=False
         )

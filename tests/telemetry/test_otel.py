@@ -293,6 +293,8 @@ class Services:
     def now(self) -> float:
         return 100.5
 
+    now_at_most = now
+
 
 class Source:
     """A job of the task `work`."""

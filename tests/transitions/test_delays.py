@@ -5,7 +5,7 @@ The tests run on both backends.
 
 import math
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,11 +14,16 @@ import pytest
 
 from asyncmq_nats.backends.base import Backend, Delivery, Settle, Write
 from asyncmq_nats.backends.memory import InMemoryBackend
-from asyncmq_nats.exceptions import BackendError, InvalidArgument, Unconfirmed
+from asyncmq_nats.calls import Call
+from asyncmq_nats.context import current_job
+from asyncmq_nats.exceptions import BackendError, InvalidArgument, Retry, Snooze, Unconfirmed
+from asyncmq_nats.flow import FlowProducer
+from asyncmq_nats.jobs import Job
 from asyncmq_nats.queues import Queue
 from asyncmq_nats.runtime import promoter
 from asyncmq_nats.runtime.promoter import Promoter
 from asyncmq_nats.settings import Settings
+from asyncmq_nats.states import Place
 from asyncmq_nats.store.queue_store import QueueStore
 from asyncmq_nats.store.secret import QueueSecret
 from asyncmq_nats.testing import VirtualBackend, VirtualClock
@@ -642,6 +647,84 @@ def test_the_time_in_transit_of_a_fresh_record_is_subtracted(
     delivery: Any = SimpleNamespace(deliveries=1, time=released_at)
     promoter = Promoter(make_queue(backend)._store)
     assert promoter._wait(delivery, released_at + 0.3) == pytest.approx(wait, abs=1e-4)
+
+
+def test_a_pause_while_a_record_is_looked_at_makes_no_job_early(
+    monkeypatch: pytest.MonkeyPatch, settings: Settings
+) -> None:
+    """The time to wait counts from the moment for which it was found, or a later one."""
+    passed = 0.0
+
+    def read() -> float:
+        nonlocal passed
+        passed += 0.01  # another program has the processor
+        return passed
+
+    for name in ("now", "now_at_least", "now_at_most"):
+        monkeypatch.setattr(InMemoryBackend, name, lambda _: read())
+    made = Promoter(make_queue(InMemoryBackend(settings))._store)
+    monkeypatch.setattr(made, "_monotonic", read)
+    body = Job("echo", delay_until=0.3).encode()
+    key = made._keys.later("one", Place.RELEASED)
+    delivery: Any = SimpleNamespace(subject=key, body=body, sequence=1, deliveries=1, time=0.0)
+    made._on_delivery(delivery)
+    [(_, _, held)] = made._waiting
+    assert 0.3 <= held.due < 0.35
+
+
+def echo_late(delay: float) -> str:
+    """Add a job that runs later, as a task."""
+    return current_job().add("echo", [1], delay=delay)
+
+
+def fail() -> None:
+    raise ValueError("no")
+
+
+def snooze(seconds: float) -> None:
+    raise Snooze(seconds)
+
+
+def retry(seconds: float) -> None:
+    raise Retry("later", after=seconds)
+
+
+LATER: dict[str, Callable[[Queue], Awaitable[Any]]] = {
+    "add": lambda queue: queue.add("echo", delay=60),
+    "bulk": lambda queue: queue.add_bulk([{"task_id": "echo", "args": ["x", [1]], "delay": 60}]),
+    "series": lambda queue: queue.add_bulk([{"task_id": "echo", "args": [1], "delay": 60}] * 2),
+    "call": lambda queue: queue.add_call(call_of("echo", delay=60)),
+    "calls": lambda queue: queue.add_bulk([call_of("echo", delay=60)]),
+    "flow": lambda queue: FlowProducer(queue.backend).add_flow(
+        queue.name, [call_of("echo", delay=60)]
+    ),
+    "follow-up": lambda queue: queue.add("echo_late", [60]),
+    "retry": lambda queue: queue.add("retry", [60], retries=1),
+    "backoff": lambda queue: queue.add("fail", retries=1, backoff=60),
+    "snooze": lambda queue: queue.add("snooze", [60]),
+    "again": lambda queue: queue.add("echo", repeat_every=60),
+}
+
+
+def call_of(name: str, **options: Any) -> Call[Any]:
+    return Call(name, "work", (), {}, options)
+
+
+@pytest.mark.parametrize("how", LATER)
+async def test_a_delay_counts_from_the_latest_time_that_it_may_be(
+    monkeypatch: pytest.MonkeyPatch, settings: Settings, how: str
+) -> None:
+    """A client knows the server's time up to half a round trip."""
+    backend = InMemoryBackend(settings)
+    monkeypatch.setattr(backend, "now_at_most", lambda: backend.now() + 5)
+    queue = make_queue(
+        backend, echo=lambda *_: 1, fail=fail, echo_late=echo_late, snooze=snooze, retry=retry
+    )
+    before = backend.now()
+    await LATER[how](queue)
+    async with running(queue):
+        [*jobs] = await until(lambda: queue.list_delayed(), bool)
+    assert all(65 <= job.run_at - before < 65 + PATIENCE for job in jobs)
 
 
 async def test_the_time_that_the_server_has_reached_at_least_is_not_ahead_of_its_clock(

@@ -179,6 +179,10 @@ class InMemoryBackend:
         """See `Backend`."""
         return self._agenda.now()
 
+    def now_at_most(self) -> float:
+        """See `Backend`."""
+        return self._agenda.now()
+
     @property
     def reads_may_lag(self) -> bool:
         """See `Backend`."""

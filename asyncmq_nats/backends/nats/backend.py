@@ -284,10 +284,15 @@ class NATSBackend:
         return self._connection is not None and self._connection.client.is_connected
 
     def now(self) -> float:
-        return self._connection.now() if self._connection is not None else time.time()
+        return time.time() if self._connection is None else self._connection.server_clock.now()
 
     def now_at_least(self) -> float:
-        return -math.inf if self._connection is None else self._connection.now_at_least()
+        connection = self._connection
+        return -math.inf if connection is None else connection.server_clock.now_at_least()
+
+    def now_at_most(self) -> float:
+        connection = self._connection
+        return time.time() if connection is None else connection.server_clock.now_at_most()
 
     @property
     def reads_may_lag(self) -> bool:

@@ -32,6 +32,7 @@ from asyncmq_nats.backends.nats.errors import (
     is_full,
     mapped_errors,
 )
+from asyncmq_nats.backends.nats.server_clock import ServerClock
 from asyncmq_nats.exceptions import (
     BackendError,
     ConnectionFailed,
@@ -61,7 +62,6 @@ LONG_CALL_TIMEOUT: Final = 600.0
 """A purge takes as long as there is to remove."""
 READ_CALLS: Final = ("INFO", "STREAM.INFO", "STREAM.NAMES", "CONSUMER.INFO", "CONSUMER.NAMES")
 LONG_CALLS: Final = ("STREAM.PURGE", "STREAM.DELETE")
-CLOCK_LIFETIME: Final = 60.0
 REFUSAL: Final = re.compile(
     r'permissions violation for (?:publish|subscription) to "(.+?)"', re.IGNORECASE
 )
@@ -107,9 +107,7 @@ class Connection:
         self._tokens = itertools.count(1)
         self._inbox = b""
         self._slow = Throttle()
-        self._offset = time.time() - time.monotonic()
-        self._offset_until = 0.0
-        self._offset_precision = float("inf")
+        self.server_clock = ServerClock()
         self.on_reconnect: list[Callable[[], None]] = [self._interrupt_requests]
         self.reconnects = 0
         """How often this connection was made again."""
@@ -247,35 +245,18 @@ class Connection:
         ) as error:  # the server went away first; RuntimeError: uvloop's word for it
             logger.debug("closing the connection to %s: %s", self.servers, error)
 
-    def now(self) -> float:
-        """Return the server's time, in Unix seconds."""
-        return time.monotonic() + self._offset
-
-    def now_at_least(self) -> float:
-        """Return a lower bound of the server's time: its error is half a round trip at most."""
-        return self.now() - self._offset_precision / 2
-
-    def learn_time(self, stamp: str, sent: float, received: float) -> None:
-        """Measure the offset of the clocks by a time stamp of the server.
-
-        The server made it between `sent` and `received` (monotonic seconds).
-        """
-        round_trip = received - sent
-        if round_trip > self._offset_precision and received < self._offset_until:
-            return
-        offset = parse_time(stamp) - (sent + received) / 2
+    def _learn_time(self, stamp: str, sent: float, received: float) -> None:
+        """Measure the server's clock by a time stamp; see `ServerClock.learn`."""
+        before = self.server_clock.offset
+        self.server_clock.learn(parse_time(stamp), sent, received)
+        offset = self.server_clock.offset
         wrong = time.time() - time.monotonic() - offset
-        if abs(wrong) > 1 and abs(offset - self._offset) > 1:
+        if abs(wrong) > 1 and abs(offset - before) > 1:
             logger.warning(
                 "the clock of this machine is %.1f s off the clock of the NATS server; "
                 "the server's is used",
                 wrong,
             )
-        self._offset, self._offset_precision, self._offset_until = (
-            offset,
-            round_trip,
-            received + CLOCK_LIFETIME,
-        )
 
     # -- requests
 
@@ -481,9 +462,10 @@ class Connection:
                     )
                 await asyncio.sleep(0.1)
                 continue
+            received = time.monotonic()
             answer: dict[str, Any] = json.loads(reply.body)
             if "ts" in answer:
-                self.learn_time(answer["ts"], sent, time.monotonic())
+                self._learn_time(answer["ts"], sent, received)
             if self._may_pass(answer.get("error", {}), sent - begun) and left > 0.3:
                 await asyncio.sleep(0.2)
                 continue

@@ -41,7 +41,7 @@ async def describe_server(connection: Connection) -> ServerFacts:
         is_clustered=client.is_clustered,
         mixes_up_expectations=connection.mixes_up_expectations,
         max_body=client.max_payload,
-        clock_offset=time.time() - connection.now() if account else None,
+        clock_offset=time.time() - connection.server_clock.now() if account else None,
         stored_bytes=account.get("storage"),
         max_stored_bytes=largest if largest > 0 else None,
     )
