@@ -34,8 +34,6 @@ TIER_SEARCH_INTERVAL: Final = 30.0
 """Seconds between two searches for tiers whose signal was lost."""
 BUFFER_CHECK_INTERVAL: Final = 0.05
 MEASURE_INTERVAL: Final = 0.005
-EXPECTED_SECONDS: Final = 0.05
-"""For how long jobs are expected that this worker has made ready: others may take them."""
 UNSETTLED_PER_SLOT: Final = 4
 UNSETTLED_RESERVE: Final = 256
 LONGEST_PRIORITY: Final = 255
@@ -103,7 +101,6 @@ class Fetcher:
         self.member: Member | None = None
         """The slots of this queue in its group."""
         self._group_started = 0
-        self._expected, self._expected_until = 0, 0.0
         self.started = 0
         """How many jobs have started."""
 
@@ -211,22 +208,6 @@ class Fetcher:
         self.started += 1
         if self._group is not None:
             self._group.occupy()
-
-    def expect(self, count: int) -> None:
-        """Ask in time for jobs that are about to become ready: a burst may be more than the slots.
-
-        Those beyond the free slots wait here, as many as there are slots at most, until the first
-        have ended. What starts late is given back, like all that is fetched ahead.
-        """
-        self._expected += count
-        self._expected_until = self._monotonic() + EXPECTED_SECONDS
-        self.refill()
-
-    def _expected_beyond(self, slots: int) -> int:
-        """Return how many of the jobs that are expected find none of these slots free."""
-        if self._monotonic() >= self._expected_until:
-            self._expected = 0
-        return min(max(self._expected - slots, 0), self._concurrency)
 
     @property
     def expects_jobs(self) -> bool:
@@ -349,9 +330,8 @@ class Fetcher:
                 continue
             if self._limiter is None:  # also during a pause: the server is the one that resumes
                 self._measure(self._monotonic())
-                free = self._free_slots
                 prefetch = self._throughput.decide_prefetch(self._concurrency)
-                await self._ask(self.busy + free + max(prefetch, self._expected_beyond(free)))
+                await self._ask(self.busy + self._free_slots + prefetch)
             elif not self._limiter.blocks and not self.is_paused:
                 wait = await self._ask_within_limit(self._limiter) or wait
 
@@ -436,8 +416,9 @@ class Fetcher:
             return
         priority = self._tiers.priority_of(delivery.consumer)
         now = self._monotonic()
-        if self._asked_at or self._expected:
-            self._note_arrival(now)
+        if self._asked_at:
+            self._throughput.learn_refill(now - self._asked_at)
+            self._asked_at = 0.0
         tier = self._tiers.known.get(priority)
         if tier is None:
             tier = self._tiers.add(priority, 0, now)
@@ -455,13 +436,6 @@ class Fetcher:
             self._held.set()
         if not delivery.pending:
             self.refill()
-
-    def _note_arrival(self, now: float) -> None:
-        if self._asked_at:
-            self._throughput.learn_refill(now - self._asked_at)
-            self._asked_at = 0.0
-        if self._expected:
-            self._expected -= 1
 
     # -- giving back
 

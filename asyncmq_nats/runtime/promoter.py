@@ -92,7 +92,6 @@ class Held:
     """
 
     __slots__ = (
-        "announced",
         "checked",
         "delivery",
         "due",
@@ -107,8 +106,6 @@ class Held:
     def __init__(self, delivery: Delivery, *, fire: bool) -> None:
         self.delivery = delivery
         self.fire = fire
-        self.announced = False
-        """Whether `on_due` was told of it."""
         self.plan = False
         """Whether it is a flow whose producer died."""
         self.released: Released | None = None
@@ -129,15 +126,12 @@ class Held:
 
 
 class Promoter:
-    """Moves released jobs to their tiers. `on_due` is told how many are about to become ready."""
+    """Moves released jobs to their tiers."""
 
-    def __init__(
-        self, store: QueueStore, on_due: Callable[[int], None] = lambda count: None
-    ) -> None:
+    def __init__(self, store: QueueStore) -> None:
         self._store = store
         self._backend = store.backend
         self._keys = store.keys
-        self._on_due = on_due
         self._queue_secret = QueueSecret(store)
         self._additions = Additions(store)
         self._ticker = Ticker(store, self._queue_secret)
@@ -299,23 +293,19 @@ class Promoter:
             await anyio.lowlevel.checkpoint()
 
     def _begin_due(self) -> None:
-        now, doubtful, fresh = self._monotonic(), list[Held](), 0
+        now, doubtful = self._monotonic(), list[Held]()
         for _ in range(BEGIN_BATCH):
             due = self._waiting and self._waiting[0][0] <= now
             if not due or self._stopping or not self._has_room:
                 break
             _, _, held = heapq.heappop(self._waiting)
             self._in_flight.add(held)
-            fresh += not held.announced
-            held.announced = True
             if held.checked:
                 self._begin(held)
             else:
                 doubtful.append(held)
         if doubtful:
             self._give(partial(self._check, doubtful), doubtful)
-        if fresh:
-            self._on_due(fresh)
 
     def _begin(self, held: Held) -> None:
         if held.problem is not None:

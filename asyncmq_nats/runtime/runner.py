@@ -156,7 +156,7 @@ class Runner:
         self._heartbeat = Heartbeat(
             self.worker, backend.settings.heartbeat_interval, steps, backend.clock
         )
-        self._promoter = Promoter(store, self._fetcher.expect)
+        self._promoter = Promoter(store)
         parts = WorkerParts(self._slots, self._fetcher, self._promoter, self.recorder)
         self.vitals = Vitals(store, self.worker, concurrency, parts)
         self._progress = anyio.Event()

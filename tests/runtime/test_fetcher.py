@@ -15,7 +15,7 @@ from asyncmq_nats.backends.inmemory import InMemoryBackend
 from asyncmq_nats.exceptions import ConnectionLost
 from asyncmq_nats.queues import Queue
 from asyncmq_nats.runtime.buffer import Buffer
-from asyncmq_nats.runtime.fetcher import EXPECTED_SECONDS, Fetcher
+from asyncmq_nats.runtime.fetcher import Fetcher
 from asyncmq_nats.runtime.handback import LOOK_SECONDS, MAX_LOOK_SECONDS
 from asyncmq_nats.runtime.prefetch import MAX_PREFETCH, Throughput
 from asyncmq_nats.settings import Settings
@@ -135,31 +135,6 @@ async def looked_often(fetcher: Fetcher) -> None:
     """Wait until the fetcher has asked several times whether others wait."""
     hand_back = fetcher._hand_back
     await holds(lambda: hand_back._pause >= MAX_LOOK_SECONDS)
-
-
-@pytest.mark.parametrize(("expected", "leased"), [(0, 3), (3, 3), (5, 5), (20, 6)])
-async def test_jobs_that_are_about_to_become_ready_are_asked_for_in_time(
-    backend: Backend, expected: int, leased: int
-) -> None:
-    """Those beyond the free slots too, as many as there are slots at most."""
-    async with fetching(backend, 3) as fetcher:
-        fetcher.expect(expected)
-        await holds(lambda: not fetcher._refill_due)
-        assert fetcher._puller.outstanding(tier_name(5)) == leased
-        await add(make_queue(backend), *[5] * 10)
-        await until(lambda: tier(backend), lambda state: state.leased == leased)
-
-
-async def test_what_was_expected_and_has_come_is_expected_no_more(backend: Backend) -> None:
-    async with fetching(backend, 3) as fetcher:
-        fetcher.expect(5)
-        await add(make_queue(backend), *[5] * 5)
-        await take(fetcher, 3)
-        await until(lambda: tier(backend), lambda state: state.leased == 5)
-        await holds(lambda: fetcher._expected == 0)
-        fetcher.expect(5)
-        await anyio.sleep(2 * EXPECTED_SECONDS)
-        assert fetcher._expected_beyond(0) == 0
 
 
 async def test_short_jobs_are_fetched_ahead_within_bounds(backend: Backend) -> None:

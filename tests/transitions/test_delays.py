@@ -23,7 +23,7 @@ from asyncmq_nats.queues import Queue
 from asyncmq_nats.runtime import promoter
 from asyncmq_nats.runtime.promoter import Promoter
 from asyncmq_nats.settings import Settings
-from asyncmq_nats.states import Place, State
+from asyncmq_nats.states import Place
 from asyncmq_nats.store.queue_store import QueueStore
 from asyncmq_nats.store.secret import QueueSecret
 from asyncmq_nats.testing import VirtualBackend, VirtualClock
@@ -670,21 +670,6 @@ def test_a_pause_while_a_record_is_looked_at_makes_no_job_early(
     made._on_delivery(delivery)
     [(_, _, held)] = made._waiting
     assert 0.3 <= held.due < 0.35
-
-
-async def test_a_promoter_tells_once_how_many_jobs_are_about_to_become_ready(
-    queue: Queue,
-) -> None:
-    """Also of those whose records it reads again first, as they were in hand for a while."""
-    told = list[int]()
-    await queue._assets.declare_all()
-    await queue.add_bulk([{"task_id": "note", "delay": 0.3}] * 10)
-    made = Promoter(queue._store, told.append)
-    async with anyio.create_task_group() as group:
-        await group.start(made.run)
-        await has(queue, 10, State.WAITING)
-        group.cancel_scope.cancel()
-    assert sum(told) == 10
 
 
 def echo_late(delay: float) -> str:
