@@ -91,7 +91,9 @@ def build_addition(
     delay = None if delay is None else checked_seconds(delay, "delay")
     args, kwargs = checked_call(write, task_id, args, kwargs)
     own_id = new_job_id() if job_id is None else validate_custom_job_id(job_id)
-    delay_until = None if delay is None or delay <= 0 else (latest or now) + delay
+    delay_until = None
+    if delay is not None and delay > 0:
+        delay_until = (now if latest is None else latest) + delay
     options = (
         task_id,
         retries,

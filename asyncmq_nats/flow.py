@@ -42,7 +42,7 @@ class FlowProducer:
             ValueError: the `repeat_every` of one is no interval.
         """
         await self.backend.connect()
-        built = _build(jobs, queue, self.backend)
+        built = _build(jobs, queue, (self.backend.now(), self.backend.now_at_most()))
         for job in built:
             if job.repeat_every is not None:
                 parse_every(job.repeat_every)
@@ -55,8 +55,11 @@ class FlowProducer:
         return [job.job_id for job in built]
 
 
-def _build(jobs: Sequence[Job | Call[Any]], queue: str, backend: Backend) -> list[Job]:
-    """Return the jobs of a flow, each call as a job with an id."""
+def _build(jobs: Sequence[Job | Call[Any]], queue: str, times: tuple[float, float]) -> list[Job]:
+    """Return the jobs of a flow, each call as a job with an id.
+
+    `times`: `now` and `latest`, see `build_addition`.
+    """
     ids: dict[int, str] = {}
     for call in jobs:
         if isinstance(call, Call):
@@ -66,10 +69,10 @@ def _build(jobs: Sequence[Job | Call[Any]], queue: str, backend: Backend) -> lis
             if id(call) in ids:
                 raise InvalidFlow("a call is twice in the flow: make one for each job")
             ids[id(call)] = call.options.get("job_id") or new_job_id()
-    return [_job_of(job, ids, backend) if isinstance(job, Call) else job for job in jobs]
+    return [_job_of(job, ids, times) if isinstance(job, Call) else job for job in jobs]
 
 
-def _job_of(call: Call[Any], ids: Mapping[int, str], backend: Backend) -> Job:
+def _job_of(call: Call[Any], ids: Mapping[int, str], times: tuple[float, float]) -> Job:
     given = call.options.get("depends_on") or ()
     parents = [given] if isinstance(given, str) else given
     names = []
@@ -80,8 +83,7 @@ def _job_of(call: Call[Any], ids: Mapping[int, str], backend: Backend) -> Job:
             )
         names.append(ids[id(parent)] if isinstance(parent, Call) else parent)
     options = {**call.options, "depends_on": names}
-    fields = replace(call, options=options).fields
-    job = build_addition(backend.now(), backend.now_at_most(), write=written, **fields)
+    job = build_addition(*times, write=written, **replace(call, options=options).fields)
     return replace(whole_job(job), job_id=ids[id(call)])
 
 

@@ -394,7 +394,7 @@ async def reschedule(
     """Let delayed jobs run at another time."""
     jobs = await require_queue(session, queue)
     now = session.backend.now()
-    run_at = parse_future(at, now)
+    run_at = parse_future(at, session.backend.now_at_most())
     selection = select(now, **which)
     if selection.where is not None:
         delayed = replace(selection.where, state="delayed")

@@ -188,7 +188,7 @@ async def pause(
 ) -> None:
     """Pause a queue: no worker starts another job of it. Running jobs go on."""
     jobs = await require_queue(session, queue)
-    end = None if until is None else parse_future(until, session.backend.now())
+    end = None if until is None else parse_future(until, session.backend.now_at_most())
     await jobs.pause(end)
     session.output.line(
         f"queue {queue} is paused" + ("" if end is None else f" until {instant(end)}")

@@ -251,7 +251,7 @@ class Promoter:
             return 0.0
         now = self._backend.now_at_least()
         if delivery.deliveries == 1 and now - delivery.time <= LONGEST_WAIT:
-            now = delivery.time + min(max(now - delivery.time, 0.0), LONGEST_TRANSIT)
+            now = min(max(now, delivery.time), delivery.time + LONGEST_TRANSIT)
         return min(max(run_at - now, 0.0), LONGEST_WAIT)
 
     def _is_doubtful(self, held: Held, wait: float) -> bool:

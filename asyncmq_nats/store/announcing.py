@@ -117,7 +117,7 @@ class WorkerEvents:
                 self._heard_from = min(self._heard_from, at + ANSWER_TIME)
             on_unheard = self._stop_telling if asks else None
             self._backend.signal(self._keys.event(STARTED, token), data, on_unheard)
-        if event_emitter.listens() and event_emitter.listens(PREFIX + STARTED):
+        if event_emitter.listens(PREFIX + STARTED):
             fields = job().to_dict() | {"queue": self._keys.queue, "status": State.ACTIVE}
             spawner.spawn(event_emitter.emit, PREFIX + STARTED, fields)
 

@@ -1,6 +1,7 @@
 """The server's clock: what its time stamps prove, and that it is not moved without need."""
 
 import math
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -8,7 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from asyncmq_nats.backends.nats import server_clock
+from asyncmq_nats.backends.nats.connection import Connection, format_time
 from asyncmq_nats.backends.nats.server_clock import LIFETIME, LONGEST_ERROR, ServerClock
+from asyncmq_nats.settings import Settings
 
 OFFSET = 1_767_614_400.0
 """Seconds from the monotonic clock to the server's."""
@@ -105,3 +108,14 @@ def test_no_network_makes_a_delay_much_longer(monkeypatch: pytest.MonkeyPatch) -
     machine.ask(0.0, 30.0)
     assert machine.bounds[0] < -29
     assert machine.bounds[1] <= LONGEST_ERROR + EXACT
+
+
+def test_a_clock_of_this_machine_that_is_far_off_is_told_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    connection = Connection(Settings(), {"servers": ["nats://127.0.0.1:4222"]})
+    for _ in range(2):
+        sent = time.monotonic()
+        connection._learn_time(format_time(time.time() - 60), sent, time.monotonic())
+    [record] = caplog.records
+    assert "the clock of this machine is 60.0 s off" in record.getMessage()

@@ -42,11 +42,15 @@ class Kept(logging.Handler):
 def kept() -> Iterator[Kept]:
     handler, root = Kept(), logging.getLogger()
     level = root.level
+    library = logging.getLogger("asyncmq_nats")
+    library_level = library.level
     root.addHandler(handler)
     root.setLevel(logging.DEBUG)
+    library.setLevel(logging.NOTSET)  # a command that ran in this process has set it
     yield handler
     root.removeHandler(handler)
     root.setLevel(level)
+    library.setLevel(library_level)
 
 
 # -- fields

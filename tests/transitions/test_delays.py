@@ -3,6 +3,7 @@
 The tests run on both backends.
 """
 
+import json
 import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -30,6 +31,7 @@ from asyncmq_nats.testing import VirtualBackend, VirtualClock
 from asyncmq_nats.transitions.claim import Attempt
 from asyncmq_nats.transitions.finish import Lifecycle
 from asyncmq_nats.transitions.promote import promotion_id
+from asyncmq_nats.wire.keys import encode_token
 from tests.receiver import Receiver, holds, until
 from tests.running import (
     PATIENCE,
@@ -649,6 +651,17 @@ def test_the_time_in_transit_of_a_fresh_record_is_subtracted(
     assert promoter._wait(delivery, released_at + 0.3) == pytest.approx(wait, abs=1e-4)
 
 
+def test_a_record_that_was_delivered_before_waits_by_the_earliest_time(
+    monkeypatch: pytest.MonkeyPatch, settings: Settings
+) -> None:
+    backend = InMemoryBackend(settings)
+    released_at = backend.now() - 0.2
+    monkeypatch.setattr(backend, "now_at_least", lambda: released_at + 0.1)
+    delivery: Any = SimpleNamespace(deliveries=2, time=released_at)
+    made = Promoter(make_queue(backend)._store)
+    assert made._wait(delivery, released_at + 0.3) == pytest.approx(0.2, abs=1e-4)
+
+
 def test_a_pause_while_a_record_is_looked_at_makes_no_job_early(
     monkeypatch: pytest.MonkeyPatch, settings: Settings
 ) -> None:
@@ -660,7 +673,7 @@ def test_a_pause_while_a_record_is_looked_at_makes_no_job_early(
         passed += 0.01  # another program has the processor
         return passed
 
-    for name in ("now", "now_at_least", "now_at_most"):
+    for name in ("now", "now_at_least"):
         monkeypatch.setattr(InMemoryBackend, name, lambda _: read())
     made = Promoter(make_queue(InMemoryBackend(settings))._store)
     monkeypatch.setattr(made, "_monotonic", read)
@@ -710,21 +723,44 @@ def call_of(name: str, **options: Any) -> Call[Any]:
     return Call(name, "work", (), {}, options)
 
 
-@pytest.mark.parametrize("how", LATER)
-async def test_a_delay_counts_from_the_latest_time_that_it_may_be(
-    monkeypatch: pytest.MonkeyPatch, settings: Settings, how: str
-) -> None:
-    """A client knows the server's time up to half a round trip."""
+@pytest.fixture
+def behind(monkeypatch: pytest.MonkeyPatch, settings: Settings) -> InMemoryBackend:
+    """A backend whose idea of the time may be five seconds behind the server's clock."""
     backend = InMemoryBackend(settings)
     monkeypatch.setattr(backend, "now_at_most", lambda: backend.now() + 5)
+    return backend
+
+
+@pytest.mark.parametrize("how", LATER)
+async def test_a_delay_counts_from_the_latest_time_that_it_may_be(
+    behind: InMemoryBackend, how: str
+) -> None:
     queue = make_queue(
-        backend, echo=lambda *_: 1, fail=fail, echo_late=echo_late, snooze=snooze, retry=retry
+        behind, echo=lambda *_: 1, fail=fail, echo_late=echo_late, snooze=snooze, retry=retry
     )
-    before = backend.now()
+    before = behind.now()
     await LATER[how](queue)
     async with running(queue):
-        [*jobs] = await until(lambda: queue.list_delayed(), bool)
+        jobs = await until(queue.list_delayed, bool)
     assert all(65 <= job.run_at - before < 65 + PATIENCE for job in jobs)
+
+
+async def test_so_does_the_time_until_an_unknown_task_is_looked_for_again(
+    behind: InMemoryBackend,
+) -> None:
+    queue, before = make_queue(behind, echo=echo), behind.now()
+    await queue.add("unknown")
+    async with running(queue):
+        [job] = await until(queue.list_delayed, bool)
+    assert job.run_at - before >= 5
+
+
+async def test_so_does_the_window_of_a_deduplication(behind: InMemoryBackend) -> None:
+    queue, before = make_queue(behind, echo=echo), behind.now()
+    await queue.add("echo", deduplication={"id": "key", "ttl": 60})
+    key = queue._store.keys.deduplication(encode_token("key"))
+    [record] = await behind.last("KV_amq_work_scheduler", key)
+    assert 65 <= json.loads(record.body)["until"] - before < 65 + PATIENCE
 
 
 async def test_the_time_that_the_server_has_reached_at_least_is_not_ahead_of_its_clock(

@@ -186,7 +186,7 @@ async def reschedule(request: Request) -> Response:
     queue = await site.queue(request)
     job_id = job_id_of(request)
     delay = text_of(await request.form(), "delay")
-    run_at = site.backend.now() + parse_every(delay)
+    run_at = site.backend.now_at_most() + parse_every(delay)
     if not await queue.reschedule(job_id, run_at):
         raise InvalidArgument("only a delayed job can be put off", job_id)
     await site.record(request, "job.reschedule", queue.name, job_id, run_at=run_at)

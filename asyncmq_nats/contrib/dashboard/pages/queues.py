@@ -71,7 +71,7 @@ async def pause(request: Request) -> Response:
     site = site_of(request)
     queue = await site.queue(request)
     text = text_of(await request.form(), "for")
-    until = site.backend.now() + parse_every(text) if text else None
+    until = site.backend.now_at_most() + parse_every(text) if text else None
     await queue.pause(until)
     await site.record(request, "queue.pause", queue.name, until=until)
     return await site.done(
