@@ -7,14 +7,14 @@ import os
 import random
 from collections import deque
 from collections.abc import Callable, Mapping
+from dataclasses import MISSING, field, fields, replace
 from dataclasses import dataclass as plain_dataclass
-from dataclasses import replace
+from functools import cache
 from time import time, time_ns
-from typing import Annotated, Any, Final, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self, get_type_hints
 
 from pydantic import (
     AliasChoices,
-    BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
@@ -22,6 +22,8 @@ from pydantic import (
     ValidationError,
 )
 from pydantic.dataclasses import dataclass
+from pydantic_core import SchemaValidator
+from pydantic_core.core_schema import typed_dict_field, typed_dict_schema, with_default_schema
 
 from asyncmq_nats.exceptions import (
     InvalidArgument,
@@ -32,7 +34,7 @@ from asyncmq_nats.exceptions import (
     PayloadTooLarge,
 )
 from asyncmq_nats.states import OUTCOMES, State
-from asyncmq_nats.wire.codec import dump_json, find_non_finite
+from asyncmq_nats.wire.codec import dump_json, find_non_finite, may_be_non_finite
 from asyncmq_nats.wire.keys import PRIORITY_LIMIT, check_job_id
 
 __all__ = [
@@ -58,6 +60,11 @@ RANDOM_BYTES: Final = 10
 """Random bytes for one id, of which 74 bits are used."""
 VARIANTS: Final = {digit: "89ab"[int(digit, 16) & 3] for digit in "0123456789abcdef"}
 """Of a random digit, that of a UUID in the same place."""
+KEYS: Final[dict[str, list[list[str | int]]]] = {
+    "task_id": [["task"], ["task_id"]],
+    "job_id": [["id"], ["job_id"]],
+}
+"""Members of a stored job that are called otherwise here, the first one that is there."""
 MAX_DELAY: Final = 365 * 86_400.0
 """The longest delay before a retry, in seconds."""
 LATEST_TIME: Final = 250_000_000_000.0
@@ -169,20 +176,18 @@ def backoff_delay(
     return delay
 
 
-class JobHead(BaseModel):
+@plain_dataclass(frozen=True)
+class JobHead:
     """What a worker has to know of a job to run it.
 
-    All of it, a `Job`, takes four times as long, and is read when it is needed. A model: of a
-    dataclass, to make it takes as long as to read it.
+    All of it, a `Job`, takes three times as long, and is read when it is needed.
     """
 
-    model_config = ConfigDict(frozen=True)
-
-    task_id: Annotated[str, Field(validation_alias=AliasChoices("task", "task_id"), min_length=1)]
-    job_id: Annotated[str, Field(validation_alias=AliasChoices("id", "job_id"), min_length=1)]
+    task_id: Annotated[str, Field(min_length=1)]
+    job_id: Annotated[str, Field(min_length=1)]
     created_at: Annotated[float, Field(allow_inf_nan=False)]
-    args: list[Any] = Field(default_factory=list)
-    kwargs: dict[str, Any] = Field(default_factory=dict)
+    args: list[Any] = field(default_factory=list)
+    kwargs: dict[str, Any] = field(default_factory=dict)
     ttl: Annotated[float | None, Field(ge=0, allow_inf_nan=False)] = None
     timeout: Annotated[float | None, Field(gt=0, allow_inf_nan=False)] = None
     delay_until: Annotated[float | None, Field(allow_inf_nan=False, le=LATEST_TIME)] = None
@@ -211,8 +216,15 @@ class JobHead(BaseModel):
             InvalidJob: the body is not a job.
             NewerJob: it is of a newer version of the format.
         """
-        head: Self = _validate(cls.__pydantic_validator__.validate_json, body)
-        if b"NaN" in body or b"Infinity" in body:
+        try:
+            members = _heads().validate_json(body)
+        except ValidationError as error:
+            raise InvalidJob(_first_problem(error)) from None
+        # What was read is its namespace, what the body has not is an attribute of the class: to
+        # make it of its members takes as long as to read them.
+        head = cls.__new__(cls)
+        object.__setattr__(head, "__dict__", members)
+        if may_be_non_finite(body):
             _check_numbers(head.args, head.kwargs)
         if head.v > WIRE_VERSION:
             raise NewerJob(head.v, WIRE_VERSION)
@@ -384,7 +396,7 @@ class Job:
             InvalidJob: the body is not a job.
         """
         job: Self = _validate(JOBS.validate_json, body)
-        if b"NaN" in body or b"Infinity" in body:
+        if may_be_non_finite(body):
             _check_numbers(job.args, job.kwargs)
         if job_id is not None and job.job_id != job_id:
             job = replace(job, job_id=job_id)
@@ -538,6 +550,22 @@ def _last_failure(failure: Mapping[str, Any]) -> dict[str, Any]:
         "error_traceback": str(failure.get("traceback", "")),
         "last_attempt": at if isinstance(at, int | float) else None,
     }
+
+
+@cache
+def _heads() -> SchemaValidator:
+    """Return what reads the members of a `JobHead`. Those with a plain default may be missing."""
+    members = {}
+    hints = get_type_hints(JobHead, include_extras=True)
+    for each in fields(JobHead):
+        schema = TypeAdapter(hints[each.name]).core_schema
+        if each.default_factory is not MISSING:
+            schema = with_default_schema(schema, default_factory=each.default_factory)
+        required = each.default is MISSING and each.default_factory is MISSING
+        members[each.name] = typed_dict_field(
+            schema, required=required, validation_alias=KEYS.get(each.name)
+        )
+    return SchemaValidator(typed_dict_schema(members))
 
 
 def _validate(validate: Callable[..., Any], value: Any) -> Any:

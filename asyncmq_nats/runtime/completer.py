@@ -4,7 +4,6 @@ The only place that counts attempts whose end is not confirmed yet.
 """
 
 from collections.abc import Callable
-from functools import partial
 
 from asyncmq_nats._concurrency import Spawner
 from asyncmq_nats._logging import get_logger
@@ -12,7 +11,7 @@ from asyncmq_nats.backends.base import Settled, Write
 from asyncmq_nats.exceptions import AsyncMQError
 from asyncmq_nats.store.announcing import WorkerEvents
 from asyncmq_nats.transitions.claim import Attempt, settle_delivery
-from asyncmq_nats.transitions.finish import Lifecycle, OnSettled
+from asyncmq_nats.transitions.finish import Lifecycle
 
 __all__ = ["Completer"]
 
@@ -34,6 +33,7 @@ class Completer:
         self._spawner = spawner
         self._on_change = on_change
         self._stopped = False
+        lifecycle.on_settled = self._on_settled
         self.pending = 0
         """Attempts that have started and whose end is not confirmed."""
 
@@ -41,10 +41,9 @@ class Completer:
         """Resolve nothing more: the worker has ended. What comes is left to its lease."""
         self._stopped = True
 
-    def begin(self, attempt: Attempt) -> OnSettled:
-        """Count an attempt that starts, and return what its final write is to call."""
+    def begin(self) -> None:
+        """Count an attempt that starts: its final write, or `finish`, settles it."""
         self.pending += 1
-        return partial(self._on_settled, attempt)
 
     def finish(self) -> None:
         """Count an attempt as settled: called directly for one without a final write."""

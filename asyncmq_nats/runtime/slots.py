@@ -44,7 +44,7 @@ from asyncmq_nats.store.announcing import WorkerEvents
 from asyncmq_nats.store.commit import SHUTDOWN_STEP_TIMEOUT, look_for
 from asyncmq_nats.store.queue_store import QueueStore
 from asyncmq_nats.transitions.claim import Attempt, settle_delivery
-from asyncmq_nats.transitions.finish import Lifecycle, OnSettled
+from asyncmq_nats.transitions.finish import Lifecycle
 
 __all__ = ["Slots"]
 
@@ -318,22 +318,22 @@ class Slots:
             self._recorder.note_end["failed"](UNKNOWN_TASK)
 
     async def _start(self, attempt: Attempt) -> None:
-        on_settled = self.completer.begin(attempt)
+        self.completer.begin()
         try:
             try:
                 head, now = attempt.head, self._backend.now()
                 if self._is_lost_for_good(attempt) or not head.may_run(now):
-                    await self._end_without_run(attempt, now, on_settled)
+                    await self._end_without_run(attempt, now)
                     return
                 try:
                     if head.v > WIRE_VERSION:
                         raise NewerJob(head.v, WIRE_VERSION)
                     entry = self._registry.find(head.task_id, self._tasks_of)
                 except (NewerJob, TaskNotFound) as problem:
-                    await self._put_off(attempt, problem, on_settled)
+                    await self._put_off(attempt, problem)
                     return
                 attempt.started_at = now
-                await self._run(attempt, entry, on_settled)
+                await self._run(attempt, entry)
             except InvalidJob as problem:  # the malformed part was not needed to run it
                 await self._reject(attempt.delivery, problem)
                 self.completer.finish()
@@ -344,7 +344,7 @@ class Slots:
     def _is_lost_for_good(self, attempt: Attempt) -> bool:
         return attempt.stalls > 0 and attempt.losses >= self._backend.settings.max_stalls
 
-    async def _end_without_run(self, attempt: Attempt, now: float, on_settled: OnSettled) -> None:
+    async def _end_without_run(self, attempt: Attempt, now: float) -> None:
         """End an attempt at a job that was lost too often, has expired, or is not due yet."""
         if self._is_lost_for_good(attempt):
             error = (
@@ -355,19 +355,17 @@ class Slots:
             failure = Failure(error, "", now)
             self._lines.failed(attempt.job, failure)
             self._note_end(attempt, None, "failed", failure=failure)
-            await self._lifecycle.fail(attempt, failure, on_settled)
+            await self._lifecycle.fail(attempt, failure)
         elif attempt.head.is_expired(now):
             self._note_end(attempt, None, "expired")
-            await self._lifecycle.expire(attempt, on_settled)
+            await self._lifecycle.expire(attempt)
         else:
-            await self._lifecycle.postpone(attempt, on_settled)
+            await self._lifecycle.postpone(attempt)
 
-    async def _put_off(
-        self, attempt: Attempt, problem: NewerJob | TaskNotFound, on_settled: OnSettled
-    ) -> None:
+    async def _put_off(self, attempt: Attempt, problem: NewerJob | TaskNotFound) -> None:
         """Put off a job that this worker cannot run, for one that can; after a while it fails."""
         try:
-            delay = await self._lifecycle.put_off(attempt, str(problem), on_settled)
+            delay = await self._lifecycle.put_off(attempt, str(problem))
         except (NotSerializable, PayloadTooLarge):  # it cannot be written again as it came
             delay = None
         if delay is not None:
@@ -376,22 +374,23 @@ class Slots:
             raise problem  # to be recorded with its body
         else:
             failure = replace(Failure.of(problem, self._backend.now()), final=True)
-            await self._report_failure(attempt, failure, on_settled)
+            await self._report_failure(attempt, failure)
 
-    async def _run(self, attempt: Attempt, entry: RegisteredTask, on_settled: OnSettled) -> None:
+    async def _run(self, attempt: Attempt, entry: RegisteredTask) -> None:
         context = self._context_of(attempt)
         running = Running(attempt, context, running_task())
         self.running[running] = None
         running_job.set(context)
         self._lines.started(attempt)
-        self._events.tell_start(
-            self._spawner,
-            attempt.token,
-            attempt.body,
-            attempt.started_at,
-            attempt.delivery,
-            lambda: attempt.job,
-        )
+        if self._events.tells_start(attempt.started_at):
+            self._events.tell_start(
+                self._spawner,
+                attempt.token,
+                attempt.body,
+                attempt.started_at,
+                attempt.delivery,
+                partial(getattr, attempt, "job"),
+            )
         try:
             result, failure = await execute(
                 running,
@@ -421,9 +420,9 @@ class Slots:
         if failure is None and context.follow_ups and self._middleware.enqueues:
             failure = await self._pass_on_follow_ups(context)
         if failure is not None:
-            await self._report_failure(attempt, failure, on_settled, context)
+            await self._report_failure(attempt, failure, context)
         else:
-            await self._report_result(attempt, result, context, on_settled)
+            await self._report_result(attempt, result, context)
 
     def _context_of(self, attempt: Attempt) -> JobContext:
         return JobContext(
@@ -467,9 +466,8 @@ class Slots:
         delay: float | None = None,
     ) -> None:
         """Note the end of an attempt: metrics and middleware get it once it is confirmed."""
-        attempt.on_end = None
-        if self._recorder is not None:
-            attempt.on_end = self._recorder.note_end.get(METRIC_NAMES.get(state, state))
+        name = METRIC_NAMES.get(state, state)
+        attempt.on_end = None if self._recorder is None else self._recorder.note_end.get(name)
         if not self._middleware.ends and not self._middleware.plain_ends:
             return
         ended_at = attempt.ended_at or self._backend.now()
@@ -528,40 +526,38 @@ class Slots:
         attempt: Attempt,
         result: Any,
         context: JobContext,
-        on_settled: OnSettled,
     ) -> None:
         follow_ups = context.follow_ups
         self._note_end(attempt, context, "completed", result=result)
         try:
             if follow_ups or attempt.head.repeat_every is not None:
                 await self._lifecycle.accompany(attempt, follow_ups, result)
-                await self._lifecycle.complete_with_follow_ups(attempt, result, on_settled)
+                await self._lifecycle.complete_with_follow_ups(attempt, result)
             else:
-                self._lifecycle.complete(attempt, result, on_settled)
+                self._lifecycle.complete(attempt, result)
             self._lines.completed(attempt)
         except INVALID_RESULT as error:
             failure = replace(Failure.of(error, self._backend.now()), traceback="")
             self._lines.failed(attempt.job, failure)
             self._note_end(attempt, context, "failed", failure=failure)
-            await self._lifecycle.fail(attempt, failure, on_settled)
+            await self._lifecycle.fail(attempt, failure)
 
     async def _report_failure(
         self,
         attempt: Attempt,
         failure: Failure,
-        on_settled: OnSettled,
         context: JobContext | None = None,
     ) -> None:
         job = attempt.job
         task = self._registry.get(job.task_id)
         if task is not None:
             failure = judge(failure, task.retry_on, task.give_up_on)
-        if failure.end == "snoozed" and await self._snooze(attempt, failure, on_settled, context):
+        if failure.end == "snoozed" and await self._snooze(attempt, failure, context):
             return
         if failure.end == "expired":
             logger.info("job %s (%s) has expired: %s", job.job_id, job.task_id, failure.error)
             self._note_end(attempt, context, "expired", failure=failure)
-            await self._lifecycle.expire(attempt, on_settled, failure)
+            await self._lifecycle.expire(attempt, failure)
             return
         function = None if task is None else task.backoff_function
         delay = retry_delay(job, failure, function, self._limits)
@@ -569,20 +565,19 @@ class Slots:
             self._lines.retried(job, failure, delay)
             self._note_end(attempt, context, "retrying", failure=failure, delay=delay)
             try:
-                await self._lifecycle.retry(attempt, failure, delay, on_settled)
+                await self._lifecycle.retry(attempt, failure, delay)
             except (NotSerializable, PayloadTooLarge) as error:
                 logger.warning("job %s (%s) cannot be retried: %s", job.job_id, job.task_id, error)
             else:
                 return
         self._lines.failed(job, failure)
         self._note_end(attempt, context, "failed", failure=failure)
-        await self._lifecycle.fail(attempt, failure, on_settled)
+        await self._lifecycle.fail(attempt, failure)
 
     async def _snooze(
         self,
         attempt: Attempt,
         failure: Failure,
-        on_settled: OnSettled,
         context: JobContext | None,
     ) -> bool:
         """Schedule a job again, as its task wishes. Return whether that could be written."""
@@ -591,7 +586,7 @@ class Slots:
         logger.info("job %s (%s) is snoozed for %g s", job.job_id, job.task_id, delay)
         self._note_end(attempt, context, "snoozed", failure=failure, delay=delay)
         try:
-            await self._lifecycle.snooze(attempt, delay, on_settled)
+            await self._lifecycle.snooze(attempt, delay)
         except (NotSerializable, PayloadTooLarge) as error:  # it cannot be written again as it came
             logger.warning("job %s (%s) cannot be snoozed: %s", job.job_id, job.task_id, error)
             return False

@@ -33,6 +33,7 @@ READY_MESSAGE: Final = "ready_message"
 """Member of the start on a first delivery: the message's sequence, and its time in nanoseconds."""
 START_MEMBERS: Final = ("active_since", "worker")
 """What a start says of the attempt, besides."""
+JOB_STARTED: Final = PREFIX + STARTED
 READY_MEMBER: Final = b'"ready_message":[%d,%d]'
 BEGUN: Final = "worker"
 """Event, of a worker and not of a job: it begins to run jobs."""
@@ -91,6 +92,10 @@ class WorkerEvents:
         self._heard_from = 0.0
         self._expected_until = self._backend.now() + LISTENING_TIME
 
+    def tells_start(self, at: float) -> bool:
+        """Return whether to call `tell_start` for an attempt that begins now."""
+        return at >= self._ask_at or at >= self._heard_from or event_emitter.listens(JOB_STARTED)
+
     def tell_start(
         self,
         spawner: Spawner,
@@ -117,9 +122,9 @@ class WorkerEvents:
                 self._heard_from = min(self._heard_from, at + ANSWER_TIME)
             on_unheard = self._stop_telling if asks else None
             self._backend.signal(self._keys.event(STARTED, token), data, on_unheard)
-        if event_emitter.listens(PREFIX + STARTED):
+        if event_emitter.listens(JOB_STARTED):
             fields = job().to_dict() | {"queue": self._keys.queue, "status": State.ACTIVE}
-            spawner.spawn(event_emitter.emit, PREFIX + STARTED, fields)
+            spawner.spawn(event_emitter.emit, JOB_STARTED, fields)
 
     def _stop_telling(self) -> None:
         if self._backend.now() >= self._expected_until:

@@ -4,7 +4,7 @@ The first delivery of a job is trusted: nothing is read before it runs. A redeli
 against what is stored. A claim makes the server reject what an earlier worker writes later.
 """
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 from typing import Final
@@ -114,39 +114,44 @@ class FollowUps:
     """Writes to be committed with the outcome in one batch; empty if it holds them."""
 
 
-@dataclass(slots=True)
+@dataclass
 class Attempt:
-    """One delivery of a job to this worker, and the expectations of its final write."""
+    """One delivery of a job to this worker, and the expectations of its final write.
+
+    Without slots: what most attempts never set stays an attribute of the class.
+    """
 
     delivery: Delivery
     token: str
     head: JobHead
     body: bytes = field(default=b"", repr=False)
-    expect: int = 0
+    expect: int = field(default=0, init=False)
     """Sequence of the last record about the end of the job. 0 on a first delivery."""
-    claim_sequence: int = 0
+    claim_sequence: int = field(default=0, init=False)
     """Sequence of the claim on the job, 0 if there is none. Deleted with the end of the job."""
-    claim_sent: bool = False
-    leftovers: dict[str, int] = field(default_factory=dict)
+    claim_sent: bool = field(default=False, init=False)
+    leftovers: Mapping[str, int] | None = field(default=None, init=False)
     """Records of the job in transit, key → sequence: deleted with the end of the attempt."""
-    stalls: int = 0
-    suspected: bool = False
-    lost: bool = False
+    stalls: int = field(default=0, init=False)
+    suspected: bool = field(default=False, init=False)
+    lost: bool = field(default=False, init=False)
     """Whether the worker of an earlier delivery was lost and may have run the job."""
-    awaited: bool = False
+    awaited: bool = field(default=False, init=False)
     """Whether edges to this job were seen: its children must be told of its end."""
-    follow_ups: FollowUps | None = None
+    follow_ups: FollowUps | None = field(default=None, init=False)
     """Jobs that are added with its result."""
-    prepare_again: Callable[[], Awaitable[FollowUps]] | None = field(default=None, repr=False)
+    prepare_again: Callable[[], Awaitable[FollowUps]] | None = field(
+        default=None, init=False, repr=False
+    )
     """Prepares a batch of follow-ups again: its expectations of other jobs may have changed."""
-    started_at: float = 0.0
-    ended_at: float = 0.0
+    started_at: float = field(default=0.0, init=False)
+    ended_at: float = field(default=0.0, init=False)
     """When its task ended; 0 if it did not run."""
-    is_recorded: bool = False
+    is_recorded: bool = field(default=False, init=False)
     """Whether its final write was accepted, after it was rejected or had a sequel."""
-    on_end: Callable[[str], None] | None = field(default=None, repr=False)
+    on_end: Callable[[str], None] | None = field(default=None, init=False, repr=False)
     """Called with its task when its end is confirmed."""
-    known: Job | None = field(default=None, repr=False)
+    known: Job | None = field(default=None, init=False, repr=False)
     """All of the job, once it was read."""
 
     @property

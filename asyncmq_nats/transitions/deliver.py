@@ -80,10 +80,15 @@ class Deliveries:
                 f"{LONGEST_TOKEN:,} bytes"
             )
         try:
-            if body.startswith(OUR_JOBS) and (head := _read_ours(body)) is not None:
-                same = "%" not in token and head.job_id == token
-                if same or head.job_id == decode_token(token):
-                    return Attempt(delivery, token, head, body)
+            if body.startswith(OUR_JOBS):
+                try:
+                    head = JobHead.decode(body)
+                except InvalidJob:  # of a newer version, or of a stranger: read in full below
+                    pass
+                else:
+                    same = "%" not in token and head.job_id == token
+                    if same or head.job_id == decode_token(token):
+                        return Attempt(delivery, token, head, body)
             body = self._normalize(delivery, token)
             return Attempt(delivery, token, JobHead.decode(body), body)
         except NewerJob as problem:
@@ -216,16 +221,6 @@ class Deliveries:
         return None
 
 
-def _read_ours(body: bytes) -> JobHead | None:
-    """Return the head of a job; `None` if a foreign job only begins the same way."""
-    try:
-        return JobHead.decode(body)
-    except NewerJob:
-        raise
-    except InvalidJob:
-        return None
-
-
 def _order(record: Record) -> tuple[int, int]:
     """Return which attempt a record in transit is of; junk is of none."""
     try:
@@ -251,7 +246,9 @@ def _as_newer(delivery: Delivery, token: str, version: int) -> Attempt:
         children=job.children,
         v=version,
     )
-    return Attempt(delivery, token, head, delivery.body, known=job)
+    attempt = Attempt(delivery, token, head, delivery.body)
+    attempt.known = job
+    return attempt
 
 
 def _as_known(data: Mapping[str, Any], job_id: str, created_at: float) -> Job:

@@ -32,7 +32,7 @@ __all__ = ["PUT_OFF_FIELDS", "Lifecycle"]
 
 logger = get_logger(__name__)
 
-OnSettled = Callable[[Write, Settled], None]
+OnSettled = Callable[[Attempt, Write, Settled], None]
 """Called when the write that ends an attempt was confirmed or rejected. Must not block."""
 MIN_PUT_OFF_SECONDS = 1.0
 MAX_PUT_OFF_SECONDS = 60.0
@@ -73,6 +73,8 @@ class Lifecycle(Deliveries):
         )
         self.on_progress: Callable[[bytes], None] = lambda report: None
         """Told of each progress report that was sent."""
+        self.on_settled: OnSettled = lambda attempt, write, result: None
+        """Told what became of each final write; see `settled`."""
         self._worker_json = dump_json(worker)
 
     def now(self) -> float:
@@ -85,25 +87,22 @@ class Lifecycle(Deliveries):
 
     # -- end
 
-    def complete(self, attempt: Attempt, result: Any, settle: OnSettled) -> None:
-        """Record the result. `settle` learns of the confirmation or the refusal; see `settled`.
+    def complete(self, attempt: Attempt, result: Any) -> None:
+        """Record the result. `on_settled` learns of the confirmation or the refusal.
 
         Raises:
             NotSerializable: the result is not JSON.
             PayloadTooLarge: the outcome is too large for the server.
         """
-        write = self._completed(attempt, result)
-        self._backend.send(self._keys.bucket_log, write, partial(settle, write))
+        self._send(attempt, self._completed(attempt, result))
 
-    async def complete_with_follow_ups(
-        self, attempt: Attempt, result: Any, settle: OnSettled
-    ) -> None:
+    async def complete_with_follow_ups(self, attempt: Attempt, result: Any) -> None:
         """Record the result with the jobs of `accompany`; see `complete`."""
         if attempt.follow_ups is not None and attempt.follow_ups.batch:
             write = self._completed(attempt, result)
-            await self._write_batch(write, attempt.follow_ups.batch, settle)
+            await self._write_batch(attempt, write, attempt.follow_ups.batch)
         else:
-            self.complete(attempt, result, settle)
+            self.complete(attempt, result)
 
     async def accompany(self, attempt: Attempt, follow_ups: Sequence[Job], result: Any) -> None:
         """Have the jobs that a task added while it ran added with its result; see `follow_up.py`.
@@ -118,7 +117,7 @@ class Lifecycle(Deliveries):
             if attempt.follow_ups.batch:
                 attempt.prepare_again = prepare
 
-    async def fail(self, attempt: Attempt, failure: Failure, settle: OnSettled) -> None:
+    async def fail(self, attempt: Attempt, failure: Failure) -> None:
         """Record a failure for good."""
         job = add_failure(attempt.job, failure)
         fields = {
@@ -127,11 +126,9 @@ class Lifecycle(Deliveries):
             "last_error": failure.error,
             "error_traceback": failure.traceback,
         }
-        self._send(self._outcome(attempt, State.FAILED, fields, "the failure"), settle)
+        self._send(attempt, self._outcome(attempt, State.FAILED, fields, "the failure"))
 
-    async def expire(
-        self, attempt: Attempt, settle: OnSettled, failure: Failure | None = None
-    ) -> None:
+    async def expire(self, attempt: Attempt, failure: Failure | None = None) -> None:
         """Record that the job expired: its time to live was over, or its task said so."""
         error = (
             f"its time to live of {attempt.head.ttl or 0:g} s was over before this attempt started"
@@ -139,30 +136,26 @@ class Lifecycle(Deliveries):
             else failure.error
         )
         outcome = self._outcome(attempt, State.EXPIRED, {"last_error": error}, "the expiry")
-        self._send(outcome, settle)
+        self._send(attempt, outcome)
 
-    async def retry(
-        self, attempt: Attempt, failure: Failure, delay: float, settle: OnSettled
-    ) -> None:
+    async def retry(self, attempt: Attempt, failure: Failure, delay: float) -> None:
         """Schedule the next attempt, `delay` seconds from now."""
         job = add_failure(attempt.job, failure)
         run_at = self._backend.now_at_most() + delay if delay > 0 else None
-        await self._reschedule(attempt, _fields_of_next(job), run_at, settle)
+        await self._reschedule(attempt, _fields_of_next(job), run_at)
 
-    async def snooze(self, attempt: Attempt, delay: float, settle: OnSettled) -> None:
+    async def snooze(self, attempt: Attempt, delay: float) -> None:
         """Have the job run again in `delay` seconds, as its task wishes; no retry is counted."""
         job = attempt.job
         fields = _fields_of_next(job) | {"put_offs": job.put_offs + 1, "snoozes": job.snoozes + 1}
         run_at = self._backend.now_at_most() + delay if delay > 0 else None
-        await self._reschedule(attempt, fields, run_at, settle)
+        await self._reschedule(attempt, fields, run_at)
 
-    async def postpone(self, attempt: Attempt, settle: OnSettled) -> None:
+    async def postpone(self, attempt: Attempt) -> None:
         """Move a ready job whose time is still to come to where delayed jobs wait."""
-        await self._reschedule(
-            attempt, _fields_of_next(attempt.job), attempt.head.delay_until, settle
-        )
+        await self._reschedule(attempt, _fields_of_next(attempt.job), attempt.head.delay_until)
 
-    async def put_off(self, attempt: Attempt, reason: str, settle: OnSettled) -> float | None:
+    async def put_off(self, attempt: Attempt, reason: str) -> float | None:
         """Delay a job that this worker cannot run, but another may; no retry is counted.
 
         Return by how many seconds: they grow with the time for which it has been put off. `None`:
@@ -182,11 +175,11 @@ class Lifecycle(Deliveries):
             "put_off_since": since,
             "put_off_reason": reason[:MAX_REASON_LENGTH],
         }
-        await self._reschedule(attempt, fields, self._backend.now_at_most() + delay, settle)
+        await self._reschedule(attempt, fields, self._backend.now_at_most() + delay)
         return delay
 
     async def _reschedule(
-        self, attempt: Attempt, fields: dict[str, Any], run_at: float | None, settle: OnSettled
+        self, attempt: Attempt, fields: dict[str, Any], run_at: float | None
     ) -> None:
         data = load_json(attempt.body)
         for name in PUT_OFF_FIELDS:  # it was run since
@@ -208,7 +201,7 @@ class Lifecycle(Deliveries):
                 (run_at, self._backend.now()),
                 expect,
             )
-        self._send(write, settle)
+        self._send(attempt, write)
 
     async def reject(self, delivery: Delivery, problem: InvalidJob) -> None:
         """Record a message that is not a job as failed, with its body.
@@ -303,19 +296,20 @@ class Lifecycle(Deliveries):
     def _fence(self, attempt: Attempt) -> Expect:
         return Expect(self._keys.done_all(attempt.token), attempt.expect)
 
-    def _send(self, write: Write, settle: OnSettled) -> None:
-        self._backend.send(self._keys.bucket_log, write, partial(settle, write))
+    def _send(self, attempt: Attempt, write: Write) -> None:
+        settle = partial(self.on_settled, attempt, write)
+        self._backend.send(self._keys.bucket_log, write, settle)
 
     async def _write_batch(
-        self, write: Write, follow_ups: Sequence[Write], settle: OnSettled
+        self, attempt: Attempt, write: Write, follow_ups: Sequence[Write]
     ) -> None:
         """Write an outcome and its many follow-ups, which do not fit into it, in one batch."""
         try:
-            settle(write, await self._store.write(write, *follow_ups))
+            self.on_settled(attempt, write, await self._store.write(write, *follow_ups))
         except PayloadTooLarge:
             raise
         except BackendError as error:
-            settle(write, error)
+            self.on_settled(attempt, write, error)
 
     # -- for the tasks that run
 
@@ -393,7 +387,7 @@ class Lifecycle(Deliveries):
         outcome.
         """
         log, ended = self._keys.bucket_log, self._keys.outcome_state(write.subject)
-        for key, sequence in attempt.leftovers.items():
+        for key, sequence in (attempt.leftovers or {}).items():
             if key != write.subject:
                 self._backend.discard(log, sequence)
         # After a retry a claim stays if an earlier worker may still be frozen: it voids the

@@ -215,19 +215,20 @@ class Frozen:
 
     async def says(self, what: str) -> Disposition | None:
         """Have it end in that way now; return what it is told, `None` if it stored its end."""
-        told: list[tuple[Write, Settled]] = []
+        told: list[tuple[Attempt, Write, Settled]] = []
+        self.lifecycle.on_settled = lambda *end: told.append(end)
         failure = Failure("ValueError: frozen", "", time.time())
         if what == "hands back":
             await self.lifecycle.hand_back(self.attempt)
             return None
         if what == "succeeds":
-            self.lifecycle.complete(self.attempt, "frozen", lambda *end: told.append(end))
+            self.lifecycle.complete(self.attempt, "frozen")
         elif what == "fails":
-            await self.lifecycle.fail(self.attempt, failure, lambda *end: told.append(end))
+            await self.lifecycle.fail(self.attempt, failure)
         else:
-            await self.lifecycle.retry(self.attempt, failure, 3600.0, lambda *end: told.append(end))
+            await self.lifecycle.retry(self.attempt, failure, 3600.0)
         await holds(lambda: bool(told))  # the backend calls back
-        ((write, result),) = told
+        ((_, write, result),) = told
         return (
             await self.lifecycle.settled(self.attempt, write, result)
             if isinstance(result, WriteRefused)
@@ -255,7 +256,7 @@ WORDS = ["succeeds", "fails", "asks for a retry", "hands back"]
 async def test_a_frozen_worker_has_no_say_after_a_retry(what: str, queue: Queue) -> None:
     job_id = await queue.add("echo", ["ran"], retries=3)
     frozen, other, attempt = await taken_over(queue)
-    await other.retry(attempt, Failure("ValueError: no", "", time.time()), 0.6, lambda *_: None)
+    await other.retry(attempt, Failure("ValueError: no", "", time.time()), 0.6)
     attempt.delivery.ack()
     assert await frozen.says(what) in (Disposition.ABANDON, None)
     async with running(queue):
@@ -275,7 +276,7 @@ async def test_a_frozen_worker_has_no_say_after_a_retry(what: str, queue: Queue)
 async def test_a_frozen_worker_has_no_say_after_a_retry_by_hand(what: str, queue: Queue) -> None:
     job_id = await queue.add("echo", ["ran"])
     frozen, other, attempt = await taken_over(queue)
-    await other.fail(attempt, Failure("ValueError: no", "", time.time()), lambda *_: None)
+    await other.fail(attempt, Failure("ValueError: no", "", time.time()))
     attempt.delivery.ack()
     assert await queue.retry_job(job_id)
     assert await frozen.says(what) in (Disposition.ACK, None)
@@ -291,9 +292,8 @@ async def test_an_outcome_that_is_sent_again_does_not_undo_a_retry_by_hand(queue
     lifecycle = Lifecycle(queue._store, "worker")
     attempt = lifecycle.open(delivery)
     sent: list[Write] = []
-    await lifecycle.fail(
-        attempt, Failure("ValueError: no", "", time.time()), lambda write, _: sent.append(write)
-    )
+    lifecycle.on_settled = lambda _, write, __: sent.append(write)
+    await lifecycle.fail(attempt, Failure("ValueError: no", "", time.time()))
     assert await queue.retry_job(job_id)
     with pytest.raises(WriteRefused) as refused:  # its confirmation was lost
         await queue.backend.write(BUCKET, sent[0])
@@ -339,7 +339,7 @@ async def test_a_claim_that_outlasts_its_attempt_goes_in_time(
     else:
         _, other, attempt = await taken_over(queue)
         if end == "retry":
-            await other.retry(attempt, failure, 3600.0, lambda *_: None)
+            await other.retry(attempt, failure, 3600.0)
         else:
             await other.hand_back(attempt)
     assert await live(queue, queue._subjects.claim(job_id)) != []

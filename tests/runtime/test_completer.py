@@ -57,15 +57,14 @@ class World:
         events = WorkerEvents(store, "worker")
         self.completer = Completer(self.lifecycle, events, self.spawner, self._on_change)
         self.message = Message()
-        self.on_settled = self.completer.begin(
-            Attempt(self.message, "a", JobHead(task_id="t", job_id="a", created_at=0.0))
-        )
+        self.attempt = Attempt(self.message, "a", JobHead(task_id="t", job_id="a", created_at=0.0))
+        self.completer.begin()
 
     def _on_change(self) -> None:
         self.changes += 1
 
     def refuse(self) -> None:
-        self.on_settled(WRITE, WriteRefused("amq_work", "done.a.completed"))
+        self.lifecycle.on_settled(self.attempt, WRITE, WriteRefused("amq_work", "done.a.completed"))
 
 
 async def test_an_end_that_is_not_resolved_when_the_worker_ends_lets_its_lease_run_out(

@@ -514,7 +514,7 @@ async def test_a_slow_acknowledgement_does_not_lose_a_job_that_was_put_off(
     body = f'{{"task": "echo", "args": ["here"], "delay_until": {backend.now() + 0.2}}}'.encode()
     await backend.write("amq_work", Write("amq.work.ready.5.foreign", body))
     lifecycle, attempt, delivery = await hold(queue)
-    await lifecycle.postpone(attempt, lambda *_: None)
+    await lifecycle.postpone(attempt)
     async with running(queue):
         with anyio.move_on_after(0.6):
             await until(

@@ -10,7 +10,7 @@ from typing import Any
 import anyio
 import pytest
 
-from asyncmq_nats.backends.base import Backend, Record, Settled, Write
+from asyncmq_nats.backends.base import Backend, Record
 from asyncmq_nats.context import current_job
 from asyncmq_nats.exceptions import InvalidArgument, JobFailed, JobNotFound
 from asyncmq_nats.flow import FlowProducer
@@ -475,10 +475,8 @@ class TestLosses:
         attempt = lifecycle.open(receiver.deliveries[0])
         ended: list[Any] = []
 
-        def settle(write: Write, result: Settled) -> None:
-            ended.append((write, result))
-
-        await lifecycle.fail(attempt, Failure("no", "", backend.now()), settle)
+        lifecycle.on_settled = lambda _, write, result: ended.append((write, result))
+        await lifecycle.fail(attempt, Failure("no", "", backend.now()))
         await holds(lambda: bool(ended))  # the answer comes by a plain callback
         await lifecycle.settled(attempt, *ended[0])
         assert told == [[child]]

@@ -537,7 +537,7 @@ async def test_a_slow_acknowledgement_does_not_lose_a_job_that_is_retried(
     [delivery] = await receiver.pull("tier_5")
     lifecycle = Lifecycle(queue._store, "slow")
     attempt = lifecycle.open(delivery)
-    await lifecycle.fail(attempt, Failure("ValueError: no", "", time.time()), lambda *_: None)
+    await lifecycle.fail(attempt, Failure("ValueError: no", "", time.time()))
     assert await queue.retry_job(job_id)
     key = f"$KV.amq_work_scheduler.later.{job_id}.released"
     async with running(queue):
