@@ -221,7 +221,12 @@ class Queue:
         self._administration = Administration(self._store)
         self._lists = JobLists(self._store, self._inspection)
         self._overview = Overview(self._store, self._inspection, self._lists)
-        self._sweep = Sweep(self._store, self._administration)
+        self._sweep = Sweep(
+            self._store,
+            self._administration,
+            self._inspection,
+            lambda job_id: self._controls.signal_cancel(job_id),
+        )
         self._cleanup = Cleanup(self._store, self._inspection, self._lists)
         self._search = Search(self._lists)
         self._edits = Edits(self._store)
@@ -1159,13 +1164,7 @@ class Queue:
     def _action_on_many(self, action: str | Callable[[str], Awaitable[bool]]) -> ActOnFound | None:
         if action == Action.RETRY:
             return self._sweep.retry
-        return self._cancel_found if action == Action.CANCEL else None
-
-    async def _cancel_found(self, found: Sequence[Found]) -> set[str]:
-        cancelled = await self._sweep.cancel(found)
-        for job_id in cancelled:
-            await self._controls.signal_cancel(job_id)
-        return cancelled
+        return self._sweep.cancel if action == Action.CANCEL else None
 
     async def move(
         self,

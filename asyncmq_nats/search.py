@@ -71,6 +71,19 @@ class JobFilter:
         needle = self.text.lower()
         return needle.encode() in body.lower() or needle in subject.lower()
 
+    @property
+    def looks_into_jobs(self) -> bool:
+        """Whether `includes` does not say all."""
+        return not (self.task is None and self.worker is None and self.text is None)
+
+    def includes(self, state: State, at: float) -> bool:
+        """Return whether a job in that state matches, by what its key and its record say."""
+        return (
+            (self.state is None or state in self.state)
+            and (self.since is None or at >= self.since)
+            and (self.until is None or at < self.until)
+        )
+
     def matches(self, job: Job, at: float, running: Collection[str] = ()) -> bool:
         """Return whether a job matches.
 
@@ -80,9 +93,7 @@ class JobFilter:
             running: ids of the jobs that the filter's workers run now.
         """
         return (
-            (self.state is None or job.status in self.state)
-            and (self.since is None or at >= self.since)
-            and (self.until is None or at < self.until)
+            self.includes(job.status, at)
             and (self.task is None or _fits(job.task_id, self.task))
             and (self.worker is None or self._is_of_worker(job, running))
             and (self.text is None or self.text.lower() in _searched_text(job))

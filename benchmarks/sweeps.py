@@ -20,6 +20,7 @@ from measuring import Cost
 from asyncmq_nats import JobFilter, NATSBackend, Queue
 from asyncmq_nats.backends.base import Timer, Write
 from asyncmq_nats.jobs import new_job_id
+from asyncmq_nats.runtime.program import run_program
 
 DELAY: Final = 86_400.0
 
@@ -91,4 +92,4 @@ async def main() -> None:
 
 
 if __name__ == "__main__":
-    anyio.run(main)
+    run_program(main)

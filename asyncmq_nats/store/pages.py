@@ -17,7 +17,7 @@ from asyncmq_nats.jobs import Job
 from asyncmq_nats.states import OUTCOMES, Place, State
 from asyncmq_nats.store.queue_store import QueueStore
 from asyncmq_nats.store.reads import PAGE_SIZE, PLACE_STATES, Inspection
-from asyncmq_nats.wire.keys import INDEXED
+from asyncmq_nats.wire.keys import INDEXED, last_token
 
 __all__ = ["JobLists", "Source"]
 
@@ -170,6 +170,21 @@ class JobLists:
             return [self._inspection.ready_job(record, source.tier) for record in records]
         jobs = [self._inspection.job_in_bucket(record) for record in records]
         return [job for job in jobs if job is not None and job.status is state]
+
+    def state_of(self, source: Source, record: Record, state: State) -> State | None:
+        """Return the state of the job in a record of a source, as far as its key alone tells.
+
+        `state`: the one whose source it is. `None`: a released job, whose record tells it.
+        """
+        if source.tier is not None:
+            is_active = record.sequence <= source.tier.delivered_sequence
+            return State.ACTIVE if is_active else State.WAITING
+        return None if source.place is Place.RELEASED else state
+
+    def token_in(self, source: Source, record: Record) -> str:
+        """Return the token of the job in a record of a source."""
+        key = record.subject
+        return last_token(key) if source.tier is not None else self._keys.token(key)
 
     async def read_records(
         self, source: Source, after: int | None, limit: int, *, descending: bool

@@ -5,7 +5,7 @@ The first ones at once, never a whole queue in memory.
 
 from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from asyncmq_nats.backends.base import Record
@@ -16,6 +16,7 @@ from asyncmq_nats.states import State
 from asyncmq_nats.store.pages import JobLists, Source
 from asyncmq_nats.store.reads import PAGE_SIZE
 from asyncmq_nats.wire.codec import load_json
+from asyncmq_nats.wire.keys import decode_token
 
 __all__ = ["Found", "Search"]
 
@@ -23,7 +24,7 @@ FIRST_PAGE: Final = 100
 """Records of the first page of each list: a small answer is a fast one."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class Found:
     """A job, and the record that it was found in.
 
@@ -33,8 +34,27 @@ class Found:
 
     source: Source
     record: Record
-    job: Job
-    before: int = 0
+    state: State
+    before: int
+    _lists: JobLists = field(repr=False)
+    _job: Job | None = None
+
+    @property
+    def token(self) -> str:
+        """The token of the job."""
+        return self._lists.token_in(self.source, self.record)
+
+    @property
+    def job_id(self) -> str:
+        """The id of the job."""
+        return decode_token(self.token)
+
+    @property
+    def job(self) -> Job:
+        """All of the job: read when it is asked for, which takes longer than to find it."""
+        if self._job is None:
+            [self._job] = self._lists.jobs_in(self.source, [self.record], self.state)
+        return self._job
 
     def stored(self) -> dict[str, Any]:
         """Return all that is stored of the job, with what its key and its record say.
@@ -84,14 +104,21 @@ class Search:
         where: JobFilter,
         running: Collection[str],
     ) -> list[Found]:
-        sequences = [record.sequence for record in records]
-        return [
-            Found(source, record, job, before)
-            for record, before in zip(records, [0, *sequences], strict=False)
-            if not record.marker and where.may_match(record.subject, record.body)
-            for job in self._lists.jobs_in(source, [record], state)
-            if where.matches(job, record.time, running)
-        ]
+        found, before, lists = list[Found](), 0, self._lists
+        for record in records:
+            if not record.marker and where.may_match(record.subject, record.body):
+                known = None if where.looks_into_jobs else lists.state_of(source, record, state)
+                if known is not None:
+                    if where.includes(known, record.time):
+                        found.append(Found(source, record, known, before, lists))
+                else:
+                    found += [
+                        Found(source, record, job.status, before, lists, job)
+                        for job in lists.jobs_in(source, [record], state)
+                        if where.matches(job, record.time, running)
+                    ]
+            before = record.sequence
+        return found
 
     async def _bounds(self, where: JobFilter) -> "_Bounds":
         """Return the range of sequences that holds the records of the filter's times."""

@@ -94,7 +94,7 @@ class _Tally:
                 done = await act_on_many(found)
                 self.done += len(done)
                 self.count(len(done))
-        ids = [each.job.job_id for each in found]
+        ids = [each.job_id for each in found]
         await self.act(act, [job_id for job_id in ids if job_id not in done])
 
     def count(self, matched: int) -> None:
@@ -170,7 +170,7 @@ async def _act_and_read(
 
 
 async def _remove(cleanup: Cleanup, found: Sequence[Found], tally: _Tally) -> None:
-    tally.wide |= any(each.job.wide for each in found)
+    tally.wide |= any(b'"wide"' in each.record.body and bool(each.job.wide) for each in found)
     if found:  # a page is of one source
         records = [each.record for each in found]
         with CancelScope(shield=True):

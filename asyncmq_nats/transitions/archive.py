@@ -38,7 +38,7 @@ async def export_jobs(pages: AsyncIterator[list[Found]]) -> AsyncIterator[dict[s
                 job = found.stored()
             except InvalidJob:
                 continue
-            yield {"state": found.job.status, "at": found.record.time, "job": job}
+            yield {"state": found.state, "at": found.record.time, "job": job}
 
 
 def split_line(line: Mapping[str, Any]) -> tuple[State, dict[str, Any]] | None:

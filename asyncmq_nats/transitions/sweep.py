@@ -9,7 +9,6 @@ that was released, and any other can be repeated.
 
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import pairwise
 from typing import Any, Final
 
@@ -18,6 +17,7 @@ from asyncmq_nats.exceptions import AsyncMQError, InvalidJob, PayloadTooLarge, W
 from asyncmq_nats.states import OUTCOMES, Place, State
 from asyncmq_nats.store.many import for_each
 from asyncmq_nats.store.queue_store import QueueStore
+from asyncmq_nats.store.reads import Inspection
 from asyncmq_nats.store.records import without_markers
 from asyncmq_nats.store.search import Found
 from asyncmq_nats.store.snapshot import count_reruns
@@ -26,6 +26,7 @@ from asyncmq_nats.transitions.claim import CLAIM_TTL, Claim
 from asyncmq_nats.transitions.clean import PURGED_SHARE, is_idle
 from asyncmq_nats.transitions.timers import is_ringing, remove_overtaken
 from asyncmq_nats.wire.codec import load_json
+from asyncmq_nats.wire.keys import decode_token
 
 __all__ = ["Sweep"]
 
@@ -37,7 +38,7 @@ PARTS_AT_ONCE: Final = 3
 """Parts under way, each in another step: their jobs are left half done if this process dies."""
 SMALL_PART: Final = 50
 """Jobs of which single writes cost the server less than a batch: that takes it some 7 ms."""
-NOT_PLAIN: Final = ("children", "wide_children", "wide", "truncated")
+NOT_PLAIN: Final = frozenset({"children", "wide_children", "wide", "truncated"})
 """Members of a job of which more is to be done than to write its records."""
 
 
@@ -48,6 +49,10 @@ class _Item:
     found: Found
     token: str
     data: dict[str, Any]
+
+    @property
+    def job_id(self) -> str:
+        return decode_token(self.token)
 
     @property
     def sequence(self) -> int:
@@ -69,8 +74,17 @@ class Sweep:
     It is given one page of a search: records of one list, oldest first.
     """
 
-    def __init__(self, store: QueueStore, administration: Administration) -> None:
+    def __init__(
+        self,
+        store: QueueStore,
+        administration: Administration,
+        inspection: Inspection,
+        signal_cancel: Callable[[str], Awaitable[None]],
+    ) -> None:
+        """`signal_cancel`: tells workers of a cancelled job that one of them may run."""
         self._store = store
+        self._signal_cancel = signal_cancel
+        self._inspection = inspection
         self._backend = store.backend
         self._keys = store.keys
         self._administration = administration
@@ -81,7 +95,7 @@ class Sweep:
         def is_meant(each: Found) -> bool:
             if each.source.place is Place.DELAYED:
                 return not is_ringing(self._store, each.record)
-            return each.job.status is State.WAITING
+            return each.state is State.WAITING
 
         items = self._read_all(filter(is_meant, found))
         if not await self._can_be_purged(items):
@@ -92,7 +106,7 @@ class Sweep:
         """Run jobs again that ended badly."""
 
         def is_meant(each: Found) -> bool:
-            return each.job.status in OUTCOMES and each.job.status is not State.COMPLETED
+            return each.state in OUTCOMES and each.state is not State.COMPLETED
 
         return await self._in_parts(self._retry_some, self._read_all(filter(is_meant, found)))
 
@@ -104,15 +118,15 @@ class Sweep:
             data = load_json(found.record.body)
         except InvalidJob:
             return None
-        if any(data.get(name) for name in NOT_PLAIN):
+        if not NOT_PLAIN.isdisjoint(data) and any(data.get(name) for name in NOT_PLAIN):
             return None
-        return _Item(found, self._keys.token(found.record.subject), data)
+        return _Item(found, found.token, data)
 
     async def _in_parts(self, act: Act, items: Sequence[_Item]) -> set[str]:
         done, error = await self._run_parts(act, items)
         if error is not None:
             raise error
-        return {item.found.job.job_id for item in done}
+        return {item.job_id for item in done}
 
     async def _run_parts(
         self, act: Act, items: Sequence[_Item]
@@ -137,18 +151,21 @@ class Sweep:
     # -- cancel
 
     async def _cancel_some(self, part: list[_Item]) -> tuple[list[_Item], AsyncMQError | None]:
-        cancelled, error = await self._write(part, self._cancellation)
+        cancelled, error = await self._write_cancellations(part)
         await self._remove(cancelled, set())
         return cancelled, error
 
     async def _cancel_and_purge(self, items: Sequence[_Item]) -> set[str]:
-        write = partial(self._write, write=self._cancellation)
-        cancelled, error = await self._run_parts(write, items)
+        cancelled, error = await self._run_parts(self._write_cancellations, items)
         cancelled.sort(key=lambda item: item.sequence)
-        await self._remove(cancelled, await self._purge(cancelled))
+        purged, left = await self._purge(cancelled), cancelled
+        if purged and not await self._inspection.count(f"later_{Place.RELEASED}"):
+            # No worker had one of them when it was removed, so none has put it off or runs it.
+            left = [item for item in cancelled if item.sequence not in purged]
+        await self._remove(left, purged)
         if error is not None:
             raise error
-        return {item.found.job.job_id for item in cancelled}
+        return {item.job_id for item in cancelled}
 
     async def _can_be_purged(self, items: Sequence[_Item]) -> bool:
         """Return whether to remove ready jobs by a purge: it costs less, and no worker is there.
@@ -169,17 +186,24 @@ class Sweep:
         if not await self._can_be_purged(cancelled):
             return set()
         source = cancelled[0].found.source
-        # No record comes before the oldest one, and none was passed over between these.
-        oldest = await self._backend.page(source.log, source.filter, limit=1, mostly=True)
-        if not oldest or oldest[0].sequence != cancelled[0].sequence:
-            return set()
         run = [cancelled[0].sequence]
         for one, next_one in pairwise(cancelled):
             if next_one.found.before != one.sequence:
                 break
             run.append(next_one.sequence)
-        purged = await self._backend.purge(source.log, source.filter, before=run[-1] + 1)
-        return set(run) if purged == len(run) else set()
+        # No record comes before the oldest one, and none was passed over between these.
+        is_gapless = run[-1] - run[0] + 1 == len(run)
+        for filter in (">", source.filter) if is_gapless else (source.filter,):
+            oldest = await self._backend.page(source.log, filter, limit=1, mostly=True)
+            if oldest and oldest[0].sequence == run[0]:
+                purged = await self._backend.purge(source.log, filter, before=run[-1] + 1)
+                return set(run) if purged == len(run) else set()
+        return set()
+
+    async def _write_cancellations(
+        self, part: list[_Item]
+    ) -> tuple[list[_Item], AsyncMQError | None]:
+        return await self._write(part, self._cancellation, unique=True)  # each has its own time
 
     def _cancellation(self, item: _Item) -> Write:
         is_delayed = item.found.source.place is Place.DELAYED
@@ -202,24 +226,31 @@ class Sweep:
             for item in cancelled
             if item.found.source.tier is None or item.sequence not in removed
         ]
-        await self._remove_rest(self._keys.ready_log, self._keys.ready_any, moved)
+        became_ready = await self._remove_rest(self._keys.ready_log, self._keys.ready_any, moved)
         await remove_overtaken(self._store, [item.found.record for item in cancelled])
+        # A worker has what it runs: its message is there until that has ended.
+        for item in cancelled:
+            if item.found.source.tier is not None or item.token in became_ready:
+                await self._signal_cancel(item.job_id)
 
     async def _remove_rest(
         self, log: str, filter: Callable[[str], str], cancelled: Sequence[_Item]
-    ) -> None:
+    ) -> set[str]:
         """Remove what else is there of cancelled jobs; what a retry has made of them since stays.
 
-        Before this, a worker may have put its job off, or a timer may have released it.
+        Before this, a worker may have put its job off, or a timer may have released it. Return the
+        tokens of the jobs of which something was there.
         """
         reruns = {item.token: item.reruns for item in cancelled}
         records = await self._store.last_of_many(map(filter, reruns))
-        left = [
-            record.sequence
+        left = {
+            record.sequence: token
             for record in without_markers(records)
-            if count_reruns(record.body) <= reruns[self._keys.token(record.subject)]
-        ]
-        await self._backend.delete_many(log, left)
+            for token in [self._keys.token(record.subject)]
+            if count_reruns(record.body) <= reruns[token]
+        }
+        await self._backend.delete_many(log, list(left))
+        return set(left.values())
 
     # -- retry
 
@@ -259,11 +290,14 @@ class Sweep:
         return True
 
     async def _write(
-        self, items: Sequence[_Item], write: Callable[[_Item], Write]
+        self, items: Sequence[_Item], write: Callable[[_Item], Write], *, unique: bool = False
     ) -> tuple[list[_Item], AsyncMQError | None]:
-        """Return those whose write was stored, and the first error that is no refusal."""
+        """Return those whose write was stored, and the first error that is no refusal.
+
+        `unique`: see `Backend.write_each`.
+        """
         writes, stored, error = [write(item) for item in items], [], None
-        results = await self._backend.write_each(self._keys.bucket_log, writes)
+        results = await self._backend.write_each(self._keys.bucket_log, writes, unique=unique)
         for item, result in zip(items, results, strict=True):
             if isinstance(result, int):
                 stored.append(item)

@@ -304,6 +304,20 @@ async def test_what_is_removed_is_neither_pending_nor_leased(
     assert await receiver.pull_rest("one", wait=SHORT) == []
 
 
+@pytest.mark.parametrize("removed", [1, 2])
+async def test_a_purge_of_all_below_a_sequence_is_counted(
+    removed: int, backend: Backend, receiver: Receiver
+) -> None:
+    await add(backend, "1.a", "1.b", "1.c", "1.d")
+    assert await backend.purge("jobs", ">", before=removed + 1) == removed
+    await until(
+        lambda: look_up(backend, "one"),
+        lambda state: (state.pending, state.leased) == (4 - removed, 0),
+    )
+    left = [delivery.sequence for delivery in await receiver.pull("one", 4 - removed)]
+    assert left == list(range(removed + 1, 5))
+
+
 async def test_leases_of_a_closed_backend_run_out(backend: Backend, twin: Backend) -> None:
     await add(backend, "8.a")
     await Receiver(backend, "jobs").pull("held")

@@ -8,8 +8,9 @@ import anyio
 import pytest
 
 from asyncmq_nats import JobFilter, Queue
-from asyncmq_nats.backends.base import Backend, ConsumerState
+from asyncmq_nats.backends.base import Backend, ConsumerState, Write
 from asyncmq_nats.exceptions import BackendError, PayloadTooLarge, Unconfirmed, WriteRefused
+from asyncmq_nats.states import Place
 from asyncmq_nats.store.search import Found
 from tests.receiver import until
 from tests.running import counted, make_queue, only, outcome, run_jobs, running
@@ -62,9 +63,9 @@ async def test_an_interruption_is_told_how_many_jobs_were_changed(
     seen: list[int] = []
     with anyio.CancelScope() as scope, monkeypatch.context() as patch:
 
-        async def interrupt(*arguments: Any) -> Any:
+        async def interrupt(*arguments: Any, **options: Any) -> Any:
             scope.cancel()
-            return await act(*arguments)
+            return await act(*arguments, **options)
 
         patch.setattr(backend, name, interrupt)
         await queue.apply(JobFilter(state=state), action, progress=seen.append)
@@ -237,7 +238,7 @@ async def test_jobs_that_no_worker_asks_for_are_removed_together(
     purges = Purges(backend, monkeypatch)
     result = await queue.apply(JobFilter(state="waiting", task="note"), "cancel")
     assert (result.matched, result.done) == (301, 301)
-    assert purges.filters == [queue._subjects.tier(1), *2 * [queue._subjects.tier(5)]]
+    assert purges.filters == 3 * [">"], "the records of no other tier come between"
     assert purges.counts == [1, 100, 200]
     await only(queue, cancelled=301)
     assert await backend.last_sequence(queue._subjects.ready_log) == 301
@@ -300,6 +301,83 @@ async def test_a_purge_finds_jobs_that_have_been_written_anew_since(
     await queue.resume()
     await run_jobs(queue)
     assert tasks.ran == []
+
+
+@pytest.mark.parametrize("where", ["before", "between"])
+async def test_a_purge_leaves_jobs_of_other_tiers(
+    where: str, backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tasks = Tasks()
+    queue = queue_of(backend, tasks)
+    entries: list[dict[str, Any]] = [{"task_id": "note", "args": [n]} for n in range(60)]
+    entries.insert(0 if where == "before" else 30, {"task_id": "note", "priority": 9})
+    await queue.add_bulk(entries)
+    found = [each for each in await find(queue, "waiting") if each.job.priority == 5]
+    purges = Purges(backend, monkeypatch)
+    assert len(await queue._sweep.cancel(found)) == 60
+    assert (purges.filters, purges.counts) == ([queue._subjects.tier(5)], [60])
+    await only(queue, cancelled=60, waiting=1)
+    await run_jobs(queue)
+    assert tasks.ran == [None]
+
+
+async def test_of_jobs_that_were_purged_nothing_else_is_looked_for(
+    backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queue = queue_of(backend, Tasks())
+    await queue.add_bulk([{"task_id": "note", "args": [n]} for n in range(60)])
+    found, told = await find(queue, "waiting"), list[str]()
+    last, filters = backend.last, list[str]()
+
+    async def look(log: str, *given: str) -> list[Any]:
+        filters.extend(given)
+        return await last(log, *given)
+
+    async def tell(job_id: str) -> None:
+        told.append(job_id)
+
+    monkeypatch.setattr(backend, "last", look)
+    monkeypatch.setattr(queue._controls, "signal_cancel", tell)
+    assert len(await queue._sweep.cancel(found)) == 60
+    assert filters == told == []
+    await only(queue, cancelled=60)
+
+
+async def test_what_a_dead_promoter_has_left_of_a_purged_job_is_removed(backend: Backend) -> None:
+    tasks = Tasks()
+    queue = queue_of(backend, tasks)
+    ids = await queue.add_bulk([{"task_id": "note", "args": [n]} for n in range(60)])
+    found, keys = await find(queue, "waiting"), queue._subjects
+    record = found[7].record
+    await backend.write(
+        keys.bucket_log, Write(keys.later(found[7].token, Place.RELEASED), record.body)
+    )
+    assert found[7].job_id == ids[7]
+    assert await queue._sweep.cancel(found) == {*ids}
+    await only(queue, cancelled=60)
+    assert await backend.last(keys.bucket_log, keys.later_all(found[7].token)) == []
+    await run_jobs(queue)
+    assert tasks.ran == []
+
+
+async def test_a_worker_is_told_of_a_delayed_job_that_has_become_ready_since(
+    backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queue = queue_of(backend, Tasks())
+    await queue.add_bulk([{"task_id": "note", "delay": 3600} for _ in range(3)])
+    found, told = await find(queue, "delayed"), list[str]()
+    await queue.pause()
+    async with running(queue):
+        assert await queue.promote(found[1].job_id)
+        await only(queue, waiting=1, delayed=2)
+
+    async def tell(job_id: str) -> None:
+        told.append(job_id)
+
+    monkeypatch.setattr(queue._controls, "signal_cancel", tell)
+    assert len(await queue._sweep.cancel(found)) == 3
+    assert told == [found[1].job_id]
+    await only(queue, cancelled=3)
 
 
 @pytest.mark.parametrize("why", ["cluster", "few of many", "a worker"])
@@ -411,12 +489,12 @@ async def test_a_retry_that_dies_half_way_goes_on(
     write_each = backend.write_each
     calls = 0
 
-    async def die(log: str, records: Sequence[Any]) -> Any:
+    async def die(log: str, records: Sequence[Any], **options: Any) -> Any:
         nonlocal calls
         calls += 1
         if step == "remove" or calls > 1:
             raise Unconfirmed("the write", 30.0)
-        return await write_each(log, records)
+        return await write_each(log, records, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(backend, "delete_many" if step == "remove" else "write_each", die)
@@ -566,7 +644,7 @@ async def test_after_an_error_no_other_part_is_begun_and_those_under_way_are_fin
     found = await find(queue, "delayed")
     write_each, third, calls = backend.write_each, anyio.Event(), 0
 
-    async def die(log: str, writes: Sequence[Any]) -> Any:
+    async def die(log: str, writes: Sequence[Any], **options: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls == 3:
@@ -574,7 +652,7 @@ async def test_after_an_error_no_other_part_is_begun_and_those_under_way_are_fin
             raise Unconfirmed("the write", 30.0)
         with anyio.fail_after(10):
             await third.wait()
-        return await write_each(log, writes)
+        return await write_each(log, writes, **options)
 
     monkeypatch.setattr(backend, "write_each", die)
     with pytest.raises(Unconfirmed):

@@ -427,10 +427,12 @@ class NATSBackend:
         self._require_connection()
         return self._writer.stage(log, self._write)
 
-    async def write_each(self, log: str, writes: Sequence[Write]) -> list[int | AsyncMQError]:
+    async def write_each(
+        self, log: str, writes: Sequence[Write], *, unique: bool = False
+    ) -> list[int | AsyncMQError]:
         await self._open_connection()
         await self._fills.check(log, writes)
-        results = await self._writer.write_each(log, writes)
+        results = await self._writer.write_each(log, writes, unique=unique)
         if any(isinstance(result, AssetMissing) for result in results):
             self._assets.forget(log)
         return results
@@ -570,7 +572,7 @@ class NATSBackend:
             return int(await self.delete(log, only.sequence))
         connection = await self._open_connection()
         # Without a filter the server drops its files, with one it looks at each record.
-        payload: dict[str, Any] = {} if everything else {"filter": filter}
+        payload: dict[str, Any] = {} if filter == ">" else {"filter": filter}
         if before is not None:
             payload["seq"] = before
         elif keep:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, Final, NamedTuple
 
 import nats.errors
@@ -615,6 +615,9 @@ def format_time(at: float) -> str:
 def parse_time(stamp: str) -> float:
     """Return an RFC 3339 time stamp of the server (nanoseconds, `Z`) as Unix seconds."""
     whole, _, fraction = stamp.rstrip("Z").partition(".")
-    return datetime.fromisoformat(whole + "+00:00").timestamp() + (
-        float("0." + fraction) if fraction else 0.0
-    )
+    return _parse_second(whole) + (float("0." + fraction) if fraction else 0.0)
+
+
+@lru_cache(maxsize=128)  # most records of a page are of the same few seconds
+def _parse_second(whole: str) -> float:
+    return datetime.fromisoformat(whole + "+00:00").timestamp()

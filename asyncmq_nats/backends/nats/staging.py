@@ -4,12 +4,14 @@ import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import fields
+from functools import lru_cache
 from operator import attrgetter
 from typing import Final
 
 import nats.errors
 
 from asyncmq_nats.backends.base import Write
+from asyncmq_nats.backends.filters import is_key
 from asyncmq_nats.backends.nats.budget import Budget, Load
 from asyncmq_nats.backends.nats.connection import Connection
 from asyncmq_nats.backends.nats.headers import (
@@ -27,13 +29,22 @@ NOTHING: Final = Load(0, 0, 0)
 Commit = Callable[[str, Sequence[Write], "Staged"], Awaitable[int]]
 
 
-def post_index_entry(connection: Connection, subject: str, ttl: float | None) -> None:
-    """Send an index entry, unconfirmed.
+def post_index_entry(connection: Connection, write: Write, *, again: bool = False) -> None:
+    """Send the index entry of a write, unconfirmed. `again`: it may have been sent before.
 
     On one connection a stream stores in order, so it is there if what follows is.
     """
-    headers = encode_headers(Write(subject, b"", ttl=ttl))
-    connection.client.post(subject.encode(), b"", b"", headers)
+    assert write.index is not None
+    # To roll up what is not there costs the server as much as to store the entry. One that a
+    # refused write has left is no harm: readers take the last one.
+    is_first = not again and write.expect is not None and not write.expect.sequence
+    headers = _index_headers(write.ttl, is_first or not is_key(write.index))
+    connection.client.post(write.index.encode(), b"", b"", headers)
+
+
+@lru_cache(maxsize=64)
+def _index_headers(ttl: float | None, beside: bool) -> bytes:
+    return encode_headers(Write("$KV.", b"", ttl=ttl, beside=beside))
 
 
 def post_batch(
@@ -67,7 +78,7 @@ def post_batch(
     messages: list[tuple[bytes, bytes, bytes, bytes]] = []
     for number, write in enumerate(writes, first):
         if write.index is not None:
-            post_index_entry(connection, write.index, write.ttl)
+            post_index_entry(connection, write, again=True)
         last = number == commit
         if last or has_headers(write):
             more = f"{lines}{number}\r\n" + ("Nats-Batch-Commit: 1\r\n" if last else "")
