@@ -75,9 +75,9 @@ def hold_up_writes(queue: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
     """Have the writes of the queue, begun in time, reach the server when its timers go off."""
 
     def held_up(call: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
-        async def hold_up(*args: Any) -> Any:
+        async def hold_up(*args: Any, **options: Any) -> Any:
             await wait_for_the_first(queue)
-            return await call(*args)
+            return await call(*args, **options)
 
         return hold_up
 
