@@ -149,13 +149,18 @@ async def test_a_job_that_is_retried_at_its_time_is_released_once(
 ) -> None:
     queue = Queue("work", nats_backend)
     ids = await add_jobs(queue)
+    due = nats_backend.now() + SECONDS  # at the latest
     await wait_for_the_first(queue)
-    assert all(await race(*(partial(queue.retry_job, job_id) for job_id in ids)))
+    in_time = nats_backend.now() < due - SECONDS / 2
+    retried = await race(*(partial(queue.retry_job, job_id) for job_id in ids))
+    # A slow machine comes when they are due: then they are not delayed any more.
+    assert all(retried) or nats_backend.now() > due - SECONDS / 2
+    assert any(retried) or not in_time
     await wait_for_all(queue)
-    for job_id in ids:
+    for job_id, was_retried in zip(ids, retried, strict=True):
         job = await queue.get_job(job_id)
         assert job is not None
-        assert (job["status"], job["delay_until"]) == ("waiting", None)
+        assert (job["status"], job["delay_until"] is None) == ("waiting", was_retried)
 
 
 async def cancel(queue: Queue, ids: list[str]) -> set[str]:
