@@ -60,11 +60,11 @@ RANDOM_BYTES: Final = 10
 """Random bytes for one id, of which 74 bits are used."""
 VARIANTS: Final = {digit: "89ab"[int(digit, 16) & 3] for digit in "0123456789abcdef"}
 """Of a random digit, that of a UUID in the same place."""
-KEYS: Final[dict[str, list[list[str | int]]]] = {
-    "task_id": [["task"], ["task_id"]],
-    "job_id": [["id"], ["job_id"]],
+ALIASES: Final = {
+    "task_id": AliasChoices("task", "task_id"),
+    "job_id": AliasChoices("id", "job_id"),
 }
-"""Members of a stored job that are called otherwise here, the first one that is there."""
+"""What fields of a job are called on the wire: the first one that is there."""
 MAX_DELAY: Final = 365 * 86_400.0
 """The longest delay before a retry, in seconds."""
 LATEST_TIME: Final = 250_000_000_000.0
@@ -216,10 +216,7 @@ class JobHead:
             InvalidJob: the body is not a job.
             NewerJob: it is of a newer version of the format.
         """
-        try:
-            members = _heads().validate_json(body)
-        except ValidationError as error:
-            raise InvalidJob(_first_problem(error)) from None
+        members = _validate(_heads().validate_json, body)
         # What was read is its namespace, what the body has not is an attribute of the class: to
         # make it of its members takes as long as to read them.
         head = cls.__new__(cls)
@@ -244,7 +241,7 @@ class Job:
     `Backoff`. The names are AsyncMQ's; on the wire `task_id` is `task` and `job_id` is `id`.
     """
 
-    task_id: str = Field(validation_alias=AliasChoices("task", "task_id"), min_length=1)
+    task_id: str = Field(validation_alias=ALIASES["task_id"], min_length=1)
     args: list[Any] = Field(default_factory=list)
     kwargs: dict[str, Any] = Field(default_factory=dict)
     retries: int = Field(default=0, ge=0)
@@ -253,9 +250,7 @@ class Job:
     ttl: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     job_id: Annotated[
         str, BeforeValidator(lambda value: new_job_id() if value is None else value)
-    ] = Field(
-        default_factory=new_job_id, validation_alias=AliasChoices("id", "job_id"), min_length=1
-    )
+    ] = Field(default_factory=new_job_id, validation_alias=ALIASES["job_id"], min_length=1)
     created_at: Annotated[
         float, BeforeValidator(lambda value: time() if value is None else value)
     ] = Field(default_factory=time, allow_inf_nan=False)
@@ -562,9 +557,9 @@ def _heads() -> SchemaValidator:
         if each.default_factory is not MISSING:
             schema = with_default_schema(schema, default_factory=each.default_factory)
         required = each.default is MISSING and each.default_factory is MISSING
-        members[each.name] = typed_dict_field(
-            schema, required=required, validation_alias=KEYS.get(each.name)
-        )
+        alias = ALIASES.get(each.name)
+        names = None if alias is None else alias.convert_to_aliases()
+        members[each.name] = typed_dict_field(schema, required=required, validation_alias=names)
     return SchemaValidator(typed_dict_schema(members))
 
 

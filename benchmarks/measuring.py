@@ -125,10 +125,10 @@ class CountingBackend(NATSBackend):
         self._count(writes)
         return await super().write(log, *writes)
 
-    async def write_each(self, log: str, writes: Sequence[Any], **options: Any) -> Any:
+    async def write_each(self, log: str, writes: Sequence[Any]) -> Any:
         for write in writes:
             self._count([write])
-        return await super().write_each(log, writes, **options)
+        return await super().write_each(log, writes)
 
     def send(self, log: str, write: Any, settle: Any, **options: Any) -> None:
         self._count([write])

@@ -526,14 +526,10 @@ class Backend(Protocol):
         before.
         """
 
-    async def write_each(
-        self, log: str, writes: Sequence[Write], *, unique: bool = False
-    ) -> list[int | AsyncMQError]:
+    async def write_each(self, log: str, writes: Sequence[Write]) -> list[int | AsyncMQError]:
         """Write each by itself, many at a time, as `write` does.
 
-        Return for each, in order, its sequence or the error that `write` would raise. `unique`: no
-        other write has one of the bodies. If an answer is lost, the write is known by that: it
-        costs less than an id, and counts as refused if the record is gone by then.
+        Return for each, in order, its sequence or the error that `write` would raise.
 
         Raises:
             StorageFull: there is no room for them.
@@ -616,8 +612,8 @@ class Backend(Protocol):
     ) -> int:
         """Remove the matching records, those below sequence `before` or all but the last `keep`.
 
-        Return their number. With a filter it costs as much as the log has matching records, without
-        one (`>`) as much as it removes.
+        Return their number. With a filter it costs as much as the log has matching records; `>`
+        costs little more than what it removes.
         """
 
     def puller(

@@ -382,15 +382,7 @@ class Slots:
         self.running[running] = None
         running_job.set(context)
         self._lines.started(attempt)
-        if self._events.tells_start(attempt.started_at):
-            self._events.tell_start(
-                self._spawner,
-                attempt.token,
-                attempt.body,
-                attempt.started_at,
-                attempt.delivery,
-                partial(getattr, attempt, "job"),
-            )
+        self._events.tell_start(self._spawner, attempt)
         try:
             result, failure = await execute(
                 running,

@@ -1,8 +1,7 @@
 """Events: sent at most once for changes without a record, and passed to listeners here."""
 
 import math
-from collections.abc import Callable
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from asyncmq_nats._concurrency import Spawner
 from asyncmq_nats.backends.base import Delivery, Write
@@ -69,6 +68,18 @@ def without_large(body: bytes, limit: int) -> bytes:
     return dump_json(members | TRUNCATED)
 
 
+class Begun(Protocol):
+    """An attempt that has begun. `body`: the job as it came, `job`: all of it, read when asked."""
+
+    token: str
+    body: bytes
+    started_at: float
+    delivery: Delivery
+
+    @property
+    def job(self) -> Job: ...
+
+
 class WorkerEvents:
     """The events of one worker's jobs. They are on the path of every job."""
 
@@ -92,27 +103,13 @@ class WorkerEvents:
         self._heard_from = 0.0
         self._expected_until = self._backend.now() + LISTENING_TIME
 
-    def tells_start(self, at: float) -> bool:
-        """Return whether to call `tell_start` for an attempt that begins now."""
-        return at >= self._ask_at or at >= self._heard_from or event_emitter.listens(JOB_STARTED)
-
-    def tell_start(
-        self,
-        spawner: Spawner,
-        token: str,
-        body: bytes,
-        at: float,
-        delivery: Delivery,
-        job: Callable[[], Job],
-    ) -> None:
-        """Tell that an attempt began, if anyone hears it; once a second, find that out.
-
-        `body`: the job as it came; `job`: all of it, read if a listener here wants it.
-        """
+    def tell_start(self, spawner: Spawner, attempt: Begun) -> None:
+        """Tell that an attempt began, if anyone hears it; once a second, find that out."""
+        at = attempt.started_at
         asks = at >= self._ask_at
         if asks or at >= self._heard_from:
             # The job's own bytes, with the new members spliced in: no second encoding.
-            data = splice(body, self._start % dump_number(at))
+            data, delivery = splice(attempt.body, self._start % dump_number(at)), attempt.delivery
             if delivery.deliveries == 1:
                 data = splice(data, READY_MEMBER % (delivery.sequence, int(delivery.stamp)))
             if len(data) > self._backend.max_body:
@@ -121,9 +118,9 @@ class WorkerEvents:
                 self._ask_at = at + ASKING_INTERVAL
                 self._heard_from = min(self._heard_from, at + ANSWER_TIME)
             on_unheard = self._stop_telling if asks else None
-            self._backend.signal(self._keys.event(STARTED, token), data, on_unheard)
+            self._backend.signal(self._keys.event(STARTED, attempt.token), data, on_unheard)
         if event_emitter.listens(JOB_STARTED):
-            fields = job().to_dict() | {"queue": self._keys.queue, "status": State.ACTIVE}
+            fields = attempt.job.to_dict() | {"queue": self._keys.queue, "status": State.ACTIVE}
             spawner.spawn(event_emitter.emit, JOB_STARTED, fields)
 
     def _stop_telling(self) -> None:

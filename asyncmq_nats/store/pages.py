@@ -177,8 +177,7 @@ class JobLists:
         `state`: the one whose source it is. `None`: a released job, whose record tells it.
         """
         if source.tier is not None:
-            is_active = record.sequence <= source.tier.delivered_sequence
-            return State.ACTIVE if is_active else State.WAITING
+            return self._inspection.ready_state(record, source.tier)
         return None if source.place is Place.RELEASED else state
 
     def token_in(self, source: Source, record: Record) -> str:

@@ -202,10 +202,17 @@ class Inspection:
         priority, _ = self._keys.split_ready(record.subject)
         return self.ready_job(record, await self.tier(priority))
 
+    @staticmethod
+    def ready_state(record: Record, tier: ConsumerState) -> State:
+        """Return the state of the job in a ready record.
+
+        It is active if the tier has delivered it: no write per start is needed to know.
+        """
+        return State.ACTIVE if record.sequence <= tier.delivered_sequence else State.WAITING
+
     def ready_job(self, record: Record, tier: ConsumerState) -> Job:
         """Return the job in a ready record."""
-        # A ready job is active if the tier has delivered it: no write per start is needed to know.
-        state = State.ACTIVE if record.sequence <= tier.delivered_sequence else State.WAITING
+        state = self.ready_state(record, tier)
         priority, token = self._keys.split_ready(record.subject)
         return self._decode(record, token, status=state, priority=priority)
 

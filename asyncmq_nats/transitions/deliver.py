@@ -80,15 +80,10 @@ class Deliveries:
                 f"{LONGEST_TOKEN:,} bytes"
             )
         try:
-            if body.startswith(OUR_JOBS):
-                try:
-                    head = JobHead.decode(body)
-                except InvalidJob:  # of a newer version, or of a stranger: read in full below
-                    pass
-                else:
-                    same = "%" not in token and head.job_id == token
-                    if same or head.job_id == decode_token(token):
-                        return Attempt(delivery, token, head, body)
+            if body.startswith(OUR_JOBS) and (head := _read_ours(body)) is not None:
+                same = "%" not in token and head.job_id == token
+                if same or head.job_id == decode_token(token):
+                    return Attempt(delivery, token, head, body)
             body = self._normalize(delivery, token)
             return Attempt(delivery, token, JobHead.decode(body), body)
         except NewerJob as problem:
@@ -218,6 +213,16 @@ class Deliveries:
                 attempt.head.job_id,
             )
             return claim.disposition
+        return None
+
+
+def _read_ours(body: bytes) -> JobHead | None:
+    """Return the head of a job; `None` if a foreign job only begins the same way."""
+    try:
+        return JobHead.decode(body)
+    except NewerJob:
+        raise
+    except InvalidJob:
         return None
 
 

@@ -9,6 +9,7 @@ that was released, and any other can be repeated.
 
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any, Final
 
@@ -26,7 +27,6 @@ from asyncmq_nats.transitions.claim import CLAIM_TTL, Claim
 from asyncmq_nats.transitions.clean import PURGED_SHARE, is_idle
 from asyncmq_nats.transitions.timers import is_ringing, remove_overtaken
 from asyncmq_nats.wire.codec import load_json
-from asyncmq_nats.wire.keys import decode_token
 
 __all__ = ["Sweep"]
 
@@ -49,10 +49,6 @@ class _Item:
     found: Found
     token: str
     data: dict[str, Any]
-
-    @property
-    def job_id(self) -> str:
-        return decode_token(self.token)
 
     @property
     def sequence(self) -> int:
@@ -118,7 +114,7 @@ class Sweep:
             data = load_json(found.record.body)
         except InvalidJob:
             return None
-        if not NOT_PLAIN.isdisjoint(data) and any(data.get(name) for name in NOT_PLAIN):
+        if any(data[name] for name in data.keys() & NOT_PLAIN):
             return None
         return _Item(found, found.token, data)
 
@@ -126,7 +122,7 @@ class Sweep:
         done, error = await self._run_parts(act, items)
         if error is not None:
             raise error
-        return {item.job_id for item in done}
+        return {item.found.job_id for item in done}
 
     async def _run_parts(
         self, act: Act, items: Sequence[_Item]
@@ -151,12 +147,13 @@ class Sweep:
     # -- cancel
 
     async def _cancel_some(self, part: list[_Item]) -> tuple[list[_Item], AsyncMQError | None]:
-        cancelled, error = await self._write_cancellations(part)
+        cancelled, error = await self._write(part, self._cancellation)
         await self._remove(cancelled, set())
         return cancelled, error
 
     async def _cancel_and_purge(self, items: Sequence[_Item]) -> set[str]:
-        cancelled, error = await self._run_parts(self._write_cancellations, items)
+        write = partial(self._write, write=self._cancellation)
+        cancelled, error = await self._run_parts(write, items)
         cancelled.sort(key=lambda item: item.sequence)
         purged, left = await self._purge(cancelled), cancelled
         if purged and not await self._inspection.count(f"later_{Place.RELEASED}"):
@@ -165,7 +162,7 @@ class Sweep:
         await self._remove(left, purged)
         if error is not None:
             raise error
-        return {item.job_id for item in cancelled}
+        return {item.found.job_id for item in cancelled}
 
     async def _can_be_purged(self, items: Sequence[_Item]) -> bool:
         """Return whether to remove ready jobs by a purge: it costs less, and no worker is there.
@@ -200,11 +197,6 @@ class Sweep:
                 return set(run) if purged == len(run) else set()
         return set()
 
-    async def _write_cancellations(
-        self, part: list[_Item]
-    ) -> tuple[list[_Item], AsyncMQError | None]:
-        return await self._write(part, self._cancellation, unique=True)  # each has its own time
-
     def _cancellation(self, item: _Item) -> Write:
         is_delayed = item.found.source.place is Place.DELAYED
         return self._administration.cancellation(
@@ -231,7 +223,7 @@ class Sweep:
         # A worker has what it runs: its message is there until that has ended.
         for item in cancelled:
             if item.found.source.tier is not None or item.token in became_ready:
-                await self._signal_cancel(item.job_id)
+                await self._signal_cancel(item.found.job_id)
 
     async def _remove_rest(
         self, log: str, filter: Callable[[str], str], cancelled: Sequence[_Item]
@@ -290,14 +282,11 @@ class Sweep:
         return True
 
     async def _write(
-        self, items: Sequence[_Item], write: Callable[[_Item], Write], *, unique: bool = False
+        self, items: Sequence[_Item], write: Callable[[_Item], Write]
     ) -> tuple[list[_Item], AsyncMQError | None]:
-        """Return those whose write was stored, and the first error that is no refusal.
-
-        `unique`: see `Backend.write_each`.
-        """
+        """Return those whose write was stored, and the first error that is no refusal."""
         writes, stored, error = [write(item) for item in items], [], None
-        results = await self._backend.write_each(self._keys.bucket_log, writes, unique=unique)
+        results = await self._backend.write_each(self._keys.bucket_log, writes)
         for item, result in zip(items, results, strict=True):
             if isinstance(result, int):
                 stored.append(item)

@@ -75,9 +75,9 @@ def hold_up_writes(queue: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
     """Have the writes of the queue, begun in time, reach the server when its timers go off."""
 
     def held_up(call: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
-        async def hold_up(*args: Any, **options: Any) -> Any:
+        async def hold_up(*args: Any) -> Any:
             await wait_for_the_first(queue)
-            return await call(*args, **options)
+            return await call(*args)
 
         return hold_up
 
@@ -144,23 +144,33 @@ async def test_the_newest_call_replaces_one_whose_timer_goes_off(nats_backend: N
     assert newest > 0
 
 
+async def retry_at_their_time(queue: Queue) -> list[str]:
+    """Retry jobs when their timers go off, and return their ids.
+
+    A slow machine may come when they are due: then they are not delayed any more, so once more.
+    """
+    for _ in range(10):
+        ids = await add_jobs(queue)
+        job = await queue.get_job(ids[0])
+        assert job is not None
+        await wait_for_the_first(queue)
+        if all(await race(*(partial(queue.retry_job, job_id) for job_id in ids))):
+            return ids
+        assert queue.backend.now() >= job["delay_until"]
+        await queue.obliterate(force=True)
+    pytest.fail("this machine is too slow")
+
+
 async def test_a_job_that_is_retried_at_its_time_is_released_once(
     nats_backend: NATSBackend,
 ) -> None:
     queue = Queue("work", nats_backend)
-    ids = await add_jobs(queue)
-    due = nats_backend.now() + SECONDS  # at the latest
-    await wait_for_the_first(queue)
-    in_time = nats_backend.now() < due - SECONDS / 2
-    retried = await race(*(partial(queue.retry_job, job_id) for job_id in ids))
-    # A slow machine comes when they are due: then they are not delayed any more.
-    assert all(retried) or nats_backend.now() > due - SECONDS / 2
-    assert any(retried) or not in_time
+    ids = await retry_at_their_time(queue)
     await wait_for_all(queue)
-    for job_id, was_retried in zip(ids, retried, strict=True):
+    for job_id in ids:
         job = await queue.get_job(job_id)
         assert job is not None
-        assert (job["status"], job["delay_until"] is None) == ("waiting", was_retried)
+        assert (job["status"], job["delay_until"]) == ("waiting", None)
 
 
 async def cancel(queue: Queue, ids: list[str]) -> set[str]:

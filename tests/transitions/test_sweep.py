@@ -10,9 +10,9 @@ import pytest
 from asyncmq_nats import JobFilter, Queue
 from asyncmq_nats.backends.base import Backend, ConsumerState, Write
 from asyncmq_nats.exceptions import BackendError, PayloadTooLarge, Unconfirmed, WriteRefused
-from asyncmq_nats.states import Place
+from asyncmq_nats.states import Place, State
 from asyncmq_nats.store.search import Found
-from tests.receiver import until
+from tests.receiver import Receiver, until
 from tests.running import counted, make_queue, only, outcome, run_jobs, running
 
 
@@ -63,9 +63,9 @@ async def test_an_interruption_is_told_how_many_jobs_were_changed(
     seen: list[int] = []
     with anyio.CancelScope() as scope, monkeypatch.context() as patch:
 
-        async def interrupt(*arguments: Any, **options: Any) -> Any:
+        async def interrupt(*arguments: Any) -> Any:
             scope.cancel()
-            return await act(*arguments, **options)
+            return await act(*arguments)
 
         patch.setattr(backend, name, interrupt)
         await queue.apply(JobFilter(state=state), action, progress=seen.append)
@@ -207,6 +207,50 @@ async def test_a_cancel_that_dies_half_way_is_finished(
                 await queue.apply(JobFilter(state=state), "cancel")
     await run_jobs(queue)
     await only(queue, cancelled=10)
+
+
+# -- what is read
+
+
+@pytest.mark.parametrize("state", ["waiting", "delayed", "failed"])
+async def test_a_search_by_state_and_time_alone_reads_no_job(
+    state: str, backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queue, read = queue_of(backend, Tasks()), list[Any]()
+    task, delay = ("fail", None) if state == "failed" else ("note", 3600.0)
+    ids = [
+        await queue.add(task, [n], delay=None if state == "waiting" else delay) for n in range(3)
+    ]
+    if state == "failed":
+        await run_jobs(queue)
+    await counted(queue)
+
+    def read_none(*given: Any) -> list[Any]:
+        read.append(given)
+        return []
+
+    monkeypatch.setattr(queue._lists, "jobs_in", read_none)
+    where = JobFilter(state=state, since=0.0, until=backend.now() + 60)
+    result = await queue.apply(where, "remove", dry_run=True)
+    assert (result.matched, read) == (3, [])
+    await queue.apply(replace(where, task="*"), "remove", dry_run=True)
+    assert len(read) == 3
+    monkeypatch.undo()
+    found = await find(queue, state)
+    assert [(each.job_id, each.state, each.job.args) for each in found] == [
+        (job_id, state, [n]) for n, job_id in enumerate(ids)
+    ]
+
+
+async def test_a_job_that_ends_badly_twice_has_one_index_entry(backend: Backend) -> None:
+    queue = queue_of(backend, Tasks())
+    job_id, keys = await queue.add("fail"), queue._subjects
+    for failures in range(1, 3):
+        await run_jobs(queue)
+        await only(queue, failed=1)
+        assert await backend.count(keys.bucket_log, keys.indexed(State.FAILED)) == 1
+        if failures == 1:
+            assert await queue.retry_job(job_id)
 
 
 # -- a cancel by a purge
@@ -380,7 +424,7 @@ async def test_a_worker_is_told_of_a_delayed_job_that_has_become_ready_since(
     await only(queue, cancelled=3)
 
 
-@pytest.mark.parametrize("why", ["cluster", "few of many", "a worker"])
+@pytest.mark.parametrize("why", ["cluster", "few of many", "a worker", "a job that runs"])
 async def test_jobs_are_removed_one_by_one(
     why: str, backend: Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -393,6 +437,8 @@ async def test_jobs_are_removed_one_by_one(
     elif why == "few of many":
         found = found[:4]
     purges = Purges(backend, monkeypatch)
+    if why == "a job that runs":
+        await Receiver(backend, queue._subjects.ready_log).pull("tier_5")
     if why == "a worker":
         await queue.pause()
         async with running(queue):
@@ -489,12 +535,12 @@ async def test_a_retry_that_dies_half_way_goes_on(
     write_each = backend.write_each
     calls = 0
 
-    async def die(log: str, records: Sequence[Any], **options: Any) -> Any:
+    async def die(log: str, records: Sequence[Any]) -> Any:
         nonlocal calls
         calls += 1
         if step == "remove" or calls > 1:
             raise Unconfirmed("the write", 30.0)
-        return await write_each(log, records, **options)
+        return await write_each(log, records)
 
     with monkeypatch.context() as patch:
         patch.setattr(backend, "delete_many" if step == "remove" else "write_each", die)
@@ -644,7 +690,7 @@ async def test_after_an_error_no_other_part_is_begun_and_those_under_way_are_fin
     found = await find(queue, "delayed")
     write_each, third, calls = backend.write_each, anyio.Event(), 0
 
-    async def die(log: str, writes: Sequence[Any], **options: Any) -> Any:
+    async def die(log: str, writes: Sequence[Any]) -> Any:
         nonlocal calls
         calls += 1
         if calls == 3:
@@ -652,7 +698,7 @@ async def test_after_an_error_no_other_part_is_begun_and_those_under_way_are_fin
             raise Unconfirmed("the write", 30.0)
         with anyio.fail_after(10):
             await third.wait()
-        return await write_each(log, writes, **options)
+        return await write_each(log, writes)
 
     monkeypatch.setattr(backend, "write_each", die)
     with pytest.raises(Unconfirmed):

@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import FrozenInstanceError, dataclass, replace
+from dataclasses import FrozenInstanceError, dataclass, fields, replace
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
 from enum import Enum
@@ -118,6 +118,23 @@ def test_the_id_of_the_subject_wins() -> None:
 
 def test_the_producers_time_wins() -> None:
     assert Job.decode(b'{"task": "t", "created_at": 7}', created_at=12.5).created_at == 7
+
+
+@given(JOBS)
+def test_the_head_of_a_job_says_what_the_job_says(job: Job) -> None:
+    whole, head = Job.decode(job.encode()), JobHead.decode(job.encode())
+    names = {each.name for each in fields(JobHead)} - {"v", "children", "meta"}
+    assert {name: getattr(head, name) for name in names} == {
+        name: getattr(whole, name) for name in names
+    }
+
+
+def test_what_a_body_leaves_out_has_its_default_in_the_head() -> None:
+    body = b'{"task_id": "t", "job_id": "a", "created_at": 1}'
+    head, other = JobHead.decode(body), JobHead.decode(body)
+    assert head == JobHead("t", "a", 1.0)
+    assert head.args is not other.args
+    assert head.kwargs is not other.kwargs
 
 
 def test_a_worker_tells_a_job_of_a_newer_version_from_one_that_is_malformed() -> None:

@@ -304,9 +304,7 @@ class InMemoryBackend:
         await self._give_way()
         return self._find_log(log).write(writes)
 
-    async def write_each(
-        self, log: str, writes: Sequence[Write], *, unique: bool = False
-    ) -> list[int | AsyncMQError]:
+    async def write_each(self, log: str, writes: Sequence[Write]) -> list[int | AsyncMQError]:
         """See `Backend`."""
         results: list[int | AsyncMQError] = []
         for write in writes:

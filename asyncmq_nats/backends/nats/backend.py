@@ -427,12 +427,10 @@ class NATSBackend:
         self._require_connection()
         return self._writer.stage(log, self._write)
 
-    async def write_each(
-        self, log: str, writes: Sequence[Write], *, unique: bool = False
-    ) -> list[int | AsyncMQError]:
+    async def write_each(self, log: str, writes: Sequence[Write]) -> list[int | AsyncMQError]:
         await self._open_connection()
         await self._fills.check(log, writes)
-        results = await self._writer.write_each(log, writes, unique=unique)
+        results = await self._writer.write_each(log, writes)
         if any(isinstance(result, AssetMissing) for result in results):
             self._assets.forget(log)
         return results

@@ -4,14 +4,12 @@ import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import fields
-from functools import lru_cache
 from operator import attrgetter
 from typing import Final
 
 import nats.errors
 
 from asyncmq_nats.backends.base import Write
-from asyncmq_nats.backends.filters import is_key
 from asyncmq_nats.backends.nats.budget import Budget, Load
 from asyncmq_nats.backends.nats.connection import Connection
 from asyncmq_nats.backends.nats.headers import (
@@ -35,16 +33,11 @@ def post_index_entry(connection: Connection, write: Write, *, again: bool = Fals
     On one connection a stream stores in order, so it is there if what follows is.
     """
     assert write.index is not None
-    # To roll up what is not there costs the server as much as to store the entry. One that a
-    # refused write has left is no harm: readers take the last one.
+    # A roll-up costs the server time, also if nothing is there. An entry that a refused write has
+    # left is no harm: readers take the last one.
     is_first = not again and write.expect is not None and not write.expect.sequence
-    headers = _index_headers(write.ttl, is_first or not is_key(write.index))
+    headers = encode_headers(Write(write.index, b"", ttl=write.ttl, beside=is_first))
     connection.client.post(write.index.encode(), b"", b"", headers)
-
-
-@lru_cache(maxsize=64)
-def _index_headers(ttl: float | None, beside: bool) -> bytes:
-    return encode_headers(Write("$KV.", b"", ttl=ttl, beside=beside))
 
 
 def post_batch(

@@ -156,21 +156,16 @@ class Writer:
         """Begin a batch that is sent while it is made. `write`: stores it."""
         return Staged(self._connection, self._budget, write, log)
 
-    async def write_each(
-        self, log: str, writes: Sequence[Write], *, unique: bool
-    ) -> list[int | AsyncMQError]:
+    async def write_each(self, log: str, writes: Sequence[Write]) -> list[int | AsyncMQError]:
         """See `Backend.write_each`."""
         if self._ends_in_wait:
             raise StorageFull(log, "the ends of jobs that run here wait for room")
         results: list[int | AsyncMQError] = []
         for start in range(0, len(writes), WRITES_AT_ONCE):
-            some = writes[start : start + WRITES_AT_ONCE]
-            results += await self._write_some(log, some, unique=unique)
+            results += await self._write_some(log, writes[start : start + WRITES_AT_ONCE])
         return results
 
-    async def _write_some(
-        self, log: str, writes: Sequence[Write], *, unique: bool
-    ) -> list[int | AsyncMQError]:
+    async def _write_some(self, log: str, writes: Sequence[Write]) -> list[int | AsyncMQError]:
         now = time.monotonic()
         load = Load(0, len(writes), sum(len(write.body) for write in writes))
         await self._wait_for_budget(load, writes[0].subject)
@@ -185,7 +180,7 @@ class Writer:
         entries = [
             Unsettled(
                 log,
-                (write,) if unique else named((write,)),
+                named((write,)),
                 partial(settle, number),
                 now,
                 now + self._timeout,
@@ -348,7 +343,7 @@ class Writer:
         write = entry.writes[0]
         if write.message_id is not None:
             sequence = await self._find_stored(entry, write.message_id)
-        else:  # the end of an attempt, or another one of which no two are the same
+        else:  # sent, and not awaited: the end of an attempt, of which no two are the same
             records = await self._last(entry.log, write.subject)
             ours = bool(records) and records[0].body == write.body and not records[0].marker
             sequence = records[0].sequence if ours else None
