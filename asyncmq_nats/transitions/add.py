@@ -98,6 +98,7 @@ class Additions:
             while True:
                 await pause_after_refusal()
                 if await self.are_stored([job]):
+                    await self.resume([job])
                     return job.job_id
                 try:
                     return await self._add_once(job)
@@ -122,7 +123,7 @@ class Additions:
         if job.custom_id:
             missing = await self.plans.missing([job.job_id])
             if not missing:
-                await self.announce(DUPLICATED, job.job_id)
+                await self.repeat([job])
                 return job.job_id
             last = missing[job.job_id]
         write = self.first_write(job, last=last)
@@ -493,15 +494,25 @@ class Additions:
             raise PayloadTooLarge(what, len(body), most)
         return body
 
-    async def is_duplicate(self, job_id: str) -> bool:
-        """Return whether the queue has a job with that id.
-
-        If so, tell that it was added once more.
-        """
-        duplicate = await self.exists(job_id)
+    async def is_duplicate(self, job: Addition) -> bool:
+        """Return whether the queue has a job with the id of this one; if so, see `repeat`."""
+        duplicate = await self.exists(job.job_id)
         if duplicate:
-            await self.announce(DUPLICATED, job_id)
+            await self.repeat([job])
         return duplicate
+
+    async def repeat(self, jobs: Sequence[Addition]) -> None:
+        """Tell that jobs were added that the queue has; go on where a producer has not ended."""
+        await self.resume(jobs)
+        for job in jobs:
+            await self.announce(DUPLICATED, job.job_id)
+
+    async def resume(self, jobs: Sequence[Addition]) -> None:
+        """Link jobs that are stored to those that they depend on, if their producer has not."""
+        ids = [job.job_id for job in jobs if job.depends_on]
+        if ids:
+            for token in await self.plans.links.resume(ids):
+                await self.dependencies.release(token)
 
     async def announce(self, what: str, job_id: str, **data: Any) -> None:
         """See `announcing.announce`."""

@@ -14,7 +14,6 @@ from asyncmq_nats._concurrency import open_task_group
 from asyncmq_nats._new_jobs import Addition, JobTemplate, NewJob
 from asyncmq_nats.backends.base import Staged
 from asyncmq_nats.calls import Call, written
-from asyncmq_nats.events import DUPLICATED
 from asyncmq_nats.exceptions import AsyncMQError, BulkAddFailed, WriteRefused
 from asyncmq_nats.jobs import new_job_id
 from asyncmq_nats.store.commit import REPLICA_LAG_DELAYS, look_for, pause_after_refusal
@@ -404,6 +403,7 @@ async def _add_batch(
                 partial(additions.are_stored, new),
                 REPLICA_LAG_DELAYS if unique else REPLICA_LAG_DELAYS[:1],
             ):
+                await additions.resume(new)
                 return
             if unique:
                 raise
@@ -417,13 +417,11 @@ async def _without_existing(
     additions: Additions, batch: Sequence[Addition], existing: Iterable[str]
 ) -> list[Addition]:
     """Return the jobs whose ids are new; tell of the others."""
-    seen, new = set(existing), list[Addition]()
+    seen, new, repeated = set(existing), list[Addition](), list[Addition]()
     if not seen and len({job.job_id for job in batch}) == len(batch):
         return list(batch)
     for job in batch:
-        if job.job_id in seen:
-            await additions.announce(DUPLICATED, job.job_id)
-        else:
-            new.append(job)
+        (repeated if job.job_id in seen else new).append(job)
         seen.add(job.job_id)
+    await additions.repeat(repeated)
     return new

@@ -106,7 +106,7 @@ class Deduplicator:
         async def add() -> str:
             nonlocal tries
             tries += 1
-            if job.custom_id and await self._additions.is_duplicate(job.job_id):
+            if job.custom_id and await self._additions.is_duplicate(job):
                 return job.job_id
             record = await self._read(window.id)
             owner = None if record is None else await self._live_owner(window.id, record)
@@ -254,5 +254,7 @@ class Deduplicator:
             if stage is None:  # its producer may have died before it stored it
                 await self._additions.add(job)
                 stage = "unfinished"
+            else:
+                await self._additions.resume([job])
             self._take_out(key, owner, until, record.sequence)
         return owner if until is not None or stage == "unfinished" else None

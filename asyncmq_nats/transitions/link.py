@@ -2,11 +2,12 @@
 
 First the job is parked, with all its open parents and a timer; then an edge is written for each of
 them, expecting that the parent has not ended; then the timer is taken off. A parent that ends in
-between refuses its edge, and is taken out here. If the producer dies, the timer releases the job,
-and a promoter goes on (`Links.link`).
+between refuses its edge, and is taken out here. If the producer dies, one that adds the job again
+goes on (`Links.resume`), or else the timer releases it, and a promoter does (`Links.link`).
 """
 
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
@@ -248,6 +249,22 @@ class Links:
             job = replace(job, depends_on=[])
         await self._store.delete(record)
         return await self._connect_again(token, job) if job.depends_on else []
+
+    async def resume(self, job_ids: Collection[str]) -> list[str]:
+        """Write the edges that an earlier producer of these jobs has not written: it may be dead.
+
+        Return the tokens of those that have ended as failed, for a parent. Repeatable.
+        """
+        failed: list[str] = []
+        tokens = list(map(encode_token, job_ids))
+        for token, child in (await self._store.read_snapshots(tokens)).items():
+            parked = child.later.get(Place.PARKED)
+            if parked is None or b'"linking"' not in parked.body:
+                continue
+            with suppress(InvalidJob):  # not ours
+                job = Job.decode(parked.body, job_id=decode_token(token))
+                failed += await self._connect_again(token, job)
+        return failed
 
     async def _has_gone_on(self, child: Snapshot, job: Job, record: Delivery) -> bool:
         released = child.later.get(Place.RELEASED)

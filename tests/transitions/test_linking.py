@@ -392,6 +392,118 @@ async def _die() -> None:
     raise Unconfirmed("the write", 0)
 
 
+@pytest.fixture
+def never(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have promoters take up nothing that a producer left."""
+    monkeypatch.setattr(parked, "LINK_TIMEOUT", 3600.0)
+
+
+Again = Callable[[Queue, dict[str, Any]], Awaitable[Any]]
+
+
+async def add_again(queue: Queue, fields: dict[str, Any]) -> Any:
+    return await queue.add("read_parents", **fields)
+
+
+async def add_again_in_bulk(queue: Queue, fields: dict[str, Any]) -> Any:
+    return await queue.add_bulk([{"task_id": "read_parents", **fields}, {"task_id": "echo"}])
+
+
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("ended", [False, True])
+@pytest.mark.parametrize("count", [2, WIDE])
+@pytest.mark.parametrize("again", [add_again, add_again_in_bulk])
+@pytest.mark.parametrize("window", [{}, {"deduplication": {"id": "window", "ttl": 3600}}])
+async def test_a_job_whose_producer_died_is_linked_by_the_next_that_adds_it(
+    window: dict[str, Any],
+    again: Again,
+    count: int,
+    ended: bool,
+    step: str,
+    backend: Backend,
+    twin: Backend,
+    monkeypatch: pytest.MonkeyPatch,
+    never: None,
+) -> None:
+    queue, other = queue_of(backend), queue_of(twin)
+    parents = await add_parents(queue, count)
+    fields = {"job_id": "child", "depends_on": parents, **window}
+    with monkeypatch.context() as patch:
+        before(step, queue, patch, _die)
+        with pytest.raises(Unconfirmed):
+            await add_again(queue, fields)
+    if ended:
+        await run_what_can(other)
+    await again(other, fields)
+    async with running(other):
+        result = await queue.wait_for("child", timeout=PATIENCE)
+        assert result == {parent: number for number, parent in enumerate(parents)}
+        await wait_until_done(queue)
+    if not window:
+        await nothing_is_left(backend)
+
+
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("count", [2, WIDE])
+async def test_two_producers_link_one_job_at_once(
+    count: int,
+    step: str,
+    backend: Backend,
+    twin: Backend,
+    monkeypatch: pytest.MonkeyPatch,
+    never: None,
+) -> None:
+    queue, other = queue_of(backend), queue_of(twin)
+    parents = await add_parents(queue, count)
+    fields = {"job_id": "child", "depends_on": parents}
+    before(step, queue, monkeypatch, lambda: add_again(other, fields))
+    await add_again(queue, fields)
+    async with running(other):
+        result = await queue.wait_for("child", timeout=PATIENCE)
+        assert result == {parent: number for number, parent in enumerate(parents)}
+        await wait_until_done(queue)
+    await nothing_is_left(backend)
+
+
+@pytest.mark.parametrize("again", [add_again, add_again_in_bulk])
+@pytest.mark.parametrize("count", [2, WIDE, 120])
+async def test_a_job_is_linked_whose_first_message_was_sent_twice(
+    count: int, again: Again, backend: Backend, monkeypatch: pytest.MonkeyPatch, never: None
+) -> None:
+    queue = queue_of(backend)
+    parents = await add_parents(queue, count)
+    real = backend.write
+
+    async def write_twice(log: str, *writes: Write) -> int:
+        if any(write.timer is not None for write in writes):
+            monkeypatch.setattr(backend, "write", real)
+            await real(log, *writes)
+        return await real(log, *writes)
+
+    monkeypatch.setattr(backend, "write", write_twice)
+    await again(queue, {"depends_on": parents})
+    async with running(queue):
+        await wait_until_done(queue)
+    await only(queue, completed=count + 1 + (again is add_again_in_bulk))
+
+
+async def test_a_job_that_fails_with_its_parent_is_told_when_it_is_added_again(
+    backend: Backend, twin: Backend, monkeypatch: pytest.MonkeyPatch, never: None
+) -> None:
+    queue, other = queue_of(backend), queue_of(twin)
+    parent = await queue.add("fail")
+    fields = {"job_id": "child", "depends_on": [parent], "on_parent_failure": "fail"}
+    with monkeypatch.context() as patch:
+        before("connect", queue, patch, _die)
+        with pytest.raises(Unconfirmed):
+            await add_again(queue, fields)
+    grandchild = await queue.add("echo", depends_on=["child"], on_parent_failure="fail")
+    await run_what_can(other)
+    await add_again(other, fields)
+    assert [await queue.get_job_state(each) for each in ("child", grandchild)] == ["failed"] * 2
+    assert not await live(backend, "later.>")
+
+
 @pytest.mark.parametrize("stored", [False, True])
 async def test_a_flow_whose_producer_dies_is_there_as_a_whole_or_not_at_all(
     stored: bool,
