@@ -12,7 +12,7 @@ import pickle
 import sys
 import threading
 import traceback
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Sequence
 from dataclasses import replace
 from multiprocessing import spawn
 from queue import SimpleQueue
@@ -88,7 +88,7 @@ def _read(requests: BinaryIO) -> Any:
 
 
 def _call(
-    module: str, qualname: str, args: list[Any], kwargs: dict[str, Any], validate: bool
+    module: str, qualname: str, args: Sequence[Any], kwargs: dict[str, Any], validate: bool
 ) -> bytes | Failure:
     try:
         function, arguments = _find(module, qualname, validate=validate)

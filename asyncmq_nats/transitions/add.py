@@ -111,8 +111,14 @@ class Additions:
         """Store a job that no other can have the id of, and that depends on none."""
         if not self._assets.is_declared(job.priority):
             await self._declare({job.priority})
+        write = self.first_write(job)
+        log = self._keys.log_of(write.subject)
         try:
-            await self._write_again_when_missing([self.first_write(job)], {job.priority})
+            try:
+                await self._backend.write(log, write)
+            except AssetMissing:
+                await self._declare_again({job.priority})
+                await self._backend.write(log, write)
         except WriteRefused:  # the confirmation of an earlier sending was lost
             if not await look_for(partial(self.are_stored, [job]), REPLICA_LAG_DELAYS):
                 raise WriteRefused(self._keys.bucket_log, f"job {job.job_id!r}") from None
@@ -415,10 +421,14 @@ class Additions:
         log = self._keys.log_of(writes[0].subject)
         try:
             await self._backend.write(log, *writes)
-        except AssetMissing:  # deleted since this process declared it
-            self._assets.forget()
-            await self._declare(priorities)
+        except AssetMissing:
+            await self._declare_again(priorities)
             await self._backend.write(log, *writes)
+
+    async def _declare_again(self, priorities: Iterable[int]) -> None:
+        """Declare what was deleted since this process declared it."""
+        self._assets.forget()
+        await self._declare(priorities)
 
     async def _declare(self, priorities: Iterable[int]) -> None:
         await self._assets.declare()

@@ -7,7 +7,7 @@ acknowledged last: a crash in between is repeated by the redelivery.
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, Final
 
 from asyncmq_nats._logging import get_logger
@@ -248,7 +248,7 @@ class Lifecycle(Deliveries):
 
     def _completed(self, attempt: Attempt, result: Any) -> Write:
         """Return the write of a result: the job as it came, byte for byte, and its end."""
-        what = f"the result of task {attempt.head.task_id!r}"
+        what = _result_of(attempt.head.task_id)
         members = COMPLETED_MEMBERS % (
             dump_json(result, what),
             dump_number(attempt.started_at),
@@ -483,6 +483,11 @@ class Lifecycle(Deliveries):
             return await self._store.write(write, *batch)
         except BackendError as error:
             return error
+
+
+@lru_cache(maxsize=256)
+def _result_of(task_id: str) -> str:
+    return f"the result of task {task_id!r}"
 
 
 def without_arguments(record: bytes) -> bytes:

@@ -97,14 +97,14 @@ class Arguments:
 
     def read(
         self, args: Sequence[Any], kwargs: Mapping[str, Any]
-    ) -> tuple[list[Any], dict[str, Any]]:
+    ) -> tuple[Sequence[Any], dict[str, Any]]:
         """Return the arguments for the call, made of the plain data of a message.
 
         Raises:
             ValidationError: they are not what the function takes.
         """
         if not self._validate:
-            return list(args), dict(kwargs)
+            return args, dict(kwargs)
         return self._shape(len(args), tuple(kwargs)).read(args, kwargs)
 
     def check(self, args: Sequence[Any], kwargs: Mapping[str, Any], task_id: str) -> None:
@@ -190,9 +190,9 @@ class _Shape:
 
     def read(
         self, args: Sequence[Any], kwargs: Mapping[str, Any]
-    ) -> tuple[list[Any], dict[str, Any]]:
+    ) -> tuple[Sequence[Any], dict[str, Any]]:
         if self._is_plain(args, kwargs, self._as_read):
-            values, named = list(args), dict(kwargs)
+            values, named = args, dict(kwargs)
         else:
             given = self._validated(args, kwargs)
             values = [given[key] for key in self._keys]

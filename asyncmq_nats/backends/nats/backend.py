@@ -61,7 +61,6 @@ from asyncmq_nats.backends.nats.streams import Assets
 from asyncmq_nats.backends.nats.watching import Watch, Watches
 from asyncmq_nats.backends.nats.writer import BATCH_LIMIT, Writer
 from asyncmq_nats.exceptions import (
-    AssetMissing,
     AsyncMQError,
     BackendError,
     Unconfirmed,
@@ -214,7 +213,8 @@ class NATSBackend:
         try:
             await connection.open()
             reader = Reader(connection, self.settings.request_patience)
-            writer = Writer(connection, self.settings.publish_timeout, reader.last)
+            timeout, forget = self.settings.publish_timeout, self._assets.forget
+            writer = Writer(connection, timeout, reader.last, forget)
             await writer.open()
         except BaseException:
             await life.aclose()
@@ -284,7 +284,10 @@ class NATSBackend:
         return self._connection is not None and self._connection.client.is_connected
 
     def now(self) -> float:
-        return time.time() if self._connection is None else self._connection.server_clock.now()
+        connection = self._connection  # written out: each job asks three times
+        if connection is None:
+            return time.time()
+        return time.monotonic() + connection.server_clock.offset
 
     def now_at_least(self) -> float:
         connection = self._connection
@@ -403,13 +406,17 @@ class NATSBackend:
         # Each coroutine that awaits another costs a hundredth of a small job.
         if self._connection is None or self._home.loop is not asyncio.get_running_loop():
             return self._connect_and_write(log, writes)
-        return self._write(log, writes)
+        if len(writes) != 1 or self._fills.needs_check(log):
+            return self._check_and_write(log, writes)
+        return self._writer.write(log, writes)
 
     async def _connect_and_write(self, log: str, writes: Sequence[Write]) -> int:
         await self.connect()
-        return await self._write(log, writes)
+        return await self._check_and_write(log, writes)
 
-    async def _write(self, log: str, writes: Sequence[Write], staged: Staged | None = None) -> int:
+    async def _check_and_write(
+        self, log: str, writes: Sequence[Write], staged: Staged | None = None
+    ) -> int:
         if not 1 <= len(writes) <= BATCH_LIMIT:
             raise BackendError(
                 f"{len(writes)} writes in one batch: "
@@ -417,23 +424,16 @@ class NATSBackend:
             )
         if self._fills.needs_check(log):
             await self._fills.check(log, writes)
-        try:
-            return await self._writer.write(log, writes, staged)
-        except AssetMissing:
-            self._assets.forget(log)
-            raise
+        return await self._writer.write(log, writes, staged)
 
     def stage(self, log: str) -> Staged:
         self._require_connection()
-        return self._writer.stage(log, self._write)
+        return self._writer.stage(log, self._check_and_write)
 
     async def write_each(self, log: str, writes: Sequence[Write]) -> list[int | AsyncMQError]:
         await self._open_connection()
         await self._fills.check(log, writes)
-        results = await self._writer.write_each(log, writes)
-        if any(isinstance(result, AssetMissing) for result in results):
-            self._assets.forget(log)
-        return results
+        return await self._writer.write_each(log, writes)
 
     def send(self, log: str, write: Write, settle: Settle, *, timeout: float | None = None) -> None:
         self._require_connection()

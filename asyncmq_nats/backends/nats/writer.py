@@ -98,11 +98,19 @@ class Unsettled:
 class Writer:
     """The table of unconfirmed writes of one connection."""
 
-    def __init__(self, connection: Connection, timeout: float, last: Last) -> None:
+    def __init__(
+        self,
+        connection: Connection,
+        timeout: float,
+        last: Last,
+        on_missing: Callable[[str], None],
+    ) -> None:
+        """`on_missing`: told of a log that is not there."""
         self._connection = connection
         self._client = connection.client
         self._timeout = timeout
         self._last = last
+        self._on_missing = on_missing
         self._table: dict[bytes, Unsettled] = {}
         self._tokens = itertools.count(1)
         self._inbox = self._client.new_inbox().encode() + b"."
@@ -385,6 +393,8 @@ class Writer:
         if self._table.pop(entry.token, None) is None:
             return
         self._ends_in_wait.discard(entry.token)
+        if isinstance(result, AssetMissing):
+            self._on_missing(entry.log)
         try:
             entry.settle(result)
         except Exception:
