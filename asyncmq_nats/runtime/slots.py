@@ -62,6 +62,9 @@ INVALID_RESULT: Final = (
 MARK_DELAY: Final = 1.0
 """Seconds after which a job that runs is claimed, so that the loss of its worker is a stall."""
 
+Completed = tuple[Attempt, Any, JobContext]
+"""A job that has run, and its result, of which nothing is written yet."""
+
 METRIC_NAMES: Final = {"retrying": "retried", "snoozed": ""}
 """Ends of attempts whose name in the metrics (`metrics.ENDS`) is another; `""` for none."""
 
@@ -108,7 +111,7 @@ class Slots:
         )
         self._context: Context
         self._loop: asyncio.AbstractEventLoop
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[Completed | None]] = set()
         self._timer: Cancellable | None = None
         self._is_open = False
         self._ending = False
@@ -204,20 +207,27 @@ class Slots:
         """See `Member`."""
         self.fetcher.note_free_slot()
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+    def _spawn(self, work: Coroutine[Any, Any, Completed | None]) -> None:
         # A task and a context of its own: what a job leaves behind reaches no other job.
         task = self._loop.create_task(work, context=self._context.copy())
         self._tasks.add(task)
         task.add_done_callback(self._on_done)
 
-    def _on_done(self, task: "asyncio.Task[None]") -> None:
+    def _on_done(self, task: "asyncio.Task[Completed | None]") -> None:
         self._tasks.discard(task)
+        if not task.cancelled():
+            if (error := task.exception()) is not None:
+                logger.error(
+                    "the worker itself failed on a delivery; the job will be redelivered",
+                    exc_info=error,
+                )
+            # Not in the task: jobs that came together have all started by now.
+            elif (completed := task.result()) is not None:
+                attempt, _, context = completed
+                if (problem := self._complete(*completed)) is not None:
+                    self._spawn(self._end_without_result(attempt, context, problem))
+                    return  # which keeps the slot
         self.fetcher.release()
-        if not task.cancelled() and (error := task.exception()) is not None:
-            logger.error(
-                "the worker itself failed on a delivery; the job will be redelivered",
-                exc_info=error,
-            )
         self.fill()
         self._on_change()
 
@@ -259,12 +269,12 @@ class Slots:
 
     # -- one delivery
 
-    async def _run_delivery(self, delivery: Delivery) -> None:
+    async def _run_delivery(self, delivery: Delivery) -> Completed | None:
         try:
             try:
                 attempt = self._lifecycle.open(delivery)
                 if delivery.deliveries == 1 or await self._may_run_again(attempt):
-                    await self._start(attempt)
+                    return await self._start(attempt)
             except InvalidJob as problem:
                 await self._reject(delivery, problem)
         except AsyncMQError as error:
@@ -275,6 +285,7 @@ class Slots:
         except BaseException:  # the worker ends, or has a fault: its lease must not be extended
             delivery.abandon()
             raise
+        return None
 
     async def _may_run_again(self, attempt: Attempt) -> bool:
         """Check a redelivery. Return whether it is to be run now: a suspect waits in line."""
@@ -289,15 +300,15 @@ class Slots:
             return False
         return True
 
-    async def _run_suspect(self, attempt: Attempt) -> None:
+    async def _run_suspect(self, attempt: Attempt) -> Completed | None:
         try:
             if not await self._lifecycle.claim(attempt):
                 if await self._may_run_again(attempt):
-                    await self._start(attempt)
+                    return await self._start(attempt)
             elif self.fetcher.is_paused:  # a claim takes a while
                 await self._lifecycle.hand_back(attempt)
             else:
-                await self._start(attempt)
+                return await self._start(attempt)
         except InvalidJob as problem:
             await self._reject(attempt.delivery, problem)
         except AsyncMQError as error:
@@ -310,6 +321,7 @@ class Slots:
             raise
         finally:
             self._suspects.leave(attempt)
+        return None
 
     async def _reject(self, delivery: Delivery, problem: InvalidJob) -> None:
         logger.error("%.200r: %s", delivery.subject, problem)
@@ -317,29 +329,30 @@ class Slots:
         if self._recorder is not None:
             self._recorder.note_end["failed"](UNKNOWN_TASK)
 
-    async def _start(self, attempt: Attempt) -> None:
+    async def _start(self, attempt: Attempt) -> Completed | None:
         self.completer.begin()
         try:
             try:
                 head, now = attempt.head, self._backend.now()
                 if self._is_lost_for_good(attempt) or not head.may_run(now):
                     await self._end_without_run(attempt, now)
-                    return
+                    return None
                 try:
                     if head.v > WIRE_VERSION:
                         raise NewerJob(head.v, WIRE_VERSION)
                     entry = self._registry.find(head.task_id, self._tasks_of)
                 except (NewerJob, TaskNotFound) as problem:
                     await self._put_off(attempt, problem)
-                    return
+                    return None
                 attempt.started_at = now
-                await self._run(attempt, entry)
+                return await self._run(attempt, entry)
             except InvalidJob as problem:  # the malformed part was not needed to run it
                 await self._reject(attempt.delivery, problem)
                 self.completer.finish()
         except Exception:  # it has no final write
             self.completer.finish()
             raise
+        return None
 
     def _is_lost_for_good(self, attempt: Attempt) -> bool:
         return attempt.stalls > 0 and attempt.losses >= self._backend.settings.max_stalls
@@ -376,7 +389,7 @@ class Slots:
             failure = replace(Failure.of(problem, self._backend.now()), final=True)
             await self._report_failure(attempt, failure)
 
-    async def _run(self, attempt: Attempt, entry: RegisteredTask) -> None:
+    async def _run(self, attempt: Attempt, entry: RegisteredTask) -> Completed | None:
         context = self._context_of(attempt)
         running = Running(attempt, context, running_task())
         self.running[running] = None
@@ -408,13 +421,16 @@ class Slots:
         if running.gave_in:
             self._note_end(attempt, context, "cancelled")
             await self._give_up(attempt, cancelled=running.cancelled)
-            return
+            return None
         if failure is None and context.follow_ups and self._middleware.enqueues:
             failure = await self._pass_on_follow_ups(context)
         if failure is not None:
             await self._report_failure(attempt, failure, context)
+        elif context.follow_ups or attempt.head.repeat_every is not None:
+            await self._report_with_follow_ups(attempt, result, context)
         else:
-            await self._report_result(attempt, result, context)
+            return attempt, result, context
+        return None
 
     def _context_of(self, attempt: Attempt) -> JobContext:
         return JobContext(
@@ -513,26 +529,54 @@ class Slots:
             await self._lifecycle.hand_back(attempt)
         self.completer.finish()
 
-    async def _report_result(
-        self,
-        attempt: Attempt,
-        result: Any,
-        context: JobContext,
+    def _complete(self, attempt: Attempt, result: Any, context: JobContext) -> Exception | None:
+        """Write a result. Return why that cannot be done."""
+        try:
+            self._note_end(attempt, context, "completed", result=result)
+            self._lifecycle.complete(attempt, result)
+            self._lines.completed(attempt)
+        except Exception as error:
+            return error
+        return None
+
+    async def _end_without_result(
+        self, attempt: Attempt, context: JobContext, problem: Exception
     ) -> None:
-        follow_ups = context.follow_ups
+        """End an attempt whose result could not be written."""
+        try:
+            try:
+                if not isinstance(problem, INVALID_RESULT):
+                    raise problem
+                await self._report_invalid_result(attempt, context, problem)
+            except InvalidJob as error:  # the malformed part was not needed to run it
+                await self._reject(attempt.delivery, error)
+                self.completer.finish()
+        except BaseException as error:
+            self.completer.finish()
+            attempt.delivery.abandon()
+            if not isinstance(error, AsyncMQError):
+                raise
+            text = "job %s: its result is not stored; it will be redelivered: %s"
+            logger.error(text, attempt.head.job_id, error)
+
+    async def _report_with_follow_ups(
+        self, attempt: Attempt, result: Any, context: JobContext
+    ) -> None:
         self._note_end(attempt, context, "completed", result=result)
         try:
-            if follow_ups or attempt.head.repeat_every is not None:
-                await self._lifecycle.accompany(attempt, follow_ups, result)
-                await self._lifecycle.complete_with_follow_ups(attempt, result)
-            else:
-                self._lifecycle.complete(attempt, result)
+            await self._lifecycle.accompany(attempt, context.follow_ups, result)
+            await self._lifecycle.complete_with_follow_ups(attempt, result)
             self._lines.completed(attempt)
         except INVALID_RESULT as error:
-            failure = replace(Failure.of(error, self._backend.now()), traceback="")
-            self._lines.failed(attempt.job, failure)
-            self._note_end(attempt, context, "failed", failure=failure)
-            await self._lifecycle.fail(attempt, failure)
+            await self._report_invalid_result(attempt, context, error)
+
+    async def _report_invalid_result(
+        self, attempt: Attempt, context: JobContext, error: Exception
+    ) -> None:
+        failure = replace(Failure.of(error, self._backend.now()), traceback="")
+        self._lines.failed(attempt.job, failure)
+        self._note_end(attempt, context, "failed", failure=failure)
+        await self._lifecycle.fail(attempt, failure)
 
     async def _report_failure(
         self,
