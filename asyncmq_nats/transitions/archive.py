@@ -74,6 +74,10 @@ class Importer:
         missing = await self._additions.plans.missing([str(job["id"]) for _, job in jobs])
         new = [(state, job) for state, job in jobs if job["id"] in missing]
         self._existing += len(jobs) - len(new)
+        waiting = [job for state, job in jobs if state is State.WAITING_CHILDREN]
+        await self._additions.resume(
+            [Job.from_dict(job) for job in waiting if job["id"] not in missing]
+        )
         await for_each(self._add_one, new, limit=IMPORTS_UNDER_WAY)
         self._tell()
 

@@ -487,6 +487,25 @@ async def test_a_job_is_linked_whose_first_message_was_sent_twice(
     await only(queue, completed=count + 1 + (again is add_again_in_bulk))
 
 
+async def test_an_import_that_died_is_gone_on_with(
+    backend: Backend, monkeypatch: pytest.MonkeyPatch, never: None
+) -> None:
+    queue = queue_of(backend)
+    parents = await add_parents(queue, 2)
+    child = await queue.add("read_parents", depends_on=parents)
+    lines = [line async for line in queue.export()]
+    target = make_queue(backend, "target", echo=echo, read_parents=read_parents)
+    with monkeypatch.context() as patch:
+        before("connect", target, patch, _die)
+        with pytest.raises(Unconfirmed):
+            await target.import_jobs(lines)
+    assert (await target.import_jobs(lines)).existing == 3
+    async with running(target):
+        assert await target.wait_for(child, timeout=PATIENCE) == dict(
+            zip(parents, range(2), strict=True)
+        )
+
+
 async def test_a_job_that_fails_with_its_parent_is_told_when_it_is_added_again(
     backend: Backend, twin: Backend, monkeypatch: pytest.MonkeyPatch, never: None
 ) -> None:
