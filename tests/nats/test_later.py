@@ -167,13 +167,27 @@ async def test_a_server_that_is_killed_forgets_no_delayed_job(
     assert min(late) > -COARSE
 
 
+async def none_in_hand(queue: Queue) -> None:
+    """Wait until no promoter has a tick: what it has when it is lost is made up for.
+
+    A tick that is less than 0.6 s ahead has no timer: of such a series one is always in hand.
+    """
+
+    async def read() -> list[bool]:
+        fires = await queue.backend.last(queue._subjects.bucket_log, queue._subjects.fire("*"))
+        return [fire.marker for fire in fires]
+
+    await eventually(read, all)
+
+
 async def test_a_tick_missed_in_an_outage_fires_once_and_the_series_goes_on(
     fleet: Fleet, queue: Queue, server: EmbeddedServer
 ) -> None:
     with anyio.fail_after(2 * PATIENCE):
         await fleet.start("first")
-        await queue.upsert_repeatable("brief", every=0.5, args=[7])
+        await queue.upsert_repeatable("brief", every=1.0, args=[7])
         await fleet.watched.begun("7", times=2)
+        await none_in_hand(queue)
         await to_thread.run_sync(server.kill)
         began = time.time()
         await wait_until(began + 4.2)
@@ -185,8 +199,8 @@ async def test_a_tick_missed_in_an_outage_fires_once_and_the_series_goes_on(
     steps = [later - earlier for earlier, later in itertools.pairwise(ticks)]
     print("steps", steps)
     assert len(missed) <= 1
-    assert len([step for step in steps if step > 501]) == 1
-    assert all(step % 500 in (0, 1, 499) for step in steps)
+    assert len([step for step in steps if step > 1001]) == 1
+    assert all(step % 1000 in (0, 1, 999) for step in steps)
 
 
 # -- many
