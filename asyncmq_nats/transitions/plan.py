@@ -105,10 +105,6 @@ class Plans:
         filters = [self._keys.ready_any(token) for token in missing]
         for record in await self._store.last_of_many(filters):
             missing.pop(self._keys.token(record.subject), None)
-        # One that was ready at the first look may have ended before the second.
-        for token, each in (await self._store.read_snapshots(missing)).items() if missing else ():
-            if each.exists:
-                del missing[token]
         return {ids[token]: last for token, last in missing.items()}
 
     async def exists(self, job_id: str) -> bool:

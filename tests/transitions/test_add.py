@@ -6,7 +6,7 @@ from typing import Any
 import anyio
 import pytest
 
-from asyncmq_nats.backends.base import Backend, Record, Write
+from asyncmq_nats.backends.base import Backend, Write
 from asyncmq_nats.context import current_job
 from asyncmq_nats.exceptions import Unconfirmed
 from asyncmq_nats.flow import FlowProducer
@@ -88,41 +88,6 @@ async def test_a_job_is_added_beside_junk_and_runs_once(queue: Queue, key: str, 
     async with running(queue):
         assert await queue.wait_for("mine", timeout=PATIENCE) == "mine"
     assert await queue.get_job_state("mine") == "completed"
-
-
-async def test_a_job_that_ends_while_it_is_looked_for_is_not_added_again(
-    queue: Queue, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    backend = queue.backend
-    real = backend.last
-    await queue.pause()
-    async with running(queue):
-        await queue.add("echo", job_id="mine")
-        await until(lambda: backend.last_sequence("amq_work"), lambda last: last == 1)
-        await until(
-            lambda: backend.last(BUCKET, KEY + "later.mine.released"),
-            lambda found: all(record.marker for record in found),
-        )
-
-        async def end_first(log: str, *filters: str) -> list[Record]:
-            if log == "amq_work":
-                monkeypatch.setattr(backend, "last", real)
-                await queue.resume()
-                await queue.wait_for("mine", timeout=PATIENCE)
-            return await real(log, *filters)
-
-        write, subjects = backend.write, list[str]()
-
-        async def note_write(log: str, *writes: Write) -> int:
-            subjects.extend(each.subject for each in writes)
-            return await write(log, *writes)
-
-        monkeypatch.setattr(backend, "last", end_first)
-        monkeypatch.setattr(backend, "write", note_write)
-        assert await queue.add("echo", job_id="mine") == "mine"
-        assert await queue.add_bulk([{"task_id": "echo", "job_id": "mine"}]) == ["mine"]
-        assert backend.last == real, "the worker ran it meanwhile"
-        assert not [subject for subject in subjects if ".later." in subject]
 
 
 @pytest.mark.parametrize("key", ["later.child.claim", "later.child.a.b"])
