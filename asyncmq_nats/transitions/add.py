@@ -114,7 +114,7 @@ class Additions:
         write = self.first_write(job)
         log = self._keys.log_of(write.subject)
         try:
-            try:
+            try:  # as `_write_again_when_missing`, with a coroutine less: each job comes here
                 await self._backend.write(log, write)
             except AssetMissing:
                 await self._declare_again({job.priority})
@@ -518,10 +518,13 @@ class Additions:
             await self.announce(DUPLICATED, job.job_id)
 
     async def resume(self, jobs: Sequence[Addition]) -> None:
+        """See `link_again`: those of the jobs that depend on others."""
+        await self.link_again([job.job_id for job in jobs if job.depends_on])
+
+    async def link_again(self, job_ids: Sequence[str]) -> None:
         """Link jobs that are stored to those that they depend on, if their producer has not."""
-        ids = [job.job_id for job in jobs if job.depends_on]
-        if ids:
-            for token in await self.plans.links.resume(ids):
+        if job_ids:
+            for token in await self.plans.links.resume(job_ids):
                 await self.dependencies.release(token)
 
     async def announce(self, what: str, job_id: str, **data: Any) -> None:

@@ -73,11 +73,10 @@ class Importer:
         """Add some jobs, many at a time; those that wait for others when `finish` is called."""
         missing = await self._additions.plans.missing([str(job["id"]) for _, job in jobs])
         new = [(state, job) for state, job in jobs if job["id"] in missing]
-        self._existing += len(jobs) - len(new)
-        waiting = [job for state, job in jobs if state is State.WAITING_CHILDREN]
-        await self._additions.resume(
-            [Job.from_dict(job) for job in waiting if job["id"] not in missing]
-        )
+        old = [(state, job) for state, job in jobs if job["id"] not in missing]
+        self._existing += len(old)
+        waiting = [str(job["id"]) for state, job in old if state is State.WAITING_CHILDREN]
+        await self._additions.link_again(waiting)
         await for_each(self._add_one, new, limit=IMPORTS_UNDER_WAY)
         self._tell()
 

@@ -7,7 +7,6 @@ goes on (`Links.resume`), or else the timer releases it, and a promoter does (`L
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
@@ -261,9 +260,11 @@ class Links:
             parked = child.later.get(Place.PARKED)
             if parked is None or b'"linking"' not in parked.body:
                 continue
-            with suppress(InvalidJob):  # not ours
+            try:
                 job = Job.decode(parked.body, job_id=decode_token(token))
-                failed += await self._connect_again(token, job)
+            except InvalidJob:  # not ours
+                continue
+            failed += await self._connect_again(token, job)
         return failed
 
     async def _has_gone_on(self, child: Snapshot, job: Job, record: Delivery) -> bool:

@@ -1,6 +1,6 @@
 """A job that depends on others is added, and their ends meet it at every step, on both backends."""
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -409,6 +409,14 @@ async def add_again_in_bulk(queue: Queue, fields: dict[str, Any]) -> Any:
     return await queue.add_bulk([{"task_id": "read_parents", **fields}, {"task_id": "echo"}])
 
 
+async def child_runs_after(parents: Sequence[str], queue: Queue) -> None:
+    """Run the jobs of a queue: its child gets the results of these parents."""
+    async with running(queue):
+        result = await queue.wait_for("child", timeout=PATIENCE)
+        assert result == {parent: number for number, parent in enumerate(parents)}
+        await wait_until_done(queue)
+
+
 @pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize("ended", [False, True])
 @pytest.mark.parametrize("count", [2, WIDE])
@@ -435,10 +443,7 @@ async def test_a_job_whose_producer_died_is_linked_by_the_next_that_adds_it(
     if ended:
         await run_what_can(other)
     await again(other, fields)
-    async with running(other):
-        result = await queue.wait_for("child", timeout=PATIENCE)
-        assert result == {parent: number for number, parent in enumerate(parents)}
-        await wait_until_done(queue)
+    await child_runs_after(parents, other)
     if not window:
         await nothing_is_left(backend)
 
@@ -458,10 +463,7 @@ async def test_two_producers_link_one_job_at_once(
     fields = {"job_id": "child", "depends_on": parents}
     before(step, queue, monkeypatch, lambda: add_again(other, fields))
     await add_again(queue, fields)
-    async with running(other):
-        result = await queue.wait_for("child", timeout=PATIENCE)
-        assert result == {parent: number for number, parent in enumerate(parents)}
-        await wait_until_done(queue)
+    await child_runs_after(parents, other)
     await nothing_is_left(backend)
 
 
