@@ -203,6 +203,8 @@ class Write:
     `beside`: a record that is there may stay beside this one until it is removed by its sequence.
     For a subject whose older record another process may be removing right now: some servers then
     take the new one for the old one.
+    `once`: it rests on what was read elsewhere. If the connection is lost before it is confirmed,
+    and the server does not know its message id, it is refused instead of repeated: look again.
     """
 
     subject: str
@@ -216,6 +218,7 @@ class Write:
     beside: bool = False
     index: str | None = None
     when_full: Callable[[bytes], bytes] | None = None
+    once: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,6 +251,13 @@ class Delivery(Protocol):
     consumer: str
     pending: int
     """Records of the consumer that were never delivered yet, when this one was."""
+
+    @property
+    def first(self) -> bool:
+        """Whether it is known to be the only delivery of the record so far.
+
+        A server that was killed may have forgotten deliveries, and counts them anew.
+        """
 
     @property
     def stamp(self) -> bytes | int:

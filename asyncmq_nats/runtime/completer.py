@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from asyncmq_nats._concurrency import Spawner
 from asyncmq_nats._logging import get_logger
-from asyncmq_nats.backends.base import Settled, Write
+from asyncmq_nats.backends.base import Delivery, Settled, Write
 from asyncmq_nats.exceptions import AsyncMQError
 from asyncmq_nats.store.announcing import WorkerEvents
 from asyncmq_nats.transitions.claim import Attempt, settle_delivery
@@ -34,21 +34,44 @@ class Completer:
         self._on_change = on_change
         self._stopped = False
         lifecycle.on_settled = self._on_settled
-        self.pending = 0
-        """Attempts that have started and whose end is not confirmed."""
+        self.leases_lost = 0
+        """Leases that ran out although the job was here."""
+        self._attempts: dict[int, Attempt] = {}
+        """Those that have started and whose end is not confirmed, by the sequence of the job."""
 
     def stop(self) -> None:
         """Resolve nothing more: the worker has ended. What comes is left to its lease."""
         self._stopped = True
 
-    def begin(self) -> None:
-        """Count an attempt that starts: its final write, or `finish`, settles it."""
-        self.pending += 1
+    @property
+    def pending(self) -> int:
+        """How many attempts have started and have no confirmed end."""
+        return len(self._attempts)
 
-    def finish(self) -> None:
+    def begin(self, attempt: Attempt) -> None:
+        """Count an attempt that starts: its final write, or `finish`, settles it. Repeatable."""
+        self._attempts[attempt.delivery.sequence] = attempt
+
+    def finish(self, attempt: Attempt) -> None:
         """Count an attempt as settled: called directly for one without a final write."""
-        self.pending -= 1
+        self._attempts.pop(attempt.delivery.sequence, None)
         self._on_change()
+
+    def renew_lease(self, delivery: Delivery) -> bool:
+        """Take a delivery as the new lease of a job that runs or ends here, if it is one.
+
+        Its lease had run out although this worker lives, or the server was killed and lost it.
+        """
+        attempt = self._attempts.get(delivery.sequence)
+        if attempt is None:
+            return False
+        logger.warning(
+            "job %s was redelivered while it runs here: its lease is renewed", attempt.head.job_id
+        )
+        attempt.delivery.abandon()
+        attempt.delivery = delivery
+        self.leases_lost += 1
+        return True
 
     def _on_settled(self, attempt: Attempt, write: Write, result: Settled) -> None:
         """Take the answer of the server. Called by the backend: must not block."""
@@ -56,7 +79,7 @@ class Completer:
             if attempt.claim_sequence or attempt.leftovers:
                 self._lifecycle.clean_up(attempt, write)
             attempt.delivery.ack()
-            self.finish()
+            self.finish(attempt)
             self._tell_end(attempt, write)
         elif self._stopped:
             attempt.delivery.abandon()
@@ -84,4 +107,4 @@ class Completer:
             attempt.delivery.abandon()
             raise
         finally:
-            self.finish()
+            self.finish(attempt)

@@ -423,7 +423,7 @@ class Fetcher:
         if tier is None:
             tier = self._tiers.add(priority, 0, now)
         tier.on_delivery(now, delivery.pending)
-        if delivery.deliveries > 1 and self._adopt(delivery):
+        if not delivery.first and self._adopt(delivery):
             self.refill()
             return
         self._buffer.push(priority, delivery, now)

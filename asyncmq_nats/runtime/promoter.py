@@ -38,15 +38,14 @@ from asyncmq_nats.transitions.promote import (
     Finding,
     Released,
     finish_rerun,
+    is_older,
     judge,
-    order_of,
     promotion,
     promotion_id,
     read_released,
     refusal_outcome,
 )
 from asyncmq_nats.transitions.tick import TickEnd, Ticker, read_fire
-from asyncmq_nats.wire.codec import load_json
 from asyncmq_nats.wire.keys import PROMOTER, Kind, fit_token
 
 __all__ = ["Promoter"]
@@ -270,7 +269,7 @@ class Promoter:
         """Return whether its job may have gone on, or ended, although the record is there."""
         delivery, released = held.delivery, held.released
         return (
-            delivery.deliveries > 1
+            not delivery.first
             or self._backend.now() - delivery.time > TRUSTED_AGE
             or (released is not None and (released.custom_id or released.order > (0, 0)))
         )
@@ -346,7 +345,9 @@ class Promoter:
 
     def _promotion_of(self, held: Held, released: Released) -> Write:
         message_id = promotion_id(self._secret, held.delivery.sequence, held.delivery.time)
-        return promotion(self._keys, released.token, released.priority, released.body, message_id)
+        return promotion(
+            self._keys, released.token, released.priority, released.body, message_id, once=True
+        )
 
     def _on_written(self, held: Held, result: Settled) -> None:
         if isinstance(result, int):
@@ -451,21 +452,30 @@ class Promoter:
         self._finish(held)
 
     async def _check(self, batch: Sequence[Held]) -> None:
-        """Read the jobs of some records, in one read; go on with the current records."""
-        keys, filters = self._keys, list[str]()
+        """Read the jobs of some records; go on with the current records.
+
+        The tiers are read first: a job that has left them has an outcome, which is read then.
+        """
+        keys, filters, tiers = self._keys, list[str](), list[str]()
         for held in batch:
             filters.append(held.delivery.subject)
             if held.released is not None and self._is_old(held):
                 token = held.released.token
                 filters += [keys.later(token, Place.DELAYED), keys.ends(token)]
+                tiers.append(keys.ready_any(token))
+        ready = {keys.token(each.subject): each for each in await self._store.last_of_many(tiers)}
         found: dict[tuple[bool, str], list[Record]] = {}
         for record in await self._store.last(*filters):
             name = keys.is_fire(record.subject), keys.token(record.subject)
             found.setdefault(name, []).append(record)
         for held in batch:
-            records = found.get((held.fire, keys.token(held.delivery.subject)), [])
+            token = keys.token(held.delivery.subject)
+            released, there = held.released, ready.get(token)
+            if released is not None and there is not None and not is_older(there, released):
+                self._discard(held)  # it was promoted before
+                continue
             try:
-                await self._act_on(held, records)
+                await self._act_on(held, found.get((held.fire, token), []))
             except AsyncMQError as error:
                 self._put_off(held, error)
 
@@ -528,10 +538,7 @@ class Promoter:
     async def _is_older_there(self, released: Released) -> bool:
         """Return whether the record that refused a promotion is of an earlier attempt, or gone."""
         records = await self._store.last(self._keys.ready_any(released.token))
-        if not records or order_of(records[-1].body) < released.order:
-            return True
-        # A foreign job that was put off: we leave no time in ready jobs.
-        return load_json(records[-1].body).get("delay_until") is not None
+        return not records or is_older(records[-1], released)
 
     async def _on_absent(self, held: Held) -> None:
         """Let go of a record that was not there when it was to be removed."""
@@ -553,7 +560,9 @@ class Promoter:
         if not held.fire:
             token = fit_token(self._keys.token(delivery.subject))
             message_id = promotion_id(self._secret, delivery.sequence, delivery.time)
-            write = promotion(self._keys, token, DEFAULT_PRIORITY, delivery.body, message_id)
+            write = promotion(
+                self._keys, token, DEFAULT_PRIORITY, delivery.body, message_id, once=False
+            )
             try:
                 await self._store.write(write)
             except PayloadTooLarge as error:

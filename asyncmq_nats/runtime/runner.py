@@ -10,7 +10,6 @@ from anyio.abc import TaskGroup, TaskStatus
 
 from asyncmq_nats._concurrency import Spawner, all_done_before, open_task_group
 from asyncmq_nats._logging import get_logger
-from asyncmq_nats.backends.base import Delivery
 from asyncmq_nats.exceptions import AsyncMQError, BackendError, InvalidArgument
 from asyncmq_nats.middleware import Chain, Hooks
 from asyncmq_nats.runtime.completer import Completer
@@ -122,7 +121,7 @@ class Runner:
             self._lifecycle,
             concurrency=concurrency,
             limiter=limiter,
-            adopt=self._renew_lease,
+            adopt=self._completer.renew_lease,
             on_startable=self._slots.fill,
             pending=lambda: self._completer.pending,
             group=group,
@@ -143,7 +142,6 @@ class Runner:
             has_siblings=has_siblings,
         )
         self._lost_store = False
-        self._leases_lost = 0
         steps = (
             self._entry.beat,
             self._restore_lost,
@@ -355,7 +353,7 @@ class Runner:
             "redelivered": self._slots.redelivered,
             "lost": self._slots.lost,
             "handed_back": self._lifecycle.handed_back,
-            "lease_lost": self._leases_lost,
+            "lease_lost": self._completer.leases_lost,
             "reconnected": self._backend.reconnects,
         }
 
@@ -405,21 +403,3 @@ class Runner:
             logger.info("job %s was cancelled while it ran", job_id)
             running.cancelled = True
             running.cancel()
-
-    def _renew_lease(self, delivery: Delivery) -> bool:
-        """Take a delivery as the new lease of a job that runs here, if it is one.
-
-        Its lease had run out although this worker lives.
-        """
-        for running in self._slots.running:
-            attempt = running.attempt
-            if attempt.delivery.sequence == delivery.sequence:
-                logger.warning(
-                    "job %s was redelivered while it runs here: its lease is renewed",
-                    running.context.id,
-                )
-                attempt.delivery.abandon()
-                attempt.delivery = delivery
-                self._leases_lost += 1
-                return True
-        return False

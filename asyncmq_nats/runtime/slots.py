@@ -273,7 +273,7 @@ class Slots:
         try:
             try:
                 attempt = self._lifecycle.open(delivery)
-                if delivery.deliveries == 1 or await self._may_run_again(attempt):
+                if delivery.first or await self._may_run_again(attempt):
                     return await self._start(attempt)
             except InvalidJob as problem:
                 await self._reject(delivery, problem)
@@ -290,14 +290,23 @@ class Slots:
     async def _may_run_again(self, attempt: Attempt) -> bool:
         """Check a redelivery. Return whether it is to be run now: a suspect waits in line."""
         self.redelivered += 1
-        disposition = await self._lifecycle.inspect(attempt)
-        if disposition is not None:
-            settle_delivery(attempt.delivery, disposition)
+        if self.completer.renew_lease(attempt.delivery):  # it has started here since it came
             return False
-        self.lost += attempt.lost
-        if attempt.lost and not self._is_lost_for_good(attempt):
-            self._suspects.enter(attempt)
-            return False
+        self.completer.begin(attempt)  # what comes of the job from now on is a new lease of this
+        may_run = False
+        try:
+            disposition = await self._lifecycle.inspect(attempt)
+            if disposition is not None:
+                settle_delivery(attempt.delivery, disposition)
+                return False
+            self.lost += attempt.lost
+            if attempt.lost and not self._is_lost_for_good(attempt):
+                self._suspects.enter(attempt)
+                return False
+            may_run = True
+        finally:
+            if not may_run:
+                self.completer.finish(attempt)
         return True
 
     async def _run_suspect(self, attempt: Attempt) -> Completed | None:
@@ -330,7 +339,7 @@ class Slots:
             self._recorder.note_end["failed"](UNKNOWN_TASK)
 
     async def _start(self, attempt: Attempt) -> Completed | None:
-        self.completer.begin()
+        self.completer.begin(attempt)
         try:
             try:
                 head, now = attempt.head, self._backend.now()
@@ -348,9 +357,9 @@ class Slots:
                 return await self._run(attempt, entry)
             except InvalidJob as problem:  # the malformed part was not needed to run it
                 await self._reject(attempt.delivery, problem)
-                self.completer.finish()
+                self.completer.finish(attempt)
         except Exception:  # it has no final write
-            self.completer.finish()
+            self.completer.finish(attempt)
             raise
         return None
 
@@ -527,7 +536,7 @@ class Slots:
                 on_end(attempt.head.task_id)
         else:
             await self._lifecycle.hand_back(attempt)
-        self.completer.finish()
+        self.completer.finish(attempt)
 
     def _complete(self, attempt: Attempt, result: Any, context: JobContext) -> Exception | None:
         """Write a result. Return why that cannot be done."""
@@ -550,9 +559,9 @@ class Slots:
                 await self._report_invalid_result(attempt, context, problem)
             except InvalidJob as error:  # the malformed part was not needed to run it
                 await self._reject(attempt.delivery, error)
-                self.completer.finish()
+                self.completer.finish(attempt)
         except BaseException as error:
-            self.completer.finish()
+            self.completer.finish(attempt)
             attempt.delivery.abandon()
             if not isinstance(error, AsyncMQError):
                 raise

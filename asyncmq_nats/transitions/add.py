@@ -367,10 +367,9 @@ class Additions:
         parked = self.dependencies.parked
         body = linking_body(job) if linking else parked_body(job)
         expect = Expect(self._keys.later_all(token), last)
-        writes = [
-            *parked.waits.writes(job),
-            parked.parked_write(token, body, expect, linking=linking),
-        ]
+        parked_write = parked.parked_write(token, body, expect, linking=linking)
+        parked_write.once = job.custom_id
+        writes = [*parked.waits.writes(job), parked_write]
         for parent_id in outside if known else ():
             parent = encode_token(parent_id)
             edge = self._keys.edge(parent, token)
@@ -467,10 +466,12 @@ class Additions:
             return Write(self._keys.ready(job.priority, token), body, message_id=message_id)
         nothing = Expect(self._keys.later_all(token), last)
         if job.delay_until is not None:
-            return delayed_write(
-                self._keys, token, body, (job.delay_until, self._backend.now()), nothing
-            )
-        return Write(self._keys.later(token, Place.RELEASED), body, nothing)
+            times = job.delay_until, self._backend.now()
+            write = delayed_write(self._keys, token, body, times, nothing)
+        else:
+            write = Write(self._keys.later(token, Place.RELEASED), body, nothing)
+        write.once = job.custom_id  # another producer may add it meanwhile
+        return write
 
     @property
     def size_limit(self) -> int:

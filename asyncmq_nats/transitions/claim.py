@@ -67,6 +67,15 @@ class Claim:
         """Orders claims and deliveries: the later one has the job."""
         return self.message, self.delivery
 
+    def outranks(self, message: int, delivery: int) -> bool:
+        """Return whether a delivery that comes now is one that the claim was made after.
+
+        The same number may come again if the server has forgotten the first one.
+        """
+        return self.order > (message, delivery) or (
+            self.order == (message, delivery) and not self.released
+        )
+
     @property
     def voids_all(self) -> bool:
         """Whether it is the claim of a retry by hand."""
@@ -182,7 +191,7 @@ class Attempt:
         message, deliveries = self.order
         if claim is None or claim.message != message:
             # A lease cannot have run out before the message is as old as a lease: it was a NAK.
-            self.suspected = self.lost = now - self.delivery.time >= lease
+            self.suspected = self.lost = deliveries > 1 and now - self.delivery.time >= lease
             return
         unclaimed = deliveries - claim.delivery > 1  # a delivery without a claim came between
         self.stalls = claim.stalls + (not claim.released)

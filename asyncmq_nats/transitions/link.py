@@ -157,6 +157,7 @@ class Links:
         write = self.parked.parked_write(
             token, linking_body(job), expect, linking=True, parents=len(job.parents)
         )
+        write.once = job.custom_id
         sequence = await self._store.write(write)
         if job.wide:
             await self.parked.waits.store(job)

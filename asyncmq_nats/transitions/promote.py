@@ -27,8 +27,8 @@ __all__ = [
     "Finding",
     "Released",
     "finish_rerun",
+    "is_older",
     "judge",
-    "order_of",
     "promotion",
     "promotion_id",
     "read_released",
@@ -104,14 +104,15 @@ def promotion_id(secret: bytes, sequence: int, time: float) -> str:
 
 
 def promotion(
-    keys: QueueSubjects, token: str, priority: int, body: bytes, message_id: str
+    keys: QueueSubjects, token: str, priority: int, body: bytes, message_id: str, *, once: bool
 ) -> Write:
-    """Return the write that makes a job ready."""
+    """Return the write that makes a job ready. `once`: see `Write`."""
     return Write(
         keys.ready(priority, token),
         body,
         Expect(keys.ready_any(token)),
         message_id=message_id,
+        once=once,
     )
 
 
@@ -166,6 +167,14 @@ def order_of(body: bytes) -> tuple[int, int]:
     if isinstance(reruns, int) and all(isinstance(count, int) for count in attempts):
         return (reruns, sum(attempts))
     return (-1, 0)
+
+
+def is_older(ready: Record, released: Released) -> bool:
+    """Return whether what is ready is of an earlier attempt than a released record of the job."""
+    if order_of(ready.body) < released.order:
+        return True
+    # A foreign job that was put off: we leave no time in ready jobs.
+    return load_json(ready.body).get("delay_until") is not None
 
 
 async def finish_rerun(store: QueueStore, token: str, records: Sequence[Record]) -> None:

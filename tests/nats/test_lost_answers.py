@@ -19,7 +19,7 @@ from asyncmq_nats.jobs import Job
 from asyncmq_nats.queues import Queue
 from asyncmq_nats.settings import Settings
 from tests.nats.relay import Relay, relaying
-from tests.receiver import until
+from tests.receiver import holds, until
 from tests.running import PATIENCE, make_queue, running, wait_until_done
 
 BUCKET = rb"PUB \$KV\.amq_work_scheduler"
@@ -122,6 +122,45 @@ async def test_a_batch_is_not_repeated_when_what_it_expects_holds_again(
     later = await write_losing(relay, lambda: distant.write("notes", *batch), remove)
     assert (later.result, later.error) == (3, None)
     assert await notes.last_sequence("notes") == 3
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("deaf", [False, True])
+async def test_a_write_that_rests_on_what_was_read_elsewhere_is_not_sent_on_another_connection(
+    deaf: bool, count: int, notes: NATSBackend, distant: NATSBackend, relay: Relay
+) -> None:
+    """It is confirmed if it was stored, and else refused."""
+    writes = [Write(f"notes.{name}", b"", Expect(f"notes.{name}"), once=True) for name in "abc"]
+    writes = writes[:count]
+
+    async def remove() -> None:
+        if not deaf:
+            for sequence in await stored(notes, *(write.subject for write in writes)):
+                await notes.delete("notes", sequence)
+
+    later = await write_losing(relay, lambda: distant.write("notes", *writes), remove, deaf=deaf)
+    if deaf:
+        assert isinstance(later.error, WriteRefused)
+        assert "the connection was lost, and notes.a was not stored" in str(later.error)
+    else:
+        assert (later.result, later.error) == (count, None)
+    assert await notes.last_sequence("notes") == (0 if deaf else count)
+
+
+@pytest.mark.parametrize("deaf", [False, True])
+async def test_a_send_that_rests_on_what_was_read_elsewhere_is_sent_once(
+    deaf: bool, notes: NATSBackend, distant: NATSBackend, relay: Relay
+) -> None:
+    write, settled = Write("notes.a", b"", message_id="one", once=True), list[Settled]()
+
+    async def send() -> None:
+        distant.send("notes", write, settled.append)
+        await holds(lambda: bool(settled))
+
+    later = await write_losing(relay, send, anyio.lowlevel.checkpoint, deaf=deaf)
+    assert later.error is None
+    assert [type(each) for each in settled] == [WriteRefused if deaf else int]
+    assert await notes.last_sequence("notes") == (0 if deaf else 1)
 
 
 async def commit_in_two(backend: NATSBackend, writes: list[Write]) -> int:
@@ -335,6 +374,38 @@ async def test_a_job_that_has_run_meanwhile_does_not_run_again(
         await wait_until_done(near)
     assert later.error is None
     assert set(runs.counts.values()) == {1}
+
+
+@pytest.mark.parametrize("alone", [True, False], ids=["add", "add_bulk"])
+async def test_a_job_that_another_producer_has_added_meanwhile_does_not_run_again(
+    alone: bool, nats_backend: NATSBackend, distant: NATSBackend, relay: Relay
+) -> None:
+    """The first try of one producer is lost; by its second, the other one's job has ended."""
+    runs, later = Runs(), Later()
+    near, far = (make_queue(backend, note=runs.__call__) for backend in (nats_backend, distant))
+    entries = [{"task_id": "note", "args": [name], "job_id": name} for name in "ab"][alone:]
+
+    async def add(queue: Queue) -> list[str]:
+        if alone:
+            return [await queue.add("note", ["b"], job_id="b")]
+        return await queue.add_bulk(entries)
+
+    await far._assets.declare_all()
+    async with running(near):
+        relay.lose_request(rb"PUB \$KV\.amq_work_scheduler\.later")
+        with anyio.fail_after(PATIENCE):
+            async with anyio.create_task_group() as group:
+                group.start_soon(later.run, lambda: add(far))
+                await relay.lost.wait()
+                ids = await add(near)
+                await until(near.get_completed, lambda completed: len(completed) == len(ids))
+                await wait_until_done(near)
+                stored = await nats_backend.last_sequence("KV_amq_work_scheduler")
+                await relay.cut()
+        await wait_until_done(near)
+    assert (later.result, later.error) == (ids, None)
+    assert runs.counts == dict.fromkeys(ids, 1)
+    assert await nats_backend.last_sequence("KV_amq_work_scheduler") == stored
 
 
 async def test_a_flow_of_chosen_ids_that_has_moved_on_is_not_refused(

@@ -16,6 +16,7 @@ import anyio.lowlevel
 import pytest
 from anyio import to_thread
 
+from asyncmq_nats.backends.nats import puller
 from asyncmq_nats.backends.nats.backend import NATSBackend
 from asyncmq_nats.backends.nats.embedded.server import EmbeddedServer
 from asyncmq_nats.context import current_job
@@ -24,7 +25,7 @@ from asyncmq_nats.queues import Queue
 from asyncmq_nats.settings import Settings
 from tests.nats.processes import PATIENCE, Fleet, freeze, holds
 from tests.nats.streams import Streams, plain_client
-from tests.receiver import until
+from tests.receiver import Receiver, until
 from tests.running import counted, make_queue, only, outcome, running
 
 CRASHES = 4
@@ -91,6 +92,70 @@ async def test_killed_server_loses_nothing_and_no_worker_is_restarted(
         f"noted bodies {len(runs)}, ran {runs.total()} times, at most {max(runs.values())}"
     )
     assert not any(worker.ended for worker in workers)
+
+
+@pytest.mark.slow
+async def test_a_job_runs_once_however_often_the_server_is_killed(
+    server: EmbeddedServer, nats_backend: NATSBackend, settings: Settings
+) -> None:
+    """Also one that was delivered, or had ended, just before: the server forgets that."""
+    runs, ids = Counter[str](), list[str]()
+
+    async def brief() -> None:
+        runs[current_job().id] += 1
+
+    async def add() -> None:
+        async with NATSBackend(servers=server.url, settings=settings) as backend:
+            adding = make_queue(backend, "fleet", brief=brief)
+            for number in itertools.count():
+                chosen = {"job_id": f"chosen-{number}"}
+                entries = [chosen, *({"job_id": f"{number}-{each}"} for each in range(19))]
+                ids.extend(
+                    await adding.add_bulk([{"task_id": "brief", **each} for each in entries])
+                )
+                ids.extend(await adding.add_bulk([{"task_id": "brief"}] * 20))
+
+    queue = make_queue(nats_backend, "fleet", concurrency=10, brief=brief)
+    async with running(queue):
+        with anyio.fail_after(2 * PATIENCE):
+            async with anyio.create_task_group() as group:
+                group.start_soon(add)
+                for crash in range(3 * CRASHES):
+                    goal = len(runs) + 30
+                    await holds(lambda: len(runs) >= goal)  # noqa: B023
+                    await anyio.sleep(0.01 * (crash % 5))
+                    await to_thread.run_sync(server.kill)
+                    await to_thread.run_sync(server.start)
+                group.cancel_scope.cancel()
+        await until(queue.queue_stats, lambda stats: stats["completed"] == sum(stats.values()))
+    assert runs.keys() >= set(ids)
+    assert {*runs.values()} == {1}
+    assert await nats_backend.last_sequence("amq_fleet") == len(runs)
+
+
+@pytest.mark.parametrize("doubt", [0.0, 600.0])
+async def test_what_a_killed_server_may_have_delivered_before_is_no_first_delivery(
+    nats_backend: NATSBackend,
+    server: EmbeddedServer,
+    monkeypatch: pytest.MonkeyPatch,
+    doubt: float,
+) -> None:
+    """Of what this worker has not had, only for a while."""
+    monkeypatch.setattr(puller, "DOUBT_SECONDS", doubt)
+    queue = make_queue(nats_backend, "fleet", brief=lambda: 1)
+    await queue.add_bulk([{"task_id": "brief"}] * 3)
+    receiver = Receiver(nats_backend, "amq_fleet")
+    [first] = await receiver.pull("tier_5")
+    assert first.first
+    await to_thread.run_sync(server.kill)
+    await to_thread.run_sync(server.start)
+    assert nats_backend.reconnects == 0 or not first.first
+    await holds(lambda: nats_backend.reconnects == 1)
+    assert not first.first
+    await receiver.puller.request("tier_5", 3, wait=PATIENCE)
+    await receiver.wait_for(lambda: {each.sequence for each in receiver.deliveries} == {1, 2, 3})
+    found = {each.sequence: each.first for each in receiver.deliveries}
+    assert found == {1: False, 2: not doubt, 3: not doubt}
 
 
 @pytest.fixture

@@ -31,7 +31,7 @@ class Message:
     """A delivery that notes what was done with it."""
 
     subject, body, consumer, pending = "amq.work.ready.5.a", b"", "tier_5", 0
-    sequence, deliveries, time, stamp = 7, 1, 0.0, 0
+    sequence, deliveries, first, time, stamp = 7, 1, True, 0.0, 0
 
     def __init__(self) -> None:
         self.ends: list[str] = []
@@ -58,7 +58,7 @@ class World:
         self.completer = Completer(self.lifecycle, events, self.spawner, self._on_change)
         self.message = Message()
         self.attempt = Attempt(self.message, "a", JobHead(task_id="t", job_id="a", created_at=0.0))
-        self.completer.begin()
+        self.completer.begin(self.attempt)
 
     def _on_change(self) -> None:
         self.changes += 1

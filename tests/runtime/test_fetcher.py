@@ -413,7 +413,7 @@ class Job:
             0.0,
             1,
         )
-        self.consumer, self.pending, self.stamp = "", 0, 0
+        self.consumer, self.pending, self.stamp, self.first = "", 0, 0, True
 
     def ack(self) -> None: ...
 

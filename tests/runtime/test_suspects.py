@@ -18,6 +18,7 @@ class Message:
     def __init__(self, sequence: int = 7, deliveries: int = 2, time: float = 0.0) -> None:
         self.sequence = sequence
         self.deliveries = deliveries
+        self.first = deliveries == 1
         self.time = time
         self.stamp = 0
 
@@ -120,3 +121,22 @@ def test_a_claim_on_an_earlier_message_says_nothing() -> None:
     again = attempt()
     again.count_losses(Claim("w", 6, 1, stalls=2), 1000.0, 30.0)
     assert (again.stalls, again.suspected) == (0, True)
+
+
+def test_a_delivery_of_which_the_server_may_have_lost_count_is_no_loss_of_a_worker() -> None:
+    old = Attempt(Message(deliveries=1), "a", JobHead(task_id="t", job_id="a", created_at=0.0))
+    old.count_losses(None, 1000.0, 30.0)
+    assert (old.losses, old.lost) == (0, False)
+
+
+@pytest.mark.parametrize(
+    ("claimed", "released", "outranked"),
+    [(1, False, True), (1, True, False), (2, False, True), (2, True, True), (0, False, False)],
+)
+def test_a_number_that_comes_again_after_a_hand_back_is_a_new_delivery(
+    claimed: int, released: bool, outranked: bool
+) -> None:
+    claim = Claim("w", 7, claimed, stalls=0, released=released)
+    assert claim.outranks(7, 1) is outranked
+    assert claim.outranks(6, 9)
+    assert not claim.outranks(8, 1)

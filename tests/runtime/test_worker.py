@@ -17,12 +17,13 @@ import anyio.lowlevel
 import pytest
 
 from asyncmq_nats.backends import set_default_backend
-from asyncmq_nats.backends.base import Backend, Write
+from asyncmq_nats.backends.base import Backend, Settle, Write
 from asyncmq_nats.exceptions import JobFailed, TaskModuleError, Unconfirmed
 from asyncmq_nats.queues import Queue
 from asyncmq_nats.runtime.registry import TASK_REGISTRY, TaskRegistry
 from asyncmq_nats.settings import Settings
 from asyncmq_nats.tasks import task
+from asyncmq_nats.transitions.claim import Attempt, Disposition
 from asyncmq_nats.transitions.finish import Lifecycle
 from asyncmq_nats.workers import Worker, run_worker
 from tests.receiver import holds, until
@@ -612,6 +613,71 @@ class TestLeases:
         job = await queue.get_job(job_id)
         assert job is not None
         assert (runs, job["stalls"]) == ([1], 0)
+
+    async def test_a_job_whose_lease_lapses_while_its_end_is_confirmed_does_not_run_again(
+        self, backend: Backend, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Not even if the outcome is not stored yet when it comes again."""
+        runs: list[int] = []
+        unsettled: list[Callable[[], None]] = []
+
+        async def work() -> None:
+            runs.append(1)
+
+        def send(log: str, write: Write, settle: Settle, *, timeout: float | None = None) -> None:
+            if ".done." in write.subject:
+                unsettled.append(lambda: real(log, write, settle, timeout=timeout))
+            else:
+                real(log, write, settle, timeout=timeout)
+
+        real = backend.send
+        monkeypatch.setattr(backend, "send", send)
+        queue = make_queue(backend, work=work)
+        job_id = await queue.add("work")
+        async with running(queue) as worker:
+            await holds(lambda: len(unsettled) == 1)
+            assert worker._runner is not None
+            completer = worker._runner._completer
+            [attempt] = completer._attempts.values()
+            attempt.delivery.abandon()
+            await holds(lambda: completer.leases_lost == 1)
+            unsettled[0]()
+            await queue.wait_for(job_id, timeout=PATIENCE)
+            await only(queue, completed=1)
+        assert runs == [1]
+
+    async def test_a_job_that_comes_again_while_it_is_looked_at_runs_once(
+        self, backend: Backend, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        runs: list[int] = []
+        looking, go = anyio.Event(), anyio.Event()
+        inspect = Lifecycle.inspect
+
+        async def look_slowly(self: Lifecycle, attempt: Attempt) -> Disposition | None:
+            looking.set()
+            await go.wait()
+            return await inspect(self, attempt)
+
+        async def work() -> None:
+            runs.append(1)
+
+        monkeypatch.setattr(Lifecycle, "inspect", look_slowly)
+        queue = make_queue(backend, work=work)
+        job_id = await queue.add("work")
+        await lose_worker(queue)
+        with anyio.fail_after(PATIENCE):
+            async with running(queue) as worker:
+                await looking.wait()
+                assert worker._runner is not None
+                completer = worker._runner._completer
+                [attempt] = completer._attempts.values()
+                attempt.delivery.abandon()
+                await holds(lambda: completer.leases_lost == 1)
+                go.set()
+                await queue.wait_for(job_id, timeout=PATIENCE)
+                await only(queue, completed=1)
+                assert completer.pending == 0
+        assert runs == [1]
 
     async def test_a_job_whose_worker_is_lost_runs_again(self, backend: Backend) -> None:
         queue = make_queue(backend, echo=echo)

@@ -213,7 +213,7 @@ async def test_a_lease_that_runs_out_beside_a_living_worker_is_an_incident(
         assert runner is not None
         [run] = runner._slots.running
         run.attempt.delivery.abandon()  # nothing extends the lease any more
-        await holds(lambda: runner._leases_lost == 1)
+        await holds(lambda: runner._completer.leases_lost == 1)
         go.set()
         await only(queue, completed=1)
     incidents = (await read_metrics(backend, queue.name)).incidents

@@ -13,8 +13,10 @@ from typing import Any
 import anyio
 import pytest
 
-from asyncmq_nats.backends.base import Backend, Delivery, Settle, Write
+from asyncmq_nats.backends.base import Backend, Delivery, Record, Settle, Write
+from asyncmq_nats.backends.inmemory.consumers import InMemoryDelivery
 from asyncmq_nats.backends.memory import InMemoryBackend
+from asyncmq_nats.backends.nats.puller import NATSDelivery
 from asyncmq_nats.calls import Call
 from asyncmq_nats.context import current_job
 from asyncmq_nats.exceptions import BackendError, InvalidArgument, Retry, Snooze, Unconfirmed
@@ -38,6 +40,7 @@ from tests.running import (
     counted,
     has,
     make_queue,
+    only,
     outcome,
     race,
     running,
@@ -470,6 +473,56 @@ async def test_what_reaches_a_promoter_late_is_not_made_ready_again(
     assert starts.runs == 1
 
 
+async def test_a_copy_of_a_job_that_ends_while_a_promoter_looks_at_it_is_not_made_ready(
+    queue: Queue, backend: Backend
+) -> None:
+    """It was stored twice: its producer's first try came through after all."""
+    await queue._assets.declare_all()
+    looked, ended = anyio.Event(), anyio.Event()
+
+    class SlowStore(QueueStore):
+        async def last(self, *filters: str) -> list[Record]:
+            found = await super().last(*filters)
+            if filters[0].endswith("later.twice.released"):
+                looked.set()
+                await ended.wait()
+            return found
+
+    body = Job("note", job_id="twice", custom_id=True).encode()
+    await backend.write("amq_work", Write("amq.work.ready.5.twice", body))
+    lifecycle, attempt, delivery = await hold(queue)
+    with anyio.fail_after(PATIENCE):
+        async with anyio.create_task_group() as group:
+            await group.start(Promoter(SlowStore.of(backend, "work")).run)
+            key = "$KV.amq_work_scheduler.later.twice.released"
+            await backend.write("KV_amq_work_scheduler", Write(key, body))
+            await looked.wait()
+            lifecycle.on_settled = lambda *_: delivery.ack()
+            lifecycle.complete(attempt, None)
+            await only(queue, completed=1, waiting=1)  # the record itself
+            ended.set()
+            await only(queue, completed=1)
+            group.cancel_scope.cancel()
+    assert await backend.last_sequence("amq_work") == 1
+
+
+async def test_a_record_that_was_perhaps_delivered_before_is_looked_at(
+    queue: Queue, backend: Backend, starts: Starts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that was killed forgets deliveries, message ids, and now and then a removal."""
+    async with running(queue):
+        job_id = await queue.add("note", delay=0.01)
+        await queue.wait_for(job_id, timeout=PATIENCE)
+        await wait_until_done(queue)
+        for kind in (InMemoryDelivery, NATSDelivery):
+            monkeypatch.setattr(kind, "first", property(lambda _: False))
+        body = Job("note", job_id=job_id).encode()
+        key = f"$KV.amq_work_scheduler.later.{job_id}.released"
+        await backend.write("KV_amq_work_scheduler", Write(key, body))
+        await only(queue, completed=1)
+    assert starts.runs == 1
+
+
 async def test_a_promotion_that_is_not_answered_does_not_hold_up_a_stop(
     queue: Queue, backend: Backend, starts: Starts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -679,7 +732,9 @@ def test_a_pause_while_a_record_is_looked_at_makes_no_job_early(
     monkeypatch.setattr(made, "_monotonic", read)
     body = Job("echo", delay_until=0.3).encode()
     key = made._keys.later("one", Place.RELEASED)
-    delivery: Any = SimpleNamespace(subject=key, body=body, sequence=1, deliveries=1, time=0.0)
+    delivery: Any = SimpleNamespace(
+        subject=key, body=body, sequence=1, deliveries=1, first=True, time=0.0
+    )
     made._on_delivery(delivery)
     [(_, _, held)] = made._waiting
     assert 0.3 <= held.due < 0.35

@@ -317,6 +317,11 @@ class InMemoryDelivery:
         self.pending = pending
 
     @property
+    def first(self) -> bool:
+        """See `Delivery`."""
+        return self.deliveries == 1
+
+    @property
     def stamp(self) -> int:
         """See `Delivery`."""
         return round(self.time * NANOSECONDS)

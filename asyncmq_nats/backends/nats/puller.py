@@ -40,6 +40,8 @@ RESTORE_DELAY: Final = 0.25
 
 The server answers at once: without a pause, pull and answer would chase each other.
 """
+DOUBT_SECONDS: Final = 5.0
+"""For this long after a restart of the server, it may deliver what it had delivered to others."""
 NAK: Final = b"-NAK"
 
 Declare = Callable[[str], Awaitable[None]]
@@ -76,6 +78,10 @@ class NATSDelivery:
         self._puller = puller
 
     @property
+    def first(self) -> bool:
+        return self.deliveries == 1 and not self._puller.may_be_forgotten(self)
+
+    @property
     def time(self) -> float:
         return int(self.stamp) / NANOSECONDS
 
@@ -106,12 +112,15 @@ class Look:
 class Credit:
     """The credit of one consumer's pulls that the server has not used.
 
-    `looks`: pulls that do not wait, by token.
+    `looks`: pulls that do not wait, by token. `newest`: the highest sequence that came, and
+    `forgotten`: when the server was last lost.
     """
 
     outstanding: int = 0
     lapses_at: float = 0.0
     heard_at: float = 0.0
+    newest: int = 0
+    forgotten: int = 0
     looks: dict[str, Look] = field(default_factory=dict)
 
     def count_delivery(self) -> None:
@@ -162,6 +171,8 @@ class NATSPuller:
         self._turn = asyncio.Lock()
         self._client = connection.client
         self._unanswered_since: float | None = None
+        self._server_id = connection.client.server_id
+        self._doubt_until: float | None = None
         connection.on_reconnect.append(self._on_reconnect)
 
     @property
@@ -302,6 +313,8 @@ class NATSPuller:
         if credit is not None:
             credit.count_delivery()
             credit.heard_at = time.monotonic()
+            if delivery.sequence > credit.newest:
+                credit.newest = delivery.sequence
         if self._listening is None:
             delivery.nak()
             return
@@ -407,7 +420,23 @@ class NATSPuller:
             credit.give_up()
             self._on_lapse(consumer)
 
+    def may_be_forgotten(self, delivery: NATSDelivery) -> bool:
+        """Return whether the server may have lost count of the deliveries of this record."""
+        if self._doubt_until is None:
+            return False
+        credit = self._credits.get(delivery.consumer)
+        return (
+            credit is None
+            or delivery.sequence <= credit.forgotten
+            or time.monotonic() < self._doubt_until
+        )
+
     def _on_reconnect(self) -> None:
+        if self._server_id != self._client.server_id:
+            self._server_id = self._client.server_id
+            self._doubt_until = time.monotonic() + DOUBT_SECONDS
+            for credit in self._credits.values():
+                credit.forgotten = credit.newest
         for consumer, credit in self._credits.items():
             credit.give_up()
             self._on_lapse(consumer)

@@ -403,9 +403,28 @@ class Writer:
     # -- repetition
 
     def _resend_all(self) -> None:
+        """Send all again, at once: the server may be killed again, and then knows no message id."""
         overdue = time.monotonic() - RESEND_AFTER
         for entry in self._table.values():
-            entry.sent_at = min(entry.sent_at, overdue)
+            if any(write.once for write in entry.writes):
+                entry.sent_at = NEVER
+                self._connection.background.run(self._settle_once(entry))
+            else:
+                entry.sent_at = min(entry.sent_at, overdue)
+        self._resend_overdue()
+
+    async def _settle_once(self, entry: Unsettled) -> None:
+        """Settle a write that is not repeated on another connection.
+
+        A server that was killed has forgotten the message ids of what was removed since. So another
+        process may have made this very write, and all that came of it may be gone.
+        """
+        message_id = entry.writes[0].message_id
+        assert message_id is not None
+        sequence = await self._find_stored(entry, message_id)
+        subject = entry.writes[0].subject
+        lost = WriteRefused(entry.log, f"the connection was lost, and {subject} was not stored")
+        self._finish(entry, lost if sequence is None else sequence + len(entry.writes) - 1)
 
     def _end_all(self) -> None:
         for entry in list(self._table.values()):
@@ -415,21 +434,20 @@ class Writer:
         try:
             while self._table:
                 await asyncio.sleep(SWEEP_EVERY)
-                now = time.monotonic()
-                for entry in [
-                    entry
-                    for entry in self._table.values()
-                    if now - entry.sent_at >= RESEND_AFTER or now >= entry.deadline
-                ]:
-                    if now >= entry.deadline:
-                        self._finish(
-                            entry,
-                            Unconfirmed(
-                                f"the write to {entry.writes[0].subject}",
-                                entry.deadline - entry.begun,
-                            ),
-                        )
-                    elif self._connection.client.is_connected:
-                        self._transmit(entry)
+                self._resend_overdue()
         finally:
             self._sweeping = False
+
+    def _resend_overdue(self) -> None:
+        now = time.monotonic()
+        for entry in [
+            entry
+            for entry in self._table.values()
+            if now - entry.sent_at >= RESEND_AFTER or now >= entry.deadline
+        ]:
+            if now >= entry.deadline:
+                subject = entry.writes[0].subject
+                unconfirmed = Unconfirmed(f"the write to {subject}", entry.deadline - entry.begun)
+                self._finish(entry, unconfirmed)
+            elif self._connection.client.is_connected:
+                self._transmit(entry)

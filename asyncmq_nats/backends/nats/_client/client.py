@@ -42,6 +42,11 @@ class DirectClient(Client):
         """Whether the server that it is connected to is one of several."""
         return bool(self._server_info.get("cluster"))
 
+    @property
+    def server_id(self) -> str:
+        """Of the server that it is connected to; another one after each start of a server."""
+        return str(self._server_info.get("server_id"))
+
     async def listen(self, subject: str, handler: Handler) -> int:
         """Call the handler for every message on the subject.
 
