@@ -60,10 +60,19 @@ class ParkedJobs:
         self.secret = QueueSecret(store)
         self.waits = Waits(store)
 
-    async def read(self, witness: str, children: Sequence[str]) -> dict[str, Snapshot]:
-        """Read some children from a replica that has the record `witness`, and all before it."""
+    async def read(
+        self, witness: str, children: Sequence[str], *, stored: bool = False
+    ) -> dict[str, Snapshot]:
+        """Read some children from a replica that has the record `witness`, and all before it.
+
+        `stored`: the caller has just stored a child. A replica without any of it lags behind, too.
+        """
+        after = stored and self._store.backend.reads_may_lag
         records = await self._store.last_when(
-            lambda found: any(record.subject == witness for record in found),
+            lambda found: (
+                any(record.subject == witness for record in found)
+                and (not after or any(record.subject != witness for record in found))
+            ),
             witness,
             *filters_of(children, self._keys),
         )
@@ -96,14 +105,15 @@ class ParkedJobs:
     ) -> bool:
         """Tell a parked child that a parent has ended. Repeatable.
 
-        Return whether the child has ended as failed for it. `quietly`: no event that it is ready.
+        Return whether the child has ended as failed for it. `quietly`: the caller has just stored
+        the child; no event that it is ready.
         """
         async with self._turns.of(child) as waited:
             known = None if waited else snapshot
 
             async def tell() -> bool:
                 nonlocal known
-                found = known or (await self.read(parent.outcome, [child]))[child]
+                found = known or (await self.read(parent.outcome, [child], stored=quietly))[child]
                 known = None  # for the next try: another parent has ended, or it was cancelled
                 return await self._tell(parent, found, quietly=quietly)
 
@@ -143,10 +153,10 @@ class ParkedJobs:
     ) -> Wait:
         """Tell a child with many parents that one has ended. Repeatable.
 
-        `FAILS`: the child has ended as failed for it. `quietly`: when no parent is open any more,
-        the caller releases it.
+        `FAILS`: the child has ended as failed for it. `quietly`: the caller has just stored the
+        child, and releases it when no parent is open any more.
         """
-        wait = await self.waits.take_out(child, place, parent)
+        wait = await self.waits.take_out(child, place, parent, stored=quietly)
         if wait is Wait.CLOSED and not quietly:
             await self._finish_wide(child, place)
         if wait is Wait.FAILS:
