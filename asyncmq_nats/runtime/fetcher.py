@@ -94,6 +94,8 @@ class Fetcher:
         self._monotonic = backend.clock.monotonic
         self._freed_at = self._measured_at = self._monotonic()
         self._measured_started = 0
+        self._early = 0
+        """Jobs in slots whose time is to come."""
         self._open = False
         self._stopped = False
         self.busy = 0
@@ -245,6 +247,15 @@ class Fetcher:
         if self._buffer.heap and self.busy < self._concurrency:
             self._on_startable()
 
+    async def hold(self, seconds: float) -> None:
+        """Keep a slot for a job that came early. As many more jobs are fetched meanwhile."""
+        self._early += 1
+        self.refill()
+        try:
+            await self._clock.sleep(seconds)
+        finally:
+            self._early -= 1
+
     def release(self) -> None:
         """Note that a slot is free again."""
         self.busy -= 1
@@ -331,7 +342,7 @@ class Fetcher:
             if self._limiter is None:  # also during a pause: the server is the one that resumes
                 self._measure(self._monotonic())
                 prefetch = self._throughput.decide_prefetch(self._concurrency)
-                await self._ask(self.busy + self._free_slots + prefetch)
+                await self._ask(self.busy + self._free_slots + prefetch + self._early)
             elif not self._limiter.blocks and not self.is_paused:
                 wait = await self._ask_within_limit(self._limiter) or wait
 

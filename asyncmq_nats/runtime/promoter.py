@@ -8,7 +8,7 @@ in `transitions/promote.py`.
 
 import heapq
 import itertools
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from functools import partial
@@ -68,6 +68,8 @@ SMALL_REMOVAL: Final = 16
 """Records whose removal takes the server no time that starting jobs need."""
 REMOVE_DELAY: Final = 0.02
 """Seconds that removals wait while more is being written, so that its jobs start sooner."""
+KEPT_CROWDS: Final = 64
+"""Windows of time of which the records are counted, before those that are over are dropped."""
 CONCURRENT_TASKS: Final = 32
 """The most concurrent tasks, for work that callbacks cannot do."""
 CHECK_LEAD: Final = 0.03
@@ -79,6 +81,14 @@ TRUSTED_AGE: Final = 60.0
 LONGEST_TRANSIT: Final = 0.05
 """The longest time in transit (seconds) that is subtracted for a fresh record. A longer one is a
 difference of clocks: of the server that released the record and of the connected one."""
+BURST: Final = 16
+"""So many records that are due at about the same time are begun with before that."""
+BURST_WINDOW: Final = 0.02
+"""What "about the same time" is, in seconds."""
+LEAD_PER_RECORD: Final = 200e-6
+"""Seconds that a promotion of a burst takes, from the first one to the last job in its slot."""
+LONGEST_LEAD: Final = 0.04
+"""Workers hold a job that comes early, in its slot: see `Slots`."""
 LONGEST_WAIT: Final = 0.7
 """No fresh delivery waits longer: timers are set up to 0.4 s early, and a tick without a timer is
 due within 0.6 s."""
@@ -92,6 +102,7 @@ class Held:
 
     __slots__ = (
         "checked",
+        "crowd",
         "delivery",
         "due",
         "fire",
@@ -113,6 +124,8 @@ class Held:
         """What makes the job ready, if it was made while there was time."""
         self.due = 0.0
         """When it is to be promoted, by the monotonic clock."""
+        self.crowd = 0
+        """The time at which it is due, in windows: see `BURST_WINDOW`. 0: it has no lead."""
         self.checked = True
         """Whether its job need not be read before it is promoted."""
         self.ready = 0
@@ -127,8 +140,10 @@ class Held:
 class Promoter:
     """Moves released jobs to their tiers."""
 
-    def __init__(self, store: QueueStore) -> None:
+    def __init__(self, store: QueueStore, *, leads: bool = True) -> None:
+        """`leads`: bursts are made ready early. Not with a rate limit: it counts takes."""
         self._store = store
+        self._leads = leads
         self._backend = store.backend
         self._keys = store.keys
         self._queue_secret = QueueSecret(store)
@@ -137,6 +152,8 @@ class Promoter:
         self._secret = b""
         self._waiting: list[tuple[float, int, Held]] = []
         """A heap: when to begin with each record in hand that nothing is done with yet."""
+        self._crowds = Counter[int]()
+        """How many records in hand are due in each window of time, or were."""
         self._order = itertools.count()
         self._monotonic = store.backend.clock.monotonic
         self._in_flight: set[Held] = set()
@@ -237,6 +254,9 @@ class Promoter:
         held.checked = held.needs_no_check or not self._is_doubtful(held, wait)
         if held.released is not None and wait > 0:
             held.write = self._promotion_of(held, held.released)
+            if wait > LONGEST_LEAD and self._leads:
+                held.crowd = int(held.due / BURST_WINDOW)
+                self._crowds[held.crowd] += 1
         self._push(held.due if held.checked else max(arrived, held.due - CHECK_LEAD), held)
 
     def _wait(self, delivery: Delivery, run_at: float | None) -> float:
@@ -286,15 +306,18 @@ class Promoter:
             self._wake = anyio.Event()
             self._begin_due()
             waits = self._waiting and self._has_room
-            timeout = self._waiting[0][0] - self._monotonic() if waits else None
+            timeout = self._begins_at() - self._monotonic() if waits else None
             with self._backend.clock.move_on_after(timeout):
                 await self._wake.wait()
             await anyio.lowlevel.checkpoint()
 
     def _begin_due(self) -> None:
         now, doubtful = self._monotonic(), list[Held]()
+        if len(self._crowds) > KEPT_CROWDS:
+            past = int(now / BURST_WINDOW)
+            self._crowds = Counter({k: count for k, count in self._crowds.items() if k >= past})
         for _ in range(BEGIN_BATCH):
-            due = self._waiting and self._waiting[0][0] <= now
+            due = self._waiting and self._begins_at() <= now
             if not due or self._stopping or not self._has_room:
                 break
             _, _, held = heapq.heappop(self._waiting)
@@ -305,6 +328,13 @@ class Promoter:
                 doubtful.append(held)
         if doubtful:
             self._give(partial(self._check, doubtful), doubtful)
+
+    def _begins_at(self) -> float:
+        """Return when to begin with the next record: one of a burst is made ready early."""
+        at, _, held = self._waiting[0]
+        if not held.crowd or (count := self._crowds[held.crowd]) < BURST:
+            return at
+        return at - min(count * LEAD_PER_RECORD, LONGEST_LEAD)
 
     def _begin(self, held: Held) -> None:
         if held.problem is not None:
@@ -333,10 +363,13 @@ class Promoter:
         self._finish(held)
 
     def _promote(self, held: Held, released: Released) -> None:
+        write = held.write or self._promotion_of(held, released)
+        if held.due > self._monotonic():
+            write.body = held.delivery.body  # which says when the job may start
         try:
             self._backend.send(
                 self._keys.ready_log,
-                held.write or self._promotion_of(held, released),
+                write,
                 partial(self._on_written, held),
                 timeout=self._backend.settings.publish_timeout,
             )
@@ -454,8 +487,33 @@ class Promoter:
     async def _check(self, batch: Sequence[Held]) -> None:
         """Read the jobs of some records; go on with the current records.
 
-        The tiers are read first: a job that has left them has an outcome, which is read then.
+        The tiers are read first: a job that has left them has an outcome, which is read then. What
+        is current is begun with at once: what was read of it is soon out of date.
         """
+        ready, found = await self._read(batch)
+        others: list[tuple[Held, Finding, list[Record]]] = []
+        for held in batch:
+            token = self._keys.token(held.delivery.subject)
+            released, there = held.released, ready.get(token)
+            if released is not None and there is not None and not is_older(there, released):
+                self._discard(held)  # it was promoted before
+                continue
+            records = found.get((held.fire, token), [])
+            finding = self._judge(held, records)
+            if finding is Finding.CURRENT:
+                self._go_on(held)
+            else:
+                others.append((held, finding, records))
+        for held, finding, records in others:
+            try:
+                await self._act_on(held, finding, records)
+            except AsyncMQError as error:
+                self._put_off(held, error)
+
+    async def _read(
+        self, batch: Sequence[Held]
+    ) -> tuple[dict[str, Record], dict[tuple[bool, str], list[Record]]]:
+        """Return what is ready of some jobs, by token, and their records, by kind and token."""
         keys, filters, tiers = self._keys, list[str](), list[str]()
         for held in batch:
             filters.append(held.delivery.subject)
@@ -468,44 +526,41 @@ class Promoter:
         for record in await self._store.last(*filters):
             name = keys.is_fire(record.subject), keys.token(record.subject)
             found.setdefault(name, []).append(record)
-        for held in batch:
-            token = keys.token(held.delivery.subject)
-            released, there = held.released, ready.get(token)
-            if released is not None and there is not None and not is_older(there, released):
-                self._discard(held)  # it was promoted before
-                continue
-            try:
-                await self._act_on(held, found.get((held.fire, token), []))
-            except AsyncMQError as error:
-                self._put_off(held, error)
+        return ready, found
 
-    async def _act_on(self, held: Held, records: Sequence[Record]) -> None:
-        """Go on with a record whose job was read, or let go of it."""
-        delivery, finding = held.delivery, Finding.GONE
+    def _judge(self, held: Held, records: Sequence[Record]) -> Finding:
+        sequence = held.delivery.sequence
         if held.released is not None:
-            finding = judge(self._keys, held.released, delivery.sequence, records)
-        elif any(record.sequence == delivery.sequence for record in records):
-            finding = Finding.CURRENT
-        if finding is Finding.RERUN and held.released is not None:
-            token = held.released.token
-            await finish_rerun(self._store, token, records)
-            finding = Finding.CURRENT
-        if finding is Finding.CURRENT:
-            held.checked = True
-            if held.due <= self._monotonic():
-                self._begin(held)
-            else:
-                self._in_flight.discard(held)
-                self._push(held.due, held)
-        elif finding is Finding.GONE:
-            # It cannot be delivered again. Or a replica was asked that has yet to hear of it.
-            delivery.nak(0.05)
-            self._finish(held)
+            return judge(self._keys, held.released, sequence, records)
+        found = any(record.sequence == sequence for record in records)
+        return Finding.CURRENT if found else Finding.GONE
+
+    def _go_on(self, held: Held) -> None:
+        """Begin with a record that was read, now or when it is due."""
+        held.checked = True
+        if held.due <= self._monotonic():
+            self._begin(held)
         else:
-            if finding is Finding.ENDED and held.released is not None:
-                # The process that ended it may have died before it told the children.
-                await self._additions.dependencies.release(held.released.token)
-            self._discard(held)
+            self._in_flight.discard(held)
+            self._push(held.due, held)
+
+    async def _act_on(self, held: Held, finding: Finding, records: Sequence[Record]) -> None:
+        """Let go of a record, or finish first what a retry by hand has begun."""
+        if finding is Finding.GONE:
+            # It cannot be delivered again. Or a replica was asked that has yet to hear of it.
+            held.delivery.nak(0.05)
+            self._finish(held)
+            return
+        assert held.released is not None
+        token = held.released.token
+        if finding is Finding.RERUN:
+            await finish_rerun(self._store, token, records)
+            self._go_on(held)
+            return
+        if finding is Finding.ENDED:
+            # The process that ended it may have died before it told the children.
+            await self._additions.dependencies.release(token)
+        self._discard(held)
 
     async def _declare(self, held: Held) -> None:
         """Promote to a priority that this process does not know yet."""
@@ -522,7 +577,10 @@ class Promoter:
                 error,
             )
             released.priority, held.write = DEFAULT_PRIORITY, None
-        self._promote(held, released)
+        if self._is_old(held):
+            await self._check([held])  # what was read before is out of date
+        else:
+            self._promote(held, released)
 
     async def _on_refused(self, held: Held, released: Released, error: AsyncMQError) -> None:
         if isinstance(error, PayloadTooLarge):

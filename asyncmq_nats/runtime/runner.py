@@ -154,7 +154,7 @@ class Runner:
         self._heartbeat = Heartbeat(
             self.worker, backend.settings.heartbeat_interval, steps, backend.clock
         )
-        self._promoter = Promoter(store)
+        self._promoter = Promoter(store, leads=limit is None)
         parts = WorkerParts(self._slots, self._fetcher, self._promoter, self.recorder)
         self.vitals = Vitals(store, self.worker, concurrency, parts)
         self._progress = anyio.Event()
@@ -325,7 +325,7 @@ class Runner:
         await self._assets.restore_lost()  # to record the incarnation of the streams
         await self._entry.listen_for_pause(self._fetcher.pause)
         await self._entry.listen(RESUME, lambda _: self._fetcher.resume())
-        await self._entry.listen(CANCEL, self._on_cancel)
+        await self._entry.listen(CANCEL, self._slots.cancel)
         await self._entry.listen(LISTEN, lambda _: self._events.expect_listener())
         self._events.begin()
         await self._entry.listen_for_stop(self._on_stop_signal)
@@ -387,7 +387,7 @@ class Runner:
     async def _look_for_cancelled(self) -> None:
         """Cancel the jobs whose cancellation was missed."""
         for job_id in await self._lifecycle.cancelled_among(list(self._starts())):
-            self._on_cancel(job_id)
+            self._slots.cancel(job_id)
 
     async def _mark_long_runs(self) -> None:
         while True:
@@ -397,9 +397,3 @@ class Runner:
     def _starts(self) -> dict[str, float]:
         """Return the jobs that run, and when each started."""
         return {each.context.id: each.attempt.started_at for each in self._slots.running}
-
-    def _on_cancel(self, job_id: str) -> None:
-        for running in [each for each in self._slots.running if each.context.id == job_id]:
-            logger.info("job %s was cancelled while it ran", job_id)
-            running.cancelled = True
-            running.cancel()

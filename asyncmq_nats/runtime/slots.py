@@ -45,6 +45,7 @@ from asyncmq_nats.store.commit import SHUTDOWN_STEP_TIMEOUT, look_for
 from asyncmq_nats.store.queue_store import QueueStore
 from asyncmq_nats.transitions.claim import Attempt, settle_delivery
 from asyncmq_nats.transitions.finish import Lifecycle
+from asyncmq_nats.transitions.promote import without_time
 
 __all__ = ["Slots"]
 
@@ -59,6 +60,8 @@ INVALID_RESULT: Final = (
     TooManyPriorities,
 )
 """Errors of a result or of a follow-up job: another attempt would end in the same way."""
+LONGEST_HOLD: Final = 0.2
+"""Seconds for which a slot is kept for a job that came early, by the lower bound of the clock."""
 MARK_DELAY: Final = 1.0
 """Seconds after which a job that runs is claimed, so that the loss of its worker is a stall."""
 
@@ -117,6 +120,8 @@ class Slots:
         self._ending = False
         self._is_cancelled: Callable[[], int] = lambda: 0
         self.running: dict[Running, None] = {}
+        self._held: dict[str, None] = {}
+        """Ids of the jobs that wait in a slot for their time."""
         self.redelivered = 0
         """Deliveries of jobs that had been delivered before."""
         self.lost = 0
@@ -237,6 +242,14 @@ class Slots:
         """Return the suspects that wait in line to the queue."""
         await self.fetcher.give_back([attempt.delivery for attempt in self._suspects.clear()])
 
+    def cancel(self, job_id: str) -> None:
+        """Cancel a job, if it runs here or waits for its time."""
+        self._held.pop(job_id, None)
+        for running in [each for each in self.running if each.context.id == job_id]:
+            logger.info("job %s was cancelled while it ran", job_id)
+            running.cancelled = True
+            running.cancel()
+
     def cancel_running(self) -> None:
         """Cancel the jobs that run; they are handed back."""
         for running in list(self.running):
@@ -342,7 +355,10 @@ class Slots:
         self.completer.begin(attempt)
         try:
             try:
-                head, now = attempt.head, self._backend.now()
+                head = attempt.head
+                if head.delay_until is not None and not await self._hold(attempt, head.delay_until):
+                    return None
+                now = self._backend.now()
                 if self._is_lost_for_good(attempt) or not head.may_run(now):
                     await self._end_without_run(attempt, now)
                     return None
@@ -362,6 +378,29 @@ class Slots:
             self.completer.finish(attempt)
             raise
         return None
+
+    async def _hold(self, attempt: Attempt, run_at: float) -> bool:
+        """Wait in a slot for the time of a job that was made ready a little early.
+
+        Return whether to go on: it may have been cancelled, or the queue paused, meanwhile.
+        """
+        wait = run_at - self._backend.now_at_least()
+        if wait > LONGEST_HOLD:
+            return True
+        attempt.body = without_time(attempt.body)
+        if wait <= 0:
+            return True
+        job_id = attempt.head.job_id
+        self._held[job_id] = None
+        try:
+            await self.fetcher.hold(wait)
+            cancelled = job_id not in self._held
+        finally:
+            self._held.pop(job_id, None)
+        if cancelled or self.fetcher.is_paused:
+            await self._give_up(attempt, cancelled=cancelled)
+            return False
+        return True
 
     def _is_lost_for_good(self, attempt: Attempt) -> bool:
         return attempt.stalls > 0 and attempt.losses >= self._backend.settings.max_stalls

@@ -33,6 +33,7 @@ __all__ = [
     "promotion_id",
     "read_released",
     "refusal_outcome",
+    "without_time",
 ]
 
 
@@ -87,6 +88,20 @@ def read_released(token: str, body: bytes) -> Released:
     order = (head.reruns, head.retries + head.put_offs)
     waits = bool(data.get("parents") or data.get("wide"))
     return Released(token, head.priority, order, head.custom_id, head.delay_until, body, waits)
+
+
+def without_time(body: bytes) -> bytes:
+    """Return the body of a ready job without the time from which on it may run.
+
+    Raises:
+        InvalidJob: it has a number that JSON has not.
+    """
+    data = load_json(body)
+    data.pop("delay_until", None)
+    try:
+        return dump_json(data)
+    except NotSerializable as error:
+        raise InvalidJob(str(error)) from None
 
 
 def promotion_id(secret: bytes, sequence: int, time: float) -> str:
@@ -173,7 +188,7 @@ def is_older(ready: Record, released: Released) -> bool:
     """Return whether what is ready is of an earlier attempt than a released record of the job."""
     if order_of(ready.body) < released.order:
         return True
-    # A foreign job that was put off: we leave no time in ready jobs.
+    # A foreign job that was put off; or ours, made ready early, and then its end will be found.
     return load_json(ready.body).get("delay_until") is not None
 
 

@@ -6,6 +6,7 @@ The tests run on both backends.
 import json
 import math
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -33,6 +34,7 @@ from asyncmq_nats.testing import VirtualBackend, VirtualClock
 from asyncmq_nats.transitions.claim import Attempt
 from asyncmq_nats.transitions.finish import Lifecycle
 from asyncmq_nats.transitions.promote import promotion_id
+from asyncmq_nats.transitions.release import Dependencies
 from asyncmq_nats.wire.keys import encode_token
 from tests.receiver import Receiver, holds, until
 from tests.running import (
@@ -506,6 +508,36 @@ async def test_a_copy_of_a_job_that_ends_while_a_promoter_looks_at_it_is_not_mad
     assert await backend.last_sequence("amq_work") == 1
 
 
+async def test_a_job_that_was_looked_at_is_made_ready_before_others_are_let_go_of(
+    queue: Queue, backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which takes a while: what was read would be out of date."""
+    releasing, released = anyio.Event(), anyio.Event()
+
+    async def release_slowly(*_: Any) -> None:
+        releasing.set()
+        await released.wait()
+
+    async with running(queue):
+        await queue.wait_for(await queue.add("note", job_id="ended"), timeout=PATIENCE)
+        await wait_until_done(queue)
+    monkeypatch.setattr(Dependencies, "release", release_slowly)
+    jobs = [Job("note", job_id=job_id, custom_id=True) for job_id in ("ended", "fresh")]
+    key = "$KV.amq_work_scheduler.later.{}.released"
+    writes = [Write(key.format(job.job_id), job.encode()) for job in jobs]
+    await backend.write("KV_amq_work_scheduler", *writes)
+    with anyio.fail_after(PATIENCE):
+        async with anyio.create_task_group() as group:
+            await group.start(Promoter(queue._store).run)
+            await releasing.wait()
+            await until(
+                lambda: backend.last("amq_work", "amq.work.ready.>"), lambda found: len(found) == 1
+            )
+            released.set()
+            await only(queue, completed=1, waiting=1)
+            group.cancel_scope.cancel()
+
+
 async def test_a_record_that_was_perhaps_delivered_before_is_looked_at(
     queue: Queue, backend: Backend, starts: Starts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -830,7 +862,120 @@ async def test_the_time_that_the_server_has_reached_at_least_is_not_ahead_of_its
         assert at_least <= backend.now()
 
 
-@pytest.mark.parametrize(("jobs", "later"), [(3, 0.0), (40, 0.02)])
+class Burst:
+    """Jobs that are due at one instant, and what a worker does with them, by a virtual clock."""
+
+    def __init__(self, backend: VirtualBackend, clock: VirtualClock) -> None:
+        self.clock, self.starts = clock, list[float]()
+        self.ready, self.due = list[float](), clock.time() + 5
+        self.queue = make_queue(backend, concurrency=4, note=self._note)
+        self._send = backend.send
+        backend.send = self._send_noted  # type: ignore[method-assign]
+
+    async def _note(self) -> None:
+        self.starts.append(self.clock.time())
+
+    def _send_noted(self, log: str, write: Write, settle: Settle, **options: Any) -> None:
+        if ".ready." in write.subject:
+            self.ready.append(self.clock.time())
+        self._send(log, write, settle, **options)
+
+    async def add(self, count: int) -> list[str]:
+        return await self.queue.add_bulk([{"task_id": "note", "delay": 5}] * count)
+
+
+@pytest.mark.parametrize(("jobs", "lead"), [(15, 0.0), (40, 0.008), (400, 0.04)])
+async def test_the_jobs_of_a_burst_are_made_ready_early_and_start_in_time(
+    jobs: int, lead: float
+) -> None:
+    clock = VirtualClock(1_767_614_400)
+    async with VirtualBackend(clock) as backend:
+        burst = Burst(backend, clock)
+        ids = await burst.add(jobs)
+        async with running(burst.queue):
+            await clock.advance(6)
+        assert burst.due - min(burst.ready) == pytest.approx(lead, abs=1e-4)
+        assert len(burst.starts) == jobs
+        assert burst.due <= min(burst.starts) <= burst.due + 1e-4
+        job = await burst.queue.get_job(ids[0])
+        assert job is not None
+        assert (job["delay_until"], job["status"]) == (None, "completed")
+
+
+async def test_a_queue_with_a_rate_limit_makes_none_ready_early() -> None:
+    """A start counts when the job is taken."""
+    clock = VirtualClock(1_767_614_400)
+    async with VirtualBackend(clock) as backend:
+        burst = Burst(backend, clock)
+        burst.queue.rate_limit = 40
+        await burst.add(40)
+        async with running(burst.queue):
+            await clock.advance(8)
+        assert min(burst.ready) >= burst.due
+        assert len(burst.starts) == 40
+
+
+async def test_while_jobs_wait_in_all_slots_as_many_more_are_fetched() -> None:
+    clock = VirtualClock(1_767_614_400)
+    async with VirtualBackend(clock) as backend:
+        burst = Burst(backend, clock)
+        await burst.add(40)
+        async with running(burst.queue) as worker:
+            await clock.advance(4.999)
+            assert worker._runner is not None
+            fetcher = worker._runner._fetcher
+            assert (fetcher.busy, len(fetcher._buffer.heap), burst.starts) == (4, 4, [])
+            await clock.advance(1)
+            assert len(burst.starts) == 40
+
+
+@pytest.mark.parametrize("what", ["cancel", "pause"])
+async def test_a_job_that_waits_in_a_slot_for_its_time_can_be_cancelled_and_paused(
+    what: str,
+) -> None:
+    clock = VirtualClock(1_767_614_400)
+    async with VirtualBackend(clock) as backend:
+        burst = Burst(backend, clock)
+        ids = await burst.add(40)
+        async with running(burst.queue) as worker:
+            await clock.advance(4.999)
+            assert worker._runner is not None
+            [held, *_] = worker._runner._slots._held
+            if what == "cancel":
+                assert await burst.queue.cancel_job(held)
+            else:
+                await burst.queue.pause()
+            await clock.advance(1)
+            if what == "cancel":
+                assert len(burst.starts) == 39
+                assert await burst.queue.get_job_state(held) == "cancelled"
+            else:
+                assert burst.starts == []
+                await burst.queue.resume()
+                await clock.advance(1)
+                assert len(burst.starts) == 40
+        assert held in ids
+        await only(
+            burst.queue,
+            **Counter(["completed"] * 39 + ["cancelled" if what == "cancel" else "completed"]),
+        )
+
+
+async def test_a_ready_job_whose_time_is_near_waits_in_its_slot(
+    queue: Queue, backend: Backend, starts: Starts
+) -> None:
+    """Also one of a foreign producer."""
+    await queue._assets.declare_all()
+    run_at = backend.now_at_most() + 0.04
+    body = f'{{"task": "note", "id": "near", "delay_until": {run_at}}}'.encode()
+    await backend.write("amq_work", Write("amq.work.ready.5.near", body))
+    async with running(queue):
+        await queue.wait_for("near", timeout=PATIENCE)
+    assert starts.times[None] >= run_at
+    assert await backend.last_sequence("amq_work") == 1
+
+
+@pytest.mark.parametrize(("jobs", "later"), [(3, 0.0), (40, 0.012)])
 async def test_the_jobs_of_a_burst_start_before_their_records_are_removed(
     monkeypatch: pytest.MonkeyPatch, jobs: int, later: float
 ) -> None:

@@ -22,6 +22,7 @@ import type {
 
 const DAY = 86_400;
 const LEAD = 0.4; // seconds by which timers are early
+const LONGEST_HOLD = 0.2; // seconds for which a slot is kept for a job whose time is to come
 const CLAIM_AFTER = 1000; // ms
 const MAX_STALLS = 3;
 const HEARTBEAT = 5; // seconds
@@ -387,6 +388,9 @@ export class Worker {
 
   async #run(attempt: OpenAttempt): Promise<void> {
     const { job } = attempt;
+    // One of many that are due at once is made ready a little early.
+    const early = (job.delay_until ?? 0) - now();
+    if (early > 0 && early <= LONGEST_HOLD) await sleep(early);
     const at = now();
     const losses = attempt.stalls + (attempt.suspected ? 1 : 0);
     if (losses >= MAX_STALLS) {
@@ -400,7 +404,7 @@ export class Worker {
       const last_error = `its time to live of ${job.ttl} s was over`;
       return this.#end<Expired>(attempt, "expired", { last_error });
     }
-    if (job.delay_until != null && job.delay_until > at) {
+    if (job.delay_until != null && job.delay_until > at) { // far away, by a foreign producer
       return this.#reschedule(attempt, {}, job.delay_until);
     }
     const task = Object.hasOwn(this.tasks, job.task) ? this.tasks[job.task] : undefined;
