@@ -82,7 +82,7 @@ LONGEST_TRANSIT: Final = 0.05
 """The longest time in transit (seconds) that is subtracted for a fresh record. A longer one is a
 difference of clocks: of the server that released the record and of the connected one."""
 BURST: Final = 16
-"""So many records that are due at about the same time are begun with before that."""
+"""From this many records on that are due at about the same time, all are begun with early."""
 BURST_WINDOW: Final = 0.02
 """What "about the same time" is, in seconds."""
 LEAD_PER_RECORD: Final = 200e-6
