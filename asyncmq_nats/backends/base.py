@@ -256,7 +256,7 @@ class Delivery(Protocol):
     def first(self) -> bool:
         """Whether it is known to be the only delivery of the record so far.
 
-        A server that was killed may have forgotten deliveries, and begins to count.
+        A server that was killed may have forgotten earlier ones: it counts from one again.
         """
 
     @property

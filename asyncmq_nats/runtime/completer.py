@@ -66,7 +66,8 @@ class Completer:
         if attempt is None:
             return False
         logger.warning(
-            "job %s was redelivered while it runs here: its lease is renewed", attempt.head.job_id
+            "job %s was redelivered while this worker has it: its lease is renewed",
+            attempt.head.job_id,
         )
         attempt.delivery.abandon()
         attempt.delivery = delivery

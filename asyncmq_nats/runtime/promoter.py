@@ -68,8 +68,8 @@ SMALL_REMOVAL: Final = 16
 """Records whose removal takes the server no time that starting jobs need."""
 REMOVE_DELAY: Final = 0.02
 """Seconds that removals wait while more is being written, so that its jobs start sooner."""
-KEPT_CROWDS: Final = 64
-"""Windows of time of which the records are counted, before those that are over are dropped."""
+MAX_WINDOWS: Final = 64
+"""Windows whose records are counted; with more, those that are over are dropped."""
 CONCURRENT_TASKS: Final = 32
 """The most concurrent tasks, for work that callbacks cannot do."""
 CHECK_LEAD: Final = 0.03
@@ -81,14 +81,14 @@ TRUSTED_AGE: Final = 60.0
 LONGEST_TRANSIT: Final = 0.05
 """The longest time in transit (seconds) that is subtracted for a fresh record. A longer one is a
 difference of clocks: of the server that released the record and of the connected one."""
-BURST: Final = 16
-"""From this many records on that are due at about the same time, all are begun with early."""
+BURST_SIZE: Final = 16
+"""The fewest records due in one window of time that are promoted early."""
 BURST_WINDOW: Final = 0.02
-"""What "about the same time" is, in seconds."""
+"""The window, in seconds."""
 LEAD_PER_RECORD: Final = 200e-6
-"""Seconds that a promotion of a burst takes, from the first one to the last job in its slot."""
+"""Seconds by which a burst is promoted early, for each of its records."""
 LONGEST_LEAD: Final = 0.04
-"""Workers hold a job that comes early, in its slot: see `Slots`."""
+"""The most, in seconds. Workers hold such a job in its slot: see `Slots`."""
 LONGEST_WAIT: Final = 0.7
 """No fresh delivery waits longer: timers are set up to 0.4 s early, and a tick without a timer is
 due within 0.6 s."""
@@ -102,7 +102,6 @@ class Held:
 
     __slots__ = (
         "checked",
-        "crowd",
         "delivery",
         "due",
         "fire",
@@ -110,6 +109,7 @@ class Held:
         "problem",
         "ready",
         "released",
+        "window",
         "write",
     )
 
@@ -124,8 +124,8 @@ class Held:
         """What makes the job ready, if it was made while there was time."""
         self.due = 0.0
         """When it is to be promoted, by the monotonic clock."""
-        self.crowd = 0
-        """The time at which it is due, in windows: see `BURST_WINDOW`. 0: it has no lead."""
+        self.window = 0
+        """The number of the window in which it is due: see `BURST_WINDOW`. 0: it has no lead."""
         self.checked = True
         """Whether its job need not be read before it is promoted."""
         self.ready = 0
@@ -141,7 +141,7 @@ class Promoter:
     """Moves released jobs to their tiers."""
 
     def __init__(self, store: QueueStore, *, leads: bool = True) -> None:
-        """`leads`: bursts are made ready early. Not with a rate limit: it counts takes."""
+        """`leads`: bursts are promoted early. Not with a rate limit: it counts fetched jobs."""
         self._store = store
         self._leads = leads
         self._backend = store.backend
@@ -152,8 +152,8 @@ class Promoter:
         self._secret = b""
         self._waiting: list[tuple[float, int, Held]] = []
         """A heap: when to begin with each record in hand that nothing is done with yet."""
-        self._crowds = Counter[int]()
-        """How many records in hand are due in each window of time, or were."""
+        self._due_in = Counter[int]()
+        """How many records that came early are due in each window."""
         self._order = itertools.count()
         self._monotonic = store.backend.clock.monotonic
         self._in_flight: set[Held] = set()
@@ -255,8 +255,8 @@ class Promoter:
         if held.released is not None and wait > 0:
             held.write = self._promotion_of(held, held.released)
             if wait > LONGEST_LEAD and self._leads:
-                held.crowd = int(held.due / BURST_WINDOW)
-                self._crowds[held.crowd] += 1
+                held.window = int(held.due / BURST_WINDOW)
+                self._due_in[held.window] += 1
         self._push(held.due if held.checked else max(arrived, held.due - CHECK_LEAD), held)
 
     def _wait(self, delivery: Delivery, run_at: float | None) -> float:
@@ -313,9 +313,10 @@ class Promoter:
 
     def _begin_due(self) -> None:
         now, doubtful = self._monotonic(), list[Held]()
-        if len(self._crowds) > KEPT_CROWDS:
-            past = int(now / BURST_WINDOW)
-            self._crowds = Counter({k: count for k, count in self._crowds.items() if k >= past})
+        if len(self._due_in) > MAX_WINDOWS:
+            current = int(now / BURST_WINDOW)
+            for window in [each for each in self._due_in if each < current]:
+                del self._due_in[window]
         for _ in range(BEGIN_BATCH):
             due = self._waiting and self._begins_at() <= now
             if not due or self._stopping or not self._has_room:
@@ -330,9 +331,9 @@ class Promoter:
             self._give(partial(self._check, doubtful), doubtful)
 
     def _begins_at(self) -> float:
-        """Return when to begin with the next record: one of a burst is made ready early."""
+        """Return when to begin with the next record: one of a burst is promoted early."""
         at, _, held = self._waiting[0]
-        if not held.crowd or (count := self._crowds[held.crowd]) < BURST:
+        if not held.window or (count := self._due_in[held.window]) < BURST_SIZE:
             return at
         return at - min(count * LEAD_PER_RECORD, LONGEST_LEAD)
 
@@ -378,9 +379,10 @@ class Promoter:
 
     def _promotion_of(self, held: Held, released: Released) -> Write:
         message_id = promotion_id(self._secret, held.delivery.sequence, held.delivery.time)
-        return promotion(
-            self._keys, released.token, released.priority, released.body, message_id, once=True
-        )
+        keys, body = self._keys, released.body
+        write = promotion(keys, released.token, released.priority, body, message_id)
+        write.once = True
+        return write
 
     def _on_written(self, held: Held, result: Settled) -> None:
         if isinstance(result, int):
@@ -618,9 +620,7 @@ class Promoter:
         if not held.fire:
             token = fit_token(self._keys.token(delivery.subject))
             message_id = promotion_id(self._secret, delivery.sequence, delivery.time)
-            write = promotion(
-                self._keys, token, DEFAULT_PRIORITY, delivery.body, message_id, once=False
-            )
+            write = promotion(self._keys, token, DEFAULT_PRIORITY, delivery.body, message_id)
             try:
                 await self._store.write(write)
             except PayloadTooLarge as error:

@@ -120,7 +120,7 @@ class Slots:
         self._ending = False
         self._is_cancelled: Callable[[], int] = lambda: 0
         self.running: dict[Running, None] = {}
-        self._held: dict[str, None] = {}
+        self._early: dict[str, None] = {}
         """Ids of the jobs that wait in a slot for their time."""
         self.redelivered = 0
         """Deliveries of jobs that had been delivered before."""
@@ -244,7 +244,7 @@ class Slots:
 
     def cancel(self, job_id: str) -> None:
         """Cancel a job, if it runs here or waits for its time."""
-        self._held.pop(job_id, None)
+        self._early.pop(job_id, None)
         for running in [each for each in self.running if each.context.id == job_id]:
             logger.info("job %s was cancelled while it ran", job_id)
             running.cancelled = True
@@ -283,20 +283,21 @@ class Slots:
     # -- one delivery
 
     async def _run_delivery(self, delivery: Delivery) -> Completed | None:
+        attempt: Attempt | None = None
         try:
             try:
                 attempt = self._lifecycle.open(delivery)
                 if delivery.first or await self._may_run_again(attempt):
                     return await self._start(attempt)
             except InvalidJob as problem:
-                await self._reject(delivery, problem)
+                await self._reject(_lease_of(attempt, delivery), problem)
         except AsyncMQError as error:
             logger.error(
                 "message %.200r: not run now; it will be redelivered: %s", delivery.subject, error
             )
-            delivery.abandon()
+            _lease_of(attempt, delivery).abandon()
         except BaseException:  # the worker ends, or has a fault: its lease must not be extended
-            delivery.abandon()
+            _lease_of(attempt, delivery).abandon()
             raise
         return None
 
@@ -391,12 +392,12 @@ class Slots:
         if wait <= 0:
             return True
         job_id = attempt.head.job_id
-        self._held[job_id] = None
+        self._early[job_id] = None
         try:
             await self.fetcher.hold(wait)
-            cancelled = job_id not in self._held
+            cancelled = job_id not in self._early
         finally:
-            self._held.pop(job_id, None)
+            self._early.pop(job_id, None)
         if cancelled or self.fetcher.is_paused:
             await self._give_up(attempt, cancelled=cancelled)
             return False
@@ -675,3 +676,8 @@ class Slots:
             logger.warning("job %s (%s) cannot be snoozed: %s", job.job_id, job.task_id, error)
             return False
         return True
+
+
+def _lease_of(attempt: Attempt | None, delivery: Delivery) -> Delivery:
+    """Return the delivery that has the lease now: the job may have come again meanwhile."""
+    return delivery if attempt is None else attempt.delivery

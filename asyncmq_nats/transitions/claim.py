@@ -67,14 +67,12 @@ class Claim:
         """Orders claims and deliveries: the later one has the job."""
         return self.message, self.delivery
 
-    def outranks(self, message: int, delivery: int) -> bool:
-        """Return whether a delivery that comes now is one that the claim was made after.
+    def outranks(self, order: tuple[int, int]) -> bool:
+        """Return whether the claim was made after the delivery of that order.
 
-        The same number may come again if the server has forgotten the first one.
+        After a hand-back, the same order is a new delivery: the server has forgotten the first one.
         """
-        return self.order > (message, delivery) or (
-            self.order == (message, delivery) and not self.released
-        )
+        return self.order > order or (self.order == order and not self.released)
 
     @property
     def voids_all(self) -> bool:

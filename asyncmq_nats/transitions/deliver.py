@@ -123,7 +123,7 @@ class Deliveries:
         if any(_order(record) > attempt.job.order for record in snapshot.later.values()):
             return Disposition.ACK  # its retry was scheduled; only the ack was lost
         claim = None if snapshot.claim is None else Claim.decode(snapshot.claim.body)
-        if claim is not None and claim.outranks(*attempt.order):
+        if claim is not None and claim.outranks(attempt.order):
             return claim.disposition
         self._take(attempt, snapshot, claim)
         return None

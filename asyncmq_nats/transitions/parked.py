@@ -153,10 +153,10 @@ class ParkedJobs:
     ) -> Wait:
         """Tell a child with many parents that one has ended. Repeatable.
 
-        `FAILS`: the child has ended as failed for it. `quietly`: when no parent is open any more,
-        the caller releases it.
+        `FAILS`: the child has ended as failed for it. `quietly`: the caller has just stored the
+        child, and releases it when no parent is open any more.
         """
-        wait = await self.waits.take_out(child, place, parent)
+        wait = await self.waits.take_out(child, place, parent, stored=quietly)
         if wait is Wait.CLOSED and not quietly:
             await self._finish_wide(child, place)
         if wait is Wait.FAILS:

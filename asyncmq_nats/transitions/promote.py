@@ -119,15 +119,14 @@ def promotion_id(secret: bytes, sequence: int, time: float) -> str:
 
 
 def promotion(
-    keys: QueueSubjects, token: str, priority: int, body: bytes, message_id: str, *, once: bool
+    keys: QueueSubjects, token: str, priority: int, body: bytes, message_id: str
 ) -> Write:
-    """Return the write that makes a job ready. `once`: see `Write`."""
+    """Return the write that makes a job ready."""
     return Write(
         keys.ready(priority, token),
         body,
         Expect(keys.ready_any(token)),
         message_id=message_id,
-        once=once,
     )
 
 

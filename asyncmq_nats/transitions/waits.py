@@ -147,14 +147,22 @@ class Waits:
         await for_each(write, parts)
         await write(top)
 
-    async def take_out(self, child: str, place: str, parent: Parent) -> Wait:
-        """Take a parent that has ended out of its part. Repeatable."""
+    async def take_out(
+        self, child: str, place: str, parent: Parent, *, stored: bool = False
+    ) -> Wait:
+        """Take a parent that has ended out of its part. Repeatable.
+
+        `stored`: the caller has just stored the part. A replica without it lags behind.
+        """
         key = self._keys.wait(child, place)
+        needed = {parent.outcome}
+        if stored and self._store.backend.reads_may_lag:
+            needed.add(key)
 
         async def take() -> Wait | Record:
             """Return the part without that parent, or why it is not taken out."""
             records = await self._store.last_when(
-                lambda found: any(record.subject == parent.outcome for record in found),
+                lambda found: needed <= {record.subject for record in found},
                 parent.outcome,
                 key,
             )

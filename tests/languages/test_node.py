@@ -21,6 +21,7 @@ import pytest
 from anyio import to_thread
 
 from asyncmq_nats import NATSBackend, Queue, Settings, stop_worker
+from asyncmq_nats.backends.base import Write
 from asyncmq_nats.backends.nats.embedded.server import EmbeddedServer
 from asyncmq_nats.store.secret import keyed_id
 from tests.languages.building import build_once
@@ -160,6 +161,18 @@ async def test_python_adds_and_node_runs(start: Start, queue: Queue) -> None:
     worker.process.send_signal(signal.SIGTERM)
     await holds(lambda: worker.process.poll() is not None)
     assert worker.process.returncode == 0, worker.log
+
+
+async def test_node_waits_for_the_time_of_a_job_that_was_made_ready_early(
+    start: Start, queue: Queue, nats_backend: NATSBackend
+) -> None:
+    await start()
+    run_at = nats_backend.now() + 0.15
+    body = f'{{"task": "add", "args": [1, 2], "delay_until": {run_at}}}'.encode()
+    await nats_backend.write("amq_mixed", Write("amq.mixed.ready.5.early", body))
+    assert await queue.wait_for("early", PATIENCE) == 3
+    assert (await outcome(queue, "early"))["active_since"] >= run_at
+    assert await nats_backend.last_sequence("amq_mixed") == 1
 
 
 async def test_node_retries_and_fails(start: Start, queue: Queue) -> None:

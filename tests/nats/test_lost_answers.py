@@ -376,21 +376,26 @@ async def test_a_job_that_has_run_meanwhile_does_not_run_again(
     assert set(runs.counts.values()) == {1}
 
 
-@pytest.mark.parametrize("alone", [True, False], ids=["add", "add_bulk"])
+@pytest.mark.parametrize("way", ["add", "add_bulk", "add with a parent", "add_bulk with a parent"])
 async def test_a_job_that_another_producer_has_added_meanwhile_does_not_run_again(
-    alone: bool, nats_backend: NATSBackend, distant: NATSBackend, relay: Relay
+    way: str, nats_backend: NATSBackend, distant: NATSBackend, relay: Relay
 ) -> None:
     """The first try of one producer is lost; by its second, the other one's job has ended."""
-    runs, later = Runs(), Later()
-    near, far = (make_queue(backend, note=runs.__call__) for backend in (nats_backend, distant))
-    entries = [{"task_id": "note", "args": [name], "job_id": name} for name in "ab"][alone:]
+    runs, later, go = Runs(), Later(), anyio.Event()
+    near, far = (
+        make_queue(backend, note=runs.__call__, block=go.wait)
+        for backend in (nats_backend, distant)
+    )
+    await far._assets.declare_all()
+    with_parent = way.endswith("a parent")
+    more: dict[str, Any] = {"depends_on": [await near.add("block")]} if with_parent else {}
 
     async def add(queue: Queue) -> list[str]:
-        if alone:
-            return [await queue.add("note", ["b"], job_id="b")]
-        return await queue.add_bulk(entries)
+        if way.startswith("add_bulk"):
+            entries = [{"task_id": "note", "args": [name], "job_id": name} for name in "ab"]
+            return await queue.add_bulk([each | more for each in entries])
+        return [await queue.add("note", ["b"], job_id="b", **more)]
 
-    await far._assets.declare_all()
     async with running(near):
         relay.lose_request(rb"PUB \$KV\.amq_work_scheduler\.later")
         with anyio.fail_after(PATIENCE):
@@ -398,7 +403,11 @@ async def test_a_job_that_another_producer_has_added_meanwhile_does_not_run_agai
                 group.start_soon(later.run, lambda: add(far))
                 await relay.lost.wait()
                 ids = await add(near)
-                await until(near.get_completed, lambda completed: len(completed) == len(ids))
+                go.set()
+                await until(
+                    near.get_completed,
+                    lambda completed: len(completed) == len(ids) + with_parent,
+                )
                 await wait_until_done(near)
                 stored = await nats_backend.last_sequence("KV_amq_work_scheduler")
                 await relay.cut()

@@ -137,6 +137,6 @@ def test_a_number_that_comes_again_after_a_hand_back_is_a_new_delivery(
     claimed: int, released: bool, outranked: bool
 ) -> None:
     claim = Claim("w", 7, claimed, stalls=0, released=released)
-    assert claim.outranks(7, 1) is outranked
-    assert claim.outranks(6, 9)
-    assert not claim.outranks(8, 1)
+    assert claim.outranks((7, 1)) is outranked
+    assert claim.outranks((6, 9))
+    assert not claim.outranks((8, 1))

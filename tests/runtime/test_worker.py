@@ -646,16 +646,22 @@ class TestLeases:
             await only(queue, completed=1)
         assert runs == [1]
 
+    @pytest.mark.parametrize("faults", [0, 1])
     async def test_a_job_that_comes_again_while_it_is_looked_at_runs_once(
-        self, backend: Backend, monkeypatch: pytest.MonkeyPatch
+        self, backend: Backend, monkeypatch: pytest.MonkeyPatch, faults: int
     ) -> None:
+        """If the look fails, the lease that it got meanwhile runs out."""
         runs: list[int] = []
         looking, go = anyio.Event(), anyio.Event()
         inspect = Lifecycle.inspect
 
         async def look_slowly(self: Lifecycle, attempt: Attempt) -> Disposition | None:
+            nonlocal faults
             looking.set()
             await go.wait()
+            if faults:
+                faults -= 1
+                raise Unconfirmed("a look", 1.0, read=True)
             return await inspect(self, attempt)
 
         async def work() -> None:

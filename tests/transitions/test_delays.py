@@ -940,7 +940,7 @@ async def test_a_job_that_waits_in_a_slot_for_its_time_can_be_cancelled_and_paus
         async with running(burst.queue) as worker:
             await clock.advance(4.999)
             assert worker._runner is not None
-            [held, *_] = worker._runner._slots._held
+            [held, *_] = worker._runner._slots._early
             if what == "cancel":
                 assert await burst.queue.cancel_job(held)
             else:

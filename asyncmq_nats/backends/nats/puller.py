@@ -112,15 +112,15 @@ class Look:
 class Credit:
     """The credit of one consumer's pulls that the server has not used.
 
-    `looks`: pulls that do not wait, by token. `newest`: the highest sequence that came, and
-    `forgotten`: when the server was last lost.
+    `looks`: pulls that do not wait, by token. `newest`: the highest sequence that came.
+    `newest_before_restart`: what it was when the server was last started again.
     """
 
     outstanding: int = 0
     lapses_at: float = 0.0
     heard_at: float = 0.0
     newest: int = 0
-    forgotten: int = 0
+    newest_before_restart: int = 0
     looks: dict[str, Look] = field(default_factory=dict)
 
     def count_delivery(self) -> None:
@@ -427,7 +427,7 @@ class NATSPuller:
         credit = self._credits.get(delivery.consumer)
         return (
             credit is None
-            or delivery.sequence <= credit.forgotten
+            or delivery.sequence <= credit.newest_before_restart
             or time.monotonic() < self._doubt_until
         )
 
@@ -436,7 +436,7 @@ class NATSPuller:
             self._server_id = self._client.server_id
             self._doubt_until = time.monotonic() + DOUBT_SECONDS
             for credit in self._credits.values():
-                credit.forgotten = credit.newest
+                credit.newest_before_restart = credit.newest
         for consumer, credit in self._credits.items():
             credit.give_up()
             self._on_lapse(consumer)

@@ -347,7 +347,7 @@ class Writer:
             entry.sent_at = now - RESEND_AFTER + random.uniform(0.2, 0.5)
 
     async def _settle_repetition(self, entry: Unsettled, refused: BackendError) -> None:
-        """Settle a repetition that was refused: its own first sending may be the reason."""
+        """Settle a write that is refused unless its first sending was stored."""
         write = entry.writes[0]
         if write.message_id is not None:
             sequence = await self._find_stored(entry, write.message_id)
@@ -407,24 +407,16 @@ class Writer:
         overdue = time.monotonic() - RESEND_AFTER
         for entry in self._table.values():
             if any(write.once for write in entry.writes):
+                # A killed server forgets the message ids of removed messages, and another process
+                # may have made the same write: what came of it can be gone.
+                subject = entry.writes[0].subject
+                text = f"the connection was lost, and {subject} was not stored"
+                lost = WriteRefused(entry.log, text)
+                self._connection.background.run(self._settle_repetition(entry, lost))
                 entry.sent_at = NEVER
-                self._connection.background.run(self._settle_once(entry))
             else:
                 entry.sent_at = min(entry.sent_at, overdue)
         self._resend_overdue()
-
-    async def _settle_once(self, entry: Unsettled) -> None:
-        """Settle a write that is not repeated on another connection.
-
-        A server that was killed has forgotten the message ids of what was removed since. So another
-        process may have made this very write, and all that came of it may be gone.
-        """
-        message_id = entry.writes[0].message_id
-        assert message_id is not None
-        sequence = await self._find_stored(entry, message_id)
-        subject = entry.writes[0].subject
-        lost = WriteRefused(entry.log, f"the connection was lost, and {subject} was not stored")
-        self._finish(entry, lost if sequence is None else sequence + len(entry.writes) - 1)
 
     def _end_all(self) -> None:
         for entry in list(self._table.values()):

@@ -390,7 +390,10 @@ export class Worker {
     const { job } = attempt;
     // One of many that are due at once is made ready a little early.
     const early = (job.delay_until ?? 0) - now();
-    if (early > 0 && early <= LONGEST_HOLD) await sleep(early);
+    if (early > 0 && early <= LONGEST_HOLD) {
+      await sleep(early);
+      if (this.#stopping || this.#pausedUntil > now()) return attempt.message.nak();
+    }
     const at = now();
     const losses = attempt.stalls + (attempt.suspected ? 1 : 0);
     if (losses >= MAX_STALLS) {
